@@ -3772,7 +3772,8 @@ class Server:
         self.parked: dict[trio.CancelScope, None] = {}  # waiting for a head, by age
         self.stopping = trio.Event()
         self.finished = trio.Event()
-        self.house_full = Bucket(Rate(0.1, 1))  # log lines about it
+        self.complaints = Bucket(Rate(0.1, 1))  # log lines about a full house
+        self.tracebacks = Bucket(Rate(1, 10))
 
     # --- the task tree ---------------------------------------------------------------
 
@@ -3836,7 +3837,7 @@ class Server:
                     connections.start_soon(self._connection, stream)
 
     def _complain(self, why: object) -> None:
-        if not self.house_full.take(trio.current_time()):
+        if not self.complaints.take(trio.current_time()):
             say(logging.WARNING, "full", why=why, open=self.open)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
@@ -3853,7 +3854,8 @@ class Server:
         except* Exception as group:  # the one bulkhead
             for error in leaves(group):
                 self.stats.errors[type(error).__name__] += 1
-            log.error("failed", exc_info=group)
+            if not self.tracebacks.take(trio.current_time()):
+                log.error("failed", exc_info=group)
         finally:
             self.open -= 1
             stream.socket.close()
@@ -4537,7 +4539,7 @@ def flags() -> Iterator[dataclasses.Field[Any]]:
 
 def shown(value: object) -> str:
     """Write a default as one would type it."""
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return " ".join(map(str, value))
     return "" if value is None else str(value)
 
@@ -4579,7 +4581,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
             f"--{field.name.replace('_', '-')}",
             metavar=meta["unit"],
             type=checked(meta["parse"]),
-            action="append" if isinstance(field.default, tuple) else "store",
+            action="append" if type(field.default) is tuple else "store",
             help=f"{meta['why']}{over}" + (f" (default {default})" if default else ""),
         )
 
@@ -4592,7 +4594,7 @@ def read_settings(
     if "STATE_DIRECTORY" in os.environ:
         chosen["db"] = Path(os.environ["STATE_DIRECTORY"].split(":")[0]) / "chatd.db"
     for field in flags():
-        several = isinstance(field.default, tuple)
+        several = type(field.default) is tuple
         value = getattr(options, field.name, None)
         text = os.environ.get(f"CHATD_{field.name.upper()}")
         if value is None and text is not None:

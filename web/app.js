@@ -301,7 +301,7 @@ function signInFailed(token, current, error) {
     start(current);
     return;
   }
-  showSignIn(why);
+  showSignIn({ error: why });
   // Without an answer the link may still be good: one press tries it again.
   if (!refused) field("sign-in-link").value = `${location.origin}/#token=${token}`;
 }
@@ -312,12 +312,15 @@ function keepAndStart(session) {
   start(session);
 }
 
-/** @param {string} [why] */
-function showSignIn(why = "") {
+/**
+ * @param {{why?: string, error?: string}} [words] why one is here; what was wrong with a link
+ */
+function showSignIn({ why = "", error = "" } = {}) {
   showScreen("sign-in");
   document.title = "Sign in · chatd";
   field("sign-in-link").value = "";
-  box("sign-in-error").textContent = why;
+  setText("sign-in-why", `${why} Open the sign-in link that you were given, or paste it here.`);
+  setText("sign-in-error", error);
 }
 
 /** @param {"loading" | "sign-in" | "chat"} screen */
@@ -331,10 +334,10 @@ function onSignInForm(event) {
   const text = field("sign-in-link").value.trim();
   const token = /#token=(\S+)$/.exec(text)?.[1] ?? (/^[\w-]+\.[\w-]+\.[\w-]+$/.exec(text)?.[0]);
   if (!token) {
-    box("sign-in-error").textContent = "That is not a sign-in link: it contains #token=…";
+    setText("sign-in-error", "That is not a sign-in link: a link has #token= in it.");
     return;
   }
-  box("sign-in-error").textContent = "";
+  setText("sign-in-error", "");
   void signInWith(decodeURIComponent(token));
 }
 
@@ -362,7 +365,7 @@ function leave(why) {
   model.client?.disconnect();
   forgetModel();
   history.replaceState(null, "", location.pathname + location.search);
-  showSignIn(why);
+  showSignIn({ why });
 }
 
 /**
@@ -372,7 +375,7 @@ function onSignedOut() {
   const kept = readSession(shelves.browser);
   const mine = model.session;
   if (kept && mine && kept.user_id === mine.user_id && kept.token !== mine.token) start(kept);
-  else leave("Your session has ended. Open a sign-in link again.");
+  else leave("Your session has ended.");
 }
 
 /** Another tab of the same person signed out. @param {StorageEvent} event */
@@ -950,12 +953,16 @@ const pane = {
 
   /** @param {() => void} change */
   keepPlace(change) {
-    const scroller = box("scroller");
     const anchor = this.follow ? null : this.firstVisible();
     const top = anchor?.getBoundingClientRect().top ?? 0;
     change();
     if (this.follow) this.toEnd();
-    else if (anchor?.isConnected) scroller.scrollTop += anchor.getBoundingClientRect().top - top;
+    else if (anchor?.isConnected) this.moveBy(anchor.getBoundingClientRect().top - top);
+  },
+
+  /** Not by nothing: even that would stop a finger's scrolling. @param {number} pixels */
+  moveBy(pixels) {
+    if (Math.abs(pixels) >= 1) box("scroller").scrollTop += pixels;
   },
 
   firstVisible() {
@@ -1166,7 +1173,7 @@ function contentNode(content) {
   const node = el("div", { class: "content", dir: "auto" });
   let from = 0;
   for (const match of content.matchAll(/\bhttps?:\/\/[^\s<>"]+/giu)) {
-    const address = match[0].replace(/[.,;:!?'”»…]+$/u, "").replace(unopened(match[0]), "");
+    const address = withoutEnd(match[0]);
     if (!isWebAddress(address)) continue;
     node.append(content.slice(from, match.index), el("a", {
       href: address, target: "_blank", rel: "noopener noreferrer nofollow",
@@ -1177,9 +1184,17 @@ function contentNode(content) {
   return node;
 }
 
-/** A bracket at the end belongs to the sentence, unless it was opened in the address. @param {string} address */
-function unopened(address) {
-  return address.includes("(") ? /$^/ : /[)\]]+[.,;:!?]*$/;
+/**
+ * Punctuation at the end belongs to the sentence, and so does a bracket that was not opened in
+ * the address.
+ * @param {string} address
+ * @returns {string}
+ */
+function withoutEnd(address) {
+  const short = address.replace(/[.,;:!?'”»…]+$/u, "");
+  const count = (/** @type {string} */ sign) => short.split(sign).length;
+  const closed = short.endsWith(")") && count(")") > count("(");
+  return closed ? withoutEnd(short.slice(0, -1)) : short;
 }
 
 /** @param {string} text */
@@ -1522,10 +1537,8 @@ function onSkip(event) {
 }
 
 function onJump() {
-  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  const scroller = box("scroller");
-  scroller.scrollTo({ top: scroller.scrollHeight, behavior: calm ? "instant" : "smooth" });
-  scroller.focus({ preventScroll: true });
+  pane.toEnd(); // at once: a smooth way through a long history makes one dizzy
+  box("scroller").focus({ preventScroll: true });
 }
 
 /** A keyboard came up or the window changed: who was at the end stays there. */
