@@ -2,13 +2,14 @@
 /**
  * app.js: chatd's page.
  *
- * Events change the model, and every change asks for one render; a render makes the page look
- * like the model and is the only place that does. So there is no order of events in which a
- * badge, a tick or a list could be wrong for longer than a frame. The connection and all its
- * troubles live in chat-websocket.js; here is what a person sees and does.
+ * Events change the model, and every change asks for one render; a render makes the
+ * page look like the model and is the only place that does. So there is no order of
+ * events in which a badge, a tick or a list could be wrong for longer than a frame. The
+ * connection and all its troubles live in chat-websocket.js; here is what a person sees
+ * and does.
  *
- * Sections: Tools - Sign-in - Model - Events - Reading - Top and lists - The open chat -
- * Writing - Dialogs - Notifications - Start.
+ * Sections: Tools - Sign-in - Model - Events - Reading - Top and lists - The open chat
+ * - Writing - Dialogs - Notifications - Start.
  *
  * Rule of this file: what people wrote is text. It enters the page by textContent only.
  */
@@ -31,16 +32,21 @@ const SEEN_PIXELS = 24;
 const TYPING_SECONDS = 7;
 /** Messages of one person within this form a group. */
 const GROUP_SECONDS = 300;
-/** A notification waits this long: perhaps another tab of mine shows the message already. */
+/**
+ * A notification waits this long: perhaps another tab of mine shows the message
+ * already.
+ */
 const NOTIFY_SECONDS = 1;
 /** How long a passing remark stays. */
 const TOAST_SECONDS = 6;
+/** The socket waits so long for the list of chats, then it goes ahead. */
+const LATE_SECONDS = 2;
 /** After a failure the list of chats is fetched again so often. */
 const AGAIN_SECONDS = 5;
 
-/* ---------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------
  * Tools. Elements, keyed rows, times.
- * ------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------- */
 
 /**
  * @template {Element} Kind
@@ -63,8 +69,8 @@ const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
  * A new element. Strings become text, never markup; null children are left out.
  * @template {keyof HTMLElementTagNameMap} Tag
  * @param {Tag} tag
- * @param {Record<string, string | number | boolean | null | undefined>} [attributes] true: an
- *   empty one; false, null, undefined: none
+ * @param {Record<string, string | number | boolean | null | undefined>} [attributes]
+ *   true: an empty one; false, null, undefined: none
  * @param {...(Node | string | null)} children
  * @returns {HTMLElementTagNameMap[Tag]}
  */
@@ -76,6 +82,14 @@ function el(tag, attributes = {}, ...children) {
   }
   node.append(...children.filter((child) => child !== null));
   return node;
+}
+
+/**
+ * @param {string} base
+ * @param {Record<string, boolean>} extra name -> whether it applies
+ */
+function classes(base, extra) {
+  return [base, ...Object.keys(extra).filter((name) => extra[name])].join(" ");
 }
 
 /** @param {string} name @param {string} [className] */
@@ -97,8 +111,8 @@ function icon(name, className = "") {
  */
 
 /**
- * Makes the container show these rows, in this order. A row with the same key and look keeps
- * its element, and with it focus, selection and a screen reader's place.
+ * Makes the container show these rows, in this order. A row with the same key and look
+ * keeps its element, and with it focus, selection and a screen reader's place.
  * @param {HTMLElement} container
  * @param {Row[]} rows
  */
@@ -146,12 +160,19 @@ function plural(word, count) {
   return `${count} ${word}${count === 1 ? "" : "s"}`;
 }
 
-const clock = new Intl.DateTimeFormat(undefined, { hour: "numeric", minute: "2-digit" });
+const clock = new Intl.DateTimeFormat(undefined, {
+  hour: "numeric",
+  minute: "2-digit",
+});
 const dayNear = new Intl.DateTimeFormat("en", {
-  weekday: "long", day: "numeric", month: "long",
+  weekday: "long",
+  day: "numeric",
+  month: "long",
 });
 const dayFar = new Intl.DateTimeFormat("en", {
-  day: "numeric", month: "long", year: "numeric",
+  day: "numeric",
+  month: "long",
+  year: "numeric",
 });
 const dayShort = new Intl.DateTimeFormat("en", { day: "numeric", month: "short" });
 const moment = new Intl.DateTimeFormat("en", { dateStyle: "full", timeStyle: "short" });
@@ -201,12 +222,12 @@ function sentence(error) {
   return error instanceof Error ? error.message : String(error);
 }
 
-/* ---------------------------------------------------------------------------------------
- * Sign-in. A link's token is exchanged at once for a session token. That is the tab's own
- * (sessionStorage), so that two tabs can be two people; a copy in localStorage is for the next
- * visit. Nobody becomes somebody else by opening a link: that asks first, because a link could
- * be sent to make you write under a name that its sender reads.
- * ------------------------------------------------------------------------------------- */
+/* -------------------------------------------------------------------------------------
+ * Sign-in. A link's token is exchanged at once for a session token. That is the tab's
+ * own (sessionStorage), so that two tabs can be two people; a copy in localStorage is
+ * for the next visit. Nobody becomes somebody else by opening a link: that asks first,
+ * because a link could be sent to make you write under a name that its sender reads.
+ * ---------------------------------------------------------------------------------- */
 
 /**
  * @typedef {object} Session
@@ -259,14 +280,17 @@ async function exchange(token) {
   const once = new ChatWebSocket({ bearer: token, storage: null, log: null });
   const answer = await once.request("POST", "/api/v1/session");
   return {
-    token: answer.token, user_id: answer.user_id, name: answer.name ?? null,
+    token: answer.token,
+    user_id: answer.user_id,
+    name: answer.name ?? null,
     expires_at: Date.now() + answer.expires_in * 1000,
   };
 }
 
 /** @param {string} token of a sign-in link */
 async function signInWith(token) {
-  const current = model.session ?? readSession(shelves.tab) ?? readSession(shelves.browser);
+  const current =
+    model.session ?? readSession(shelves.tab) ?? readSession(shelves.browser);
   try {
     const session = await exchange(token);
     if (current && !(await mayBecome(session, current))) start(current);
@@ -283,9 +307,10 @@ async function mayBecome(session, current) {
   const me = personName(current.user_id, current.name);
   return ask({
     title: `Continue as ${other}?`,
-    text: `You are ${me} here. This link signs this tab in as ${other}; `
-      + "your other tabs stay as they are.",
-    yes: `Be ${other}`,
+    text:
+      `You are ${me} here. This link signs this tab in as ${other}; ` +
+      "your other tabs stay as they are.",
+    yes: `Continue as ${other}`,
     no: `Stay ${me}`,
   });
 }
@@ -293,9 +318,10 @@ async function mayBecome(session, current) {
 /** @param {string} token @param {Session | null} current @param {unknown} error */
 function signInFailed(token, current, error) {
   const refused = error instanceof ChatError && error.status > 0;
-  const why = refused && error.status === 401
-    ? "This sign-in link is no longer good. Please ask for a new one."
-    : sentence(error);
+  const why =
+    refused && error.status === 401
+      ? "This sign-in link is no longer good. Please ask for a new one."
+      : sentence(error);
   if (current) {
     toast(why);
     start(current);
@@ -313,13 +339,17 @@ function keepAndStart(session) {
 }
 
 /**
- * @param {{why?: string, error?: string}} [words] why one is here; what was wrong with a link
+ * @param {{why?: string, error?: string}} [words] why one is here; what was wrong with
+ *   a link
  */
 function showSignIn({ why = "", error = "" } = {}) {
   showScreen("sign-in");
   document.title = "Sign in · chatd";
   field("sign-in-link").value = "";
-  setText("sign-in-why", `${why} Open the sign-in link that you were given, or paste it here.`);
+  setText(
+    "sign-in-why",
+    `${why} Open the sign-in link that you were given, or paste it here.`,
+  );
   setText("sign-in-error", error);
 }
 
@@ -332,7 +362,8 @@ function showScreen(screen) {
 function onSignInForm(event) {
   event.preventDefault();
   const text = field("sign-in-link").value.trim();
-  const token = /#token=(\S+)$/.exec(text)?.[1] ?? (/^[\w-]+\.[\w-]+\.[\w-]+$/.exec(text)?.[0]);
+  const token =
+    /#token=(\S+)$/.exec(text)?.[1] ?? /^[\w-]+\.[\w-]+\.[\w-]+$/.exec(text)?.[0];
   if (!token) {
     setText("sign-in-error", "That is not a sign-in link: a link has #token= in it.");
     return;
@@ -343,19 +374,25 @@ function onSignInForm(event) {
 
 async function onSignOut() {
   box("me-panel").hidePopover();
-  const unsent = [...model.chats.keys()].flatMap((id) => model.client?.unsent(id) ?? []);
-  const sure = unsent.length === 0 || await ask({
-    title: "Sign out?",
-    text: `${plural("message", unsent.length)} could not be sent yet and will be lost.`,
-    yes: "Sign out", no: "Stay",
-  });
+  const unsent = [...model.chats.keys()].flatMap(
+    (id) => model.client?.unsent(id) ?? [],
+  );
+  const sure =
+    unsent.length === 0 ||
+    (await ask({
+      title: "Sign out?",
+      text: `${plural("message", unsent.length)} not yet sent will be lost.`,
+      yes: "Sign out",
+      no: "Stay",
+    }));
   if (!sure) return;
   model.client?.forget();
   leave("You are signed out.");
 }
 
 /**
- * Ends this tab's session; the copy for the next visit goes too, if it is the same person's.
+ * Ends this tab's session; the copy for the next visit goes too, if it is the same
+ * person's.
  * @param {string} why
  */
 function leave(why) {
@@ -374,7 +411,8 @@ function leave(why) {
 function onSignedOut() {
   const kept = readSession(shelves.browser);
   const mine = model.session;
-  if (kept && mine && kept.user_id === mine.user_id && kept.token !== mine.token) start(kept);
+  if (kept && mine && kept.user_id === mine.user_id && kept.token !== mine.token)
+    start(kept);
   else leave("Your session has ended.");
 }
 
@@ -382,14 +420,15 @@ function onSignedOut() {
 function onStorage(event) {
   if (event.key !== SESSION_KEY || event.newValue !== null || !event.oldValue) return;
   if (JSON.parse(event.oldValue).user_id === model.session?.user_id) {
+    model.client?.forget();
     leave("You signed out in another tab.");
   }
 }
 
-/* ---------------------------------------------------------------------------------------
- * Model. Everything the page shows. Counters only grow, so it does not matter whether an
- * event, an answer or `connected` brought a number first.
- * ------------------------------------------------------------------------------------- */
+/* -------------------------------------------------------------------------------------
+ * Model. Everything the page shows. Counters only grow, so it does not matter whether
+ * an event, an answer or `connected` brought a number first.
+ * ---------------------------------------------------------------------------------- */
 
 /**
  * @typedef {object} ChatView
@@ -399,7 +438,8 @@ function onStorage(event) {
  * @property {number} last_n
  * @property {number} read_n
  * @property {Message | null} last_message
- * @property {Message[]} messages those loaded: a run without holes up to the newest known
+ * @property {Message[]} messages those loaded: a run without holes up to the newest
+ *   known
  * @property {boolean} loaded `messages` reaches to the present
  * @property {boolean} more there are older ones than those loaded
  * @property {"no" | "yes" | "failed"} loading
@@ -431,7 +471,10 @@ const model = {
 function forgetModel() {
   selectChat(null);
   Object.assign(model, {
-    session: null, client: null, people: null, known: false,
+    session: null,
+    client: null,
+    people: null,
+    known: false,
     link: { state: "closed", retryAt: null },
   });
   model.chats.clear();
@@ -458,12 +501,17 @@ function chatTitle(chat) {
   return names.join(", ") || "Only you";
 }
 
-/** Newest activity first; a chat that was just added counts as activity. @returns {ChatView[]} */
+/**
+ * Newest activity first; a chat that was just added counts as activity.
+ * @returns {ChatView[]}
+ */
 function sortedChats() {
   const when = (/** @type {ChatView} */ chat) =>
     Math.max(Date.parse(chat.last_message?.created_at ?? "") || 0, chat.arrived);
-  return [...model.chats.values()].sort((a, b) =>
-    when(b) - when(a) || (b.last_message?.id ?? 0) - (a.last_message?.id ?? 0));
+  return [...model.chats.values()].sort(
+    (a, b) =>
+      when(b) - when(a) || (b.last_message?.id ?? 0) - (a.last_message?.id ?? 0),
+  );
 }
 
 /**
@@ -477,16 +525,31 @@ function putChat(wire) {
   const mine = wire.members.find(({ user_id }) => user_id === myId());
   /** @type {ChatView} */
   const chat = before ?? {
-    id: wire.id, title: null, members: new Map(), last_n: 0, read_n: 0, last_message: null,
-    messages: [], loaded: false, more: true, loading: "no", divider: null,
-    typing: new Map(), arrived: 0, draft: "",
+    id: wire.id,
+    title: null,
+    members: new Map(),
+    last_n: 0,
+    read_n: 0,
+    last_message: null,
+    messages: [],
+    loaded: false,
+    more: true,
+    loading: "no",
+    divider: null,
+    typing: new Map(),
+    arrived: 0,
+    draft: "",
   };
   chat.title = wire.title;
   chat.last_message = newer(chat.last_message, wire.last_message);
   chat.last_n = Math.max(chat.last_n, wire.last_n);
   chat.read_n = Math.max(chat.read_n, wire.read_n ?? mine?.read_n ?? 0);
-  chat.members = new Map(wire.members.map(({ user_id, read_n }) =>
-    [user_id, Math.max(read_n ?? 0, chat.members.get(user_id) ?? 0)]));
+  chat.members = new Map(
+    wire.members.map(({ user_id, read_n }) => [
+      user_id,
+      Math.max(read_n ?? 0, chat.members.get(user_id) ?? 0),
+    ]),
+  );
   model.chats.set(chat.id, chat);
   return chat;
 }
@@ -504,13 +567,15 @@ function hasRead(chat, userId, n) {
 }
 
 /**
- * Adds messages to those loaded. What lies before a hole is forgotten: it is fetched again
- * when somebody scrolls there.
+ * Adds messages to those loaded. What lies before a hole is forgotten: it is fetched
+ * again when somebody scrolls there.
  * @param {ChatView} chat
  * @param {Message[]} messages
  */
 function merge(chat, messages) {
-  const byN = new Map([...chat.messages, ...messages].map((message) => [message.n, message]));
+  const byN = new Map(
+    [...chat.messages, ...messages].map((message) => [message.n, message]),
+  );
   const all = [...byN.values()].sort((a, b) => a.n - b.n);
   let first = all.length - 1;
   while (first > 0 && all[first - 1]?.n === (all[first]?.n ?? 0) - 1) first -= 1;
@@ -544,9 +609,9 @@ function removeChat(chatId) {
   if (model.open === chat) location.hash = "#chats";
 }
 
-/* ---------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------
  * Events. One table: what the connection tells, and what it does to the model.
- * ------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------- */
 
 /** @typedef {import("./chat-websocket.js").ChatEvents} ChatEvents */
 /** @type {{[Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void}} */
@@ -624,7 +689,9 @@ function onNewMessage(message) {
     chat.divider = message.n - 1;
   }
   const where = chat === model.open ? "" : ` in ${chatTitle(chat)}`;
-  announce(`${personName(message.sender_id)}${where}: ${message.content.slice(0, 200)}`);
+  announce(
+    `${personName(message.sender_id)}${where}: ${message.content.slice(0, 200)}`,
+  );
   notify(chat, message);
 }
 
@@ -647,16 +714,22 @@ function onTyping(chatId, userId, isTyping) {
   if (!chat) return;
   stopTyping(chat, userId);
   if (!isTyping) return;
-  chat.typing.set(userId, after(TYPING_SECONDS, () => {
-    stopTyping(chat, userId);
-    askForRender();
-  }));
+  chat.typing.set(
+    userId,
+    after(TYPING_SECONDS, () => {
+      stopTyping(chat, userId);
+      askForRender();
+    }),
+  );
 }
 
 /** @param {Delivery} delivery */
-function onDelivery({ state, message, reason }) {
+function onDelivery({ state, client_id, chat_id, message, reason }) {
   if (state === "sent" && message) putMessage(message);
-  if (state === "failed") announce(`Your message was not sent: ${reason}`);
+  if (state !== "failed") return;
+  announce(`Your message was not sent: ${reason}`);
+  // Of a chat that one was removed from, nobody could see it and try again.
+  if (!model.chats.has(chat_id)) model.client?.discard(client_id);
 }
 
 /** Fetches the chats, again and again until it succeeds or nobody wants it any more. */
@@ -666,7 +739,8 @@ async function fetchChats() {
     await client?.fetchChats();
   } catch (error) {
     const final = error instanceof ChatError && error.status === 401;
-    if (!final) after(AGAIN_SECONDS, () => void (client === model.client && fetchChats()));
+    if (!final)
+      after(AGAIN_SECONDS, () => void (client === model.client && fetchChats()));
   }
 }
 
@@ -685,16 +759,19 @@ async function loadPeople() {
   askForRender();
 }
 
-/* ---------------------------------------------------------------------------------------
- * Reading. A message is read when it was on the screen, in a tab that is being looked at.
- * ------------------------------------------------------------------------------------- */
+/* -------------------------------------------------------------------------------------
+ * Reading. A message is read when it was on the screen, in a tab that is being looked
+ * at.
+ * ---------------------------------------------------------------------------------- */
 
 /** The reader looks at the end of the open chat. */
 function watchesEnd() {
   return document.visibilityState === "visible" && pane.atEnd();
 }
 
-/** Tells the server, and our badges, up to where the open chat has been on the screen. */
+/**
+ * Tells the server, and our badges, up to where the open chat has been on the screen.
+ */
 function markSeen() {
   const chat = model.open;
   if (!chat || document.visibilityState !== "visible" || unread(chat) === 0) return;
@@ -736,11 +813,13 @@ async function loadHistory(chat, before) {
   askForRender();
 }
 
-/* ---------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------
  * Top and lists. Connection, bell, banner, chats.
- * ------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------- */
 
-/** One render for all that changed in this turn; a hidden tab has no frames, so a timer. */
+/**
+ * One render for all that changed in this turn; a hidden tab has no frames, so a timer.
+ */
 function askForRender() {
   if (renderAsked) return;
   renderAsked = true;
@@ -762,8 +841,14 @@ function render() {
 
 /** @type {Record<State, string>} */
 const LINK_TEXT = {
-  connecting: "Connecting…", connected: "Live", polling: "Every 5 s", offline: "Offline",
-  signed_out: "Signed out", too_many: "Paused", refused: "Closed", closed: "Connecting…",
+  connecting: "Connecting…",
+  connected: "Live",
+  polling: "Every 5 s",
+  offline: "Offline",
+  signed_out: "Signed out",
+  too_many: "Paused",
+  refused: "Closed",
+  closed: "Connecting…",
 };
 
 function renderTop() {
@@ -783,7 +868,11 @@ function renderTop() {
   button("new-chat").hidden = model.people === null;
 }
 
-/** Only a real change, so that a screen reader is not told again. @param {string} id @param {string} text */
+/**
+ * Only a real change, so that a screen reader is not told again.
+ * @param {string} id
+ * @param {string} text
+ */
 function setText(id, text) {
   const node = box(id);
   if (node.textContent !== text) node.textContent = text;
@@ -793,13 +882,22 @@ function setText(id, text) {
 function bannerText(state) {
   switch (state) {
     case "polling":
-      return ["Live updates are interrupted.", "New messages are fetched every 5 seconds."];
+      return [
+        "Live updates are interrupted.",
+        "New messages are fetched every 5 seconds.",
+      ];
     case "offline":
       return ["No connection.", "What you write is kept and sent when it is back."];
     case "too_many":
-      return ["chatd is open in too many places.", "Close another one, then come back here."];
+      return [
+        "chatd is open in too many places.",
+        "Close another one, then come back here.",
+      ];
     case "refused":
-      return ["The server has closed this connection.", "Load the page again to go on."];
+      return [
+        "The server has closed this connection.",
+        "Load the page again to go on.",
+      ];
     default:
       return [];
   }
@@ -835,15 +933,28 @@ function chatRow(chat, current) {
   return {
     key: String(chat.id),
     look: JSON.stringify([title, last, when, count, current, Boolean(typing)]),
-    build: () => el("li", {}, el("a", {
-      class: `row${count ? " unread" : ""}`, href: `#chat/${chat.id}`,
-      "aria-current": current ? "page" : null,
-    },
-    avatar(chat),
-    el("span", { class: "row-title", dir: "auto" }, title),
-    el("span", { class: "row-time" }, when),
-    el("span", { class: `row-last${typing ? " is-typing" : ""}`, dir: "auto" }, last),
-    count ? badge(count) : null)),
+    build: () =>
+      el(
+        "li",
+        {},
+        el(
+          "a",
+          {
+            class: classes("row", { unread: count > 0 }),
+            href: `#chat/${chat.id}`,
+            "aria-current": current ? "page" : null,
+          },
+          avatar(chat),
+          el("span", { class: "row-title", dir: "auto" }, title),
+          el("span", { class: "row-time" }, when),
+          el(
+            "span",
+            { class: classes("row-last", { "is-typing": typing !== "" }), dir: "auto" },
+            last,
+          ),
+          count ? badge(count) : null,
+        ),
+      ),
   };
 }
 
@@ -857,8 +968,12 @@ function lastLine({ last_message }) {
 
 /** @param {number} count */
 function badge(count) {
-  return el("span", { class: "badge" }, count > 99 ? "99+" : String(count),
-    el("span", { class: "sr-only" }, " unread"));
+  return el(
+    "span",
+    { class: "badge" },
+    count > 99 ? "99+" : String(count),
+    el("span", { class: "sr-only" }, " unread"),
+  );
 }
 
 /** @param {ChatView} chat */
@@ -873,13 +988,18 @@ function avatar(chat) {
 /** @param {HTMLElement} node @param {number} seed @param {string} name */
 function fillAvatar(node, seed, name) {
   const words = name.split(/\s+/).map((word) => word.replace(/[^\p{L}\p{N}]/gu, ""));
-  const letters = words.filter(Boolean).slice(0, 2).map((word) => [...word][0] ?? "");
+  const letters = words
+    .filter(Boolean)
+    .slice(0, 2)
+    .map((word) => [...word][0] ?? "");
   node.textContent = letters.join("").toUpperCase() || "?";
   node.style.setProperty("--hue", String((seed * 67 + 110) % 360));
 }
 
 function renderBell() {
-  const rows = sortedChats().filter(unread).map((chat) => chatRow(chat, false));
+  const rows = sortedChats()
+    .filter(unread)
+    .map((chat) => chatRow(chat, false));
   showRows(box("bell-list"), rows);
   box("bell-empty").hidden = rows.length > 0;
   const permission = "Notification" in window ? Notification.permission : "unsupported";
@@ -887,10 +1007,10 @@ function renderBell() {
   box("notify-denied").hidden = permission !== "denied";
 }
 
-/* ---------------------------------------------------------------------------------------
- * The open chat. The place of the reader comes first: after each render he sees what he saw
- * before, or the end if he was at the end.
- * ------------------------------------------------------------------------------------- */
+/* -------------------------------------------------------------------------------------
+ * The open chat. The place of the reader comes first: after each render he sees what he
+ * saw before, or the end if he was at the end.
+ * ---------------------------------------------------------------------------------- */
 
 const pane = {
   /** Where to go once the messages are there. @type {"stay" | "start"} */
@@ -909,11 +1029,18 @@ const pane = {
     box("scroller").scrollTop = box("scroller").scrollHeight;
   },
 
-  /** The last message of which enough is on the screen. @returns {{id: number, n: number} | null} */
+  /**
+   * The last message of which enough is on the screen.
+   * @returns {{id: number, n: number} | null}
+   */
   lastSeen() {
     const view = box("scroller").getBoundingClientRect();
     if (view.height === 0) return null;
-    for (let row = box("messages").lastElementChild; row; row = row.previousElementSibling) {
+    for (
+      let row = box("messages").lastElementChild;
+      row;
+      row = row.previousElementSibling
+    ) {
       if (!(row instanceof HTMLElement) || !row.dataset["n"]) continue;
       const { top, height } = row.getBoundingClientRect();
       if (top + Math.min(height, SEEN_PIXELS) <= view.bottom) {
@@ -947,7 +1074,7 @@ const pane = {
     setText("pane-title", title);
     setText("pane-members", chat.title || people.length > 1 ? names : "Direct chat");
     const direct = !chat.title && people.length === 1;
-    fillAvatar(box("pane-avatar"), direct ? people[0] ?? 0 : chat.id * 7, title);
+    fillAvatar(box("pane-avatar"), direct ? (people[0] ?? 0) : chat.id * 7, title);
     box("scroller").setAttribute("aria-label", `Messages in ${title}`);
   },
 
@@ -960,15 +1087,22 @@ const pane = {
     else if (anchor?.isConnected) this.moveBy(anchor.getBoundingClientRect().top - top);
   },
 
-  /** Not by nothing: even that would stop a finger's scrolling. @param {number} pixels */
+  /**
+   * Not by nothing: even that would stop a finger's scrolling.
+   * @param {number} pixels
+   */
   moveBy(pixels) {
     if (Math.abs(pixels) >= 1) box("scroller").scrollTop += pixels;
   },
 
   firstVisible() {
     const { top } = box("scroller").getBoundingClientRect();
-    return [...box("messages").children].find((row) =>
-      row instanceof HTMLElement && row.dataset["n"] && row.getBoundingClientRect().bottom > top);
+    return [...box("messages").children].find(
+      (row) =>
+        row instanceof HTMLElement &&
+        row.dataset["n"] &&
+        row.getBoundingClientRect().bottom > top,
+    );
   },
 
   /** Just opened: to the first new message, else to the end. @param {ChatView} chat */
@@ -1016,14 +1150,19 @@ function typingText(chat) {
   return `${names.join(" and ")} ${names.length === 1 ? "is" : "are"} typing…`;
 }
 
-/** Everything in the open chat, top to bottom. @param {ChatView} chat @returns {Row[]} */
+/**
+ * Everything in the open chat, top to bottom.
+ * @param {ChatView} chat
+ * @returns {Row[]}
+ */
 function messageRows(chat) {
   /** @type {Row[]} */
   const rows = [historyRow(chat)];
   /** @type {Message | null} */
   let before = null;
   for (const message of chat.messages) {
-    const newDay = !before || dayName(before.created_at) !== dayName(message.created_at);
+    const newDay =
+      !before || dayName(before.created_at) !== dayName(message.created_at);
     const newPart = chat.divider !== null && message.n === chat.divider + 1;
     if (newDay) rows.push(dayRow(message));
     if (newPart) rows.push(DIVIDER_ROW);
@@ -1032,10 +1171,17 @@ function messageRows(chat) {
     before = message;
   }
   const unsent = model.client?.unsent(chat.id) ?? [];
-  return [...rows, ...unsent.map((delivery, i) => unsentRow(delivery, i === 0))];
+  const apart = before?.sender_id !== myId();
+  return [
+    ...rows,
+    ...unsent.map((delivery, i) => unsentRow(delivery, apart && i === 0)),
+  ];
 }
 
-/** @param {ChatView} chat @returns {Row} the top: the beginning, or the way to older ones */
+/**
+ * @param {ChatView} chat
+ * @returns {Row} the top: the beginning, or the way to older ones
+ */
 function historyRow(chat) {
   const look = chat.loading === "no" ? (chat.more ? "more" : "start") : chat.loading;
   const text = { more: "", yes: "Loading…", failed: "Messages could not be loaded." };
@@ -1044,11 +1190,20 @@ function historyRow(chat) {
     look: `${look} ${chat.last_n > 0}`,
     build: () => {
       if (look === "start") {
-        return el("li", { class: "history" },
-          chat.last_n > 0 ? "The beginning of this chat" : "No messages yet. Say hello.");
+        return el(
+          "li",
+          { class: "history" },
+          chat.last_n > 0
+            ? "The beginning of this chat"
+            : "No messages yet. Say hello.",
+        );
       }
       const row = el("li", { class: "history" }, text[look]);
-      if (look === "failed") row.append(" ", textButton("Try again", () => void reload(chat)));
+      if (look === "failed")
+        row.append(
+          " ",
+          textButton("Try again", () => void reload(chat)),
+        );
       return row;
     },
   };
@@ -1063,7 +1218,11 @@ function reload(chat) {
 function dayRow({ created_at }) {
   const name = dayName(created_at);
   const day = new Date(created_at).toDateString();
-  return { key: `day ${day}`, look: name, build: () => el("li", { class: "day" }, name) };
+  return {
+    key: `day ${day}`,
+    look: name,
+    build: () => el("li", { class: "day" }, name),
+  };
 }
 
 /** @type {Row} */
@@ -1079,7 +1238,12 @@ function sameGroup(a, b) {
   return a.sender_id === b.sender_id && seconds < GROUP_SECONDS;
 }
 
-/** @param {ChatView} chat @param {Message} message @param {boolean} first of a group @returns {Row} */
+/**
+ * @param {ChatView} chat
+ * @param {Message} message
+ * @param {boolean} first of a group
+ * @returns {Row}
+ */
 function messageRow(chat, message, first) {
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
@@ -1088,15 +1252,27 @@ function messageRow(chat, message, first) {
   return {
     key: own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`,
     look: JSON.stringify([message.n, first, name, tick]),
-    build: () => el("li", {
-      class: `message${own ? " own" : ""}${first ? " first" : ""}${arriving ? " arriving" : ""}`,
-      "data-id": message.id, "data-n": message.n,
-    },
-    own ? null : personAvatar(message.sender_id),
-    el("div", { class: "bubble" },
-      senderLine(own, first, name),
-      el("div", { class: "flow" }, contentNode(message.content),
-        stamp(message.created_at, tick)))),
+    build: () =>
+      el(
+        "li",
+        {
+          class: classes("message", { own, first, arriving }),
+          "data-id": message.id,
+          "data-n": message.n,
+        },
+        own ? null : personAvatar(message.sender_id),
+        el(
+          "div",
+          { class: "bubble" },
+          senderLine(own, first, name),
+          el(
+            "div",
+            { class: "flow" },
+            contentNode(message.content),
+            stamp(message.created_at, tick),
+          ),
+        ),
+      ),
   };
 }
 
@@ -1107,7 +1283,12 @@ function personAvatar(userId) {
   return node;
 }
 
-/** Names stand above a group; a screen reader hears one with each message. @param {boolean} own @param {boolean} first @param {string} name */
+/**
+ * Names stand above a group; a screen reader hears one with each message.
+ * @param {boolean} own
+ * @param {boolean} first
+ * @param {string} name
+ */
 function senderLine(own, first, name) {
   if (own) return el("p", { class: "sr-only" }, "You:");
   return el("p", { class: first ? "sender" : "sr-only", dir: "auto" }, name);
@@ -1125,11 +1306,20 @@ function readBy(chat, n) {
 function stamp(created_at, tick) {
   const date = new Date(created_at);
   const read = tick.startsWith("Read");
-  const node = el("span", { class: "stamp", title: tick || null },
-    el("time", { datetime: created_at, title: moment.format(date) }, clock.format(date)));
+  const node = el(
+    "span",
+    { class: "stamp", title: tick || null },
+    el(
+      "time",
+      { datetime: created_at, title: moment.format(date) },
+      clock.format(date),
+    ),
+  );
   if (tick) {
-    node.append(icon(read ? "read" : "sent", tick === "Read" ? "tick-read" : ""),
-      el("span", { class: "sr-only" }, tick));
+    node.append(
+      icon(read ? "read" : "sent", tick === "Read" ? "tick-read" : ""),
+      el("span", { class: "sr-only" }, tick),
+    );
   }
   return node;
 }
@@ -1141,24 +1331,43 @@ function unsentRow(delivery, first) {
   return {
     key: `c ${client_id}`,
     look: JSON.stringify([state, reason, first]),
-    build: () => el("li", { class: `message own${first ? " first" : ""}${failed ? " failed" : ""}` },
-      el("div", { class: "bubble" },
-        senderLine(true, first, ""),
-        el("div", { class: "flow" }, contentNode(content),
-          el("span", { class: "stamp" }, icon(failed ? "failed" : "sending"),
-            el("span", { class: "sr-only" }, failed ? "Not sent" : "Sending"))),
-        failed ? failureLine(client_id, reason) : null)),
+    build: () =>
+      el(
+        "li",
+        { class: classes("message own", { first, failed }) },
+        el(
+          "div",
+          { class: "bubble" },
+          senderLine(true, first, ""),
+          el(
+            "div",
+            { class: "flow" },
+            contentNode(content),
+            el(
+              "span",
+              { class: "stamp" },
+              icon(failed ? "failed" : "sending"),
+              el("span", { class: "sr-only" }, failed ? "Not sent" : "Sending"),
+            ),
+          ),
+          failed ? failureLine(client_id, reason) : null,
+        ),
+      ),
   };
 }
 
 /** @param {string} clientId @param {string} reason */
 function failureLine(clientId, reason) {
-  return el("p", { class: "failure" }, `Not sent: ${reason} `,
+  return el(
+    "p",
+    { class: "failure" },
+    `Not sent: ${reason} `,
     textButton("Try again", () => model.client?.resend(clientId)),
     textButton("Delete", () => {
       model.client?.discard(clientId);
       askForRender();
-    }));
+    }),
+  );
 }
 
 /** @param {string} text @param {() => void} press */
@@ -1175,9 +1384,18 @@ function contentNode(content) {
   for (const match of content.matchAll(/\bhttps?:\/\/[^\s<>"]+/giu)) {
     const address = withoutEnd(match[0]);
     if (!isWebAddress(address)) continue;
-    node.append(content.slice(from, match.index), el("a", {
-      href: address, target: "_blank", rel: "noopener noreferrer nofollow",
-    }, address));
+    node.append(
+      content.slice(from, match.index),
+      el(
+        "a",
+        {
+          href: address,
+          target: "_blank",
+          rel: "noopener noreferrer nofollow",
+        },
+        address,
+      ),
+    );
     from = match.index + address.length;
   }
   node.append(content.slice(from));
@@ -1185,8 +1403,8 @@ function contentNode(content) {
 }
 
 /**
- * Punctuation at the end belongs to the sentence, and so does a bracket that was not opened in
- * the address.
+ * Punctuation at the end belongs to the sentence, and so does a bracket that was not
+ * opened in the address.
  * @param {string} address
  * @returns {string}
  */
@@ -1239,19 +1457,24 @@ function route() {
   }
 }
 
-/** Into the chat that was opened; back to its row in the list when it was closed. @param {ChatView | null} before */
+/**
+ * Into the chat that was opened; back to its row in the list when it was closed.
+ * @param {ChatView | null} before
+ */
 function moveFocus(before) {
   const typist = matchMedia("(pointer: fine)").matches;
   /** @type {HTMLElement | null} */
   const target = model.open
-    ? (typist ? composer : box("scroller"))
+    ? typist
+      ? composer
+      : box("scroller")
     : box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
   target?.focus({ preventScroll: true });
 }
 
-/* ---------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------
  * Writing.
- * ------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------- */
 
 const composer = byId("composer-text", HTMLTextAreaElement);
 
@@ -1282,16 +1505,19 @@ function onComposerInput() {
   if (model.open) model.client?.sendTyping(model.open.id, composer.value.trim() !== "");
 }
 
-/** Enter sends; with Shift, or on a touch keyboard, it begins a new line. @param {KeyboardEvent} event */
+/**
+ * Enter sends; with Shift, or on a touch keyboard, it begins a new line.
+ * @param {KeyboardEvent} event
+ */
 function onComposerKey(event) {
   const touch = matchMedia("(pointer: coarse)").matches;
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || touch) return;
   submitMessage(event);
 }
 
-/* ---------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------
  * Dialogs.
- * ------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------- */
 
 /**
  * Asks a question and waits for the answer; closing it means no.
@@ -1308,11 +1534,16 @@ function ask({ title, text, yes, no }) {
   node.returnValue = "no";
   node.showModal();
   return new Promise((resolve) => {
-    node.addEventListener("close", () => resolve(node.returnValue === "yes"), { once: true });
+    node.addEventListener("close", () => resolve(node.returnValue === "yes"), {
+      once: true,
+    });
   });
 }
 
-/** Whom the people dialog adds to; null: it makes a new chat. @type {ChatView | null} */
+/**
+ * Whom the people dialog adds to; null: it makes a new chat.
+ * @type {ChatView | null}
+ */
 let addingTo = null;
 
 /** @param {ChatView | null} chat */
@@ -1334,18 +1565,31 @@ function showCandidates() {
   const inside = addingTo?.members ?? new Map([[myId(), 0]]);
   const ids = (model.people ?? []).filter((id) => !inside.has(id));
   ids.sort((a, b) => personName(a).localeCompare(personName(b)));
-  showRows(box("people-list"), ids.map((id) => ({
-    key: String(id), look: personName(id), build: () => candidate(id),
-  })));
+  showRows(
+    box("people-list"),
+    ids.map((id) => ({
+      key: String(id),
+      look: personName(id),
+      build: () => candidate(id),
+    })),
+  );
   box("people-empty").hidden = ids.length > 0;
   filterCandidates();
 }
 
 /** @param {number} userId */
 function candidate(userId) {
-  return el("li", {}, el("label", { class: "person" },
-    el("input", { type: "checkbox", value: userId }),
-    personAvatar(userId), el("span", { dir: "auto" }, personName(userId))));
+  return el(
+    "li",
+    {},
+    el(
+      "label",
+      { class: "person" },
+      el("input", { type: "checkbox", value: userId }),
+      personAvatar(userId),
+      el("span", { dir: "auto" }, personName(userId)),
+    ),
+  );
 }
 
 function filterCandidates() {
@@ -1361,7 +1605,9 @@ function filterCandidates() {
 async function onPeopleForm(event) {
   event.preventDefault();
   const inputs = [...box("people-list").querySelectorAll("input")];
-  const chosen = inputs.filter(({ checked }) => checked).map(({ value }) => Number(value));
+  const chosen = inputs
+    .filter(({ checked }) => checked)
+    .map(({ value }) => Number(value));
   if (chosen.length === 0) {
     setText("people-error", "Choose at least one person.");
     return;
@@ -1382,19 +1628,35 @@ async function onPeopleForm(event) {
 /** @param {ChatView} chat @param {number[]} userIds */
 async function addMembers(chat, userIds) {
   for (const user_id of userIds) {
-    await model.client?.request("POST", `/api/v1/chats/${chat.id}/members`, { user_id });
+    await model.client?.request("POST", `/api/v1/chats/${chat.id}/members`, {
+      user_id,
+    });
   }
 }
 
-/** Opens the chat that it creates, or the direct chat that exists. @param {string | null} title @param {number[]} member_ids */
+/**
+ * Opens the chat that it creates, or the direct chat that exists.
+ * @param {string | null} title
+ * @param {number[]} member_ids
+ */
 async function createChat(title, member_ids) {
-  const direct = !title && member_ids.length === 1 && [...model.chats.values()].find((chat) =>
-    !chat.title && others(chat).length === 1 && chat.members.has(member_ids[0] ?? 0));
+  const direct =
+    !title &&
+    member_ids.length === 1 &&
+    [...model.chats.values()].find(
+      (chat) =>
+        !chat.title &&
+        others(chat).length === 1 &&
+        chat.members.has(member_ids[0] ?? 0),
+    );
   if (direct) {
     location.hash = `#chat/${direct.id}`;
     return;
   }
-  const { chat } = await model.client?.request("POST", "/api/v1/chats", { title, member_ids });
+  const { chat } = await model.client?.request("POST", "/api/v1/chats", {
+    title,
+    member_ids,
+  });
   putChat(chat).arrived = Date.now();
   location.hash = `#chat/${chat.id}`;
 }
@@ -1404,9 +1666,17 @@ function showInfo() {
   if (!chat) return;
   setText("info-title", chatTitle(chat));
   const people = [...others(chat), myId()];
-  box("info-members").replaceChildren(...people.map((id) => el("li", { class: "person" },
-    personAvatar(id), el("span", { dir: "auto" }, personName(id)),
-    id === myId() ? el("span", { class: "quiet" }, "you") : null)));
+  box("info-members").replaceChildren(
+    ...people.map((id) =>
+      el(
+        "li",
+        { class: "person" },
+        personAvatar(id),
+        el("span", { dir: "auto" }, personName(id)),
+        id === myId() ? el("span", { class: "quiet" }, "you") : null,
+      ),
+    ),
+  );
   button("info-add").hidden = model.people === null;
   dialog("info").showModal();
 }
@@ -1423,7 +1693,8 @@ async function onInfoLeave() {
   const sure = await ask({
     title: `Leave “${chatTitle(chat)}”?`,
     text: "You will get no more messages from it. Somebody in it can add you again.",
-    yes: "Leave", no: "Stay",
+    yes: "Leave",
+    no: "Stay",
   });
   if (!sure) return;
   try {
@@ -1433,9 +1704,9 @@ async function onInfoLeave() {
   }
 }
 
-/* ---------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------
  * Notifications. Only while the tab is hidden, only after a click that allowed them.
- * ------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------- */
 
 async function onNotifyButton() {
   await Notification.requestPermission();
@@ -1467,15 +1738,18 @@ function showNotification(chat, message) {
       shown.close();
     });
   } catch {
-    // Some phones know notifications only from service workers; the badge has to do there.
+    // Some phones notify only from service workers: there the badge must do.
   }
 }
 
-/* ---------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------
  * Start.
- * ------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------- */
 
-/** Shows this person's chats and connects. Replaces whoever was here. @param {Session} session */
+/**
+ * Shows this person's chats and connects. Replaces whoever was here.
+ * @param {Session} session
+ */
 function start(session) {
   if (model.session?.token === session.token) return;
   model.client?.disconnect();
@@ -1488,17 +1762,24 @@ function start(session) {
   listen(client);
   showScreen("chat");
   askForRender();
-  void fetchChats().then(() => {
+  // With the place of the list the socket goes on without a gap; but a slow answer must
+  // not keep us from connecting, and from saying that something is wrong.
+  const late = new Promise((resolve) => void after(LATE_SECONDS, () => resolve(null)));
+  void Promise.race([fetchChats(), late]).then(() => {
     if (client === model.client) client.connect();
   });
 }
 
 function wireUp() {
-  const on = (/** @type {EventTarget} */ target, /** @type {string} */ type,
-    /** @type {(event: any) => void} */ react) => target.addEventListener(type, react);
+  const on = (
+    /** @type {EventTarget} */ target,
+    /** @type {string} */ type,
+    /** @type {(event: any) => void} */ react,
+  ) => target.addEventListener(type, react);
   on(window, "hashchange", onHash);
   on(window, "storage", onStorage);
-  on(document, "visibilitychange", askForRender);
+  // At once: a frame that was asked for may never come to a tab that is now hidden.
+  on(document, "visibilitychange", render);
   on(box("sign-in-form"), "submit", onSignInForm);
   on(button("sign-out"), "click", () => void onSignOut());
   on(button("banner-retry"), "click", () => model.client?.retry());

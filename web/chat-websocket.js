@@ -12,21 +12,24 @@
  *
  * What it promises, and how:
  *
- * - Every event of your chats reaches your listeners once and in order, or "resync" tells you
- *   to fetch your chats again. It keeps the server's cursor, gives it back at each reconnect
- *   and each poll, and drops what is not ahead of it. So it does not matter which of the two
- *   brought an event.
- * - A message you send is stored once. It has a client_id, is kept in localStorage until the
- *   server's ack, and may be sent as often as needed: the server knows the client_id.
- * - It comes back by itself, at a random moment, so that ten thousand pages do not knock at
- *   once. After 5 s without a socket it polls; every 30 s it tries the socket again.
+ * - Every event of your chats reaches your listeners once and in order, or "resync"
+ *   tells you to fetch your chats again. It keeps the server's cursor, gives it back at
+ *   each reconnect and each poll, and drops what is not ahead of it. So it does not
+ *   matter which of the two brought an event.
+ * - A message you send is stored once. It has a client_id, is kept in localStorage
+ *   until the server's ack, and may be sent as often as needed: the server knows the
+ *   client_id.
+ * - It comes back by itself, at a random moment, so that ten thousand pages do not
+ *   knock at once. After 5 s without a socket it polls; every 30 s it tries the socket
+ *   again.
  *
- * Only typing is best effort. The file depends on nothing: no library, and not on chatd's page.
+ * Only typing is best effort. The file depends on nothing: no library, and not on
+ * chatd's page.
  */
 
-/* ---------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------
  * Limits. Each is a duration in seconds (or a count), with what it buys.
- * ------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------- */
 
 /** The first wait before a reconnect is a random part of this; it doubles each time. */
 const FIRST_RETRY_SECONDS = 0.5;
@@ -38,23 +41,36 @@ const POLL_SECONDS = 5;
 const RETRY_SECONDS = 30;
 /** A socket that is not ready by then counts as refused. */
 const CONNECT_SECONDS = 10;
-/** A connection that lived so long was a good one: the next retry starts small again. */
+/**
+ * A connection that lived so long was a good one: the next retry starts small again.
+ */
 const STEADY_SECONDS = 5;
-/** After so much silence we ask for a sign of life: a page cannot see the server's pings. */
+/**
+ * After so much silence we ask for a sign of life: a page cannot see the server's
+ * pings.
+ */
 const SILENCE_SECONDS = 25;
 /** ... and without one for so long the connection is dead. */
 const PONG_SECONDS = 10;
-/** The same after a hint (the network changed, the tab was looked at again): be quick. */
+/**
+ * The same after a hint (the network changed, the tab was looked at again): be quick.
+ */
 const PROBE_SECONDS = 4;
 /** How often silence is looked at. */
 const WATCH_SECONDS = 2;
 /** `token_expiring` is answered at most so often: the new token may end as soon. */
 const RENEW_SECONDS = 15;
-/** A message without an answer for so long means that the connection is not what it seems. */
+/**
+ * A message without an answer for so long means that the connection is not what it
+ * seems.
+ */
 const ANSWER_SECONDS = 20;
 /** An HTTP request is given up after this. */
 const REQUEST_SECONDS = 15;
-/** Messages sent but not yet answered, at most. After a refusal: one, until all are stored. */
+/**
+ * Messages sent but not yet answered, at most. After a refusal: one, until all are
+ * stored.
+ */
 const UNANSWERED = 8;
 /** Where a refusal does not say how long to wait. */
 const REFUSED_SECONDS = 2;
@@ -73,9 +89,9 @@ const STAY_AWAY = /** @type {Record<number, "signed_out" | "too_many">} */ ({
 const STAY_AWAY_FROM = 4500;
 
 /**
- * Refusals that waiting does not mend: such a message is reported as failed, so that it does
- * not stand in the way of the others. After "internal" it may be stored all the same; then its
- * event says so.
+ * Refusals that waiting does not mend: such a message is reported as failed, so that it
+ * does not stand in the way of the others. After "internal" it may be stored all the
+ * same; then its event says so.
  */
 const FINAL_REFUSALS = new Set([
   "bad_field",
@@ -88,9 +104,9 @@ const FINAL_REFUSALS = new Set([
   "unknown_type",
 ]);
 
-/* ---------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------
  * Words. What travels, as the server writes it, and the three events that we add.
- * ------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------- */
 
 /**
  * @typedef {object} Message
@@ -123,28 +139,42 @@ const FINAL_REFUSALS = new Set([
  * @property {number} expires_in seconds
  * @property {Record<string, {last_n: number, read_n: number}>} chats
  */
-/** @typedef {{type: "new_message", seq: number, chat_id: number, message: Message}} NewMessage */
+/**
+ * @typedef {{type: "new_message", seq: number, chat_id: number,
+ *   message: Message}} NewMessage
+ */
 /**
  * @typedef {{type: "message_read", seq: number, message_id: number, chat_id: number,
- *   read_by: number, n: number}} MessageRead
+ * read_by: number, n: number}} MessageRead
  */
-/** @typedef {{type: "chat_added", seq: number, chat_id: number, chat: Chat}} ChatAdded */
+/**
+ * @typedef {{type: "chat_added", seq: number, chat_id: number, chat: Chat}} ChatAdded
+ */
 /**
  * @typedef {{type: "member_added", seq: number, chat_id: number, user_id: number,
- *   name: string | null}} MemberAdded
+ * name: string | null}} MemberAdded
  */
-/** @typedef {{type: "member_removed", seq: number, chat_id: number, user_id: number}} MemberRemoved */
-/** @typedef {{type: "typing", chat_id: number, user_id: number, is_typing: boolean}} Typing */
+/**
+ * @typedef {{type: "member_removed", seq: number, chat_id: number,
+ *   user_id: number}} MemberRemoved
+ */
+/**
+ * @typedef {{type: "typing", chat_id: number, user_id: number,
+ *   is_typing: boolean}} Typing
+ */
 /**
  * @typedef {{type: "ack", ref?: string, client_id?: string, message_id?: number,
- *   chat_id?: number, n?: number, created_at?: string, duplicate?: boolean,
- *   expires_in?: number}} Ack
+ * chat_id?: number, n?: number, created_at?: string, duplicate?: boolean, expires_in?:
+ * number}} Ack
  */
 /**
  * @typedef {{type: "error", code: string, message: string, ref?: string,
- *   retry_after?: number}} Refusal
+ * retry_after?: number}} Refusal
  */
-/** @typedef {NewMessage | MessageRead | ChatAdded | MemberAdded | MemberRemoved} LoggedEvent */
+/**
+ * @typedef {NewMessage | MessageRead | ChatAdded | MemberAdded
+ *   | MemberRemoved} LoggedEvent
+ */
 
 /**
  * Where the connection stands:
@@ -153,10 +183,12 @@ const FINAL_REFUSALS = new Set([
  * - `polling`: no socket; events come every 5 s, messages go by HTTP
  * - `offline`: polling does not get through either
  * - `signed_out`: the token is no longer good; call connect with a new one
- * - `too_many`: the user is open in too many places; it waits until this tab is looked at
+ * - `too_many`: the user is open in too many places; it waits until this tab is looked
+ *   at
  * - `refused`: the server told us to stay away
  * - `closed`: disconnect was called, or connect never was
- * @typedef {"connecting" | "connected" | "polling" | "offline" | "signed_out" | "too_many"
+ * @typedef {"connecting" | "connected" | "polling" | "offline" | "signed_out"
+ *   | "too_many"
  *   | "refused" | "closed"} State
  */
 /**
@@ -181,7 +213,8 @@ const FINAL_REFUSALS = new Set([
  * @property {StateChange} state
  * @property {Delivery} delivery
  * @property {Snapshot} chats the answer of fetchChats
- * @property {{}} resync your picture is too old: call fetchChats and load what you show again
+ * @property {{}} resync your picture is too old: call fetchChats and load what you show
+ *   again
  * @property {Connected} connected
  * @property {NewMessage} new_message
  * @property {MessageRead} message_read
@@ -199,13 +232,19 @@ const FINAL_REFUSALS = new Set([
 /** @typedef {string | (() => string | Promise<string>)} TokenSource */
 /**
  * @typedef {object} Options
- * @property {string | URL} [server] chatd's address. Default: where this file came from.
- * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect() needs no
- *   token: it asks for a ticket of 60 s, so that the long-lived token never stands in a URL.
- * @property {number} [userId] whose messages to send on, when it is known before the server
- *   says it.
- * @property {Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length"> | null}
- *   [storage] where unsent messages outlive the page. Default: localStorage; null: nowhere.
+ * @property {string | URL} [server] chatd's address. Default: where this file came
+ *   from.
+ * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
+ *   needs no
+ * token: it asks for a ticket of 60 s, so that the long-lived token never stands in a
+ * URL.
+ * @property {number} [userId] whose messages to send on, when it is known before the
+ *   server
+ * says it.
+ * @property {Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length"> |
+ *   null}
+ * [storage] where unsent messages outlive the page. Default: localStorage; null:
+ * nowhere.
  * @property {Pick<Console, "log"> | null} [log] Default: the console; null: silence.
  */
 
@@ -213,7 +252,8 @@ const FINAL_REFUSALS = new Set([
 export class ChatError extends Error {
   /**
    * @param {number} status
-   * @param {string} code chatd's stable word for it, e.g. "not_found"; "unreachable" for 0
+   * @param {string} code chatd's stable word for it, e.g. "not_found"; "unreachable"
+   *   for 0
    * @param {string} message a sentence for people
    * @param {number} [retryAfter] seconds
    */
@@ -226,11 +266,12 @@ export class ChatError extends Error {
   }
 }
 
-/* ---------------------------------------------------------------------------------------
- * Outbox. The messages that are not yet known to be stored, in the order they were written.
- * One item of storage each, so that the tabs of one user never overwrite each other; two tabs
- * that both send one change nothing, because the server knows the client_id.
- * ------------------------------------------------------------------------------------- */
+/* -------------------------------------------------------------------------------------
+ * Outbox. The messages that are not yet known to be stored, in the order they were
+ * written. One item of storage each, so that the tabs of one user never overwrite each
+ * other; two tabs that both send one change nothing, because the server knows the
+ * client_id.
+ * ---------------------------------------------------------------------------------- */
 
 /**
  * @typedef {object} Unsent
@@ -257,8 +298,8 @@ class Outbox {
   }
 
   /**
-   * Takes in what this user left unsent on an earlier visit, and from now on keeps entries
-   * in storage. Does nothing the second time.
+   * Takes in what this user left unsent on an earlier visit, and from now on keeps
+   * entries in storage. Does nothing the second time.
    * @param {number} userId
    */
   open(userId) {
@@ -277,7 +318,11 @@ class Outbox {
   add(chatId, content) {
     /** @type {Unsent} */
     const entry = {
-      client_id: this.#newId(), chat_id: chatId, content, on: "waiting", sentAt: 0,
+      client_id: this.#newId(),
+      chat_id: chatId,
+      content,
+      on: "waiting",
+      sentAt: 0,
     };
     this.entries.push(entry);
     this.#keep(entry);
@@ -328,8 +373,11 @@ class Outbox {
   #newId() {
     this.#lastTime = Math.max(this.#lastTime + 1, Date.now());
     const random = crypto.getRandomValues(new Uint32Array(3));
-    return this.#lastTime.toString(36).padStart(9, "0") + "-"
-      + Array.from(random, (word) => word.toString(36).padStart(7, "0")).join("");
+    return (
+      this.#lastTime.toString(36).padStart(9, "0") +
+      "-" +
+      Array.from(random, (word) => word.toString(36).padStart(7, "0")).join("")
+    );
   }
 
   /** @param {Unsent} entry */
@@ -373,8 +421,13 @@ class Outbox {
 function readUnsent(storage, key) {
   const { chat_id, content, code, reason } = JSON.parse(storage.getItem(key) ?? "{}");
   return {
-    client_id: key.slice(key.lastIndexOf(".") + 1), chat_id, content,
-    on: code ? "failed" : "waiting", sentAt: 0, code, reason,
+    client_id: key.slice(key.lastIndexOf(".") + 1),
+    chat_id,
+    content,
+    on: code ? "failed" : "waiting",
+    sentAt: 0,
+    code,
+    reason,
   };
 }
 
@@ -396,11 +449,12 @@ function parseCursor(cursor) {
   return { epoch: cursor.slice(0, dot), seq: Number(cursor.slice(dot + 1)) };
 }
 
-/* ---------------------------------------------------------------------------------------
- * ChatWebSocket. It owns one socket at most, one poll at most, and the cursor. The state is
- * never stored: it follows from what there is (#state), so it cannot be wrong. Everything that
- * outlives an `await` asks afterwards whether it is still wanted (#attempt, AbortController).
- * ------------------------------------------------------------------------------------- */
+/* -------------------------------------------------------------------------------------
+ * ChatWebSocket. It owns one socket at most, one poll at most, and the cursor. The
+ * state is never stored: it follows from what there is (#state), so it cannot be wrong.
+ * Everything that outlives an `await` asks afterwards whether it is still wanted
+ * (#attempt, AbortController).
+ * ---------------------------------------------------------------------------------- */
 
 export class ChatWebSocket {
   #base;
@@ -462,7 +516,9 @@ export class ChatWebSocket {
   /** Nothing is sent before (ms): the server asked us to wait. */
   #sendFrom = 0;
   #sendTimer = 0;
-  /** @type {Map<number, {wanted: number, known: number, sentAt: number, timer: number}>} */
+  /**
+   * @type {Map<number, {wanted: number, known: number, sentAt: number, timer: number}>}
+   */
   #marks = new Map();
   /** @type {Map<number, {sentAt: number, timer: number}>} */
   #typing = new Map();
@@ -483,8 +539,9 @@ export class ChatWebSocket {
   /* ---- for the page ---- */
 
   /**
-   * Calls `listener` for each event of this type, until the returned function is called. A
-   * listener that throws is reported as an uncaught error and harms nobody else.
+   * Calls `listener` for each event of this type, until the returned function is
+   * called. A listener that throws is reported as an uncaught error and harms nobody
+   * else.
    * @template {keyof ChatEvents} Type
    * @param {Type} type
    * @param {(event: ChatEvents[Type]) => void} listener
@@ -497,14 +554,15 @@ export class ChatWebSocket {
   }
 
   /**
-   * Connects, and stays connected until disconnect. Returns at once; "state" tells the rest.
-   * Called again, it starts anew with the new token and keeps cursor and unsent messages.
+   * Connects, and stays connected until disconnect. Returns at once; "state" tells the
+   * rest. Called again, it starts anew with the new token and keeps cursor and unsent
+   * messages.
    *
-   * @param {TokenSource} [token] a JWT, or a function that fetches one for each connection.
-   *   A function that fails with an error whose `status` is 401 means "sign in again"; any
-   *   other failure is tried again. Where it returns tickets (GET /api/v2/ws-token), give
-   *   the constructor a `bearer` too: a ticket opens sockets, and cannot poll. Without a
-   *   token: tickets, fetched with `bearer`.
+   * @param {TokenSource} [token] a JWT, or a function that fetches one for each
+   *   connection. A function that fails with an error whose `status` is 401 means "sign
+   *   in again"; any other failure is tried again. Where it returns tickets (GET
+   *   /api/v2/ws-token), give the constructor a `bearer` too: a ticket opens sockets,
+   *   and cannot poll. Without a token: tickets, fetched with `bearer`.
    */
   connect(token) {
     if (token === undefined && this.#bearer === undefined) {
@@ -594,8 +652,9 @@ export class ChatWebSocket {
   }
 
   /**
-   * Tells the others that you type. Call it at each key: it is repeated no more often than
-   * every 3 s, and taken back by itself 5 s after the last call. Lost without a socket.
+   * Tells the others that you type. Call it at each key: it is repeated no more often
+   * than every 3 s, and taken back by itself 5 s after the last call. Lost without a
+   * socket.
    * @param {number} chatId
    * @param {boolean} isTyping
    */
@@ -615,13 +674,19 @@ export class ChatWebSocket {
   }
 
   /**
-   * Marks a chat as read up to this message. Sent at most once a second for each chat, and
-   * again after a reconnect if it was not answered. An older message changes nothing.
+   * Marks a chat as read up to this message. Sent at most once a second for each chat,
+   * and again after a reconnect if it was not answered. An older message changes
+   * nothing.
    * @param {number} chatId
    * @param {number} messageId
    */
   markRead(chatId, messageId) {
-    const mark = this.#marks.get(chatId) ?? { wanted: 0, known: 0, sentAt: 0, timer: 0 };
+    const mark = this.#marks.get(chatId) ?? {
+      wanted: 0,
+      known: 0,
+      sentAt: 0,
+      timer: 0,
+    };
     if (messageId <= mark.wanted) return;
     mark.wanted = messageId;
     this.#marks.set(chatId, mark);
@@ -630,9 +695,9 @@ export class ChatWebSocket {
 
   /**
    * Fetches your chats with members, last message and reading positions. Events wait
-   * meanwhile: first "chats" brings the answer, then come the events after it, so nothing is
-   * missed and nothing counted twice. Call it before connect if you gave a bearer, else at
-   * the first "connected"; and at each "resync".
+   * meanwhile: first "chats" brings the answer, then come the events after it, so
+   * nothing is missed and nothing counted twice. Call it before connect if you gave a
+   * bearer, else at the first "connected"; and at each "resync".
    * @returns {Promise<Snapshot>}
    * @throws {ChatError} then the events that waited come all the same; try again
    */
@@ -724,24 +789,26 @@ export class ChatWebSocket {
       return;
     }
     this.#fallBackLater();
+    this.#reportState();
     void this.#comeBack(code, wait);
   }
 
   /** @param {number} code @param {number | undefined} wait seconds */
   async #comeBack(code, wait) {
     const attempt = this.#attempt;
-    // A browser does not say why a handshake was refused. A fixed token may be the reason,
-    // and then trying again for ever would be wrong: a request can tell.
+    // A browser does not say why a handshake was refused. A fixed token may be the
+    // reason, and then trying again for ever would be wrong: a request can tell.
     const unexplained = code === 1006 || code === 4401;
     if (unexplained && typeof this.#token === "string") await this.#checkToken();
-    if (attempt === this.#attempt && !this.#ended) this.#retryIn(wait ?? this.#backoff());
+    if (attempt === this.#attempt && !this.#ended)
+      this.#retryIn(wait ?? this.#backoff());
   }
 
   async #checkToken() {
     try {
       await this.request("GET", "/api/v1/me");
     } catch {
-      // A 401 has ended us already (#askAgain); anything else says nothing about the token.
+      // A 401 has ended us already (#askAgain); else it says nothing about the token.
     }
   }
 
@@ -767,7 +834,10 @@ export class ChatWebSocket {
     else if (elapsed(this.#attemptAt) >= 1) this.retry();
   }
 
-  /** Forgets the socket, whatever state it is in. @param {number} code to close it with */
+  /**
+   * Forgets the socket, whatever state it is in.
+   * @param {number} code to close it with
+   */
   #dropSocket(code) {
     this.#attempt += 1;
     clearTimeout(this.#connectTimer);
@@ -823,10 +893,18 @@ export class ChatWebSocket {
   /** @param {any} frame one that is not in the log */
   #answer(frame) {
     switch (frame.type) {
-      case "ack": this.#acked(frame); break;
-      case "error": this.#refused(frame); break;
-      case "token_expiring": void this.#renew(); break;
-      case "bye": this.#byeSeconds = frame.retry_after; break;
+      case "ack":
+        this.#acked(frame);
+        break;
+      case "error":
+        this.#refused(frame);
+        break;
+      case "token_expiring":
+        void this.#renew();
+        break;
+      case "bye":
+        this.#byeSeconds = frame.retry_after;
+        break;
     }
     this.#emit(frame.type, frame);
   }
@@ -841,8 +919,8 @@ export class ChatWebSocket {
     this.#sendFrom = 0;
     this.#connectedAt = Date.now();
     this.#watchTimer = every(WATCH_SECONDS, () => this.#watch());
-    // "fresh" although we know a place means that we asked before we knew it (a poll told us
-    // meanwhile): what lies between the two is missing, so it is a resync.
+    // "fresh" although we know a place means that we asked before we knew it (a poll
+    // told us meanwhile): what lies between the two is missing, so it is a resync.
     const known = this.#cursor.seq >= 0;
     const fresh = frame.resume === "fresh";
     const resync = frame.resume === "resync" || (fresh && known);
@@ -856,8 +934,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * Learns who we are. Another user than before ends everything: his chats are not ours, and
-   * our unsent messages are not his.
+   * Learns who we are. Another user than before ends everything: his chats are not
+   * ours, and our unsent messages are not his.
    * @param {number} userId
    */
   #isUser(userId) {
@@ -883,7 +961,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * Moves the cursor, never back within an epoch: a poll may have been ahead of the socket.
+   * Moves the cursor, never back within an epoch: a poll may have been ahead of the
+   * socket.
    * @param {string} text
    */
   #moveCursor(text) {
@@ -921,7 +1000,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * A picture taken before the events that we hold begin would leave a gap: take another.
+   * A picture taken before the events that we hold begin would leave a gap: take
+   * another.
    * @returns {Promise<Snapshot>}
    */
   async #freshSnapshot() {
@@ -935,7 +1015,9 @@ export class ChatWebSocket {
 
   /* ---- signs of life ---- */
 
-  /** Every 2 s while connected. Late ticks (a sleeping tab) must not kill a good socket. */
+  /**
+   * Every 2 s while connected. Late ticks (a sleeping tab) must not kill a good socket.
+   */
   #watch() {
     const oldest = this.#outbox.on("socket")[0];
     const unanswered = oldest && elapsed(oldest.sentAt) > ANSWER_SECONDS;
@@ -978,15 +1060,17 @@ export class ChatWebSocket {
 
   /** Before the token ends, show a newer one. What it answers needs no action. */
   async #renew() {
-    if (typeof this.#token === "string") return; // nothing newer to show; 4401 will come
-    if (elapsed(this.#renewedAt) < RENEW_SECONDS) return;
-    this.#renewedAt = Date.now();
+    if (typeof this.#token === "string") return; // nothing newer; 4401 will come
     const attempt = this.#attempt;
+    const wait = RENEW_SECONDS - elapsed(this.#renewedAt);
+    if (wait > 0) await pause(wait);
+    if (attempt !== this.#attempt) return;
+    this.#renewedAt = Date.now();
     try {
       const token = await this.#socketToken();
       if (attempt === this.#attempt) this.#say({ type: "auth", token, ref: "auth" });
     } catch {
-      // The socket lives on to its end; then 4401 starts a connection with its own retries.
+      // The socket lives on to its end; then 4401 starts a connection and its retries.
     }
   }
 
@@ -1003,14 +1087,22 @@ export class ChatWebSocket {
     });
   }
 
-  /** Asks for events, tells what came, and is due again in 5 s, or at once if there is more. */
+  /**
+   * Asks for events, tells what came, and is due again in 5 s, or at once if there is
+   * more.
+   */
   async #pollOnce() {
     const poll = new AbortController();
     this.#poll = poll;
     let wait = POLL_SECONDS;
     try {
       const blind = this.#cursor.seq < 0;
-      const answer = await this.request("GET", this.#pollPath(), undefined, poll.signal);
+      const answer = await this.request(
+        "GET",
+        this.#pollPath(),
+        undefined,
+        poll.signal,
+      );
       if (poll.signal.aborted) return;
       if (answer.more) wait = 0;
       this.#polled(answer, blind);
@@ -1030,7 +1122,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * @param {{events: LoggedEvent[], cursor: string, more: boolean, resync: boolean}} answer
+   * @param {{events: LoggedEvent[], cursor: string, more: boolean, resync: boolean}}
+   *   answer
    * @param {boolean} blind we asked without a cursor
    */
   #polled(answer, blind) {
@@ -1044,7 +1137,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * A server that answers again after it did not is worth an immediate try of the socket.
+   * A server that answers again after it did not is worth an immediate try of the
+   * socket.
    * @param {boolean} reachable
    */
   #isReachable(reachable) {
@@ -1065,8 +1159,8 @@ export class ChatWebSocket {
   /* ---- sending ---- */
 
   /**
-   * Hands over as many unsent messages as may be under way, in order: by the socket, or one
-   * by one over HTTP while we poll.
+   * Hands over as many unsent messages as may be under way, in order: by the socket, or
+   * one by one over HTTP while we poll.
    */
   #sendUnsent() {
     if (this.#ended) return;
@@ -1104,8 +1198,8 @@ export class ChatWebSocket {
       this.#stored({ ...answer.message, client_id });
     } catch (error) {
       this.#notPosted(entry, error);
+      this.#sendUnsent();
     }
-    this.#sendUnsent();
   }
 
   /** @param {Unsent} entry @param {unknown} error */
@@ -1126,11 +1220,14 @@ export class ChatWebSocket {
     const entry = this.#outbox.find(ack.client_id);
     if (!entry || ack.message_id === undefined) return;
     this.#stored({
-      id: ack.message_id, chat_id: entry.chat_id, sender_id: this.#userId ?? 0,
-      content: entry.content, created_at: ack.created_at ?? "", n: ack.n ?? 0,
+      id: ack.message_id,
+      chat_id: entry.chat_id,
+      sender_id: this.#userId ?? 0,
+      content: entry.content,
+      created_at: ack.created_at ?? "",
+      n: ack.n ?? 0,
       client_id: entry.client_id,
     });
-    this.#sendUnsent();
   }
 
   /** @param {Refusal} refusal */
@@ -1138,7 +1235,8 @@ export class ChatWebSocket {
     const [word, chatId, messageId] = (ref ?? "").split(" ");
     const mark = word === "read" ? this.#marks.get(Number(chatId)) : undefined;
     if (mark && FINAL_REFUSALS.has(code)) mark.known = Number(messageId);
-    else if (mark) after(retry_after ?? REFUSED_SECONDS, () => this.#sendMark(Number(chatId)));
+    else if (mark)
+      after(retry_after ?? REFUSED_SECONDS, () => this.#sendMark(Number(chatId)));
     const entry = this.#outbox.find(ref);
     if (entry?.on !== "socket") return;
     this.#notStored(entry, code, message, retry_after);
@@ -1146,7 +1244,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * The server has it: an ack, a 201, or the event itself said so, whichever came first.
+   * The server has it: an ack, a 201, or the event itself said so, whichever came
+   * first.
    * @param {Message} message
    */
   #stored(message) {
@@ -1155,6 +1254,7 @@ export class ChatWebSocket {
     this.#outbox.remove(entry);
     if (this.#outbox.isDone()) this.#window = UNANSWERED;
     this.#emit("delivery", { ...delivery(entry, "sent"), message });
+    this.#sendUnsent();
   }
 
   /**
@@ -1193,7 +1293,9 @@ export class ChatWebSocket {
       this.#say({ type: "mark_read", message_id, ref: `read ${chatId} ${message_id}` });
     } else if (this.#polling) {
       this.request("POST", `/api/v1/messages/${message_id}/read`).then(
-        () => { mark.known = Math.max(mark.known, message_id); },
+        () => {
+          mark.known = Math.max(mark.known, message_id);
+        },
         () => {}, // the next poll or the next connection tries again
       );
     }
@@ -1211,18 +1313,23 @@ export class ChatWebSocket {
 
   /* ---- HTTP ---- */
 
-  /** @param {boolean} fresh not the one that was used before @returns {Promise<string>} */
+  /**
+   * @param {boolean} fresh not the one that was used before
+   * @returns {Promise<string>}
+   */
   async #httpToken(fresh) {
     const source = this.#bearer ?? this.#token;
-    if (source === undefined) throw new TypeError("request: give connect a token first");
+    if (source === undefined)
+      throw new TypeError("request: give connect a token first");
     if (typeof source === "string") return source;
     if (fresh || this.#fetchedToken === undefined) this.#fetchedToken = await source();
     return this.#fetchedToken;
   }
 
   /**
-   * After a 401: once more with a fresh token where there is a function to fetch it. A token
-   * of our own that is refused means "sign in again"; a function's may have been a ticket.
+   * After a 401: once more with a fresh token where there is a function to fetch it. A
+   * token of our own that is refused means "sign in again"; a function's may have been
+   * a ticket.
    * @param {string} method @param {string} path @param {object | undefined} body
    * @param {AbortSignal | undefined} signal @param {unknown} refusal
    */
@@ -1250,10 +1357,16 @@ export class ChatWebSocket {
     const timer = after(REQUEST_SECONDS, () => limit.abort());
     signal?.addEventListener("abort", () => limit.abort());
     try {
-      return await readAnswer(await fetch(new URL(path.replace(/^\//, ""), this.#base), {
-        method, headers, body: body ? JSON.stringify(body) : null,
-        cache: "no-store", credentials: "omit", signal: limit.signal,
-      }));
+      return await readAnswer(
+        await fetch(new URL(path.replace(/^\//, ""), this.#base), {
+          method,
+          headers,
+          body: body ? JSON.stringify(body) : null,
+          cache: "no-store",
+          credentials: "omit",
+          signal: limit.signal,
+        }),
+      );
     } catch (error) {
       if (error instanceof ChatError) throw error;
       throw new ChatError(0, "unreachable", "The chat server does not answer.");
@@ -1298,13 +1411,19 @@ export class ChatWebSocket {
   }
 }
 
-/* ---------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------
  * Small change.
- * ------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------- */
 
 /** @param {Unsent} entry @param {Delivery["state"]} state @returns {Delivery} */
 function delivery({ client_id, chat_id, content, code, reason }, state) {
-  return { state, client_id, chat_id, content, ...(code && { code, reason: reason ?? "" }) };
+  return {
+    state,
+    client_id,
+    chat_id,
+    content,
+    ...(code && { code, reason: reason ?? "" }),
+  };
 }
 
 /** @param {any} data @returns {any} the object in a text frame, or null */
@@ -1322,7 +1441,11 @@ async function readAnswer(answer) {
   if (answer.status === 204) return null;
   const body = await answer.json().catch(() => null);
   if (answer.ok && body) return body;
-  const { code = "internal", message = `HTTP ${answer.status}`, retry_after } = body?.error ?? {};
+  const {
+    code = "internal",
+    message = `HTTP ${answer.status}`,
+    retry_after,
+  } = body?.error ?? {};
   throw new ChatError(answer.status, code, message, retry_after);
 }
 
@@ -1344,6 +1467,11 @@ function elapsed(since) {
 /** @param {number} seconds @param {() => void} task @returns {number} */
 function after(seconds, task) {
   return Number(setTimeout(task, seconds * 1000));
+}
+
+/** @param {number} seconds @returns {Promise<void>} */
+function pause(seconds) {
+  return new Promise((resolve) => void after(seconds, resolve));
 }
 
 /** @param {number} seconds @param {() => void} task @returns {number} */
