@@ -38,10 +38,10 @@ The task tree; a task never outlives the nursery above it:
              `- Session      its nursery holds the library's reader and, only while
                              bytes wait, Outbox._flush and Session._catch_up
 
-Queues and their bounds: jobs for the store (4,096), batches for the hub (8), commands
-of one connection without an answer (64), messages between the library's reader and the
-session (32), bytes of one outbox (256 KiB and the batch that crossed the line). Nothing
-else queues: who cannot take more stops being live and reads the log later.
+Queues and their bounds: jobs for the store (4,096), commands of one connection without
+an answer (64), messages between the library's reader and the session (32), bytes of one
+outbox (256 KiB and the batch that crossed the line). Nothing else queues: who cannot
+take more stops being live and reads the log later.
 
 Deadlines: a request head 10 s, a request 15 s, a keep-alive 75 s, silence 25 s before
 a ping and 10 s after it, waiting bytes that do not move 10 s, a close 1 s after the
@@ -83,7 +83,6 @@ import sys
 import tempfile
 import time
 import urllib.parse
-import uuid
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -94,7 +93,7 @@ import jwt
 import msgspec
 import trio
 import wsproto
-from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection
+from trio_websocket import ConnectionClosed, WebSocketConnection
 from wsproto.frame_protocol import FrameProtocol
 
 if TYPE_CHECKING:
@@ -106,8 +105,9 @@ HERE = Path(__file__).resolve().parent
 # Beside this file in a checkout; in an installed wheel in chatd_assets/ beside it.
 ASSETS = HERE / "chatd_assets" if (HERE / "chatd_assets").is_dir() else HERE
 
-log = logging.getLogger("chatd")
+logger = logging.getLogger("chatd")
 T = TypeVar("T")
+Db = sqlite3.Connection
 
 
 # =====================================================================================
@@ -117,6 +117,9 @@ T = TypeVar("T")
 # goes over the wire. These are tables. Nothing here waits, and nothing here decides.
 # To add a limit: one field. To add a message: one Struct, one arm in Session, one test.
 # =====================================================================================
+
+
+MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
 
 
 class Rate(NamedTuple):
@@ -132,76 +135,133 @@ class Rate(NamedTuple):
         return f"{self.per_second:g}/{self.burst:g}" if self.per_second else "0"
 
 
+def wants(what: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
+    """Decorate what reads the text of a flag: its ValueError says what was wanted."""
+
+    def decorate(read: Callable[[str], T]) -> Callable[[str], T]:
+        @functools.wraps(read)
+        def parse(text: str) -> T:
+            try:
+                return read(text)
+            except ValueError:
+                raise ValueError(f"{text!r} is not {what}") from None
+
+        return parse
+
+    return decorate
+
+
+@wants("RATE/BURST, such as 5/20, or 0 for no limit")
 def parse_rate(text: str) -> Rate:
-    """Read "RATE/BURST", or "0" for no limit. Raises ValueError."""
+    """Read "RATE/BURST", or "0" for no limit. Raises ValueError, as all of these."""
     rate, slash, burst = text.partition("/")
     parsed = Rate(float(rate), float(burst) if slash else 0.0)
     if parsed.per_second == 0:
         return Rate(0, 0)
     if not (0 < parsed.per_second < math.inf and 1 <= parsed.burst < math.inf):
-        raise ValueError(f"{text!r} is not RATE/BURST, such as 5/20, or 0 for no limit")
+        raise ValueError
     return parsed
 
 
+@wants("a whole number above 0")
 def parse_count(text: str) -> int:
-    """Read a whole number above 0. Raises ValueError."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ValueError(f"{text!r} is not a whole number above 0")
+    """Read a whole number above 0."""
+    if not re.fullmatch("0*[1-9][0-9]{0,15}", text):
+        raise ValueError
     return int(text)
 
 
+@wants(f"a user's id, a number from 1 to {MAX_ID}")
+def parse_user(text: str) -> int:
+    """Read a user's id."""
+    if parse_count(text) > MAX_ID:
+        raise ValueError
+    return int(text)
+
+
+@wants("a number of seconds, 0 or more")
 def parse_seconds(text: str) -> float:
-    """Read a number of seconds, 0 or more. Raises ValueError."""
+    """Read a number of seconds."""
     if not 0 <= float(text) < math.inf:
-        raise ValueError(f"{text!r} is not a number of seconds")
+        raise ValueError
     return float(text)
 
 
+@wants("a time, such as 30d, 12h, 15m or 90s")
+def parse_ttl(text: str) -> int:
+    """Read a time, in seconds."""
+    match = re.fullmatch("0*([1-9][0-9]{0,8})([smhd]?)", text)
+    if not match:
+        raise ValueError
+    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+@wants("HOST:PORT, such as 127.0.0.1:8086")
 def parse_listen(text: str) -> str:
-    """Check HOST:PORT, where HOST may be [::1]. Raises ValueError."""
+    """Check HOST:PORT, where HOST may be [::1]."""
     host, colon, port = text.rpartition(":")
     if not (colon and host and port.isdigit() and int(port) < 65536):
-        raise ValueError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8086")
+        raise ValueError
     return text
 
 
+@wants("a network, such as 10.0.0.0/8, or none")
 def parse_network(text: str) -> str:
-    """Check an address or CIDR network, or the word none. Raises ValueError."""
+    """Check an address or CIDR network, or the word none."""
     if text != "none":
         ipaddress.ip_network(text)
     return text
 
 
+@wants("an origin, such as https://example.org")
 def parse_origin(text: str) -> str:
-    """Check scheme://host[:port] as a browser sends it. Raises ValueError."""
+    """Check scheme://host[:port] as a browser sends it."""
     if not re.fullmatch(r"https?://[^/?#\s@]+", text):
-        raise ValueError(f"{text!r} is not an origin, such as https://example.org")
+        raise ValueError
     return text.lower()
+
+
+@wants("a scope: service, stats, or both")
+def parse_scope(text: str) -> str:
+    """Read scopes."""
+    if not text.split() or not set(text.split()) <= {"service", "stats"}:
+        raise ValueError
+    return " ".join(text.split())
 
 
 def parse_word(*words: str) -> Callable[[str], str]:
     """Make a parser that takes one of the given words."""
 
+    @wants(f"one of {', '.join(words)}")
     def parse(text: str) -> str:
         if text not in words:
-            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+            raise ValueError
         return text
 
     return parse
 
 
-def setting(
-    default: Any,
-    parse: Callable[[str], Any] | None,
-    unit: str,
-    why: str,
-    over: str = "",
-) -> Any:
-    """Make a field of Settings: what it limits, in what unit, and what happens then.
+# What reads a flag's text, by its unit. A setting with another unit is no flag.
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "HOST:PORT": parse_listen,
+    "FILE": Path,
+    "ISS": str,
+    "AUD": str,
+    "ORIGIN": parse_origin,
+    "CIDR": parse_network,
+    "WHO": parse_word("user", "service"),
+    "LEVEL": parse_word("debug", "info", "warning", "error"),
+    "RATE/BURST": parse_rate,
+    "COUNT": parse_count,
+    "BYTES": parse_count,
+    "CHARACTERS": parse_count,
+    "SECONDS": parse_seconds,
+}
 
-    Without parse it is a field for tests and for reading, not a flag.
-    """
-    metadata = {"parse": parse, "unit": unit, "why": why, "over": over}
+
+def setting(default: Any, unit: str, why: str, over: str = "") -> Any:
+    """Make a field of Settings: its unit, what it limits, and what happens then."""
+    metadata = {"unit": unit, "why": why, "over": over}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -212,153 +272,96 @@ class Settings:
     `--help`, the CHATD_... variables and the README's table are made from this class.
     """
 
-    listen: str = setting(
-        "127.0.0.1:8086", parse_listen, "HOST:PORT",
-        "where to listen; port 0 picks a free one",
-    )  # fmt: skip
-    db: Path = setting(
-        Path("chatd.db"), Path, "FILE",
-        "the database; under systemd $STATE_DIRECTORY/chatd.db",
-    )  # fmt: skip
-    secret_file: Path | None = setting(
-        None, Path, "FILE",
+    # fmt: off
+    listen: str = setting("127.0.0.1:8086", "HOST:PORT",
+        "where to listen; port 0 picks a free one")
+    db: Path = setting(Path("chatd.db"), "FILE",
+        "the database; under systemd $STATE_DIRECTORY/chatd.db")
+    secret_file: Path | None = setting(None, "FILE",
         "chatd's own signing secret; else the credential chatd.secret of systemd, "
-        "else chatd.secret beside the database",
-    )  # fmt: skip
-    jwt_key: tuple[Path, ...] = setting(
-        (), Path, "FILE",
+        "else chatd.secret beside the database")
+    jwt_key: tuple[Path, ...] = setting((), "FILE",
         "also trust tokens signed with this key: a PEM public key (RS256, ES256, "
-        "EdDSA), otherwise a shared secret (HS256); may be given several times",
-    )  # fmt: skip
-    issuer: str | None = setting(
-        None, str, "ISS", "tokens of a --jwt-key must have this iss", "token_invalid"
-    )
-    audience: str | None = setting(
-        None, str, "AUD", "tokens of a --jwt-key must have this aud", "token_invalid"
-    )
-    origin: tuple[str, ...] = setting(
-        (), parse_origin, "ORIGIN",
-        "pages of this origin may use chatd too; may be given several times", "403",
-    )  # fmt: skip
-    trusted_proxy: tuple[str, ...] = setting(
-        ("127.0.0.0/8", "::1"), parse_network, "CIDR",
-        "whose X-Forwarded-For is believed, or none; may be given several times",
-    )  # fmt: skip
-    chats_by: str = setting(
-        "user", parse_word("user", "service"), "WHO",
-        "who may create chats and add members: user or service", "forbidden",
-    )  # fmt: skip
-    log_level: str = setting(
-        "info", parse_word("debug", "info", "warning", "error"), "LEVEL",
-        "what to log: debug, info, warning or error",
-    )  # fmt: skip
-    sends: Rate = setting(
-        Rate(5, 20), parse_rate, "RATE/BURST",
-        "messages a second per user, so that nobody floods a chat", "rate_limited",
-    )  # fmt: skip
-    commands: Rate = setting(
-        Rate(30, 60), parse_rate, "RATE/BURST",
+        "EdDSA), otherwise a shared secret (HS256); may be given several times")
+    issuer: str | None = setting(None, "ISS",
+        "tokens of a --jwt-key must have this iss", "token_invalid")
+    audience: str | None = setting(None, "AUD",
+        "tokens of a --jwt-key must have this aud", "token_invalid")
+    origin: tuple[str, ...] = setting((), "ORIGIN",
+        "pages of this origin may use chatd too; may be given several times", "403")
+    trusted_proxy: tuple[str, ...] = setting(("127.0.0.0/8", "::1"), "CIDR",
+        "whose X-Forwarded-For is believed, or none; may be given several times")
+    chats_by: str = setting("user", "WHO",
+        "who may create chats and add members: user or service", "forbidden")
+    log_level: str = setting("info", "LEVEL",
+        "what to log: debug, info, warning or error")
+    sends: Rate = setting(Rate(5, 20), "RATE/BURST",
+        "messages a second per user, so that nobody floods a chat", "rate_limited")
+    commands: Rate = setting(Rate(30, 60), "RATE/BURST",
         "commands a second per connection",
-        "rate_limited; 4008 after 100 refused in a row",
-    )  # fmt: skip
-    typing: Rate = setting(
-        Rate(1, 5), parse_rate, "RATE/BURST",
-        "typing signs a second per user and chat", "dropped",
-    )  # fmt: skip
-    handshakes: Rate = setting(
-        Rate(10, 50), parse_rate, "RATE/BURST",
-        "upgrades and 401s a second per address (IPv6: per /64)", "429",
-    )  # fmt: skip
-    requests: Rate = setting(
-        Rate(20, 100),
-        parse_rate,
-        "RATE/BURST",
-        "HTTP requests a second per user",
-        "429",
-    )
-    receive_bytes: Rate = setting(
-        Rate(65536, 524288), parse_rate, "RATE/BURST",
+        "rate_limited; 4008 after 100 refused in a row")
+    typing: Rate = setting(Rate(1, 5), "RATE/BURST",
+        "typing signs a second per user and chat", "dropped")
+    handshakes: Rate = setting(Rate(10, 50), "RATE/BURST",
+        "upgrades and 401s a second per address (IPv6: per /64)", "429")
+    requests: Rate = setting(Rate(20, 100), "RATE/BURST",
+        "HTTP requests a second per user", "429")
+    receive_bytes: Rate = setting(Rate(65536, 524288), "RATE/BURST",
         "bytes a second per connection, so that a flood meets TCP, not the CPU",
-        "reading waits",
-    )  # fmt: skip
-    max_connections: int = setting(
-        10_000, parse_count, "COUNT",
+        "reading waits")
+    max_connections: int = setting(10_000, "COUNT",
         "sockets in all; the limit of open files must be this + 256",
-        "503 overloaded at once, closed",
-    )  # fmt: skip
-    connections_per_user: int = setting(
-        20, parse_count, "COUNT", "sockets per user, so that no page eats them all",
-        "4504",
-    )  # fmt: skip
-    max_message_bytes: int = setting(
-        65_536, parse_count, "BYTES", "a message of a socket, a body of a request",
-        "1009, 413",
-    )  # fmt: skip
-    max_content_chars: int = setting(
-        4_000, parse_count, "CHARACTERS", "the content of a message", "bad_field"
-    )
-    drain_seconds: float = setting(
-        5.0, parse_seconds, "SECONDS", "how long a stop may take",
-        "what is left is cut",
-    )  # fmt: skip
+        "503 overloaded at once, closed")
+    connections_per_user: int = setting(20, "COUNT",
+        "sockets per user, so that no page eats them all", "4504")
+    max_message_bytes: int = setting(65_536, "BYTES",
+        "a message of a socket, a body of a request", "1009, 413")
+    max_content_chars: int = setting(4_000, "CHARACTERS",
+        "the content of a message", "bad_field")
+    drain_seconds: float = setting(5.0, "SECONDS",
+        "how long a stop may take", "what is left is cut")
 
     # Not flags: nobody should have to think of them. Tests set them.
-    outbox_bytes: int = setting(
-        262_144, None, "bytes", "one connection's unsent bytes; holds any one event",
-        "no longer live: it reads the log when it can take more",
-    )  # fmt: skip
-    head_seconds: float = setting(10.0, None, "s", "a request head to arrive", "408")
-    request_seconds: float = setting(15.0, None, "s", "a request to be done", "408")
-    idle_seconds: float = setting(
-        75.0, None, "s", "a keep-alive; longer than the 60 s of common proxies, so that "
-        "the proxy closes first", "closed",
-    )  # fmt: skip
-    ping_seconds: float = setting(
-        25.0, None, "s", "silence before a ping, +-10 %; below the 60 s after which "
-        "nginx cuts a silent socket", "a ping",
-    )  # fmt: skip
-    pong_seconds: float = setting(10.0, None, "s", "silence after a ping", "cut")
-    stall_seconds: float = setting(
-        10.0, None, "s", "waiting bytes that do not move, nothing heard", "cut"
-    )
-    linger_seconds: float = setting(
-        1.0, None, "s", "after our last byte, for the peer to read it", "cut"
-    )
-    token_warning_seconds: float = setting(60.0, None, "s", "before a token's end")
-    token_grace_seconds: float = setting(25.0, None, "s", "after a token's end", "4401")
-    ticket_seconds: int = setting(60, None, "s", "a ticket's life")
-    link_seconds: int = setting(86_400, None, "s", "a sign-in link's life")
-    session_seconds: int = setting(30 * 86_400, None, "s", "a session token's life")
-    probe_seconds: float = setting(2.0, None, "s", "between probes of a failed disk")
-    commit_seconds: float = setting(60.0, None, "s", "one commit, else it is hung")
-    unanswered: int = setting(64, None, "commands", "in flight", "reading waits")
-    fragments: int = setting(64, None, "frames", "a message may come in", "1009")
-    header_lines: int = setting(64, None, "lines", "a request head may have", "431")
-    head_bytes: int = setting(16_384, None, "bytes", "a request head", "431")
-    refused_in_a_row: int = setting(100, None, "commands", "over the rate", "4008")
-    resync_events: int = setting(
-        5_000, None, "events", "of one user to replay; more costs more than a fresh look",
-        "resync",
-    )  # fmt: skip
-    page_events: int = setting(500, None, "events", "a page of the log")
-    page_bytes: int = setting(
-        131_072, None, "bytes", "a page, or a helping of the tail"
-    )
-    tail_events: int = setting(16_384, None, "events", "the log's end held in memory")
-    tail_bytes: int = setting(16_777_216, None, "bytes", "the same")
-    batch_jobs: int = setting(
-        512, None, "jobs", "a transaction, so that none takes long"
-    )
-    readers: int = setting(4, None, "threads", "reading at once")
-    members: int = setting(
-        5_000, None, "users", "a chat; its chat_added must fit an outbox", "bad_field"
-    )
-    large_chat: int = setting(
-        50, None, "users", "above it a read mark is told to its reader only"
-    )
-    buckets: int = setting(
-        65_536, None, "keys", "a table of buckets", "oldest forgotten"
-    )
+    outbox_bytes: int = setting(262_144, "bytes",
+        "one connection's unsent bytes; holds any one event",
+        "no longer live: it reads the log when it can take more")
+    head_seconds: float = setting(10.0, "s", "a request head to arrive", "408")
+    request_seconds: float = setting(15.0, "s", "a request to be done", "408")
+    idle_seconds: float = setting(75.0, "s", "a keep-alive; longer than the 60 s of "
+        "common proxies, so that the proxy closes first", "closed")
+    ping_seconds: float = setting(25.0, "s", "silence before a ping, +-10 %; below the "
+        "60 s after which nginx cuts a silent socket", "a ping")
+    pong_seconds: float = setting(10.0, "s", "silence after a ping", "cut")
+    stall_seconds: float = setting(10.0, "s",
+        "waiting bytes that do not move, nothing heard", "cut")
+    linger_seconds: float = setting(1.0, "s",
+        "after our last byte, for the peer to read it", "cut")
+    token_warning_seconds: float = setting(60.0, "s", "before a token's end")
+    token_grace_seconds: float = setting(25.0, "s", "after a token's end", "4401")
+    ticket_seconds: int = setting(60, "s", "a ticket's life")
+    link_seconds: int = setting(86_400, "s", "a sign-in link's life")
+    session_seconds: int = setting(30 * 86_400, "s", "a session token's life")
+    probe_seconds: float = setting(2.0, "s", "between probes of a failed disk")
+    commit_seconds: float = setting(60.0, "s", "one commit, else it is hung")
+    unanswered: int = setting(64, "commands", "in flight", "reading waits")
+    fragments: int = setting(64, "frames", "a message may come in", "1009")
+    header_lines: int = setting(64, "lines", "a request head may have", "431")
+    head_bytes: int = setting(16_384, "bytes", "a request head", "431")
+    refused_in_a_row: int = setting(100, "commands", "over the rate", "4008")
+    resync_events: int = setting(5_000, "events",
+        "of one user to replay; more costs more than a fresh look", "resync")
+    page_events: int = setting(500, "events", "a page of the log")
+    page_bytes: int = setting(131_072, "bytes", "a page, or a helping of the tail")
+    tail_events: int = setting(16_384, "events", "the log's end held in memory")
+    tail_bytes: int = setting(16_777_216, "bytes", "the same")
+    batch_jobs: int = setting(512, "jobs", "a transaction, so that none takes long")
+    readers: int = setting(4, "threads", "reading at once")
+    members: int = setting(5_000, "users",
+        "a chat; its chat_added must fit an outbox", "bad_field")
+    large_chat: int = setting(50, "users",
+        "above it a read mark is told to its reader only")
+    buckets: int = setting(65_536, "keys", "a table of buckets", "oldest forgotten")
+    # fmt: on
 
 
 class Refusal(Exception):
@@ -414,6 +417,17 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "internal": (500, "the server made a mistake; it has been logged"),
 }
 
+
+def bad_field(sentence: str) -> Refusal:
+    """Make the commonest Refusal. The sentence begins with the field's name."""
+    return Refusal("bad_field", sentence)
+
+
+def no_chat() -> Refusal:
+    """Make the answer for a chat that is unknown, and for one of other people."""
+    return Refusal("not_found", "chat_id: there is no such chat for you")
+
+
 # Close codes: RFC 6455 7.4.1, and our own. 4000-4499: come back. 4500-4999: stay away.
 CLOSE_NORMAL = 1000
 CLOSE_TOO_BIG = 1009
@@ -425,7 +439,6 @@ CLOSE_SIGN_IN = 4503
 CLOSE_TOO_MANY = 4504
 CUT = 1006  # not a code on the wire: the connection ended without a close frame
 
-MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
 Id = Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)]
 Ref = Annotated[str, msgspec.Meta(max_length=64)]
 ClientId = Annotated[
@@ -474,16 +487,12 @@ class Auth(Command, frozen=True, tag="auth"):
     token: str
 
 
-class NewChat(msgspec.Struct, frozen=True):
-    """Body of POST /api/v1/chats."""
-
+class NewChat(msgspec.Struct, frozen=True):  # body of POST /api/v1/chats
     member_ids: list[Id] = []
     title: Title | None = None
 
 
-class UserBody(msgspec.Struct, frozen=True):
-    """Body of adding a member, and of revoking."""
-
+class UserBody(msgspec.Struct, frozen=True):  # body of adding a member, and of revoking
     user_id: Id
 
 
@@ -493,6 +502,10 @@ class PostMessage(msgspec.Struct, frozen=True):
     content: str
     client_id: ClientId | None = None
     sender_id: Id | None = None
+
+
+class OnlyRef(msgspec.Struct):  # what can still be read of a command that is wrong
+    ref: Ref | None = None
 
 
 class Say(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
@@ -519,9 +532,7 @@ class Member(msgspec.Struct, frozen=True):
     read_n: int
 
 
-class Chat(msgspec.Struct, frozen=True):
-    """One chat, as of a seq."""
-
+class Chat(msgspec.Struct, frozen=True):  # as of a seq
     id: int
     title: str | None
     members: list[Member]
@@ -529,16 +540,12 @@ class Chat(msgspec.Struct, frozen=True):
     last_message: Message | None
 
 
-class MyChat(Chat, frozen=True):
-    """One chat as one of its members sees it in his list."""
-
+class MyChat(Chat, frozen=True):  # as one of its members sees it in his list
     read_n: int
     unread: int
 
 
-class User(msgspec.Struct, frozen=True):
-    """Somebody who is known."""
-
+class User(msgspec.Struct, frozen=True):  # somebody who is known
     user_id: int
     name: str | None
 
@@ -604,16 +611,12 @@ class Connected(Say, frozen=True, tag="connected"):
     chats: dict[str, Marks]
 
 
-class Pong(Say, frozen=True, tag="pong"):
-    """Answer to ping."""
-
+class Pong(Say, frozen=True, tag="pong"):  # answer to ping
     timestamp: str
     ref: str | None = None
 
 
-class TypingSign(Say, frozen=True, tag="typing"):
-    """Somebody types, or has stopped."""
-
+class TypingSign(Say, frozen=True, tag="typing"):  # somebody types, or has stopped
     chat_id: int
     user_id: int
     is_typing: bool
@@ -641,26 +644,15 @@ class ErrorFrame(Say, frozen=True, tag="error"):
     retry_after: float | None = None
 
 
-class TokenExpiring(Say, frozen=True, tag="token_expiring"):
-    """Send `auth` soon."""
-
+class TokenExpiring(Say, frozen=True, tag="token_expiring"):  # send `auth` soon
     expires_in: int
 
 
-class Bye(Say, frozen=True, tag="bye"):
-    """The server stops; come back after so many seconds."""
-
+class Bye(Say, frozen=True, tag="bye"):  # we stop; come back after so many seconds
     retry_after: float
 
 
 Wire = NewMessage | MessageRead | ChatAdded | MemberAdded | MemberRemoved
-
-
-class OnlyRef(msgspec.Struct):
-    """What can still be read of a command that is wrong."""
-
-    ref: Ref | None = None
-
 
 COMMANDS = msgspec.json.Decoder(Ping | Typing | MarkRead | SendMessage | Auth)
 ONLY_REF = msgspec.json.Decoder(OnlyRef)
@@ -679,11 +671,11 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
         if not at:  # nothing below the top is wrong: it is the top, or it lacks a field
             if str(error).startswith("Expected `object`"):
                 raise Refusal("bad_json", f"not a JSON object: {error}") from None
-            raise Refusal("bad_field", str(error)) from None
+            raise bad_field(str(error)) from None
         field = field.rstrip("`")
         if field == "type" and what.startswith("Invalid value"):
             raise Refusal("unknown_type") from None
-        raise Refusal("bad_field", f"{field}: {what}") from None
+        raise bad_field(f"{field}: {what}") from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         # Deep nesting is a RecursionError even in a field that nobody asked for.
         raise Refusal("bad_json", f"not JSON: {error}") from None
@@ -692,17 +684,12 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
 def check_content(content: str, settings: Settings) -> None:
     """Refuse a text that no message may have."""
     if not content or content.isspace():
-        raise Refusal("bad_field", "content: it is empty")
-    if len(content) > settings.max_content_chars:
-        raise Refusal(
-            "bad_field",
-            f"content: {len(content)} characters; at most "
-            f"{settings.max_content_chars} are allowed",
-        )
+        raise bad_field("content: it is empty")
+    most = settings.max_content_chars
+    if len(content) > most:
+        raise bad_field(f"content: {len(content)} characters; at most {most}")
     if found := CONTROL.search(content):
-        raise Refusal(
-            "bad_field", f"content: control character U+{ord(found[0]):04X} in it"
-        )
+        raise bad_field(f"content: control character U+{ord(found[0]):04X} in it")
 
 
 @functools.lru_cache(maxsize=64)  # a batch of messages has one or two different seconds
@@ -732,16 +719,9 @@ def close_frame(code: int, reason: str) -> bytes:
     return bytes(_frames.close(code, reason))
 
 
-def error_frame(refusal: Refusal, ref: str | None = None) -> bytes:
+def error_frame(no: Refusal, ref: str | None = None) -> bytes:
     """Encode a Refusal as an answer on the socket."""
-    return text_frame(
-        ErrorFrame(
-            code=refusal.code,
-            message=refusal.message,
-            ref=ref,
-            retry_after=refusal.retry_after,
-        )
-    )
+    return text_frame(ErrorFrame(no.code, no.message, ref, no.retry_after))
 
 
 class Event:
@@ -780,18 +760,21 @@ class Event:
         return built
 
 
+Log = list[Event]
+
+
 def say(level: int, verb: str, **fields: object) -> None:
     """Log one event: one line, a verb, fields. User text cannot forge a line.
 
     ascii() escapes line ends, escape sequences and right-to-left marks. Callers never
     pass a token or a text of a message.
     """
-    if log.isEnabledFor(level):
+    if logger.isEnabledFor(level):
         words = (
             f"{name}={value if isinstance(value, int) else ascii(str(value))}"
             for name, value in fields.items()
         )
-        log.log(level, "%s", " ".join((verb, *words)))
+        logger.log(level, "%s", " ".join((verb, *words)))
 
 
 class Stats:
@@ -799,24 +782,17 @@ class Stats:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.total = 0
+        self.total = self.deliveries = self.writes = self.catch_ups = self.stalls = 0
+        self.commits = self.messages = self.batch_max = self.duplicates = 0
+        self.failed = 0
         self.closed: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.events: Counter[str] = Counter()
-        self.deliveries = 0
-        self.writes = 0
-        self.catch_ups = 0
-        self.stalls = 0
-        self.commits = 0
-        self.messages = 0
-        self.batch_max = 0
-        self.commit_times: deque[float] = deque(maxlen=1024)
-        self.commit_max = 0.0
-        self.duplicates = 0
-        self.failed = 0
-        self.resumes: Counter[str] = Counter(fresh=0, live=0, replay=0, resync=0)
         self.rate_limited: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
+        self.resumes: Counter[str] = Counter(fresh=0, live=0, replay=0, resync=0)
+        self.commit_times: deque[float] = deque(maxlen=1024)
+        self.commit_max = 0.0
 
     def committed(self, seconds: float, jobs: int) -> None:
         """Count one commit and the time it took."""
@@ -828,11 +804,9 @@ class Stats:
     def commit_seconds(self) -> dict[str, float]:
         """p50 and p99 of the last 1,024 commits, and the longest of all."""
         ranked = sorted(self.commit_times) or [0.0]
-        return {
-            "p50": round(ranked[len(ranked) // 2], 6),
-            "p99": round(ranked[len(ranked) * 99 // 100], 6),
-            "max": round(self.commit_max, 6),
-        }
+        p50, p99 = (ranked[len(ranked) * part // 100] for part in (50, 99))
+        seconds = {"p50": p50, "p99": p99, "max": self.commit_max}
+        return {name: round(value, 6) for name, value in seconds.items()}
 
 
 # =====================================================================================
@@ -918,8 +892,7 @@ class Pace:
         """How long to wait until nothing is owed."""
         if not self.rate:
             return 0.0
-        earned = (now - self.stamp) * self.rate
-        self.level = min(self.burst, self.level + earned)
+        self.level = min(self.burst, self.level + (now - self.stamp) * self.rate)
         self.stamp = now
         return max(0.0, -self.level / self.rate)
 
@@ -928,7 +901,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def parse_address(text: str) -> Address | None:
-    """Read an IP address; an IPv4 address in IPv6 clothes is IPv4. None if it is none."""
+    """Read an IP address; IPv4 in IPv6 clothes is IPv4. None if it is none."""
     try:
         address = ipaddress.ip_address(text.strip())
     except ValueError:
@@ -967,7 +940,7 @@ class Proxies:
 
 
 def address_key(address: Address | None) -> str:
-    """Name the bucket of an address: IPv6 by /64, for that is what one host is given."""
+    """Name the bucket of an address: IPv6 by /64, which is what one host is given."""
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
     return str(address)
@@ -1020,21 +993,16 @@ class Key(NamedTuple):
 
 def read_secret(path: Path, *, private: bool) -> bytes:
     """Read a shared secret. Raises UsageError if it is short or others can read it."""
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            secret = file.read(65_536).strip()
-    except OSError as error:
-        raise UsageError(f"secret {path}: {error.strerror}") from error
-    if private and mode & 0o077:
-        raise UsageError(
-            f"secret {path}: others can read it (mode {mode:04o}): chmod 600 {path}"
-        )
+    with told_of("secret", path), path.open("rb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        secret = file.read(65_536).strip()
+    wrong = ""
     if len(secret) < 32:
-        raise UsageError(
-            f"secret {path}: {len(secret)} bytes; it must have at least 32, such as "
-            "the output of: openssl rand -hex 32"
-        )
+        wrong = f"{len(secret)} bytes; it must have at least 32: openssl rand -hex 32"
+    if private and mode & 0o077:
+        wrong = f"others can read it (mode {mode:04o}): chmod 600 {path}"
+    if wrong:
+        raise UsageError(f"secret {path}: {wrong}")
     return secret
 
 
@@ -1044,12 +1012,8 @@ def read_jwt_key(path: Path) -> Key:
     if not secret.startswith(b"-----BEGIN "):
         return Key("HS256", secret, ours=False)
     # Only here: it takes longer to import than all the rest.
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import (  # noqa: PLC0415
-        ec,
-        ed25519,
-        rsa,
-    )
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
     if b"PRIVATE KEY" in secret:
         raise UsageError(f"--jwt-key {path}: a private key; give chatd the public one")
@@ -1071,6 +1035,11 @@ def read_jwt_key(path: Path) -> Key:
             )
 
 
+def bad_token(sentence: str = "") -> Refusal:
+    """Make the Refusal of a token that is wrong, without repeating any of it."""
+    return Refusal("token_invalid", sentence)
+
+
 class Keyring:
     """The keys, and what a token means under them. Owns the tickets and the revoked.
 
@@ -1087,9 +1056,7 @@ class Keyring:
         self.keys = [Key("HS256", secret, ours=True)]
         self.keys += [read_jwt_key(path) for path in settings.jwt_key]
         self.boot = secrets.token_urlsafe(9)
-        self.spent: dict[
-            str, float
-        ] = {}  # jti of used tickets: when it may be forgotten
+        self.spent: dict[str, float] = {}  # jti of a used ticket: when to forget it
         self.revoked: dict[int, int] = {}  # user: revoked_at
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
@@ -1100,7 +1067,7 @@ class Keyring:
         return jwt.encode(body, self.secret, "HS256")
 
     def ticket(self, claims: Claims) -> str:
-        """Make a ticket: one socket, soon, that may live as long as the asking token."""
+        """Make a ticket: one socket, soon, that may live as long as this token."""
         return self.sign(
             claims.user_id,
             self.settings.ticket_seconds,
@@ -1118,31 +1085,28 @@ class Keyring:
         "socket", where a plain token and a ticket are both right.
         """
         if len(token) > self.LONGEST:
-            raise Refusal("token_invalid", f"token: longer than {self.LONGEST} bytes")
+            raise bad_token(f"token: longer than {self.LONGEST} bytes")
         key, body = self._signed_by(token)
         claims = self._claims(key, body)
         if claims.use == "ticket":
             if use != "socket":
-                raise Refusal("token_invalid", "a ticket only opens a socket")
+                raise bad_token("a ticket only opens a socket")
             if claims.boot != self.boot or claims.jti in self.spent:
                 raise Refusal("token_used")
-        elif (claims.use == "signin") != (use == "signin"):
-            raise Refusal(
-                "token_invalid",
-                "this token is not a sign-in link's"
-                if use == "signin"
-                else "a sign-in link is only good for POST /api/v1/session",
-            )
-        self.check_revoked(claims)
+        elif claims.use == "signin" != use:
+            raise bad_token("a sign-in link is only good for POST /api/v1/session")
+        elif use == "signin" != claims.use:
+            raise bad_token("this token is not a sign-in link's")
+        if self.is_revoked(claims):
+            raise bad_token("this token was revoked: sign in again")
         return claims
 
-    def check_revoked(self, claims: Claims) -> None:
-        """Refuse what was signed before, or just after, its user was revoked."""
+    def is_revoked(self, claims: Claims) -> bool:
+        """Was it signed before, or just after, its user was revoked?"""
         revoked_at = self.revoked.get(claims.user_id)
-        if revoked_at is not None and (
-            claims.iat is None or claims.iat <= revoked_at + self.LEEWAY_SECONDS
-        ):
-            raise Refusal("token_invalid", "this token was revoked: sign in again")
+        if revoked_at is None:
+            return False
+        return claims.iat is None or claims.iat <= revoked_at + self.LEEWAY_SECONDS
 
     def spend(self, claims: Claims) -> None:
         """Use a ticket up. Raises Refusal token_used if it is. Other tokens last."""
@@ -1150,10 +1114,10 @@ class Keyring:
             return
         if claims.jti in self.spent:
             raise Refusal("token_used")
-        now = time.time()
-        for jti in [jti for jti, end in itertools.islice(self.spent.items(), 8)
-                    if end < now]:  # fmt: skip
-            del self.spent[jti]  # two leave for each that comes: the dict stays small
+        oldest = list(itertools.islice(self.spent.items(), 8))
+        for jti, end in oldest:
+            if end < time.time():  # up to 8 leave for each that comes: it stays small
+                del self.spent[jti]
         self.spent[claims.jti] = claims.exp + self.LEEWAY_SECONDS
 
     def _signed_by(self, token: str) -> tuple[Key, dict[str, Any]]:
@@ -1171,7 +1135,7 @@ class Keyring:
                     options={
                         "require": ["exp"],
                         # An integer sub is right for us (PyJWT wants text), and a token
-                        # meant for another audience is refused only if we were told ours.
+                        # for another audience is refused only if we were told ours.
                         "verify_sub": False,
                         "verify_aud": foreign and self.settings.audience is not None,
                         "enforce_minimum_key_length": True,
@@ -1183,44 +1147,36 @@ class Keyring:
                 raise Refusal("token_expired") from None
             except (jwt.PyJWTError, ValueError, RecursionError) as error:
                 # The class names the fault without repeating any of the token.
-                raise Refusal("token_invalid", _token_fault(error)) from None
-        raise Refusal("token_invalid")
+                raise bad_token(_token_fault(error)) from None
+        raise bad_token()
 
     def _claims(self, key: Key, body: dict[str, Any]) -> Claims:
         user_id = body.get("user_id", body.get("sub"))
         if "user_id" not in body and isinstance(user_id, str):
             # A decimal string, as RFC 7519 4.1.2 has it; 20 digits are past any id.
-            user_id = (
-                int(user_id)
-                if re.fullmatch(r"[0-9]{1,20}", user_id, re.ASCII)
-                else None
-            )
+            user_id = int(user_id) if re.fullmatch("[0-9]{1,20}", user_id) else None
         if type(user_id) is not int or not 1 <= user_id <= MAX_ID:
-            raise Refusal(
-                "token_invalid", "token: user_id, or else sub, must be a user's number"
-            )
-        exp, iat, until = (body.get(name, 0) for name in ("exp", "iat", "until"))
-        for number in (exp, iat, until):
-            if type(number) not in (int, float) or not 0 <= number < 1e12:
-                raise Refusal(
-                    "token_invalid", "token: exp and iat must be Unix seconds"
-                )
+            raise bad_token("token: user_id, or else sub, must be a user's number")
+        exp, iat = body["exp"], body.get("iat", 0)
+        for seconds in (exp, iat):
+            if type(seconds) not in (int, float) or not 0 <= seconds < 1e12:
+                raise bad_token("token: exp and iat must be Unix seconds")
         if exp + self.LEEWAY_SECONDS <= time.time():
             raise Refusal("token_expired")
-        use = body.get("use") if key.ours else None
+        own = body if key.ours else {}  # what only our own tokens can say
+        use, scope = own.get("use"), own.get("scope")
         if use not in (None, "session", "signin", "ticket"):
-            raise Refusal("token_invalid", "token: its use is unknown")
-        scope = body.get("scope") if key.ours else None
+            raise bad_token("token: its use is unknown")
         return Claims(
             user_id=user_id,
             name=clean_name(body.get("name")),
             exp=exp,
             iat=iat if "iat" in body else None,
-            scopes=frozenset(scope.split()) if isinstance(scope, str) else frozenset(),
+            scopes=frozenset(scope.split() if isinstance(scope, str) else ()),
             use=use,
-            jti=str(body.get("jti", "")),
-            boot=str(body.get("boot", "")),
-            until=until,
+            jti=own.get("jti", ""),
+            boot=own.get("boot", ""),
+            until=own.get("until", 0.0),
         )
 
 
@@ -1243,7 +1199,7 @@ def clean_name(name: object) -> str | None:
     if not isinstance(name, str):
         return None
     printable = (char if char.isprintable() else " " for char in name[:256])
-    return " ".join("".join(printable).split())[:64] or None
+    return " ".join("".join(printable).split())[:64].strip() or None
 
 
 # =====================================================================================
@@ -1257,6 +1213,15 @@ def clean_name(name: object) -> str | None:
 # is a plain `def`, either in the writer's thread inside one transaction, or on the main
 # thread: so there is no lock, and no half-done state for anybody to see.
 # =====================================================================================
+
+
+class Send(NamedTuple):
+    """What identifies a message: repeated under the same client_id, it is the same."""
+
+    chat_id: int
+    sender_id: int
+    content: str
+    client_id: str | None = None
 
 
 class Sent(NamedTuple):
@@ -1286,7 +1251,7 @@ class Greeting(NamedTuple):
 class Page(NamedTuple):
     """A stretch of the log for one user: everything visible in (start, cursor]."""
 
-    events: list[Event]
+    events: Log
     cursor: int
     more: bool
 
@@ -1306,7 +1271,7 @@ class Job(NamedTuple):
     work returned, or the Refusal it raised.
     """
 
-    work: Callable[[list[Event]], Any]
+    work: Callable[[Db, Log], Any]
     done: Callable[[Any], Reply | None]
     seat: Seat | None = None
 
@@ -1314,7 +1279,7 @@ class Job(NamedTuple):
 class Batch(NamedTuple):
     """One transaction's events, and its callers with their outcomes."""
 
-    events: list[Event]
+    events: Log
     answers: list[tuple[Job, Any]]
 
 
@@ -1334,23 +1299,40 @@ VISIBLE = """
         WHERE to_user = :user AND seq > :cursor AND seq <= :upto
         ORDER BY seq LIMIT :limit)
 """
+COUNT_VISIBLE = f"SELECT count(*) FROM ({VISIBLE} LIMIT :limit)"
 
-EVENT_COLUMNS = """
+MESSAGE_COLUMNS = (
+    "m.id, m.chat_id, m.sender_id, m.content, m.created_at, m.n, m.client_id"
+)
+MESSAGES = f"SELECT {MESSAGE_COLUMNS} FROM message m"
+EVENTS = f"""
     SELECT e.seq, e.kind, e.chat_id, e.to_chat, e.to_user, e.user_id, u.name,
-           m.id, m.chat_id, m.sender_id, m.content, m.created_at, m.n, m.client_id
+           {MESSAGE_COLUMNS}
     FROM event e LEFT JOIN message m ON m.id = e.message_id
                  LEFT JOIN user u ON u.id = e.user_id
 """
+PAGE = f"""{EVENTS} WHERE e.seq IN
+    (SELECT seq FROM ({VISIBLE}) ORDER BY seq LIMIT :limit) ORDER BY e.seq"""
+
+IS_MEMBER = "SELECT 1 FROM member WHERE chat_id = ? AND user_id = ?"
+SET_READ_N = "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?"
 
 APPLICATION_ID = 0x63686174  # "chat": says whose file this is
 
 
-def schema_steps(text: str) -> list[str]:
+def one(db: Db, sql: str, *values: Any) -> Any:
+    """Run a query for one value: the first column of the first row, or None."""
+    row = db.execute(sql, values).fetchone()
+    return row[0] if row else None
+
+
+def schema_steps() -> list[str]:
     """Split schema.sql at its "-- version N" lines: step N makes version N."""
+    text = (ASSETS / "schema.sql").read_text("utf-8")
     return re.split(r"(?m)^-- version \d+$", text)[1:]
 
 
-def open_database(path: Path, *, readonly: bool) -> sqlite3.Connection:
+def open_database(path: Path, *, readonly: bool) -> Db:
     """Open a connection with the settings that the promise needs. Raises sqlite3.Error.
 
     Exactly one connection may commit and checkpoint: before SQLite 3.51.3 two that do
@@ -1367,7 +1349,7 @@ def open_database(path: Path, *, readonly: bool) -> sqlite3.Connection:
             db.execute("PRAGMA query_only = ON")
             db.execute("PRAGMA wal_autocheckpoint = 0")
             return db
-        mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        mode = one(db, "PRAGMA journal_mode = WAL")
         if mode != "wal":
             raise sqlite3.OperationalError(f"journal_mode is {mode}, not wal")
         db.execute("PRAGMA synchronous = FULL")  # an ack survives a power cut
@@ -1381,57 +1363,66 @@ def open_database(path: Path, *, readonly: bool) -> sqlite3.Connection:
     return db
 
 
-def prepare_database(path: Path, steps: Sequence[str]) -> sqlite3.Connection:
+@contextlib.contextmanager
+def told_of(what: str, path: Path) -> Iterator[None]:
+    """Make a fault of a file or database a UsageError: a sentence with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{what} {path}: {error.strerror or error}") from error
+    except sqlite3.Error as error:
+        raise UsageError(f"{what} {path}: {error}") from error
+
+
+def prepare_database(path: Path, steps: Sequence[str]) -> Db:
     """Open the writer's connection; make the schema, or bring an older one up.
 
     Raises UsageError with a sentence for the person, and changes nothing then.
     """
-    try:
+    with told_of("database", path):
         # SQLite would make it readable by all; -wal and -shm get this file's mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise UsageError(f"database {path}: {error.strerror}") from error
-    db: sqlite3.Connection | None = None
-    try:
-        db = open_database(path, readonly=False)
-        mine, version = database_version(db)
-        empty = not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-        if not mine and not empty:
-            raise UsageError(f"database {path}: it belongs to another program")
+        with contextlib.closing(open_database(path, readonly=True)) as look:
+            mine, version = database_version(look)
+            if not mine and one(look, "SELECT count(*) FROM sqlite_schema"):
+                raise UsageError(f"database {path}: it belongs to another program")
         if version > len(steps):
             raise UsageError(
                 f"database {path}: made by a newer chatd (schema {version}, this one "
                 f"knows {len(steps)}): install that version, or restore an older backup"
             )
-        if version < len(steps):
-            db.executescript(
-                "BEGIN IMMEDIATE;"
-                + "".join(steps[version:])
-                + f"PRAGMA application_id = {APPLICATION_ID};"
-                + f"PRAGMA user_version = {len(steps)};"
-                + f"INSERT OR IGNORE INTO meta VALUES ('epoch', '{new_epoch()}');"
-                + "COMMIT;"
-            )
-    except sqlite3.Error as error:
-        if db is not None:
+        db = open_database(path, readonly=False)
+        try:
+            if version < len(steps):
+                db.executescript(
+                    f"""BEGIN IMMEDIATE; {"".join(steps[version:])}
+                    PRAGMA application_id = {APPLICATION_ID};
+                    PRAGMA user_version = {len(steps)};
+                    INSERT OR IGNORE INTO meta VALUES ('epoch', '{new_epoch()}');
+                    COMMIT"""
+                )
+        except sqlite3.Error:
             db.close()
-        raise UsageError(f"database {path}: {error}") from error
-    except UsageError:
-        if db is not None:
-            db.close()
-        raise
+            raise
     return db
 
 
-def database_version(db: sqlite3.Connection) -> tuple[bool, int]:
+def database_version(db: Db) -> tuple[bool, int]:
     """Is it chatd's, and which version of the schema has it?"""
-    mine = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-    return mine, db.execute("PRAGMA user_version").fetchone()[0]
+    mine = one(db, "PRAGMA application_id") == APPLICATION_ID
+    return mine, one(db, "PRAGMA user_version")
 
 
 def new_epoch() -> str:
     """Make the first half of cursors. Short, and never the same twice."""
     return secrets.token_hex(4)
+
+
+def outcome_of(outcome: T | Refusal) -> T:
+    """Return what a work returned, or raise the Refusal that it raised."""
+    if isinstance(outcome, Refusal):
+        raise outcome
+    return outcome
 
 
 class Store:
@@ -1460,20 +1451,17 @@ class Store:
         self.degraded = False
         self.writing_since: float | None = None  # of the commit under way
         self._run_sync = run_sync
-        self._steps = steps or schema_steps((ASSETS / "schema.sql").read_text("utf-8"))
-        self._writer = prepare_database(self.path, self._steps)
-        self._inode = self.path.stat().st_ino
-        self._idle_readers: list[sqlite3.Connection] = []
+        self._idle_readers: list[Db] = []
         self._read_limiter = trio.CapacityLimiter(settings.readers)
         self._write_limiter = trio.CapacityLimiter(1)
         self._submit, self._inbox = trio.open_memory_channel[Job](4096)
         self._io_errors = 0  # in a row
-        (self.epoch,) = self._writer.execute(
-            "SELECT value FROM meta WHERE key = 'epoch'"
-        ).fetchone()
-        (self.seq,) = self._writer.execute(
-            "SELECT coalesce(max(seq), 0) FROM event"
-        ).fetchone()  # the last that was committed and handed to the hub
+        self._writer = db = prepare_database(self.path, steps or schema_steps())
+        self._inode = self.path.stat().st_ino
+        with told_of("database", self.path):
+            self.epoch: str = one(db, "SELECT value FROM meta WHERE key = 'epoch'")
+            # The last that was committed and handed to the hub.
+            self.seq: int = one(db, "SELECT coalesce(max(seq), 0) FROM event")
 
     def close(self) -> None:
         """Fold the log of changes into the file, and close. Nothing may run."""
@@ -1490,33 +1478,27 @@ class Store:
         """Queue a job, in order. Waits while 4,096 others wait."""
         await self._submit.send(job)
 
-    async def do(self, work: Callable[[list[Event]], T]) -> T:
-        """Run a work and wait until it is on disk and published; raise its Refusal.
+    async def do(self, work: Callable[..., T], *args: Any) -> T:
+        """Run work(db, log, *args); wait until it is on disk and published.
 
-        If the caller is cancelled meanwhile the work happens all the same.
+        Raises its Refusal. If the caller is cancelled it happens all the same.
         """
         answered = trio.Event()
-        outcomes: list[Any] = []
+        outcomes: list[T | Refusal] = []
 
-        def done(outcome: Any) -> None:
+        def done(outcome: T | Refusal) -> None:
             outcomes.append(outcome)
             answered.set()
 
-        await self.submit(Job(work, done))
+        await self.submit(Job(lambda db, log: work(db, log, *args), done))
         await answered.wait()
-        if isinstance(outcomes[0], Refusal):
-            raise outcomes[0]
-        result: T = outcomes[0]
-        return result
+        return outcome_of(outcomes[0])
 
-    def write_now(self, work: Callable[[list[Event]], T]) -> T:
-        """Run a work here and now. Only while `run` does not. Raises its Refusal."""
-        batch = self._transact([Job(work, lambda _: None)])
-        outcome = batch.answers[0][1]
-        if isinstance(outcome, Refusal):
-            raise outcome
-        result: T = outcome
-        return result
+    def write_now(self, work: Callable[..., T], *args: Any) -> T:
+        """Do it here and now. Only while `run` does not."""
+        job = Job(lambda db, log: work(db, log, *args), lambda _: None)
+        outcome: T | Refusal = self._transact([job]).answers[0][1]
+        return outcome_of(outcome)
 
     def finish(self) -> None:
         """Take no more jobs: `run` ends when those that wait are done."""
@@ -1526,13 +1508,24 @@ class Store:
         """Write what is submitted, until `finish`. Closes the hub's channel."""
         async with hub:
             async for job in self._inbox:
-                jobs = [job]
-                with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
-                    while len(jobs) < self.settings.batch_jobs:
-                        jobs.append(self._inbox.receive_nowait())
+                jobs = await self._gather(job)
                 await hub.send(await self._write(self._transact, jobs))
                 while self.degraded:
                     await self._heal(hub)
+
+    async def _gather(self, first: Job) -> list[Job]:
+        """Take all that waits, as long as a turn of the scheduler brings more.
+
+        So frames that many sockets got at the same time come into one commit.
+        """
+        jobs, before, most = [first], 0, self.settings.batch_jobs
+        while before < len(jobs) < most:
+            before = len(jobs)
+            await trio.lowlevel.checkpoint()
+            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+                while len(jobs) < most:
+                    jobs.append(self._inbox.receive_nowait())
+        return jobs
 
     async def _write(self, function: Callable[..., Batch], *args: Any) -> Batch:
         self.writing_since = trio.current_time()
@@ -1557,12 +1550,13 @@ class Store:
                     return
             if scope.cancelled_caught:
                 break
-            self.stats.failed += 1
-            await hub.send(Batch([], [(job, self._storage_failed())]))
+            await hub.send(self._storage_failed([job]))
         await hub.send(await self._write(self._probe))
 
-    def _storage_failed(self) -> Refusal:
-        return Refusal("storage_failed", retry_after=self.settings.probe_seconds)
+    def _storage_failed(self, jobs: list[Job]) -> Batch:
+        self.stats.failed += len(jobs)
+        no = Refusal("storage_failed", retry_after=self.settings.probe_seconds)
+        return Batch([], [(job, no) for job in jobs])
 
     # --- writing: in the writer's thread ---------------------------------------------
 
@@ -1575,45 +1569,44 @@ class Store:
         found, and published, by `_probe` before anything else is written.
         """
         started = time.perf_counter()
-        events: list[Event] = []
-        answers: list[tuple[Job, Any]] = []
+        log: Log = []
         try:
             self._writer.execute("BEGIN IMMEDIATE")
-            for job in jobs:
-                answers.append((job, self._run_one(job, events)))
+            answers = [(job, self._run_one(job, log)) for job in jobs]
             self._writer.execute("COMMIT")
         except sqlite3.Error as error:
             self._failed(error)
-            self.stats.failed += len(jobs)
-            return Batch([], [(job, self._storage_failed()) for job in jobs])
-        self.check_file()
-        self.seq += len(events)
-        self._io_errors = 0
+            return self._storage_failed(jobs)
+        self._committed(log)
         self.stats.committed(time.perf_counter() - started, len(jobs))
-        return Batch(events, answers)
+        return Batch(log, answers)
 
-    def _run_one(self, job: Job, events: list[Event]) -> Any:
-        """Run one job in a savepoint, so that a refused one does not sink the others."""
-        before = len(events)
-        self._writer.execute("SAVEPOINT job")
+    def _run_one(self, job: Job, log: Log) -> Any:
+        """Run one job in a savepoint: a refused one does not sink the others."""
+        db, before = self._writer, len(log)
+        db.execute("SAVEPOINT job")
         try:
-            outcome = job.work(events)
+            outcome = job.work(db, log)
         except (Refusal, sqlite3.IntegrityError, OverflowError) as error:
-            self._writer.execute("ROLLBACK TO job")
-            self._writer.execute("RELEASE job")
-            del events[before:]
+            db.execute("ROLLBACK TO job")
+            db.execute("RELEASE job")
+            del log[before:]
             if isinstance(error, Refusal):
                 return error
             self.stats.errors[type(error).__name__] += 1
-            say(
-                logging.ERROR, "refused", why="a broken rule of the schema", error=error
-            )
+            why = "a broken rule of the schema"
+            say(logging.ERROR, "refused", why=why, error=error)
             return Refusal("internal")
-        self._writer.execute("RELEASE job")
+        db.execute("RELEASE job")
         return outcome
 
+    def _committed(self, log: Log) -> None:
+        self.check_file()
+        self.seq += len(log)
+        self._io_errors = 0
+
     def _failed(self, error: sqlite3.Error) -> None:
-        """Be degraded. After an I/O error, open the file anew; three in a row end us."""
+        """Be degraded. After an I/O error open the file anew; three in a row end us."""
         self.degraded = True
         name = getattr(error, "sqlite_errorname", "?")
         say(logging.ERROR, "storage_failed", db=self.path, code=name, error=error)
@@ -1626,26 +1619,21 @@ class Store:
             if self._io_errors >= 3:
                 raise UsageError(f"database {self.path}: {error}, 3 times in a row")
             self._writer.close()
-            try:
+            with told_of("database", self.path):
                 self._writer = open_database(self.path, readonly=False)
-            except sqlite3.Error as again:
-                raise UsageError(f"database {self.path}: {again}") from again
 
     def _probe(self) -> Batch:
         """Try one small write; if it works, publish what the log holds above us."""
+        db, now = self._writer, str(time.time())
         try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            self._writer.execute(
-                "INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (str(time.time()),)
-            )
-            self._writer.execute("COMMIT")
-            found = self._above(self._writer, self.seq)
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (now,))
+            db.execute("COMMIT")
+            found = self._above(db, self.seq)
         except sqlite3.Error as error:
             self._failed(error)
             return Batch([], [])
-        self.check_file()
-        self.seq += len(found)
-        self._io_errors = 0
+        self._committed(found)
         self.degraded = False
         say(logging.WARNING, "storage_recovered", db=self.path, found=len(found))
         return Batch(found, [])
@@ -1664,100 +1652,82 @@ class Store:
             raise UsageError(f"database {self.path}: removed or replaced under us")
 
     # --- writing: the works ----------------------------------------------------------
+    # Each runs inside the transaction: db is the writer's connection, log are the
+    # batch's events so far, to which it appends its own.
 
-    def _next_seq(self, events: list[Event]) -> int:
-        return self.seq + len(events) + 1
+    def _next_seq(self, log: Log) -> int:
+        return self.seq + len(log) + 1
 
-    def _log(self, events: list[Event], event: Event, user: int | None = None,
-             message: int | None = None) -> None:  # fmt: skip
-        events.append(event)
-        self._writer.execute(
-            "INSERT INTO event (seq, kind, chat_id, to_chat, to_user, user_id, message_id)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+    def _record(
+        self,
+        db: Db,
+        log: Log,
+        event: Event,
+        user_id: int | None = None,
+        message_id: int | None = None,
+    ) -> None:
+        log.append(event)
+        db.execute(
+            """INSERT INTO event
+               (seq, kind, chat_id, to_chat, to_user, user_id, message_id)
+               VALUES (?, ?, ?, ?, ?, ?, ?)""",
             (event.seq, event.kind, event.chat_id, event.to_chat,
-             event.to_user, user, message),
+             event.to_user, user_id, message_id),
         )  # fmt: skip
 
-    def send_message(
-        self,
-        events: list[Event],
-        chat_id: int,
-        sender_id: int,
-        content: str,
-        client_id: str | None,
-        service: bool = False,
-    ) -> Sent:
+    def send_message(self, db: Db, log: Log, send: Send, service: bool = False) -> Sent:
         """Store a message, once: a repeat of (sender_id, client_id) is answered alike.
 
         A service may send for somebody who is not a member. Raises Refusal not_found,
         idempotency_mismatch.
         """
-        if client_id is not None and (
-            sent := self.find_sent(self._writer, chat_id, sender_id, content, client_id)
-        ):
+        if sent := self.find_sent(db, send):
             return sent
-        last_n, is_member, is_chat = self._writer.execute(
-            "SELECT (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = ?1),"
-            " EXISTS (SELECT 1 FROM member WHERE chat_id = ?1 AND user_id = ?2),"
-            " EXISTS (SELECT 1 FROM chat WHERE id = ?1)",
+        chat_id, sender_id, content, client_id = send
+        last_n, is_member, is_chat = db.execute(
+            """SELECT (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = ?1),
+               EXISTS (SELECT 1 FROM member WHERE chat_id = ?1 AND user_id = ?2),
+               EXISTS (SELECT 1 FROM chat WHERE id = ?1)""",
             (chat_id, sender_id),
         ).fetchone()
         if not (is_member or (service and is_chat)):
-            raise Refusal("not_found", "chat_id: there is no such chat for you")
+            raise no_chat()
         if not is_member:
-            self._know(sender_id)
-        seq, n, now = self._next_seq(events), last_n + 1, now_seconds()
-        self._writer.execute(
-            "INSERT INTO message (id, chat_id, n, sender_id, content, created_at,"
-            " client_id) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (seq, chat_id, n, sender_id, content, now, client_id),
+            self._know(db, sender_id)
+        seq, n, now = self._next_seq(log), last_n + 1, now_seconds()
+        row = (seq, chat_id, sender_id, content, now, n, client_id)
+        db.execute(
+            """INSERT INTO message
+               (id, chat_id, sender_id, content, created_at, n, client_id)
+               VALUES (?, ?, ?, ?, ?, ?, ?)""",
+            row,
         )
-        self._writer.execute(
-            "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?",
-            (n, chat_id, sender_id),
-        )
-        message = Message(
-            id=seq,
-            chat_id=chat_id,
-            sender_id=sender_id,
-            content=content,
-            created_at=timestamp(now),
-            n=n,
-            client_id=client_id,
-        )
-        wire = NewMessage(seq=seq, chat_id=chat_id, message=message)
-        self._log(
-            events, Event(wire, to_chat=True, size=256 + 2 * len(content)), message=seq
-        )
+        db.execute(SET_READ_N, (n, chat_id, sender_id))
+        message = message_of(row)
+        self._record(db, log, message_event(message), message_id=seq)
         return Sent(message, duplicate=False)
 
-    def find_sent(
-        self,
-        db: sqlite3.Connection,
-        chat_id: int,
-        sender_id: int,
-        content: str,
-        client_id: str,
-    ) -> Sent | None:
+    def find_sent(self, db: Db, send: Send, upto: int = MAX_ID) -> Sent | None:
         """Find what this sender sent under this key. Raises idempotency_mismatch."""
+        if send.client_id is None:
+            return None
         row = db.execute(
-            "SELECT id, chat_id, sender_id, content, created_at, n, client_id"
-            " FROM message WHERE sender_id = ? AND client_id = ?",
-            (sender_id, client_id),
+            f"{MESSAGES} WHERE sender_id = ? AND client_id = ? AND id <= ?",
+            (send.sender_id, send.client_id, upto),
         ).fetchone()
         if row is None:
             return None
-        message = _message(row)
-        if (message.chat_id, message.content) != (chat_id, content):
+        message = message_of(row)
+        if (message.chat_id, message.content) != (send.chat_id, send.content):
             raise Refusal("idempotency_mismatch")
         return Sent(message, duplicate=True)
 
-    def mark_read(self, events: list[Event], user_id: int, message_id: int) -> Marked:
+    def mark_read(self, db: Db, log: Log, user_id: int, message_id: int) -> Marked:
         """Move the reader up to a message, never down. Raises Refusal not_found."""
-        row = self._writer.execute(
-            "SELECT m.chat_id, m.n, b.read_n FROM message m"
-            " JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?"
-            " WHERE m.id = ?",
+        row = db.execute(
+            """SELECT m.chat_id, m.n, b.read_n FROM message m
+               JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?
+               WHERE m.id = ?""",
             (user_id, message_id),
         ).fetchone()
         if row is None:
@@ -1765,140 +1735,106 @@ class Store:
         chat_id, n, read_n = row
         if n <= read_n:
             return Marked(message_id, chat_id, n, 0)
-        self._writer.execute(
-            "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?",
-            (n, chat_id, user_id),
-        )
+        db.execute(SET_READ_N, (n, chat_id, user_id))
         # In a large chat everybody's marks to everybody would grow as the square.
-        (members,) = self._writer.execute(
-            "SELECT count(*) FROM (SELECT 1 FROM member WHERE chat_id = ? LIMIT ?)",
-            (chat_id, self.settings.large_chat + 1),
-        ).fetchone()
-        large = members > self.settings.large_chat
-        seq = self._next_seq(events)
-        wire = MessageRead(
-            seq=seq, message_id=message_id, chat_id=chat_id, read_by=user_id, n=n
-        )
+        most = self.settings.large_chat
+        members = "SELECT 1 FROM member WHERE chat_id = ? LIMIT ?"
+        large = one(db, f"SELECT count(*) FROM ({members})", chat_id, most + 1) > most
+        seq = self._next_seq(log)
+        wire = MessageRead(seq, message_id, chat_id, user_id, n)
         event = Event(wire, to_chat=not large, to_user=user_id if large else None)
-        self._log(events, event, user_id, message_id)
+        self._record(db, log, event, user_id, message_id)
         return Marked(message_id, chat_id, n, seq)
 
     def create_chat(
-        self, events: list[Event], title: str | None, member_ids: Iterable[int]
+        self, db: Db, log: Log, title: str | None, member_ids: Iterable[int]
     ) -> Chat:
         """Make a chat and tell each of its members. Raises Refusal bad_field."""
         members = sorted(set(member_ids))
         self._check_size(len(members))
-        chat_id: int = self._writer.execute(
-            "INSERT INTO chat (title, created_at) VALUES (?, ?) RETURNING id",
-            (title, now_seconds()),
-        ).fetchone()[0]
-        first = self._next_seq(events)
-        for joined_seq, user_id in enumerate(members, first):
-            self._know(user_id)
-            self._writer.execute(
-                "INSERT INTO member (chat_id, user_id, joined_seq) VALUES (?, ?, ?)",
-                (chat_id, user_id, joined_seq),
-            )
-        chat = self.chat(self._writer, chat_id, first)
-        raw = msgspec.Raw(encode(chat))
+        sql = "INSERT INTO chat (title, created_at) VALUES (?, ?) RETURNING id"
+        chat_id: int = one(db, sql, title, now_seconds())
+        first = self._next_seq(log)
         for seq, user_id in enumerate(members, first):
-            self._add(events, ChatAdded(seq=seq, chat_id=chat_id, chat=raw), user_id)
+            self._join(db, chat_id, user_id, seq)
+        chat = self.chat(db, chat_id, first)
+        raw = msgspec.Raw(encode(chat))
+        size = 256 + len(raw) // (len(members) or 1)  # they share it
+        for seq, user_id in enumerate(members, first):
+            wire = ChatAdded(seq, chat_id, raw)
+            event = Event(wire, to_chat=False, to_user=user_id, size=size)
+            self._record(db, log, event, user_id)
         return chat
 
     def add_member(
-        self, events: list[Event], chat_id: int, user_id: int, by: int | None
+        self, db: Db, log: Log, chat_id: int, user_id: int, by: int | None
     ) -> bool:
         """Add a user: the members are told, then he. False if he was there already.
 
         by is the member who adds, None for a service. Raises Refusal not_found.
         """
-        self._find_chat(chat_id, by)
-        if self._is_member(chat_id, user_id):
+        self._find_chat(db, chat_id, by)
+        if one(db, IS_MEMBER, chat_id, user_id):
             return False
-        (members,) = self._writer.execute(
-            "SELECT count(*) FROM member WHERE chat_id = ?", (chat_id,)
-        ).fetchone()
-        self._check_size(members + 1)
-        self._know(user_id)
-        (name,) = self._writer.execute(
-            "SELECT name FROM user WHERE id = ?", (user_id,)
-        ).fetchone()
-        told = MemberAdded(
-            seq=self._next_seq(events), chat_id=chat_id, user_id=user_id, name=name
-        )
-        self._log(events, Event(told, to_chat=True), user_id)
-        seq = self._next_seq(events)
-        self._writer.execute(
-            "INSERT INTO member (chat_id, user_id, joined_seq, read_n) VALUES (?1, ?2, ?3,"
-            " (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = ?1))",
-            (chat_id, user_id, seq),
-        )
-        raw = msgspec.Raw(encode(self.chat(self._writer, chat_id, seq)))
-        self._add(events, ChatAdded(seq=seq, chat_id=chat_id, chat=raw), user_id)
+        sql = "SELECT count(*) FROM member WHERE chat_id = ?"
+        self._check_size(one(db, sql, chat_id) + 1)
+        name = self.name(db, user_id)
+        told = MemberAdded(self._next_seq(log), chat_id, user_id, name)
+        seq = told.seq + 1
+        self._join(db, chat_id, user_id, seq)
+        self._record(db, log, Event(told, to_chat=True), user_id)
+        raw = msgspec.Raw(encode(self.chat(db, chat_id, seq)))
+        added, size = ChatAdded(seq, chat_id, raw), 256 + len(raw)
+        event = Event(added, to_chat=False, to_user=user_id, size=size)
+        self._record(db, log, event, user_id)
         return True
 
     def remove_member(
-        self, events: list[Event], chat_id: int, user_id: int, by: int | None
+        self, db: Db, log: Log, chat_id: int, user_id: int, by: int | None
     ) -> None:
         """Remove a user, by himself or by a service (by=None). Raises not_found."""
-        self._find_chat(chat_id, by)
-        removed = self._writer.execute(
-            "DELETE FROM member WHERE chat_id = ? AND user_id = ?", (chat_id, user_id)
-        )
-        if not removed.rowcount:
+        self._find_chat(db, chat_id, by)
+        sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
+        if not db.execute(sql, (chat_id, user_id)).rowcount:
             raise Refusal("not_found", "user_id: not a member of this chat")
-        wire = MemberRemoved(
-            seq=self._next_seq(events), chat_id=chat_id, user_id=user_id
-        )
-        self._log(events, Event(wire, to_chat=True, to_user=user_id), user_id)
+        wire = MemberRemoved(self._next_seq(log), chat_id, user_id)
+        self._record(db, log, Event(wire, to_chat=True, to_user=user_id), user_id)
 
-    def rename(self, events: list[Event], user_id: int, name: str) -> None:
+    def rename(self, db: Db, _log: Log, user_id: int, name: str) -> None:
         """Remember what a user is called. It is no event: who looks sees it."""
-        self._writer.execute(
-            "INSERT INTO user (id, name) VALUES (?1, ?2)"
-            " ON CONFLICT DO UPDATE SET name = ?2 WHERE name IS NOT ?2",
-            (user_id, name),
-        )
+        sql = """INSERT INTO user (id, name) VALUES (?1, ?2)
+                 ON CONFLICT DO UPDATE SET name = ?2 WHERE name IS NOT ?2"""
+        db.execute(sql, (user_id, name))
 
-    def revoke(self, events: list[Event], user_id: int) -> int:
+    def revoke(self, db: Db, _log: Log, user_id: int) -> int:
         """Remember that all tokens so far are refused. Returns the Unix second."""
         now = now_seconds()
-        self._writer.execute(
-            "INSERT INTO user (id, revoked_at) VALUES (?1, ?2)"
-            " ON CONFLICT DO UPDATE SET revoked_at = ?2",
-            (user_id, now),
-        )
+        sql = """INSERT INTO user (id, revoked_at) VALUES (?1, ?2)
+                 ON CONFLICT DO UPDATE SET revoked_at = ?2"""
+        db.execute(sql, (user_id, now))
         return now
 
-    def _add(self, events: list[Event], wire: ChatAdded, user_id: int) -> None:
-        self._log(events, Event(wire, to_chat=False, to_user=user_id), user_id)
-
-    def _know(self, user_id: int) -> None:
-        self._writer.execute("INSERT OR IGNORE INTO user (id) VALUES (?)", (user_id,))
-
-    def _is_member(self, chat_id: int, user_id: int) -> bool:
-        return bool(
-            self._writer.execute(
-                "SELECT 1 FROM member WHERE chat_id = ? AND user_id = ?",
-                (chat_id, user_id),
-            ).fetchone()
+    def _join(self, db: Db, chat_id: int, user_id: int, seq: int) -> None:
+        """Make him a member who has read all there is."""
+        self._know(db, user_id)
+        db.execute(
+            """INSERT INTO member (chat_id, user_id, joined_seq, read_n) VALUES (?1, ?2,
+               ?3, (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = ?1))""",
+            (chat_id, user_id, seq),
         )
 
-    def _find_chat(self, chat_id: int, by: int | None) -> None:
-        """Refuse alike a chat that is unknown and one that is not the caller's."""
-        found = self._writer.execute("SELECT 1 FROM chat WHERE id = ?", (chat_id,))
-        if not found.fetchone() or (
-            by is not None and not self._is_member(chat_id, by)
-        ):
-            raise Refusal("not_found", "chat_id: there is no such chat for you")
+    def _know(self, db: Db, user_id: int) -> None:
+        db.execute("INSERT OR IGNORE INTO user (id) VALUES (?)", (user_id,))
+
+    def _find_chat(self, db: Db, chat_id: int, by: int | None) -> None:
+        found = one(db, "SELECT 1 FROM chat WHERE id = ?", chat_id)
+        if not found or not (by is None or one(db, IS_MEMBER, chat_id, by)):
+            raise no_chat()
 
     def _check_size(self, members: int) -> None:
-        if members > self.settings.members:
-            raise Refusal(
-                "bad_field",
-                f"member_ids: {members} members; at most {self.settings.members}",
-            )
+        most = self.settings.members
+        if members > most:
+            raise bad_field(f"member_ids: {members} members; at most {most}")
 
     # --- reading ---------------------------------------------------------------------
     # Methods that take a db run in a reader's thread, in one read transaction. `upto`
@@ -1906,7 +1842,7 @@ class Store:
     # yet, so no reader is ever ahead of the hub, nor any cursor.
 
     async def read(self, query: Callable[..., T], *args: Any) -> T:
-        """Run a query on a read-only connection. Raises Refusal storage_failed."""
+        """Run query(db, *args) read-only. Raises its Refusal, or storage_failed."""
         result: T = await self._run_sync(
             self._query, query, *args, limiter=self._read_limiter
         )
@@ -1914,195 +1850,153 @@ class Store:
 
     def _query(self, query: Callable[..., T], *args: Any) -> T:
         try:
-            # list.pop is atomic; there are never more connections than threads.
-            db = (
-                self._idle_readers.pop()
-                if self._idle_readers
-                else open_database(self.path, readonly=True)
-            )
-        except (sqlite3.Error, IndexError) as error:
-            raise Refusal("storage_failed", "the database cannot be opened") from error
-        try:
-            db.execute("BEGIN")
-            result = query(db, *args)
-            db.execute("COMMIT")
+            db = self._reader()
+            try:
+                db.execute("BEGIN")
+                result = query(db, *args)
+                db.execute("COMMIT")
+            except BaseException:
+                db.close()  # the query refused or failed: its transaction goes with it
+                raise
         except sqlite3.Error as error:
-            db.close()
             self.stats.errors[type(error).__name__] += 1
             say(logging.ERROR, "read_failed", db=self.path, error=error)
             raise Refusal("storage_failed", "the database cannot be read") from error
-        except BaseException:
-            db.close()  # the query refused or failed: its transaction goes with it
-            raise
         self._idle_readers.append(db)
         return result
 
-    def greeting(
-        self, db: sqlite3.Connection, user_id: int, upto: int, cursor: int
-    ) -> Greeting:
+    def _reader(self) -> Db:
+        try:
+            return self._idle_readers.pop()  # atomic; never more than there are threads
+        except IndexError:
+            return open_database(self.path, readonly=True)
+
+    def greeting(self, db: Db, user_id: int, upto: int, cursor: int) -> Greeting:
         """Read a user's chats as of upto, and count what he missed since cursor."""
         rows = db.execute(
-            "SELECT b.chat_id, b.joined_seq, b.read_n, coalesce((SELECT n FROM message m"
-            " WHERE m.chat_id = b.chat_id AND m.id <= ?2 ORDER BY n DESC LIMIT 1), 0)"
-            " FROM member b WHERE b.user_id = ?1 AND b.joined_seq <= ?2",
+            """SELECT b.chat_id, b.joined_seq, b.read_n, coalesce((
+                   SELECT n FROM message m WHERE m.chat_id = b.chat_id AND m.id <= ?2
+                   ORDER BY n DESC LIMIT 1), 0)
+               FROM member b WHERE b.user_id = ?1 AND b.joined_seq <= ?2""",
             (user_id, upto),
         ).fetchall()
-        marks = {
-            str(chat_id): Marks(last_n, min(read_n, last_n))
-            for chat_id, _, read_n, last_n in rows
-        }
+        marks = {str(row[0]): Marks(row[3], min(row[2], row[3])) for row in rows}
         missed = self.missed(db, user_id, cursor, upto)
         return Greeting({row[0]: row[1] for row in rows}, marks, missed)
 
-    def missed(
-        self, db: sqlite3.Connection, user_id: int, cursor: int, upto: int
-    ) -> int | None:
+    def missed(self, db: Db, user_id: int, cursor: int, upto: int) -> int | None:
         """Count a user's events in (cursor, upto]; None if too many to replay."""
         if cursor >= upto:
             return 0
         limit = self.settings.resync_events + 1
-        (count,) = db.execute(
-            f"SELECT count(*) FROM ({VISIBLE} LIMIT :limit)",
-            {"user": user_id, "cursor": cursor, "upto": upto, "limit": limit},
-        ).fetchone()
+        bounds = {"user": user_id, "cursor": cursor, "upto": upto, "limit": limit}
+        count: int = db.execute(COUNT_VISIBLE, bounds).fetchone()[0]
         return None if count >= limit else count
 
     def events_after(
-        self, db: sqlite3.Connection, user_id: int, cursor: int, upto: int, limit: int
+        self, db: Db, user_id: int, cursor: int, upto: int, limit: int
     ) -> Page:
         """Read a user's events in (cursor, upto], at most limit, at most 128 KiB.
 
         This one query serves the poll, the resume and the slow reader. A page that is
         not cut short by its limits moves the cursor to upto.
         """
-        rows = db.execute(
-            f"{EVENT_COLUMNS} WHERE e.seq IN"
-            f" (SELECT seq FROM ({VISIBLE}) ORDER BY seq LIMIT :limit) ORDER BY e.seq",
-            {"user": user_id, "cursor": cursor, "upto": upto, "limit": limit},
-        )
-        events: list[Event] = []
+        bounds = {"user": user_id, "cursor": cursor, "upto": upto, "limit": limit}
+        events: Log = []
         size = 0
-        for row in rows:
-            events.append(self._event(db, row))
+        for row in db.execute(PAGE, bounds):
+            events.append(self._event(db, row, upto))
             size += events[-1].size
             if size >= self.settings.page_bytes or len(events) >= limit:
                 return Page(events, events[-1].seq, more=events[-1].seq < upto)
         return Page(events, max(cursor, upto), more=False)
 
-    def _above(self, db: sqlite3.Connection, seq: int) -> list[Event]:
-        """Read the whole log above seq: only for what a failed commit left behind."""
-        rows = db.execute(f"{EVENT_COLUMNS} WHERE e.seq > ? ORDER BY e.seq", (seq,))
-        return [self._event(db, row) for row in rows.fetchall()]
+    def _above(self, db: Db, seq: int) -> Log:
+        """Read the whole log above seq."""
+        rows = db.execute(f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq", (seq,)).fetchall()
+        return [self._event(db, row, MAX_ID) for row in rows]
 
-    def tail(self) -> list[Event]:
+    def tail(self) -> Log:
         """Read the log's end at the start, as far back as the hub would hold it.
 
         It stops after the last chat_added, which is told with the chat as it is at the
         time: that is the query's business, not the tail's.
         """
-        floor = self.seq - self.settings.tail_events
-        (last_added,) = self._writer.execute(
-            "SELECT coalesce(max(seq), 0) FROM event WHERE kind = 'chat_added'"
-            " AND seq > ?",
-            (floor,),
-        ).fetchone()
-        return self._above(self._writer, max(floor, last_added, 0))
+        floor = max(0, self.seq - self.settings.tail_events)
+        sql = "SELECT max(seq) FROM event WHERE kind = 'chat_added' AND seq > ?"
+        with told_of("database", self.path):
+            last_added = one(self._writer, sql, floor)
+            return self._above(self._writer, last_added or floor)
 
     def revoked(self) -> dict[int, int]:
         """Read at the start whose older tokens are refused."""
-        return dict(
-            self._writer.execute(
-                "SELECT id, revoked_at FROM user WHERE revoked_at IS NOT NULL"
-            )
-        )
+        sql = "SELECT id, revoked_at FROM user WHERE revoked_at IS NOT NULL"
+        with told_of("database", self.path):
+            return dict(self._writer.execute(sql))
 
-    def _event(self, db: sqlite3.Connection, row: tuple[Any, ...]) -> Event:
-        """Make the event of a row of EVENT_COLUMNS."""
-        seq, kind, chat_id, to_chat, to_user, user_id, name, *rest = row
+    def _event(self, db: Db, row: tuple[Any, ...], upto: int) -> Event:
+        """Make the event of a row of EVENTS."""
+        seq, kind, chat_id, to_chat, to_user, user_id, name, *message = row
         size = 256
         wire: Wire
         match kind:
             case "new_message":
-                message = _message(rest)
-                wire = NewMessage(seq=seq, chat_id=chat_id, message=message)
-                size += 2 * len(message.content)
+                return message_event(message_of(message))
             case "message_read":
-                wire = MessageRead(
-                    seq=seq,
-                    message_id=rest[0],
-                    chat_id=chat_id,
-                    read_by=user_id,
-                    n=rest[5],
-                )
+                wire = MessageRead(seq, message[0], chat_id, user_id, n=message[5])
             case "chat_added":
-                raw = msgspec.Raw(encode(self.chat(db, chat_id, None, to_user)))
-                wire = ChatAdded(seq=seq, chat_id=chat_id, chat=raw)
+                raw = msgspec.Raw(encode(self.chat(db, chat_id, upto, to_user)))
+                wire = ChatAdded(seq, chat_id, raw)
                 size += len(raw)
             case "member_added":
-                wire = MemberAdded(seq=seq, chat_id=chat_id, user_id=user_id, name=name)
+                wire = MemberAdded(seq, chat_id, user_id, name)
             case _:
-                wire = MemberRemoved(seq=seq, chat_id=chat_id, user_id=user_id)
+                wire = MemberRemoved(seq, chat_id, user_id)
         return Event(wire, to_chat=bool(to_chat), to_user=to_user, size=size)
 
     def chat(
-        self,
-        db: sqlite3.Connection,
-        chat_id: int,
-        upto: int | None,
-        viewer_id: int | None = None,
+        self, db: Db, chat_id: int, upto: int | None, viewer_id: int | None = None
     ) -> Chat:
         """Read one chat as of upto (None: now).
 
         A viewer who has left sees that there was a chat, and nothing of it.
         """
-        title = db.execute("SELECT title FROM chat WHERE id = ?", (chat_id,)).fetchone()
-        members = [
-            Member(*row)
-            for row in db.execute(
-                "SELECT b.user_id, u.name, b.read_n FROM member b"
-                " JOIN user u ON u.id = b.user_id WHERE b.chat_id = ?",
-                (chat_id,),
-            )
-        ]
-        if viewer_id is not None and all(m.user_id != viewer_id for m in members):
+        if viewer_id is not None and not one(db, IS_MEMBER, chat_id, viewer_id):
             return Chat(chat_id, None, [], 0, None)
         row = db.execute(
-            "SELECT id, chat_id, sender_id, content, created_at, n, client_id"
-            " FROM message WHERE chat_id = ?1 AND id <= coalesce(?2, id)"
-            " ORDER BY n DESC LIMIT 1",
-            (chat_id, upto),
+            f"{MESSAGES} WHERE chat_id = ? AND id <= ? ORDER BY n DESC LIMIT 1",
+            (chat_id, MAX_ID if upto is None else upto),
         ).fetchone()
-        last = _message(row) if row else None
-        return Chat(chat_id, title[0], members, last.n if last else 0, last)
+        last = message_of(row) if row else None
+        last_n = last.n if last else 0
+        members = db.execute(
+            """SELECT b.user_id, u.name, min(b.read_n, ?) FROM member b
+               JOIN user u ON u.id = b.user_id WHERE b.chat_id = ?""",
+            (last_n, chat_id),
+        )
+        title = one(db, "SELECT title FROM chat WHERE id = ?", chat_id)
+        return Chat(chat_id, title, [Member(*row) for row in members], last_n, last)
 
-    def my_chats(self, db: sqlite3.Connection, user_id: int, upto: int) -> list[MyChat]:
+    def my_chats(self, db: Db, user_id: int, upto: int) -> list[MyChat]:
         """Read a user's chats as of upto, the one with the newest message first."""
         rows = db.execute(
-            "SELECT chat_id, read_n, joined_seq FROM member"
-            " WHERE user_id = ? AND joined_seq <= ?",
+            """SELECT chat_id, read_n, joined_seq FROM member
+               WHERE user_id = ? AND joined_seq <= ?""",
             (user_id, upto),
         ).fetchall()
         found: list[tuple[int, MyChat]] = []
-        for chat_id, read_n, joined_seq in rows:
+        for chat_id, position, joined_seq in rows:
             chat = self.chat(db, chat_id, upto)
-            read_n = min(read_n, chat.last_n)
-            mine = MyChat(
-                chat.id,
-                chat.title,
-                chat.members,
-                chat.last_n,
-                chat.last_message,
-                read_n,
-                chat.last_n - read_n,
-            )
-            last = chat.last_message
+            last, read_n = chat.last_message, min(position, chat.last_n)
+            fields = msgspec.structs.asdict(chat)
+            mine = MyChat(**fields, read_n=read_n, unread=chat.last_n - read_n)
             found.append((max(joined_seq, last.id if last else 0), mine))
         found.sort(key=lambda pair: pair[0], reverse=True)
         return [mine for _, mine in found]
 
     def history(
         self,
-        db: sqlite3.Connection,
+        db: Db,
         user_id: int,
         chat_id: int,
         before: int | None,
@@ -2113,58 +2007,56 @@ class Store:
 
         before is a message id of this chat. Raises Refusal not_found, bad_field.
         """
-        if not db.execute(
-            "SELECT 1 FROM member WHERE chat_id = ? AND user_id = ?", (chat_id, user_id)
-        ).fetchone():
-            raise Refusal("not_found", "there is no such chat for you")
+        if not one(db, IS_MEMBER, chat_id, user_id):
+            raise no_chat()
         before_n = MAX_ID
         if before is not None:
-            row = db.execute(
-                "SELECT n FROM message WHERE id = ? AND chat_id = ?", (before, chat_id)
-            ).fetchone()
-            if row is None:
-                raise Refusal("bad_field", "before: not a message of this chat")
-            (before_n,) = row
+            sql = "SELECT n FROM message WHERE id = ? AND chat_id = ?"
+            before_n = one(db, sql, before, chat_id)
+            if before_n is None:
+                raise bad_field("before: not a message of this chat")
         rows = db.execute(
-            "SELECT id, chat_id, sender_id, content, created_at, n, client_id"
-            " FROM message WHERE chat_id = ? AND n < ? AND id <= ?"
-            " ORDER BY n DESC LIMIT ?",
+            f"""{MESSAGES} WHERE chat_id = ? AND n < ? AND id <= ?
+                ORDER BY n DESC LIMIT ?""",
             (chat_id, before_n, upto, limit + 1),
         ).fetchall()
-        messages = [_message(row) for row in reversed(rows[:limit])]
+        messages = [message_of(row) for row in reversed(rows[:limit])]
         return messages, len(rows) > limit
 
-    def name(self, db: sqlite3.Connection, user_id: int) -> str | None:
+    def name(self, db: Db, user_id: int) -> str | None:
         """Read what a user is called."""
-        row = db.execute("SELECT name FROM user WHERE id = ?", (user_id,)).fetchone()
-        return row[0] if row else None
+        name: str | None = one(db, "SELECT name FROM user WHERE id = ?", user_id)
+        return name
 
-    def users(self, db: sqlite3.Connection) -> list[User]:
+    def users(self, db: Db) -> list[User]:
         """Read who is known, those with a name first, at most 200."""
-        rows = db.execute(
-            "SELECT id, name FROM user ORDER BY name IS NULL, name, id LIMIT 200"
-        )
-        return [User(*row) for row in rows]
+        sql = "SELECT id, name FROM user ORDER BY name IS NULL, name, id LIMIT 200"
+        return [User(*row) for row in db.execute(sql)]
 
     def wal_bytes(self) -> int:
         """How long the log of changes is that the database file does not have yet."""
         try:
-            return self.path.with_name(self.path.name + "-wal").stat().st_size
+            return beside(self.path, "-wal").stat().st_size
         except FileNotFoundError:
             return 0
 
 
-def _message(row: Sequence[Any]) -> Message:
-    """Make the message of a row (id, chat_id, sender_id, content, created_at, n, ...)."""
-    return Message(
-        id=row[0],
-        chat_id=row[1],
-        sender_id=row[2],
-        content=row[3],
-        created_at=timestamp(row[4]),
-        n=row[5],
-        client_id=row[6],
-    )
+def beside(path: Path, suffix: str) -> Path:
+    """Name the file that stands beside a database: -wal, -shm, .lock."""
+    return path.with_name(path.name + suffix)
+
+
+def message_of(row: Sequence[Any]) -> Message:
+    """Make the message of a row of MESSAGE_COLUMNS."""
+    return Message(row[0], row[1], row[2], row[3], timestamp(row[4]), row[5], row[6])
+
+
+def message_event(message: Message) -> Event:
+    """Make the event of a message: its seq is the message's id."""
+    # A text that is not ASCII is held thrice: as str, its UTF-8, and in the frame.
+    size = 256 + 3 * len(message.content.encode())
+    wire = NewMessage(message.id, message.chat_id, message)
+    return Event(wire, to_chat=True, size=size)
 
 
 class Person:
@@ -2199,10 +2091,12 @@ class Seat:
     Another has been given all up to `cursor`; somebody is bringing it the rest.
     """
 
+    # fmt: off
     __slots__ = ("behind", "cursor", "end", "held", "live", "outbox", "person",
-                 "ping_after", "pinged_at", "slots", "token_ends", "warned")  # fmt: skip
+                 "ping_after", "pinged_at", "slots", "token_ends", "warned")
+    # fmt: on
 
-    person: Person
+    person: Person  # from Hub.enter on
 
     def __init__(
         self,
@@ -2269,8 +2163,8 @@ class Seat:
         left = self.token_ends - now
         if left <= settings.token_warning_seconds and not self.warned:
             self.warned = True
-            expiring = TokenExpiring(expires_in=max(0, round(left)))
-            self.outbox.push(text_frame(expiring), always=True)
+            expiring = text_frame(TokenExpiring(max(0, round(left))))
+            self.outbox.push(expiring, always=True)
         if left <= -settings.token_grace_seconds:
             self.end(CLOSE_TOKEN_ENDED, "the token has ended: get a new one")
 
@@ -2304,10 +2198,8 @@ class Hub:
 
     def enter(self, seat: Seat, user_id: int, cursor: int) -> bool:
         """Register a seat, catching up. False: this user has too many."""
-        person = self.people.get(user_id)
-        if person is None:
-            person = self.people[user_id] = Person(user_id)
-        elif len(person.seats) >= self.settings.connections_per_user:
+        person = self.people.setdefault(user_id, Person(user_id))
+        if len(person.seats) >= self.settings.connections_per_user:
             return False
         seat.person = person
         seat.cursor = cursor
@@ -2367,52 +2259,58 @@ class Hub:
             reply = job.done(outcome)
             if reply is not None and job.seat is not None:
                 replies.setdefault(job.seat, []).append(reply)
-        joined: dict[int, bytes] = {}
+        last: Log | None = None
+        joined, deliveries = b"", 0
         for seat, events in parcels.items():
-            frames = joined.get(id(events))
-            if frames is None:
-                frames = joined[id(events)] = b"".join([e.frame for e in events])
+            if events is not last:
+                joined, last = b"".join([event.frame for event in events]), events
+            frames = joined
             if seat in replies:
                 frames += b"".join([reply.frame for reply in replies[seat]])
             if not seat.outbox.push(frames):
                 seat.fall_behind(before)
                 continue
-            self.stats.deliveries += len(events)
+            deliveries += len(events)
             for _ in replies.pop(seat, ()):
                 seat.slots.release()
+        self.stats.deliveries += deliveries
+        self.stats.writes += len(parcels)
         for seat, rest in replies.items():
             for reply in rest:
                 seat.answer(reply)
 
-    def _append(self, events: list[Event]) -> None:
+    def _append(self, events: Log) -> None:
         for event in events:
             self.stats.events[event.kind] += 1
             self.tail_size += event.size
         self.tail += events
         self.head += len(events)
         # Trimmed in strides: del at the front of a list moves all that stays.
-        if (
-            len(self.tail) > self.settings.tail_events * 9 // 8
-            or self.tail_size > self.settings.tail_bytes
-        ):
-            cut = max(len(self.tail) // 8, len(self.tail) - self.settings.tail_events)
+        length, most = len(self.tail), self.settings.tail_events
+        if length > most * 9 // 8 or self.tail_size > self.settings.tail_bytes:
+            cut = max(length // 8, length - most)
             self.tail_size -= sum(event.size for event in self.tail[:cut])
             del self.tail[:cut]
 
-    def _address(self, events: list[Event]) -> dict[Seat, list[Event]]:
+    def _address(self, events: Log) -> dict[Seat, Log]:
         """Say which live seat gets which events; apply membership as it goes by.
 
         Events of one chat between two changes of membership have the same readers:
         they are one list, shared by all seats that have no other chat in the batch.
         """
-        parcels: dict[Seat, list[Event]] = {}
+        parcels: dict[Seat, Log] = {}
         for kept, group in itertools.groupby(events, self._keeps_members):
             if kept:
-                by_chat: dict[int, list[Event]] = {}
+                by_chat: dict[int, Log] = {}
                 for event in group:
                     by_chat.setdefault(event.chat_id, []).append(event)
                 for chat_id, news in by_chat.items():
-                    for person in self.rooms.get(chat_id, {}).values():
+                    room = self.rooms.get(chat_id, {}).values()
+                    if not parcels:  # nearly always: one room, and nobody has another
+                        seats = [s for person in room for s in person.seats if s.live]
+                        parcels = dict.fromkeys(seats, news)
+                        continue
+                    for person in room:
                         self._parcel(parcels, person, news)
                 continue
             for event in group:
@@ -2425,25 +2323,16 @@ class Hub:
     def _keeps_members(event: Event) -> bool:
         return event.to_user is None and type(event.wire) is not MemberAdded
 
-    def _parcel(
-        self, parcels: dict[Seat, list[Event]], person: Person, news: list[Event]
-    ) -> None:
+    def _parcel(self, parcels: dict[Seat, Log], person: Person, news: Log) -> None:
         for seat in person.seats:
-            if seat.live:
-                had = parcels.get(seat)
-                parcels[seat] = (
-                    news
-                    if had is None
-                    else sorted(had + news, key=lambda event: event.seq)
-                )
+            if seat.live and (had := parcels.setdefault(seat, news)) is not news:
+                parcels[seat] = sorted(had + news, key=lambda event: event.seq)
 
     def _readers(self, event: Event) -> list[Person]:
         room = self.rooms.get(event.chat_id, {}) if event.to_chat else {}
-        readers = list(room.values())
-        one = self.people.get(event.to_user) if event.to_user else None
-        if one is not None and one.user_id not in room:
-            readers.append(one)
-        return readers
+        named = self.people.get(event.to_user or 0)
+        alone = named is not None and named.user_id not in room
+        return [*room.values(), named] if named and alone else list(room.values())
 
     def _apply(self, event: Event) -> None:
         person = self.people.get(event.to_user or 0)
@@ -2464,7 +2353,7 @@ class Hub:
         Between the last event given and `live` nothing can be published: this is a
         plain def. That is why a seat becomes live under any load.
         """
-        start = seat.cursor + 1 - (self.head - len(self.tail) + 1)
+        start = seat.cursor - (self.head - len(self.tail))
         frames: list[bytes] = []
         size = 0
         for event in itertools.islice(self.tail, start, None):
@@ -2485,19 +2374,17 @@ class Hub:
         if frames:
             seat.outbox.push(b"".join(frames), always=True)
             self.stats.deliveries += len(frames)
+            self.stats.writes += 1
         seat.live = seat.cursor >= self.head
         seat.release_held()
 
     def show_typing(self, user_id: int, chat_id: int, is_typing: bool) -> None:
-        """Show a typing sign to the other members who are live; who is busy, misses it."""
-        frame = text_frame(
-            TypingSign(chat_id=chat_id, user_id=user_id, is_typing=is_typing)
-        )
+        """Show a typing sign to the others who are live; who is busy misses it."""
+        frame = text_frame(TypingSign(chat_id, user_id, is_typing))
         for person in self.rooms.get(chat_id, {}).values():
-            if person.user_id != user_id:
-                for seat in person.seats:
-                    if seat.live and not seat.outbox.waiting:
-                        seat.outbox.push(frame)
+            for seat in person.seats if person.user_id != user_id else ():
+                if seat.live and not seat.outbox.waiting:
+                    seat.outbox.push(frame)
 
 
 # =====================================================================================
@@ -2518,20 +2405,25 @@ class Outbox(trio.abc.Stream):
     is empty. A push is taken whole or not at all, so no cancellation can tear a frame.
     The first close frame seals the outbox: what comes later is dropped.
 
+    It keeps the number of its descriptor. That is safe because who closes the stream
+    has sealed the outbox first, and all its tasks have ended: an old number could be
+    somebody else's connection.
+
     As the stream of trio-websocket it also plays the handshake to the library: we have
     read and checked the real one, and the library sees one of our own making.
     """
 
-    __slots__ = ("_broke", "_handshake", "_nursery", "_opened", "_owed_pong", "_pace",
-                 "_parked", "_settings", "_stats", "_trailing", "buffer", "heard_at",
-                 "moved_at", "sealed", "stream")  # fmt: skip
+    # fmt: off
+    __slots__ = ("_broke", "_fd", "_handshake", "_nursery", "_opened", "_owed_pong",
+                 "_pace", "_parked", "_settings", "_trailing", "buffer", "heard_at",
+                 "moved_at", "sealed", "stream")
+    # fmt: on
 
     def __init__(
         self,
         stream: trio.SocketStream,
         nursery: trio.Nursery,
         settings: Settings,
-        stats: Stats,
         *,
         handshake: bytes,
         trailing: bytes,
@@ -2543,9 +2435,9 @@ class Outbox(trio.abc.Stream):
         self.heard_at = self.moved_at = trio.current_time()
         self._nursery = nursery
         self._settings = settings
-        self._stats = stats
         self._handshake = handshake
         self._trailing = trailing  # what the peer sent behind its handshake
+        self._fd = stream.socket.fileno()
         self._opened = trio.Event()
         self._pace = Pace(settings.receive_bytes, self.heard_at)
         self._parked = trio.lowlevel.ParkingLot()
@@ -2576,10 +2468,8 @@ class Outbox(trio.abc.Stream):
                 return False
             self.buffer += frames
             return True
-        self._stats.writes += 1
         try:
-            # fileno() afresh: -1 once closed, while an old number may be somebody else.
-            sent = os.write(self.stream.socket.fileno(), frames)
+            sent = os.write(self._fd, frames)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -2618,8 +2508,8 @@ class Outbox(trio.abc.Stream):
         """Write the buffer as the socket takes it. The one task that waits to write."""
         while self.buffer:
             try:
-                await trio.lowlevel.wait_writable(self.stream.socket)
-                sent = os.write(self.stream.socket.fileno(), self.buffer[:65536])
+                await trio.lowlevel.wait_writable(self._fd)
+                sent = os.write(self._fd, self.buffer[:65536])
             except BlockingIOError:
                 continue
             except (OSError, trio.ClosedResourceError):
@@ -2675,17 +2565,27 @@ class Outbox(trio.abc.Stream):
             await trio.lowlevel.checkpoint()
             return handshake
         await self._opened.wait()  # what comes before the 101 would be lost
-        data: bytes
         if self._trailing:
             data, self._trailing = self._trailing, b""
         else:
-            data = bytes(await self.stream.receive_some(max_bytes))
+            data = await self._receive(max_bytes or 8192)
         now = self.heard_at = trio.current_time()
         self._pace.spend(len(data))
         debt = self._pace.debt_seconds(now)
         if debt:
             await trio.sleep(debt)
         return data
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        while True:
+            # Wait first: a SocketStream would try first, in vain nearly always.
+            await trio.lowlevel.wait_readable(self._fd)
+            try:
+                return os.read(self._fd, max_bytes)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise trio.BrokenResourceError from error
 
     async def aclose(self) -> None:
         """Do nothing: the connection closes its stream, when the last byte is out."""
@@ -2752,11 +2652,7 @@ class Guard(WebSocketConnection):
             return
         self._outbox.charge()
         data = event.data
-        self._bytes += (
-            len(data.encode())
-            if isinstance(data, str) and not data.isascii()
-            else len(data)
-        )
+        self._bytes += len(data.encode() if isinstance(data, str) else data)
         self._fragments += event.frame_finished
         if self._bytes > self._most_bytes:
             await self._too_big(f"more than {self._most_bytes} bytes")
@@ -2796,9 +2692,8 @@ class Session:
         self.verdict: tuple[int, str] | None = None  # why we close, if it is us
         self.bucket = Bucket(server.settings.commands)
         self.refused = 0  # commands in a row over the rate
-        self.seat = Seat(
-            outbox, settings=server.settings, behind=self._behind, end=self.end
-        )
+        settings = server.settings
+        self.seat = Seat(outbox, settings=settings, behind=self._behind, end=self.end)
         self._set_token(claims)
 
     async def run(self) -> None:
@@ -2810,6 +2705,11 @@ class Session:
         except ConnectionClosed:
             return
         server.opened(self)
+        # What began during the handshake was told to those who were open then.
+        if server.stopping.is_set():
+            self.end(CLOSE_RESTART, "the server restarts")
+        if server.keyring.is_revoked(self.claims):
+            self.end(CLOSE_SIGN_IN, "revoked: sign in again")
         upto = server.hub.head
         # Register first, read second: what is published meanwhile is not missed.
         entered = server.hub.enter(self.seat, self.claims.user_id, upto)
@@ -2841,18 +2741,14 @@ class Session:
     # --- joining ---------------------------------------------------------------------
 
     async def _greet(self, upto: int) -> bool:
-        """Read where this user stands, and say `connected`. False: it cannot be read."""
+        """Read where this user stands; say `connected`. False: it cannot be read."""
         store, hub = self.server.store, self.server.hub
-        start = self.server.parse_cursor(self.cursor)
+        start, user_id = self.server.parse_cursor(self.cursor), self.claims.user_id
+        since = upto if start is None else start
         try:
-            greeting = await store.read(
-                store.greeting,
-                self.claims.user_id,
-                upto,
-                upto if start is None else start,
-            )
-        except Refusal as refusal:
-            self.outbox.push(error_frame(refusal))
+            greeting = await store.read(store.greeting, user_id, upto, since)
+        except Refusal as no:
+            self.outbox.push(error_frame(no))
             self.end(CLOSE_LATER, "the database cannot be read: come back later")
             return False
         if self.cursor is None:
@@ -2867,14 +2763,14 @@ class Session:
         hub.know(self.seat.person, greeting.joined)
         self.seat.cursor = start
         connected = Connected(
-            user_id=self.claims.user_id,
+            user_id=user_id,
             timestamp=timestamp(now_seconds()),
             cursor=self.server.write_cursor(start),
             resume=resume,
             expires_in=self.claims.expires_in(),
             chats=greeting.marks,
         )
-        self.outbox.push(text_frame(connected), always=True)
+        self._answer(text_frame(connected))
         if hub.in_tail(start):
             hub.feed(self.seat)
         if not self.seat.live:
@@ -2891,7 +2787,7 @@ class Session:
         From the tail, without waiting, if it is all there; else from the log in pages.
         """
         store, hub, seat = self.server.store, self.server.hub, self.seat
-        limit = self.server.settings.page_events
+        user_id, limit = self.claims.user_id, self.server.settings.page_events
         while not seat.live:
             await trio.lowlevel.checkpoint()  # one helping each, then the others
             await self.outbox.empty()
@@ -2902,17 +2798,10 @@ class Session:
                 continue
             try:
                 async with seat.person.replaying:
-                    page: Page = await store.read(
-                        store.events_after,
-                        seat.person.user_id,
-                        seat.cursor,
-                        hub.head,
-                        limit,
-                    )
+                    where = (user_id, seat.cursor, hub.head, limit)
+                    page = await store.read(store.events_after, *where)
             except Refusal:
-                self.end(
-                    CLOSE_LATER, "the log cannot be read: come back with your cursor"
-                )
+                self.end(CLOSE_LATER, "the log cannot be read: keep your cursor")
                 return
             hub.give_page(seat, page)
 
@@ -2932,13 +2821,13 @@ class Session:
                 if isinstance(text, bytes):
                     raise Refusal("bad_json", "a binary message; send JSON as text")
                 command = parse(text, COMMANDS)
-            except Refusal as refusal:
-                self._answer(error_frame(refusal, _ref_of(text)))
+            except Refusal as no:
+                self._answer(error_frame(no, _ref_of(text)))
                 continue
             try:
                 await self._obey(command)
-            except Refusal as refusal:
-                self._answer(error_frame(refusal, command.ref))
+            except Refusal as no:
+                self._answer(error_frame(no, command.ref))
 
     def _check_rate(self) -> None:
         wait = self.bucket.take(trio.current_time())
@@ -2961,8 +2850,7 @@ class Session:
             case MarkRead():
                 await self._mark_read(command)
             case Ping(ref=ref):
-                pong = Pong(timestamp=timestamp(now_seconds()), ref=ref)
-                self._answer(text_frame(pong))
+                self._answer(text_frame(Pong(timestamp(now_seconds()), ref)))
             case Auth():
                 self._auth(command)
 
@@ -2970,47 +2858,57 @@ class Session:
         self.outbox.push(frame, always=True)
 
     async def _submit(
-        self, work: Callable[[list[Event]], T], done: Callable[[T | Refusal], Reply]
+        self,
+        ref: str | None,
+        work: Callable[[Db, Log], T],
+        reply: Callable[[T, str | None], Reply],
     ) -> None:
         """Queue a work; at most 64 of this connection are without an answer."""
+
+        def done(outcome: T | Refusal) -> Reply:
+            if isinstance(outcome, Refusal):
+                return Reply(error_frame(outcome, ref), 0)
+            return reply(outcome, ref)
+
         await self.seat.slots.acquire()
-        await self.server.store.submit(Job(work, done, self.seat))
+        try:
+            await self.server.store.submit(Job(work, done, self.seat))
+        except trio.Cancelled:
+            self.seat.slots.release()  # it was not queued: nothing will answer it
+            raise
 
     async def _send(self, command: SendMessage) -> None:
         server, user_id = self.server, self.claims.user_id
         check_content(command.content, server.settings)
-        key = (command.chat_id, user_id, command.content, command.client_id)
-
-        def done(outcome: Sent | Refusal) -> Reply:
-            if isinstance(outcome, Refusal):
-                return Reply(error_frame(outcome, command.ref), 0)
-            server.count_sent(outcome, user_id)
-            return _sent_reply(outcome, command.ref)
-
-        if sent := await server.allow_send(self.claims, *key):
-            self.seat.slots.acquire_nowait()
+        send = Send(command.chat_id, user_id, command.content, command.client_id)
+        if sent := await server.allow_send(self.claims, send):
+            await self.seat.slots.acquire()
             self.seat.answer(_sent_reply(sent, command.ref))
             return
         service = self.claims.service
+
+        def reply(sent: Sent, ref: str | None) -> Reply:
+            server.count_sent(sent, user_id)
+            return _sent_reply(sent, ref)
+
         await self._submit(
-            lambda events: server.store.send_message(events, *key, service), done
+            command.ref,
+            lambda db, log: server.store.send_message(db, log, send, service),
+            reply,
         )
 
     async def _mark_read(self, command: MarkRead) -> None:
-        def done(outcome: Marked | Refusal) -> Reply:
-            if isinstance(outcome, Refusal):
-                return Reply(error_frame(outcome, command.ref), 0)
-            return Reply(text_frame(Ack(ref=command.ref)), outcome.seq)
-
         store, user_id = self.server.store, self.claims.user_id
         await self._submit(
-            lambda events: store.mark_read(events, user_id, command.message_id), done
+            command.ref,
+            lambda db, log: store.mark_read(db, log, user_id, command.message_id),
+            lambda marked, ref: Reply(text_frame(Ack(ref=ref)), marked.seq),
         )
 
     def _type(self, command: Typing) -> None:
         user_id, chat_id = self.claims.user_id, command.chat_id
         if chat_id not in self.seat.person.chats:
-            raise Refusal("not_found", "chat_id: there is no such chat for you")
+            raise no_chat()
         if self.server.typing.take((user_id, chat_id), trio.current_time()):
             self.server.stats.rate_limited["typing"] += 1
             return
@@ -3034,16 +2932,16 @@ class Session:
     # --- closing ---------------------------------------------------------------------
 
     async def _close(self, guard: Guard) -> None:
-        """Say why, let it arrive, and end. Our closes are our own, not the library's."""
+        """Say why, let it arrive, and end. Our closes are ours, not the library's."""
         code, reason = self.verdict or (CLOSE_NORMAL, "")
         settings = self.server.settings
         if code == CLOSE_RESTART:
+            # Half of the drain at most: the close has to go out before all is cut.
             if self.seat.slots.value < settings.unanswered:
-                with trio.move_on_after(settings.drain_seconds):
+                with trio.move_on_after(settings.drain_seconds / 2):
                     for _ in range(settings.unanswered):
                         await self.seat.slots.acquire()  # all back: all answered
-            bye = Bye(retry_after=self.server.come_back_in())
-            self.outbox.push(text_frame(bye), always=True)
+            self._answer(text_frame(Bye(self.server.come_back_in())))
         if code != CUT:
             self.outbox.seal(close_frame(code, reason))
         guard.reading.cancel()  # from here on we read ourselves, and discard
@@ -3098,6 +2996,8 @@ def refusal_answer(refusal: Refusal) -> Answer:
     return Answer(refusal.status, encode({"error": error}), headers=headers)
 
 
+CLOSE = [("Connection", "close")]
+UPGRADE = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
 # What we, or the libraries, decode or compare.
 ASCII_FIELDS = frozenset(
     ("host", "connection", "upgrade", "origin", "sec-websocket-key",
@@ -3108,11 +3008,12 @@ ASCII_FIELDS = frozenset(
 class Request:
     """One request's head, checked, and what is known about who sent it."""
 
-    __slots__ = ("address", "claims", "fields", "ids", "method", "path", "peer", "query",
-                 "_body", "_read_body")  # fmt: skip
+    __slots__ = ("address", "body", "claims", "fields", "ids", "method", "path", "peer",
+                 "query", "version")  # fmt: skip
 
     claims: Claims  # set when the route asks for a token
     ids: tuple[int, ...]  # the numbers in the path
+    body: bytes
 
     def __init__(
         self,
@@ -3122,63 +3023,76 @@ class Request:
         settings: Settings,
     ) -> None:
         """Check what h11 lets pass. Raises Refusal bad_field, too_large."""
-        if len(head.headers) > settings.header_lines:
-            raise Refusal(
-                "too_large",
-                f"{len(head.headers)} header lines; at most {settings.header_lines}",
-                status=431,
-            )
+        lines, most = len(head.headers), settings.header_lines
+        if lines > most:
+            why = f"{lines} header lines; at most {most}"
+            raise Refusal("too_large", why, status=431)
+        self.version = head.http_version
+        if self.version not in (b"1.0", b"1.1"):
+            raise Refusal("bad_field", "HTTP/1.1 is what we speak", headers=CLOSE)
         self.method = head.method.decode("ascii")
         self.fields: dict[str, list[str]] = {}
         for name, value in head.headers:
-            self.fields.setdefault(name.decode("ascii"), []).append(
-                value.decode("latin-1")
-            )
+            lines_of = self.fields.setdefault(name.decode("ascii"), [])
+            lines_of.append(value.decode("latin-1"))
         for field in self.fields:
             if field in ASCII_FIELDS and not self.one(field).isascii():
-                raise Refusal("bad_field", f"{field}: only ASCII may be in it")
+                raise bad_field(f"{field}: only ASCII may be in it")
         if "content-length" in self.fields and "transfer-encoding" in self.fields:
-            raise Refusal("bad_field", "Content-Length beside Transfer-Encoding")
+            raise bad_field("Content-Length beside Transfer-Encoding")
         target = head.target.decode("ascii")
         if not target.startswith("/") or target.startswith("//"):
-            raise Refusal("bad_field", "target: it must start with exactly one slash")
+            raise bad_field("target: it must start with exactly one slash")
         self.path, _, query = target.partition("?")
         try:
             self.query = urllib.parse.parse_qs(
                 query, keep_blank_values=True, errors="strict", max_num_fields=16
             )
         except ValueError as error:
-            raise Refusal("bad_field", f"query: {error}") from None
+            raise bad_field(f"query: {error}") from None
         self.peer = peer
         self.address = proxies.client(peer, self.fields.get("x-forwarded-for", []))
 
+    @property
+    def user_id(self) -> int:
+        """Who asks."""
+        return self.claims.user_id
+
+    @property
+    def by(self) -> int | None:
+        """Which member changes a chat; None: a service."""
+        return None if self.claims.service else self.claims.user_id
+
+    @property
+    def upgrades(self) -> bool:
+        """Does it ask for a socket?"""
+        return self.path == "/ws/chat" and self.method == "GET"
+
     def one(self, name: str) -> str:
-        """Join the lines of a header, as RFC 9110 5.3 allows. Empty if there is none."""
+        """Join the lines of a header (RFC 9110 5.3). Empty if there is none."""
         return ", ".join(self.fields.get(name, ()))
 
     def argument(self, name: str) -> str | None:
         """Read a query parameter that may stand once. Raises Refusal bad_field."""
         values = self.query.get(name, [])
         if len(values) > 1:
-            raise Refusal(
-                "bad_field", f"{name}: given {len(values)} times in the query"
-            )
+            raise bad_field(f"{name}: given {len(values)} times in the query")
         return values[0] if values else None
 
-    def number(self, name: str, default: int | None, most: int) -> int | None:
+    def number(self, name: str, most: int) -> int | None:
         """Read a number from 1 to most in the query. Raises Refusal bad_field."""
         text = self.argument(name)
         if text is None:
-            return default
-        if not (text.isascii() and text.isdigit() and 1 <= int(text[:20]) <= most):
-            raise Refusal("bad_field", f"{name}: must be a number from 1 to {most}")
+            return None
+        if not (re.fullmatch("[0-9]{1,20}", text) and 1 <= int(text) <= most):
+            raise bad_field(f"{name}: must be a number from 1 to {most}")
         return int(text)
 
     def bearer(self) -> str:
         """Read the token of Authorization: Bearer. Raises Refusal token_invalid."""
         scheme, _, token = self.one("authorization").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise Refusal("token_invalid", "Authorization: Bearer TOKEN is missing")
+            raise bad_token("Authorization: Bearer TOKEN is missing")
         return token.strip()
 
     def has(self, name: str, word: str) -> bool:
@@ -3201,6 +3115,7 @@ class Http:
         self.h11 = h11.Connection(
             h11.SERVER, max_incomplete_event_size=self.settings.head_bytes
         )
+        self.upgraded = False
 
     async def run(self) -> None:
         """Serve requests until the connection ends. The caller closes the stream."""
@@ -3219,25 +3134,33 @@ class Http:
             if head is None:
                 return False
             request = Request(head, self.peer, self.server.proxies, self.settings)
-            with trio.move_on_after(self.settings.request_seconds) as scope:
-                answer = await self._answer(request)
-            if scope.cancelled_caught:
-                raise Refusal("timeout")
+            answer = await self._answer_in_time(request)
             if answer is None:
                 await self._upgrade(request)
                 return False
-        except Refusal as refusal:
-            self.server.stats.refused[refusal.code] += 1
-            answer = refusal_answer(refusal)
+        except Refusal as no:
+            if request is not None and request.upgrades:
+                self.server.stats.refused[no.code] += 1
+            answer = refusal_answer(no)
         except h11.RemoteProtocolError as error:
             answer = refusal_answer(_protocol_refusal(error))
-        with trio.move_on_after(self.settings.request_seconds) as scope:
+        with trio.move_on_after(self.settings.request_seconds):
             await self._respond(request, answer)
             if self.h11.our_state is h11.DONE and self.h11.their_state is h11.DONE:
                 self.h11.start_next_cycle()
                 return True
             await linger(self.stream, self.settings.linger_seconds)
         return False
+
+    async def apologize(self) -> None:
+        """After a mistake of ours: answer `internal`, unless an answer has begun."""
+        with (
+            trio.move_on_after(self.settings.linger_seconds),
+            contextlib.suppress(trio.BrokenResourceError, h11.LocalProtocolError),
+        ):
+            if not self.upgraded:
+                no = Refusal("internal", headers=CLOSE)
+                await self._respond(None, refusal_answer(no))
 
     async def _head(self, wait: float) -> h11.Request | None:
         """Read a request's head. None: there is no other. Raises Refusal timeout.
@@ -3264,9 +3187,8 @@ class Http:
                         return None
                     if not begun:
                         begun = True
-                        scope.deadline = (
-                            trio.current_time() + self.settings.head_seconds
-                        )
+                        deadline = trio.current_time() + self.settings.head_seconds
+                        scope.deadline = deadline
                     self.h11.receive_data(data)
             finally:
                 self.server.parked.pop(scope, None)
@@ -3274,14 +3196,20 @@ class Http:
             raise Refusal("timeout", "the request head took too long")
         return None
 
+    async def _answer_in_time(self, request: Request) -> Answer | None:
+        with trio.move_on_after(self.settings.request_seconds) as scope:
+            answer = await self._answer(request)
+        if scope.cancelled_caught:
+            raise Refusal("timeout")
+        return answer
+
     async def _answer(self, request: Request) -> Answer | None:
         """Find the route, check who asks, and do it. None: it upgrades."""
         server = self.server
-        upgrades = request.path == "/ws/chat" and request.method == "GET"
-        if upgrades:
+        if request.upgrades:
             server.check_handshakes(request.address)
         server.check_origin(request)
-        if upgrades:
+        if request.upgrades:
             check_upgrade(request)
             return None
         route = find_route(request)
@@ -3289,16 +3217,21 @@ class Http:
             return preflight(request)
         try:
             server.admit(request, route.who)
-        except Refusal as refusal:
-            if refusal.status == 401:
+        except Refusal as no:
+            if no.status == 401:
                 server.check_handshakes(request.address)
             raise
         if route.who != "anyone":
             await server.remember(request.claims)
-        return await route.handler(Api(server), request, await self._body())
+        request.body = await self._body(request)
+        return await route.handler(Api(server), request)
 
-    async def _body(self) -> bytes:
+    async def _body(self, request: Request) -> bytes:
         """Read the body, at most as long as a message. Raises Refusal too_large."""
+        most = self.settings.max_message_bytes
+        too_large = Refusal("too_large", f"a body of more than {most} bytes")
+        if int(request.one("content-length") or 0) > most:  # digits: h11 has checked
+            raise too_large
         if self.h11.they_are_waiting_for_100_continue:
             await self._send(h11.InformationalResponse(status_code=100, headers=[]))
         body = bytearray()
@@ -3311,9 +3244,8 @@ class Http:
                 self.h11.receive_data(data)
             elif isinstance(event, h11.Data):
                 body += event.data
-                if len(body) > self.settings.max_message_bytes:
-                    most = self.settings.max_message_bytes
-                    raise Refusal("too_large", f"a body of more than {most} bytes")
+                if len(body) > most:
+                    raise too_large
         return bytes(body)
 
     async def _respond(self, request: Request | None, answer: Answer) -> None:
@@ -3356,19 +3288,22 @@ class Http:
         server.check_house()
         server.keyring.spend(claims)
         trailing, _ = self.h11.trailing_data
+        self.upgraded = True
         del self.h11  # 6 KB that no socket needs
         async with trio.open_nursery() as nursery:
             outbox = Outbox(
                 self.stream,
                 nursery,
                 self.settings,
-                server.stats,
                 handshake=_canned_handshake(request.one("sec-websocket-key")),
                 trailing=trailing,
                 broke=nursery.cancel_scope.cancel,
             )
-            await Session(server, outbox, nursery, claims, cursor).run()
-            nursery.cancel_scope.cancel()
+            try:
+                await Session(server, outbox, nursery, claims, cursor).run()
+            finally:
+                outbox.sealed = True  # nothing is written once the stream is closed
+                nursery.cancel_scope.cancel()
 
 
 def _has_body(head: h11.Request) -> bool:
@@ -3378,7 +3313,8 @@ def _has_body(head: h11.Request) -> bool:
 def _protocol_refusal(error: h11.RemoteProtocolError) -> Refusal:
     if error.error_status_hint == 431:
         return Refusal("too_large", "the request head is too long", status=431)
-    return Refusal("bad_field", f"not HTTP: {error}")
+    # Not in h11's words: they repeat what was sent, and that may be a token.
+    return bad_field("not HTTP/1.1: a malformed request line, header or body")
 
 
 def _canned_handshake(key: str) -> bytes:
@@ -3392,23 +3328,25 @@ def _canned_handshake(key: str) -> bytes:
 
 def check_upgrade(request: Request) -> None:
     """Check a handshake as RFC 6455 4.2.1 asks. Raises Refusal."""
-    if not (
-        request.has("upgrade", "websocket") and request.has("connection", "upgrade")
-    ):
-        raise Refusal(
-            "upgrade_required",
-            headers=[("Upgrade", "websocket"), ("Connection", "Upgrade")],
-        )
+    asked = request.has("upgrade", "websocket") and request.has("connection", "upgrade")
+    if not asked:
+        raise Refusal("upgrade_required", headers=UPGRADE)
+    if request.version != b"1.1":
+        raise Refusal("upgrade_required", headers=[*UPGRADE[:1], *CLOSE])
     if request.one("sec-websocket-version") != "13":
-        raise Refusal(
-            "upgrade_required",
+        why, known = (
             "Sec-WebSocket-Version: must be 13",
-            headers=[("Sec-WebSocket-Version", "13")],
+            ("Sec-WebSocket-Version", "13"),
         )
+        raise Refusal("upgrade_required", why, headers=[known])
+    if request.one("content-length") not in ("", "0") or (
+        "transfer-encoding" in request.fields
+    ):
+        raise bad_field("Content-Length: an upgrade has no body")
     key = request.one("sec-websocket-key")
     # 16 bytes in base64 are 22 characters and two =, the last with 4 unused bits.
     if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key, re.ASCII):
-        raise Refusal("bad_field", "Sec-WebSocket-Key: must be 16 bytes in base64")
+        raise bad_field("Sec-WebSocket-Key: must be 16 bytes in base64")
 
 
 def peer_address(stream: trio.SocketStream) -> Address | None:
@@ -3456,7 +3394,7 @@ def page_answers() -> dict[str, Answer]:
 class Api:
     """The handlers of the HTTP table in DESIGN.md, in its order.
 
-    Each gets a request whose token was checked as its route says, and the body.
+    Each gets a request whose token was checked as its route says, with its body read.
     """
 
     def __init__(self, server: Server) -> None:
@@ -3464,45 +3402,41 @@ class Api:
         self.store = server.store
         self.hub = server.hub
 
-    async def page(self, request: Request, _body: bytes) -> Answer:
+    async def page(self, request: Request) -> Answer:
         """A file of the page, or 304 to who has it."""
         answer = self.server.pages[request.path]
         if request.one("if-none-match") == dict(answer.headers)["ETag"]:
             return Answer(304, headers=answer.headers)
         return answer
 
-    async def ws_token(self, request: Request, _body: bytes) -> Answer:
+    async def socket(self, request: Request) -> Answer:
+        """What is not a GET that upgrades."""
+        raise Refusal("upgrade_required", headers=UPGRADE)
+
+    async def ws_token(self, request: Request) -> Answer:
         """A ticket: so that the page need not put its token in an address."""
         ticket = self.server.keyring.ticket(request.claims)
-        return json_answer(
-            {"token": ticket, "expires_in": self.server.settings.ticket_seconds}
-        )
+        seconds = self.server.settings.ticket_seconds
+        return json_answer({"token": ticket, "expires_in": seconds})
 
-    async def session(self, request: Request, _body: bytes) -> Answer:
+    async def session(self, request: Request) -> Answer:
         """Exchange a sign-in link's token for a session token."""
-        claims, seconds = request.claims, self.server.settings.session_seconds
-        name = await self._name(claims)
-        token = self.server.keyring.sign(
-            claims.user_id, seconds, use="session", name=name
-        )
+        user_id, seconds = request.user_id, self.server.settings.session_seconds
+        name = await self._name(request)
+        token = self.server.keyring.sign(user_id, seconds, use="session", name=name)
         return json_answer(
-            {
-                "token": token,
-                "expires_in": seconds,
-                "user_id": claims.user_id,
-                "name": name,
-            }
+            {"token": token, "expires_in": seconds, "user_id": user_id, "name": name}
         )
 
-    async def me(self, request: Request, _body: bytes) -> Answer:
+    async def me(self, request: Request) -> Answer:
         """Who am I?"""
-        name = await self._name(request.claims)
-        return json_answer(User(request.claims.user_id, name))
+        return json_answer(User(request.user_id, await self._name(request)))
 
-    async def _name(self, claims: Claims) -> str | None:
-        return claims.name or await self.store.read(self.store.name, claims.user_id)
+    async def _name(self, request: Request) -> str | None:
+        told = request.claims.name
+        return told or await self.store.read(self.store.name, request.user_id)
 
-    async def users(self, request: Request, _body: bytes) -> Answer:
+    async def users(self, request: Request) -> Answer:
         """Who is known: to choose from, where users may create chats."""
         self._may_change_chats(request)
         return json_answer({"users": await self.store.read(self.store.users)})
@@ -3511,106 +3445,83 @@ class Api:
         if self.server.settings.chats_by != "user" and not request.claims.service:
             raise Refusal("forbidden", "here only the service creates chats")
 
-    async def chats(self, request: Request, _body: bytes) -> Answer:
+    async def chats(self, request: Request) -> Answer:
         """My chats, and the cursor from which to listen to them."""
         upto = self.hub.head
-        chats = await self.store.read(self.store.my_chats, request.claims.user_id, upto)
+        chats = await self.store.read(self.store.my_chats, request.user_id, upto)
         return json_answer({"chats": chats, "cursor": self.server.write_cursor(upto)})
 
-    async def create_chat(self, request: Request, body: bytes) -> Answer:
+    async def create_chat(self, request: Request) -> Answer:
         """Make a chat; a user is always a member of what it creates."""
         self._may_change_chats(request)
-        new = parse(body, NEW_CHAT)
+        new = parse(request.body, NEW_CHAT)
         if new.title is not None and (CONTROL.search(new.title) or new.title.isspace()):
-            raise Refusal("bad_field", "title: it is empty or has a control character")
-        members = set(new.member_ids)
-        if not request.claims.service:
-            members.add(request.claims.user_id)
-        chat = await self.store.do(
-            lambda events: self.store.create_chat(events, new.title, members)
-        )
+            raise bad_field("title: it is empty or has a control character")
+        members = {*new.member_ids} | ({request.by} if request.by else set())
+        chat = await self.store.do(self.store.create_chat, new.title, members)
         return json_answer({"chat": chat}, 201)
 
-    async def add_member(self, request: Request, body: bytes) -> Answer:
+    async def add_member(self, request: Request) -> Answer:
         """Add a user to a chat: 201, or 200 if he is in it."""
         self._may_change_chats(request)
         (chat_id,) = request.ids
-        user_id = parse(body, USER_BODY).user_id
-        by = None if request.claims.service else request.claims.user_id
-        added = await self.store.do(
-            lambda events: self.store.add_member(events, chat_id, user_id, by)
-        )
-        return json_answer(
-            {"chat_id": chat_id, "user_id": user_id}, 201 if added else 200
-        )
+        user_id = parse(request.body, USER_BODY).user_id
+        add = self.store.add_member
+        added = await self.store.do(add, chat_id, user_id, request.by)
+        body = {"chat_id": chat_id, "user_id": user_id}
+        return json_answer(body, 201 if added else 200)
 
-    async def remove_member(self, request: Request, _body: bytes) -> Answer:
+    async def remove_member(self, request: Request) -> Answer:
         """Leave a chat; a service may remove anybody. Effective at once."""
         chat_id, user_id = request.ids
-        by = None if request.claims.service else request.claims.user_id
-        if by not in (None, user_id):
+        if request.by not in (None, user_id):
             raise Refusal("forbidden", "only the member or a service may do that")
-        await self.store.do(
-            lambda events: self.store.remove_member(events, chat_id, user_id, by)
-        )
+        remove = self.store.remove_member
+        await self.store.do(remove, chat_id, user_id, request.by)
         return Answer(204)
 
-    async def history(self, request: Request, _body: bytes) -> Answer:
+    async def history(self, request: Request) -> Answer:
         """A page of messages, oldest first."""
-        (chat_id,) = request.ids
-        limit = request.number("limit", 50, 100)
-        before = request.number("before", None, MAX_ID)
-        user_id = request.claims.user_id
-        messages, more = await self.store.read(
-            self.store.history, user_id, chat_id, before, limit, self.hub.head
-        )
+        limit = request.number("limit", 100) or 50
+        before = request.number("before", MAX_ID)
+        where = (request.user_id, *request.ids, before, limit, self.hub.head)
+        messages, more = await self.store.read(self.store.history, *where)
         return json_answer({"messages": messages, "more": more})
 
-    async def send(self, request: Request, body: bytes) -> Answer:
+    async def send(self, request: Request) -> Answer:
         """SendMessage: 201, or 200 for a repeat."""
-        (chat_id,) = request.ids
-        claims = request.claims
-        post = parse(body, POST_MESSAGE)
+        claims, (chat_id,) = request.claims, request.ids
+        post = parse(request.body, POST_MESSAGE)
         check_content(post.content, self.server.settings)
         if post.sender_id not in (None, claims.user_id) and not claims.service:
             raise Refusal("forbidden", "sender_id: only a service may send for others")
         sender_id = post.sender_id or claims.user_id
-        key = (chat_id, sender_id, post.content, _idempotency_key(request, post))
-        sent = await self.server.allow_send(claims, *key)
+        send = Send(chat_id, sender_id, post.content, _idempotency_key(request, post))
+        sent = await self.server.allow_send(claims, send)
         if sent is None:
-            service = claims.service
-            sent = await self.store.do(
-                lambda events: self.store.send_message(events, *key, service)
-            )
+            work = self.store.send_message
+            sent = await self.store.do(work, send, claims.service)
             self.server.count_sent(sent, sender_id)
-        return json_answer(
-            {"message": sent.message, "duplicate": sent.duplicate},
-            200 if sent.duplicate else 201,
-        )
+        return json_answer(sent._asdict(), 200 if sent.duplicate else 201)
 
-    async def mark_read(self, request: Request, _body: bytes) -> Answer:
+    async def mark_read(self, request: Request) -> Answer:
         """MarkMessageAsRead."""
-        (message_id,) = request.ids
-        user_id = request.claims.user_id
-        marked = await self.store.do(
-            lambda events: self.store.mark_read(events, user_id, message_id)
-        )
-        return json_answer(
-            {"message_id": marked.message_id, "chat_id": marked.chat_id, "n": marked.n}
-        )
+        mark = self.store.mark_read
+        marked = await self.store.do(mark, request.user_id, *request.ids)
+        message_id, chat_id, n, _ = marked
+        return json_answer({"message_id": message_id, "chat_id": chat_id, "n": n})
 
-    async def events(self, request: Request, _body: bytes) -> Answer:
+    async def events(self, request: Request) -> Answer:
         """The poll: what a socket would have said since the cursor."""
-        limit = request.number("limit", 100, 500) or 0
+        limit = request.number("limit", 500) or 100
         given, upto = request.argument("cursor"), self.hub.head
-        user_id, store = request.claims.user_id, self.store
+        store, user_id = self.store, request.user_id
         start = self.server.parse_cursor(given)
         resync = given is not None and start is None
         page = Page([], upto, more=False)
         if start is not None and start < upto:
-            if await store.read(store.missed, user_id, start, upto) is None:
-                resync = True
-            else:
+            resync = await store.read(store.missed, user_id, start, upto) is None
+            if not resync:
                 page = await store.read(store.events_after, user_id, start, upto, limit)
         return json_answer(
             {
@@ -3621,34 +3532,29 @@ class Api:
             }
         )
 
-    async def stats(self, _request: Request, _body: bytes) -> Answer:
+    async def stats(self, request: Request) -> Answer:
         """Did we lose anything; who was cut, and why?"""
         return json_answer(self.server.stats_document())
 
-    async def metrics(self, _request: Request, _body: bytes) -> Answer:
+    async def metrics(self, request: Request) -> Answer:
         """The same numbers, for Prometheus."""
         text = prometheus_text(self.server.stats_document())
         return Answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
-    async def revoke(self, _request: Request, body: bytes) -> Answer:
+    async def revoke(self, request: Request) -> Answer:
         """Refuse all tokens of a user so far, and close his sockets."""
-        user_id = parse(body, USER_BODY).user_id
-        revoked_at = await self.store.do(
-            lambda events: self.store.revoke(events, user_id)
-        )
+        user_id = parse(request.body, USER_BODY).user_id
+        revoked_at = await self.store.do(self.store.revoke, user_id)
         closed = self.server.revoke(user_id, revoked_at)
         return json_answer({"user_id": user_id, "closed": closed})
 
-    async def health(self, _request: Request, _body: bytes) -> Answer:
+    async def health(self, request: Request) -> Answer:
         """Is it well: 200, or 503 while stopping or degraded."""
-        status = (
-            "stopping"
-            if self.server.stopping.is_set()
-            else "degraded"
-            if self.store.degraded
-            else "ok"
-        )
-        return json_answer({"status": status}, 200 if status == "ok" else 503)
+        if self.server.stopping.is_set():
+            return json_answer({"status": "stopping"}, 503)
+        if self.store.degraded:
+            return json_answer({"status": "degraded"}, 503)
+        return json_answer({"status": "ok"})
 
 
 def _idempotency_key(request: Request, post: PostMessage) -> str | None:
@@ -3657,9 +3563,9 @@ def _idempotency_key(request: Request, post: PostMessage) -> str | None:
         return post.client_id
     key = request.one("idempotency-key")
     if not re.fullmatch(r"[\x20-\x7e]{1,64}", key):
-        raise Refusal("bad_field", "Idempotency-Key: must be 1-64 printable ASCII")
+        raise bad_field("Idempotency-Key: must be 1-64 printable ASCII")
     if post.client_id not in (None, key):
-        raise Refusal("bad_field", "client_id: differs from Idempotency-Key")
+        raise bad_field("client_id: differs from Idempotency-Key")
     return key
 
 
@@ -3667,13 +3573,13 @@ class Route(NamedTuple):
     """Who may do it (anyone, user, service, stats, signin), and what does it."""
 
     who: str
-    handler: Callable[[Api, Request, bytes], Awaitable[Answer]]
+    handler: Callable[[Api, Request], Awaitable[Answer]]
 
 
 # A * is a number in the path.
 ROUTES: dict[str, dict[str, Route]] = {
     **{path: {"GET": Route("anyone", Api.page)} for path in PAGE_FILES},
-    "/ws/chat": {"GET": Route("user", Api.page)},  # never reached: it upgrades
+    "/ws/chat": {"GET": Route("anyone", Api.socket)},
     "/api/v2/ws-token": {"GET": Route("user", Api.ws_token)},
     "/api/v1/session": {"POST": Route("signin", Api.session)},
     "/api/v1/me": {"GET": Route("user", Api.me)},
@@ -3712,9 +3618,8 @@ def find_route(request: Request) -> Route | None:
     request.ids = numbers
     route = methods.get("GET" if request.method == "HEAD" else request.method)
     if route is None:
-        raise Refusal(
-            "method_not_allowed", headers=[("Allow", allowed_methods(methods))]
-        )
+        allow = [("Allow", allowed_methods(methods))]
+        raise Refusal("method_not_allowed", headers=allow)
     return route
 
 
@@ -3728,18 +3633,14 @@ def preflight(request: Request) -> Answer:
     """Answer OPTIONS, a browser's question before a request from another origin."""
     path = NUMBER.sub("*", request.path)
     allow = allowed_methods(ROUTES.get(request.path) or ROUTES[path])
-    return Answer(
-        204,
-        headers=[
-            ("Allow", allow),
-            ("Access-Control-Allow-Methods", allow),
-            (
-                "Access-Control-Allow-Headers",
-                "authorization, content-type, idempotency-key",
-            ),
-            ("Access-Control-Max-Age", "600"),
-        ],
-    )
+    fields = "authorization, content-type, idempotency-key"
+    headers = [
+        ("Allow", allow),
+        ("Access-Control-Allow-Methods", allow),
+        ("Access-Control-Allow-Headers", fields),
+        ("Access-Control-Max-Age", "600"),
+    ]
+    return Answer(204, headers=headers)
 
 
 _FULL = encode({"error": {"code": "overloaded", "message": REFUSALS["overloaded"][1]}})
@@ -3747,6 +3648,10 @@ FULL_ANSWER = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
     f"Content-Length: {len(_FULL)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
 ).encode("ascii") + _FULL
+
+
+# Out of descriptors or memory: those who leave make room.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Server:
@@ -3777,7 +3682,7 @@ class Server:
 
     # --- the task tree ---------------------------------------------------------------
 
-    async def run(
+    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
         self,
         listeners: Sequence[trio.SocketListener],
         *,
@@ -3788,7 +3693,8 @@ class Server:
         Owns the listeners. The store and the hub outlive the connections: the last
         answer has somebody to give it.
         """
-        batches, published = trio.open_memory_channel[Batch](8)
+        # Nothing waits between the two: while a batch is published the next gathers.
+        batches, published = trio.open_memory_channel[Batch](0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run, batches)
             nursery.start_soon(self.hub.run, published)
@@ -3796,16 +3702,13 @@ class Server:
             nursery.start_soon(self._sweep, sweeping)
             async with trio.open_nursery() as connections:
                 accepting = trio.CancelScope()
-                for listener in listeners:
-                    connections.start_soon(
-                        self._accept, listener, connections, accepting
-                    )
+                for door in listeners:
+                    connections.start_soon(self._accept, door, connections, accepting)
                 task_status.started()
                 await self.stopping.wait()
                 accepting.cancel()
-                connections.cancel_scope.deadline = (
-                    trio.current_time() + self.settings.drain_seconds
-                )
+                deadline = trio.current_time() + self.settings.drain_seconds
+                connections.cancel_scope.deadline = deadline
                 for session in self.sessions:
                     session.end(CLOSE_RESTART, "the server restarts")
                 self._end_parked()
@@ -3826,10 +3729,7 @@ class Server:
                     try:
                         stream = await listener.accept()
                     except OSError as error:
-                        # Out of descriptors or memory: those who leave make room.
-                        if error.errno not in (
-                            errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
-                        ):  # fmt: skip
+                        if error.errno not in EXHAUSTED:
                             raise
                         self._complain(error.strerror)
                         await trio.sleep(0.1)
@@ -3843,19 +3743,24 @@ class Server:
     async def _connection(self, stream: trio.SocketStream) -> None:
         """Serve one connection. The bulkhead: nothing in it ends anything but it."""
         self.open += 1
+        linger_seconds = self.settings.linger_seconds
+        server_side = Http(self, stream)
         try:
             if self.open > self.settings.max_connections + 128 and not self._evict():
                 self._complain("connections")
-                await stream.send_all(FULL_ANSWER)
-                return
-            await Http(self, stream).run()
+                with trio.move_on_after(linger_seconds):
+                    await stream.send_all(FULL_ANSWER)
+                await linger(stream, linger_seconds)
+            else:
+                await server_side.run()
         except* trio.BrokenResourceError:
             pass
         except* Exception as group:  # the one bulkhead
             for error in leaves(group):
                 self.stats.errors[type(error).__name__] += 1
             if not self.tracebacks.take(trio.current_time()):
-                log.error("failed", exc_info=group)
+                logger.exception("failed", exc_info=group)
+            await server_side.apologize()
         finally:
             self.open -= 1
             stream.socket.close()
@@ -3894,16 +3799,14 @@ class Server:
                         seat.sweep_token(now, settings)
                         continue
                     self.stats.stalls += why == "stalled"
-                    say(
-                        logging.INFO, "cut", user=session.claims.user_id, why=why,
-                        queued=len(seat.outbox.buffer),
-                    )  # fmt: skip
+                    user, queued = session.claims.user_id, len(seat.outbox.buffer)
+                    say(logging.INFO, "cut", user=user, why=why, queued=queued)
                     session.end(CUT, why)
                 since = self.store.writing_since
                 if since is None or now - since < settings.commit_seconds:
                     notify("WATCHDOG=1")
 
-    async def watch_signals(
+    async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
         self, at_once: Callable[[], None], *, task_status: trio.TaskStatus[None]
     ) -> None:
         """Stop at the first SIGTERM or SIGINT; call at_once at the second."""
@@ -3945,9 +3848,11 @@ class Server:
 
     def check_handshakes(self, address: Address | None) -> None:
         """Take one from the address's bucket. Raises Refusal rate_limited."""
-        wait = self.handshakes.take(address_key(address), trio.current_time())
-        if wait:
-            self.stats.rate_limited["handshakes"] += 1
+        self._charge("handshakes", self.handshakes, address_key(address))
+
+    def _charge(self, limit: str, buckets: Buckets, key: object) -> None:
+        if wait := buckets.take(key, trio.current_time()):
+            self.stats.rate_limited[limit] += 1
             raise Refusal("rate_limited", retry_after=wait)
 
     def admit(self, request: Request, who: str) -> None:
@@ -3959,27 +3864,23 @@ class Server:
         if who in ("service", "stats") and who not in claims.scopes:
             raise Refusal("forbidden", f"the token must have scope {who}")
         if not claims.service:
-            wait = self.requests.take(claims.user_id, trio.current_time())
-            if wait:
-                self.stats.rate_limited["requests"] += 1
-                raise Refusal("rate_limited", retry_after=wait)
+            self._charge("requests", self.requests, claims.user_id)
 
     def admit_socket(self, request: Request) -> Claims:
         """Check the token of an upgrade. Raises Refusal."""
         token = request.argument("token")
         if not token:
-            raise Refusal("token_invalid", "token: it is missing in the query")
+            raise bad_token("token: it is missing in the query")
         return self.keyring.verify(token, "socket")
 
     def check_house(self) -> None:
         """Refuse a socket that is one too many."""
+        later = self.come_back_in()
         if len(self.sessions) >= self.settings.max_connections:
             self._complain("sockets")
-            raise Refusal("overloaded", retry_after=self.come_back_in())
+            raise Refusal("overloaded", retry_after=later)
         if self.stopping.is_set():
-            raise Refusal(
-                "overloaded", "the server restarts", retry_after=self.come_back_in()
-            )
+            raise Refusal("overloaded", "the server restarts", retry_after=later)
 
     async def remember(self, claims: Claims) -> None:
         """Store what a user is called, if that is new. That it fails stops nobody."""
@@ -3989,17 +3890,10 @@ class Server:
         if len(self.names) >= self.settings.buckets:
             self.names.clear()
         with contextlib.suppress(Refusal):
-            await self.store.do(lambda events: self.store.rename(events, user_id, name))
+            await self.store.do(self.store.rename, user_id, name)
             self.names[user_id] = name
 
-    async def allow_send(
-        self,
-        claims: Claims,
-        chat_id: int,
-        sender_id: int,
-        content: str,
-        client_id: str | None,
-    ) -> Sent | None:
+    async def allow_send(self, claims: Claims, send: Send) -> Sent | None:
         """Ask the sender's bucket. Raises Refusal rate_limited.
 
         With an empty bucket a repeat is not refused: the message that it repeats is
@@ -4007,13 +3901,13 @@ class Server:
         """
         if claims.service:
             return None
-        wait = self.sends.take(sender_id, trio.current_time())
+        wait = self.sends.take(send.sender_id, trio.current_time())
         if not wait:
             return None
-        if client_id is not None:
-            sent = await self.store.read(
-                self.store.find_sent, chat_id, sender_id, content, client_id
-            )
+        if send.client_id is not None:
+            # As of the head: what is not published yet is not answered yet.
+            head = self.hub.head
+            sent = await self.store.read(self.store.find_sent, send, head)
             if sent is not None:
                 self.stats.duplicates += 1
                 return sent
@@ -4031,7 +3925,7 @@ class Server:
     def parse_cursor(self, text: str | None) -> int | None:
         """Read a cursor's seq. None: unreadable, of another epoch, or of the future."""
         epoch, _, seq = (text or "").rpartition(".")
-        if epoch != self.store.epoch or not re.fullmatch(r"[0-9]{1,16}", seq, re.ASCII):
+        if epoch != self.store.epoch or not re.fullmatch("[0-9]{1,16}", seq):
             return None
         return int(seq) if int(seq) <= self.hub.head else None
 
@@ -4131,11 +4025,8 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
     A name is the path in the document; a table becomes one metric with a label.
     """
     # Imported at the first scrape: it would be a tenth of the time to get ready.
-    from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415
-    from prometheus_client.core import (  # noqa: PLC0415
-        CounterMetricFamily,
-        GaugeMetricFamily,
-    )
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     class Collector:
         def collect(self) -> Iterator[Metric]:
@@ -4178,11 +4069,11 @@ def notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]  # a name in the abstract namespace
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode(), address)
-        except OSError as error:
-            say(logging.WARNING, "notify_failed", error=error)
+    except OSError as error:
+        say(logging.WARNING, "notify_failed", error=error)
 
 
 class Formatter(logging.Formatter):
@@ -4207,19 +4098,19 @@ def set_up_log(level: str) -> None:
     """Log to stderr. trio-websocket stays silent: it would log every frame."""
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter(journal="JOURNAL_STREAM" in os.environ))
-    log.handlers[:] = [handler]
-    log.setLevel(level.upper())
+    logger.handlers[:] = [handler]
+    logger.setLevel(level.upper())
     logging.getLogger("trio-websocket").setLevel(logging.CRITICAL)
 
 
 def raise_file_limit(settings: Settings) -> Settings:
-    """Get descriptors for max_connections + 256, or lower max_connections, saying so."""
+    """Get descriptors for max_connections + 256, or say by how much it is lowered."""
     wanted = settings.max_connections + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:
         top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, top), hard))
         soft = max(soft, top)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft >= wanted:
         return settings
     fewer = max(1, soft - 256)
@@ -4230,12 +4121,10 @@ def raise_file_limit(settings: Settings) -> Settings:
 @contextlib.contextmanager
 def locked(db: Path) -> Iterator[None]:
     """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
-    path = db.with_name(db.name + ".lock")
-    try:
+    path = beside(db, ".lock")
+    with told_of("lock", path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise UsageError(f"lock {path}: {error.strerror}") from error
-    with open(fd, "r+", encoding="ascii") as file:  # noqa: PTH123 (a descriptor)
+    with open(fd, "r+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -4251,7 +4140,7 @@ def locked(db: Path) -> Iterator[None]:
 
 
 def keep_owner(like: Path, *paths: Path) -> None:
-    """Give files that root made to the owner of `like`, so that the unit can use them."""
+    """Give what root made to the owner of `like`, so that the unit can write it."""
     if os.geteuid() != 0:
         return
     owner = like.stat()
@@ -4272,13 +4161,11 @@ def secret_path(settings: Settings) -> Path:
 
 def make_secret(path: Path) -> None:
     """Make a secret if there is none. Only serve does."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
+    if path.exists():
         return
-    except OSError as error:
-        raise UsageError(f"secret {path}: {error.strerror}") from error
-    with open(fd, "w", encoding="ascii") as file:  # noqa: PTH123 (a descriptor)
+    with told_of("secret", path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "w", encoding="ascii") as file:
         file.write(secrets.token_urlsafe(48) + "\n")
         file.flush()
         os.fsync(fd)
@@ -4291,16 +4178,13 @@ async def open_listeners(listen: str) -> list[trio.SocketListener]:
     try:
         listeners = await trio.open_tcp_listeners(int(port), host=host.strip("[]"))
     except OSError as error:
-        raise UsageError(
-            f"--listen {listen}: {error.strerror or error}; choose another address, or "
-            "stop what listens there"
-        ) from error
+        why = f"{error.strerror or error}; choose another, or stop what listens there"
+        raise UsageError(f"--listen {listen}: {why}") from error
     for listener in listeners:
         # Inherited by every connection: the kernel keeps at most this many unsent bytes
         # of it, so a stalled reader costs little, and progress shows early.
-        listener.socket.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 131_072
-        )
+        option = (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+        listener.socket.setsockopt(*option, 131_072)
     return listeners
 
 
@@ -4349,19 +4233,19 @@ def serve_demo(settings: Settings) -> None:
         settings = dataclasses.replace(
             settings, db=Path(folder) / "chatd.db", secret_file=None
         )
+        people = {1: "Anna", 2: "Ben"}
         store = Store(settings, Stats())
-        store.write_now(lambda events: store.rename(events, 1, "Anna"))
-        store.write_now(lambda events: store.rename(events, 2, "Ben"))
-        store.write_now(lambda events: store.create_chat(events, "Demo", [1, 2]))
+        for user_id, name in people.items():
+            store.write_now(store.rename, user_id, name)
+        store.write_now(store.create_chat, "Demo", people)
         store.close()
 
         def ready(server: Server, url: str) -> None:
             announce(server, url)
-            for user_id, name in ((1, "Anna"), (2, "Ben")):
-                token = server.keyring.sign(
-                    user_id, settings.link_seconds, use="signin", name=name
+            for user_id, name in people.items():
+                print(
+                    f"{name + ':':6}{sign_in_link(server.keyring, url, user_id, name)}"
                 )
-                print(f"{name + ':':6}{url}/#token={token}")
             print(
                 "Open each link in a tab of its own. Ctrl-C ends the demo and removes"
             )
@@ -4370,27 +4254,40 @@ def serve_demo(settings: Settings) -> None:
         serve(settings, ready)
 
 
+def sign_in_link(
+    keyring: Keyring, base: str, user_id: int, name: str | None, seconds: int = 0
+) -> str:
+    """Write an address that signs a user in, once a tab; good for a day by default."""
+    seconds = seconds or keyring.settings.link_seconds
+    token = keyring.sign(user_id, seconds, use="signin", name=name)
+    return f"{base.rstrip('/')}/#token={token}"
+
+
 def announce(_server: Server, url: str) -> None:
     """Print the line that scripts wait for."""
     print(f"listening on {url}", flush=True)
 
 
-# --- administration --------------------------------------------------------------------
+# --- administration ------------------------------------------------------------------
+# What is given is a database that may be served at this moment, or be in any state.
 
 
-def open_to_read(path: Path, what: str) -> sqlite3.Connection:
-    """Open a database of chatd for reading. Raises UsageError with the remedy."""
+@contextlib.contextmanager
+def reading(what: str, path: Path) -> Iterator[Db]:
+    """Open a database of chatd for reading. What goes wrong is a UsageError."""
     if not path.is_file():
         raise UsageError(f"{what} {path}: there is no such file")
     try:
-        db = open_database(path, readonly=True)
-        mine, _ = database_version(db)
-    except sqlite3.Error as error:
-        raise UsageError(f"{what} {path}: {error}") from error
-    if not mine:
-        db.close()
-        raise UsageError(f"{what} {path}: not a database of chatd")
-    return db
+        with (
+            told_of(what, path),
+            contextlib.closing(open_database(path, readonly=True)) as db,
+        ):
+            if not database_version(db)[0]:
+                raise UsageError(f"{what} {path}: not a database of chatd")
+            yield db
+    finally:
+        # A root that reads may have made these; the unit must be able to write them.
+        keep_owner(path, beside(path, "-wal"), beside(path, "-shm"))
 
 
 def copy_database(source: Path, target: Path, what: str, change: str = "") -> None:
@@ -4398,24 +4295,25 @@ def copy_database(source: Path, target: Path, what: str, change: str = "") -> No
 
     change is SQL to run on the copy. Raises UsageError; then there is no target.
     """
-    reading = open_to_read(source, what)
-    try:
-        os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
-            reading.backup(copy)
-            copy.execute("PRAGMA journal_mode = DELETE")
-            copy.executescript(change)
-        with target.open("rb") as file:
-            os.fsync(file.fileno())
-    except (sqlite3.Error, OSError) as error:
-        target.unlink(missing_ok=True)
-        raise UsageError(f"{what} {source}: copying failed: {error}") from error
-    finally:
-        reading.close()
-        # A root that reads may have made these; the unit must be able to write them.
-        keep_owner(
-            source, *(source.with_name(source.name + s) for s in ("-wal", "-shm"))
-        )
+    with reading(what, source) as db:
+        try:
+            os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            with contextlib.closing(
+                sqlite3.connect(target, isolation_level=None)
+            ) as to:
+                db.backup(to)
+                to.execute("PRAGMA journal_mode = DELETE")
+                to.executescript(change)
+            with target.open("rb") as file:
+                os.fsync(file.fileno())
+        except (sqlite3.Error, OSError) as error:
+            target.unlink(missing_ok=True)
+            raise UsageError(f"{what} {source}: copying failed: {error}") from error
+
+
+def partial_name(path: Path) -> Path:
+    """Name a file to write first, and then to rename to path."""
+    return beside(path, f".{secrets.token_hex(4)}.partial")
 
 
 def sync_folder(folder: Path) -> None:
@@ -4431,7 +4329,7 @@ def backup(db: Path, dest: Path) -> None:
     """Copy the database while it serves: all that was acked before is in the copy."""
     if dest.exists():
         raise UsageError(f"backup {dest}: it exists; remove it, or choose another name")
-    partial = dest.with_name(f"{dest.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = partial_name(dest)
     copy_database(db, partial, "database")
     partial.rename(dest)
     sync_folder(dest.parent)
@@ -4443,7 +4341,7 @@ def restore(db: Path, source: Path) -> None:
         found = faults(source)
         if found:
             raise UsageError(f"restore {source}: {found[0]}")
-        partial = db.with_name(f"{db.name}.{uuid.uuid4().hex[:8]}.partial")
+        partial = partial_name(db)
         epoch = f"UPDATE meta SET value = '{new_epoch()}' WHERE key = 'epoch';"
         copy_database(source, partial, "restore", epoch)
         keep_owner(db.parent, partial)
@@ -4453,41 +4351,33 @@ def restore(db: Path, source: Path) -> None:
             if db.exists():
                 open_database(db, readonly=False).close()
         for suffix in ("-wal", "-shm"):
-            db.with_name(db.name + suffix).unlink(missing_ok=True)
+            beside(db, suffix).unlink(missing_ok=True)
         partial.rename(db)
         sync_folder(db.parent)
 
 
 def faults(path: Path) -> list[str]:
     """Look for what may not be in a database; empty if it is well."""
-    db = open_to_read(path, "database")
-    steps = len(schema_steps((ASSETS / "schema.sql").read_text("utf-8")))
-    try:
-        _, version = database_version(db)
+    with reading("database", path) as db:
+        (_, version), steps = database_version(db), len(schema_steps())
         if version > steps:
             return [f"made by a newer chatd (schema {version}, this one knows {steps})"]
-        found = [
-            f"integrity: {row[0]}"
-            for row in db.execute("PRAGMA integrity_check")
-            if row[0] != "ok"
-        ]
-        found += [
-            f"table {row[0]}, row {row[1]}: refers to a missing {row[2]}"
-            for row in db.execute("PRAGMA foreign_key_check")
-        ]
-        for sql, sentence in SANE.items():
-            found += [sentence.format(*row) for row in db.execute(sql)]
-    except sqlite3.Error as error:
-        return [str(error)]
-    finally:
-        db.close()
-        keep_owner(path, *(path.with_name(path.name + s) for s in ("-wal", "-shm")))
-    return found
+        try:
+            return [
+                sentence.format(*row)
+                for sql, sentence in SANE.items()
+                for row in db.execute(sql)
+                if row[0] != "ok"
+            ]
+        except sqlite3.Error as error:
+            return [str(error)]
 
 
 # What holds in every database that chatd wrote: a query that finds the rows where it
 # does not, and the sentence about such a row.
 SANE = {
+    "PRAGMA integrity_check": "integrity: {}",
+    "PRAGMA foreign_key_check": "table {}, row {}: refers to a missing {}",
     "SELECT count(*), max(seq) FROM event HAVING count(*) != coalesce(max(seq), 0)":
         "seq: {} events, but the last seq is {}",
     "SELECT chat_id, count(*), max(n) FROM message GROUP BY chat_id"
@@ -4503,38 +4393,12 @@ SANE = {
 }  # fmt: skip
 
 
-# --- the command line -------------------------------------------------------------------
-
-
-def parse_ttl(text: str) -> int:
-    """Read a time such as 30d, 12h, 15m or 90s. Raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
-    seconds = match and int(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}[
-        match[2]
-    ]  # fmt: skip
-    if not seconds:
-        raise ValueError(f"{text!r} is not a time, such as 30d, 12h, 15m or 90s")
-    return seconds
-
-
-def parse_user(text: str) -> int:
-    """Read a user's id. Raises ValueError."""
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:20]) <= MAX_ID):
-        raise ValueError(f"{text!r} is not a user's id, a number from 1 to {MAX_ID}")
-    return int(text)
-
-
-def parse_scope(text: str) -> str:
-    """Read scopes. Raises ValueError."""
-    words = text.split()
-    if not words or not set(words) <= {"service", "stats"}:
-        raise ValueError(f"{text!r}: the scopes are service and stats")
-    return " ".join(words)
+# --- the command line ----------------------------------------------------------------
 
 
 def flags() -> Iterator[dataclasses.Field[Any]]:
     """Walk the settings that are flags."""
-    return (f for f in dataclasses.fields(Settings) if f.metadata["parse"])
+    return (f for f in dataclasses.fields(Settings) if f.metadata["unit"] in PARSERS)
 
 
 def shown(value: object) -> str:
@@ -4548,13 +4412,15 @@ def settings_table() -> str:
     """Make the README's table of settings."""
     rows = ["| flag | default | what it is for | when over |", "|---|---|---|---|"]
     for field in flags():
-        name = field.name.replace("_", "-")
+        unit, why, over = field.metadata.values()
         default = f"`{shown(field.default)}`" if shown(field.default) else ""
-        meta = field.metadata
-        rows.append(
-            f"| `--{name} {meta['unit']}` | {default} | {meta['why']} | {meta['over']} |"
-        )
+        rows.append(f"| `{flag(field)} {unit}` | {default} | {why} | {over} |")
     return "\n".join(rows)
+
+
+def flag(field: dataclasses.Field[Any]) -> str:
+    """Write a setting's name as a flag."""
+    return f"--{field.name.replace('_', '-')}"
 
 
 def checked(parse_value: Callable[[str], T]) -> Callable[[str], T]:
@@ -4574,15 +4440,15 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     for field in flags():
         if names and field.name not in names:
             continue
-        meta = field.metadata
-        over = f"; over it: {meta['over']}" if meta["over"] else ""
-        default = shown(field.default)
+        unit, why, over = field.metadata.values()
+        over = f"; over it: {over}" if over else ""
+        default = f" (default {shown(field.default)})" if shown(field.default) else ""
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            metavar=meta["unit"],
-            type=checked(meta["parse"]),
+            flag(field),
+            metavar=unit,
+            type=checked(PARSERS[unit]),
             action="append" if type(field.default) is tuple else "store",
-            help=f"{meta['why']}{over}" + (f" (default {default})" if default else ""),
+            help=f"{why}{over}{default}",
         )
 
 
@@ -4596,14 +4462,13 @@ def read_settings(
     for field in flags():
         several = type(field.default) is tuple
         value = getattr(options, field.name, None)
-        text = os.environ.get(f"CHATD_{field.name.upper()}")
-        if value is None and text is not None:
+        name = f"CHATD_{field.name.upper()}"
+        if value is None and name in os.environ:
+            text, read = os.environ[name], PARSERS[field.metadata["unit"]]
             try:
-                parse_value = field.metadata["parse"]
-                value = [parse_value(t) for t in text.split()] if several \
-                    else parse_value(text)  # fmt: skip
+                value = [read(word) for word in text.split()] if several else read(text)
             except ValueError as error:
-                parser.error(f"environment CHATD_{field.name.upper()}: {error}")
+                parser.error(f"environment {name}: {error}")
         if value is not None:
             chosen[field.name] = tuple(value) if several else value
     return Settings(**chosen)
@@ -4615,37 +4480,30 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"chatd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    serving = commands.add_parser(
-        "serve",
-        help="serve the chat",
-        epilog="Each flag can be given as CHATD_NAME in the environment too.",
-    )
-    serving.add_argument(
-        "--demo", action="store_true", help="try it: two users, a chat, no traces"
-    )
+    too = "Each flag can be given as CHATD_NAME in the environment too."
+    serving = commands.add_parser("serve", help="serve the chat", epilog=too)
+    demo = "try it: two users, a chat, no traces"
+    serving.add_argument("--demo", action="store_true", help=demo)
     add_flags(serving)
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
-    token.add_argument("user_id", type=checked(parse_user), metavar="USER_ID")
-    token.add_argument("--name", help="what others see")
-    token.add_argument(
-        "--ttl", type=checked(parse_ttl), metavar="TIME",
-        help="how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)",
-    )  # fmt: skip
-    token.add_argument(
-        "--scope", type=checked(parse_scope), metavar="SCOPE", help="service, stats"
-    )
-    token.add_argument(
-        "--link", nargs="?", const="http://127.0.0.1:8086", metavar="BASE",
-        help="a sign-in link to the page at BASE (default http://127.0.0.1:8086)",
-    )  # fmt: skip
+    add = token.add_argument
+    add("user_id", metavar="USER_ID", type=checked(parse_user))
+    add("--name", help="what others see")
+    how_long = "how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)"
+    add("--ttl", metavar="TIME", type=checked(parse_ttl), help=how_long)
+    add("--scope", metavar="SCOPE", type=checked(parse_scope), help="service, stats")
+    page = "http://127.0.0.1:8086"
+    link = f"a sign-in link to the page at BASE (default {page})"
+    add("--link", metavar="BASE", nargs="?", const=page, help=link)
     add_flags(token, "db", "secret_file")
 
+    copy = "copy the database into a new file, while it serves"
+    put = "put a backup in the database's place; stop chatd before"
+    look = "look whether the database is sound"
     for name, path, what in (
-        ("backup", "DEST", "copy the database into a new file, while it serves"),
-        ("restore", "SRC", "put a backup in the database's place; stop chatd before"),
-        ("check", None, "look whether the database is sound"),
-    ):
+        ("backup", "DEST", copy), ("restore", "SRC", put), ("check", "", look)
+    ):  # fmt: skip
         command = commands.add_parser(name, help=what)
         if path:
             command.add_argument("path", type=Path, metavar=path)
@@ -4662,16 +4520,14 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
             "start; or name yours with --secret-file, or the database with --db"
         )
     keyring = Keyring(settings, read_secret(path, private=True))
-    name = clean_name(options.name)
+    user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
     if options.link is None:
-        seconds = options.ttl or settings.session_seconds
-        print(keyring.sign(options.user_id, seconds, name=name, scope=options.scope))
-        return
-    if options.scope:
+        seconds = ttl or settings.session_seconds
+        print(keyring.sign(user_id, seconds, name=name, scope=options.scope))
+    elif options.scope:
         raise UsageError("--scope: a sign-in link has no scopes", status=2)
-    seconds = options.ttl or settings.link_seconds
-    token = keyring.sign(options.user_id, seconds, use="signin", name=name)
-    print(f"{options.link.rstrip('/')}/#token={token}")
+    else:
+        print(sign_in_link(keyring, options.link, user_id, name, ttl))
 
 
 def print_check(db: Path) -> None:
