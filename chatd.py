@@ -2288,8 +2288,10 @@ class Hub:
         # Trimmed in strides: del at the front of a list moves all that stays.
         length, most = len(self.tail), self.settings.tail_events
         if length > most * 9 // 8 or self.tail_size > self.settings.tail_bytes:
-            cut = max(length // 8, length - most)
-            self.tail_size -= sum(event.size for event in self.tail[:cut])
+            cut, least = 0, max(length // 8, length - most)
+            while cut < least or self.tail_size > self.settings.tail_bytes:
+                self.tail_size -= self.tail[cut].size
+                cut += 1
             del self.tail[:cut]
 
     def _address(self, events: Log) -> dict[Seat, Log]:
@@ -2996,7 +2998,6 @@ def refusal_answer(refusal: Refusal) -> Answer:
     return Answer(refusal.status, encode({"error": error}), headers=headers)
 
 
-CLOSE = [("Connection", "close")]
 UPGRADE = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
 # What we, or the libraries, decode or compare.
 ASCII_FIELDS = frozenset(
@@ -3029,7 +3030,7 @@ class Request:
             raise Refusal("too_large", why, status=431)
         self.version = head.http_version
         if self.version not in (b"1.0", b"1.1"):
-            raise Refusal("bad_field", "HTTP/1.1 is what we speak", headers=CLOSE)
+            raise bad_field("HTTP/1.1 is what we speak")
         self.method = head.method.decode("ascii")
         self.fields: dict[str, list[str]] = {}
         for name, value in head.headers:
@@ -3159,8 +3160,7 @@ class Http:
             contextlib.suppress(trio.BrokenResourceError, h11.LocalProtocolError),
         ):
             if not self.upgraded:
-                no = Refusal("internal", headers=CLOSE)
-                await self._respond(None, refusal_answer(no))
+                await self._respond(None, refusal_answer(Refusal("internal")))
 
     async def _head(self, wait: float) -> h11.Request | None:
         """Read a request's head. None: there is no other. Raises Refusal timeout.
@@ -3212,9 +3212,10 @@ class Http:
         if request.upgrades:
             check_upgrade(request)
             return None
-        route = find_route(request)
-        if route is None:
-            return preflight(request)
+        methods = find_methods(request)
+        if request.method == "OPTIONS":
+            return preflight(methods)
+        route = find_route(request, methods)
         try:
             server.admit(request, route.who)
         except Refusal as no:
@@ -3249,7 +3250,9 @@ class Http:
         return bytes(body)
 
     async def _respond(self, request: Request | None, answer: Answer) -> None:
-        """Write an answer. The connection ends with it if anything is left unread."""
+        """Write an answer. After a bad head, a refused upgrade, or with anything left
+        unread, the connection ends with it.
+        """
         if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
         headers = [
@@ -3266,7 +3269,13 @@ class Http:
             headers.append(("Cache-Control", "no-store"))
         if request is not None:
             headers += self.server.cors_headers(request)
-        if self.h11.their_state is not h11.DONE or self.server.stopping.is_set():
+        unread = self.h11.their_state is not h11.DONE
+        if (
+            unread
+            or request is None
+            or request.upgrades
+            or self.server.stopping.is_set()
+        ):
             headers.append(("Connection", "close"))
         reason = http.HTTPStatus(answer.status).phrase.encode("ascii")
         head = h11.Response(status_code=answer.status, headers=headers, reason=reason)
@@ -3285,25 +3294,26 @@ class Http:
         cursor = request.argument("cursor")
         with trio.move_on_after(self.settings.request_seconds):
             await server.remember(claims)
-        server.check_house()
-        server.keyring.spend(claims)
-        trailing, _ = self.h11.trailing_data
-        self.upgraded = True
-        del self.h11  # 6 KB that no socket needs
-        async with trio.open_nursery() as nursery:
-            outbox = Outbox(
-                self.stream,
-                nursery,
-                self.settings,
-                handshake=_canned_handshake(request.one("sec-websocket-key")),
-                trailing=trailing,
-                broke=nursery.cancel_scope.cancel,
-            )
-            try:
-                await Session(server, outbox, nursery, claims, cursor).run()
-            finally:
-                outbox.sealed = True  # nothing is written once the stream is closed
-                nursery.cancel_scope.cancel()
+        handshake = _canned_handshake(request.one("sec-websocket-key"))
+        with server.place():
+            server.keyring.spend(claims)
+            trailing, _ = self.h11.trailing_data
+            self.upgraded = True
+            del self.h11  # 6 KB that no socket needs
+            async with trio.open_nursery() as nursery:
+                outbox = Outbox(
+                    self.stream,
+                    nursery,
+                    self.settings,
+                    handshake=handshake,
+                    trailing=trailing,
+                    broke=nursery.cancel_scope.cancel,
+                )
+                try:
+                    await Session(server, outbox, nursery, claims, cursor).run()
+                finally:
+                    outbox.sealed = True  # nothing is written to a closed stream
+                    nursery.cancel_scope.cancel()
 
 
 def _has_body(head: h11.Request) -> bool:
@@ -3332,7 +3342,7 @@ def check_upgrade(request: Request) -> None:
     if not asked:
         raise Refusal("upgrade_required", headers=UPGRADE)
     if request.version != b"1.1":
-        raise Refusal("upgrade_required", headers=[*UPGRADE[:1], *CLOSE])
+        raise Refusal("upgrade_required", headers=UPGRADE[:1])
     if request.one("sec-websocket-version") != "13":
         why, known = (
             "Sec-WebSocket-Version: must be 13",
@@ -3455,7 +3465,10 @@ class Api:
         """Make a chat; a user is always a member of what it creates."""
         self._may_change_chats(request)
         new = parse(request.body, NEW_CHAT)
-        if new.title is not None and (CONTROL.search(new.title) or new.title.isspace()):
+        title = new.title
+        if title is not None and (
+            title.isspace() or re.search(r"[\0-\x1f\x7f]", title)
+        ):
             raise bad_field("title: it is empty or has a control character")
         members = {*new.member_ids} | ({request.by} if request.by else set())
         chat = await self.store.do(self.store.create_chat, new.title, members)
@@ -3604,18 +3617,18 @@ ROUTES: dict[str, dict[str, Route]] = {
 NUMBER = re.compile(r"(?<=/)[0-9]{1,16}(?=/|\Z)", re.ASCII)
 
 
-def find_route(request: Request) -> Route | None:
-    """Find what a request is for; None for OPTIONS. Raises Refusal.
-
-    HEAD is GET without the body (RFC 9110 9.3.2).
-    """
-    numbers = tuple(int(number) for number in NUMBER.findall(request.path))
-    methods = ROUTES.get(request.path) or ROUTES.get(NUMBER.sub("*", request.path))
-    if methods is None or not all(1 <= number <= MAX_ID for number in numbers):
+def find_methods(request: Request) -> dict[str, Route]:
+    """Find what a path takes, and the numbers in it. Raises Refusal not_found."""
+    request.ids = tuple(int(number) for number in NUMBER.findall(request.path))
+    methods = ROUTES.get(NUMBER.sub("*", request.path))
+    known = methods and "*" not in request.path
+    if not methods or not known or not all(1 <= n <= MAX_ID for n in request.ids):
         raise Refusal("not_found", "there is nothing at this path")
-    if request.method == "OPTIONS":
-        return None
-    request.ids = numbers
+    return methods
+
+
+def find_route(request: Request, methods: dict[str, Route]) -> Route:
+    """Find what a request is for. HEAD is GET without the body (RFC 9110 9.3.2)."""
     route = methods.get("GET" if request.method == "HEAD" else request.method)
     if route is None:
         allow = [("Allow", allowed_methods(methods))]
@@ -3629,10 +3642,9 @@ def allowed_methods(methods: Iterable[str]) -> str:
     return ", ".join([*methods, *extra, "OPTIONS"])
 
 
-def preflight(request: Request) -> Answer:
+def preflight(methods: Iterable[str]) -> Answer:
     """Answer OPTIONS, a browser's question before a request from another origin."""
-    path = NUMBER.sub("*", request.path)
-    allow = allowed_methods(ROUTES.get(request.path) or ROUTES[path])
+    allow = allowed_methods(methods)
     fields = "authorization, content-type, idempotency-key"
     headers = [
         ("Allow", allow),
@@ -3674,6 +3686,7 @@ class Server:
         self.names: dict[int, str] = {}  # what the store already knows
         self.sessions: set[Session] = set()
         self.open = 0  # TCP connections
+        self.places = 0  # of sockets, taken before their handshake
         self.parked: dict[trio.CancelScope, None] = {}  # waiting for a head, by age
         self.stopping = trio.Event()
         self.finished = trio.Event()
@@ -3873,14 +3886,20 @@ class Server:
             raise bad_token("token: it is missing in the query")
         return self.keyring.verify(token, "socket")
 
-    def check_house(self) -> None:
-        """Refuse a socket that is one too many."""
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a socket's place. Raises Refusal overloaded if there is none."""
         later = self.come_back_in()
-        if len(self.sessions) >= self.settings.max_connections:
+        if self.places >= self.settings.max_connections:
             self._complain("sockets")
             raise Refusal("overloaded", retry_after=later)
         if self.stopping.is_set():
             raise Refusal("overloaded", "the server restarts", retry_after=later)
+        self.places += 1
+        try:
+            yield
+        finally:
+            self.places -= 1
 
     async def remember(self, claims: Claims) -> None:
         """Store what a user is called, if that is new. That it fails stops nobody."""
@@ -3961,40 +3980,31 @@ class Server:
 
     def stats_document(self) -> dict[str, Any]:
         """Say what happened, in the shape that DESIGN.md gives."""
-        stats, hub, store = self.stats, self.hub, self.store
-        seats = [session.seat for session in self.sessions]
+        stats, store = self.stats, self.store
+
+        def counted(*names: str) -> dict[str, Any]:
+            return {name: getattr(stats, name) for name in names}
+
         return {
             "version": __version__,
             "uptime_seconds": round(time.monotonic() - stats.started, 3),
             "connections": {
-                "active": len(seats),
-                "users": len(hub.people),
-                "total": stats.total,
-                "catching_up": sum(not seat.live for seat in seats),
-                "closed": stats.closed,
-                "refused": stats.refused,
+                "active": len(self.sessions),
+                "users": len(self.hub.people),
+                "catching_up": sum(not s.seat.live for s in self.sessions),
+                **counted("total", "closed", "refused"),
             },
-            "broadcast": {
-                "events": stats.events,
-                "deliveries": stats.deliveries,
-                "writes": stats.writes,
-                "catch_ups": stats.catch_ups,
-                "stalls": stats.stalls,
-            },
+            "broadcast": counted(
+                "events", "deliveries", "writes", "catch_ups", "stalls"
+            ),
             "store": {
-                "commits": stats.commits,
-                "messages": stats.messages,
-                "batch_max": stats.batch_max,
+                **counted("commits", "messages", "batch_max", "duplicates", "failed"),
                 "commit_seconds": stats.commit_seconds(),
-                "duplicates": stats.duplicates,
-                "failed": stats.failed,
                 "degraded": store.degraded,
                 "wal_bytes": store.wal_bytes(),
                 "sqlite": sqlite3.sqlite_version,
             },
-            "resumes": stats.resumes,
-            "rate_limited": stats.rate_limited,
-            "errors": stats.errors,
+            **counted("resumes", "rate_limited", "errors"),
         }
 
 
