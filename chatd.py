@@ -3105,7 +3105,8 @@ class Http:
     """One TCP connection: requests one after another (h11), until one upgrades.
 
     It reads a head under one deadline and one bound, answers, and goes on if both
-    sides want to. What is refused gets one whole answer; then the connection ends.
+    sides want to. Each answer is whole; after one to a bad head or to an upgrade that
+    is refused the connection ends.
     """
 
     def __init__(self, server: Server, stream: trio.SocketStream) -> None:
@@ -3270,12 +3271,8 @@ class Http:
         if request is not None:
             headers += self.server.cors_headers(request)
         unread = self.h11.their_state is not h11.DONE
-        if (
-            unread
-            or request is None
-            or request.upgrades
-            or self.server.stopping.is_set()
-        ):
+        last = request is None or request.has("upgrade", "websocket")
+        if unread or last or self.server.stopping.is_set():
             headers.append(("Connection", "close"))
         reason = http.HTTPStatus(answer.status).phrase.encode("ascii")
         head = h11.Response(status_code=answer.status, headers=headers, reason=reason)
