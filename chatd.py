@@ -2149,8 +2149,10 @@ class Seat:
             self.pinged_at = None
             life = max(outbox.heard_at, outbox.moved_at)
             return "stalled" if now - life > settings.stall_seconds else None
-        if self.pinged_at is not None and outbox.heard_at >= self.pinged_at:
+        if not outbox.listening or (self.pinged_at or 0.0) <= outbox.heard_at:
             self.pinged_at = None
+        if not outbox.listening:
+            return None  # a command of its own makes it wait: silence says nothing
         if self.pinged_at is not None:
             return "silent" if now - self.pinged_at > settings.pong_seconds else None
         if now - outbox.heard_at > self.ping_after:
@@ -2416,8 +2418,8 @@ class Outbox(trio.abc.Stream):
 
     # fmt: off
     __slots__ = ("_broke", "_ended", "_fd", "_nursery", "_owed_pong", "_pace",
-                 "_parked", "_settings", "buffer", "heard_at", "moved_at", "sealed",
-                 "stream")
+                 "_parked", "_settings", "buffer", "heard_at", "listening", "moved_at",
+                 "sealed", "stream")
     # fmt: on
 
     def __init__(
@@ -2434,6 +2436,7 @@ class Outbox(trio.abc.Stream):
         self._nursery = nursery
         self._settings = settings
         self._fd = stream.socket.fileno()
+        self.listening = False  # waiting for the peer, not busy with what it said
         self._ended = False  # the library wants to read no more
         self._pace = Pace(settings.receive_bytes, self.heard_at)
         self._parked = trio.lowlevel.ParkingLot()
@@ -2564,7 +2567,9 @@ class Outbox(trio.abc.Stream):
     async def _receive(self, max_bytes: int) -> bytes:
         while True:
             # Wait first: a SocketStream would try first, in vain nearly always.
+            self.listening = True
             await trio.lowlevel.wait_readable(self._fd)
+            self.listening = False
             try:
                 return os.read(self._fd, max_bytes)
             except BlockingIOError:
@@ -2707,10 +2712,7 @@ class Session:
         """
         server = self.server
         server.opened(self)
-        # What began during the handshake was told to those who were open then.
-        if server.stopping.is_set():
-            self.end(CLOSE_RESTART, "the server restarts")
-        if server.keyring.is_revoked(self.claims):
+        if server.keyring.is_revoked(self.claims):  # since the token was checked
             self.end(CLOSE_SIGN_IN, "revoked: sign in again")
         upto = server.hub.head
         # Register first, read second: what is published meanwhile is not missed.
@@ -2815,6 +2817,8 @@ class Session:
 
     async def _hear(self, text: str | bytes) -> None:
         """Obey one command, in the reader's own task: nothing is read meanwhile."""
+        if self.verdict is not None:
+            return  # it came in one piece with what ended the connection
         if self.outbox.full:
             await self.outbox.room()
         try:
@@ -3769,9 +3773,11 @@ class Server:
 
     async def _turn_away(self, stream: trio.SocketStream) -> None:
         self._complain("connections")
-        with trio.move_on_after(self.settings.linger_seconds):
-            await stream.send_all(FULL_ANSWER)
-        await linger(stream, self.settings.linger_seconds)
+        """Say that the house is full, politely while there are descriptors for it."""
+        with contextlib.suppress(OSError):
+            os.write(stream.socket.fileno(), FULL_ANSWER)  # a new socket has room
+        if self.open <= self.settings.max_connections + 192:
+            await linger(stream, self.settings.linger_seconds)
 
     async def _serve_socket(self, stream: trio.SocketStream, upgrade: Upgrade) -> None:
         async with trio.open_nursery() as nursery:

@@ -1536,6 +1536,7 @@ class MemoryOutbox:
         self.stuck = False
         self.sealed = False
         self.heard_at = self.moved_at = 0.0
+        self.listening = True
 
     @property
     def waiting(self) -> bool:
@@ -2698,6 +2699,15 @@ def test_a_ping_before_bytes_waited_is_forgotten(swept: MemorySeat) -> None:
     assert len(swept.outbox.taken) == 2
 
 
+def test_who_is_kept_waiting_by_us_is_asked_nothing(swept: MemorySeat) -> None:
+    swept.seat.sweep(26.0, Settings())
+    swept.outbox.listening = False  # a command of its own takes its time
+    assert [swept.seat.sweep(now, Settings()) for now in (37.0, 90.0)] == [None, None]
+    swept.outbox.listening = True
+    assert swept.seat.sweep(91.0, Settings()) is None
+    assert len(swept.outbox.taken) == 2
+
+
 def test_pings_are_spread_by_a_tenth() -> None:
     after = {MemorySeat(Settings()).seat.ping_after for _ in range(50)}
     assert len(after) > 10
@@ -3490,6 +3500,7 @@ class MemoryClient:
         self.sits: MemorySeat | None = None
         self.greeting: chatd.Greeting | None = None  # read, not given yet
         self.page: chatd.Page | None = None  # the same
+        self.moments = range(0)  # what the log may have been when it was read
         self.known = False  # `connected` was said
         self.heard = 0  # of its outbox
 
@@ -3546,6 +3557,7 @@ class MemoryPlay:
             if client.cursor is None:
                 client.first = client.cursor = head
             client.page = memory.page(client.user, client.cursor, 2)
+            client.moments = range(head, len(self.model.log) + 1)
         elif not client.known:
             start = client.upto if client.cursor is None else client.cursor
             client.greeting = memory.read(
@@ -3564,7 +3576,7 @@ class MemoryPlay:
             if sits is not None:
                 self.hub.give_page(sits.seat, page)
             else:
-                self._take(client, [event.seq for event in page.events], poll=True)
+                self._take(client, [event.seq for event in page.events], client.moments)
                 client.cursor = page.cursor
         elif client.greeting is not None and sits is not None:
             greeting, client.greeting = client.greeting, None
@@ -3599,6 +3611,17 @@ class MemoryPlay:
             self.hub.leave(client.sits.seat)
             client.sits = client.greeting = client.page = None
 
+    def hop(self, who: int) -> None:
+        """From the socket to the poll, or back."""
+        (self.sit if self.clients[who].sits is None else self.leave)(who)
+
+    def next(self, who: int) -> None:
+        """End what this client began, or begin what is next."""
+        client = self.clients[who]
+        begun = client.page is not None or client.greeting is not None
+        fed = self._hungry(client, in_tail=True)
+        (self.give if begun or fed else self.read)(who)
+
     def step(self, name: str, argument: Any) -> None:
         self.before = self.hub.head
         getattr(self, name)(argument) if name != "publish" else self.publish()
@@ -3621,13 +3644,15 @@ class MemoryPlay:
                     client.user, seq, self.hub.head
                 )
 
-    def _take(self, client: MemoryClient, seqs: list[int], poll: bool = False) -> None:
+    def _take(
+        self, client: MemoryClient, seqs: list[int], polled: range = range(0)
+    ) -> None:
         for seq in seqs:
             assert seq > max([client.first or 0, *client.seqs[-1:]])
             assert seq <= self.hub.head
-            # As of now; a live event as of itself; a poll as of what is committed.
-            moments = [self.hub.head, *([seq] if seq > self.before else [])]
-            moments += range(self.hub.head, len(self.model.log) + 1) if poll else []
+            # As of now; a live event as of itself; a poll as of when it was read.
+            live = [seq] if seq > self.before else []
+            moments = polled or [self.hub.head, *live]
             assert any(self.model.sees(client.user, seq, at) for at in moments)
             client.seqs.append(seq)
 
@@ -3638,7 +3663,9 @@ class MemoryPlay:
         for who, client in enumerate(self.clients):
             if client.sits is not None and client.sits.outbox.stuck:
                 self.step("stick", who)
-            for name in ("give", "sit", "read") * 200:
+            for name in ("next", "sit") * 100:
+                if client.sits is not None and client.sits.seat.live:
+                    break
                 self.step(name, who)
             assert client.sits is not None
             assert client.sits.seat.live
@@ -3652,14 +3679,15 @@ class MemoryPlay:
 memory_who = st.integers(0, 3)
 memory_plays = st.lists(
     st.one_of(
-        st.tuples(st.just("commit"), st.lists(memory_works, min_size=1, max_size=4)),
-        st.tuples(st.just("publish"), st.none()),
-        st.tuples(st.just("publish"), st.none()),
+        *[st.tuples(st.just("commit"), st.lists(memory_works, min_size=1, max_size=4))]
+        * 4,
+        *[st.tuples(st.just("publish"), st.none())] * 3,
         *[
             st.tuples(st.just(name), memory_who)
-            for name in ("sit", "read", "read", "give", "give", "ask", "stick", "leave")
+            for name in (*["next"] * 4, "hop", "ask", "ask", "stick")
         ],
     ),
+    min_size=40,
     max_size=60,
 )
 
@@ -3673,6 +3701,8 @@ def test_a_client_gets_every_visible_event_once_and_in_order_in_any_interleaving
     changes = {"tail_events": tail_events, "large_chat": 2, "page_events": 2}
     with memory_with(**changes, page_bytes=700) as memory:
         stage = MemoryPlay(memory)
+        for who in (0, 1, 1, 1, 2, 2):  # one has entered, one is live, one is between
+            stage.step("next" if stage.clients[who].sits else "sit", who)
         for name, argument in play:
             stage.step(name, argument)
         stage.finish()
@@ -5647,6 +5677,21 @@ async def test_a_stalled_peer_is_cut_after_10_s_and_delays_nobody(
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+@wires(outbox_bytes=4096)
+async def test_a_stalled_peer_is_cut_also_while_a_command_of_his_waits_for_room(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    stalled = await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * 20)
+    await stalled.send(wires_command("send_message", chat_id=chat, content="hi"))
+    await trio.sleep(9)
+    assert len(house.server.sessions) == 1
+    await trio.sleep(2.5)
+    assert not house.server.sessions
+    assert (await house.stats())["broadcast"]["stalls"] == 1
+
+
 @wires()
 async def test_a_stalled_peer_that_pings_is_not_cut(house: WiresHouse) -> None:
     chat = await house.chat(6, 7)
@@ -6922,6 +6967,23 @@ async def test_if_none_is_parked_a_newcomer_gets_503_at_once_and_the_log_no_floo
     for raw in busy:
         await raw.send(b"{}")
         assert (await raw.answer()).status in {201, 429}
+
+
+@wires(max_connections=1, requests=OFF)
+async def test_those_turned_away_never_eat_the_descriptors_kept_for_the_database(
+    house: WiresHouse,
+) -> None:
+    auth = {"Authorization": f"Bearer {house.token(6)}", "Content_Length": "2"}
+    for _ in range(129):
+        await house.dial().send(wires_request("POST", "/api/v1/chats", None, **auth))
+    await wait_all_tasks_blocked()
+    for _ in range(300):  # they neither read nor leave
+        house.dial()
+    await wait_all_tasks_blocked()
+    # LimitNOFILE is --max-connections + 256, and the rest is for the database.
+    assert house.server.open <= 1 + 256 - 32
+    await trio.sleep(3)
+    assert house.server.open == 129
 
 
 @wires()
