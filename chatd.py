@@ -26,21 +26,22 @@ date; whoever is not reads the log until he is, from memory (the tail) or from d
 
 The task tree; a task never outlives the nursery above it:
 
-    main
+    serve                      the root: _serve
+    |- Server.watch_signals    SIGTERM and SIGINT: the first stops, the second ends
     `- Server.run
-       |- Store.run          takes all that waits, ONE transaction, hands it to the hub
-       |- Hub.run            publishes batches: tail, live seats, then the callers
-       |- Server.sweep       once a second: ping, pong, stall, token end
-       |- Server.on_signal   SIGTERM and SIGINT
-       `- connections
-          |- Server.accept   one a listening socket
+       |- Store.run            takes all that waits, ONE transaction, hands it on
+       |- Hub.run              publishes batches: tail, live seats, then the callers
+       |- Server._sweep        once a second: ping, pong, stall, token end
+       `- connections          a nursery inside, so it ends before the three above
+          |- Server._accept    one a listening socket
           `- Server._connection  one a TCP connection: Http, then perhaps Session; in
-                                 its nursery, only while bytes wait for a peer:
-                                 Outbox._flush and Session._catch_up
+                               its own nursery, only while bytes wait for a peer:
+                               Outbox._flush and Session._catch_up
 
 Queues and their bounds: jobs for the store (4,096), commands of one connection without
 an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line).
-Nothing else queues: who cannot take more stops being live and reads the log later.
+Store and hub have nothing between them: a batch is published while the next gathers.
+Who cannot take more queues nowhere: he stops being live and reads the log later.
 
 Deadlines: a request head 10 s, a request 15 s, a keep-alive 75 s, silence 25 s before
 a ping and 10 s after it, waiting bytes that do not move 10 s, a close 1 s after the
@@ -1161,8 +1162,6 @@ class Keyring:
         for seconds in (exp, iat):
             if type(seconds) not in (int, float) or not 0 <= seconds < 1e12:
                 raise bad_token("token: exp and iat must be Unix seconds")
-        if exp + self.LEEWAY_SECONDS <= time.time():
-            raise Refusal("token_expired")
         own = body if key.ours else {}  # what only our own tokens can say
         use, scope = own.get("use"), own.get("scope")
         if use not in (None, "session", "signin", "ticket"):
@@ -2303,8 +2302,8 @@ class Hub:
         they are one list, shared by all seats that have no other chat in the batch.
         """
         parcels: dict[Seat, Log] = {}
-        for kept, group in itertools.groupby(events, self._keeps_members):
-            if kept:
+        for alike, group in itertools.groupby(events, lambda e: e.to_user is None):
+            if alike:
                 by_chat: dict[int, Log] = {}
                 for event in group:
                     by_chat.setdefault(event.chat_id, []).append(event)
@@ -2322,10 +2321,6 @@ class Hub:
                     self._parcel(parcels, person, [event])
                 self._apply(event)
         return parcels
-
-    @staticmethod
-    def _keeps_members(event: Event) -> bool:
-        return event.to_user is None and type(event.wire) is not MemberAdded
 
     def _parcel(self, parcels: dict[Seat, Log], person: Person, news: Log) -> None:
         for seat in person.seats:

@@ -2502,8 +2502,8 @@ def test_the_tail_is_trimmed_in_bytes_too() -> None:
         chat = memory.chat(1, 2)
         for _ in range(60):
             memory.say(chat, 1, "x" * 4000)
-        assert memory.hub.tail_size <= 125_000
-        assert 8 <= len(memory.hub.tail) <= 15
+        assert memory.hub.tail_size <= 100_000
+        assert 6 <= len(memory.hub.tail) <= 12
 
 
 def test_an_event_in_the_tail_knows_what_it_weighs(memory: Memory) -> None:
