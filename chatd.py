@@ -136,130 +136,6 @@ class Rate(NamedTuple):
         return f"{self.per_second:g}/{self.burst:g}" if self.per_second else "0"
 
 
-def wants(what: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
-    """Decorate what reads the text of a flag: its ValueError says what was wanted."""
-
-    def decorate(read: Callable[[str], T]) -> Callable[[str], T]:
-        @functools.wraps(read)
-        def parse(text: str) -> T:
-            try:
-                return read(text)
-            except ValueError:
-                raise ValueError(f"{text!r} is not {what}") from None
-
-        return parse
-
-    return decorate
-
-
-@wants("RATE/BURST, such as 5/20, or 0 for no limit")
-def parse_rate(text: str) -> Rate:
-    """Read "RATE/BURST", or "0" for no limit. Raises ValueError, as all of these."""
-    rate, slash, burst = text.partition("/")
-    parsed = Rate(float(rate), float(burst) if slash else 0.0)
-    if parsed.per_second == 0:
-        return Rate(0, 0)
-    if not (0 < parsed.per_second < math.inf and 1 <= parsed.burst < math.inf):
-        raise ValueError
-    return parsed
-
-
-@wants("a whole number above 0")
-def parse_count(text: str) -> int:
-    """Read a whole number above 0."""
-    if not re.fullmatch("0*[1-9][0-9]{0,15}", text):
-        raise ValueError
-    return int(text)
-
-
-@wants(f"a user's id, a number from 1 to {MAX_ID}")
-def parse_user(text: str) -> int:
-    """Read a user's id."""
-    if parse_count(text) > MAX_ID:
-        raise ValueError
-    return int(text)
-
-
-@wants("a number of seconds, 0 or more")
-def parse_seconds(text: str) -> float:
-    """Read a number of seconds."""
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-@wants("a time, such as 30d, 12h, 15m or 90s")
-def parse_ttl(text: str) -> int:
-    """Read a time, in seconds."""
-    match = re.fullmatch("0*([1-9][0-9]{0,8})([smhd]?)", text)
-    if not match:
-        raise ValueError
-    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-
-
-@wants("HOST:PORT, such as 127.0.0.1:8086")
-def parse_listen(text: str) -> str:
-    """Check HOST:PORT, where HOST may be [::1]."""
-    host, colon, port = text.rpartition(":")
-    if not (colon and host and port.isdigit() and int(port) < 65536):
-        raise ValueError
-    return text
-
-
-@wants("a network, such as 10.0.0.0/8, or none")
-def parse_network(text: str) -> str:
-    """Check an address or CIDR network, or the word none."""
-    if text != "none":
-        ipaddress.ip_network(text)
-    return text
-
-
-@wants("an origin, such as https://example.org")
-def parse_origin(text: str) -> str:
-    """Check scheme://host[:port] as a browser sends it."""
-    if not re.fullmatch(r"https?://[^/?#\s@]+", text):
-        raise ValueError
-    return text.lower()
-
-
-@wants("a scope: service, stats, or both")
-def parse_scope(text: str) -> str:
-    """Read scopes."""
-    if not text.split() or not set(text.split()) <= {"service", "stats"}:
-        raise ValueError
-    return " ".join(text.split())
-
-
-def parse_word(*words: str) -> Callable[[str], str]:
-    """Make a parser that takes one of the given words."""
-
-    @wants(f"one of {', '.join(words)}")
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError
-        return text
-
-    return parse
-
-
-# What reads a flag's text, by its unit. A setting with another unit is no flag.
-PARSERS: dict[str, Callable[[str], Any]] = {
-    "HOST:PORT": parse_listen,
-    "FILE": Path,
-    "ISS": str,
-    "AUD": str,
-    "ORIGIN": parse_origin,
-    "CIDR": parse_network,
-    "WHO": parse_word("user", "service"),
-    "LEVEL": parse_word("debug", "info", "warning", "error"),
-    "RATE/BURST": parse_rate,
-    "COUNT": parse_count,
-    "BYTES": parse_count,
-    "CHARACTERS": parse_count,
-    "SECONDS": parse_seconds,
-}
-
-
 def setting(default: Any, unit: str, why: str, over: str = "") -> Any:
     """Make a field of Settings: its unit, what it limits, and what happens then."""
     metadata = {"unit": unit, "why": why, "over": over}
@@ -4408,6 +4284,130 @@ SANE = {
 # --- the command line ----------------------------------------------------------------
 
 
+def wants(what: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
+    """Decorate what reads the text of a flag: its ValueError says what was wanted."""
+
+    def decorate(read: Callable[[str], T]) -> Callable[[str], T]:
+        @functools.wraps(read)
+        def parse(text: str) -> T:
+            try:
+                return read(text)
+            except ValueError:
+                raise ValueError(f"{text!r} is not {what}") from None
+
+        return parse
+
+    return decorate
+
+
+@wants("RATE/BURST, such as 5/20, or 0 for no limit")
+def parse_rate(text: str) -> Rate:
+    """Read "RATE/BURST", or "0" for no limit. Raises ValueError, as all of these."""
+    rate, slash, burst = text.partition("/")
+    parsed = Rate(float(rate), float(burst) if slash else 0.0)
+    if parsed.per_second == 0:
+        return Rate(0, 0)
+    if not (0 < parsed.per_second < math.inf and 1 <= parsed.burst < math.inf):
+        raise ValueError
+    return parsed
+
+
+@wants("a whole number above 0")
+def parse_count(text: str) -> int:
+    """Read a whole number above 0."""
+    if not re.fullmatch("0*[1-9][0-9]{0,15}", text):
+        raise ValueError
+    return int(text)
+
+
+@wants(f"a user's id, a number from 1 to {MAX_ID}")
+def parse_user(text: str) -> int:
+    """Read a user's id."""
+    if parse_count(text) > MAX_ID:
+        raise ValueError
+    return int(text)
+
+
+@wants("a number of seconds, 0 or more")
+def parse_seconds(text: str) -> float:
+    """Read a number of seconds."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+@wants("a time, such as 30d, 12h, 15m or 90s")
+def parse_ttl(text: str) -> int:
+    """Read a time, in seconds."""
+    match = re.fullmatch("0*([1-9][0-9]{0,8})([smhd]?)", text)
+    if not match:
+        raise ValueError
+    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+@wants("HOST:PORT, such as 127.0.0.1:8086")
+def parse_listen(text: str) -> str:
+    """Check HOST:PORT, where HOST may be [::1]."""
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isdigit() and int(port) < 65536):
+        raise ValueError
+    return text
+
+
+@wants("a network, such as 10.0.0.0/8, or none")
+def parse_network(text: str) -> str:
+    """Check an address or CIDR network, or the word none."""
+    if text != "none":
+        ipaddress.ip_network(text)
+    return text
+
+
+@wants("an origin, such as https://example.org")
+def parse_origin(text: str) -> str:
+    """Check scheme://host[:port] as a browser sends it."""
+    if not re.fullmatch(r"https?://[^/?#\s@]+", text):
+        raise ValueError
+    return text.lower()
+
+
+@wants("a scope: service, stats, or both")
+def parse_scope(text: str) -> str:
+    """Read scopes."""
+    if not text.split() or not set(text.split()) <= {"service", "stats"}:
+        raise ValueError
+    return " ".join(text.split())
+
+
+def parse_word(*words: str) -> Callable[[str], str]:
+    """Make a parser that takes one of the given words."""
+
+    @wants(f"one of {', '.join(words)}")
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError
+        return text
+
+    return parse
+
+
+# What reads a flag's text, by its unit. A setting with another unit is no flag.
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "HOST:PORT": parse_listen,
+    "FILE": Path,
+    "ISS": str,
+    "AUD": str,
+    "ORIGIN": parse_origin,
+    "CIDR": parse_network,
+    "WHO": parse_word("user", "service"),
+    "LEVEL": parse_word("debug", "info", "warning", "error"),
+    "RATE/BURST": parse_rate,
+    "COUNT": parse_count,
+    "BYTES": parse_count,
+    "CHARACTERS": parse_count,
+    "SECONDS": parse_seconds,
+}
+
+
 def flags() -> Iterator[dataclasses.Field[Any]]:
     """Walk the settings that are flags."""
     return (f for f in dataclasses.fields(Settings) if f.metadata["unit"] in PARSERS)
@@ -4417,6 +4417,8 @@ def shown(value: object) -> str:
     """Write a default as one would type it."""
     if type(value) is tuple:
         return " ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
     return "" if value is None else str(value)
 
 
