@@ -237,6 +237,7 @@ class Settings:
         "a chat; its chat_added must fit an outbox", "bad_field")
     large_chat: int = setting(50, "users",
         "above it a read mark is told to its reader only")
+    known_tokens: int = setting(4_096, "tokens", "verified once", "forgotten")
     buckets: int = setting(65_536, "keys", "a table of buckets", "oldest forgotten")
     # fmt: on
 
@@ -933,6 +934,7 @@ class Keyring:
         self.keys = [Key("HS256", secret, ours=True)]
         self.keys += [read_jwt_key(path) for path in settings.jwt_key]
         self.boot = secrets.token_urlsafe(9)
+        self._known: dict[str, Claims] = {}  # tokens whose signature was right
         self.spent: dict[str, float] = {}  # jti of a used ticket: when to forget it
         self.revoked: dict[int, int] = {}  # user: revoked_at
 
@@ -963,8 +965,12 @@ class Keyring:
         """
         if len(token) > self.LONGEST:
             raise bad_token(f"token: longer than {self.LONGEST} bytes")
-        key, body = self._signed_by(token)
-        claims = self._claims(key, body)
+        claims = self._known.get(token)
+        if claims is None:
+            claims = self._claims(*self._signed_by(token))
+            self._remember(token, claims)
+        elif claims.exp + self.LEEWAY_SECONDS <= time.time():
+            raise Refusal("token_expired")
         if claims.use == "ticket":
             if use != "socket":
                 raise bad_token("a ticket only opens a socket")
@@ -977,6 +983,17 @@ class Keyring:
         if self.is_revoked(claims):
             raise bad_token("this token was revoked: sign in again")
         return claims
+
+    def _remember(self, token: str, claims: Claims) -> None:
+        """Keep what was verified: who polls or posts sends the same token each time.
+
+        Keys do not change while we run; the end and the revocation are looked at anew.
+        It saves a sixth of a post. Tickets come once.
+        """
+        if claims.use != "ticket":
+            if len(self._known) >= self.settings.known_tokens:
+                self._known.pop(next(iter(self._known)))  # the oldest
+            self._known[token] = claims
 
     def is_revoked(self, claims: Claims) -> bool:
         """Was it signed before, or just after, its user was revoked?"""
@@ -1350,8 +1367,16 @@ class Store:
     # --- writing: the task -----------------------------------------------------------
 
     async def submit(self, job: Job) -> None:
-        """Queue a job, in order. Waits while 4,096 others wait."""
-        await self._submit.send(job)
+        """Queue a job, in order. Waits while 4,096 others wait, and only then.
+
+        A job that need not wait costs no turn of the scheduler, so commands that came
+        in one read get into one commit (measured, 32 in flight: 12 a commit with a turn
+        each, 32 without).
+        """
+        try:
+            self._submit.send_nowait(job)
+        except trio.WouldBlock:
+            await self._submit.send(job)
 
     async def do(self, work: Callable[..., T], *args: Any) -> T:
         """Run work(db, log, *args); wait until it is on disk and published.
@@ -2746,7 +2771,10 @@ class Session:
                 return Reply(error_frame(outcome, ref), 0)
             return reply(outcome, ref)
 
-        await self.seat.slots.acquire()
+        try:
+            self.seat.slots.acquire_nowait()  # no turn for nothing: see Store.submit
+        except trio.WouldBlock:
+            await self.seat.slots.acquire()
         try:
             await self.server.store.submit(Job(work, done, self.seat))
         except trio.Cancelled:
@@ -4106,6 +4134,9 @@ async def _serve(server: Server, ready: Callable[[Server, str], None]) -> None:
         # What lives now lives on: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        # With 8,000 sockets a full pass stopped everything for 0.56 s, and came after
+        # few messages. The garbage of a connection can wait for the next pass.
+        gc.set_threshold(5000, 20, 100)
         url = url_of(listeners[0])
         say(logging.INFO, "ready", url=url, db=server.settings.db,
             sqlite=sqlite3.sqlite_version)  # fmt: skip

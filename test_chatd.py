@@ -1096,6 +1096,34 @@ def test_what_a_token_says_is_read_from_it() -> None:
     assert not rules_ring().verify(rules_token(scope=["service"])).service
 
 
+def test_a_token_verified_before_ends_when_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ring, token = rules_ring(), rules_token(user_id=6, exp=rules_soon())
+    assert ring.verify(token) is ring.verify(token)  # its signature is looked at once
+    late = rules_soon() + 60
+    monkeypatch.setattr(time, "time", lambda: late)
+    with pytest.raises(Refusal, match="token_expired"):
+        ring.verify(token)
+
+
+def test_a_token_verified_before_can_be_revoked() -> None:
+    ring, token = rules_ring(), rules_token(user_id=6, iat=time.time() - 60)
+    ring.verify(token)
+    ring.revoked[6] = int(time.time())
+    with pytest.raises(Refusal, match="revoked"):
+        ring.verify(token)
+
+
+def test_tokens_verified_before_are_forgotten_when_they_are_too_many() -> None:
+    ring = rules_ring(known_tokens=2)
+    tokens = [rules_token(user_id=user) for user in (1, 2, 3)]
+    claims = [ring.verify(token) for token in tokens]
+    assert ring.verify(tokens[2]) is claims[2]
+    assert ring.verify(tokens[0]) is not claims[0]
+    assert ring.verify(tokens[0]) == claims[0]
+
+
 def rules_bad_tokens() -> dict[str, str]:
     body: dict[str, object] = {"user_id": 6, "exp": rules_soon()}
     good = rules_token()
