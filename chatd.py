@@ -2162,20 +2162,21 @@ class Hub:
             if reply is not None and job.seat is not None:
                 replies.setdefault(job.seat, []).append(reply)
         last: Log | None = None
-        joined, deliveries = b"", 0
+        joined = b""
         for seat, events in parcels.items():
             if events is not last:
                 joined, last = b"".join([event.frame for event in events]), events
-            frames = joined
             if seat in replies:
-                frames += b"".join([reply.frame for reply in replies[seat]])
-            if not seat.outbox.push(frames):
-                seat.fall_behind(before)
+                frames = joined + b"".join([reply.frame for reply in replies[seat]])
+                if seat.outbox.push(frames):
+                    for _ in replies.pop(seat):
+                        seat.slots.release()
+                    continue
+            elif seat.outbox.push(joined):
                 continue
-            deliveries += len(events)
-            for _ in replies.pop(seat, ()):
-                seat.slots.release()
-        self.stats.deliveries += deliveries
+            seat.fall_behind(before)
+            self.stats.deliveries -= len(events)  # they will be counted when given
+        self.stats.deliveries += sum(map(len, parcels.values()))
         self.stats.writes += len(parcels)
         for seat, rest in replies.items():
             for reply in rest:
