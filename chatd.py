@@ -232,6 +232,7 @@ class Settings:
     tail_events: int = setting(16_384, "events", "the log's end held in memory")
     tail_bytes: int = setting(16_777_216, "bytes", "the same")
     batch_jobs: int = setting(512, "jobs", "a transaction, so that none takes long")
+    batch_events: int = setting(2_000, "events", "the same, for large new chats")
     readers: int = setting(4, "threads", "reading at once")
     members: int = setting(5_000, "users",
         "a chat; its chat_added must fit an outbox", "bad_field")
@@ -572,7 +573,7 @@ def check_content(content: str, settings: Settings) -> None:
 
 @functools.lru_cache(maxsize=64)  # a batch of messages has one or two different seconds
 def timestamp(unix_seconds: int) -> str:
-    """Write a time as SPEC.md wants it: RFC 3339, UTC, whole seconds, Z."""
+    """Write a time as the wire has it: RFC 3339, UTC, whole seconds, Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix_seconds))
 
 
@@ -745,6 +746,12 @@ class Buckets:
         if len(self.full_at) > self.size:
             self.full_at.popitem(last=False)
         return wait
+
+    def owe(self, key: object, now: float, amount: float) -> None:
+        """Take more than one token behind a `take`, even if they are not there yet."""
+        if self.rate.per_second:
+            full_at = max(self.full_at.get(key, 0.0), now)
+            self.full_at[key] = full_at + amount / self.rate.per_second
 
     def give_back(self, key: object) -> None:
         """Undo one take: what was asked for cost nothing after all."""
@@ -1409,7 +1416,10 @@ class Store:
         async with hub:
             async for job in self._inbox:
                 jobs = await self._gather(job)
-                await hub.send(await self._write(self._transact, jobs))
+                while jobs:
+                    batch = await self._write(self._transact, jobs)
+                    jobs = jobs[len(batch.answers) :]
+                    await hub.send(batch)
                 while self.degraded:
                     await self._heal(hub)
 
@@ -1472,7 +1482,11 @@ class Store:
         log: Log = []
         try:
             self._writer.execute("BEGIN IMMEDIATE")
-            answers = [(job, self._run_one(job, log)) for job in jobs]
+            answers = []
+            for job in jobs:
+                answers.append((job, self._run_one(job, log)))
+                if len(log) >= self.settings.batch_events:
+                    break  # a large chat was made: the other jobs come next
             self._writer.execute("COMMIT")
         except sqlite3.Error as error:
             self._failed(error)
@@ -1822,11 +1836,20 @@ class Store:
         It stops after the last chat_added, which is told with the chat as it is at the
         time: that is the query's business, not the tail's.
         """
-        floor = max(0, self.seq - self.settings.tail_events)
-        sql = "SELECT max(seq) FROM event WHERE kind = 'chat_added' AND seq > ?"
+        db, floor = self._writer, max(0, self.seq - self.settings.tail_events)
+        sql = f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq DESC"
+        newest_first: Log = []
+        room = self.settings.tail_bytes
         with told_of("database", self.path):
-            last_added = one(self._writer, sql, floor)
-            return self._above(self._writer, last_added or floor)
+            for row in db.execute(sql, (floor,)):
+                if row[1] == "chat_added":
+                    break
+                event = self._event(db, row, self.seq)
+                room -= event.size
+                if room < 0:
+                    break
+                newest_first.append(event)
+        return newest_first[::-1]
 
     def revoked(self) -> dict[int, int]:
         """Read at the start whose older tokens are refused."""
@@ -2631,6 +2654,9 @@ class Session:
             if entered:
                 server.hub.leave(self.seat)
             server.left(self)
+            # They refer to us, and we to the seat. Without the circle all of this is
+            # freed at once; with it, it would wait for a full pass of the collector.
+            del self.seat.behind, self.seat.end
 
     def end(self, code: int, reason: str) -> None:
         """Close this connection, from anywhere; the first who says so is heard.
@@ -3140,6 +3166,9 @@ class Http:
         if route.who != "anyone":
             await server.remember(request.claims)
         request.body = await self._body(request)
+        # A body may take its time; who was revoked meanwhile gets nothing new signed.
+        if route.who != "anyone" and server.keyring.is_revoked(request.claims):
+            raise bad_token("this token was revoked: sign in again")
         return await route.handler(Api(server), request)
 
     async def _body(self, request: Request) -> bytes:
@@ -3298,7 +3327,7 @@ def page_answers() -> dict[str, Answer]:
 
 
 class Api:
-    """The handlers of the HTTP table in DESIGN.md, in its order.
+    """The handlers of ROUTES, in its order.
 
     Each gets a request whose token was checked as its route says, with its body read.
     """
@@ -3367,6 +3396,10 @@ class Api:
         ):
             raise bad_field("title: it is empty or has a control character")
         members = {*new.member_ids} | ({request.by} if request.by else set())
+        if not request.claims.service:
+            # Every member is told, with all members: ten of them cost as a request.
+            now, tokens = trio.current_time(), len(members) // 10
+            self.server.requests.owe(request.user_id, now, tokens)
         chat = await self.store.do(self.store.create_chat, new.title, members)
         return json_answer({"chat": chat}, 201)
 
@@ -3886,7 +3919,7 @@ class Server:
         say(logging.DEBUG, "left", user=session.claims.user_id, code=code)
 
     def stats_document(self) -> dict[str, Any]:
-        """Say what happened, in the shape that DESIGN.md gives."""
+        """Say what happened: did we lose anything; who was cut, and why?"""
         stats, store = self.stats, self.store
 
         def counted(*names: str) -> dict[str, Any]:
@@ -4038,7 +4071,7 @@ def raise_file_limit(settings: Settings) -> Settings:
 @contextlib.contextmanager
 def locked(db: Path) -> Iterator[None]:
     """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
-    path = beside(db, ".lock")
+    path = beside(db.resolve(), ".lock")  # a link is the same database
     with told_of("lock", path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     with open(fd, "r+", encoding="ascii") as file:
@@ -4368,13 +4401,14 @@ def parse_seconds(text: str) -> float:
     return float(text)
 
 
-@wants("a time, such as 30d, 12h, 15m or 90s")
+@wants("a time of at most 100 years, such as 30d, 12h, 15m or 90s")
 def parse_ttl(text: str) -> int:
     """Read a time, in seconds."""
-    match = re.fullmatch("0*([1-9][0-9]{0,8})([smhd]?)", text)
-    if not match:
+    match = re.fullmatch("0*([1-9][0-9]{0,9})([smhd]?)", text)
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+    if not match or int(match[1]) * units[match[2]] > 100 * 366 * 86400:
         raise ValueError
-    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return int(match[1]) * units[match[2]]
 
 
 @wants("HOST:PORT, such as 127.0.0.1:8086")

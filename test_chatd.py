@@ -84,7 +84,7 @@ def usage_error_of(function: Callable[..., object], *args: object) -> str:
 # WORDS
 #
 # What can be set, what can go wrong, what goes over the wire: tables against tables.
-# Where DESIGN.md has a table, the test has it too, copied by hand.
+# Where the protocol has a table, the test has it too, copied by hand.
 # =====================================================================================
 
 
@@ -324,7 +324,7 @@ def test_the_table_of_settings_has_a_row_for_every_flag() -> None:
     assert "| `--sends RATE/BURST` | `5/20` | messages a second" in rows[10]
 
 
-# DESIGN.md, "Limits", "Identity" and "The tail": the defaults, as they are typed.
+# The defaults, as they are typed.
 DEFAULTS = {
     "listen": "127.0.0.1:8086", "db": "chatd.db", "chats_by": "user",
     "sends": "5/20", "commands": "30/60", "typing": "1/5", "handshakes": "10/50",
@@ -595,7 +595,7 @@ def test_an_error_frame_leaves_out_what_does_not_apply() -> None:
 WORDS_MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z", 13)
 
 
-# SPEC.md and DESIGN.md, "The socket": what the server says, word for word.
+# What the server says, word for word.
 @pytest.mark.parametrize(
     ("message", "text"),
     [
@@ -660,7 +660,7 @@ def test_an_event_builds_its_frame_once_but_keeps_no_large_one() -> None:
 
 # --- refusals, log, stats ------------------------------------------------------------
 
-# DESIGN.md, "HTTP": the codes and their statuses. The proxy's 502 and 504 are its own.
+# The codes and their statuses. The proxy's 502 and 504 are its own.
 STATUSES = {
     "bad_json": 400, "bad_field": 400, "unknown_type": 400, "token_invalid": 401,
     "token_expired": 401, "token_used": 401, "forbidden": 403, "not_found": 404,
@@ -3343,7 +3343,7 @@ def test_two_new_files_have_two_epochs_and_a_file_keeps_its_own(tmp_path: Path) 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEvent:
-    """An event as the model has it: who may see it, by the words of DESIGN.md."""
+    """An event as the model has it: who may see it."""
 
     kind: str
     chat: int
@@ -8370,7 +8370,7 @@ async def open_house(door_shared_process: DoorServer) -> AsyncIterator[DoorServe
     server.streams.clear()
 
 
-# ---- the conversation, as SPEC.md and DESIGN.md write it
+# ---- the conversation, word for word
 
 
 DOOR_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -9057,7 +9057,7 @@ async def door_token_ends(house: DoorServer) -> None:
     await ticketed.hears_nothing()
 
 
-# ---- HTTP: every row of DESIGN.md's table
+# ---- HTTP: every row of the README's table, and more
 
 
 async def test_every_row_of_the_http_table_answers(open_house: DoorServer) -> None:
