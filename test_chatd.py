@@ -2943,7 +2943,7 @@ def test_an_error_at_any_step_of_a_batch_fails_it_whole_and_leaves_nothing(
 class MemoryLiar(sqlite3.Connection):
     """A connection on a disk that fails at the end of a commit that is there.
 
-    What a failed fsync does (RELIABILITY.md 4.2): the only part of SQLite that a test
+    What a failed fsync does: the only part of SQLite that a test
     cannot bring about without a sick disk, so it is said here, after a real COMMIT.
     """
 
