@@ -4168,9 +4168,10 @@ async def _serve(server: Server, ready: Callable[[Server, str], None]) -> None:
         # What lives now lives on: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        # With 8,000 sockets a full pass stopped everything for 0.56 s, and came after
-        # few messages. The garbage of a connection can wait for the next pass.
-        gc.set_threshold(5000, 20, 100)
+        # With 8,000 sockets a full pass takes 0.56 s, in which all stands still; by
+        # default there were several while they came. A socket leaves 0.8 KB of circles
+        # (wsproto's), so one pass for about 150,000 of them is often enough.
+        gc.set_threshold(5000, 10, 20)
         url = url_of(listeners[0])
         say(logging.INFO, "ready", url=url, db=server.settings.db,
             sqlite=sqlite3.sqlite_version)  # fmt: skip
