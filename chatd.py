@@ -1356,11 +1356,11 @@ class Store:
         self._submit, self._inbox = trio.open_memory_channel[Job](4096)
         self._io_errors = 0  # in a row
         self._writer = db = prepare_database(self.path, steps or schema_steps())
-        self._inode = self.path.stat().st_ino
         with told_of("database", self.path):
             self.epoch: str = one(db, "SELECT value FROM meta WHERE key = 'epoch'")
             # The last that was committed and handed to the hub.
             self.seq: int = one(db, "SELECT coalesce(max(seq), 0) FROM event")
+        self._files = self._inodes()
 
     def close(self) -> None:
         """Fold the log of changes into the file, and close. Nothing may run."""
@@ -1527,22 +1527,40 @@ class Store:
         with contextlib.suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
-        # SHMSIZE, SHMMAP: no room for the index of the WAL. That is a full disk.
-        if name.startswith("SQLITE_IOERR") and "SHM" not in name:
+        if name.startswith("SQLITE_IOERR") and self._has_room():
             self._io_errors += 1
             if self._io_errors >= 3:
                 raise UsageError(f"database {self.path}: {error}, 3 times in a row")
             self._writer.close()
             with told_of("database", self.path):
                 self._writer = open_database(self.path, readonly=False)
+                one(self._writer, "SELECT count(*) FROM meta")  # makes the -wal anew
+            self._files = self._inodes()
+
+    def _has_room(self) -> bool:
+        """Is it a sick disk, not a full one? SQLite calls only ENOSPC full.
+
+        A quota, or a limit of the file's size, is an I/O error to it. We try ourselves
+        to write where the -wal would grow.
+        """
+        try:
+            with tempfile.TemporaryFile(dir=self.path.parent) as file:
+                os.pwrite(file.fileno(), bytes(65536), self.wal_bytes())
+        except OSError as error:
+            return error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return True
 
     def _probe(self) -> Batch:
-        """Try one small write; if it works, publish what the log holds above us."""
-        db, now = self._writer, str(time.time())
+        """Try to write as much as some messages; then publish what the log holds above.
+
+        A row alone might find a place where no message does, again and again.
+        """
+        db = self._writer
         try:
-            db.execute("BEGIN IMMEDIATE")
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (now,))
-            db.execute("COMMIT")
+            for text in ("x" * 65536, str(time.time())):
+                db.execute("BEGIN IMMEDIATE")
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (text,))
+                db.execute("COMMIT")
             found = self._above(db, self.seq)
         except sqlite3.Error as error:
             self._failed(error)
@@ -1556,14 +1574,18 @@ class Store:
         """Raise UsageError if our file is no longer the one of that name.
 
         SQLite goes on happily with a file that was removed, and every ack would be a
-        lie. The look costs 2 us a commit.
+        lie. The look costs 4 us a commit.
         """
-        try:
-            inode = self.path.stat().st_ino
-        except FileNotFoundError:
-            inode = 0
-        if inode != self._inode:
+        if self._inodes() != self._files:
             raise UsageError(f"database {self.path}: removed or replaced under us")
+
+    def _inodes(self) -> list[int]:
+        """Which files stand at our names, the -wal too: it holds the newest rows."""
+        found = []
+        for path in (self.path, beside(self.path, "-wal")):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(path.stat().st_ino)
+        return found
 
     # --- writing: the works ----------------------------------------------------------
     # Each runs inside the transaction: db is the writer's connection, log are the
@@ -3183,15 +3205,24 @@ class Http:
         while self.h11.their_state is h11.SEND_BODY:
             event = self.h11.next_event()
             if event is h11.NEED_DATA:
-                data = await self.stream.receive_some(16384)
-                if not data:
-                    raise trio.BrokenResourceError
-                self.h11.receive_data(data)
+                await self._more_body()
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > most:
                     raise too_large
         return bytes(body)
+
+    async def _more_body(self) -> None:
+        """Read on, parked: a full house does not wait for slow bodies."""
+        with trio.CancelScope() as scope:
+            self.server.parked[scope] = None
+            try:
+                data = await self.stream.receive_some(16384)
+            finally:
+                self.server.parked.pop(scope, None)
+        if scope.cancelled_caught or not data:
+            raise trio.BrokenResourceError
+        self.h11.receive_data(data)
 
     async def _respond(self, request: Request | None, answer: Answer) -> None:
         """Write an answer. After a bad head, a refused upgrade, or with anything left
@@ -3615,7 +3646,7 @@ class Server:
         self.names: dict[int, str] = {}  # what the store already knows
         self.sessions: set[Session] = set()
         self.open = 0  # TCP connections
-        self.parked: dict[trio.CancelScope, None] = {}  # waiting for a head, by age
+        self.parked: dict[trio.CancelScope, None] = {}  # waiting for bytes, by age
         self.stopping = trio.Event()
         self.finished = trio.Event()
         self.complaints = Bucket(Rate(0.1, 1))  # log lines about a full house

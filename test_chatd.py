@@ -3061,35 +3061,60 @@ def test_after_an_io_error_the_file_is_opened_anew_and_three_in_a_row_end_it(
     memory: Memory,
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
-    made, wal = memory.sit(2), memory.settings.db.with_name("chatd.db-wal")
-    work = memory.sends(chat, 1, "x" * 100_000)
-    for _ in range(2):  # two, and it is well again: it is counted from 0
-        first = store._writer
-        with memory_no_growth(wal):
-            assert memory_all_failed(memory.commit(work))
-            assert store._writer is not first
-            assert store._probe() == ([], [])
-            assert store.degraded
+    for n in (1, 2):  # two errors, and it is well again: they are counted from 0
+        memory_liar(memory, "SQLITE_IOERR_WRITE")
+        sick = store._writer
+        assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+        assert store._writer is not sick
+        memory_liar(memory, "SQLITE_IOERR_WRITE")
         assert store._probe() == ([], [])
-        assert not store.degraded
-        assert memory.do(*work).message.content == "x" * 100_000
-    with memory_no_growth(wal):
-        memory.commit(work)
+        assert store.degraded
+        found = store._probe()
+        assert [event.kind for event in found.events] == ["new_message"]
+        memory.hub.publish(found)
+        assert (store.degraded, store.seq) == (False, 2 + n)
+    for _ in range(2):
+        memory_liar(memory, "SQLITE_IOERR_WRITE")
         store._probe()
-        said = usage_error_of(store._probe)
+    memory_liar(memory, "SQLITE_IOERR_WRITE")
+    said = usage_error_of(store._probe)
     assert str(memory.settings.db) in said
     assert "3 times in a row" in said
-    assert made.seqs() == [3, 4]
     memory_is_sound(memory)
+
+
+def test_a_limit_that_sqlite_takes_for_a_sick_disk_is_a_full_one(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    work = memory.sends(chat, 1, "x" * 100_000)
+    with memory_no_growth(memory.settings.db.with_name("chatd.db-wal")):
+        assert memory_all_failed(memory.commit(work))
+        for _ in range(4):  # it does not end, and it does not say that it is well
+            assert store._probe() == ([], [])
+            assert store.degraded
+    assert store._probe() == ([], [])
+    assert not store.degraded
+    assert memory.do(*work).message.content == "x" * 100_000
+    memory_is_sound(memory)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_a_file_taken_away_is_noticed_before_the_ack(
+    memory: Memory, suffix: str
+) -> None:
+    chat = memory.chat(1, 2)
+    memory.settings.db.with_name(f"chatd.db{suffix}").unlink()
+    said = usage_error_of(memory.commit, memory.sends(chat, 1))
+    assert "removed or replaced" in said
 
 
 def test_a_file_that_cannot_be_opened_anew_ends_it(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
-    work = memory.sends(chat, 1, "x" * 100_000)
     aside = memory.settings.db.with_name("aside")
-    with memory_no_growth(memory.settings.db.with_name("chatd.db-wal")):
-        memory.settings.db.rename(aside)
-        said = usage_error_of(memory.commit, work)
+    memory_liar(memory, "SQLITE_IOERR_FSYNC")
+    memory.settings.db.rename(aside)
+    said = usage_error_of(memory.commit, memory.sends(chat, 1))
     assert str(memory.settings.db) in said
     aside.rename(memory.settings.db)
     store._writer = chatd.open_database(memory.settings.db, readonly=False)
@@ -6970,15 +6995,16 @@ async def test_a_peer_that_resets_before_it_is_accepted_is_nobodys_error(
     assert house.server.open == 0
 
 
-@wires(max_connections=1)
+@wires(max_connections=1, requests=OFF)
 async def test_if_none_is_parked_a_newcomer_gets_503_at_once_and_the_log_no_flood(
     house: WiresHouse, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "chatd")
     auth = {"Authorization": f"Bearer {house.token(6)}", "Content_Length": "2"}
     busy = [house.dial() for _ in range(129)]
+    house.disk.hold()  # they have said all, and wait for us
     for raw in busy:
-        await raw.send(wires_request("POST", "/api/v1/chats", None, **auth))
+        await raw.send(wires_request("POST", "/api/v1/chats", None, **auth) + b"{}")
     await wait_all_tasks_blocked()
     for _ in range(20):
         for tcp in (False, True):
@@ -6992,9 +7018,24 @@ async def test_if_none_is_parked_a_newcomer_gets_503_at_once_and_the_log_no_floo
                 assert await raw.ends() == b""
     house.dial().stream.socket.close()  # nor is it an error if he does not wait
     assert len(caplog.records) == 1
+    house.disk.go()
     for raw in busy:
-        await raw.send(b"{}")
-        assert (await raw.answer()).status in {201, 429}
+        assert (await raw.answer()).status == 201
+
+
+@wires(max_connections=1, requests=OFF)
+async def test_a_slow_body_makes_room_for_a_newcomer(house: WiresHouse) -> None:
+    auth = {"Authorization": f"Bearer {house.token(6)}", "Content_Length": "2"}
+    slow = [house.dial() for _ in range(129)]
+    for raw in slow:
+        await raw.send(wires_request("POST", "/api/v1/chats", None, **auth))
+    await wait_all_tasks_blocked()
+    newcomer = house.dial()
+    await newcomer.send(wires_request("GET", "/healthz"))
+    assert (await newcomer.answer()).status == 200
+    assert await slow[0].ends() == b""
+    await slow[1].send(b"{}")
+    assert (await slow[1].answer()).status == 201
 
 
 @wires(max_connections=1, requests=OFF)
@@ -7002,8 +7043,10 @@ async def test_those_turned_away_never_eat_the_descriptors_kept_for_the_database
     house: WiresHouse,
 ) -> None:
     auth = {"Authorization": f"Bearer {house.token(6)}", "Content_Length": "2"}
+    house.disk.hold()
     for _ in range(129):
-        await house.dial().send(wires_request("POST", "/api/v1/chats", None, **auth))
+        request = wires_request("POST", "/api/v1/chats", None, **auth) + b"{}"
+        await house.dial().send(request)
     await wait_all_tasks_blocked()
     for _ in range(300):  # they neither read nor leave
         house.dial()
@@ -7012,6 +7055,7 @@ async def test_those_turned_away_never_eat_the_descriptors_kept_for_the_database
     assert house.server.open <= 1 + 256 - 32
     await trio.sleep(3)
     assert house.server.open == 129
+    house.disk.go()
 
 
 @wires()
