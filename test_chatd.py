@@ -3120,6 +3120,38 @@ def test_a_file_that_cannot_be_opened_anew_ends_it(memory: Memory) -> None:
     store._writer = chatd.open_database(memory.settings.db, readonly=False)
 
 
+def test_a_large_new_chat_ends_its_transaction_and_the_others_come_next(
+    tmp_path: Path,
+) -> None:
+    memory = Memory(tmp_path, batch_events=3)
+    create = memory.store.create_chat
+    works = [(create, None, [1, 2, 3]), (create, None, [1]), (create, None, [2])]
+    batch = memory.commit(*works)
+    assert (len(batch.answers), len(batch.events)) == (1, 3)
+    memory.hub.publish(batch)
+    assert len(memory.commit(*works[1:]).answers) == 2
+    memory.store.close()
+
+
+async def test_jobs_behind_a_large_new_chat_are_all_answered(tmp_path: Path) -> None:
+    memory = Memory(tmp_path, batch_events=3)
+    async with memory_running(memory), trio.open_nursery() as nursery:
+        for users in ([1, 2, 3], [1], [2], [4, 5, 6], [7]):
+            nursery.start_soon(memory.store.do, memory.store.create_chat, None, users)
+    assert (memory.count("chat"), memory.hub.head) == (5, 9)
+    memory.store.close()
+
+
+def test_a_link_to_a_database_has_the_same_lock(tmp_path: Path) -> None:
+    link = tmp_path / "link.db"
+    link.symlink_to(tmp_path / "chatd.db")
+    with chatd.locked(tmp_path / "chatd.db"):
+        again = contextlib.ExitStack()
+        assert "in use by process" in usage_error_of(
+            again.enter_context, chatd.locked(link)
+        )
+
+
 def test_another_writer_is_a_failure_and_no_harm(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     store._writer.execute("PRAGMA busy_timeout = 0")
@@ -5589,6 +5621,34 @@ async def test_revoking_closes_all_sockets_of_the_user_and_no_other(
     later = house.token(6, iat=time.time() + 5)
     again = await house.join(6, token=later)
     assert (await again.refused("auth", token=old))["code"] == "token_invalid"
+
+
+@wires()
+@pytest.mark.parametrize("path", ["/api/v1/session", "/api/v1/chats"])
+async def test_who_is_revoked_while_he_sends_a_body_gets_nothing_for_it(
+    house: WiresHouse, path: str
+) -> None:
+    use = "signin" if path.endswith("session") else None
+    auth = {"Authorization": f"Bearer {house.token(6, use=use)}", "Content_Length": "2"}
+    slow = house.dial()
+    await slow.send(wires_request("POST", path, None, **auth))
+    await wait_all_tasks_blocked()
+    await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    await slow.send(b"{}")
+    assert (await slow.answer()).code == "token_invalid"
+
+
+@wires(requests=Rate(1, 10))
+async def test_a_large_chat_costs_its_maker_as_many_requests_as_it_has_tens(
+    house: WiresHouse,
+) -> None:
+    ids = [*range(1, 301)]
+    made = await house.ask("POST", "/api/v1/chats", {"member_ids": ids}, user=6)
+    assert made.status == 201
+    late = await house.ask("GET", "/api/v1/me", user=6)
+    assert (late.status, late.code) == (429, "rate_limited")
+    await trio.sleep(float(late.json["error"]["retry_after"]) + 0.01)
+    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 200
 
 
 @wires()
