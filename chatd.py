@@ -49,7 +49,8 @@ last byte, a stop 5 s. They are all fields of Settings.
 
 The order of effects of one message: committed, in the tail, on the wire of every live
 member, acked. Each step is a plain `def` on the main thread or one transaction in the
-writer's thread, so no cancellation can come between its halves.
+writer's thread, so none can be cancelled halfway; and what is lost between two of them
+was never acked, or is in the log.
 
 Reading order: Words, Rules, Memory and the first half of Wires are the hour's core.
 """
@@ -324,8 +325,8 @@ ClientId = Annotated[
     str, msgspec.Meta(min_length=1, max_length=64, pattern=r"\A[\x20-\x7e]+\Z")
 ]
 Title = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
-# Text may have tabs and line ends. The other control characters have no place in a
-# chat: they forge log lines and terminals, and SQLite's length() stops at NUL.
+# Text may have tabs and line ends. The other control characters of ASCII have no place
+# in a chat: they steer terminals, and SQLite's length() stops at NUL.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -975,7 +976,7 @@ class Keyring:
         claims = self._known.get(token)
         if claims is None:
             claims = self._claims(*self._signed_by(token))
-            self._remember(token, claims)
+            self._keep(token, claims)
         elif claims.exp + self.LEEWAY_SECONDS <= time.time():
             raise Refusal("token_expired")
         if claims.use == "ticket":
@@ -983,15 +984,15 @@ class Keyring:
                 raise bad_token("a ticket only opens a socket")
             if claims.boot != self.boot or claims.jti in self.spent:
                 raise Refusal("token_used")
-        elif claims.use == "signin" != use:
+        if claims.use == "signin" and use != "signin":
             raise bad_token("a sign-in link is only good for POST /api/v1/session")
-        elif use == "signin" != claims.use:
+        if claims.use != "signin" and use == "signin":
             raise bad_token("this token is not a sign-in link's")
         if self.is_revoked(claims):
             raise bad_token("this token was revoked: sign in again")
         return claims
 
-    def _remember(self, token: str, claims: Claims) -> None:
+    def _keep(self, token: str, claims: Claims) -> None:
         """Keep what was verified: who polls or posts sends the same token each time.
 
         Keys do not change while we run; the end and the revocation are looked at anew.
@@ -1900,9 +1901,9 @@ class Store:
         return Event(wire, to_chat=bool(to_chat), to_user=to_user, size=size)
 
     def chat(
-        self, db: Db, chat_id: int, upto: int | None, viewer_id: int | None = None
+        self, db: Db, chat_id: int, upto: int, viewer_id: int | None = None
     ) -> Chat:
-        """Read one chat as of upto (None: now).
+        """Read one chat as of upto.
 
         A viewer who has left sees that there was a chat, and nothing of it.
         """
@@ -1910,7 +1911,7 @@ class Store:
             return Chat(chat_id, None, [], 0, None)
         row = db.execute(
             f"{MESSAGES} WHERE chat_id = ? AND id <= ? ORDER BY n DESC LIMIT 1",
-            (chat_id, MAX_ID if upto is None else upto),
+            (chat_id, upto),
         ).fetchone()
         last = message_of(row) if row else None
         last_n = last.n if last else 0
@@ -3016,7 +3017,7 @@ class Request:
 
     @property
     def upgrades(self) -> bool:
-        """Does it ask for a socket?"""
+        """Is it for the socket's path? Whether it upgrades, check_upgrade will say."""
         return self.path == "/ws/chat" and self.method == "GET"
 
     def one(self, name: str) -> str:
@@ -3128,8 +3129,8 @@ class Http:
     async def _head(self, wait: float) -> h11.Request | None:
         """Read a request's head. None: there is no other. Raises Refusal timeout.
 
-        While nothing of it has come the connection is parked: when the house is full,
-        the one that is parked longest makes room.
+        While it is not whole the connection is parked: when the house is full, the one
+        that is parked longest makes room.
         """
         if self.server.emptied:
             return None
@@ -3300,11 +3301,8 @@ def check_upgrade(request: Request) -> None:
     if request.version != b"1.1":
         raise Refusal("upgrade_required", headers=UPGRADE[:1])
     if request.one("sec-websocket-version") != "13":
-        why, known = (
-            "Sec-WebSocket-Version: must be 13",
-            ("Sec-WebSocket-Version", "13"),
-        )
-        raise Refusal("upgrade_required", why, headers=[known])
+        why, known = "Sec-WebSocket-Version: must be 13", "Sec-WebSocket-Version"
+        raise Refusal("upgrade_required", why, headers=[(known, "13")])
     if request.one("content-length") not in ("", "0") or (
         "transfer-encoding" in request.fields
     ):
@@ -3376,7 +3374,7 @@ class Api:
         return answer
 
     async def socket(self, request: Request) -> Answer:
-        """What is not a GET that upgrades."""
+        """HEAD: a GET upgrades, or is refused, before a route is looked for."""
         raise Refusal("upgrade_required", headers=UPGRADE)
 
     async def ws_token(self, request: Request) -> Answer:
@@ -3715,12 +3713,15 @@ class Server:
     async def _connection(self, stream: trio.SocketStream) -> None:
         """Serve one connection. The bulkhead: nothing in it ends anything but it."""
         self.open += 1
-        web: Http | None = Http(self, stream)
+        web: Http | None = None
         try:
             if self.open > self.settings.max_connections + 128 and not self._evict():
                 await self._turn_away(stream)
-            elif web and (upgrade := await web.run()):
-                web = None  # its 6 KB are not needed by a socket
+                return
+            web = Http(self, stream)
+            upgrade = await web.run()
+            web = None  # its 6 KB are not needed by a socket
+            if upgrade is not None:
                 await self._serve_socket(stream, upgrade)
         except* trio.BrokenResourceError:
             pass
@@ -3756,7 +3757,7 @@ class Server:
                 cut()
 
     def _evict(self) -> bool:
-        """Make room: end the connection that has kept silent for longest."""
+        """Make room: end the connection that has waited longest for bytes."""
         for scope in self.parked:
             scope.cancel()
             del self.parked[scope]
