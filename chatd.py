@@ -1357,10 +1357,12 @@ class Store:
         self._submit, self._inbox = trio.open_memory_channel[Job](4096)
         self._io_errors = 0  # in a row
         self._writer = db = prepare_database(self.path, steps or schema_steps())
-        with told_of("database", self.path):
+        with told_of("database", self.path), contextlib.ExitStack() as undo:
+            undo.callback(db.close)
             self.epoch: str = one(db, "SELECT value FROM meta WHERE key = 'epoch'")
             # The last that was committed and handed to the hub.
             self.seq: int = one(db, "SELECT coalesce(max(seq), 0) FROM event")
+            undo.pop_all()
         self._files = self._inodes()
 
     def close(self) -> None:
