@@ -367,12 +367,16 @@ class Auth(Command, frozen=True, tag="auth"):
     token: str
 
 
-class NewChat(msgspec.Struct, frozen=True):  # body of POST /api/v1/chats
+class NewChat(msgspec.Struct, frozen=True):
+    """Body of POST /api/v1/chats."""
+
     member_ids: list[Id] = []
     title: Title | None = None
 
 
-class UserBody(msgspec.Struct, frozen=True):  # body of adding a member, and of revoking
+class UserBody(msgspec.Struct, frozen=True):
+    """Body of adding a member, and of revoking."""
+
     user_id: Id
 
 
@@ -384,7 +388,9 @@ class PostMessage(msgspec.Struct, frozen=True):
     sender_id: Id | None = None
 
 
-class OnlyRef(msgspec.Struct):  # what can still be read of a command that is wrong
+class OnlyRef(msgspec.Struct):
+    """What can still be read of a command that is wrong."""
+
     ref: Ref | None = None
 
 
@@ -412,7 +418,9 @@ class Member(msgspec.Struct, frozen=True):
     read_n: int
 
 
-class Chat(msgspec.Struct, frozen=True):  # as of a seq
+class Chat(msgspec.Struct, frozen=True):
+    """A chat and its members, as of a seq."""
+
     id: int
     title: str | None
     members: list[Member]
@@ -420,12 +428,16 @@ class Chat(msgspec.Struct, frozen=True):  # as of a seq
     last_message: Message | None
 
 
-class MyChat(Chat, frozen=True):  # as one of its members sees it in his list
+class MyChat(Chat, frozen=True):
+    """A chat as one of its members sees it in his list."""
+
     read_n: int
     unread: int
 
 
-class User(msgspec.Struct, frozen=True):  # somebody who is known
+class User(msgspec.Struct, frozen=True):
+    """Somebody who is known."""
+
     user_id: int
     name: str | None
 
@@ -491,12 +503,16 @@ class Connected(Say, frozen=True, tag="connected"):
     chats: dict[str, Marks]
 
 
-class Pong(Say, frozen=True, tag="pong"):  # answer to ping
+class Pong(Say, frozen=True, tag="pong"):
+    """Answer to ping."""
+
     timestamp: str
     ref: str | None = None
 
 
-class TypingSign(Say, frozen=True, tag="typing"):  # somebody types, or has stopped
+class TypingSign(Say, frozen=True, tag="typing"):
+    """Somebody types, or has stopped."""
+
     chat_id: int
     user_id: int
     is_typing: bool
@@ -524,11 +540,15 @@ class ErrorFrame(Say, frozen=True, tag="error"):
     retry_after: float | None = None
 
 
-class TokenExpiring(Say, frozen=True, tag="token_expiring"):  # send `auth` soon
+class TokenExpiring(Say, frozen=True, tag="token_expiring"):
+    """Send `auth` soon."""
+
     expires_in: int
 
 
-class Bye(Say, frozen=True, tag="bye"):  # we stop; come back after so many seconds
+class Bye(Say, frozen=True, tag="bye"):
+    """We stop; come back after so many seconds."""
+
     retry_after: float
 
 
@@ -988,9 +1008,13 @@ class Keyring:
             raise bad_token("a sign-in link is only good for POST /api/v1/session")
         if claims.use != "signin" and use == "signin":
             raise bad_token("this token is not a sign-in link's")
+        self.refuse_revoked(claims)
+        return claims
+
+    def refuse_revoked(self, claims: Claims) -> None:
+        """Raise the Refusal for a token whose user was revoked since it was signed."""
         if self.is_revoked(claims):
             raise bad_token("this token was revoked: sign in again")
-        return claims
 
     def _keep(self, token: str, claims: Claims) -> None:
         """Keep what was verified: who polls or posts sends the same token each time.
@@ -3191,9 +3215,9 @@ class Http:
         if route.who != "anyone":
             await server.remember(request.claims)
         request.body = await self._body(request)
-        # A body may take its time; who was revoked meanwhile gets nothing new signed.
-        if route.who != "anyone" and server.keyring.is_revoked(request.claims):
-            raise bad_token("this token was revoked: sign in again")
+        if route.who != "anyone":
+            # A body may take its time; who was revoked meanwhile gets nothing for it.
+            server.keyring.refuse_revoked(request.claims)
         return await route.handler(Api(server), request)
 
     async def _body(self, request: Request) -> bytes:
@@ -3739,8 +3763,8 @@ class Server:
             stream.socket.close()
 
     async def _turn_away(self, stream: trio.SocketStream) -> None:
-        self._complain("connections")
         """Say that the house is full, politely while there are descriptors for it."""
+        self._complain("connections")
         with contextlib.suppress(OSError):
             os.write(stream.socket.fileno(), FULL_ANSWER)  # a new socket has room
         if self.open <= self.settings.max_connections + 192:
@@ -4245,7 +4269,7 @@ def serve_demo(settings: Settings) -> None:
 def sign_in_link(
     keyring: Keyring, base: str, user_id: int, name: str | None, seconds: int = 0
 ) -> str:
-    """Write an address that signs a user in, once a tab; good for a day by default."""
+    """Write an address that signs a user in, as often as it is used within its time."""
     seconds = seconds or keyring.settings.link_seconds
     token = keyring.sign(user_id, seconds, use="signin", name=name)
     return f"{base.rstrip('/')}/#token={token}"

@@ -3880,7 +3880,7 @@ class WiresListener(trio.abc.Listener[trio.SocketStream]):
         await trio.lowlevel.checkpoint()
 
 
-class WiresAnswer(NamedTuple):
+class HttpAnswer(NamedTuple):
     status: int
     headers: dict[str, str]
     body: bytes
@@ -3891,9 +3891,10 @@ class WiresAnswer(NamedTuple):
 
     @property
     def code(self) -> str:
-        """The code of an error; that it has a sentence is checked on the way."""
+        """The error's code; its shape and its sentence are checked on the way."""
         error = self.json["error"]
-        assert error["message"]
+        assert isinstance(error["message"], str), error
+        assert error["message"], error
         return str(error["code"])
 
 
@@ -4052,7 +4053,7 @@ class WiresRaw:
 
     # --- HTTP ------------------------------------------------------------------------
 
-    async def answer(self, method: str = "GET", within: float = 1.0) -> WiresAnswer:
+    async def answer(self, method: str = "GET", within: float = 1.0) -> HttpAnswer:
         """Read one whole answer to a request of this method."""
         client = h11.Connection(h11.CLIENT)
         client.send(
@@ -4088,11 +4089,11 @@ class WiresRaw:
                     assert isinstance(event, h11.EndOfMessage), event
                     break
         self.data = bytearray(client.trailing_data[0])
-        return WiresAnswer(status, headers, body)
+        return HttpAnswer(status, headers, body)
 
     async def ask(
         self, method: str, target: str, body: Any = None, /, **headers: str
-    ) -> WiresAnswer:
+    ) -> HttpAnswer:
         """Send a request, the body as JSON, and read its answer."""
         encoded = None if body is None else json.dumps(body).encode()
         await self.send(wires_request(method, target, encoded, **headers))
@@ -4231,7 +4232,7 @@ class WiresHouse:
         user: int = 0,
         token: str = "",
         **headers: str,
-    ) -> WiresAnswer:
+    ) -> HttpAnswer:
         """Ask on a connection of its own, for this user or with this token."""
         if user:
             token = self.token(user)
@@ -6842,7 +6843,7 @@ async def test_an_upgrade_may_come_as_a_later_request_of_a_kept_connection(
 async def test_an_upgrade_is_refused_for_rate_then_origin_then_token_then_house(
     house: WiresHouse,
 ) -> None:
-    async def refused(target: str, **changed: str) -> WiresAnswer:
+    async def refused(target: str, **changed: str) -> HttpAnswer:
         raw = house.dial()
         await raw.send(wires_upgrade(target, **changed), wires_frame(PING))
         answer = await raw.answer()
@@ -7864,26 +7865,7 @@ class DoorRun:
     err: str
 
 
-@dataclass(frozen=True)
-class DoorAnswer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def code(self) -> str:
-        """The error's code; its shape and its sentence are checked on the way."""
-        error = self.json["error"]
-        assert isinstance(error["message"], str), error
-        assert error["message"], error
-        return str(error["code"])
-
-
-def door_answer(data: bytes, *, bodiless: bool = False) -> tuple[DoorAnswer, bytes]:
+def door_answer(data: bytes, *, bodiless: bool = False) -> tuple[HttpAnswer, bytes]:
     """The first answer in `data` and what follows it. EOFError: not whole yet."""
     head, end, rest = data.partition(b"\r\n\r\n")
     if not end:
@@ -7896,7 +7878,7 @@ def door_answer(data: bytes, *, bodiless: bool = False) -> tuple[DoorAnswer, byt
     size = 0 if empty else int(headers["content-length"])
     if len(rest) < size:
         raise EOFError
-    return DoorAnswer(status, headers, rest[:size]), rest[size:]
+    return HttpAnswer(status, headers, rest[:size]), rest[size:]
 
 
 def door_get(target: str, *lines: str, version: str = "1.1") -> bytes:
@@ -8067,7 +8049,7 @@ class DoorLine:
         body: object = None,
         /,
         **headers: str,
-    ) -> DoorAnswer:
+    ) -> HttpAnswer:
         """`body` is bytes or will be JSON; `Some_Name` is the header Some-Name."""
         lines = {"Host": "chatd.test", **headers}
         if token:
@@ -8084,7 +8066,7 @@ class DoorLine:
                 await self.stream.send_all(text.encode("latin-1") + data)
             return await self.answer(bodiless=method == "HEAD")
 
-    async def answer(self, *, bodiless: bool = False) -> DoorAnswer:
+    async def answer(self, *, bodiless: bool = False) -> HttpAnswer:
         while True:
             with suppress(EOFError):
                 answer, self.data = door_answer(self.data, bodiless=bodiless)
@@ -8268,7 +8250,7 @@ class DoorServer:
         body: object = None,
         /,
         **headers: str,
-    ) -> DoorAnswer:
+    ) -> HttpAnswer:
         """One request on a connection of its own."""
         stream = await self.dial()
         async with stream:
@@ -8301,7 +8283,7 @@ class DoorServer:
 
     async def knock(
         self, data: bytes, *, receive_buffer: int = 0
-    ) -> DoorPeer | DoorAnswer:
+    ) -> DoorPeer | HttpAnswer:
         """A handshake of any shape: the peer, or the refusal and its proper end."""
         stream = await self.dial(receive_buffer)
         await stream.send_all(data)
@@ -8338,12 +8320,12 @@ class DoorServer:
         peer.hello = await peer.hear("connected")
         return peer
 
-    async def refusal(self, who: int | str, /, *lines: str) -> DoorAnswer:
+    async def refusal(self, who: int | str, /, *lines: str) -> HttpAnswer:
         """The answer to an upgrade that must be refused."""
         answer = await self.knock(
             door_get(self.socket_path(who), "Host: chatd.test", *DOOR_UPGRADE, *lines)
         )
-        assert isinstance(answer, DoorAnswer)
+        assert isinstance(answer, HttpAnswer)
         return answer
 
     def socket_path(self, who: int | str, cursor: str = "") -> str:
@@ -9990,7 +9972,7 @@ async def test_a_ticket_works_once_in_one_process_and_for_the_socket_only(
 
         one = await ticket()
         bad = door_get(house.socket_path(one), "Host: x", *DOOR_UPGRADE[:3])
-        assert isinstance(await house.knock(bad), DoorAnswer)
+        assert isinstance(await house.knock(bad), HttpAnswer)
         refused = await house.refusal(one, "Origin: http://elsewhere")
         assert refused.status == 403
         peer = await house.peer(one)  # those two have not spent it
