@@ -6227,16 +6227,25 @@ async def test_while_stopping_healthz_says_so_on_a_connection_still_open(
 async def test_a_stop_ends_parked_connections_with_the_last_socket(
     house: WiresHouse,
 ) -> None:
-    parked = [house.dial() for _ in range(3)]
-    assert (await parked[0].ask("GET", "/healthz")).status == 200
-    await parked[1].send(b"GET /healthz HT")
+    answered, silent, half, late, behind = (house.dial() for _ in range(5))
+    assert (await answered.ask("GET", "/healthz")).status == 200
+    assert (await behind.ask("GET", "/healthz")).status == 200
+    await half.send(b"GET /healthz HT")
+    await behind.send(b"GET /healthz HT")
     peer = await house.join(6)
     house.server.stopping.set()
     with taking(0):
         await peer.end()
-        assert await parked[0].ends() == b""
-        assert b"408" in await parked[1].ends()
-        assert await parked[2].ends() == b""
+        assert await answered.ends() == b""
+    # Nobody else will answer those who have connected, or begun to ask.
+    with taking(0.9):
+        await trio.sleep(0.9)
+    await behind.send(b"TP/1.1\r\nHost: x\r\n\r\n")
+    assert (await behind.answer()).json == {"status": "stopping"}
+    assert (await late.ask("GET", "/healthz")).json == {"status": "stopping"}
+    with taking(0.1):
+        assert b"408" in await half.ends()
+        assert await silent.ends() == b""
 
 
 @wires(drain_seconds=1.0)
@@ -6291,7 +6300,8 @@ async def test_a_commit_that_hangs_for_60_s_is_no_longer_told_to_the_watchdog(
                         heard.append(systemd.recv(100))
             return heard
 
-        assert set(await told(10)) == {b"WATCHDOG=1"}
+        alive = b"WATCHDOG=1\nSTATUS=0 sockets"
+        assert set(await told(10)) == {alive}
         house.disk.hold()
         raw = house.dial()
         auth = f"Bearer {house.token(6)}"
@@ -6301,7 +6311,7 @@ async def test_a_commit_that_hangs_for_60_s_is_no_longer_told_to_the_watchdog(
         assert 58 <= len(await told(70)) <= 61
         assert await told(60) == []
         house.disk.go()
-        assert set(await told(3)) == {b"WATCHDOG=1"}
+        assert set(await told(3)) == {alive}
         monkeypatch.delenv("NOTIFY_SOCKET")
 
 
