@@ -4341,7 +4341,7 @@ async def _serve(server: Server, ready: Callable[[Server, str], None]) -> None:
         say(logging.INFO, "ready", url=url, db=server.settings.db,
             sqlite=sqlite3.sqlite_version)  # fmt: skip
         ready(server, url)
-        notify("READY=1")
+        notify(f"READY=1\nSTATUS=listening on {url}")
         await server.finished.wait()
         nursery.cancel_scope.cancel()
 
