@@ -33,7 +33,7 @@ The task tree; a task never outlives the nursery above it:
        |- Hub.run              publishes batches: tail, live seats, then the callers
        |- Server._sweep        once a second: ping, pong, stall, token end
        `- connections          a nursery inside, so it ends before the three above
-          |- Server._accept    one a listening socket
+          |- Server._accept    one a listening socket, in a nursery until the stop
           `- Server._connection  one a TCP connection: Http, then perhaps Session; in
                                its own nursery, only while bytes wait for a peer:
                                Outbox._flush and Session._catch_up
@@ -3698,12 +3698,12 @@ class Server:
             sweeping = trio.CancelScope()
             nursery.start_soon(self._sweep, sweeping)
             async with trio.open_nursery() as connections:
-                accepting = trio.CancelScope()
-                for door in listeners:
-                    connections.start_soon(self._accept, door, connections, accepting)
-                task_status.started()
-                await self.stopping.wait()
-                accepting.cancel()
+                async with trio.open_nursery() as accepting:
+                    for door in listeners:
+                        accepting.start_soon(self._accept, door, connections)
+                    task_status.started()
+                    await self.stopping.wait()
+                    accepting.cancel_scope.cancel()
                 deadline = trio.current_time() + self.settings.drain_seconds
                 connections.cancel_scope.deadline = deadline
                 for session in self.sessions:
@@ -3714,24 +3714,20 @@ class Server:
         self.finished.set()
 
     async def _accept(
-        self,
-        listener: trio.SocketListener,
-        connections: trio.Nursery,
-        accepting: trio.CancelScope,
+        self, listener: trio.SocketListener, connections: trio.Nursery
     ) -> None:
         """Take connections, each into a task of its own."""
-        with accepting:
-            async with listener:
-                while True:
-                    try:
-                        stream = await listener.accept()
-                    except OSError as error:
-                        if error.errno not in EXHAUSTED:
-                            raise
-                        self._complain(error.strerror)
-                        await trio.sleep(0.1)
-                        continue
-                    connections.start_soon(self._connection, stream)
+        async with listener:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except OSError as error:
+                    if error.errno not in EXHAUSTED:
+                        raise
+                    self._complain(error.strerror)
+                    await trio.sleep(0.1)
+                    continue
+                connections.start_soon(self._connection, stream)
 
     def _complain(self, why: object) -> None:
         if not self.complaints.take(trio.current_time()):
