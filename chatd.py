@@ -33,7 +33,7 @@ The task tree; a task never outlives the nursery above it:
        |- Hub.run              publishes batches: tail, live seats, then the callers
        |- Server._sweep        once a second: ping, pong, stall, token end
        `- connections          a nursery inside, so it ends before the three above
-          |- Server._accept    one a listening socket
+          |- Server._accept    one a listening socket, in a nursery until the stop
           `- Server._connection  one a TCP connection: Http, then perhaps Session; in
                                its own nursery, only while bytes wait for a peer:
                                Outbox._flush and Session._catch_up
@@ -3103,6 +3103,7 @@ class Http:
         self.h11 = h11.Connection(
             h11.SERVER, max_incomplete_event_size=self.settings.head_bytes
         )
+        self.kept = False  # a keep-alive: it has had an answer
         self.upgrade: Upgrade | None = None
 
     async def run(self) -> Upgrade | None:
@@ -3110,19 +3111,18 @@ class Http:
 
         The caller closes the stream.
         """
-        wait = self.settings.head_seconds
         try:
-            while await self._serve_one(wait):
-                wait = self.settings.idle_seconds
+            while await self._serve_one():
+                self.kept = True
         except trio.BrokenResourceError:
             return None  # the peer has gone; there is nobody to tell
         return self.upgrade
 
-    async def _serve_one(self, wait: float) -> bool:
+    async def _serve_one(self) -> bool:
         """Serve one request. False: the connection is at its end."""
         request: Request | None = None
         try:
-            head = await self._head(wait)
+            head = await self._head()
             if head is None:
                 return False
             request = Request(head, self.peer, self.server.proxies, self.settings)
@@ -3152,17 +3152,17 @@ class Http:
         ):
             await self._respond(None, refusal_answer(Refusal("internal")))
 
-    async def _head(self, wait: float) -> h11.Request | None:
+    async def _head(self) -> h11.Request | None:
         """Read a request's head. None: there is no other. Raises Refusal timeout.
 
         While it is not whole the connection is parked: when the house is full, the one
         that is parked longest makes room.
         """
-        if self.server.emptied:
-            return None
-        begun = bool(self.h11.trailing_data[0])
-        with trio.move_on_after(self.settings.head_seconds if begun else wait) as scope:
-            self.server.parked[scope] = None
+        settings, begun = self.settings, bool(self.h11.trailing_data[0])
+        idle = self.kept and not begun
+        wait = settings.idle_seconds if idle else settings.head_seconds
+        with trio.move_on_after(wait) as scope:
+            self.server.park(scope, idle=idle)
             try:
                 while True:
                     event = self.h11.next_event()
@@ -3177,8 +3177,8 @@ class Http:
                         return None
                     if not begun:
                         begun = True
-                        deadline = trio.current_time() + self.settings.head_seconds
-                        scope.deadline = deadline
+                        scope.deadline = trio.current_time() + settings.head_seconds
+                        self.server.park(scope, idle=False)
                     self.h11.receive_data(data)
             finally:
                 self.server.parked.pop(scope, None)
@@ -3242,7 +3242,7 @@ class Http:
     async def _more_body(self) -> None:
         """Read on, parked: a full house does not wait for slow bodies."""
         with trio.CancelScope() as scope:
-            self.server.parked[scope] = None
+            self.server.park(scope, idle=False)
             try:
                 data = await self.stream.receive_some(16384)
             finally:
@@ -3670,7 +3670,8 @@ class Server:
         self.names: dict[int, str] = {}  # what the store already knows
         self.sessions: set[Session] = set()
         self.open = 0  # TCP connections
-        self.parked: dict[trio.CancelScope, None] = {}  # waiting for bytes, by age
+        # Waiting for bytes, by age; True: idle, it has had the answers it asked for.
+        self.parked: dict[trio.CancelScope, bool] = {}
         self.stopping = trio.Event()
         self.finished = trio.Event()
         self.complaints = Bucket(Rate(0.1, 1))  # log lines about a full house
@@ -3697,12 +3698,12 @@ class Server:
             sweeping = trio.CancelScope()
             nursery.start_soon(self._sweep, sweeping)
             async with trio.open_nursery() as connections:
-                accepting = trio.CancelScope()
-                for door in listeners:
-                    connections.start_soon(self._accept, door, connections, accepting)
-                task_status.started()
-                await self.stopping.wait()
-                accepting.cancel()
+                async with trio.open_nursery() as accepting:
+                    for door in listeners:
+                        accepting.start_soon(self._accept, door, connections)
+                    task_status.started()
+                    await self.stopping.wait()
+                    accepting.cancel_scope.cancel()
                 deadline = trio.current_time() + self.settings.drain_seconds
                 connections.cancel_scope.deadline = deadline
                 for session in self.sessions:
@@ -3713,24 +3714,20 @@ class Server:
         self.finished.set()
 
     async def _accept(
-        self,
-        listener: trio.SocketListener,
-        connections: trio.Nursery,
-        accepting: trio.CancelScope,
+        self, listener: trio.SocketListener, connections: trio.Nursery
     ) -> None:
         """Take connections, each into a task of its own."""
-        with accepting:
-            async with listener:
-                while True:
-                    try:
-                        stream = await listener.accept()
-                    except OSError as error:
-                        if error.errno not in EXHAUSTED:
-                            raise
-                        self._complain(error.strerror)
-                        await trio.sleep(0.1)
-                        continue
-                    connections.start_soon(self._connection, stream)
+        async with listener:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except OSError as error:
+                    if error.errno not in EXHAUSTED:
+                        raise
+                    self._complain(error.strerror)
+                    await trio.sleep(0.1)
+                    continue
+                connections.start_soon(self._connection, stream)
 
     def _complain(self, why: object) -> None:
         if not self.complaints.take(trio.current_time()):
@@ -3795,11 +3792,22 @@ class Server:
         """Are we stopping, and the last socket has gone?"""
         return self.stopping.is_set() and not self.sessions
 
-    def _end_parked(self) -> None:
-        """When the last socket has gone, end who keeps a connection for later."""
+    def park(self, scope: trio.CancelScope, *, idle: bool) -> None:
+        """Note who waits for bytes, until it is taken out of `parked`."""
+        self.parked[scope] = idle
+        self._end_parked(scope)
+
+    def _end_parked(self, *scopes: trio.CancelScope) -> None:
+        """When the last socket has gone, end who keeps a connection for later.
+
+        Who was taken from the backlog and has had no answer yet gets a second to ask:
+        the next process cannot serve him any more.
+        """
         if self.emptied:
-            for scope in self.parked:
-                scope.cancel()
+            now, linger = trio.current_time(), self.settings.linger_seconds
+            for scope in scopes or self.parked:
+                end = now if self.parked[scope] else now + linger
+                scope.deadline = min(scope.deadline, end)
 
     async def _sweep(self, sweeping: trio.CancelScope) -> None:
         """Once a second look at every seat's deadlines, and at the database file."""
@@ -3821,7 +3829,8 @@ class Server:
                     session.end(CUT, why)
                 since = self.store.writing_since
                 if since is None or now - since < settings.commit_seconds:
-                    notify("WATCHDOG=1")
+                    degraded = "; the database takes no writes" * self.store.degraded
+                    notify(f"WATCHDOG=1\nSTATUS={len(self.sessions)} sockets{degraded}")
 
     async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
         self, at_once: Callable[[], None], *, task_status: trio.TaskStatus[None]
@@ -4070,8 +4079,8 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
 # =====================================================================================
 
 
-def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)); without it, nothing."""
+def notify(state: str, fds: Sequence[int] = ()) -> None:
+    """Tell systemd (sd_notify(3)), and hand it descriptors; without it, nothing."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -4079,7 +4088,8 @@ def notify(state: str) -> None:
         address = "\0" + address[1:]  # a name in the abstract namespace
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), address)
+            sock.connect(address)
+            socket.send_fds(sock, [state.encode()], fds)
     except OSError as error:
         say(logging.WARNING, "notify_failed", error=error)
 
@@ -4131,7 +4141,9 @@ def locked(db: Path) -> Iterator[None]:
     """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
     path = beside(db.resolve(), ".lock")  # a link is the same database
     with told_of("lock", path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Root does this too, in a folder of the unit's user: it follows no link there.
+        how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(path, how, 0o600)
     with open(fd, "r+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4154,7 +4166,7 @@ def keep_owner(like: Path, *paths: Path) -> None:
     owner = like.stat()
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            os.chown(path, owner.st_uid, owner.st_gid)
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def secret_path(settings: Settings) -> Path:
@@ -4180,20 +4192,111 @@ def make_secret(path: Path) -> None:
     say(logging.INFO, "made_secret", path=path)
 
 
+# What our own listening sockets are called in systemd's descriptor store. There they
+# outlive us, and their backlog with them: a client that connects during a restart
+# waits, and is served by the next process.
+KEPT = "chatd"
+
+
+def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
+    """Take what systemd passed (sd_listen_fds(3)): a socket unit's, and those we kept.
+
+    It is passed once: the variables are removed. Raises UsageError.
+    """
+    names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+    pid, count, called = (os.environ.pop(name, "") for name in names)
+    given: list[socket.socket] = []
+    kept: list[socket.socket] = []
+    if pid != str(os.getpid()) or not count.isdigit():
+        return given, kept
+    fd_names = itertools.chain(called.split(":"), itertools.repeat(""))
+    for fd, name in zip(range(3, 3 + int(count)), fd_names, strict=False):
+        try:
+            os.set_inheritable(fd, False)
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            raise UsageError(f"LISTEN_FDS: descriptor {fd}: {error.strerror}") from None
+        tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
+        if name == KEPT:
+            kept.append(sock)
+        elif tcp and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            given.append(sock)
+        else:
+            raise UsageError(
+                f"LISTEN_FDS: descriptor {fd} ({name}) is no listening TCP socket; "
+                "write ListenStream=HOST:PORT into the socket unit"
+            )
+    return given, kept
+
+
 async def open_listeners(listen: str) -> list[trio.SocketListener]:
-    """Listen on HOST:PORT. Raises UsageError."""
+    """Listen on what a socket unit passed, else on HOST:PORT. Raises UsageError.
+
+    A name may have several addresses: each has a socket. The sockets of the process
+    before us are used again where they still fit, and ours are kept for the next.
+    """
+    given, kept = passed_sockets()
     host, _, port = listen.rpartition(":")
     try:
-        listeners = await trio.open_tcp_listeners(int(port), host=host.strip("[]"))
+        sockets = given or await _listen_at(host.strip("[]"), int(port), kept)
     except OSError as error:
         why = f"{error.strerror or error}; choose another, or stop what listens there"
         raise UsageError(f"--listen {listen}: {why}") from error
-    for listener in listeners:
+    if given:
+        _forget(kept)
+    else:
+        notify(f"FDSTORE=1\nFDNAME={KEPT}", [sock.fileno() for sock in sockets])
+    for sock in sockets:
         # Inherited by every connection: the kernel keeps at most this many unsent bytes
         # of it, so a stalled reader costs little, and progress shows early.
-        option = (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
-        listener.socket.setsockopt(*option, 131_072)
-    return listeners
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 131_072)
+    from_socket = trio.socket.from_stdlib_socket
+    return [trio.SocketListener(from_socket(sock)) for sock in sockets]
+
+
+async def _listen_at(
+    host: str, port: int, kept: Sequence[socket.socket]
+) -> list[socket.socket]:
+    """Listen on every address of a host, with the kept sockets that are there."""
+    found = await trio.socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    addresses: dict[tuple[Any, ...], None] = {address: None for *_, address in found}
+    again = {at: sock for at in addresses for sock in kept if _is_at(sock, at)}
+    _forget([sock for sock in kept if sock not in again.values()])
+    problem: OSError | None = None
+    for at in addresses.keys() - again.keys():
+        try:
+            (listener,) = await trio.open_tcp_listeners(at[1], host=at[0])
+        except OSError as error:
+            if error.errno != errno.EAFNOSUPPORT:  # localhost, without IPv6
+                raise
+            problem = error
+        else:
+            again[at] = socket.socket(fileno=listener.socket.detach())
+    if not again:
+        raise problem or OSError(errno.EADDRNOTAVAIL, "it has no address")
+    return [again[at] for at in addresses if at in again]
+
+
+def _is_at(sock: socket.socket, address: tuple[Any, ...]) -> bool:
+    """Does it listen at this address? Port 0 is any port."""
+    name, listens = sock.getsockname(), (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    same = name[:1] + name[2:] == address[:1] + address[2:]
+    return same and address[1] in (0, name[1]) and bool(sock.getsockopt(*listens))
+
+
+def _forget(kept: Sequence[socket.socket]) -> None:
+    """Close kept sockets that are not wanted any more, systemd's copies too.
+
+    Shutting one down ends its listening at once, whoever else has it, so that its port
+    is free for a socket on another address.
+    """
+    for sock in kept:
+        with contextlib.suppress(OSError), sock:
+            sock.shutdown(socket.SHUT_RDWR)
+    if kept:
+        notify(f"FDSTOREREMOVE=1\nFDNAME={KEPT}")
 
 
 def url_of(listener: trio.SocketListener) -> str:
@@ -4234,7 +4337,7 @@ async def _serve(server: Server, ready: Callable[[Server, str], None]) -> None:
         say(logging.INFO, "ready", url=url, db=server.settings.db,
             sqlite=sqlite3.sqlite_version)  # fmt: skip
         ready(server, url)
-        notify("READY=1")
+        notify(f"READY=1\nSTATUS=listening on {url}")
         await server.finished.wait()
         nursery.cancel_scope.cancel()
 
@@ -4337,14 +4440,29 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def backup(db: Path, dest: Path) -> None:
-    """Copy the database while it serves: all that was acked before is in the copy."""
+def backup(db: Path, dest: Path, keep: int | None = None) -> None:
+    """Copy the database while it serves: all that was acked before is in the copy.
+
+    With keep, dest is a folder: the copy is named by its time, and all but the newest
+    `keep` of its kind are removed, once it is on disk. Prints the name of the copy.
+    """
+    older: list[Path] = []
+    if keep:
+        if not dest.is_dir():
+            raise UsageError(f"backup {dest}: --keep wants a folder that exists")
+        for left in dest.glob("chatd-*Z.db.*.partial"):
+            left.unlink()  # of a backup that was killed
+        older = sorted(dest.glob("chatd-????????T??????Z.db"))
+        dest /= time.strftime("chatd-%Y%m%dT%H%M%SZ.db", time.gmtime())
     if dest.exists():
         raise UsageError(f"backup {dest}: it exists; remove it, or choose another name")
     partial = partial_name(dest)
     copy_database(db, partial, "database")
     partial.rename(dest)
     sync_folder(dest.parent)
+    print(dest)
+    for path in older[: len(older) + 1 - keep] if keep else ():
+        path.unlink()
 
 
 def restore(db: Path, source: Path) -> None:
@@ -4646,6 +4764,11 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what)
         if path:
             command.add_argument("path", type=Path, metavar=path)
+        if name == "backup":
+            kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
+            command.add_argument(
+                "--keep", metavar="COUNT", type=checked(parse_count), help=kept
+            )
         add_flags(command, "db")
     return parser
 
@@ -4695,7 +4818,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "token":
                 print_token(settings, options)
             case "backup":
-                backup(settings.db, options.path)
+                backup(settings.db, options.path, options.keep)
             case "restore":
                 restore(settings.db, options.path)
             case "check":

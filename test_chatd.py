@@ -6227,16 +6227,25 @@ async def test_while_stopping_healthz_says_so_on_a_connection_still_open(
 async def test_a_stop_ends_parked_connections_with_the_last_socket(
     house: WiresHouse,
 ) -> None:
-    parked = [house.dial() for _ in range(3)]
-    assert (await parked[0].ask("GET", "/healthz")).status == 200
-    await parked[1].send(b"GET /healthz HT")
+    answered, silent, half, late, behind = (house.dial() for _ in range(5))
+    assert (await answered.ask("GET", "/healthz")).status == 200
+    assert (await behind.ask("GET", "/healthz")).status == 200
+    await half.send(b"GET /healthz HT")
+    await behind.send(b"GET /healthz HT")
     peer = await house.join(6)
     house.server.stopping.set()
     with taking(0):
         await peer.end()
-        assert await parked[0].ends() == b""
-        assert b"408" in await parked[1].ends()
-        assert await parked[2].ends() == b""
+        assert await answered.ends() == b""
+    # Nobody else will answer those who have connected, or begun to ask.
+    with taking(0.9):
+        await trio.sleep(0.9)
+    await behind.send(b"TP/1.1\r\nHost: x\r\n\r\n")
+    assert (await behind.answer()).json == {"status": "stopping"}
+    assert (await late.ask("GET", "/healthz")).json == {"status": "stopping"}
+    with taking(0.1):
+        assert b"408" in await half.ends()
+        assert await silent.ends() == b""
 
 
 @wires(drain_seconds=1.0)
@@ -6291,7 +6300,8 @@ async def test_a_commit_that_hangs_for_60_s_is_no_longer_told_to_the_watchdog(
                         heard.append(systemd.recv(100))
             return heard
 
-        assert set(await told(10)) == {b"WATCHDOG=1"}
+        alive = b"WATCHDOG=1\nSTATUS=0 sockets"
+        assert set(await told(10)) == {alive}
         house.disk.hold()
         raw = house.dial()
         auth = f"Bearer {house.token(6)}"
@@ -6301,7 +6311,7 @@ async def test_a_commit_that_hangs_for_60_s_is_no_longer_told_to_the_watchdog(
         assert 58 <= len(await told(70)) <= 61
         assert await told(60) == []
         house.disk.go()
-        assert set(await told(3)) == {b"WATCHDOG=1"}
+        assert set(await told(3)) == {alive}
         monkeypatch.delenv("NOTIFY_SOCKET")
 
 
@@ -10585,6 +10595,319 @@ async def test_what_is_left_after_the_drain_is_cut(house: DoorServer) -> None:
         assert "Traceback" not in house.output
 
 
+# ---- under a service manager
+
+# What systemd does before it runs a program: its sockets are 3, 4, ... (sd_listen_fds).
+DOOR_EXEC = """
+import fcntl, os, sys
+fds = [int(word) for word in sys.argv[1].split(",") if word]
+for n, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in fds]):
+    os.dup2(fd, 3 + n)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+class DoorManager:
+    """Stands in for systemd: hears sd_notify(3), keeps sockets, and passes them on."""
+
+    def __init__(self, home: Path, *, store_max: int = 8) -> None:
+        self.home, self.store_max = home, store_max
+        self.address = str(home / "notify")
+        self.inbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.inbox.setblocking(False)
+        self.inbox.bind(self.address)
+        self.store: list[tuple[str, socket.socket]] = []
+        self.given: list[tuple[str, socket.socket]] = []  # a socket unit's
+        self.heard: list[str] = []  # of the process that runs now
+        self.news = DoorCount()
+        self.process: trio.Process | None = None
+
+    async def hear(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self.inbox)
+            text, fds, _, _ = socket.recv_fds(self.inbox, 4096, 64)
+            lines = text.decode().split("\n")
+            words = dict(line.split("=", 1) for line in lines)
+            self.heard += lines
+            name = words.get("FDNAME", "stored")
+            if words.get("FDSTOREREMOVE") == "1":
+                self.drop(name)
+            for sock in (socket.socket(fileno=fd) for fd in fds):
+                known = [os.fstat(kept.fileno()) for _, kept in self.store]
+                full = len(self.store) >= self.store_max
+                if full or os.fstat(sock.fileno()) in known or "FDSTORE" not in words:
+                    sock.close()
+                else:
+                    self.store.append((name, sock))
+            self.news.add()
+
+    def drop(self, *names: str) -> None:
+        for name, sock in self.store:
+            if not names or name in names:
+                sock.close()
+        self.store = [(name, sock) for name, sock in self.store if sock.fileno() >= 0]
+
+    async def start(self, *flags: object, pid: str = "") -> None:
+        """Start it, and wait until it says that it is ready."""
+        passed = [*self.given, *self.store]
+        self.heard.clear()
+        fds = [sock.fileno() for _, sock in passed]
+        with (self.home / "out").open("ab") as out:
+            self.process = await trio.lowlevel.open_process(
+                [
+                    *(sys.executable, "-c", DOOR_EXEC, ",".join(map(str, fds))),
+                    *("-m", "chatd", "serve", "--db", str(self.home / "chatd.db")),
+                    *map(str, flags),
+                ],
+                cwd=DOOR_CHECKOUT,
+                env=door_environment(
+                    NOTIFY_SOCKET=self.address,
+                    LISTEN_FDS=str(len(fds)),
+                    LISTEN_FDNAMES=":".join(name for name, _ in passed),
+                ),
+                stdout=out,
+                stderr=out,
+                pass_fds=fds,
+            )
+        await self.hears("READY=1")
+
+    async def hears(self, line: str) -> None:
+        with trio.fail_after(DOOR_SECONDS):
+            while line not in self.heard:
+                await self.news.reaches(self.news.value + 1)
+
+    async def stop(self, signum: int = signal.SIGTERM) -> None:
+        assert self.process is not None
+        self.process.send_signal(signum)
+        with trio.fail_after(DOOR_SECONDS):
+            status = await self.process.wait()
+        assert status == (0 if signum == signal.SIGTERM else -signum), self.output
+
+    @property
+    def output(self) -> str:
+        return (self.home / "out").read_text("utf-8")
+
+    @property
+    def kept(self) -> list[tuple[str, int]]:
+        """Where the sockets in the store listen."""
+        return [sock.getsockname()[:2] for _, sock in self.store]
+
+    async def kill(self) -> None:
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+
+    def tidy(self) -> None:
+        self.drop()
+        for sock in (self.inbox, *(sock for _, sock in self.given)):
+            sock.close()
+
+
+@asynccontextmanager
+async def door_manager(home: Path, *, store_max: int = 8) -> AsyncIterator[DoorManager]:
+    manager = DoorManager(home, store_max=store_max)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(manager.hear)
+            yield manager
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.move_on_after(DOOR_SECONDS, shield=True):
+            await manager.kill()
+        manager.tidy()
+
+
+async def door_answers(host: str, port: int) -> int:
+    """The status of /healthz there, on a connection of its own."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with trio.socket.socket(family) as sock, trio.fail_after(DOOR_SECONDS):
+        await sock.connect((host, port))
+        return (await DoorLine(trio.SocketStream(sock)).ask("GET", "/healthz")).status
+
+
+async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
+    tmp_path: Path,
+) -> None:
+    async with door_manager(tmp_path) as manager, trio.open_nursery() as nursery:
+        await manager.start("--listen", "127.0.0.1:0")
+        await manager.hears("FDSTORE=1")
+        ((host, port),) = manager.kept
+        answered = DoorCount()
+
+        async def come() -> None:
+            while True:  # a refusal, or an end without an answer, fails the test
+                assert await door_answers(host, port) in (200, 503)
+                answered.add()
+
+        for _ in range(3):
+            nursery.start_soon(come)
+        for round_ in range(10):
+            with trio.fail_after(DOOR_SECONDS):
+                await answered.reaches(answered.value + 10)
+            await manager.stop()
+            assert [w for w in manager.heard if w[:5] in ("READY", "STOPP")] == [
+                "READY=1",
+                "STOPPING=1",
+            ], round_
+            await manager.start("--listen", "127.0.0.1:0")
+            assert manager.kept == [(host, port)]
+        await answered.reaches(answered.value + 10)
+        nursery.cancel_scope.cancel()
+    assert manager.output.count(f"listening on http://{host}:{port}\n") == 11
+    assert "Traceback" not in manager.output
+
+
+async def test_who_connects_while_nobody_serves_is_answered_by_the_next(
+    tmp_path: Path,
+) -> None:
+    async with door_manager(tmp_path) as manager:
+        await manager.start("--listen", "127.0.0.1:0")
+        await manager.hears("FDSTORE=1")
+        ((host, port),) = manager.kept
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            await manager.stop(signum)
+            statuses: list[int] = []
+
+            async def come(told: list[int] = statuses) -> None:
+                told.append(await door_answers(host, port))
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(50):
+                    nursery.start_soon(come)
+                await wait_all_tasks_blocked()
+                assert statuses == []
+                await manager.start("--listen", f"{host}:{port}")
+            assert statuses == [200] * 50
+
+
+@pytest.mark.parametrize("store_max", [8, 1])
+async def test_a_name_with_two_addresses_listens_at_both_after_a_restart(
+    tmp_path: Path, store_max: int
+) -> None:
+    found = socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)
+    hosts = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    async with door_manager(tmp_path, store_max=store_max) as manager:
+        # Port 0 gives each its own; a port that we know is the same for both.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for _ in range(3):
+            await manager.start("--listen", f"localhost:{port}")
+            for host in hosts:
+                assert await door_answers(host, port) == 200
+            assert len(manager.kept) == min(store_max, len(hosts))
+            await manager.stop()
+
+
+async def test_a_kept_socket_at_another_address_is_given_up(tmp_path: Path) -> None:
+    async with door_manager(tmp_path) as manager:
+        await manager.start("--listen", "127.0.0.1:0")
+        await manager.hears("FDSTORE=1")
+        ((_, port),) = manager.kept
+        await manager.stop()
+        # The same port, at addresses that include the old one: it must be free.
+        await manager.start("--listen", f"0.0.0.0:{port}")
+        await manager.hears("FDSTORE=1")
+        assert manager.kept == [("0.0.0.0", port)]
+        assert await door_answers("127.0.0.2", port) == 200
+        await manager.stop()
+        await manager.start("--listen", f"127.0.0.2:{port}")
+        await manager.hears("FDSTORE=1")
+        assert manager.kept == [("127.0.0.2", port)]
+        assert await door_answers("127.0.0.2", port) == 200
+        with pytest.raises(ConnectionRefusedError):
+            await door_answers("127.0.0.1", port)
+        await manager.stop()
+
+
+async def test_a_kept_socket_that_no_longer_listens_is_replaced(tmp_path: Path) -> None:
+    async with door_manager(tmp_path) as manager:
+        await manager.start("--listen", "127.0.0.1:0")
+        await manager.hears("FDSTORE=1")
+        ((_, sock),) = manager.store
+        address = sock.getsockname()
+        await manager.stop()
+        sock.shutdown(socket.SHUT_RDWR)
+        await manager.start("--listen", "{}:{}".format(*address))
+        await manager.hears("FDSTORE=1")
+        assert await door_answers(*address) == 200
+        await manager.stop()
+
+
+async def test_the_sockets_of_a_socket_unit_are_served_and_not_kept(
+    tmp_path: Path,
+) -> None:
+    async with door_manager(tmp_path) as manager:
+        await manager.start("--listen", "127.0.0.1:0")
+        await manager.hears("FDSTORE=1")
+        ((_, old),) = manager.kept
+        await manager.stop()
+        for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
+            sock = socket.socket(family)
+            sock.bind((host, 0))
+            sock.listen()
+            manager.given.append(("chatd.socket", sock))
+        addresses = [sock.getsockname()[:2] for _, sock in manager.given]
+        for _ in range(2):
+            await manager.start("--listen", f"127.0.0.1:{old}")
+            for host, port in addresses:
+                assert await door_answers(host, port) == 200
+            assert manager.kept == []
+            with pytest.raises(ConnectionRefusedError):
+                await door_answers("127.0.0.1", old)
+            await manager.stop()
+
+
+async def test_what_cannot_be_served_from_a_socket_unit_is_told(tmp_path: Path) -> None:
+    local, silent = socket.socket(socket.AF_UNIX), socket.socket()
+    local.bind(str(tmp_path / "local"))
+    local.listen()
+    silent.bind(("127.0.0.1", 0))
+    with (tmp_path / "file").open("w") as file, local, silent:
+        for fd in (local.fileno(), silent.fileno(), file.fileno()):
+            done = await trio.run_process(
+                [
+                    *(sys.executable, "-c", DOOR_EXEC, str(fd)),
+                    *("-m", "chatd", "serve", "--db", str(tmp_path / "chatd.db")),
+                    *("--listen", "127.0.0.1:0"),
+                ],
+                cwd=DOOR_CHECKOUT,
+                env=door_environment(LISTEN_FDS="1", LISTEN_FDNAMES="x.socket"),
+                pass_fds=[fd],
+                capture_stderr=True,
+                check=False,
+            )
+            assert done.returncode == 1, done
+            assert b"chatd: LISTEN_FDS: descriptor 3" in done.stderr, done
+            assert b"Traceback" not in done.stderr, done
+
+
+async def test_sockets_are_passed_once_and_to_nobody_else(tmp_path: Path) -> None:
+    look = """
+import chatd, os
+given, _ = chatd.passed_sockets()
+print(len(given), len(chatd.passed_sockets()[0]))
+print(os.get_inheritable(3), [n for n in os.environ if n.startswith("LISTEN_")])
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for before, count in (("", "1"), ("os.environ['LISTEN_PID'] = '1'", "0")):
+            done = await trio.run_process(
+                [
+                    *(sys.executable, "-c", DOOR_EXEC, str(server.fileno())),
+                    *("-c", f"import os\n{before}\n{look}"),
+                ],
+                cwd=DOOR_CHECKOUT,
+                env=door_environment(LISTEN_FDS="1"),
+                pass_fds=[server.fileno()],
+                capture_stdout=True,
+            )
+            first, second = done.stdout.decode().splitlines()
+            assert first == f"{count} 0"
+            assert second.endswith("[]")
+            assert count == "0" or second.startswith("False")
+
+
 # ---- the command line
 
 
@@ -10803,6 +11126,20 @@ def paper_block(language: str) -> str:
 
 def test_the_readme_has_the_table_of_settings() -> None:
     assert chatd.settings_table() in README
+
+
+def test_the_numbers_of_the_unit_fit_the_settings() -> None:
+    unit = dict(
+        line.split("=", 1)
+        for line in (PAPERS / "chatd.service").read_text("utf-8").splitlines()
+        if re.match(r"[A-Z]\w+=", line)
+    )
+    settings = Settings()
+    assert int(unit["LimitNOFILE"]) == settings.max_connections + 256
+    assert float(unit["TimeoutStopSec"]) >= 2 * settings.drain_seconds
+    assert float(unit["WatchdogSec"]) > settings.commit_seconds + 10
+    assert int(unit["FileDescriptorStoreMax"]) >= 2
+    assert unit["ExecStart"] == "/opt/chatd/bin/chatd serve"
 
 
 def test_inline_metadata_is_that_of_pyproject() -> None:

@@ -1,0 +1,788 @@
+#!/usr/bin/env python3
+"""chatd as a service, under a real systemd that is booted for the purpose.
+
+    sudo torture/systemd.py          # about a minute; status 0: all held, 1: not
+
+A container (systemd-nspawn) over this machine's own root: an overlay in memory takes
+what is written, so nothing of the machine changes and nothing is downloaded but what
+`pip install .` fetches. The commands and units are the README's own: what is printed
+there is what runs here. Each step prints what it found.
+
+It needs root, Debian's packages systemd-container and python3-venv, and the right to
+mount. Where there is none of that it says "cannot run here" and why, with status 0. It
+installs nothing on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+README = (CHECKOUT / "README.md").read_text("utf-8")
+DB = "/var/lib/chatd/chatd.db"
+BIN = "/opt/chatd/bin/chatd"
+UNITS = "/etc/systemd/system"
+DROP_INS = f"{UNITS}/chatd.service.d"
+PORT = 8086
+TIMEOUT = 60.0
+# What pip may need to find its index as it does outside.
+PIP_VARIABLES = re.compile(r"PIP_|SSL_CERT|REQUESTS_CA|(?i:https?_proxy|no_proxy)")
+CLONE_NEWNET = 0x40000000
+
+
+class CannotRun(Exception):
+    """This machine boots no systemd, and why."""
+
+
+# --- the README ----------------------------------------------------------------------
+
+
+def commands(needle: str) -> str:
+    """Find the one block of shell that contains this."""
+    (block,) = (
+        text for text in re.findall(r"(?s)```sh\n(.*?)```", README) if needle in text
+    )
+    return str(block)
+
+
+def unit_files() -> dict[str, str]:
+    """Collect what the README says to write, by path."""
+    blocks = re.findall(r"(?s)```ini\n# (/\S+)\n(.*?)```", README)
+    assert len(dict(blocks)) == len(blocks), "two blocks for one file"
+    return dict(blocks)
+
+
+def printed_status() -> list[str]:
+    """Find what the README shows of `systemctl status`, without what is never twice."""
+    (block,) = re.findall(r"(?s)```\n(● chatd\.service.*?)```", README)
+    return [
+        re.sub(r" since .*| \d+ .*", "", line).strip() for line in block.split("\n")
+    ]
+
+
+# --- the machine ---------------------------------------------------------------------
+
+
+class Machine:
+    """A booted systemd; `with` ends it and takes everything away again."""
+
+    def __init__(self) -> None:
+        self.leader = 0
+        self.folder = Path(tempfile.mkdtemp(prefix="chatd-systemd-"))
+        self.root = self.folder / "root"
+        self.undo = contextlib.ExitStack()
+        self.undo.callback(shutil.rmtree, self.folder)
+
+    def __enter__(self) -> Machine:
+        try:
+            self._mount()
+            self._boot()
+        except BaseException:
+            self.undo.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo.close()
+
+    def _mount(self) -> None:
+        if os.geteuid() != 0:
+            raise CannotRun("it mounts and boots: run it as root")
+        for tool in ("systemd-nspawn", "nsenter", "mount", "/usr/bin/python3"):
+            if shutil.which(tool) is None:
+                raise CannotRun(f"no {tool}: apt-get install systemd-container")
+        self._mounted("-t", "tmpfs", "tmpfs", self.folder)
+        for name in ("upper", "work", "root"):
+            (self.folder / name).mkdir()
+        layers = f"lowerdir=/,upperdir={self.folder}/upper,workdir={self.folder}/work"
+        self._mounted("-t", "overlay", "overlay", "-o", layers, self.root)
+        # A machine that has chatd already is not what the README begins with.
+        for name in (
+            "opt/chatd", "etc/chatd", "var/lib/chatd*", "var/lib/private/chatd*",
+            "etc/systemd/system/chatd*", "etc/systemd/system/*.wants/chatd*",
+        ):  # fmt: skip
+            for path in self.root.glob(name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # The clone, with what git would bring.
+        clone = self.root / "root" / "chatd"
+        shutil.rmtree(clone, ignore_errors=True)
+        skip = shutil.ignore_patterns(".*", "__pycache__", "*.db*")
+        shutil.copytree(CHECKOUT, clone, ignore=skip)
+        (self.root / "etc" / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
+        tools = self.root / "usr" / "local" / "sbin"
+        self._tool(tools / "sudo", 'exec "$@"')
+        new_version = 's/^__version__ = "/&999./'
+        self._tool(tools / "git", f"[ $1 = pull ] && sed -i '{new_version}' chatd.py")
+
+    def _tool(self, path: Path, script: str) -> None:
+        path.unlink(missing_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n", "ascii")
+        path.chmod(0o755)
+
+    def _mounted(self, *words: object) -> None:
+        command = ["mount", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CannotRun(done.stderr.strip())
+        command = ["umount", "--lazy", str(words[-1])]
+        self.undo.callback(subprocess.check_call, command)
+
+    def _boot(self) -> None:
+        # So that IPAddressDeny= is obeyed: it is a BPF program of a cgroup.
+        bpf = (
+            "--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON",
+            "--system-call-filter=bpf",
+        )
+        before = cgroups()
+        self.undo.callback(remove_cgroups, before)
+        with (self.folder / "console").open("wb") as console:
+            nspawn = subprocess.Popen(
+                [
+                    "systemd-nspawn", "--quiet", "--directory", str(self.root),
+                    "--register=no", "--keep-unit", "--private-network",
+                    "--console=read-only", "--kill-signal=SIGRTMIN+3",
+                    "--resolv-conf=off", "--timezone=off", *bpf,
+                    "--boot", "systemd.unit=basic.target",
+                ],
+                stdin=subprocess.DEVNULL, stdout=console, stderr=console,
+                env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
+            )  # fmt: skip
+        self.undo.callback(self._halt, nspawn)
+        children = Path(f"/proc/{nspawn.pid}/task/{nspawn.pid}/children")
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline and nspawn.poll() is None:
+            with contextlib.suppress(OSError, IndexError):
+                self.leader = int(children.read_text("ascii").split()[0])
+            if self.leader and self.run("systemctl is-system-running", check=False) in (
+                "running", "degraded",
+            ):  # fmt: skip
+                return
+            time.sleep(0.05)
+        text = (self.folder / "console").read_text("utf-8", "replace")
+        raise CannotRun(f"systemd did not boot: {text[-2000:].strip() or 'no word'}")
+
+    def _halt(self, nspawn: subprocess.Popen[bytes]) -> None:
+        nspawn.terminate()
+        try:
+            nspawn.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            nspawn.kill()
+            nspawn.wait()
+
+    def run(self, script: str, *, check: bool = True, online: bool = False) -> str:
+        """Run a script in the container; what it printed. online: in our network."""
+        spaces = ["-m", "-p", "-u", "-i", "-C"] + ([] if online else ["-n"])
+        environment = {
+            "PATH": "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
+            "LANG": "C.UTF-8", "SYSTEMD_PAGER": "", "SYSTEMD_COLORS": "0",
+            **{k: v for k, v in os.environ.items() if PIP_VARIABLES.match(k)},
+        }  # fmt: skip
+        done = subprocess.run(
+            [
+                *("nsenter", "-t", str(self.leader), *spaces, "--"),
+                *("/bin/bash", "-euo", "pipefail", "-c", f"cd /root/chatd\n{script}"),
+            ],
+            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=5 * TIMEOUT, check=False,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise AssertionError(f"{script}\n{done.stdout}{done.stderr}")
+        return (done.stdout + ("" if check else done.stderr)).strip()
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file as an administrator does, and let systemd read it."""
+        target = self.root / path.lstrip("/")
+        self.run(f"mkdir -p {Path(path).parent}")
+        target.write_text(text, "utf-8")
+        self.run("systemctl daemon-reload")
+
+    def drop_in(self, *lines: str) -> contextlib.AbstractContextManager[None]:
+        """Add these lines to [Service] for a while; the restarts are the caller's."""
+        path = f"{DROP_INS}/torture.conf"
+
+        @contextlib.contextmanager
+        def written() -> Iterator[None]:
+            self.write(path, "\n".join(["[Service]", *lines, ""]))
+            yield
+            self.run(f"rm {path}; systemctl daemon-reload")
+
+        return written()
+
+    def show(self, name: str, unit: str = "chatd") -> str:
+        """Read a property of a unit."""
+        return self.run(f"systemctl show {unit} -p {name} --value")
+
+    def becomes(self, name: str, *values: str) -> float:
+        """Wait until a property has one of these values: how many seconds it took."""
+        began = time.monotonic()
+        while (now := self.show(name)) not in values:
+            waited = time.monotonic() - began
+            assert waited < TIMEOUT, f"{name} is {now}, not {values}"
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def journal(self, needle: str) -> str:
+        """Wait for a line in the unit's journal."""
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            text = self.run("journalctl -u chatd --no-pager -o cat")
+            if needle in text:
+                return text
+            time.sleep(0.1)
+        raise AssertionError(f"the journal never said {needle!r}")
+
+    def enter_network(self) -> None:
+        """Put the calling thread into the container's network."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(f"/proc/{self.leader}/ns/net", "rb") as network:
+            if libc.setns(network.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+
+
+def cgroups() -> set[str]:
+    """Find what systemd-nspawn would leave behind."""
+    top = "/sys/fs/cgroup"
+    return {
+        folder
+        for folder, _, _ in os.walk(top)
+        if re.search(r"/(payload|supervisor)(/|$)", folder)
+    }
+
+
+def remove_cgroups(before: set[str]) -> None:
+    """Remove what is there now and was not, from the leaves up."""
+    for folder in sorted(cgroups() - before, reverse=True):
+        with contextlib.suppress(OSError):  # another container's, in use
+            os.rmdir(folder)
+
+
+# --- clients -------------------------------------------------------------------------
+
+
+class Clients:
+    """What people do to the server, in the container's network.
+
+    Each call takes a connection of its own, as a page that is opened does.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.threads = ThreadPoolExecutor(8, initializer=machine.enter_network)
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        token: str = "",
+        body: object = None,
+        *,
+        at: tuple[str, int] = ("127.0.0.1", PORT),
+        timeout: float = TIMEOUT,
+    ) -> tuple[int, Any]:
+        """Ask one thing; the status and the JSON."""
+
+        def exchange() -> tuple[int, Any]:
+            return request(method, path, token, body, at, timeout)
+
+        return self.threads.submit(exchange).result()
+
+    def refused(self, at: tuple[str, int] = ("127.0.0.1", PORT)) -> bool:
+        """Does nobody listen there?"""
+        try:
+            self.ask("GET", "/healthz", at=at)
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    def token(self, words: str) -> str:
+        """Make a token as root does."""
+        return self.machine.run(f"{BIN} token {words}")
+
+    @contextlib.contextmanager
+    def coming(self, at: tuple[str, int] = ("127.0.0.1", PORT)) -> Iterator[Load]:
+        """While the block runs, clients come in a loop, and one sends messages."""
+        load = Load(at, self)
+        tasks = [self.threads.submit(load.come) for _ in range(2)]
+        if load.sends:
+            tasks.append(self.threads.submit(load.send))
+        try:
+            yield load
+        finally:
+            load.over.set()
+            for task in tasks:
+                task.result()
+
+
+def request(
+    method: str,
+    path: str,
+    token: str,
+    body: object,
+    at: tuple[str, int],
+    timeout: float,
+) -> tuple[int, Any]:
+    """Ask one thing on a new connection, in the calling thread's network."""
+    connection = http.client.HTTPConnection(*at, timeout=timeout)
+    with contextlib.closing(connection):
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        sent = None if body is None else json.dumps(body)
+        connection.request(method, path, sent, headers)
+        answer = connection.getresponse()
+        text = answer.read()
+    return answer.status, json.loads(text) if text else None
+
+
+class Load:
+    """Counts what happened to those who came, and what was promised to one sender."""
+
+    def __init__(self, at: tuple[str, int], clients: Clients) -> None:
+        self.at = at
+        self.over = threading.Event()
+        self.came: Counter[str] = Counter()
+        self.worst = 0.0
+        self.acked: dict[str, int] = {}
+        self.sends = at[1] == PORT
+        if self.sends:
+            self.service = clients.token(f"1 --scope service --db {DB}")
+            chat = {"member_ids": [6], "title": "load"}
+            _, made = clients.ask("POST", "/api/v1/chats", self.service, chat)
+            self.chat: int = made["chat"]["id"]
+
+    def come(self) -> None:
+        """Connect, ask, leave, and again."""
+        while not self.over.is_set():
+            began = time.monotonic()
+            try:
+                request("GET", "/healthz", "", None, self.at, TIMEOUT)
+                self.came["answered"] += 1
+            except ConnectionRefusedError:
+                self.came["refused"] += 1
+            except (OSError, http.client.HTTPException):
+                self.came["dropped"] += 1
+            self.worst = max(self.worst, time.monotonic() - began)
+
+    def send(self) -> None:
+        """Send messages; each again with its key, until it is acked."""
+        path = f"/api/v1/chats/{self.chat}/messages"
+        while not self.over.is_set():
+            key = f"{self.chat}-{len(self.acked)}"
+            body = {"content": key, "client_id": key, "sender_id": 6}
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status, said = request(
+                    "POST", path, self.service, body, self.at, TIMEOUT
+                )
+                if status in (200, 201):
+                    self.acked[key] = said["message"]["id"]
+
+    def __str__(self) -> str:
+        counts = [f"{self.came[k]} {k}" for k in ("refused", "answered", "dropped")]
+        counts.append(f"{len(self.acked)} messages acked" if self.sends else "")
+        return ", ".join([*filter(None, counts), f"longest wait {self.worst:.2f} s"])
+
+    def nobody_was_refused(self, *, dropped: bool = False) -> str:
+        """Check, and say. dropped: connections may have died with their process."""
+        assert self.came["refused"] == 0, self
+        assert self.came["answered"] > 0, self
+        assert dropped or self.came["dropped"] == 0, self
+        return str(self)
+
+
+def stored(machine: Machine, db: str = DB) -> dict[str, int]:
+    """Read the keys and ids of the messages in a database, each once."""
+    script = (
+        "import sqlite3, json, sys; "
+        "db = sqlite3.connect(f'file:{sys.argv[1]}?mode=ro', uri=True); "
+        "print(json.dumps(db.execute('SELECT client_id, id FROM message "
+        "WHERE client_id IS NOT NULL').fetchall()))"
+    )
+    rows = json.loads(machine.run(f'/usr/bin/python3 -c "{script}" {db}'))
+    assert len(rows) == len(dict(rows)), "a message is stored twice"
+    return dict(rows)
+
+
+def kept_promise(machine: Machine, load: Load) -> None:
+    """Check that everything that was acked is there, as it was acked."""
+    rows = stored(machine)
+    lost = {key: at for key, at in load.acked.items() if rows.get(key) != at}
+    assert load.acked, "nothing was sent"
+    assert not lost, f"lost: {lost}"
+
+
+# --- the steps -----------------------------------------------------------------------
+# Each is called with the machine and its clients, in this order, and returns what it
+# found, in one line.
+
+
+def install(machine: Machine, _clients: Clients) -> str:
+    """Install as the README says; the status is the one it shows."""
+    block = commands("python3 -m venv /opt/chatd &&").split("\n")
+    machine.run(block[0], online=True)
+    machine.run(block[1])
+    status = machine.run(block[2])
+    for line in printed_status():
+        assert line in status, (line, status)
+    warnings = machine.run(
+        f"systemd-analyze verify {UNITS}/chatd.service 2>&1", check=False
+    )
+    assert warnings == "", warnings
+    seconds = int(machine.show("ActiveEnterTimestampMonotonic")) - int(
+        machine.show("InactiveExitTimestampMonotonic")
+    )
+    return f"ready {seconds / 1e6:.2f} s after the start"
+
+
+def sandbox(machine: Machine, clients: Clients) -> str:
+    """What the process is and owns, and what the link of the README opens."""
+    score = machine.run("systemd-analyze security --no-pager chatd | tail -n 1")
+    assert float(re.findall(r"[\d.]+", score)[-1]) <= 1.0, score
+    pid = machine.show("MainPID")
+    status = machine.run(f"cat /proc/{pid}/status")
+    for line in ("NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000000000"):
+        assert line in status, line
+    user = re.findall(r"Uid:\t(\d+)", status)[0]
+    assert int(user) > 60000, user
+    modes = machine.run("stat -L -c '%a %u' /var/lib/chatd /var/lib/chatd/chatd.*")
+    assert set(modes.split("\n")) == {f"700 {user}", f"600 {user}"}, modes
+    assert machine.show("NFileDescriptorStore") == "1"
+    link = machine.run(commands("chatd token 1 --name Anna --link https"))
+    status_code, session = clients.ask(
+        "POST", "/api/v1/session", link.partition("#token=")[2]
+    )
+    assert (status_code, session["name"]) == (200, "Anna"), session
+    return f"exposure {re.findall('[0-9.]+', score)[-1]}, user {user}, no capability"
+
+
+def restarts(machine: Machine, clients: Clients) -> str:
+    """Ten restarts while clients come."""
+    with clients.coming() as load:
+        for _ in range(10):
+            machine.run("systemctl restart chatd")
+    kept_promise(machine, load)
+    return load.nobody_was_refused()
+
+
+def killed(machine: Machine, clients: Clients) -> str:
+    """kill -9: the backlog outlives the process."""
+    with clients.coming() as load:
+        before = machine.show("MainPID")
+        machine.run("systemctl kill -s KILL chatd")
+        machine.becomes("NRestarts", "1")
+        seconds = machine.becomes("ActiveState", "active")
+        assert machine.show("MainPID") != before
+        clients.ask("GET", "/healthz")
+    kept_promise(machine, load)
+    assert seconds < TIMEOUT
+    return load.nobody_was_refused(dropped=True)
+
+
+def hung(machine: Machine, clients: Clients) -> str:
+    """The event loop stands still: the watchdog sees it, and the journal says where."""
+    with machine.drop_in("WatchdogSec=3"):
+        machine.run("systemctl restart chatd")
+        with clients.coming() as load:
+            machine.run("systemctl kill -s STOP chatd")
+            began = time.monotonic()
+            machine.becomes("NRestarts", "1")
+            machine.becomes("ActiveState", "active")
+            seconds = time.monotonic() - began
+        text = machine.journal("Watchdog timeout")
+        assert "Fatal Python error: Aborted" in text
+        assert "most recent call first" in text
+        kept_promise(machine, load)
+    machine.run("systemctl restart chatd")
+    return f"back after {seconds:.1f} s; {load.nobody_was_refused(dropped=True)}"
+
+
+def crash_loop(machine: Machine, clients: Clients) -> str:
+    """What cannot start is tried until it can; who comes meanwhile waits."""
+    secret = "/var/lib/chatd/chatd.secret"
+    with machine.drop_in("RestartSec=100ms"):
+        with clients.coming() as load:
+            machine.run(f"chmod 0644 {secret}")
+            machine.run("systemctl restart chatd", check=False)
+            deadline = time.monotonic() + TIMEOUT
+            while (crashes := int(machine.show("NRestarts"))) < 8:
+                assert time.monotonic() < deadline, crashes
+                time.sleep(0.1)
+            machine.run(f"chmod 0600 {secret}")
+            machine.becomes("SubState", "running")
+        machine.journal(f"secret {secret}")
+        kept_promise(machine, load)
+    machine.run("systemctl restart chatd")
+    return f"{crashes} crashes, then well; {load.nobody_was_refused()}"
+
+
+def wrong_use(machine: Machine, _clients: Clients) -> str:
+    """A wrong setting is told once, and not tried again."""
+    with machine.drop_in("Environment=CHATD_SENDS=many"):
+        machine.run("systemctl restart chatd", check=False)
+        machine.becomes("ActiveState", "failed")
+        assert machine.show("ExecMainStatus") == "2"
+        machine.journal("CHATD_SENDS: 'many' is not RATE/BURST")
+    machine.run("systemctl start chatd")
+    return "failed at once, with its sentence"
+
+
+def settings(machine: Machine, _clients: Clients) -> str:
+    """The README's drop-in counts, and too few descriptors are told."""
+    (path,) = (p for p in unit_files() if p.endswith("settings.conf"))
+    machine.write(path, unit_files()[path])
+    machine.run("systemctl restart chatd")
+    limits = machine.run(f"cat /proc/{machine.show('MainPID')}/limits")
+    assert re.search(r"Max open files +15256 +15256", limits), limits
+    machine.write(path, unit_files()[path].replace("LimitNOFILE=", "#"))
+    machine.run("systemctl restart chatd")
+    text = machine.journal("fewer_connections max_connections=10000")
+    machine.run(f"rm {path}; systemctl daemon-reload; systemctl restart chatd")
+    assert text.count("fewer_connections") == 1, text
+    return (
+        "15,000 connections with their descriptors; without them 10,000, and it says so"
+    )
+
+
+def addresses(machine: Machine, clients: Clients) -> str:
+    """Another --listen takes a restart; a name with two addresses keeps both."""
+    found = []
+    for listen, at, count in (
+        ("127.0.0.1:8087", ("127.0.0.1", 8087), "1"),
+        ("localhost:8087", ("::1", 8087), "2"),
+        ("0.0.0.0:8087", ("10.9.9.2", 8087), "1"),
+    ):
+        machine.run("ip address replace 10.9.9.2/32 dev lo")
+        rules = ("IPAddressAllow=10.9.9.2", f"Environment=CHATD_LISTEN={listen}")
+        with machine.drop_in(*rules):
+            machine.run("systemctl restart chatd")
+            assert machine.show("NFileDescriptorStore") == count, listen
+            assert clients.refused(), "the old socket still listens"
+            with clients.coming(at) as load:
+                for _ in range(2):
+                    machine.run("systemctl restart chatd")
+            found.append(f"{listen} {load.came['answered']} answered")
+            load.nobody_was_refused()
+    machine.run("systemctl restart chatd")
+    assert not clients.refused()
+    return f"0 refused, {', '.join(found)}"
+
+
+def firewall(machine: Machine, clients: Clients) -> str:
+    """Only this machine gets through IPAddressAllow=localhost."""
+    with machine.drop_in("Environment=CHATD_LISTEN=0.0.0.0:8086"):
+        machine.run("systemctl stop chatd && systemctl start chatd")
+        assert clients.ask("GET", "/healthz")[0] == 200
+        try:
+            clients.ask("GET", "/healthz", at=("10.9.9.2", PORT), timeout=1.0)
+            found = "not enforced here: this kernel, or container, has no BPF for it"
+        except TimeoutError:
+            found = "127.0.0.1 is answered, another address is not heard"
+    machine.run("systemctl restart chatd")
+    return found
+
+
+def credential(machine: Machine, clients: Clients) -> str:
+    """Without the secret's file it does not start; with it, by itself."""
+    (path,) = (p for p in unit_files() if p.endswith("secret.conf"))
+    machine.write(path, unit_files()[path])
+    assert machine.run("systemctl restart chatd; true", check=False)
+    machine.journal("Failed at step CREDENTIALS")
+    machine.run(commands("/etc/chatd/chatd.secret\n"))
+    seconds = machine.becomes("SubState", "running")
+    token = clients.token("1 --secret-file /etc/chatd/chatd.secret")
+    assert clients.ask("GET", "/api/v1/me", token)[0] == 200
+    machine.run(f"rm -r {path} /etc/chatd; systemctl daemon-reload")
+    machine.run("systemctl restart chatd")
+    return f"started {seconds:.1f} s after the file was there"
+
+
+def administration(machine: Machine, clients: Clients) -> str:
+    """Root looks, copies and restores; the unit starts afterwards, clients resync."""
+    token = clients.token(f"6 --db {DB}")
+    machine.run(f"rm -f /root/copy.db; {BIN} backup /root/copy.db --db {DB}")
+    _, after = clients.ask("GET", "/api/v1/events", token)
+    for command in (f"restore /root/copy.db --db {DB}", f"serve --db {DB}"):
+        told = machine.run(f"{BIN} {command}", check=False)
+        assert machine.show("MainPID") in told, told
+        assert "systemctl stop chatd" in told, told
+    machine.run("systemctl stop chatd")
+    # Also with what a reader of root's makes when nobody else has it open.
+    for path in (DB, "/root/copy.db"):
+        assert machine.run(f"{BIN} check --db {path}").endswith("ok")
+    machine.run(f"{BIN} restore /root/copy.db --db {DB}")
+    machine.run("systemctl start chatd")
+    owners = machine.run("stat -L -c '%u' /var/lib/chatd /var/lib/chatd/*").split("\n")
+    assert len(set(owners)) == 1, owners
+    assert owners[0] != "0", owners
+    _, poll = clients.ask("GET", f"/api/v1/events?cursor={after['cursor']}", token)
+    assert poll["resync"] is True, poll
+    with clients.coming() as load:
+        while len(load.acked) < 5:
+            time.sleep(0.05)
+    kept_promise(machine, load)
+    return f"check, backup and restore as root; then {len(load.acked)} messages stored"
+
+
+def backups(machine: Machine, clients: Clients) -> str:
+    """The README's timer: it keeps so many, each whole, and can do nothing else."""
+    written = {p: t for p, t in unit_files().items() if "chatd-backup" in p}
+    for path, text in written.items():
+        machine.write(path, text.replace("--keep 48", "--keep 2"))
+    service, timer = sorted(written)
+    warnings = machine.run(
+        f"systemd-analyze verify {service} {timer} 2>&1", check=False
+    )
+    assert warnings == "", warnings
+    machine.run("mkdir -p /var/lib/private/chatd-backup; touch "
+                "/var/lib/private/chatd-backup/{mine.db,chatd-20200101T000000Z.db,"
+                "chatd-20200101T000001Z.db.0123abcd.partial}")  # fmt: skip
+    with clients.coming() as load:
+        machine.run(commands("enable --now chatd-backup.timer"))
+        before = dict(load.acked)
+        machine.run("sleep 1; systemctl start chatd-backup")
+    names = machine.run("ls /var/lib/chatd-backup").split("\n")
+    assert len(names) == 3, names
+    assert "mine.db" in names
+    newest = f"/var/lib/chatd-backup/{sorted(names)[-2]}"
+    assert machine.run(f"{BIN} check --db {newest}").endswith("ok")
+    rows = stored(machine, newest)
+    assert before, "nothing was sent"
+    assert all(rows.get(key) == at for key, at in before.items())
+    kept_promise(machine, load)
+    assert machine.show("ActiveState", "chatd-backup.timer") == "active"
+    score = machine.run("systemd-analyze security --no-pager chatd-backup | tail -n 1")
+    # While chatd is stopped, too; and back to the newest, as the README says.
+    machine.run("systemctl stop chatd; systemctl start chatd-backup; sleep 1")
+    machine.run("systemctl start chatd")
+    machine.run(commands("copy=$(sudo find"))
+    assert clients.ask("GET", "/healthz")[0] == 200
+    owners = machine.run("stat -L -c '%u' /var/lib/chatd/chatd.*").split("\n")
+    assert len(set(owners)) == 1, owners
+    return f"{len(before)} messages acked before, all in it; {score.strip('→ ')}"
+
+
+def socket_unit(machine: Machine, clients: Clients) -> str:
+    """With the README's socket unit: no network, and no refusal either."""
+    suffixes = ("chatd.socket", "/socket.conf")
+    files = {p: t for p, t in unit_files().items() if p.endswith(suffixes)}
+    for path, text in files.items():
+        machine.write(path, text)
+    machine.run(commands("enable --now chatd.socket"))
+    warnings = machine.run(
+        f"systemd-analyze verify {UNITS}/chatd.service {UNITS}/chatd.socket 2>&1",
+        check=False,
+    )
+    assert warnings == "", warnings
+    score = machine.run("systemd-analyze security --no-pager chatd | tail -n 1")
+    assert float(re.findall(r"[\d.]+", score)[-1]) <= 0.2, score
+    network = machine.run(f"nsenter -t {machine.show('MainPID')} -n ip -brief address")
+    assert len(network.split("\n")) == 1, network
+    assert network.startswith("lo "), network
+    with clients.coming() as load:
+        for _ in range(3):
+            machine.run("systemctl restart chatd")
+        machine.run("systemctl kill -s KILL chatd")
+        machine.becomes("SubState", "running")
+    kept_promise(machine, load)
+    assert machine.show("NFileDescriptorStore") == "0"
+    machine.run(f"systemctl disable --now chatd.socket chatd; rm {' '.join(files)}")
+    machine.run("systemctl daemon-reload; systemctl enable --now chatd")
+    return f"exposure {re.findall('[0-9.]+', score)[-1]}; " + load.nobody_was_refused(
+        dropped=True
+    )
+
+
+def upgrade(machine: Machine, clients: Clients) -> str:
+    """Upgrade as the README says, while clients come."""
+    with clients.coming() as load:
+        *steps, restart, _ = commands("git pull").split("\n")
+        machine.run("\n".join(steps), online=True)
+        machine.run(restart)
+    kept_promise(machine, load)
+    version = machine.run(f"{BIN} --version")
+    assert version.startswith("chatd 999."), version
+    stats = clients.token(f"1 --scope stats --db {DB}")
+    _, told = clients.ask("GET", "/api/v1/internal/chat/ws/stats", stats)
+    assert f"chatd {told['version']}" == version
+    assert machine.run(f"{BIN} check --db before-upgrade.db").endswith("ok")
+    return load.nobody_was_refused()
+
+
+def stop(machine: Machine, clients: Clients) -> str:
+    """A stop ends well, and gives everything up."""
+    began = time.monotonic()
+    machine.run("systemctl stop chatd")
+    seconds = time.monotonic() - began
+    assert machine.show("Result") == "success"
+    assert machine.show("ExecMainStatus") == "0"
+    assert machine.show("NFileDescriptorStore") == "0"
+    assert clients.refused()
+    assert not Path(machine.root / f"{DB.lstrip('/')}-wal").exists()
+    machine.run("systemctl start chatd")
+    return f"status 0 after {seconds:.2f} s"
+
+
+def removal(machine: Machine, clients: Clients) -> str:
+    """Remove as the README says: nothing is left."""
+    machine.run(commands("systemctl clean"))
+    machine.run(
+        f"systemctl disable --now chatd-backup.timer; rm {UNITS}/chatd-backup.*"
+    )
+    left = machine.run(
+        "find /opt /etc/systemd /var/lib -name 'chatd*' -not -path '*/chatd-backup*'"
+    )
+    assert left == "", left
+    assert clients.refused()
+    return "nothing left"
+
+
+STEPS: list[Callable[[Machine, Clients], str]] = [
+    install, sandbox, restarts, killed, hung, crash_loop, wrong_use, settings,
+    addresses, firewall, credential, administration, backups, socket_unit, upgrade,
+    stop, removal,
+]  # fmt: skip
+
+
+def main() -> int:
+    """Boot, take the steps, clean up."""
+    began = time.monotonic()
+    # A signal must not leave mounts behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        with Machine() as machine:
+            print(f"booted in {time.monotonic() - began:.1f} s", flush=True)
+            clients = Clients(machine)
+            for step in STEPS:
+                started = time.monotonic()
+                try:
+                    found = step(machine, clients)
+                except BaseException:
+                    print(f"FAILED  {step.__name__}: {step.__doc__}", flush=True)
+                    print(machine.run("journalctl -u 'chatd*' --no-pager | tail -n 60"))
+                    raise
+                seconds = time.monotonic() - started
+                name = step.__name__.replace("_", " ")
+                print(f"ok {seconds:5.1f} s  {name}: {found}", flush=True)
+    except CannotRun as why:
+        print(f"cannot run here: {why}")
+        return 0
+    print(f"{len(STEPS)} steps held, in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
