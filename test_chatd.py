@@ -10800,6 +10800,65 @@ async def test_a_name_with_two_addresses_listens_at_both_after_a_restart(
             await manager.stop()
 
 
+class DoorResolver(trio.abc.HostnameResolver):
+    """A name with several addresses, whatever this machine calls itself."""
+
+    def __init__(self, *hosts: str) -> None:
+        self.hosts = hosts
+
+    async def getaddrinfo(self, _host: Any, port: Any, *_: Any) -> Any:
+        found = [(host, ":" in host) for host in self.hosts]
+        return [
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (host, int(port), 0, 0))
+            if v6
+            else (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, int(port)))
+            for host, v6 in found
+        ]
+
+    async def getnameinfo(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+async def test_each_address_gets_the_socket_that_was_kept_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hosts = ["127.0.0.3", "127.0.0.4", "127.0.0.5"]
+    trio.socket.set_custom_hostname_resolver(DoorResolver(*hosts, hosts[0]))
+    with contextlib.ExitStack() as stack:
+        first = await chatd._listen_at("name.test", 0, [])
+        for sock in first:
+            stack.callback(sock.close)
+        assert [sock.getsockname()[0] for sock in first] == hosts
+        stale = stack.enter_context(socket.create_server(("127.0.0.6", 0)))
+        kept = [first[2], stale, first[0]]
+        second = await chatd._listen_at("name.test", 0, kept)
+        stack.callback(second[1].close)
+        assert second[0] is first[0]
+        assert second[2] is first[2]
+        assert second[1].getsockname()[0] == hosts[1]
+        assert stale.fileno() == -1
+        # Another port is another address.
+        port = first[0].getsockname()[1] % 65535 + 1
+        assert not chatd._is_at(first[0], (hosts[0], port))
+
+        # A family that the kernel does not have is done without, but not all of them.
+        real = trio.open_tcp_listeners
+
+        async def without_ipv6(port: int, *, host: str) -> list[trio.SocketListener]:
+            if ":" in host:
+                raise OSError(errno.EAFNOSUPPORT, "no IPv6")
+            return await real(port, host=host)
+
+        monkeypatch.setattr(trio, "open_tcp_listeners", without_ipv6)
+        trio.socket.set_custom_hostname_resolver(DoorResolver("::1", hosts[0]))
+        (only,) = await chatd._listen_at("name.test", 0, [])
+        stack.callback(only.close)
+        assert only.getsockname()[0] == hosts[0]
+        trio.socket.set_custom_hostname_resolver(DoorResolver("::1"))
+        with pytest.raises(UsageError, match=r"--listen name\.test:1: no IPv6"):
+            await chatd.open_listeners("name.test:1")
+
+
 async def test_a_kept_socket_at_another_address_is_given_up(tmp_path: Path) -> None:
     async with door_manager(tmp_path) as manager:
         await manager.start("--listen", "127.0.0.1:0")
@@ -10843,10 +10902,8 @@ async def test_the_sockets_of_a_socket_unit_are_served_and_not_kept(
         await manager.hears("FDSTORE=1")
         ((_, old),) = manager.kept
         await manager.stop()
-        for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
-            sock = socket.socket(family)
-            sock.bind((host, 0))
-            sock.listen()
+        for host in ("127.0.0.1", "127.0.0.2"):
+            sock = socket.create_server((host, 0))
             manager.given.append(("chatd.socket", sock))
         addresses = [sock.getsockname()[:2] for _, sock in manager.given]
         for _ in range(2):
@@ -11083,6 +11140,141 @@ async def test_a_backup_is_whole_and_a_restore_makes_old_cursors_resync(
         sent = await house.post(chat, ann, "after the restore")
         assert sent["n"] == 4
         assert (await b.hear("new_message"))["message"] == sent
+
+
+async def test_a_backup_under_load_holds_every_message_acked_before_it(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    async with house.serving():
+        users, acked = [next(door_users) for _ in range(3)], DoorCount()
+        chat = await house.chat(*users)
+        senders = [
+            DoorSender(house, user, [(chat, f"{i}") for i in range(100_000)])
+            for user in users
+        ]
+        with trio.fail_after(120):
+            async with trio.open_nursery() as nursery:
+                for sender in senders:
+                    nursery.start_soon(sender.send, acked)
+                for round_ in range(2):
+                    await acked.reaches(acked.value + 300)
+                    before = {k: a for s in senders for k, a in s.acks.items()}
+                    copy = tmp_path / f"copy-{round_}.db"
+                    done = await door_run("backup", copy, "--db", house.db)
+                    assert (done.status, done.out) == (0, f"{copy}\n"), done
+                    after = {k: a for s in senders for k, a in s.acks.items()}
+                    assert len(after) > len(before)  # it stopped nobody
+                    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+                    checked = await door_run("check", "--db", copy)
+                    assert checked.status == 0, checked
+                    with contextlib.closing(sqlite3.connect(copy)) as db:
+                        rows = dict(db.execute("SELECT client_id, id FROM message"))
+                    for key, ack in before.items():
+                        assert rows[key] == ack["message_id"]
+                nursery.cancel_scope.cancel()
+
+
+async def test_after_a_restore_nobody_stays_silently_ahead(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    """Whatever a client has of the lost future, it is told to forget it."""
+    async with house.serving():
+        ann, bob = next(door_users), next(door_users)
+        chat, copy = await house.chat(ann, bob), tmp_path / "copy.db"
+        cursors = [await house.cursor(bob)]
+        await house.post(chat, ann, "kept")
+        assert (await door_run("backup", copy, "--db", house.db)).status == 0
+        cursors.append(await house.cursor(bob))
+        for number in range(3):
+            await house.post(chat, ann, f"lost {number}")
+            cursors.append(await house.cursor(bob))
+        for _ in range(2):  # a second restore of the same copy makes it new again
+            await house.stop()
+            assert (await door_run("restore", copy, "--db", house.db)).status == 0
+            await house.begin()
+            # The seqs that were given out before are given out again.
+            for number in range(3):
+                await house.post(chat, ann, f"anew {number}")
+            for cursor in cursors:
+                b = await house.peer(bob, cursor)
+                assert b.hello["resume"] == "resync", cursor
+                await b.leave()
+                target = f"GET /api/v1/events?cursor={cursor}"
+                poll = await house.want(200, target, house.token(bob))
+                assert (poll["resync"], poll["events"]) == (True, []), cursor
+            cursors.append(await house.cursor(bob))
+        told = [m["content"] for m in await house.history(chat, bob)]
+        assert told == ["kept", "anew 0", "anew 1", "anew 2"]
+
+
+async def test_a_second_serve_and_a_restore_under_one_are_told_what_to_do(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    async with house.serving():
+        assert house.process is not None
+        copy, pid = tmp_path / "copy.db", house.process.pid
+        assert (await door_run("backup", copy, "--db", house.db)).status == 0
+        link = tmp_path / "link.db"
+        link.symlink_to(house.db)
+        for db in (house.db, link):
+            for words in (("restore", copy), ("serve", "--listen", "127.0.0.1:0")):
+                done = await door_run(*words, "--db", db)
+                assert done.status == 1, done
+                assert f"in use by process {pid}; stop" in done.err
+                assert "systemctl stop chatd" in done.err
+        await house.want(200, "GET /healthz")
+
+
+async def test_a_backup_keeps_the_newest_and_touches_nothing_else(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copies"
+    async with house.serving():
+        words = ("backup", "--db", house.db, "--keep", "2", folder)
+        missing = await door_run(*words)
+        assert (missing.status, str(folder) in missing.err) == (1, True)
+        folder.mkdir()
+        others = {"chatd.db", "chatd-20200101T000000Z.db.bak", "notes-2020.db"}
+        old = [f"chatd-2020010{n}T000000Z.db" for n in range(1, 4)]
+        left = "chatd-20200101T000000Z.db.0123abcd.partial"
+        for name in (*others, *old, left):
+            (folder / name).write_text(name)
+        done = await door_run(*words)
+        assert done.status == 0, done
+        copy = Path(done.out.strip())
+        assert re.fullmatch(r"chatd-\d{8}T\d{6}Z\.db", copy.name)
+        assert {p.name for p in folder.iterdir()} == {*others, old[-1], copy.name}
+        assert (await door_run("check", "--db", copy)).status == 0
+        # What failed removes nothing.
+        failed = await door_run(*words[:1], "--keep", "1", folder, "--db", folder)
+        assert failed.status == 1
+        assert {p.name for p in folder.iterdir()} == {*others, old[-1], copy.name}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+async def test_root_follows_no_link_in_a_folder_of_the_unit_s_user(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    """Who takes over the server must not get root's help to take over the machine."""
+    async with house.serving():
+        await house.chat(next(door_users))
+    copy, prey = tmp_path / "copy.db", tmp_path / "prey"
+    assert (await door_run("backup", copy, "--db", house.db)).status == 0
+    unit = tmp_path / "unit"
+    unit.mkdir()
+    db = unit / "chatd.db"
+    shutil.copy(copy, db)
+    prey.write_text("root's")
+    for path in (unit, db):
+        os.chown(path, 65534, 65534)
+    for suffix in ("-wal", "-shm", ".lock"):
+        link = db.with_name(db.name + suffix)
+        link.unlink(missing_ok=True)
+        link.symlink_to(prey)
+        await door_run("check", "--db", db)
+        await door_run("backup", tmp_path / f"copy{suffix}", "--db", db)
+        await door_run("restore", copy, "--db", db)
+        assert (prey.read_text(), prey.stat().st_uid) == ("root's", 0), suffix
 
 
 async def test_the_demo_is_two_links_that_talk(
