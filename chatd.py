@@ -3829,8 +3829,8 @@ class Server:
                     session.end(CUT, why)
                 since = self.store.writing_since
                 if since is None or now - since < settings.commit_seconds:
-                    degraded = "; the database takes no writes" * self.store.degraded
-                    notify(f"WATCHDOG=1\nSTATUS={len(self.sessions)} sockets{degraded}")
+                    sick = "; no writing" if self.store.degraded else ""
+                    notify(f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}")
 
     async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
         self, at_once: Callable[[], None], *, task_status: trio.TaskStatus[None]
@@ -4440,7 +4440,7 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def backup(db: Path, dest: Path, keep: int | None = None) -> None:
+def backup(db: Path, dest: Path, keep: int = 0) -> None:
     """Copy the database while it serves: all that was acked before is in the copy.
 
     With keep, dest is a folder: the copy is named by its time, and all but the newest
@@ -4452,7 +4452,7 @@ def backup(db: Path, dest: Path, keep: int | None = None) -> None:
             raise UsageError(f"backup {dest}: --keep wants a folder that exists")
         for left in dest.glob("chatd-*Z.db.*.partial"):
             left.unlink()  # of a backup that was killed
-        older = sorted(dest.glob("chatd-????????T??????Z.db"))
+        older = sorted(dest.glob("chatd-????????T??????Z.db"), reverse=True)
         dest /= time.strftime("chatd-%Y%m%dT%H%M%SZ.db", time.gmtime())
     if dest.exists():
         raise UsageError(f"backup {dest}: it exists; remove it, or choose another name")
@@ -4461,7 +4461,7 @@ def backup(db: Path, dest: Path, keep: int | None = None) -> None:
     partial.rename(dest)
     sync_folder(dest.parent)
     print(dest)
-    for path in older[: len(older) + 1 - keep] if keep else ():
+    for path in older[max(0, keep - 1) :]:
         path.unlink()
 
 
@@ -4767,7 +4767,11 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "backup":
             kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
             command.add_argument(
-                "--keep", metavar="COUNT", type=checked(parse_count), help=kept
+                "--keep",
+                metavar="COUNT",
+                type=checked(parse_count),
+                default=0,
+                help=kept,
             )
         add_flags(command, "db")
     return parser

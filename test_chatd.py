@@ -6300,7 +6300,7 @@ async def test_a_commit_that_hangs_for_60_s_is_no_longer_told_to_the_watchdog(
                         heard.append(systemd.recv(100))
             return heard
 
-        alive = b"WATCHDOG=1\nSTATUS=0 sockets"
+        alive = b"WATCHDOG=1\nSTATUS=sockets: 0"
         assert set(await told(10)) == {alive}
         house.disk.hold()
         raw = house.dial()
@@ -11245,10 +11245,14 @@ async def test_a_backup_keeps_the_newest_and_touches_nothing_else(
         assert re.fullmatch(r"chatd-\d{8}T\d{6}Z\.db", copy.name)
         assert {p.name for p in folder.iterdir()} == {*others, old[-1], copy.name}
         assert (await door_run("check", "--db", copy)).status == 0
-        # What failed removes nothing.
+        # What failed removes nothing, and nor does what has room for more.
         failed = await door_run(*words[:1], "--keep", "1", folder, "--db", folder)
         assert failed.status == 1
-        assert {p.name for p in folder.iterdir()} == {*others, old[-1], copy.name}
+        await door_until(lambda: int(time.time()) > int(copy.stat().st_mtime) + 1)
+        more = await door_run("backup", "--db", house.db, "--keep", "5", folder)
+        copies = {old[-1], copy.name, Path(more.out.strip()).name}
+        assert len(copies) == 3
+        assert {p.name for p in folder.iterdir()} == {*others, *copies}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -8,9 +8,9 @@ what is written, so nothing of the machine changes and nothing is downloaded but
 `pip install .` fetches. The commands and units are the README's own: what is printed
 there is what runs here. Each step prints what it found.
 
-It needs root, Debian's packages systemd-container and python3-venv, and the right to
-mount. Where there is none of that it says "cannot run here" and why, with status 0. It
-installs nothing on the machine.
+It needs root, the right to mount, and Debian's packages systemd-container, iproute2
+and python3-venv. Where it lacks one of them it says "cannot run here" and why, with
+status 0. It installs nothing on the machine.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import http.client
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -105,9 +106,12 @@ class Machine:
     def _mount(self) -> None:
         if os.geteuid() != 0:
             raise CannotRun("it mounts and boots: run it as root")
-        for tool in ("systemd-nspawn", "nsenter", "mount", "/usr/bin/python3"):
+        for tool, package in (
+            ("systemd-nspawn", "systemd-container"), ("ip", "iproute2"),
+            ("/usr/bin/python3", "python3-venv"), ("nsenter", "util-linux"),
+        ):  # fmt: skip
             if shutil.which(tool) is None:
-                raise CannotRun(f"no {tool}: apt-get install systemd-container")
+                raise CannotRun(f"no {tool}: apt-get install {package}")
         self._mounted("-t", "tmpfs", "tmpfs", self.folder)
         for name in ("upper", "work", "root"):
             (self.folder / name).mkdir()
@@ -125,6 +129,7 @@ class Machine:
         shutil.rmtree(clone, ignore_errors=True)
         skip = shutil.ignore_patterns(".*", "__pycache__", "*.db*")
         shutil.copytree(CHECKOUT, clone, ignore=skip)
+        (self.root / "etc" / "machine-id").write_text(f"{secrets.token_hex(16)}\n")
         (self.root / "etc" / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
         tools = self.root / "usr" / "local" / "sbin"
         self._tool(tools / "sudo", 'exec "$@"')
