@@ -80,14 +80,31 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import sys
 import tempfile
 import time
 import urllib.parse
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+)
 
 import h11
 import jwt
@@ -212,6 +229,8 @@ class Settings:
     pong_seconds: float = setting(10.0, "s", "silence after a ping", "cut")
     stall_seconds: float = setting(10.0, "s",
         "waiting bytes that do not move, nothing heard", "cut")
+    upstream_seconds: float = setting(20.0, "s", "in which nothing moves between the "
+        "proxy and a request's two ends; above request_seconds", "504, or 408")
     linger_seconds: float = setting(1.0, "s",
         "after our last byte, for the peer to read it", "cut")
     token_warning_seconds: float = setting(60.0, "s", "before a token's end")
@@ -295,6 +314,7 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "overloaded": (503, "the server is full: come back later"),
     "storage_failed": (503, "it is not known to be stored: repeat it, same client_id"),
     "internal": (500, "the server made a mistake; it has been logged"),
+    "upstream": (502, "the chat service is away: come back later"),
 }
 
 
@@ -989,7 +1009,8 @@ class Keyring:
         """Say what a token means. Raises Refusal token_invalid, _expired or _used.
 
         use is what it is for: None for a request, "signin" for its one purpose, and
-        "socket", where a plain token and a ticket are both right.
+        "socket", where a plain token and a ticket are both right. "edge" is that for a
+        proxy, which cannot know whose process a ticket is of and whether it was used.
         """
         if len(token) > self.LONGEST:
             raise bad_token(f"token: longer than {self.LONGEST} bytes")
@@ -1000,9 +1021,10 @@ class Keyring:
         elif claims.exp + self.LEEWAY_SECONDS <= time.time():
             raise Refusal("token_expired")
         if claims.use == "ticket":
-            if use != "socket":
+            if use not in ("socket", "edge"):
                 raise bad_token("a ticket only opens a socket")
-            if claims.boot != self.boot or claims.jti in self.spent:
+            used = claims.boot != self.boot or claims.jti in self.spent
+            if used and use == "socket":
                 raise Refusal("token_used")
         if claims.use == "signin" and use != "signin":
             raise bad_token("a sign-in link is only good for POST /api/v1/session")
@@ -2987,7 +3009,7 @@ class Request:
     """One request's head, checked, and what is known about who sent it."""
 
     __slots__ = ("address", "body", "claims", "fields", "ids", "method", "path", "peer",
-                 "query", "version")  # fmt: skip
+                 "query", "target", "version")  # fmt: skip
 
     claims: Claims  # set when the route asks for a token
     ids: tuple[int, ...]  # the numbers in the path
@@ -3016,9 +3038,14 @@ class Request:
         for field in self.fields:
             if field in ASCII_FIELDS and not self.one(field).isascii():
                 raise bad_field(f"{field}: only ASCII may be in it")
-        if "content-length" in self.fields and "transfer-encoding" in self.fields:
-            raise bad_field("Content-Length beside Transfer-Encoding")
-        target = head.target.decode("ascii")
+        if (
+            "transfer-encoding" in self.fields
+        ):  # RFC 9112 6.1: both are how one smuggles
+            if "content-length" in self.fields:
+                raise bad_field("Content-Length beside Transfer-Encoding")
+            if self.version != b"1.1":
+                raise bad_field("Transfer-Encoding: not in HTTP/1.0")
+        self.target = target = head.target.decode("ascii")
         if not target.startswith("/") or target.startswith("//"):
             raise bad_field("target: it must start with exactly one slash")
         self.path, _, query = target.partition("?")
@@ -3095,28 +3122,30 @@ class Http:
     is refused the connection ends.
     """
 
-    def __init__(self, server: Server, stream: trio.SocketStream) -> None:
-        self.server = server
-        self.settings = server.settings
+    keeps = True  # a connection for the next request
+
+    def __init__(self, house: House, stream: trio.SocketStream) -> None:
+        self.house = house
+        self.settings = house.settings
         self.stream = stream
         self.peer = peer_address(stream)
         self.h11 = h11.Connection(
             h11.SERVER, max_incomplete_event_size=self.settings.head_bytes
         )
         self.kept = False  # a keep-alive: it has had an answer
-        self.upgrade: Upgrade | None = None
+        self.after: Callable[[], Awaitable[None]] | None = None
 
-    async def run(self) -> Upgrade | None:
+    async def run(self) -> Callable[[], Awaitable[None]] | None:
         """Serve requests until the connection ends, or is to be a socket.
 
-        The caller closes the stream.
+        Returns what is to be done with the socket. The caller closes the stream.
         """
         try:
             while await self._serve_one():
                 self.kept = True
         except trio.BrokenResourceError:
             return None  # the peer has gone; there is nobody to tell
-        return self.upgrade
+        return self.after
 
     async def _serve_one(self) -> bool:
         """Serve one request. False: the connection is at its end."""
@@ -3125,14 +3154,13 @@ class Http:
             head = await self._head()
             if head is None:
                 return False
-            request = Request(head, self.peer, self.server.proxies, self.settings)
-            answer = await self._answer_in_time(request)
+            request = Request(head, self.peer, self.house.proxies, self.settings)
+            answer = await self.take(request)
             if answer is None:
-                await self._admit(request)
                 return False
         except Refusal as no:
             if request is not None and request.upgrades:
-                self.server.stats.refused[no.code] += 1
+                self.house.stats.refused[no.code] += 1
             answer = refusal_answer(no)
         except h11.RemoteProtocolError as error:
             answer = refusal_answer(_protocol_refusal(error))
@@ -3143,6 +3171,10 @@ class Http:
                 return True
             await linger(self.stream, self.settings.linger_seconds)
         return False
+
+    async def take(self, request: Request) -> Answer | None:
+        """Do what is asked for. None: this connection has no more requests."""
+        raise NotImplementedError
 
     async def apologize(self) -> None:
         """After a mistake of ours: answer `internal`, unless an answer has begun."""
@@ -3162,7 +3194,7 @@ class Http:
         idle = self.kept and not begun
         wait = settings.idle_seconds if idle else settings.head_seconds
         with trio.move_on_after(wait) as scope:
-            self.server.park(scope, idle=idle)
+            self.house.park(scope, idle=idle)
             try:
                 while True:
                     event = self.h11.next_event()
@@ -3178,19 +3210,76 @@ class Http:
                     if not begun:
                         begun = True
                         scope.deadline = trio.current_time() + settings.head_seconds
-                        self.server.park(scope, idle=False)
+                        self.house.park(scope, idle=False)
                     self.h11.receive_data(data)
             finally:
-                self.server.parked.pop(scope, None)
+                self.house.parked.pop(scope, None)
         if begun:
             raise Refusal("timeout", "the request head took too long")
         return None
 
-    async def _answer_in_time(self, request: Request) -> Answer | None:
+    async def _more_body(self) -> None:
+        """Read on, parked: a full house does not wait for slow bodies."""
+        with trio.CancelScope() as scope:
+            self.house.park(scope, idle=False)
+            try:
+                data = await self.stream.receive_some(16384)
+            finally:
+                self.house.parked.pop(scope, None)
+        if scope.cancelled_caught or not data:
+            raise trio.BrokenResourceError
+        self.h11.receive_data(data)
+
+    async def _respond(self, request: Request | None, answer: Answer) -> None:
+        """Write an answer. After a bad head, a refused upgrade, or with anything left
+        unread, the connection ends with it.
+        """
+        if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return
+        headers = [
+            ("Date", http_date(now_seconds())),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+            *answer.headers,
+        ]
+        if answer.body:
+            headers.append(("Content-Type", answer.content_type))
+        if answer.status not in (204, 304):
+            headers.append(("Content-Length", str(len(answer.body))))
+        if not any(name == "Cache-Control" for name, _ in answer.headers):
+            headers.append(("Cache-Control", "no-store"))
+        if request is not None:
+            headers += self.house.cors_headers(request)
+        unread = self.h11.their_state is not h11.DONE
+        last = request is None or request.has("upgrade", "websocket")
+        if unread or last or not self.keeps or self.house.stopping.is_set():
+            headers.append(("Connection", "close"))
+        reason = http.HTTPStatus(answer.status).phrase.encode("ascii")
+        head = h11.Response(status_code=answer.status, headers=headers, reason=reason)
+        parts = [head, h11.EndOfMessage()]
+        if answer.body and not (request is not None and request.method == "HEAD"):
+            parts.insert(1, h11.Data(data=answer.body))
+        await self._send(*parts)
+
+    async def _send(self, *events: h11.Event) -> None:
+        await self.stream.send_all(b"".join(self.h11.send(e) or b"" for e in events))
+
+
+class HttpApi(Http):
+    """Requests for the Api, and handshakes."""
+
+    def __init__(self, server: Server, stream: trio.SocketStream) -> None:
+        super().__init__(server, stream)
+        self.server = server
+
+    async def take(self, request: Request) -> Answer | None:
+        """Answer it; or let a socket in."""
         with trio.move_on_after(self.settings.request_seconds) as scope:
             answer = await self._answer(request)
         if scope.cancelled_caught:
             raise Refusal("timeout")
+        if answer is None:
+            await self._admit(request)
         return answer
 
     async def _answer(self, request: Request) -> Answer | None:
@@ -3239,52 +3328,6 @@ class Http:
                     raise too_large
         return bytes(body)
 
-    async def _more_body(self) -> None:
-        """Read on, parked: a full house does not wait for slow bodies."""
-        with trio.CancelScope() as scope:
-            self.server.park(scope, idle=False)
-            try:
-                data = await self.stream.receive_some(16384)
-            finally:
-                self.server.parked.pop(scope, None)
-        if scope.cancelled_caught or not data:
-            raise trio.BrokenResourceError
-        self.h11.receive_data(data)
-
-    async def _respond(self, request: Request | None, answer: Answer) -> None:
-        """Write an answer. After a bad head, a refused upgrade, or with anything left
-        unread, the connection ends with it.
-        """
-        if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            return
-        headers = [
-            ("Date", http_date(now_seconds())),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            *answer.headers,
-        ]
-        if answer.body:
-            headers.append(("Content-Type", answer.content_type))
-        if answer.status not in (204, 304):
-            headers.append(("Content-Length", str(len(answer.body))))
-        if not any(name == "Cache-Control" for name, _ in answer.headers):
-            headers.append(("Cache-Control", "no-store"))
-        if request is not None:
-            headers += self.server.cors_headers(request)
-        unread = self.h11.their_state is not h11.DONE
-        last = request is None or request.has("upgrade", "websocket")
-        if unread or last or self.server.stopping.is_set():
-            headers.append(("Connection", "close"))
-        reason = http.HTTPStatus(answer.status).phrase.encode("ascii")
-        head = h11.Response(status_code=answer.status, headers=headers, reason=reason)
-        parts = [head, h11.EndOfMessage()]
-        if answer.body and not (request is not None and request.method == "HEAD"):
-            parts.insert(1, h11.Data(data=answer.body))
-        await self._send(*parts)
-
-    async def _send(self, *events: h11.Event) -> None:
-        await self.stream.send_all(b"".join(self.h11.send(e) or b"" for e in events))
-
     async def _admit(self, request: Request) -> None:
         """Let a socket in. All that can be refused is refused here, before the 101."""
         server = self.server
@@ -3296,7 +3339,8 @@ class Http:
         server.check_house()
         server.keyring.spend(claims)
         key = request.one("sec-websocket-key")
-        self.upgrade = Upgrade(claims, cursor, key, self.h11.trailing_data[0])
+        upgrade = Upgrade(claims, cursor, key, self.h11.trailing_data[0])
+        self.after = functools.partial(server.serve_socket, self.stream, upgrade)
 
 
 def _has_body(head: h11.Request) -> bool:
@@ -3650,25 +3694,28 @@ FULL_ANSWER = (
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class Server:
-    """The whole of one chatd: what all connections share, and the task tree's root."""
+class Endable(Protocol):
+    """An open socket, as a house sees it."""
 
-    def __init__(self, settings: Settings, store: Store, keyring: Keyring) -> None:
+    def end(self, code: int, reason: str) -> None:
+        """Close it, from anywhere."""
+
+
+class House:
+    """What a Server and a Proxy have in common: doors, bounds, bulkhead and signals.
+
+    Owns every connection that came in, each in a task of its own.
+    """
+
+    sessions: AbstractSet[Endable]
+    about: dict[str, object]  # what its line in the log says when it is ready
+
+    def __init__(self, settings: Settings, stats: Stats, keyring: Keyring) -> None:
         self.settings = settings
-        self.store = store
+        self.stats = stats
         self.keyring = keyring
-        self.stats = store.stats
-        self.hub = Hub(settings, self.stats, store)
-        keyring.revoked = store.revoked()
         self.proxies = Proxies(settings.trusted_proxy)
-        self.pages = page_answers()
-        size = settings.buckets
-        self.sends = Buckets(settings.sends, size)
-        self.typing = Buckets(settings.typing, size)
-        self.requests = Buckets(settings.requests, size)
-        self.handshakes = Buckets(settings.handshakes, size)
-        self.names: dict[int, str] = {}  # what the store already knows
-        self.sessions: set[Session] = set()
+        self.handshakes = Buckets(settings.handshakes, settings.buckets)
         self.open = 0  # TCP connections
         # Waiting for bytes, by age; True: idle, it has had the answers it asked for.
         self.parked: dict[trio.CancelScope, bool] = {}
@@ -3677,7 +3724,9 @@ class Server:
         self.complaints = Bucket(Rate(0.1, 1))  # log lines about a full house
         self.tracebacks = Bucket(Rate(1, 10))
 
-    # --- the task tree ---------------------------------------------------------------
+    def http(self, stream: trio.SocketStream) -> Http:
+        """Make what serves one connection."""
+        raise NotImplementedError
 
     async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
         self,
@@ -3685,33 +3734,28 @@ class Server:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve until `stopping` is set; then close every connection, and return.
-
-        Owns the listeners. The store and the hub outlive the connections: the last
-        answer has somebody to give it.
-        """
-        # Nothing waits between the two: while a batch is published the next gathers.
-        batches, published = trio.open_memory_channel[Batch](0)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.store.run, batches)
-            nursery.start_soon(self.hub.run, published)
-            sweeping = trio.CancelScope()
-            nursery.start_soon(self._sweep, sweeping)
-            async with trio.open_nursery() as connections:
-                async with trio.open_nursery() as accepting:
-                    for door in listeners:
-                        accepting.start_soon(self._accept, door, connections)
-                    task_status.started()
-                    await self.stopping.wait()
-                    accepting.cancel_scope.cancel()
-                deadline = trio.current_time() + self.settings.drain_seconds
-                connections.cancel_scope.deadline = deadline
-                for session in self.sessions:
-                    session.end(CLOSE_RESTART, "the server restarts")
-                self._end_parked()
-            sweeping.cancel()
-            self.store.finish()
+        """Serve until `stopping` is set; then close every connection, and return."""
+        async with self.open_to(listeners):
+            task_status.started()
+            await self.stopping.wait()
         self.finished.set()
+
+    @contextlib.asynccontextmanager
+    async def open_to(
+        self, listeners: Sequence[trio.SocketListener]
+    ) -> AsyncIterator[None]:
+        """Serve connections inside the block; then end them all. Owns the listeners."""
+        async with trio.open_nursery() as connections:
+            async with trio.open_nursery() as accepting:
+                for door in listeners:
+                    accepting.start_soon(self._accept, door, connections)
+                yield
+                accepting.cancel_scope.cancel()
+            deadline = trio.current_time() + self.settings.drain_seconds
+            connections.cancel_scope.deadline = deadline
+            for session in self.sessions:
+                session.end(CLOSE_RESTART, "the server restarts")
+            self._end_parked()
 
     async def _accept(
         self, listener: trio.SocketListener, connections: trio.Nursery
@@ -3724,14 +3768,15 @@ class Server:
                 except OSError as error:
                     if error.errno not in EXHAUSTED:
                         raise
-                    self._complain(error.strerror)
+                    self.complain("full", error.strerror)
                     await trio.sleep(0.1)
                     continue
                 connections.start_soon(self._connection, stream)
 
-    def _complain(self, why: object) -> None:
+    def complain(self, verb: str, why: object) -> None:
+        """Warn of what may happen to every connection, but not that often."""
         if not self.complaints.take(trio.current_time()):
-            say(logging.WARNING, "full", why=why, open=self.open)
+            say(logging.WARNING, verb, why=why, open=self.open)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         """Serve one connection. The bulkhead: nothing in it ends anything but it."""
@@ -3741,11 +3786,11 @@ class Server:
             if self.open > self.settings.max_connections + 128 and not self._evict():
                 await self._turn_away(stream)
                 return
-            web = Http(self, stream)
-            upgrade = await web.run()
+            web = self.http(stream)
+            after = await web.run()
             web = None  # its 6 KB are not needed by a socket
-            if upgrade is not None:
-                await self._serve_socket(stream, upgrade)
+            if after is not None:
+                await after()
         except* trio.BrokenResourceError:
             pass
         except* Exception as group:  # the one bulkhead
@@ -3761,23 +3806,11 @@ class Server:
 
     async def _turn_away(self, stream: trio.SocketStream) -> None:
         """Say that the house is full, politely while there are descriptors for it."""
-        self._complain("connections")
+        self.complain("full", "connections")
         with contextlib.suppress(OSError):
             os.write(stream.socket.fileno(), FULL_ANSWER)  # a new socket has room
         if self.open <= self.settings.max_connections + 192:
             await linger(stream, self.settings.linger_seconds)
-
-    async def _serve_socket(self, stream: trio.SocketStream, upgrade: Upgrade) -> None:
-        async with trio.open_nursery() as nursery:
-            cut = nursery.cancel_scope.cancel
-            outbox = Outbox(stream, nursery, self.settings, cut)
-            outbox.push(switching_protocols(upgrade.key))
-            session = Session(self, outbox, nursery, upgrade.claims, upgrade.cursor)
-            try:
-                await session.run(upgrade.trailing)
-            finally:
-                outbox.sealed = True  # nothing is written once the stream is closed
-                cut()
 
     def _evict(self) -> bool:
         """Make room: end the connection that has waited longest for bytes."""
@@ -3809,6 +3842,113 @@ class Server:
                 end = now if self.parked[scope] else now + linger
                 scope.deadline = min(scope.deadline, end)
 
+    async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
+        self, at_once: Callable[[], None], *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        """Stop at the first SIGTERM or SIGINT; call at_once at the second."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number in signals:
+                name = signal.Signals(number).name
+                if self.stopping.is_set():
+                    say(logging.WARNING, "stopping_at_once", signal=name)
+                    at_once()
+                    return
+                say(logging.INFO, "stopping", signal=name, sockets=len(self.sessions))
+                notify("STOPPING=1")
+                self.stopping.set()
+
+    # --- what connections ask --------------------------------------------------------
+
+    def cors_headers(self, request: Request) -> list[tuple[str, str]]:
+        """Tell a browser that a page of --origin may read the answer."""
+        if not self.settings.origin:
+            return []
+        headers = [("Vary", "Origin")]
+        origin = request.one("origin")
+        if origin.lower() in self.settings.origin:
+            headers.append(("Access-Control-Allow-Origin", origin))
+            headers.append(("Access-Control-Expose-Headers", "Retry-After"))
+        return headers
+
+    def check_handshakes(self, address: Address | None) -> None:
+        """Take one from the address's bucket. Raises Refusal rate_limited."""
+        self._charge("handshakes", self.handshakes, address_key(address))
+
+    def _charge(self, limit: str, buckets: Buckets, key: object) -> None:
+        if wait := buckets.take(key, trio.current_time()):
+            self.stats.rate_limited[limit] += 1
+            raise Refusal("rate_limited", retry_after=wait)
+
+    def admit_socket(self, request: Request, use: str = "socket") -> Claims:
+        """Check the token of an upgrade. Raises Refusal."""
+        token = request.argument("token")
+        if not token:
+            raise bad_token("token: it is missing in the query")
+        return self.keyring.verify(token, use)
+
+
+class Server(House):
+    """The whole of one chatd: what all connections share, and the task tree's root."""
+
+    def __init__(self, settings: Settings, store: Store, keyring: Keyring) -> None:
+        super().__init__(settings, store.stats, keyring)
+        self.store = store
+        self.hub = Hub(settings, self.stats, store)
+        keyring.revoked = store.revoked()
+        self.pages = page_answers()
+        size = settings.buckets
+        self.sends = Buckets(settings.sends, size)
+        self.typing = Buckets(settings.typing, size)
+        self.requests = Buckets(settings.requests, size)
+        self.names: dict[int, str] = {}  # what the store already knows
+        self.sessions: set[Session] = set()
+        self.about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
+
+    # --- the task tree ---------------------------------------------------------------
+
+    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
+        self,
+        listeners: Sequence[trio.SocketListener],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until `stopping` is set; then close every connection, and return.
+
+        The store and the hub outlive the connections: the last
+        answer has somebody to give it.
+        """
+        # Nothing waits between the two: while a batch is published the next gathers.
+        batches, published = trio.open_memory_channel[Batch](0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.store.run, batches)
+            nursery.start_soon(self.hub.run, published)
+            sweeping = trio.CancelScope()
+            nursery.start_soon(self._sweep, sweeping)
+            async with self.open_to(listeners):
+                task_status.started()
+                await self.stopping.wait()
+            sweeping.cancel()
+            self.store.finish()
+        self.finished.set()
+
+    def http(self, stream: trio.SocketStream) -> Http:
+        """Make what serves one connection."""
+        return HttpApi(self, stream)
+
+    async def serve_socket(self, stream: trio.SocketStream, upgrade: Upgrade) -> None:
+        """Be a socket until it ends."""
+        async with trio.open_nursery() as nursery:
+            cut = nursery.cancel_scope.cancel
+            outbox = Outbox(stream, nursery, self.settings, cut)
+            outbox.push(switching_protocols(upgrade.key))
+            session = Session(self, outbox, nursery, upgrade.claims, upgrade.cursor)
+            try:
+                await session.run(upgrade.trailing)
+            finally:
+                outbox.sealed = True  # nothing is written once the stream is closed
+                cut()
+
     async def _sweep(self, sweeping: trio.CancelScope) -> None:
         """Once a second look at every seat's deadlines, and at the database file."""
         settings = self.settings
@@ -3832,22 +3972,6 @@ class Server:
                     sick = "; no writing" if self.store.degraded else ""
                     notify(f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}")
 
-    async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
-        self, at_once: Callable[[], None], *, task_status: trio.TaskStatus[None]
-    ) -> None:
-        """Stop at the first SIGTERM or SIGINT; call at_once at the second."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            task_status.started()
-            async for number in signals:
-                name = signal.Signals(number).name
-                if self.stopping.is_set():
-                    say(logging.WARNING, "stopping_at_once", signal=name)
-                    at_once()
-                    return
-                say(logging.INFO, "stopping", signal=name, sockets=len(self.sessions))
-                notify("STOPPING=1")
-                self.stopping.set()
-
     # --- what connections ask --------------------------------------------------------
 
     def check_origin(self, request: Request) -> None:
@@ -3861,26 +3985,6 @@ class Server:
         if not same_origin(origin, hosts):
             raise Refusal("forbidden", "Origin: pages of this origin may not use chatd")
 
-    def cors_headers(self, request: Request) -> list[tuple[str, str]]:
-        """Tell a browser that a page of --origin may read the answer."""
-        if not self.settings.origin:
-            return []
-        headers = [("Vary", "Origin")]
-        origin = request.one("origin")
-        if origin.lower() in self.settings.origin:
-            headers.append(("Access-Control-Allow-Origin", origin))
-            headers.append(("Access-Control-Expose-Headers", "Retry-After"))
-        return headers
-
-    def check_handshakes(self, address: Address | None) -> None:
-        """Take one from the address's bucket. Raises Refusal rate_limited."""
-        self._charge("handshakes", self.handshakes, address_key(address))
-
-    def _charge(self, limit: str, buckets: Buckets, key: object) -> None:
-        if wait := buckets.take(key, trio.current_time()):
-            self.stats.rate_limited[limit] += 1
-            raise Refusal("rate_limited", retry_after=wait)
-
     def admit(self, request: Request, who: str) -> None:
         """Check that a request's token fits its route; set its claims."""
         if who == "anyone":
@@ -3892,18 +3996,11 @@ class Server:
         if not claims.service:
             self._charge("requests", self.requests, claims.user_id)
 
-    def admit_socket(self, request: Request) -> Claims:
-        """Check the token of an upgrade. Raises Refusal."""
-        token = request.argument("token")
-        if not token:
-            raise bad_token("token: it is missing in the query")
-        return self.keyring.verify(token, "socket")
-
     def check_house(self) -> None:
         """Refuse a socket that is one too many. Raises Refusal overloaded."""
         later = self.come_back_in()
         if len(self.sessions) >= self.settings.max_connections:
-            self._complain("sockets")
+            self.complain("full", "sockets")
             raise Refusal("overloaded", retry_after=later)
         if self.stopping.is_set():
             raise Refusal("overloaded", "the server restarts", retry_after=later)
@@ -4072,6 +4169,386 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
 
 
 # =====================================================================================
+# PROXY: Passage, Tunnel, Proxy
+#
+# `chatd proxy` is a second process, before a chatd that listens elsewhere: one door for
+# a site, where who has no good token for the socket gets no further. The one idea: it
+# copies nothing that it has not understood. A request is read by h11 and written anew
+# by h11, one a connection; what stands behind it is never read as a request, so nothing
+# can be smuggled past. Only after the upstream's own 101 do bytes pass as they are.
+# What an end does not take is not read from the other: nothing queues here.
+#
+# It cannot judge all of a token: tickets that were used and users who were revoked are
+# known to the upstream alone, and refused there. A request is never sent twice.
+# =====================================================================================
+
+
+CHUNK_BYTES = 16_384  # in the hands of one direction, and no more
+# What concerns one connection and not the message (RFC 9110 7.6.1).
+HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate",
+     b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+)  # fmt: skip
+# What we say ourselves: how long the body is, and who asks.
+OURS = re.compile(r"host|content-length|forwarded|x-forwarded.*|x-real-ip")
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time: a close is a reset
+
+
+def end_to_end(
+    headers: Iterable[tuple[bytes, bytes]], *ours: tuple[str, str]
+) -> list[tuple[bytes, bytes]]:
+    """Leave out what concerns one connection, and what Connection names; add ours."""
+    headers = [(name.lower(), value) for name, value in headers]
+    lists = [value.lower() for name, value in headers if name == b"connection"]
+    named = {part.strip() for part in b",".join(lists).split(b",")}
+    kept = [(n, v) for n, v in headers if n not in HOP_BY_HOP and n not in named]
+    return kept + [(n.encode("ascii"), v.encode("latin-1")) for n, v in ours]
+
+
+def reset(stream: trio.SocketStream) -> None:
+    """Close with RST: the other side must not take what it has for the whole."""
+    with contextlib.suppress(OSError):  # it is closed already
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    stream.socket.close()
+
+
+class Patience:
+    """A cancel scope that ends when nothing has moved for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.scope = trio.CancelScope()
+        self.moved()
+
+    def moved(self) -> None:
+        """Begin to wait anew."""
+        self.scope.deadline = trio.current_time() + self.seconds
+
+
+class Passage(Http):
+    """One connection of the proxy: one request passed up, its answer passed down."""
+
+    keeps = False
+
+    def __init__(self, house: Proxy, stream: trio.SocketStream) -> None:
+        super().__init__(house, stream)
+        self.proxy = house
+        self.patience = Patience(self.settings.upstream_seconds)
+        self.hearing = False  # waiting for the client, not for the upstream
+        self.status = 0  # of the answer, once there is one
+        self.no: Refusal | None = None  # why there is none
+        self.up = h11.Connection(
+            h11.CLIENT, max_incomplete_event_size=self.settings.head_bytes
+        )
+        self.upstream: trio.SocketStream
+
+    async def take(self, request: Request) -> None:
+        """Pass it up, if it may pass; whatever comes of it, it was the only one."""
+        if request.method == "CONNECT":
+            raise bad_field("method: CONNECT is not passed on")
+        if request.upgrades:
+            self.proxy.check_handshakes(request.address)
+            check_upgrade(request)
+            self.proxy.admit_socket(request, "edge")
+        self.patience.moved()
+        with self.patience.scope as scope:
+            await self._exchange(request)
+        if scope.cancelled_caught:
+            away = Refusal("upstream", "the chat service does not answer", status=504)
+            self.no = Refusal("timeout") if self.hearing else away
+        # A path that nobody knows may hold anything, a token too.
+        path = request.path if NUMBER.sub("*", request.path) in ROUTES else "?"
+        say(logging.DEBUG, "passed", method=request.method, path=path,
+            client=request.address, status=self.status,
+            failed=self.no and self.no.code)  # fmt: skip
+        if self.no is not None and self.status:
+            reset(self.stream)  # the answer has begun: it must not look whole
+        elif self.no is not None:
+            raise self.no
+        elif self.after is None:
+            await linger(self.stream, self.settings.linger_seconds)
+
+    async def _exchange(self, request: Request) -> None:
+        """Pass the request up and the answer down. Sets no, or after, or neither."""
+        try:
+            self.upstream = await self.proxy.dial()
+        except OSError as error:
+            self.no = self._away(error)
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._pass_up, request, nursery.cancel_scope)
+                await self._pass_down(request)
+                nursery.cancel_scope.cancel()
+            if self.status == 101:
+                said, heard = self.h11.trailing_data[0], self.up.trailing_data[0]
+                tunnel = Tunnel(self.proxy, self.stream, self.upstream)
+                self.after = functools.partial(tunnel.run, said, heard)
+        finally:
+            if self.after is None:
+                self.upstream.socket.close()
+
+    def _away(self, why: object) -> Refusal:
+        self.proxy.complain("upstream_failed", why)
+        return Refusal("upstream")
+
+    # --- up --------------------------------------------------------------------------
+
+    async def _pass_up(self, request: Request, both: trio.CancelScope) -> None:
+        """Pass the head, and exactly the body. A body that is none ends both ways."""
+        await self._give(self._head_up(request))
+        try:
+            while self.h11.their_state is h11.SEND_BODY:
+                event = self.h11.next_event()
+                if isinstance(event, h11.Data):
+                    await self._give(h11.Data(data=event.data))
+                elif event is h11.NEED_DATA:
+                    self.hearing = True
+                    await self._more_body()
+                    self.hearing = False
+        except h11.RemoteProtocolError as error:
+            self.no = _protocol_refusal(error)
+            both.cancel()
+            return
+        await self._give(h11.EndOfMessage())
+
+    def _head_up(self, request: Request) -> h11.Request:
+        """Write the head anew: the message's own headers, and ours about the client."""
+        fields = request.fields
+        told = fields if self.proxy.proxies.trust(request.peer) else {}
+        host = request.one("host") or self.proxy.upstream
+        ours = [
+            ("Host", host),
+            ("X-Forwarded-Host", ", ".join(told.get("x-forwarded-host", [host]))),
+            ("X-Forwarded-Proto", ", ".join(told.get("x-forwarded-proto", ["http"]))),
+            ("Via", f"{request.version.decode('ascii')} chatd"),
+        ]
+        if request.address is not None:
+            ours.append(("X-Forwarded-For", str(request.address)))
+        if "content-length" in fields:
+            ours.append(("Content-Length", request.one("content-length")))
+        elif "transfer-encoding" in fields:
+            ours.append(("Transfer-Encoding", "chunked"))
+        ours += UPGRADE if request.upgrades else [("Connection", "close")]
+        theirs = (
+            (name.encode("ascii"), line.encode("latin-1"))
+            for name, lines in fields.items()
+            if not OURS.fullmatch(name)
+            for line in lines
+        )
+        return h11.Request(
+            method=request.method,
+            target=request.target,
+            headers=end_to_end(theirs, *ours),
+        )
+
+    async def _give(self, event: h11.Event) -> None:
+        """Write to the upstream. If it has gone, `_pass_down` will find out."""
+        with contextlib.suppress(trio.BrokenResourceError):
+            await self.upstream.send_all(self.up.send(event) or b"")
+        self.patience.moved()
+
+    # --- down ------------------------------------------------------------------------
+
+    async def _pass_down(self, request: Request) -> None:
+        """Pass the answer, framed anew, up to its end or to the 101."""
+        try:
+            while True:
+                event = await self._next()
+                if isinstance(event, h11.InformationalResponse):
+                    if request.version == b"1.1":  # 1.0 knows none
+                        await self._send(_head_down(event))
+                    if event.status_code == 101:
+                        self.status = 101
+                        return
+                elif isinstance(event, h11.Response):
+                    self.status = event.status_code
+                    await self._send(_head_down(event))
+                elif isinstance(event, h11.Data):
+                    await self._send(h11.Data(data=event.data))
+                else:
+                    await self._send(h11.EndOfMessage())
+                    return
+                self.patience.moved()
+        except Refusal as no:
+            self.no = no
+
+    async def _next(self) -> object:
+        """Get the upstream's next event. Raises Refusal upstream."""
+        try:
+            while (event := self.up.next_event()) is h11.NEED_DATA:
+                self.up.receive_data(await self.upstream.receive_some(CHUNK_BYTES))
+                self.patience.moved()
+        except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
+            raise self._away(type(error).__name__) from error
+        headers = {name for name, _ in getattr(event, "headers", ())}
+        if {b"content-length", b"transfer-encoding"} <= headers:
+            raise self._away("Content-Length beside Transfer-Encoding")
+        return event
+
+
+def _head_down(event: h11.Response | h11.InformationalResponse) -> h11.Event:
+    """Write the answer's head anew. h11 frames what follows as its reader needs it."""
+    ours = [("Connection", "close")] if event.status_code >= 200 else []
+    if event.status_code == 101:
+        ours = UPGRADE
+    headers = end_to_end(event.headers, *ours)
+    return type(event)(
+        status_code=event.status_code, headers=headers, reason=event.reason
+    )
+
+
+class FrameEnds:
+    """Finds where frames end in the bytes of a peer (RFC 6455 5.2)."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._left = 0  # of the frame's payload
+
+    @property
+    def whole(self) -> bool:
+        """Is no frame begun and not ended?"""
+        return not self._head and not self._left
+
+    def count(self, data: bytes) -> None:
+        """Follow what passes."""
+        at = 0
+        while at < len(data):
+            if self._left:
+                step = min(self._left, len(data) - at)
+                self._left -= step
+                at += step
+                continue
+            self._head.append(data[at])
+            at += 1
+            if len(self._head) < 2:
+                continue
+            length = self._head[1] & 127
+            size = {126: 2, 127: 8}.get(length, 0)
+            mask = 4 * (self._head[1] >> 7)
+            if len(self._head) == 2 + size + mask:
+                self._left = (
+                    int.from_bytes(self._head[2 : 2 + size]) if size else length
+                )
+                self._head.clear()
+
+
+class Tunnel:
+    """A socket's two connections after the 101: what one says the other hears.
+
+    An end of one side is passed on, and so is a reset. When the proxy stops, the
+    client's frame is finished and a close frame written behind it, as if it were his:
+    the upstream's answer to it closes the socket as it should be.
+    """
+
+    def __init__(
+        self, proxy: Proxy, client: trio.SocketStream, upstream: trio.SocketStream
+    ) -> None:
+        self.proxy = proxy
+        self.client = client
+        self.upstream = upstream
+        self.patience = Patience(proxy.settings.idle_seconds)
+        self.frames = FrameEnds()
+        self.close = b""  # the frame that ends it, when we do
+        self.ended = False  # the upstream has said all
+        self.reading = trio.CancelScope()
+
+    def end(self, code: int, reason: str) -> None:
+        """Close it behind the client's last whole frame."""
+        self.close = bytes(
+            FrameProtocol(client=True, extensions=[]).close(code, reason)
+        )
+        if self.frames.whole:
+            self.reading.cancel()
+
+    async def run(self, said: bytes, heard: bytes) -> None:
+        """Live its life, beginning with what both sides have sent. Owns the upstream's
+        connection.
+        """
+        self.proxy.sessions.add(self)
+        if self.proxy.stopping.is_set():
+            self.end(CLOSE_RESTART, "the server restarts")
+        self.patience.moved()
+        broken = False
+        try:
+            with self.patience.scope as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._up, said)
+                    nursery.start_soon(self._down, heard)
+                await linger(self.client, self.proxy.settings.linger_seconds)
+            broken = scope.cancelled_caught
+        except* trio.BrokenResourceError:
+            broken = True
+        finally:
+            self.proxy.left(self)
+            if broken:
+                reset(self.client)
+                reset(self.upstream)
+            self.upstream.socket.close()
+
+    async def _up(self, data: bytes) -> None:
+        while not (self.close and self.frames.whole):
+            if not data:
+                with trio.CancelScope() as self.reading:
+                    data = await self.client.receive_some(CHUNK_BYTES)
+                    if not data:
+                        await self._pass_end(self.upstream)
+                        return
+                continue
+            self.frames.count(data)
+            try:
+                await self.upstream.send_all(data)
+            except trio.BrokenResourceError:
+                if self.ended:
+                    return  # nothing is lost: what else he says nobody would hear
+                raise
+            self.patience.moved()
+            data = b""
+        await self.upstream.send_all(self.close)
+
+    async def _down(self, data: bytes) -> None:
+        while data := data or await self.upstream.receive_some(CHUNK_BYTES):
+            await self.client.send_all(data)
+            self.patience.moved()
+            data = b""
+        self.ended = True
+        await self._pass_end(self.client)
+
+    async def _pass_end(self, stream: trio.SocketStream) -> None:
+        """One side says no more. The other has not much longer to do so too."""
+        with contextlib.suppress(trio.BrokenResourceError):  # it has gone already
+            await stream.send_eof()
+        self.patience.seconds = self.proxy.settings.stall_seconds
+        self.patience.moved()
+
+
+class Proxy(House):
+    """The whole of one proxy. dial connects to the upstream: the seam for tests."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        keyring: Keyring,
+        upstream: str,
+        dial: Callable[[], Awaitable[trio.SocketStream]],
+    ) -> None:
+        super().__init__(settings, Stats(), keyring)
+        self.upstream = upstream
+        self.dial = dial
+        self.sessions: set[Tunnel] = set()
+        self.about = {"upstream": upstream}
+
+    def http(self, stream: trio.SocketStream) -> Http:
+        """Make what serves one connection."""
+        return Passage(self, stream)
+
+    def left(self, tunnel: Tunnel) -> None:
+        """Count a socket out."""
+        self.sessions.discard(tunnel)
+        self._end_parked()
+
+
+# =====================================================================================
 # DOOR: systemd, listening, administration, command line
 #
 # How a person or a service manager meets chatd. Errors here are sentences: what was
@@ -4121,9 +4598,12 @@ def set_up_log(level: str) -> None:
     logging.getLogger("trio-websocket").setLevel(logging.CRITICAL)
 
 
-def raise_file_limit(settings: Settings) -> Settings:
-    """Get descriptors for max_connections + 256, or say by how much it is lowered."""
-    wanted = settings.max_connections + 256
+def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
+    """Get descriptors for max_connections + 256, or say by how much it is lowered.
+
+    each is how many a connection takes.
+    """
+    wanted = (settings.max_connections + 256) * each
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:
         top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -4131,7 +4611,7 @@ def raise_file_limit(settings: Settings) -> Settings:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft >= wanted:
         return settings
-    fewer = max(1, soft - 256)
+    fewer = max(1, soft // each - 256)
     say(logging.WARNING, "fewer_connections", max_connections=fewer, open_files=soft)
     return dataclasses.replace(settings, max_connections=fewer)
 
@@ -4177,6 +4657,17 @@ def secret_path(settings: Settings) -> Path:
     if credentials and (Path(credentials) / "chatd.secret").exists():
         return Path(credentials) / "chatd.secret"
     return settings.db.with_name("chatd.secret")
+
+
+def read_keyring(settings: Settings) -> Keyring:
+    """Read the keys. Raises UsageError."""
+    path = secret_path(settings)
+    if not path.exists():
+        raise UsageError(
+            f"secret {path}: there is none yet; `chatd serve` makes it at its first "
+            "start; or name yours with --secret-file, or the database with --db"
+        )
+    return Keyring(settings, read_secret(path, private=True))
 
 
 def make_secret(path: Path) -> None:
@@ -4305,14 +4796,12 @@ def url_of(listener: trio.SocketListener) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(settings: Settings, ready: Callable[[Server, str], None]) -> None:
+def serve(settings: Settings, ready: Callable[[House, str], None]) -> None:
     """Serve until a signal says stop. ready is called with the server's address."""
     settings = raise_file_limit(settings)
     with locked(settings.db):
         make_secret(secret_path(settings))
-        keyring = Keyring(settings, read_secret(secret_path(settings), private=True))
-        if settings.jwt_key and settings.audience is None:
-            say(logging.WARNING, "no_audience", hint="tokens for any aud are accepted")
+        keyring = read_keyring(settings)
         store = Store(settings, Stats())
         try:
             server = Server(settings, store, keyring)
@@ -4321,11 +4810,23 @@ def serve(settings: Settings, ready: Callable[[Server, str], None]) -> None:
             store.close()
 
 
-async def _serve(server: Server, ready: Callable[[Server, str], None]) -> None:
-    listeners = await open_listeners(server.settings.listen)
+def proxy(settings: Settings, upstream: str) -> None:
+    """Be the door of a chatd that listens elsewhere, until a signal says stop."""
+    settings = raise_file_limit(settings, each=2)
+    host, _, port = upstream.rpartition(":")
+    dial = functools.partial(trio.open_tcp_stream, host.strip("[]"), int(port))
+    house = Proxy(settings, read_keyring(settings), upstream, dial)
+    trio.run(_serve, house, announce)
+
+
+async def _serve(house: House, ready: Callable[[House, str], None]) -> None:
+    settings = house.settings
+    if settings.jwt_key and settings.audience is None:
+        say(logging.WARNING, "no_audience", hint="tokens for any aud are accepted")
+    listeners = await open_listeners(settings.listen)
     async with trio.open_nursery() as nursery:
-        await nursery.start(server.watch_signals, nursery.cancel_scope.cancel)
-        await nursery.start(server.run, listeners)
+        await nursery.start(house.watch_signals, nursery.cancel_scope.cancel)
+        await nursery.start(house.run, listeners)
         # What lives now lives on: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -4334,11 +4835,10 @@ async def _serve(server: Server, ready: Callable[[Server, str], None]) -> None:
         # (wsproto's), so one pass for about 150,000 of them is often enough.
         gc.set_threshold(5000, 10, 20)
         url = url_of(listeners[0])
-        say(logging.INFO, "ready", url=url, db=server.settings.db,
-            sqlite=sqlite3.sqlite_version)  # fmt: skip
-        ready(server, url)
+        say(logging.INFO, "ready", url=url, **house.about)
+        ready(house, url)
         notify(f"READY=1\nSTATUS=listening on {url}")
-        await server.finished.wait()
+        await house.finished.wait()
         nursery.cancel_scope.cancel()
 
 
@@ -4355,16 +4855,20 @@ def serve_demo(settings: Settings) -> None:
         store.write_now(store.create_chat, "Demo", people)
         store.close()
 
-        def ready(server: Server, url: str) -> None:
-            announce(server, url)
+        def ready(house: House, url: str) -> None:
+            announce(house, url)
             for user_id, name in people.items():
                 print(
-                    f"{name + ':':6}{sign_in_link(server.keyring, url, user_id, name)}"
+                    f"{name + ':':6}{sign_in_link(house.keyring, url, user_id, name)}"
                 )
             print(
                 "Open each link in a tab of its own. Ctrl-C ends the demo and removes"
             )
-            print("its files.", flush=True)
+            print("its files. With the proxy between, the links work at its port too:")
+            secret, upstream = secret_path(settings), url.removeprefix("http://")
+            print(
+                f"chatd proxy --upstream {upstream} --secret-file {secret}", flush=True
+            )
 
         serve(settings, ready)
 
@@ -4378,7 +4882,7 @@ def sign_in_link(
     return f"{base.rstrip('/')}/#token={token}"
 
 
-def announce(_server: Server, url: str) -> None:
+def announce(_house: House, url: str) -> None:
     """Print the line that scripts wait for."""
     print(f"listening on {url}", flush=True)
 
@@ -4692,14 +5196,16 @@ def checked(parse_value: Callable[[str], T]) -> Callable[[str], T]:
     return parse_argument
 
 
-def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add the flags of Settings, or only those named."""
+def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
+    """Add the flags of Settings, or only those named, or with other defaults."""
+    parser.set_defaults(defaults=defaults)
     for field in flags():
         if names and field.name not in names:
             continue
         unit, why, over = field.metadata.values()
         over = f"; over it: {over}" if over else ""
-        default = f" (default {shown(field.default)})" if shown(field.default) else ""
+        default = shown(defaults.get(field.name, field.default))
+        default = f" (default {default})" if default else ""
         parser.add_argument(
             flag(field),
             metavar=unit,
@@ -4713,7 +5219,7 @@ def read_settings(
     parser: argparse.ArgumentParser, options: argparse.Namespace
 ) -> Settings:
     """Take each setting from its flag, else CHATD_NAME, else the default."""
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = dict(options.defaults)
     if "STATE_DIRECTORY" in os.environ:
         chosen["db"] = Path(os.environ["STATE_DIRECTORY"].split(":")[0]) / "chatd.db"
     for field in flags():
@@ -4731,6 +5237,14 @@ def read_settings(
     return Settings(**chosen)
 
 
+# A door of its own believes nobody, unless it is told of a proxy before it.
+PROXY_DEFAULTS = {"listen": "127.0.0.1:3000", "trusted_proxy": ("none",)}
+PROXY_FLAGS = (
+    "listen", "db", "secret_file", "jwt_key", "issuer", "audience", "trusted_proxy",
+    "log_level", "handshakes", "max_connections", "drain_seconds",
+)  # fmt: skip
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="chatd", description=__doc__.split("\n")[0])
@@ -4742,6 +5256,18 @@ def make_parser() -> argparse.ArgumentParser:
     demo = "try it: two users, a chat, no traces"
     serving.add_argument("--demo", action="store_true", help=demo)
     add_flags(serving)
+
+    before = "be the one door of a chatd that listens elsewhere"
+    proxying = commands.add_parser("proxy", help=before, epilog=too)
+    where, upstream = "where that chatd listens", Settings().listen
+    proxying.add_argument(
+        "--upstream",
+        metavar="HOST:PORT",
+        type=checked(parse_listen),
+        default=os.environ.get("CHATD_UPSTREAM", upstream),
+        help=f"{where} (default {upstream})",
+    )
+    add_flags(proxying, *PROXY_FLAGS, **PROXY_DEFAULTS)
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
@@ -4779,13 +5305,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def print_token(settings: Settings, options: argparse.Namespace) -> None:
     """Print a token, and nothing else."""
-    path = secret_path(settings)
-    if not path.exists():
-        raise UsageError(
-            f"secret {path}: there is none yet; `chatd serve` makes it at its first "
-            "start; or name yours with --secret-file, or the database with --db"
-        )
-    keyring = Keyring(settings, read_secret(path, private=True))
+    keyring = read_keyring(settings)
     user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
     if options.link is None:
         seconds = ttl or settings.session_seconds
@@ -4819,6 +5339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 serve_demo(settings)
             case "serve":
                 serve(settings, announce)
+            case "proxy":
+                proxy(settings, options.upstream)
             case "token":
                 print_token(settings, options)
             case "backup":

@@ -660,13 +660,13 @@ def test_an_event_builds_its_frame_once_but_keeps_no_large_one() -> None:
 
 # --- refusals, log, stats ------------------------------------------------------------
 
-# The codes and their statuses. The proxy's 502 and 504 are its own.
+# The codes and their statuses. The proxy's `upstream` may be 504 too.
 STATUSES = {
     "bad_json": 400, "bad_field": 400, "unknown_type": 400, "token_invalid": 401,
     "token_expired": 401, "token_used": 401, "forbidden": 403, "not_found": 404,
     "method_not_allowed": 405, "timeout": 408, "idempotency_mismatch": 409,
     "too_large": 413, "upgrade_required": 426, "rate_limited": 429, "overloaded": 503,
-    "storage_failed": 503, "internal": 500,
+    "storage_failed": 503, "internal": 500, "upstream": 502,
 }  # fmt: skip
 
 
@@ -7829,6 +7829,1025 @@ async def test_two_hundred_connections_parked_in_every_state_all_go_by_themselve
     house.check_left()
 
 
+# =====================================================================================
+# PROXY
+#
+# A real Proxy between socket pairs, under virtual time. The test is the client on one
+# side and the upstream on the other, both in bytes: what the proxy passes is looked at
+# as the other end gets it, and what never reaches the other end is asserted too.
+# =====================================================================================
+
+
+class ProxyUp(NamedTuple):
+    """A request as the upstream got it, whole."""
+
+    method: str
+    target: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def one(self, name: str) -> str:
+        """The header of that name, which must be there once."""
+        (value,) = [value for key, value in self.headers if key == name]
+        return value
+
+    @property
+    def names(self) -> set[str]:
+        return {name for name, _ in self.headers}
+
+
+class ProxyHouse:
+    """A proxy that runs, its clients, and the upstream that it dials."""
+
+    def __init__(
+        self, settings: Settings, nursery: trio.Nursery, log: pytest.LogCaptureFixture
+    ) -> None:
+        keyring = Keyring(settings, WIRES_SECRET)
+        self.log = log
+        self.proxy = chatd.Proxy(settings, keyring, "chat.example:8086", self._dial)
+        self.listener = WiresListener()
+        self.nursery = nursery
+        self.dials = 0
+        self.fault: OSError | None = None  # what dialling raises
+        self.hanging = False  # dialling takes for ever
+        self.small = False  # the kernel holds little between proxy and upstream
+        self.errors: dict[str, int] = {}
+        self.streams: list[trio.SocketStream] = []
+        self._come, self._came = trio.open_memory_channel[WiresRaw](math.inf)
+
+    def _pair(
+        self, *, tcp: bool = False, small: bool = False
+    ) -> tuple[trio.SocketStream, WiresRaw]:
+        if tcp:
+            with socket.create_server(("127.0.0.1", 0)) as door:
+                theirs = socket.create_connection(door.getsockname())
+                ours, _ = door.accept()
+        else:
+            ours, theirs = socket.socketpair()
+        for sock in (ours, theirs):
+            if small:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
+            sock.setblocking(False)
+        streams = [
+            trio.SocketStream(trio.socket.from_stdlib_socket(s)) for s in (ours, theirs)
+        ]
+        self.streams.append(streams[1])
+        return streams[0], WiresRaw(streams[1])
+
+    async def _dial(self) -> trio.SocketStream:
+        self.dials += 1
+        await trio.lowlevel.checkpoint()
+        if self.hanging:
+            await trio.sleep_forever()
+        if self.fault is not None:
+            raise self.fault
+        ours, theirs = self._pair(tcp=not self.small, small=self.small)
+        self._come.send_nowait(theirs)
+        return ours
+
+    def dial(self, *, small: bool = False, tcp: bool = True) -> WiresRaw:
+        """Connect as a client. TCP has addresses and resets, but also real time."""
+        ours, raw = self._pair(tcp=tcp and not small, small=small)
+        self.listener.offer.send_nowait(ours)
+        return raw
+
+    async def upstream(self) -> WiresRaw:
+        """The next connection that the proxy made."""
+        with trio.fail_after(1):
+            return await self._came.receive()
+
+    async def request(self, up: WiresRaw) -> ProxyUp:
+        """Read one whole request as the upstream gets it, and that it is the last."""
+        side, method, target = h11.Connection(h11.SERVER), "", ""
+        headers: list[tuple[str, str]] = []
+        body = b""
+        with trio.fail_after(1):
+            while True:
+                event = side.next_event()
+                if event is h11.NEED_DATA:
+                    side.receive_data(await up.read())
+                elif isinstance(event, h11.Request):
+                    method, target = event.method.decode(), event.target.decode()
+                    headers = [
+                        (k.decode(), v.decode("latin-1")) for k, v in event.headers
+                    ]
+                elif isinstance(event, h11.Data):
+                    body += event.data
+                else:
+                    assert isinstance(event, h11.EndOfMessage), event
+                    break
+        await wait_all_tasks_blocked()
+        up.data = bytearray(side.trailing_data[0])
+        return ProxyUp(method, target, headers, body)
+
+    def target(self, user_id: int = 6, **claims: Any) -> str:
+        token = self.proxy.keyring.sign(user_id, 600, **claims)
+        return "/ws/chat?" + urlencode({"token": token})
+
+    async def exchange(
+        self, sent: bytes, answer: bytes = b"", method: str = "GET"
+    ) -> tuple[ProxyUp, HttpAnswer]:
+        """A request all the way up, and its answer all the way down."""
+        raw = self.dial()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(raw.send, sent)
+            up = await self.upstream()
+            got = await self.request(up)
+        await up.send(answer or PROXY_OK)
+        up.stream.socket.close()
+        heard = await raw.answer(method)
+        assert heard.headers["connection"] == "close"
+        assert await raw.ends() == b""
+        return got, heard
+
+    async def socket(
+        self, *, said: bytes = b"", heard: bytes = b"", small: bool = False
+    ) -> tuple[WiresRaw, WiresRaw]:
+        """Open a socket through it: the client's end and the upstream's."""
+        raw = self.dial(small=small)
+        await raw.send(wires_upgrade(self.target()), said)
+        up = await self.upstream()
+        await self.request(up)
+        await up.send(PROXY_101, heard)
+        assert (await raw.answer()).status == 101
+        return raw, up
+
+    def check_left(self) -> None:
+        """Claim that nothing is left of any connection."""
+        proxy = self.proxy
+        assert (proxy.open, len(proxy.sessions), len(proxy.parked)) == (0, 0, 0)
+        assert dict(proxy.stats.errors) == self.errors
+
+
+PROXY_OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+PROXY_101 = (
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+)
+
+
+def proxied(
+    **settings: Any,
+) -> Callable[
+    [Callable[Concatenate[ProxyHouse, P], Awaitable[None]]], Callable[..., None]
+]:
+    """Give a test a proxy with these settings, in a run of Trio whose clock jumps."""
+    settings = {"trusted_proxy": ("none",)} | settings
+
+    def decorate(
+        test: Callable[Concatenate[ProxyHouse, P], Awaitable[None]],
+    ) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(caplog: pytest.LogCaptureFixture, **given: Any) -> None:
+            caplog.set_level(logging.DEBUG, "chatd")
+
+            async def main() -> None:
+                async with trio.open_nursery() as nursery:
+                    house = ProxyHouse(Settings(**settings), nursery, caplog)
+                    doors = [cast("trio.SocketListener", house.listener)]
+                    await nursery.start(house.proxy.run, doors)
+                    try:
+                        await cast("Callable[..., Awaitable[None]]", test)(
+                            house, **given
+                        )
+                        house.proxy.stopping.set()
+                        with trio.fail_after(house.proxy.settings.drain_seconds + 0.1):
+                            await house.proxy.finished.wait()
+                        house.check_left()
+                    finally:
+                        for stream in house.streams:
+                            stream.socket.close()
+                        nursery.cancel_scope.cancel()
+
+            try:
+                trio.run(main, clock=MockClock(autojump_threshold=0))
+            except BaseExceptionGroup as group:
+                errors = list(chatd.leaves(group))
+                raise errors[0] if len(errors) == 1 else group from None
+            assert "eyJ" not in caplog.text, "a token in the log"
+
+        signature = inspect.signature(test)
+        _, *given = signature.parameters.values()
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter("caplog", kind), *given]
+        )
+        return run
+
+    return decorate
+
+
+# --- Passage: what goes up -----------------------------------------------------------
+
+
+@proxied()
+async def test_a_request_is_passed_up_as_it_is_and_its_answer_down(
+    house: ProxyHouse,
+) -> None:
+    sent = wires_request(
+        "POST", "/api/v1/chats?a=%20b", b'{"title":"T"}', Authorization="Bearer x.y",
+        Idempotency_Key="k", Origin="http://chat.example",
+    )  # fmt: skip
+    answer = b"HTTP/1.1 201 Created\r\nETag: x\r\nContent-Length: 4\r\n\r\nmade"
+    got, heard = await house.exchange(sent, answer)
+    assert (got.method, got.target) == ("POST", "/api/v1/chats?a=%20b")
+    assert got.body == b'{"title":"T"}'
+    assert got.one("authorization") == "Bearer x.y"
+    assert got.one("idempotency-key") == "k"
+    assert got.one("origin") == "http://chat.example"
+    assert got.one("host") == "chat.example"
+    assert got.one("connection") == "close"
+    assert (heard.status, heard.body, heard.headers["etag"]) == (201, b"made", "x")
+
+
+PROXY_FORGED = {
+    "X-Forwarded-For": "6.6.6.6", "X-Forwarded-Proto": "https",
+    "X-Forwarded-Host": "evil.example", "X-Forwarded-Port": "1",
+    "Forwarded": "for=6.6.6.6", "X-Real-IP": "6.6.6.6", "x-FORWARDED-for": "6.6.6.7",
+}  # fmt: skip
+
+
+@proxied()
+async def test_nobody_says_himself_who_he_is(house: ProxyHouse) -> None:
+    got, _ = await house.exchange(wires_request("GET", "/", **PROXY_FORGED))
+    assert got.one("x-forwarded-for") == "127.0.0.1"
+    assert got.one("x-forwarded-proto") == "http"
+    assert got.one("x-forwarded-host") == "chat.example"
+    assert not got.names & {"forwarded", "x-real-ip", "x-forwarded-port"}
+    assert not any("6.6.6" in value for _, value in got.headers)
+
+
+@proxied(trusted_proxy=("127.0.0.0/8",))
+async def test_a_trusted_proxy_before_us_says_who_asks(house: ProxyHouse) -> None:
+    forged = PROXY_FORGED | {
+        "X-Forwarded-For": "6.6.6.6, 9.9.9.9, 127.0.0.5",
+        "X-Forwarded-Host": "chat.example.org",
+    }
+    del forged["x-FORWARDED-for"]
+    got, _ = await house.exchange(wires_request("GET", "/", **forged))
+    assert got.one("x-forwarded-for") == "9.9.9.9"
+    assert got.one("x-forwarded-proto") == "https"
+    assert got.one("x-forwarded-host") == "chat.example.org"
+    assert not got.names & {"forwarded", "x-real-ip", "x-forwarded-port"}
+
+
+@proxied()
+async def test_what_concerns_one_connection_goes_no_further(house: ProxyHouse) -> None:
+    hop = {
+        "Connection": "keep-alive, X-Mine, Host, Content-Length, X-Forwarded-For",
+        "Keep-Alive": "5", "TE": "trailers", "Trailer": "x", "Upgrade": "h2c",
+        "Proxy-Connection": "x", "Proxy-Authorization": "x", "X-Mine": "1",
+        "X-Your": "2",
+    }  # fmt: skip
+    answer = (
+        b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Theirs\r\nKeep-Alive: 5\r\n"
+        b"X-Theirs: 1\r\nX-Ours: 2\r\nContent-Length: 2\r\n\r\nok"
+    )
+    got, heard = await house.exchange(
+        wires_request("POST", "/", b"body", **hop), answer
+    )
+    assert got.names == {
+        "host", "x-your", "content-length", "connection", "via", "x-forwarded-for",
+        "x-forwarded-host", "x-forwarded-proto",
+    }  # fmt: skip
+    assert (got.body, got.one("via")) == (b"body", "1.1 chatd")
+    assert got.one("x-forwarded-for") == "127.0.0.1"
+    assert "x-ours" in heard.headers
+    assert not {*heard.headers} & {"x-theirs", "keep-alive"}
+
+
+@proxied()
+async def test_the_body_is_passed_up_exactly_whatever_its_frame(
+    house: ProxyHouse,
+) -> None:
+    chunks = b"3;x=y\r\nabc\r\n5\r\ndefgh\r\n0\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n"
+    sent = wires_request("POST", "/", Transfer_Encoding="chunked") + chunks
+    got, _ = await house.exchange(sent)
+    assert got.body == b"abcdefgh"
+    assert got.one("transfer-encoding") == "chunked"
+    assert "content-length" not in got.names
+    got, _ = await house.exchange(wires_request("POST", "/", b""))
+    assert (got.body, got.one("content-length")) == (b"", "0")
+    got, _ = await house.exchange(wires_request("POST", "/", b"x" * 300_000))
+    assert got.body == b"x" * 300_000
+
+
+@proxied()
+async def test_a_request_in_single_bytes_is_passed_up_like_a_whole_one(
+    house: ProxyHouse,
+) -> None:
+    raw = house.dial()
+    sent = wires_request("POST", "/", b"body")
+    for number in range(len(sent)):
+        await raw.send(sent[number : number + 1])
+        await wait_all_tasks_blocked()
+    up = await house.upstream()
+    assert (await house.request(up)).body == b"body"
+    await up.send(PROXY_OK)
+    assert (await raw.answer()).body == b"ok"
+
+
+@pytest.mark.parametrize("body", [None, b"body"])
+@proxied()
+async def test_a_second_request_behind_the_first_is_never_passed_on(
+    house: ProxyHouse, body: bytes | None
+) -> None:
+    raw = house.dial()
+    second = wires_request("GET", "/api/v1/me", X_Forwarded_For="6.6.6.6")
+    await raw.send(wires_request("POST", "/", body), second)
+    up = await house.upstream()
+    got = await house.request(up)
+    assert got.body == (body or b"")
+    assert up.data == b""
+    await up.send(
+        b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nContent-Length: 0\r\n\r\n"
+    )
+    assert (await raw.answer()).headers["connection"] == "close"
+    await raw.send(second)  # now, too, it is nobody's
+    assert await up.ends() == b""
+    assert await raw.ends() == b""
+    assert house.dials == 1
+
+
+@proxied()
+async def test_an_answer_of_our_own_ends_the_connection_too(house: ProxyHouse) -> None:
+    house.fault = ConnectionRefusedError(111, "Connection refused")
+    raw = house.dial()
+    await raw.send(wires_request("GET", "/"), wires_request("GET", "/"))
+    answer = await raw.answer()
+    assert (answer.status, answer.code) == (502, "upstream")
+    assert answer.headers["connection"] == "close"
+    assert await raw.ends() == b""
+    assert house.dials == 1
+
+
+@pytest.mark.parametrize("fault", [*WIRES_BAD_HEADS])
+@proxied()
+async def test_a_bad_head_reaches_no_upstream(house: ProxyHouse, fault: str) -> None:
+    sent, status = WIRES_BAD_HEADS[fault]
+    raw = house.dial()
+    await raw.send(sent)
+    answer = await raw.answer()
+    assert answer.status == status
+    assert answer.headers["connection"] == "close"
+    assert await raw.ends() == b""
+    assert house.dials == 0
+
+
+# What has fooled proxies, and what must become of it: refused here, or normal above.
+PROXY_SMUGGLED: dict[str, bytes] = {
+    "chunks in HTTP/1.0": (
+        b"POST / HTTP/1.0\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    ),
+    "chunks by another name": wires_request("POST", "/", Transfer_Encoding="xchunked"),
+    "chunks twice": wires_request("POST", "/", Transfer_Encoding="chunked, chunked"),
+    "chunks of a chunk": wires_request("POST", "/", Transfer_Encoding="gzip, chunked"),
+    "a space before the colon": (
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length : 5\r\n\r\nhello"
+    ),
+    "a NUL": b"GET / HTTP/1.1\r\nHost: x\r\nA: b\0c\r\n\r\n",
+    "a bare CR": b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rX-Forwarded-For: 6.6.6.6\r\n\r\n",
+    "a length with a plus": wires_request("POST", "/", Content_Length="+5") + b"hello",
+    "a length in hex": wires_request("POST", "/", Content_Length="0x5") + b"hello",
+    "lengths that differ": (
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5, 6\r\n\r\nhello"
+    ),
+    "a tunnel": b"CONNECT /x HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a line that is none": b"GET / HTTP/1.1\r\nHost: x\r\nnonsense\r\n\r\n",
+    "two versions": b"GET / HTTP/1.1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a header before the line": b" GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("what", PROXY_SMUGGLED)
+@proxied()
+async def test_what_two_servers_may_read_in_two_ways_is_refused(
+    house: ProxyHouse, what: str
+) -> None:
+    raw = house.dial()
+    await raw.send(PROXY_SMUGGLED[what])
+    answer = await raw.answer()
+    assert (answer.status, answer.code) == (400, "bad_field")
+    assert await raw.ends() == b""
+    assert house.dials == 0
+
+
+@proxied()
+async def test_what_is_only_untidy_is_written_anew(house: ProxyHouse) -> None:
+    untidy = (
+        b"GET / HTTP/1.1\nHost: x\nA: b\r\n c\nContent-Length: 2, 2\r\n"
+        b"content-length: 2\r\n\r\nok"
+    )
+    raw = house.dial()
+    await raw.send(untidy)
+    up = await house.upstream()
+    await up.listen(1)
+    head, _, body = bytes(up.data).partition(b"\r\n\r\n")
+    assert head.replace(b"\r\n", b"").count(b"\n") == 0
+    assert b"\r\na: b c\r\n" in head
+    assert head.lower().count(b"content-length: 2\r\n") == 1
+    assert body == b"ok"
+
+
+@pytest.mark.parametrize(
+    "body", [b"3\r\nabcX", b"-1\r\n", b"3\r\nabc\r\nzz\r\n", b"3\nabc\r\n0\r\n\r\n"]
+)
+@proxied()
+async def test_a_body_that_breaks_off_its_frame_has_no_end_above(
+    house: ProxyHouse, body: bytes
+) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("POST", "/", Transfer_Encoding="chunked"), body)
+    assert (await raw.answer()).status == 400
+    up = await house.upstream()
+    assert not (await up.ends()).endswith(b"0\r\n\r\n")
+    assert await raw.ends() == b""
+
+
+@proxied()
+async def test_a_client_that_leaves_in_mid_body_leaves_a_request_without_an_end(
+    house: ProxyHouse,
+) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("POST", "/", Content_Length="10"), b"hello")
+    up = await house.upstream()
+    await up.listen(0.5)
+    raw.stream.socket.close()
+    assert (await up.ends()).endswith(b"\r\n\r\nhello")
+
+
+@proxied()
+async def test_a_client_that_ends_its_side_still_gets_its_answer(
+    house: ProxyHouse,
+) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("GET", "/"))
+    await raw.stream.send_eof()
+    up = await house.upstream()
+    await house.request(up)
+    await up.send(PROXY_OK)
+    assert (await raw.answer()).body == b"ok"
+
+
+@proxied()
+async def test_an_old_client_gets_no_chunks_and_no_100(house: ProxyHouse) -> None:
+    raw = house.dial()
+    await raw.send(b"GET / HTTP/1.0\r\n\r\n")
+    up = await house.upstream()
+    assert (await house.request(up)).one("host") == "chat.example:8086"
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+    await up.send(b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 200 OK\r\n", chunks)
+    head, _, body = (await raw.ends()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK")
+    assert b"chunked" not in head
+    assert body == b"ok"
+
+
+@proxied()
+async def test_who_waits_for_100_gets_the_upstreams(house: ProxyHouse) -> None:
+    raw = house.dial()
+    await raw.send(
+        wires_request("POST", "/", Content_Length="4", Expect="100-continue")
+    )
+    up = await house.upstream()
+    await up.listen(1)
+    assert b"expect: 100-continue" in up.data.lower()
+    assert raw.data == b""
+    await up.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+    await raw.read()
+    assert raw.data.startswith(b"HTTP/1.1 100 ")
+    await raw.send(b"body")
+    await up.listen(1)
+    assert up.data.endswith(b"\r\n\r\nbody")
+    await up.send(PROXY_OK)
+    assert (await raw.answer()).body == b"ok"
+    assert raw.informed == [100]
+
+
+@proxied()
+async def test_an_answer_before_the_body_is_there_ends_it(house: ProxyHouse) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("POST", "/", Content_Length="1000000"), b"x" * 5000)
+    up = await house.upstream()
+    await up.listen(0.1)
+    await up.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+    assert (await raw.answer()).status == 413
+    assert await up.ends()
+    await raw.ends()
+
+
+# --- Passage: what comes down --------------------------------------------------------
+
+
+PROXY_ANSWERS: dict[str, tuple[str, bytes, int, bytes]] = {
+    "a length": ("GET", PROXY_OK, 200, b"ok"),
+    "chunks": (
+        "GET",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        200,
+        b"ok",
+    ),
+    "up to the end": ("GET", b"HTTP/1.1 200 OK\r\n\r\nok", 200, b"ok"),
+    "HTTP/1.0": ("GET", b"HTTP/1.0 200 OK\r\n\r\nok", 200, b"ok"),
+    "HEAD": ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", 200, b""),
+    "HEAD of chunks": (
+        "HEAD", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", 200, b"",
+    ),
+    "204": ("DELETE", b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
+    "304": ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", 304, b""),
+    "an idle 100": ("GET", b"HTTP/1.1 100 C\r\n\r\n" + PROXY_OK, 200, b"ok"),
+    "503": (
+        "GET", b"HTTP/1.1 503 Full\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n", 503,
+        b"",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PROXY_ANSWERS)
+@proxied()
+async def test_an_answer_of_any_frame_comes_down_whole(
+    house: ProxyHouse, what: str
+) -> None:
+    method, answer, status, body = PROXY_ANSWERS[what]
+    _, heard = await house.exchange(wires_request(method, "/"), answer, method)
+    assert (heard.status, heard.body) == (status, body)
+
+
+PROXY_NONSENSE: dict[str, bytes] = {
+    "nothing": b"",
+    "half a head": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "no HTTP": b"220 smtp.example ESMTP\r\n" * 10,
+    "a head without end": b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 10_000,
+    "a status of 999999": b"HTTP/1.1 999999 OK\r\n\r\n",
+    "a status of 099": b"HTTP/1.1 099 OK\r\n\r\n",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2, 3\r\n\r\nok",
+    "a length and chunks": (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"2\r\nok\r\n0\r\n\r\n"
+    ),
+    "a 101 that nobody asked for": PROXY_101,
+}
+
+
+@pytest.mark.parametrize("what", PROXY_NONSENSE)
+@proxied()
+async def test_an_answer_that_is_none_is_502(house: ProxyHouse, what: str) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("GET", "/"))
+    up = await house.upstream()
+    await house.request(up)
+    with contextlib.suppress(trio.BrokenResourceError):
+        await up.send(PROXY_NONSENSE[what])
+    up.stream.socket.close()
+    answer = await raw.answer()
+    assert (answer.status, answer.code) == (502, "upstream")
+    assert await raw.ends() == b""
+    assert house.dials == 1  # it is never asked twice
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("end", ["closes", "resets", "breaks its frame"])
+@pytest.mark.parametrize("frame", ["Content-Length: 10", "Transfer-Encoding: chunked"])
+@proxied()
+async def test_an_answer_that_breaks_off_never_looks_whole(
+    house: ProxyHouse, frame: str, end: str, version: str
+) -> None:
+    if end == "breaks its frame" and frame.startswith("Content"):
+        return
+    raw = house.dial()
+    await raw.send(f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+    up = await house.upstream()
+    await house.request(up)
+    body = b"5\r\nhello\r\n" if "chunked" in frame else b"hello"
+    await up.send(f"HTTP/1.1 200 OK\r\n{frame}\r\n\r\n".encode(), body)
+    while not raw.data.rstrip().endswith(b"hello"):
+        await raw.read()
+    if end == "breaks its frame":
+        await up.send(b"nonsense\r\n")
+    if end == "resets":
+        chatd.reset(up.stream)
+    up.stream.socket.close()
+    with pytest.raises(trio.BrokenResourceError):
+        await raw.listen()
+
+
+@proxied()
+async def test_a_service_that_is_away_is_502_with_a_sentence_and_one_line_of_log(
+    house: ProxyHouse,
+) -> None:
+    house.fault = ConnectionRefusedError(111, "Connection refused")
+    for _ in range(20):
+        raw = house.dial()
+        await raw.send(wires_request("GET", "/api/v1/me"))
+        answer = await raw.answer()
+        assert (answer.status, answer.code) == (502, "upstream")
+        assert answer.json["error"]["message"] == chatd.REFUSALS["upstream"][1]
+        await raw.ends()
+    lines = [m for m in house.log.messages if m.startswith("upstream_failed ")]
+    assert lines == ["upstream_failed why='[Errno 111] Connection refused' open=1"]
+
+
+@pytest.mark.parametrize("where", ["dialling", "answering", "reading"])
+@proxied()
+async def test_a_service_that_hangs_is_504_after_20_s(
+    house: ProxyHouse, where: str
+) -> None:
+    house.hanging = where == "dialling"
+    house.small = True
+    raw = house.dial()
+    body = b"x" * 1_000_000 if where == "reading" else None
+    with taking(20, 20.5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(raw.send, wires_request("POST", "/", body))
+            answer = await raw.answer(within=30)
+            nursery.cancel_scope.cancel()
+    assert (answer.status, answer.code) == (504, "upstream")
+    if where == "answering":
+        up = await house.upstream()
+        assert await up.ends()
+
+
+@proxied()
+async def test_a_body_that_does_not_come_is_408_after_20_s(house: ProxyHouse) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("POST", "/", Content_Length="10"), b"hello")
+    with taking(20):
+        assert (await raw.answer(within=30)).status == 408
+    up = await house.upstream()
+    assert (await up.ends()).endswith(b"hello")
+
+
+@proxied()
+async def test_what_still_moves_is_not_cut(house: ProxyHouse) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("POST", "/", Content_Length="10"))
+    up = await house.upstream()
+    for _ in range(10):
+        await trio.sleep(19)
+        await raw.send(b"x")
+    await house.request(up)
+    await trio.sleep(19)
+    await up.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
+    for _ in range(5):
+        await trio.sleep(19)
+        await up.send(b"y")
+    assert (await raw.answer()).body == b"yyyyy"
+
+
+@proxied()
+async def test_a_client_that_does_not_take_its_answer_is_cut_after_20_s(
+    house: ProxyHouse,
+) -> None:
+    house.small = True
+    raw = house.dial(small=True)
+    await raw.send(wires_request("GET", "/"))
+    up = await house.upstream()
+    await house.request(up)
+    await up.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
+    with taking(20, 21), contextlib.suppress(trio.BrokenResourceError):
+        while len(up.data) < 10_000_000:
+            await up.send(b"x" * 1000)
+            up.data += b"x" * 1000
+    assert len(up.data) < 200_000  # in all buffers together
+
+
+# --- Passage: the token at the door --------------------------------------------------
+
+
+@proxied()
+async def test_a_socket_needs_a_good_token_before_anybody_is_asked(
+    house: ProxyHouse,
+) -> None:
+    good = house.target()
+    expired = house.proxy.keyring.sign(6, -60)
+    link = house.proxy.keyring.sign(6, 60, use="signin")
+    for target, code in (
+        ("/ws/chat", "token_invalid"),
+        ("/ws/chat?token=", "token_invalid"),
+        (good[:-3], "token_invalid"),
+        (f"/ws/chat?token={expired}", "token_expired"),
+        (f"/ws/chat?token={link}", "token_invalid"),
+    ):
+        raw = house.dial()
+        await raw.send(wires_upgrade(target))
+        answer = await raw.answer()
+        assert (answer.status, answer.code) == (401, code), target
+        assert await raw.ends() == b""
+    raw = house.dial()
+    await raw.send(wires_upgrade(f"{good}&token=x"))
+    assert (await raw.answer()).status == 400
+    raw = house.dial()
+    await raw.send(wires_request("GET", good))
+    assert (await raw.answer()).status == 426
+    assert house.dials == 0
+
+
+@proxied()
+async def test_a_ticket_of_the_upstream_passes_and_is_not_spent(
+    house: ProxyHouse,
+) -> None:
+    above = Keyring(Settings(), WIRES_SECRET)
+    ticket = above.ticket(above.verify(above.sign(6, 600)))
+    for _ in range(2):
+        raw = house.dial()
+        await raw.send(wires_upgrade(f"/ws/chat?token={ticket}"))
+        got = await house.request(await house.upstream())
+        assert got.target == f"/ws/chat?token={ticket}"
+        above.spend(above.verify(ticket, "socket"))
+        with pytest.raises(Refusal, match="token_used"):
+            above.verify(ticket, "socket")
+        above = Keyring(Settings(), WIRES_SECRET)
+        above.boot = "another"
+        ticket = above.ticket(above.verify(above.sign(6, 600)))
+
+
+@proxied(handshakes=Rate(1, 3))
+async def test_handshakes_are_counted_at_the_door(house: ProxyHouse) -> None:
+    statuses = []
+    for _ in range(5):
+        raw = house.dial()
+        await raw.send(wires_upgrade("/ws/chat?token=x"))
+        statuses.append((await raw.answer()).status)
+    assert statuses == [401, 401, 401, 429, 429]
+
+
+@proxied()
+async def test_an_upgrade_is_passed_up_and_a_refusal_of_it_down(
+    house: ProxyHouse,
+) -> None:
+    raw = house.dial()
+    extension = {"Sec_WebSocket_Extensions": "permessage-deflate"}
+    await raw.send(wires_upgrade(house.target(), **extension), b"behind")
+    up = await house.upstream()
+    got = await house.request(up)
+    assert got.one("connection").lower() == "upgrade"
+    assert got.one("upgrade") == "websocket"
+    assert got.one("sec-websocket-key") == "dGhlIHNhbXBsZSBub25jZQ=="
+    assert got.one("sec-websocket-extensions") == "permessage-deflate"
+    assert up.data == b""  # what came behind waits for the 101
+    await up.send(b"HTTP/1.1 503 Full\r\nContent-Length: 2\r\n\r\nno")
+    assert (await raw.answer()).status == 503
+    assert await up.ends() == b""
+    assert await raw.ends() == b""
+
+
+# --- Tunnel --------------------------------------------------------------------------
+
+
+@proxied()
+async def test_bytes_pass_only_behind_the_101_and_then_as_they_are(
+    house: ProxyHouse,
+) -> None:
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target()), b"be")
+    up = await house.upstream()
+    await house.request(up)
+    await raw.send(b"hind")
+    await up.listen(1)
+    assert up.data == b""
+    await up.send(PROXY_101, b"greet")
+    answer = await raw.answer()
+    assert answer.status == 101
+    assert answer.headers["sec-websocket-accept"] == DOOR_ACCEPT
+    await up.listen(1)
+    await raw.listen(1)
+    assert up.data == b"behind"
+    assert raw.data == b"greet"
+    noise = os.urandom(300_000)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(raw.send, noise)
+        nursery.start_soon(up.send, noise[::-1])
+        nursery.start_soon(raw.listen)
+        await up.listen()
+    assert up.data == b"behind" + noise
+    assert raw.data == b"greet" + noise[::-1]
+
+
+@pytest.mark.parametrize("who", ["client", "upstream"])
+@proxied()
+async def test_an_end_of_one_side_is_passed_on_and_the_other_may_finish(
+    house: ProxyHouse, who: str
+) -> None:
+    raw, up = await house.socket()
+    one, other = (raw, up) if who == "client" else (up, raw)
+    await one.send(b"last words")
+    await one.stream.send_eof()
+    assert await other.ends() == b"last words"
+    await other.send(b"an answer")
+    await other.stream.send_eof()
+    assert await one.ends() == b"an answer"
+    await wait_all_tasks_blocked()
+    assert not house.proxy.open
+
+
+@pytest.mark.parametrize("who", ["client", "upstream"])
+@proxied()
+async def test_a_reset_of_one_side_is_one_for_the_other(
+    house: ProxyHouse, who: str
+) -> None:
+    raw, up = await house.socket()
+    one, other = (raw, up) if who == "client" else (up, raw)
+    chatd.reset(one.stream)
+    with pytest.raises(trio.BrokenResourceError), trio.fail_after(1):
+        await other.read()
+    await wait_all_tasks_blocked()
+    assert not house.proxy.open
+
+
+@proxied()
+async def test_the_upstreams_last_words_reach_a_client_that_talks_on(
+    house: ProxyHouse,
+) -> None:
+    raw, up = await house.socket()
+    await up.send(wires_close(1012))
+    up.stream.socket.close()
+    for _ in range(5):
+        await raw.send(b"x" * 1000)
+        await wait_all_tasks_blocked()
+    assert await raw.ends() == wires_close(1012)
+
+
+@proxied()
+async def test_a_socket_in_which_nothing_moves_is_cut_after_75_s(
+    house: ProxyHouse,
+) -> None:
+    raw, up = await house.socket()
+    await trio.sleep(70)
+    await up.send(b"ping")
+    await raw.read()
+    await trio.sleep(70)
+    await raw.send(b"pong")
+    await up.read()
+    with taking(75), pytest.raises(trio.BrokenResourceError):
+        await raw.read()
+    with pytest.raises(trio.BrokenResourceError):
+        await up.read()
+
+
+@proxied()
+async def test_who_does_not_end_behind_an_end_is_cut_after_10_s(
+    house: ProxyHouse,
+) -> None:
+    raw, up = await house.socket()
+    await up.stream.send_eof()
+    assert await raw.read() == b""
+    with taking(10), pytest.raises(trio.BrokenResourceError):
+        await up.read()
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+@proxied()
+async def test_what_one_end_does_not_take_is_not_read_from_the_other(
+    house: ProxyHouse, way: str
+) -> None:
+    house.small = True
+    raw, up = await house.socket(small=True)
+    one, other = (raw, up) if way == "up" else (up, raw)
+    sent = 0
+    with trio.move_on_after(5):
+        while True:
+            await one.send(bytes(1000))
+            sent += 1000
+    assert sent < 200_000  # in all buffers together, the kernel's too
+    await one.stream.send_eof()
+    assert sent <= len(await other.ends()) < sent + 1000
+
+
+@hypothesis.settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 125, 126, 300, 65_535, 65_536]), max_size=9),
+    st.lists(st.integers(1, 20) | st.integers(1000, 70_000), min_size=1),
+    st.booleans(),
+)
+def test_the_end_of_a_frame_is_found_however_the_bytes_are_cut(
+    sizes: list[int], cuts: list[int], masked: bool
+) -> None:
+    frames = [door_frame(TEXT, bytes(size), masked=masked) for size in sizes]
+    ends = {0, *itertools.accumulate(map(len, frames))}
+    data, at, cut = b"".join(frames), 0, itertools.cycle(cuts)
+    found = chatd.FrameEnds()
+    assert found.whole
+    while at < len(data):
+        piece = data[at : at + next(cut)]
+        found.count(piece)
+        at += len(piece)
+        assert found.whole == (at in ends)
+
+
+# --- Proxy: its end ------------------------------------------------------------------
+
+
+async def proxy_close(up: WiresRaw, within: float = 1.0) -> int:
+    """The code of the close frame that the upstream gets, which must be masked."""
+    side = FrameProtocol(client=False, extensions=[])
+    side.receive_bytes(bytes(up.data))
+    with trio.fail_after(within):
+        while True:
+            side.receive_bytes(await up.read())
+            for frame in side.received_frames():
+                if frame.opcode is Opcode.CLOSE:
+                    return int(frame.payload[0])
+
+
+@proxied()
+async def test_a_stop_closes_sockets_behind_the_clients_last_whole_frame(
+    house: ProxyHouse,
+) -> None:
+    idle, idle_up = await house.socket()
+    busy, busy_up = await house.socket()
+    frame = wires_command("ping")
+    await busy.send(frame[:5])
+    await busy_up.listen(0.1)
+    house.proxy.stopping.set()
+    assert await proxy_close(idle_up) == 1012
+    await busy_up.listen(0.5)
+    assert busy_up.data == frame[:5]  # nothing in the middle of a frame
+    await busy.send(frame[5:])
+    assert await proxy_close(busy_up) == 1012
+    for raw, up in ((idle, idle_up), (busy, busy_up)):
+        await up.send(wires_close(1012))
+        await up.stream.send_eof()
+        assert await raw.ends() == wires_close(1012)
+        raw.stream.socket.close()
+    with trio.fail_after(1.1):
+        await house.proxy.finished.wait()
+
+
+@proxied()
+async def test_a_socket_that_opens_while_it_stops_is_closed_too(
+    house: ProxyHouse,
+) -> None:
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target()))
+    up = await house.upstream()
+    await house.request(up)
+    house.proxy.stopping.set()
+    await wait_all_tasks_blocked()
+    await up.send(PROXY_101)
+    assert (await raw.answer()).status == 101
+    assert await proxy_close(up) == 1012
+
+
+@proxied()
+async def test_a_stop_lets_a_request_finish_and_ends_who_waits_to_ask(
+    house: ProxyHouse,
+) -> None:
+    silent, raw = house.dial(), house.dial()
+    await raw.send(wires_request("GET", "/"))
+    up = await house.upstream()
+    await house.request(up)
+    house.proxy.stopping.set()
+    with taking(0, 1):  # it had a second to ask, so as not to be refused
+        assert await silent.ends(within=2) == b""
+    await up.send(PROXY_OK)
+    assert (await raw.answer()).body == b"ok"
+    await raw.ends()
+    raw.stream.socket.close()
+    with trio.fail_after(1):
+        await house.proxy.finished.wait()
+
+
+@proxied(drain_seconds=3.0)
+async def test_what_does_not_end_is_cut_when_the_drain_is_over(
+    house: ProxyHouse,
+) -> None:
+    raw, _ = await house.socket()
+    waiting = house.dial()
+    await waiting.send(wires_request("GET", "/"))
+    await house.request(await house.upstream())
+    with taking(3, 3.1):
+        house.proxy.stopping.set()
+        await house.proxy.finished.wait()
+    assert await raw.ends() == b""
+
+
+@proxied(max_connections=1)
+async def test_a_full_proxy_turns_away_at_once(house: ProxyHouse) -> None:
+    for _ in range(129):
+        raw = house.dial(tcp=False)
+        await raw.send(wires_request("GET", "/"))
+        await house.upstream()
+    raw = house.dial(tcp=False)
+    answer = await raw.answer()
+    assert (answer.status, answer.code) == (503, "overloaded")
+    assert house.dials == 129
+
+
+@proxied()
+async def test_a_mistake_of_ours_ends_one_connection_and_is_told(
+    house: ProxyHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(house.proxy, "check_handshakes", lambda _: 1 / 0)
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target()))
+    assert (await raw.answer()).code == "internal"
+    house.errors = {"ZeroDivisionError": 1}
+    _, heard = await house.exchange(wires_request("GET", "/"))
+    assert heard.body == b"ok"
+
+
 # ---------------------------------------------------------------------------- #
 # The door: chatd as a stranger meets it
 #
@@ -8092,6 +9111,9 @@ class DoorLine:
 class DoorServer:
     """A database and, from begin to stop or kill, the process that serves it."""
 
+    verb = "serve"
+    open = tuple(DOOR_OPEN)
+
     def __init__(self, home: Path) -> None:
         self.home = home
         self.db = home / "chatd.db"
@@ -8108,7 +9130,7 @@ class DoorServer:
 
     def start(self) -> None:
         """Start it and wait (it blocks) for the line that says it is ready."""
-        command = [sys.executable, "-m", "chatd", "serve", *self.serve]
+        command = [sys.executable, "-m", "chatd", self.verb, *self.serve]
         command += ["--listen", f"127.0.0.1:{self.port}", *self.flags]
         ready = threading.Event()
         with (self.home / "stderr").open("ab") as stderr:
@@ -8184,7 +9206,7 @@ class DoorServer:
     @asynccontextmanager
     async def serving(self, *flags: str) -> AsyncIterator[DoorServer]:
         """It runs inside the block (rates off, then `flags`) and ends well."""
-        await self.begin(*DOOR_OPEN, *flags)
+        await self.begin(*self.open, *flags)
         yield self
         if self.process is not None:
             await self.stop()
@@ -8396,6 +9418,18 @@ class DoorServer:
         return await self.want(200, target, self.stats_token)
 
 
+class DoorProxy(DoorServer):
+    """A proxy before a server: whoever dials it is at that server's door."""
+
+    verb = "proxy"
+    open = ("--handshakes=0", "--drain-seconds=2")
+
+    def __init__(self, home: Path, port: int, db: Path) -> None:
+        super().__init__(home)
+        self.db = db
+        self.serve = ("--db", str(db), "--upstream", f"127.0.0.1:{port}")
+
+
 def door_lasting(events: list[DoorFrame]) -> list[DoorFrame]:
     """Events without the one thing in them that is as of now, not as of then."""
     return [{k: v for k, v in event.items() if k != "chat"} for event in events]
@@ -8483,6 +9517,44 @@ async def open_house(door_shared_process: DoorServer) -> AsyncIterator[DoorServe
     server.streams.clear()
 
 
+@pytest.fixture(scope="module")
+def door_shared_proxy(
+    door_shared_process: DoorServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[DoorServer]:
+    server = door_shared_process
+    proxy = DoorProxy(tmp_path_factory.mktemp("proxy"), server.port, server.db)
+    proxy.flags = (*proxy.open, "--log-level=debug")
+    proxy.start()
+    yield proxy
+    assert proxy.end(signal.SIGTERM) == 0, proxy.output
+    assert "Traceback" not in proxy.output, proxy.output
+    assert "eyJ" not in proxy.output, "a token in the log"
+
+
+@pytest.fixture(params=["straight", "by proxy"])
+async def either_house(
+    request: pytest.FixtureRequest, door_shared_process: DoorServer
+) -> AsyncIterator[DoorServer]:
+    """The same server, and the proxy before it: nobody can tell."""
+    server = door_shared_process
+    if request.param == "by proxy":
+        server = request.getfixturevalue("door_shared_proxy")
+    yield server
+    for stream in server.streams:
+        stream.socket.close()
+    server.streams.clear()
+
+
+@pytest.fixture
+async def proxy_house(house: DoorServer, tmp_path: Path) -> AsyncIterator[DoorProxy]:
+    """A proxy of the test's own, before `house`, which must serve first."""
+    home = tmp_path / "proxy"
+    home.mkdir()
+    proxy = DoorProxy(home, 0, house.db)
+    yield proxy
+    proxy.tidy()
+
+
 # ---- the conversation, word for word
 
 
@@ -8490,9 +9562,9 @@ DOOR_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
 async def test_the_messages_of_the_specification_arrive_as_written(
-    open_house: DoorServer,
+    either_house: DoorServer,
 ) -> None:
-    house = open_house
+    house = either_house
     ann, bob = next(door_users), next(door_users)
     chat = await house.chat(ann, bob)
     a, b = await house.peer(ann), await house.peer(bob)
@@ -8557,9 +9629,9 @@ async def test_the_messages_of_the_specification_arrive_as_written(
 
 
 async def test_every_connection_of_a_user_hears_his_chats_and_no_others(
-    open_house: DoorServer,
+    either_house: DoorServer,
 ) -> None:
-    house = open_house
+    house = either_house
     ann, bob, eve = (next(door_users) for _ in range(3))
     chat = await house.chat(ann, bob)
     tabs = [await house.peer(ann) for _ in range(3)]
@@ -8584,9 +9656,9 @@ async def test_every_connection_of_a_user_hears_his_chats_and_no_others(
 
 
 async def test_joining_and_leaving_act_at_once_on_open_sockets(
-    open_house: DoorServer,
+    either_house: DoorServer,
 ) -> None:
-    house = open_house
+    house = either_house
     ann, bob = next(door_users), next(door_users)
     a, b = await house.peer(ann), await house.peer(bob)
     chat = await house.chat(ann, title="t")
@@ -8625,8 +9697,10 @@ async def test_joining_and_leaving_act_at_once_on_open_sockets(
     assert door_lasting(log) == door_lasting([welcome, last])  # the rest is not his
 
 
-async def test_a_socket_resumes_where_its_cursor_stands(open_house: DoorServer) -> None:
-    house = open_house
+async def test_a_socket_resumes_where_its_cursor_stands(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
     ann, bob = next(door_users), next(door_users)
     chat = await house.chat(ann, bob)
     start = await house.cursor(ann)
@@ -8683,9 +9757,9 @@ async def test_5000_events_behind_are_replayed_and_5001_are_not(
 
 
 async def test_a_client_the_project_did_not_write_talks_to_it(
-    open_house: DoorServer,
+    either_house: DoorServer,
 ) -> None:
-    house = open_house
+    house = either_house
     ann, bob = next(door_users), next(door_users)
     chat = await house.chat(ann, bob)
     path = f"127.0.0.1:{house.port}{house.socket_path(ann)}"
@@ -8714,9 +9788,9 @@ async def test_a_client_the_project_did_not_write_talks_to_it(
 
 
 async def test_sending_is_idempotent_over_the_socket_and_over_http(
-    open_house: DoorServer,
+    either_house: DoorServer,
 ) -> None:
-    house = open_house
+    house = either_house
     ann, bob = next(door_users), next(door_users)
     chat, other = await house.chat(ann, bob), await house.chat(ann)
     a, token = await house.peer(ann), house.token(ann)
@@ -9173,8 +10247,8 @@ async def door_token_ends(house: DoorServer) -> None:
 # ---- HTTP: every row of the README's table, and more
 
 
-async def test_every_row_of_the_http_table_answers(open_house: DoorServer) -> None:
-    house = open_house
+async def test_every_row_of_the_http_table_answers(either_house: DoorServer) -> None:
+    house = either_house
     ann, bob, cy = (next(door_users) for _ in range(3))
     token = house.token(ann, name="Ann")
     start = await house.cursor(ann)
@@ -9253,13 +10327,13 @@ async def test_every_row_of_the_http_table_answers(open_house: DoorServer) -> No
     assert answer == {"user_id": cy, "closed": 0}
 
 
-async def test_the_page_is_served_from_a_fixed_table(open_house: DoorServer) -> None:
-    page = await open_house.ask("GET", "/")
+async def test_the_page_is_served_from_a_fixed_table(either_house: DoorServer) -> None:
+    page = await either_house.ask("GET", "/")
     assert page.status == 200
     assert page.headers["content-type"].startswith("text/html")
     for target in ("/web/../chatd.py", "/web/..%2fchatd.py", "/web//etc/passwd", "/x"):
-        assert (await open_house.ask("GET", target)).status in {400, 404}, target
-    assert (await open_house.ask("GET", "/web/nothing.js")).code == "not_found"
+        assert (await either_house.ask("GET", target)).status in {400, 404}, target
+    assert (await either_house.ask("GET", "/web/nothing.js")).code == "not_found"
 
 
 async def test_a_bad_request_is_told_which_field_and_what_was_wrong(
@@ -9394,9 +10468,9 @@ async def test_one_connection_serves_many_requests(open_house: DoorServer) -> No
 
 
 async def test_a_body_over_the_limit_is_refused_before_it_is_read(
-    open_house: DoorServer,
+    either_house: DoorServer,
 ) -> None:
-    house = open_house
+    house = either_house
     token = house.token(next(door_users))
     answer = await house.ask("POST", "/api/v1/chats", token, b"x" * 65537)
     assert (answer.status, answer.code) == (413, "too_large")
@@ -9670,12 +10744,12 @@ def door_hostile_heads(ws: str) -> dict[str, tuple[bytes, set[int]]]:
 
 @pytest.mark.parametrize("case", list(door_hostile_heads("")))
 async def test_a_hostile_request_is_refused_and_hurts_nobody(
-    open_house: DoorServer, case: str
+    either_house: DoorServer, case: str
 ) -> None:
-    async with door_innocent(open_house):
-        ws = open_house.socket_path(next(door_users))
+    async with door_innocent(either_house):
+        ws = either_house.socket_path(next(door_users))
         data, statuses = door_hostile_heads(ws)[case]
-        got = await open_house.raw(data, 4)
+        got = await either_house.raw(data, 4)
         answer, rest = door_answer(got)
         assert answer.status in statuses, answer
         assert answer.headers["connection"].lower() == "close"
@@ -9736,19 +10810,19 @@ def door_hostile_frames() -> dict[str, tuple[bytes, set[int]]]:
 
 @pytest.mark.parametrize("case", list(door_hostile_frames()))
 async def test_a_hostile_frame_is_answered_with_its_code_and_hurts_nobody(
-    open_house: DoorServer, case: str
+    either_house: DoorServer, case: str
 ) -> None:
-    async with door_innocent(open_house):
+    async with door_innocent(either_house):
         data, codes = door_hostile_frames()[case]
-        peer = await open_house.peer(next(door_users))
+        peer = await either_house.peer(next(door_users))
         with suppress(trio.BrokenResourceError), trio.fail_after(DOOR_SECONDS):
             await peer.stream.send_all(data)
         assert await peer.ended(5) in codes
         await door_rest(peer.stream, 3)  # and TCP goes too
 
 
-async def test_64_parts_are_few_enough(open_house: DoorServer) -> None:
-    peer = await open_house.peer(next(door_users))
+async def test_64_parts_are_few_enough(either_house: DoorServer) -> None:
+    peer = await either_house.peer(next(door_users))
     parts = [door_frame(0, b" ", first=0)] * 62
     message = door_frame(1, b'{"type":', first=0), *parts, door_frame(0, b'"ping"}')
     await peer.stream.send_all(b"".join(message))
@@ -9758,8 +10832,8 @@ async def test_64_parts_are_few_enough(open_house: DoorServer) -> None:
     assert peer.pongs == [b"between"]
 
 
-async def test_those_who_hang_up_rudely_hurt_nobody(open_house: DoorServer) -> None:
-    house = open_house
+async def test_those_who_hang_up_rudely_hurt_nobody(either_house: DoorServer) -> None:
+    house = either_house
     user = next(door_users)
     whole = door_get(house.socket_path(user), "Host: x", *DOOR_UPGRADE)
     say = door_frame(1, b'{"type":"ping"}')
@@ -9784,8 +10858,8 @@ async def test_those_who_hang_up_rudely_hurt_nobody(open_house: DoorServer) -> N
                 got += await stream.receive_some(65536)
 
 
-async def test_noise_after_the_handshake_hurts_nobody(open_house: DoorServer) -> None:
-    house, dice = open_house, random.Random(11)
+async def test_noise_after_the_handshake_hurts_nobody(either_house: DoorServer) -> None:
+    house, dice = either_house, random.Random(11)
     async with door_innocent(house), trio.open_nursery() as nursery:
 
         async def noisy(seed: int) -> None:
@@ -9821,9 +10895,9 @@ async def test_those_who_are_refused_leave_nothing_behind(house: DoorServer) -> 
 
 
 async def test_a_wrong_command_is_told_so_and_its_connection_stays(
-    open_house: DoorServer,
+    either_house: DoorServer,
 ) -> None:
-    house = open_house
+    house = either_house
     user = next(door_users)
     chat = await house.chat(user)
     peer = await house.peer(user)
@@ -10011,9 +11085,9 @@ async def test_a_ticket_works_once_in_one_process_and_for_the_socket_only(
 
 
 async def test_a_bad_auth_changes_nothing_and_nobody_becomes_another(
-    open_house: DoorServer,
+    either_house: DoorServer,
 ) -> None:
-    house = open_house
+    house = either_house
     ann, eve = next(door_users), next(door_users)
     chat = await house.chat(ann)
     peer = await house.peer(ann)
@@ -10036,9 +11110,9 @@ async def test_a_bad_auth_changes_nothing_and_nobody_becomes_another(
 
 
 async def test_a_sign_in_link_is_good_for_a_session_and_for_nothing_else(
-    open_house: DoorServer,
+    either_house: DoorServer,
 ) -> None:
-    house = open_house
+    house = either_house
     user = next(door_users)
     base = f"http://127.0.0.1:{house.port}"
     words = ("token", user, "--db", house.db, "--name", "Zoë", "--link", base)
@@ -10492,6 +11566,201 @@ async def test_sizes_are_limited_in_bytes_and_in_characters(house: DoorServer) -
         await peer.hear("pong")
         await peer.utter(umlauts + " ")  # 1001 bytes, 512 characters
         assert await peer.ended() == 1009
+
+
+# ---- the proxy as a process
+
+
+PROXY_NODE = """
+const socket = new WebSocket(process.argv[1]);
+const end = setTimeout(() => { console.log("too slow"); process.exit(1); }, 15000);
+socket.onopen = () => console.log("open");
+socket.onmessage = ({ data }) => {
+  const message = JSON.parse(data);
+  console.log(message.type);
+  if (message.type === "connected") {
+    const chat_id = Number(process.argv[2]), content = "ж".repeat(3000);
+    socket.send(JSON.stringify({ type: "send_message", chat_id, content }));
+  }
+  if (message.type === "ack") socket.close(1000);
+};
+socket.onclose = ({ code }) => { clearTimeout(end); console.log(code); };
+"""
+
+
+async def test_nodes_own_client_talks_through_the_proxy(
+    door_shared_proxy: DoorServer,
+) -> None:
+    house, node = door_shared_proxy, shutil.which("node")
+    if node is None:
+        if os.environ.get("CI"):
+            pytest.fail("no Node on PATH: apt-get install nodejs")
+        pytest.skip("no Node on PATH: apt-get install nodejs")
+    ann = next(door_users)
+    chat = await house.chat(ann)
+    url = f"ws://127.0.0.1:{house.port}{house.socket_path(ann)}"
+    flag = "--experimental-websocket"  # its own since Node 22
+    done = await trio.run_process(
+        [node, flag, "--no-warnings", "-e", PROXY_NODE, url, str(chat)],
+        capture_stdout=True,
+    )
+    said = done.stdout.decode().split()
+    assert said == ["open", "connected", "new_message", "ack", "1000"]
+
+
+async def test_the_proxy_tells_who_asks_and_nobody_can_say_so_himself(
+    house: DoorServer, proxy_house: DoorProxy
+) -> None:
+    proxy = proxy_house
+    async with house.serving("--handshakes=0.001/2"):
+        proxy.serve = DoorProxy(proxy.home, house.port, house.db).serve
+        async with proxy.serving():
+            statuses = []
+            for number in range(4):
+                forged = f"X-Forwarded-For: 6.6.6.{number}"
+                bad = door_get("/api/v1/me", "Host: x", forged)
+                statuses.append((await proxy.raw(bad)).split()[1])
+            # One bucket, that of 127.0.0.1, whatever they said.
+            assert statuses == [b"401", b"401", b"429", b"429"]
+            origin = f"Origin: http://127.0.0.1:{proxy.port}"
+            page = (origin, f"Host: 127.0.0.1:{proxy.port}")
+            assert b" 200 " in (await proxy.raw(door_get("/healthz", *page)))[:15]
+            evil = ("Origin: http://evil.example", *page[1:])
+            forged = "X-Forwarded-Host: evil.example"
+            got = await proxy.raw(door_get("/healthz", *evil, forged))
+            assert b" 403 " in got[:15]
+
+
+async def test_the_proxy_outlives_the_server_and_finds_it_again(
+    house: DoorServer, proxy_house: DoorProxy
+) -> None:
+    proxy = proxy_house
+    async with house.serving():
+        proxy.serve = DoorProxy(proxy.home, house.port, house.db).serve
+        async with proxy.serving():
+            ann = next(door_users)
+            chat = await proxy.chat(ann)
+            peer = await proxy.peer(ann)
+            sent = await proxy.post(chat, ann, "before")
+            cursor = f"{peer.hello['cursor'].partition('.')[0]}.{sent['id']}"
+            await peer.hear("new_message")
+            await house.kill()
+            assert await peer.ended() == 1006
+            answer = await proxy.ask("GET", "/healthz")
+            assert (answer.status, answer.code) == (502, "upstream")
+            assert (await proxy.refusal(ann)).status == 502
+            await house.begin()
+            again = await proxy.peer(ann, cursor)
+            assert again.hello["resume"] == "live"
+            await proxy.post(chat, ann, "after")
+            assert (await again.hear("new_message"))["message"]["n"] == 2
+
+
+async def test_a_stop_of_the_proxy_closes_its_sockets_properly_and_no_others(
+    house: DoorServer, proxy_house: DoorProxy
+) -> None:
+    proxy = proxy_house
+    async with house.serving():
+        proxy.serve = DoorProxy(proxy.home, house.port, house.db).serve
+        ann = next(door_users)
+        straight = await house.peer(ann)
+        async with proxy.serving("--drain-seconds=10"):
+            peers = [await proxy.peer(ann) for _ in range(5)]
+            began = trio.current_time()
+            proxy.signal(signal.SIGTERM)
+            assert [await peer.ended() for peer in peers] == [1012] * 5
+            for stream in proxy.streams:
+                stream.socket.close()
+            assert await proxy.ended() == 0
+            assert trio.current_time() - began < 8
+            await door_shut(proxy)
+        await straight.hears_nothing()
+        closed = (await house.stats())["connections"]["closed"]
+        assert closed == {"1012": 5}
+
+
+class ProxySlow:
+    """An upstream that answers and reads slowly, and a client that does too."""
+
+    SIZE = 10_000_000
+
+    def __init__(self, proxy: DoorProxy) -> None:
+        self.proxy = proxy
+        self.most = 0  # resident bytes, the most that was seen
+        self.base = 0
+
+    def look(self) -> None:
+        self.most = max(self.most, self.proxy.rss)
+
+    async def read(self, stream: trio.SocketStream, size: int) -> None:
+        """Read so many bytes, a little at a time."""
+        while size:
+            data = await stream.receive_some(min(size, 32_768))
+            assert data, "it ended too soon"
+            size -= len(data)
+            self.look()
+            await trio.sleep(0.002)
+
+    async def write(self, stream: trio.SocketStream, frame: bytes) -> None:
+        for _ in range(0, self.SIZE, len(frame)):
+            await stream.send_all(frame)
+
+    async def head(self, stream: trio.SocketStream) -> bytes:
+        data = b""
+        while not data.endswith(b"\r\n\r\n"):
+            data += await stream.receive_some(1)
+        return data
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Be the upstream of one connection."""
+        async with stream:
+            upgrades = b"Upgrade: websocket" in await self.head(stream)
+            length = f"HTTP/1.1 200 OK\r\nContent-Length: {self.SIZE}\r\n\r\n"
+            if not upgrades:
+                await self.read(stream, self.SIZE)
+            await stream.send_all(PROXY_101 if upgrades else length.encode())
+            await self.both(stream, reads=upgrades)
+
+    async def both(self, stream: trio.SocketStream, *, reads: bool) -> None:
+        """Write all, and read as much at the same time."""
+        frame = door_frame(2, bytes(self.SIZE // 100 - 14))
+        assert self.SIZE % len(frame) == 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.write, stream, frame)
+            if reads:
+                await self.read(stream, self.SIZE)
+
+
+@pytest.mark.parametrize("what", ["a socket", "a request"])
+async def test_10_mb_each_way_between_slow_peers_take_no_memory(
+    house: DoorServer, proxy_house: DoorProxy, what: str
+) -> None:
+    async with house.serving():  # for its secret
+        pass
+    proxy, slow = proxy_house, ProxySlow(proxy_house)
+    async with trio.open_nursery() as nursery:
+        serve = functools.partial(trio.serve_tcp, slow.serve, 0, host="127.0.0.1")
+        (door,) = await nursery.start(serve)
+        port = door.socket.getsockname()[1]
+        proxy.serve = DoorProxy(proxy.home, port, house.db).serve
+        async with proxy.serving():
+            head = wires_request("POST", "/", Content_Length=str(slow.SIZE))
+            if what == "a socket":
+                head = wires_upgrade(proxy.socket_path(6))
+            stream = await proxy.dial()
+            with trio.fail_after(60):
+                await stream.send_all(head)
+                if what == "a socket":
+                    await slow.head(stream)
+                base = proxy.rss
+                async with trio.open_nursery() as both:
+                    frame = door_frame(2, bytes(slow.SIZE // 100 - 14))
+                    both.start_soon(slow.write, stream, frame)
+                    if what == "a request":
+                        await slow.head(stream)
+                    await slow.read(stream, slow.SIZE)
+            assert slow.most - base < 4_000_000, (base, slow.most)
+        nursery.cancel_scope.cancel()
 
 
 # ---- stopping
@@ -10981,6 +12250,8 @@ async def test_wrong_use_is_told_with_status_2(tmp_path: Path) -> None:
         ("serve", "--drain-seconds=-1"),
         ("serve", "--trusted-proxy", "nonsense"),
         ("serve", "--chats-by", "nobody"),
+        ("proxy", "--upstream", "nonsense"),
+        ("proxy", "--listen", "nonsense"),
         ("token",),
         ("token", "six"),
         ("token", "0"),
@@ -11008,7 +12279,7 @@ async def test_wrong_use_is_told_with_status_2(tmp_path: Path) -> None:
     assert "CHATD_SENDS" in by_environment.err
     helped = await door_run("--help")
     assert helped.status == 0
-    for word in ("serve", "token", "backup", "restore", "check"):
+    for word in ("serve", "proxy", "token", "backup", "restore", "check"):
         assert word in helped.out
     version = await door_run("--version")
     assert (version.status, chatd.__version__ in version.out) == (0, True)
@@ -11077,6 +12348,8 @@ async def test_what_cannot_work_is_told_with_status_1(
             ((*taken, tmp_path / "other.db"), str(house.port)),
             ((*listen, nowhere), str(nowhere.parent)),
             (("token", "6", "--db", nowhere), "secret"),
+            (("proxy", *listen[1:], nowhere), "secret"),
+            (("proxy", *taken[1:], house.db), str(house.port)),
             (("check", "--db", nowhere), str(nowhere)),
             (("backup", tmp_path / "copy", "--db", nowhere), str(nowhere)),
             (("restore", tmp_path / "none", "--db", tmp_path / "o.db"), "none"),
@@ -11302,8 +12575,19 @@ async def test_the_demo_is_two_links_that_talk(
     (chat,) = chats["chats"]
     ack = await a.ask("send_message", chat_id=chat["id"], content="hello")
     assert (await b.find("new_message"))["message"]["id"] == ack["message_id"]
+    line = re.search(
+        r"(?m)^chatd proxy (--upstream \S+ --secret-file \S+)$", house.said
+    )
+    assert line, house.said
+    folder = tmp_path / "proxy"
+    folder.mkdir()
+    proxy = DoorProxy(folder, house.port, house.db)
+    proxy.serve = tuple(line[1].split())
+    async with proxy.serving():
+        assert (await proxy.want(200, "POST /api/v1/session", links[0]))["name"]
+        assert (await proxy.peer(sessions[0]["token"])).hello["resume"] == "fresh"
     await house.stop()
-    assert os.listdir(tmp_path) == ["stderr"]  # its files are gone
+    assert sorted(os.listdir(tmp_path)) == ["proxy", "stderr"]  # its files are gone
 
 
 # ---------------------------------------------------------------------------- #
