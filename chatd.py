@@ -4755,7 +4755,7 @@ async def _listen_at(
     addresses: dict[tuple[Any, ...], None] = {address: None for *_, address in found}
     again = {at: sock for at in addresses for sock in kept if _is_at(sock, at)}
     _forget([sock for sock in kept if sock not in again.values()])
-    problem: OSError | None = None
+    problem = OSError(errno.EADDRNOTAVAIL, "it has no address")
     for at in addresses.keys() - again.keys():
         try:
             (listener,) = await trio.open_tcp_listeners(at[1], host=at[0])
@@ -4766,7 +4766,7 @@ async def _listen_at(
         else:
             again[at] = socket.socket(fileno=listener.socket.detach())
     if not again:
-        raise problem or OSError(errno.EADDRNOTAVAIL, "it has no address")
+        raise problem
     return [again[at] for at in addresses if at in again]
 
 

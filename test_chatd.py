@@ -12000,7 +12000,6 @@ async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
 ) -> None:
     async with door_manager(tmp_path) as manager, trio.open_nursery() as nursery:
         await manager.start("--listen", "127.0.0.1:0")
-        await manager.hears("FDSTORE=1")
         ((host, port),) = manager.kept
         answered = DoorCount()
 
@@ -12011,14 +12010,11 @@ async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
 
         for _ in range(3):
             nursery.start_soon(come)
-        for round_ in range(10):
+        for _ in range(10):
             with trio.fail_after(DOOR_SECONDS):
                 await answered.reaches(answered.value + 10)
             await manager.stop()
-            assert [w for w in manager.heard if w[:5] in ("READY", "STOPP")] == [
-                "READY=1",
-                "STOPPING=1",
-            ], round_
+            await manager.hears("STOPPING=1")
             await manager.start("--listen", "127.0.0.1:0")
             assert manager.kept == [(host, port)]
         await answered.reaches(answered.value + 10)
@@ -12032,7 +12028,6 @@ async def test_who_connects_while_nobody_serves_is_answered_by_the_next(
 ) -> None:
     async with door_manager(tmp_path) as manager:
         await manager.start("--listen", "127.0.0.1:0")
-        await manager.hears("FDSTORE=1")
         ((host, port),) = manager.kept
         for signum in (signal.SIGTERM, signal.SIGKILL):
             await manager.stop(signum)
@@ -12131,17 +12126,14 @@ async def test_each_address_gets_the_socket_that_was_kept_for_it(
 async def test_a_kept_socket_at_another_address_is_given_up(tmp_path: Path) -> None:
     async with door_manager(tmp_path) as manager:
         await manager.start("--listen", "127.0.0.1:0")
-        await manager.hears("FDSTORE=1")
         ((_, port),) = manager.kept
         await manager.stop()
         # The same port, at addresses that include the old one: it must be free.
         await manager.start("--listen", f"0.0.0.0:{port}")
-        await manager.hears("FDSTORE=1")
         assert manager.kept == [("0.0.0.0", port)]
         assert await door_answers("127.0.0.2", port) == 200
         await manager.stop()
         await manager.start("--listen", f"127.0.0.2:{port}")
-        await manager.hears("FDSTORE=1")
         assert manager.kept == [("127.0.0.2", port)]
         assert await door_answers("127.0.0.2", port) == 200
         with pytest.raises(ConnectionRefusedError):
@@ -12152,13 +12144,11 @@ async def test_a_kept_socket_at_another_address_is_given_up(tmp_path: Path) -> N
 async def test_a_kept_socket_that_no_longer_listens_is_replaced(tmp_path: Path) -> None:
     async with door_manager(tmp_path) as manager:
         await manager.start("--listen", "127.0.0.1:0")
-        await manager.hears("FDSTORE=1")
         ((_, sock),) = manager.store
         address = sock.getsockname()
         await manager.stop()
         sock.shutdown(socket.SHUT_RDWR)
         await manager.start("--listen", "{}:{}".format(*address))
-        await manager.hears("FDSTORE=1")
         assert await door_answers(*address) == 200
         await manager.stop()
 
@@ -12168,7 +12158,6 @@ async def test_the_sockets_of_a_socket_unit_are_served_and_not_kept(
 ) -> None:
     async with door_manager(tmp_path) as manager:
         await manager.start("--listen", "127.0.0.1:0")
-        await manager.hears("FDSTORE=1")
         ((_, old),) = manager.kept
         await manager.stop()
         for host in ("127.0.0.1", "127.0.0.2"):

@@ -461,6 +461,8 @@ def sandbox(machine: Machine, clients: Clients) -> str:
     status = machine.run(f"cat /proc/{pid}/status")
     for line in ("NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000000000"):
         assert line in status, line
+    shell = machine.run(f"nsenter -t {pid} -m /bin/sh -c id 2>&1", check=False)
+    assert "Permission denied" in shell, shell
     user = re.findall(r"Uid:\t(\d+)", status)[0]
     assert int(user) > 60000, user
     modes = machine.run("stat -L -c '%a %u' /var/lib/chatd /var/lib/chatd/chatd.*")
@@ -471,7 +473,8 @@ def sandbox(machine: Machine, clients: Clients) -> str:
         "POST", "/api/v1/session", link.partition("#token=")[2]
     )
     assert (status_code, session["name"]) == (200, "Anna"), session
-    return f"exposure {re.findall('[0-9.]+', score)[-1]}, user {user}, no capability"
+    exposure = re.findall("[0-9.]+", score)[-1]
+    return f"exposure {exposure}, user {user}, no capability, no shell"
 
 
 def restarts(machine: Machine, clients: Clients) -> str:
