@@ -155,8 +155,7 @@ class Machine:
             "--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON",
             "--system-call-filter=bpf",
         )
-        before = cgroups()
-        self.undo.callback(remove_cgroups, before)
+        self.undo.callback(remove_cgroups)
         with (self.folder / "console").open("wb") as console:
             nspawn = subprocess.Popen(
                 [
@@ -261,21 +260,13 @@ class Machine:
                 raise OSError(ctypes.get_errno(), "setns")
 
 
-def cgroups() -> set[str]:
-    """Find what systemd-nspawn would leave behind."""
-    top = "/sys/fs/cgroup"
-    return {
-        folder
-        for folder, _, _ in os.walk(top)
-        if re.search(r"/(payload|supervisor)(/|$)", folder)
-    }
-
-
-def remove_cgroups(before: set[str]) -> None:
-    """Remove what is there now and was not, from the leaves up."""
-    for folder in sorted(cgroups() - before, reverse=True):
-        with contextlib.suppress(OSError):  # another container's, in use
-            os.rmdir(folder)
+def remove_cgroups() -> None:
+    """Remove the control groups that systemd-nspawn leaves behind, from the leaves up."""
+    found = [folder for folder, _, _ in os.walk("/sys/fs/cgroup")]
+    for folder in sorted(found, reverse=True):
+        if re.search(r"/(payload|supervisor)(/|$)", folder):
+            with contextlib.suppress(OSError):  # another container's, in use
+                os.rmdir(folder)
 
 
 # --- clients -------------------------------------------------------------------------
