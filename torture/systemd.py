@@ -261,7 +261,7 @@ class Machine:
 
 
 def remove_cgroups() -> None:
-    """Remove the control groups that systemd-nspawn leaves behind, from the leaves up."""
+    """Remove the control groups that systemd-nspawn leaves, from the leaves up."""
     found = [folder for folder, _, _ in os.walk("/sys/fs/cgroup")]
     for folder in sorted(found, reverse=True):
         if re.search(r"/(payload|supervisor)(/|$)", folder):
