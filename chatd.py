@@ -84,6 +84,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 import urllib.parse
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
@@ -695,6 +696,21 @@ def say(level: int, verb: str, **fields: object) -> None:
             for name, value in fields.items()
         )
         logger.log(level, "%s", " ".join((verb, *words)))
+
+
+def say_mistake(verb: str, error: BaseException) -> None:
+    """Log a mistake of ours: what it was and where, innermost first.
+
+    Not its text: that may hold anything that came over the wire.
+    """
+    kinds, places = [], []
+    cause: BaseException | None = error
+    while cause is not None:
+        kinds.append(type(cause).__name__)
+        frames = traceback.extract_tb(cause.__traceback__)[:-9:-1]
+        places += [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames]
+        cause = cause.__cause__
+    say(logging.ERROR, verb, error=" from ".join(kinds), at=" < ".join(places))
 
 
 class Stats:
@@ -3722,7 +3738,7 @@ class House:
         self.stopping = trio.Event()
         self.finished = trio.Event()
         self.complaints = Bucket(Rate(0.1, 1))  # log lines about a full house
-        self.tracebacks = Bucket(Rate(1, 10))
+        self.mistakes = Bucket(Rate(1, 10))  # and about our own
 
     def http(self, stream: trio.SocketStream) -> Http:
         """Make what serves one connection."""
@@ -3796,8 +3812,8 @@ class House:
         except* Exception as group:  # the one bulkhead
             for error in leaves(group):
                 self.stats.errors[type(error).__name__] += 1
-            if not self.tracebacks.take(trio.current_time()):
-                logger.exception("failed", exc_info=group)
+                if not self.mistakes.take(trio.current_time()):
+                    say_mistake("failed", error)
             if web is not None:
                 await web.apologize()
         finally:
@@ -4064,6 +4080,7 @@ class Server(House):
         """Refuse a user's tokens from now on; close his sockets and count them."""
         self.keyring.revoked[user_id] = revoked_at
         theirs = [s for s in self.sessions if s.claims.user_id == user_id]
+        say(logging.INFO, "revoked", user=user_id, sockets=len(theirs))
         for session in theirs:
             session.end(CLOSE_SIGN_IN, "revoked: sign in again")
         return len(theirs)
@@ -4571,8 +4588,16 @@ def notify(state: str, fds: Sequence[int] = ()) -> None:
         say(logging.WARNING, "notify_failed", error=error)
 
 
+def in_journal() -> bool:
+    """Does what we write to stderr go to the journal (systemd.exec(5))?"""
+    with contextlib.suppress(OSError):
+        there = os.fstat(sys.stderr.fileno())
+        return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
+    return False
+
+
 class Formatter(logging.Formatter):
-    """One line an event; under systemd with the priority that sd-daemon(3) defines."""
+    """One line an event; in the journal with the priority that sd-daemon(3) defines."""
 
     PRIORITIES: ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
 
@@ -4581,18 +4606,15 @@ class Formatter(logging.Formatter):
         self.journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write a record; the lines of a traceback get the prefix too."""
-        text = super().format(record)
-        if not self.journal:
-            return text
-        prefix = f"<{self.PRIORITIES.get(record.levelname, 6)}>"
-        return "\n".join(prefix + line for line in text.split("\n"))
+        """Write a record."""
+        priority = f"<{self.PRIORITIES[record.levelname]}>" if self.journal else ""
+        return priority + super().format(record)
 
 
 def set_up_log(level: str) -> None:
     """Log to stderr. trio-websocket stays silent: it would log every frame."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Formatter(journal="JOURNAL_STREAM" in os.environ))
+    handler.setFormatter(Formatter(journal=in_journal()))
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logging.getLogger("trio-websocket").setLevel(logging.CRITICAL)
@@ -5350,9 +5372,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "check":
                 print_check(settings.db)
     except* UsageError as group:
+        start = "<3>" if in_journal() else ""  # of each line, as the Formatter's
         for error in leaves(group):
-            print(f"chatd: {error}", file=sys.stderr)
+            sentence = f"{start}chatd: {error}".replace("\n", f"\n{start}")
+            print(sentence, file=sys.stderr)
             status = getattr(error, "status", 1)
+    except* Exception as group:  # a mistake in what all connections share
+        for error in leaves(group):
+            say_mistake("crashed", error)
+        status = 1
     return status
 
 
