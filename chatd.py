@@ -53,6 +53,7 @@ writer's thread, so none can be cancelled halfway; and what is lost between two 
 was never acked, or is in the log.
 
 Reading order: Words, Rules, Memory and the first half of Wires are the hour's core.
+`chatd proxy` is a process of its own, and a section of its own before the last.
 """
 
 from __future__ import annotations
@@ -2399,7 +2400,7 @@ class Hub:
 
 
 # =====================================================================================
-# WIRES: Outbox, Guard, Session, Http, Server
+# WIRES: Outbox, Guard, Session, Http, House, Server
 #
 # From a socket to the hub and back. The one idea: writing never waits. A frame goes
 # to the kernel at once, or into a bounded buffer, or the seat stops being live and
@@ -4188,15 +4189,15 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
 # =====================================================================================
 # PROXY: Passage, Tunnel, Proxy
 #
-# `chatd proxy` is a second process, before a chatd that listens elsewhere: one door for
-# a site, where who has no good token for the socket gets no further. The one idea: it
-# copies nothing that it has not understood. A request is read by h11 and written anew
-# by h11, one a connection; what stands behind it is never read as a request, so nothing
-# can be smuggled past. Only after the upstream's own 101 do bytes pass as they are.
-# What an end does not take is not read from the other: nothing queues here.
+# `chatd proxy` is a second process, before a chatd that listens elsewhere: the one door
+# of a site, where who has no good token for a socket gets no further. The one idea: it
+# passes nothing on that it has not understood. A request is read by h11 and written
+# anew by h11, one a connection; what stands behind it is never read as a request, so
+# nothing is smuggled past. Only behind the upstream's own 101 do bytes pass as they
+# are. What one end does not take is not read from the other: nothing queues here.
 #
-# It cannot judge all of a token: tickets that were used and users who were revoked are
-# known to the upstream alone, and refused there. A request is never sent twice.
+# It cannot judge all of a token: which tickets were used and which users revoked only
+# the upstream knows, and refuses them. No request is sent twice.
 # =====================================================================================
 
 
@@ -4453,9 +4454,9 @@ class FrameEnds:
 class Tunnel:
     """A socket's two connections after the 101: what one says the other hears.
 
-    An end of one side is passed on, and so is a reset. When the proxy stops, the
-    client's frame is finished and a close frame written behind it, as if it were his:
-    the upstream's answer to it closes the socket as it should be.
+    The end of one side is passed on, and so is a reset. When the proxy stops, it writes
+    a close frame behind the client's last whole one, as if it were his: the upstream's
+    answer then closes the socket as it should be closed, with 1012 for the client.
     """
 
     def __init__(
@@ -4479,9 +4480,7 @@ class Tunnel:
             self.reading.cancel()
 
     async def run(self, said: bytes, heard: bytes) -> None:
-        """Live its life, beginning with what both sides have sent. Owns the upstream's
-        connection.
-        """
+        """Live its life, from what both sides have sent. Owns the upstream's side."""
         self.proxy.sessions.add(self)
         if self.proxy.stopping.is_set():
             self.end(CLOSE_RESTART, "the server restarts")
