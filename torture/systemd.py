@@ -557,6 +557,9 @@ def settings(machine: Machine, _clients: Clients) -> str:
     text = machine.journal("fewer_connections max_connections=10000")
     machine.run(f"rm {path}; systemctl daemon-reload; systemctl restart chatd")
     assert text.count("fewer_connections") == 1, text
+    warned = machine.run("journalctl -u chatd -p warning --no-pager -o cat")
+    assert warned.startswith("fewer_connections "), warned  # the prefix is the priority
+    assert "ready url=" not in warned, warned
     return (
         "15,000 connections with their descriptors; without them 10,000, and it says so"
     )
