@@ -738,6 +738,20 @@ def test_a_log_line_cannot_be_forged(caplog: pytest.LogCaptureFixture) -> None:
     assert line.isprintable()
 
 
+@pytest.mark.usefixtures("bare_environment")
+def test_a_mistake_that_ends_the_process_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: Path) -> None:
+        raise ValueError("s3cret\n<0>forged")
+
+    monkeypatch.setattr(chatd, "print_check", broken)
+    assert chatd.main(["check"]) == 1
+    said = capsys.readouterr().err
+    where = r"test_chatd\.py:\d+ broken < chatd\.py:\d+ main"
+    assert re.fullmatch(rf"ERROR crashed error='ValueError' at='{where}'\n", said), said
+
+
 def words_said() -> set[tuple[str, str, tuple[str, ...]]]:
     """Every line of log that chatd.py can write: its level, verb and fields."""
     tree = ast.parse(Path(chatd.__file__).read_text("utf-8"))
