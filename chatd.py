@@ -53,6 +53,7 @@ writer's thread, so none can be cancelled halfway; and what is lost between two 
 was never acked, or is in the log.
 
 Reading order: Words, Rules, Memory and the first half of Wires are the hour's core.
+`chatd proxy` is a process of its own, and a section of its own before the last.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 import urllib.parse
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
@@ -695,6 +697,21 @@ def say(level: int, verb: str, **fields: object) -> None:
             for name, value in fields.items()
         )
         logger.log(level, "%s", " ".join((verb, *words)))
+
+
+def say_mistake(verb: str, error: BaseException) -> None:
+    """Log a mistake of ours: what it was and where, innermost first.
+
+    Not its text: that may hold anything that came over the wire.
+    """
+    kinds, places = [], []
+    cause: BaseException | None = error
+    while cause is not None:
+        kinds.append(type(cause).__name__)
+        frames = traceback.extract_tb(cause.__traceback__)[:-9:-1]
+        places += [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames]
+        cause = cause.__cause__
+    say(logging.ERROR, verb, error=" from ".join(kinds), at=" < ".join(places))
 
 
 class Stats:
@@ -2383,7 +2400,7 @@ class Hub:
 
 
 # =====================================================================================
-# WIRES: Outbox, Guard, Session, Http, Server
+# WIRES: Outbox, Guard, Session, Http, House, Server
 #
 # From a socket to the hub and back. The one idea: writing never waits. A frame goes
 # to the kernel at once, or into a bounded buffer, or the seat stops being live and
@@ -3722,7 +3739,7 @@ class House:
         self.stopping = trio.Event()
         self.finished = trio.Event()
         self.complaints = Bucket(Rate(0.1, 1))  # log lines about a full house
-        self.tracebacks = Bucket(Rate(1, 10))
+        self.mistakes = Bucket(Rate(1, 10))  # and about our own
 
     def http(self, stream: trio.SocketStream) -> Http:
         """Make what serves one connection."""
@@ -3796,8 +3813,8 @@ class House:
         except* Exception as group:  # the one bulkhead
             for error in leaves(group):
                 self.stats.errors[type(error).__name__] += 1
-            if not self.tracebacks.take(trio.current_time()):
-                logger.exception("failed", exc_info=group)
+                if not self.mistakes.take(trio.current_time()):
+                    say_mistake("failed", error)
             if web is not None:
                 await web.apologize()
         finally:
@@ -4064,6 +4081,7 @@ class Server(House):
         """Refuse a user's tokens from now on; close his sockets and count them."""
         self.keyring.revoked[user_id] = revoked_at
         theirs = [s for s in self.sessions if s.claims.user_id == user_id]
+        say(logging.INFO, "revoked", user=user_id, sockets=len(theirs))
         for session in theirs:
             session.end(CLOSE_SIGN_IN, "revoked: sign in again")
         return len(theirs)
@@ -4171,15 +4189,15 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
 # =====================================================================================
 # PROXY: Passage, Tunnel, Proxy
 #
-# `chatd proxy` is a second process, before a chatd that listens elsewhere: one door for
-# a site, where who has no good token for the socket gets no further. The one idea: it
-# copies nothing that it has not understood. A request is read by h11 and written anew
-# by h11, one a connection; what stands behind it is never read as a request, so nothing
-# can be smuggled past. Only after the upstream's own 101 do bytes pass as they are.
-# What an end does not take is not read from the other: nothing queues here.
+# `chatd proxy` is a second process, before a chatd that listens elsewhere: the one door
+# of a site, where who has no good token for a socket gets no further. The one idea: it
+# passes nothing on that it has not understood. A request is read by h11 and written
+# anew by h11, one a connection; what stands behind it is never read as a request, so
+# nothing is smuggled past. Only behind the upstream's own 101 do bytes pass as they
+# are. What one end does not take is not read from the other: nothing queues here.
 #
-# It cannot judge all of a token: tickets that were used and users who were revoked are
-# known to the upstream alone, and refused there. A request is never sent twice.
+# It cannot judge all of a token: which tickets were used and which users revoked only
+# the upstream knows, and refuses them. No request is sent twice.
 # =====================================================================================
 
 
@@ -4436,9 +4454,9 @@ class FrameEnds:
 class Tunnel:
     """A socket's two connections after the 101: what one says the other hears.
 
-    An end of one side is passed on, and so is a reset. When the proxy stops, the
-    client's frame is finished and a close frame written behind it, as if it were his:
-    the upstream's answer to it closes the socket as it should be.
+    The end of one side is passed on, and so is a reset. When the proxy stops, it writes
+    a close frame behind the client's last whole one, as if it were his: the upstream's
+    answer then closes the socket as it should be closed, with 1012 for the client.
     """
 
     def __init__(
@@ -4462,9 +4480,7 @@ class Tunnel:
             self.reading.cancel()
 
     async def run(self, said: bytes, heard: bytes) -> None:
-        """Live its life, beginning with what both sides have sent. Owns the upstream's
-        connection.
-        """
+        """Live its life, from what both sides have sent. Owns the upstream's side."""
         self.proxy.sessions.add(self)
         if self.proxy.stopping.is_set():
             self.end(CLOSE_RESTART, "the server restarts")
@@ -4571,8 +4587,16 @@ def notify(state: str, fds: Sequence[int] = ()) -> None:
         say(logging.WARNING, "notify_failed", error=error)
 
 
+def in_journal() -> bool:
+    """Does what we write to stderr go to the journal (systemd.exec(5))?"""
+    with contextlib.suppress(OSError):
+        there = os.fstat(sys.stderr.fileno())
+        return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
+    return False
+
+
 class Formatter(logging.Formatter):
-    """One line an event; under systemd with the priority that sd-daemon(3) defines."""
+    """One line an event; in the journal with the priority that sd-daemon(3) defines."""
 
     PRIORITIES: ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
 
@@ -4581,18 +4605,15 @@ class Formatter(logging.Formatter):
         self.journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write a record; the lines of a traceback get the prefix too."""
-        text = super().format(record)
-        if not self.journal:
-            return text
-        prefix = f"<{self.PRIORITIES.get(record.levelname, 6)}>"
-        return "\n".join(prefix + line for line in text.split("\n"))
+        """Write a record."""
+        priority = f"<{self.PRIORITIES[record.levelname]}>" if self.journal else ""
+        return priority + super().format(record)
 
 
 def set_up_log(level: str) -> None:
     """Log to stderr. trio-websocket stays silent: it would log every frame."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Formatter(journal="JOURNAL_STREAM" in os.environ))
+    handler.setFormatter(Formatter(journal=in_journal()))
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logging.getLogger("trio-websocket").setLevel(logging.CRITICAL)
@@ -5350,9 +5371,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "check":
                 print_check(settings.db)
     except* UsageError as group:
+        start = "<3>" if in_journal() else ""  # of each line, as the Formatter's
         for error in leaves(group):
-            print(f"chatd: {error}", file=sys.stderr)
+            sentence = f"{start}chatd: {error}".replace("\n", f"\n{start}")
+            print(sentence, file=sys.stderr)
             status = getattr(error, "status", 1)
+    except* Exception as group:  # a mistake in what all connections share
+        for error in leaves(group):
+            say_mistake("crashed", error)
+        status = 1
     return status
 
 

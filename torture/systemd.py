@@ -551,6 +551,10 @@ def settings(machine: Machine, _clients: Clients) -> str:
     text = machine.journal("fewer_connections max_connections=10000")
     machine.run(f"rm {path}; systemctl daemon-reload; systemctl restart chatd")
     assert text.count("fewer_connections") == 1, text
+    warned = machine.run("journalctl -u chatd -p warning --no-pager -o cat")
+    # The prefix is the priority, and no part of the line.
+    assert re.search("(?m)^fewer_connections ", warned), warned
+    assert "ready url=" not in warned, warned
     return (
         "15,000 connections with their descriptors; without them 10,000, and it says so"
     )
