@@ -234,7 +234,6 @@ function sentence(error) {
  * @property {string} token
  * @property {number} user_id
  * @property {string | null} name
- * @property {number} expires_at ms
  */
 
 const SESSION_KEY = "chatd.session";
@@ -248,9 +247,7 @@ const shelves = {
 /** @param {() => Storage} shelf @returns {Session | null} */
 function readSession(shelf) {
   try {
-    /** @type {Session | null} */
-    const session = JSON.parse(shelf().getItem(SESSION_KEY) ?? "null");
-    return session && session.expires_at > Date.now() ? session : null;
+    return JSON.parse(shelf().getItem(SESSION_KEY) ?? "null");
   } catch {
     return null;
   }
@@ -279,12 +276,7 @@ function takeLinkToken() {
 async function exchange(token) {
   const once = new ChatWebSocket({ bearer: token, storage: null, log: null });
   const answer = await once.request("POST", "/api/v1/session");
-  return {
-    token: answer.token,
-    user_id: answer.user_id,
-    name: answer.name ?? null,
-    expires_at: Date.now() + answer.expires_in * 1000,
-  };
+  return { token: answer.token, user_id: answer.user_id, name: answer.name ?? null };
 }
 
 /** @param {string} token of a sign-in link */
@@ -462,8 +454,8 @@ const model = {
   names: new Map(),
   /** Those one may invite; null: this server lets nobody. @type {number[] | null} */
   people: null,
-  /** @type {import("./chat-websocket.js").StateChange} */
-  link: { state: "closed", retryAt: null },
+  /** @type {State} */
+  link: "closed",
   /** The list of chats came at least once. */
   known: false,
 };
@@ -475,7 +467,7 @@ function forgetModel() {
     client: null,
     people: null,
     known: false,
-    link: { state: "closed", retryAt: null },
+    link: "closed",
   });
   model.chats.clear();
   model.names.clear();
@@ -651,12 +643,11 @@ function listen(client) {
 }
 
 /** @param {import("./chat-websocket.js").StateChange} change */
-function onState(change) {
-  const before = model.link.state;
-  model.link = change;
-  if (change.state === "signed_out") onSignedOut();
-  const [title] = bannerText(change.state);
-  if (change.state !== before && title) announce(title);
+function onState({ state }) {
+  const [title] = bannerText(state);
+  if (state !== model.link && title) announce(title);
+  model.link = state;
+  if (state === "signed_out") onSignedOut();
 }
 
 /** @param {WireChat[]} chats */
@@ -852,7 +843,7 @@ const LINK_TEXT = {
 };
 
 function renderTop() {
-  const { state } = model.link;
+  const state = model.link;
   const total = [...model.chats.values()].reduce((sum, chat) => sum + unread(chat), 0);
   const me = personName(myId(), model.session?.name);
   setText("link-text", LINK_TEXT[state]);
@@ -904,14 +895,14 @@ function bannerText(state) {
 }
 
 function renderBanner() {
-  const { state, retryAt } = model.link;
+  const state = model.link;
   const [title, meanwhile = ""] = bannerText(state);
   box("banner").hidden = !title;
+  setText("banner-title", title ?? "");
   if (!title) return;
-  const seconds = Math.max(0, Math.ceil(((retryAt ?? Date.now()) - Date.now()) / 1000));
+  const seconds = Math.ceil(model.client?.retryIn ?? 0);
   const waiting = state === "polling" || state === "offline";
   const next = seconds > 0 ? `Next try in ${seconds} s.` : "Trying now…";
-  setText("banner-title", title);
   setText("banner-next", waiting ? `${meanwhile} ${next}` : meanwhile);
   button("banner-retry").hidden = state === "refused";
   button("banner-retry").disabled = waiting && seconds === 0;
@@ -1755,7 +1746,7 @@ function start(session) {
   model.client?.disconnect();
   forgetModel();
   writeSession(shelves.tab, session);
-  const client = new ChatWebSocket({ bearer: session.token, userId: session.user_id });
+  const client = new ChatWebSocket({ bearer: session.token });
   model.session = session;
   model.client = client;
   model.names.set(session.user_id, session.name);
@@ -1830,7 +1821,7 @@ function onResize() {
 
 /** Counts down to the next try. */
 function onSecond() {
-  if (model.session && model.link.retryAt !== null) renderBanner();
+  if (!box("banner").hidden) renderBanner();
 }
 
 function begin() {
