@@ -225,8 +225,9 @@ function sentence(error) {
 /* -------------------------------------------------------------------------------------
  * Sign-in. A link's token is exchanged at once for a session token. That is the tab's
  * own (sessionStorage), so that two tabs can be two people; a copy in localStorage is
- * for the next visit. Nobody becomes somebody else by opening a link: that asks first,
- * because a link could be sent to make you write under a name that its sender reads.
+ * for the next visit. A tab becomes somebody else only after asking, and a new tab that
+ * is somebody else says so and leaves the next visit alone: a link could be sent to make
+ * you write under a name that its sender reads.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -237,6 +238,8 @@ function sentence(error) {
  */
 
 const SESSION_KEY = "chatd.session";
+/** Tells the other tabs who signed out. */
+const signedOut = new BroadcastChannel("chatd.signed-out");
 
 /** Storage may be forbidden; then the session lives as long as the page. */
 const shelves = {
@@ -244,30 +247,41 @@ const shelves = {
   browser: () => window.localStorage,
 };
 
-/** @param {() => Storage} shelf @returns {Session | null} */
+/**
+ * @param {() => Storage} shelf
+ * @returns {Session | null | undefined} null: signed out; undefined: nothing is known
+ */
 function readSession(shelf) {
   try {
-    return JSON.parse(shelf().getItem(SESSION_KEY) ?? "null");
+    return JSON.parse(shelf().getItem(SESSION_KEY) ?? "");
   } catch {
-    return null;
+    return undefined;
   }
 }
 
 /** @param {() => Storage} shelf @param {Session | null} session */
 function writeSession(shelf, session) {
   try {
-    if (session) shelf().setItem(SESSION_KEY, JSON.stringify(session));
-    else shelf().removeItem(SESSION_KEY);
+    shelf().setItem(SESSION_KEY, JSON.stringify(session));
   } catch {
     // Named above.
   }
 }
 
-/** Takes the link's token out of the address bar. @returns {string | null} */
-function takeLinkToken() {
+/** The tab's own, else the one kept for the next visit. */
+function sessionToResume() {
+  const mine = readSession(shelves.tab);
+  return mine === undefined ? readSession(shelves.browser) : mine;
+}
+
+/**
+ * Takes the link's token out of the address bar.
+ * @param {string} [place] the hash that stood there before
+ * @returns {string | null}
+ */
+function takeLinkToken(place = "") {
   const match = /^#token=(.+)$/.exec(location.hash);
   if (!match?.[1]) return null;
-  const place = model.open ? `#chat/${model.open.id}` : "";
   history.replaceState(null, "", location.pathname + location.search + place);
   return decodeURIComponent(match[1]);
 }
@@ -281,14 +295,15 @@ async function exchange(token) {
 
 /** @param {string} token of a sign-in link */
 async function signInWith(token) {
-  const current =
-    model.session ?? readSession(shelves.tab) ?? readSession(shelves.browser);
+  const mine = model.session ?? readSession(shelves.tab);
+  const kept = readSession(shelves.browser);
   try {
     const session = await exchange(token);
-    if (current && !(await mayBecome(session, current))) start(current);
+    if (mine && !(await mayBecome(session, mine))) start(mine);
+    else if (!mine && kept && kept.user_id !== session.user_id) startBeside(session, kept);
     else keepAndStart(session);
   } catch (error) {
-    signInFailed(token, current, error);
+    signInFailed(token, error);
   }
 }
 
@@ -307,8 +322,9 @@ async function mayBecome(session, current) {
   });
 }
 
-/** @param {string} token @param {Session | null} current @param {unknown} error */
-function signInFailed(token, current, error) {
+/** @param {string} token @param {unknown} error */
+function signInFailed(token, error) {
+  const current = model.session ?? sessionToResume();
   const refused = error instanceof ChatError && error.status > 0;
   const why =
     refused && error.status === 401
@@ -324,10 +340,17 @@ function signInFailed(token, current, error) {
   if (!refused) field("sign-in-link").value = `${location.origin}/#token=${token}`;
 }
 
-/** @param {Session} session */
+/** Who is here already goes on undisturbed. @param {Session} session */
 function keepAndStart(session) {
-  writeSession(shelves.browser, session);
+  for (const shelf of [shelves.tab, shelves.browser]) writeSession(shelf, session);
+  if (model.session?.user_id !== session.user_id) start(session);
+}
+
+/** In a new tab, as somebody else than the next visit will be. @param {Session} session @param {Session} kept */
+function startBeside(session, kept) {
   start(session);
+  const [me, other] = [session, kept].map((who) => personName(who.user_id, who.name));
+  toast(`This tab is signed in as ${me}. Other tabs stay ${other}.`);
 }
 
 /**
@@ -378,6 +401,7 @@ async function onSignOut() {
       no: "Stay",
     }));
   if (!sure) return;
+  signedOut.postMessage(myId());
   model.client?.forget();
   leave("You are signed out.");
 }
@@ -397,24 +421,21 @@ function leave(why) {
   showSignIn({ why });
 }
 
-/**
- * The server does not take our token any more. Perhaps another tab has a newer one.
- */
+/** The server does not take our token any more. Perhaps a newer link was opened. */
 function onSignedOut() {
-  const kept = readSession(shelves.browser);
   const mine = model.session;
-  if (kept && mine && kept.user_id === mine.user_id && kept.token !== mine.token)
-    start(kept);
+  const newer = [shelves.tab, shelves.browser]
+    .map(readSession)
+    .find((kept) => kept?.user_id === mine?.user_id && kept?.token !== mine?.token);
+  if (newer) start(newer);
   else leave("Your session has ended.");
 }
 
-/** Another tab of the same person signed out. @param {StorageEvent} event */
-function onStorage(event) {
-  if (event.key !== SESSION_KEY || event.newValue !== null || !event.oldValue) return;
-  if (JSON.parse(event.oldValue).user_id === model.session?.user_id) {
-    model.client?.forget();
-    leave("You signed out in another tab.");
-  }
+/** Another tab signed out: so do we, if it was the same person's. @param {MessageEvent} event */
+function onSignedOutElsewhere({ data }) {
+  if (!model.session || data !== myId()) return;
+  model.client?.forget();
+  leave("You signed out in another tab.");
 }
 
 /* -------------------------------------------------------------------------------------
@@ -1768,7 +1789,7 @@ function wireUp() {
     /** @type {(event: any) => void} */ react,
   ) => target.addEventListener(type, react);
   on(window, "hashchange", onHash);
-  on(window, "storage", onStorage);
+  on(signedOut, "message", onSignedOutElsewhere);
   // At once: a frame that was asked for may never come to a tab that is now hidden.
   on(document, "visibilitychange", render);
   on(box("sign-in-form"), "submit", onSignInForm);
@@ -1796,8 +1817,9 @@ function wireUp() {
   setInterval(onSecond, 1000);
 }
 
-function onHash() {
-  const token = takeLinkToken();
+/** @param {HashChangeEvent} event */
+function onHash({ oldURL }) {
+  const token = takeLinkToken(new URL(oldURL).hash);
   if (token) void signInWith(token);
   else route();
 }
@@ -1827,7 +1849,7 @@ function onSecond() {
 function begin() {
   wireUp();
   const token = takeLinkToken();
-  const session = readSession(shelves.tab) ?? readSession(shelves.browser);
+  const session = sessionToResume();
   if (token) void signInWith(token);
   else if (session) start(session);
   else showSignIn();

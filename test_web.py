@@ -1,0 +1,928 @@
+"""The page and ChatWebSocket in a real Chromium, against a real `chatd serve`.
+
+Each test has users of its own, so that most can share one server. What a test waits
+for has a deadline (playwright's, 15 s) and no test sleeps; the 5 s and 30 s rules run on
+the browser's fake clock. Whatever a page reports as an error, a violated policy above
+all, fails the test, unless it is the network that the test has cut.
+
+    apt-get install chromium        # or CHROMIUM=/path/to/it
+    .venv/bin/python -m pytest -m browser
+    SHOTS=folder .venv/bin/python -m pytest -k screenshots      # to look at
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CI = bool(os.environ.get("CI"))
+pytestmark = pytest.mark.browser
+
+if CI:
+    from playwright import sync_api
+else:
+    sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
+
+Page = sync_api.Page
+Context = sync_api.BrowserContext
+Json = dict[str, Any]
+
+users = itertools.count(1)
+
+
+def find_program(names: tuple[str | None, ...], remedy: str) -> str:
+    """Find a program. CI never goes without; elsewhere the reason is shown."""
+    for name in names:
+        if name and (path := shutil.which(name)):
+            return path
+    if CI:
+        pytest.fail(remedy)
+    pytest.skip(remedy)
+
+
+# --- chatd, and a page of somebody else ----------------------------------------------
+
+
+class House:
+    """A `chatd serve` of its own, on a free port, which it keeps when started again."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.db = folder / "chatd.db"
+        self.log = folder / "log"
+        # Tests come from one address, and more often than people do.
+        self.flags = ("--requests", "0", "--handshakes", "0", *flags)
+        self.process: subprocess.Popen[str] | None = None
+        self.url = ""
+        self.start()
+        self.secret = (folder / "chatd.secret").read_text().strip()
+
+    def start(self) -> None:
+        listen = self.url.removeprefix("http://") or "127.0.0.1:0"
+        command = ("-m", "chatd", "serve", "--listen", listen, "--db", str(self.db))
+        self.url = self.run(*command, *self.flags)
+
+    def run(self, *command: str) -> str:
+        """Start one of chatd's servers and read its address."""
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE,
+                stderr=log, text=True,
+            )  # fmt: skip
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("listening on "), self.log.read_text()
+        return line.split()[-1]
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        if self.process is None:
+            return
+        self.process.send_signal(how)
+        self.process.communicate(timeout=30)
+        self.process = None
+
+    def token(self, user: int, **claims: Any) -> str:
+        now = int(time.time())
+        body = {"user_id": user, "iat": now, "exp": now + 3600, **claims}
+        return jwt.encode(body, self.secret, "HS256")
+
+    def link(self, user: int, name: str = "") -> str:
+        named = {"name": name} if name else {}
+        return f"{self.url}/#token={self.token(user, use='signin', **named)}"
+
+    def ask(
+        self, method: str, path: str, body: Json | None = None, **claims: Any
+    ) -> Any:
+        """Ask over HTTP, as a service unless `claims` say who."""
+        claims = claims or {"user_id": 2**40, "scope": "service"}
+        request = urllib.request.Request(
+            self.url + path,
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {self.token(0, **claims)}"},
+        )
+        with urllib.request.urlopen(request, timeout=15) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def person(self, name: str) -> int:
+        """Make a user who is known by this name."""
+        user = next(users)
+        self.ask("GET", "/api/v1/me", user_id=user, name=name)
+        return user
+
+    def chat(self, *members: int, title: str | None = None) -> int:
+        body = {"title": title, "member_ids": members}
+        chat_id: int = self.ask("POST", "/api/v1/chats", body)["chat"]["id"]
+        return chat_id
+
+    def say(self, chat: int, sender: int, content: str) -> Json:
+        body = {"content": content, "sender_id": sender}
+        path = f"/api/v1/chats/{chat}/messages"
+        message: Json = self.ask("POST", path, body)["message"]
+        return message
+
+    def contents(self, chat: int, reader: int) -> list[str]:
+        """What is stored, oldest first."""
+        path = f"/api/v1/chats/{chat}/messages?limit=100"
+        messages = self.ask("GET", path, user_id=reader)["messages"]
+        return [message["content"] for message in messages]
+
+
+class Site(http.server.ThreadingHTTPServer):
+    """Somebody else's web server: another origin, whose pages embed ChatWebSocket."""
+
+    def __init__(self) -> None:
+        self.pages: dict[str, tuple[str, str]] = {}
+        pages = self.pages
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                kind, body = pages.get(self.path, ("text/html", ""))
+                self.send_response(200 if body else 404)
+                self.send_header("Content-Type", f"{kind}; charset=utf-8")
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            def log_message(self, *_: Any) -> None:
+                """Say nothing."""
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.pages["/"] = ("text/html", "<!doctype html><title>Shop</title>")
+        self.pages["/favicon.ico"] = ("image/svg+xml", "<svg/>")
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    site = Site()
+    thread = threading.Thread(target=site.serve_forever, daemon=True)
+    thread.start()
+    yield site
+    site.shutdown()
+    thread.join()
+    site.server_close()
+
+
+@pytest.fixture(scope="module")
+def house(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """The server that tests share who need nothing special of it."""
+    house = House(tmp_path_factory.mktemp("chatd"), "--origin", site.url)
+    yield house
+    house.end()
+
+
+@pytest.fixture
+def own_house(tmp_path: Path) -> Iterator[Callable[..., House]]:
+    """Make a server that the test may kill, or set up in its own way."""
+    made: list[House] = []
+
+    def make(*flags: str) -> House:
+        made.append(House(tmp_path / str(len(made)), *flags))
+        return made[-1]
+
+    yield make
+    for house in made:
+        house.end()
+
+
+# --- Chromium ------------------------------------------------------------------------
+
+# The network's own complaints, in tests that cut it.
+NETWORK = re.compile(r"net::ERR_|WebSocket connection to|Failed to load resource")
+
+
+class Chromium:
+    """One browser for all tests; what its pages complain about is collected."""
+
+    def __init__(self, browser: sync_api.Browser) -> None:
+        self.browser = browser
+        self.contexts: list[Context] = []
+        self.complaints: list[str] = []
+        self.console: list[str] = []
+
+    def context(self, **options: Any) -> Context:
+        """A browser profile: its tabs share storage, and nothing with others."""
+        options.setdefault("viewport", {"width": 1100, "height": 700})
+        context = self.browser.new_context(**options)
+        context.set_default_timeout(15_000)
+        context.on("console", self._hear)
+        context.on("weberror", lambda e: self.complaints.append(str(e.error)))
+        self.contexts.append(context)
+        return context
+
+    def _hear(self, message: sync_api.ConsoleMessage) -> None:
+        self.console.append(message.text)
+        if message.type in ("error", "warning") and not NETWORK.search(message.text):
+            self.complaints.append(message.text)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser")
+    path = find_program((*names, "google-chrome"), "no Chromium: apt install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--disable-background-networking"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def chromium(browser: sync_api.Browser) -> Iterator[Chromium]:
+    expect.set_options(timeout=15_000)
+    chromium = Chromium(browser)
+    yield chromium
+    for context in chromium.contexts:
+        context.close()
+    assert chromium.complaints == []
+
+
+# --- what people do on the page ------------------------------------------------------
+
+
+def sign_in(context: Context, link: str) -> Page:
+    page = context.new_page()
+    page.goto(link)
+    expect(page.locator("#me-name")).not_to_be_empty()
+    return page
+
+
+def open_chat(page: Page, chat: int) -> None:
+    page.locator(f"#chat-list a[href='#chat/{chat}']").click()
+    expect(page.locator("#composer")).to_be_visible()
+
+
+def field(page: Page) -> sync_api.Locator:
+    return page.get_by_role("textbox", name="Your message")
+
+
+def write(page: Page, text: str) -> None:
+    field(page).fill(text)
+    field(page).press("Enter")
+
+
+def bubbles(page: Page) -> sync_api.Locator:
+    return page.locator("#messages .message .content")
+
+
+def ticks(page: Page) -> sync_api.Locator:
+    return page.locator("#messages .own .stamp .sr-only")
+
+
+def state_is(page: Page, state: str) -> None:
+    expect(page.locator("#link")).to_have_attribute("data-state", state)
+
+
+class Wire:
+    """The socket between page and server, to cut and to look at."""
+
+    def __init__(self, page: Page) -> None:
+        self.cut_code: int | None = None
+        self.sockets: list[sync_api.WebSocketRoute] = []
+        self.said: list[Json] = []
+        self.heard: list[Json] = []
+        page.route_web_socket(re.compile("/ws/chat"), self._open)
+
+    def _open(self, socket: sync_api.WebSocketRoute) -> None:
+        if self.cut_code is not None:
+            socket.close(code=self.cut_code)
+            return
+        server = socket.connect_to_server()
+        self.sockets.append(socket)
+
+        def up(text: str | bytes) -> None:
+            self.said.append(json.loads(text))
+            server.send(text)
+
+        def down(text: str | bytes) -> None:
+            self.heard.append(json.loads(text))
+            socket.send(text)
+
+        socket.on_message(up)
+        server.on_message(down)
+
+    def cut(self, code: int, *, block: bool = False) -> None:
+        """Close the socket at this code; block: and each that comes after it."""
+        self.cut_code = code if block else None
+        for socket in self.sockets:
+            socket.close(code=code)
+        self.sockets.clear()
+
+
+def pair(house: House, *, title: str | None = None) -> tuple[int, int, int]:
+    """Anna, Ben and their chat."""
+    anna, ben = house.person("Anna"), house.person("Ben")
+    return anna, ben, house.chat(anna, ben, title=title)
+
+
+# --- signing in ----------------------------------------------------------------------
+
+
+def test_a_link_signs_in_and_leaves_the_address_bar(
+    house: House, chromium: Chromium
+) -> None:
+    anna, _, _ = pair(house)
+    context = chromium.context()
+    page = sign_in(context, house.link(anna))
+    assert page.url == f"{house.url}/"
+    expect(page.locator("#me-name")).to_have_text("Anna")
+    state_is(page, "connected")
+    page.reload()
+    expect(page.locator("#me-name")).to_have_text("Anna")
+    page.close()
+    later = sign_in(context, house.url)  # the next visit
+    expect(later.locator("#me-name")).to_have_text("Anna")
+    assert not [line for line in chromium.console if "eyJ" in line]
+
+
+def test_a_link_that_is_no_longer_good_says_so(
+    house: House, chromium: Chromium
+) -> None:
+    page = chromium.context().new_page()
+    page.goto(f"{house.url}/#token={house.token(next(users), use='signin', exp=1)}")
+    expect(page.get_by_role("alert")).to_contain_text("no longer good")
+    page.get_by_label("Sign-in link").fill("https://example.org")
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("alert")).to_contain_text("not a sign-in link")
+    page.get_by_label("Sign-in link").fill(house.link(house.person("Cora")))
+    page.get_by_label("Sign-in link").press("Enter")
+    expect(page.locator("#me-name")).to_have_text("Cora")
+
+
+def test_a_second_link_in_an_open_tab_asks_before_it_is_somebody_else(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    page = sign_in(chromium.context(), house.link(anna))
+    open_chat(page, chat)
+    page.goto(house.link(anna))  # herself: nothing to ask
+    expect(page).to_have_url(f"{house.url}/#chat/{chat}")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    page.goto(house.link(ben))
+    asked = page.get_by_role("dialog", name="Continue as Ben?")
+    asked.get_by_role("button", name="Stay Anna").click()
+    expect(page.locator("#me-name")).to_have_text("Anna")
+    expect(field(page)).to_be_visible()
+    page.goto(house.link(ben))
+    asked.get_by_role("button", name="Continue as Ben").click()
+    expect(page.locator("#me-name")).to_have_text("Ben")
+    write(page, "It is me now")
+    expect(bubbles(page)).to_have_text(["It is me now"])
+    assert house.ask("GET", "/api/v1/chats", user_id=ben)["chats"][0]["last_message"][
+        "sender_id"
+    ] == ben  # fmt: skip
+
+
+def test_signing_out_is_for_all_tabs_of_that_user(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, _ = pair(house)
+    context = chromium.context()
+    bens = sign_in(context, house.link(ben))
+    first = sign_in(context, house.link(anna))
+    second = sign_in(context, house.link(anna))
+    expect(second.locator("#me-name")).to_have_text("Anna")
+    first.locator("#me").click()
+    first.get_by_role("button", name="Sign out").click()
+    expect(first.get_by_text("You are signed out.")).to_be_visible()
+    expect(second.get_by_text("You signed out in another tab.")).to_be_visible()
+    expect(bens.locator("#me-name")).to_have_text("Ben")
+    state_is(bens, "connected")
+    first.reload()
+    expect(first.get_by_role("heading", name="Sign in to chatd")).to_be_visible()
+
+
+# --- two people ----------------------------------------------------------------------
+
+
+@pytest.fixture(params=["direct", "proxy"])
+def door(request: pytest.FixtureRequest, house: House) -> Iterator[str]:
+    """Where the pages connect: the service itself, or `chatd proxy` before it."""
+    if request.param == "direct":
+        yield house.url
+        return
+    if "proxy" not in subprocess.run(
+        [sys.executable, "-m", "chatd", "--help"], cwd=HERE, capture_output=True,
+        text=True, check=True,
+    ).stdout:  # fmt: skip
+        pytest.skip("this chatd has no proxy")
+    proxy = House.__new__(House)
+    proxy.log = house.log
+    url = proxy.run(
+        "-m", "chatd", "proxy", "--listen", "127.0.0.1:0",
+        "--upstream", house.url.removeprefix("http://"),
+        "--secret-file", str(house.db.with_name("chatd.secret")),
+    )  # fmt: skip
+    yield url
+    proxy.end()
+
+
+def test_two_tabs_of_one_browser_are_two_users(
+    house: House, chromium: Chromium, door: str
+) -> None:
+    anna, ben, chat = pair(house)
+    context = chromium.context()
+    tabs = []
+    for user in (anna, ben):
+        tab = context.new_page()
+        with tab.expect_console_message(
+            lambda line: line.text.startswith("WebSocket message:")
+        ) as first:
+            tab.goto(house.link(user).replace(house.url, door))
+        connected = first.value.args[1].json_value()
+        assert (connected["type"], connected["user_id"]) == ("connected", user)
+        tabs.append(tab)
+    assert chromium.console.count("[WebSocket] Connected") == 2
+    assert not [line for line in chromium.console if "token" in line or "eyJ" in line]
+    annas, bens = tabs
+    open_chat(annas, chat)
+    open_chat(bens, chat)
+    write(annas, "Привет!")
+    expect(bubbles(bens)).to_have_text(["Привет!"])
+    write(bens, "Привет, Анна")
+    expect(bubbles(annas)).to_have_text(["Привет!", "Привет, Анна"])
+    for tab, user in ((annas, "Anna"), (bens, "Ben")):
+        tab.reload()
+        expect(tab.locator("#me-name")).to_have_text(user)
+
+
+def test_a_message_in_one_browser_appears_in_the_other(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house, title="Bicycle")
+    annas = sign_in(chromium.context(), house.link(anna))
+    bens = sign_in(chromium.context(), house.link(ben))
+    open_chat(annas, chat)
+    write(annas, "Is it\n  still for sale?")
+    row = bens.locator("#chat-list .row")
+    expect(row.locator(".badge")).to_contain_text("1")
+    expect(bens).to_have_title("(1) chatd")
+    expect(bens.locator("#announcer")).to_contain_text("Anna in Bicycle: Is it")
+    bens.get_by_role("button", name="1 new message").click()
+    bens.locator("#bell-list .row").click()
+    expect(bubbles(bens)).to_have_text(["Is it\n  still for sale?"])
+    expect(bens.locator(".sender")).to_have_text("Anna")
+    expect(bens.locator(".divider")).to_have_text("New messages")
+    expect(bens).to_have_title("Bicycle · chatd")
+    expect(bens.get_by_role("button", name="No new messages")).to_be_visible()
+
+
+def test_typing_appears_and_disappears(house: House, chromium: Chromium) -> None:
+    anna, ben, chat = pair(house)
+    annas = chromium.context().new_page()
+    annas.clock.install()
+    annas.goto(house.link(anna))
+    bens = sign_in(chromium.context(), house.link(ben))
+    for page in (annas, bens):
+        open_chat(page, chat)
+    says = annas.locator("#typing")
+    field(bens).press_sequentially("Hel")
+    expect(says).to_have_text("Ben is typing…")
+    expect(annas.locator("#chat-list .row-last")).to_have_text("Ben is typing…")
+    field(bens).fill("")  # thought better of it
+    expect(says).to_be_empty()
+    field(bens).press_sequentially("Hello")
+    expect(says).to_have_text("Ben is typing…")
+    field(bens).press("Enter")  # said it
+    expect(says).to_be_empty()
+    expect(bubbles(annas)).to_have_text(["Hello"])
+    field(bens).press_sequentially("And")
+    expect(says).to_have_text("Ben is typing…")
+    bens.close()  # gone without a word
+    annas.clock.run_for(8_000)
+    expect(says).to_be_empty()
+
+
+def test_the_tick_says_sent_and_then_read(house: House, chromium: Chromium) -> None:
+    anna, ben, chat = pair(house)
+    annas = sign_in(chromium.context(), house.link(anna))
+    bens = sign_in(chromium.context(), house.link(ben))
+    open_chat(annas, chat)
+    write(annas, "Hello")
+    expect(ticks(annas)).to_have_text("Sent")
+    expect(bens.locator("#bell-count")).to_have_text("1")
+    expect(ticks(annas)).to_have_text("Sent")  # he has it, and has not seen it
+    open_chat(bens, chat)
+    expect(ticks(annas)).to_have_text("Read")
+
+
+HIDE = """
+    window.isHidden = true;
+    Object.defineProperty(document, "visibilityState",
+        { get: () => window.isHidden ? "hidden" : "visible" });
+    window.look = () => {
+        window.isHidden = false;
+        document.dispatchEvent(new Event("visibilitychange"));
+    };
+    window.Notification = class extends EventTarget {
+        static permission = "granted";
+        constructor(title, { body }) { super(); console.log(`${title} says: ${body}`); }
+    };
+"""
+
+
+def test_a_hidden_tab_notifies_and_reads_nothing_until_it_is_looked_at(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    annas = sign_in(chromium.context(), house.link(anna))
+    open_chat(annas, chat)
+    bens = chromium.context().new_page()
+    bens.add_init_script(HIDE)
+    bens.goto(f"{house.link(ben)}")
+    open_chat(bens, chat)
+    with bens.expect_console_message(lambda line: line.text.startswith("Anna says:")):
+        write(annas, "Are you there?")
+    assert chromium.console.count("Anna says: Are you there?") == 1
+    expect(bubbles(bens)).to_have_text(["Are you there?"])
+    expect(bens).to_have_title("(1) Anna · chatd")
+    expect(ticks(annas)).to_have_text("Sent")
+    bens.evaluate("window.look()")
+    expect(ticks(annas)).to_have_text("Read")
+    expect(bens).to_have_title("Anna · chatd")
+
+
+def test_a_badge_falls_in_all_tabs_when_one_reads(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    context = chromium.context()
+    first = sign_in(context, house.link(anna))
+    second = sign_in(context, house.url)
+    for i in range(3):
+        house.say(chat, ben, f"Message {i}")
+    for tab in (first, second):
+        expect(tab.locator("#bell-count")).to_have_text("3")
+    open_chat(first, chat)
+    for tab in (first, second):
+        expect(tab.locator("#bell-count")).to_be_hidden()
+        expect(tab.locator("#chat-list .badge")).to_have_count(0)
+    open_chat(second, chat)
+    write(first, "From the first tab")
+    expect(bubbles(second)).to_have_count(4)
+
+
+def test_only_what_was_on_the_screen_is_read(house: House, chromium: Chromium) -> None:
+    anna, ben, chat = pair(house)
+    for i in range(60):
+        house.say(chat, anna if i < 20 else ben, f"Message {i}\n\nwith three lines")
+    page = sign_in(chromium.context(), house.link(anna))
+    open_chat(page, chat)
+    expect(page.locator(".divider")).to_be_in_viewport()
+    expect(page.locator("#jump-text")).to_have_text(re.compile("new messages"))
+    count = int(page.locator("#jump-text").inner_text().split()[0])
+    assert 20 < count < 40
+    expect(page.locator("#bell-count")).to_have_text(str(count))
+    page.locator("#jump").click()
+    expect(page.locator("#bell-count")).to_be_hidden()
+    expect(page.locator("#jump")).to_be_hidden()
+
+
+def test_history_loads_as_one_scrolls_up_and_stays_in_place(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    for i in range(170):
+        house.say(chat, anna if i % 3 else ben, f"Message {i}")
+    page = sign_in(chromium.context(), house.link(anna))
+    open_chat(page, chat)
+    expect(bubbles(page).last).to_be_in_viewport()
+    seen = []
+    for _ in range(60):
+        page.locator("#scroller").hover()
+        page.mouse.wheel(0, -400)
+        page.evaluate("() => new Promise((done) => requestAnimationFrame(done))")
+        top = page.evaluate(
+            """() => {
+                const view = document.querySelector("#scroller").getBoundingClientRect();
+                return [...document.querySelectorAll("#messages .message")]
+                    .find((row) => row.getBoundingClientRect().bottom > view.top)
+                    .dataset.n;
+            }"""
+        )
+        seen.append(int(top))
+        if page.get_by_text("The beginning of this chat").count():
+            break
+    expect(page.get_by_text("The beginning of this chat")).to_be_attached()
+    assert seen == sorted(seen, reverse=True)  # never thrown about
+    expect(bubbles(page)).to_have_text([f"Message {i}" for i in range(170)])
+    house.say(chat, ben, "New below")
+    jump = page.get_by_role("button", name="1 new message").last
+    jump.click()
+    expect(page.get_by_text("New below", exact=True).last).to_be_in_viewport()
+
+
+def test_a_new_chat_and_a_new_member(house: House, chromium: Chromium) -> None:
+    people = [house.person(name) for name in ("Anna", "Zoltán Kis", "Zora Kis")]
+    anna, zoltan, zora = people
+    annas = sign_in(chromium.context(), house.link(anna))
+    zoltans = sign_in(chromium.context(), house.link(zoltan))
+    annas.get_by_role("button", name="New chat").click()
+    dialog = annas.get_by_role("dialog", name="New chat")
+    dialog.get_by_role("button", name="Create").click()
+    expect(dialog.get_by_role("alert")).to_have_text("Choose at least one person.")
+    dialog.get_by_label("Find somebody").fill("zolt")
+    expect(dialog.get_by_role("checkbox")).to_have_count(1)
+    dialog.get_by_label("Zoltán Kis").check()
+    dialog.get_by_label("Title").fill("Chess <i>club</i>")
+    dialog.get_by_role("button", name="Create").click()
+    expect(annas.locator("#pane-title")).to_have_text("Chess <i>club</i>")
+    write(annas, "Welcome")
+    row = zoltans.locator("#chat-list .row")
+    expect(row).to_contain_text("Welcome")
+    row.click()
+    annas.get_by_role("button", name="People in this chat").click()
+    annas.get_by_role("button", name="Add people").click()
+    dialog = annas.get_by_role("dialog", name="Add people")
+    dialog.get_by_label("Zora Kis").check()
+    dialog.get_by_role("button", name="Add", exact=True).click()
+    expect(zoltans.locator("#pane-members")).to_contain_text("Zora Kis")
+    zoras = sign_in(chromium.context(), house.link(zora))
+    open_chat(zoras, int(annas.url.rpartition("/")[2]))
+    expect(bubbles(zoras)).to_have_text(["Welcome"])
+    zoras.get_by_role("button", name="People in this chat").click()
+    zoras.get_by_role("button", name="Leave chat").click()
+    zoras.get_by_role("dialog", name="Leave").get_by_role("button", name="Leave").click()
+    expect(zoras.get_by_text("No chats yet.")).to_be_visible()
+    expect(annas.locator("#pane-members")).not_to_contain_text("Zora Kis")
+
+
+# --- the network goes away -----------------------------------------------------------
+
+
+def test_a_killed_server_is_missed_and_nothing_is_lost_or_doubled(
+    own_house: Callable[..., House], chromium: Chromium
+) -> None:
+    house = own_house()
+    anna, ben, chat = pair(house)
+    page = chromium.context().new_page()
+    page.clock.install()
+    page.goto(house.link(anna))
+    open_chat(page, chat)
+    write(page, "One")
+    expect(ticks(page)).to_have_text("Sent")
+    banner = page.locator("#banner")
+    house.end(signal.SIGKILL)
+    state_is(page, "connecting")
+    expect(banner).to_be_hidden()
+    write(page, "Two")
+    page.clock.run_for(5_100)
+    expect(banner).to_be_visible()
+    state_is(page, "offline")
+    expect(banner).to_contain_text("What you write is kept")
+    expect(banner).to_contain_text(re.compile(r"Next try in \d+ s|Trying now"))
+    write(page, "Three")
+    expect(ticks(page)).to_have_text(["Sent", "Sending", "Sending"])
+    house.start()
+    house.say(chat, ben, "From Ben")
+    page.clock.run_for(35_000)  # a poll gets through at 5 s, the socket with it
+    state_is(page, "connected")
+    expect(banner).to_be_hidden()
+    expect(bubbles(page)).to_have_text(["One", "From Ben", "Two", "Three"])
+    expect(ticks(page)).to_have_text(["Read", "Sent", "Sent"])  # Ben wrote after One
+    assert house.contents(chat, anna) == ["One", "From Ben", "Two", "Three"]
+
+
+def test_with_the_socket_alone_blocked_messages_come_by_polling(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    page = chromium.context().new_page()
+    page.clock.install()
+    wire = Wire(page)
+    page.goto(house.link(anna))
+    open_chat(page, chat)
+    state_is(page, "connected")
+    polls = []
+    page.on("request", lambda r: "/api/v1/events" in r.url and polls.append(r.url))
+    wire.cut(1011, block=True)
+    page.clock.run_for(4_500)
+    assert polls == []
+    expect(page.locator("#banner")).to_be_hidden()
+    page.clock.run_for(600)
+    state_is(page, "polling")
+    expect(page.locator("#banner")).to_contain_text("Live updates are interrupted.")
+    house.say(chat, ben, "By poll")
+    page.clock.run_for(5_100)
+    expect(bubbles(page)).to_have_text(["By poll"])
+    write(page, "By HTTP")
+    page.clock.run_for(5_100)
+    expect(ticks(page)).to_have_text("Sent")
+    assert house.contents(chat, anna) == ["By poll", "By HTTP"]
+    marks = house.ask("GET", "/api/v1/chats", user_id=anna)["chats"][0]
+    assert marks["unread"] == 0  # read marks go by HTTP too
+    wire.cut_code = None
+    page.clock.run_for(31_000)  # the socket is tried every 30 s
+    state_is(page, "connected")
+    expect(page.locator("#banner")).to_be_hidden()
+    count = len(polls)
+    page.clock.run_for(20_000)
+    assert len(polls) == count
+    house.say(chat, ben, "Live again")
+    expect(bubbles(page)).to_have_text(["By poll", "By HTTP", "Live again"])
+
+
+def test_the_socket_is_tried_again_at_a_click_and_when_the_network_is_back(
+    house: House, chromium: Chromium
+) -> None:
+    anna, _, _ = pair(house)
+    page = chromium.context().new_page()
+    page.clock.install()
+    wire = Wire(page)
+    page.goto(house.link(anna))
+    for hint in (
+        lambda: page.get_by_role("button", name="Try now").click(),
+        lambda: page.evaluate("dispatchEvent(new Event('online'))"),
+        lambda: page.evaluate("document.dispatchEvent(new Event('visibilitychange'))"),
+    ):
+        state_is(page, "connected")
+        wire.cut(1011, block=True)
+        page.clock.run_for(5_100)
+        state_is(page, "polling")
+        expect(page.locator("#banner")).to_contain_text("Next try in")
+        wire.cut_code = None
+        page.clock.run_for(1_000)
+        hint()
+    state_is(page, "connected")
+
+
+def test_a_message_typed_offline_is_delivered_once(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    context = chromium.context()
+    annas = sign_in(context, house.link(anna))
+    bens = sign_in(chromium.context(), house.link(ben))
+    for page in (annas, bens):
+        open_chat(page, chat)
+    context.set_offline(True)
+    write(annas, "Typed offline")
+    expect(ticks(annas)).to_have_text("Sending")
+    context.set_offline(False)
+    expect(bubbles(bens)).to_have_text(["Typed offline"])
+    expect(ticks(annas)).to_have_text("Read")
+    write(bens, "Got it")
+    expect(bubbles(annas)).to_have_text(["Typed offline", "Got it"])
+    assert house.contents(chat, anna) == ["Typed offline", "Got it"]
+
+
+def test_a_silent_network_is_noticed(house: House, chromium: Chromium) -> None:
+    anna, _, chat = pair(house)
+    page = chromium.context().new_page()
+    page.clock.install()
+    silent = []
+
+    def open_wire(socket: sync_api.WebSocketRoute) -> None:
+        server = socket.connect_to_server()
+        dead = not silent  # the first one goes silent
+        socket.on_message(lambda text: dead and silent or server.send(text))
+        server.on_message(lambda text: dead and silent or socket.send(text))
+
+    page.route_web_socket(re.compile("/ws/chat"), open_wire)
+    page.goto(house.link(anna))
+    state_is(page, "connected")
+    open_chat(page, chat)
+    silent.append(True)
+    write(page, "Hello?")
+    page.clock.run_for(45_000)
+    expect(ticks(page)).to_have_text("Sent")
+    state_is(page, "connected")
+    assert house.contents(chat, anna) == ["Hello?"]
+
+
+# --- the outbox ----------------------------------------------------------------------
+
+
+def test_unsent_messages_outlive_a_reload(house: House, chromium: Chromium) -> None:
+    anna, _, chat = pair(house)
+    context = chromium.context()
+    page = context.new_page()
+    wire = Wire(page)
+    page.goto(house.link(anna))
+    open_chat(page, chat)
+    wire.cut(1011, block=True)
+    for text in ("One", "Two", "Three"):
+        write(page, text)
+    expect(ticks(page)).to_have_text(["Sending"] * 3)
+    page.reload()
+    expect(ticks(page)).to_have_text(["Sending"] * 3)
+    wire.cut_code = None
+    expect(ticks(page)).to_have_text(["Sent"] * 3)
+    assert house.contents(chat, anna) == ["One", "Two", "Three"]
+    page.reload()
+    expect(bubbles(page)).to_have_text(["One", "Two", "Three"])
+
+
+def test_what_a_closed_tab_left_is_sent_by_another(
+    house: House, chromium: Chromium
+) -> None:
+    anna, _, chat = pair(house)
+    context = chromium.context()
+    second = context.new_page()
+    second.clock.install()
+    second.goto(house.link(anna))
+    open_chat(second, chat)
+    first = context.new_page()
+    wire = Wire(first)
+    first.goto(f"{house.url}/#chat/{chat}")
+    expect(field(first)).to_be_visible()
+    state_is(first, "connected")
+    wire.cut(1011, block=True)
+    write(first, "One")
+    write(first, "Two")
+    first.close()
+    second.clock.run_for(31_000)
+    expect(bubbles(second)).to_have_text(["One", "Two"])
+    expect(ticks(second)).to_have_text(["Sent", "Sent"])
+    assert house.contents(chat, anna) == ["One", "Two"]
+    assert second.evaluate("Object.keys(localStorage)") == ["chatd.session"]
+
+
+def test_refused_messages_go_one_at_a_time_and_in_order(
+    own_house: Callable[..., House], chromium: Chromium
+) -> None:
+    house = own_house("--sends", "5/3")
+    anna, _, chat = pair(house)
+    page = chromium.context().new_page()
+    wire = Wire(page)
+    page.goto(house.link(anna))
+    open_chat(page, chat)
+    state_is(page, "connected")
+    texts = [f"Message {i}" for i in range(12)]
+    for text in texts:
+        write(page, text)
+    expect(ticks(page)).to_have_text(["Sent"] * 12)
+    expect(bubbles(page)).to_have_text(texts)
+    assert house.contents(chat, anna) == texts
+    refusals = [f for f in wire.heard if f["type"] == "error"]
+    assert {f["code"] for f in refusals} == {"rate_limited"}
+
+
+def test_a_message_that_cannot_be_stored_fails_alone(
+    own_house: Callable[..., House], chromium: Chromium
+) -> None:
+    house = own_house("--max-content-chars", "100", "--max-message-bytes", "4096")
+    anna, _, chat = pair(house)
+    page = sign_in(chromium.context(), house.link(anna))
+    open_chat(page, chat)
+    write(page, "x" * 101)
+    write(page, "y" * 9000)  # too large even to be read
+    write(page, "Short")
+    expect(ticks(page)).to_have_text(["Sent", "Not sent", "Not sent"])
+    failed = page.locator(".failed")
+    expect(failed.first).to_contain_text("Not sent: content: 101 characters; at most")
+    expect(failed.last).to_contain_text("too long")
+    page.reload()
+    expect(failed).to_have_count(2)
+    failed.first.get_by_role("button", name="Try again").click()
+    failed.last.get_by_role("button", name="Delete").click()
+    expect(failed).to_have_count(1)
+    failed.get_by_role("button", name="Delete").click()
+    expect(failed).to_have_count(0)
+    page.reload()
+    expect(bubbles(page)).to_have_text(["Short"])
+
+
+@pytest.mark.parametrize("storage", ["full", "forbidden"])
+def test_without_storage_all_works_but_the_next_visit(
+    house: House, chromium: Chromium, storage: str
+) -> None:
+    anna, _, chat = pair(house)
+    page = chromium.context().new_page()
+    page.add_init_script(
+        "Storage.prototype.setItem = () => { throw new Error('full'); };"
+        if storage == "full"
+        else "for (const name of ['localStorage', 'sessionStorage'])"
+        "Object.defineProperty(window, name, { get() { throw new Error('no'); } });"
+    )
+    wire = Wire(page)
+    page.goto(house.link(anna))
+    open_chat(page, chat)
+    wire.cut(1011)
+    write(page, "Kept in memory")
+    expect(ticks(page)).to_have_text("Sent")
+    assert house.contents(chat, anna) == ["Kept in memory"]
