@@ -62,6 +62,14 @@ def find_program(names: tuple[str | None, ...], remedy: str) -> str:
     pytest.skip(remedy)
 
 
+def until(happens: Callable[[], bool]) -> None:
+    """Ask again and again, with a deadline: for what only the server can tell."""
+    deadline = time.monotonic() + 15
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 # --- chatd, and a page of somebody else ----------------------------------------------
 
 
@@ -143,6 +151,11 @@ class House:
         path = f"/api/v1/chats/{chat}/messages"
         message: Json = self.ask("POST", path, body)["message"]
         return message
+
+    def stats(self) -> Json:
+        path, claims = "/api/v1/internal/chat/ws/stats", {"user_id": 1, "scope": "stats"}
+        document: Json = self.ask("GET", path, **claims)
+        return document
 
     def contents(self, chat: int, reader: int) -> list[str]:
         """What is stored, oldest first."""
@@ -926,3 +939,284 @@ def test_without_storage_all_works_but_the_next_visit(
     write(page, "Kept in memory")
     expect(ticks(page)).to_have_text("Sent")
     assert house.contents(chat, anna) == ["Kept in memory"]
+
+
+# --- what the server can say ---------------------------------------------------------
+
+
+def test_revoked_and_expired_users_sign_in_again(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, _ = pair(house)
+    annas = sign_in(chromium.context(), house.link(anna))
+    state_is(annas, "connected")
+    house.ask("POST", "/api/v1/internal/chat/revoke", {"user_id": anna})  # 4503
+    expect(annas.get_by_text("Your session has ended.")).to_be_visible()
+    annas.reload()
+    expect(annas.get_by_role("heading", name="Sign in to chatd")).to_be_visible()
+
+    old = json.dumps({"token": house.token(ben, exp=1), "user_id": ben, "name": "Ben"})
+    page = chromium.context().new_page()
+    page.add_init_script(f"localStorage.setItem('chatd.session', {json.dumps(old)})")
+    page.goto(house.url)  # 401
+    expect(page.get_by_text("Your session has ended.")).to_be_visible()
+
+
+def test_too_many_places_waits_until_it_is_looked_at(
+    own_house: Callable[..., House], chromium: Chromium
+) -> None:
+    house = own_house("--connections-per-user", "1")
+    anna, _, _ = pair(house)
+    context = chromium.context()
+    first = sign_in(context, house.link(anna))
+    state_is(first, "connected")
+    second = context.new_page()
+    second.clock.install()
+    second.goto(house.url)
+    state_is(second, "too_many")
+    expect(second.locator("#banner")).to_contain_text("open in too many places")
+    tries = chromium.console.count("[WebSocket] Connected")
+    second.clock.run_for(120_000)
+    state_is(second, "too_many")
+    assert chromium.console.count("[WebSocket] Connected") == tries
+    first.close()
+    until(lambda: house.stats()["connections"]["active"] == 0)
+    second.evaluate("dispatchEvent(new Event('focus'))")
+    state_is(second, "connected")
+    expect(second.locator("#banner")).to_be_hidden()
+
+
+def test_a_restart_is_waited_for_as_long_as_it_says(
+    own_house: Callable[..., House], chromium: Chromium
+) -> None:
+    house = own_house()
+    anna, _, chat = pair(house)
+    page = chromium.context().new_page()
+    wire = Wire(page)
+    page.goto(house.link(anna))
+    open_chat(page, chat)
+    state_is(page, "connected")
+    house.end()  # bye, then 1012
+    write(page, "During the restart")
+    house.start()
+    expect(ticks(page)).to_have_text("Sent")
+    assert [frame["type"] for frame in wire.heard].count("bye") == 1
+    assert house.contents(chat, anna) == ["During the restart"]
+
+
+def test_bye_says_when_to_come_back(house: House, chromium: Chromium) -> None:
+    anna, _, _ = pair(house)
+    page = chromium.context().new_page()
+    page.clock.install()
+    wire = Wire(page)
+    page.goto(house.link(anna))
+    state_is(page, "connected")
+    wire.sockets[0].send(json.dumps({"type": "bye", "retry_after": 20}))
+    wire.cut(1012)
+    page.clock.run_for(5_100)
+    state_is(page, "polling")
+    expect(page.locator("#banner")).to_contain_text(re.compile("Next try in 1[45] s"))
+    page.clock.run_for(13_000)
+    state_is(page, "polling")
+    page.clock.run_for(3_000)
+    state_is(page, "connected")
+
+
+def test_the_end_of_a_token_is_not_noticed(
+    house: House, site: Site, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    # A page with a session: the socket's ticket ends (4401), a new one is fetched.
+    page = chromium.context().new_page()
+    wire = Wire(page)
+    page.goto(house.link(anna))
+    open_chat(page, chat)
+    state_is(page, "connected")
+    wire.cut(4401)
+    write(page, "Did anything happen?")
+    expect(ticks(page)).to_have_text("Sent")
+    expect(page.locator("#banner")).to_be_hidden()
+
+    # A page of somebody else, whose tokens last a minute: each is renewed in time.
+    page = chromium.context().new_page()
+    embed(page, site, house)
+    tokens = iter([house.token(ben, exp=int(time.time()) + 61), house.token(ben)])
+    page.expose_function("newToken", lambda: next(tokens))
+    wire = Wire(page)
+    page.evaluate("chat.connect(() => newToken())")
+    expect(page.locator("#types")).to_contain_text("token_expiring ack", timeout=30_000)
+    assert len(wire.sockets) == 1
+    ack = wire.heard[-1]
+    assert (ack["ref"], ack["expires_in"] > 3000) == ("auth", True)
+
+
+def test_another_epoch_is_a_resync(
+    own_house: Callable[..., House], chromium: Chromium
+) -> None:
+    house = own_house()
+    anna, ben, chat = pair(house)
+    page = sign_in(chromium.context(), house.link(anna))
+    open_chat(page, chat)
+    write(page, "Before")
+    expect(ticks(page)).to_have_text("Sent")
+    house.end(signal.SIGKILL)
+    with contextlib.closing(sqlite3.connect(house.db)) as db, db:
+        db.execute("UPDATE meta SET value = 'other' WHERE key = 'epoch'")
+    house.start()
+    house.say(chat, ben, "While you were away")
+    expect(bubbles(page)).to_have_text(["Before", "While you were away"])
+    write(page, "After")
+    expect(bubbles(page)).to_have_text(["Before", "While you were away", "After"])
+
+
+# --- in a page of somebody else ------------------------------------------------------
+
+EMBED = """<!doctype html><meta charset="utf-8"><title>Shop</title><p id="types"></p><p id="last"></p>
+<script type="module">
+  import { ChatWebSocket } from "%s/web/chat-websocket.js";
+  window.chat = new ChatWebSocket();
+  window.heard = [];
+  const types = ["connected", "new_message", "message_read", "chat_added",
+    "member_added", "member_removed", "typing", "ack", "error", "token_expiring",
+    "resync", "delivery", "chats", "state", "bye"];
+  for (const type of types) chat.on(type, (event) => {
+    heard.push({ type, ...event });
+    if (event.state === "sent") document.querySelector("#last").textContent = event.content;
+    document.querySelector("#types").textContent += type + " ";
+  });
+</script>"""
+
+
+def embed(page: Page, site: Site, house: House) -> None:
+    """Open somebody else's page, which imports ChatWebSocket."""
+    site.pages["/embed"] = ("text/html", EMBED % house.url)
+    page.goto(f"{site.url}/embed")
+    page.wait_for_load_state("networkidle")
+
+
+def test_an_allowed_origin_may_embed_it(
+    house: House, site: Site, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    page = chromium.context().new_page()
+    embed(page, site, house)
+    page.evaluate("(token) => chat.connect(token)", house.token(anna))
+    types = page.locator("#types")
+    expect(types).to_contain_text("connected")
+    page.evaluate("(id) => chat.send(id, 'From the shop')", chat)
+    expect(types).to_contain_text("new_message")
+    house.say(chat, ben, "From the page")
+    expect(types).to_contain_text(re.compile("new_message.*new_message"))
+    heard = page.evaluate("heard")
+    texts = [e["message"]["content"] for e in heard if e["type"] == "new_message"]
+    assert texts == ["From the shop", "From the page"]
+    assert [e["state"] for e in heard if e["type"] == "delivery"] == ["sending", "sent"]
+    snapshot = page.evaluate("chat.fetchChats()")
+    assert [c["id"] for c in snapshot["chats"]] == [chat]
+    page.evaluate("chat.disconnect()")
+    assert page.evaluate("chat.state") == "closed"
+    house.say(chat, ben, "To nobody")
+    # With a token that does not count it asks why, once, and stays away.
+    with page.expect_response(re.compile("/api/v1/me")) as answer:
+        page.evaluate("(token) => chat.connect(token)", house.token(anna, exp=1))
+    assert answer.value.status == 401
+    expect(types).to_contain_text(re.compile("state ?$"))
+    assert page.evaluate("chat.state") == "signed_out"
+
+
+def test_an_origin_that_was_not_allowed_may_not(
+    own_house: Callable[..., House], site: Site, chromium: Chromium
+) -> None:
+    house = own_house()
+    page = chromium.context().new_page()
+    embed(page, site, house)
+    assert "CORS" in chromium.complaints[0]
+    chromium.complaints.clear()
+    outcome = page.evaluate(
+        """(url) => new Promise((done) => {
+            const socket = new WebSocket(url);
+            socket.onopen = () => done("open");
+            socket.onclose = () => done("closed");
+        })""",
+        f"{house.url}/ws/chat?token={house.token(1)}".replace("http", "ws"),
+    )
+    assert outcome == "closed"
+
+
+def test_what_the_readme_says_about_embedding_works(
+    house: House, site: Site, chromium: Chromium
+) -> None:
+    section = (HERE / "README.md").read_text().split("## In your own page")[1]
+    example = re.findall(r"```html\n(.*?)```", section, re.DOTALL)[0]
+    assert len(example.splitlines()) <= 16
+    anna, ben, chat = pair(house)
+    tokens = {"token": house.token(anna)}
+    site.pages["/chat-token"] = ("application/json", json.dumps(tokens))
+    page_text = example.replace("https://chat.example.org", house.url)
+    site.pages["/readme"] = ("text/html", page_text.replace("CHAT_ID", str(chat)))
+    page = chromium.context().new_page()
+    page.goto(f"{site.url}/readme")
+    page.get_by_role("textbox").fill("Hello from the shop")
+    page.get_by_role("textbox").press("Enter")
+    expect(page.get_by_text("Hello from the shop")).to_be_visible()
+    house.say(chat, ben, "<b>Hello</b> from Ben")
+    expect(page.get_by_text("<b>Hello</b> from Ben")).to_be_visible()
+    assert house.contents(chat, anna) == ["Hello from the shop", "<b>Hello</b> from Ben"]
+
+
+def test_events_come_once_and_in_order_whatever_happens_to_the_network(
+    house: House, site: Site, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    page = chromium.context().new_page()
+    page.clock.install()
+    chance = random.Random(os.environ.get("SEED", "chatd"))
+    wire = Wire(page)
+    embed(page, site, house)
+    fate = {"lost": 0.0}
+
+    def request(route: sync_api.Route) -> None:
+        if chance.random() > fate["lost"]:
+            route.continue_()
+        elif chance.random() < 0.5:
+            route.abort()
+        else:  # it arrived; its answer is lost
+            route.fetch()
+            route.abort()
+
+    page.route(re.compile("/api/"), request)
+    page.evaluate("(token) => chat.connect(token)", house.token(anna))
+    said: list[str] = []
+    for step in range(80):
+        match chance.randrange(6):
+            case 0:
+                wire.cut(chance.choice((1006 - 6, 1012, 1013, 4008)))
+            case 1:
+                wire.cut(1011, block=True)
+                fate["lost"] = chance.choice((0.0, 0.5, 1.0))
+            case 2:
+                wire.cut_code = None
+                fate["lost"] = 0.0
+            case 3:
+                house.say(chat, ben, f"Ben {step}")
+            case _:
+                said.append(f"Anna {step}")
+                page.evaluate("([id, text]) => chat.send(id, text)", [chat, said[-1]])
+        page.clock.run_for(chance.choice((10, 300, 2_000, 6_000)))
+    wire.cut_code = None
+    fate["lost"] = 0.0
+    page.evaluate("chat.retry()")
+    page.clock.run_for(31_000)
+    said.append("The end")
+    page.evaluate("([id, text]) => chat.send(id, text)", [chat, said[-1]])
+    expect(page.locator("#last")).to_have_text("The end")
+    heard = page.evaluate("heard")
+    stored = house.contents(chat, anna)
+    messages = [e["message"] for e in heard if e["type"] == "new_message"]
+    assert [m["n"] for m in messages] == list(range(1, len(stored) + 1))
+    assert [m["content"] for m in messages] == stored
+    assert [text for text in stored if not text.startswith("Ben")] == said
+    deliveries = [(e["content"], e["state"]) for e in heard if e["type"] == "delivery"]
+    for text in said:
+        assert deliveries.count((text, "sending")) == 1
+        assert deliveries.count((text, "sent")) == 1

@@ -67,11 +67,6 @@ const RENEW_SECONDS = 15;
 const ANSWER_SECONDS = 20;
 /** An HTTP request is given up after this. */
 const REQUEST_SECONDS = 15;
-/**
- * Messages sent but not yet answered, at most. After a refusal: one, until all are
- * stored.
- */
-const UNANSWERED = 8;
 /** Where a refusal does not say how long to wait. */
 const REFUSED_SECONDS = 2;
 /**
@@ -400,11 +395,6 @@ class Outbox {
     return this.entries.filter((entry) => entry.on === place);
   }
 
-  /** Nothing is left to send, though something may have failed. */
-  isDone() {
-    return this.entries.every((entry) => entry.on === "failed");
-  }
-
   /**
    * Ids sort in the order of writing, also across reloads and when the clock is set
    * back.
@@ -583,8 +573,6 @@ export class ChatWebSocket {
   /** @type {Promise<Snapshot> | null} */
   #fetching = null;
 
-  /** Messages that may be unanswered. */
-  #window = UNANSWERED;
   /** Nothing is sent before (as now()): the server asked us to wait. */
   #sendFrom = 0;
   #sendTimer = 0;
@@ -881,7 +869,7 @@ export class ChatWebSocket {
   #lost(code, retryAfterSeconds) {
     const steady = this.#ready && elapsed(this.#connectedAt) >= STEADY_SECONDS;
     const wait = this.#byeSeconds ?? retryAfterSeconds;
-    if (code === 1009) this.#failLargest();
+    if (code === 1009) this.#tooLarge();
     this.#dropSocket(1000);
     if (steady) this.#failures = 0;
     if (code >= STAY_AWAY_FROM && code < 5000) {
@@ -998,7 +986,6 @@ export class ChatWebSocket {
     clearTimeout(this.#connectTimer);
     this.#stopPolling();
     this.#ready = true;
-    this.#window = UNANSWERED;
     this.#sendFrom = 0;
     this.#connectedAt = now();
     this.#watchedAt = Date.now();
@@ -1267,25 +1254,19 @@ export class ChatWebSocket {
   /* ---- sending ---- */
 
   /**
-   * Hands over as many unsent messages as may be under way, in order: by the socket, or
-   * one by one over HTTP while we poll.
+   * Hands over the oldest unsent message: by the socket, or over HTTP while we poll. The
+   * next waits for its answer: were two under way, and the first refused because it came
+   * too soon, the second would overtake it. Nobody writes faster than answers come.
    */
   #sendUnsent() {
     if (this.#ended) return;
-    const waiting = this.#outbox.on("waiting");
-    if (this.#outbox.on("http").length > 0 || waiting.length === 0) return;
+    const [next] = this.#outbox.on("waiting");
+    if (!next || this.#outbox.on("socket").length || this.#outbox.on("http").length) return;
     const wait = (this.#sendFrom - now()) / 1000;
-    if (wait > 0) {
-      clearTimeout(this.#sendTimer);
-      this.#sendTimer = after(wait, () => this.#sendUnsent());
-      return;
-    }
-    if (this.#ready) {
-      const free = this.#window - this.#outbox.on("socket").length;
-      waiting.slice(0, Math.max(0, free)).forEach((entry) => this.#sendBySocket(entry));
-    } else if (this.#polling && waiting[0]) {
-      void this.#sendByHttp(waiting[0]);
-    }
+    clearTimeout(this.#sendTimer);
+    if (wait > 0) this.#sendTimer = after(wait, () => this.#sendUnsent());
+    else if (this.#ready) this.#sendBySocket(next);
+    else if (this.#polling) void this.#sendByHttp(next);
   }
 
   /** @param {Unsent} entry */
@@ -1353,7 +1334,6 @@ export class ChatWebSocket {
     const entry = this.#outbox.find(message.client_id);
     if (!entry || message.sender_id !== this.#userId) return;
     this.#outbox.remove(entry);
-    if (this.#outbox.isDone()) this.#window = UNANSWERED;
     this.#emit("delivery", { ...delivery(entry, "sent"), message });
     this.#sendUnsent();
   }
@@ -1370,18 +1350,14 @@ export class ChatWebSocket {
       this.#reportDelivery(entry, "failed");
       return;
     }
-    // Others behind it may be refused as well: one at a time keeps them in order.
     entry.on = "waiting";
-    this.#window = 1;
     this.#sendFrom = now() + (seconds ?? REFUSED_SECONDS) * 1000;
   }
 
-  /** The server would not read a frame so large: that must have been this one. */
-  #failLargest() {
-    const [largest] = this.#outbox
-      .on("socket")
-      .sort((a, b) => b.content.length - a.content.length);
-    if (largest) this.#notStored(largest, "too_large", "The message is too long.");
+  /** The server would not read a frame so large: what was under way must not be repeated. */
+  #tooLarge() {
+    const [entry] = this.#outbox.on("socket");
+    if (entry) this.#notStored(entry, "too_large", "The message is too long.");
   }
 
   /** Sends on what a tab that is gone has left. */
