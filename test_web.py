@@ -1220,3 +1220,336 @@ def test_events_come_once_and_in_order_whatever_happens_to_the_network(
     for text in said:
         assert deliveries.count((text, "sending")) == 1
         assert deliveries.count((text, "sent")) == 1
+
+
+EXAMPLE = """
+interface Message {
+  id: number; chat_id: number; sender_id: number; content: string; created_at: string;
+}
+type ServerMessage =
+  | { type: "connected"; user_id: number; timestamp: string }
+  | { type: "pong"; timestamp: string }
+  | { type: "new_message"; chat_id: number; message: Message }
+  | { type: "message_read"; message_id: number; chat_id: number; read_by: number }
+  | { type: "typing"; chat_id: number; user_id: number; is_typing: boolean };
+
+class ChatWebSocket {
+  private ws: WebSocket | null = null;
+
+  connect(token: string): void {
+    this.ws = new WebSocket(`HOST/ws/chat?token=${token}`);
+    this.ws.onopen = () => console.log("[WebSocket] Connected");
+    this.ws.onmessage = (event: MessageEvent<string>) => {
+      const data = JSON.parse(event.data) as ServerMessage;
+      console.log("WebSocket message:", data);
+      switch (data.type) {
+        case "connected":
+          this.ws?.send(JSON.stringify({ type: "ping" }));
+          break;
+        case "pong":
+          show(`pong ${data.timestamp}`);
+          break;
+        case "new_message":
+          show(`${data.message.sender_id}: ${data.message.content}`);
+          this.markRead(data.message.id);
+          break;
+        case "message_read":
+          show(`${data.read_by} read ${data.message_id} of ${data.chat_id}`);
+          break;
+        case "typing":
+          show(`${data.user_id} ${data.is_typing ? "types" : "stops"}`);
+          break;
+      }
+    };
+    this.ws.onclose = () => show("closed");
+  }
+
+  sendTyping(chatId: number, isTyping: boolean): void {
+    this.ws?.send(JSON.stringify({ type: "typing", chat_id: chatId, is_typing: isTyping }));
+  }
+
+  markRead(messageId: number): void {
+    this.ws?.send(JSON.stringify({ type: "mark_read", message_id: messageId }));
+  }
+
+  disconnect(): void {
+    this.ws?.close();
+    this.ws = null;
+  }
+}
+
+function show(text: string): void {
+  document.body.appendChild(document.createElement("p")).textContent = text;
+}
+
+(window as unknown as { chat: ChatWebSocket }).chat = new ChatWebSocket();
+"""
+
+
+def test_a_bare_websocket_in_typescript_works_as_the_specification_has_it(
+    house: House, site: Site, chromium: Chromium, tmp_path: Path
+) -> None:
+    tsc = find_program(
+        (str(HERE / ".venv/node_modules/.bin/tsc"), "tsc"),
+        "no tsc: npm install --prefix .venv typescript",
+    )
+    source = tmp_path / "example.ts"
+    source.write_text(EXAMPLE.replace("HOST", house.url.replace("http", "ws")))
+    options = ("--strict", "--target", "es2022", "--lib", "es2022,dom")
+    subprocess.run([tsc, *options, "--outDir", tmp_path, source], check=True)
+    script = tmp_path.joinpath("example.js").read_text()
+    site.pages["/ts"] = ("text/html", f"<body><script>{script}</script>")
+    anna, ben, chat = pair(house)
+    tabs = []
+    for user in (anna, ben):
+        tab = chromium.context().new_page()
+        tab.goto(f"{site.url}/ts")
+        tab.evaluate("(token) => chat.connect(token)", house.token(user))
+        expect(tab.get_by_text(re.compile(r"^pong 20\d\d-"))).to_be_visible()
+        tabs.append(tab)
+    annas, bens = tabs
+    annas.evaluate("(id) => chat.sendTyping(id, true)", chat)
+    expect(bens.get_by_text(f"{anna} types")).to_be_visible()
+    message = house.say(chat, anna, "Привет!")
+    expect(bens.get_by_text(f"{anna}: Привет!")).to_be_visible()
+    read = f"{ben} read {message['id']} of {chat}"
+    expect(annas.get_by_text(read)).to_be_visible()
+    annas.evaluate("chat.disconnect()")
+    expect(annas.get_by_text("closed")).to_be_visible()
+
+
+# --- content is text -----------------------------------------------------------------
+
+ATTACKS = [
+    "<img src=x onerror=alert(1)>",
+    "<script>alert(1)</script>",
+    "</li></ol><iframe src=javascript:alert(1)>",
+    '"><svg onload=alert(1)>',
+    "javascript:alert(1) data:text/html,<script>alert(1)</script>",
+    "{{7*7}} ${7*7} &lt;b&gt; &amp;",
+    "\u202egnp.exe \u0301\u0301\u0301 🏳️‍🌈 العربية",
+]
+
+
+def test_what_people_write_is_text(house: House, chromium: Chromium) -> None:
+    evil = "<b>Ben</b>"
+    anna, ben = house.person("Anna"), house.person(evil)
+    chat = house.chat(anna, ben, title="<script>alert(1)</script>")
+    page = sign_in(chromium.context(), house.link(anna))
+    page.on("dialog", lambda dialog: pytest.fail(dialog.message))
+    open_chat(page, chat)
+    for text in ATTACKS:
+        house.say(chat, ben, text)
+    expect(bubbles(page)).to_have_text(ATTACKS)
+    expect(page.locator("#pane-title")).to_have_text("<script>alert(1)</script>")
+    expect(page.locator(".sender").first).to_have_text(evil)
+    made = page.locator("#chat :is(script, iframe, img, b)")
+    expect(made).to_have_count(0)
+
+
+def test_only_web_addresses_become_links(house: House, chromium: Chromium) -> None:
+    anna, ben, chat = pair(house)
+    page = sign_in(chromium.context(), house.link(anna))
+    open_chat(page, chat)
+    house.say(
+        chat, ben,
+        "See https://example.org/a_(b)?c=1&d=2#e, (http://example.net/x) or "
+        "HTTPS://EXAMPLE.COM/ü! Not javascript:alert(1), ftp://example.org, "
+        "xhttps://example.org/no or https://[broken",
+    )  # fmt: skip
+    links = bubbles(page).locator("a")
+    expect(links).to_have_text(
+        ["https://example.org/a_(b)?c=1&d=2#e", "http://example.net/x",
+         "HTTPS://EXAMPLE.COM/ü"]
+    )  # fmt: skip
+    for link in links.all():
+        expect(link).to_have_attribute("rel", re.compile("noopener"))
+        expect(link).to_have_attribute("target", "_blank")
+
+
+def test_the_policy_stops_what_the_page_would_not_do(
+    house: House, chromium: Chromium
+) -> None:
+    anna, _, _ = pair(house)
+    page = chromium.context().new_page()
+    answer = page.goto(house.link(anna))
+    assert answer is not None
+    policy = answer.headers["content-security-policy"]
+    for part in ("default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"):
+        assert part in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    state_is(page, "connected")
+    assert chromium.complaints == []
+    page.evaluate(
+        """() => {
+            window.ran = [];
+            const script = document.createElement("script");
+            script.textContent = "window.ran.push('inline')";
+            document.body.append(script);
+            document.body.insertAdjacentHTML("beforeend",
+                "<img src=x onerror='window.ran.push(1)'><p style='color: red'>");
+            return fetch("https://example.org/").catch(() => {});
+        }"""
+    )
+    assert page.evaluate("window.ran") == []
+    assert len(chromium.complaints) >= 3
+    chromium.complaints.clear()
+
+
+# --- for everybody's eyes, hands and ears --------------------------------------------
+
+AXE = files("axe_playwright_python").joinpath("axe.min.js")
+SIZES = {"phone": (320, 640), "tablet": (768, 1024), "wide": (1440, 900)}
+
+
+def axe(page: Page) -> None:
+    """Look for what keeps people out (https://github.com/dequelabs/axe-core)."""
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    faults = [
+        (fault["id"], node["html"]) for fault in found["violations"]
+        for node in fault["nodes"]
+    ]  # fmt: skip
+    assert faults == []
+
+
+@pytest.fixture(scope="module")
+def street(house: House) -> tuple[int, int]:
+    """Anna and her chats, as they might look after a day. Returns her and one chat."""
+    names = ("Anna Petrova", "Ben Okafor", "Chiara Rossi", "Dmitri Волков", "Elif Yılmaz")
+    anna, ben, chiara, dmitri, elif_ = (house.person(name) for name in names)
+    bicycle = house.chat(anna, ben, title="Bicycle, 54 cm, steel frame")
+    with_chiara, with_elif = house.chat(anna, chiara), house.chat(anna, elif_)
+    moving = house.chat(anna, ben, chiara, dmitri, title="Flat 12 — moving day")
+    house.say(with_elif, elif_, "Thanks for the lamp, it looks lovely in the hall")
+    house.say(with_chiara, chiara, "Ciao Anna! Are you coming on Saturday?")
+    house.say(with_chiara, anna, "Yes, with the cake 🍰")
+    house.say(moving, dmitri, "I can bring the van at nine.")
+    house.say(moving, chiara, "Books are packed, 14 boxes.")
+    for who, text in (
+        (ben, "Hi! Is the bicycle still for sale?"),
+        (anna, "Yes, it is. I changed the chain and the brake pads in spring."),
+        (ben, "Great. Could you send me the address?"),
+        (ben, "I could come by on Thursday after six."),
+        (anna, "Thursday is fine. Gartenstraße 12, ring at “Petrova”. It is here: "
+         "https://www.openstreetmap.org/node/240109189"),
+        (anna, "One more thing: the rear light is missing, I will take 10 € off for it."),
+        (ben, "Perfect 👍"),
+    ):  # fmt: skip
+        house.say(bicycle, who, text)
+    return anna, bicycle
+
+
+def picture(page: Page, name: str) -> None:
+    """Keep a screenshot to look at, where SHOTS names a folder."""
+    assert page.evaluate(
+        "document.documentElement.scrollWidth <= window.innerWidth"
+    ), f"{name} is wider than its screen"
+    if folder := os.environ.get("SHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_screenshots_fit_and_axe_finds_nothing(
+    house: House, chromium: Chromium, street: tuple[int, int], size: str, scheme: Any
+) -> None:
+    width, height = SIZES[size]
+    context = chromium.context(
+        color_scheme=scheme, viewport={"width": width, "height": height},
+        reduced_motion="reduce",
+    )  # fmt: skip
+    anna, chat = street
+    page = context.new_page()
+    page.clock.install()
+    wire = Wire(page)
+
+    def look(what: str) -> None:
+        picture(page, f"{size}-{scheme}-{what}")
+        if size != "tablet":  # it shows nothing that the others do not
+            axe(page)
+
+    page.goto(house.url)
+    expect(page.get_by_role("button", name="Sign in")).to_be_visible()
+    look("sign-in")
+    page.goto(house.link(anna))
+    state_is(page, "connected")
+    expect(page.locator("#chat-list .row")).to_have_count(4)
+    look("list")
+    page.get_by_role("button", name=re.compile("new message")).click()
+    expect(page.locator("#bell-panel")).to_be_visible()
+    look("bell")
+    page.keyboard.press("Escape")
+    open_chat(page, chat)
+    expect(bubbles(page)).to_have_count(7)
+    look("chat")
+    page.get_by_role("button", name="People in this chat").click()
+    look("people")
+    page.keyboard.press("Escape")
+    page.route(re.compile("/api/"), lambda route: route.abort())
+    wire.cut(1011, block=True)
+    write(page, "Typed while the train was in the tunnel: " + "ß" * 60)
+    page.clock.run_for(5_100)
+    state_is(page, "offline")
+    look("offline")
+
+
+def test_it_can_be_used_with_the_keyboard_alone(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    house.person("Cora")
+    house.say(chat, ben, "Hello Anna")
+    page = sign_in(chromium.context(), house.link(anna))
+    state_is(page, "connected")
+    focused = page.locator(":focus")
+
+    def tab_to(name: str) -> None:
+        for _ in range(20):
+            page.keyboard.press("Tab")
+            label = focused.evaluate("(e) => e.getAttribute('aria-label') || e.innerText")
+            if name in label:
+                # and one can see where one is
+                width = focused.evaluate("(e) => getComputedStyle(e).outlineWidth")
+                assert width != "0px"
+                return
+        pytest.fail(f"no Tab leads to {name}")
+
+    tab_to("Ben")
+    page.keyboard.press("Enter")
+    expect(field(page)).to_be_focused()
+    page.keyboard.type("Hello Ben")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("How are you?")
+    page.keyboard.press("Enter")
+    expect(bubbles(page)).to_have_text(["Hello Anna", "Hello Ben\nHow are you?"])
+    page.keyboard.press("Shift+Tab")
+    expect(page.get_by_role("log", name="Messages in Ben")).to_be_focused()
+    page.go_back()
+    expect(page.locator("#chat-list .row")).to_be_focused()
+    page.keyboard.press("Shift+Tab")
+    expect(page.get_by_role("button", name="New chat")).to_be_focused()
+    page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog", name="New chat")
+    expect(dialog).to_be_visible()
+    page.keyboard.type("Tea")
+    page.keyboard.press("Tab")
+    page.keyboard.type("Cora")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    page.keyboard.press("Enter")
+    expect(page.locator("#pane-title")).to_have_text("Tea")
+    expect(field(page)).to_be_focused()
+
+
+def test_motion_is_left_out_where_it_was_not_wanted(
+    house: House, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    page = sign_in(chromium.context(reduced_motion="reduce"), house.link(anna))
+    open_chat(page, chat)
+    house.say(chat, ben, "Not a wink")
+    expect(bubbles(page)).to_have_text(["Not a wink"])
+    moving = "document.getAnimations().filter((a) => a.playState === 'running').length"
+    assert page.evaluate(moving) == 0
