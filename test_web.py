@@ -1,8 +1,8 @@
 """The page and ChatWebSocket in a real Chromium, against a real `chatd serve`.
 
 Each test has users of its own, so that most can share one server. What a test waits
-for has a deadline (playwright's, 15 s) and no test sleeps; the 5 s and 30 s rules run on
-the browser's fake clock. Whatever a page reports as an error, a violated policy above
+for has a deadline (playwright's, 15 s) and no test sleeps; the rules of 5 s and 30 s run
+on the browser's fake clock. Whatever a page reports as an error, a violated policy above
 all, fails the test, unless it is the network that the test has cut.
 
     apt-get install chromium        # or CHROMIUM=/path/to/it
@@ -13,6 +13,7 @@ all, fails the test, unless it is the network that the test has cut.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.server
 import itertools
 import json
@@ -153,7 +154,10 @@ class House:
         return message
 
     def stats(self) -> Json:
-        path, claims = "/api/v1/internal/chat/ws/stats", {"user_id": 1, "scope": "stats"}
+        path, claims = (
+            "/api/v1/internal/chat/ws/stats",
+            {"user_id": 1, "scope": "stats"},
+        )
         document: Json = self.ask("GET", path, **claims)
         return document
 
@@ -631,7 +635,7 @@ def test_history_loads_as_one_scrolls_up_and_stays_in_place(
         page.evaluate("() => new Promise((done) => requestAnimationFrame(done))")
         top = page.evaluate(
             """() => {
-                const view = document.querySelector("#scroller").getBoundingClientRect();
+                const view = scroller.getBoundingClientRect();
                 return [...document.querySelectorAll("#messages .message")]
                     .find((row) => row.getBoundingClientRect().bottom > view.top)
                     .dataset.n;
@@ -679,7 +683,9 @@ def test_a_new_chat_and_a_new_member(house: House, chromium: Chromium) -> None:
     expect(bubbles(zoras)).to_have_text(["Welcome"])
     zoras.get_by_role("button", name="People in this chat").click()
     zoras.get_by_role("button", name="Leave chat").click()
-    zoras.get_by_role("dialog", name="Leave").get_by_role("button", name="Leave").click()
+    zoras.get_by_role("dialog", name="Leave").get_by_role(
+        "button", name="Leave"
+    ).click()
     expect(zoras.get_by_text("No chats yet.")).to_be_visible()
     expect(annas.locator("#pane-members")).not_to_contain_text("Zora Kis")
 
@@ -730,8 +736,13 @@ def test_with_the_socket_alone_blocked_messages_come_by_polling(
     page.goto(house.link(anna))
     open_chat(page, chat)
     state_is(page, "connected")
-    polls = []
-    page.on("request", lambda r: "/api/v1/events" in r.url and polls.append(r.url))
+    polls: list[str] = []
+
+    def note(request: sync_api.Request) -> None:
+        if "/api/v1/events" in request.url:
+            polls.append(request.url)
+
+    page.on("request", note)
     wire.cut(1011, block=True)
     page.clock.run_for(4_500)
     assert polls == []
@@ -807,19 +818,24 @@ def test_a_silent_network_is_noticed(house: House, chromium: Chromium) -> None:
     anna, _, chat = pair(house)
     page = chromium.context().new_page()
     page.clock.install()
-    silent = []
+    silent = threading.Event()
 
     def open_wire(socket: sync_api.WebSocketRoute) -> None:
         server = socket.connect_to_server()
-        dead = not silent  # the first one goes silent
-        socket.on_message(lambda text: dead and silent or server.send(text))
-        server.on_message(lambda text: dead and silent or socket.send(text))
+        first = not silent.is_set()
+
+        def passes(send: Callable[[str | bytes], None], text: str | bytes) -> None:
+            if not (first and silent.is_set()):
+                send(text)
+
+        socket.on_message(functools.partial(passes, server.send))
+        server.on_message(functools.partial(passes, socket.send))
 
     page.route_web_socket(re.compile("/ws/chat"), open_wire)
     page.goto(house.link(anna))
     state_is(page, "connected")
     open_chat(page, chat)
-    silent.append(True)
+    silent.set()
     write(page, "Hello?")
     page.clock.run_for(45_000)
     expect(ticks(page)).to_have_text("Sent")
@@ -1071,7 +1087,8 @@ def test_another_epoch_is_a_resync(
 
 # --- in a page of somebody else ------------------------------------------------------
 
-EMBED = """<!doctype html><meta charset="utf-8"><title>Shop</title><p id="types"></p><p id="last"></p>
+EMBED = """<!doctype html><meta charset="utf-8"><title>Shop</title>
+<p id="types"></p><p id="last"></p>
 <script type="module">
   import { ChatWebSocket } from "%s/web/chat-websocket.js";
   window.chat = new ChatWebSocket();
@@ -1081,7 +1098,7 @@ EMBED = """<!doctype html><meta charset="utf-8"><title>Shop</title><p id="types"
     "resync", "delivery", "chats", "state", "bye"];
   for (const type of types) chat.on(type, (event) => {
     heard.push({ type, ...event });
-    if (event.state === "sent") document.querySelector("#last").textContent = event.content;
+    if (event.state === "sent") last.textContent = event.content;
     document.querySelector("#types").textContent += type + " ";
   });
 </script>"""
@@ -1161,7 +1178,10 @@ def test_what_the_readme_says_about_embedding_works(
     expect(page.get_by_text("Hello from the shop")).to_be_visible()
     house.say(chat, ben, "<b>Hello</b> from Ben")
     expect(page.get_by_text("<b>Hello</b> from Ben")).to_be_visible()
-    assert house.contents(chat, anna) == ["Hello from the shop", "<b>Hello</b> from Ben"]
+    assert house.contents(chat, anna) == [
+        "Hello from the shop",
+        "<b>Hello</b> from Ben",
+    ]
 
 
 def test_events_come_once_and_in_order_whatever_happens_to_the_network(
@@ -1265,7 +1285,8 @@ class ChatWebSocket {
   }
 
   sendTyping(chatId: number, isTyping: boolean): void {
-    this.ws?.send(JSON.stringify({ type: "typing", chat_id: chatId, is_typing: isTyping }));
+    const typing = { type: "typing", chat_id: chatId, is_typing: isTyping };
+    this.ws?.send(JSON.stringify(typing));
   }
 
   markRead(messageId: number): void {
@@ -1417,7 +1438,13 @@ def axe(page: Page) -> None:
 @pytest.fixture(scope="module")
 def street(house: House) -> tuple[int, int]:
     """Anna and her chats, as they might look after a day. Returns her and one chat."""
-    names = ("Anna Petrova", "Ben Okafor", "Chiara Rossi", "Dmitri Волков", "Elif Yılmaz")
+    names = (
+        "Anna Petrova",
+        "Ben Okafor",
+        "Chiara Rossi",
+        "Dmitri Волков",
+        "Elif Yılmaz",
+    )
     anna, ben, chiara, dmitri, elif_ = (house.person(name) for name in names)
     bicycle = house.chat(anna, ben, title="Bicycle, 54 cm, steel frame")
     with_chiara, with_elif = house.chat(anna, chiara), house.chat(anna, elif_)
@@ -1434,7 +1461,7 @@ def street(house: House) -> tuple[int, int]:
         (ben, "I could come by on Thursday after six."),
         (anna, "Thursday is fine. Gartenstraße 12, ring at “Petrova”. It is here: "
          "https://www.openstreetmap.org/node/240109189"),
-        (anna, "One more thing: the rear light is missing, I will take 10 € off for it."),
+        (anna, "One more thing: the rear light is missing, so it is 10 € less."),
         (ben, "Perfect 👍"),
     ):  # fmt: skip
         house.say(bicycle, who, text)
@@ -1443,9 +1470,9 @@ def street(house: House) -> tuple[int, int]:
 
 def picture(page: Page, name: str) -> None:
     """Keep a screenshot to look at, where SHOTS names a folder."""
-    assert page.evaluate(
-        "document.documentElement.scrollWidth <= window.innerWidth"
-    ), f"{name} is wider than its screen"
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
+        f"{name} is wider than its screen"
+    )
     if folder := os.environ.get("SHOTS"):
         page.screenshot(path=Path(folder) / f"{name}.png")
 
@@ -1508,7 +1535,9 @@ def test_it_can_be_used_with_the_keyboard_alone(
     def tab_to(name: str) -> None:
         for _ in range(20):
             page.keyboard.press("Tab")
-            label = focused.evaluate("(e) => e.getAttribute('aria-label') || e.innerText")
+            label = focused.evaluate(
+                "(e) => e.getAttribute('aria-label') || e.innerText"
+            )
             if name in label:
                 # and one can see where one is
                 width = focused.evaluate("(e) => getComputedStyle(e).outlineWidth")
