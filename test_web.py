@@ -1,9 +1,9 @@
 """The page and ChatWebSocket in a real Chromium, against a real `chatd serve`.
 
 Each test has users of its own, so that most can share one server. What a test waits
-for has a deadline (playwright's, 15 s) and no test sleeps; the rules of 5 s and 30 s run
-on the browser's fake clock. Whatever a page reports as an error, a violated policy above
-all, fails the test, unless it is the network that the test has cut.
+for has a deadline (playwright's, 15 s), and no test sleeps; the rules of 5 s and 30 s
+run on the browser's fake clock. Whatever a page reports as an error, a violated policy
+above all, fails the test, unless it is the network that the test has cut.
 
     apt-get install chromium        # or CHROMIUM=/path/to/it
     .venv/bin/python -m pytest -m browser
@@ -154,11 +154,8 @@ class House:
         return message
 
     def stats(self) -> Json:
-        path, claims = (
-            "/api/v1/internal/chat/ws/stats",
-            {"user_id": 1, "scope": "stats"},
-        )
-        document: Json = self.ask("GET", path, **claims)
+        path = "/api/v1/internal/chat/ws/stats"
+        document: Json = self.ask("GET", path, user_id=1, scope="stats")
         return document
 
     def contents(self, chat: int, reader: int) -> list[str]:
@@ -482,9 +479,9 @@ def test_two_tabs_of_one_browser_are_two_users(
     expect(bubbles(bens)).to_have_text(["Привет!"])
     write(bens, "Привет, Анна")
     expect(bubbles(annas)).to_have_text(["Привет!", "Привет, Анна"])
-    for tab, user in ((annas, "Anna"), (bens, "Ben")):
+    for tab, name in ((annas, "Anna"), (bens, "Ben")):
         tab.reload()
-        expect(tab.locator("#me-name")).to_have_text(user)
+        expect(tab.locator("#me-name")).to_have_text(name)
 
 
 def test_a_message_in_one_browser_appears_in_the_other(

@@ -37,6 +37,8 @@ const GROUP_SECONDS = 300;
  * already.
  */
 const NOTIFY_SECONDS = 1;
+/** What has no place in a message: all but tab and line ends. */
+const CONTROL = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
 /** How long a passing remark stays. */
 const TOAST_SECONDS = 6;
 /** The socket waits so long for the list of chats, then it goes ahead. */
@@ -387,11 +389,19 @@ function onSignInForm(event) {
   void signInWith(decodeURIComponent(token));
 }
 
+/** What would be lost if it were given up now. */
+function allUnsent() {
+  return [...model.chats.keys()].flatMap((id) => model.client?.unsent(id) ?? []);
+}
+
+/** Where storage is full or forbidden, a message lives only as long as the page. @param {Event} event */
+function onLeaving(event) {
+  if (allUnsent().some(({ kept }) => !kept)) event.preventDefault();
+}
+
 async function onSignOut() {
   box("me-panel").hidePopover();
-  const unsent = [...model.chats.keys()].flatMap(
-    (id) => model.client?.unsent(id) ?? [],
-  );
+  const unsent = allUnsent();
   const sure =
     unsent.length === 0 ||
     (await ask({
@@ -482,6 +492,7 @@ const model = {
 };
 
 function forgetModel() {
+  document.querySelectorAll("dialog").forEach((node) => node.close());
   selectChat(null);
   Object.assign(model, {
     session: null,
@@ -971,11 +982,13 @@ function chatRow(chat, current) {
 }
 
 /** @param {ChatView} chat */
-function lastLine({ last_message }) {
-  if (!last_message) return "No messages yet";
-  const mine = last_message.sender_id === myId();
-  const who = mine ? "You" : personName(last_message.sender_id);
-  return `${who}: ${last_message.content.slice(0, 120)}`;
+function lastLine(chat) {
+  const message = chat.last_message;
+  if (!message) return "No messages yet";
+  const text = message.content.slice(0, 120);
+  if (message.sender_id === myId()) return `You: ${text}`;
+  const [first] = personName(message.sender_id).split(" ");
+  return others(chat).length > 1 ? `${first}: ${text}` : text;
 }
 
 /** @param {number} count */
@@ -1494,7 +1507,8 @@ const composer = byId("composer-text", HTMLTextAreaElement);
 function submitMessage(event) {
   event?.preventDefault();
   const chat = model.open;
-  const content = composer.value.trim();
+  // What is pasted from a terminal may have control characters, which the server refuses.
+  const content = composer.value.replace(CONTROL, "").trim();
   if (!chat || !content) return;
   composer.value = "";
   growComposer();
@@ -1790,6 +1804,7 @@ function wireUp() {
   ) => target.addEventListener(type, react);
   on(window, "hashchange", onHash);
   on(signedOut, "message", onSignedOutElsewhere);
+  on(window, "beforeunload", onLeaving);
   // At once: a frame that was asked for may never come to a tab that is now hidden.
   on(document, "visibilitychange", render);
   on(box("sign-in-form"), "submit", onSignInForm);
