@@ -752,7 +752,7 @@ function onDelivery({ state, client_id, chat_id, message, reason }) {
   if (state !== "failed") return;
   announce(`Your message was not sent: ${reason}`);
   // Of a chat that one was removed from, nobody could see it and try again.
-  if (!model.chats.has(chat_id)) model.client?.discard(client_id);
+  if (model.known && !model.chats.has(chat_id)) model.client?.discard(client_id);
 }
 
 /** Fetches the chats, again and again until it succeeds or nobody wants it any more. */

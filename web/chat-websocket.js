@@ -633,8 +633,6 @@ export class ChatWebSocket {
     this.#fetchedToken = undefined;
     this.#doubt = false;
     if (!this.#learnUser(token)) return;
-    this.#listenToBrowser(true);
-    this.#adoptTimer = every(ADOPT_SECONDS, () => this.#adopt());
     this.#begin();
   }
 
@@ -797,6 +795,8 @@ export class ChatWebSocket {
   #begin() {
     this.#ended = null;
     this.#failures = 0;
+    this.#listenToBrowser(true);
+    this.#adoptTimer = every(ADOPT_SECONDS, () => this.#adopt());
     this.#fallBackLater();
     void this.#open();
   }
@@ -1147,7 +1147,9 @@ export class ChatWebSocket {
 
   #onStorage = (/** @type {any} */ { key, newValue }) => {
     const entry = this.#outbox.discardedElsewhere(key, newValue);
-    if (entry) this.#reportDelivery(entry, "discarded");
+    if (!entry) return;
+    this.#reportDelivery(entry, "discarded");
+    this.#sendUnsent(); // it may have been the one under way
   };
 
   #onLook = () => {
@@ -1288,8 +1290,8 @@ export class ChatWebSocket {
       this.#stored({ ...answer.message, client_id });
     } catch (error) {
       if (signal.aborted) return; // the socket is back, and has taken it over
-      const { code, message, retryAfter } = asChatError(error);
-      this.#notStored(entry, code, message, retryAfter);
+      const { status, code, message, retryAfter } = asChatError(error);
+      this.#notStored(entry, code, message, status ? retryAfter : POLL_SECONDS);
       this.#sendUnsent();
     }
   }
