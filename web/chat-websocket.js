@@ -338,7 +338,8 @@ class Outbox {
   add(chat_id, content) {
     const entry = newUnsent(this.#newId(), chat_id, content);
     this.entries.push(entry);
-    this.#keep(entry);
+    // With those that storage had no room for: whoever takes over takes them in order.
+    this.entries.filter(({ kept }) => !kept).forEach((unkept) => this.#keep(unkept));
     return entry;
   }
 
