@@ -405,6 +405,7 @@ def test_a_second_link_in_an_open_tab_asks_before_it_is_somebody_else(
     asked.get_by_role("button", name="Continue as Ben").click()
     expect(page.locator("#me-name")).to_have_text("Ben")
     write(page, "It is me now")
+    expect(ticks(page)).to_have_text("Sent")
     expect(bubbles(page)).to_have_text(["It is me now"])
     assert house.ask("GET", "/api/v1/chats", user_id=ben)["chats"][0]["last_message"][
         "sender_id"
@@ -834,7 +835,7 @@ def test_a_silent_network_is_noticed(house: House, chromium: Chromium) -> None:
     open_chat(page, chat)
     silent.set()
     write(page, "Hello?")
-    page.clock.run_for(45_000)
+    page.clock.run_for(24_500)  # no answer for 20 s
     expect(ticks(page)).to_have_text("Sent")
     state_is(page, "connected")
     assert house.contents(chat, anna) == ["Hello?"]
@@ -861,6 +862,39 @@ def test_unsent_messages_outlive_a_reload(house: House, chromium: Chromium) -> N
     assert house.contents(chat, anna) == ["One", "Two", "Three"]
     page.reload()
     expect(bubbles(page)).to_have_text(["One", "Two", "Three"])
+
+
+def test_a_message_whose_answer_was_lost_is_shown_once(
+    house: House, chromium: Chromium
+) -> None:
+    anna, _, chat = pair(house)
+    page = chromium.context().new_page()
+    page.clock.install()
+    wire = Wire(page)
+    page.goto(house.link(anna))
+    open_chat(page, chat)
+
+    def lose_answer(route: sync_api.Route) -> None:
+        if route.request.method == "POST":
+            route.fetch()
+            route.abort()
+        else:
+            route.continue_()
+
+    page.route(re.compile("/messages"), lose_answer)
+    wire.cut(1011, block=True)
+    page.clock.run_for(5_100)
+    state_is(page, "polling")
+    write(page, "Once")
+    until(lambda: house.contents(chat, anna) == ["Once"])
+    page.reload()  # it is in the history, and in the outbox too
+    expect(bubbles(page)).to_have_text(["Once"])
+    wire.cut_code = None
+    page.clock.run_for(31_000)
+    state_is(page, "connected")
+    expect(ticks(page)).to_have_text(["Sent"])
+    assert house.contents(chat, anna) == ["Once"]
+    assert page.evaluate("Object.keys(localStorage)") == ["chatd.session"]
 
 
 def test_what_a_closed_tab_left_is_sent_by_another(

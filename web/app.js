@@ -1195,12 +1195,24 @@ function messageRows(chat) {
     rows.push(messageRow(chat, message, first));
     before = message;
   }
-  const unsent = model.client?.unsent(chat.id) ?? [];
+  const unsent = unseen(chat);
   const apart = before?.sender_id !== myId();
   return [
     ...rows,
     ...unsent.map((delivery, i) => unsentRow(delivery, apart && i === 0)),
   ];
+}
+
+/**
+ * What is under way and not among the messages yet: where an answer was lost, or another
+ * tab sent it, the message may be here before its outbox knows.
+ * @param {ChatView} chat
+ */
+function unseen(chat) {
+  const mine = chat.messages.filter(({ sender_id }) => sender_id === myId());
+  const here = new Set(mine.map(({ client_id }) => client_id));
+  const unsent = model.client?.unsent(chat.id) ?? [];
+  return unsent.filter(({ client_id }) => !here.has(client_id));
 }
 
 /**
