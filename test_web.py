@@ -74,43 +74,53 @@ def until(happens: Callable[[], bool]) -> None:
 # --- chatd, and a page of somebody else ----------------------------------------------
 
 
-class House:
-    """A `chatd serve` of its own, on a free port, which it keeps when started again."""
+class Program:
+    """One of chatd's servers, as a process of its own."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.db = folder / "chatd.db"
-        self.log = folder / "log"
-        # Tests come from one address, and more often than people do.
-        self.flags = ("--requests", "0", "--handshakes", "0", *flags)
+    def __init__(self, log: Path) -> None:
+        self.log = log
         self.process: subprocess.Popen[str] | None = None
-        self.url = ""
-        self.start()
-        self.secret = (folder / "chatd.secret").read_text().strip()
-
-    def start(self) -> None:
-        listen = self.url.removeprefix("http://") or "127.0.0.1:0"
-        command = ("-m", "chatd", "serve", "--listen", listen, "--db", str(self.db))
-        self.url = self.run(*command, *self.flags)
 
     def run(self, *command: str) -> str:
-        """Start one of chatd's servers and read its address."""
+        """Start it, and read its address."""
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE,
-                stderr=log, text=True,
-            )  # fmt: skip
+                [sys.executable, "-m", "chatd", *command],
+                cwd=HERE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("listening on "), self.log.read_text()
         return line.split()[-1]
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        if self.process is None:
-            return
-        self.process.send_signal(how)
-        self.process.communicate(timeout=30)
-        self.process = None
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.communicate(timeout=30)
+            self.process = None
+
+
+class House(Program):
+    """A `chatd serve` on a free port, which it keeps when it is started again."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder / "log")
+        self.db = folder / "chatd.db"
+        self.secret_file = folder / "chatd.secret"
+        # Tests come from one address, and more often than people do.
+        self.flags = ("--requests", "0", "--handshakes", "0", *flags)
+        self.url = ""
+        self.start()
+        self.secret = self.secret_file.read_text().strip()
+
+    def start(self) -> None:
+        listen = self.url.removeprefix("http://") or "127.0.0.1:0"
+        where = ("--listen", listen, "--db", str(self.db))
+        self.url = self.run("serve", *where, *self.flags)
 
     def token(self, user: int, **claims: Any) -> str:
         now = int(time.time())
@@ -440,19 +450,11 @@ def door(request: pytest.FixtureRequest, house: House) -> Iterator[str]:
     if request.param == "direct":
         yield house.url
         return
-    if "proxy" not in subprocess.run(
-        [sys.executable, "-m", "chatd", "--help"], cwd=HERE, capture_output=True,
-        text=True, check=True,
-    ).stdout:  # fmt: skip
-        pytest.skip("this chatd has no proxy")
-    proxy = House.__new__(House)
-    proxy.log = house.log
-    url = proxy.run(
-        "-m", "chatd", "proxy", "--listen", "127.0.0.1:0",
-        "--upstream", house.url.removeprefix("http://"),
-        "--secret-file", str(house.db.with_name("chatd.secret")),
-    )  # fmt: skip
-    yield url
+    proxy = Program(house.log)
+    upstream = house.url.removeprefix("http://")
+    keys = ("--secret-file", str(house.secret_file))
+    where = ("--listen", "127.0.0.1:0", "--upstream", upstream)
+    yield proxy.run("proxy", *where, *keys, "--handshakes", "0")
     proxy.end()
 
 
