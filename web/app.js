@@ -228,8 +228,8 @@ function sentence(error) {
  * Sign-in. A link's token is exchanged at once for a session token. That is the tab's
  * own (sessionStorage), so that two tabs can be two people; a copy in localStorage is
  * for the next visit. A tab becomes somebody else only after asking, and a new tab that
- * is somebody else says so and leaves the next visit alone: a link could be sent to make
- * you write under a name that its sender reads.
+ * is somebody else says so and leaves the next visit alone: a link could be sent to
+ * make you write under a name that its sender reads.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -302,7 +302,8 @@ async function signInWith(token) {
   try {
     const session = await exchange(token);
     if (mine && !(await mayBecome(session, mine))) start(mine);
-    else if (!mine && kept && kept.user_id !== session.user_id) startBeside(session, kept);
+    else if (!mine && kept && kept.user_id !== session.user_id)
+      startBeside(session, kept);
     else keepAndStart(session);
   } catch (error) {
     signInFailed(token, error);
@@ -348,7 +349,11 @@ function keepAndStart(session) {
   if (model.session?.user_id !== session.user_id) start(session);
 }
 
-/** In a new tab, as somebody else than the next visit will be. @param {Session} session @param {Session} kept */
+/**
+ * In a new tab, as somebody else than the next visit will be.
+ * @param {Session} session
+ * @param {Session} kept
+ */
 function startBeside(session, kept) {
   start(session);
   const [me, other] = [session, kept].map((who) => personName(who.user_id, who.name));
@@ -394,7 +399,10 @@ function allUnsent() {
   return [...model.chats.keys()].flatMap((id) => model.client?.unsent(id) ?? []);
 }
 
-/** Where storage is full or forbidden, a message lives only as long as the page. @param {Event} event */
+/**
+ * Where storage is full or forbidden, a message lives only as long as the page.
+ * @param {Event} event
+ */
 function onLeaving(event) {
   if (allUnsent().some(({ kept }) => !kept)) event.preventDefault();
 }
@@ -441,7 +449,10 @@ function onSignedOut() {
   else leave("Your session has ended.");
 }
 
-/** Another tab signed out: so do we, if it was the same person's. @param {MessageEvent} event */
+/**
+ * Another tab signed out: so do we, if it was the same person's.
+ * @param {MessageEvent} event
+ */
 function onSignedOutElsewhere({ data }) {
   if (!model.session || data !== myId()) return;
   model.client?.forget();
@@ -1204,8 +1215,8 @@ function messageRows(chat) {
 }
 
 /**
- * What is under way and not among the messages yet: where an answer was lost, or another
- * tab sent it, the message may be here before its outbox knows.
+ * What is under way and not among the messages yet: where an answer was lost, or
+ * another tab sent it, the message may be here before its outbox knows.
  * @param {ChatView} chat
  */
 function unseen(chat) {
@@ -1519,7 +1530,7 @@ const composer = byId("composer-text", HTMLTextAreaElement);
 function submitMessage(event) {
   event?.preventDefault();
   const chat = model.open;
-  // What is pasted from a terminal may have control characters, which the server refuses.
+  // What is pasted from a terminal may have control characters; the server refuses them.
   const content = composer.value.replace(CONTROL, "").trim();
   if (!chat || !content) return;
   composer.value = "";

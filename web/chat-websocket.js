@@ -70,8 +70,8 @@ const REQUEST_SECONDS = 15;
 /** Where a refusal does not say how long to wait. */
 const REFUSED_SECONDS = 2;
 /**
- * A message that lies in storage for so long, and is not ours, was left by a tab that is
- * gone: whoever sees it sends it.
+ * A message that lies in storage for so long, and is not ours, was left by a tab that
+ * is gone: whoever sees it sends it.
  */
 const ADOPT_SECONDS = 15;
 /** `typing: true` is repeated at most so often ... */
@@ -197,17 +197,17 @@ const FINAL_REFUSALS = new Set([
 /**
  * @typedef {object} StateChange
  * @property {State} state
- * @property {number | null} retryIn seconds until the socket is tried again; null: it is
- *   open, or being tried, or nothing is due
+ * @property {number | null} retryIn seconds until the socket is tried again; null: it
+ *   is open, or being tried, or nothing is due
  */
 /**
- * What became of a message that you sent: `discarded` follows only `failed`, or forget().
+ * What became of a message that you sent. `discarded` follows `failed`, or forget().
  * @typedef {object} Delivery
  * @property {"sending" | "sent" | "failed" | "discarded"} state
  * @property {string} client_id
  * @property {number} chat_id
  * @property {string} content
- * @property {boolean} kept it outlives the page; false where storage is full or forbidden
+ * @property {boolean} kept it outlives the page: false if storage is full or forbidden
  * @property {Message} [message] as stored, when sent
  * @property {string} [code] why it failed
  * @property {string} [reason] the same as a sentence
@@ -235,14 +235,16 @@ const FINAL_REFUSALS = new Set([
  */
 
 /** @typedef {string | (() => string | Promise<string>)} TokenSource */
-/** @typedef {Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length">} Shelf */
+/**
+ * @typedef {Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length">} Shelf
+ */
 /**
  * @typedef {object} Options
  * @property {string | URL} [server] chatd's address. Default: where this file came
  *   from.
- * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect() needs
- *   no token: it asks for a ticket of 60 s, so that the long-lived token never stands in
- *   a URL.
+ * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
+ *   needs no token: it asks for a ticket of 60 s, so that the long-lived token never
+ *   stands in a URL.
  * @property {Shelf | null} [storage] where unsent messages outlive the page. Default:
  *   localStorage; null: nowhere.
  * @property {Pick<Console, "log"> | null} [log] Default: the console; null: silence.
@@ -386,7 +388,7 @@ class Outbox {
     return entry;
   }
 
-  /** The way it was sent is gone: it waits for another. @param {"socket" | "http"} way */
+  /** The way it was sent is gone: it waits again. @param {"socket" | "http"} way */
   rewind(way) {
     for (const entry of this.on(way)) entry.on = "waiting";
   }
@@ -432,10 +434,7 @@ class Outbox {
       for (let i = 0; i < storage.length; i++) {
         const key = storage.key(i);
         if (!key?.startsWith(this.#prefix)) continue;
-        const entry = readUnsent(
-          key.slice(this.#prefix.length),
-          storage.getItem(key),
-        );
+        const entry = readUnsent(key.slice(this.#prefix.length), storage.getItem(key));
         if (entry && !this.find(entry.client_id)) found.push(entry);
       }
     });
@@ -680,7 +679,7 @@ export class ChatWebSocket {
    * @returns {string} its client_id
    */
   send(chatId, content) {
-    // Half of a surrogate pair is no text: as JSON it could not even be refused by name.
+    // Half of a surrogate pair is no text: as JSON it could not be refused by name.
     const text = String(content).replace(LONE_SURROGATE, "\ufffd");
     const entry = this.#outbox.add(chatId, text);
     this.#reportDelivery(entry, "sending");
@@ -851,8 +850,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * A browser does not say why a handshake was refused. A fixed token may be the reason,
-   * and then trying again for ever would be wrong: a request can tell.
+   * A browser does not say why a handshake was refused. A fixed token may be the
+   * reason, and then trying again for ever would be wrong: a request can tell.
    */
   async #checkToken() {
     try {
@@ -1257,14 +1256,15 @@ export class ChatWebSocket {
   /* ---- sending ---- */
 
   /**
-   * Hands over the oldest unsent message: by the socket, or over HTTP while we poll. The
-   * next waits for its answer: were two under way, and the first refused because it came
-   * too soon, the second would overtake it. Nobody writes faster than answers come.
+   * Hands over the oldest unsent message: by the socket, or over HTTP while we poll.
+   * The next waits for its answer: were two under way, and the first refused because it
+   * came too soon, the second would overtake it. Nobody writes faster than answers come.
    */
   #sendUnsent() {
     if (this.#ended) return;
     const [next] = this.#outbox.on("waiting");
-    if (!next || this.#outbox.on("socket").length || this.#outbox.on("http").length) return;
+    if (!next || this.#outbox.on("socket").length || this.#outbox.on("http").length)
+      return;
     const wait = (this.#sendFrom - now()) / 1000;
     clearTimeout(this.#sendTimer);
     if (wait > 0) this.#sendTimer = after(wait, () => this.#sendUnsent());
@@ -1357,7 +1357,7 @@ export class ChatWebSocket {
     this.#sendFrom = now() + (seconds ?? REFUSED_SECONDS) * 1000;
   }
 
-  /** The server would not read a frame so large: what was under way must not be repeated. */
+  /** The server would not read a frame so large: it must not be repeated. */
   #tooLarge() {
     const [entry] = this.#outbox.on("socket");
     if (entry) this.#notStored(entry, "too_large", "The message is too long.");
