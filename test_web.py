@@ -960,13 +960,14 @@ def test_a_message_that_cannot_be_stored_fails_alone(
     expect(failed.last).to_contain_text("too long")
     page.reload()
     expect(failed).to_have_count(2)
-    failed.first.get_by_role("button", name="Try again").click()
     failed.last.get_by_role("button", name="Delete").click()
     expect(failed).to_have_count(1)
-    failed.get_by_role("button", name="Delete").click()
-    expect(failed).to_have_count(0)
+    failed.get_by_role("button", name="Edit").click()
+    expect(field(page)).to_have_value("x" * 101)
+    write(page, "Shorter")
+    expect(ticks(page)).to_have_text(["Sent", "Sent"])
     page.reload()
-    expect(bubbles(page)).to_have_text(["Short"])
+    expect(bubbles(page)).to_have_text(["Short", "Shorter"])
 
 
 @pytest.mark.parametrize("storage", ["full", "forbidden"])

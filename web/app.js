@@ -1398,23 +1398,32 @@ function unsentRow(delivery, first) {
               el("span", { class: "sr-only" }, failed ? "Not sent" : "Sending"),
             ),
           ),
-          failed ? failureLine(client_id, reason) : null,
+          failed ? failureLine(delivery) : null,
         ),
       ),
   };
 }
 
-/** @param {string} clientId @param {string} reason */
-function failureLine(clientId, reason) {
+/**
+ * What the text is to blame for can be edited, else tried again.
+ * @param {Delivery} delivery
+ */
+function failureLine({ client_id, content, code, reason }) {
+  const textIsWrong = code === "bad_field" || code === "too_large";
+  const discard = () => model.client?.discard(client_id);
   return el(
     "p",
     { class: "failure" },
     `Not sent: ${reason} `,
-    textButton("Try again", () => model.client?.resend(clientId)),
-    textButton("Delete", () => {
-      model.client?.discard(clientId);
-      askForRender();
-    }),
+    textIsWrong
+      ? textButton("Edit", () => {
+          discard();
+          composer.value = content;
+          growComposer();
+          composer.focus();
+        })
+      : textButton("Try again", () => model.client?.resend(client_id)),
+    textButton("Delete", discard),
   );
 }
 
