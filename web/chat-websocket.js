@@ -844,6 +844,7 @@ export class ChatWebSocket {
       return this.#token;
     }
     const token = await this.#token();
+    if (typeof token !== "string") throw new TypeError("connect: no token was fetched");
     if (this.#bearer === undefined) this.#fetchedToken = token;
     this.#learnUser(token);
     return token;
