@@ -255,7 +255,8 @@ const shelves = {
  */
 function readSession(shelf) {
   try {
-    return JSON.parse(shelf().getItem(SESSION_KEY) ?? "");
+    const session = JSON.parse(shelf().getItem(SESSION_KEY) ?? "");
+    return session === null || typeof session.token === "string" ? session : undefined;
   } catch {
     return undefined;
   }
@@ -285,7 +286,16 @@ function takeLinkToken(place = "") {
   const match = /^#token=(.+)$/.exec(location.hash);
   if (!match?.[1]) return null;
   history.replaceState(null, "", location.pathname + location.search + place);
-  return decodeURIComponent(match[1]);
+  return decoded(match[1]);
+}
+
+/** @param {string} text as an address has it, or as somebody mistyped it */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 /** @param {string} token of a sign-in link @returns {Promise<Session>} */
@@ -391,7 +401,7 @@ function onSignInForm(event) {
     return;
   }
   setText("sign-in-error", "");
-  void signInWith(decodeURIComponent(token));
+  void signInWith(decoded(token));
 }
 
 /** What would be lost if it were given up now. */
@@ -500,6 +510,8 @@ const model = {
   link: "closed",
   /** The list of chats came at least once. */
   known: false,
+  /** Of the last list: numbers of another epoch cannot be compared with it. */
+  epoch: "",
 };
 
 function forgetModel() {
@@ -510,6 +522,7 @@ function forgetModel() {
     client: null,
     people: null,
     known: false,
+    epoch: "",
     link: "closed",
   });
   model.chats.clear();
@@ -653,7 +666,7 @@ function removeChat(chatId) {
 const reactions = {
   state: onState,
   resync: () => void fetchChats(),
-  chats: ({ chats }) => onChats(chats),
+  chats: onChats,
   connected: ({ chats }) => onConnected(chats),
   new_message: ({ message }) => onNewMessage(message),
   message_read: ({ chat_id, read_by, n }) => {
@@ -693,14 +706,29 @@ function onState({ state }) {
   if (state === "signed_out") onSignedOut();
 }
 
-/** @param {WireChat[]} chats */
-function onChats(chats) {
+/** @param {import("./chat-websocket.js").Snapshot} snapshot */
+function onChats({ chats, cursor }) {
+  const epoch = cursor.slice(0, cursor.lastIndexOf("."));
+  if (epoch !== model.epoch) model.chats.forEach(forgetCounts);
+  model.epoch = epoch;
   const ids = new Set(chats.map(({ id }) => id));
   for (const id of model.chats.keys()) if (!ids.has(id)) removeChat(id);
   for (const wire of chats) putChat(wire).loaded = false;
   model.known = true;
   route();
   if (model.open) void loadLatest(model.open);
+}
+
+/** The server goes on from a backup: what came after it is gone. @param {ChatView} chat */
+function forgetCounts(chat) {
+  const gone = {
+    last_n: 0,
+    read_n: 0,
+    last_message: null,
+    messages: [],
+    divider: null,
+  };
+  Object.assign(chat, gone, { members: new Map() });
 }
 
 /** @param {Record<string, {last_n: number, read_n: number}>} chats */
