@@ -933,17 +933,24 @@ def test_what_a_closed_tab_left_is_sent_by_another(
 def test_refused_messages_go_one_at_a_time_and_in_order(
     own_house: Callable[..., House], chromium: Chromium
 ) -> None:
-    house = own_house("--sends", "5/3")
+    house = own_house("--sends", "2/3")
     anna, _, chat = pair(house)
     page = chromium.context().new_page()
+    page.clock.install()
     wire = Wire(page)
     page.goto(house.link(anna))
     open_chat(page, chat)
     state_is(page, "connected")
-    texts = [f"Message {i}" for i in range(12)]
+    texts = [f"Message {i}" for i in range(8)]
+    # All wait, and then go as fast as they can.
+    page.route(re.compile("/api/"), lambda route: route.abort())
+    wire.cut(1011, block=True)
     for text in texts:
         write(page, text)
-    expect(ticks(page)).to_have_text(["Sent"] * 12)
+    wire.cut_code = None
+    page.unroute_all()
+    page.clock.run_for(31_000)
+    expect(ticks(page)).to_have_text(["Sent"] * 8)
     expect(bubbles(page)).to_have_text(texts)
     assert house.contents(chat, anna) == texts
     refusals = [f for f in wire.heard if f["type"] == "error"]
