@@ -37,6 +37,8 @@ const GROUP_SECONDS = 300;
  * already.
  */
 const NOTIFY_SECONDS = 1;
+/** What has no place in a message: all but tab and line ends. */
+const CONTROL = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
 /** How long a passing remark stays. */
 const TOAST_SECONDS = 6;
 /** The socket waits so long for the list of chats, then it goes ahead. */
@@ -225,8 +227,9 @@ function sentence(error) {
 /* -------------------------------------------------------------------------------------
  * Sign-in. A link's token is exchanged at once for a session token. That is the tab's
  * own (sessionStorage), so that two tabs can be two people; a copy in localStorage is
- * for the next visit. Nobody becomes somebody else by opening a link: that asks first,
- * because a link could be sent to make you write under a name that its sender reads.
+ * for the next visit. A tab becomes somebody else only after asking, and a new tab that
+ * is somebody else says so and leaves the next visit alone: a link could be sent to
+ * make you write under a name that its sender reads.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -234,10 +237,11 @@ function sentence(error) {
  * @property {string} token
  * @property {number} user_id
  * @property {string | null} name
- * @property {number} expires_at ms
  */
 
 const SESSION_KEY = "chatd.session";
+/** Tells the other tabs who signed out. */
+const signedOut = new BroadcastChannel("chatd.signed-out");
 
 /** Storage may be forbidden; then the session lives as long as the page. */
 const shelves = {
@@ -245,58 +249,74 @@ const shelves = {
   browser: () => window.localStorage,
 };
 
-/** @param {() => Storage} shelf @returns {Session | null} */
+/**
+ * @param {() => Storage} shelf
+ * @returns {Session | null | undefined} null: signed out; undefined: nothing is known
+ */
 function readSession(shelf) {
   try {
-    /** @type {Session | null} */
-    const session = JSON.parse(shelf().getItem(SESSION_KEY) ?? "null");
-    return session && session.expires_at > Date.now() ? session : null;
+    const session = JSON.parse(shelf().getItem(SESSION_KEY) ?? "");
+    return session === null || typeof session.token === "string" ? session : undefined;
   } catch {
-    return null;
+    return undefined;
   }
 }
 
 /** @param {() => Storage} shelf @param {Session | null} session */
 function writeSession(shelf, session) {
   try {
-    if (session) shelf().setItem(SESSION_KEY, JSON.stringify(session));
-    else shelf().removeItem(SESSION_KEY);
+    shelf().setItem(SESSION_KEY, JSON.stringify(session));
   } catch {
     // Named above.
   }
 }
 
-/** Takes the link's token out of the address bar. @returns {string | null} */
-function takeLinkToken() {
+/** The tab's own, else the one kept for the next visit. */
+function sessionToResume() {
+  const mine = readSession(shelves.tab);
+  return mine === undefined ? readSession(shelves.browser) : mine;
+}
+
+/**
+ * Takes the link's token out of the address bar.
+ * @param {string} [place] the hash that stood there before
+ * @returns {string | null}
+ */
+function takeLinkToken(place = "") {
   const match = /^#token=(.+)$/.exec(location.hash);
   if (!match?.[1]) return null;
-  const place = model.open ? `#chat/${model.open.id}` : "";
   history.replaceState(null, "", location.pathname + location.search + place);
-  return decodeURIComponent(match[1]);
+  return decoded(match[1]);
+}
+
+/** @param {string} text as an address has it, or as somebody mistyped it */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 /** @param {string} token of a sign-in link @returns {Promise<Session>} */
 async function exchange(token) {
   const once = new ChatWebSocket({ bearer: token, storage: null, log: null });
   const answer = await once.request("POST", "/api/v1/session");
-  return {
-    token: answer.token,
-    user_id: answer.user_id,
-    name: answer.name ?? null,
-    expires_at: Date.now() + answer.expires_in * 1000,
-  };
+  return { token: answer.token, user_id: answer.user_id, name: answer.name ?? null };
 }
 
 /** @param {string} token of a sign-in link */
 async function signInWith(token) {
-  const current =
-    model.session ?? readSession(shelves.tab) ?? readSession(shelves.browser);
+  const mine = model.session ?? readSession(shelves.tab);
+  const kept = readSession(shelves.browser);
   try {
     const session = await exchange(token);
-    if (current && !(await mayBecome(session, current))) start(current);
+    if (mine && !(await mayBecome(session, mine))) start(mine);
+    else if (!mine && kept && kept.user_id !== session.user_id)
+      startBeside(session, kept);
     else keepAndStart(session);
   } catch (error) {
-    signInFailed(token, current, error);
+    signInFailed(token, error);
   }
 }
 
@@ -315,8 +335,9 @@ async function mayBecome(session, current) {
   });
 }
 
-/** @param {string} token @param {Session | null} current @param {unknown} error */
-function signInFailed(token, current, error) {
+/** @param {string} token @param {unknown} error */
+function signInFailed(token, error) {
+  const current = model.session ?? sessionToResume();
   const refused = error instanceof ChatError && error.status > 0;
   const why =
     refused && error.status === 401
@@ -332,10 +353,21 @@ function signInFailed(token, current, error) {
   if (!refused) field("sign-in-link").value = `${location.origin}/#token=${token}`;
 }
 
-/** @param {Session} session */
+/** Who is here already goes on undisturbed. @param {Session} session */
 function keepAndStart(session) {
-  writeSession(shelves.browser, session);
+  for (const shelf of [shelves.tab, shelves.browser]) writeSession(shelf, session);
+  if (model.session?.user_id !== session.user_id) start(session);
+}
+
+/**
+ * In a new tab, as somebody else than the next visit will be.
+ * @param {Session} session
+ * @param {Session} kept
+ */
+function startBeside(session, kept) {
   start(session);
+  const [me, other] = [session, kept].map((who) => personName(who.user_id, who.name));
+  toast(`This tab is signed in as ${me}. Other tabs stay ${other}.`);
 }
 
 /**
@@ -369,14 +401,25 @@ function onSignInForm(event) {
     return;
   }
   setText("sign-in-error", "");
-  void signInWith(decodeURIComponent(token));
+  void signInWith(decoded(token));
+}
+
+/** What would be lost if it were given up now. */
+function allUnsent() {
+  return [...model.chats.keys()].flatMap((id) => model.client?.unsent(id) ?? []);
+}
+
+/**
+ * Where storage is full or forbidden, a message lives only as long as the page.
+ * @param {Event} event
+ */
+function onLeaving(event) {
+  if (allUnsent().some(({ kept }) => !kept)) event.preventDefault();
 }
 
 async function onSignOut() {
   box("me-panel").hidePopover();
-  const unsent = [...model.chats.keys()].flatMap(
-    (id) => model.client?.unsent(id) ?? [],
-  );
+  const unsent = allUnsent();
   const sure =
     unsent.length === 0 ||
     (await ask({
@@ -386,6 +429,7 @@ async function onSignOut() {
       no: "Stay",
     }));
   if (!sure) return;
+  signedOut.postMessage(myId());
   model.client?.forget();
   leave("You are signed out.");
 }
@@ -405,24 +449,24 @@ function leave(why) {
   showSignIn({ why });
 }
 
-/**
- * The server does not take our token any more. Perhaps another tab has a newer one.
- */
+/** The server does not take our token any more. Perhaps a newer link was opened. */
 function onSignedOut() {
-  const kept = readSession(shelves.browser);
   const mine = model.session;
-  if (kept && mine && kept.user_id === mine.user_id && kept.token !== mine.token)
-    start(kept);
+  const newer = [shelves.tab, shelves.browser]
+    .map(readSession)
+    .find((kept) => kept?.user_id === mine?.user_id && kept?.token !== mine?.token);
+  if (newer) start(newer);
   else leave("Your session has ended.");
 }
 
-/** Another tab of the same person signed out. @param {StorageEvent} event */
-function onStorage(event) {
-  if (event.key !== SESSION_KEY || event.newValue !== null || !event.oldValue) return;
-  if (JSON.parse(event.oldValue).user_id === model.session?.user_id) {
-    model.client?.forget();
-    leave("You signed out in another tab.");
-  }
+/**
+ * Another tab signed out: so do we, if it was the same person's.
+ * @param {MessageEvent} event
+ */
+function onSignedOutElsewhere({ data }) {
+  if (!model.session || data !== myId()) return;
+  model.client?.forget();
+  leave("You signed out in another tab.");
 }
 
 /* -------------------------------------------------------------------------------------
@@ -462,20 +506,24 @@ const model = {
   names: new Map(),
   /** Those one may invite; null: this server lets nobody. @type {number[] | null} */
   people: null,
-  /** @type {import("./chat-websocket.js").StateChange} */
-  link: { state: "closed", retryAt: null },
+  /** @type {State} */
+  link: "closed",
   /** The list of chats came at least once. */
   known: false,
+  /** Of the last list: numbers of another epoch cannot be compared with it. */
+  epoch: "",
 };
 
 function forgetModel() {
+  document.querySelectorAll("dialog").forEach((node) => node.close());
   selectChat(null);
   Object.assign(model, {
     session: null,
     client: null,
     people: null,
     known: false,
-    link: { state: "closed", retryAt: null },
+    epoch: "",
+    link: "closed",
   });
   model.chats.clear();
   model.names.clear();
@@ -618,7 +666,7 @@ function removeChat(chatId) {
 const reactions = {
   state: onState,
   resync: () => void fetchChats(),
-  chats: ({ chats }) => onChats(chats),
+  chats: onChats,
   connected: ({ chats }) => onConnected(chats),
   new_message: ({ message }) => onNewMessage(message),
   message_read: ({ chat_id, read_by, n }) => {
@@ -651,22 +699,36 @@ function listen(client) {
 }
 
 /** @param {import("./chat-websocket.js").StateChange} change */
-function onState(change) {
-  const before = model.link.state;
-  model.link = change;
-  if (change.state === "signed_out") onSignedOut();
-  const [title] = bannerText(change.state);
-  if (change.state !== before && title) announce(title);
+function onState({ state }) {
+  const [title] = bannerText(state);
+  if (state !== model.link && title) announce(title);
+  model.link = state;
+  if (state === "signed_out") onSignedOut();
 }
 
-/** @param {WireChat[]} chats */
-function onChats(chats) {
+/** @param {import("./chat-websocket.js").Snapshot} snapshot */
+function onChats({ chats, cursor }) {
+  const epoch = cursor.slice(0, cursor.lastIndexOf("."));
+  if (epoch !== model.epoch) model.chats.forEach(forgetCounts);
+  model.epoch = epoch;
   const ids = new Set(chats.map(({ id }) => id));
   for (const id of model.chats.keys()) if (!ids.has(id)) removeChat(id);
   for (const wire of chats) putChat(wire).loaded = false;
   model.known = true;
   route();
   if (model.open) void loadLatest(model.open);
+}
+
+/** The server goes on from a backup: what came after it is gone. @param {ChatView} chat */
+function forgetCounts(chat) {
+  const gone = {
+    last_n: 0,
+    read_n: 0,
+    last_message: null,
+    messages: [],
+    divider: null,
+  };
+  Object.assign(chat, gone, { members: new Map() });
 }
 
 /** @param {Record<string, {last_n: number, read_n: number}>} chats */
@@ -729,7 +791,7 @@ function onDelivery({ state, client_id, chat_id, message, reason }) {
   if (state !== "failed") return;
   announce(`Your message was not sent: ${reason}`);
   // Of a chat that one was removed from, nobody could see it and try again.
-  if (!model.chats.has(chat_id)) model.client?.discard(client_id);
+  if (model.known && !model.chats.has(chat_id)) model.client?.discard(client_id);
 }
 
 /** Fetches the chats, again and again until it succeeds or nobody wants it any more. */
@@ -852,7 +914,7 @@ const LINK_TEXT = {
 };
 
 function renderTop() {
-  const { state } = model.link;
+  const state = model.link;
   const total = [...model.chats.values()].reduce((sum, chat) => sum + unread(chat), 0);
   const me = personName(myId(), model.session?.name);
   setText("link-text", LINK_TEXT[state]);
@@ -904,14 +966,14 @@ function bannerText(state) {
 }
 
 function renderBanner() {
-  const { state, retryAt } = model.link;
+  const state = model.link;
   const [title, meanwhile = ""] = bannerText(state);
   box("banner").hidden = !title;
+  setText("banner-title", title ?? "");
   if (!title) return;
-  const seconds = Math.max(0, Math.ceil(((retryAt ?? Date.now()) - Date.now()) / 1000));
+  const seconds = Math.ceil(model.client?.retryIn ?? 0);
   const waiting = state === "polling" || state === "offline";
   const next = seconds > 0 ? `Next try in ${seconds} s.` : "Trying now…";
-  setText("banner-title", title);
   setText("banner-next", waiting ? `${meanwhile} ${next}` : meanwhile);
   button("banner-retry").hidden = state === "refused";
   button("banner-retry").disabled = waiting && seconds === 0;
@@ -959,11 +1021,13 @@ function chatRow(chat, current) {
 }
 
 /** @param {ChatView} chat */
-function lastLine({ last_message }) {
-  if (!last_message) return "No messages yet";
-  const mine = last_message.sender_id === myId();
-  const who = mine ? "You" : personName(last_message.sender_id);
-  return `${who}: ${last_message.content.slice(0, 120)}`;
+function lastLine(chat) {
+  const message = chat.last_message;
+  if (!message) return "No messages yet";
+  const text = message.content.slice(0, 120);
+  if (message.sender_id === myId()) return `You: ${text}`;
+  const [first] = personName(message.sender_id).split(" ");
+  return others(chat).length > 1 ? `${first}: ${text}` : text;
 }
 
 /** @param {number} count */
@@ -1170,12 +1234,24 @@ function messageRows(chat) {
     rows.push(messageRow(chat, message, first));
     before = message;
   }
-  const unsent = model.client?.unsent(chat.id) ?? [];
+  const unsent = unseen(chat);
   const apart = before?.sender_id !== myId();
   return [
     ...rows,
     ...unsent.map((delivery, i) => unsentRow(delivery, apart && i === 0)),
   ];
+}
+
+/**
+ * What is under way and not among the messages yet: where an answer was lost, or
+ * another tab sent it, the message may be here before its outbox knows.
+ * @param {ChatView} chat
+ */
+function unseen(chat) {
+  const mine = chat.messages.filter(({ sender_id }) => sender_id === myId());
+  const here = new Set(mine.map(({ client_id }) => client_id));
+  const unsent = model.client?.unsent(chat.id) ?? [];
+  return unsent.filter(({ client_id }) => !here.has(client_id));
 }
 
 /**
@@ -1350,23 +1426,32 @@ function unsentRow(delivery, first) {
               el("span", { class: "sr-only" }, failed ? "Not sent" : "Sending"),
             ),
           ),
-          failed ? failureLine(client_id, reason) : null,
+          failed ? failureLine(delivery) : null,
         ),
       ),
   };
 }
 
-/** @param {string} clientId @param {string} reason */
-function failureLine(clientId, reason) {
+/**
+ * What the text is to blame for can be edited, else tried again.
+ * @param {Delivery} delivery
+ */
+function failureLine({ client_id, content, code, reason }) {
+  const textIsWrong = code === "bad_field" || code === "too_large";
+  const discard = () => model.client?.discard(client_id);
   return el(
     "p",
     { class: "failure" },
     `Not sent: ${reason} `,
-    textButton("Try again", () => model.client?.resend(clientId)),
-    textButton("Delete", () => {
-      model.client?.discard(clientId);
-      askForRender();
-    }),
+    textIsWrong
+      ? textButton("Edit", () => {
+          discard();
+          composer.value = content;
+          growComposer();
+          composer.focus();
+        })
+      : textButton("Try again", () => model.client?.resend(client_id)),
+    textButton("Delete", discard),
   );
 }
 
@@ -1482,7 +1567,8 @@ const composer = byId("composer-text", HTMLTextAreaElement);
 function submitMessage(event) {
   event?.preventDefault();
   const chat = model.open;
-  const content = composer.value.trim();
+  // What is pasted from a terminal may have control characters; the server refuses them.
+  const content = composer.value.replace(CONTROL, "").trim();
   if (!chat || !content) return;
   composer.value = "";
   growComposer();
@@ -1755,7 +1841,7 @@ function start(session) {
   model.client?.disconnect();
   forgetModel();
   writeSession(shelves.tab, session);
-  const client = new ChatWebSocket({ bearer: session.token, userId: session.user_id });
+  const client = new ChatWebSocket({ bearer: session.token });
   model.session = session;
   model.client = client;
   model.names.set(session.user_id, session.name);
@@ -1777,7 +1863,8 @@ function wireUp() {
     /** @type {(event: any) => void} */ react,
   ) => target.addEventListener(type, react);
   on(window, "hashchange", onHash);
-  on(window, "storage", onStorage);
+  on(signedOut, "message", onSignedOutElsewhere);
+  on(window, "beforeunload", onLeaving);
   // At once: a frame that was asked for may never come to a tab that is now hidden.
   on(document, "visibilitychange", render);
   on(box("sign-in-form"), "submit", onSignInForm);
@@ -1805,8 +1892,9 @@ function wireUp() {
   setInterval(onSecond, 1000);
 }
 
-function onHash() {
-  const token = takeLinkToken();
+/** @param {HashChangeEvent} event */
+function onHash({ oldURL }) {
+  const token = takeLinkToken(new URL(oldURL).hash);
   if (token) void signInWith(token);
   else route();
 }
@@ -1830,13 +1918,13 @@ function onResize() {
 
 /** Counts down to the next try. */
 function onSecond() {
-  if (model.session && model.link.retryAt !== null) renderBanner();
+  if (!box("banner").hidden) renderBanner();
 }
 
 function begin() {
   wireUp();
   const token = takeLinkToken();
-  const session = readSession(shelves.tab) ?? readSession(shelves.browser);
+  const session = sessionToResume();
   if (token) void signInWith(token);
   else if (session) start(session);
   else showSignIn();

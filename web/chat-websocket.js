@@ -67,19 +67,22 @@ const RENEW_SECONDS = 15;
 const ANSWER_SECONDS = 20;
 /** An HTTP request is given up after this. */
 const REQUEST_SECONDS = 15;
-/**
- * Messages sent but not yet answered, at most. After a refusal: one, until all are
- * stored.
- */
-const UNANSWERED = 8;
 /** Where a refusal does not say how long to wait. */
 const REFUSED_SECONDS = 2;
+/**
+ * A message that lies in storage for so long, and is not ours, was left by a tab that
+ * is gone: whoever sees it sends it.
+ */
+const ADOPT_SECONDS = 15;
 /** `typing: true` is repeated at most so often ... */
 const TYPING_REPEAT_SECONDS = 3;
 /** ... and taken back when sendTyping was not called for so long. */
 const TYPING_STOP_SECONDS = 5;
 /** A reading mark is sent at most so often for each chat. */
 const MARK_SECONDS = 1;
+
+const LONE_SURROGATE =
+  /[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 
 /** Close codes from 4500 mean "stay away"; what the two we know mean is here. */
 const STAY_AWAY = /** @type {Record<number, "signed_out" | "too_many">} */ ({
@@ -194,15 +197,17 @@ const FINAL_REFUSALS = new Set([
 /**
  * @typedef {object} StateChange
  * @property {State} state
- * @property {number | null} retryAt when the socket is tried next, in ms as Date.now()
+ * @property {number | null} retryIn seconds until the socket is tried again; null: it
+ *   is open, or being tried, or nothing is due
  */
 /**
- * What became of a message that you sent.
+ * What became of a message that you sent. `discarded` follows `failed`, or forget().
  * @typedef {object} Delivery
- * @property {"sending" | "sent" | "failed"} state
+ * @property {"sending" | "sent" | "failed" | "discarded"} state
  * @property {string} client_id
  * @property {number} chat_id
  * @property {string} content
+ * @property {boolean} kept it outlives the page: false if storage is full or forbidden
  * @property {Message} [message] as stored, when sent
  * @property {string} [code] why it failed
  * @property {string} [reason] the same as a sentence
@@ -231,20 +236,17 @@ const FINAL_REFUSALS = new Set([
 
 /** @typedef {string | (() => string | Promise<string>)} TokenSource */
 /**
+ * @typedef {Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length">} Shelf
+ */
+/**
  * @typedef {object} Options
  * @property {string | URL} [server] chatd's address. Default: where this file came
  *   from.
  * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
- *   needs no
- * token: it asks for a ticket of 60 s, so that the long-lived token never stands in a
- * URL.
- * @property {number} [userId] whose messages to send on, when it is known before the
- *   server
- * says it.
- * @property {Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length"> |
- *   null}
- * [storage] where unsent messages outlive the page. Default: localStorage; null:
- * nowhere.
+ *   needs no token: it asks for a ticket of 60 s, so that the long-lived token never
+ *   stands in a URL.
+ * @property {Shelf | null} [storage] where unsent messages outlive the page. Default:
+ *   localStorage; null: nowhere.
  * @property {Pick<Console, "log"> | null} [log] Default: the console; null: silence.
  */
 
@@ -268,9 +270,11 @@ export class ChatError extends Error {
 
 /* -------------------------------------------------------------------------------------
  * Outbox. The messages that are not yet known to be stored, in the order they were
- * written. One item of storage each, so that the tabs of one user never overwrite each
- * other; two tabs that both send one change nothing, because the server knows the
- * client_id.
+ * written. Each is an item of its own in storage, written before it is sent and removed
+ * after its ack. So the tabs of one user never overwrite each other, and a tab may be
+ * closed at any moment: what it leaves is taken over by another, or by the next visit.
+ * Two tabs that send the same item change nothing: it has one client_id, which the
+ * server knows.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -278,54 +282,66 @@ export class ChatError extends Error {
  * @property {string} client_id
  * @property {number} chat_id
  * @property {string} content
+ * @property {boolean} kept in storage too
  * @property {"waiting" | "socket" | "http" | "failed"} on where it is
- * @property {number} sentAt ms, when it was handed over last
- * @property {string} [code] why it failed
- * @property {string} [reason]
+ * @property {number} sentAt when it was handed over last, as now()
+ * @property {string | undefined} code why it failed
+ * @property {string | undefined} reason
  */
+
+/** What an item says for a moment before it goes: the other tabs must drop it too. */
+const DISCARDED = "discarded";
 
 class Outbox {
   /** Oldest first. @type {Unsent[]} */
   entries = [];
   #storage;
-  /** @type {string | null} null until the user is known: until then only in memory */
-  #prefix = null;
+  /** "" until the user is known: until then only in memory. */
+  #prefix = "";
   #lastTime = 0;
+  /** Items of others at the last look. @type {Set<string>} */
+  #strange = new Set();
 
-  /** @param {Options["storage"]} storage */
+  /** @param {Shelf | null} storage */
   constructor(storage) {
     this.#storage = storage;
   }
 
   /**
-   * Takes in what this user left unsent on an earlier visit, and from now on keeps
-   * entries in storage. Does nothing the second time.
-   * @param {number} userId
+   * From now on entries are kept under this prefix, and what lies there is ours. Does
+   * nothing the second time.
+   * @param {string} prefix
    */
-  open(userId) {
-    if (this.#prefix !== null) return;
-    this.#prefix = `chatd.unsent.${userId}.`;
-    const written = this.entries;
-    this.entries = [...this.#stored(), ...written];
-    written.forEach((entry) => this.#keep(entry));
+  open(prefix) {
+    if (this.#prefix) return;
+    this.#prefix = prefix;
+    this.entries.forEach((entry) => this.#keep(entry));
+    this.#take(this.#others());
   }
 
   /**
-   * @param {number} chatId
+   * Takes over items that others had stored when it was called last, and that are still
+   * there.
+   * @returns {Unsent[]}
+   */
+  adopt() {
+    const others = this.#others();
+    const left = others.filter(({ client_id }) => this.#strange.has(client_id));
+    this.#strange = new Set(others.map(({ client_id }) => client_id));
+    this.#take(left);
+    return left;
+  }
+
+  /**
+   * @param {number} chat_id
    * @param {string} content
    * @returns {Unsent}
    */
-  add(chatId, content) {
-    /** @type {Unsent} */
-    const entry = {
-      client_id: this.#newId(),
-      chat_id: chatId,
-      content,
-      on: "waiting",
-      sentAt: 0,
-    };
+  add(chat_id, content) {
+    const entry = newUnsent(this.#newId(), chat_id, content);
     this.entries.push(entry);
-    this.#keep(entry);
+    // With those that storage had no room for: whoever takes over takes them in order.
+    this.entries.filter(({ kept }) => !kept).forEach((unkept) => this.#keep(unkept));
     return entry;
   }
 
@@ -342,21 +358,39 @@ class Outbox {
 
   /** @param {Unsent} entry */
   retry(entry) {
-    entry.on = "waiting";
-    delete entry.code;
-    delete entry.reason;
+    Object.assign(entry, { on: "waiting", code: undefined, reason: undefined });
     this.#keep(entry);
   }
 
-  /** @param {Unsent} entry */
+  /** It is stored. @param {Unsent} entry */
   remove(entry) {
     this.entries = this.entries.filter((other) => other !== entry);
     this.#store((storage) => storage.removeItem(this.#prefix + entry.client_id));
   }
 
-  /** The connection is gone: what was on its way by it has to be sent again. */
-  rewind() {
-    for (const entry of this.on("socket")) entry.on = "waiting";
+  /** Nobody wants it any more, in any tab. @param {Unsent} entry */
+  discard(entry) {
+    this.#store((storage) =>
+      storage.setItem(this.#prefix + entry.client_id, DISCARDED),
+    );
+    this.remove(entry);
+  }
+
+  /**
+   * Another tab changed its storage: which entry of ours was discarded there?
+   * @param {string | null} key
+   * @param {string | null} value
+   */
+  discardedElsewhere(key, value) {
+    if (value !== DISCARDED || !this.#prefix || !key?.startsWith(this.#prefix)) return;
+    const entry = this.find(key.slice(this.#prefix.length));
+    this.entries = this.entries.filter((other) => other !== entry);
+    return entry;
+  }
+
+  /** The way it was sent is gone: it waits again. @param {"socket" | "http"} way */
+  rewind(way) {
+    for (const entry of this.on(way)) entry.on = "waiting";
   }
 
   /** @param {Unsent["on"]} place */
@@ -364,74 +398,98 @@ class Outbox {
     return this.entries.filter((entry) => entry.on === place);
   }
 
-  /** Nothing is left to send, though something may have failed. */
-  isDone() {
-    return this.entries.every((entry) => entry.on === "failed");
-  }
-
-  /** Ids sort in the order of writing, also across reloads. @returns {string} */
+  /**
+   * Ids sort in the order of writing, also across reloads and when the clock is set
+   * back.
+   */
   #newId() {
     this.#lastTime = Math.max(this.#lastTime + 1, Date.now());
     const random = crypto.getRandomValues(new Uint32Array(3));
-    return (
-      this.#lastTime.toString(36).padStart(9, "0") +
-      "-" +
-      Array.from(random, (word) => word.toString(36).padStart(7, "0")).join("")
-    );
+    const words = [...random].map((word) => word.toString(36).padStart(7, "0"));
+    return `${this.#lastTime.toString(36).padStart(9, "0")}-${words.join("")}`;
+  }
+
+  /** @param {Unsent[]} entries */
+  #take(entries) {
+    const all = [...this.entries, ...entries];
+    this.entries = all.sort((a, b) => (a.client_id < b.client_id ? -1 : 1));
+    const last = parseInt(all.at(-1)?.client_id ?? "0", 36); // up to the "-"
+    this.#lastTime = Math.max(this.#lastTime, last);
   }
 
   /** @param {Unsent} entry */
-  #keep({ client_id, chat_id, content, code, reason }) {
+  #keep(entry) {
+    const { client_id, chat_id, content, code, reason } = entry;
     const text = JSON.stringify({ chat_id, content, code, reason });
-    this.#store((storage) => storage.setItem(this.#prefix + client_id, text));
+    entry.kept = this.#store((storage) =>
+      storage.setItem(this.#prefix + client_id, text),
+    );
   }
 
-  /** @returns {Unsent[]} */
-  #stored() {
+  /** What is stored and not among our entries. @returns {Unsent[]} */
+  #others() {
     /** @type {Unsent[]} */
     const found = [];
     this.#store((storage) => {
       for (let i = 0; i < storage.length; i++) {
         const key = storage.key(i);
-        if (key?.startsWith(this.#prefix ?? "")) found.push(readUnsent(storage, key));
+        if (!key?.startsWith(this.#prefix)) continue;
+        const entry = readUnsent(key.slice(this.#prefix.length), storage.getItem(key));
+        if (entry && !this.find(entry.client_id)) found.push(entry);
       }
     });
-    return found.sort((a, b) => (a.client_id < b.client_id ? -1 : 1));
+    return found;
   }
 
   /**
-   * Storage may be full or forbidden; then the message lives as long as the page.
-   * @param {(storage: NonNullable<Options["storage"]>) => void} use
+   * Storage may be full or forbidden; then a message lives as long as the page, and
+   * `kept` says so.
+   * @param {(storage: Shelf) => void} use
    */
   #store(use) {
-    if (!this.#storage || this.#prefix === null) return;
+    if (!this.#storage || !this.#prefix) return false;
     try {
       use(this.#storage);
+      return true;
     } catch {
-      // The price is named above; there is nobody to tell.
+      return false;
     }
   }
 }
 
 /**
- * @param {NonNullable<Options["storage"]>} storage
- * @param {string} key
+ * @param {string} client_id
+ * @param {number} chat_id
+ * @param {string} content
  * @returns {Unsent}
  */
-function readUnsent(storage, key) {
-  const { chat_id, content, code, reason } = JSON.parse(storage.getItem(key) ?? "{}");
+function newUnsent(client_id, chat_id, content) {
   return {
-    client_id: key.slice(key.lastIndexOf(".") + 1),
+    client_id,
     chat_id,
     content,
-    on: code ? "failed" : "waiting",
+    kept: false,
+    on: "waiting",
     sentAt: 0,
-    code,
-    reason,
+    code: undefined,
+    reason: undefined,
   };
 }
 
-/** @returns {Options["storage"]} */
+/**
+ * @param {string} clientId
+ * @param {string | null} text
+ * @returns {Unsent | null} null: not one of ours, or no longer one
+ */
+function readUnsent(clientId, text) {
+  const { chat_id, content, code, reason } = parseObject(text) ?? {};
+  if (typeof content !== "string" || !Number.isInteger(chat_id)) return null;
+  const entry = newUnsent(clientId, chat_id, content);
+  const on = code ? "failed" : "waiting";
+  return Object.assign(entry, { kept: true, on, code, reason });
+}
+
+/** @returns {Shelf | null} */
 function defaultStorage() {
   try {
     return globalThis.localStorage ?? null;
@@ -482,23 +540,27 @@ export class ChatWebSocket {
   #failures = 0;
   #connectedAt = 0;
   #attemptAt = 0;
+  /** The last socket ended as if our token were refused. */
+  #doubt = false;
   /** What `bye` asked for, seconds. @type {number | null} */
   #byeSeconds = null;
-  /** @type {number | null} */
+  /** When the socket is tried next, as now(). @type {number | null} */
   #retryAt = null;
   #retryTimer = 0;
   #connectTimer = 0;
   #watchTimer = 0;
+  #watchedAt = 0;
+  #adoptTimer = 0;
   #heardAt = 0;
-  /** A ping is out and must be answered until then (ms); 0: none is. */
+  /** A ping is out and must be answered until then (as now()); 0: none is. */
   #pongBy = 0;
-  #renewedAt = 0;
+  #renewedAt = -Infinity;
 
   /** A poll is running or due. */
   #polling = false;
   #pollTimer = 0;
-  /** @type {AbortController | null} */
-  #poll = null;
+  /** Ends every request that stands in for the socket. */
+  #fallback = new AbortController();
   /** The last poll got an answer. */
   #reachable = true;
 
@@ -511,9 +573,7 @@ export class ChatWebSocket {
   /** @type {Promise<Snapshot> | null} */
   #fetching = null;
 
-  /** Messages that may be unanswered. */
-  #window = UNANSWERED;
-  /** Nothing is sent before (ms): the server asked us to wait. */
+  /** Nothing is sent before (as now()): the server asked us to wait. */
   #sendFrom = 0;
   #sendTimer = 0;
   /**
@@ -533,7 +593,7 @@ export class ChatWebSocket {
     this.#outbox = new Outbox(
       options.storage === undefined ? defaultStorage() : options.storage,
     );
-    if (options.userId !== undefined) this.#isUser(options.userId);
+    this.#learnUser(this.#bearer);
   }
 
   /* ---- for the page ---- */
@@ -571,11 +631,9 @@ export class ChatWebSocket {
     this.#stop();
     this.#token = token;
     this.#fetchedToken = undefined;
-    this.#ended = null;
-    this.#failures = 0;
-    this.#listenToBrowser(true);
-    this.#fallBackLater();
-    void this.#open();
+    this.#doubt = false;
+    if (!this.#learnUser(token)) return;
+    this.#begin();
   }
 
   /** Closes, and stays closed until connect. Unsent messages are kept for then. */
@@ -583,19 +641,16 @@ export class ChatWebSocket {
     this.#end("closed");
   }
 
-  /** Closes, and forgets what this user has not sent: for signing out. */
+  /** Closes, and discards what this user has not sent: for signing out. */
   forget() {
     this.disconnect();
-    for (const entry of this.#outbox.entries) this.#outbox.remove(entry);
+    for (const entry of this.#outbox.entries) this.#discard(entry);
   }
 
   /** Tries the socket now, if it is waiting to. */
   retry() {
     if (this.#ended === "too_many") {
-      this.#ended = null;
-      this.#failures = 0;
-      this.#fallBackLater();
-      void this.#open();
+      this.#begin();
     } else if (this.#retryTimer) {
       void this.#open();
     }
@@ -604,6 +659,11 @@ export class ChatWebSocket {
   /** @returns {State} */
   get state() {
     return this.#state();
+  }
+
+  /** Seconds until the socket is tried again; null: it is not waiting to. */
+  get retryIn() {
+    return this.#retryAt === null ? null : Math.max(0, (this.#retryAt - now()) / 1000);
   }
 
   /** Your user id, once it is known. */
@@ -619,7 +679,9 @@ export class ChatWebSocket {
    * @returns {string} its client_id
    */
   send(chatId, content) {
-    const entry = this.#outbox.add(chatId, content);
+    // Half of a surrogate pair is no text: as JSON it could not be refused by name.
+    const text = String(content).replace(LONE_SURROGATE, "\ufffd");
+    const entry = this.#outbox.add(chatId, text);
     this.#reportDelivery(entry, "sending");
     this.#sendUnsent();
     return entry.client_id;
@@ -648,7 +710,7 @@ export class ChatWebSocket {
   /** Throws a failed message away. @param {string} clientId */
   discard(clientId) {
     const entry = this.#outbox.find(clientId);
-    if (entry?.on === "failed") this.#outbox.remove(entry);
+    if (entry?.on === "failed") this.#discard(entry);
   }
 
   /**
@@ -668,7 +730,7 @@ export class ChatWebSocket {
     const due = !before || elapsed(before.sentAt) >= TYPING_REPEAT_SECONDS;
     if (due) this.#sayTyping(chatId, true);
     this.#typing.set(chatId, {
-      sentAt: due ? Date.now() : before.sentAt,
+      sentAt: due ? now() : before.sentAt,
       timer: after(TYPING_STOP_SECONDS, () => this.sendTyping(chatId, false)),
     });
   }
@@ -684,7 +746,7 @@ export class ChatWebSocket {
     const mark = this.#marks.get(chatId) ?? {
       wanted: 0,
       known: 0,
-      sentAt: 0,
+      sentAt: -Infinity,
       timer: 0,
     };
     if (messageId <= mark.wanted) return;
@@ -730,13 +792,22 @@ export class ChatWebSocket {
 
   /* ---- connecting ---- */
 
+  #begin() {
+    this.#ended = null;
+    this.#failures = 0;
+    this.#listenToBrowser(true);
+    this.#adoptTimer = every(ADOPT_SECONDS, () => this.#adopt());
+    this.#fallBackLater();
+    void this.#open();
+  }
+
   /** Fetches a token and opens a socket. The answer comes to #hear or #lost. */
   async #open() {
     const attempt = ++this.#attempt;
     clearTimeout(this.#retryTimer);
     this.#retryTimer = 0;
     this.#retryAt = null;
-    this.#attemptAt = Date.now();
+    this.#attemptAt = now();
     this.#reportState();
     this.#connectTimer = after(CONNECT_SECONDS, () => this.#lost(1006));
     try {
@@ -767,11 +838,28 @@ export class ChatWebSocket {
 
   /** @returns {Promise<string>} */
   async #socketToken() {
-    if (typeof this.#token === "string") return this.#token;
     if (!this.#token) return (await this.request("GET", "/api/v2/ws-token")).token;
+    if (typeof this.#token === "string") {
+      if (this.#doubt) await this.#checkToken();
+      return this.#token;
+    }
     const token = await this.#token();
+    if (typeof token !== "string") throw new TypeError("connect: no token was fetched");
     if (this.#bearer === undefined) this.#fetchedToken = token;
+    this.#learnUser(token);
     return token;
+  }
+
+  /**
+   * A browser does not say why a handshake was refused. A fixed token may be the
+   * reason, and then trying again for ever would be wrong: a request can tell.
+   */
+  async #checkToken() {
+    try {
+      await this.request("GET", "/api/v1/me");
+    } catch {
+      // A 401 has ended us already (#askAgain); else it says nothing about the token.
+    }
   }
 
   /**
@@ -782,39 +870,21 @@ export class ChatWebSocket {
   #lost(code, retryAfterSeconds) {
     const steady = this.#ready && elapsed(this.#connectedAt) >= STEADY_SECONDS;
     const wait = this.#byeSeconds ?? retryAfterSeconds;
+    if (code === 1009) this.#tooLarge();
     this.#dropSocket(1000);
     if (steady) this.#failures = 0;
     if (code >= STAY_AWAY_FROM && code < 5000) {
       this.#end(STAY_AWAY[code] ?? "refused");
       return;
     }
+    this.#doubt = code === 1006 || code === 4401;
     this.#fallBackLater();
-    this.#reportState();
-    void this.#comeBack(code, wait);
-  }
-
-  /** @param {number} code @param {number | undefined} wait seconds */
-  async #comeBack(code, wait) {
-    const attempt = this.#attempt;
-    // A browser does not say why a handshake was refused. A fixed token may be the
-    // reason, and then trying again for ever would be wrong: a request can tell.
-    const unexplained = code === 1006 || code === 4401;
-    if (unexplained && typeof this.#token === "string") await this.#checkToken();
-    if (attempt === this.#attempt && !this.#ended)
-      this.#retryIn(wait ?? this.#backoff());
-  }
-
-  async #checkToken() {
-    try {
-      await this.request("GET", "/api/v1/me");
-    } catch {
-      // A 401 has ended us already (#askAgain); else it says nothing about the token.
-    }
+    this.#retryIn(wait ?? this.#backoff());
   }
 
   /** Full jitter: a random part of a bound that doubles. @returns {number} seconds */
   #backoff() {
-    if (this.#polling) return RETRY_SECONDS;
+    if (this.#polling) return Math.max(0, RETRY_SECONDS - elapsed(this.#attemptAt));
     const bound = Math.min(RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** this.#failures);
     this.#failures += 1;
     return Math.random() * bound;
@@ -823,7 +893,7 @@ export class ChatWebSocket {
   /** @param {number} seconds */
   #retryIn(seconds) {
     clearTimeout(this.#retryTimer);
-    this.#retryAt = Date.now() + seconds * 1000;
+    this.#retryAt = now() + seconds * 1000;
     this.#retryTimer = after(seconds, () => void this.#open());
     this.#reportState();
   }
@@ -847,7 +917,7 @@ export class ChatWebSocket {
     this.#ready = false;
     this.#byeSeconds = null;
     this.#pongBy = 0;
-    this.#outbox.rewind();
+    this.#outbox.rewind("socket");
     if (!socket) return;
     socket.onopen = socket.onmessage = socket.onclose = null;
     socket.close(code);
@@ -857,7 +927,9 @@ export class ChatWebSocket {
   #stop() {
     this.#dropSocket(1000);
     this.#stopPolling();
-    for (const timer of [this.#retryTimer, this.#sendTimer]) clearTimeout(timer);
+    clearTimeout(this.#retryTimer);
+    clearTimeout(this.#sendTimer);
+    clearInterval(this.#adoptTimer);
     for (const { timer } of this.#typing.values()) clearTimeout(timer);
     for (const mark of this.#marks.values()) {
       clearTimeout(mark.timer);
@@ -880,10 +952,10 @@ export class ChatWebSocket {
 
   /** @param {any} data */
   #hear(data) {
-    const frame = parseFrame(data);
-    if (!frame) return;
+    const frame = parseObject(data);
+    if (!frame) return; // not from chatd; a proxy's word, perhaps
     this.#log?.log("WebSocket message:", frame);
-    this.#heardAt = Date.now();
+    this.#heardAt = now();
     this.#pongBy = 0;
     if (frame.type === "connected") this.#connected(frame);
     else if (typeof frame.seq === "number") this.#take(frame);
@@ -915,9 +987,10 @@ export class ChatWebSocket {
     clearTimeout(this.#connectTimer);
     this.#stopPolling();
     this.#ready = true;
-    this.#window = UNANSWERED;
     this.#sendFrom = 0;
-    this.#connectedAt = Date.now();
+    this.#connectedAt = now();
+    this.#watchedAt = Date.now();
+    clearInterval(this.#watchTimer);
     this.#watchTimer = every(WATCH_SECONDS, () => this.#watch());
     // "fresh" although we know a place means that we asked before we knew it (a poll
     // told us meanwhile): what lies between the two is missing, so it is a resync.
@@ -934,6 +1007,16 @@ export class ChatWebSocket {
   }
 
   /**
+   * A token says whose it is, so that what is written before the server answers, or
+   * without it, is kept for the right user.
+   * @param {TokenSource | undefined} token
+   */
+  #learnUser(token) {
+    const userId = typeof token === "string" ? userIdOf(token) : undefined;
+    return userId === undefined || this.#isUser(userId);
+  }
+
+  /**
    * Learns who we are. Another user than before ends everything: his chats are not
    * ours, and our unsent messages are not his.
    * @param {number} userId
@@ -943,8 +1026,11 @@ export class ChatWebSocket {
       this.#end("signed_out");
       return false;
     }
-    this.#userId = userId;
-    this.#outbox.open(userId);
+    if (this.#userId === undefined) {
+      this.#userId = userId;
+      this.#outbox.open(`chatd.unsent.${this.#base.host}.${userId}.`);
+      this.#reportAdopted(this.#outbox.entries);
+    }
     return true;
   }
 
@@ -1000,31 +1086,36 @@ export class ChatWebSocket {
   }
 
   /**
-   * A picture taken before the events that we hold begin would leave a gap: take
-   * another.
+   * A picture taken before the events that we hold begin would leave a gap, and one of
+   * another epoch is older than ours if we learned ours meanwhile: take another.
    * @returns {Promise<Snapshot>}
    */
   async #freshSnapshot() {
-    for (;;) {
+    for (let tries = 0; tries < 5; tries++) {
+      const before = this.#cursor.epoch;
       /** @type {Snapshot} */
       const snapshot = await this.request("GET", "/api/v1/chats");
       const { epoch, seq } = parseCursor(snapshot.cursor);
-      if (epoch !== this.#cursor.epoch || seq >= this.#runStart) return snapshot;
+      const known = this.#cursor.epoch;
+      if (epoch === known ? seq >= this.#runStart : before === known) return snapshot;
     }
+    throw new ChatError(0, "unreachable", "The chat server's answers are too old.");
   }
 
   /* ---- signs of life ---- */
 
-  /**
-   * Every 2 s while connected. Late ticks (a sleeping tab) must not kill a good socket.
-   */
+  /** Every 2 s while connected. After a sleep (a late tick) it looks more closely. */
   #watch() {
+    const slept = Date.now() - this.#watchedAt > SILENCE_SECONDS * 1000;
+    this.#watchedAt = Date.now();
     const oldest = this.#outbox.on("socket")[0];
     const unanswered = oldest && elapsed(oldest.sentAt) > ANSWER_SECONDS;
-    const dead = this.#pongBy > 0 && Date.now() > this.#pongBy;
+    const dead = this.#pongBy > 0 && now() > this.#pongBy;
     if (dead || unanswered) {
       this.#log?.log("[WebSocket] No answer, closing");
       this.#lost(1006);
+    } else if (slept) {
+      this.#ping(PROBE_SECONDS);
     } else if (elapsed(this.#heardAt) > SILENCE_SECONDS) {
       this.#ping(PONG_SECONDS);
     }
@@ -1032,7 +1123,7 @@ export class ChatWebSocket {
 
   /** @param {number} seconds until an answer is due */
   #ping(seconds) {
-    const by = Date.now() + seconds * 1000;
+    const by = now() + seconds * 1000;
     if (this.#pongBy && this.#pongBy <= by) return;
     this.#pongBy = by;
     this.#say({ type: "ping" });
@@ -1045,6 +1136,7 @@ export class ChatWebSocket {
     globalThis[change]?.("online", this.#onNetwork);
     globalThis[change]?.("offline", this.#onNetwork);
     globalThis[change]?.("focus", this.#onLook);
+    globalThis[change]?.("storage", this.#onStorage);
     page?.[change]("visibilitychange", this.#onLook);
   }
 
@@ -1052,6 +1144,13 @@ export class ChatWebSocket {
     if (this.#ended) return;
     if (globalThis.navigator?.onLine === false && !this.#ready) this.#reportState();
     else this.#hurry();
+  };
+
+  #onStorage = (/** @type {any} */ { key, newValue }) => {
+    const entry = this.#outbox.discardedElsewhere(key, newValue);
+    if (!entry) return;
+    this.#reportDelivery(entry, "discarded");
+    this.#sendUnsent(); // it may have been the one under way
   };
 
   #onLook = () => {
@@ -1065,7 +1164,7 @@ export class ChatWebSocket {
     const wait = RENEW_SECONDS - elapsed(this.#renewedAt);
     if (wait > 0) await pause(wait);
     if (attempt !== this.#attempt) return;
-    this.#renewedAt = Date.now();
+    this.#renewedAt = now();
     try {
       const token = await this.#socketToken();
       if (attempt === this.#attempt) this.#say({ type: "auth", token, ref: "auth" });
@@ -1092,26 +1191,20 @@ export class ChatWebSocket {
    * more.
    */
   async #pollOnce() {
-    const poll = new AbortController();
-    this.#poll = poll;
+    const { signal } = this.#fallback;
     let wait = POLL_SECONDS;
     try {
       const blind = this.#cursor.seq < 0;
-      const answer = await this.request(
-        "GET",
-        this.#pollPath(),
-        undefined,
-        poll.signal,
-      );
-      if (poll.signal.aborted) return;
+      const answer = await this.request("GET", this.#pollPath(), undefined, signal);
+      if (signal.aborted) return;
       if (answer.more) wait = 0;
       this.#polled(answer, blind);
     } catch (error) {
-      if (poll.signal.aborted) return;
+      if (signal.aborted) return;
       wait = Math.max(wait, retryAfter(error) ?? 0);
       this.#isReachable(false);
     }
-    if (poll.signal.aborted) return;
+    if (signal.aborted) return;
     this.#pollTimer = after(wait, () => void this.#pollOnce());
   }
 
@@ -1127,7 +1220,11 @@ export class ChatWebSocket {
    * @param {boolean} blind we asked without a cursor
    */
   #polled(answer, blind) {
-    for (const event of answer.events) this.#take(event);
+    const { signal } = this.#fallback;
+    for (const event of answer.events) {
+      if (signal.aborted) return; // a listener has disconnected us
+      this.#take(event);
+    }
     if (answer.resync || (blind && this.#cursor.seq < 0)) this.#jump(answer.cursor);
     else if (!blind) this.#moveCursor(answer.cursor);
     if (answer.resync) this.#emit("resync", {});
@@ -1150,65 +1247,54 @@ export class ChatWebSocket {
 
   #stopPolling() {
     clearTimeout(this.#pollTimer);
-    this.#poll?.abort();
+    this.#fallback.abort();
+    this.#fallback = new AbortController();
     this.#pollTimer = 0;
-    this.#poll = null;
     this.#polling = false;
+    this.#outbox.rewind("http");
   }
 
   /* ---- sending ---- */
 
   /**
-   * Hands over as many unsent messages as may be under way, in order: by the socket, or
-   * one by one over HTTP while we poll.
+   * Hands over the oldest unsent message: by the socket, or over HTTP while we poll.
+   * The next waits for its answer: were two under way, and the first refused because it
+   * came too soon, the second would overtake it. Nobody writes faster than answers come.
    */
   #sendUnsent() {
     if (this.#ended) return;
-    const waiting = this.#outbox.on("waiting");
-    if (this.#outbox.on("http").length > 0 || waiting.length === 0) return;
-    const wait = (this.#sendFrom - Date.now()) / 1000;
-    if (wait > 0) {
-      clearTimeout(this.#sendTimer);
-      this.#sendTimer = after(wait, () => this.#sendUnsent());
+    const [next] = this.#outbox.on("waiting");
+    if (!next || this.#outbox.on("socket").length || this.#outbox.on("http").length)
       return;
-    }
-    if (this.#ready) {
-      const free = this.#window - this.#outbox.on("socket").length;
-      waiting.slice(0, Math.max(0, free)).forEach((entry) => this.#sendBySocket(entry));
-    } else if (this.#polling && waiting[0]) {
-      void this.#sendByHttp(waiting[0]);
-    }
+    const wait = (this.#sendFrom - now()) / 1000;
+    clearTimeout(this.#sendTimer);
+    if (wait > 0) this.#sendTimer = after(wait, () => this.#sendUnsent());
+    else if (this.#ready) this.#sendBySocket(next);
+    else if (this.#polling) void this.#sendByHttp(next);
   }
 
   /** @param {Unsent} entry */
   #sendBySocket(entry) {
     const { client_id, chat_id, content } = entry;
     entry.on = "socket";
-    entry.sentAt = Date.now();
+    entry.sentAt = now();
     this.#say({ type: "send_message", chat_id, content, client_id, ref: client_id });
   }
 
   /** @param {Unsent} entry */
   async #sendByHttp(entry) {
     const { client_id, chat_id, content } = entry;
+    const { signal } = this.#fallback;
     entry.on = "http";
     const path = `/api/v1/chats/${chat_id}/messages`;
     try {
-      const answer = await this.request("POST", path, { content, client_id });
+      const answer = await this.request("POST", path, { content, client_id }, signal);
       this.#stored({ ...answer.message, client_id });
     } catch (error) {
-      this.#notPosted(entry, error);
+      if (signal.aborted) return; // the socket is back, and has taken it over
+      const { status, code, message, retryAfter } = asChatError(error);
+      this.#notStored(entry, code, message, status ? retryAfter : POLL_SECONDS);
       this.#sendUnsent();
-    }
-  }
-
-  /** @param {Unsent} entry @param {unknown} error */
-  #notPosted(entry, error) {
-    if (error instanceof ChatError && error.status > 0) {
-      this.#notStored(entry, error.code, error.message, error.retryAfter);
-    } else {
-      entry.on = "waiting";
-      this.#sendFrom = Date.now() + POLL_SECONDS * 1000;
     }
   }
 
@@ -1252,7 +1338,6 @@ export class ChatWebSocket {
     const entry = this.#outbox.find(message.client_id);
     if (!entry || message.sender_id !== this.#userId) return;
     this.#outbox.remove(entry);
-    if (this.#outbox.isDone()) this.#window = UNANSWERED;
     this.#emit("delivery", { ...delivery(entry, "sent"), message });
     this.#sendUnsent();
   }
@@ -1269,10 +1354,33 @@ export class ChatWebSocket {
       this.#reportDelivery(entry, "failed");
       return;
     }
-    // Others behind it may be refused as well: one at a time keeps them in order.
     entry.on = "waiting";
-    this.#window = 1;
-    this.#sendFrom = Date.now() + (seconds ?? REFUSED_SECONDS) * 1000;
+    this.#sendFrom = now() + (seconds ?? REFUSED_SECONDS) * 1000;
+  }
+
+  /** The server would not read a frame so large: it must not be repeated. */
+  #tooLarge() {
+    const [entry] = this.#outbox.on("socket");
+    if (entry) this.#notStored(entry, "too_large", "The message is too long.");
+  }
+
+  /** Sends on what a tab that is gone has left. */
+  #adopt() {
+    this.#reportAdopted(this.#outbox.adopt());
+    this.#sendUnsent();
+  }
+
+  /** @param {Unsent[]} entries */
+  #reportAdopted(entries) {
+    for (const entry of entries) {
+      this.#reportDelivery(entry, entry.on === "failed" ? "failed" : "sending");
+    }
+  }
+
+  /** @param {Unsent} entry */
+  #discard(entry) {
+    this.#outbox.discard(entry);
+    this.#reportDelivery(entry, "discarded");
   }
 
   /** @param {number} chatId */
@@ -1288,7 +1396,7 @@ export class ChatWebSocket {
       return;
     }
     const message_id = mark.wanted;
-    mark.sentAt = Date.now();
+    mark.sentAt = now();
     if (this.#ready) {
       this.#say({ type: "mark_read", message_id, ref: `read ${chatId} ${message_id}` });
     } else if (this.#polling) {
@@ -1354,8 +1462,9 @@ export class ChatWebSocket {
     const headers = { Authorization: `Bearer ${token}` };
     if (body) headers["Content-Type"] = "application/json";
     const limit = new AbortController();
-    const timer = after(REQUEST_SECONDS, () => limit.abort());
-    signal?.addEventListener("abort", () => limit.abort());
+    const abort = () => limit.abort();
+    const timer = after(REQUEST_SECONDS, abort);
+    signal?.addEventListener("abort", abort);
     try {
       return await readAnswer(
         await fetch(new URL(path.replace(/^\//, ""), this.#base), {
@@ -1372,6 +1481,7 @@ export class ChatWebSocket {
       throw new ChatError(0, "unreachable", "The chat server does not answer.");
     } finally {
       clearTimeout(timer);
+      signal?.removeEventListener("abort", abort);
     }
   }
 
@@ -1387,11 +1497,11 @@ export class ChatWebSocket {
   }
 
   #reportState() {
-    const change = { state: this.#state(), retryAt: this.#retryAt };
-    const text = JSON.stringify(change);
+    const state = this.#state();
+    const text = `${state} ${this.#retryAt}`;
     if (text === this.#lastState) return;
     this.#lastState = text;
-    this.#emit("state", change);
+    this.#emit("state", { state, retryIn: this.retryIn });
   }
 
   /** @param {Unsent} entry @param {Delivery["state"]} state */
@@ -1416,23 +1526,34 @@ export class ChatWebSocket {
  * ---------------------------------------------------------------------------------- */
 
 /** @param {Unsent} entry @param {Delivery["state"]} state @returns {Delivery} */
-function delivery({ client_id, chat_id, content, code, reason }, state) {
-  return {
-    state,
-    client_id,
-    chat_id,
-    content,
-    ...(code && { code, reason: reason ?? "" }),
-  };
+function delivery({ client_id, chat_id, content, kept, code, reason }, state) {
+  const why = code && { code, reason: reason ?? "" };
+  return { state, client_id, chat_id, content, kept, ...why };
 }
 
-/** @param {any} data @returns {any} the object in a text frame, or null */
-function parseFrame(data) {
+/** @param {any} text @returns {any} the object that it is as JSON, or null */
+function parseObject(text) {
   try {
-    const frame = JSON.parse(data);
-    return frame && typeof frame === "object" ? frame : null;
+    const value = JSON.parse(text);
+    return value && typeof value === "object" ? value : null;
   } catch {
-    return null; // not from chatd; a proxy's word, perhaps
+    return null;
+  }
+}
+
+/**
+ * Whose token it is, read as chatd reads it; the server checks it, not we.
+ * @param {string} token
+ * @returns {number | undefined} undefined where it cannot be told
+ */
+function userIdOf(token) {
+  try {
+    const part = (token.split(".")[1] ?? "").replace(/-/g, "+").replace(/_/g, "/");
+    const { user_id, sub } = JSON.parse(atob(part));
+    const userId = Number(user_id ?? sub);
+    return Number.isSafeInteger(userId) && userId > 0 ? userId : undefined;
+  } catch {
+    return undefined;
   }
 }
 
@@ -1459,9 +1580,20 @@ function retryAfter(error) {
   return error instanceof ChatError ? error.retryAfter : undefined;
 }
 
-/** @param {number} since ms @returns {number} seconds */
+/** @param {unknown} error of a token function, perhaps @returns {ChatError} */
+function asChatError(error) {
+  if (error instanceof ChatError) return error;
+  return new ChatError(0, "unreachable", "There is no token at the moment.");
+}
+
+/** Milliseconds that only grow: people and networks set the other clock. */
+function now() {
+  return performance.now();
+}
+
+/** @param {number} since as now() @returns {number} seconds */
 function elapsed(since) {
-  return (Date.now() - since) / 1000;
+  return (now() - since) / 1000;
 }
 
 /** @param {number} seconds @param {() => void} task @returns {number} */
