@@ -82,6 +82,7 @@ import sqlite3
 import stat
 import sys
 import tempfile
+import termios
 import time
 import urllib.parse
 from collections import Counter, OrderedDict, deque
@@ -2119,6 +2120,7 @@ class Seat:
         outbox = self.outbox
         if outbox.waiting:
             self.pinged_at = None
+            outbox.note_progress(now)
             life = max(outbox.heard_at, outbox.moved_at)
             return "stalled" if now - life > settings.stall_seconds else None
         if not outbox.listening or (self.pinged_at or 0.0) <= outbox.heard_at:
@@ -2387,8 +2389,8 @@ class Outbox(trio.abc.Stream):
 
     # fmt: off
     __slots__ = ("_broke", "_ended", "_fd", "_nursery", "_owed_pong", "_pace",
-                 "_parked", "_settings", "buffer", "heard_at", "listening", "moved_at",
-                 "sealed", "stream")
+                 "_parked", "_settings", "_unacked", "buffer", "heard_at", "listening",
+                 "moved_at", "sealed", "stream")
     # fmt: on
 
     def __init__(
@@ -2409,6 +2411,7 @@ class Outbox(trio.abc.Stream):
         self._ended = False  # the library wants to read no more
         self._pace = Pace(settings.receive_bytes, self.heard_at)
         self._parked = trio.lowlevel.ParkingLot()
+        self._unacked = 0  # bytes in the kernel, when last looked at
         self._owed_pong = b""
         self._broke = broke
 
@@ -2448,6 +2451,19 @@ class Outbox(trio.abc.Stream):
             self.moved_at = trio.current_time()
             self._nursery.start_soon(self._flush)
         return True
+
+    def note_progress(self, now: float) -> None:
+        """Look whether the peer has acknowledged bytes since the last look.
+
+        The kernel asks for more by 64 KiB, which a slow line takes longer to carry than
+        the stall limit is. SIOCOUTQ (tcp(7)) tells of every packet that arrived.
+        """
+        with contextlib.suppress(OSError):  # not every system counts them
+            counted = fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4))
+            unacked = int.from_bytes(counted, sys.byteorder)
+            if unacked < self._unacked:
+                self.moved_at = now
+            self._unacked = unacked
 
     def seal(self, frame: bytes) -> None:
         """Write a close frame; it is the last."""

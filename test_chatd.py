@@ -5855,6 +5855,27 @@ async def test_a_peer_that_reads_a_little_within_10_s_is_not_cut(
     assert len(list(wires_frames(raw.data))) == 20
 
 
+@wires()
+async def test_a_peer_that_reads_too_little_for_the_kernel_to_take_more_is_not_cut(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6)
+    end = house.session(6).outbox.stream.socket
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+    await house.post(chat, *[BIG] * 80)
+    taken = 0
+    for _ in range(6):
+        await trio.sleep(9)
+        before = len(house.session(6).outbox.buffer)
+        await raw.read(32_768)
+        await wait_all_tasks_blocked()
+        taken += len(house.session(6).outbox.buffer) < before
+    assert taken < 6  # else this would be the test above
+    await raw.listen()
+    assert len(list(wires_frames(raw.data))) == 80
+
+
 @pytest.mark.parametrize("tail_events", [16_384, 4], ids=["the tail", "the log"])
 async def test_a_slow_reader_falls_behind_gets_all_once_in_order_and_is_live_again(
     tmp_path: Path, tail_events: int, autojump_clock: MockClock
