@@ -2655,8 +2655,9 @@ class Guard(WebSocketConnection):
             return
         parts, self._parts = self._parts, []
         self._bytes = self._fragments = 0
+        message = "".join(parts) if isinstance(data, str) else b"".join(parts)
         try:
-            await self._obey("".join(parts) if isinstance(data, str) else b"")
+            await self._obey(message)
         except KeyError as error:
             # The library would take it for an event that it does not know.
             raise RuntimeError("a KeyError while obeying") from error
