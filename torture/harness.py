@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -141,7 +141,8 @@ class Chatd:
 
     def command(self, *arguments: str) -> list[str]:
         """Make a command line of this chatd."""
-        return [sys.executable, str(ROOT / "chatd.py"), *arguments]
+        program = os.environ.get("CHATD_TORTURE_PROGRAM", str(ROOT / "chatd.py"))
+        return [sys.executable, program, *arguments]
 
     def start(self, seconds: float = 30) -> Self:
         """Start, and wait until it listens."""
@@ -226,7 +227,7 @@ class Chatd:
 
     def last_words(self) -> str:
         """The end of its log."""
-        return self.log.read_text(errors="replace")[-2000:]
+        return self.log.read_text(errors="replace")[-1000:]
 
     def __enter__(self) -> Self:
         return self.start()
@@ -239,7 +240,7 @@ class Chatd:
     ) -> None:
         try:
             if self.alive and kind is None:
-                keep_documents(self)
+                run_trio(keep_documents, self)
         finally:
             try:
                 if self.alive:
@@ -306,20 +307,13 @@ class Chatd:
         return done.stdout
 
 
-def keep_documents(chatd: Chatd) -> None:
+async def keep_documents(chatd: Chatd) -> None:
     """Keep a server's stats document and metrics as evidence."""
-
-    async def look() -> None:
-        with trio.move_on_after(10):
-            token = chatd.service_token()
-            for kind, path in (
-                ("stats", "/api/v1/internal/chat/ws/stats"),
-                ("metrics", "/metrics"),
-            ):
-                with contextlib.suppress(OSError, trio.BrokenResourceError):
-                    keep(kind, (await http(chatd, "GET", path, token)).body)
-
-    trio.run(look)
+    token = chatd.service_token()
+    stats = "/api/v1/internal/chat/ws/stats"
+    with trio.move_on_after(10), contextlib.suppress(OSError, trio.BrokenResourceError):
+        keep("stats", (await http(chatd, "GET", stats, token)).body)
+        keep("metrics", (await http(chatd, "GET", "/metrics", token)).body)
 
 
 # --- HTTP ----------------------------------------------------------------------------
@@ -484,6 +478,7 @@ class Wire:
     def __init__(self, stream: trio.SocketStream, buffer: bytes = b"") -> None:
         self.stream = stream
         self.buffer = bytearray(buffer)
+        self._sending = trio.Lock()
 
     @classmethod
     async def open(
@@ -530,7 +525,8 @@ class Wire:
 
     async def send(self, data: bytes) -> None:
         """Send bytes as they are."""
-        await self.stream.send_all(data)
+        async with self._sending:
+            await self.stream.send_all(data)
 
     def _take(self) -> tuple[int, bytes] | None:
         buffer = self.buffer
@@ -585,9 +581,13 @@ class Client:
     """One device of a user: a socket that keeps its cursor, and what it was told.
 
     events are all events that it ever heard, over sockets and polls, in the order in
-    which it heard them. unacked are messages that it has to repeat (`repeat`) until
-    their acks, in the order of their first sending; acked are those with their acks.
+    which it heard them. sent are all its messages by client_id, in the order of their
+    first sending: some acked, some refused for good; unacked are the others, which it
+    has to `repeat`. began_at is the seq from which on it listens.
     """
+
+    # The answers after which a message need not be repeated.
+    FINAL = frozenset(("bad_field", "not_found", "forbidden", "idempotency_mismatch"))
 
     def __init__(
         self,
@@ -609,12 +609,14 @@ class Client:
         self.connected: Frame = {}
         self.events: list[Frame] = []
         self.resyncs = 0
+        self.sent: dict[str, Frame] = {}
         self.unacked: OrderedDict[str, Frame] = OrderedDict()
         self.acked: dict[str, Frame] = {}
-        self.on_event: Callable[[Frame], None] | None = None
+        self.refused: dict[str, Frame] = {}
+        self.began_at: int | None = None
+        self.name = f"{user_id}-{secrets.token_hex(4)}"
         self._refs = itertools.count(1)
-        self._name = f"{user_id}-{secrets.token_hex(4)}"
-        self._waiting: deque[Frame] = deque()
+        self._client_ids: dict[str, str] = {}  # ref of a send: its client_id
 
     async def connect(self, seconds: float = 30) -> Frame:
         """Open a socket, with the cursor if there is one; its `connected` frame.
@@ -636,8 +638,13 @@ class Client:
         self.connected = frame
         if frame["resume"] == "resync":
             self.resyncs += 1
-        self.cursor = frame["cursor"]
+        self._set_cursor(frame["cursor"])
         return frame
+
+    def _set_cursor(self, cursor: str) -> None:
+        self.cursor = cursor
+        if self.began_at is None:
+            self.began_at = int(cursor.rpartition(".")[2])
 
     async def _next(self) -> Frame:
         assert self.wire is not None, "not connected"
@@ -652,13 +659,18 @@ class Client:
                 self.cursor = f"{self.cursor.rpartition('.')[0]}.{frame['seq']}"
             if self.remember:
                 self.events.append(frame)
-            if self.on_event is not None:
-                self.on_event(frame)
         elif frame["type"] == "ack" and frame.get("client_id"):
-            self.unacked.pop(frame["client_id"], None)
-            self.acked.setdefault(frame["client_id"], frame)
+            client_id = frame["client_id"]
+            self.unacked.pop(client_id, None)
+            first = self.acked.setdefault(client_id, frame)
+            for field in ("message_id", "chat_id", "n", "created_at"):
+                assert first[field] == frame[field], f"acked as {first} and as {frame}"
         elif frame["type"] == "error":
             keep("error", json.dumps(frame, ensure_ascii=False))
+            client_id = self._client_ids.get(frame.get("ref", ""), "")
+            if client_id in self.unacked and frame["code"] in self.FINAL:
+                del self.unacked[client_id]
+                self.refused[client_id] = frame
 
     async def hear(self, kind: str | None = None, seconds: float = 30) -> Frame:
         """Wait for the next frame, or for the next of this type. Raises Closed."""
@@ -679,18 +691,19 @@ class Client:
     async def say(self, kind: str, **fields: Any) -> str:
         """Say one command; its ref."""
         assert self.wire is not None, "not connected"
-        ref = f"{self._name}-{next(self._refs)}"
+        ref = f"{self.name}-{next(self._refs)}"
+        if "client_id" in fields:
+            self._client_ids[ref] = fields["client_id"]
         frame = json.dumps({"type": kind, "ref": ref} | fields).encode()
         await self.wire.send(client_frame(TEXT, frame))
         return ref
 
     async def send(self, chat_id: int, content: str) -> str:
         """Send a message with a client_id, to be repeated until its ack."""
-        client_id = f"{self._name}-{next(self._refs)}"
-        self.unacked[client_id] = {"chat_id": chat_id, "content": content}
-        await self.say(
-            "send_message", chat_id=chat_id, content=content, client_id=client_id
-        )
+        client_id = f"{self.name}-{next(self._refs)}"
+        fields = {"chat_id": chat_id, "content": content}
+        self.sent[client_id] = self.unacked[client_id] = fields
+        await self.say("send_message", client_id=client_id, **fields)
         return client_id
 
     async def repeat(self) -> None:
@@ -717,7 +730,7 @@ class Client:
         self.resyncs += page["resync"]
         for event in page["events"]:
             self.take(event)
-        self.cursor = page["cursor"]
+        self._set_cursor(page["cursor"])
         return bool(page["more"])
 
     def cut(self) -> None:

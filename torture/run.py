@@ -108,6 +108,15 @@ def run_all(names: list[str], full: bool, jobs: int) -> Iterator[Result]:
                     )
 
 
+def copy_program(folder: Path) -> str:
+    """Copy chatd, so that an editor does not change what is being proved."""
+    for name in ("chatd.py", "schema.sql", "web"):
+        source, target = HERE.parent / name, folder / name
+        target.parent.mkdir(exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    return str(folder / "chatd.py")
+
+
 def machine() -> dict[str, Any]:
     """Say what this ran on."""
     cpu = platform.processor() or platform.machine()
@@ -189,6 +198,7 @@ def main() -> int:
     kept = Path(tempfile.mkdtemp(prefix="torture-evidence-"))
     os.environ["CHATD_TORTURE_SEED"] = str(seed)
     os.environ["CHATD_TORTURE_EVIDENCE"] = str(kept)
+    os.environ["CHATD_TORTURE_PROGRAM"] = copy_program(kept / "program")
     print(f"seed {seed}", flush=True)
     started = time.monotonic()
     results = []
