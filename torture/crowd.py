@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import trio
-from harness import Chatd, Client, Closed, Frame, Http, Refused, chance, text
+from harness import Chatd, Client, Closed, Frame, Http, Refused, chance, text, until
 
 # The server is away, or cut us: come again.
 GONE = (
@@ -145,6 +145,9 @@ class Crowd:
     async def _follow(self, device: Client, writes: bool, dice: random.Random) -> None:
         """Follow the log with one device, over sockets and polls; perhaps write."""
         while self.talking or device.unacked:
+            if not self.chatd.ready:  # knocking at a closed door proves nothing
+                await trio.sleep(0.02)
+                continue
             try:
                 if device.cursor is not None and dice.random() < 0.3:
                     for _ in range(dice.randrange(1, 4)):
@@ -176,10 +179,8 @@ class Crowd:
                         where = device.user_id, event["chat_id"], message["n"]
                         self.marks[ref] = where
                         break
-        for _ in range(0 if self.talking else 250):
-            await trio.sleep(0.02)
-            if not device.unacked:
-                break
+        if not self.talking:
+            await until(lambda: not device.unacked, 5)
 
     async def _hear(self, device: Client, cut: trio.CancelScope) -> None:
         while True:
@@ -221,6 +222,7 @@ class Crowd:
     ) -> tuple[int, Any]:
         """Ask until there is an answer that is one; its status and body."""
         while True:
+            await until(lambda: self.chatd.ready, 30)
             with contextlib.suppress(*GONE), trio.fail_after(30):
                 reply = await http.ask(method, path, token, body)
                 if reply.status < 500:
@@ -299,12 +301,7 @@ class Crowd:
     def lost(self, path: Path) -> int:
         """Count the acked messages that a file has not, or not as they were acked."""
         with contextlib.closing(look_into(path)) as db:
-            stored = {
-                content: (message_id, chat_id, n)
-                for message_id, chat_id, n, content in db.execute(
-                    "SELECT id, chat_id, n, content FROM message"
-                )
-            }
+            stored = {row[4]: row[:3] for row in db.execute(MESSAGES)}
         return sum(
             stored.get(content) != (ack["message_id"], ack["chat_id"], ack["n"])
             for content, ack in self.acked().items()

@@ -131,6 +131,7 @@ class Chatd:
         self.before = list(before)
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
+        self.ready = False  # does it listen, as far as this process knows?
         secret_file = self.folder / "chatd.secret"
         if not secret_file.exists():
             secret_file.touch(0o600)
@@ -161,6 +162,7 @@ class Chatd:
             self.kill()
             raise AssertionError(f"chatd did not start: {line!r} {self.last_words()}")
         self.port = int(line.rpartition(":")[2])
+        self.ready = True
         return self
 
     def _first_line(self, deadline: float) -> str:
@@ -201,6 +203,7 @@ class Chatd:
 
     def kill(self) -> None:
         """End it as a power cut would: SIGKILL."""
+        self.ready = False
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -249,6 +252,11 @@ class Chatd:
                 self.kill()
                 if self.own_folder:
                     shutil.rmtree(self.folder, ignore_errors=True)
+
+    def move(self, folder: Path) -> None:
+        """Serve from another folder from the next start on."""
+        self.folder = folder
+        self.db = folder / "chatd.db"
 
     # --- who may ask it ---
 
@@ -745,6 +753,16 @@ class Client:
 
     async def __aexit__(self, *args: object) -> None:
         self.cut()
+
+
+async def until(happens: Callable[[], bool], seconds: float) -> bool:
+    """Wait until something of another task or process is so; False: it never was."""
+    deadline = trio.current_time() + seconds
+    while trio.current_time() < deadline:
+        if happens():
+            return True
+        await trio.sleep(0.005)
+    return happens()
 
 
 # --- running -------------------------------------------------------------------------
