@@ -224,6 +224,7 @@ class Settings:
     commit_seconds: float = setting(60.0, "s", "one commit, else it is hung")
     unanswered: int = setting(64, "commands", "in flight", "reading waits")
     fragments: int = setting(64, "frames", "a message may come in", "1009")
+    chunks: int = setting(1024, "chunks", "a body may come in", "413")
     header_lines: int = setting(64, "lines", "a request head may have", "431")
     head_bytes: int = setting(16_384, "bytes", "a request head", "431")
     refused_in_a_row: int = setting(100, "commands", "over the rate", "4008")
@@ -3245,15 +3246,19 @@ class Http:
             raise too_large
         if self.h11.they_are_waiting_for_100_continue:
             await self._send(h11.InformationalResponse(status_code=100, headers=[]))
-        body = bytearray()
+        body, chunks = bytearray(), 0
         while self.h11.their_state is h11.SEND_BODY:
             event = self.h11.next_event()
             if event is h11.NEED_DATA:
                 await self._more_body()
             elif isinstance(event, h11.Data):
                 body += event.data
+                chunks += event.chunk_start
                 if len(body) > most:
                     raise too_large
+                if chunks > self.settings.chunks:  # each costs us as much as 1 KB
+                    why = f"a body in more than {self.settings.chunks} chunks"
+                    raise Refusal("too_large", why)
         return bytes(body)
 
     async def _more_body(self) -> None:

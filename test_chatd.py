@@ -6684,6 +6684,22 @@ async def test_a_body_of_exactly_the_limit_passes_also_in_chunks(
 
 
 @wires()
+async def test_a_body_in_crumbs_is_too_large(house: WiresHouse) -> None:
+    body = b'{"title":"x"}'.ljust(1025)
+    auth = {"Authorization": f"Bearer {house.token(6)}"}
+    for size, status in ((1024, 201), (1025, 413)):
+        crumbs = b"".join(b"1\r\n%c\r\n" % byte for byte in body[:size])
+        raw = house.dial()
+        await raw.send(
+            wires_request(
+                "POST", "/api/v1/chats", None, Transfer_Encoding="chunked", **auth
+            ),
+            crumbs + b"0\r\n\r\n",
+        )
+        assert (await raw.answer()).status == status
+
+
+@wires()
 async def test_a_bad_chunk_is_400_and_the_connection_ends(house: WiresHouse) -> None:
     raw = house.dial()
     auth = f"Bearer {house.token(6)}"
