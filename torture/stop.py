@@ -20,12 +20,14 @@ from harness import (
     Closed,
     Figures,
     Http,
+    http,
     make_chat,
     run_trio,
     text,
     until,
 )
 
+ENOUGH = 800_000  # bytes: more than the kernel and an outbox hold for one peer
 DRAIN = 5  # --drain-seconds, its default
 
 
@@ -43,13 +45,14 @@ class House:
         self.ends: Counter[str] = Counter()
         self.byes: dict[str, float] = {}
         self.writing = True
-        self.chat_id = 0
+        self.hall = self.table = 0  # chats: of all, and of the writers
 
     async def settle(self) -> None:
         """Connect everybody."""
         everybody = [*self.stalled, *self.live]
         users = [client.user_id for client in everybody]
-        self.chat_id = await make_chat(self.chatd, users)
+        self.hall = await make_chat(self.chatd, users)
+        self.table = await make_chat(self.chatd, [c.user_id for c in self.writers])
         limiter = trio.CapacityLimiter(50)
 
         async def connect(client: Client) -> None:
@@ -60,15 +63,30 @@ class House:
             for client in everybody:
                 nursery.start_soon(connect, client)
 
-    async def flood(self, mebibytes: float) -> None:
-        """Say more than the kernel holds for a peer that does not read."""
-        http, token = Http(self.chatd), self.chatd.service_token()
-        path = f"/api/v1/chats/{self.chat_id}/messages"
-        for _ in range(round(mebibytes * 2**20 / 4000)):
-            body = {"content": text("x" * 3900), "sender_id": 1}
-            reply = await http.ask("POST", path, token, body)
-            assert reply.status == 201, f"a post was answered {reply.status}"
-        await http.aclose()
+    async def flood(self) -> None:
+        """Say more than is held for a peer that does not read."""
+        token, number = self.chatd.service_token(), ENOUGH // 3900 // 16
+
+        async def post() -> None:
+            http, path = Http(self.chatd), f"/api/v1/chats/{self.hall}/messages"
+            for _ in range(number):
+                body = {"content": text("x" * 3800), "sender_id": 1}
+                reply = await http.ask("POST", path, token, body)
+                assert reply.status == 201, f"a post was answered {reply.status}"
+            await http.aclose()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(16):
+                nursery.start_soon(post)
+
+    async def stuck(self) -> int:
+        """Ask the server how many are not live: they do not take what they are sent."""
+        path = "/api/v1/internal/chat/ws/stats"
+        reply = await http(self.chatd, "GET", path, self.chatd.service_token())
+        connections = reply.json["connections"]
+        everybody = len(self.stalled) + len(self.live)
+        assert connections["active"] == everybody, f"connections: {connections}"
+        return int(connections["catching_up"])
 
     async def hear(self, client: Client) -> None:
         """Hear until the end; note how it was told."""
@@ -88,7 +106,7 @@ class House:
         with contextlib.suppress(OSError, trio.BrokenResourceError, AttributeError):
             while self.writing:
                 if len(client.unacked) < 16:
-                    await client.send(self.chat_id, text())
+                    await client.send(self.table, text())
                 else:
                     await trio.sleep(0.001)
 
@@ -116,10 +134,12 @@ async def act(house: House, twice: bool, seconds: list[float]) -> None:
     async with trio.open_nursery() as nursery:
         for client in house.live:
             nursery.start_soon(house.hear, client)
-        await house.flood(1.0)
+        await house.flood()
         for client in house.writers:
             nursery.start_soon(house.write, client)
         assert await until(lambda: all(c.acked for c in house.writers), 60), "no acks"
+        stuck = await house.stuck()
+        assert stuck >= len(house.stalled), f"only {stuck} are stalled"
         began = trio.current_time()
         chatd.signal(signal.SIGTERM)
         if twice:
