@@ -94,7 +94,8 @@ def bad_requests(token: str, host: str) -> Iterator[bytes]:
     bearer = f"Authorization: Bearer {token}"
     upgrade = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
     key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
-    post, make = "POST /api/v1/chats/1/messages HTTP/1.1", "POST /api/v1/chats HTTP/1.1"
+    post = "POST /api/v1/chats/1/messages HTTP/1.1"
+    make = "POST /api/v1/chats HTTP/1.1"
     socket = f"GET /ws/chat?token={token}"
     yield from (
         request(f"{token} / HTTP/1.1"),
@@ -136,12 +137,8 @@ def bad_requests(token: str, host: str) -> Iterator[bytes]:
         request(post, bearer, f"Idempotency-Key: {MARK}\t", body='{"content": "x"}'),
         request(post, bearer, body=f'{{"content": "{MARK}", "sender_id": 77}}'),
         request(post, bearer, body=f"{MARK}" * 20000),
-        request(
-            "POST /api/v1/chats HTTP/1.1", bearer, body=f'{{"title": "\\n{MARK}"}}'
-        ),
-        request(
-            "POST /api/v1/chats HTTP/1.1", bearer, body=f'{{"member_ids": "{MARK}"}}'
-        ),
+        request(make, bearer, body=f'{{"title": "\\n{MARK}"}}'),
+        request(make, bearer, body=f'{{"member_ids": "{MARK}"}}'),
         request("POST /api/v1/session HTTP/1.1", bearer, body=token),
         request("POST /api/v1/internal/chat/revoke HTTP/1.1", bearer, body=token),
         f"{token}\r\n\r\n".encode(),
@@ -158,18 +155,13 @@ def bad_frames(token: str, other: str) -> Iterator[bytes]:
         {"type": "typing", "chat_id": MARK, "is_typing": True},
         {"type": "typing", "chat_id": 1, "is_typing": MARK},
         {"type": "mark_read", "message_id": MARK},
-        {"type": "send_message", "chat_id": 1, "content": [MARK]},
-        {"type": "send_message", "chat_id": 1, "content": "\0" + MARK},
-        {"type": "send_message", "chat_id": 1, "content": MARK * 500},
-        {"type": "send_message", "chat_id": 999, "content": MARK},
-        {"type": "send_message", "chat_id": 1, "content": MARK, "client_id": "€"},
-        {"type": "send_message", "chat_id": 1, "content": MARK, "client_id": "same"},
-        {
-            "type": "send_message",
-            "chat_id": 1,
-            "content": f"{MARK}2",
-            "client_id": "same",
-        },
+        send | {"content": [MARK]},
+        send | {"content": "\0" + MARK},
+        send | {"content": MARK * 500},
+        send | {"chat_id": 999},
+        send | {"client_id": "€"},
+        send | {"client_id": "same"},
+        send | {"client_id": "same", "content": f"{MARK}2"},
         {"type": "auth", "token": f"{token}x"},
         {"type": "auth", "token": f"x{token}"},
         {"type": "auth", "token": MARK},
