@@ -362,8 +362,8 @@ class CarPark:
         self.asked_at = math.inf
         self.took: dict[str, list[float]] = {name: [] for name in states}
 
-    async def run(
-        self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
+        self, *, task_status: trio.TaskStatus[None]
     ) -> None:
         """Park EACH in every state; watch until all are gone, or late."""
         async with trio.open_nursery() as nursery:
