@@ -1289,6 +1289,24 @@ def open_database(path: Path, *, readonly: bool) -> Db:
     return db
 
 
+def sync_wal(path: Path) -> None:
+    """Put a database's log of changes on the disk, whole, once more. Raises OSError.
+
+    Who is killed between write and sync leaves rows that can be read, and acked when
+    they are repeated, and that are on no disk. And after a sync that failed Linux takes
+    what was not written for written: only what is written anew gets there, and a hole
+    would take all that comes behind it.
+    """
+    with (
+        contextlib.suppress(FileNotFoundError),
+        beside(path, "-wal").open("r+b", buffering=0) as wal,
+    ):
+        fd, at = wal.fileno(), 0
+        while data := os.pread(fd, 1_048_576, at):
+            at += os.pwrite(fd, data, at)
+        os.fsync(fd)
+
+
 @contextlib.contextmanager
 def told_of(what: str, path: Path) -> Iterator[None]:
     """Make a fault of a file or database a UsageError: a sentence with its name."""
@@ -1317,6 +1335,7 @@ def prepare_database(path: Path, steps: Sequence[str]) -> Db:
                 f"database {path}: made by a newer chatd (schema {version}, this one "
                 f"knows {len(steps)}): install that version, or restore an older backup"
             )
+        sync_wal(path)  # its last writer may have been killed
         db = open_database(path, readonly=False)
         try:
             if version < len(steps):
@@ -1548,7 +1567,7 @@ class Store:
         self.seq += len(log)
         self._io_errors = 0
 
-    def _failed(self, error: sqlite3.Error) -> None:
+    def _failed(self, error: sqlite3.Error | OSError) -> None:
         """Be degraded. After an I/O error open the file anew; three in a row end us."""
         self.degraded = True
         name = getattr(error, "sqlite_errorname", "?")
@@ -1590,8 +1609,9 @@ class Store:
                 db.execute("BEGIN IMMEDIATE")
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (text,))
                 db.execute("COMMIT")
+            sync_wal(self.path)
             found = self._above(db, self.seq)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return Batch([], [])
         self._committed(found)

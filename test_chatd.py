@@ -3366,6 +3366,71 @@ def test_what_a_killed_process_left_in_its_wal_is_read_at_the_start(
     after.store.close()
 
 
+def memory_resynced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Note of each file that we sync how much of it was written before, anew."""
+    written: dict[int, int] = {}
+    resynced: list[tuple[int, int]] = []
+    pwrite, fsync = os.pwrite, os.fsync
+
+    def noted_pwrite(fd: int, data: bytes, at: int) -> int:
+        assert os.pread(fd, len(data), at) == data  # what is there already
+        count = pwrite(fd, data, at)
+        written[fd] = at + count
+        return count
+
+    def noted_fsync(fd: int) -> None:
+        fsync(fd)
+        resynced.append((os.fstat(fd).st_ino, written.pop(fd, 0)))
+
+    monkeypatch.setattr(os, "pwrite", noted_pwrite)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    return resynced
+
+
+def test_what_a_killed_process_may_not_have_synced_is_synced_at_the_start(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.say(memory.chat(1, 2), 1)
+    (tmp_path / "copy").mkdir()
+    for name in ("chatd.db", "chatd.db-wal"):
+        (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
+    wal = (tmp_path / "copy" / "chatd.db-wal").stat()
+    resynced = memory_resynced(monkeypatch)
+    after = Memory(tmp_path / "copy")
+    assert resynced == [(wal.st_ino, wal.st_size)]
+    assert after.hub.head == 3
+    after.store.close()
+
+
+def test_after_a_failed_sync_the_whole_log_of_changes_is_written_anew(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    memory_liar(memory, "SQLITE_IOERR_FSYNC")
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    resynced = memory_resynced(monkeypatch)
+    assert len(store._probe().events) == 1
+    wal = chatd.beside(memory.settings.db, "-wal").stat()
+    assert resynced == [(wal.st_ino, wal.st_size)]
+
+
+def test_a_log_of_changes_that_cannot_be_written_anew_is_a_disk_still_sick(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sick(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    chat, store = memory.chat(1, 2), memory.store
+    memory_liar(memory, "SQLITE_IOERR_FSYNC")
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", sick)
+        assert store._probe() == ([], [])
+        assert store.degraded
+    assert len(store._probe().events) == 1
+    assert not store.degraded
+
+
 def test_a_path_where_no_file_can_be_is_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none" / "a.db"):
         assert f"database {path}: " in usage_error_of(memory_open, path)
