@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import enum
 import functools
 import mmap
@@ -15,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SECTOR = 512
+SECTOR, PAGE = 512, 4096
 
 
 class Op(enum.IntFlag):
@@ -107,6 +108,31 @@ class Shim:
         return int(self.CONTROL.unpack(self._control[:])[5])
 
     # --- cuts ---
+
+    def killed(self) -> None:
+        """Let the next process know what this one, which was killed, left unsynced.
+
+        The kernel still holds it, and writes it with the next sync of that file; but
+        what a failed sync forgot is forgotten.
+        """
+        forgotten: set[tuple[str, int]] = set()
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.shadow / "forgotten").read_text().splitlines():
+                inode, start, end = line.split()
+                pages = range(int(start), int(end), PAGE)
+                forgotten.update((inode, at) for at in pages)
+        lines = []
+        for path in self.folder.iterdir():
+            inode, live = str(path.stat().st_ino), path.read_bytes()
+            synced = self.shadow / inode
+            old = synced.read_bytes() if synced.exists() else b""
+            lines += [
+                f"{inode} {at} {at + PAGE}\n"
+                for at in range(0, len(live), PAGE)
+                if live[at : at + PAGE] != old[at : at + PAGE]
+                and (inode, at) not in forgotten
+            ]
+        (self.shadow / "dirty").write_text("".join(lines))
 
     def cut(self, into: Path, model: str, dice: random.Random) -> None:
         """Make in `into` what a power cut leaves of the folder. The process is dead.

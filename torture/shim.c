@@ -5,8 +5,12 @@
  *
  * A shadow: $SHIM_SHADOW/INODE holds each file as of its last fsync or fdatasync, and
  * $SHIM_SHADOW/entries, the folder's names as of its own last fsync. That is what a
- * power cut leaves at the least. Files of which the name contains $SHIM_LIE are never
- * synced: what happens then shows that the model bites. A sync takes $SHIM_SYNC_US.
+ * power cut leaves at the least. As Linux does, a sync that fails forgets what it was
+ * to write: later ones write it only where a page was written again. What a killed
+ * process left unsynced is listed for the next in $SHIM_SHADOW/dirty.
+ *
+ * Files of which the name contains $SHIM_LIE are never synced: what happens then shows
+ * that the model bites. A sync takes $SHIM_SYNC_US.
  *
  * Faults: $SHIM_CONTROL is a file of `struct control`, shared with whoever drives.
  */
@@ -26,7 +30,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { FDS = 65536 };
+enum { FDS = 65536, PAGE = 4096 };
 enum { OP_WRITE = 1, OP_SYNC = 2, OP_TRUNCATE = 4, OP_OPEN = 8, OP_READ = 16 };
 enum { IS_DB = 1, IS_WAL = 2, IS_SHM = 4, IS_OTHER = 8, IS_FOLDER = 16 };
 
@@ -71,22 +75,6 @@ static ssize_t plain_pread(int fd, void *data, size_t size, off_t at) {
 static int plain_open(const char *path, int flags, mode_t mode) {
     NEXT(open64);
     return real(path, flags, mode);
-}
-
-__attribute__((constructor)) static void begin(void) {
-    const char *name = getenv("SHIM_FOLDER");
-    if (!name || !realpath(name, folder)) return;
-    folder_length = strlen(folder);
-    if ((name = getenv("SHIM_SHADOW")) && !realpath(name, shadow)) abort();
-    lie = getenv("SHIM_LIE");
-    if ((name = getenv("SHIM_SYNC_US"))) sync_us = atoi(name);
-    if ((name = getenv("SHIM_CONTROL"))) {
-        int fd = plain_open(name, O_RDWR | O_CLOEXEC, 0);
-        if (fd < 0) abort();
-        control = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        if (control == MAP_FAILED) abort();
-        close(fd);
-    }
 }
 
 /* --- which file is it? --- */
@@ -137,33 +125,71 @@ static int opened(int fd, const char *path, int flags) {
 
 /* --- the shadow --- */
 
-static struct file *file_of(int fd, struct stat *about) {
+static struct file *file_of(ino_t inode) {
     struct file *file;
-    if (fstat(fd, about)) return NULL;
     for (file = files; file; file = file->next)
-        if (file->inode == about->st_ino) return file;
+        if (file->inode == inode) return file;
     if (!(file = calloc(1, sizeof *file))) abort();
-    file->inode = about->st_ino;
+    file->inode = inode;
     file->next = files;
     return files = file;
 }
 
+/* The kernel knows whole pages only. */
+static void add_range(struct file *file, off_t from, off_t to) {
+    struct range *range = file->dirty;
+    from &= -PAGE;
+    to = (to + PAGE - 1) & -PAGE;
+    if (range && range->from <= from && from <= range->to) { /* most often it goes on */
+        if (range->to < to) range->to = to;
+        return;
+    }
+    if (!(range = malloc(sizeof *range))) abort();
+    *range = (struct range){from, to, file->dirty};
+    file->dirty = range;
+}
+
 static void dirtied(int fd, off_t from, size_t size) {
     struct stat about;
-    struct file *file;
-    struct range *range;
-    if (!*shadow || kind(fd) == IS_FOLDER) return;
+    if (!*shadow || kind(fd) == IS_FOLDER || fstat(fd, &about)) return;
     pthread_mutex_lock(&lock);
-    if ((file = file_of(fd, &about))) {
-        range = file->dirty;
-        if (range && from == range->to) range->to += size; /* most often it goes on */
-        else {
-            if (!(range = malloc(sizeof *range))) abort();
-            *range = (struct range){from, from + size, file->dirty};
-            file->dirty = range;
-        }
-    }
+    add_range(file_of(about.st_ino), from, from + size);
     pthread_mutex_unlock(&lock);
+}
+
+/* What a sync did not write is clean all the same: nobody will write it. */
+static void forget(int fd) {
+    char path[PATH_MAX + 32];
+    struct stat about;
+    struct range *range;
+    int error = errno;
+    if (!*shadow || fstat(fd, &about)) return;
+    pthread_mutex_lock(&lock);
+    struct file *file = file_of(about.st_ino);
+    snprintf(path, sizeof path, "%s/forgotten", shadow);
+    FILE *list = fopen(path, "a");
+    if (!list) abort();
+    while ((range = file->dirty)) {
+        fprintf(list, "%lu %ld %ld\n", (unsigned long)file->inode, (long)range->from,
+                (long)range->to);
+        file->dirty = range->next;
+        free(range);
+    }
+    fclose(list);
+    pthread_mutex_unlock(&lock);
+    errno = error;
+}
+
+static void recall(void) {
+    char path[PATH_MAX + 32];
+    unsigned long inode;
+    long from, to;
+    snprintf(path, sizeof path, "%s/dirty", shadow);
+    FILE *list = fopen(path, "r");
+    if (!list) return;
+    while (fscanf(list, "%lu %ld %ld", &inode, &from, &to) == 3)
+        add_range(file_of(inode), from, to);
+    fclose(list);
 }
 
 static void copy_entries(void) {
@@ -190,7 +216,8 @@ static void synced(int fd) {
     if (!*shadow || lying[fd]) return;
     pthread_mutex_lock(&lock);
     if (kind(fd) == IS_FOLDER) copy_entries();
-    else if ((file = file_of(fd, &about))) {
+    else if (!fstat(fd, &about)) {
+        file = file_of(about.st_ino);
         snprintf(path, sizeof path, "%s/%lu", shadow, (unsigned long)file->inode);
         int to = plain_open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
         if (to < 0 || ftruncate(to, about.st_size)) abort();
@@ -293,7 +320,10 @@ TRUNCATE(ftruncate64)
     int name(int fd) { \
         NEXT(name); \
         if (!kind(fd)) return real(fd); \
-        if (fails(OP_SYNC, kind(fd))) return -1; \
+        if (fails(OP_SYNC, kind(fd))) { \
+            forget(fd); \
+            return -1; \
+        } \
         usleep(sync_us / 2); \
         synced(fd); \
         usleep(sync_us / 2); \
@@ -312,4 +342,21 @@ int rename(const char *from, const char *to) {
     NEXT(rename);
     keep_inode(to);
     return real(from, to);
+}
+
+__attribute__((constructor)) static void begin(void) {
+    const char *name = getenv("SHIM_FOLDER");
+    if (!name || !realpath(name, folder)) return;
+    folder_length = strlen(folder);
+    if ((name = getenv("SHIM_SHADOW")) && !realpath(name, shadow)) abort();
+    lie = getenv("SHIM_LIE");
+    if ((name = getenv("SHIM_SYNC_US"))) sync_us = atoi(name);
+    if ((name = getenv("SHIM_CONTROL"))) {
+        int fd = plain_open(name, O_RDWR | O_CLOEXEC, 0);
+        if (fd < 0) abort();
+        control = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (control == MAP_FAILED) abort();
+        close(fd);
+    }
+    if (*shadow) recall();
 }
