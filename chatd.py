@@ -2711,6 +2711,7 @@ class Session:
         settings = server.settings
         self.seat = Seat(outbox, settings=settings, behind=self._behind, end=self.end)
         self._set_token(claims)
+        self.seat.warned = True  # of nothing yet: `connected` is the first frame
 
     async def run(self, trailing: bytes) -> None:
         """Live one connection's life. Its nursery is cancelled by the caller then.
@@ -2789,6 +2790,7 @@ class Session:
             chats=greeting.marks,
         )
         self._answer(text_frame(connected))
+        self.seat.warned = False
         if hub.in_tail(start):
             hub.feed(self.seat)
         if not self.seat.live:

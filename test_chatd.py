@@ -5620,6 +5620,21 @@ async def test_a_token_that_ends_within_a_minute_is_warned_of_at_once(
 
 
 @wires()
+async def test_a_token_s_end_is_told_after_connected_however_long_that_takes(
+    house: WiresHouse,
+) -> None:
+    house.disk.hold(reads=True)
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target(6, token=house.token(6, 30))))
+    assert (await raw.answer()).status == 101
+    await trio.sleep(3)  # the sweeper has come by
+    house.disk.go()
+    await raw.listen(2)
+    frames = [json.loads(data) for _, data in wires_frames(raw.data)]
+    assert [frame["type"] for frame in frames] == ["connected", "token_expiring"]
+
+
+@wires()
 async def test_auth_with_a_jwt_or_a_ticket_lets_the_socket_live_on(
     house: WiresHouse,
 ) -> None:
