@@ -45,6 +45,7 @@ class House:
         self.ends: Counter[str] = Counter()
         self.byes: dict[str, float] = {}
         self.writing = True
+        self.acked = 0
         self.hall = self.table = 0  # chats: of all, and of the writers
 
     async def settle(self) -> None:
@@ -79,14 +80,14 @@ class House:
             for _ in range(16):
                 nursery.start_soon(post)
 
-    async def stuck(self) -> int:
-        """Ask the server how many are not live: they do not take what they are sent."""
+    async def is_full(self) -> bool:
+        """Are all here still, and do the stalled not take what they are sent?"""
         path = "/api/v1/internal/chat/ws/stats"
         reply = await http(self.chatd, "GET", path, self.chatd.service_token())
-        connections = reply.json["connections"]
+        found = reply.json["connections"]
         everybody = len(self.stalled) + len(self.live)
-        assert connections["active"] == everybody, f"connections: {connections}"
-        return int(connections["catching_up"])
+        everybody_is_here = found["active"] == everybody
+        return everybody_is_here and int(found["catching_up"]) >= len(self.stalled)
 
     async def hear(self, client: Client) -> None:
         """Hear until the end; note how it was told."""
@@ -110,8 +111,8 @@ class House:
                 else:
                     await trio.sleep(0.001)
 
-    def judge(self) -> int:
-        """Hold the acks against the file; how many there were."""
+    def judge(self) -> None:
+        """Hold the acks against the file."""
         wal = self.chatd.db.with_name(f"{self.chatd.db.name}-wal")
         assert not wal.exists(), "the -wal was not folded into the database"
         with contextlib.closing(look_into(self.chatd.db)) as db:
@@ -124,22 +125,24 @@ class House:
         lost = sum(stored.get(content) != message_id for content, message_id in acked)
         assert not lost, f"{lost} of {len(acked)} acked messages are lost"
         self.chatd.check()
-        return len(acked)
+        self.acked = len(acked)
 
 
-async def act(house: House, twice: bool, seconds: list[float]) -> None:
-    """Fill the house, and stop it, once or twice."""
+async def act(house: House, twice: bool, seconds: list[float]) -> bool:
+    """Fill the house, and stop it with one signal or two.
+
+    False: this machine was so slow that those who stall were cut before.
+    """
     chatd = house.chatd
     await house.settle()
     async with trio.open_nursery() as nursery:
         for client in house.live:
             nursery.start_soon(house.hear, client)
-        await house.flood()
         for client in house.writers:
             nursery.start_soon(house.write, client)
         assert await until(lambda: all(c.acked for c in house.writers), 60), "no acks"
-        stuck = await house.stuck()
-        assert stuck >= len(house.stalled), f"only {stuck} are stalled"
+        await house.flood()
+        full = await house.is_full()
         began = trio.current_time()
         chatd.signal(signal.SIGTERM)
         if twice:
@@ -148,11 +151,24 @@ async def act(house: House, twice: bool, seconds: list[float]) -> None:
             began = trio.current_time()
             chatd.signal(signal.SIGTERM)
         status = await chatd.ended(120)
-        seconds.append(trio.current_time() - began)
+        if full:
+            seconds.append(trio.current_time() - began)
         house.writing = False
         assert status == 0, f"it ended with status {status}"
     for client in (*house.stalled, *house.live):
         client.cut()
+    return full
+
+
+def filled(size: int, drain: int, twice: bool, seconds: list[float]) -> House:
+    """Fill and stop a house, judge what it left."""
+    for _ in range(5):
+        with Chatd(f"--drain-seconds={drain}") as chatd:
+            house = House(chatd, size)
+            if run_trio(act, house, twice, seconds):
+                house.judge()
+                return house
+    raise AssertionError("this machine is too slow to stall so many at once")
 
 
 def prove(full: bool) -> Figures:
@@ -164,19 +180,14 @@ def prove(full: bool) -> Figures:
     at_once: list[float] = []
     acked = 0
     for _ in range(rounds):
-        with Chatd(f"--drain-seconds={DRAIN}") as chatd:
-            house = House(chatd, size)
-            run_trio(act, house, False, took)
-            assert house.ends == {"bye, 1012": len(house.live)}, (
-                f"of {len(house.live)} who read, the ends were {dict(house.ends)}"
-            )
-            assert took[-1] < DRAIN + 3, f"it was out after {took[-1]:.1f} s"
-            acked += house.judge()
-        with Chatd("--drain-seconds=60") as chatd:
-            house = House(chatd, 100)
-            run_trio(act, house, True, at_once)
-            assert at_once[-1] < 5, f"after the second it took {at_once[-1]:.1f} s"
-            acked += house.judge()
+        house = filled(size, DRAIN, False, took)
+        assert house.ends == {"bye, 1012": len(house.live)}, (
+            f"of {len(house.live)} who read, the ends were {dict(house.ends)}"
+        )
+        assert took[-1] < DRAIN + 3, f"it was out after {took[-1]:.1f} s"
+        acked += house.acked
+        acked += filled(100, 60, True, at_once).acked
+        assert at_once[-1] < 5, f"after the second it took {at_once[-1]:.1f} s"
     return Figures(
         "SIGTERM with 500 clients of whom half are stalled: out within "
         "--drain-seconds, everybody who reads sees `bye` and 1012, no acked message is "
