@@ -5956,6 +5956,38 @@ async def test_a_peer_that_reads_too_little_for_the_kernel_to_take_more_is_not_c
     assert len(list(wires_frames(raw.data))) == 80
 
 
+@pytest.mark.parametrize(
+    ("buffer", "slow_bytes", "seconds"),
+    [(4096, 2000, 10), (32_768, 2000, 16.4), (65_536, 2000, 32.8), (65_536, 1, 35)],
+)
+async def test_who_has_a_large_window_is_given_the_time_to_read_it(
+    buffer: int, slow_bytes: int, seconds: float
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        theirs.connect(door.getsockname())
+        ours, _ = door.accept()
+        with ours:
+            ours.setblocking(False)
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+            given = chatd.patience(stream, Settings(slow_bytes=slow_bytes))
+    assert given == pytest.approx(seconds, abs=0.5)
+
+
+@wires(stall_seconds=20.0)
+async def test_that_time_is_what_a_stalled_peer_has(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * 20)
+    assert house.session(6).outbox.patience == 20
+    house.session(6).outbox.patience = 30
+    with taking(30, 31.1):
+        await trio.sleep(29)
+        assert house.server.sessions
+        while house.server.sessions:  # noqa: ASYNC110 (the sweeper ends it)
+            await trio.sleep(0.1)
+
+
 @pytest.mark.parametrize("tail_events", [16_384, 4], ids=["the tail", "the log"])
 async def test_a_slow_reader_falls_behind_gets_all_once_in_order_and_is_live_again(
     tmp_path: Path, tail_events: int, autojump_clock: MockClock
