@@ -44,8 +44,9 @@ Store and hub have nothing between them: a batch is published while the next gat
 Who cannot take more queues nowhere: he stops being live and reads the log later.
 
 Deadlines: a request head 10 s, a request 15 s, a keep-alive 75 s, silence 25 s before
-a ping and 10 s after it, waiting bytes that do not move 10 s, a close 1 s after the
-last byte, a stop 5 s. They are all fields of Settings.
+a ping and 10 s after it, waiting bytes that do not move 10 s (to 35 s, by how large
+the peer's receive window is), a close 1 s after the last byte, a stop 5 s. They are
+all fields of Settings.
 
 The order of effects of one message: committed, in the tail, on the wire of every live
 member, acked. Each step is a plain `def` on the main thread or one transaction in the
