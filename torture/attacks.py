@@ -1432,6 +1432,26 @@ async def speak_before_the_answer(house: House) -> None:
                     assert await raw.read(), f"cut at {cut} the frame was lost"
 
 
+async def shake_hands_oddly(house: House) -> None:
+    """What is odd in a handshake and allowed opens a socket that hears."""
+    token = house.chatd.token(house.user())
+    odd = (
+        ("Upgrade: WebSocket", "Connection: keep-alive, UPGRADE", UPGRADE[2], KEY),
+        ("Upgrade: h2c, websocket", *UPGRADE[1:], KEY),
+        (*UPGRADE, KEY, "Content-Length: 0"),
+        (*UPGRADE, KEY, "Connection: close"),
+        (*UPGRADE, KEY, "Expect: 100-continue"),
+        (*UPGRADE, KEY, "Origin: HTTP://CHAT.EXAMPLE:80"),
+    )
+    for lines in odd:
+        async with Raw.open(house.chatd.port) as raw:
+            say = client_frame(TEXT, b'{"type":"ping"}')
+            await raw.send(get(f"/ws/chat?token={token}", *lines) + say)
+            with trio.fail_after(SECONDS):
+                while b'"pong"' not in raw.data:
+                    assert await raw.read(), f"{lines} opened no socket"
+
+
 async def offer_extensions(house: House) -> None:
     """Compression and subprotocols are offered in vain: 101 names neither."""
     token = house.chatd.token(house.user())
@@ -1480,6 +1500,7 @@ DEEDS: Sequence[Callable[[House], Awaitable[None]]] = (
     come_back_revoked,
     speak_behind_a_close,
     speak_before_the_answer,
+    shake_hands_oddly,
     offer_extensions,
 )
 
