@@ -44,8 +44,9 @@ Store and hub have nothing between them: a batch is published while the next gat
 Who cannot take more queues nowhere: he stops being live and reads the log later.
 
 Deadlines: a request head 10 s, a request 15 s, a keep-alive 75 s, silence 25 s before
-a ping and 10 s after it, waiting bytes that do not move 10 s, a close 1 s after the
-last byte, a stop 5 s. They are all fields of Settings.
+a ping and 10 s after it, waiting bytes that do not move 10 s (to 35 s, by how large
+the peer's receive window is), a close 1 s after the last byte, a stop 5 s. They are
+all fields of Settings.
 
 The order of effects of one message: committed, in the tail, on the wire of every live
 member, acked. Each step is a plain `def` on the main thread or one transaction in the
@@ -84,6 +85,7 @@ import stat
 import struct
 import sys
 import tempfile
+import termios
 import time
 import traceback
 import urllib.parse
@@ -233,6 +235,8 @@ class Settings:
         "waiting bytes that do not move, nothing heard", "cut")
     upstream_seconds: float = setting(20.0, "s", "in which nothing moves between the "
         "proxy and a request's two ends; above request_seconds", "504, or 408")
+    slow_bytes: int = setting(2_000, "bytes a second",
+        "to read a large window of, while TCP shows no move", "cut")
     linger_seconds: float = setting(1.0, "s",
         "after our last byte, for the peer to read it", "cut")
     token_warning_seconds: float = setting(60.0, "s", "before a token's end")
@@ -244,6 +248,7 @@ class Settings:
     commit_seconds: float = setting(60.0, "s", "one commit, else it is hung")
     unanswered: int = setting(64, "commands", "in flight", "reading waits")
     fragments: int = setting(64, "frames", "a message may come in", "1009")
+    chunks: int = setting(1024, "chunks", "a body may come in", "413")
     header_lines: int = setting(64, "lines", "a request head may have", "431")
     head_bytes: int = setting(16_384, "bytes", "a request head", "431")
     refused_in_a_row: int = setting(100, "commands", "over the rate", "4008")
@@ -1326,6 +1331,24 @@ def open_database(path: Path, *, readonly: bool) -> Db:
     return db
 
 
+def sync_wal(path: Path) -> None:
+    """Put a database's log of changes on the disk, whole, once more. Raises OSError.
+
+    Who is killed between write and sync leaves rows that can be read, and acked when
+    they are repeated, and that are on no disk. And after a sync that failed Linux takes
+    what was not written for written: only what is written anew gets there, and a hole
+    would take all that comes behind it.
+    """
+    with (
+        contextlib.suppress(FileNotFoundError),
+        beside(path, "-wal").open("r+b", buffering=0) as wal,
+    ):
+        fd, at = wal.fileno(), 0
+        while data := os.pread(fd, 1_048_576, at):
+            at += os.pwrite(fd, data, at)
+        os.fsync(fd)
+
+
 @contextlib.contextmanager
 def told_of(what: str, path: Path) -> Iterator[None]:
     """Make a fault of a file or database a UsageError: a sentence with its name."""
@@ -1354,6 +1377,7 @@ def prepare_database(path: Path, steps: Sequence[str]) -> Db:
                 f"database {path}: made by a newer chatd (schema {version}, this one "
                 f"knows {len(steps)}): install that version, or restore an older backup"
             )
+        sync_wal(path)  # its last writer may have been killed
         db = open_database(path, readonly=False)
         try:
             if version < len(steps):
@@ -1585,7 +1609,7 @@ class Store:
         self.seq += len(log)
         self._io_errors = 0
 
-    def _failed(self, error: sqlite3.Error) -> None:
+    def _failed(self, error: sqlite3.Error | OSError) -> None:
         """Be degraded. After an I/O error open the file anew; three in a row end us."""
         self.degraded = True
         name = getattr(error, "sqlite_errorname", "?")
@@ -1627,8 +1651,9 @@ class Store:
                 db.execute("BEGIN IMMEDIATE")
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (text,))
                 db.execute("COMMIT")
+            sync_wal(self.path)
             found = self._above(db, self.seq)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return Batch([], [])
         self._committed(found)
@@ -2158,8 +2183,9 @@ class Seat:
         outbox = self.outbox
         if outbox.waiting:
             self.pinged_at = None
+            outbox.note_progress(now)
             life = max(outbox.heard_at, outbox.moved_at)
-            return "stalled" if now - life > settings.stall_seconds else None
+            return "stalled" if now - life > outbox.patience else None
         if not outbox.listening or (self.pinged_at or 0.0) <= outbox.heard_at:
             self.pinged_at = None
         if not outbox.listening:
@@ -2426,8 +2452,8 @@ class Outbox(trio.abc.Stream):
 
     # fmt: off
     __slots__ = ("_broke", "_ended", "_fd", "_nursery", "_owed_pong", "_pace",
-                 "_parked", "_settings", "buffer", "heard_at", "listening", "moved_at",
-                 "sealed", "stream")
+                 "_parked", "_settings", "_unacked", "buffer", "heard_at", "listening",
+                 "moved_at", "patience", "sealed", "stream")
     # fmt: on
 
     def __init__(
@@ -2448,6 +2474,8 @@ class Outbox(trio.abc.Stream):
         self._ended = False  # the library wants to read no more
         self._pace = Pace(settings.receive_bytes, self.heard_at)
         self._parked = trio.lowlevel.ParkingLot()
+        self._unacked = 0  # bytes in the kernel, when last looked at
+        self.patience = patience(stream, settings)
         self._owed_pong = b""
         self._broke = broke
 
@@ -2487,6 +2515,19 @@ class Outbox(trio.abc.Stream):
             self.moved_at = trio.current_time()
             self._nursery.start_soon(self._flush)
         return True
+
+    def note_progress(self, now: float) -> None:
+        """Look whether the peer has acknowledged bytes since the last look.
+
+        The kernel asks for more by 64 KiB, which a slow line takes longer to carry than
+        the stall limit is. SIOCOUTQ (tcp(7)) tells of every packet that arrived.
+        """
+        with contextlib.suppress(OSError):  # not every system counts them
+            counted = fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4))
+            unacked = int.from_bytes(counted, sys.byteorder)
+            if unacked < self._unacked:
+                self.moved_at = now
+            self._unacked = unacked
 
     def seal(self, frame: bytes) -> None:
         """Write a close frame; it is the last."""
@@ -2591,6 +2632,21 @@ class Outbox(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
 
 
+def patience(stream: trio.SocketStream, settings: Settings) -> float:
+    """Say for how many seconds a peer's waiting bytes may stand still.
+
+    A full receive window opens again by steps (RFC 9293 3.8.6.2.2), and Linux, where
+    only whole packets free their room, takes twice the first window for one: who reads
+    5 KB a second from the usual 64 KiB is seen to move every 26 s.
+    """
+    window = 0
+    with contextlib.suppress(OSError, AttributeError):  # Linux 5.4: tcpi_snd_wnd
+        told = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+        window = int.from_bytes(told[228:], sys.byteorder)
+    silence = settings.ping_seconds + settings.pong_seconds
+    return max(settings.stall_seconds, min(window / settings.slow_bytes, silence))
+
+
 async def linger(stream: trio.SocketStream, seconds: float) -> None:
     """End the write side, then read and discard until the peer ends his."""
     with (
@@ -2678,8 +2734,9 @@ class Guard(WebSocketConnection):
             return
         parts, self._parts = self._parts, []
         self._bytes = self._fragments = 0
+        message = "".join(parts) if isinstance(data, str) else b"".join(parts)
         try:
-            await self._obey("".join(parts) if isinstance(data, str) else b"")
+            await self._obey(message)
         except KeyError as error:
             # The library would take it for an event that it does not know.
             raise RuntimeError("a KeyError while obeying") from error
@@ -2712,6 +2769,7 @@ class Session:
         settings = server.settings
         self.seat = Seat(outbox, settings=settings, behind=self._behind, end=self.end)
         self._set_token(claims)
+        self.seat.warned = True  # of nothing yet: `connected` is the first frame
 
     async def run(self, trailing: bytes) -> None:
         """Live one connection's life. Its nursery is cancelled by the caller then.
@@ -2790,6 +2848,7 @@ class Session:
             chats=greeting.marks,
         )
         self._answer(text_frame(connected))
+        self.seat.warned = False
         if hub.in_tail(start):
             hub.feed(self.seat)
         if not self.seat.live:
@@ -3334,15 +3393,19 @@ class HttpApi(Http):
             raise too_large
         if self.h11.they_are_waiting_for_100_continue:
             await self._send(h11.InformationalResponse(status_code=100, headers=[]))
-        body = bytearray()
+        body, chunks = bytearray(), 0
         while self.h11.their_state is h11.SEND_BODY:
             event = self.h11.next_event()
             if event is h11.NEED_DATA:
                 await self._more_body()
             elif isinstance(event, h11.Data):
                 body += event.data
+                chunks += event.chunk_start
                 if len(body) > most:
                     raise too_large
+                if chunks > self.settings.chunks:  # each costs us as much as 1 KB
+                    why = f"a body in more than {self.settings.chunks} chunks"
+                    raise Refusal("too_large", why)
         return bytes(body)
 
     async def _admit(self, request: Request) -> None:

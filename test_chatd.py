@@ -3431,6 +3431,71 @@ def test_what_a_killed_process_left_in_its_wal_is_read_at_the_start(
     after.store.close()
 
 
+def memory_resynced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Note of each file that we sync how much of it was written before, anew."""
+    written: dict[int, int] = {}
+    resynced: list[tuple[int, int]] = []
+    pwrite, fsync = os.pwrite, os.fsync
+
+    def noted_pwrite(fd: int, data: bytes, at: int) -> int:
+        assert os.pread(fd, len(data), at) == data  # what is there already
+        count = pwrite(fd, data, at)
+        written[fd] = at + count
+        return count
+
+    def noted_fsync(fd: int) -> None:
+        fsync(fd)
+        resynced.append((os.fstat(fd).st_ino, written.pop(fd, 0)))
+
+    monkeypatch.setattr(os, "pwrite", noted_pwrite)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    return resynced
+
+
+def test_what_a_killed_process_may_not_have_synced_is_synced_at_the_start(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.say(memory.chat(1, 2), 1)
+    (tmp_path / "copy").mkdir()
+    for name in ("chatd.db", "chatd.db-wal"):
+        (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
+    wal = (tmp_path / "copy" / "chatd.db-wal").stat()
+    resynced = memory_resynced(monkeypatch)
+    after = Memory(tmp_path / "copy")
+    assert resynced == [(wal.st_ino, wal.st_size)]
+    assert after.hub.head == 3
+    after.store.close()
+
+
+def test_after_a_failed_sync_the_whole_log_of_changes_is_written_anew(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    memory_liar(memory, "SQLITE_IOERR_FSYNC")
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    resynced = memory_resynced(monkeypatch)
+    assert len(store._probe().events) == 1
+    wal = chatd.beside(memory.settings.db, "-wal").stat()
+    assert resynced == [(wal.st_ino, wal.st_size)]
+
+
+def test_a_log_of_changes_that_cannot_be_written_anew_is_a_disk_still_sick(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sick(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    chat, store = memory.chat(1, 2), memory.store
+    memory_liar(memory, "SQLITE_IOERR_FSYNC")
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", sick)
+        assert store._probe() == ([], [])
+        assert store.degraded
+    assert len(store._probe().events) == 1
+    assert not store.degraded
+
+
 def test_a_path_where_no_file_can_be_is_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none" / "a.db"):
         assert f"database {path}: " in usage_error_of(memory_open, path)
@@ -5620,6 +5685,21 @@ async def test_a_token_that_ends_within_a_minute_is_warned_of_at_once(
 
 
 @wires()
+async def test_a_token_s_end_is_told_after_connected_however_long_that_takes(
+    house: WiresHouse,
+) -> None:
+    house.disk.hold(reads=True)
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target(6, token=house.token(6, 30))))
+    assert (await raw.answer()).status == 101
+    await trio.sleep(3)  # the sweeper has come by
+    house.disk.go()
+    await raw.listen(2)
+    frames = [json.loads(data) for _, data in wires_frames(raw.data)]
+    assert [frame["type"] for frame in frames] == ["connected", "token_expiring"]
+
+
+@wires()
 async def test_auth_with_a_jwt_or_a_ticket_lets_the_socket_live_on(
     house: WiresHouse,
 ) -> None:
@@ -5918,6 +5998,59 @@ async def test_a_peer_that_reads_a_little_within_10_s_is_not_cut(
     assert len(house.server.sessions) == 1
     await raw.listen()
     assert len(list(wires_frames(raw.data))) == 20
+
+
+@wires()
+async def test_a_peer_that_reads_too_little_for_the_kernel_to_take_more_is_not_cut(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6)
+    end = house.session(6).outbox.stream.socket
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+    await house.post(chat, *[BIG] * 80)
+    taken = 0
+    for _ in range(6):
+        await trio.sleep(9)
+        before = len(house.session(6).outbox.buffer)
+        await raw.read(32_768)
+        await wait_all_tasks_blocked()
+        taken += len(house.session(6).outbox.buffer) < before
+    assert taken < 6  # else this would be the test above
+    await raw.listen()
+    assert len(list(wires_frames(raw.data))) == 80
+
+
+@pytest.mark.parametrize(
+    ("buffer", "slow_bytes", "seconds"),
+    [(4096, 2000, 10), (32_768, 2000, 16.4), (65_536, 2000, 32.8), (65_536, 1, 35)],
+)
+async def test_who_has_a_large_window_is_given_the_time_to_read_it(
+    buffer: int, slow_bytes: int, seconds: float
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        theirs.connect(door.getsockname())
+        ours, _ = door.accept()
+        with ours:
+            ours.setblocking(False)
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+            given = chatd.patience(stream, Settings(slow_bytes=slow_bytes))
+    assert given == pytest.approx(seconds, abs=0.5)
+
+
+@wires(stall_seconds=20.0)
+async def test_that_time_is_what_a_stalled_peer_has(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * 20)
+    assert house.session(6).outbox.patience == 20
+    house.session(6).outbox.patience = 30
+    with taking(30, 31.1):
+        await trio.sleep(29)
+        assert house.server.sessions
+        while house.server.sessions:  # noqa: ASYNC110 (the sweeper ends it)
+            await trio.sleep(0.1)
 
 
 @pytest.mark.parametrize("tail_events", [16_384, 4], ids=["the tail", "the log"])
@@ -6735,6 +6868,22 @@ async def test_a_body_of_exactly_the_limit_passes_also_in_chunks(
     )
     assert (await raw.answer()).status == 201
     assert (await raw.ask("GET", "/healthz")).status == 200
+
+
+@wires()
+async def test_a_body_in_crumbs_is_too_large(house: WiresHouse) -> None:
+    body = b'{"title":"x"}'.ljust(1025)
+    auth = {"Authorization": f"Bearer {house.token(6)}"}
+    for size, status in ((1024, 201), (1025, 413)):
+        crumbs = b"".join(b"1\r\n%c\r\n" % byte for byte in body[:size])
+        raw = house.dial()
+        await raw.send(
+            wires_request(
+                "POST", "/api/v1/chats", None, Transfer_Encoding="chunked", **auth
+            ),
+            crumbs + b"0\r\n\r\n",
+        )
+        assert (await raw.answer()).status == status
 
 
 @wires()

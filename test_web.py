@@ -125,7 +125,7 @@ class House(Program):
 
     def command(self, name: str, file: Path) -> None:
         """Run one of chatd's other commands on the database."""
-        command = [sys.executable, "-m", "chatd", name, file, "--db", self.db]
+        command = [sys.executable, "-m", "chatd", name, str(file), "--db", str(self.db)]
         subprocess.run(command, cwd=HERE, check=True, capture_output=True)
 
     def token(self, user: int, **claims: Any) -> str:

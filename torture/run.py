@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Run the proofs, one after the other, and print what they found.
+
+    python torture/run.py                      the quick form, as CI runs it
+    python torture/run.py --full --json FILE   the full form, and its figures as JSON
+    python torture/run.py --report FILE        put those figures into README.md
+    python torture/run.py --only kill9 --seed 7
+
+A proof is a module beside this file: its docstring states the claim, its function
+`prove(full: bool) -> Figures` tries to break it, and raises AssertionError with a
+sentence when it succeeds. Each runs in a process of its own. Exit status 1 when any
+claim is false.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import importlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import sqlite3
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- torture: begin -->", "<!-- torture: end -->"
+
+# In the order of the README's table. Those TOGETHER mostly wait, so they share the
+# processors with others of them; each of the rest has the machine for itself.
+PROOFS = (
+    "conformance",
+    "attacks",
+    "fuzz",
+    "kill9",
+    "power_cut",
+    "disk",
+    "slow",
+    "storm",
+    "flood",
+    "stop",
+    "revocation",
+    "secrecy",  # the last: it looks through what all the others made the servers say
+)
+TOGETHER = frozenset(("conformance", "kill9", "power_cut", "disk", "revocation"))
+
+
+@dataclasses.dataclass
+class Result:
+    """One proof's outcome. error is empty if the claim held."""
+
+    name: str
+    seconds: float
+    claim: str
+    figure: str
+    numbers: dict[str, Any]
+    error: str = ""
+
+
+def run_one(name: str, full: bool) -> Result:
+    """Run a proof in this process."""
+    started = time.monotonic()
+    module = importlib.import_module(name)
+    claim, figure, numbers, error = (module.__doc__ or name).split("\n")[0], "", {}, ""
+    try:
+        found = module.prove(full)
+        claim, figure, numbers = found.claim, found.figure, found.numbers
+    except AssertionError as false:
+        error = f"{false}" or traceback.format_exc()
+        traceback.print_exc()
+    except Exception as broken:
+        error = f"the proof itself failed: {type(broken).__name__}: {broken}"
+        traceback.print_exc()
+    return Result(name, time.monotonic() - started, claim, figure, numbers, error)
+
+
+def run_all(names: list[str], full: bool, jobs: int) -> Iterator[Result]:
+    """Run proofs, each in a process of its own; what it found, as each ends."""
+    context = multiprocessing.get_context("spawn")
+    together = [name for name in names if name in TOGETHER and jobs > 1]
+    groups = [together, *([name] for name in names if name not in together)]
+    for group in groups:
+        if not group:
+            continue
+        with concurrent.futures.ProcessPoolExecutor(
+            min(jobs, len(group)), mp_context=context, max_tasks_per_child=1
+        ) as pool:
+            futures = {pool.submit(run_one, name, full): name for name in group}
+            for future in concurrent.futures.as_completed(futures):
+                try:
+                    yield future.result()
+                except concurrent.futures.process.BrokenProcessPool as broken:
+                    yield Result(
+                        futures[future], 0, futures[future], "", {}, f"{broken}"
+                    )
+
+
+def copy_program(folder: Path) -> str:
+    """Copy chatd, so that an editor does not change what is being proved."""
+    for name in ("chatd.py", "schema.sql", "web"):
+        source, target = HERE.parent / name, folder / name
+        target.parent.mkdir(exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    return str(folder / "chatd.py")
+
+
+def machine() -> dict[str, Any]:
+    """Say what this ran on."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30),
+        "kernel": platform.release(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Say what ran."""
+    found = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
+    for name in ("chatd", "trio", "trio-websocket", "wsproto", "h11"):
+        found[name] = importlib.metadata.version(name)
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """Make the README's table of a report."""
+    box, made = report["machine"], report["versions"]
+    lines = ["| claim | what was found |", "|---|---|"]
+    for proof in report["proofs"]:
+        figure = (
+            proof["figure"] if not proof["error"] else f"**false**: {proof['error']}"
+        )
+        cells = (proof["claim"], figure)
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    lines += [
+        "",
+        f"The {report['form']} form, {report['date']}, in "
+        f"{report['seconds'] / 60:.0f} minutes on {box['cores']} cores of "
+        f"{box['cpu']}, {box['memory_gib']} GiB, Linux {box['kernel']}, "
+        f"Python {made['python']}, SQLite {made['sqlite']}, trio {made['trio']}.",
+    ]
+    return "\n".join(lines)
+
+
+def write_report(path: Path) -> None:
+    """Put a report's table between the README's markers."""
+    text = README.read_text("utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"{README} has no {BEGIN} ... {END}")
+    report = json.loads(path.read_text("utf-8"))
+    README.write_text(f"{before}{BEGIN}\n{table(report)}\n{END}{after}", "utf-8")
+
+
+def main() -> int:
+    """Run the command line. The exit status is 1 when a claim is false."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quick", action="store_true", help="as CI does (the default)")
+    form.add_argument("--full", action="store_true", help="longer, larger, more often")
+    add("--only", nargs="+", metavar="NAME", choices=PROOFS, help=", ".join(PROOFS))
+    add("--seed", type=int, help="repeat the chance of an earlier run")
+    add("--jobs", type=int, default=2, help="proofs that mostly wait, at once (2)")
+    add("--json", type=Path, metavar="FILE", help="write what was found")
+    add("--report", type=Path, metavar="FILE", help="put such a FILE into README.md")
+    options = parser.parse_args()
+    if options.report is not None:
+        write_report(options.report)
+        return 0
+    seed = (
+        options.seed
+        if options.seed is not None
+        else random.SystemRandom().getrandbits(32)
+    )
+    names = [name for name in PROOFS if (HERE / f"{name}.py").exists()]
+    names = [name for name in names if not options.only or name in options.only]
+    kept = Path(tempfile.mkdtemp(prefix="torture-evidence-"))
+    os.environ["CHATD_TORTURE_SEED"] = str(seed)
+    os.environ["CHATD_TORTURE_EVIDENCE"] = str(kept)
+    os.environ["CHATD_TORTURE_PROGRAM"] = copy_program(kept / "program")
+    print(f"seed {seed}", flush=True)
+    started = time.monotonic()
+    results = []
+    for result in run_all(names, options.full, options.jobs):
+        results.append(result)
+        what = "FALSE" if result.error else "holds"
+        print(f"{result.name:12} {what} {result.seconds:6.1f} s  {result.claim}")
+        print(f"{'':12} {result.error or result.figure}", flush=True)
+    results.sort(key=lambda result: PROOFS.index(result.name))
+    seconds = time.monotonic() - started
+    failed = [result.name for result in results if result.error]
+    print(
+        f"{len(results) - len(failed)} of {len(results)} claims hold, {seconds:.0f} s"
+    )
+    if options.json is not None:
+        report = {
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "form": "full" if options.full else "quick",
+            "seed": seed,
+            "seconds": round(seconds, 1),
+            "machine": machine(),
+            "versions": versions(),
+            "proofs": [dataclasses.asdict(result) for result in results],
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    if failed:
+        print(f"false: {', '.join(failed)}; the servers' logs are in {kept}")
+        return 1
+    shutil.rmtree(kept)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""No token, no secret and no message text is in any log, error, metric or stats.
+
+All tokens and texts of all proofs carry a mark. Here a server that logs all it can, and
+a proxy before it, get marks in every place where they do not belong: in methods, paths,
+headers, frames, closes and bodies, with a sick disk besides. Then all that the servers
+of this whole run have logged, measured and answered as errors is searched for the mark,
+in clear and in base64, and for anything that looks like a token.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import trio
+from faults import File, Op, Shim
+from harness import (
+    BINARY,
+    CLOSE,
+    MARK,
+    PING,
+    TEXT,
+    Chatd,
+    Client,
+    Closed,
+    Figures,
+    Http,
+    Refused,
+    client_frame,
+    evidence,
+    http,
+    keep,
+    make_chat,
+    run_trio,
+    text,
+)
+
+KINDS = ("log", "error", "stats", "metrics")
+GONE = (OSError, trio.BrokenResourceError, Closed, Refused)
+
+
+def patterns() -> list[re.Pattern[bytes]]:
+    """What no evidence may contain."""
+    found = [MARK.encode()]
+    for shift in range(3):  # the mark in base64, wherever it begins in a token
+        encoded = base64.urlsafe_b64encode(b"x" * shift + MARK.encode())
+        found.append(encoded[4 if shift else 0 : -4])
+    words = [re.compile(re.escape(word)) for word in found]
+    # Every JSON object in base64 begins so; and three parts with points are a JWT.
+    return [*words, re.compile(rb"eyJ[\w-]{8}"), re.compile(rb"([\w-]{16,}\.){2}[\w-]")]
+
+
+def search(files: list[Path]) -> Iterator[str]:
+    """Find what should not be there: a sentence each, without the secret."""
+    for file in files:
+        data = file.read_bytes()
+        for pattern in patterns():
+            for match in pattern.finditer(data):
+                line = data[: match.start()].count(b"\n") + 1
+                before, what = data[: match.start()][-60:], pattern.pattern
+                yield f"{file.name}, line {line}, behind {before!r}: {what!r}"
+
+
+async def throw(chatd: Chatd, data: bytes) -> None:
+    """Send bytes, read what comes back, and keep it as evidence."""
+    with contextlib.suppress(*GONE), trio.move_on_after(10):
+        stream = await trio.open_tcp_stream("127.0.0.1", chatd.port)
+        async with stream:
+            await stream.send_all(data)
+            await stream.send_eof()
+            answer = b""
+            while more := await stream.receive_some(65536):
+                answer += more
+            # What is asked for is no error, and a ticket is meant to be told.
+            if not answer.startswith((b"HTTP/1.1 2", b"HTTP/1.1 101")):
+                keep("error", answer)
+
+
+def bad_requests(token: str, host: str) -> Iterator[bytes]:
+    """Put a token or a mark where none belongs."""
+
+    def request(line: str, *headers: str, body: str = "") -> bytes:
+        length = [f"Content-Length: {len(body)}"] if body else []
+        lines = [line, f"Host: {host}", *headers, *length, "", body]
+        return "\r\n".join(lines).encode("utf-8", "surrogateescape")
+
+    bearer = f"Authorization: Bearer {token}"
+    upgrade = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
+    key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
+    post = "POST /api/v1/chats/1/messages HTTP/1.1"
+    make = "POST /api/v1/chats HTTP/1.1"
+    socket = f"GET /ws/chat?token={token}"
+    yield from (
+        request(f"{token} / HTTP/1.1"),
+        request(f"GET /{token} HTTP/1.1"),
+        request(f"GET //{token} HTTP/1.1"),
+        request(f"GET http://{token}/ HTTP/1.1"),
+        request(f"GET /api/v1/me?{token} HTTP/1.1"),
+        request(f"GET / HTTP/{token}"),
+        request(f"GET /a b{token} HTTP/1.1"),
+        request(f"GET /\x00{token} HTTP/1.1"),
+        request("GET / HTTP/1.1", f"Bad Header {token}: x"),
+        request("GET / HTTP/1.1", f"{token}"),
+        request("GET / HTTP/1.1", f"X: \x00{token}"),
+        request("GET / HTTP/1.1", f"Content-Length: {token}"),
+        request("GET / HTTP/1.1", f"Transfer-Encoding: {token}"),
+        request("GET / HTTP/1.1", f"Host: {token}"),
+        request("GET /ws/chat HTTP/1.1", *upgrade, key, f"Origin: http://{token}"),
+        request(f"{socket} HTTP/1.1", *upgrade, f"Sec-WebSocket-Key: {token}"),
+        request(f"{socket}x HTTP/1.1", *upgrade, key),
+        request(f"{socket}&token={token} HTTP/1.1", *upgrade, key),
+        request(f"{socket}&cursor={MARK}&cursor={MARK} HTTP/1.1", *upgrade, key),
+        request(f"{socket} HTTP/1.1", *upgrade, key, f"Connection: {token}\udcff"),
+        request(f"{socket} HTTP/1.1"),
+        request(f"{socket} HTTP/1.0", *upgrade, key),
+        request("GET /api/v1/me HTTP/1.1", f"Authorization: {token}"),
+        request("GET /api/v1/me HTTP/1.1", f"Authorization: Bearer x{token}"),
+        request("GET /api/v1/me HTTP/1.1", f"Authorization: Bearer {token}x"),
+        request("GET /api/v1/me HTTP/1.1", f"Authorization: Bearer {token * 20}"),
+        request("GET /metrics HTTP/1.1", bearer),
+        request(f"GET /api/v1/events?cursor={MARK}&limit={MARK} HTTP/1.1", bearer),
+        request(f"GET /api/v1/chats/1/messages?before={MARK} HTTP/1.1", bearer),
+        request(f"GET /api/v1/chats/{MARK}/messages HTTP/1.1", bearer),
+        request(f"{MARK} /api/v1/me HTTP/1.1", bearer),
+        request(post, bearer, body=f'{{"content": "{MARK}'),
+        request(post, bearer, body=f'{{"content": 5, "{MARK}": 1}}'),
+        request(post, bearer, body=f'{{"content": "\\u0000{MARK}"}}'),
+        request(post, bearer, body=f'{{"content": "{MARK * 500}"}}'),
+        request(post, bearer, body=f'{{"content": "x", "client_id": "\u20ac{MARK}"}}'),
+        request(post, bearer, f"Idempotency-Key: {MARK}\t", body='{"content": "x"}'),
+        request(post, bearer, body=f'{{"content": "{MARK}", "sender_id": 77}}'),
+        request(post, bearer, body=f"{MARK}" * 20000),
+        request(make, bearer, body=f'{{"title": "\\n{MARK}"}}'),
+        request(make, bearer, body=f'{{"member_ids": "{MARK}"}}'),
+        request("POST /api/v1/session HTTP/1.1", bearer, body=token),
+        request("POST /api/v1/internal/chat/revoke HTTP/1.1", bearer, body=token),
+        f"{token}\r\n\r\n".encode(),
+        token.encode() * 100,
+        b"\x16\x03\x01" + token.encode(),
+    )
+
+
+def bad_frames(token: str, other: str) -> Iterator[bytes]:
+    """Put a mark into every kind of frame that is wrong."""
+    send = {"type": "send_message", "chat_id": 1, "content": MARK}
+    commands = (
+        {"type": MARK},
+        {"type": "typing", "chat_id": MARK, "is_typing": True},
+        {"type": "typing", "chat_id": 1, "is_typing": MARK},
+        {"type": "mark_read", "message_id": MARK},
+        send | {"content": [MARK]},
+        send | {"content": "\0" + MARK},
+        send | {"content": MARK * 500},
+        send | {"chat_id": 999},
+        send | {"client_id": "€"},
+        send | {"client_id": "same"},
+        send | {"client_id": "same", "content": f"{MARK}2"},
+        {"type": "auth", "token": f"{token}x"},
+        {"type": "auth", "token": f"x{token}"},
+        {"type": "auth", "token": MARK},
+        {"type": "auth", "token": 5, MARK: 5},
+        {"type": "auth", "token": token},
+        {"type": "ping", "ref": MARK * 20},
+    )
+    for command in commands:
+        yield client_frame(TEXT, json.dumps(command).encode())
+    yield client_frame(TEXT, f'{{"type": "{MARK}'.encode())
+    yield client_frame(TEXT, f'"{MARK}"'.encode())
+    yield client_frame(BINARY, MARK.encode())
+    yield client_frame(PING, MARK.encode())
+    # Each of these ends its socket.
+    yield client_frame(TEXT, json.dumps({"type": "auth", "token": other}).encode())
+    yield client_frame(TEXT, MARK.encode() + b"\xff")
+    yield client_frame(TEXT, MARK.encode() * 20000)
+    yield client_frame(PING, MARK.encode() * 20)
+    yield client_frame(0x43, MARK.encode())
+    yield client_frame(TEXT | 0x40, MARK.encode())
+    yield client_frame(CLOSE, (4999).to_bytes(2, "big") + MARK.encode())
+    yield client_frame(CLOSE, (1000).to_bytes(2, "big") + MARK.encode() + b"\xff")
+    yield client_frame(CLOSE, (999).to_bytes(2, "big") + MARK.encode())
+
+
+async def make_noise(chatd: Chatd) -> int:
+    """Do all that is wrong; how many things it were."""
+    await make_chat(chatd, [1, 2], f"chat {MARK}")
+    token, other = chatd.token(1, name=f"Anna {MARK}"), chatd.token(2)
+    count = 0
+    for data in bad_requests(token, f"127.0.0.1:{chatd.port}"):
+        await throw(chatd, data)
+        count += 1
+    for data in bad_frames(token, other):
+        with contextlib.suppress(*GONE):
+            async with Client(chatd, 1, token=token) as client:
+                assert client.wire is not None
+                await client.wire.send(data)
+                await client.ask("ping", 10)
+        count += 1
+    bad_tokens = (f"{token}x", token[:-4], chatd.token(1, -60), chatd.token(0), MARK)
+    for bad in bad_tokens:
+        with contextlib.suppress(*GONE):
+            await Client(chatd, 1, token=bad).connect()
+        await http(chatd, "GET", "/api/v1/me", bad)
+        count += 1
+    return count
+
+
+async def fall_ill(chatd: Chatd, shim: Shim) -> None:
+    """Send, post and read while the disk is sick; then revoke somebody."""
+    async with Client(chatd, 1, token=chatd.token(1)) as client:
+        for op, error in ((Op.WRITE, errno.ENOSPC), (Op.SYNC, errno.EIO)):
+            shim.arm(op, File.ALL, error, times=1)
+            await client.send(1, text("on a sick disk"))
+            for _ in range(100):
+                frame = await client.hear()
+                if frame["type"] == "ack":
+                    break
+                if frame["type"] == "error":
+                    await trio.sleep(0.3)
+                    await client.repeat()
+            connection = Http(chatd)
+            await connection.ask(
+                "POST", "/api/v1/chats/1/messages", chatd.token(2), {"content": text()}
+            )
+            await connection.aclose()
+            shim.disarm()
+    path, body = "/api/v1/internal/chat/revoke", {"user_id": 2}
+    await http(chatd, "POST", path, chatd.service_token(), body)
+
+
+def commands_keep_quiet(chatd: Chatd) -> int:
+    """Let commands fail on files with secrets in them; keep what they print."""
+    short, pem = chatd.folder / "short", chatd.folder / "pem"
+    short.write_text(MARK)
+    short.chmod(0o600)
+    pem.write_text(
+        f"-----BEGIN PUBLIC KEY-----\n{MARK * 9}\n-----END PUBLIC KEY-----\n"
+    )
+    db = f"--db={chatd.db}"
+    commands = (
+        ("serve", f"--secret-file={short}"),
+        ("serve", f"--db={short}"),
+        ("serve", db),  # it is locked
+        ("token", "1", f"--secret-file={short}"),
+        ("serve", f"--jwt-key={pem}", f"--db={chatd.folder / 'other.db'}"),
+        ("serve", f"--jwt-key={short}", f"--db={chatd.folder / 'other.db'}"),
+        ("check", f"--db={short}"),
+        ("restore", str(short), db),
+        ("check", db),
+    )
+    for command in commands:
+        done = subprocess.run(
+            chatd.command(*command), capture_output=True, timeout=60, check=False
+        )
+        keep("error", done.stdout + done.stderr)
+    return len(commands)
+
+
+def prove(full: bool) -> Figures:
+    """Make noise at every log level; then search all evidence of this run."""
+    count = 0
+    for level in ("debug", "info") if full else ("debug",):
+        chatd = Chatd(log_level=level)
+        shim = Shim(chatd.folder)
+        chatd.env = shim.env
+        with chatd:
+            count += run_trio(make_noise, chatd)
+            run_trio(fall_ill, chatd, shim)
+            count += commands_keep_quiet(chatd)
+        shim.remove()
+    planted = evidence() / f"{os.getpid()}.planted"
+    with Chatd() as chatd:
+        planted.write_text(f"joined {chatd.token(1)}\nsaid {text()}\n")
+    finds = {find.rpartition(":")[2] for find in search([planted])}
+    planted.unlink()
+    assert len(finds) >= 3, f"the search is blind: {finds}"
+    files = [f for f in evidence().iterdir() if f.suffix[1:] in KINDS]
+    for kind in KINDS:
+        assert any(file.suffix == f".{kind}" for file in files), f"no {kind} was kept"
+    found = list(search(files))
+    assert not found, f"{len(found)} secrets were told, the first: {found[0]}"
+    size = sum(file.stat().st_size for file in files)
+    return Figures(
+        "no token, secret or message text is in any log (level debug), error, metric "
+        "or stats document",
+        f"0 in the {size / 2**20:.1f} MiB that all servers of this run logged, "
+        f"measured and answered as errors, {count} attempts to place one among them",
+        {"attempts": count, "files": len(files), "bytes": size},
+    )
