@@ -42,6 +42,7 @@ from harness import (
     text,
 )
 
+REF = re.compile(rb'"ref": ?"(?:[^"\\\\]|\\\\.)*"')
 KINDS = ("log", "error", "stats", "metrics")
 GONE = (OSError, trio.BrokenResourceError, Closed, Refused)
 
@@ -61,6 +62,8 @@ def search(files: list[Path]) -> Iterator[str]:
     """Find what should not be there: a sentence each, without the secret."""
     for file in files:
         data = file.read_bytes()
+        if file.suffix == ".error":  # a ref is the asker's own, and meant to come back
+            data = REF.sub(b"", data)
         for pattern in patterns():
             for match in pattern.finditer(data):
                 line = data[: match.start()].count(b"\n") + 1
