@@ -4337,9 +4337,11 @@ class Passage(Http):
         if scope.cancelled_caught:
             away = Refusal("upstream", "the chat service does not answer", status=504)
             self.no = Refusal("timeout") if self.hearing else away
-        # A path that nobody knows may hold anything, a token too.
+        # A path or a method that nobody knows may hold anything, a token too.
         path = request.path if NUMBER.sub("*", request.path) in ROUTES else "?"
-        say(logging.DEBUG, "passed", method=request.method, path=path,
+        known = request.method in http.HTTPMethod.__members__
+        method = request.method if known else "?"
+        say(logging.DEBUG, "passed", method=method, path=path,
             client=request.address, status=self.status,
             failed=self.no and self.no.code)  # fmt: skip
         if self.no is not None and self.status:

@@ -8288,6 +8288,15 @@ async def test_a_request_is_passed_up_as_it_is_and_its_answer_down(
     assert (heard.status, heard.body, heard.headers["etag"]) == (201, b"made", "x")
 
 
+@proxied()
+async def test_a_token_in_the_place_of_a_method_is_passed_and_not_logged(
+    house: ProxyHouse,
+) -> None:
+    token = house.proxy.keyring.sign(6, 600)
+    got, _ = await house.exchange(wires_request(token, "/api/v1/me"), method=token)
+    assert got.method == token
+
+
 PROXY_FORGED = {
     "X-Forwarded-For": "6.6.6.6", "X-Forwarded-Proto": "https",
     "X-Forwarded-Host": "evil.example", "X-Forwarded-Port": "1",
