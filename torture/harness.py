@@ -145,12 +145,15 @@ class Chatd:
         program = os.environ.get("CHATD_TORTURE_PROGRAM", str(ROOT / "chatd.py"))
         return [sys.executable, program, *arguments]
 
+    def arguments(self) -> list[str]:
+        """Say what it is to do."""
+        return ["serve", "--listen=127.0.0.1:0", f"--db={self.db}"]
+
     def start(self, seconds: float = 30) -> Self:
         """Start, and wait until it listens."""
-        serve = self.command("serve", "--listen=127.0.0.1:0", f"--db={self.db}")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.before, *serve, *self.flags],
+                [*self.before, *self.command(*self.arguments()), *self.flags],
                 env=os.environ | self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -313,6 +316,20 @@ class Chatd:
         )
         assert done.returncode == 0, f"chatd check: {done.stdout}{done.stderr}"
         return done.stdout
+
+
+class Proxy(Chatd):
+    """A `chatd proxy` before a server, with the server's secret."""
+
+    def __init__(self, upstream: Chatd, log_level: str = "debug") -> None:
+        super().__init__(folder=upstream.folder)
+        self.flags = ["--handshakes=0", f"--log-level={log_level}"]
+        self.upstream = upstream
+
+    def arguments(self) -> list[str]:
+        """Say what it is to do."""
+        upstream = f"--upstream=127.0.0.1:{self.upstream.port}"
+        return ["proxy", "--listen=127.0.0.1:0", upstream, f"--db={self.db}"]
 
 
 async def keep_documents(chatd: Chatd) -> None:

@@ -32,12 +32,12 @@ from harness import (
     Closed,
     Figures,
     Http,
+    Proxy,
     Refused,
     client_frame,
     evidence,
     http,
     keep,
-    make_chat,
     run_trio,
     text,
 )
@@ -192,7 +192,8 @@ def bad_frames(token: str, other: str) -> Iterator[bytes]:
 
 async def make_noise(chatd: Chatd) -> int:
     """Do all that is wrong; how many things it were."""
-    await make_chat(chatd, [1, 2], f"chat {MARK}")
+    body = {"title": f"chat {MARK}", "member_ids": [1, 2]}
+    await http(chatd, "POST", "/api/v1/chats", chatd.service_token(), body)
     token, other = chatd.token(1, name=f"Anna {MARK}"), chatd.token(2)
     count = 0
     for data in bad_requests(token, f"127.0.0.1:{chatd.port}"):
@@ -274,6 +275,11 @@ def prove(full: bool) -> Figures:
         chatd.env = shim.env
         with chatd:
             count += run_trio(make_noise, chatd)
+            with Proxy(chatd, level) as proxy:
+                count += run_trio(make_noise, proxy)
+                chatd.kill()
+                count += run_trio(make_noise, proxy)  # with nobody behind it
+                chatd.start()
             run_trio(fall_ill, chatd, shim)
             count += commands_keep_quiet(chatd)
         shim.remove()
