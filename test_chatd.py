@@ -1629,6 +1629,7 @@ class MemoryOutbox:
         self.stuck = False
         self.sealed = False
         self.heard_at = self.moved_at = 0.0
+        self.patience = 10.0
         self.listening = True
 
     @property
@@ -1645,6 +1646,9 @@ class MemoryOutbox:
         self.taken.append(frames)
         self.unsent += len(frames) if self.stuck else 0
         return True
+
+    def note_progress(self, now: float) -> None:
+        """Its peer has no kernel that would tell."""
 
     def drain(self) -> None:
         self.stuck, self.unsent = False, 0
