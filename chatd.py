@@ -78,6 +78,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import signal
 import socket
 import sqlite3
@@ -2609,9 +2610,21 @@ class Outbox(trio.abc.Stream):
         now = self.heard_at = trio.current_time()
         self._pace.spend(len(data))
         debt = self._pace.debt_seconds(now)
+        while debt > 1:
+            # Who hung up behind a flood is not read to the end: that can take minutes.
+            await trio.sleep(1)
+            debt -= 1
+            if self._hung_up():
+                raise trio.BrokenResourceError
         if debt:
             await trio.sleep(debt)
         return data
+
+    def _hung_up(self) -> bool:
+        """Has the peer ended its side, whatever of it is still unread?"""
+        look = select.poll()
+        look.register(self._fd, getattr(select, "POLLRDHUP", 0))  # else only HUP
+        return bool(look.poll(0))
 
     async def _receive(self, max_bytes: int) -> bytes:
         while True:

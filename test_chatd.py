@@ -4712,6 +4712,18 @@ async def test_a_tiny_frame_is_paced_like_128_bytes_more(house: WiresHouse) -> N
         await raw.hear("pong", within=10)
 
 
+@wires()
+async def test_who_hangs_up_behind_a_flood_is_not_read_to_its_end(
+    house: WiresHouse,
+) -> None:
+    raw = await house.join_raw(6)
+    await raw.send(wires_frame(PONG) * 20_000)  # half a minute's reading
+    raw.stream.socket.close()
+    with taking(0, 6):
+        while house.server.sessions:  # noqa: ASYNC110 (nothing tells when it ends)
+            await trio.sleep(0.1)
+
+
 @wires(receive_bytes=OFF, commands=OFF)
 async def test_a_rate_of_0_paces_nothing(house: WiresHouse) -> None:
     raw = await house.join_raw(6)
