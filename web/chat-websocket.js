@@ -1289,6 +1289,7 @@ export class ChatWebSocket {
     const path = `/api/v1/chats/${chat_id}/messages`;
     try {
       const answer = await this.request("POST", path, { content, client_id }, signal);
+      this.#isUser(answer.message.sender_id);
       this.#stored({ ...answer.message, client_id });
     } catch (error) {
       if (signal.aborted) return; // the socket is back, and has taken it over
@@ -1404,7 +1405,10 @@ export class ChatWebSocket {
         () => {
           mark.known = Math.max(mark.known, message_id);
         },
-        () => {}, // the next poll or the next connection tries again
+        (error) => {
+          if (FINAL_REFUSALS.has(error.code)) mark.known = message_id;
+          // else the next poll, or the next connection, tries again
+        },
       );
     }
   }

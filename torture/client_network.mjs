@@ -1,0 +1,547 @@
+/**
+ * The client's promise under a network that does what it likes.
+ *
+ *     node --experimental-vm-modules torture/client_network.mjs [STORIES] [FIRST SEED]
+ *
+ * Each story is one user with up to four tabs, all of them the real chat-websocket.js,
+ * each in a realm of its own that can die at any moment, against a server of 150 lines
+ * that keeps a log and knows client_ids as chatd does. Time is virtual and everything
+ * random comes from the seed, so a story that fails can be told again. What happens:
+ * sockets cut with all codes and refused, answers late, doubled and lost before or after
+ * their effect, refusals, a server that is away, restores (another epoch), tabs closed
+ * and opened, storage that is full, and a clock that jumps by hours.
+ *
+ * What must hold: each tab hears each message once, n after n, or a resync; each message
+ * written by a tab is stored exactly once, and in the order in which it was written, also
+ * if the tab died (unless storage was full); at the end nothing is left in storage.
+ */
+import { readFileSync } from "node:fs";
+import vm from "node:vm";
+
+const SOURCE = readFileSync(
+  new URL("../web/chat-websocket.js", import.meta.url),
+  "utf8",
+);
+const TOKEN = `h.${Buffer.from('{"user_id":1}').toString("base64url")}.s`;
+
+/** mulberry32: numbers from 0 to 1 that the seed decides. */
+function randomFrom(seed) {
+  let state = seed >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state);
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 4294967296;
+  };
+}
+
+/** Virtual time, chance, and what the network and the server suffer just now. */
+class World {
+  time = 0;
+  wall = 1_700_000_000_000;
+  timers = new Map();
+  lastTimer = 0;
+  socketsBlocked = false;
+  serverAway = false;
+  storageFull = false;
+  httpLoss = 0;
+  refusals = 0;
+  /** @type {string[]} */
+  faults = [];
+
+  constructor(seed) {
+    this.random = randomFrom(seed);
+  }
+
+  chance(probability) {
+    return this.random() < probability;
+  }
+
+  pick(things) {
+    return things[Math.floor(this.random() * things.length)];
+  }
+
+  /** Runs `task` later, unless its tab has died by then. */
+  after(milliseconds, task, tab = null) {
+    const id = ++this.lastTimer;
+    this.timers.set(id, { due: this.time + Math.max(0, milliseconds), task, tab, id });
+    return id;
+  }
+
+  async pass(milliseconds) {
+    const end = this.time + milliseconds;
+    for (;;) {
+      await new Promise(setImmediate); // all promises that can settle do
+      const due = [...this.timers.values()].filter((timer) => timer.due <= end);
+      if (due.length === 0) break;
+      const next = due.reduce((a, b) => (b.due < a.due ? b : a));
+      this.timers.delete(next.id);
+      this.time = Math.max(this.time, next.due);
+      if (!next.tab || next.tab.alive) next.task();
+    }
+    this.time = end;
+  }
+}
+
+/** One chat with id 1 and its log, as chatd would have them. */
+class Server {
+  epoch = "e0";
+  seq = 0;
+  events = [];
+  byClientId = new Map();
+  connections = new Set();
+
+  constructor(world) {
+    this.world = world;
+  }
+
+  get stored() {
+    return this.events.map(({ message }) => message);
+  }
+
+  get cursor() {
+    return `${this.epoch}.${this.seq}`;
+  }
+
+  /** The events after a cursor; null: resync. */
+  since(cursor) {
+    const dot = cursor.lastIndexOf(".");
+    const seq = Number(cursor.slice(dot + 1));
+    if (cursor.slice(0, dot) !== this.epoch || seq > this.seq) return null;
+    return this.events.filter((event) => event.seq > seq);
+  }
+
+  store(sender_id, content, client_id) {
+    const known = client_id && this.byClientId.get(client_id);
+    if (known) return { message: known, duplicate: true };
+    const id = ++this.seq;
+    const n = this.events.length + 1;
+    const message = {
+      id,
+      chat_id: 1,
+      sender_id,
+      content,
+      n,
+      client_id,
+      created_at: "",
+    };
+    if (client_id) this.byClientId.set(client_id, message);
+    const event = { type: "new_message", seq: id, chat_id: 1, message };
+    this.events.push(event);
+    for (const connection of this.connections) connection.say(event);
+    return { message, duplicate: false };
+  }
+
+  refusal() {
+    if (!this.world.chance(this.world.refusals)) return null;
+    const code = this.world.pick(["rate_limited", "storage_failed"]);
+    return { code, message: "later", retry_after: this.world.random() * 2 };
+  }
+
+  /** Answers a request: [status, body]. */
+  answer(url, body) {
+    switch (url.pathname) {
+      case "/api/v2/ws-token":
+        return [200, { token: "ticket", expires_in: 60 }];
+      case "/api/v1/me":
+        return [200, { user_id: 1, name: null }];
+      case "/api/v1/chats":
+        return [
+          200,
+          { chats: [{ id: 1, last_n: this.events.length }], cursor: this.cursor },
+        ];
+      case "/api/v1/events":
+        return [200, this.poll(url.searchParams.get("cursor"))];
+      case "/api/v1/chats/1/messages": {
+        const error = this.refusal();
+        if (error) return [429, { error }];
+        return [201, this.store(1, body.content, body.client_id)];
+      }
+      default:
+        return [404, { error: { code: "not_found", message: "?" } }];
+    }
+  }
+
+  poll(cursor) {
+    const missed = cursor === null ? [] : this.since(cursor);
+    if (!missed) return { events: [], cursor: this.cursor, more: false, resync: true };
+    const events = missed.slice(0, this.world.chance(0.5) ? 2 : 100);
+    const more = events.length < missed.length;
+    const end = more ? `${this.epoch}.${events.at(-1).seq}` : this.cursor;
+    return { events, cursor: end, more, resync: false };
+  }
+
+  cut(code) {
+    for (const connection of [...this.connections]) connection.close(code);
+  }
+}
+
+/** The server's end of a socket: frames come late, in order, and perhaps not at all. */
+class Connection {
+  open = true;
+  #last = 0;
+
+  constructor(world, server, socket, cursor) {
+    Object.assign(this, { world, server, socket });
+    const missed = cursor === null ? [] : server.since(cursor);
+    const resume = cursor === null ? "fresh" : !missed ? "resync" : "replay";
+    const start = resume === "replay" ? cursor : server.cursor;
+    const chats = { 1: { last_n: server.events.length, read_n: 0 } };
+    this.say({ type: "connected", user_id: 1, cursor: start, resume, chats });
+    missed?.forEach((event) => this.say(event));
+    server.connections.add(this);
+  }
+
+  say(frame) {
+    const { world } = this;
+    const late = world.random() * (world.chance(0.1) ? 600 : 30);
+    this.#last = Math.max(this.#last, world.time) + late;
+    const data = JSON.stringify(frame);
+    world.after(this.#last - world.time, () => this.open && this.socket.heard(data));
+  }
+
+  hear(text) {
+    const { type, ref, content, client_id } = JSON.parse(text);
+    if (type === "ping") this.say({ type: "pong" });
+    if (type !== "send_message") return;
+    const refusal = this.server.refusal();
+    if (refusal) return this.say({ type: "error", ref, ...refusal });
+    const { message, duplicate } = this.server.store(1, content, client_id);
+    const { id: message_id, n } = message;
+    const ack = { type: "ack", ref, client_id, message_id, chat_id: 1, n, duplicate };
+    this.say(ack);
+    if (this.world.chance(0.1)) this.say(ack);
+  }
+
+  close(code) {
+    this.open = false;
+    this.server.connections.delete(this);
+    this.world.after(this.world.random() * 20, () => this.socket.closed(code));
+  }
+}
+
+/** What all tabs share: localStorage, and who is told of its changes. */
+class Disk {
+  items = new Map();
+  tabs = [];
+
+  constructor(world) {
+    this.world = world;
+  }
+
+  /** One tab's localStorage. */
+  for(tab) {
+    const { items, world } = this;
+    const change = (key, newValue) => {
+      if (newValue === null) items.delete(key);
+      else items.set(key, newValue);
+      for (const other of this.tabs.filter((one) => one !== tab)) {
+        const told = () => other.dispatch("storage", { key, newValue });
+        world.after(world.random() * 10, told, other);
+      }
+    };
+    return {
+      get length() {
+        return items.size;
+      },
+      key: (i) => [...items.keys()][i] ?? null,
+      getItem: (key) => items.get(key) ?? null,
+      setItem: (key, value) => {
+        if (world.storageFull) throw new Error("QuotaExceededError");
+        change(key, value);
+      },
+      removeItem: (key) => change(key, null),
+    };
+  }
+}
+
+/** A realm with a ChatWebSocket in it, and what its page has heard. */
+class Tab {
+  alive = true;
+  /** @type {Map<string, Set<Function>>} */
+  #listeners = new Map();
+  /** The n that was heard last; null: any may come next. */
+  n = null;
+  written = [];
+  deliveries = new Map();
+
+  constructor(world, server, disk) {
+    Object.assign(this, { world, server, disk, name: disk.tabs.length });
+    disk.tabs.push(this);
+  }
+
+  dispatch(type, event) {
+    this.#listeners.get(type)?.forEach((listener) => listener(event));
+  }
+
+  async open() {
+    const context = vm.createContext(this.#globals());
+    vm.runInContext("Date.now = __now; Math.random = __random", context);
+    const initializeImportMeta = (meta) => {
+      meta.url = "http://chat.example/web/chat-websocket.js";
+    };
+    const module = new vm.SourceTextModule(SOURCE, { context, initializeImportMeta });
+    await module.link(() => {});
+    await module.evaluate();
+    const way = this.world.pick(["bearer", "token", "function"]);
+    const options = way === "bearer" ? { bearer: TOKEN } : {};
+    this.client = new module.namespace.ChatWebSocket({ log: null, ...options });
+    this.#listen();
+    if (way === "bearer") {
+      this.fetchChats();
+      this.world.after(2000, () => this.client.connect(), this);
+    } else this.client.connect(way === "token" ? TOKEN : async () => TOKEN);
+    return this;
+  }
+
+  #listen() {
+    const { client } = this;
+    client.on("new_message", ({ message: { n } }) => {
+      if (this.n !== null && n !== this.n + 1)
+        this.world.faults.push(`tab ${this.name}: after ${this.n} came ${n}`);
+      this.n = n;
+    });
+    client.on("connected", ({ resume, chats }) => {
+      if (resume === "fresh") this.n ??= chats[1].last_n;
+    });
+    client.on("resync", () => {
+      this.n = null;
+      this.fetchChats();
+    });
+    client.on("chats", ({ chats }) => {
+      this.n = chats[0].last_n;
+    });
+    client.on("delivery", ({ content, state }) => this.deliveries.set(content, state));
+  }
+
+  fetchChats() {
+    this.client
+      .fetchChats()
+      .catch(() => this.world.after(1000, () => this.fetchChats(), this));
+  }
+
+  write(content) {
+    this.written.push(content);
+    this.client.send(1, content);
+  }
+
+  #globals() {
+    const { world, disk } = this;
+    const listenersOf = (type) => {
+      if (!this.#listeners.has(type)) this.#listeners.set(type, new Set());
+      return this.#listeners.get(type);
+    };
+    const every = (milliseconds, task, id = ++world.lastTimer) => {
+      const tick = () => (every(milliseconds, task, id), task());
+      world.timers.set(id, {
+        due: world.time + milliseconds,
+        task: tick,
+        tab: this,
+        id,
+      });
+      return id;
+    };
+    const cancel = (id) => world.timers.delete(id);
+    return {
+      URL,
+      URLSearchParams,
+      AbortController,
+      atob,
+      console,
+      crypto: { getRandomValues: (words) => words.map(() => world.random() * 2 ** 32) },
+      performance: { now: () => world.time },
+      __now: () => Math.floor(world.wall + world.time),
+      __random: world.random,
+      setTimeout: (task, milliseconds) => world.after(milliseconds, task, this),
+      setInterval: (task, milliseconds) => every(milliseconds, task),
+      clearTimeout: cancel,
+      clearInterval: cancel,
+      addEventListener: (type, listener) => listenersOf(type).add(listener),
+      removeEventListener: (type, listener) => listenersOf(type).delete(listener),
+      localStorage: disk.for(this),
+      navigator: { onLine: true },
+      reportError: (error) => world.faults.push(`a listener threw ${error.stack}`),
+      fetch: (url, options) => this.#fetch(new URL(url), options),
+      WebSocket: this.#socketClass(),
+    };
+  }
+
+  /** Lost on the way there, or on the way back; in between it has happened. */
+  #fetch(url, { body, signal }) {
+    const { world, server } = this;
+    const slow = world.chance(0.1) ? 4000 : 200;
+    return new Promise((resolve, reject) => {
+      const lost = () => reject(new TypeError("Failed to fetch"));
+      signal.addEventListener("abort", lost);
+      const arrive = () => {
+        if (world.serverAway || world.chance(world.httpLoss)) return lost();
+        const [status, answer] = server.answer(url, body && JSON.parse(body));
+        const text = JSON.stringify(answer);
+        const response = {
+          status,
+          ok: status < 300,
+          json: async () => JSON.parse(text),
+        };
+        const back = () => (world.chance(world.httpLoss) ? lost() : resolve(response));
+        world.after(world.random() * slow, back);
+      };
+      world.after(world.random() * slow, arrive);
+    });
+  }
+
+  #socketClass() {
+    const { world, server } = this;
+    const tab = this;
+    return class {
+      readyState = 0;
+      #connection = null;
+      #last = 0;
+
+      constructor(url) {
+        const cursor = new URL(url).searchParams.get("cursor");
+        world.after(world.random() * 100, () => this.#arrive(cursor), tab);
+      }
+
+      #arrive(cursor) {
+        if (this.readyState !== 0) return;
+        const refused = world.serverAway || world.socketsBlocked || world.chance(0.05);
+        if (refused) return this.closed(1006);
+        this.readyState = 1;
+        this.onopen?.();
+        if (world.chance(0.03)) return this.closed(world.pick([1006, 1013, 4008]));
+        this.#connection = new Connection(world, server, this, cursor);
+      }
+
+      send(text) {
+        const connection = this.#connection;
+        this.#last = Math.max(this.#last, world.time) + world.random() * 30;
+        world.after(
+          this.#last - world.time,
+          () => connection?.open && connection.hear(text),
+        );
+      }
+
+      close() {
+        this.readyState = 3;
+        const connection = this.#connection;
+        if (!connection) return;
+        world.after(world.random() * 20, () => {
+          connection.open = false;
+          server.connections.delete(connection);
+        });
+      }
+
+      heard(data) {
+        if (this.readyState === 1 && tab.alive) this.onmessage?.({ data });
+      }
+
+      closed(code) {
+        if (this.readyState === 3) return;
+        this.readyState = 3;
+        if (tab.alive) this.onclose?.({ code });
+      }
+    };
+  }
+}
+
+/** Tells one story. Returns what did not hold. */
+async function story(seed) {
+  const world = new World(seed);
+  const server = new Server(world);
+  const disk = new Disk(world);
+  const openTab = () => new Tab(world, server, disk).open();
+  const mayFill = world.chance(0.3);
+  let wasFull = false;
+  await openTab();
+  for (let step = 0; step < 150; step++) {
+    const alive = disk.tabs.filter((tab) => tab.alive);
+    switch (Math.floor(world.random() * 14)) {
+      case 0:
+        server.cut(world.pick([1006, 1012, 1013, 4008, 4401]));
+        break;
+      case 1:
+        world.socketsBlocked = world.chance(0.7);
+        if (world.socketsBlocked && world.chance(0.7)) server.cut(1006);
+        break;
+      case 2:
+        world.httpLoss = world.pick([0, 0, 0.3, 1]);
+        break;
+      case 3:
+        world.refusals = world.pick([0, 0, 0.3, 0.7]);
+        break;
+      case 4:
+        world.serverAway = world.chance(0.4);
+        if (world.serverAway) server.cut(world.pick([1006, 1012]));
+        break;
+      case 5:
+        if (world.chance(0.5)) world.pick(alive).alive = false;
+        if (!disk.tabs.some((tab) => tab.alive)) await openTab();
+        break;
+      case 6:
+        if (alive.length < 4) await openTab();
+        break;
+      case 7:
+        if (world.chance(0.7)) break;
+        server.epoch = `e${step}`;
+        server.cut(1006);
+        break;
+      case 8:
+        server.store(2, `from another, ${step}`);
+        break;
+      case 9:
+        world.wall += (world.random() - 0.5) * 10_000_000;
+        break;
+      case 10:
+        world.storageFull = mayFill && world.chance(0.5);
+        wasFull ||= world.storageFull;
+        break;
+      default:
+        world.pick(alive).write(`${step}`);
+    }
+    await world.pass(world.pick([1, 50, 500, 3000, 9000]));
+  }
+  Object.assign(world, {
+    socketsBlocked: false,
+    serverAway: false,
+    storageFull: false,
+  });
+  Object.assign(world, { httpLoss: 0, refusals: 0 });
+  await world.pass(180_000);
+  return [...world.faults, ...unmet(server, disk, wasFull)];
+}
+
+/** What should be true at the end, and is not. */
+function unmet(server, disk, wasFull) {
+  const faults = [];
+  const stored = server.stored.map(({ content }) => content);
+  for (const tab of disk.tabs) {
+    const behind = tab.alive && tab.n !== null && tab.n !== stored.length;
+    if (behind) faults.push(`tab ${tab.name} heard ${tab.n} of ${stored.length}`);
+    for (const text of tab.written) {
+      const count = stored.filter((one) => one === text).length;
+      const mayBeLost = wasFull && !tab.alive;
+      if (count !== 1 && !(count === 0 && mayBeLost))
+        faults.push(`${text} was stored ${count} times`);
+      if (tab.alive && tab.deliveries.get(text) !== "sent")
+        faults.push(`${text} is ${tab.deliveries.get(text)}`);
+    }
+    const places = tab.written
+      .map((text) => stored.indexOf(text))
+      .filter((at) => at >= 0);
+    if (places.some((at, i) => i > 0 && at < places[i - 1]))
+      faults.push(`tab ${tab.name}'s messages are out of order`);
+  }
+  for (const key of disk.items.keys()) faults.push(`${key} is left in storage`);
+  return faults;
+}
+
+const [stories = 200, first = 1] = process.argv.slice(2).map(Number);
+let failed = 0;
+for (let seed = first; seed < first + stories; seed++) {
+  const faults = await story(seed);
+  if (faults.length === 0) continue;
+  failed += 1;
+  console.log(`seed ${seed}: ${faults.slice(0, 5).join("; ")}`);
+}
+console.log(`${stories} stories from seed ${first}: ${failed} did not hold`);
+process.exit(failed ? 1 : 0);
