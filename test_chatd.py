@@ -3483,6 +3483,21 @@ def test_after_a_failed_sync_the_whole_log_of_changes_is_written_anew(
     assert resynced == [(wal.st_ino, wal.st_size)]
 
 
+def test_a_probe_makes_room_by_folding_the_log_of_changes_into_the_file(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    for _ in range(100):
+        memory.say(chat, 1, "x" * 4000)
+    before = store.wal_bytes()
+    memory_liar(memory, "SQLITE_FULL")
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    memory.hub.publish(store._probe())
+    assert store.wal_bytes() < before / 2
+    assert (store.degraded, store.seq) == (False, 103)
+    memory_is_sound(memory)
+
+
 def test_a_log_of_changes_that_cannot_be_written_anew_is_a_disk_still_sick(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
