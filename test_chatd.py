@@ -3483,6 +3483,22 @@ def test_after_a_failed_sync_the_whole_log_of_changes_is_written_anew(
     assert resynced == [(wal.st_ino, wal.st_size)]
 
 
+def test_a_probe_makes_room_by_folding_the_log_of_changes_into_the_file(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    for _ in range(100):
+        memory.say(chat, 1, "x" * 4000)
+    with memory_no_growth(memory.settings.db.with_name("chatd.db-wal")):
+        work = memory.sends(chat, 1, "x" * 4000)
+        assert memory_all_failed(memory.commit(work))
+        assert store.degraded
+        assert store._probe() == ([], [])
+        assert not store.degraded
+        assert memory.do(*work).message.n == 101
+    memory_is_sound(memory)
+
+
 def test_a_log_of_changes_that_cannot_be_written_anew_is_a_disk_still_sick(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
