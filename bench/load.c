@@ -350,20 +350,21 @@ static size_t ws_parse(struct conn *c, char *bytes, size_t length)
         /* A message may come in fragments: joined when its last is there. */
         char *next = at, *text = NULL;
         size_t size, joined = 0;
-        int opcode = -1;
-        bool last = false;
-        while (!last) {
-            char *payload = ws_payload(next, end, &size);
-            if (!payload)
+        do
+            if (!(text = ws_payload(next, end, &size)))
                 return at - bytes;
-            last = *next & 0x80;
-            if (opcode < 0)
-                opcode = *next & 15, text = payload;
+        while (!(*next & 0x80) && (next = text + size));
+        int opcode = *at & 15;
+        for (char *frame = at, *to = NULL; frame <= next; frame = text + size) {
+            text = ws_payload(frame, end, &size);
+            if (!to)
+                to = text;
             else
-                memmove(text + joined, payload, size);
+                memmove(to + joined, text, size);
             joined += size;
-            next = payload + size;
         }
+        next = text + size;
+        text = ws_payload(at, end, &size);
         if (opcode == 9)
             ws_frame(c, 10, text, joined);
         else if (opcode < 3 && !c->ready) /* chatd's first word: connected */
@@ -676,10 +677,10 @@ static double own_cpu(void)
 static void drive(uint64_t begin, uint64_t until, uint64_t *due)
 {
     for (uint64_t t; (t = now()) < until;) {
-        if (rate)
+        if (rate && running)
             for (uint64_t at; (at = begin + *due * (1e9 / rate)) <= t; ++*due)
                 speak(&conns[*due % wanted], at);
-        turn(rate ? 0 : 1 + (until - t) / 1000000);
+        turn(rate && running ? 0 : 1 + (until - t) / 1000000);
     }
 }
 
@@ -692,6 +693,8 @@ static void talk(void)
     expected = calloc((size_t)wanted * senders, sizeof *expected);
     for (int i = 0; i < content_length; i++)
         content[i] = i < (int)MARK_LENGTH ? MARK[i] : 'x';
+    /* Who was let in a moment ago may not be in his room yet. */
+    drive(0, now() + 200000000, NULL);
     running = true;
     uint64_t begin = now(), due = 0;
     for (int i = 0; i < wanted && !rate; i++)

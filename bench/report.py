@@ -148,7 +148,7 @@ def rows(
 
 
 def text(results: Results) -> str:
-    """Write all tables for a terminal, with the range of the rounds behind each median."""
+    """Write all tables for a terminal, the range of the rounds behind each median."""
     out = []
     for title, columns in tables(results).items():
         table = rows(results, columns, spread=True)
@@ -288,8 +288,8 @@ def chart(results: Results) -> str:
     tops = [
         statistics.median(found) for each in bars.values() for found in each if found
     ]
-    low = 10 ** math.floor(math.log10(min(tops)))
-    high = 10 ** math.ceil(math.log10(max(tops)))
+    low = 10.0 ** math.floor(math.log10(min(tops)))
+    high = 10.0 ** math.ceil(math.log10(max(tops)))
     scale = (WIDTH - LEFT - RIGHT) / math.log10(high / low)
 
     def x(value: float) -> float:
@@ -307,7 +307,7 @@ def chart(results: Results) -> str:
         at = 8 + place * 200
         out.append(f'<rect class="{style}" x="{at}" y="33" width="12" height="12"/>')
         out.append(f'<text class="small" x="{at + 18}" y="43">{label}</text>')
-    power = float(low)
+    power = low
     while power <= high:
         at, bottom = x(power), TOP + ROW * len(bars)
         out.append(

@@ -100,7 +100,9 @@ def measure(
         for kind in only:
             if turn and kind in workload.ONCE:
                 continue
+            took = []
             for name, command in commands.items():
+                started = time.monotonic()
                 run = {"round": turn, "workload": kind, "peer": name}
                 cases = workload.WORKLOADS[kind](PEERS[name], command, plan)
                 try:
@@ -110,8 +112,9 @@ def measure(
                     results["runs"].append({**run, "case": "", "error": str(why)})
                     print(f"{kind} {name}: broken: {why}")
                 save(results, path)
+                took.append(f"{name} {time.monotonic() - started:.0f}")
             spent = time.monotonic() - begin
-            print(f"{spent:5.0f} s: round {turn + 1} of {plan.rounds}, {kind}")
+            print(f"{spent:5.0f} s: round {turn + 1}, {kind}: {', '.join(took)}")
     results["took_seconds"] = round(time.monotonic() - begin)
     save(results, path)
     return results
