@@ -21,7 +21,7 @@ Column = tuple[str, str, str, Figure]  # heading, workload, case, what of it
 
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- bench/run.py --report: -->", "<!-- end -->"
-FAULTS = ("lost", "repeated", "strayed", "refused", "ended", "missing_on_disk")
+FAULTS = ("lost", "late", "repeated", "strayed", "refused", "ended", "missing_on_disk")
 
 
 def micros(run: Run) -> float:
@@ -173,7 +173,7 @@ def faults(results: Results) -> list[str]:
         found = [f"{run[name]:,} {name}" for name in FAULTS if run.get(name)]
         if found:
             told.append(f"{where}, round {run['round'] + 1}: {', '.join(found)}")
-    return told or ["Nothing was lost, repeated, out of order or refused."]
+    return told or ["Nothing was lost, late, repeated, out of order or refused."]
 
 
 # --- the README -----------------------------------------------------------------------
@@ -304,9 +304,9 @@ def chart(results: Results) -> str:
         f'<text x="8" y="20" font-weight="600">{title}</text>',
     ]
     for place, (style, label, _) in enumerate(series):
-        at = 8 + place * 200
-        out.append(f'<rect class="{style}" x="{at}" y="33" width="12" height="12"/>')
-        out.append(f'<text class="small" x="{at + 18}" y="43">{label}</text>')
+        left = 8 + place * 200
+        out.append(f'<rect class="{style}" x="{left}" y="33" width="12" height="12"/>')
+        out.append(f'<text class="small" x="{left + 18}" y="43">{label}</text>')
     power = low
     while power <= high:
         at, bottom = x(power), TOP + ROW * len(bars)

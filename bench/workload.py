@@ -330,7 +330,7 @@ def aged(server: Server, plan: Plan, messages: int) -> Cases:
     """Measure a server that has a history."""
     cursor = server.call("GET", "/api/v1/events", None, token(1))["cursor"]
     epoch, _, head = cursor.rpartition(".")
-    back = f"{epoch}.{int(head) - messages // 10}"
+    back = f"{epoch}.{int(head) - messages // 2}"  # 50 events a user, or far more
     first = int(head) - messages + 1
     halfway = first + messages // CHATS // 2 * CHATS  # of the first chat
     body = json.dumps({"content": MARK})
