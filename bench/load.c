@@ -365,6 +365,12 @@ static size_t ws_parse(struct conn *c, char *bytes, size_t length)
         }
         next = text + size;
         text = ws_payload(at, end, &size);
+        if (opcode == 8) { /* answered, as every client does */
+            ws_frame(c, 8, text, joined);
+            ended++;
+            drop(c);
+            return 0;
+        }
         if (opcode == 9)
             ws_frame(c, 10, text, joined);
         else if (opcode < 3 && !c->ready) /* chatd's first word: connected */
