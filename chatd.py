@@ -2111,7 +2111,7 @@ class Person:
         self.chats: dict[int, int] = {}  # chat -> joined_seq
         self.known = False
         self.changes: list[tuple[int, int | None]] = []
-        self.replaying = trio.Lock()  # one replay a user at a time
+        self.replaying: trio.Lock | None = None  # one replay a user at a time
 
     def sees(self, event: Event) -> bool:
         """Is this event for him?"""
@@ -2694,6 +2694,19 @@ class Guard(WebSocketConnection):
     It replaces private methods, so the version is pinned; each has a test.
     """
 
+    # fmt: off
+    # Beyond 30 attributes an instance's dict is no longer a shared one: 1.2 KB each.
+    __slots__ = ("_bytes", "_fragments", "_most_bytes", "_most_fragments", "_obey",
+                 "_outbox", "_parts")
+    # fmt: on
+
+    # The library closes and sets these. Nobody here waits for a handshake, a pong or a
+    # message, and one task alone sends: so all connections share them. 3 KB each.
+    _nobody_hears = trio.open_memory_channel[str | bytes](0)
+    _nobody_waits = trio.Event()
+    _nobody_pings: ClassVar[OrderedDict[bytes, trio.Event]] = OrderedDict()
+    _nobody_else_sends = contextlib.nullcontext()
+
     def __init__(
         self,
         outbox: Outbox,
@@ -2710,7 +2723,12 @@ class Guard(WebSocketConnection):
             max_message_size=sys.maxsize,
             receive_buffer_size=8192,
         )
-        self._connection_proposal = None  # frees what waits for a handshake
+        self._connection_proposal = None
+        self._send_channel, self._recv_channel = self._nobody_hears
+        self._open_handshake = self._close_handshake = self._nobody_waits
+        self._for_testing_peer_closed_connection = self._nobody_waits
+        self._pings = self._nobody_pings
+        self._stream_lock = self._nobody_else_sends  # type: ignore[assignment]
         self._outbox = outbox
         self._obey = obey
         self._most_bytes = settings.max_message_bytes
@@ -2885,6 +2903,7 @@ class Session:
         """
         store, hub, seat = self.server.store, self.server.hub, self.seat
         user_id, limit = self.claims.user_id, self.server.settings.page_events
+        person = seat.person
         while not seat.live:
             await trio.lowlevel.checkpoint()  # one helping each, then the others
             await self.outbox.empty()
@@ -2894,7 +2913,8 @@ class Session:
                 hub.feed(seat)
                 continue
             try:
-                async with seat.person.replaying:
+                person.replaying = person.replaying or trio.Lock()
+                async with person.replaying:
                     where = (user_id, seat.cursor, hub.head, limit)
                     page = await store.read(store.events_after, *where)
             except Refusal:
