@@ -530,18 +530,14 @@ static void mqtt_say(struct conn *c, const char *text)
 
 static void http_ask(struct conn *c)
 {
-    char *request = lines[c->index % line_count];
-    char *place = memmem(request, strlen(request), "#00000.", 7);
-    if (!place)
-        place = memmem(request, strlen(request), ".0000000000000000#", 18);
-    char mine[8192];
-    strcpy(mine, request);
+    char *place;
+    snprintf(scratch, sizeof scratch, "%s", lines[c->index % line_count]);
     c->since = now();
-    if (place && *place == '#')
-        mark(mine + (place - request), c, c->since);
+    if ((place = strstr(scratch, MARK)))
+        mark(place, c, c->since);
     else
         sent_count++;
-    put(c, mine, strlen(mine));
+    put(c, scratch, strlen(scratch));
 }
 
 static void http_hello(struct conn *c)
@@ -802,11 +798,11 @@ static void hold(void)
         } else {
             epoll_ctl(poller, EPOLL_CTL_DEL, 0, NULL);
             connect_all(number);
-            int waiting = expect ? 0 : number;
-            while (waiting < number && now() < until) {
+            int served = expect ? 0 : number; /* so many have all that they missed */
+            while (served < number && now() < until) {
                 turn(1000);
-                for (waiting = 0; waiting < number; waiting++)
-                    if (conns[waiting].caught < expect)
+                for (served = 0; served < number; served++)
+                    if (conns[served].caught < expect)
                         break;
             }
             epoll_ctl(poller, EPOLL_CTL_ADD, 0, &event);

@@ -193,9 +193,18 @@ def spread(results: Results) -> float:
     parts = [
         (max(each) - min(each)) / 2 / statistics.median(each)
         for each in found
-        if len(each) > 1
+        if len(each) > 1 and not math.isnan(sum(each))
     ]
     return 100 * statistics.median(parts) if parts else 0.0
+
+
+def measured(results: Results) -> str:
+    """Say how sure the figures are."""
+    rounds = results["plan"]["rounds"]
+    load = f"load average {results['machine']['load_average']:.1f} at the start"
+    if rounds == 1:
+        return f"one round, {load}"
+    return f"medians of {rounds} rounds, typically ±{spread(results):.0f} %, {load}"
 
 
 def section(results: Results) -> str:
@@ -211,8 +220,7 @@ def section(results: Results) -> str:
     ages = [f"{n:,} messages" for n in plan["history"]]
     lines = [
         f"On {machine['cpu']}, {machine['cores']} cores, {machine['system']}, "
-        f"{results['date']}, by `{results['command']}`; medians of {plan['rounds']} "
-        f"rounds, which typically differ by ±{spread(results):.0f} %.",
+        f"{results['date']}, by `{results['command']}`; {measured(results)}.",
         "",
         "**CPU of the server for one delivery, in microseconds** (a room of so many, "
         f"one message at a time; then in the room of {plan['crowd']}, so many people "
@@ -261,6 +269,7 @@ def publish(results: Results) -> None:
 
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328 }
+.us { font-weight: 700 }
 .small { font-size: 11px; fill: #59636e }
 .grid { stroke: #d1d9e0 }
 .one { fill: #9a6700 } .many { fill: #0969da }
@@ -286,7 +295,11 @@ def chart(results: Results) -> str:
         if values(results, name, series[0][2])
     }
     tops = [
-        statistics.median(found) for each in bars.values() for found in each if found
+        value
+        for each in bars.values()
+        for found in each
+        for value in found
+        if not math.isnan(value)
     ]
     low = 10.0 ** math.floor(math.log10(min(tops)))
     high = 10.0 ** math.ceil(math.log10(max(tops)))
@@ -301,7 +314,7 @@ def chart(results: Results) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         f'width="{WIDTH}" height="{height}" role="img" aria-label="{title}">',
         f"<style>{STYLE}</style>",
-        f'<text x="8" y="20" font-weight="600">{title}</text>',
+        f'<text class="us" x="8" y="20">{title}</text>',
     ]
     for place, (style, label, _) in enumerate(series):
         left = 8 + place * 200
@@ -322,13 +335,13 @@ def chart(results: Results) -> str:
         power *= 10
     for place, (name, each) in enumerate(bars.items()):
         top = TOP + ROW * place
-        weight = ' font-weight="700"' if name == "chatd" else ""
+        style = "us" if name == "chatd" else "them"
         label = html.escape(PEERS[name].label)
-        out.append(f'<text x="8" y="{top + 20}"{weight}>{label}</text>')
+        out.append(f'<text class="{style}" x="8" y="{top + 20}">{label}</text>')
         for line, found in enumerate(each):
-            if not found:
+            value = statistics.median(found) if found else math.nan
+            if math.isnan(value):
                 continue
-            value = statistics.median(found)
             y = top + 3 + 15 * line
             out.append(
                 f'<rect class="{series[line][0]}" x="{LEFT}" y="{y}" '
