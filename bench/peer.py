@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import resource
 import shutil
@@ -351,6 +352,16 @@ class Server:
     def cpu_seconds(self) -> float:
         """CPU time so far, from the kernel's clock of each process."""
         return sum(time.clock_gettime((~pid << 3) | 2) for pid in self.pids)
+
+    def settle(self) -> None:
+        """Wait until it has nothing left to do: at most 5 ms of CPU in 0.2 s."""
+        deadline = time.monotonic() + 60
+        before = -math.inf
+        while (now := self.cpu_seconds()) - before > 0.005:
+            if time.monotonic() > deadline:
+                raise Missing("it does not come to rest")
+            before = now
+            time.sleep(0.2)
 
     def memory_bytes(self) -> int:
         """Proportional set size: shared pages are divided, and none counts twice."""

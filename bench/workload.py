@@ -251,6 +251,7 @@ def idle(peer: Peer, command: list[str], plan: Plan) -> Cases:
                 quiet = {"cpu": spent, "seconds": plan.quiet_seconds, "count": most}
                 yield "quiet", quiet
             tell(f"keep {plan.kept}")
+            server.settle()
             yield f"stop {plan.kept}", {"seconds": server.stop()}
 
 
@@ -287,6 +288,7 @@ def storm(peer: Peer, command: list[str], plan: Plan) -> Cases:
 # --- growth ---------------------------------------------------------------------------
 
 CHATS = 100  # of the history; each has two members
+POLLED = 10  # events that a poll of one of them finds
 
 
 def fill(database: Path, messages: int) -> None:
@@ -330,7 +332,7 @@ def aged(server: Server, plan: Plan, messages: int) -> Cases:
     """Measure a server that has a history."""
     cursor = server.call("GET", "/api/v1/events", None, token(1))["cursor"]
     epoch, _, head = cursor.rpartition(".")
-    back = f"{epoch}.{int(head) - messages // 2}"  # 50 events a user, or far more
+    back = f"{epoch}.{int(head) - POLLED * CHATS}"
     first = int(head) - messages + 1
     halfway = first + messages // CHATS // 2 * CHATS  # of the first chat
     body = json.dumps({"content": MARK})
@@ -357,7 +359,7 @@ def aged(server: Server, plan: Plan, messages: int) -> Cases:
         return get_request(f"{path}/messages?limit=50&before={before}", bearer)
 
     yield "page", asked(200, page)
-    poll = f"/api/v1/events?limit=50&cursor={back}"
+    poll = f"/api/v1/events?limit={POLLED}&cursor={back}"
     yield "poll", asked(200, lambda c: get_request(poll, of(c)[1]))
     seats = server.folder / "seats"
     targets = [
