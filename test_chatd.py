@@ -2472,7 +2472,7 @@ def test_membership_changes_where_it_stands_in_a_batch(memory: Memory) -> None:
     assert seats[1].seqs() == [3, 4, 6, 7, 8, 9, 10, 12]
     assert seats[2].seqs() == [3, 4, 6, 7, 11, 12]
     assert seats[3].seqs() == [5, 6, 7, 8, 9]
-    assert {*memory.hub.rooms[chat]} == {1, 2}
+    assert memory.hub.rooms[chat] == {seats[1].seat, seats[2].seat}
 
 
 def memory_asker(made: MemorySeat, work: MemoryWork) -> Job:
@@ -2680,6 +2680,19 @@ def test_nothing_is_left_of_who_has_left(memory: Memory) -> None:
     assert [made.seqs() for made in seats] == [[], [], []]
 
 
+def test_a_page_that_comes_for_who_has_left_puts_him_into_no_room(
+    memory: Memory,
+) -> None:
+    memory.chat(1, 2)
+    made = memory.enter(2)
+    memory.hub.know(made.seat.person, memory.greeting(2).joined)
+    page = memory.store.events_after(memory.store._writer, 2, 0, memory.hub.head, 9)
+    memory.hub.leave(made.seat)
+    memory.hub.give_page(made.seat, page)
+    assert page.cursor == memory.hub.head
+    assert (made.seat.live, memory.hub.rooms) == (False, {})
+
+
 def test_changes_that_come_while_the_chats_are_read_are_not_missed(
     memory: Memory,
 ) -> None:
@@ -2694,7 +2707,7 @@ def test_changes_that_come_while_the_chats_are_read_are_not_missed(
     assert made.seat.person.chats == {third: 7, chats[1]: 10}
     memory.catch_up(made)
     assert made.seqs() == [5, 7, 8, 10]
-    assert memory.hub.rooms[third] == {2: made.seat.person}
+    assert memory.hub.rooms[third] == {made.seat}
     assert chats[0] not in memory.hub.rooms
 
 
@@ -3879,6 +3892,12 @@ class MemoryPlay:
         getattr(self, name)(argument) if name != "publish" else self.publish()
         for client in self.clients:
             self._listen(client)
+        rooms: dict[int, set[chatd.Seat]] = {}
+        for person in self.hub.people.values():
+            for seat in person.seats:
+                for chat in person.chats if seat.live else ():
+                    rooms.setdefault(chat, set()).add(seat)
+        assert self.hub.rooms == rooms
 
     def _listen(self, client: MemoryClient) -> None:
         """Read what was pushed in this step, and keep the cursor as a client does."""

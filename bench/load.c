@@ -1,0 +1,910 @@
+/* load.c: the load generator of bench/run.py, one epoll loop that is never the bottleneck.
+ *
+ *   load MODE key=value...      prints one JSON line for each thing it was asked to do
+ *
+ *   talk   rooms in which people speak: each of `senders` members of each room has one
+ *          message in flight and sends the next when everybody in the room, himself
+ *          included, has it; or, with `rate`, all members in turn, by the clock
+ *   http   `conns` keep-alive connections, one request each at a time
+ *   shake  `conns` at a time: connect, handshake, be greeted, close, again
+ *   hold   obeys lines on stdin: `open N`, `keep N`; answers pings; ends with stdin
+ *
+ * Every message carries a mark #SENDER.SEQUENCE.NANOSECONDS#, so each delivery is checked
+ * for its room, its order and its number, and timed, without state shared with the
+ * sender. With `rate` the time is when it was due, not when it was sent. The CPU of the
+ * server (`pids`) is read from the kernel's process clocks at both ends of the window,
+ * so connecting and warming up are not in it.
+ *
+ * Protocols: ws (what one says the whole room hears), chatd, xmpp, mqtt, http.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/tcp.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MARK "#00000.00000000.0000000000000000#"
+#define MARK_LENGTH (sizeof MARK - 1)
+#define BUFFER (1 << 18)
+#define SOURCES 32 /* client addresses 127.0.0.2 and up: enough ports for all */
+
+struct conn {
+    int index, fd, step;
+    bool ready, greeted, gone;
+    char *kept; /* the beginning of what has not come whole */
+    size_t kept_length;
+    char *out; /* what the kernel would not take */
+    size_t out_length;
+    uint32_t sent;       /* messages */
+    int heard;           /* members that have the message in flight */
+    int caught;          /* marks received, for `expect` */
+    uint64_t since;      /* when the request or the handshake began */
+};
+
+struct protocol {
+    const char *name;
+    void (*hello)(struct conn *);
+    /* Take what is whole of the bytes; return how many those were. */
+    size_t (*parse)(struct conn *, char *, size_t);
+    void (*say)(struct conn *, const char *content);
+    const char *bye;
+    size_t bye_length;
+};
+
+/* --- what was asked for ----------------------------------------------------------- */
+
+static const char *host = "127.0.0.1", *file;
+static int port, wanted = 1, rooms = 1, senders = 1, parallel = 64, expect, pids[64];
+static int pid_count, ok_status = 200, content_length = 64;
+static double seconds = 1, warm_seconds = 0.2, rate;
+static const struct protocol *protocol;
+
+/* --- state ------------------------------------------------------------------------ */
+
+static struct conn *conns;
+static char **lines;      /* of the file: a target or a request for each connection */
+static char **room_names; /* the word behind a target */
+static int line_count, next_line;
+static int poller, open_count, connecting, room_size;
+static uint32_t *expected; /* the next number, [receiver][sender in his room] */
+static bool running, closing;
+static uint64_t received_at;
+static uint64_t sent_count, delivered, lost, repeated, strayed, refused, ended, done;
+static char buffer[BUFFER + 1], content[4096], scratch[1 << 17];
+
+static uint64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
+
+/* CPU time of the server: all threads of its processes, those that ended too. */
+static double server_cpu(void)
+{
+    double sum = 0;
+    for (int i = 0; i < pid_count; i++) {
+        clockid_t clock;
+        struct timespec t;
+        if (!clock_getcpuclockid(pids[i], &clock) && !clock_gettime(clock, &t))
+            sum += t.tv_sec + t.tv_nsec / 1e9;
+    }
+    return sum;
+}
+
+static void die(const char *why)
+{
+    fprintf(stderr, "load: %s: %s\n", why, strerror(errno));
+    exit(1);
+}
+
+/* Latencies in classes 1/32 wide: exact enough for a percentile, and bounded. */
+static uint64_t classes[64 * 32], timed, slowest;
+
+static int class_of(uint64_t ns)
+{
+    if (ns < 64)
+        return ns;
+    int shift = 63 - __builtin_clzll(ns) - 5;
+    return shift * 32 + (ns >> shift);
+}
+
+static void time_it(uint64_t ns)
+{
+    classes[class_of(ns)]++;
+    timed++;
+    if (ns > slowest)
+        slowest = ns;
+}
+
+static double percentile_ms(double share)
+{
+    uint64_t seen = 0;
+    for (int i = 0; i < 64 * 32; i++)
+        if ((seen += classes[i]) >= share * timed && seen) {
+            int shift = i < 64 ? 0 : i / 32 - 1;
+            return ((uint64_t)(i - shift * 32) << shift) / 1e6;
+        }
+    return 0;
+}
+
+/* --- sockets ---------------------------------------------------------------------- */
+
+static void watch(struct conn *c, int operation, uint32_t events)
+{
+    struct epoll_event event = {.events = events, .data.ptr = c};
+    if (epoll_ctl(poller, operation, c->fd, &event))
+        die("epoll_ctl");
+}
+
+static void drop(struct conn *c)
+{
+    if (c->fd < 0)
+        return;
+    close(c->fd);
+    c->fd = -1;
+    if (c->greeted)
+        open_count--;
+    else
+        connecting--;
+    c->gone = true;
+    free(c->kept);
+    free(c->out);
+    c->kept = c->out = NULL;
+    c->kept_length = c->out_length = 0;
+}
+
+static void put(struct conn *c, const char *bytes, size_t length)
+{
+    if (c->fd < 0)
+        return;
+    ssize_t sent = 0;
+    if (!c->out_length && (sent = send(c->fd, bytes, length, MSG_NOSIGNAL)) < 0) {
+        if (errno != EAGAIN) {
+            ended++;
+            drop(c);
+            return;
+        }
+        sent = 0;
+    }
+    if ((size_t)sent == length)
+        return;
+    c->out = realloc(c->out, c->out_length + length - sent);
+    memcpy(c->out + c->out_length, bytes + sent, length - sent);
+    c->out_length += length - sent;
+    watch(c, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT);
+}
+
+static void flush(struct conn *c)
+{
+    ssize_t sent = send(c->fd, c->out, c->out_length, MSG_NOSIGNAL);
+    if (sent <= 0)
+        return;
+    memmove(c->out, c->out + sent, c->out_length - sent);
+    if (!(c->out_length -= sent))
+        watch(c, EPOLL_CTL_MOD, EPOLLIN);
+}
+
+static void dial(struct conn *c, int index)
+{
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port)};
+    struct sockaddr_in from = {.sin_family = AF_INET};
+    int one = 1;
+    memset(c, 0, sizeof *c);
+    c->index = index;
+    inet_pton(AF_INET, host, &to.sin_addr);
+    from.sin_addr.s_addr = htonl(0x7f000002 + index % SOURCES);
+    c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    if (c->fd < 0)
+        die("socket");
+    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    setsockopt(c->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
+    if (bind(c->fd, (struct sockaddr *)&from, sizeof from))
+        die("bind");
+    c->since = now();
+    connecting++;
+    if (connect(c->fd, (struct sockaddr *)&to, sizeof to) && errno != EINPROGRESS)
+        die("connect");
+    watch(c, EPOLL_CTL_ADD, EPOLLIN | EPOLLOUT);
+}
+
+/* --- what is said and heard ------------------------------------------------------- */
+
+static void mark(char *at, struct conn *c, uint64_t when)
+{
+    char text[MARK_LENGTH + 1];
+    snprintf(text, sizeof text, "#%05d.%08u.%016llx#", c->index, c->sent++,
+             (unsigned long long)when);
+    memcpy(at, text, MARK_LENGTH);
+    sent_count++;
+}
+
+static void speak(struct conn *c, uint64_t when)
+{
+    c->heard = 0;
+    mark(content, c, when);
+    protocol->say(c, content);
+}
+
+static void hear(struct conn *c, const char *text)
+{
+    int from = atoi(text + 1);
+    uint32_t number = strtoul(text + 7, NULL, 10);
+    uint64_t when = strtoull(text + 16, NULL, 16);
+    c->caught++;
+    if (!expected)
+        return;
+    if (from / room_size != c->index / room_size || from % room_size >= senders) {
+        strayed++;
+        return;
+    }
+    uint32_t *next = &expected[(size_t)c->index * senders + from % room_size];
+    if (number < *next) {
+        repeated++;
+        return;
+    }
+    lost += number - *next;
+    *next = number + 1;
+    delivered++;
+    if (from != c->index)
+        time_it(received_at - when);
+    struct conn *sender = &conns[from];
+    if (++sender->heard == room_size && running && !rate)
+        speak(sender, now());
+}
+
+static void scan(struct conn *c, char *bytes, size_t length)
+{
+    char *end = bytes + length, *at = bytes;
+    while ((at = memchr(at, '#', end - at)) && at + MARK_LENGTH <= end) {
+        if (at[6] == '.' && at[15] == '.' && at[MARK_LENGTH - 1] == '#') {
+            hear(c, at);
+            at += MARK_LENGTH;
+        } else
+            at++;
+    }
+}
+
+static void greet(struct conn *c)
+{
+    c->ready = c->greeted = true;
+    connecting--;
+    open_count++;
+}
+
+/* --- WebSocket (RFC 6455) --------------------------------------------------------- */
+
+static void ws_frame(struct conn *c, int opcode, const char *payload, size_t length)
+{
+    static const unsigned char key[4] = {0x37, 0xfa, 0x21, 0x3d};
+    unsigned char frame[8192], *at = frame;
+    *at++ = 0x80 | opcode;
+    *at++ = 0x80 | (length < 126 ? length : 126);
+    if (length >= 126) {
+        *at++ = length >> 8;
+        *at++ = length;
+    }
+    memcpy(at, key, 4);
+    at += 4;
+    for (size_t i = 0; i < length; i++)
+        at[i] = payload[i] ^ key[i % 4];
+    put(c, (char *)frame, at - frame + length);
+}
+
+static void ws_hello(struct conn *c)
+{
+    int length = snprintf(scratch, sizeof scratch,
+                          "GET %s HTTP/1.1\r\nHost: %s:%d\r\nUpgrade: websocket\r\n"
+                          "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                          "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+                          lines[c->index % line_count], host, port);
+    put(c, scratch, length);
+}
+
+static void ws_say(struct conn *c, const char *text)
+{
+    ws_frame(c, 1, text, strlen(text));
+}
+
+/* Find the payload of a frame, or NULL if it has not come whole. */
+static char *ws_payload(char *frame, char *end, size_t *size)
+{
+    if (end - frame < 2)
+        return NULL;
+    unsigned char *head = (unsigned char *)frame;
+    size_t more = head[1] == 127 ? 8 : head[1] == 126 ? 2 : 0;
+    if ((size_t)(end - frame) < 2 + more)
+        return NULL;
+    *size = more ? 0 : head[1];
+    for (size_t i = 0; i < more; i++)
+        *size = *size << 8 | head[2 + i];
+    return (size_t)(end - frame) < 2 + more + *size ? NULL : frame + 2 + more;
+}
+
+static size_t ws_parse(struct conn *c, char *bytes, size_t length)
+{
+    char *at = bytes, *end = bytes + length;
+    if (!c->step) {
+        char *body = memmem(bytes, length, "\r\n\r\n", 4);
+        if (!body)
+            return 0;
+        if (memcmp(bytes, "HTTP/1.1 101", 12)) {
+            refused++;
+            drop(c);
+            return 0;
+        }
+        c->step = 1;
+        at = body + 4;
+        if (protocol->say == ws_say)
+            greet(c);
+    }
+    while (c->fd >= 0) {
+        /* A message may come in fragments: joined when its last is there. */
+        char *next = at, *text = NULL;
+        size_t size, joined = 0;
+        do
+            if (!(text = ws_payload(next, end, &size)))
+                return at - bytes;
+        while (!(*next & 0x80) && (next = text + size));
+        int opcode = *at & 15;
+        for (char *frame = at, *to = NULL; frame <= next; frame = text + size) {
+            text = ws_payload(frame, end, &size);
+            if (!to)
+                to = text;
+            else
+                memmove(to + joined, text, size);
+            joined += size;
+        }
+        next = text + size;
+        text = ws_payload(at, end, &size);
+        if (opcode == 8) { /* answered, as every client does */
+            ws_frame(c, 8, text, joined);
+            ended++;
+            drop(c);
+            return 0;
+        }
+        if (opcode == 9)
+            ws_frame(c, 10, text, joined);
+        else if (opcode < 3 && !c->ready) /* chatd's first word: connected */
+            greet(c);
+        else if (opcode < 3)
+            scan(c, text, joined);
+        at = next;
+    }
+    return at - bytes;
+}
+
+static void chatd_say(struct conn *c, const char *text)
+{
+    char command[4096];
+    snprintf(command, sizeof command,
+             "{\"type\":\"send_message\",\"chat_id\":%s,\"content\":\"%s\"}",
+             room_names[c->index % line_count], text);
+    ws_frame(c, 1, command, strlen(command));
+}
+
+/* --- XMPP: a room of Prosody (RFC 6120, XEP-0045), signed in anonymously ----------- */
+
+static void xmpp_open(struct conn *c)
+{
+    const char *stream = "<stream:stream to='localhost' version='1.0' "
+                         "xmlns='jabber:client' "
+                         "xmlns:stream='http://etherx.jabber.org/streams'>";
+    put(c, stream, strlen(stream));
+}
+
+static size_t xmpp_parse(struct conn *c, char *bytes, size_t length)
+{
+    static const char *const awaited[] = {"</stream:features>", "<success",
+                                          "</stream:features>", "</iq>", "<subject"};
+    const char *answer;
+    char *at = bytes, *found;
+    while (c->step < 5) {
+        const char *word = awaited[c->step];
+        if (!(found = memmem(at, bytes + length - at, word, strlen(word))))
+            return at - bytes;
+        at = found + strlen(word);
+        answer = "";
+        switch (c->step++) {
+        case 0:
+            answer = "<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' "
+                     "mechanism='ANONYMOUS'/>";
+            break;
+        case 1:
+            xmpp_open(c);
+            break;
+        case 2:
+            answer = "<iq type='set' id='b'>"
+                     "<bind xmlns='urn:ietf:params:xml:ns:xmpp-bind'/></iq>";
+            break;
+        case 3:
+            snprintf(scratch, sizeof scratch,
+                     "<presence to='r%s@rooms.localhost/n%d'>"
+                     "<x xmlns='http://jabber.org/protocol/muc'>"
+                     "<history maxstanzas='0'/></x></presence>",
+                     room_names[c->index % line_count], c->index);
+            answer = scratch;
+            break;
+        default:
+            greet(c);
+        }
+        put(c, answer, strlen(answer));
+    }
+    /* A mark stands between two tags, so whatever ends with one has whole marks. */
+    char *end = memrchr(at, '>', bytes + length - at);
+    if (!end)
+        return at - bytes;
+    scan(c, at, end - at);
+    if (memmem(at, end + 1 - at, protocol->bye, protocol->bye_length)) {
+        put(c, protocol->bye, protocol->bye_length); /* the server waits for it */
+        shutdown(c->fd, SHUT_WR);
+    }
+    return end + 1 - bytes;
+}
+
+static void xmpp_say(struct conn *c, const char *text)
+{
+    int length = snprintf(scratch, sizeof scratch,
+                          "<message type='groupchat' to='r%s@rooms.localhost' id='m%u'>"
+                          "<body>%s</body></message>",
+                          room_names[c->index % line_count], c->sent, text);
+    put(c, scratch, length);
+}
+
+/* --- MQTT 3.1.1: a topic for each room, QoS 0 --------------------------------------- */
+
+static void mqtt_put(struct conn *c, int type, const char *head, size_t head_length,
+                     const char *body)
+{
+    char packet[4096], *at = packet;
+    size_t length = head_length + strlen(body);
+    *at++ = type;
+    if (length >= 128)
+        *at++ = 0x80 | (length & 127);
+    *at++ = length >= 128 ? length >> 7 : length;
+    memcpy(at, head, head_length);
+    memcpy(at + head_length, body, strlen(body));
+    put(c, packet, at - packet + length);
+}
+
+static size_t mqtt_topic(struct conn *c, char *to, bool subscribe)
+{
+    int length = sprintf(to + 2, "room/%s", room_names[c->index % line_count]);
+    to[0] = 0;
+    to[1] = length;
+    to[2 + length] = 0; /* the wanted QoS */
+    return 2 + length + subscribe;
+}
+
+static void mqtt_hello(struct conn *c)
+{
+    char name[32];
+    /* Protocol MQTT, level 4, clean session, no keep-alive, an identifier. */
+    char head[] = "\0\4MQTT\4\2\0\0\0\0";
+    head[11] = sprintf(name, "c%d-%d", c->index, (int)getpid());
+    mqtt_put(c, 0x10, head, 12, name);
+}
+
+static size_t mqtt_parse(struct conn *c, char *bytes, size_t length)
+{
+    char *at = bytes, *end = bytes + length, head[64];
+    while (end - at >= 2) {
+        size_t size = at[1] & 127, skip = 2;
+        if (at[1] & 0x80) {
+            if (end - at < 3)
+                break;
+            size |= (size_t)at[2] << 7; /* no packet here needs a third digit */
+            skip = 3;
+        }
+        if ((size_t)(end - at) < skip + size)
+            break;
+        int type = (unsigned char)at[0] >> 4;
+        if (type == 2) {
+            head[0] = 0;
+            head[1] = 1;
+            mqtt_put(c, 0x82, head, 2 + mqtt_topic(c, head + 2, true), "");
+        } else if (type == 9)
+            greet(c);
+        else if (type == 3)
+            scan(c, at + skip, size);
+        at += skip + size;
+    }
+    return at - bytes;
+}
+
+static void mqtt_say(struct conn *c, const char *text)
+{
+    char head[64];
+    mqtt_put(c, 0x30, head, mqtt_topic(c, head, false), text);
+}
+
+/* --- HTTP: the requests are the file's lines ---------------------------------------- */
+
+static void http_ask(struct conn *c)
+{
+    char *place;
+    snprintf(scratch, sizeof scratch, "%s", lines[c->index % line_count]);
+    c->since = now();
+    if ((place = strstr(scratch, MARK)))
+        mark(place, c, c->since);
+    else
+        sent_count++;
+    put(c, scratch, strlen(scratch));
+}
+
+static void http_hello(struct conn *c)
+{
+    greet(c);
+}
+
+static size_t http_parse(struct conn *c, char *bytes, size_t length)
+{
+    char *body = memmem(bytes, length, "\r\n\r\n", 4);
+    if (!body)
+        return 0;
+    *body = 0; /* the head is a string now */
+    char *field = strcasestr(bytes, "\r\ncontent-length:");
+    size_t size = field ? strtoul(field + 17, NULL, 10) : 0;
+    *body = '\r';
+    if ((size_t)(bytes + length - body) < 4 + size)
+        return 0;
+    if (atoi(bytes + 9) == ok_status) {
+        done++;
+        time_it(received_at - c->since);
+    } else
+        refused++;
+    if (running)
+        http_ask(c);
+    return length; /* one request at a time: there is nothing behind it */
+}
+
+static const struct protocol protocols[] = {
+    {"ws", ws_hello, ws_parse, ws_say, "\x88\x82\0\0\0\0\x03\xe8", 8},
+    {"chatd", ws_hello, ws_parse, chatd_say, "\x88\x82\0\0\0\0\x03\xe8", 8},
+    {"xmpp", xmpp_open, xmpp_parse, xmpp_say, "</stream:stream>", 16},
+    {"mqtt", mqtt_hello, mqtt_parse, mqtt_say, "\xe0\0", 2},
+    {"http", http_hello, http_parse, NULL, "", 0},
+};
+
+/* --- the loop ---------------------------------------------------------------------- */
+
+static void readable(struct conn *c)
+{
+    size_t had = c->kept_length;
+    if (had)
+        memcpy(buffer, c->kept, had);
+    ssize_t length = recv(c->fd, buffer + had, BUFFER - had, 0);
+    if (length < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (length <= 0) {
+        ended += !closing && c->step < 100;
+        drop(c);
+        return;
+    }
+    received_at = now();
+    length += had;
+    buffer[length] = 0;
+    size_t taken = c->step < 100 ? protocol->parse(c, buffer, length) : (size_t)length;
+    if (c->fd < 0)
+        return;
+    size_t rest = length - taken;
+    if (rest == BUFFER)
+        die("a message larger than the buffer");
+    if (rest) {
+        c->kept = realloc(c->kept, rest);
+        memcpy(c->kept, buffer + taken, rest);
+    } else if (had) {
+        free(c->kept); /* ten thousand idle ones keep nothing */
+        c->kept = NULL;
+    }
+    c->kept_length = rest;
+}
+
+/* Serve what is there, or wait for it this long. stdin is told of by false. */
+static bool turn(int timeout_ms)
+{
+    struct epoll_event events[512];
+    int count = epoll_wait(poller, events, 512, timeout_ms);
+    bool quiet = true;
+    for (int i = 0; i < count; i++) {
+        struct conn *c = events[i].data.ptr;
+        if (!c) {
+            quiet = false;
+            continue;
+        }
+        if (c->fd >= 0 && events[i].events & EPOLLOUT) {
+            if (c->out_length)
+                flush(c);
+            else if (events[i].events & (EPOLLERR | EPOLLHUP)) {
+                refused++;
+                drop(c);
+            } else {
+                watch(c, EPOLL_CTL_MOD, EPOLLIN);
+                protocol->hello(c);
+            }
+        }
+        if (c->fd >= 0 && events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+            readable(c);
+    }
+    return quiet;
+}
+
+static void connect_all(int to)
+{
+    static int started;
+    uint64_t limit = now() + 60000000000ull;
+    while (open_count < to) {
+        while (connecting < parallel && started < to) {
+            dial(&conns[started], started);
+            started++;
+        }
+        turn(1000);
+        if (now() > limit || refused || ended) {
+            printf("{\"error\":\"%d of %d connected, %d refused, %d ended\"}\n",
+                   open_count, to, (int)refused, (int)ended);
+            exit(1);
+        }
+    }
+}
+
+static void report(double window, double cpu, double own, uint64_t count)
+{
+    printf("{\"count\":%llu,\"seconds\":%.6f,\"cpu\":%.6f,\"load_cpu\":%.6f,"
+           "\"p50_ms\":%.4f,\"p99_ms\":%.4f,\"max_ms\":%.4f,\"sent\":%llu,"
+           "\"lost\":%llu,\"repeated\":%llu,\"strayed\":%llu,\"refused\":%llu,"
+           "\"ended\":%llu",
+           (unsigned long long)count, window, cpu, own, percentile_ms(0.5),
+           percentile_ms(0.99), slowest / 1e6, (unsigned long long)sent_count,
+           (unsigned long long)lost, (unsigned long long)repeated,
+           (unsigned long long)strayed, (unsigned long long)refused,
+           (unsigned long long)ended);
+}
+
+static double own_cpu(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return t.tv_sec + t.tv_nsec / 1e9;
+}
+
+/* Until `until`. It does not sleep meanwhile: to wake a process of this machine costs
+ * the server that writes to it more than the write, and none does over a network. */
+static void drive(uint64_t begin, uint64_t until, uint64_t *due)
+{
+    for (uint64_t t; (t = now()) < until;) {
+        if (rate && running)
+            for (uint64_t at; (at = begin + *due * (1e9 / rate)) <= t; ++*due)
+                speak(&conns[*due % wanted], at);
+        turn(0);
+    }
+}
+
+static void talk(void)
+{
+    room_size = wanted / rooms;
+    if (rate)
+        senders = room_size;
+    connect_all(wanted);
+    expected = calloc((size_t)wanted * senders, sizeof *expected);
+    for (int i = 0; i < content_length; i++)
+        content[i] = i < (int)MARK_LENGTH ? MARK[i] : 'x';
+    /* Who was let in a moment ago may not be in his room yet. */
+    drive(0, now() + 200000000, NULL);
+    running = true;
+    uint64_t begin = now(), due = 0;
+    for (int i = 0; i < wanted && !rate; i++)
+        if (i % room_size < senders)
+            speak(&conns[i], begin);
+    drive(begin, begin + warm_seconds * 1e9, &due);
+    memset(classes, 0, sizeof classes);
+    timed = slowest = 0;
+    double cpu = server_cpu(), own = own_cpu();
+    uint64_t from = now(), count = delivered;
+    drive(begin, from + seconds * 1e9, &due);
+    double window = (now() - from) / 1e9;
+    cpu = server_cpu() - cpu;
+    own = own_cpu() - own;
+    count = delivered - count;
+    running = false;
+    /* What is on its way has ten seconds to arrive; what does not is late. */
+    uint64_t all = sent_count * room_size, limit = now() + 10000000000ull;
+    while (delivered + lost < all && now() < limit && open_count == wanted)
+        turn(100);
+    turn(50); /* and what came twice shows itself */
+    report(window, cpu, own, count);
+    printf(",\"late\":%llu}\n", (unsigned long long)(all - delivered - lost));
+}
+
+static void http(void)
+{
+    connect_all(wanted);
+    running = true;
+    for (int i = 0; i < wanted; i++)
+        http_ask(&conns[i]);
+    uint64_t due = 0, begin = now();
+    rate = 0;
+    drive(begin, begin + warm_seconds * 1e9, &due);
+    memset(classes, 0, sizeof classes);
+    timed = slowest = 0;
+    double cpu = server_cpu(), own = own_cpu();
+    uint64_t from = now(), count = done;
+    drive(begin, from + seconds * 1e9, &due);
+    double window = (now() - from) / 1e9;
+    cpu = server_cpu() - cpu;
+    own = own_cpu() - own;
+    count = done - count;
+    running = false;
+    for (uint64_t limit = now() + 10000000000ull; done + refused < sent_count;)
+        if (turn(100), now() > limit)
+            break;
+    lost = sent_count - done - refused;
+    report(window, cpu, own, count);
+    printf(",\"done\":%llu}\n", (unsigned long long)done);
+}
+
+static void shake(void)
+{
+    uint64_t from = now(), until = from + seconds * 1e9, count = 0;
+    double cpu = server_cpu(), own = own_cpu();
+    for (int i = 0; i < wanted; i++)
+        dial(&conns[i], next_line++);
+    for (uint64_t t; (t = now()) < until;) {
+        turn(10);
+        for (int i = 0; i < wanted; i++) {
+            struct conn *c = &conns[i];
+            if (c->ready) { /* said goodbye to; the server closes */
+                c->ready = false;
+                c->step = 100;
+                time_it(now() - c->since);
+                count++;
+                put(c, protocol->bye, protocol->bye_length);
+            }
+            if (c->fd < 0)
+                dial(c, next_line++);
+        }
+    }
+    double window = (now() - from) / 1e9;
+    report(window, server_cpu() - cpu, own_cpu() - own, count);
+    printf("}\n");
+}
+
+static void hold(void)
+{
+    char word[64];
+    int number;
+    struct epoll_event event = {.events = EPOLLIN};
+    epoll_ctl(poller, EPOLL_CTL_ADD, 0, &event);
+    setvbuf(stdin, NULL, _IONBF, 0);
+    for (;;) {
+        while (turn(1000))
+            continue;
+        if (scanf("%63s %d", word, &number) != 2)
+            return;
+        double cpu = server_cpu();
+        uint64_t from = now(), until = from + 60000000000ull;
+        if (!strcmp(word, "keep")) {
+            closing = true;
+            for (int i = number; i < wanted; i++)
+                drop(&conns[i]);
+            closing = false;
+        } else {
+            epoll_ctl(poller, EPOLL_CTL_DEL, 0, NULL);
+            connect_all(number);
+            int served = expect ? 0 : number; /* so many have all that they missed */
+            while (served < number && now() < until) {
+                turn(1000);
+                for (served = 0; served < number; served++)
+                    if (conns[served].caught < expect)
+                        break;
+            }
+            epoll_ctl(poller, EPOLL_CTL_ADD, 0, &event);
+        }
+        uint64_t caught = 0;
+        for (int i = 0; i < number; i++)
+            caught += conns[i].caught;
+        printf("{\"open\":%d,\"seconds\":%.6f,\"cpu\":%.6f,\"caught\":%llu,"
+               "\"ended\":%llu}\n",
+               open_count, (now() - from) / 1e9, server_cpu() - cpu,
+               (unsigned long long)caught, (unsigned long long)ended);
+    }
+}
+
+/* Read the file: "target room" lines, or for http whole requests that end with NUL. */
+static void read_lines(void)
+{
+    char *line = NULL;
+    size_t size = 0;
+    bool whole = !strcmp(protocol->name, "http");
+    FILE *from = fopen(file, "r");
+    if (!from)
+        die(file);
+    while (getdelim(&line, &size, whole ? 0 : '\n', from) > 0) {
+        lines = realloc(lines, (line_count + 1) * sizeof *lines);
+        room_names = realloc(room_names, (line_count + 1) * sizeof *room_names);
+        lines[line_count] = strdup(line);
+        if (!whole) {
+            strtok(lines[line_count], " \n");
+            room_names[line_count] = strtok(NULL, " \n");
+        }
+        line_count++;
+    }
+    fclose(from);
+}
+
+static void option(const char *key, char *value)
+{
+    if (!strcmp(key, "proto")) {
+        for (size_t i = 0; i < sizeof protocols / sizeof *protocols; i++)
+            if (!strcmp(protocols[i].name, value))
+                protocol = &protocols[i];
+    } else if (!strcmp(key, "pids")) {
+        for (char *pid = strtok(value, ","); pid; pid = strtok(NULL, ","))
+            if (pid_count < 64)
+                pids[pid_count++] = atoi(pid);
+    } else if (!strcmp(key, "file"))
+        file = value;
+    else if (!strcmp(key, "port"))
+        port = atoi(value);
+    else if (!strcmp(key, "conns"))
+        wanted = atoi(value);
+    else if (!strcmp(key, "rooms"))
+        rooms = atoi(value);
+    else if (!strcmp(key, "senders"))
+        senders = atoi(value);
+    else if (!strcmp(key, "parallel"))
+        parallel = atoi(value);
+    else if (!strcmp(key, "expect"))
+        expect = atoi(value);
+    else if (!strcmp(key, "status"))
+        ok_status = atoi(value);
+    else if (!strcmp(key, "content"))
+        content_length = atoi(value);
+    else if (!strcmp(key, "seconds"))
+        seconds = atof(value);
+    else if (!strcmp(key, "warm"))
+        warm_seconds = atof(value);
+    else if (!strcmp(key, "rate"))
+        rate = atof(value);
+    else {
+        fprintf(stderr, "load: no such option: %s\n", key);
+        exit(2);
+    }
+}
+
+int main(int count, char **words)
+{
+    for (int i = 2; i < count; i++) {
+        char *value = strchr(words[i], '=');
+        if (!value)
+            return 2;
+        *value = 0;
+        option(words[i], value + 1);
+    }
+    if (count < 2 || !protocol || !file)
+        return 2;
+    read_lines();
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    poller = epoll_create1(0);
+    conns = calloc(wanted, sizeof *conns);
+    for (int i = 0; i < wanted; i++)
+        conns[i].fd = -1;
+    if (!strcmp(words[1], "talk"))
+        talk();
+    else if (!strcmp(words[1], "http"))
+        http();
+    else if (!strcmp(words[1], "shake"))
+        shake();
+    else if (!strcmp(words[1], "hold"))
+        hold();
+    else
+        return 2;
+    return 0;
+}

@@ -1,0 +1,356 @@
+"""From the JSON of run.py: tables for a terminal, the README's tables, and the chart.
+
+Nothing here is written by hand: each figure is the median over the rounds of one field
+of the runs, and beside it in the terminal's tables stands the range.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from peer import HERE, PEERS
+
+Results = dict[str, Any]
+Run = dict[str, Any]
+Figure = Callable[[Run], float]
+Column = tuple[str, str, str, Figure]  # heading, workload, case, what of it
+
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- bench/run.py --report: -->", "<!-- end -->"
+FAULTS = ("lost", "late", "repeated", "strayed", "refused", "ended", "missing_on_disk")
+
+
+def micros(run: Run) -> float:
+    """CPU of the server for one delivery, request or handshake, in microseconds."""
+    return float(run["cpu"] / run["count"] * 1e6) if run["count"] else math.nan
+
+
+def per_message(run: Run) -> float:
+    """CPU of the server for a message in a two-person chat: it is delivered twice."""
+    return 2 * micros(run)
+
+
+def rate(run: Run) -> float:
+    """So many a second."""
+    return float(run["count"] / run["seconds"])
+
+
+def share(run: Run) -> float:
+    """CPU in percent of a core."""
+    return float(100 * run["cpu"] / run["seconds"])
+
+
+def field(name: str, unit: float = 1) -> Figure:
+    """Read a field, in this unit."""
+    return lambda run: float(run[name]) / unit
+
+
+def values(results: Results, name: str, column: Column) -> list[float]:
+    """Find what a peer's rounds say in a column."""
+    _, workload, case, figure = column
+    return [
+        figure(run)
+        for run in results["runs"]
+        if (run["peer"], run["workload"], run["case"]) == (name, workload, case)
+    ]
+
+
+def shown(value: float) -> str:
+    """Write a number with three figures."""
+    if math.isnan(value):
+        return "none"
+    if not value:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(digits, 3)}f}"
+
+
+def cell(found: Sequence[float], *, spread: bool) -> str:
+    """Write a median, and the range over the rounds."""
+    if not found:
+        return "-"
+    median = shown(statistics.median(found))
+    if not spread or len(found) < 2:
+        return median
+    return f"{median} ({shown(min(found))}-{shown(max(found))})"
+
+
+def tables(results: Results) -> dict[str, list[Column]]:
+    """Say which columns there are, from the plan that was run."""
+    plan = results["plan"]
+    rooms = [("fanout", str(n), f"room of {n:,}") for n in plan["rooms"]]
+    crowd = plan["crowd"]
+    flights = [
+        ("flight", str(n), f"{crowd}, {n} at once") for n in plan["flights"] if n > 1
+    ]
+    steady = f"{plan['rate']:.0f}/s"
+    kept = f"stop {plan['kept']}"
+    return {
+        "CPU of the server per delivery, us": [
+            (head, kind, case, micros) for kind, case, head in rooms + flights
+        ],
+        "deliveries a second": [
+            (head, kind, case, rate) for kind, case, head in rooms + flights
+        ],
+        "from send to receipt, p50 and p99, ms": [
+            (f"{head} {name}", kind, case, field(f"{name}_ms"))
+            for kind, case, head in rooms[-1:] + flights
+            for name in ("p50", "p99")
+        ],
+        f"{plan['pairs']} two-person chats; posts over HTTP": [
+            ("messages/s", "pairs", "flat out", lambda run: rate(run) / 2),
+            ("us a message", "pairs", "flat out", per_message),
+            (f"p50 ms at {steady}", "pairs", steady, field("p50_ms")),
+            (f"p99 ms at {steady}", "pairs", steady, field("p99_ms")),
+            ("posts/s", "posts", "posts", rate),
+            ("us a post", "posts", "posts", micros),
+            ("post p99 ms", "posts", "posts", field("p99_ms")),
+        ],
+        "connections": [
+            *(
+                (f"KB each at {n:,}", "idle", str(n), field("bytes", 1024))
+                for n in plan["idle"]
+            ),
+            ("keep-alive, % of a core", "idle", "quiet", share),
+            ("handshakes/s", "handshakes", "shake", rate),
+            ("us a handshake", "handshakes", "shake", micros),
+            (f"{plan['storm']:,} back, s", "storm", "storm", field("seconds")),
+            ("start, s", "handshakes", "start", field("seconds")),
+            (f"stop of {plan['kept']:,}, s", "idle", kept, field("seconds")),
+        ],
+        "growth: CPU of chatd, us": [
+            (f"{what}, {n:,}", "growth", f"{what} {n}", micros)
+            for what in ("page", "poll", "connect", "send")
+            for n in plan["history"]
+        ]
+        + [
+            (f"start s, {n:,}", "growth", f"start {n}", field("seconds"))
+            for n in plan["history"]
+        ],
+    }
+
+
+def rows(
+    results: Results, columns: Sequence[Column], *, spread: bool
+) -> list[list[str]]:
+    """Make the rows of a table, the heading first; who has no figure is left out."""
+    table = [["", *(head for head, *_ in columns)]]
+    for name in PEERS:
+        found = [values(results, name, column) for column in columns]
+        if any(found):
+            label = PEERS[name].label
+            table.append([label, *(cell(each, spread=spread) for each in found)])
+    return table
+
+
+def text(results: Results) -> str:
+    """Write all tables for a terminal, the range of the rounds behind each median."""
+    out = []
+    for title, columns in tables(results).items():
+        table = rows(results, columns, spread=True)
+        if len(table) == 1:
+            continue
+        out.append(f"\n{title}")
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            cells = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+            out.append("  ".join([row[0].ljust(widths[0]), *cells]))
+    out += ["", *faults(results)]
+    return "\n".join(out)
+
+
+def faults(results: Results) -> list[str]:
+    """Say what went wrong: what was lost, repeated, out of place, refused."""
+    told = []
+    for run in results["runs"]:
+        where = f"{PEERS[run['peer']].label}, {run['workload']} {run['case']}".rstrip()
+        if "error" in run:
+            told.append(f"{where}: {run['error']}")
+        found = [f"{run[name]:,} {name}" for name in FAULTS if run.get(name)]
+        if found:
+            told.append(f"{where}, round {run['round'] + 1}: {', '.join(found)}")
+    return told or ["Nothing was lost, late, repeated, out of order or refused."]
+
+
+# --- the README -----------------------------------------------------------------------
+
+
+def markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    """Write a table in Markdown."""
+    head, *body = table
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in body]
+
+
+def spread(results: Results) -> float:
+    """Half the range over the rounds, in percent of the median, in the middle case."""
+    columns = next(iter(tables(results).values()))
+    found = [values(results, name, column) for name in PEERS for column in columns]
+    parts = [
+        (max(each) - min(each)) / 2 / statistics.median(each)
+        for each in found
+        if len(each) > 1 and not math.isnan(sum(each))
+    ]
+    return 100 * statistics.median(parts) if parts else 0.0
+
+
+def measured(results: Results) -> str:
+    """Say how sure the figures are."""
+    rounds = results["plan"]["rounds"]
+    load = f"load average {results['machine']['load_average']:.1f} at the start"
+    if rounds == 1:
+        return f"one round, {load}"
+    return f"medians of {rounds} rounds, typically ±{spread(results):.0f} %, {load}"
+
+
+def section(results: Results) -> str:
+    """Write what the README says between its two markers."""
+    machine, all_tables = results["machine"], tables(results)
+    costs, _, _, pairs, connections, growth = all_tables.values()
+    plan = results["plan"]
+    aged = [
+        [what, *(cell(values(results, "chatd", c), spread=False) for c in columns)]
+        for what in ("page", "poll", "connect", "send")
+        if (columns := [c for c in growth if c[0].startswith(what)])
+    ]
+    ages = [f"{n:,} messages" for n in plan["history"]]
+    lines = [
+        f"On {machine['cpu']}, {machine['cores']} cores, {machine['system']}, "
+        f"{results['date']}, by `{results['command']}`; {measured(results)}.",
+        "",
+        "**CPU of the server for one delivery, in microseconds** (a room of so many, "
+        f"one message at a time; then in the room of {plan['crowd']}, so many people "
+        "speaking at once):",
+        "",
+        *markdown(rows(results, costs, spread=False)),
+        "",
+        "![CPU per delivery](bench/chart.svg)",
+        "",
+        f"**{plan['pairs']} two-person chats**, flat out and at a steady "
+        f"{plan['rate']:,.0f} messages a second, and posts over HTTP:",
+        "",
+        *markdown(rows(results, pairs, spread=False)),
+        "",
+        f"**Connections**: idle ones, handshakes, {plan['storm']:,} who come back at "
+        f"once (chatd's {plan['storm']:,} each missed {plan['missed']} messages and "
+        f"have them), the start, and the stop with {plan['kept']:,}:",
+        "",
+        *markdown(rows(results, connections, spread=False)),
+        "",
+        "**chatd with a long history**, CPU in microseconds:",
+        "",
+        *markdown([["", *ages], *aged]),
+        "",
+        *faults(results),
+        "",
+        "What they are, and do beside passing messages on: "
+        + "; ".join(
+            f"*{PEERS[name].label}* ({version}): {PEERS[name].does}"
+            for name, version in results["versions"].items()
+        )
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+def publish(results: Results) -> None:
+    """Write the README's figures between its markers, and the chart."""
+    before, rest = README.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
+    (HERE / "chart.svg").write_text(chart(results))
+
+
+# --- the chart ------------------------------------------------------------------------
+
+STYLE = """
+text { font: 13px system-ui, sans-serif; fill: #1f2328 }
+.us { font-weight: 700 }
+.small { font-size: 11px; fill: #59636e }
+.grid { stroke: #d1d9e0 }
+.one { fill: #9a6700 } .many { fill: #0969da }
+@media (prefers-color-scheme: dark) {
+  text { fill: #f0f6fc } .small { fill: #9198a1 } .grid { stroke: #3d444d }
+  .one { fill: #d29922 } .many { fill: #4493f8 }
+}
+"""
+WIDTH, LEFT, RIGHT, TOP, ROW = 760, 210, 60, 62, 40
+
+
+def chart(results: Results) -> str:
+    """Draw CPU per delivery, one at a time and many, on a logarithmic scale."""
+    plan = results["plan"]
+    many = next(n for n in reversed(plan["flights"]) if n <= 32)
+    series: list[tuple[str, str, Column]] = [
+        ("one", "one message at a time", ("", "flight", "1", micros)),
+        ("many", f"{many} people at once", ("", "flight", str(many), micros)),
+    ]
+    bars = {
+        name: [values(results, name, column) for *_, column in series]
+        for name in PEERS
+        if values(results, name, series[0][2])
+    }
+    tops = [
+        value
+        for each in bars.values()
+        for found in each
+        for value in found
+        if not math.isnan(value)
+    ]
+    low = 10.0 ** math.floor(math.log10(min(tops)))
+    high = 10.0 ** math.ceil(math.log10(max(tops)))
+    scale = (WIDTH - LEFT - RIGHT) / math.log10(high / low)
+
+    def x(value: float) -> float:
+        return LEFT + scale * math.log10(value / low)
+
+    height = TOP + ROW * len(bars) + 34
+    title = f"Microseconds of server CPU per delivery, a room of {plan['crowd']}"
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'width="{WIDTH}" height="{height}" role="img" aria-label="{title}">',
+        f"<style>{STYLE}</style>",
+        f'<text class="us" x="8" y="20">{title}</text>',
+    ]
+    for place, (style, label, _) in enumerate(series):
+        left = 8 + place * 200
+        out.append(f'<rect class="{style}" x="{left}" y="33" width="12" height="12"/>')
+        out.append(f'<text class="small" x="{left + 18}" y="43">{label}</text>')
+    power = low
+    while power <= high:
+        at, bottom = x(power), TOP + ROW * len(bars)
+        out.append(
+            f'<line class="grid" x1="{at:.1f}" y1="{TOP - 6}" '
+            f'x2="{at:.1f}" y2="{bottom}"/>'
+        )
+        label = f"{power:g}"
+        out.append(
+            f'<text class="small" x="{at:.1f}" y="{bottom + 16}" '
+            f'text-anchor="middle">{label}</text>'
+        )
+        power *= 10
+    for place, (name, each) in enumerate(bars.items()):
+        top = TOP + ROW * place
+        style = "us" if name == "chatd" else "them"
+        label = html.escape(PEERS[name].label)
+        out.append(f'<text class="{style}" x="8" y="{top + 20}">{label}</text>')
+        for line, found in enumerate(each):
+            value = statistics.median(found) if found else math.nan
+            if math.isnan(value):
+                continue
+            y = top + 3 + 15 * line
+            out.append(
+                f'<rect class="{series[line][0]}" x="{LEFT}" y="{y}" '
+                f'width="{max(1, x(value) - LEFT):.1f}" height="13"/>'
+            )
+            out.append(
+                f'<text class="small" x="{x(value) + 5:.1f}" y="{y + 11}">'
+                f"{shown(value)}</text>"
+            )
+    note = "logarithmic: each line is ten times the one before"
+    out.append(f'<text class="small" x="{LEFT}" y="{height - 2}">{note}</text>')
+    return "\n".join([*out, "</svg>", ""])

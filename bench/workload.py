@@ -1,0 +1,394 @@
+"""The workloads. Each yields its cases, with the raw figures of one round."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import peer as peers
+from peer import BUILD, LOAD_CORE, Peer, Server, running, token
+
+Result = dict[str, Any]
+Cases = Iterator[tuple[str, Result]]
+MARK = "#00000.00000000.0000000000000000#"  # load.c writes sender, number, time here
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much of everything."""
+
+    rounds: int
+    seconds: float  # one measured window
+    warm: float  # before it
+    rooms: Sequence[int]
+    crowd: int  # the room in which the messages in flight vary
+    flights: Sequence[int]
+    pairs: int
+    rate: float
+    posters: int
+    idle: Sequence[int]
+    kept: int  # connections at the stop
+    quiet_seconds: float  # of keep-alive
+    storm: int
+    missed: int
+    history: Sequence[int]
+
+
+FULL = Plan(
+    rounds=3,
+    seconds=1.0,
+    warm=0.3,
+    rooms=(10, 100, 500, 1000),
+    crowd=500,
+    flights=(1, 4, 32, 128),
+    pairs=200,
+    rate=1000,
+    posters=32,
+    idle=(1_000, 5_000, 10_000),
+    kept=5_000,
+    quiet_seconds=30,
+    storm=1_000,
+    missed=20,
+    history=(10_000, 1_000_000),
+)
+QUICK = Plan(
+    rounds=1,
+    seconds=0.2,
+    warm=0.1,
+    rooms=(10, 100),
+    crowd=100,
+    flights=(1, 32),
+    pairs=20,
+    rate=200,
+    posters=8,
+    idle=(100, 300),
+    kept=200,
+    quiet_seconds=0,
+    storm=100,
+    missed=5,
+    history=(1_000,),
+)
+
+
+class Broken(Exception):
+    """The load could not do its work; the text says why."""
+
+
+def load_command(mode: str, server: Server, file: Path, **options: object) -> list[str]:
+    """Make the command of the load generator, pinned to its core."""
+    pids = ",".join(map(str, server.pids))
+    all_options = {
+        "proto": server.peer.protocol,
+        "port": server.port,
+        "pids": pids,
+        "file": file,
+        "content": server.peer.content,
+        **options,
+    }
+    words = [f"{key}={value}" for key, value in all_options.items()]
+    return ["taskset", "-c", str(LOAD_CORE), str(BUILD / "load"), mode, *words]
+
+
+def load(mode: str, server: Server, file: Path, **options: object) -> Result:
+    """Run the load once; return what it measured. Raises Broken."""
+    command = load_command(mode, server, file, **options)
+    done = subprocess.run(
+        command, check=False, text=True, capture_output=True, timeout=180
+    )
+    if done.returncode:
+        raise Broken((done.stderr or done.stdout).strip())
+    result: Result = json.loads(done.stdout)
+    return result
+
+
+@contextlib.contextmanager
+def holding(
+    server: Server, file: Path, **options: object
+) -> Iterator[Callable[[str], Result]]:
+    """Hold connections; the block is given a function that commands the load."""
+    process = subprocess.Popen(
+        load_command("hold", server, file, **options),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+    def tell(line: str) -> Result:
+        print(line, file=process.stdin, flush=True)
+        assert process.stdout is not None  # it is a pipe
+        answer = process.stdout.readline()
+        result: Result = json.loads(answer or '{"error": "the load has died"}')
+        if "error" in result:
+            raise Broken(result["error"])
+        return result
+
+    try:
+        yield tell
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def talk(
+    peer: Peer, command: list[str], plan: Plan, users: int, rooms: int, **options: float
+) -> Result:
+    """Let people speak in rooms, on a fresh server."""
+    with running(peer, command) as server:
+        file = server.seat(users, rooms)
+        times = {"seconds": plan.seconds, "warm": plan.warm}
+        return load(
+            "talk", server, file, conns=users, rooms=rooms, **{**times, **options}
+        )
+
+
+# --- the eight ------------------------------------------------------------------------
+
+
+def fanout(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """One message at a time to chats of several sizes."""
+    for size in plan.rooms:
+        yield str(size), talk(peer, command, plan, size, 1)
+
+
+def flight(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """Several people speak at the same time in one chat."""
+    for speakers in plan.flights:
+        result = talk(peer, command, plan, plan.crowd, 1, senders=speakers)
+        yield str(speakers), result
+
+
+def pairs(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """Two-person chats: as fast as it goes, and at a steady rate by the clock."""
+    users = plan.pairs * 2
+    yield "flat out", talk(peer, command, plan, users, plan.pairs)
+    long = 2 * plan.seconds
+    steady = talk(peer, command, plan, users, plan.pairs, rate=plan.rate, seconds=long)
+    yield f"{plan.rate:.0f}/s", steady
+
+
+def post_request(path: str, bearer: str, body: str) -> str:
+    """Write a POST as it goes over the wire."""
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {bearer}\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    )
+
+
+def get_request(path: str, bearer: str) -> str:
+    """Write a GET as it goes over the wire."""
+    return (
+        f"GET {path} HTTP/1.1\r\nHost: localhost\r\n"
+        f"Authorization: Bearer {bearer}\r\n\r\n"
+    )
+
+
+def write_requests(folder: Path, requests: Sequence[str]) -> Path:
+    """Write requests for the load."""
+    file = folder / "requests"
+    file.write_text("".join(request + "\0" for request in requests))
+    return file
+
+
+def stored(folder: Path) -> int:
+    """Count the messages on disk."""
+    (database,) = folder.glob("*.db")
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        (count,) = db.execute("SELECT count(*) FROM message").fetchone()
+    return int(count)
+
+
+def posts(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """Durable posts over HTTP, keep-alive; all that were answered are on disk."""
+    if not peer.stores:
+        return
+    with running(peer, command) as server:
+        seats = server.seat(plan.posters, 1).read_text().splitlines()
+        path = "/chats/{}/messages"
+        if peer.protocol == "chatd":
+            path = "/api/v1/chats/{}/messages"
+        body = json.dumps({"content": MARK + "x" * (64 - len(MARK))})
+        requests = [
+            post_request(path.format(seat.split()[1]), token(user + 1), body)
+            for user, seat in enumerate(seats)
+        ]
+        result = load(
+            "http",
+            server,
+            write_requests(server.folder, requests),
+            proto="http",
+            conns=plan.posters,
+            status=201,
+            seconds=plan.seconds,
+            warm=plan.warm,
+        )
+        result["missing_on_disk"] = max(0, result["done"] - stored(server.folder))
+        yield "posts", result
+
+
+def idle(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """Connections that say nothing: memory each, CPU to keep them, and the stop."""
+    most = max(plan.idle)
+    with running(peer, command) as server:
+        file = server.seat(most, max(1, most // 1000))
+        empty = server.memory_bytes()
+        with holding(server, file, conns=most, parallel=64) as tell:
+            for count in plan.idle:
+                result = tell(f"open {count}")
+                grown = server.memory_bytes() - empty
+                yield str(count), {**result, "bytes": grown / count, "empty": empty}
+            if plan.quiet_seconds and peer.keeps_alive:
+                cpu = server.cpu_seconds()
+                # The load answers pings meanwhile: that is all that happens.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.process.wait(plan.quiet_seconds)
+                spent = server.cpu_seconds() - cpu
+                quiet = {"cpu": spent, "seconds": plan.quiet_seconds, "count": most}
+                yield "quiet", quiet
+            tell(f"keep {plan.kept}")
+            server.settle()
+            yield f"stop {plan.kept}", {"seconds": server.stop()}
+
+
+def handshakes(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """Connect, be greeted, close, again; each with a token that it has not seen."""
+    with running(peer, command) as server:
+        file = server.seat(10_000, 100)
+        result = load("shake", server, file, conns=32, seconds=plan.seconds)
+        yield "shake", result
+        yield "start", {"seconds": server.start_seconds}
+
+
+def storm(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """All come back at once after a restart; chatd brings each what he missed."""
+    with running(peer, command) as server:
+        expect = 0
+        file = server.seat(plan.storm, 1)
+        if peer.protocol == "chatd":
+            expect = plan.missed
+            cursor = server.call("GET", "/api/v1/events", None, token(1))["cursor"]
+            targets, chats = zip(*map(str.split, file.open()), strict=True)
+            lines = [f"{target}&cursor={cursor} 0\n" for target in targets]
+            file.write_text("".join(lines))
+            for _ in range(plan.missed):
+                path = f"/api/v1/chats/{chats[0]}/messages"
+                server.call("POST", path, {"content": MARK}, token(1))
+        server.stop()
+        server.start()
+        size = plan.storm
+        with holding(server, file, conns=size, parallel=size, expect=expect) as tell:
+            yield "storm", tell(f"open {size}")
+
+
+# --- growth ---------------------------------------------------------------------------
+
+CHATS = 100  # of the history; each has two members
+POLLED = 10  # events that a poll of one of them finds
+
+
+def fill(database: Path, messages: int) -> None:
+    """Write a history straight into chatd's tables: to its chats in turn, no holes."""
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        (first,) = db.execute("SELECT max(seq) + 1 FROM event").fetchone()
+        db.execute("PRAGMA synchronous = OFF")
+        with db:
+            db.execute(
+                "WITH RECURSIVE k(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM k"
+                "                        WHERE i + 1 < :messages)"
+                " INSERT INTO message (id, chat_id, n, sender_id, content, created_at)"
+                " SELECT :first + i, 1 + i % :chats, 1 + i / :chats,"
+                "        1 + 2 * (i % :chats), printf('message %d of a history', i),"
+                "        1750000000 + i FROM k",
+                {"messages": messages, "first": first, "chats": CHATS},
+            )
+            db.execute(
+                "INSERT INTO event (seq, kind, chat_id, to_chat, message_id)"
+                " SELECT id, 'new_message', chat_id, 1, id FROM message"
+            )
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def growth(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """What a page, a poll, a connect and a send cost with a long history."""
+    if peer.protocol != "chatd":
+        return
+    for messages in plan.history:
+        with running(peer, command) as server:
+            server.seat(CHATS * 2, CHATS)
+            server.stop()
+            fill(server.folder / "chatd.db", messages)
+            server.start()
+            yield f"start {messages}", {"seconds": server.start_seconds}
+            for name, result in aged(server, plan, messages):
+                yield f"{name} {messages}", result
+
+
+def aged(server: Server, plan: Plan, messages: int) -> Cases:
+    """Measure a server that has a history."""
+    cursor = server.call("GET", "/api/v1/events", None, token(1))["cursor"]
+    epoch, _, head = cursor.rpartition(".")
+    back = f"{epoch}.{int(head) - POLLED * CHATS}"
+    first = int(head) - messages + 1
+    halfway = first + messages // CHATS // 2 * CHATS  # of the first chat
+    body = json.dumps({"content": MARK})
+
+    def asked(status: int, write: Callable[[int], str]) -> Result:
+        requests = [write(chat) for chat in range(1, CHATS + 1)]
+        return load(
+            "http",
+            server,
+            write_requests(server.folder, requests),
+            proto="http",
+            conns=16,
+            status=status,
+            seconds=plan.seconds,
+            warm=plan.warm,
+        )
+
+    def of(chat: int) -> tuple[str, str]:
+        return f"/api/v1/chats/{chat}", token(2 * chat - 1)
+
+    def page(chat: int) -> str:
+        path, bearer = of(chat)
+        before = halfway + chat - 1
+        return get_request(f"{path}/messages?limit=50&before={before}", bearer)
+
+    yield "page", asked(200, page)
+    poll = f"/api/v1/events?limit={POLLED}&cursor={back}"
+    yield "poll", asked(200, lambda c: get_request(poll, of(c)[1]))
+    seats = server.folder / "seats"
+    targets = [
+        f"/ws/chat?token={token(user + 1)}&cursor={cursor} 0\n"
+        for user in range(CHATS * 2)
+    ]
+    seats.write_text("".join(targets))
+    yield "connect", load("shake", server, seats, conns=16, seconds=plan.seconds)
+
+    def post(chat: int) -> str:
+        path, bearer = of(chat)
+        return post_request(path + "/messages", bearer, body)
+
+    yield "send", asked(201, post)
+
+
+WORKLOADS: dict[str, Callable[[Peer, list[str], Plan], Cases]] = {
+    "fanout": fanout,
+    "flight": flight,
+    "pairs": pairs,
+    "posts": posts,
+    "idle": idle,
+    "handshakes": handshakes,
+    "storm": storm,
+    "growth": growth,
+}
+ONCE = {"idle"}  # memory does not vary from round to round, and takes long
+
+
+def build_load() -> None:
+    """Compile the load generator."""
+    peers.build_c(peers.HERE / "load.c")
