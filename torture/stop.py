@@ -190,8 +190,9 @@ def prove(full: bool) -> Figures:
         assert at_once[-1] < 5, f"after the second it took {at_once[-1]:.1f} s"
     return Figures(
         "SIGTERM with 500 clients of whom half are stalled: after --drain-seconds what "
-        "is left is cut, and it is out when the database is closed; everybody who reads "
-        "sees `bye` and 1012, no acked message is lost; a second SIGTERM ends it at once",
+        "is left is cut, and it is out when the database is closed; everybody who "
+        "reads sees `bye` and 1012, no acked message is lost; a second SIGTERM ends it "
+        "at once",
         f"out after {max(took):.1f} s of {DRAIN}, {size // 2} of {size // 2} saw `bye` "
         f"and 1012, 0 of {acked:,} acked lost; out {max(at_once):.2f} s after a second",
         {
