@@ -87,6 +87,10 @@ def tables(results: Results) -> dict[str, list[Column]]:
     flights = [
         ("flight", str(n), f"{crowd}, {n} at once") for n in plan["flights"] if n > 1
     ]
+    few = plan["few"]
+    flights += [
+        ("flight", f"{few} of {n}", f"{n:,}, {few} at once") for n in plan["others"]
+    ]
     steady = f"{plan['rate']:.0f}/s"
     kept = f"stop {plan['kept']}"
     return {
@@ -223,8 +227,7 @@ def section(results: Results) -> str:
         f"{results['date']}, by `{results['command']}`; {measured(results)}.",
         "",
         "**CPU of the server for one delivery, in microseconds** (a room of so many, "
-        f"one message at a time; then in the room of {plan['crowd']}, so many people "
-        "speaking at once):",
+        "one message at a time; then with so many people speaking at once):",
         "",
         *markdown(rows(results, costs, spread=False)),
         "",

@@ -28,6 +28,8 @@ class Plan:
     warm: float  # before it
     rooms: Sequence[int]
     crowd: int  # the room in which the messages in flight vary
+    others: Sequence[int]  # rooms in which `few` are in flight, too
+    few: int
     flights: Sequence[int]
     pairs: int
     rate: float
@@ -46,6 +48,8 @@ FULL = Plan(
     warm=0.3,
     rooms=(10, 100, 500, 1000),
     crowd=500,
+    others=(100, 1000),
+    few=4,
     flights=(1, 4, 32, 128),
     pairs=200,
     rate=1000,
@@ -63,6 +67,8 @@ QUICK = Plan(
     warm=0.1,
     rooms=(10, 100),
     crowd=100,
+    others=(),
+    few=4,
     flights=(1, 32),
     pairs=20,
     rate=200,
@@ -161,6 +167,9 @@ def flight(peer: Peer, command: list[str], plan: Plan) -> Cases:
     for speakers in plan.flights:
         result = talk(peer, command, plan, plan.crowd, 1, senders=speakers)
         yield str(speakers), result
+    for size in plan.others:
+        result = talk(peer, command, plan, size, 1, senders=plan.few)
+        yield f"{plan.few} of {size}", result
 
 
 def pairs(peer: Peer, command: list[str], plan: Plan) -> Cases:
