@@ -681,6 +681,7 @@ def test_a_new_chat_and_a_new_member(house: House, chromium: Chromium) -> None:
     dialog.get_by_label("Find somebody").fill("zolt")
     expect(dialog.get_by_role("checkbox")).to_have_count(1)
     dialog.get_by_label("Zoltán Kis").check()
+    expect(dialog.get_by_label("Title")).to_have_attribute("maxlength", "200")
     dialog.get_by_label("Title").fill("Chess <i>club</i>")
     dialog.get_by_role("button", name="Create").click()
     expect(annas.locator("#pane-title")).to_have_text("Chess <i>club</i>")
