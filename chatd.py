@@ -4762,6 +4762,11 @@ def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
 def locked(db: Path) -> Iterator[None]:
     """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
     path = beside(db.resolve(), ".lock")  # a link is the same database
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"database {db}: there is no folder {path.parent}; make it, or name "
+            "another database with --db"
+        )
     with told_of("lock", path):
         # Root does this too, in a folder of the unit's user: it follows no link there.
         how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -5259,6 +5264,14 @@ def parse_origin(text: str) -> str:
     return text.lower()
 
 
+@wants("the page's address, such as https://chat.example.org")
+def parse_base(text: str) -> str:
+    """Check the address that a sign-in link is made of."""
+    if not re.fullmatch(r"https?://[^/?#\s@]+(/[^?#\s]*)?", text):
+        raise ValueError
+    return text
+
+
 @wants("a scope: service, stats, or both")
 def parse_scope(text: str) -> str:
     """Read scopes."""
@@ -5420,7 +5433,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--scope", metavar="SCOPE", type=checked(parse_scope), help="service, stats")
     page = "http://127.0.0.1:8086"
     link = f"a sign-in link to the page at BASE (default {page})"
-    add("--link", metavar="BASE", nargs="?", const=page, help=link)
+    add(
+        "--link",
+        metavar="BASE",
+        nargs="?",
+        const=page,
+        type=checked(parse_base),
+        help=link,
+    )
     add_flags(token, "db", "secret_file")
 
     copy = "copy the database into a new file, while it serves"

@@ -271,7 +271,8 @@ def test_a_bad_variable_is_wrong_use_and_is_named(
 @pytest.mark.parametrize(
     "argv",
     [[], ["fly"], ["serve", "--fly"], ["serve", "x"], ["token"], ["token", "Bob"],
-     ["token", "6", "--ttl", "x"], ["token", "6", "--scope", "x"], ["backup"],
+     ["token", "6", "--ttl", "x"], ["token", "6", "--scope", "x"],
+     ["token", "6", "--link", "x"], ["token", "6", "--link", "ftp://x"], ["backup"],
      ["serve", "--demo", "--db", "x"]],
 )  # fmt: skip
 def test_wrong_use_is_exit_status_2(argv: list[str]) -> None:
@@ -3249,6 +3250,13 @@ def test_a_link_to_a_database_has_the_same_lock(tmp_path: Path) -> None:
         assert "in use by process" in usage_error_of(
             again.enter_context, chatd.locked(link)
         )
+
+
+def test_a_missing_folder_is_named_before_the_lock(tmp_path: Path) -> None:
+    context = contextlib.ExitStack()
+    missing = chatd.locked(tmp_path / "none" / "chatd.db")
+    said = usage_error_of(context.enter_context, missing)
+    assert f"there is no folder {tmp_path / 'none'}" in said
 
 
 def test_another_writer_is_a_failure_and_no_harm(memory: Memory) -> None:
