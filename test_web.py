@@ -742,6 +742,15 @@ def test_a_killed_server_is_missed_and_nothing_is_lost_or_doubled(
     assert house.contents(chat, anna) == ["One", "From Ben", "Two", "Three"]
 
 
+def test_who_never_had_a_socket_can_start_a_chat(
+    house: House, chromium: Chromium
+) -> None:
+    page = chromium.context().new_page()
+    page.route_web_socket("**/*", lambda socket: socket.close())
+    page.goto(house.link(house.person("Anna")))
+    expect(page.get_by_role("button", name="New chat")).to_be_visible()
+
+
 def test_with_the_socket_alone_blocked_messages_come_by_polling(
     house: House, chromium: Chromium
 ) -> None:

@@ -799,6 +799,8 @@ async function fetchChats() {
   const { client } = model;
   try {
     await client?.fetchChats();
+    // Who only polls is never told `connected`.
+    if (client === model.client && model.people === null) void loadPeople();
   } catch (error) {
     const final = error instanceof ChatError && error.status === 401;
     if (!final)
