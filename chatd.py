@@ -1475,15 +1475,23 @@ class Store:
         except trio.WouldBlock:
             await self._submit.send(job)
 
-    async def do(self, work: Callable[..., T], *args: Any) -> T:
+    async def do(
+        self,
+        work: Callable[..., T],
+        *args: Any,
+        then: Callable[[T], object] = lambda _: None,
+    ) -> T:
         """Run work(db, log, *args); wait until it is on disk and published.
 
-        Raises its Refusal. If the caller is cancelled it happens all the same.
+        Raises its Refusal. then gets what it returned, in the same turn. If the caller
+        is cancelled both happen all the same.
         """
         answered = trio.Event()
         outcomes: list[T | Refusal] = []
 
         def done(outcome: T | Refusal) -> None:
+            if not isinstance(outcome, Refusal):
+                then(outcome)
             outcomes.append(outcome)
             answered.set()
 
@@ -3664,9 +3672,13 @@ class Api:
 
     async def revoke(self, request: Request) -> Answer:
         """Refuse all tokens of a user so far, and close his sockets."""
-        user_id = parse(request.body, USER_BODY).user_id
-        revoked_at = await self.store.do(self.store.revoke, user_id)
-        closed = self.server.revoke(user_id, revoked_at)
+        user_id, closed = parse(request.body, USER_BODY).user_id, 0
+
+        def close(revoked_at: int) -> None:
+            nonlocal closed
+            closed = self.server.revoke(user_id, revoked_at)
+
+        await self.store.do(self.store.revoke, user_id, then=close)
         return json_answer({"user_id": user_id, "closed": closed})
 
     async def health(self, request: Request) -> Answer:

@@ -2895,7 +2895,8 @@ async def test_a_work_is_done_though_its_caller_has_gone(memory: Memory) -> None
     chat = memory.chat(1, 2)
     with trio.CancelScope() as gone:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(memory.store.do, *memory.sends(chat, 1))
+            sending = functools.partial(memory.store.do, *memory.sends(chat, 1))
+            nursery.start_soon(sending)
             await trio.testing.wait_all_tasks_blocked()
             gone.cancel()
     async with memory_running(memory):
@@ -2923,7 +2924,8 @@ async def test_it_works_in_threads(tmp_path: Path) -> None:
     chat = memory.chat(1, 2)
     async with memory_running(memory), trio.open_nursery() as nursery:
         for _ in range(50):
-            nursery.start_soon(memory.store.do, *memory.sends(chat, 1))
+            sending = functools.partial(memory.store.do, *memory.sends(chat, 1))
+            nursery.start_soon(sending)
         for _ in range(50):
             query = memory.store.my_chats
             nursery.start_soon(memory.store.read, query, 1, memory.hub.head)
@@ -5802,6 +5804,21 @@ async def test_who_is_revoked_while_he_sends_a_body_gets_nothing_for_it(
 
 
 @wires(requests=Rate(1, 10))
+@wires()
+async def test_a_revocation_that_was_not_answered_in_time_holds_all_the_same(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6)
+    house.disk.hold()
+    raw, auth = house.dial(), f"Bearer {house.token(1, scope='service')}"
+    path, body = "/api/v1/internal/chat/revoke", b'{"user_id":6}'
+    await raw.send(wires_request("POST", path, body, Authorization=auth))
+    assert (await raw.answer(within=16)).status == 408
+    house.disk.go()
+    assert await peer.end() == ([], 4503)
+    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 401
+
+
 async def test_a_large_chat_costs_its_maker_as_many_requests_as_it_has_tens(
     house: WiresHouse,
 ) -> None:
