@@ -3272,7 +3272,7 @@ class Http:
         """Read a request's head. None: there is no other. Raises Refusal timeout.
 
         While it is not whole the connection is parked: when the house is full, the one
-        that is parked longest makes room.
+        that is parked longest makes room, at once and without an answer.
         """
         settings, begun = self.settings, bool(self.h11.trailing_data[0])
         idle = self.kept and not begun
@@ -3297,8 +3297,8 @@ class Http:
                         self.house.park(scope, idle=False)
                     self.h11.receive_data(data)
             finally:
-                self.house.parked.pop(scope, None)
-        if begun:
+                evicted = self.house.parked.pop(scope, None) is None
+        if begun and not evicted:
             raise Refusal("timeout", "the request head took too long")
         return None
 

@@ -7355,6 +7355,17 @@ async def test_a_slow_body_makes_room_for_a_newcomer(house: WiresHouse) -> None:
     assert await slow[0].ends() == b""
     await slow[1].send(b"{}")
     assert (await slow[1].answer()).status == 201
+@wires(max_connections=1)
+async def test_who_makes_room_in_mid_head_goes_at_once(house: WiresHouse) -> None:
+    raws = [house.dial() for _ in range(200)]
+    for raw in raws:
+        await raw.send(b"GET /healthz HT")
+    await wait_all_tasks_blocked()
+    assert house.server.open == 129
+    for raw in raws[:71]:
+        assert await raw.ends() == b""
+
+
 
 
 @wires(max_connections=1, requests=OFF)
