@@ -4047,8 +4047,9 @@ class Server(House):
         with sweeping:
             while True:
                 await trio.sleep(1)
-                now = trio.current_time()
-                self.store.check_file()
+                now, since = trio.current_time(), self.store.writing_since
+                if since is None:  # else the writer looks; it may open the files anew
+                    self.store.check_file()
                 for session in list(self.sessions):
                     seat = session.seat
                     why = seat.sweep(now, settings)
@@ -4059,7 +4060,6 @@ class Server(House):
                     user, queued = session.claims.user_id, len(seat.outbox.buffer)
                     say(logging.INFO, "cut", user=user, why=why, queued=queued)
                     session.end(CUT, why)
-                since = self.store.writing_since
                 if since is None or now - since < settings.commit_seconds:
                     sick = "; no writing" if self.store.degraded else ""
                     notify(f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}")

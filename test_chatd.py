@@ -6546,6 +6546,46 @@ async def test_out_of_descriptors_accepting_waits_and_goes_on(
 def test_any_other_error_of_accepting_ends_the_server(tmp_path: Path) -> None:
     @wires()
     async def serve(house: WiresHouse) -> None:
+@wires()
+async def test_a_systemd_that_reads_nothing_holds_nothing_up(
+    house: WiresHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "chatd")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
+    ):
+        address = f"\0chatd-deaf-{os.getpid()}"
+        systemd.bind(address)
+        other.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.sendto(b"WATCHDOG=1", address)
+        monkeypatch.setenv("NOTIFY_SOCKET", address.replace("\0", "@"))
+        began = time.monotonic()
+        await trio.sleep(3)
+        assert time.monotonic() - began < 30
+        assert "notify_failed" in caplog.text
+        monkeypatch.delenv("NOTIFY_SOCKET")
+
+
+@wires()
+async def test_a_file_that_the_writer_opens_anew_is_not_missed_meanwhile(
+    house: WiresHouse,
+) -> None:
+    db = house.server.settings.db
+    wal, aside = db.with_name(f"{db.name}-wal"), db.with_name("aside")
+    raw = house.dial()
+    house.disk.hold()
+    auth = f"Bearer {house.token(6)}"
+    await raw.send(wires_request("POST", "/api/v1/chats", b"{}", Authorization=auth))
+    wal.rename(aside)  # as SQLite does after an I/O error, in the writer's thread
+    await trio.sleep(3)
+    aside.rename(wal)
+    house.disk.go()
+    assert (await raw.answer()).status == 201
+
+
         house.listener.offer.send_nowait(OSError(errno.EBADF, "Bad file descriptor"))
         await trio.sleep_forever()
 
