@@ -4062,7 +4062,8 @@ class Server(House):
                     session.end(CUT, why)
                 if since is None or now - since < settings.commit_seconds:
                     sick = "; no writing" if self.store.degraded else ""
-                    notify(f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}")
+                    state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
+                    notify(state, wait_seconds=0)
 
     # --- what connections ask --------------------------------------------------------
 
@@ -4647,8 +4648,12 @@ class Proxy(House):
 # =====================================================================================
 
 
-def notify(state: str, fds: Sequence[int] = ()) -> None:
-    """Tell systemd (sd_notify(3)), and hand it descriptors; without it, nothing."""
+def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> None:
+    """Tell systemd (sd_notify(3)), and hand it descriptors; without it, nothing.
+
+    All stands still until it has room for the words: a systemd that hangs must not
+    hang us for longer than that.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -4661,6 +4666,7 @@ def notify(state: str, fds: Sequence[int] = ()) -> None:
     except OSError as error:
         say(logging.WARNING, "notify_failed", error=error)
 
+            sock.settimeout(wait_seconds)
 
 def in_journal() -> bool:
     """Does what we write to stderr go to the journal (systemd.exec(5))?"""
