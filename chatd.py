@@ -2090,6 +2090,11 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
+def partial_name(path: Path) -> Path:
+    """Name a file to write first, and then to rename to path."""
+    return beside(path, f".{secrets.token_hex(4)}.partial")
+
+
 def message_of(row: Sequence[Any]) -> Message:
     """Make the message of a row of MESSAGE_COLUMNS."""
     return Message(row[0], row[1], row[2], row[3], timestamp(row[4]), row[5], row[6])
@@ -4661,12 +4666,12 @@ def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> N
         address = "\0" + address[1:]  # a name in the abstract namespace
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(wait_seconds)
             sock.connect(address)
             socket.send_fds(sock, [state.encode()], fds)
     except OSError as error:
         say(logging.WARNING, "notify_failed", error=error)
 
-            sock.settimeout(wait_seconds)
 
 def in_journal() -> bool:
     """Does what we write to stderr go to the journal (systemd.exec(5))?"""
@@ -4776,12 +4781,17 @@ def make_secret(path: Path) -> None:
     """Make a secret if there is none. Only serve does."""
     if path.exists():
         return
+    partial = partial_name(path)  # a full disk must not leave one that is empty
     with told_of("secret", path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="ascii") as file:
-        file.write(secrets.token_urlsafe(48) + "\n")
-        file.flush()
-        os.fsync(fd)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(fd, "w", encoding="ascii") as file:
+                file.write(secrets.token_urlsafe(48) + "\n")
+                file.flush()
+                os.fsync(fd)
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
     say(logging.INFO, "made_secret", path=path)
 
 
@@ -5030,11 +5040,6 @@ def copy_database(source: Path, target: Path, what: str, change: str = "") -> No
         except (sqlite3.Error, OSError) as error:
             target.unlink(missing_ok=True)
             raise UsageError(f"{what} {source}: copying failed: {error}") from error
-
-
-def partial_name(path: Path) -> Path:
-    """Name a file to write first, and then to rename to path."""
-    return beside(path, f".{secrets.token_hex(4)}.partial")
 
 
 def sync_folder(folder: Path) -> None:

@@ -1554,6 +1554,22 @@ def test_a_made_secret_is_private_long_and_never_made_twice(tmp_path: Path) -> N
     assert "none/s" in usage_error_of(chatd.make_secret, tmp_path / "none" / "s")
 
 
+def test_a_secret_that_could_not_be_written_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "chatd.secret"
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        said = usage_error_of(chatd.make_secret, path)
+    assert said == f"secret {path}: No space left on device"
+    assert list(tmp_path.iterdir()) == []
+    chatd.make_secret(path)
+    assert len(chatd.read_secret(path, private=True)) >= 32
+
+
 @pytest.mark.parametrize(
     ("name", "clean"),
     [
@@ -5789,6 +5805,21 @@ async def test_revoking_closes_all_sockets_of_the_user_and_no_other(
 
 
 @wires()
+async def test_a_revocation_that_was_not_answered_in_time_holds_all_the_same(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6)
+    house.disk.hold()
+    raw, auth = house.dial(), f"Bearer {house.token(1, scope='service')}"
+    path, body = "/api/v1/internal/chat/revoke", b'{"user_id":6}'
+    await raw.send(wires_request("POST", path, body, Authorization=auth))
+    assert (await raw.answer(within=16)).status == 408
+    house.disk.go()
+    assert await peer.end() == ([], 4503)
+    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 401
+
+
+@wires()
 @pytest.mark.parametrize("path", ["/api/v1/session", "/api/v1/chats"])
 async def test_who_is_revoked_while_he_sends_a_body_gets_nothing_for_it(
     house: WiresHouse, path: str
@@ -5804,21 +5835,6 @@ async def test_who_is_revoked_while_he_sends_a_body_gets_nothing_for_it(
 
 
 @wires(requests=Rate(1, 10))
-@wires()
-async def test_a_revocation_that_was_not_answered_in_time_holds_all_the_same(
-    house: WiresHouse,
-) -> None:
-    peer = await house.join(6)
-    house.disk.hold()
-    raw, auth = house.dial(), f"Bearer {house.token(1, scope='service')}"
-    path, body = "/api/v1/internal/chat/revoke", b'{"user_id":6}'
-    await raw.send(wires_request("POST", path, body, Authorization=auth))
-    assert (await raw.answer(within=16)).status == 408
-    house.disk.go()
-    assert await peer.end() == ([], 4503)
-    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 401
-
-
 async def test_a_large_chat_costs_its_maker_as_many_requests_as_it_has_tens(
     house: WiresHouse,
 ) -> None:
@@ -6531,22 +6547,6 @@ async def test_a_commit_that_hangs_for_60_s_is_no_longer_told_to_the_watchdog(
 
 
 @wires()
-async def test_out_of_descriptors_accepting_waits_and_goes_on(
-    house: WiresHouse, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING, "chatd")
-    for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-        house.listener.offer.send_nowait(OSError(number, "none left"))
-    raw = house.dial()
-    with taking(0.4, 0.5):
-        assert (await raw.ask("GET", "/healthz")).status == 200
-    assert len(caplog.records) == 1  # not a flood
-
-
-def test_any_other_error_of_accepting_ends_the_server(tmp_path: Path) -> None:
-    @wires()
-    async def serve(house: WiresHouse) -> None:
-@wires()
 async def test_a_systemd_that_reads_nothing_holds_nothing_up(
     house: WiresHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -6586,6 +6586,22 @@ async def test_a_file_that_the_writer_opens_anew_is_not_missed_meanwhile(
     assert (await raw.answer()).status == 201
 
 
+@wires()
+async def test_out_of_descriptors_accepting_waits_and_goes_on(
+    house: WiresHouse, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "chatd")
+    for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+        house.listener.offer.send_nowait(OSError(number, "none left"))
+    raw = house.dial()
+    with taking(0.4, 0.5):
+        assert (await raw.ask("GET", "/healthz")).status == 200
+    assert len(caplog.records) == 1  # not a flood
+
+
+def test_any_other_error_of_accepting_ends_the_server(tmp_path: Path) -> None:
+    @wires()
+    async def serve(house: WiresHouse) -> None:
         house.listener.offer.send_nowait(OSError(errno.EBADF, "Bad file descriptor"))
         await trio.sleep_forever()
 
@@ -7339,6 +7355,17 @@ async def test_at_the_limit_of_connections_the_longest_parked_makes_room(
     assert house.server.open == 129
 
 
+@wires(max_connections=1)
+async def test_who_makes_room_in_mid_head_goes_at_once(house: WiresHouse) -> None:
+    raws = [house.dial() for _ in range(200)]
+    for raw in raws:
+        await raw.send(b"GET /healthz HT")
+    await wait_all_tasks_blocked()
+    assert house.server.open == 129
+    for raw in raws[:71]:
+        assert await raw.ends() == b""
+
+
 @wires()
 async def test_a_peer_that_resets_before_it_is_accepted_is_nobodys_error(
     house: WiresHouse,
@@ -7395,17 +7422,6 @@ async def test_a_slow_body_makes_room_for_a_newcomer(house: WiresHouse) -> None:
     assert await slow[0].ends() == b""
     await slow[1].send(b"{}")
     assert (await slow[1].answer()).status == 201
-@wires(max_connections=1)
-async def test_who_makes_room_in_mid_head_goes_at_once(house: WiresHouse) -> None:
-    raws = [house.dial() for _ in range(200)]
-    for raw in raws:
-        await raw.send(b"GET /healthz HT")
-    await wait_all_tasks_blocked()
-    assert house.server.open == 129
-    for raw in raws[:71]:
-        assert await raw.ends() == b""
-
-
 
 
 @wires(max_connections=1, requests=OFF)
