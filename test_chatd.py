@@ -6058,7 +6058,7 @@ async def test_a_peer_that_reads_too_little_for_the_kernel_to_take_more_is_not_c
     ("buffer", "slow_bytes", "seconds"),
     [(4096, 2000, 10), (32_768, 2000, 16.4), (65_536, 2000, 32.8), (65_536, 1, 35)],
 )
-async def test_who_has_a_large_window_is_given_the_time_to_read_it(
+def test_who_has_a_large_window_is_given_the_time_to_read_it(
     buffer: int, slow_bytes: int, seconds: float
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as theirs:
