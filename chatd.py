@@ -3804,6 +3804,7 @@ class House:
     Owns every connection that came in, each in a task of its own.
     """
 
+    http: Callable[[trio.SocketStream], Http]  # makes what serves one connection
     sessions: AbstractSet[Endable]
     about: dict[str, object]  # what its line in the log says when it is ready
 
@@ -3821,38 +3822,34 @@ class House:
         self.complaints = Bucket(Rate(0.1, 1))  # log lines about a full house
         self.mistakes = Bucket(Rate(1, 10))  # and about our own
 
-    def http(self, stream: trio.SocketStream) -> Http:
-        """Make what serves one connection."""
-        raise NotImplementedError
-
     async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
         self,
         listeners: Sequence[trio.SocketListener],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve until `stopping` is set; then close every connection, and return."""
-        async with self.open_to(listeners):
-            task_status.started()
-            await self.stopping.wait()
-        self.finished.set()
+        """Serve until `stopping` is set; then end every connection, and return.
 
-    @contextlib.asynccontextmanager
-    async def open_to(
-        self, listeners: Sequence[trio.SocketListener]
-    ) -> AsyncIterator[None]:
-        """Serve connections inside the block; then end them all. Owns the listeners."""
-        async with trio.open_nursery() as connections:
+        Owns the listeners.
+        """
+        async with self.below(), trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
-                for door in listeners:
-                    accepting.start_soon(self._accept, door, connections)
-                yield
+                for listener in listeners:
+                    accepting.start_soon(self._accept, listener, connections)
+                task_status.started()
+                await self.stopping.wait()
                 accepting.cancel_scope.cancel()
             deadline = trio.current_time() + self.settings.drain_seconds
             connections.cancel_scope.deadline = deadline
             for session in self.sessions:
                 session.end(CLOSE_RESTART, "the server restarts")
             self._end_parked()
+        self.finished.set()
+
+    @contextlib.asynccontextmanager
+    async def below(self) -> AsyncIterator[None]:
+        """Run what the connections need, and what therefore outlives them."""
+        yield
 
     async def _accept(
         self, listener: trio.SocketListener, connections: trio.Nursery
@@ -3917,23 +3914,18 @@ class House:
             return True
         return False
 
-    @property
-    def emptied(self) -> bool:
-        """Are we stopping, and the last socket has gone?"""
-        return self.stopping.is_set() and not self.sessions
-
     def park(self, scope: trio.CancelScope, *, idle: bool) -> None:
         """Note who waits for bytes, until it is taken out of `parked`."""
         self.parked[scope] = idle
         self._end_parked(scope)
 
     def _end_parked(self, *scopes: trio.CancelScope) -> None:
-        """When the last socket has gone, end who keeps a connection for later.
+        """When we stop and no socket is left, end who keeps a connection for later.
 
         Who was taken from the backlog and has had no answer yet gets a second to ask:
         the next process cannot serve him any more.
         """
-        if self.emptied:
+        if self.stopping.is_set() and not self.sessions:
             now, linger = trio.current_time(), self.settings.linger_seconds
             for scope in scopes or self.parked:
                 end = now if self.parked[scope] else now + linger
@@ -3999,22 +3991,15 @@ class Server(House):
         self.typing = Buckets(settings.typing, size)
         self.requests = Buckets(settings.requests, size)
         self.names: dict[int, str] = {}  # what the store already knows
+        self.http = functools.partial(HttpApi, self)
         self.sessions: set[Session] = set()
         self.about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
 
     # --- the task tree ---------------------------------------------------------------
 
-    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
-        self,
-        listeners: Sequence[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Serve until `stopping` is set; then close every connection, and return.
-
-        The store and the hub outlive the connections: the last
-        answer has somebody to give it.
-        """
+    @contextlib.asynccontextmanager
+    async def below(self) -> AsyncIterator[None]:
+        """Run store, hub and sweeper: the last answer has somebody to give it."""
         # Nothing waits between the two: while a batch is published the next gathers.
         batches, published = trio.open_memory_channel[Batch](0)
         async with trio.open_nursery() as nursery:
@@ -4022,16 +4007,9 @@ class Server(House):
             nursery.start_soon(self.hub.run, published)
             sweeping = trio.CancelScope()
             nursery.start_soon(self._sweep, sweeping)
-            async with self.open_to(listeners):
-                task_status.started()
-                await self.stopping.wait()
+            yield
             sweeping.cancel()
             self.store.finish()
-        self.finished.set()
-
-    def http(self, stream: trio.SocketStream) -> Http:
-        """Make what serves one connection."""
-        return HttpApi(self, stream)
 
     async def serve_socket(self, stream: trio.SocketStream, upgrade: Upgrade) -> None:
         """Be a socket until it ends."""
@@ -4632,12 +4610,9 @@ class Proxy(House):
         super().__init__(settings, Stats(), keyring)
         self.upstream = upstream
         self.dial = dial
+        self.http = functools.partial(Passage, self)
         self.sessions: set[Tunnel] = set()
         self.about = {"upstream": upstream}
-
-    def http(self, stream: trio.SocketStream) -> Http:
-        """Make what serves one connection."""
-        return Passage(self, stream)
 
     def left(self, tunnel: Tunnel) -> None:
         """Count a socket out."""
