@@ -27,14 +27,14 @@ date; whoever is not reads the log until he is, from memory (the tail) or from d
 The task tree; a task never outlives the nursery above it:
 
     serve                      the root: _serve
-    |- Server.watch_signals    SIGTERM and SIGINT: the first stops, the second ends
-    `- Server.run
+    |- House.watch_signals     SIGTERM and SIGINT: the first stops, the second ends
+    `- House.run               of a Server, which is a House and has what is below:
        |- Store.run            takes all that waits, ONE transaction, hands it on
        |- Hub.run              publishes batches: tail, live seats, then the callers
        |- Server._sweep        once a second: ping, pong, stall, token end
        `- connections          a nursery inside, so it ends before the three above
-          |- Server._accept    one a listening socket, in a nursery until the stop
-          `- Server._connection  one a TCP connection: Http, then perhaps Session; in
+          |- House._accept     one a listening socket, in a nursery until the stop
+          `- House._connection  one a TCP connection: Http, then perhaps Session; in
                                its own nursery, only while bytes wait for a peer:
                                Outbox._flush and Session._catch_up
 
@@ -54,7 +54,8 @@ writer's thread, so none can be cancelled halfway; and what is lost between two 
 was never acked, or is in the log.
 
 Reading order: Words, Rules, Memory and the first half of Wires are the hour's core.
-`chatd proxy` is a process of its own, and a section of its own before the last.
+`chatd proxy` is a process of its own, a House of another kind, and the section before
+the last.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ class Settings:
 
     # Not flags: nobody should have to think of them. Tests set them.
     outbox_bytes: int = setting(262_144, "bytes",
-        "one connection's unsent bytes; holds any one event",
+        "one connection's unsent bytes, before the batch that crosses it",
         "no longer live: it reads the log when it can take more")
     head_seconds: float = setting(10.0, "s", "a request head to arrive", "408")
     request_seconds: float = setting(15.0, "s", "a request to be done", "408")
@@ -262,7 +263,7 @@ class Settings:
     batch_events: int = setting(2_000, "events", "the same, for large new chats")
     readers: int = setting(4, "threads", "reading at once")
     members: int = setting(5_000, "users",
-        "a chat; its chat_added must fit an outbox", "bad_field")
+        "a chat; a new one is told to each, with all of them", "bad_field")
     large_chat: int = setting(50, "users",
         "above it a read mark is told to its reader only")
     known_tokens: int = setting(4_096, "tokens", "verified once", "forgotten")
@@ -300,6 +301,17 @@ class UsageError(Exception):
     def __init__(self, message: str, *, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
+
+
+@contextlib.contextmanager
+def told_of(what: str, path: Path) -> Iterator[None]:
+    """Make a fault of a file or database a UsageError: a sentence with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{what} {path}: {error.strerror or error}") from error
+    except sqlite3.Error as error:
+        raise UsageError(f"{what} {path}: {error}") from error
 
 
 # code: the HTTP status, and what to say when there is nothing better to say.
@@ -1331,6 +1343,16 @@ def open_database(path: Path, *, readonly: bool) -> Db:
     return db
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """Name the file that stands beside a database: -wal, -shm, .lock."""
+    return path.with_name(path.name + suffix)
+
+
+def partial_name(path: Path) -> Path:
+    """Name a file to write first, and then to rename to path."""
+    return beside(path, f".{secrets.token_hex(4)}.partial")
+
+
 def sync_wal(path: Path) -> None:
     """Put a database's log of changes on the disk, whole, once more. Raises OSError.
 
@@ -1347,17 +1369,6 @@ def sync_wal(path: Path) -> None:
         while data := os.pread(fd, 1_048_576, at):
             at += os.pwrite(fd, data, at)
         os.fsync(fd)
-
-
-@contextlib.contextmanager
-def told_of(what: str, path: Path) -> Iterator[None]:
-    """Make a fault of a file or database a UsageError: a sentence with its name."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{what} {path}: {error.strerror or error}") from error
-    except sqlite3.Error as error:
-        raise UsageError(f"{what} {path}: {error}") from error
 
 
 def prepare_database(path: Path, steps: Sequence[str]) -> Db:
@@ -2085,16 +2096,6 @@ class Store:
             return 0
 
 
-def beside(path: Path, suffix: str) -> Path:
-    """Name the file that stands beside a database: -wal, -shm, .lock."""
-    return path.with_name(path.name + suffix)
-
-
-def partial_name(path: Path) -> Path:
-    """Name a file to write first, and then to rename to path."""
-    return beside(path, f".{secrets.token_hex(4)}.partial")
-
-
 def message_of(row: Sequence[Any]) -> Message:
     """Make the message of a row of MESSAGE_COLUMNS."""
     return Message(row[0], row[1], row[2], row[3], timestamp(row[4]), row[5], row[6])
@@ -2439,7 +2440,7 @@ class Hub:
 
 
 # =====================================================================================
-# WIRES: Outbox, Guard, Session, Http, House, Server
+# WIRES: Outbox, Guard, Session, Http, Api, House, Server
 #
 # From a socket to the hub and back. The one idea: writing never waits. A frame goes
 # to the kernel at once, or into a bounded buffer, or the seat stops being live and
@@ -3127,10 +3128,8 @@ class Request:
         for field in self.fields:
             if field in ASCII_FIELDS and not self.one(field).isascii():
                 raise bad_field(f"{field}: only ASCII may be in it")
-        if (
-            "transfer-encoding" in self.fields
-        ):  # RFC 9112 6.1: both are how one smuggles
-            if "content-length" in self.fields:
+        if "transfer-encoding" in self.fields:
+            if "content-length" in self.fields:  # RFC 9112 6.1: how one smuggles
                 raise bad_field("Content-Length beside Transfer-Encoding")
             if self.version != b"1.1":
                 raise bad_field("Transfer-Encoding: not in HTTP/1.0")
@@ -3320,8 +3319,10 @@ class Http:
         self.h11.receive_data(data)
 
     async def _respond(self, request: Request | None, answer: Answer) -> None:
-        """Write an answer. After a bad head, a refused upgrade, or with anything left
-        unread, the connection ends with it.
+        """Write an answer.
+
+        After a bad head, a refused upgrade, or with anything left unread, the
+        connection ends with it.
         """
         if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
@@ -3799,7 +3800,7 @@ class Endable(Protocol):
 
 
 class House:
-    """What a Server and a Proxy have in common: doors, bounds, bulkhead and signals.
+    """What a Server and a Proxy have in common: bounds, bulkhead and signals.
 
     Owns every connection that came in, each in a task of its own.
     """
@@ -4289,7 +4290,7 @@ def reset(stream: trio.SocketStream) -> None:
     stream.socket.close()
 
 
-class Patience:
+class IdleScope:
     """A cancel scope that ends when nothing has moved for so many seconds."""
 
     def __init__(self, seconds: float) -> None:
@@ -4310,7 +4311,7 @@ class Passage(Http):
     def __init__(self, house: Proxy, stream: trio.SocketStream) -> None:
         super().__init__(house, stream)
         self.proxy = house
-        self.patience = Patience(self.settings.upstream_seconds)
+        self.idle = IdleScope(self.settings.upstream_seconds)
         self.hearing = False  # waiting for the client, not for the upstream
         self.status = 0  # of the answer, once there is one
         self.no: Refusal | None = None  # why there is none
@@ -4327,8 +4328,8 @@ class Passage(Http):
             self.proxy.check_handshakes(request.address)
             check_upgrade(request)
             self.proxy.admit_socket(request, "edge")
-        self.patience.moved()
-        with self.patience.scope as scope:
+        self.idle.moved()
+        with self.idle.scope as scope:
             await self._exchange(request)
         if scope.cancelled_caught:
             away = Refusal("upstream", "the chat service does not answer", status=504)
@@ -4423,7 +4424,7 @@ class Passage(Http):
         """Write to the upstream. If it has gone, `_pass_down` will find out."""
         with contextlib.suppress(trio.BrokenResourceError):
             await self.upstream.send_all(self.up.send(event) or b"")
-        self.patience.moved()
+        self.idle.moved()
 
     # --- down ------------------------------------------------------------------------
 
@@ -4446,7 +4447,7 @@ class Passage(Http):
                 else:
                     await self._send(h11.EndOfMessage())
                     return
-                self.patience.moved()
+                self.idle.moved()
         except Refusal as no:
             self.no = no
 
@@ -4455,7 +4456,7 @@ class Passage(Http):
         try:
             while (event := self.up.next_event()) is h11.NEED_DATA:
                 self.up.receive_data(await self.upstream.receive_some(CHUNK_BYTES))
-                self.patience.moved()
+                self.idle.moved()
         except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
             raise self._away(type(error).__name__) from error
         headers = {name for name, _ in getattr(event, "headers", ())}
@@ -4524,7 +4525,7 @@ class Tunnel:
         self.proxy = proxy
         self.client = client
         self.upstream = upstream
-        self.patience = Patience(proxy.settings.idle_seconds)
+        self.idle = IdleScope(proxy.settings.idle_seconds)
         self.frames = FrameEnds()
         self.close = b""  # the frame that ends it, when we do
         self.ended = False  # the upstream has said all
@@ -4543,10 +4544,10 @@ class Tunnel:
         self.proxy.sessions.add(self)
         if self.proxy.stopping.is_set():
             self.end(CLOSE_RESTART, "the server restarts")
-        self.patience.moved()
+        self.idle.moved()
         broken = False
         try:
-            with self.patience.scope as scope:
+            with self.idle.scope as scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._up, said)
                     nursery.start_soon(self._down, heard)
@@ -4577,14 +4578,14 @@ class Tunnel:
                 if self.ended:
                     return  # nothing is lost: what else he says nobody would hear
                 raise
-            self.patience.moved()
+            self.idle.moved()
             data = b""
         await self.upstream.send_all(self.close)
 
     async def _down(self, data: bytes) -> None:
         while data := data or await self.upstream.receive_some(CHUNK_BYTES):
             await self.client.send_all(data)
-            self.patience.moved()
+            self.idle.moved()
             data = b""
         self.ended = True
         await self._pass_end(self.client)
@@ -4593,8 +4594,8 @@ class Tunnel:
         """One side says no more. The other has not much longer to do so too."""
         with contextlib.suppress(trio.BrokenResourceError):  # it has gone already
             await stream.send_eof()
-        self.patience.seconds = self.proxy.settings.stall_seconds
-        self.patience.moved()
+        self.idle.seconds = self.proxy.settings.stall_seconds
+        self.idle.moved()
 
 
 class Proxy(House):
