@@ -5113,6 +5113,10 @@ SANE = {
 # --- the command line ----------------------------------------------------------------
 
 
+class WrongText(ValueError, argparse.ArgumentTypeError):
+    """A flag's text is wrong: a sentence, which argparse prints as it is."""
+
+
 def wants(what: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
     """Decorate what reads the text of a flag: its ValueError says what was wanted."""
 
@@ -5122,7 +5126,7 @@ def wants(what: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
             try:
                 return read(text)
             except ValueError:
-                raise ValueError(f"{text!r} is not {what}") from None
+                raise WrongText(f"{text!r} is not {what}") from None
 
         return parse
 
@@ -5267,18 +5271,6 @@ def flag(field: dataclasses.Field[Any]) -> str:
     return f"--{field.name.replace('_', '-')}"
 
 
-def checked(parse_value: Callable[[str], T]) -> Callable[[str], T]:
-    """Let argparse print the sentence of a parser's ValueError."""
-
-    def parse_argument(text: str) -> T:
-        try:
-            return parse_value(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse_argument
-
-
 def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
     """Add the flags of Settings, or only those named, or with other defaults."""
     parser.set_defaults(defaults=defaults)
@@ -5292,7 +5284,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) 
         parser.add_argument(
             flag(field),
             metavar=unit,
-            type=checked(PARSERS[unit]),
+            type=PARSERS[unit],
             action="append" if type(field.default) is tuple else "store",
             help=f"{why}{over}{default}",
         )
@@ -5346,7 +5338,7 @@ def make_parser() -> argparse.ArgumentParser:
     proxying.add_argument(
         "--upstream",
         metavar="HOST:PORT",
-        type=checked(parse_listen),
+        type=parse_listen,
         default=os.environ.get("CHATD_UPSTREAM", upstream),
         help=f"{where} (default {upstream})",
     )
@@ -5354,11 +5346,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
-    add("user_id", metavar="USER_ID", type=checked(parse_user))
+    add("user_id", metavar="USER_ID", type=parse_user)
     add("--name", help="what others see")
     how_long = "how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)"
-    add("--ttl", metavar="TIME", type=checked(parse_ttl), help=how_long)
-    add("--scope", metavar="SCOPE", type=checked(parse_scope), help="service, stats")
+    add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
+    add("--scope", metavar="SCOPE", type=parse_scope, help="service, stats")
     page = "http://127.0.0.1:8086"
     link = f"a sign-in link to the page at BASE (default {page})"
     add("--link", metavar="BASE", nargs="?", const=page, help=link)
@@ -5376,11 +5368,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "backup":
             kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
             command.add_argument(
-                "--keep",
-                metavar="COUNT",
-                type=checked(parse_count),
-                default=0,
-                help=kept,
+                "--keep", metavar="COUNT", type=parse_count, default=0, help=kept
             )
         add_flags(command, "db")
     return parser
