@@ -27,14 +27,14 @@ date; whoever is not reads the log until he is, from memory (the tail) or from d
 The task tree; a task never outlives the nursery above it:
 
     serve                      the root: _serve
-    |- Server.watch_signals    SIGTERM and SIGINT: the first stops, the second ends
-    `- Server.run
+    |- House.watch_signals     SIGTERM and SIGINT: the first stops, the second ends
+    `- House.run               of a Server, which is a House and has what is below:
        |- Store.run            takes all that waits, ONE transaction, hands it on
        |- Hub.run              publishes batches: tail, live seats, then the callers
        |- Server._sweep        once a second: ping, pong, stall, token end
        `- connections          a nursery inside, so it ends before the three above
-          |- Server._accept    one a listening socket, in a nursery until the stop
-          `- Server._connection  one a TCP connection: Http, then perhaps Session; in
+          |- House._accept     one a listening socket, in a nursery until the stop
+          `- House._connection  one a TCP connection: Http, then perhaps Session; in
                                its own nursery, only while bytes wait for a peer:
                                Outbox._flush and Session._catch_up
 
@@ -54,7 +54,8 @@ writer's thread, so none can be cancelled halfway; and what is lost between two 
 was never acked, or is in the log.
 
 Reading order: Words, Rules, Memory and the first half of Wires are the hour's core.
-`chatd proxy` is a process of its own, and a section of its own before the last.
+`chatd proxy` is a process of its own, a House of another kind, and the section before
+the last.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ class Settings:
 
     # Not flags: nobody should have to think of them. Tests set them.
     outbox_bytes: int = setting(262_144, "bytes",
-        "one connection's unsent bytes; holds any one event",
+        "one connection's unsent bytes, before the batch that crosses it",
         "no longer live: it reads the log when it can take more")
     head_seconds: float = setting(10.0, "s", "a request head to arrive", "408")
     request_seconds: float = setting(15.0, "s", "a request to be done", "408")
@@ -264,7 +265,7 @@ class Settings:
     batch_events: int = setting(2_000, "events", "the same, for large new chats")
     readers: int = setting(4, "threads", "reading at once")
     members: int = setting(5_000, "users",
-        "a chat; its chat_added must fit an outbox", "bad_field")
+        "a chat; a new one is told to each, with all of them", "bad_field")
     large_chat: int = setting(50, "users",
         "above it a read mark is told to its reader only")
     known_tokens: int = setting(4_096, "tokens", "verified once", "forgotten")
@@ -302,6 +303,17 @@ class UsageError(Exception):
     def __init__(self, message: str, *, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
+
+
+@contextlib.contextmanager
+def told_of(what: str, path: Path) -> Iterator[None]:
+    """Make a fault of a file or database a UsageError: a sentence with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{what} {path}: {error.strerror or error}") from error
+    except sqlite3.Error as error:
+        raise UsageError(f"{what} {path}: {error}") from error
 
 
 # code: the HTTP status, and what to say when there is nothing better to say.
@@ -1333,6 +1345,16 @@ def open_database(path: Path, *, readonly: bool) -> Db:
     return db
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """Name the file that stands beside a database: -wal, -shm, .lock."""
+    return path.with_name(path.name + suffix)
+
+
+def partial_name(path: Path) -> Path:
+    """Name a file to write first, and then to rename to path."""
+    return beside(path, f".{secrets.token_hex(4)}.partial")
+
+
 def sync_wal(path: Path) -> None:
     """Put a database's log of changes on the disk, whole, once more. Raises OSError.
 
@@ -1349,17 +1371,6 @@ def sync_wal(path: Path) -> None:
         while data := os.pread(fd, 1_048_576, at):
             at += os.pwrite(fd, data, at)
         os.fsync(fd)
-
-
-@contextlib.contextmanager
-def told_of(what: str, path: Path) -> Iterator[None]:
-    """Make a fault of a file or database a UsageError: a sentence with its name."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{what} {path}: {error.strerror or error}") from error
-    except sqlite3.Error as error:
-        raise UsageError(f"{what} {path}: {error}") from error
 
 
 def prepare_database(path: Path, steps: Sequence[str]) -> Db:
@@ -1477,15 +1488,23 @@ class Store:
         except trio.WouldBlock:
             await self._submit.send(job)
 
-    async def do(self, work: Callable[..., T], *args: Any) -> T:
+    async def do(
+        self,
+        work: Callable[..., T],
+        *args: Any,
+        then: Callable[[T], object] = lambda _: None,
+    ) -> T:
         """Run work(db, log, *args); wait until it is on disk and published.
 
-        Raises its Refusal. If the caller is cancelled it happens all the same.
+        Raises its Refusal. then gets what it returned, in the same turn. If the caller
+        is cancelled both happen all the same.
         """
         answered = trio.Event()
         outcomes: list[T | Refusal] = []
 
         def done(outcome: T | Refusal) -> None:
+            if not isinstance(outcome, Refusal):
+                then(outcome)
             outcomes.append(outcome)
             answered.set()
 
@@ -2083,11 +2102,6 @@ class Store:
             return 0
 
 
-def beside(path: Path, suffix: str) -> Path:
-    """Name the file that stands beside a database: -wal, -shm, .lock."""
-    return path.with_name(path.name + suffix)
-
-
 def message_of(row: Sequence[Any]) -> Message:
     """Make the message of a row of MESSAGE_COLUMNS."""
     return Message(row[0], row[1], row[2], row[3], timestamp(row[4]), row[5], row[6])
@@ -2449,7 +2463,7 @@ class Hub:
 
 
 # =====================================================================================
-# WIRES: Outbox, Guard, Session, Http, House, Server
+# WIRES: Outbox, Guard, Session, Http, Api, House, Server
 #
 # From a socket to the hub and back. The one idea: writing never waits. A frame goes
 # to the kernel at once, or into a bounded buffer, or the seat stops being live and
@@ -3170,10 +3184,8 @@ class Request:
         for field in self.fields:
             if field in ASCII_FIELDS and not self.one(field).isascii():
                 raise bad_field(f"{field}: only ASCII may be in it")
-        if (
-            "transfer-encoding" in self.fields
-        ):  # RFC 9112 6.1: both are how one smuggles
-            if "content-length" in self.fields:
+        if "transfer-encoding" in self.fields:
+            if "content-length" in self.fields:  # RFC 9112 6.1: how one smuggles
                 raise bad_field("Content-Length beside Transfer-Encoding")
             if self.version != b"1.1":
                 raise bad_field("Transfer-Encoding: not in HTTP/1.0")
@@ -3320,7 +3332,7 @@ class Http:
         """Read a request's head. None: there is no other. Raises Refusal timeout.
 
         While it is not whole the connection is parked: when the house is full, the one
-        that is parked longest makes room.
+        that is parked longest makes room, at once and without an answer.
         """
         settings, begun = self.settings, bool(self.h11.trailing_data[0])
         idle = self.kept and not begun
@@ -3345,8 +3357,8 @@ class Http:
                         self.house.park(scope, idle=False)
                     self.h11.receive_data(data)
             finally:
-                self.house.parked.pop(scope, None)
-        if begun:
+                evicted = self.house.parked.pop(scope, None) is None
+        if begun and not evicted:
             raise Refusal("timeout", "the request head took too long")
         return None
 
@@ -3363,8 +3375,10 @@ class Http:
         self.h11.receive_data(data)
 
     async def _respond(self, request: Request | None, answer: Answer) -> None:
-        """Write an answer. After a bad head, a refused upgrade, or with anything left
-        unread, the connection ends with it.
+        """Write an answer.
+
+        After a bad head, a refused upgrade, or with anything left unread, the
+        connection ends with it.
         """
         if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
@@ -3720,9 +3734,13 @@ class Api:
 
     async def revoke(self, request: Request) -> Answer:
         """Refuse all tokens of a user so far, and close his sockets."""
-        user_id = parse(request.body, USER_BODY).user_id
-        revoked_at = await self.store.do(self.store.revoke, user_id)
-        closed = self.server.revoke(user_id, revoked_at)
+        user_id, closed = parse(request.body, USER_BODY).user_id, 0
+
+        def close(revoked_at: int) -> None:
+            nonlocal closed
+            closed = self.server.revoke(user_id, revoked_at)
+
+        await self.store.do(self.store.revoke, user_id, then=close)
         return json_answer({"user_id": user_id, "closed": closed})
 
     async def health(self, request: Request) -> Answer:
@@ -3838,11 +3856,12 @@ class Endable(Protocol):
 
 
 class House:
-    """What a Server and a Proxy have in common: doors, bounds, bulkhead and signals.
+    """What a Server and a Proxy have in common: bounds, bulkhead and signals.
 
     Owns every connection that came in, each in a task of its own.
     """
 
+    http: Callable[[trio.SocketStream], Http]  # makes what serves one connection
     sessions: AbstractSet[Endable]
     about: dict[str, object]  # what its line in the log says when it is ready
 
@@ -3860,38 +3879,34 @@ class House:
         self.complaints = Bucket(Rate(0.1, 1))  # log lines about a full house
         self.mistakes = Bucket(Rate(1, 10))  # and about our own
 
-    def http(self, stream: trio.SocketStream) -> Http:
-        """Make what serves one connection."""
-        raise NotImplementedError
-
     async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
         self,
         listeners: Sequence[trio.SocketListener],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve until `stopping` is set; then close every connection, and return."""
-        async with self.open_to(listeners):
-            task_status.started()
-            await self.stopping.wait()
-        self.finished.set()
+        """Serve until `stopping` is set; then end every connection, and return.
 
-    @contextlib.asynccontextmanager
-    async def open_to(
-        self, listeners: Sequence[trio.SocketListener]
-    ) -> AsyncIterator[None]:
-        """Serve connections inside the block; then end them all. Owns the listeners."""
-        async with trio.open_nursery() as connections:
+        Owns the listeners.
+        """
+        async with self.below(), trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
-                for door in listeners:
-                    accepting.start_soon(self._accept, door, connections)
-                yield
+                for listener in listeners:
+                    accepting.start_soon(self._accept, listener, connections)
+                task_status.started()
+                await self.stopping.wait()
                 accepting.cancel_scope.cancel()
             deadline = trio.current_time() + self.settings.drain_seconds
             connections.cancel_scope.deadline = deadline
             for session in self.sessions:
                 session.end(CLOSE_RESTART, "the server restarts")
             self._end_parked()
+        self.finished.set()
+
+    @contextlib.asynccontextmanager
+    async def below(self) -> AsyncIterator[None]:
+        """Run what the connections need, and what therefore outlives them."""
+        yield
 
     async def _accept(
         self, listener: trio.SocketListener, connections: trio.Nursery
@@ -3956,23 +3971,18 @@ class House:
             return True
         return False
 
-    @property
-    def emptied(self) -> bool:
-        """Are we stopping, and the last socket has gone?"""
-        return self.stopping.is_set() and not self.sessions
-
     def park(self, scope: trio.CancelScope, *, idle: bool) -> None:
         """Note who waits for bytes, until it is taken out of `parked`."""
         self.parked[scope] = idle
         self._end_parked(scope)
 
     def _end_parked(self, *scopes: trio.CancelScope) -> None:
-        """When the last socket has gone, end who keeps a connection for later.
+        """When we stop and no socket is left, end who keeps a connection for later.
 
         Who was taken from the backlog and has had no answer yet gets a second to ask:
         the next process cannot serve him any more.
         """
-        if self.emptied:
+        if self.stopping.is_set() and not self.sessions:
             now, linger = trio.current_time(), self.settings.linger_seconds
             for scope in scopes or self.parked:
                 end = now if self.parked[scope] else now + linger
@@ -4038,22 +4048,15 @@ class Server(House):
         self.typing = Buckets(settings.typing, size)
         self.requests = Buckets(settings.requests, size)
         self.names: dict[int, str] = {}  # what the store already knows
+        self.http = functools.partial(HttpApi, self)
         self.sessions: set[Session] = set()
         self.about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
 
     # --- the task tree ---------------------------------------------------------------
 
-    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
-        self,
-        listeners: Sequence[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Serve until `stopping` is set; then close every connection, and return.
-
-        The store and the hub outlive the connections: the last
-        answer has somebody to give it.
-        """
+    @contextlib.asynccontextmanager
+    async def below(self) -> AsyncIterator[None]:
+        """Run store, hub and sweeper: the last answer has somebody to give it."""
         # Nothing waits between the two: while a batch is published the next gathers.
         batches, published = trio.open_memory_channel[Batch](0)
         async with trio.open_nursery() as nursery:
@@ -4061,16 +4064,9 @@ class Server(House):
             nursery.start_soon(self.hub.run, published)
             sweeping = trio.CancelScope()
             nursery.start_soon(self._sweep, sweeping)
-            async with self.open_to(listeners):
-                task_status.started()
-                await self.stopping.wait()
+            yield
             sweeping.cancel()
             self.store.finish()
-        self.finished.set()
-
-    def http(self, stream: trio.SocketStream) -> Http:
-        """Make what serves one connection."""
-        return HttpApi(self, stream)
 
     async def serve_socket(self, stream: trio.SocketStream, upgrade: Upgrade) -> None:
         """Be a socket until it ends."""
@@ -4091,8 +4087,9 @@ class Server(House):
         with sweeping:
             while True:
                 await trio.sleep(1)
-                now = trio.current_time()
-                self.store.check_file()
+                now, since = trio.current_time(), self.store.writing_since
+                if since is None:  # else the writer looks; it may open the files anew
+                    self.store.check_file()
                 for session in list(self.sessions):
                     seat = session.seat
                     why = seat.sweep(now, settings)
@@ -4103,10 +4100,10 @@ class Server(House):
                     user, queued = session.claims.user_id, len(seat.outbox.buffer)
                     say(logging.INFO, "cut", user=user, why=why, queued=queued)
                     session.end(CUT, why)
-                since = self.store.writing_since
                 if since is None or now - since < settings.commit_seconds:
                     sick = "; no writing" if self.store.degraded else ""
-                    notify(f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}")
+                    state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
+                    notify(state, wait_seconds=0)
 
     # --- what connections ask --------------------------------------------------------
 
@@ -4349,7 +4346,7 @@ def reset(stream: trio.SocketStream) -> None:
     stream.socket.close()
 
 
-class Patience:
+class IdleScope:
     """A cancel scope that ends when nothing has moved for so many seconds."""
 
     def __init__(self, seconds: float) -> None:
@@ -4370,7 +4367,7 @@ class Passage(Http):
     def __init__(self, house: Proxy, stream: trio.SocketStream) -> None:
         super().__init__(house, stream)
         self.proxy = house
-        self.patience = Patience(self.settings.upstream_seconds)
+        self.idle = IdleScope(self.settings.upstream_seconds)
         self.hearing = False  # waiting for the client, not for the upstream
         self.status = 0  # of the answer, once there is one
         self.no: Refusal | None = None  # why there is none
@@ -4387,8 +4384,8 @@ class Passage(Http):
             self.proxy.check_handshakes(request.address)
             check_upgrade(request)
             self.proxy.admit_socket(request, "edge")
-        self.patience.moved()
-        with self.patience.scope as scope:
+        self.idle.moved()
+        with self.idle.scope as scope:
             await self._exchange(request)
         if scope.cancelled_caught:
             away = Refusal("upstream", "the chat service does not answer", status=504)
@@ -4485,7 +4482,7 @@ class Passage(Http):
         """Write to the upstream. If it has gone, `_pass_down` will find out."""
         with contextlib.suppress(trio.BrokenResourceError):
             await self.upstream.send_all(self.up.send(event) or b"")
-        self.patience.moved()
+        self.idle.moved()
 
     # --- down ------------------------------------------------------------------------
 
@@ -4508,7 +4505,7 @@ class Passage(Http):
                 else:
                     await self._send(h11.EndOfMessage())
                     return
-                self.patience.moved()
+                self.idle.moved()
         except Refusal as no:
             self.no = no
 
@@ -4517,7 +4514,7 @@ class Passage(Http):
         try:
             while (event := self.up.next_event()) is h11.NEED_DATA:
                 self.up.receive_data(await self.upstream.receive_some(CHUNK_BYTES))
-                self.patience.moved()
+                self.idle.moved()
         except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
             raise self._away(type(error).__name__) from error
         headers = {name for name, _ in getattr(event, "headers", ())}
@@ -4586,7 +4583,7 @@ class Tunnel:
         self.proxy = proxy
         self.client = client
         self.upstream = upstream
-        self.patience = Patience(proxy.settings.idle_seconds)
+        self.idle = IdleScope(proxy.settings.idle_seconds)
         self.frames = FrameEnds()
         self.close = b""  # the frame that ends it, when we do
         self.ended = False  # the upstream has said all
@@ -4605,10 +4602,10 @@ class Tunnel:
         self.proxy.sessions.add(self)
         if self.proxy.stopping.is_set():
             self.end(CLOSE_RESTART, "the server restarts")
-        self.patience.moved()
+        self.idle.moved()
         broken = False
         try:
-            with self.patience.scope as scope:
+            with self.idle.scope as scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._up, said)
                     nursery.start_soon(self._down, heard)
@@ -4639,14 +4636,14 @@ class Tunnel:
                 if self.ended:
                     return  # nothing is lost: what else he says nobody would hear
                 raise
-            self.patience.moved()
+            self.idle.moved()
             data = b""
         await self.upstream.send_all(self.close)
 
     async def _down(self, data: bytes) -> None:
         while data := data or await self.upstream.receive_some(CHUNK_BYTES):
             await self.client.send_all(data)
-            self.patience.moved()
+            self.idle.moved()
             data = b""
         self.ended = True
         await self._pass_end(self.client)
@@ -4655,8 +4652,8 @@ class Tunnel:
         """One side says no more. The other has not much longer to do so too."""
         with contextlib.suppress(trio.BrokenResourceError):  # it has gone already
             await stream.send_eof()
-        self.patience.seconds = self.proxy.settings.stall_seconds
-        self.patience.moved()
+        self.idle.seconds = self.proxy.settings.stall_seconds
+        self.idle.moved()
 
 
 class Proxy(House):
@@ -4672,12 +4669,9 @@ class Proxy(House):
         super().__init__(settings, Stats(), keyring)
         self.upstream = upstream
         self.dial = dial
+        self.http = functools.partial(Passage, self)
         self.sessions: set[Tunnel] = set()
         self.about = {"upstream": upstream}
-
-    def http(self, stream: trio.SocketStream) -> Http:
-        """Make what serves one connection."""
-        return Passage(self, stream)
 
     def left(self, tunnel: Tunnel) -> None:
         """Count a socket out."""
@@ -4693,8 +4687,12 @@ class Proxy(House):
 # =====================================================================================
 
 
-def notify(state: str, fds: Sequence[int] = ()) -> None:
-    """Tell systemd (sd_notify(3)), and hand it descriptors; without it, nothing."""
+def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> None:
+    """Tell systemd (sd_notify(3)), and hand it descriptors; without it, nothing.
+
+    All stands still until it has room for the words: a systemd that hangs must not
+    hang us for longer than that.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -4702,6 +4700,7 @@ def notify(state: str, fds: Sequence[int] = ()) -> None:
         address = "\0" + address[1:]  # a name in the abstract namespace
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(wait_seconds)
             sock.connect(address)
             socket.send_fds(sock, [state.encode()], fds)
     except OSError as error:
@@ -4821,12 +4820,17 @@ def make_secret(path: Path) -> None:
     """Make a secret if there is none. Only serve does."""
     if path.exists():
         return
+    partial = partial_name(path)  # a full disk must not leave one that is empty
     with told_of("secret", path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="ascii") as file:
-        file.write(secrets.token_urlsafe(48) + "\n")
-        file.flush()
-        os.fsync(fd)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(fd, "w", encoding="ascii") as file:
+                file.write(secrets.token_urlsafe(48) + "\n")
+                file.flush()
+                os.fsync(fd)
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
     say(logging.INFO, "made_secret", path=path)
 
 
@@ -5077,11 +5081,6 @@ def copy_database(source: Path, target: Path, what: str, change: str = "") -> No
             raise UsageError(f"{what} {source}: copying failed: {error}") from error
 
 
-def partial_name(path: Path) -> Path:
-    """Name a file to write first, and then to rename to path."""
-    return beside(path, f".{secrets.token_hex(4)}.partial")
-
-
 def sync_folder(folder: Path) -> None:
     """Make a rename in it last."""
     fd = os.open(folder, os.O_RDONLY)
@@ -5177,6 +5176,10 @@ SANE = {
 # --- the command line ----------------------------------------------------------------
 
 
+class WrongText(ValueError, argparse.ArgumentTypeError):
+    """A flag's text is wrong: a sentence, which argparse prints as it is."""
+
+
 def wants(what: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
     """Decorate what reads the text of a flag: its ValueError says what was wanted."""
 
@@ -5186,7 +5189,7 @@ def wants(what: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
             try:
                 return read(text)
             except ValueError:
-                raise ValueError(f"{text!r} is not {what}") from None
+                raise WrongText(f"{text!r} is not {what}") from None
 
         return parse
 
@@ -5339,18 +5342,6 @@ def flag(field: dataclasses.Field[Any]) -> str:
     return f"--{field.name.replace('_', '-')}"
 
 
-def checked(parse_value: Callable[[str], T]) -> Callable[[str], T]:
-    """Let argparse print the sentence of a parser's ValueError."""
-
-    def parse_argument(text: str) -> T:
-        try:
-            return parse_value(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse_argument
-
-
 def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
     """Add the flags of Settings, or only those named, or with other defaults."""
     parser.set_defaults(defaults=defaults)
@@ -5364,7 +5355,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) 
         parser.add_argument(
             flag(field),
             metavar=unit,
-            type=checked(PARSERS[unit]),
+            type=PARSERS[unit],
             action="append" if type(field.default) is tuple else "store",
             help=f"{why}{over}{default}",
         )
@@ -5418,7 +5409,7 @@ def make_parser() -> argparse.ArgumentParser:
     proxying.add_argument(
         "--upstream",
         metavar="HOST:PORT",
-        type=checked(parse_listen),
+        type=parse_listen,
         default=os.environ.get("CHATD_UPSTREAM", upstream),
         help=f"{where} (default {upstream})",
     )
@@ -5426,11 +5417,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
-    add("user_id", metavar="USER_ID", type=checked(parse_user))
+    add("user_id", metavar="USER_ID", type=parse_user)
     add("--name", help="what others see")
     how_long = "how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)"
-    add("--ttl", metavar="TIME", type=checked(parse_ttl), help=how_long)
-    add("--scope", metavar="SCOPE", type=checked(parse_scope), help="service, stats")
+    add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
+    add("--scope", metavar="SCOPE", type=parse_scope, help="service, stats")
     page = "http://127.0.0.1:8086"
     link = f"a sign-in link to the page at BASE (default {page})"
     add(
@@ -5455,11 +5446,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "backup":
             kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
             command.add_argument(
-                "--keep",
-                metavar="COUNT",
-                type=checked(parse_count),
-                default=0,
-                help=kept,
+                "--keep", metavar="COUNT", type=parse_count, default=0, help=kept
             )
         add_flags(command, "db")
     return parser

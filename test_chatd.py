@@ -1555,6 +1555,22 @@ def test_a_made_secret_is_private_long_and_never_made_twice(tmp_path: Path) -> N
     assert "none/s" in usage_error_of(chatd.make_secret, tmp_path / "none" / "s")
 
 
+def test_a_secret_that_could_not_be_written_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "chatd.secret"
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        said = usage_error_of(chatd.make_secret, path)
+    assert said == f"secret {path}: No space left on device"
+    assert list(tmp_path.iterdir()) == []
+    chatd.make_secret(path)
+    assert len(chatd.read_secret(path, private=True)) >= 32
+
+
 @pytest.mark.parametrize(
     ("name", "clean"),
     [
@@ -2913,7 +2929,8 @@ async def test_a_work_is_done_though_its_caller_has_gone(memory: Memory) -> None
     chat = memory.chat(1, 2)
     with trio.CancelScope() as gone:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(memory.store.do, *memory.sends(chat, 1))
+            sending = functools.partial(memory.store.do, *memory.sends(chat, 1))
+            nursery.start_soon(sending)
             await trio.testing.wait_all_tasks_blocked()
             gone.cancel()
     async with memory_running(memory):
@@ -2941,7 +2958,8 @@ async def test_it_works_in_threads(tmp_path: Path) -> None:
     chat = memory.chat(1, 2)
     async with memory_running(memory), trio.open_nursery() as nursery:
         for _ in range(50):
-            nursery.start_soon(memory.store.do, *memory.sends(chat, 1))
+            sending = functools.partial(memory.store.do, *memory.sends(chat, 1))
+            nursery.start_soon(sending)
         for _ in range(50):
             query = memory.store.my_chats
             nursery.start_soon(memory.store.read, query, 1, memory.hub.head)
@@ -5846,6 +5864,21 @@ async def test_revoking_closes_all_sockets_of_the_user_and_no_other(
 
 
 @wires()
+async def test_a_revocation_that_was_not_answered_in_time_holds_all_the_same(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6)
+    house.disk.hold()
+    raw, auth = house.dial(), f"Bearer {house.token(1, scope='service')}"
+    path, body = "/api/v1/internal/chat/revoke", b'{"user_id":6}'
+    await raw.send(wires_request("POST", path, body, Authorization=auth))
+    assert (await raw.answer(within=16)).status == 408
+    house.disk.go()
+    assert await peer.end() == ([], 4503)
+    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 401
+
+
+@wires()
 @pytest.mark.parametrize("path", ["/api/v1/session", "/api/v1/chats"])
 async def test_who_is_revoked_while_he_sends_a_body_gets_nothing_for_it(
     house: WiresHouse, path: str
@@ -6570,6 +6603,46 @@ async def test_a_commit_that_hangs_for_60_s_is_no_longer_told_to_the_watchdog(
         house.disk.go()
         assert set(await told(3)) == {alive}
         monkeypatch.delenv("NOTIFY_SOCKET")
+
+
+@wires()
+async def test_a_systemd_that_reads_nothing_holds_nothing_up(
+    house: WiresHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "chatd")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
+    ):
+        address = f"\0chatd-deaf-{os.getpid()}"
+        systemd.bind(address)
+        other.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.sendto(b"WATCHDOG=1", address)
+        monkeypatch.setenv("NOTIFY_SOCKET", address.replace("\0", "@"))
+        began = time.monotonic()
+        await trio.sleep(3)
+        assert time.monotonic() - began < 30
+        assert "notify_failed" in caplog.text
+        monkeypatch.delenv("NOTIFY_SOCKET")
+
+
+@wires()
+async def test_a_file_that_the_writer_opens_anew_is_not_missed_meanwhile(
+    house: WiresHouse,
+) -> None:
+    db = house.server.settings.db
+    wal, aside = db.with_name(f"{db.name}-wal"), db.with_name("aside")
+    raw = house.dial()
+    house.disk.hold()
+    auth = f"Bearer {house.token(6)}"
+    await raw.send(wires_request("POST", "/api/v1/chats", b"{}", Authorization=auth))
+    wal.rename(aside)  # as SQLite does after an I/O error, in the writer's thread
+    await trio.sleep(3)
+    aside.rename(wal)
+    house.disk.go()
+    assert (await raw.answer()).status == 201
 
 
 @wires()
@@ -7339,6 +7412,17 @@ async def test_at_the_limit_of_connections_the_longest_parked_makes_room(
     assert await second.ends() == b""
     assert (await first.ask("GET", "/healthz")).status == 200
     assert house.server.open == 129
+
+
+@wires(max_connections=1)
+async def test_who_makes_room_in_mid_head_goes_at_once(house: WiresHouse) -> None:
+    raws = [house.dial() for _ in range(200)]
+    for raw in raws:
+        await raw.send(b"GET /healthz HT")
+    await wait_all_tasks_blocked()
+    assert house.server.open == 129
+    for raw in raws[:71]:
+        assert await raw.ends() == b""
 
 
 @wires()
