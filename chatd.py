@@ -954,8 +954,12 @@ class Key(NamedTuple):
 
 
 def read_secret(path: Path, *, private: bool) -> bytes:
-    """Read a shared secret. Raises UsageError if it is short or others can read it."""
-    with told_of("secret", path), path.open("rb") as file:
+    """Read a shared secret: our own (private), or one of the site's backend.
+
+    Raises UsageError if it is short, or private and others can read it.
+    """
+    what = "secret" if private else "--jwt-key"
+    with told_of(what, path), path.open("rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         secret = file.read(65_536).strip()
     wrong = ""
@@ -964,7 +968,7 @@ def read_secret(path: Path, *, private: bool) -> bytes:
     if private and mode & 0o077:
         wrong = f"others can read it (mode {mode:04o}): chmod 600 {path}"
     if wrong:
-        raise UsageError(f"secret {path}: {wrong}")
+        raise UsageError(f"{what} {path}: {wrong}")
     return secret
 
 
@@ -5104,6 +5108,8 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
             left.unlink()  # of a backup that was killed
         older = sorted(dest.glob("chatd-????????T??????Z.db"), reverse=True)
         dest /= time.strftime("chatd-%Y%m%dT%H%M%SZ.db", time.gmtime())
+    if not dest.parent.is_dir():
+        raise UsageError(f"backup {dest}: there is no folder {dest.parent}; make it")
     if dest.exists():
         raise UsageError(f"backup {dest}: it exists; remove it, or choose another name")
     partial = partial_name(dest)
@@ -5342,6 +5348,11 @@ def flag(field: dataclasses.Field[Any]) -> str:
     return f"--{field.name.replace('_', '-')}"
 
 
+def variable(field: dataclasses.Field[Any]) -> str:
+    """Write a setting's name as a variable of the environment."""
+    return f"CHATD_{field.name.upper()}"
+
+
 def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
     """Add the flags of Settings, or only those named, or with other defaults."""
     parser.set_defaults(defaults=defaults)
@@ -5371,7 +5382,7 @@ def read_settings(
     for field in flags():
         several = type(field.default) is tuple
         value = getattr(options, field.name, None)
-        name = f"CHATD_{field.name.upper()}"
+        name = variable(field)
         if value is None and name in os.environ:
             text, read = os.environ[name], PARSERS[field.metadata["unit"]]
             try:
@@ -5381,6 +5392,14 @@ def read_settings(
         if value is not None:
             chosen[field.name] = tuple(value) if several else value
     return Settings(**chosen)
+
+
+def tell_unknown_variables() -> None:
+    """Log the CHATD_ variables that mean nothing: one of them may be misspelt."""
+    known = {"CHATD_UPSTREAM", *map(variable, flags())}
+    for name in sorted(os.environ.keys() - known):
+        if name.startswith("CHATD_"):
+            say(logging.WARNING, "unknown_variable", name=name)
 
 
 # A door of its own believes nobody, unless it is told of a proxy before it.
@@ -5424,14 +5443,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--scope", metavar="SCOPE", type=parse_scope, help="service, stats")
     page = "http://127.0.0.1:8086"
     link = f"a sign-in link to the page at BASE (default {page})"
-    add(
-        "--link",
-        metavar="BASE",
-        nargs="?",
-        const=page,
-        type=checked(parse_base),
-        help=link,
-    )
+    add("--link", metavar="BASE", nargs="?", const=page, type=parse_base, help=link)
     add_flags(token, "db", "secret_file")
 
     copy = "copy the database into a new file, while it serves"
@@ -5479,6 +5491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     settings = read_settings(parser, options)
     set_up_log(settings.log_level)
+    tell_unknown_variables()
     status = 0
     try:
         match options.command:

@@ -12747,6 +12747,8 @@ async def test_wrong_use_is_told_with_status_2(tmp_path: Path) -> None:
     by_environment = await door_run("serve", "--db", db, CHATD_SENDS="many")
     assert by_environment.status == 2
     assert "CHATD_SENDS" in by_environment.err
+    misspelt = await door_run("check", "--db", db, CHATD_SENDZ="5/20")
+    assert "WARNING unknown_variable name='CHATD_SENDZ'" in misspelt.err
     helped = await door_run("--help")
     assert helped.status == 0
     for word in ("serve", "proxy", "token", "backup", "restore", "check"):
