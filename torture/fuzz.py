@@ -596,7 +596,7 @@ async def besiege(chatd: Chatd, siege: Siege) -> None:
 def prove(full: bool) -> Figures:
     """Besiege; then let hypothesis speak. The full form is twenty times as long."""
     connections, frames, examples = (
-        (200_000, 600_000, 5_000) if full else (10_000, 30_000, 250)
+        (60_000, 180_000, 1_500) if full else (10_000, 30_000, 250)
     )
     with Chatd("--connections-per-user=10000", log_level="info") as chatd:
         started = time.monotonic()

@@ -215,7 +215,7 @@ async def bite(plug: Plug, crowd: Crowd) -> int:
 
 def prove(full: bool) -> Figures:
     """Cut many times; then show that the model would have noticed."""
-    cuts = 150 if full else 25
+    cuts = 100 if full else 25
     found = Counter[str]()
     run_trio(early_acks, found, full)
     with Plug() as plug, plug.chatd as chatd:
