@@ -3158,8 +3158,8 @@ ASCII_FIELDS = frozenset(
 class Request:
     """One request's head, checked, and what is known about who sent it."""
 
-    __slots__ = ("address", "body", "claims", "fields", "ids", "method", "path", "peer",
-                 "query", "target", "version")  # fmt: skip
+    __slots__ = ("address", "body", "claims", "fields", "head", "ids", "method",
+                 "path", "peer", "query", "version")  # fmt: skip
 
     claims: Claims  # set when the route asks for a token
     ids: tuple[int, ...]  # the numbers in the path
@@ -3177,6 +3177,7 @@ class Request:
         if lines > most:
             why = f"{lines} header lines; at most {most}"
             raise Refusal("too_large", why, status=431)
+        self.head = head
         self.version = head.http_version
         if self.version not in (b"1.0", b"1.1"):
             raise bad_field("HTTP/1.1 is what we speak")
@@ -3193,7 +3194,7 @@ class Request:
                 raise bad_field("Content-Length beside Transfer-Encoding")
             if self.version != b"1.1":
                 raise bad_field("Transfer-Encoding: not in HTTP/1.0")
-        self.target = target = head.target.decode("ascii")
+        target = head.target.decode("ascii")
         if not target.startswith("/") or target.startswith("//"):
             raise bad_field("target: it must start with exactly one slash")
         self.path, _, query = target.partition("?")
@@ -4328,7 +4329,7 @@ HOP_BY_HOP = frozenset(
      b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )  # fmt: skip
 # What we say ourselves: how long the body is, and who asks.
-OURS = re.compile(r"host|content-length|forwarded|x-forwarded.*|x-real-ip")
+OURS = re.compile(rb"host|content-length|forwarded|x-forwarded.*|x-real-ip")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time: a close is a reset
 
 
@@ -4470,17 +4471,10 @@ class Passage(Http):
         elif "transfer-encoding" in fields:
             ours.append(("Transfer-Encoding", "chunked"))
         ours += UPGRADE if request.upgrades else [("Connection", "close")]
-        theirs = (
-            (name.encode("ascii"), line.encode("latin-1"))
-            for name, lines in fields.items()
-            if not OURS.fullmatch(name)
-            for line in lines
-        )
-        return h11.Request(
-            method=request.method,
-            target=request.target,
-            headers=end_to_end(theirs, *ours),
-        )
+        head = request.head
+        theirs = [(n, v) for n, v in head.headers if not OURS.fullmatch(n)]
+        headers = end_to_end(theirs, *ours)
+        return h11.Request(method=head.method, target=head.target, headers=headers)
 
     async def _give(self, event: h11.Event) -> None:
         """Write to the upstream. If it has gone, `_pass_down` will find out."""
