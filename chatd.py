@@ -3528,9 +3528,8 @@ def check_upgrade(request: Request) -> None:
     if request.one("sec-websocket-version") != "13":
         why, known = "Sec-WebSocket-Version: must be 13", "Sec-WebSocket-Version"
         raise Refusal("upgrade_required", why, headers=[(known, "13")])
-    if request.one("content-length") not in ("", "0") or (
-        "transfer-encoding" in request.fields
-    ):
+    length = request.one("content-length")
+    if length not in ("", "0") or "transfer-encoding" in request.fields:
         raise bad_field("Content-Length: an upgrade has no body")
     key = request.one("sec-websocket-key")
     # 16 bytes in base64 are 22 characters and two =, the last with 4 unused bits.
@@ -3644,10 +3643,8 @@ class Api:
         """Make a chat; a user is always a member of what it creates."""
         self._may_change_chats(request)
         new = parse(request.body, NEW_CHAT)
-        title = new.title
-        if title is not None and (
-            title.isspace() or re.search(r"[\0-\x1f\x7f]", title)
-        ):
+        title = new.title or ""
+        if title.isspace() or re.search(r"[\0-\x1f\x7f]", title):
             raise bad_field("title: it is empty or has a control character")
         members = {*new.member_ids} | ({request.by} if request.by else set())
         if not request.claims.service:
@@ -4561,9 +4558,8 @@ class FrameEnds:
             size = {126: 2, 127: 8}.get(length, 0)
             mask = 4 * (self._head[1] >> 7)
             if len(self._head) == 2 + size + mask:
-                self._left = (
-                    int.from_bytes(self._head[2 : 2 + size]) if size else length
-                )
+                long = int.from_bytes(self._head[2 : 2 + size])
+                self._left = long if size else length
                 self._head.clear()
 
 
@@ -4589,9 +4585,8 @@ class Tunnel:
 
     def end(self, code: int, reason: str) -> None:
         """Close it behind the client's last whole frame."""
-        self.close = bytes(
-            FrameProtocol(client=True, extensions=[]).close(code, reason)
-        )
+        frames = FrameProtocol(client=True, extensions=[])  # a client's are masked
+        self.close = bytes(frames.close(code, reason))
         if self.frames.whole:
             self.reading.cancel()
 
@@ -5007,17 +5002,14 @@ def serve_demo(settings: Settings) -> None:
         def ready(house: House, url: str) -> None:
             announce(house, url)
             for user_id, name in people.items():
-                print(
-                    f"{name + ':':6}{sign_in_link(house.keyring, url, user_id, name)}"
-                )
-            print(
-                "Open each link in a tab of its own. Ctrl-C ends the demo and removes"
-            )
-            print("its files. With the proxy between, the links work at its port too:")
+                link = sign_in_link(house.keyring, url, user_id, name)
+                print(f"{name + ':':6}{link}")
             secret, upstream = secret_path(settings), url.removeprefix("http://")
-            print(
-                f"chatd proxy --upstream {upstream} --secret-file {secret}", flush=True
-            )
+            last = f"""\
+Open each link in a tab of its own. Ctrl-C ends the demo and removes
+its files. With the proxy between, the links work at its port too:
+chatd proxy --upstream {upstream} --secret-file {secret}"""
+            print(last, flush=True)
 
         serve(settings, ready)
 
@@ -5066,9 +5058,8 @@ def copy_database(source: Path, target: Path, what: str, change: str = "") -> No
     with reading(what, source) as db:
         try:
             os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            with contextlib.closing(
-                sqlite3.connect(target, isolation_level=None)
-            ) as to:
+            connect = sqlite3.connect(target, isolation_level=None)
+            with contextlib.closing(connect) as to:
                 db.backup(to)
                 to.execute("PRAGMA journal_mode = DELETE")
                 to.executescript(change)
