@@ -202,6 +202,16 @@ def spread(results: Results) -> float:
     return 100 * statistics.median(parts) if parts else 0.0
 
 
+def whole_rounds(results: Results) -> Results:
+    """Leave out a last round that was interrupted: not every peer has its share."""
+    done: dict[int, set[tuple[str, str]]] = {}
+    for run in results["runs"]:
+        done.setdefault(run["round"], set()).add((run["workload"], run["peer"]))
+    whole = [number for number, seen in done.items() if seen >= done[0]]
+    runs = [run for run in results["runs"] if run["round"] in whole]
+    return {**results, "runs": runs, "plan": {**results["plan"], "rounds": len(whole)}}
+
+
 def measured(results: Results) -> str:
     """Say how sure the figures are."""
     rounds = results["plan"]["rounds"]
@@ -262,6 +272,7 @@ def section(results: Results) -> str:
 
 def publish(results: Results) -> None:
     """Write the README's figures between its markers, and the chart."""
+    results = whole_rounds(results)
     before, rest = README.read_text().split(BEGIN)
     after = rest.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")

@@ -305,7 +305,7 @@ async def flood_all(chatd: Chatd, honest: Honest, full: bool) -> list[Cost]:
         await trio.sleep(1)
         sockets = open_sockets(chatd)
         for name, (flood, paced) in floods(chatd).items():
-            seconds, attackers = (30, 20) if full else (1.5, 10)
+            seconds, attackers = (12, 20) if full else (1.5, 10)
             cost = await measure(chatd, honest, name, flood, attackers, seconds)
             costs.append(cost)
             # In the quick form the burst that everybody has is not over.
