@@ -204,10 +204,9 @@ def spread(results: Results) -> float:
 
 def whole_rounds(results: Results) -> Results:
     """Leave out a last round that was interrupted: not every peer has its share."""
-    done: dict[int, set[tuple[str, str]]] = {}
-    for run in results["runs"]:
-        done.setdefault(run["round"], set()).add((run["workload"], run["peer"]))
-    whole = [number for number, seen in done.items() if seen >= done[0]]
+    ends = [(run["workload"], run["peer"], run["round"]) for run in results["runs"]]
+    last = next(end for end in reversed(ends) if end[2] == 0)[:2]
+    whole = {number for *end, number in ends if tuple(end) == last}
     runs = [run for run in results["runs"] if run["round"] in whole]
     return {**results, "runs": runs, "plan": {**results["plan"], "rounds": len(whole)}}
 
