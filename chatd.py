@@ -1272,12 +1272,26 @@ class Batch(NamedTuple):
 # Which events a user sees: those of the chats he is in, since he joined, and those told
 # to him alone. Each chat gives at most :limit rows by index, so a page costs the same
 # whatever the length of the log, and however far behind the reader is.
-VISIBLE = """
-    SELECT e.seq FROM member m CROSS JOIN event e
-    WHERE m.user_id = :user AND e.seq IN (
+#
+# "Is in" is as of :upto too. A removal that is on disk and not yet published has taken
+# the member's row away; without the second half of MINE a reader of that moment would
+# skip what was said before, and then be told live what was said after that.
+MINE = """
+    SELECT chat_id, joined_seq FROM member WHERE user_id = :user
+    UNION
+    SELECT gone.chat_id, joined.seq FROM event gone CROSS JOIN event joined
+    WHERE gone.to_user = :user AND gone.seq > :upto AND gone.kind = 'member_removed'
+      AND joined.kind = 'chat_added' AND joined.seq = (
+        SELECT seq FROM event
+        WHERE to_user = :user AND seq <= :upto AND chat_id = gone.chat_id
+          AND kind IN ('chat_added', 'member_removed') ORDER BY seq DESC LIMIT 1)
+"""
+VISIBLE = f"""
+    SELECT e.seq FROM ({MINE}) mine CROSS JOIN event e
+    WHERE e.seq IN (
         SELECT x.seq FROM event x
-        WHERE x.chat_id = m.chat_id AND x.to_chat = 1
-          AND x.seq > max(:cursor, m.joined_seq) AND x.seq <= :upto
+        WHERE x.chat_id = mine.chat_id AND x.to_chat = 1
+          AND x.seq > max(:cursor, mine.joined_seq) AND x.seq <= :upto
         ORDER BY x.seq LIMIT :limit)
     UNION ALL
     SELECT seq FROM (
