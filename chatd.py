@@ -5106,7 +5106,9 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
         for left in dest.glob("chatd-*Z.db.*.partial"):
             left.unlink()  # of a backup that was killed
         older = sorted(dest.glob("chatd-????????T??????Z.db"), reverse=True)
-        dest /= time.strftime("chatd-%Y%m%dT%H%M%SZ.db", time.gmtime())
+        folder, name = dest, "chatd-%Y%m%dT%H%M%SZ.db"
+        while (dest := folder / time.strftime(name, time.gmtime())).exists():
+            time.sleep(0.1)  # there is one of this second
     if not dest.parent.is_dir():
         raise UsageError(f"backup {dest}: there is no folder {dest.parent}; make it")
     if dest.exists():
