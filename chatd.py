@@ -4895,10 +4895,6 @@ async def open_listeners(listen: str) -> list[trio.SocketListener]:
         _forget(kept)
     else:
         notify(f"FDSTORE=1\nFDNAME={KEPT}", [sock.fileno() for sock in sockets])
-    for sock in sockets:
-        # Inherited by every connection: the kernel keeps at most this many unsent bytes
-        # of it, so a stalled reader costs little, and progress shows early.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 131_072)
     from_socket = trio.socket.from_stdlib_socket
     return [trio.SocketListener(from_socket(sock)) for sock in sockets]
 
