@@ -61,6 +61,8 @@ the last.
 from __future__ import annotations
 
 import argparse
+import base64
+import codecs
 import contextlib
 import dataclasses
 import email.utils
@@ -125,7 +127,7 @@ from wsproto.frame_protocol import FrameProtocol
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-__version__ = "1.0.0"
+__version__ = "1.0.1"
 
 HERE = Path(__file__).resolve().parent
 # Beside this file in a checkout; in an installed wheel in chatd_assets/ beside it.
@@ -222,6 +224,9 @@ class Settings:
         "the content of a message", "bad_field")
     drain_seconds: float = setting(5.0, "SECONDS",
         "how long a stop may take", "what is left is cut")
+    check_bytes: int = setting(33_554_432, "BYTES",
+        "the largest database that is checked for damage at the start",
+        "the start does not wait for it; the log says so, and chatd check looks")
 
     # Not flags: nobody should have to think of them. Tests set them.
     outbox_bytes: int = setting(262_144, "bytes",
@@ -313,7 +318,19 @@ def told_of(what: str, path: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"{what} {path}: {error.strerror or error}") from error
     except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without its extension
+        sick = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+        if sick and what == "database":
+            raise damaged(path, str(error)) from error
         raise UsageError(f"{what} {path}: {error}") from error
+
+
+def damaged(path: Path, why: str) -> UsageError:
+    """Make the error of a damaged database, which says the way out."""
+    return UsageError(
+        f"database {path}: damaged: {' '.join(why.split())}; `chatd check --db {path}` "
+        f"lists what is wrong, `chatd restore BACKUP --db {path}` puts a backup there"
+    )
 
 
 # code: the HTTP status, and what to say when there is nothing better to say.
@@ -950,55 +967,226 @@ class Key(NamedTuple):
 
     algorithm: str
     key: Any  # what PyJWT takes: bytes, or a public key of `cryptography`
-    ours: bool
+    path: Path | None = None  # of a --jwt-key; None: chatd's own secret
+
+    @property
+    def ours(self) -> bool:
+        """Is it chatd's own, whose tokens may have scopes?"""
+        return self.path is None
+
+    def __str__(self) -> str:
+        kind = "shared secret" if self.algorithm == "HS256" else "public key"
+        return f"{self.path} ({self.algorithm}, {kind})"
 
 
-def read_secret(path: Path, *, private: bool) -> bytes:
-    """Read a shared secret: our own (private), or one of the site's backend.
+KEY_FILE_BYTES = 65_536
 
-    Raises UsageError if it is short, or private and others can read it.
+# A file in which this stands is meant as PEM, whatever state it is in.
+PEM = re.compile(
+    rb"-{2,} ?(?:BEGIN|END) |(?:BEGIN|END) [A-Z0-9 ]*(?:KEY|CERTIFICATE)\b"
+)
+
+# How DER begins that is a key or a certificate (X.690 8.1; RFC 5208, 5280, 5915, 8017).
+# It may be cut short: what is left of a public key is no secret either. About one in
+# 50 million random secrets looks like it.
+DER = rb"""(?xs) \A\x30
+    (?: LENGTH \x30 LENGTH \x06                      # public; encrypted private keys
+      | LONG (?: [\x30\x02] LONG                    # certificates; PKCS 1
+             | \x06\x09\x2a\x86 | \x02\x01\x03 )     # PKCS 7; PKCS 12
+      | LENGTH \x02\x01[\x00\x01] [\x02\x04\x30] )   # private keys
     """
-    what = "secret" if private else "--jwt-key"
+DER = DER.replace(b"LENGTH", rb"(?:[\x00-\x7f]|LONG)")
+DER = DER.replace(b"LONG", rb"(?:\x81.|\x82..|\x83...)")
+
+# What else an asymmetric key may come as: how to tell it, and what to do then.
+KEY_FORMS = {
+    "a key or certificate in DER": (
+        re.compile(DER),
+        "make it PEM. Base64 text goes between two lines, -----BEGIN PUBLIC KEY----- "
+        "and -----END PUBLIC KEY-----; for a binary file: "
+        "openssl pkey -pubin -inform DER -in {path}",
+    ),
+    "an OpenSSH key": (
+        re.compile(rb"(?s)\A\x00\x00\x00.(?:ssh|ecdsa|sk|rsa)-|openssh-key-v1\x00"),
+        "make it PEM: ssh-keygen -e -m PKCS8 -f {path}",
+    ),
+    "a PEM block": (
+        PEM,
+        "a --jwt-key file has the PEM block as it is, not encoded again",
+    ),
+    "the description of a key (JWK, XML, text)": (
+        re.compile(
+            rb"(?mi)\bkty\b\W{1,8}(?:rsa|ec|okp|oct)\b|<(?:modulus|rsakeyvalue)>"
+            rb"|^[ \t]*modulus *[:=]|\bpublic[ -]key\b.*:|\bk[1-4]\.public\."
+        ),
+        "make it PEM; the README says how",
+    ),
+    "a URL": (
+        re.compile(rb"(?i)\A[a-z][a-z0-9+.-]*://\S*\Z|\Adata:|/\.well-known/"),
+        "chatd fetches no keys: download it, and give it as PEM",
+    ),
+}
+
+
+def read_key_file(what: str, path: Path, *, private: bool) -> bytes:
+    """Read the file of a key. Raises UsageError.
+
+    private: nobody else may be able to read it. That is for files that chatd owns; what
+    is in $CREDENTIALS_DIRECTORY was put there by the service manager, which sees to its
+    protection (systemd.exec(5)). There the mode says little: with an ACL for the unit's
+    user, as systemd 254 and newer set one, it is 0440.
+    """
     with told_of(what, path), path.open("rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        secret = file.read(65_536).strip()
-    wrong = ""
-    if len(secret) < 32:
-        wrong = f"{len(secret)} bytes; it must have at least 32: openssl rand -hex 32"
-    if private and mode & 0o077:
-        wrong = f"others can read it (mode {mode:04o}): chmod 600 {path}"
-    if wrong:
-        raise UsageError(f"{what} {path}: {wrong}")
-    return secret
+        data = file.read(KEY_FILE_BYTES + 1)
+        where = path.resolve()
+    credentials = variable("CREDENTIALS_DIRECTORY")
+    provided = credentials and where.is_relative_to(Path(credentials).resolve())
+    if private and mode & 0o077 and not provided:
+        why = f"others can read it (mode {mode:04o}): chmod 600 {path}"
+        raise UsageError(f"{what} {path}: {why}")
+    if len(data) > KEY_FILE_BYTES:
+        raise UsageError(
+            f"{what} {path}: over {KEY_FILE_BYTES} bytes; no key is so long"
+        )
+    return data
+
+
+def check_secret(what: str, path: Path, data: bytes) -> bytes:
+    """Return a shared secret without the white space around it. Raises UsageError.
+
+    A public key is no secret: everybody may know it, and could then sign tokens for any
+    user. So whatever is an asymmetric key in some form is refused.
+    """
+    secret = data.strip()
+    form, remedy = key_form(secret)
+    if form:
+        remedy = remedy.format(path=path)
+        why = f"it holds {form}, which is not a shared secret; {remedy}"
+    elif len(secret) < 32:
+        why = f"{len(secret)} bytes; it must have at least 32: openssl rand -hex 32"
+    else:
+        return secret
+    raise UsageError(f"{what} {path}: {why}")
+
+
+def read_secret(path: Path) -> bytes:
+    """Read chatd's own secret. Raises UsageError."""
+    return check_secret("secret", path, read_key_file("secret", path, private=True))
 
 
 def read_jwt_key(path: Path) -> Key:
     """Read a key of the site's backend; what it is says which algorithm it serves."""
-    secret = read_secret(path, private=False)
-    if not secret.startswith(b"-----BEGIN "):
-        return Key("HS256", secret, ours=False)
+    data = read_key_file("--jwt-key", path, private=False).removeprefix(codecs.BOM_UTF8)
+    if PEM.search(data):
+        return read_public_pem(path, data)
+    secret = check_secret("--jwt-key", path, data)
+    if plain_text(secret) is None:
+        raise UsageError(
+            f"--jwt-key {path}: it is not text (UTF-8); give a public key as PEM, or a "
+            "shared secret such as `openssl rand -hex 32` prints"
+        )
+    return Key("HS256", secret, path)
+
+
+def read_public_pem(path: Path, data: bytes) -> Key:
+    """Read the one public key of a PEM file (RFC 7468). Raises UsageError."""
     # Only here: it takes longer to import than all the rest.
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-    if b"PRIVATE KEY" in secret:
-        raise UsageError(f"--jwt-key {path}: a private key; give chatd the public one")
+    ends = re.findall(rb"-----(BEGIN|END) ([^\r\n]*?)-----", data)
+    labels, blocks = {label for _, label in ends}, data.count(b"-----BEGIN ")
+    wrong = ""
+    if any(b"PRIVATE KEY" in label for label in labels):
+        wrong = "a private key; give chatd the public one: openssl pkey -pubout"
+    elif any(b"CERTIFICATE" in label for label in labels):
+        wrong = f"a certificate; give its key: openssl x509 -pubkey -noout -in {path}"
+    elif blocks > 1:
+        wrong = f"{blocks} keys in one file; give each a file and a --jwt-key"
+    if wrong:
+        raise UsageError(f"--jwt-key {path}: {wrong}")
     try:
-        key = serialization.load_pem_public_key(secret)
-    except ValueError as error:
+        key = serialization.load_pem_public_key(data)
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise UsageError(f"--jwt-key {path}: not a PEM public key: {error}") from error
     match key:
         case rsa.RSAPublicKey() if key.key_size >= 2048:
-            return Key("RS256", key, ours=False)
+            return Key("RS256", key, path)
         case ec.EllipticCurvePublicKey(curve=ec.SECP256R1()):
-            return Key("ES256", key, ours=False)
+            return Key("ES256", key, path)
         case ed25519.Ed25519PublicKey():
-            return Key("EdDSA", key, ours=False)
+            return Key("EdDSA", key, path)
         case _:
             raise UsageError(
                 f"--jwt-key {path}: this kind of key is not supported; give an RSA key "
                 "of 2048 bits or more, a P-256 key, or an Ed25519 key"
             )
+
+
+def plain_text(data: bytes) -> str | None:
+    """Decode text; None if it is not UTF-8, or has control characters."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    return None if CONTROL.search(text) else text
+
+
+def key_form(data: bytes, layers: int = 3) -> tuple[str, str]:
+    """Name what these bytes are if not a secret, and what to do; two "" if nothing.
+
+    Looks below so many layers of base64, base64url, hex and percent signs. Cannot tell
+    32 random bytes from an Ed25519 key that has nothing around it.
+    """
+    for form, (pattern, remedy) in KEY_FORMS.items():
+        if pattern.search(data):
+            return form, remedy
+    if is_curve_point(data):
+        return "a point of an elliptic curve", "make it PEM"
+    text = plain_text(data)
+    if text is None:
+        return "", ""
+    with contextlib.suppress(msgspec.DecodeError):
+        if isinstance(msgspec.json.decode(text), dict | list | str):
+            return "JSON", "write the key alone, a public one as PEM"
+    inner = unwrapped(text) if layers else ()
+    found = (key_form(one, layers - 1) for one in inner)
+    return next((form for form in found if form[0]), ("", ""))
+
+
+def unwrapped(text: str) -> Iterator[bytes]:
+    """Decode a text in each way in which a key may be wrapped into it."""
+    if "%" in text:
+        yield urllib.parse.unquote_to_bytes(text)
+    digits = re.sub(r"""0x|\\x|[\s:,;{}"'\[\]-]""", "", text)
+    if re.fullmatch("(?:[0-9a-fA-F]{2})+", digits):
+        yield bytes.fromhex(digits)
+    words = re.findall("[A-Za-z0-9+/_-]+", re.sub(r"\\[nrt]", " ", text))
+    for first in range(min(len(words), 64)):
+        yield unbase64(words[first])
+        yield unbase64("".join(words[first:]))  # a key of several lines
+
+
+def unbase64(text: str) -> bytes:
+    """Decode base64 of either alphabet (RFC 4648 4 and 5), with what is left of it."""
+    text = text.replace("+", "-").replace("/", "_")
+    whole = text[:-1] if len(text) % 4 == 1 else text
+    return base64.urlsafe_b64decode(whole + "==")
+
+
+def is_curve_point(data: bytes) -> bool:
+    """Is it an uncompressed point (SEC 1, 2.3.3) of a usual curve?"""
+    if len(data) not in (65, 97, 133) or data[0] != 4:
+        return False
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    for curve in (ec.SECP256R1(), ec.SECP256K1(), ec.SECP384R1(), ec.SECP521R1()):
+        with contextlib.suppress(ValueError):
+            ec.EllipticCurvePublicKey.from_encoded_point(curve, data)
+            return True
+    return False
 
 
 def bad_token(sentence: str = "") -> Refusal:
@@ -1019,12 +1207,17 @@ class Keyring:
     def __init__(self, settings: Settings, secret: bytes) -> None:
         self.settings = settings
         self.secret = secret
-        self.keys = [Key("HS256", secret, ours=True)]
+        self.keys = [Key("HS256", secret)]
         self.keys += [read_jwt_key(path) for path in settings.jwt_key]
         self.boot = secrets.token_urlsafe(9)
         self._known: dict[str, Claims] = {}  # tokens whose signature was right
         self.spent: dict[str, float] = {}  # jti of a used ticket: when to forget it
         self.revoked: dict[int, int] = {}  # user: revoked_at
+
+    def about(self) -> dict[str, str]:
+        """Name each --jwt-key and its kind, for the log."""
+        names = ", ".join(str(key) for key in self.keys if not key.ours)
+        return {"jwt_keys": names} if names else {}
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
         """Make a token of our own. Claims that are None are left out."""
@@ -1373,6 +1566,11 @@ def partial_name(path: Path) -> Path:
     return beside(path, f".{secrets.token_hex(4)}.partial")
 
 
+def file_bytes(path: Path) -> int:
+    """Return the size of a file: 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
 def sync_wal(path: Path) -> None:
     """Put a database's log of changes on the disk, whole, once more. Raises OSError.
 
@@ -1391,18 +1589,43 @@ def sync_wal(path: Path) -> None:
         os.fsync(fd)
 
 
-def prepare_database(path: Path, steps: Sequence[str]) -> Db:
+def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
+    """Refuse to serve what is damaged, in a time that is bounded by the file's size.
+
+    Raises UsageError. quick_check reads each page once (measured: 27 MB in 32 ms); it
+    does not compare indexes with their tables, as `chatd check` does.
+    """
+    size = one(db, "PRAGMA page_count") * one(db, "PRAGMA page_size")
+    if size > check_bytes:
+        say(logging.INFO, "unchecked", db=path, bytes=size, check_bytes=check_bytes)
+        return
+    began = time.monotonic()
+    found = one(db, "PRAGMA quick_check(1)")
+    if found != "ok":
+        raise damaged(path, found)
+    seconds = round(time.monotonic() - began, 3)
+    say(logging.INFO, "checked", db=path, bytes=size, seconds=seconds)
+
+
+def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
     """Open the writer's connection; make the schema, or bring an older one up.
 
     Raises UsageError with a sentence for the person, and changes nothing then.
     """
     with told_of("database", path):
+        if not file_bytes(path) and file_bytes(beside(path, "-wal")):
+            # SQLite would take the file for a new one, and remove the -wal.
+            raise damaged(path, "it is empty, and its -wal is not")
         # SQLite would make it readable by all; -wal and -shm get this file's mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         with contextlib.closing(open_database(path, readonly=True)) as look:
             mine, version = database_version(look)
             if not mine and one(look, "SELECT count(*) FROM sqlite_schema"):
                 raise UsageError(f"database {path}: it belongs to another program")
+            if mine and not version:
+                raise damaged(path, "its schema has version 0")
+            if mine:
+                check_at_start(look, path, check_bytes)
         if version > len(steps):
             raise UsageError(
                 f"database {path}: made by a newer chatd (schema {version}, this one "
@@ -1474,7 +1697,9 @@ class Store:
         self._write_limiter = trio.CapacityLimiter(1)
         self._submit, self._inbox = trio.open_memory_channel[Job](4096)
         self._io_errors = 0  # in a row
-        self._writer = db = prepare_database(self.path, steps or schema_steps())
+        self._writer = db = prepare_database(
+            self.path, steps or schema_steps(), settings.check_bytes
+        )
         with told_of("database", self.path), contextlib.ExitStack() as undo:
             undo.callback(db.close)
             self.epoch: str = one(db, "SELECT value FROM meta WHERE key = 'epoch'")
@@ -4700,7 +4925,7 @@ def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> N
     All stands still until it has room for the words: a systemd that hangs must not
     hang us for longer than that.
     """
-    address = os.environ.get("NOTIFY_SOCKET")
+    address = variable("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
@@ -4806,7 +5031,7 @@ def secret_path(settings: Settings) -> Path:
     """Find chatd's own secret: flag, systemd credential, or beside the database."""
     if settings.secret_file is not None:
         return settings.secret_file
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    credentials = variable("CREDENTIALS_DIRECTORY")
     if credentials and (Path(credentials) / "chatd.secret").exists():
         return Path(credentials) / "chatd.secret"
     return settings.db.with_name("chatd.secret")
@@ -4820,24 +5045,21 @@ def read_keyring(settings: Settings) -> Keyring:
             f"secret {path}: there is none yet; `chatd serve` makes it at its first "
             "start; or name yours with --secret-file, or the database with --db"
         )
-    return Keyring(settings, read_secret(path, private=True))
+    return Keyring(settings, read_secret(path))
 
 
 def make_secret(path: Path) -> None:
     """Make a secret if there is none. Only serve does."""
     if path.exists():
         return
-    partial = partial_name(path)  # a full disk must not leave one that is empty
-    with told_of("secret", path):
+    # A full disk must not leave one that is empty.
+    with told_of("secret", path), partial_file(path) as partial:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(fd, "w", encoding="ascii") as file:
-                file.write(secrets.token_urlsafe(48) + "\n")
-                file.flush()
-                os.fsync(fd)
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(48) + "\n")
+            file.flush()
+            os.fsync(fd)
+        partial.rename(path)
     say(logging.INFO, "made_secret", path=path)
 
 
@@ -4989,7 +5211,7 @@ async def _serve(house: House, ready: Callable[[House, str], None]) -> None:
         # (wsproto's), so one pass for about 150,000 of them is often enough.
         gc.set_threshold(5000, 10, 20)
         url = url_of(listeners[0])
-        say(logging.INFO, "ready", url=url, **house.about)
+        say(logging.INFO, "ready", url=url, **house.about | house.keyring.about())
         ready(house, url)
         notify(f"READY=1\nSTATUS=listening on {url}")
         await house.finished.wait()
@@ -5063,7 +5285,9 @@ def reading(what: str, path: Path) -> Iterator[Db]:
 def copy_database(source: Path, target: Path, what: str, change: str = "") -> None:
     """Copy a database, as of one moment, into one new file that is on disk.
 
-    change is SQL to run on the copy. Raises UsageError; then there is no target.
+    change is SQL to run on the copy. The copy is checked, as `chatd check` would, so a
+    damaged source never becomes a backup. Raises UsageError; the caller removes the
+    target then.
     """
     with reading(what, source) as db:
         try:
@@ -5075,9 +5299,24 @@ def copy_database(source: Path, target: Path, what: str, change: str = "") -> No
                 to.executescript(change)
             with target.open("rb") as file:
                 os.fsync(file.fileno())
+            found = faults(target)
         except (sqlite3.Error, OSError) as error:
-            target.unlink(missing_ok=True)
             raise UsageError(f"{what} {source}: copying failed: {error}") from error
+    if found and what == "database":
+        raise damaged(source, found[0])
+    if found:
+        raise UsageError(f"{what} {source}: {found[0]}")
+
+
+@contextlib.contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """Name a file to write first and then rename to path; remove what is left of it."""
+    partial = partial_name(path)
+    try:
+        yield partial
+    finally:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            beside(partial, suffix).unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -5093,13 +5332,14 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
     """Copy the database while it serves: all that was acked before is in the copy.
 
     With keep, dest is a folder: the copy is named by its time, and all but the newest
-    `keep` of its kind are removed, once it is on disk. Prints the name of the copy.
+    `keep` of its kind are removed, once it is on disk and was found to be sound. Prints
+    the name of the copy. Raises UsageError and leaves all older copies and no new file.
     """
     older: list[Path] = []
     if keep:
         if not dest.is_dir():
             raise UsageError(f"backup {dest}: --keep wants a folder that exists")
-        for left in dest.glob("chatd-*Z.db.*.partial"):
+        for left in dest.glob("chatd-*Z.db.*.partial*"):
             left.unlink()  # of a backup that was killed
         older = sorted(dest.glob("chatd-????????T??????Z.db"), reverse=True)
         folder, name = dest, "chatd-%Y%m%dT%H%M%SZ.db"
@@ -5109,10 +5349,10 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
         raise UsageError(f"backup {dest}: there is no folder {dest.parent}; make it")
     if dest.exists():
         raise UsageError(f"backup {dest}: it exists; remove it, or choose another name")
-    partial = partial_name(dest)
-    copy_database(db, partial, "database")
-    partial.rename(dest)
-    sync_folder(dest.parent)
+    with told_of("backup", dest), partial_file(dest) as partial:
+        copy_database(db, partial, "database")
+        partial.rename(dest)
+        sync_folder(dest.parent)
     print(dest)
     for path in older[max(0, keep - 1) :]:
         path.unlink()
@@ -5120,11 +5360,7 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
 
 def restore(db: Path, source: Path) -> None:
     """Put a backup in the database's place, with a new epoch: clients then resync."""
-    with locked(db):
-        found = faults(source)
-        if found:
-            raise UsageError(f"restore {source}: {found[0]}")
-        partial = partial_name(db)
+    with locked(db), told_of("restore", source), partial_file(db) as partial:
         epoch = f"UPDATE meta SET value = '{new_epoch()}' WHERE key = 'epoch';"
         copy_database(source, partial, "restore", epoch)
         keep_owner(db.parent, partial)
@@ -5145,9 +5381,11 @@ def faults(path: Path) -> list[str]:
         (_, version), steps = database_version(db), len(schema_steps())
         if version > steps:
             return [f"made by a newer chatd (schema {version}, this one knows {steps})"]
+        if not version:
+            return ["its schema has version 0"]
         try:
             return [
-                sentence.format(*row)
+                " ".join(sentence.format(*row).split())
                 for sql, sentence in SANE.items()
                 for row in db.execute(sql)
                 if row[0] != "ok"
@@ -5345,9 +5583,18 @@ def flag(field: dataclasses.Field[Any]) -> str:
     return f"--{field.name.replace('_', '-')}"
 
 
-def variable(field: dataclasses.Field[Any]) -> str:
+def variable_name(field: dataclasses.Field[Any]) -> str:
     """Write a setting's name as a variable of the environment."""
     return f"CHATD_{field.name.upper()}"
+
+
+def variable(name: str) -> str | None:
+    """Read a variable of the environment. A blank one counts as unset.
+
+    Compose files and scripts write `NAME=${NAME:-}`, which sets it to nothing.
+    """
+    text = os.environ.get(name, "")
+    return text if text.strip() else None
 
 
 def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
@@ -5374,14 +5621,14 @@ def read_settings(
 ) -> Settings:
     """Take each setting from its flag, else CHATD_NAME, else the default."""
     chosen: dict[str, Any] = dict(options.defaults)
-    if "STATE_DIRECTORY" in os.environ:
-        chosen["db"] = Path(os.environ["STATE_DIRECTORY"].split(":")[0]) / "chatd.db"
+    if folders := variable("STATE_DIRECTORY"):
+        chosen["db"] = Path(folders.split(":")[0]) / "chatd.db"
     for field in flags():
         several = type(field.default) is tuple
         value = getattr(options, field.name, None)
-        name = variable(field)
-        if value is None and name in os.environ:
-            text, read = os.environ[name], PARSERS[field.metadata["unit"]]
+        name = variable_name(field)
+        if value is None and (text := variable(name)):
+            read = PARSERS[field.metadata["unit"]]
             try:
                 value = [read(word) for word in text.split()] if several else read(text)
             except ValueError as error:
@@ -5393,9 +5640,9 @@ def read_settings(
 
 def tell_unknown_variables() -> None:
     """Log the CHATD_ variables that mean nothing: one of them may be misspelt."""
-    known = {"CHATD_UPSTREAM", *map(variable, flags())}
+    known = {"CHATD_UPSTREAM", *map(variable_name, flags())}
     for name in sorted(os.environ.keys() - known):
-        if name.startswith("CHATD_"):
+        if name.startswith("CHATD_") and variable(name):
             say(logging.WARNING, "unknown_variable", name=name)
 
 
@@ -5426,7 +5673,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--upstream",
         metavar="HOST:PORT",
         type=parse_listen,
-        default=os.environ.get("CHATD_UPSTREAM", upstream),
+        default=variable("CHATD_UPSTREAM") or upstream,
         help=f"{where} (default {upstream})",
     )
     add_flags(proxying, *PROXY_FLAGS, **PROXY_DEFAULTS)

@@ -1456,9 +1456,9 @@ def test_a_secret_has_32_bytes_without_the_white_space_around(tmp_path: Path) ->
     path = tmp_path / "secret"
     path.write_bytes(b" \n" + b"k" * 32 + b"\r\n")
     path.chmod(0o600)
-    assert chatd.read_secret(path, private=True) == b"k" * 32
+    assert chatd.read_secret(path) == b"k" * 32
     path.write_bytes(b"k" * 31 + b" " * 20)
-    said = usage_error_of(lambda: chatd.read_secret(path, private=True))
+    said = usage_error_of(lambda: chatd.read_secret(path))
     assert f"secret {path}: 31 bytes; it must have at least 32" in said
     assert "openssl" in said
 
@@ -1468,7 +1468,7 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> 
     path = tmp_path / "secret"
     path.write_bytes(b"k" * 32)
     path.chmod(mode)
-    said = usage_error_of(lambda: chatd.read_secret(path, private=True))
+    said = usage_error_of(lambda: chatd.read_secret(path))
     assert f"mode {mode:04o}" in said
     assert f"chmod 600 {path}" in said
     assert chatd.read_secret(path, private=False) == b"k" * 32
@@ -1476,7 +1476,7 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> 
 
 def test_a_secret_that_is_not_there_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
-        said = usage_error_of(lambda p=path: chatd.read_secret(p, private=True))
+        said = usage_error_of(lambda p=path: chatd.read_secret(p))
         assert str(path) in said
 
 
@@ -1548,10 +1548,10 @@ def test_a_made_secret_is_private_long_and_never_made_twice(tmp_path: Path) -> N
         chatd.make_secret(path)
     finally:
         os.umask(old)
-    secret = chatd.read_secret(path, private=True)
+    secret = chatd.read_secret(path)
     assert (stat.S_IMODE(path.stat().st_mode), len(secret) >= 32) == (0o600, True)
     chatd.make_secret(path)
-    assert chatd.read_secret(path, private=True) == secret
+    assert chatd.read_secret(path) == secret
     assert "none/s" in usage_error_of(chatd.make_secret, tmp_path / "none" / "s")
 
 
@@ -1568,7 +1568,7 @@ def test_a_secret_that_could_not_be_written_is_not_there(
     assert said == f"secret {path}: No space left on device"
     assert list(tmp_path.iterdir()) == []
     chatd.make_secret(path)
-    assert len(chatd.read_secret(path, private=True)) >= 32
+    assert len(chatd.read_secret(path)) >= 32
 
 
 @pytest.mark.parametrize(
