@@ -6,6 +6,7 @@ import ast
 import base64
 import contextlib
 import dataclasses
+import datetime
 import errno
 import functools
 import gc
@@ -48,7 +49,8 @@ import pytest
 import trio
 import trio.testing
 import trio_websocket
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
@@ -216,6 +218,7 @@ FLAGS: dict[str, tuple[str, object, str | None]] = {
     "max_message_bytes": ("7", 7, "64K"),
     "max_content_chars": ("7", 7, "1.5"),
     "drain_seconds": ("0.5", 0.5, "-1"),
+    "check_bytes": ("7", 7, "0"),
 }
 BAD_FLAGS = [(name, bad) for name, (_, _, bad) in FLAGS.items() if bad is not None]
 
@@ -235,6 +238,43 @@ def test_a_flag_beats_its_variable_and_a_variable_beats_the_default(
     assert getattr(words_settings(), name) == value
     monkeypatch.setenv(f"CHATD_{name.upper()}", str(getattr(Settings(), name) or "/x"))
     assert getattr(words_settings(words_flag(name), text), name) == value
+
+
+BLANK = pytest.mark.parametrize("blank", ["", " ", "\t \n"])
+
+
+@BLANK
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_blank_variable_is_an_unset_one(
+    name: str, blank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unset = words_settings()
+    monkeypatch.setenv(f"CHATD_{name.upper()}", blank)
+    assert words_settings() == unset
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/chatd")
+    assert words_settings().db == Path("/var/lib/chatd/chatd.db")
+
+
+@BLANK
+@pytest.mark.usefixtures("bare_environment")
+def test_blank_variables_of_systemd_and_of_the_proxy_are_unset_ones(
+    blank: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("STATE_DIRECTORY", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET"):
+        monkeypatch.setenv(name, blank)
+    for name in ("CHATD_UPSTREAM", "CHATD_TRUSTED_PROXY", "CHATD_NOBODY_KNOWS_ME"):
+        monkeypatch.setenv(name, blank)
+    parser = chatd.make_parser()
+    options = parser.parse_args(["proxy"])
+    assert options.upstream == "127.0.0.1:8086"
+    settings = chatd.read_settings(parser, options)
+    assert settings.trusted_proxy == ("none",)
+    assert settings.db == Path("chatd.db")
+    assert chatd.secret_path(settings) == Path("chatd.secret")
+    chatd.tell_unknown_variables()
+    chatd.notify("READY=1")
+    assert caplog.messages == []
 
 
 @pytest.mark.usefixtures("bare_environment")
@@ -360,7 +400,8 @@ DEFAULTS = {
     "sends": "5/20", "commands": "30/60", "typing": "1/5", "handshakes": "10/50",
     "requests": "20/100", "receive_bytes": "65536/524288", "max_connections": "10000",
     "connections_per_user": "20", "max_message_bytes": "65536",
-    "max_content_chars": "4000", "drain_seconds": "5.0", "outbox_bytes": "262144",
+    "max_content_chars": "4000", "drain_seconds": "5.0", "check_bytes": "33554432",
+    "outbox_bytes": "262144",
     "head_seconds": "10.0", "request_seconds": "15.0", "idle_seconds": "75.0",
     "ping_seconds": "25.0", "pong_seconds": "10.0", "stall_seconds": "10.0",
     "token_warning_seconds": "60.0", "token_grace_seconds": "25.0",
@@ -1038,6 +1079,8 @@ def rules_private(kind: str) -> Any:
     match kind:
         case "RS256":
             return rsa.generate_private_key(65537, 2048)
+        case "RSA 3072":
+            return rsa.generate_private_key(65537, 3072)
         case "RSA 1024":
             return rsa.generate_private_key(65537, 1024)
         case "ES256":
@@ -1471,7 +1514,40 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> 
     said = usage_error_of(lambda: chatd.read_secret(path))
     assert f"mode {mode:04o}" in said
     assert f"chmod 600 {path}" in said
-    assert chatd.read_secret(path, private=False) == b"k" * 32
+    assert chatd.read_jwt_key(path).key == b"k" * 32
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o440, 0o444, 0o640])
+def test_what_the_service_manager_provides_has_whatever_mode_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    provided, elsewhere = tmp_path / "credentials", tmp_path / "etc"
+    for folder in (provided, elsewhere):
+        folder.mkdir()
+    for path in (provided / "chatd.secret", elsewhere / "chatd.secret"):
+        path.write_bytes(b"k" * 32)
+        path.chmod(mode)
+    (elsewhere / "link").symlink_to(provided / "chatd.secret")
+    (provided / "link").symlink_to(elsewhere / "chatd.secret")
+    (tmp_path / "run").symlink_to(provided)
+    for directory in (provided, tmp_path / "run", f"{tmp_path}/etc/../credentials/"):
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(directory))
+        for path in (provided / "chatd.secret", elsewhere / "link"):
+            assert chatd.read_secret(path) == b"k" * 32
+            assert len(chatd.read_keyring(Settings(secret_file=path)).keys) == 1
+        assert len(chatd.read_keyring(Settings()).keys) == 1
+    # Only what is really in that directory is the service manager's.
+    for path in (elsewhere / "chatd.secret", provided / "link"):
+        if mode & 0o077:
+            said = usage_error_of(chatd.read_secret, path)
+            assert said.startswith(
+                f"secret {path}: others can read it (mode 0{mode:o})"
+            )
+        else:
+            assert chatd.read_secret(path) == b"k" * 32
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    if mode & 0o077:
+        usage_error_of(chatd.read_secret, provided / "chatd.secret")
 
 
 def test_a_secret_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -1500,9 +1576,10 @@ def test_a_weak_or_strange_key_is_refused_with_what_would_be_right(
         ),
         (
             b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
-            "not a PEM",
+            "openssl x509 -pubkey -noout -in ",
         ),
         (b"short", "5 bytes"),
+        (b"k" * 65_537, "over 65536 bytes"),
     ],
 )
 def test_a_key_file_that_is_none_is_refused(
@@ -1511,6 +1588,237 @@ def test_a_key_file_that_is_none_is_refused(
     path = tmp_path / "key"
     path.write_bytes(text)
     assert why in usage_error_of(chatd.read_jwt_key, path)
+
+
+# Ways to write the DER of a key into a file that is not PEM.
+def base64_lines(width: int) -> Callable[[bytes], bytes]:
+    """Base64 in lines of so many characters, as it stands between the lines of PEM."""
+
+    def write(der: bytes) -> bytes:
+        text = base64.b64encode(der)
+        return b"\n".join(text[i : i + width] for i in range(0, len(text), width))
+
+    return write
+
+
+KEY_WRITINGS: dict[str, Callable[[bytes], bytes]] = {
+    "DER": bytes,
+    "base64": base64.b64encode,
+    "base64 in lines of 64": base64_lines(64),
+    "base64 in lines of 7": base64_lines(7),
+    "base64 with CRLF": lambda der: base64_lines(76)(der).replace(b"\n", b"\r\n"),
+    "base64 with backslash and n": lambda der: base64_lines(64)(der).replace(
+        b"\n", b"\\n"
+    ),
+    "base64 without padding": lambda der: base64.b64encode(der).rstrip(b"="),
+    "base64url": base64.urlsafe_b64encode,
+    "base64url without padding": lambda der: base64.urlsafe_b64encode(der).rstrip(b"="),
+    "base64 of base64": lambda der: base64.b64encode(base64.b64encode(der)),
+    "percent signs": lambda der: quote(base64.b64encode(der), safe="").encode(),
+    "hex": lambda der: der.hex().encode(),
+    "hex in capitals": lambda der: der.hex().upper().encode(),
+    "hex with colons": lambda der: der.hex(":").encode(),
+    "hex in lines": lambda der: der.hex("\n", 16).encode(),
+    "hex as C writes it": lambda der: ("{0x" + der.hex(",").replace(",", ", 0x") + "}")
+    .encode(),
+    "base64 of hex": lambda der: base64.b64encode(der.hex().encode()),
+    "quotes": lambda der: b'"' + base64.b64encode(der) + b'"',
+    "a name before it": lambda der: b"KEY=" + base64.b64encode(der),
+    "a line before it": lambda der: b"the key\n" + base64_lines(64)(der),
+    "a comment behind it": lambda der: base64.b64encode(der) + b" # of 2026",
+    "a byte order mark": lambda der: b"\xef\xbb\xbf" + base64.b64encode(der),
+}  # fmt: skip
+KEY_PARTS = {
+    "SubjectPublicKeyInfo": (
+        serialization.Encoding.DER,
+        serialization.PublicFormat.SubjectPublicKeyInfo,
+    ),
+    "PKCS 1": (serialization.Encoding.DER, serialization.PublicFormat.PKCS1),
+    "OpenSSH": (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH),
+    "a point": (
+        serialization.Encoding.X962,
+        serialization.PublicFormat.UncompressedPoint,
+    ),
+}
+
+
+def rules_jwk(private: Any) -> dict[str, Any]:
+    algorithms: dict[type, Any] = {
+        rsa.RSAPrivateKey: jwt.algorithms.RSAAlgorithm,
+        ec.EllipticCurvePrivateKey: jwt.algorithms.ECAlgorithm,
+        ed25519.Ed25519PrivateKey: jwt.algorithms.OKPAlgorithm,
+    }
+    (found,) = (a for kind, a in algorithms.items() if isinstance(private, kind))
+    jwk: dict[str, Any] = found.to_jwk(private.public_key(), as_dict=True)
+    return jwk
+
+
+def rules_public_forms(private: Any) -> dict[str, bytes]:
+    """A public key in every form but PEM."""
+    public, forms = private.public_key(), {}
+    for part, (encoding, form) in KEY_PARTS.items():
+        with suppress(ValueError, TypeError):
+            forms[part] = public.public_bytes(encoding, form)
+    binary = {**forms, "a certificate": rules_certificate(private)}
+    forms = {}
+    if line := binary.pop("OpenSSH", b""):  # which knows no secp256k1
+        binary["an OpenSSH blob"] = base64.b64decode(line.split()[1])
+        forms = {"OpenSSH": line, "OpenSSH, of known_hosts": b"host.example " + line}
+    for part, der in binary.items():
+        for name, write in KEY_WRITINGS.items():
+            forms[f"{part}, {name}"] = write(der)
+    jwk = json.dumps(rules_jwk(private))
+    pem = public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return forms | {
+        "JWK": jwk.encode(),
+        "JWK in base64url": base64.urlsafe_b64encode(jwk.encode()).rstrip(b"="),
+        "JWK as Python prints it": repr(json.loads(jwk)).encode(),
+        "JWKS": json.dumps({"keys": [json.loads(jwk)]}, indent=1).encode(),
+        "PEM in JSON": json.dumps({"key": pem.decode()}).encode(),
+        "PEM in base64": base64.b64encode(pem),
+        "PEM in UTF-16": pem.decode().encode("utf-16"),
+        "PEM with backslash and n": pem.replace(b"\n", b"\\n"),
+        "PEM without its first line": pem.split(b"\n", 1)[1],
+        "PEM without its last line": pem.rsplit(b"-----END", 1)[0],
+    }
+
+
+def rules_certificate(private: Any) -> bytes:
+    """A certificate of a key, signed by nobody who matters, in DER."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "chat.example")])
+    year = datetime.timedelta(days=365)
+    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, private.public_key(), 1, now, now + year)
+        .sign(rules_private("ES256"), hashes.SHA256())
+    )  # fmt: skip
+    return certificate.public_bytes(serialization.Encoding.DER)
+
+
+def rules_any_private(draw: Callable[[Any], Any]) -> Any:
+    """A private key: RSA of a few, for it takes its time; else any."""
+    curves = [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1(), ec.SECP256K1()]
+    match draw(st.sampled_from(["RSA", "EC", "Ed25519"])):
+        case "RSA":
+            return rules_private(draw(st.sampled_from(["RS256", "RSA 3072"])))
+        case "EC":
+            number = draw(st.integers(1, 2**250))
+            return ec.derive_private_key(number, draw(st.sampled_from(curves)))
+        case _:
+            seed = draw(st.binary(min_size=32, max_size=32))
+            return ed25519.Ed25519PrivateKey.from_private_bytes(seed)
+
+
+@hypothesis.settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_no_form_of_a_public_key_is_a_shared_secret(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    path = tmp_path / "key"
+    for form, text in rules_public_forms(rules_any_private(data.draw)).items():
+        path.write_bytes(text)
+        path.chmod(0o600)
+        try:
+            assert chatd.read_jwt_key(path).algorithm != "HS256", form
+        except UsageError as error:
+            said = str(error)
+            assert said.startswith(f"--jwt-key {path}: "), form
+            assert re.search(r"PEM|PUBLIC KEY|is not text", said), (form, said)
+            if "UTF-16" not in form:  # chatd's own secret may be any bytes
+                with pytest.raises(UsageError):
+                    chatd.read_secret(path)
+
+
+def test_a_random_secret_is_accepted_in_every_usual_form(tmp_path: Path) -> None:
+    numbers, path = random.Random(1), tmp_path / "key"
+    for size in [24, 32, 33, 48, 64, 65, 128] * 60:
+        secret = numbers.randbytes(size)
+        for text in (
+            base64.b64encode(secret), base64.urlsafe_b64encode(secret).rstrip(b"="),
+            base64_lines(64)(secret), secret.hex().encode(), secret.hex(":").encode(),
+        ):  # fmt: skip
+            path.write_bytes(b"\xef\xbb\xbf" + text + b"\n")
+            assert chatd.read_jwt_key(path) == ("HS256", text, path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["correct horse battery staple, and some more words", "9" * 40, "ключ" * 10,
+     "my-public-keyring-of-chat-example", "{b?V<4:)Wq;h&~n0#p}=zL_c8^u-R[T]", "%" * 40,
+     "=" * 40, "true true true true true true true true", "two lines of words\n" * 2],
+)  # fmt: skip
+def test_whatever_else_somebody_thought_of_is_a_secret(
+    text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text(text, "utf-8")
+    assert chatd.read_jwt_key(tmp_path / "key").key == text.strip().encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b'{"secret": "0123456789abcdef0123456789abcdef"}', "JSON"),
+        (b'["0123456789abcdef0123456789abcdef"]', "JSON"),
+        (b'"0123456789abcdef0123456789abcdef"', "JSON"),
+        (b"https://id.example/.well-known/jwks.json", "a URL"),
+        (b"id.example/realms/chat/.well-known/openid-configuration", "a URL"),
+        (b"data:application/json;base64,e30K0123456789abcdef", "a URL"),
+        (b"\x00" * 40, "not text"),
+        (b"\xff" * 40, "not text"),
+        (b"k" * 32 + b"\x07", "not text"),
+        ("k".encode("utf-16") * 20, "not text"),
+        (b"<RSAKeyValue><Modulus>0123456789abcdef</Modulus></RSAKeyValue>", "XML"),
+        (b"RSA Public-Key: (2048 bit)\nModulus:\n    00:c3:1f", "description"),
+        (b"Modulus=C31F0123456789ABCDEF0123456789ABCDEF", "description"),
+        (b"k4.public.HrnbuRrsBqQ2rsHHxz6WvfvKHJEIXwQx1hV1l0qmYBw", "description"),
+    ],
+)
+def test_what_can_be_no_secret_is_refused_with_what_it_is(
+    text: bytes, why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_bytes(text)
+    assert why in usage_error_of(chatd.read_jwt_key, tmp_path / "key")
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+def test_a_pem_file_may_have_other_text_and_other_line_ends(
+    algorithm: str, tmp_path: Path
+) -> None:
+    path, pem = tmp_path / "public.pem", rules_public_pem(algorithm)
+    token = jwt.encode(
+        {"user_id": 6, "exp": rules_soon()}, rules_private(algorithm), algorithm
+    )
+    for text in (
+        pem.strip(), b"\xef\xbb\xbf" + pem, pem.replace(b"\n", b"\r\n"),
+        b"Bag Attributes\n  friendlyName: chat\n" + pem, b"Schl\xfcssel\n" + pem,
+        b"\xef\xbb\xbfof the chat\r\n\r\n" + pem.replace(b"\n", b"\r\n") + b"\r\nend",
+        b"my PRIVATE KEY is elsewhere, and the CERTIFICATE too\n" + pem,
+        b"  " + pem.replace(b"\n", b"\n  "),
+    ):  # fmt: skip
+        path.write_bytes(text)
+        assert chatd.read_jwt_key(path).algorithm == algorithm
+        assert rules_ring(path).verify(token).user_id == 6
+    path.write_bytes(pem * 2)
+    assert "2 keys in one file" in usage_error_of(chatd.read_jwt_key, path)
+
+
+def test_a_curve_that_nobody_knows_is_refused_like_every_other_strange_key(
+    tmp_path: Path,
+) -> None:
+    # SubjectPublicKeyInfo of a curve with the object identifier 1.2.3.4.
+    der = bytes.fromhex("301c300c06072a8648ce3d0201") + bytes.fromhex("06032a0304")
+    der = b"\x30\x1a" + der[2:] + bytes.fromhex("030a00") + b"\x04" + b"\x01" * 8
+    lines = b"-----BEGIN PUBLIC KEY-----", b"-----END PUBLIC KEY-----"
+    (tmp_path / "key").write_bytes(
+        b"\n".join([lines[0], base64_lines(64)(der), lines[1]])
+    )
+    assert "not a PEM public key" in usage_error_of(
+        chatd.read_jwt_key, tmp_path / "key"
+    )
 
 
 def test_a_private_key_is_refused_for_chatd_has_no_business_with_it(
@@ -3369,7 +3677,7 @@ def test_a_corrupt_table_refuses_its_readers_and_its_writers(memory: Memory) -> 
     chat = memory.chat(1, 2)
     memory.store.close()
     memory_spoil(memory.settings.db, "member")
-    after = Memory(memory.settings.db.parent)
+    after = Memory(memory.settings.db.parent, check_bytes=1)
     assert refusal_of(after.my_chats, 1).code == "storage_failed"
     assert memory_all_failed(after.commit(after.sends(chat, 1)))
     assert after.store.degraded
@@ -13037,6 +13345,206 @@ async def test_a_backup_keeps_the_newest_and_touches_nothing_else(
         for _ in range(2):
             await trio.to_thread.run_sync(chatd.backup, house.db, folder, 9)
         assert len([*folder.glob("chatd-2*Z.db")]) == 5
+
+
+# Ways in which a database file is damaged, each of which `chatd check` finds.
+def door_cut(db: Path) -> None:
+    os.truncate(db, db.stat().st_size // 4096 * 4096 - 4096)
+
+
+def door_cut_within_a_page(db: Path) -> None:
+    os.truncate(db, db.stat().st_size - 1000)
+
+
+def door_empty(db: Path) -> None:
+    os.truncate(db, 0)
+
+
+def door_zero_page(db: Path) -> None:
+    with db.open("r+b") as file:
+        file.seek(4096 * 3)
+        file.write(bytes(4096))
+
+
+def door_garbage_head(db: Path) -> None:
+    with db.open("r+b") as file:
+        file.write(b"garbage")
+
+
+def door_garbage_pages(db: Path) -> None:
+    with db.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * (db.stat().st_size - 4096))
+
+
+def door_hole_in_the_log(db: Path) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("DELETE FROM event WHERE seq = 2")
+        connection.commit()
+
+
+def door_index_that_lies(db: Path) -> None:
+    """Make an index disagree with its table, as a lost write does."""
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.executescript(
+            """PRAGMA writable_schema = ON;
+            UPDATE sqlite_schema SET sql = replace(sql, '(user_id)', '(chat_id)')
+            WHERE name = 'member_user'"""
+        )
+
+
+def door_version_zero(db: Path) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("PRAGMA user_version = 0")
+
+
+DOOR_DAMAGE = [
+    door_cut, door_cut_within_a_page, door_empty, door_zero_page, door_garbage_head,
+    door_garbage_pages, door_hole_in_the_log, door_index_that_lies, door_version_zero,
+]  # fmt: skip
+# What the start overlooks, or takes for a new database: `chatd check` looks closer.
+DOOR_SERVED = [door_empty, door_hole_in_the_log, door_index_that_lies]
+
+
+@pytest.fixture(scope="module")
+def sound_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with some pages in every table."""
+    memory = Memory(tmp_path_factory.mktemp("sound"))
+    chat = memory.chat(1, 2)
+    for _ in range(20):
+        memory.commit(*[memory.sends(chat, 1)] * 10)
+    memory.store.close()
+    return memory.settings.db
+
+
+def door_files(folder: Path) -> dict[str, bytes]:
+    """What is in a folder, without what SQLite makes for every reader of a database."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.endswith((".db-shm", ".db-wal", ".lock"))
+    }
+
+
+@pytest.mark.parametrize("damage", DOOR_DAMAGE)
+async def test_a_damaged_database_is_no_backup_and_costs_none(
+    damage: Callable[[Path], None], sound_db: Path, tmp_path: Path
+) -> None:
+    db, folder = tmp_path / "chatd.db", tmp_path / "copies"
+    shutil.copy(sound_db, db)
+    folder.mkdir()
+    first = await door_run("backup", "--db", db, "--keep", "1", folder)
+    assert first.status == 0, first
+    damage(db)
+    copies, files = door_files(folder), door_files(tmp_path)
+    assert len(copies) == 1
+    for words in (("--keep", "1", folder), (tmp_path / "copy.db",)):
+        done = await door_run("backup", "--db", db, *words)
+        assert (done.status, done.out) == (1, ""), done
+        assert f"database {db}: " in done.err, done
+        assert "copy" not in done.err.replace(str(folder), ""), done
+    assert door_files(folder) == copies
+    assert door_files(tmp_path) == files
+    checked = await door_run("check", "--db", db)
+    assert checked.status == 1
+    # Nor does it get into the place of another.
+    shutil.copy(sound_db, folder / "other.db")
+    before = door_files(folder)
+    restored = await door_run("restore", db, "--db", folder / "other.db")
+    assert restored.status == 1
+    assert f"restore {db}: " in restored.err
+    assert door_files(folder) == before
+
+
+@pytest.mark.parametrize("damage", [d for d in DOOR_DAMAGE if d not in DOOR_SERVED])
+async def test_a_damaged_database_is_not_served_and_the_way_out_is_told(
+    damage: Callable[[Path], None], sound_db: Path, house: DoorServer, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.db"
+    shutil.copy(sound_db, house.db)
+    assert (await door_run("backup", "--db", house.db, copy)).status == 0
+    damage(house.db)
+    before = house.db.read_bytes()
+    done = await door_run("serve", "--listen=127.0.0.1:0", "--db", house.db)
+    assert (done.status, done.out) == (1, ""), done
+    assert f"database {house.db}: damaged: " in done.err
+    for command in ("check", "restore BACKUP"):
+        assert f"`chatd {command} --db {house.db}`" in done.err
+    assert house.db.read_bytes() == before
+    assert (await door_run("restore", copy, "--db", house.db)).status == 0
+    async with house.serving():
+        await house.want(200, "GET /healthz")
+
+
+async def test_an_empty_file_beside_a_wal_is_no_new_database(house: DoorServer) -> None:
+    async with house.serving():
+        await house.chat(next(door_users))
+        await house.kill()
+    wal = house.db.with_name("chatd.db-wal")
+    kept = wal.read_bytes()
+    assert kept
+    for damage in (door_empty, Path.unlink):
+        damage(house.db)
+        done = await door_run("serve", "--listen=127.0.0.1:0", "--db", house.db)
+        assert done.status == 1
+        assert "damaged: it is empty, and its -wal is not" in done.err
+        assert wal.read_bytes() == kept
+
+
+async def test_the_start_says_what_it_checked_and_what_it_left_unchecked(
+    house: DoorServer, sound_db: Path
+) -> None:
+    shutil.copy(sound_db, house.db)
+    size = len(door_files(house.home)["chatd.db"])
+    for limit, verb in ((size, "checked"), (size - 1, "unchecked")):
+        async with house.serving(f"--check-bytes={limit}"):
+            pass
+        (line,) = re.findall(
+            rf"(?m)^INFO (?:un)?checked .* bytes={size} .*", house.output
+        )
+        (house.home / "stderr").unlink()
+        assert line.startswith(f"INFO {verb} db="), line
+    assert Settings().check_bytes == 32 * 2**20
+
+
+@pytest.mark.parametrize("blocks", [1, 40])  # of 1 KiB: no file may be larger
+async def test_a_copy_that_finds_no_room_leaves_nothing_behind(
+    blocks: int, sound_db: Path, tmp_path: Path
+) -> None:
+    db, folder = tmp_path / "chatd.db", tmp_path / "copies"
+    shutil.copy(sound_db, db)
+    folder.mkdir()
+    (folder / "chatd-20260101T000000Z.db").write_bytes(b"old")
+    before = door_files(folder), door_files(tmp_path)
+    for words in (("backup", "--keep", "1", folder), ("restore", sound_db)):
+        chatd_at = [sys.executable, "-m", "chatd", *map(str, words), "--db", str(db)]
+        done = await trio.run_process(
+            ["bash", "-c", f'ulimit -f {blocks}; exec "$@"', "-", *chatd_at],
+            capture_stderr=True, check=False, cwd=DOOR_CHECKOUT,
+            env=door_environment(COVERAGE_PROCESS_START=""),
+        )  # fmt: skip
+        assert done.returncode == 1, done
+        assert re.search(rb"chatd: \w+ .*(copying failed|disk I/O)", done.stderr), done
+        assert (door_files(folder), door_files(tmp_path)) == before
+
+
+async def test_ready_names_each_key_of_the_backend_and_its_kind(
+    house: DoorServer,
+) -> None:
+    keys = {"RS256": "public key", "ES256": "public key", "EdDSA": "public key"}
+    for algorithm in keys:
+        (house.home / algorithm).write_bytes(rules_public_pem(algorithm))
+    keys["HS256"] = "shared secret"
+    (house.home / "HS256").write_bytes(RULES_SHARED)
+    flags = [word for name in keys for word in ("--jwt-key", str(house.home / name))]
+    async with house.serving(*flags):
+        pass
+    named = ", ".join(f"{house.home / n} ({n}, {kind})" for n, kind in keys.items())
+    (line,) = re.findall("(?m)^INFO ready .*", house.output)
+    assert line.endswith(f" jwt_keys='{named}'"), line
+    async with house.serving(*DOOR_OPEN):
+        pass
+    assert "jwt_keys" not in re.findall("(?m)^INFO ready .*", house.output)[1]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
