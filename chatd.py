@@ -1008,7 +1008,7 @@ KEY_FORMS = {
     ),
     "an OpenSSH key": (
         re.compile(rb"(?s)\A\x00\x00\x00.(?:ssh|ecdsa|sk|rsa)-|openssh-key-v1\x00"),
-        "make it PEM: ssh-keygen -e -m PKCS8 -f {path}",
+        "make it PEM; the README says how",
     ),
     "a PEM block": (
         PEM,
@@ -1144,7 +1144,7 @@ def key_form(data: bytes, layers: int = 3) -> tuple[str, str]:
         if pattern.search(data):
             return form, remedy
     if is_curve_point(data):
-        return "a point of an elliptic curve", "make it PEM"
+        return "a point of an elliptic curve", "give the whole key as PEM"
     text = plain_text(data)
     if text is None:
         return "", ""

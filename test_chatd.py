@@ -13657,6 +13657,36 @@ def test_every_refusal_has_a_status_and_a_sentence(code: str) -> None:
     assert len(sentence) > 10
 
 
+@pytest.mark.parametrize("kind", ["RS256", "ES256", "EdDSA"])
+def test_the_readme_s_ways_to_make_pem_of_a_key_work(kind: str, tmp_path: Path) -> None:
+    private, path = rules_private(kind), tmp_path / "key.pem"
+    public = private.public_key()
+    der, line = (public.public_bytes(*KEY_PARTS[part]) for part in (
+        "SubjectPublicKeyInfo", "OpenSSH"
+    ))  # fmt: skip
+    (block,) = re.findall(r"(?s)```sh\n([^`]*load_ssh_public_key.*?)```", README)
+    block = block.replace(".venv/bin/python", sys.executable)
+    commands = re.findall(r"`(openssl .*?)`", README)
+    assert len(commands) == 2
+    first, last = b"-----BEGIN PUBLIC KEY-----\n", b"\n-----END PUBLIC KEY-----"
+    ways: list[tuple[str, bytes]] = [
+        (block, json.dumps(rules_jwk(private)).encode()), (block, line),
+        ("cat key.txt > key.pem", first + base64.b64encode(der) + last),
+    ]  # fmt: skip
+    for command in (command.replace("FILE", "key.txt") for command in commands):
+        if "x509" in command:
+            ways.append((f"{command} -inform DER", rules_certificate(private)))
+        else:
+            ways.append((command, der))
+    for command, text in ways:
+        path.unlink(missing_ok=True)
+        (tmp_path / "key.txt").write_bytes(text)
+        subprocess.run(
+            ["bash", "-euc", command], cwd=tmp_path, check=True, timeout=DOOR_SECONDS
+        )
+        assert chatd.read_jwt_key(path).algorithm == kind, command
+
+
 @pytest.fixture
 def paper_server(tmp_path: Path) -> Iterator[str]:
     """The server of the README's chapter on backends, and its key, in tmp_path."""

@@ -2,19 +2,25 @@
 """chatd as a service, under a real systemd that is booted for the purpose.
 
     sudo torture/systemd.py          # about a minute; status 0: all held, 1: not
+    sudo torture/systemd.py --root TREE         # another system than this machine's
 
-A container (systemd-nspawn) over this machine's own root: an overlay in memory takes
-what is written, so nothing of the machine changes and nothing is downloaded but what
+A container (systemd-nspawn) over this machine's own root, or over a TREE: an overlay in
+memory takes what is written, so neither changes, and nothing is downloaded but what
 `pip install .` fetches. The commands and units are the README's own: what is printed
-there is what runs here. Each step prints what it found.
+there is what runs here. Each step prints what it found. This makes a TREE of Debian 13
+(or 12: bookworm):
+
+    packages=systemd,systemd-sysv,dbus,iproute2,python3-venv,ca-certificates
+    sudo debootstrap --variant=minbase --include=$packages trixie TREE
 
 It needs root, the right to mount, and Debian's packages systemd-container, iproute2
 and python3-venv. Where it lacks one of them it says "cannot run here" and why, with
-status 0. It installs nothing on the machine.
+status 0, or 1 if a TREE was named. It installs nothing on the machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import http.client
@@ -82,9 +88,13 @@ def printed_status() -> list[str]:
 
 
 class Machine:
-    """A booted systemd; `with` ends it and takes everything away again."""
+    """A booted systemd; `with` ends it and takes everything away again.
 
-    def __init__(self) -> None:
+    tree is the system that is booted, "/" or a folder. It is only read.
+    """
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
         self.leader = 0
         self.folder = Path(tempfile.mkdtemp(prefix="chatd-systemd-"))
         self.root = self.folder / "root"
@@ -107,15 +117,20 @@ class Machine:
         if os.geteuid() != 0:
             raise CannotRun("it mounts and boots: run it as root")
         for tool, package in (
-            ("systemd-nspawn", "systemd-container"), ("ip", "iproute2"),
-            ("/usr/bin/python3", "python3-venv"), ("nsenter", "util-linux"),
+            ("systemd-nspawn", "systemd-container"), ("nsenter", "util-linux"),
         ):  # fmt: skip
             if shutil.which(tool) is None:
                 raise CannotRun(f"no {tool}: apt-get install {package}")
+        for tool, package in (
+            ("ip", "iproute2"), ("python3", "python3-venv"), ("systemctl", "systemd"),
+        ):  # fmt: skip
+            if not (self.tree / "usr/bin" / tool).exists():
+                raise CannotRun(f"{self.tree} has no {tool}: it needs {package}")
         self._mounted("-t", "tmpfs", "tmpfs", self.folder)
         for name in ("upper", "work", "root"):
             (self.folder / name).mkdir()
-        layers = f"lowerdir=/,upperdir={self.folder}/upper,workdir={self.folder}/work"
+        upper, work = self.folder / "upper", self.folder / "work"
+        layers = f"lowerdir={self.tree},upperdir={upper},workdir={work}"
         self._mounted("-t", "overlay", "overlay", "-o", layers, self.root)
         # A machine that has chatd already is not what the README begins with.
         for name in (
@@ -129,6 +144,13 @@ class Machine:
         shutil.rmtree(clone, ignore_errors=True)
         skip = shutil.ignore_patterns(".*", "__pycache__", "*.db*")
         shutil.copytree(CHECKOUT, clone, ignore=skip)
+        # What `pip install` needs to find its index as it does on this machine.
+        for name in ("resolv.conf", "pip.conf", "ssl/certs/ca-certificates.crt"):
+            source, target = Path("/etc", name), self.root / "etc" / name
+            if self.tree != Path("/") and source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)
+                shutil.copy(source, target)
         (self.root / "etc" / "machine-id").write_text(f"{secrets.token_hex(16)}\n")
         (self.root / "etc" / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
         tools = self.root / "usr" / "local" / "sbin"
@@ -599,18 +621,27 @@ def firewall(machine: Machine, clients: Clients) -> str:
 
 
 def credential(machine: Machine, clients: Clients) -> str:
-    """Without the secret's file it does not start; with it, by itself."""
+    """Without the secret's file it does not start; with it, by itself.
+
+    The lines for a key of the backend, which are comments in the README, count here.
+    """
     (path,) = (p for p in unit_files() if p.endswith("secret.conf"))
-    machine.write(path, unit_files()[path])
+    machine.write(path, re.sub(r"(?m)^#(?=\w+=)", "", unit_files()[path]))
     assert machine.run("systemctl restart chatd; true", check=False)
     machine.journal("Failed at step CREDENTIALS")
     machine.run(commands("/etc/chatd/chatd.secret\n"))
+    machine.run("cp /etc/chatd/chatd.secret /etc/chatd/backend.key")
     seconds = machine.becomes("SubState", "running")
     token = clients.token("1 --secret-file /etc/chatd/chatd.secret")
     assert clients.ask("GET", "/api/v1/me", token)[0] == 200
+    provided = "/run/credentials/chatd.service"
+    machine.journal(f"jwt_keys='{provided}/backend.key (HS256, shared secret)'")
+    mode = machine.run(f"stat -c %a {provided}/chatd.secret")
+    machine.run("systemctl restart chatd")
+    assert clients.ask("GET", "/api/v1/me", token)[0] == 200
     machine.run(f"rm -r {path} /etc/chatd; systemctl daemon-reload")
     machine.run("systemctl restart chatd")
-    return f"started {seconds:.1f} s after the file was there"
+    return f"mode {mode}; started {seconds:.1f} s after the file was there"
 
 
 def administration(machine: Machine, clients: Clients) -> str:
@@ -762,12 +793,18 @@ STEPS: list[Callable[[Machine, Clients], str]] = [
 
 def main() -> int:
     """Boot, take the steps, clean up."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--root", metavar="TREE", type=Path, default=Path("/"))
+    tree = parser.parse_args().root.resolve()
     began = time.monotonic()
     # A signal must not leave mounts behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
-        with Machine() as machine:
-            print(f"booted in {time.monotonic() - began:.1f} s", flush=True)
+        with Machine(tree) as machine:
+            system = machine.run(". /etc/os-release; echo $PRETTY_NAME")
+            version = machine.run("systemctl --version | head -n 1")
+            seconds = time.monotonic() - began
+            print(f"booted in {seconds:.1f} s: {system}, {version}", flush=True)
             clients = Clients(machine)
             for step in STEPS:
                 started = time.monotonic()
@@ -782,7 +819,7 @@ def main() -> int:
                 print(f"ok {seconds:5.1f} s  {name}: {found}", flush=True)
     except CannotRun as why:
         print(f"cannot run here: {why}")
-        return 0
+        return 0 if tree == Path("/") else 1
     print(f"{len(STEPS)} steps held, in {time.monotonic() - began:.0f} s")
     return 0
 
