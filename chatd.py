@@ -95,7 +95,6 @@ import traceback
 import urllib.parse
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
-    AsyncIterator,
     Awaitable,
     Callable,
     Collection,
@@ -103,17 +102,8 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    NamedTuple,
-    Protocol,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import h11
 import jwt
@@ -149,8 +139,8 @@ MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
 # =====================================================================================
 
 
-def serve(settings: Settings, ready: Callable[[House, str], None]) -> None:
-    """Serve until a signal says stop. ready is called with the server's address."""
+def serve(settings: Settings, ready: Callable[[str], None]) -> None:
+    """Serve until a signal says stop. ready is called with the server's URL."""
     settings = raise_file_limit(settings)
     with locked(settings.db):
         make_secret(secret_path(settings))
@@ -158,222 +148,73 @@ def serve(settings: Settings, ready: Callable[[House, str], None]) -> None:
         store = Store(settings, Stats())
         try:
             server = Server(settings, store, keyring)
-            trio.run(_serve, server, ready)
+            about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
+            about |= keyring.about()
+            trio.run(run_root, server.listener, server.run, about, ready)
         finally:
             store.close()
 
 
-# Out of descriptors or memory: those who leave make room.
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+async def run_root(
+    listener: Listener,
+    run: Callable[..., Awaitable[None]],
+    about: dict[str, object],
+    ready: Callable[[str], None],
+) -> None:
+    """The root task, of `chatd serve` and of `chatd proxy`.
 
-
-async def _serve(house: House, ready: Callable[[House, str], None]) -> None:
-    settings = house.settings
+    run(sockets) serves until the listener is told to stop, and is then at its end. about
+    is what the log line `ready` says.
+    """
+    settings = listener.settings
     if settings.jwt_key and settings.audience is None:
-        say(logging.WARNING, "no_audience", hint="tokens for any aud are accepted")
-    listeners = await open_listeners(settings.listen)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(house.watch_signals, nursery.cancel_scope.cancel)
-        await nursery.start(house.run, listeners)
-        # What lives now lives on: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
-        # With 8,000 sockets a full pass takes 0.56 s, in which all stands still; by
-        # default there were several while they came. A socket leaves 0.8 KB of circles
-        # (wsproto's), so one pass for about 150,000 of them is often enough.
-        gc.set_threshold(5000, 10, 20)
-        url = url_of(listeners[0])
-        say(logging.INFO, "ready", url=url, **house.about | house.keyring.about())
-        ready(house, url)
-        notify(f"READY=1\nSTATUS=listening on {url}")
-        await house.finished.wait()
-        nursery.cancel_scope.cancel()
+        log(logging.WARNING, "no_audience", hint="tokens for any aud are accepted")
+    sockets = await open_listeners(settings.listen)
+    async with trio.open_nursery() as root:
+        await root.start(watch_signals, listener, root.cancel_scope)
+        async with trio.open_nursery() as serving:
+            await serving.start(run, sockets)
+            # Everything that lives now lives on: the collector need not look at it again.
+            gc.collect()
+            gc.freeze()
+            # With 8,000 sockets a full pass takes 0.56 s, in which all stands still; by
+            # default there were several while they came. A socket leaves 0.8 KB of
+            # reference cycles (wsproto's), so one pass for about 150,000 is enough.
+            gc.set_threshold(5000, 10, 20)
+            url = url_of(sockets[0])
+            log(logging.INFO, "ready", url=url, **about)
+            ready(url)
+            notify(f"READY=1\nSTATUS=listening on {url}")
+        root.cancel_scope.cancel()
 
 
-class House:
-    """What a Server and a Proxy have in common: bounds, bulkhead and signals.
+async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
+    listener: Listener, root: trio.CancelScope, *, task_status: trio.TaskStatus[None]
+) -> None:
+    """Stop at the first SIGTERM or SIGINT; cancel everything at the second."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            name = signal.Signals(number).name
+            if listener.stopping.is_set():
+                log(logging.WARNING, "stopping_at_once", signal=name)
+                root.cancel()
+                return
+            log(logging.INFO, "stopping", signal=name, sockets=len(listener.sessions))
+            notify("STOPPING=1")
+            listener.stopping.set()
 
-    Owns every connection that came in, each in a task of its own.
+
+class Server:
+    """One chatd: what all its connections share, and the tasks that outlive them.
+
+    Owns the store's and the hub's tasks, and the listener.
     """
 
-    http: Callable[[trio.SocketStream], Http]  # makes what serves one connection
-    sessions: AbstractSet[Endable]
-    about: dict[str, object]  # what its line in the log says when it is ready
-
-    def __init__(self, settings: Settings, stats: Stats, keyring: Keyring) -> None:
-        self.settings = settings
-        self.stats = stats
-        self.keyring = keyring
-        self.proxies = Proxies(settings.trusted_proxy)
-        self.handshakes = Buckets(settings.handshakes, settings.buckets)
-        self.open = 0  # TCP connections
-        # Waiting for bytes, by age; True: idle, it has had the answers it asked for.
-        self.parked: dict[trio.CancelScope, bool] = {}
-        self.stopping = trio.Event()
-        self.finished = trio.Event()
-        self.complaints = Bucket(Rate(0.1, 1))  # log lines about a full house
-        self.mistakes = Bucket(Rate(1, 10))  # and about our own
-
-    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
-        self,
-        listeners: Sequence[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Serve until `stopping` is set; then end every connection, and return.
-
-        Owns the listeners.
-        """
-        async with self.below(), trio.open_nursery() as connections:
-            async with trio.open_nursery() as accepting:
-                for listener in listeners:
-                    accepting.start_soon(self._accept, listener, connections)
-                task_status.started()
-                await self.stopping.wait()
-                accepting.cancel_scope.cancel()
-            deadline = trio.current_time() + self.settings.drain_seconds
-            connections.cancel_scope.deadline = deadline
-            for session in self.sessions:
-                session.end(CLOSE_RESTART, "the server restarts")
-            self._end_parked()
-        self.finished.set()
-
-    @contextlib.asynccontextmanager
-    async def below(self) -> AsyncIterator[None]:
-        """Run what the connections need, and what therefore outlives them."""
-        yield
-
-    async def _accept(
-        self, listener: trio.SocketListener, connections: trio.Nursery
-    ) -> None:
-        """Take connections, each into a task of its own."""
-        async with listener:
-            while True:
-                try:
-                    stream = await listener.accept()
-                except OSError as error:
-                    if error.errno not in EXHAUSTED:
-                        raise
-                    self.complain("full", error.strerror)
-                    await trio.sleep(0.1)
-                    continue
-                connections.start_soon(self._connection, stream)
-
-    def complain(self, verb: str, why: object) -> None:
-        """Warn of what may happen to every connection, but not that often."""
-        if not self.complaints.take(trio.current_time()):
-            say(logging.WARNING, verb, why=why, open=self.open)
-
-    async def _connection(self, stream: trio.SocketStream) -> None:
-        """Serve one connection. The bulkhead: nothing in it ends anything but it."""
-        self.open += 1
-        web: Http | None = None
-        try:
-            if self.open > self.settings.max_connections + 128 and not self._evict():
-                await self._turn_away(stream)
-                return
-            web = self.http(stream)
-            after = await web.run()
-            web = None  # its 6 KB are not needed by a socket
-            if after is not None:
-                await after()
-        except* trio.BrokenResourceError:
-            pass
-        except* Exception as group:  # the one bulkhead
-            for error in leaves(group):
-                self.stats.errors[type(error).__name__] += 1
-                if not self.mistakes.take(trio.current_time()):
-                    say_mistake("failed", error)
-            if web is not None:
-                await web.apologize()
-        finally:
-            self.open -= 1
-            stream.socket.close()
-
-    async def _turn_away(self, stream: trio.SocketStream) -> None:
-        """Say that the house is full, politely while there are descriptors for it."""
-        self.complain("full", "connections")
-        with contextlib.suppress(OSError):
-            os.write(stream.socket.fileno(), FULL_ANSWER)  # a new socket has room
-        if self.open <= self.settings.max_connections + 192:
-            await linger(stream, self.settings.linger_seconds)
-
-    def _evict(self) -> bool:
-        """Make room: end the connection that has waited longest for bytes."""
-        for scope in self.parked:
-            scope.cancel()
-            del self.parked[scope]
-            return True
-        return False
-
-    def park(self, scope: trio.CancelScope, *, idle: bool) -> None:
-        """Note who waits for bytes, until it is taken out of `parked`."""
-        self.parked[scope] = idle
-        self._end_parked(scope)
-
-    def _end_parked(self, *scopes: trio.CancelScope) -> None:
-        """When we stop and no socket is left, end who keeps a connection for later.
-
-        Who was taken from the backlog and has had no answer yet gets a second to ask:
-        the next process cannot serve him any more.
-        """
-        if self.stopping.is_set() and not self.sessions:
-            now, linger = trio.current_time(), self.settings.linger_seconds
-            for scope in scopes or self.parked:
-                end = now if self.parked[scope] else now + linger
-                scope.deadline = min(scope.deadline, end)
-
-    async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
-        self, at_once: Callable[[], None], *, task_status: trio.TaskStatus[None]
-    ) -> None:
-        """Stop at the first SIGTERM or SIGINT; call at_once at the second."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            task_status.started()
-            async for number in signals:
-                name = signal.Signals(number).name
-                if self.stopping.is_set():
-                    say(logging.WARNING, "stopping_at_once", signal=name)
-                    at_once()
-                    return
-                say(logging.INFO, "stopping", signal=name, sockets=len(self.sessions))
-                notify("STOPPING=1")
-                self.stopping.set()
-
-    # --- what connections ask --------------------------------------------------------
-
-    def cors_headers(self, request: Request) -> list[tuple[str, str]]:
-        """Tell a browser that a page of --origin may read the answer."""
-        if not self.settings.origin:
-            return []
-        headers = [("Vary", "Origin")]
-        origin = request.one("origin")
-        if origin.lower() in self.settings.origin:
-            headers.append(("Access-Control-Allow-Origin", origin))
-            headers.append(("Access-Control-Expose-Headers", "Retry-After"))
-        return headers
-
-    def check_handshakes(self, address: Address | None) -> None:
-        """Take one from the address's bucket. Raises Refusal rate_limited."""
-        self._charge("handshakes", self.handshakes, address_key(address))
-
-    def _charge(self, limit: str, buckets: Buckets, key: object) -> None:
-        if wait := buckets.take(key, trio.current_time()):
-            self.stats.rate_limited[limit] += 1
-            raise Refusal("rate_limited", retry_after=wait)
-
-    def admit_socket(self, request: Request, use: str = "socket") -> Claims:
-        """Check the token of an upgrade. Raises Refusal."""
-        token = request.argument("token")
-        if not token:
-            raise bad_token("token: it is missing in the query")
-        return self.keyring.verify(token, use)
-
-
-class Server(House):
-    """The whole of one chatd: what all connections share, and the task tree's root."""
-
     def __init__(self, settings: Settings, store: Store, keyring: Keyring) -> None:
-        super().__init__(settings, store.stats, keyring)
+        self.settings = settings
+        self.stats = store.stats
+        self.keyring = keyring
         self.store = store
         self.hub = Hub(settings, self.stats, store)
         keyring.revoked = store.revoked()
@@ -383,15 +224,19 @@ class Server(House):
         self.typing = Buckets(settings.typing, size)
         self.requests = Buckets(settings.requests, size)
         self.names: dict[int, str] = {}  # what the store already knows
-        self.http = functools.partial(HttpApi, self)
         self.sessions: set[Session] = set()
-        self.about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
+        answer = functools.partial(answer_request, self)
+        self.listener = Listener(
+            settings, self.stats, self.sessions, answer, self.serve_socket
+        )
 
-    # --- the task tree ---------------------------------------------------------------
-
-    @contextlib.asynccontextmanager
-    async def below(self) -> AsyncIterator[None]:
-        """Run store, hub and sweeper: the last answer has somebody to give it."""
+    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
+        self,
+        sockets: Sequence[trio.SocketListener],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until the listener stops. The last answer still finds store and hub."""
         # Nothing waits between the two: while a batch is published the next gathers.
         batches, published = trio.open_memory_channel[Batch](0)
         async with trio.open_nursery() as nursery:
@@ -399,12 +244,12 @@ class Server(House):
             nursery.start_soon(self.hub.run, published)
             sweeping = trio.CancelScope()
             nursery.start_soon(self._sweep, sweeping)
-            yield
+            await self.listener.run(sockets, task_status=task_status)
             sweeping.cancel()
             self.store.finish()
 
     async def serve_socket(self, stream: trio.SocketStream, upgrade: Upgrade) -> None:
-        """Be a socket until it ends."""
+        """Serve a WebSocket from its 101 to its end."""
         async with trio.open_nursery() as nursery:
             cut = nursery.cancel_scope.cancel
             outbox = Outbox(stream, nursery, self.settings, cut)
@@ -417,13 +262,13 @@ class Server(House):
                 cut()
 
     async def _sweep(self, sweeping: trio.CancelScope) -> None:
-        """Once a second look at every seat's deadlines, and at the database file."""
+        """Once a second check every seat's deadlines, and the database file."""
         settings = self.settings
         with sweeping:
             while True:
                 await trio.sleep(1)
                 now, since = trio.current_time(), self.store.writing_since
-                if since is None:  # else the writer looks; it may open the files anew
+                if since is None:  # else the writer checks; it may open the files anew
                     self.store.check_file()
                 for session in list(self.sessions):
                     seat = session.seat
@@ -433,59 +278,37 @@ class Server(House):
                         continue
                     self.stats.stalls += why == "stalled"
                     user, queued = session.claims.user_id, len(seat.outbox.buffer)
-                    say(logging.INFO, "cut", user=user, why=why, queued=queued)
+                    log(logging.INFO, "cut", user=user, why=why, queued=queued)
                     session.end(CUT, why)
                 if since is None or now - since < settings.commit_seconds:
                     sick = "; no writing" if self.store.degraded else ""
                     state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
                     notify(state, wait_seconds=0)
 
-    # --- what connections ask --------------------------------------------------------
+    # --- what sessions and requests share --------------------------------------------
 
-    def check_origin(self, request: Request) -> None:
-        """Let in programs (no Origin), our own page, and the pages of --origin."""
-        origin = request.one("origin")
-        if not origin or origin.lower() in self.settings.origin:
-            return
-        hosts = [request.one("host")]
-        if self.proxies.trust(request.peer):
-            hosts += request.fields.get("x-forwarded-host", [])
-        if not same_origin(origin, hosts):
-            raise Refusal("forbidden", "Origin: pages of this origin may not use chatd")
-
-    def admit(self, request: Request, who: str) -> None:
-        """Check that a request's token fits its route; set its claims."""
-        if who == "anyone":
-            return
-        use = "signin" if who == "signin" else None
-        request.claims = claims = self.keyring.verify(request.bearer(), use)
-        if who in ("service", "stats") and who not in claims.scopes:
-            raise Refusal("forbidden", f"the token must have scope {who}")
-        if not claims.service:
-            self._charge("requests", self.requests, claims.user_id)
-
-    def check_house(self) -> None:
+    def check_capacity(self) -> None:
         """Refuse a socket that is one too many. Raises Refusal overloaded."""
-        later = self.come_back_in()
+        later = self.retry_after_seconds()
         if len(self.sessions) >= self.settings.max_connections:
-            self.complain("full", "sockets")
+            self.listener.warn("full", "sockets")
             raise Refusal("overloaded", retry_after=later)
-        if self.stopping.is_set():
+        if self.listener.stopping.is_set():
             raise Refusal("overloaded", "the server restarts", retry_after=later)
 
-    async def remember(self, claims: Claims) -> None:
-        """Store what a user is called, if that is new. That it fails stops nobody."""
+    async def store_name(self, claims: Claims) -> None:
+        """Store a user's name if it is new. A failure is no reason to refuse."""
         user_id, name = claims.user_id, claims.name
         if name is None or self.names.get(user_id) == name:
             return
         if len(self.names) >= self.settings.buckets:
             self.names.clear()
         with contextlib.suppress(Refusal):
-            await self.store.do(self.store.rename, user_id, name)
+            await self.store.commit(self.store.rename, user_id, name)
             self.names[user_id] = name
 
     async def allow_send(self, claims: Claims, send: Send) -> Sent | None:
-        """Ask the sender's bucket. Raises Refusal rate_limited.
+        """Take a token of the sender's bucket. Raises Refusal rate_limited.
 
         With an empty bucket a repeat is not refused: the message that it repeats is
         returned.
@@ -496,7 +319,7 @@ class Server(House):
         if not wait:
             return None
         if send.client_id is not None:
-            # As of the head: what is not published yet is not answered yet.
+            # As of the head: a message that is not published yet is not answered yet.
             head = self.hub.head
             sent = await self.store.read(self.store.find_sent, send, head)
             if sent is not None:
@@ -524,15 +347,15 @@ class Server(House):
         """Write a cursor."""
         return f"{self.store.epoch}.{seq}"
 
-    def come_back_in(self) -> float:
-        """Spread those who come back: 500 a second, none in the first half second."""
+    def retry_after_seconds(self) -> float:
+        """Spread reconnecting clients: 500 a second, none in the first half second."""
         return round(random.uniform(0.5, 1 + len(self.sessions) / 500), 1)
 
     def revoke(self, user_id: int, revoked_at: int) -> int:
-        """Refuse a user's tokens from now on; close his sockets and count them."""
+        """Refuse a user's tokens from now on; close the user's sockets, count them."""
         self.keyring.revoked[user_id] = revoked_at
         theirs = [s for s in self.sessions if s.claims.user_id == user_id]
-        say(logging.INFO, "revoked", user=user_id, sockets=len(theirs))
+        log(logging.INFO, "revoked", user=user_id, sockets=len(theirs))
         for session in theirs:
             session.end(CLOSE_SIGN_IN, "revoked: sign in again")
         return len(theirs)
@@ -541,51 +364,166 @@ class Server(House):
         """Count a socket in."""
         self.sessions.add(session)
         self.stats.total += 1
-        say(logging.DEBUG, "joined", user=session.claims.user_id)
+        log(logging.DEBUG, "joined", user=session.claims.user_id)
 
     def left(self, session: Session) -> None:
         """Count a socket out."""
         self.sessions.discard(session)
-        self._end_parked()
-        code, _ = session.verdict or (CUT, "")
+        self.listener.end_parked()
+        code, _ = session.close_with or (CUT, "")
         self.stats.closed[str(code)] += 1
-        say(logging.DEBUG, "left", user=session.claims.user_id, code=code)
-
-    def stats_document(self) -> dict[str, Any]:
-        """Say what happened: did we lose anything; who was cut, and why?"""
-        stats, store = self.stats, self.store
-
-        def counted(*names: str) -> dict[str, Any]:
-            return {name: getattr(stats, name) for name in names}
-
-        return {
-            "version": __version__,
-            "uptime_seconds": round(time.monotonic() - stats.started, 3),
-            "connections": {
-                "active": len(self.sessions),
-                "users": len(self.hub.people),
-                "catching_up": sum(not s.seat.live for s in self.sessions),
-                **counted("total", "closed", "refused"),
-            },
-            "broadcast": counted(
-                "events", "deliveries", "writes", "catch_ups", "stalls"
-            ),
-            "store": {
-                **counted("commits", "messages", "batch_max", "duplicates", "failed"),
-                "commit_seconds": stats.commit_seconds(),
-                "degraded": store.degraded,
-                "wal_bytes": store.wal_bytes(),
-                "sqlite": sqlite3.sqlite_version,
-            },
-            **counted("resumes", "rate_limited", "errors"),
-        }
+        log(logging.DEBUG, "left", user=session.claims.user_id, code=code)
 
 
-class Endable(Protocol):
-    """An open socket, as a house sees it."""
+# Out of descriptors or memory: connections that end make room.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
-    def end(self, code: int, reason: str) -> None:
-        """Close it, from anywhere."""
+
+class Listener:
+    """Accepts TCP connections and serves each in a task of its own.
+
+    Owns every accepted connection, bounds their number, and ends them when it stops.
+    answer(connection, request) gives an Answer; or an Upgrade, and then
+    serve_socket(stream, upgrade) gets the stream; or None when there is nothing left to
+    say. sessions are the open sockets: with the first signal each is told to end.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        stats: Stats,
+        sessions: Collection[Session | Tunnel],
+        answer: Callable[[HttpConnection, Request], Awaitable[Answer | Upgrade | None]],
+        serve_socket: Callable[[trio.SocketStream, Upgrade], Awaitable[None]],
+    ) -> None:
+        self.settings = settings
+        self.stats = stats
+        self.sessions = sessions
+        self.answer = answer
+        self.serve_socket = serve_socket
+        self.proxies = Proxies(settings.trusted_proxy)
+        self.handshakes = Buckets(settings.handshakes, settings.buckets)
+        self.open = 0  # TCP connections
+        # Connections that wait for a client's bytes, the oldest first. True: it is idle
+        # between two requests.
+        self.parked: dict[trio.CancelScope, bool] = {}
+        self.stopping = trio.Event()
+        self.warnings = Bucket(Rate(0.1, 1))  # log lines about a full server
+        self.bugs = Bucket(Rate(1, 10))  # log lines about mistakes of our own
+
+    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
+        self,
+        sockets: Sequence[trio.SocketListener],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until `stopping` is set; then end every connection, and return.
+
+        Owns the listening sockets.
+        """
+        async with trio.open_nursery() as connections:
+            async with trio.open_nursery() as accepting:
+                for listener in sockets:
+                    accepting.start_soon(self._accept, listener, connections)
+                task_status.started()
+                await self.stopping.wait()
+                accepting.cancel_scope.cancel()
+            deadline = trio.current_time() + self.settings.drain_seconds
+            connections.cancel_scope.deadline = deadline
+            for session in self.sessions:
+                session.end(CLOSE_RESTART, "the server restarts")
+            self.end_parked()
+
+    async def _accept(
+        self, listener: trio.SocketListener, connections: trio.Nursery
+    ) -> None:
+        """Accept connections, each into a task of its own."""
+        async with listener:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except OSError as error:
+                    if error.errno not in EXHAUSTED:
+                        raise
+                    self.warn("full", error.strerror)
+                    await trio.sleep(0.1)
+                    continue
+                connections.start_soon(self._connection, stream)
+
+    async def _connection(self, stream: trio.SocketStream) -> None:
+        """Serve one connection. The bulkhead: nothing in it ends anything but it."""
+        self.open += 1
+        http: HttpConnection | None = None
+        try:
+            if self.open > self.settings.max_connections + 128 and not self._evict():
+                await self._turn_away(stream)
+                return
+            http = HttpConnection(self, stream)
+            upgrade = await http.run()
+            http = None  # a socket does not need its 6 KB
+            if upgrade is not None:
+                await self.serve_socket(stream, upgrade)
+        except* trio.BrokenResourceError:
+            pass
+        except* Exception as group:  # the one bulkhead
+            for error in leaves(group):
+                self.stats.errors[type(error).__name__] += 1
+                if not self.bugs.take(trio.current_time()):
+                    log_bug("failed", error)
+            if http is not None:
+                await http.answer_internal_error()
+        finally:
+            self.open -= 1
+            stream.socket.close()
+
+    async def _turn_away(self, stream: trio.SocketStream) -> None:
+        """Answer 503, with a graceful end while there are descriptors for it."""
+        self.warn("full", "connections")
+        with contextlib.suppress(OSError):
+            os.write(stream.socket.fileno(), FULL_ANSWER)  # a new socket takes it all
+        if self.open <= self.settings.max_connections + 192:
+            await linger(stream, self.settings.linger_seconds)
+
+    def _evict(self) -> bool:
+        """End the connection that has waited longest for bytes, if one waits."""
+        for scope in self.parked:
+            scope.cancel()
+            del self.parked[scope]
+            return True
+        return False
+
+    def park(self, scope: trio.CancelScope, *, idle: bool) -> None:
+        """Note a connection that waits for bytes, until it is taken out of `parked`."""
+        self.parked[scope] = idle
+        self.end_parked(scope)
+
+    def end_parked(self, *scopes: trio.CancelScope) -> None:
+        """At a stop, once no socket is left, end the connections that only wait.
+
+        A connection that was accepted but not yet answered gets one second to send a
+        request: the next process cannot serve it any more.
+        """
+        if self.stopping.is_set() and not self.sessions:
+            now, linger = trio.current_time(), self.settings.linger_seconds
+            for scope in scopes or self.parked:
+                end = now if self.parked[scope] else now + linger
+                scope.deadline = min(scope.deadline, end)
+
+    def warn(self, verb: str, why: object) -> None:
+        """Log a warning that every connection could cause, at most one in 10 s."""
+        if not self.warnings.take(trio.current_time()):
+            log(logging.WARNING, verb, why=why, open=self.open)
+
+    def check_handshakes(self, address: Address | None) -> None:
+        """Take a token of the address's bucket. Raises Refusal rate_limited."""
+        charge(self.stats, "handshakes", self.handshakes, address_key(address))
+
+
+def charge(stats: Stats, limit: str, buckets: Buckets, key: object) -> None:
+    """Take a token of a bucket. Raises Refusal rate_limited, and counts it."""
+    if wait := buckets.take(key, trio.current_time()):
+        stats.rate_limited[limit] += 1
+        raise Refusal("rate_limited", retry_after=wait)
 
 
 def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
@@ -606,11 +544,11 @@ def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
 # =====================================================================================
 
 
-class Ended(Exception):
+class ClientFault(Exception):
     """The peer broke the protocol or a limit: with which code, and why, to close."""
 
 
-class Guard(WebSocketConnection):
+class WebSocketReader(WebSocketConnection):
     """trio-websocket's connection, for peers that do not wish us well.
 
     Bare, the library counts characters instead of bytes and no fragments at all,
@@ -667,7 +605,7 @@ class Guard(WebSocketConnection):
         self._fragments = 0
 
     async def read(self) -> None:
-        """Read and obey until the peer closes or has gone. Raises Ended."""
+        """Read and obey until the peer closes or has gone. Raises ClientFault."""
         await self._reader_task()
 
     async def _handle_ping_event(self, event: wsproto.events.Ping) -> None:
@@ -681,7 +619,7 @@ class Guard(WebSocketConnection):
         self, event: wsproto.events.CloseConnection
     ) -> None:
         if self._wsproto.state is ConnectionState.OPEN:  # no close came: it is a fault
-            raise Ended(int(event.code), event.reason or "")
+            raise ClientFault(int(event.code), event.reason or "")
         await super()._handle_close_connection_event(event)
 
     async def _handle_message_event(
@@ -692,9 +630,11 @@ class Guard(WebSocketConnection):
         self._bytes += len(data.encode() if isinstance(data, str) else data)
         self._fragments += event.frame_finished
         if self._bytes > self._most_bytes:
-            raise Ended(CLOSE_TOO_BIG, f"more than {self._most_bytes} bytes")
+            raise ClientFault(CLOSE_TOO_BIG, f"more than {self._most_bytes} bytes")
         if self._fragments > self._most_fragments:
-            raise Ended(CLOSE_TOO_BIG, f"more than {self._most_fragments} fragments")
+            raise ClientFault(
+                CLOSE_TOO_BIG, f"more than {self._most_fragments} fragments"
+            )
         self._parts.append(data)
         if not event.message_finished:
             return
@@ -729,7 +669,7 @@ class Session:
         self.claims = claims
         self.cursor = cursor
         self.reading = trio.CancelScope()
-        self.verdict: tuple[int, str] | None = None  # why we close, if it is us
+        self.close_with: tuple[int, str] | None = None  # why we close, if it is us
         self.bucket = Bucket(server.settings.commands)
         self.refused = 0  # commands in a row over the rate
         settings = server.settings
@@ -749,7 +689,9 @@ class Session:
         upto = server.hub.head
         # Register first, read second: what is published meanwhile is not missed.
         entered = server.hub.enter(self.seat, self.claims.user_id, upto)
-        guard = Guard(self.outbox, server.settings, trailing, self._hear)
+        guard = WebSocketReader(
+            self.outbox, server.settings, trailing, self._receive_command
+        )
         try:
             try:
                 with self.reading:
@@ -757,10 +699,10 @@ class Session:
                         self.end(CLOSE_TOO_MANY, "this user has too many connections")
                     elif await self._greet(upto):
                         await guard.read()
-            except Ended as fault:
-                self.verdict = self.verdict or fault.args
-            if guard.closed is not None and self.verdict is None:
-                self.verdict = (guard.closed.code, guard.closed.reason or "")
+            except ClientFault as fault:
+                self.close_with = self.close_with or fault.args
+            if guard.closed is not None and self.close_with is None:
+                self.close_with = (guard.closed.code, guard.closed.reason or "")
             await self._close()
         finally:
             if entered:
@@ -775,8 +717,8 @@ class Session:
 
         CUT ends it at once: a peer that takes no bytes would not get a close frame.
         """
-        if self.verdict is None:
-            self.verdict = (code, reason)
+        if self.close_with is None:
+            self.close_with = (code, reason)
             self.reading.cancel()
         if code == CUT:
             self.nursery.cancel_scope.cancel()
@@ -803,7 +745,7 @@ class Session:
         self.server.stats.resumes[resume] += 1
         if start is None or resume == "resync":
             start = upto
-        hub.know(self.seat.person, greeting.joined)
+        hub.set_chats(self.seat.person, greeting.joined)
         self.seat.cursor = start
         connected = Connected(
             user_id=user_id,
@@ -816,7 +758,7 @@ class Session:
         self._answer(text_frame(connected))
         self.seat.warned = False
         if hub.in_tail(start):
-            hub.feed(self.seat)
+            hub.push_tail(self.seat)
         if not self.seat.live:
             self._behind()
         return True
@@ -835,11 +777,11 @@ class Session:
         person = seat.person
         while not seat.live:
             await trio.lowlevel.checkpoint()  # one helping each, then the others
-            await self.outbox.empty()
+            await self.outbox.wait_empty()
             if self.outbox.sealed:
                 return
             if hub.in_tail(seat.cursor):
-                hub.feed(seat)
+                hub.push_tail(seat)
                 continue
             try:
                 person.replaying = person.replaying or trio.Lock()
@@ -849,16 +791,16 @@ class Session:
             except Refusal:
                 self.end(CLOSE_LATER, "the log cannot be read: keep your cursor")
                 return
-            hub.give_page(seat, page)
+            hub.push_page(seat, page)
 
     # --- commands --------------------------------------------------------------------
 
-    async def _hear(self, text: str | bytes) -> None:
+    async def _receive_command(self, text: str | bytes) -> None:
         """Obey one command, in the reader's own task: nothing is read meanwhile."""
-        if self.verdict is not None:
+        if self.close_with is not None:
             return  # it came in one piece with what ended the connection
         if self.outbox.full:
-            await self.outbox.room()
+            await self.outbox.wait_not_full()
         try:
             self._check_rate()
             if isinstance(text, bytes):
@@ -903,7 +845,7 @@ class Session:
     async def _submit(
         self,
         ref: str | None,
-        work: Callable[[Db, Log], T],
+        write: Callable[[Db, Log], T],
         reply: Callable[[T, str | None], Reply],
     ) -> None:
         """Queue a work; at most 64 of this connection are without an answer."""
@@ -918,7 +860,7 @@ class Session:
         except trio.WouldBlock:
             await self.seat.slots.acquire()
         try:
-            await self.server.store.submit(Job(work, done, self.seat))
+            await self.server.store.submit(Job(write, done, self.seat))
         except trio.Cancelled:
             self.seat.slots.release()  # it was not queued: nothing will answer it
             raise
@@ -929,7 +871,7 @@ class Session:
         send = Send(command.chat_id, user_id, command.content, command.client_id)
         if sent := await server.allow_send(self.claims, send):
             await self.seat.slots.acquire()
-            self.seat.answer(_sent_reply(sent, command.ref))
+            self.seat.reply(_sent_reply(sent, command.ref))
             return
         service = self.claims.service
 
@@ -939,7 +881,7 @@ class Session:
 
         await self._submit(
             command.ref,
-            lambda db, log: server.store.send_message(db, log, send, service),
+            lambda db, events: server.store.send_message(db, events, send, service),
             reply,
         )
 
@@ -947,7 +889,7 @@ class Session:
         store, user_id = self.server.store, self.claims.user_id
         await self._submit(
             command.ref,
-            lambda db, log: store.mark_read(db, log, user_id, command.message_id),
+            lambda db, events: store.mark_read(db, events, user_id, command.message_id),
             lambda marked, ref: Reply(text_frame(Ack(ref=ref)), marked.seq),
         )
 
@@ -979,7 +921,7 @@ class Session:
 
     async def _close(self) -> None:
         """Say why, let it arrive, and end. Our closes are ours, not the library's."""
-        code, reason = self.verdict or (CLOSE_NORMAL, "")
+        code, reason = self.close_with or (CLOSE_NORMAL, "")
         settings = self.server.settings
         if code == CLOSE_RESTART:
             # Half of the drain at most: the close has to go out before all is cut.
@@ -987,7 +929,7 @@ class Session:
                 with trio.move_on_after(settings.drain_seconds / 2):
                     for _ in range(settings.unanswered):
                         await self.seat.slots.acquire()  # all back: all answered
-            self._answer(text_frame(Bye(self.server.come_back_in())))
+            self._answer(text_frame(Bye(self.server.retry_after_seconds())))
         if code != CUT:
             self.outbox.seal(close_frame(code, reason))
         await self.outbox.finish()
@@ -1082,7 +1024,7 @@ class Job(NamedTuple):
     work returned, or the Refusal it raised.
     """
 
-    work: Callable[[Db, Log], Any]
+    write: Callable[[Db, Log], Any]
     done: Callable[[Any], Reply | None]
     seat: Seat | None = None
 
@@ -1184,7 +1126,7 @@ SET_READ_N = "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?"
 APPLICATION_ID = 0x63686174  # "chat": says whose file this is
 
 
-def one(db: Db, sql: str, *values: Any) -> Any:
+def query_value(db: Db, sql: str, *values: Any) -> Any:
     """Run a query for one value: the first column of the first row, or None."""
     row = db.execute(sql, values).fetchone()
     return row[0] if row else None
@@ -1231,11 +1173,13 @@ class Store:
         self._writer = db = prepare_database(
             self.path, steps or schema_steps(), settings.check_bytes
         )
-        with told_of("database", self.path), contextlib.ExitStack() as undo:
+        with file_errors("database", self.path), contextlib.ExitStack() as undo:
             undo.callback(db.close)
-            self.epoch: str = one(db, "SELECT value FROM meta WHERE key = 'epoch'")
+            self.epoch: str = query_value(
+                db, "SELECT value FROM meta WHERE key = 'epoch'"
+            )
             # The last that was committed and handed to the hub.
-            self.seq: int = one(db, "SELECT coalesce(max(seq), 0) FROM event")
+            self.seq: int = query_value(db, "SELECT coalesce(max(seq), 0) FROM event")
             undo.pop_all()
         self._files = self._inodes()
 
@@ -1262,13 +1206,13 @@ class Store:
         except trio.WouldBlock:
             await self._submit.send(job)
 
-    async def do(
+    async def commit(
         self,
-        work: Callable[..., T],
+        write: Callable[..., T],
         *args: Any,
         then: Callable[[T], object] = lambda _: None,
     ) -> T:
-        """Run work(db, log, *args); wait until it is on disk and published.
+        """Run write(db, events, *args); wait until it is on disk and published.
 
         Raises its Refusal. then gets what it returned, in the same turn. If the caller
         is cancelled both happen all the same.
@@ -1282,13 +1226,13 @@ class Store:
             outcomes.append(outcome)
             answered.set()
 
-        await self.submit(Job(lambda db, log: work(db, log, *args), done))
+        await self.submit(Job(lambda db, events: write(db, events, *args), done))
         await answered.wait()
         return outcome_of(outcomes[0])
 
-    def write_now(self, work: Callable[..., T], *args: Any) -> T:
+    def commit_now(self, write: Callable[..., T], *args: Any) -> T:
         """Do it here and now. Only while `run` does not."""
-        job = Job(lambda db, log: work(db, log, *args), lambda _: None)
+        job = Job(lambda db, events: write(db, events, *args), lambda _: None)
         outcome: T | Refusal = self._transact([job]).answers[0][1]
         return outcome_of(outcome)
 
@@ -1364,51 +1308,51 @@ class Store:
         found, and published, by `_probe` before anything else is written.
         """
         started = time.perf_counter()
-        log: Log = []
+        events: Log = []
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             answers = []
             for job in jobs:
-                answers.append((job, self._run_one(job, log)))
-                if len(log) >= self.settings.batch_events:
+                answers.append((job, self._run_one(job, events)))
+                if len(events) >= self.settings.batch_events:
                     break  # a large chat was made: the other jobs come next
             self._writer.execute("COMMIT")
         except sqlite3.Error as error:
             self._failed(error)
             return self._storage_failed(jobs)
-        self._committed(log)
+        self._committed(events)
         self.stats.committed(time.perf_counter() - started, len(jobs))
-        return Batch(log, answers)
+        return Batch(events, answers)
 
-    def _run_one(self, job: Job, log: Log) -> Any:
+    def _run_one(self, job: Job, events: Log) -> Any:
         """Run one job in a savepoint: a refused one does not sink the others."""
-        db, before = self._writer, len(log)
+        db, before = self._writer, len(events)
         db.execute("SAVEPOINT job")
         try:
-            outcome = job.work(db, log)
+            outcome = job.write(db, events)
         except (Refusal, sqlite3.IntegrityError, OverflowError) as error:
             db.execute("ROLLBACK TO job")
             db.execute("RELEASE job")
-            del log[before:]
+            del events[before:]
             if isinstance(error, Refusal):
                 return error
             self.stats.errors[type(error).__name__] += 1
             why = "a broken rule of the schema"
-            say(logging.ERROR, "refused", why=why, error=error)
+            log(logging.ERROR, "refused", why=why, error=error)
             return Refusal("internal")
         db.execute("RELEASE job")
         return outcome
 
-    def _committed(self, log: Log) -> None:
+    def _committed(self, events: Log) -> None:
         self.check_file()
-        self.seq += len(log)
+        self.seq += len(events)
         self._io_errors = 0
 
     def _failed(self, error: sqlite3.Error | OSError) -> None:
         """Be degraded. After an I/O error open the file anew; three in a row end us."""
         self.degraded = True
         name = getattr(error, "sqlite_errorname", "?")
-        say(logging.ERROR, "storage_failed", db=self.path, code=name, error=error)
+        log(logging.ERROR, "storage_failed", db=self.path, code=name, error=error)
         with contextlib.suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
@@ -1417,9 +1361,11 @@ class Store:
             if self._io_errors >= 3:
                 raise UsageError(f"database {self.path}: {error}, 3 times in a row")
             self._writer.close()
-            with told_of("database", self.path):
+            with file_errors("database", self.path):
                 self._writer = open_database(self.path, readonly=False)
-                one(self._writer, "SELECT count(*) FROM meta")  # makes the -wal anew
+                query_value(
+                    self._writer, "SELECT count(*) FROM meta"
+                )  # makes the -wal anew
             self._files = self._inodes()
 
     def _has_room(self) -> bool:
@@ -1457,7 +1403,7 @@ class Store:
             return Batch([], [])
         self._committed(found)
         self.degraded = False
-        say(logging.WARNING, "storage_recovered", db=self.path, found=len(found))
+        log(logging.WARNING, "storage_recovered", db=self.path, found=len(found))
         return Batch(found, [])
 
     def check_file(self) -> None:
@@ -1481,18 +1427,18 @@ class Store:
     # Each runs inside the transaction: db is the writer's connection, log are the
     # batch's events so far, to which it appends its own.
 
-    def _next_seq(self, log: Log) -> int:
-        return self.seq + len(log) + 1
+    def _next_seq(self, events: Log) -> int:
+        return self.seq + len(events) + 1
 
     def _record(
         self,
         db: Db,
-        log: Log,
+        events: Log,
         event: Event,
         user_id: int | None = None,
         message_id: int | None = None,
     ) -> None:
-        log.append(event)
+        events.append(event)
         db.execute(
             """INSERT INTO event
                (seq, kind, chat_id, to_chat, to_user, user_id, message_id)
@@ -1501,7 +1447,9 @@ class Store:
              event.to_user, user_id, message_id),
         )  # fmt: skip
 
-    def send_message(self, db: Db, log: Log, send: Send, service: bool = False) -> Sent:
+    def send_message(
+        self, db: Db, events: Log, send: Send, service: bool = False
+    ) -> Sent:
         """Store a message, once: a repeat of (sender_id, client_id) is answered alike.
 
         A service may send for somebody who is not a member. Raises Refusal not_found,
@@ -1520,7 +1468,7 @@ class Store:
             raise no_chat()
         if not is_member:
             self._know(db, sender_id)
-        seq, n, now = self._next_seq(log), last_n + 1, now_seconds()
+        seq, n, now = self._next_seq(events), last_n + 1, now_seconds()
         row = (seq, chat_id, sender_id, content, now, n, client_id)
         db.execute(
             """INSERT INTO message
@@ -1530,7 +1478,7 @@ class Store:
         )
         db.execute(SET_READ_N, (n, chat_id, sender_id))
         message = message_of(row)
-        self._record(db, log, message_event(message), message_id=seq)
+        self._record(db, events, message_event(message), message_id=seq)
         return Sent(message, duplicate=False)
 
     def find_sent(self, db: Db, send: Send, upto: int = MAX_ID) -> Sent | None:
@@ -1548,7 +1496,7 @@ class Store:
             raise Refusal("idempotency_mismatch")
         return Sent(message, duplicate=True)
 
-    def mark_read(self, db: Db, log: Log, user_id: int, message_id: int) -> Marked:
+    def mark_read(self, db: Db, events: Log, user_id: int, message_id: int) -> Marked:
         """Move the reader up to a message, never down. Raises Refusal not_found."""
         row = db.execute(
             """SELECT m.chat_id, m.n, b.read_n FROM message m
@@ -1565,22 +1513,25 @@ class Store:
         # In a large chat everybody's marks to everybody would grow as the square.
         most = self.settings.large_chat
         members = "SELECT 1 FROM member WHERE chat_id = ? LIMIT ?"
-        large = one(db, f"SELECT count(*) FROM ({members})", chat_id, most + 1) > most
-        seq = self._next_seq(log)
+        large = (
+            query_value(db, f"SELECT count(*) FROM ({members})", chat_id, most + 1)
+            > most
+        )
+        seq = self._next_seq(events)
         wire = MessageRead(seq, message_id, chat_id, user_id, n)
         event = Event(wire, to_chat=not large, to_user=user_id if large else None)
-        self._record(db, log, event, user_id, message_id)
+        self._record(db, events, event, user_id, message_id)
         return Marked(message_id, chat_id, n, seq)
 
     def create_chat(
-        self, db: Db, log: Log, title: str | None, member_ids: Iterable[int]
+        self, db: Db, events: Log, title: str | None, member_ids: Iterable[int]
     ) -> Chat:
         """Make a chat and tell each of its members. Raises Refusal bad_field."""
         members = sorted(set(member_ids))
         self._check_size(len(members))
         sql = "INSERT INTO chat (title, created_at) VALUES (?, ?) RETURNING id"
-        chat_id: int = one(db, sql, title, now_seconds())
-        first = self._next_seq(log)
+        chat_id: int = query_value(db, sql, title, now_seconds())
+        first = self._next_seq(events)
         for seq, user_id in enumerate(members, first):
             self._join(db, chat_id, user_id, seq)
         chat = self.chat(db, chat_id, first)
@@ -1589,50 +1540,50 @@ class Store:
         for seq, user_id in enumerate(members, first):
             wire = ChatAdded(seq, chat_id, raw)
             event = Event(wire, to_chat=False, to_user=user_id, size=size)
-            self._record(db, log, event, user_id)
+            self._record(db, events, event, user_id)
         return chat
 
     def add_member(
-        self, db: Db, log: Log, chat_id: int, user_id: int, by: int | None
+        self, db: Db, events: Log, chat_id: int, user_id: int, by: int | None
     ) -> bool:
         """Add a user: the members are told, then he. False if he was there already.
 
         by is the member who adds, None for a service. Raises Refusal not_found.
         """
         self._find_chat(db, chat_id, by)
-        if one(db, IS_MEMBER, chat_id, user_id):
+        if query_value(db, IS_MEMBER, chat_id, user_id):
             return False
         sql = "SELECT count(*) FROM member WHERE chat_id = ?"
-        self._check_size(one(db, sql, chat_id) + 1)
+        self._check_size(query_value(db, sql, chat_id) + 1)
         name = self.name(db, user_id)
-        told = MemberAdded(self._next_seq(log), chat_id, user_id, name)
+        told = MemberAdded(self._next_seq(events), chat_id, user_id, name)
         seq = told.seq + 1
         self._join(db, chat_id, user_id, seq)
-        self._record(db, log, Event(told, to_chat=True), user_id)
+        self._record(db, events, Event(told, to_chat=True), user_id)
         raw = msgspec.Raw(encode(self.chat(db, chat_id, seq)))
         added, size = ChatAdded(seq, chat_id, raw), 256 + len(raw)
         event = Event(added, to_chat=False, to_user=user_id, size=size)
-        self._record(db, log, event, user_id)
+        self._record(db, events, event, user_id)
         return True
 
     def remove_member(
-        self, db: Db, log: Log, chat_id: int, user_id: int, by: int | None
+        self, db: Db, events: Log, chat_id: int, user_id: int, by: int | None
     ) -> None:
         """Remove a user, by himself or by a service (by=None). Raises not_found."""
         self._find_chat(db, chat_id, by)
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         if not db.execute(sql, (chat_id, user_id)).rowcount:
             raise Refusal("not_found", "user_id: not a member of this chat")
-        wire = MemberRemoved(self._next_seq(log), chat_id, user_id)
-        self._record(db, log, Event(wire, to_chat=True, to_user=user_id), user_id)
+        wire = MemberRemoved(self._next_seq(events), chat_id, user_id)
+        self._record(db, events, Event(wire, to_chat=True, to_user=user_id), user_id)
 
-    def rename(self, db: Db, _log: Log, user_id: int, name: str) -> None:
+    def rename(self, db: Db, _events: Log, user_id: int, name: str) -> None:
         """Remember what a user is called. It is no event: who looks sees it."""
         sql = """INSERT INTO user (id, name) VALUES (?1, ?2)
                  ON CONFLICT DO UPDATE SET name = ?2 WHERE name IS NOT ?2"""
         db.execute(sql, (user_id, name))
 
-    def revoke(self, db: Db, _log: Log, user_id: int) -> int:
+    def revoke(self, db: Db, _events: Log, user_id: int) -> int:
         """Remember that all tokens so far are refused. Returns the Unix second."""
         now = now_seconds()
         sql = """INSERT INTO user (id, revoked_at) VALUES (?1, ?2)
@@ -1653,8 +1604,8 @@ class Store:
         db.execute("INSERT OR IGNORE INTO user (id) VALUES (?)", (user_id,))
 
     def _find_chat(self, db: Db, chat_id: int, by: int | None) -> None:
-        found = one(db, "SELECT 1 FROM chat WHERE id = ?", chat_id)
-        if not found or not (by is None or one(db, IS_MEMBER, chat_id, by)):
+        found = query_value(db, "SELECT 1 FROM chat WHERE id = ?", chat_id)
+        if not found or not (by is None or query_value(db, IS_MEMBER, chat_id, by)):
             raise no_chat()
 
     def _check_size(self, members: int) -> None:
@@ -1686,7 +1637,7 @@ class Store:
                 raise
         except sqlite3.Error as error:
             self.stats.errors[type(error).__name__] += 1
-            say(logging.ERROR, "read_failed", db=self.path, error=error)
+            log(logging.ERROR, "read_failed", db=self.path, error=error)
             raise Refusal("storage_failed", "the database cannot be read") from error
         self._idle_readers.append(db)
         return result
@@ -1752,7 +1703,7 @@ class Store:
         sql = f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq DESC"
         newest_first: Log = []
         room = self.settings.tail_bytes
-        with told_of("database", self.path):
+        with file_errors("database", self.path):
             for row in db.execute(sql, (floor,)):
                 if row[1] == "chat_added":
                     break
@@ -1766,7 +1717,7 @@ class Store:
     def revoked(self) -> dict[int, int]:
         """Read at the start whose older tokens are refused."""
         sql = "SELECT id, revoked_at FROM user WHERE revoked_at IS NOT NULL"
-        with told_of("database", self.path):
+        with file_errors("database", self.path):
             return dict(self._writer.execute(sql))
 
     def _event(self, db: Db, row: tuple[Any, ...], upto: int) -> Event:
@@ -1796,7 +1747,7 @@ class Store:
 
         A viewer who has left sees that there was a chat, and nothing of it.
         """
-        if viewer_id is not None and not one(db, IS_MEMBER, chat_id, viewer_id):
+        if viewer_id is not None and not query_value(db, IS_MEMBER, chat_id, viewer_id):
             return Chat(chat_id, None, [], 0, None)
         row = db.execute(
             f"{MESSAGES} WHERE chat_id = ? AND id <= ? ORDER BY n DESC LIMIT 1",
@@ -1809,7 +1760,7 @@ class Store:
                JOIN user u ON u.id = b.user_id WHERE b.chat_id = ?""",
             (last_n, chat_id),
         )
-        title = one(db, "SELECT title FROM chat WHERE id = ?", chat_id)
+        title = query_value(db, "SELECT title FROM chat WHERE id = ?", chat_id)
         return Chat(chat_id, title, [Member(*row) for row in members], last_n, last)
 
     def my_chats(self, db: Db, user_id: int, upto: int) -> list[MyChat]:
@@ -1842,12 +1793,12 @@ class Store:
 
         before is a message id of this chat. Raises Refusal not_found, bad_field.
         """
-        if not one(db, IS_MEMBER, chat_id, user_id):
+        if not query_value(db, IS_MEMBER, chat_id, user_id):
             raise no_chat()
         before_n = MAX_ID
         if before is not None:
             sql = "SELECT n FROM message WHERE id = ? AND chat_id = ?"
-            before_n = one(db, sql, before, chat_id)
+            before_n = query_value(db, sql, before, chat_id)
             if before_n is None:
                 raise bad_field("before: not a message of this chat")
         rows = db.execute(
@@ -1860,7 +1811,9 @@ class Store:
 
     def name(self, db: Db, user_id: int) -> str | None:
         """Read what a user is called."""
-        name: str | None = one(db, "SELECT name FROM user WHERE id = ?", user_id)
+        name: str | None = query_value(
+            db, "SELECT name FROM user WHERE id = ?", user_id
+        )
         return name
 
     def users(self, db: Db) -> list[User]:
@@ -1912,7 +1865,7 @@ def open_database(path: Path, *, readonly: bool) -> Db:
             db.execute("PRAGMA query_only = ON")
             db.execute("PRAGMA wal_autocheckpoint = 0")
             return db
-        mode = one(db, "PRAGMA journal_mode = WAL")
+        mode = query_value(db, "PRAGMA journal_mode = WAL")
         if mode != "wal":
             raise sqlite3.OperationalError(f"journal_mode is {mode}, not wal")
         db.execute("PRAGMA synchronous = FULL")  # an ack survives a power cut
@@ -1965,16 +1918,16 @@ def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
     Raises UsageError. quick_check reads each page once (measured: 27 MB in 32 ms); it
     does not compare indexes with their tables, as `chatd check` does.
     """
-    size = one(db, "PRAGMA page_count") * one(db, "PRAGMA page_size")
+    size = query_value(db, "PRAGMA page_count") * query_value(db, "PRAGMA page_size")
     if size > check_bytes:
-        say(logging.INFO, "unchecked", db=path, bytes=size, check_bytes=check_bytes)
+        log(logging.INFO, "unchecked", db=path, bytes=size, check_bytes=check_bytes)
         return
     began = time.monotonic()
-    found = one(db, "PRAGMA quick_check(1)")
+    found = query_value(db, "PRAGMA quick_check(1)")
     if found != "ok":
         raise damaged(path, found)
     seconds = round(time.monotonic() - began, 3)
-    say(logging.INFO, "checked", db=path, bytes=size, seconds=seconds)
+    log(logging.INFO, "checked", db=path, bytes=size, seconds=seconds)
 
 
 def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
@@ -1982,7 +1935,7 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
 
     Raises UsageError with a sentence for the person, and changes nothing then.
     """
-    with told_of("database", path):
+    with file_errors("database", path):
         if not file_bytes(path) and file_bytes(beside(path, "-wal")):
             # SQLite would take the file for a new one, and remove the -wal.
             raise damaged(path, "it is empty, and its -wal is not")
@@ -1990,7 +1943,7 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         with contextlib.closing(open_database(path, readonly=True)) as look:
             mine, version = database_version(look)
-            if not mine and one(look, "SELECT count(*) FROM sqlite_schema"):
+            if not mine and query_value(look, "SELECT count(*) FROM sqlite_schema"):
                 raise UsageError(f"database {path}: it belongs to another program")
             if mine and not version:
                 raise damaged(path, "its schema has version 0")
@@ -2020,8 +1973,8 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
 
 def database_version(db: Db) -> tuple[bool, int]:
     """Is it chatd's, and which version of the schema has it?"""
-    mine = one(db, "PRAGMA application_id") == APPLICATION_ID
-    return mine, one(db, "PRAGMA user_version")
+    mine = query_value(db, "PRAGMA application_id") == APPLICATION_ID
+    return mine, query_value(db, "PRAGMA user_version")
 
 
 def new_epoch() -> str:
@@ -2102,7 +2055,7 @@ class Seat:
         self.cursor = cursor
         self.behind()
 
-    def answer(self, reply: Reply) -> None:
+    def reply(self, reply: Reply) -> None:
         """Write an answer, but never before the event that it speaks of."""
         if self.live or reply.seq <= self.cursor:
             self.outbox.push(reply.frame, always=True)
@@ -2110,11 +2063,11 @@ class Seat:
         else:
             self.held.append(reply)
 
-    def release_held(self) -> None:
+    def push_held(self) -> None:
         """Write the acks whose events have gone out."""
         held, self.held = self.held, []
         for reply in held:
-            self.answer(reply)
+            self.reply(reply)
 
     def sweep(self, now: float, settings: Settings) -> str | None:
         """Look at this seat's deadlines. Returns why it is to be cut, or None.
@@ -2126,15 +2079,15 @@ class Seat:
         if outbox.waiting:
             self.pinged_at = None
             outbox.note_progress(now)
-            life = max(outbox.heard_at, outbox.moved_at)
+            life = max(outbox.received_at, outbox.moved_at)
             return "stalled" if now - life > outbox.patience else None
-        if not outbox.listening or (self.pinged_at or 0.0) <= outbox.heard_at:
+        if not outbox.listening or (self.pinged_at or 0.0) <= outbox.received_at:
             self.pinged_at = None
         if not outbox.listening:
             return None  # a command of its own makes it wait: silence says nothing
         if self.pinged_at is not None:
             return "silent" if now - self.pinged_at > settings.pong_seconds else None
-        if now - outbox.heard_at > self.ping_after:
+        if now - outbox.received_at > self.ping_after:
             self.pinged_at = now
             outbox.push(PING_FRAME)
         return None
@@ -2200,7 +2153,7 @@ class Hub:
         if not person.seats:
             del self.people[person.user_id]
 
-    def know(self, person: Person, joined: dict[int, int]) -> None:
+    def set_chats(self, person: Person, joined: dict[int, int]) -> None:
         """Take the chats of a person as they were read, and what changed since."""
         if person.known or not person.seats:
             return  # another seat's read was first; or everybody has gone meanwhile
@@ -2278,7 +2231,7 @@ class Hub:
             seat.fall_behind(before)
         for seat, rest in replies.items():
             for reply in rest:
-                seat.answer(reply)
+                seat.reply(reply)
 
     def _append(self, events: Log) -> None:
         for event in events:
@@ -2345,7 +2298,7 @@ class Hub:
         """Is everything after this cursor still in memory?"""
         return cursor >= self.head - len(self.tail)
 
-    def feed(self, seat: Seat) -> None:
+    def push_tail(self, seat: Seat) -> None:
         """Give a seat a helping of the tail; at its end the seat is live.
 
         Between the last event given and `live` nothing can be published: this is a
@@ -2363,7 +2316,7 @@ class Hub:
                 break
         self._give(seat, frames)
 
-    def give_page(self, seat: Seat, page: Page) -> None:
+    def push_page(self, seat: Seat, page: Page) -> None:
         """Give a seat a page of the log, less what is no longer for it."""
         seat.cursor = page.cursor
         self._give(seat, [e.frame for e in page.events if seat.person.sees(e)])
@@ -2375,7 +2328,7 @@ class Hub:
             self.stats.writes += 1
         here = seat in seat.person.seats  # it may have left while a page was read
         self._set_live(seat, here and seat.cursor >= self.head)
-        seat.release_held()
+        seat.push_held()
 
     def show_typing(self, user_id: int, chat_id: int, is_typing: bool) -> None:
         """Show a typing sign to the others who are live; who is busy misses it."""
@@ -2411,8 +2364,8 @@ class Outbox(trio.abc.Stream):
 
     # fmt: off
     __slots__ = ("_broke", "_ended", "_fd", "_nursery", "_owed_pong", "_pace",
-                 "_parked", "_settings", "_unacked", "buffer", "heard_at", "listening",
-                 "moved_at", "patience", "sealed", "stream")
+                 "_parked", "_settings", "_unacked", "buffer", "listening", "moved_at",
+                 "patience", "received_at", "sealed", "stream")
     # fmt: on
 
     def __init__(
@@ -2426,13 +2379,13 @@ class Outbox(trio.abc.Stream):
         # b"" while nothing waits: a look at it then costs no line of the cache.
         self.buffer: bytes | bytearray = b""
         self.sealed = False
-        self.heard_at = self.moved_at = trio.current_time()
+        self.received_at = self.moved_at = trio.current_time()
         self._nursery = nursery
         self._settings = settings
         self._fd = stream.socket.fileno()
         self.listening = False  # waiting for the peer, not busy with what it said
         self._ended = False  # the library wants to read no more
-        self._pace = Pace(settings.receive_bytes, self.heard_at)
+        self._pace = Pace(settings.receive_bytes, self.received_at)
         self._parked = trio.lowlevel.ParkingLot()
         self._unacked = 0  # bytes in the kernel, when last looked at
         self.patience = patience(stream, settings)
@@ -2530,12 +2483,12 @@ class Outbox(trio.abc.Stream):
             pong, self._owed_pong = self._owed_pong, b""
             self.push(pong)
 
-    async def room(self) -> None:
+    async def wait_not_full(self) -> None:
         """Wait until it is not full. The sweeper ends a connection that never moves."""
         while self.full:
             await self._parked.park()
 
-    async def empty(self) -> None:
+    async def wait_empty(self) -> None:
         """Wait until all bytes are the kernel's."""
         while self.buffer:
             await self._parked.park()
@@ -2546,7 +2499,7 @@ class Outbox(trio.abc.Stream):
         A close with unread input makes the kernel send RST, which can overtake them.
         """
         with trio.move_on_after(self._settings.drain_seconds):
-            await self.empty()
+            await self.wait_empty()
         await linger(self.stream, self._settings.linger_seconds)
 
     # --- the Stream that trio-websocket is given -------------------------------------
@@ -2554,19 +2507,19 @@ class Outbox(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send what the library sends: its answer to a close frame, and no more."""
         await trio.lowlevel.checkpoint()
-        await self.room()
+        await self.wait_not_full()
         self.seal(bytes(data))
 
     async def wait_send_all_might_not_block(self) -> None:
         """Part of the interface; the library does not use it."""
-        await self.room()
+        await self.wait_not_full()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Give the library what the peer sends, at the pace of --receive-bytes."""
         if self._ended:
             raise trio.ClosedResourceError
         data = await self._receive(max_bytes or 8192)
-        now = self.heard_at = trio.current_time()
+        now = self.received_at = trio.current_time()
         self._pace.spend(len(data))
         debt = self._pace.debt_seconds(now)
         while debt > 1:
@@ -2673,7 +2626,7 @@ class UsageError(Exception):
 
 
 @contextlib.contextmanager
-def told_of(what: str, path: Path) -> Iterator[None]:
+def file_errors(what: str, path: Path) -> Iterator[None]:
     """Make a fault of a file or database a UsageError: a sentence with its name."""
     try:
         yield
@@ -2815,7 +2768,7 @@ class OnlyRef(msgspec.Struct):
     ref: Ref | None = None
 
 
-class Say(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
+class ServerMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
     """What chatd says. Fields that do not apply are left out."""
 
 
@@ -2870,7 +2823,7 @@ class Marks(msgspec.Struct, frozen=True):
     read_n: int
 
 
-class NewMessage(Say, frozen=True, tag="new_message"):
+class NewMessage(ServerMessage, frozen=True, tag="new_message"):
     """Event: to all members, the sender's own sockets too."""
 
     seq: int
@@ -2878,7 +2831,7 @@ class NewMessage(Say, frozen=True, tag="new_message"):
     message: Message
 
 
-class MessageRead(Say, frozen=True, tag="message_read"):
+class MessageRead(ServerMessage, frozen=True, tag="message_read"):
     """Event: to all members; in a large chat to the reader only."""
 
     seq: int
@@ -2888,7 +2841,7 @@ class MessageRead(Say, frozen=True, tag="message_read"):
     n: int
 
 
-class ChatAdded(Say, frozen=True, tag="chat_added"):
+class ChatAdded(ServerMessage, frozen=True, tag="chat_added"):
     """Event: to the one who is in the chat from here on."""
 
     seq: int
@@ -2896,7 +2849,7 @@ class ChatAdded(Say, frozen=True, tag="chat_added"):
     chat: msgspec.Raw  # a Chat, encoded once for all whom it is told
 
 
-class MemberAdded(Say, frozen=True, tag="member_added"):
+class MemberAdded(ServerMessage, frozen=True, tag="member_added"):
     """Event: to those who were members before."""
 
     seq: int
@@ -2905,7 +2858,7 @@ class MemberAdded(Say, frozen=True, tag="member_added"):
     name: msgspec.UnsetType | str | None = msgspec.UNSET
 
 
-class MemberRemoved(Say, frozen=True, tag="member_removed"):
+class MemberRemoved(ServerMessage, frozen=True, tag="member_removed"):
     """Event: to the rest, and to the removed: the last that he gets."""
 
     seq: int
@@ -2913,7 +2866,7 @@ class MemberRemoved(Say, frozen=True, tag="member_removed"):
     user_id: int
 
 
-class Connected(Say, frozen=True, tag="connected"):
+class Connected(ServerMessage, frozen=True, tag="connected"):
     """The first frame. cursor is where the events that follow start."""
 
     user_id: int
@@ -2924,14 +2877,14 @@ class Connected(Say, frozen=True, tag="connected"):
     chats: dict[str, Marks]
 
 
-class Pong(Say, frozen=True, tag="pong"):
+class Pong(ServerMessage, frozen=True, tag="pong"):
     """Answer to ping."""
 
     timestamp: str
     ref: str | None = None
 
 
-class TypingSign(Say, frozen=True, tag="typing"):
+class TypingSign(ServerMessage, frozen=True, tag="typing"):
     """Somebody types, or has stopped."""
 
     chat_id: int
@@ -2939,7 +2892,7 @@ class TypingSign(Say, frozen=True, tag="typing"):
     is_typing: bool
 
 
-class Ack(Say, frozen=True, tag="ack"):
+class Ack(ServerMessage, frozen=True, tag="ack"):
     """Done, and on disk. Which fields it has depends on the command."""
 
     ref: str | None = None
@@ -2952,7 +2905,7 @@ class Ack(Say, frozen=True, tag="ack"):
     expires_in: int | None = None
 
 
-class ErrorFrame(Say, frozen=True, tag="error"):
+class ErrorFrame(ServerMessage, frozen=True, tag="error"):
     """Not done. code is one of REFUSALS."""
 
     code: str
@@ -2961,13 +2914,13 @@ class ErrorFrame(Say, frozen=True, tag="error"):
     retry_after: float | None = None
 
 
-class TokenExpiring(Say, frozen=True, tag="token_expiring"):
+class TokenExpiring(ServerMessage, frozen=True, tag="token_expiring"):
     """Send `auth` soon."""
 
     expires_in: int
 
 
-class Bye(Say, frozen=True, tag="bye"):
+class Bye(ServerMessage, frozen=True, tag="bye"):
     """We stop; come back after so many seconds."""
 
     retry_after: float
@@ -3029,7 +2982,7 @@ _frames = FrameProtocol(client=False, extensions=[])
 PING_FRAME = bytes(_frames.ping())
 
 
-def text_frame(message: Say) -> bytes:
+def text_frame(message: ServerMessage) -> bytes:
     """Encode a message, once for all who get it."""
     return bytes(_frames.send_data(encode(message).decode()))
 
@@ -3311,7 +3264,7 @@ def read_key_file(what: str, path: Path, *, private: bool) -> bytes:
     protection (systemd.exec(5)). There the mode says little: with an ACL for the unit's
     user, as systemd 254 and newer set one, it is 0440.
     """
-    with told_of(what, path), path.open("rb") as file:
+    with file_errors(what, path), path.open("rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         data = file.read(KEY_FILE_BYTES + 1)
         where = path.resolve()
@@ -3731,7 +3684,7 @@ class Request:
             lines_of = self.fields.setdefault(name.decode("ascii"), [])
             lines_of.append(value.decode("latin-1"))
         for field in self.fields:
-            if field in ASCII_FIELDS and not self.one(field).isascii():
+            if field in ASCII_FIELDS and not self.header(field).isascii():
                 raise bad_field(f"{field}: only ASCII may be in it")
         if "transfer-encoding" in self.fields:
             if "content-length" in self.fields:  # RFC 9112 6.1: how one smuggles
@@ -3766,7 +3719,7 @@ class Request:
         """Is it for the socket's path? Whether it upgrades, check_upgrade will say."""
         return self.path == "/ws/chat" and self.method == "GET"
 
-    def one(self, name: str) -> str:
+    def header(self, name: str) -> str:
         """Join the lines of a header (RFC 9110 5.3). Empty if there is none."""
         return ", ".join(self.fields.get(name, ()))
 
@@ -3788,14 +3741,14 @@ class Request:
 
     def bearer(self) -> str:
         """Read the token of Authorization: Bearer. Raises Refusal token_invalid."""
-        scheme, _, token = self.one("authorization").partition(" ")
+        scheme, _, token = self.header("authorization").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise bad_token("Authorization: Bearer TOKEN is missing")
         return token.strip()
 
     def has(self, name: str, word: str) -> bool:
         """Is the word in a header that is a list, such as Connection?"""
-        return word in {part.strip().lower() for part in self.one(name).split(",")}
+        return word in {part.strip().lower() for part in self.header(name).split(",")}
 
 
 class Upgrade(NamedTuple):
@@ -3807,7 +3760,7 @@ class Upgrade(NamedTuple):
     trailing: bytes  # what the peer sent right behind it
 
 
-class Http:
+class HttpConnection:
     """One TCP connection: requests one after another (h11), until one upgrades.
 
     It reads a head under one deadline and one bound, answers, and goes on if both
@@ -3815,46 +3768,43 @@ class Http:
     is refused the connection ends.
     """
 
-    keeps = True  # a connection for the next request
-
-    def __init__(self, house: House, stream: trio.SocketStream) -> None:
-        self.house = house
-        self.settings = house.settings
+    def __init__(self, listener: Listener, stream: trio.SocketStream) -> None:
+        self.listener = listener
+        self.settings = listener.settings
         self.stream = stream
         self.peer = peer_address(stream)
         self.h11 = h11.Connection(
             h11.SERVER, max_incomplete_event_size=self.settings.head_bytes
         )
         self.kept = False  # a keep-alive: it has had an answer
-        self.after: Callable[[], Awaitable[None]] | None = None
 
-    async def run(self) -> Callable[[], Awaitable[None]] | None:
+    async def run(self) -> Upgrade | None:
         """Serve requests until the connection ends, or is to be a socket.
 
-        Returns what is to be done with the socket. The caller closes the stream.
+        The caller closes the stream.
         """
         try:
-            while await self._serve_one():
+            while (outcome := await self._serve_one()) is True:
                 self.kept = True
         except trio.BrokenResourceError:
-            return None  # the peer has gone; there is nobody to tell
-        return self.after
+            return None  # the client has gone; there is nobody to tell
+        return outcome or None
 
-    async def _serve_one(self) -> bool:
+    async def _serve_one(self) -> Upgrade | bool:
         """Serve one request. False: the connection is at its end."""
         request: Request | None = None
         try:
             head = await self._head()
             if head is None:
                 return False
-            request = Request(head, self.peer, self.house.proxies, self.settings)
-            answer = await self.take(request)
-            if answer is None:
-                return False
-        except Refusal as no:
+            request = Request(head, self.peer, self.listener.proxies, self.settings)
+            answer = await self.listener.answer(self, request)
+            if not isinstance(answer, Answer):
+                return answer or False
+        except Refusal as refusal:
             if request is not None and request.upgrades:
-                self.house.stats.refused[no.code] += 1
-            answer = refusal_answer(no)
+                self.listener.stats.refused[refusal.code] += 1
+            answer = refusal_answer(refusal)
         except h11.RemoteProtocolError as error:
             answer = refusal_answer(_protocol_refusal(error))
         with trio.move_on_after(self.settings.request_seconds):
@@ -3865,11 +3815,7 @@ class Http:
             await linger(self.stream, self.settings.linger_seconds)
         return False
 
-    async def take(self, request: Request) -> Answer | None:
-        """Do what is asked for. None: this connection has no more requests."""
-        raise NotImplementedError
-
-    async def apologize(self) -> None:
+    async def answer_internal_error(self) -> None:
         """After a mistake of ours: answer `internal`, unless an answer has begun."""
         with (
             trio.move_on_after(self.settings.linger_seconds),
@@ -3880,14 +3826,14 @@ class Http:
     async def _head(self) -> h11.Request | None:
         """Read a request's head. None: there is no other. Raises Refusal timeout.
 
-        While it is not whole the connection is parked: when the house is full, the one
-        that is parked longest makes room, at once and without an answer.
+        While the head is not whole the connection is parked: when the server is full,
+        the connection parked longest is ended at once and without an answer.
         """
         settings, begun = self.settings, bool(self.h11.trailing_data[0])
         idle = self.kept and not begun
         wait = settings.idle_seconds if idle else settings.head_seconds
         with trio.move_on_after(wait) as scope:
-            self.house.park(scope, idle=idle)
+            self.listener.park(scope, idle=idle)
             try:
                 while True:
                     event = self.h11.next_event()
@@ -3903,22 +3849,45 @@ class Http:
                     if not begun:
                         begun = True
                         scope.deadline = trio.current_time() + settings.head_seconds
-                        self.house.park(scope, idle=False)
+                        self.listener.park(scope, idle=False)
                     self.h11.receive_data(data)
             finally:
-                evicted = self.house.parked.pop(scope, None) is None
+                evicted = self.listener.parked.pop(scope, None) is None
         if begun and not evicted:
             raise Refusal("timeout", "the request head took too long")
         return None
 
+    async def read_body(self, request: Request) -> bytes:
+        """Read the body, at most as long as a message. Raises Refusal too_large."""
+        most = self.settings.max_message_bytes
+        too_large = Refusal("too_large", f"a body of more than {most} bytes")
+        if int(request.header("content-length") or 0) > most:  # h11 checked: digits
+            raise too_large
+        if self.h11.they_are_waiting_for_100_continue:
+            await self._send(h11.InformationalResponse(status_code=100, headers=[]))
+        body, chunks = bytearray(), 0
+        while self.h11.their_state is h11.SEND_BODY:
+            event = self.h11.next_event()
+            if event is h11.NEED_DATA:
+                await self._more_body()
+            elif isinstance(event, h11.Data):
+                body += event.data
+                chunks += event.chunk_start
+                if len(body) > most:
+                    raise too_large
+                if chunks > self.settings.chunks:  # each costs us as much as 1 KB
+                    why = f"a body in more than {self.settings.chunks} chunks"
+                    raise Refusal("too_large", why)
+        return bytes(body)
+
     async def _more_body(self) -> None:
-        """Read on, parked: a full house does not wait for slow bodies."""
+        """Read on, parked: a full server does not wait for slow bodies."""
         with trio.CancelScope() as scope:
-            self.house.park(scope, idle=False)
+            self.listener.park(scope, idle=False)
             try:
                 data = await self.stream.receive_some(16384)
             finally:
-                self.house.parked.pop(scope, None)
+                self.listener.parked.pop(scope, None)
         if scope.cancelled_caught or not data:
             raise trio.BrokenResourceError
         self.h11.receive_data(data)
@@ -3944,10 +3913,10 @@ class Http:
         if not any(name == "Cache-Control" for name, _ in answer.headers):
             headers.append(("Cache-Control", "no-store"))
         if request is not None:
-            headers += self.house.cors_headers(request)
+            headers += cors_headers(self.settings, request)
         unread = self.h11.their_state is not h11.DONE
         last = request is None or request.has("upgrade", "websocket")
-        if unread or last or not self.keeps or self.house.stopping.is_set():
+        if unread or last or self.listener.stopping.is_set():
             headers.append(("Connection", "close"))
         reason = http.HTTPStatus(answer.status).phrase.encode("ascii")
         head = h11.Response(status_code=answer.status, headers=headers, reason=reason)
@@ -3960,86 +3929,16 @@ class Http:
         await self.stream.send_all(b"".join(self.h11.send(e) or b"" for e in events))
 
 
-class HttpApi(Http):
-    """Requests for the Api, and handshakes."""
-
-    def __init__(self, server: Server, stream: trio.SocketStream) -> None:
-        super().__init__(server, stream)
-        self.server = server
-
-    async def take(self, request: Request) -> Answer | None:
-        """Answer it; or let a socket in."""
-        with trio.move_on_after(self.settings.request_seconds) as scope:
-            answer = await self._answer(request)
-        if scope.cancelled_caught:
-            raise Refusal("timeout")
-        if answer is None:
-            await self._admit(request)
-        return answer
-
-    async def _answer(self, request: Request) -> Answer | None:
-        """Find the route, check who asks, and do it. None: it upgrades."""
-        server = self.server
-        if request.upgrades:
-            server.check_handshakes(request.address)
-        server.check_origin(request)
-        if request.upgrades:
-            check_upgrade(request)
-            return None
-        methods = find_methods(request)
-        if request.method == "OPTIONS":
-            return preflight(methods)
-        route = find_route(request, methods)
-        try:
-            server.admit(request, route.who)
-        except Refusal as no:
-            if no.status == 401:
-                server.check_handshakes(request.address)
-            raise
-        if route.who != "anyone":
-            await server.remember(request.claims)
-        request.body = await self._body(request)
-        if route.who != "anyone":
-            # A body may take its time; who was revoked meanwhile gets nothing for it.
-            server.keyring.refuse_revoked(request.claims)
-        return await route.handler(Api(server), request)
-
-    async def _body(self, request: Request) -> bytes:
-        """Read the body, at most as long as a message. Raises Refusal too_large."""
-        most = self.settings.max_message_bytes
-        too_large = Refusal("too_large", f"a body of more than {most} bytes")
-        if int(request.one("content-length") or 0) > most:  # digits: h11 has checked
-            raise too_large
-        if self.h11.they_are_waiting_for_100_continue:
-            await self._send(h11.InformationalResponse(status_code=100, headers=[]))
-        body, chunks = bytearray(), 0
-        while self.h11.their_state is h11.SEND_BODY:
-            event = self.h11.next_event()
-            if event is h11.NEED_DATA:
-                await self._more_body()
-            elif isinstance(event, h11.Data):
-                body += event.data
-                chunks += event.chunk_start
-                if len(body) > most:
-                    raise too_large
-                if chunks > self.settings.chunks:  # each costs us as much as 1 KB
-                    why = f"a body in more than {self.settings.chunks} chunks"
-                    raise Refusal("too_large", why)
-        return bytes(body)
-
-    async def _admit(self, request: Request) -> None:
-        """Let a socket in. All that can be refused is refused here, before the 101."""
-        server = self.server
-        claims = server.admit_socket(request)
-        cursor = request.argument("cursor")
-        with trio.move_on_after(self.settings.request_seconds):
-            await server.remember(claims)
-        # No await from here until the session is counted: a house is full at once.
-        server.check_house()
-        server.keyring.spend(claims)
-        key = request.one("sec-websocket-key")
-        upgrade = Upgrade(claims, cursor, key, self.h11.trailing_data[0])
-        self.after = functools.partial(server.serve_socket, self.stream, upgrade)
+def cors_headers(settings: Settings, request: Request) -> list[tuple[str, str]]:
+    """Tell a browser that a page of --origin may read the answer."""
+    if not settings.origin:
+        return []
+    headers = [("Vary", "Origin")]
+    origin = request.header("origin")
+    if origin.lower() in settings.origin:
+        headers.append(("Access-Control-Allow-Origin", origin))
+        headers.append(("Access-Control-Expose-Headers", "Retry-After"))
+    return headers
 
 
 def _has_body(head: h11.Request) -> bool:
@@ -4069,13 +3968,13 @@ def check_upgrade(request: Request) -> None:
         raise Refusal("upgrade_required", headers=UPGRADE)
     if request.version != b"1.1":
         raise Refusal("upgrade_required", headers=UPGRADE[:1])
-    if request.one("sec-websocket-version") != "13":
+    if request.header("sec-websocket-version") != "13":
         why, known = "Sec-WebSocket-Version: must be 13", "Sec-WebSocket-Version"
         raise Refusal("upgrade_required", why, headers=[(known, "13")])
-    length = request.one("content-length")
+    length = request.header("content-length")
     if length not in ("", "0") or "transfer-encoding" in request.fields:
         raise bad_field("Content-Length: an upgrade has no body")
-    key = request.one("sec-websocket-key")
+    key = request.header("sec-websocket-key")
     # 16 bytes in base64 are 22 characters and two =, the last with 4 unused bits.
     if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key, re.ASCII):
         raise bad_field("Sec-WebSocket-Key: must be 16 bytes in base64")
@@ -4124,186 +4023,280 @@ def page_answers() -> dict[str, Answer]:
     return answers
 
 
-class Api:
-    """The handlers of ROUTES, in its order.
+async def answer_request(
+    server: Server, connection: HttpConnection, request: Request
+) -> Answer | Upgrade:
+    """Answer a request, or let a socket in. Raises Refusal."""
+    with trio.move_on_after(server.settings.request_seconds) as scope:
+        answer = await _answer(server, connection, request)
+    if scope.cancelled_caught:
+        raise Refusal("timeout")
+    return answer or await _admit(server, connection, request)
 
-    Each gets a request whose token was checked as its route says, with its body read.
-    """
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.store = server.store
-        self.hub = server.hub
+async def _answer(
+    server: Server, connection: HttpConnection, request: Request
+) -> Answer | None:
+    """Find the route, check who asks, and call its handler. None: it upgrades."""
+    listener = server.listener
+    if request.upgrades:
+        listener.check_handshakes(request.address)
+    check_origin(server, request)
+    if request.upgrades:
+        check_upgrade(request)
+        return None
+    methods = find_methods(request)
+    if request.method == "OPTIONS":
+        return preflight(methods)
+    route = find_route(request, methods)
+    if route.who != "anyone":
+        try:
+            authorize(server, request, route.who)
+        except Refusal as refusal:
+            if refusal.status == 401:
+                listener.check_handshakes(request.address)
+            raise
+        await server.store_name(request.claims)
+    request.body = await connection.read_body(request)
+    if route.who != "anyone":
+        # A body may take its time; a user revoked meanwhile gets nothing for it.
+        server.keyring.refuse_revoked(request.claims)
+    return await route.handler(server, request)
 
-    async def page(self, request: Request) -> Answer:
-        """A file of the page, or 304 to who has it."""
-        answer = self.server.pages[request.path]
-        if request.one("if-none-match") == dict(answer.headers)["ETag"]:
-            return Answer(304, headers=answer.headers)
-        return answer
 
-    async def socket(self, request: Request) -> Answer:
-        """HEAD: a GET upgrades, or is refused, before a route is looked for."""
-        raise Refusal("upgrade_required", headers=UPGRADE)
+async def _admit(
+    server: Server, connection: HttpConnection, request: Request
+) -> Upgrade:
+    """Let a socket in. All that can be refused is refused here, before the 101."""
+    claims = socket_claims(server.keyring, request, "socket")
+    cursor = request.argument("cursor")
+    with trio.move_on_after(server.settings.request_seconds):
+        await server.store_name(claims)
+    # No await from here until the session is counted: the server is full at once.
+    server.check_capacity()
+    server.keyring.spend(claims)
+    key = request.header("sec-websocket-key")
+    return Upgrade(claims, cursor, key, connection.h11.trailing_data[0])
 
-    async def ws_token(self, request: Request) -> Answer:
-        """A ticket: so that the page need not put its token in an address."""
-        ticket = self.server.keyring.ticket(request.claims)
-        seconds = self.server.settings.ticket_seconds
-        return json_answer({"token": ticket, "expires_in": seconds})
 
-    async def session(self, request: Request) -> Answer:
-        """Exchange a sign-in link's token for a session token."""
-        user_id, seconds = request.user_id, self.server.settings.session_seconds
-        name = await self._name(request)
-        token = self.server.keyring.sign(user_id, seconds, use="session", name=name)
-        return json_answer(
-            {"token": token, "expires_in": seconds, "user_id": user_id, "name": name}
-        )
+def check_origin(server: Server, request: Request) -> None:
+    """Let in programs (no Origin), our own page, and the pages of --origin."""
+    origin = request.header("origin")
+    if not origin or origin.lower() in server.settings.origin:
+        return
+    hosts = [request.header("host")]
+    if server.listener.proxies.trust(request.peer):
+        hosts += request.fields.get("x-forwarded-host", [])
+    if not same_origin(origin, hosts):
+        raise Refusal("forbidden", "Origin: pages of this origin may not use chatd")
 
-    async def me(self, request: Request) -> Answer:
-        """Who am I?"""
-        return json_answer(User(request.user_id, await self._name(request)))
 
-    async def _name(self, request: Request) -> str | None:
-        told = request.claims.name
-        return told or await self.store.read(self.store.name, request.user_id)
+def authorize(server: Server, request: Request, who: str) -> None:
+    """Check that a request's token fits its route; set its claims. Raises Refusal."""
+    use = "signin" if who == "signin" else None
+    request.claims = claims = server.keyring.verify(request.bearer(), use)
+    if who in ("service", "stats") and who not in claims.scopes:
+        raise Refusal("forbidden", f"the token must have scope {who}")
+    if not claims.service:
+        charge(server.stats, "requests", server.requests, claims.user_id)
 
-    async def users(self, request: Request) -> Answer:
-        """Who is known: to choose from, where users may create chats."""
-        self._may_change_chats(request)
-        return json_answer({"users": await self.store.read(self.store.users)})
 
-    def _may_change_chats(self, request: Request) -> None:
-        if self.server.settings.chats_by != "user" and not request.claims.service:
-            raise Refusal("forbidden", "here only the service creates chats")
+def socket_claims(keyring: Keyring, request: Request, use: str) -> Claims:
+    """Check the token of an upgrade. Raises Refusal."""
+    token = request.argument("token")
+    if not token:
+        raise bad_token("token: it is missing in the query")
+    return keyring.verify(token, use)
 
-    async def chats(self, request: Request) -> Answer:
-        """My chats, and the cursor from which to listen to them."""
-        upto = self.hub.head
-        chats = await self.store.read(self.store.my_chats, request.user_id, upto)
-        return json_answer({"chats": chats, "cursor": self.server.write_cursor(upto)})
 
-    async def create_chat(self, request: Request) -> Answer:
-        """Make a chat; a user is always a member of what it creates."""
-        self._may_change_chats(request)
-        new = parse(request.body, NEW_CHAT)
-        title = new.title or ""
-        if title.isspace() or re.search(r"[\0-\x1f\x7f]", title):
-            raise bad_field("title: it is empty or has a control character")
-        members = {*new.member_ids} | ({request.by} if request.by else set())
-        if not request.claims.service:
-            # Every member is told, with all members: ten of them cost as a request.
-            now, tokens = trio.current_time(), len(members) // 10
-            self.server.requests.owe(request.user_id, now, tokens)
-        chat = await self.store.do(self.store.create_chat, new.title, members)
-        return json_answer({"chat": chat}, 201)
+async def get_page(server: Server, request: Request) -> Answer:
+    """A file of the page, or 304 to who has it."""
+    answer = server.pages[request.path]
+    if request.header("if-none-match") == dict(answer.headers)["ETag"]:
+        return Answer(304, headers=answer.headers)
+    return answer
 
-    async def add_member(self, request: Request) -> Answer:
-        """Add a user to a chat: 201, or 200 if he is in it."""
-        self._may_change_chats(request)
-        (chat_id,) = request.ids
-        user_id = parse(request.body, USER_BODY).user_id
-        add = self.store.add_member
-        added = await self.store.do(add, chat_id, user_id, request.by)
-        body = {"chat_id": chat_id, "user_id": user_id}
-        return json_answer(body, 201 if added else 200)
 
-    async def remove_member(self, request: Request) -> Answer:
-        """Leave a chat; a service may remove anybody. Effective at once."""
-        chat_id, user_id = request.ids
-        if request.by not in (None, user_id):
-            raise Refusal("forbidden", "only the member or a service may do that")
-        remove = self.store.remove_member
-        await self.store.do(remove, chat_id, user_id, request.by)
-        return Answer(204)
+async def get_socket(server: Server, request: Request) -> Answer:
+    """HEAD: a GET upgrades, or is refused, before a route is looked for."""
+    raise Refusal("upgrade_required", headers=UPGRADE)
 
-    async def history(self, request: Request) -> Answer:
-        """A page of messages, oldest first."""
-        limit = request.number("limit", 100) or 50
-        before = request.number("before", MAX_ID)
-        where = (request.user_id, *request.ids, before, limit, self.hub.head)
-        messages, more = await self.store.read(self.store.history, *where)
-        return json_answer({"messages": messages, "more": more})
 
-    async def send(self, request: Request) -> Answer:
-        """SendMessage: 201, or 200 for a repeat."""
-        claims, (chat_id,) = request.claims, request.ids
-        post = parse(request.body, POST_MESSAGE)
-        check_content(post.content, self.server.settings)
-        if post.sender_id not in (None, claims.user_id) and not claims.service:
-            raise Refusal("forbidden", "sender_id: only a service may send for others")
-        sender_id = post.sender_id or claims.user_id
-        send = Send(chat_id, sender_id, post.content, _idempotency_key(request, post))
-        sent = await self.server.allow_send(claims, send)
-        if sent is None:
-            work = self.store.send_message
-            sent = await self.store.do(work, send, claims.service)
-            self.server.count_sent(sent, sender_id)
-        return json_answer(sent._asdict(), 200 if sent.duplicate else 201)
+async def get_ws_token(server: Server, request: Request) -> Answer:
+    """A ticket: so that the page need not put its token in an address."""
+    ticket = server.keyring.ticket(request.claims)
+    seconds = server.settings.ticket_seconds
+    return json_answer({"token": ticket, "expires_in": seconds})
 
-    async def mark_read(self, request: Request) -> Answer:
-        """MarkMessageAsRead."""
-        mark = self.store.mark_read
-        marked = await self.store.do(mark, request.user_id, *request.ids)
-        message_id, chat_id, n, _ = marked
-        return json_answer({"message_id": message_id, "chat_id": chat_id, "n": n})
 
-    async def events(self, request: Request) -> Answer:
-        """The poll: what a socket would have said since the cursor."""
-        limit = request.number("limit", 500) or 100
-        given, upto = request.argument("cursor"), self.hub.head
-        store, user_id = self.store, request.user_id
-        start = self.server.parse_cursor(given)
-        resync = given is not None and start is None
-        page = Page([], upto, more=False)
-        if start is not None and start < upto:
-            resync = await store.read(store.missed, user_id, start, upto) is None
-            if not resync:
-                page = await store.read(store.events_after, user_id, start, upto, limit)
-        return json_answer(
-            {
-                "events": [event.wire for event in page.events],
-                "cursor": self.server.write_cursor(page.cursor),
-                "more": page.more,
-                "resync": resync,
-            }
-        )
+async def post_session(server: Server, request: Request) -> Answer:
+    """Exchange a sign-in link's token for a session token."""
+    user_id, seconds = request.user_id, server.settings.session_seconds
+    name = await _name(server, request)
+    token = server.keyring.sign(user_id, seconds, use="session", name=name)
+    return json_answer(
+        {"token": token, "expires_in": seconds, "user_id": user_id, "name": name}
+    )
 
-    async def stats(self, request: Request) -> Answer:
-        """Did we lose anything; who was cut, and why?"""
-        return json_answer(self.server.stats_document())
 
-    async def metrics(self, request: Request) -> Answer:
-        """The same numbers, for Prometheus."""
-        text = prometheus_text(self.server.stats_document())
-        return Answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
+async def get_me(server: Server, request: Request) -> Answer:
+    """Who am I?"""
+    return json_answer(User(request.user_id, await _name(server, request)))
 
-    async def revoke(self, request: Request) -> Answer:
-        """Refuse all tokens of a user so far, and close his sockets."""
-        user_id, closed = parse(request.body, USER_BODY).user_id, 0
 
-        def close(revoked_at: int) -> None:
-            nonlocal closed
-            closed = self.server.revoke(user_id, revoked_at)
+async def _name(server: Server, request: Request) -> str | None:
+    told = request.claims.name
+    return told or await server.store.read(server.store.name, request.user_id)
 
-        await self.store.do(self.store.revoke, user_id, then=close)
-        return json_answer({"user_id": user_id, "closed": closed})
 
-    async def health(self, request: Request) -> Answer:
-        """Is it well: 200, or 503 while stopping or degraded."""
-        if self.server.stopping.is_set():
-            return json_answer({"status": "stopping"}, 503)
-        if self.store.degraded:
-            return json_answer({"status": "degraded"}, 503)
-        return json_answer({"status": "ok"})
+async def get_users(server: Server, request: Request) -> Answer:
+    """Who is known: to choose from, where users may create chats."""
+    _check_may_change_chats(server, request)
+    return json_answer({"users": await server.store.read(server.store.users)})
+
+
+def _check_may_change_chats(server: Server, request: Request) -> None:
+    if server.settings.chats_by != "user" and not request.claims.service:
+        raise Refusal("forbidden", "here only the service creates chats")
+
+
+async def get_chats(server: Server, request: Request) -> Answer:
+    """My chats, and the cursor from which to listen to them."""
+    upto = server.hub.head
+    chats = await server.store.read(server.store.my_chats, request.user_id, upto)
+    return json_answer({"chats": chats, "cursor": server.write_cursor(upto)})
+
+
+async def post_chat(server: Server, request: Request) -> Answer:
+    """Make a chat; a user is always a member of what it creates."""
+    _check_may_change_chats(server, request)
+    new = parse(request.body, NEW_CHAT)
+    title = new.title or ""
+    if title.isspace() or re.search(r"[\0-\x1f\x7f]", title):
+        raise bad_field("title: it is empty or has a control character")
+    members = {*new.member_ids} | ({request.by} if request.by else set())
+    if not request.claims.service:
+        # Every member is told, with all members: ten of them cost as a request.
+        now, tokens = trio.current_time(), len(members) // 10
+        server.requests.owe(request.user_id, now, tokens)
+    chat = await server.store.commit(server.store.create_chat, new.title, members)
+    return json_answer({"chat": chat}, 201)
+
+
+async def post_member(server: Server, request: Request) -> Answer:
+    """Add a user to a chat: 201, or 200 if he is in it."""
+    _check_may_change_chats(server, request)
+    (chat_id,) = request.ids
+    user_id = parse(request.body, USER_BODY).user_id
+    add = server.store.add_member
+    added = await server.store.commit(add, chat_id, user_id, request.by)
+    body = {"chat_id": chat_id, "user_id": user_id}
+    return json_answer(body, 201 if added else 200)
+
+
+async def delete_member(server: Server, request: Request) -> Answer:
+    """Leave a chat; a service may remove anybody. Effective at once."""
+    chat_id, user_id = request.ids
+    if request.by not in (None, user_id):
+        raise Refusal("forbidden", "only the member or a service may do that")
+    remove = server.store.remove_member
+    await server.store.commit(remove, chat_id, user_id, request.by)
+    return Answer(204)
+
+
+async def get_messages(server: Server, request: Request) -> Answer:
+    """A page of messages, oldest first."""
+    limit = request.number("limit", 100) or 50
+    before = request.number("before", MAX_ID)
+    where = (request.user_id, *request.ids, before, limit, server.hub.head)
+    messages, more = await server.store.read(server.store.history, *where)
+    return json_answer({"messages": messages, "more": more})
+
+
+async def post_message(server: Server, request: Request) -> Answer:
+    """SendMessage: 201, or 200 for a repeat."""
+    claims, (chat_id,) = request.claims, request.ids
+    post = parse(request.body, POST_MESSAGE)
+    check_content(post.content, server.settings)
+    if post.sender_id not in (None, claims.user_id) and not claims.service:
+        raise Refusal("forbidden", "sender_id: only a service may send for others")
+    sender_id = post.sender_id or claims.user_id
+    send = Send(chat_id, sender_id, post.content, _idempotency_key(request, post))
+    sent = await server.allow_send(claims, send)
+    if sent is None:
+        work = server.store.send_message
+        sent = await server.store.commit(work, send, claims.service)
+        server.count_sent(sent, sender_id)
+    return json_answer(sent._asdict(), 200 if sent.duplicate else 201)
+
+
+async def post_read(server: Server, request: Request) -> Answer:
+    """MarkMessageAsRead."""
+    mark = server.store.mark_read
+    marked = await server.store.commit(mark, request.user_id, *request.ids)
+    message_id, chat_id, n, _ = marked
+    return json_answer({"message_id": message_id, "chat_id": chat_id, "n": n})
+
+
+async def get_events(server: Server, request: Request) -> Answer:
+    """The poll: what a socket would have said since the cursor."""
+    limit = request.number("limit", 500) or 100
+    given, upto = request.argument("cursor"), server.hub.head
+    store, user_id = server.store, request.user_id
+    start = server.parse_cursor(given)
+    resync = given is not None and start is None
+    page = Page([], upto, more=False)
+    if start is not None and start < upto:
+        resync = await store.read(store.missed, user_id, start, upto) is None
+        if not resync:
+            page = await store.read(store.events_after, user_id, start, upto, limit)
+    return json_answer(
+        {
+            "events": [event.wire for event in page.events],
+            "cursor": server.write_cursor(page.cursor),
+            "more": page.more,
+            "resync": resync,
+        }
+    )
+
+
+async def get_stats(server: Server, request: Request) -> Answer:
+    """Did we lose anything; who was cut, and why?"""
+    return json_answer(stats_document(server))
+
+
+async def get_metrics(server: Server, request: Request) -> Answer:
+    """The same numbers, for Prometheus."""
+    text = prometheus_text(stats_document(server))
+    return Answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
+
+
+async def post_revoke(server: Server, request: Request) -> Answer:
+    """Refuse all tokens of a user so far, and close his sockets."""
+    user_id, closed = parse(request.body, USER_BODY).user_id, 0
+
+    def close(revoked_at: int) -> None:
+        nonlocal closed
+        closed = server.revoke(user_id, revoked_at)
+
+    await server.store.commit(server.store.revoke, user_id, then=close)
+    return json_answer({"user_id": user_id, "closed": closed})
+
+
+async def get_health(server: Server, request: Request) -> Answer:
+    """Is it well: 200, or 503 while stopping or degraded."""
+    if server.listener.stopping.is_set():
+        return json_answer({"status": "stopping"}, 503)
+    if server.store.degraded:
+        return json_answer({"status": "degraded"}, 503)
+    return json_answer({"status": "ok"})
 
 
 def _idempotency_key(request: Request, post: PostMessage) -> str | None:
     """Read client_id, or the header of the same meaning. Raises Refusal bad_field."""
     if "idempotency-key" not in request.fields:
         return post.client_id
-    key = request.one("idempotency-key")
+    key = request.header("idempotency-key")
     if not re.fullmatch(r"[\x20-\x7e]{1,64}", key):
         raise bad_field("Idempotency-Key: must be 1-64 printable ASCII")
     if post.client_id not in (None, key):
@@ -4315,33 +4308,33 @@ class Route(NamedTuple):
     """Who may do it (anyone, user, service, stats, signin), and what does it."""
 
     who: str
-    handler: Callable[[Api, Request], Awaitable[Answer]]
+    handler: Callable[[Server, Request], Awaitable[Answer]]
 
 
 # A * is a number in the path.
 ROUTES: dict[str, dict[str, Route]] = {
-    **{path: {"GET": Route("anyone", Api.page)} for path in PAGE_FILES},
-    "/ws/chat": {"GET": Route("anyone", Api.socket)},
-    "/api/v2/ws-token": {"GET": Route("user", Api.ws_token)},
-    "/api/v1/session": {"POST": Route("signin", Api.session)},
-    "/api/v1/me": {"GET": Route("user", Api.me)},
-    "/api/v1/users": {"GET": Route("user", Api.users)},
+    **{path: {"GET": Route("anyone", get_page)} for path in PAGE_FILES},
+    "/ws/chat": {"GET": Route("anyone", get_socket)},
+    "/api/v2/ws-token": {"GET": Route("user", get_ws_token)},
+    "/api/v1/session": {"POST": Route("signin", post_session)},
+    "/api/v1/me": {"GET": Route("user", get_me)},
+    "/api/v1/users": {"GET": Route("user", get_users)},
     "/api/v1/chats": {
-        "GET": Route("user", Api.chats),
-        "POST": Route("user", Api.create_chat),
+        "GET": Route("user", get_chats),
+        "POST": Route("user", post_chat),
     },
-    "/api/v1/chats/*/members": {"POST": Route("user", Api.add_member)},
-    "/api/v1/chats/*/members/*": {"DELETE": Route("user", Api.remove_member)},
+    "/api/v1/chats/*/members": {"POST": Route("user", post_member)},
+    "/api/v1/chats/*/members/*": {"DELETE": Route("user", delete_member)},
     "/api/v1/chats/*/messages": {
-        "GET": Route("user", Api.history),
-        "POST": Route("user", Api.send),
+        "GET": Route("user", get_messages),
+        "POST": Route("user", post_message),
     },
-    "/api/v1/messages/*/read": {"POST": Route("user", Api.mark_read)},
-    "/api/v1/events": {"GET": Route("user", Api.events)},
-    "/api/v1/internal/chat/ws/stats": {"GET": Route("stats", Api.stats)},
-    "/metrics": {"GET": Route("stats", Api.metrics)},
-    "/api/v1/internal/chat/revoke": {"POST": Route("service", Api.revoke)},
-    "/healthz": {"GET": Route("anyone", Api.health)},
+    "/api/v1/messages/*/read": {"POST": Route("user", post_read)},
+    "/api/v1/events": {"GET": Route("user", get_events)},
+    "/api/v1/internal/chat/ws/stats": {"GET": Route("stats", get_stats)},
+    "/metrics": {"GET": Route("stats", get_metrics)},
+    "/api/v1/internal/chat/revoke": {"POST": Route("service", post_revoke)},
+    "/healthz": {"GET": Route("anyone", get_health)},
 }
 NUMBER = re.compile(r"(?<=/)[0-9]{1,16}(?=/|\Z)", re.ASCII)
 
@@ -4399,7 +4392,7 @@ FULL_ANSWER = (
 # =====================================================================================
 
 
-def say(level: int, verb: str, **fields: object) -> None:
+def log(level: int, verb: str, **fields: object) -> None:
     """Log one event: one line, a verb, fields. User text cannot forge a line.
 
     ascii() escapes line ends, escape sequences and right-to-left marks. Callers never
@@ -4413,7 +4406,7 @@ def say(level: int, verb: str, **fields: object) -> None:
         logger.log(level, "%s", " ".join((verb, *words)))
 
 
-def say_mistake(verb: str, error: BaseException) -> None:
+def log_bug(verb: str, error: BaseException) -> None:
     """Log a mistake of ours: what it was and where, innermost first.
 
     Not its text: that may hold anything that came over the wire.
@@ -4425,7 +4418,7 @@ def say_mistake(verb: str, error: BaseException) -> None:
         frames = traceback.extract_tb(cause.__traceback__)[:-9:-1]
         places += [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames]
         cause = cause.__cause__
-    say(logging.ERROR, verb, error=" from ".join(kinds), at=" < ".join(places))
+    log(logging.ERROR, verb, error=" from ".join(kinds), at=" < ".join(places))
 
 
 def in_journal() -> bool:
@@ -4492,6 +4485,34 @@ class Stats:
         return {name: round(value, 6) for name, value in seconds.items()}
 
 
+def stats_document(server: Server) -> dict[str, Any]:
+    """Say what happened: did we lose anything; who was cut, and why?"""
+    stats, store = server.stats, server.store
+
+    def counted(*names: str) -> dict[str, Any]:
+        return {name: getattr(stats, name) for name in names}
+
+    return {
+        "version": __version__,
+        "uptime_seconds": round(time.monotonic() - stats.started, 3),
+        "connections": {
+            "active": len(server.sessions),
+            "users": len(server.hub.people),
+            "catching_up": sum(not s.seat.live for s in server.sessions),
+            **counted("total", "closed", "refused"),
+        },
+        "broadcast": counted("events", "deliveries", "writes", "catch_ups", "stalls"),
+        "store": {
+            **counted("commits", "messages", "batch_max", "duplicates", "failed"),
+            "commit_seconds": stats.commit_seconds(),
+            "degraded": store.degraded,
+            "wal_bytes": store.wal_bytes(),
+            "sqlite": sqlite3.sqlite_version,
+        },
+        **counted("resumes", "rate_limited", "errors"),
+    }
+
+
 # Of the stats document, what only ever grows; all other numbers are gauges.
 COUNTERS = frozenset(
     {"total", "closed", "refused", "events", "deliveries", "writes", "catch_ups",
@@ -4543,361 +4564,45 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
 # =====================================================================================
 # PROXY: `chatd proxy`
 #
-# `chatd proxy` is a second process, before a chatd that listens elsewhere: the one door
-# of a site, where who has no good token for a socket gets no further. The one idea: it
-# passes nothing on that it has not understood. A request is read by h11 and written
-# anew by h11, one a connection; what stands behind it is never read as a request, so
-# nothing is smuggled past. Only behind the upstream's own 101 do bytes pass as they
-# are. What one end does not take is not read from the other: nothing queues here.
+# A process of its own in front of a chatd: it checks the token of a socket before
+# anything else is asked. One request a connection: h11 reads its head, the body (at most
+# --max-message-bytes) is read whole, and both are written anew. Bytes behind it are
+# never sent on, so no second request can be smuggled past. The answer is not parsed: it
+# goes down as it comes, until the upstream ends it. Only after "HTTP/1.1 101" do bytes
+# of the client go up as they are.
 #
-# It cannot judge all of a token: which tickets were used and which users revoked only
-# the upstream knows, and refuses them. No request is sent twice.
+# A proxy cannot know which tickets were used and which users were revoked; the upstream
+# refuses those. No request is sent twice.
 # =====================================================================================
 
 
-def proxy(settings: Settings, upstream: str) -> None:
-    """Be the door of a chatd that listens elsewhere, until a signal says stop."""
-    settings = raise_file_limit(settings, each=2)
-    host, _, port = upstream.rpartition(":")
-    dial = functools.partial(trio.open_tcp_stream, host.strip("[]"), int(port))
-    house = Proxy(settings, read_keyring(settings), upstream, dial)
-    trio.run(_serve, house, announce)
-
-
-CHUNK_BYTES = 16_384  # in the hands of one direction, and no more
-
-# What concerns one connection and not the message (RFC 9110 7.6.1).
-HOP_BY_HOP = frozenset(
+COPY_BYTES = 16_384  # held for one direction, and no more: nothing queues here
+# Headers of one connection and not of the message (RFC 9110 7.6.1), and those that the
+# proxy writes itself.
+NOT_PASSED_ON = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate",
-     b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+     b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+     b"expect", b"host", b"content-length", b"forwarded", b"x-real-ip")
 )  # fmt: skip
-
-# What we say ourselves: how long the body is, and who asks.
-OURS = re.compile(rb"host|content-length|forwarded|x-forwarded.*|x-real-ip")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time: a close is a reset
 
 
-def end_to_end(
-    headers: Iterable[tuple[bytes, bytes]], *ours: tuple[str, str]
-) -> list[tuple[bytes, bytes]]:
-    """Leave out what concerns one connection, and what Connection names; add ours."""
-    headers = [(name.lower(), value) for name, value in headers]
-    lists = [value.lower() for name, value in headers if name == b"connection"]
-    named = {part.strip() for part in b",".join(lists).split(b",")}
-    kept = [(n, v) for n, v in headers if n not in HOP_BY_HOP and n not in named]
-    return kept + [(n.encode("ascii"), v.encode("latin-1")) for n, v in ours]
+def proxy(settings: Settings, upstream: str) -> None:
+    """Stand in front of a chatd that listens elsewhere, until a signal says stop."""
+    settings = raise_file_limit(settings, each=2)
+    host, _, port = upstream.rpartition(":")
+    dial = functools.partial(trio.open_tcp_stream, host.strip("[]"), int(port))
+    keyring = read_keyring(settings)
+    door = Proxy(settings, keyring, upstream, dial)
+    about: dict[str, object] = {"upstream": upstream, **keyring.about()}
+    trio.run(run_root, door.listener, door.listener.run, about, announce)
 
 
-def reset(stream: trio.SocketStream) -> None:
-    """Close with RST: the other side must not take what it has for the whole."""
-    with contextlib.suppress(OSError):  # it is closed already
-        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    stream.socket.close()
+class Proxy:
+    """One proxy. dial opens a connection to the upstream: the seam for tests.
 
-
-class IdleScope:
-    """A cancel scope that ends when nothing has moved for so many seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.scope = trio.CancelScope()
-        self.moved()
-
-    def moved(self) -> None:
-        """Begin to wait anew."""
-        self.scope.deadline = trio.current_time() + self.seconds
-
-
-class Passage(Http):
-    """One connection of the proxy: one request passed up, its answer passed down."""
-
-    keeps = False
-
-    def __init__(self, house: Proxy, stream: trio.SocketStream) -> None:
-        super().__init__(house, stream)
-        self.proxy = house
-        self.idle = IdleScope(self.settings.upstream_seconds)
-        self.hearing = False  # waiting for the client, not for the upstream
-        self.status = 0  # of the answer, once there is one
-        self.no: Refusal | None = None  # why there is none
-        self.up = h11.Connection(
-            h11.CLIENT, max_incomplete_event_size=self.settings.head_bytes
-        )
-        self.upstream: trio.SocketStream
-
-    async def take(self, request: Request) -> None:
-        """Pass it up, if it may pass; whatever comes of it, it was the only one."""
-        if request.method == "CONNECT":
-            raise bad_field("method: CONNECT is not passed on")
-        if request.upgrades:
-            self.proxy.check_handshakes(request.address)
-            check_upgrade(request)
-            self.proxy.admit_socket(request, "edge")
-        self.idle.moved()
-        with self.idle.scope as scope:
-            await self._exchange(request)
-        if scope.cancelled_caught:
-            away = Refusal("upstream", "the chat service does not answer", status=504)
-            self.no = Refusal("timeout") if self.hearing else away
-        # A path or a method that nobody knows may hold anything, a token too.
-        path = request.path if NUMBER.sub("*", request.path) in ROUTES else "?"
-        known = request.method in http.HTTPMethod.__members__
-        method = request.method if known else "?"
-        say(logging.DEBUG, "passed", method=method, path=path,
-            client=request.address, status=self.status,
-            failed=self.no and self.no.code)  # fmt: skip
-        if self.no is not None and self.status:
-            reset(self.stream)  # the answer has begun: it must not look whole
-        elif self.no is not None:
-            raise self.no
-        elif self.after is None:
-            await linger(self.stream, self.settings.linger_seconds)
-
-    async def _exchange(self, request: Request) -> None:
-        """Pass the request up and the answer down. Sets no, or after, or neither."""
-        try:
-            self.upstream = await self.proxy.dial()
-        except OSError as error:
-            self.no = self._away(error)
-            return
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._pass_up, request, nursery.cancel_scope)
-                await self._pass_down(request)
-                nursery.cancel_scope.cancel()
-            if self.status == 101:
-                said, heard = self.h11.trailing_data[0], self.up.trailing_data[0]
-                tunnel = Tunnel(self.proxy, self.stream, self.upstream)
-                self.after = functools.partial(tunnel.run, said, heard)
-        finally:
-            if self.after is None:
-                self.upstream.socket.close()
-
-    def _away(self, why: object) -> Refusal:
-        self.proxy.complain("upstream_failed", why)
-        return Refusal("upstream")
-
-    # --- up --------------------------------------------------------------------------
-
-    async def _pass_up(self, request: Request, both: trio.CancelScope) -> None:
-        """Pass the head, and exactly the body. A body that is none ends both ways."""
-        await self._give(self._head_up(request))
-        try:
-            while self.h11.their_state is h11.SEND_BODY:
-                event = self.h11.next_event()
-                if isinstance(event, h11.Data):
-                    await self._give(h11.Data(data=event.data))
-                elif event is h11.NEED_DATA:
-                    self.hearing = True
-                    await self._more_body()
-                    self.hearing = False
-        except h11.RemoteProtocolError as error:
-            self.no = _protocol_refusal(error)
-            both.cancel()
-            return
-        await self._give(h11.EndOfMessage())
-
-    def _head_up(self, request: Request) -> h11.Request:
-        """Write the head anew: the message's own headers, and ours about the client."""
-        fields = request.fields
-        told = fields if self.proxy.proxies.trust(request.peer) else {}
-        host = request.one("host") or self.proxy.upstream
-        ours = [
-            ("Host", host),
-            ("X-Forwarded-Host", ", ".join(told.get("x-forwarded-host", [host]))),
-            ("X-Forwarded-Proto", ", ".join(told.get("x-forwarded-proto", ["http"]))),
-            ("Via", f"{request.version.decode('ascii')} chatd"),
-        ]
-        if request.address is not None:
-            ours.append(("X-Forwarded-For", str(request.address)))
-        if "content-length" in fields:
-            ours.append(("Content-Length", request.one("content-length")))
-        elif "transfer-encoding" in fields:
-            ours.append(("Transfer-Encoding", "chunked"))
-        ours += UPGRADE if request.upgrades else [("Connection", "close")]
-        head = request.head
-        theirs = [(n, v) for n, v in head.headers if not OURS.fullmatch(n)]
-        headers = end_to_end(theirs, *ours)
-        return h11.Request(method=head.method, target=head.target, headers=headers)
-
-    async def _give(self, event: h11.Event) -> None:
-        """Write to the upstream. If it has gone, `_pass_down` will find out."""
-        with contextlib.suppress(trio.BrokenResourceError):
-            await self.upstream.send_all(self.up.send(event) or b"")
-        self.idle.moved()
-
-    # --- down ------------------------------------------------------------------------
-
-    async def _pass_down(self, request: Request) -> None:
-        """Pass the answer, framed anew, up to its end or to the 101."""
-        try:
-            while True:
-                event = await self._next()
-                if isinstance(event, h11.InformationalResponse):
-                    if request.version == b"1.1":  # 1.0 knows none
-                        await self._send(_head_down(event))
-                    if event.status_code == 101:
-                        self.status = 101
-                        return
-                elif isinstance(event, h11.Response):
-                    self.status = event.status_code
-                    await self._send(_head_down(event))
-                elif isinstance(event, h11.Data):
-                    await self._send(h11.Data(data=event.data))
-                else:
-                    await self._send(h11.EndOfMessage())
-                    return
-                self.idle.moved()
-        except Refusal as no:
-            self.no = no
-
-    async def _next(self) -> object:
-        """Get the upstream's next event. Raises Refusal upstream."""
-        try:
-            while (event := self.up.next_event()) is h11.NEED_DATA:
-                self.up.receive_data(await self.upstream.receive_some(CHUNK_BYTES))
-                self.idle.moved()
-        except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
-            raise self._away(type(error).__name__) from error
-        headers = {name for name, _ in getattr(event, "headers", ())}
-        if {b"content-length", b"transfer-encoding"} <= headers:
-            raise self._away("Content-Length beside Transfer-Encoding")
-        return event
-
-
-def _head_down(event: h11.Response | h11.InformationalResponse) -> h11.Event:
-    """Write the answer's head anew. h11 frames what follows as its reader needs it."""
-    ours = [("Connection", "close")] if event.status_code >= 200 else []
-    if event.status_code == 101:
-        ours = UPGRADE
-    headers = end_to_end(event.headers, *ours)
-    return type(event)(
-        status_code=event.status_code, headers=headers, reason=event.reason
-    )
-
-
-class FrameEnds:
-    """Finds where frames end in the bytes of a peer (RFC 6455 5.2)."""
-
-    def __init__(self) -> None:
-        self._head = bytearray()
-        self._left = 0  # of the frame's payload
-
-    @property
-    def whole(self) -> bool:
-        """Is no frame begun and not ended?"""
-        return not self._head and not self._left
-
-    def count(self, data: bytes) -> None:
-        """Follow what passes."""
-        at = 0
-        while at < len(data):
-            if self._left:
-                step = min(self._left, len(data) - at)
-                self._left -= step
-                at += step
-                continue
-            self._head.append(data[at])
-            at += 1
-            if len(self._head) < 2:
-                continue
-            length = self._head[1] & 127
-            size = {126: 2, 127: 8}.get(length, 0)
-            mask = 4 * (self._head[1] >> 7)
-            if len(self._head) == 2 + size + mask:
-                long = int.from_bytes(self._head[2 : 2 + size])
-                self._left = long if size else length
-                self._head.clear()
-
-
-class Tunnel:
-    """A socket's two connections after the 101: what one says the other hears.
-
-    The end of one side is passed on, and so is a reset. When the proxy stops, it writes
-    a close frame behind the client's last whole one, as if it were his: the upstream's
-    answer then closes the socket as it should be closed, with 1012 for the client.
+    Owns the two connections of every open socket, to end them when the proxy stops.
     """
-
-    def __init__(
-        self, proxy: Proxy, client: trio.SocketStream, upstream: trio.SocketStream
-    ) -> None:
-        self.proxy = proxy
-        self.client = client
-        self.upstream = upstream
-        self.idle = IdleScope(proxy.settings.idle_seconds)
-        self.frames = FrameEnds()
-        self.close = b""  # the frame that ends it, when we do
-        self.ended = False  # the upstream has said all
-        self.reading = trio.CancelScope()
-
-    def end(self, code: int, reason: str) -> None:
-        """Close it behind the client's last whole frame."""
-        frames = FrameProtocol(client=True, extensions=[])  # a client's are masked
-        self.close = bytes(frames.close(code, reason))
-        if self.frames.whole:
-            self.reading.cancel()
-
-    async def run(self, said: bytes, heard: bytes) -> None:
-        """Live its life, from what both sides have sent. Owns the upstream's side."""
-        self.proxy.sessions.add(self)
-        if self.proxy.stopping.is_set():
-            self.end(CLOSE_RESTART, "the server restarts")
-        self.idle.moved()
-        broken = False
-        try:
-            with self.idle.scope as scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._up, said)
-                    nursery.start_soon(self._down, heard)
-                await linger(self.client, self.proxy.settings.linger_seconds)
-            broken = scope.cancelled_caught
-        except* trio.BrokenResourceError:
-            broken = True
-        finally:
-            self.proxy.left(self)
-            if broken:
-                reset(self.client)
-                reset(self.upstream)
-            self.upstream.socket.close()
-
-    async def _up(self, data: bytes) -> None:
-        while not (self.close and self.frames.whole):
-            if not data:
-                with trio.CancelScope() as self.reading:
-                    data = await self.client.receive_some(CHUNK_BYTES)
-                    if not data:
-                        await self._pass_end(self.upstream)
-                        return
-                continue
-            self.frames.count(data)
-            try:
-                await self.upstream.send_all(data)
-            except trio.BrokenResourceError:
-                if self.ended:
-                    return  # nothing is lost: what else he says nobody would hear
-                raise
-            self.idle.moved()
-            data = b""
-        await self.upstream.send_all(self.close)
-
-    async def _down(self, data: bytes) -> None:
-        while data := data or await self.upstream.receive_some(CHUNK_BYTES):
-            await self.client.send_all(data)
-            self.idle.moved()
-            data = b""
-        self.ended = True
-        await self._pass_end(self.client)
-
-    async def _pass_end(self, stream: trio.SocketStream) -> None:
-        """One side says no more. The other has not much longer to do so too."""
-        with contextlib.suppress(trio.BrokenResourceError):  # it has gone already
-            await stream.send_eof()
-        self.idle.seconds = self.proxy.settings.stall_seconds
-        self.idle.moved()
-
-
-class Proxy(House):
-    """The whole of one proxy. dial connects to the upstream: the seam for tests."""
 
     def __init__(
         self,
@@ -4906,17 +4611,198 @@ class Proxy(House):
         upstream: str,
         dial: Callable[[], Awaitable[trio.SocketStream]],
     ) -> None:
-        super().__init__(settings, Stats(), keyring)
+        self.settings = settings
+        self.keyring = keyring
         self.upstream = upstream
         self.dial = dial
-        self.http = functools.partial(Passage, self)
         self.sessions: set[Tunnel] = set()
-        self.about = {"upstream": upstream}
+        self.listener = Listener(
+            settings, Stats(), self.sessions, self.pass_request, _no_socket
+        )
 
-    def left(self, tunnel: Tunnel) -> None:
-        """Count a socket out."""
-        self.sessions.discard(tunnel)
-        self._end_parked()
+    async def pass_request(self, connection: HttpConnection, request: Request) -> None:
+        """Pass one request up and its answer down. Raises Refusal if there is none."""
+        if request.method == "CONNECT":
+            raise bad_field("method: CONNECT is not passed on")
+        if request.upgrades:
+            self.listener.check_handshakes(request.address)
+            check_upgrade(request)
+            socket_claims(self.keyring, request, "edge")
+        status, failed = 0, None
+        try:
+            with trio.move_on_after(self.settings.request_seconds) as scope:
+                body = await connection.read_body(request)
+            if scope.cancelled_caught:
+                raise Refusal("timeout")
+            upstream, begun = await self._ask(self._head_up(request, body) + body)
+            status = int(begun[9:12]) if begun[9:12].isdigit() else 0
+        except Refusal as refusal:
+            failed = refusal.code
+            raise
+        finally:
+            # A path or a method that nobody knows may be a token.
+            path = request.path if NUMBER.sub("*", request.path) in ROUTES else "?"
+            known = request.method in http.HTTPMethod.__members__
+            log(logging.DEBUG, "passed", method=request.method if known else "?",
+                path=path, client=request.address, status=status,
+                failed=failed)  # fmt: skip
+        opened = request.upgrades and status == 101
+        sent = connection.h11.trailing_data[0] if opened else None
+        await Tunnel(self, connection.stream, upstream).run(sent, begun)
+
+    async def _ask(self, question: bytes) -> tuple[trio.SocketStream, bytes]:
+        """Send a request to the upstream; return how its answer begins.
+
+        The caller owns the stream. Raises Refusal upstream if no HTTP answer begins in
+        time.
+        """
+        upstream: trio.SocketStream | None = None
+        begun = b""
+        try:
+            with trio.fail_after(self.settings.upstream_seconds):
+                upstream = await self.dial()
+                # An upstream that answers before it has read all may refuse the rest.
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await upstream.send_all(question)
+                while len(begun) < 12:
+                    data = await upstream.receive_some(COPY_BYTES)
+                    if not data:
+                        break
+                    begun += data
+            if not begun.startswith(b"HTTP/1."):
+                raise OSError(errno.EPROTO, "an answer that is not HTTP/1")
+        except BaseException as error:
+            if upstream is not None:
+                upstream.socket.close()
+            if isinstance(error, trio.TooSlowError):
+                why = "the chat service does not answer"
+                raise Refusal("upstream", why, status=504) from None
+            if isinstance(error, OSError | trio.BrokenResourceError):
+                self.listener.warn("upstream_failed", error)
+                raise Refusal("upstream") from error
+            raise
+        return upstream, begun
+
+    def _head_up(self, request: Request, body: bytes) -> bytes:
+        """Write a request's head anew: the message's own headers, then the proxy's.
+
+        It has the client's version of HTTP, so that the answer suits the client.
+        """
+        named = {
+            part.strip() for part in request.header("connection").lower().split(",")
+        }
+        passed = [
+            name + b": " + value
+            for name, value in request.head.headers
+            if name not in NOT_PASSED_ON
+            and not name.startswith(b"x-forwarded")
+            and name.decode("ascii") not in named
+        ]
+        trusted = self.listener.proxies.trust(request.peer)
+        told = request.fields if trusted else {}
+        host = request.header("host") or self.upstream
+        version = request.version.decode("ascii")
+        ours = {
+            "Host": host,
+            "X-Forwarded-Host": ", ".join(told.get("x-forwarded-host", [host])),
+            "X-Forwarded-Proto": ", ".join(told.get("x-forwarded-proto", ["http"])),
+            "Via": f"{version} chatd",
+            "Connection": "Upgrade" if request.upgrades else "close",
+        }
+        if request.address is not None:
+            ours["X-Forwarded-For"] = str(request.address)
+        if request.upgrades:
+            ours["Upgrade"] = "websocket"
+        elif _has_body(request.head):
+            ours["Content-Length"] = str(len(body))
+        head = request.head
+        lines = [b"%s %s HTTP/%s" % (head.method, head.target, request.version)]
+        lines += passed
+        lines += [f"{name}: {value}".encode("latin-1") for name, value in ours.items()]
+        return b"\r\n".join([*lines, b"", b""])
+
+
+async def _no_socket(stream: trio.SocketStream, upgrade: Upgrade) -> None:
+    """Part of the listener's interface: a proxy passes sockets on in pass_request."""
+    raise AssertionError("a proxy serves no socket itself")
+
+
+class Tunnel:
+    """Two connections joined: the answer goes down, and after a 101 all goes up.
+
+    An end of one side is passed on as an end, a reset as a reset. When the proxy stops
+    it ends its side to the upstream; chatd then writes a close frame, whole and in its
+    place, because it knows where frames end. Owns the upstream's stream.
+    """
+
+    def __init__(
+        self, proxy: Proxy, client: trio.SocketStream, upstream: trio.SocketStream
+    ) -> None:
+        self.proxy = proxy
+        self.client = client
+        self.upstream = upstream
+        self.seconds = proxy.settings.upstream_seconds  # without a byte in between
+        self.idle = trio.CancelScope()
+        self.reading = trio.CancelScope()  # the client
+
+    def end(self, _code: int, _reason: str) -> None:
+        """Read no more of the client; the upstream then gets an end of file."""
+        self.reading.cancel()
+
+    async def run(self, sent: bytes | None, begun: bytes) -> None:
+        """Copy until both sides have ended.
+
+        begun is what the upstream has answered, sent is what the client has sent
+        behind its upgrade; None: this is no socket, and nothing of the client goes up.
+        """
+        is_socket, broken = sent is not None, True
+        if is_socket:
+            self.seconds = self.proxy.settings.idle_seconds
+            self.proxy.sessions.add(self)
+            if self.proxy.listener.stopping.is_set():
+                self.reading.cancel()
+        try:
+            with self.idle:
+                self._moved()
+                async with trio.open_nursery() as nursery:
+                    if sent is not None:
+                        nursery.start_soon(self._copy_up, sent)
+                    await self._copy(self.upstream, self.client, begun)
+                await linger(self.client, self.proxy.settings.linger_seconds)
+                broken = False
+        except* trio.BrokenResourceError:
+            pass
+        finally:
+            self.proxy.sessions.discard(self)
+            self.proxy.listener.end_parked()
+            for stream in (self.client, self.upstream):
+                if broken:
+                    with contextlib.suppress(OSError):  # it is closed already
+                        stream.socket.setsockopt(
+                            socket.SOL_SOCKET, socket.SO_LINGER, RESET
+                        )
+                stream.socket.close()
+
+    def _moved(self) -> None:
+        self.idle.deadline = trio.current_time() + self.seconds
+
+    async def _copy_up(self, data: bytes) -> None:
+        with self.reading:
+            await self._copy(self.client, self.upstream, data)
+            return
+        await self.upstream.send_eof()
+
+    async def _copy(
+        self, source: trio.SocketStream, target: trio.SocketStream, data: bytes
+    ) -> None:
+        """Copy until source ends. Bytes that target does not take are not read."""
+        while data or (data := await source.receive_some(COPY_BYTES)):
+            await target.send_all(data)
+            self._moved()
+            data = b""
+        await target.send_eof()
+        self.seconds = self.proxy.settings.stall_seconds
+        self._moved()
 
 
 # =====================================================================================
@@ -4944,7 +4830,7 @@ def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> N
             sock.connect(address)
             socket.send_fds(sock, [state.encode()], fds)
     except OSError as error:
-        say(logging.WARNING, "notify_failed", error=error)
+        log(logging.WARNING, "notify_failed", error=error)
 
 
 def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
@@ -4961,7 +4847,7 @@ def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
     if soft >= wanted:
         return settings
     fewer = max(1, soft // each - 256)
-    say(logging.WARNING, "fewer_connections", max_connections=fewer, open_files=soft)
+    log(logging.WARNING, "fewer_connections", max_connections=fewer, open_files=soft)
     return dataclasses.replace(settings, max_connections=fewer)
 
 
@@ -4974,7 +4860,7 @@ def locked(db: Path) -> Iterator[None]:
             f"database {db}: there is no folder {path.parent}; make it, or name "
             "another database with --db"
         )
-    with told_of("lock", path):
+    with file_errors("lock", path):
         # Root does this too, in a folder of the unit's user: it follows no link there.
         how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(path, how, 0o600)
@@ -5029,14 +4915,14 @@ def make_secret(path: Path) -> None:
     if path.exists():
         return
     # A full disk must not leave one that is empty.
-    with told_of("secret", path), partial_file(path) as partial:
+    with file_errors("secret", path), partial_file(path) as partial:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(fd, "w", encoding="ascii") as file:
             file.write(secrets.token_urlsafe(48) + "\n")
             file.flush()
             os.fsync(fd)
         partial.rename(path)
-    say(logging.INFO, "made_secret", path=path)
+    log(logging.INFO, "made_secret", path=path)
 
 
 # What our own listening sockets are called in systemd's descriptor store. There they
@@ -5157,14 +5043,15 @@ def serve_demo(settings: Settings) -> None:
         people = {1: "Anna", 2: "Ben"}
         store = Store(settings, Stats())
         for user_id, name in people.items():
-            store.write_now(store.rename, user_id, name)
-        store.write_now(store.create_chat, "Demo", people)
+            store.commit_now(store.rename, user_id, name)
+        store.commit_now(store.create_chat, "Demo", people)
         store.close()
 
-        def ready(house: House, url: str) -> None:
-            announce(house, url)
+        def ready(url: str) -> None:
+            announce(url)
+            keyring = read_keyring(settings)
             for user_id, name in people.items():
-                link = sign_in_link(house.keyring, url, user_id, name)
+                link = sign_in_link(keyring, url, user_id, name)
                 print(f"{name + ':':6}{link}")
             secret, upstream = secret_path(settings), url.removeprefix("http://")
             last = f"""\
@@ -5185,7 +5072,7 @@ def sign_in_link(
     return f"{base.rstrip('/')}/#token={token}"
 
 
-def announce(_house: House, url: str) -> None:
+def announce(url: str) -> None:
     """Print the line that scripts wait for."""
     print(f"listening on {url}", flush=True)
 
@@ -5197,7 +5084,7 @@ def reading(what: str, path: Path) -> Iterator[Db]:
         raise UsageError(f"{what} {path}: there is no such file")
     try:
         with (
-            told_of(what, path),
+            file_errors(what, path),
             contextlib.closing(open_database(path, readonly=True)) as db,
         ):
             if not database_version(db)[0]:
@@ -5275,7 +5162,7 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
         raise UsageError(f"backup {dest}: there is no folder {dest.parent}; make it")
     if dest.exists():
         raise UsageError(f"backup {dest}: it exists; remove it, or choose another name")
-    with told_of("backup", dest), partial_file(dest) as partial:
+    with file_errors("backup", dest), partial_file(dest) as partial:
         copy_database(db, partial, "database")
         partial.rename(dest)
         sync_folder(dest.parent)
@@ -5286,7 +5173,7 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
 
 def restore(db: Path, source: Path) -> None:
     """Put a backup in the database's place, with a new epoch: clients then resync."""
-    with locked(db), told_of("restore", source), partial_file(db) as partial:
+    with locked(db), file_errors("restore", source), partial_file(db) as partial:
         epoch = f"UPDATE meta SET value = '{new_epoch()}' WHERE key = 'epoch';"
         copy_database(source, partial, "restore", epoch)
         keep_owner(db.parent, partial)
@@ -5688,7 +5575,7 @@ def tell_unknown_variables() -> None:
     known = {"CHATD_UPSTREAM", *map(variable_name, flags())}
     for name in sorted(os.environ.keys() - known):
         if name.startswith("CHATD_") and variable(name):
-            say(logging.WARNING, "unknown_variable", name=name)
+            log(logging.WARNING, "unknown_variable", name=name)
 
 
 # A door of its own believes nobody, unless it is told of a proxy before it.
@@ -5809,7 +5696,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = getattr(error, "status", 1)
     except* Exception as group:  # a mistake in what all connections share
         for error in leaves(group):
-            say_mistake("crashed", error)
+            log_bug("crashed", error)
         status = 1
     return status
 
