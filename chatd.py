@@ -163,8 +163,8 @@ async def run_root(
 ) -> None:
     """The root task, of `chatd serve` and of `chatd proxy`.
 
-    run(sockets) serves until the listener is told to stop, and is then at its end. about
-    is what the log line `ready` says.
+    run(sockets) serves until the listener is told to stop. about is what the log line
+    `ready` says.
     """
     settings = listener.settings
     if settings.jwt_key and settings.audience is None:
@@ -174,7 +174,7 @@ async def run_root(
         await root.start(watch_signals, listener, root.cancel_scope)
         async with trio.open_nursery() as serving:
             await serving.start(run, sockets)
-            # Everything that lives now lives on: the collector need not look at it again.
+            # Everything that lives now lives on: the collector need not scan it again.
             gc.collect()
             gc.freeze()
             # With 8,000 sockets a full pass takes 0.56 s, in which all stands still; by
@@ -563,8 +563,8 @@ class WebSocketReader(WebSocketConnection):
 
     # fmt: off
     # Beyond 30 attributes an instance's dict is no longer a shared one: 1.2 KB each.
-    __slots__ = ("_bytes", "_fragments", "_most_bytes", "_most_fragments", "_obey",
-                 "_outbox", "_parts")
+    __slots__ = ("_bytes", "_fragments", "_most_bytes", "_most_fragments",
+                 "_on_message", "_outbox", "_parts")
     # fmt: on
 
     # The library closes and sets these. Nobody here waits for a handshake, a pong or a
@@ -579,7 +579,7 @@ class WebSocketReader(WebSocketConnection):
         outbox: Outbox,
         settings: Settings,
         trailing: bytes,
-        obey: Callable[[str | bytes], Awaitable[None]],
+        on_message: Callable[[str | bytes], Awaitable[None]],
     ) -> None:
         # The handshake was ours: wsproto starts open, with what came behind it.
         opened = Connection(ConnectionType.SERVER, trailing_data=trailing)
@@ -597,7 +597,7 @@ class WebSocketReader(WebSocketConnection):
         self._pings = self._nobody_pings
         self._stream_lock = self._nobody_else_sends  # type: ignore[assignment]
         self._outbox = outbox
-        self._obey = obey
+        self._on_message = on_message
         self._most_bytes = settings.max_message_bytes
         self._most_fragments = settings.fragments
         self._parts: list[Any] = []
@@ -642,10 +642,10 @@ class WebSocketReader(WebSocketConnection):
         self._bytes = self._fragments = 0
         message = "".join(parts) if isinstance(data, str) else b"".join(parts)
         try:
-            await self._obey(message)
+            await self._on_message(message)
         except KeyError as error:
             # The library would take it for an event that it does not know.
-            raise RuntimeError("a KeyError while obeying") from error
+            raise RuntimeError("a KeyError while handling a message") from error
 
 
 class Session:
@@ -689,9 +689,7 @@ class Session:
         upto = server.hub.head
         # Register first, read second: what is published meanwhile is not missed.
         entered = server.hub.enter(self.seat, self.claims.user_id, upto)
-        guard = WebSocketReader(
-            self.outbox, server.settings, trailing, self._receive_command
-        )
+        guard = WebSocketReader(self.outbox, server.settings, trailing, self._receive)
         try:
             try:
                 with self.reading:
@@ -795,7 +793,7 @@ class Session:
 
     # --- commands --------------------------------------------------------------------
 
-    async def _receive_command(self, text: str | bytes) -> None:
+    async def _receive(self, text: str | bytes) -> None:
         """Obey one command, in the reader's own task: nothing is read meanwhile."""
         if self.close_with is not None:
             return  # it came in one piece with what ended the connection
@@ -810,7 +808,7 @@ class Session:
             self._answer(error_frame(no, _ref_of(text)))
             return
         try:
-            await self._obey(command)
+            await self._handle(command)
         except Refusal as no:
             self._answer(error_frame(no, command.ref))
 
@@ -825,7 +823,7 @@ class Session:
             self.end(CLOSE_FLOOD, "far over the rate of commands")
         raise Refusal("rate_limited", retry_after=wait)
 
-    async def _obey(self, command: Command) -> None:
+    async def _handle(self, command: Command) -> None:
         """Do one command. Raises the Refusal that is its answer."""
         match command:
             case SendMessage():
@@ -930,8 +928,11 @@ class Session:
                     for _ in range(settings.unanswered):
                         await self.seat.slots.acquire()  # all back: all answered
             self._answer(text_frame(Bye(self.server.retry_after_seconds())))
-        if code != CUT:
-            self.outbox.seal(close_frame(code, reason))
+        if code == CUT:
+            # The client ended its side without a close frame. `chatd proxy` does so
+            # when it stops, and its own client has to come back.
+            code, reason = CLOSE_RESTART, "the connection ended without a close frame"
+        self.outbox.seal(close_frame(code, reason))
         await self.outbox.finish()
 
 
@@ -4565,11 +4566,11 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
 # PROXY: `chatd proxy`
 #
 # A process of its own in front of a chatd: it checks the token of a socket before
-# anything else is asked. One request a connection: h11 reads its head, the body (at most
-# --max-message-bytes) is read whole, and both are written anew. Bytes behind it are
-# never sent on, so no second request can be smuggled past. The answer is not parsed: it
-# goes down as it comes, until the upstream ends it. Only after "HTTP/1.1 101" do bytes
-# of the client go up as they are.
+# anything else is asked. One request a connection: h11 reads its head, the body (at
+# most --max-message-bytes) is read whole, and both are written anew. Bytes behind it
+# are never sent on, so no second request can be smuggled past. The answer is not
+# parsed: it goes down as it comes, until the upstream ends it. Only after "HTTP/1.1
+# 101" do bytes of the client go up as they are.
 #
 # A proxy cannot know which tickets were used and which users were revoked; the upstream
 # refuses those. No request is sent twice.

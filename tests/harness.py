@@ -182,7 +182,7 @@ class MemoryOutbox:
         self.bound = math.inf
         self.stuck = False
         self.sealed = False
-        self.heard_at = self.moved_at = 0.0
+        self.received_at = self.moved_at = 0.0
         self.patience = 10.0
         self.listening = True
 
@@ -327,17 +327,17 @@ class Memory:
         seat = made.seat
         while not seat.live:
             if self.hub.in_tail(seat.cursor):
-                self.hub.feed(seat)
+                self.hub.push_tail(seat)
             else:
                 limit = self.settings.page_events
                 user = seat.person.user_id
-                self.hub.give_page(seat, self.page(user, seat.cursor, limit))
+                self.hub.push_page(seat, self.page(user, seat.cursor, limit))
 
     def sit(self, user: int, cursor: int | None = None) -> MemorySeat:
         """A seat that is live."""
         made = self.enter(user)
         greeting = self.greeting(user, cursor)
-        self.hub.know(made.seat.person, greeting.joined)
+        self.hub.set_chats(made.seat.person, greeting.joined)
         made.seat.cursor = self.hub.head if cursor is None else cursor
         self.catch_up(made)
         return made
@@ -552,7 +552,7 @@ class WiresPeer:
         return heard
 
     async def ask(self, kind: str, **fields: Any) -> WiresFrame:
-        """Say a command and get its answer, past any event."""
+        """ServerMessage a command and get its answer, past any event."""
         await self.say(kind, ref="ask", **fields)
         while True:
             with trio.fail_after(1):
@@ -561,7 +561,7 @@ class WiresPeer:
                 return heard
 
     async def refused(self, kind: str, **fields: Any) -> WiresFrame:
-        """Say a command and get the error that it is answered with."""
+        """ServerMessage a command and get the error that it is answered with."""
         answer = await self.ask(kind, **fields)
         assert answer["type"] == "error", answer
         assert answer["message"]
@@ -702,6 +702,7 @@ class WiresHouse:
         self.server = server
         self.store = server.store
         self.listener = listener
+        self.finished = trio.Event()  # the server's run has returned
         self.disk = disk
         self.nursery = nursery
         self.errors: dict[str, int] = {}  # what the bulkhead is expected to catch
@@ -844,17 +845,24 @@ class WiresHouse:
     async def stats(self) -> Any:
         return await self.command("GET", "/api/v1/internal/chat/ws/stats")
 
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Run the server to its end."""
+        sockets = [cast("trio.SocketListener", self.listener)]
+        await self.server.run(sockets, task_status=task_status)
+        self.finished.set()
+
     async def stop(self) -> None:
         """Stop the server, as a signal would; it must be done within the drain."""
-        self.server.stopping.set()
+        self.server.listener.stopping.set()
         with trio.fail_after(self.server.settings.drain_seconds + 0.1):
-            await self.server.finished.wait()
+            await self.finished.wait()
 
     def check_left(self) -> None:
         """Claim that nothing is left of any connection."""
         server, hub = self.server, self.server.hub
-        assert (server.open, len(server.sessions), hub.seats) == (0, 0, 0)
-        assert not server.parked
+        listener = server.listener
+        assert (listener.open, len(server.sessions), hub.seats) == (0, 0, 0)
+        assert not listener.parked
         assert not hub.people
         assert not hub.rooms
         assert dict(server.stats.errors) == self.errors
@@ -873,10 +881,10 @@ async def wires_house(
         listener = WiresListener()
         async with trio.open_nursery() as nursery:
             house = WiresHouse(server, listener, disk, nursery)
-            await nursery.start(server.run, [cast("trio.SocketListener", listener)])
+            await nursery.start(house.run)
             try:
                 yield house
-                if not server.finished.is_set():
+                if not house.finished.is_set():
                     await house.stop()
                 house.check_left()
             finally:
@@ -991,7 +999,7 @@ class ProxyUp(NamedTuple):
     headers: list[tuple[str, str]]
     body: bytes
 
-    def one(self, name: str) -> str:
+    def header(self, name: str) -> str:
         """The header of that name, which must be there once."""
         (value,) = [value for key, value in self.headers if key == name]
         return value
@@ -1011,6 +1019,7 @@ class ProxyHouse:
         self.log = log
         self.proxy = chatd.Proxy(settings, keyring, "chat.example:8086", self._dial)
         self.listener = WiresListener()
+        self.finished = trio.Event()  # the proxy's run has returned
         self.dials = 0
         self.fault: OSError | None = None  # what dialling raises
         self.hanging = False  # dialling takes for ever
@@ -1085,6 +1094,12 @@ class ProxyHouse:
         up.data = bytearray(side.trailing_data[0])
         return ProxyUp(method, target, headers, body)
 
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Run the proxy to its end."""
+        sockets = [cast("trio.SocketListener", self.listener)]
+        await self.proxy.listener.run(sockets, task_status=task_status)
+        self.finished.set()
+
     def target(self, user_id: int = 6, **claims: Any) -> str:
         token = self.proxy.keyring.sign(user_id, 600, **claims)
         return "/ws/chat?" + urlencode({"token": token})
@@ -1120,8 +1135,9 @@ class ProxyHouse:
     def check_left(self) -> None:
         """Claim that nothing is left of any connection."""
         proxy = self.proxy
-        assert (proxy.open, len(proxy.sessions), len(proxy.parked)) == (0, 0, 0)
-        assert dict(proxy.stats.errors) == self.errors
+        listener = proxy.listener
+        assert (listener.open, len(proxy.sessions), listener.parked) == (0, 0, {})
+        assert dict(listener.stats.errors) == self.errors
 
 
 PROXY_OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -1142,13 +1158,12 @@ def proxy_run(
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             house = ProxyHouse(chosen, log)
-            doors = [cast("trio.SocketListener", house.listener)]
-            await nursery.start(house.proxy.run, doors)
+            await nursery.start(house.run)
             try:
                 await test(house)
-                house.proxy.stopping.set()
+                house.proxy.listener.stopping.set()
                 with trio.fail_after(chosen.drain_seconds + 0.1):
-                    await house.proxy.finished.wait()
+                    await house.finished.wait()
                 house.check_left()
             finally:
                 for stream in house.streams:
@@ -1327,7 +1342,7 @@ class DoorPeer:
         await self.hear("pong")
 
     async def ask(self, kind: str, /, **fields: object) -> DoorFrame:
-        """Say it and hear what answers it, past anything else."""
+        """ServerMessage it and hear what answers it, past anything else."""
         ref = os.urandom(8).hex()
         await self.say(kind, ref=ref, **fields)
         while (frame := await self.hear()).get("ref") != ref:

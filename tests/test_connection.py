@@ -118,19 +118,21 @@ async def test_a_broken_peer_ends_only_its_own_connection(house: WiresHouse) -> 
     await stays.hears_nothing()
 
 
-# --- Guard ---------------------------------------------------------------------------
+# --- WebSocketReader ---------------------------------------------------------------------------
 
 
 def test_trio_websocket_still_has_the_private_parts_that_guard_replaces() -> None:
     library = trio_websocket.WebSocketConnection
     assert trio_websocket.__version__ == "0.12.2"
-    replaced = {name for name in vars(chatd.Guard) if name.startswith("_handle_")}
+    replaced = {
+        name for name in vars(chatd.WebSocketReader) if name.startswith("_handle_")
+    }
     assert replaced >= {"_handle_ping_event", "_handle_pong_event",
                         "_handle_message_event"}  # fmt: skip
     reader = inspect.getsource(library._reader_task)
     for name in replaced:
         assert f"self.{name}," in reader, name
-        theirs, ours = getattr(library, name), getattr(chatd.Guard, name)
+        theirs, ours = getattr(library, name), getattr(chatd.WebSocketReader, name)
         assert inspect.iscoroutinefunction(theirs), name
         assert [*inspect.signature(ours).parameters] == ["self", "event"], name
 
@@ -1119,7 +1121,7 @@ async def test_a_socket_that_is_ended_while_it_is_greeted_gets_the_code(
     if code == 4503:
         await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
     else:
-        house.server.stopping.set()
+        house.server.listener.stopping.set()
     house.disk.go()
     await raw.ends()
     *_, (opcode, payload) = wires_frames(raw.data)

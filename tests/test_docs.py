@@ -37,16 +37,13 @@ def words_said() -> set[tuple[str, str, tuple[str, ...]]]:
         if not isinstance(node, ast.Call):
             continue
         match ast.unparse(node.func), node.args:
-            case "say", [level, ast.Constant(value=verb), *_]:
+            case "log", [level, ast.Constant(value=verb), *_]:
                 fields = tuple(word.arg or "..." for word in node.keywords)
                 name = ast.unparse(level).removeprefix("logging.").lower()
                 said.add((name, str(verb), fields))
-            case "say_mistake", [ast.Constant(value=verb), *_]:
+            case "log_bug", [ast.Constant(value=verb), *_]:
                 said.add(("error", str(verb), ("error", "at")))
-            case (
-                ("self.complain" | "self.proxy.complain"),
-                [ast.Constant(value=verb), *_],
-            ):
+            case (("self.warn" | "self.listener.warn"), [ast.Constant(value=verb), *_]):
                 said.add(("warning", str(verb), ("why", "open")))
     return said
 

@@ -154,7 +154,7 @@ async def test_a_bad_head_gets_one_whole_answer_and_the_connection_ends(
     assert answer.headers["connection"] == "close"
     assert await raw.ends() == b""
     await trio.sleep(1.01)  # even if the peer keeps it, it has gone now
-    assert house.server.open == 0
+    assert house.server.listener.open == 0
 
 
 @wires()
@@ -244,9 +244,9 @@ async def test_a_peer_that_does_not_read_its_answer_is_cut_after_15_s(
     auth = f"Bearer {house.token(6)}"
     await raw.send(wires_request("GET", path, None, Authorization=auth))
     await trio.sleep(14.9)
-    assert house.server.open == 1
+    assert house.server.listener.open == 1
     await trio.sleep(0.2)
-    assert house.server.open == 0
+    assert house.server.listener.open == 0
 
 
 @wires()
@@ -533,13 +533,13 @@ async def test_an_upgrade_is_refused_for_rate_then_origin_then_token_then_house(
         answer = await raw.answer()
         assert answer.headers["connection"] == "close"
         await trio.sleep(1.01)  # the peer keeps it, and it is gone all the same
-        assert house.server.open == before
+        assert house.server.listener.open == before
         return answer
 
     first = await house.join_raw(1)
     await trio.sleep(5)
     good, foreign = house.target(6), {"Origin": "https://evil.example"}
-    before = house.server.open
+    before = house.server.listener.open
 
     answers = [
         await refused("/ws/chat?token=bad", **foreign),

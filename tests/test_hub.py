@@ -125,7 +125,7 @@ def test_an_ack_waits_for_its_event_on_a_seat_that_is_catching_up(
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
     made = memory.enter(1)
-    memory.hub.know(made.seat.person, memory.greeting(1).joined)
+    memory.hub.set_chats(made.seat.person, memory.greeting(1).joined)
     jobs = [
         memory_asker(made, memory.sends(chat, 1, "x")),
         memory_asker(made, (store.mark_read, 1, 3)),  # nothing moved: no event
@@ -142,7 +142,7 @@ def test_an_ack_waits_for_its_event_on_a_seat_that_reads_pages() -> None:
     with memory_with(page_events=2, tail_events=1) as memory:
         chat, store = memory.chat(1, 2), memory.store
         made = memory.enter(2)
-        memory.hub.know(made.seat.person, memory.greeting(2).joined)
+        memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
         jobs = [memory_asker(made, memory.sends(chat, 2, str(i))) for i in range(4)]
         memory.hub.publish(store._transact(jobs))
         memory.catch_up(made)
@@ -177,7 +177,7 @@ def test_a_seat_behind_the_tail_reads_pages_and_then_the_tail() -> None:
             memory.say(chat, 1)
         made = memory.enter(2)
         made.seat.cursor = 0
-        memory.hub.know(made.seat.person, memory.greeting(2).joined)
+        memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
         assert not memory.hub.in_tail(0)
         memory.catch_up(made)
         assert made.seqs() == [2, *range(3, 23)]
@@ -193,8 +193,8 @@ def test_a_helping_of_the_tail_is_bounded_in_bytes() -> None:
             memory.say(chat, 1, "x" * 2000)
         made = memory.enter(2)
         made.seat.cursor = 2
-        memory.hub.know(made.seat.person, memory.greeting(2).joined)
-        memory.hub.feed(made.seat)
+        memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
+        memory.hub.push_tail(made.seat)
         assert (made.seqs(), made.seat.live) == ([3, 4, 5], False)
         memory.catch_up(made)
         assert made.seqs() == [*range(3, 13)]
@@ -289,10 +289,10 @@ def test_a_page_that_comes_for_who_has_left_puts_him_into_no_room(
 ) -> None:
     memory.chat(1, 2)
     made = memory.enter(2)
-    memory.hub.know(made.seat.person, memory.greeting(2).joined)
+    memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
     page = memory.store.events_after(memory.store._writer, 2, 0, memory.hub.head, 9)
     memory.hub.leave(made.seat)
-    memory.hub.give_page(made.seat, page)
+    memory.hub.push_page(made.seat, page)
     assert page.cursor == memory.hub.head
     assert (made.seat.live, memory.hub.rooms) == (False, {})
 
@@ -307,7 +307,7 @@ def test_changes_that_come_while_the_chats_are_read_are_not_missed(
     third = memory.chat(1, 2)
     memory.do(store.remove_member, chats[1], 2, 2)
     memory.do(store.add_member, chats[1], 2, 1)
-    memory.hub.know(made.seat.person, greeting.joined)
+    memory.hub.set_chats(made.seat.person, greeting.joined)
     assert made.seat.person.chats == {third: 7, chats[1]: 10}
     memory.catch_up(made)
     assert made.seqs() == [5, 7, 8, 10]
@@ -321,7 +321,7 @@ def test_a_removal_that_was_read_before_it_is_published_is_no_surprise(
     chat = memory.chat(1, 2)
     made = memory.enter(2)
     batch = memory.commit((memory.store.remove_member, chat, 2, 2))
-    memory.hub.know(made.seat.person, memory.greeting(2).joined)
+    memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
     memory.catch_up(made)
     memory.hub.publish(batch)
     assert (made.seqs(), made.seat.person.chats) == ([3], {})
@@ -331,16 +331,16 @@ def test_the_first_reading_of_a_person_s_chats_counts(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     seats = [memory.enter(2), memory.enter(2)]
     person = seats[0].seat.person
-    memory.hub.know(person, {chat: 2})
+    memory.hub.set_chats(person, {chat: 2})
     memory.do(memory.store.remove_member, chat, 2, 2)
-    memory.hub.know(person, {chat: 2})  # read before, and late
+    memory.hub.set_chats(person, {chat: 2})  # read before, and late
     assert (person.chats, memory.hub.rooms) == ({}, {})
 
 
 def test_who_has_gone_before_his_chats_were_read_is_in_no_room(memory: Memory) -> None:
     made = memory.enter(2)
     memory.hub.leave(made.seat)
-    memory.hub.know(made.seat.person, {memory.chat(1, 2): 2})
+    memory.hub.set_chats(made.seat.person, {memory.chat(1, 2): 2})
     assert (memory.hub.rooms, memory.hub.people) == ({}, {})
 
 
@@ -349,10 +349,10 @@ def test_a_page_is_filtered_again_when_it_is_given(memory: Memory) -> None:
     memory.say(chat, 1)
     made = memory.enter(2)
     made.seat.cursor = 0
-    memory.hub.know(made.seat.person, memory.greeting(2).joined)
+    memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
     page = memory.page(2)  # read, and then he is removed
     memory.do(memory.store.remove_member, chat, 2, None)
-    memory.hub.give_page(made.seat, page)
+    memory.hub.push_page(made.seat, page)
     assert (made.seqs(), made.seat.cursor, made.seat.live) == ([2], 3, False)
     memory.catch_up(made)
     assert made.seqs() == [2, 4]
@@ -401,7 +401,7 @@ def test_who_does_not_answer_a_ping_is_silent(swept: MemorySeat) -> None:
 
 def test_any_byte_heard_answers_a_ping(swept: MemorySeat) -> None:
     swept.seat.sweep(26.0, Settings())
-    swept.outbox.heard_at = 30.0
+    swept.outbox.received_at = 30.0
     assert [swept.seat.sweep(now, Settings()) for now in (37.0, 55.0, 55.1)] == [
         None
     ] * 3
@@ -414,7 +414,7 @@ def test_while_bytes_wait_only_a_stall_judges(swept: MemorySeat) -> None:
     swept.outbox.moved_at = 30.0
     assert [swept.seat.sweep(now, Settings()) for now in (38.0, 40.0)] == [None, None]
     assert swept.seat.sweep(40.1, Settings()) == "stalled"
-    swept.outbox.heard_at = 35.0  # it cannot read, but it is there
+    swept.outbox.received_at = 35.0  # it cannot read, but it is there
     assert swept.seat.sweep(45.0, Settings()) is None
     swept.outbox.drain()
     assert swept.seat.sweep(45.0, Settings()) is None
@@ -721,21 +721,21 @@ class MemoryPlay:
             page, client.page = client.page, None
             assert page.cursor <= self.hub.head
             if sits is not None:
-                self.hub.give_page(sits.seat, page)
+                self.hub.push_page(sits.seat, page)
             else:
                 self._take(client, [event.seq for event in page.events], client.moments)
                 client.cursor = page.cursor
         elif client.greeting is not None and sits is not None:
             greeting, client.greeting = client.greeting, None
-            self.hub.know(sits.seat.person, greeting.joined)
+            self.hub.set_chats(sits.seat.person, greeting.joined)
             if client.cursor is None:
                 client.first = client.cursor = client.upto
             assert client.cursor <= self.hub.head
             sits.seat.cursor, client.known = client.cursor, True
             if self.hub.in_tail(sits.seat.cursor):
-                self.hub.feed(sits.seat)
+                self.hub.push_tail(sits.seat)
         elif sits is not None and self._hungry(client, in_tail=True):
-            self.hub.feed(sits.seat)
+            self.hub.push_tail(sits.seat)
 
     def _hungry(self, client: MemoryClient, *, in_tail: bool) -> bool:
         """Is it behind, has it an empty outbox, and is what it lacks in the tail?"""

@@ -42,8 +42,8 @@ FORGED = "Bob\n<0>left user=1\r\x1b[2J\u202e\u2028\x00\x85 why=fine"
 
 def test_a_log_line_cannot_be_forged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "chatd")
-    chatd.say(logging.INFO, "joined", user=6, name=FORGED, live=True, size=1.5)
-    chatd.say(logging.DEBUG, "unheard", name=FORGED)
+    chatd.log(logging.INFO, "joined", user=6, name=FORGED, live=True, size=1.5)
+    chatd.log(logging.DEBUG, "unheard", name=FORGED)
     (line,) = caplog.messages
     assert line == f"joined user=6 name={FORGED!a} live=True size='1.5'"
     assert line.isascii()

@@ -142,7 +142,7 @@ async def test_a_push_behind_the_end_hits_nobody_elses_descriptor(
     number = box.stream.socket.fileno()
     raw.stream.socket.close()
     await wait_all_tasks_blocked()
-    assert not house.server.open
+    assert not house.server.listener.open
     strangers = [socket.socketpair() for _ in range(3)]
     ends = [end for pair in strangers for end in pair]
     assert number in {end.fileno() for end in ends}  # it was given out again
@@ -167,7 +167,7 @@ async def test_a_peer_that_goes_in_mid_flush_ends_its_connection(
     woken = trio.Event()
 
     async def wait() -> None:
-        await box.empty()
+        await box.wait_empty()
         woken.set()
 
     house.nursery.start_soon(wait)

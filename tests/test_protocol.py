@@ -307,7 +307,7 @@ WORDS_MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z"
     ],
 )
 def test_a_message_reads_as_the_specification_has_it(
-    message: chatd.Say, text: str
+    message: chatd.ServerMessage, text: str
 ) -> None:
     assert words_hear(chatd.text_frame(message)) == [(Opcode.TEXT, text)]
 

@@ -18,7 +18,7 @@ import trio
 import trio.testing
 from trio.testing import wait_all_tasks_blocked
 
-from chatd import Rate
+from chatd import Rate, watch_signals
 from tests.harness import (
     BIG,
     CLOSE,
@@ -56,13 +56,13 @@ async def test_a_stop_says_bye_and_1012_to_every_socket_at_once(
     house: WiresHouse,
 ) -> None:
     peers = [await house.join(user) for user in (6, 6, 7, 8)]
-    house.server.stopping.set()
+    house.server.listener.stopping.set()
     with taking(0):
         for peer in peers:
             ((bye,), code) = await peer.end()
             assert (bye["type"], code) == ("bye", 1012)
             assert 0.5 <= bye["retry_after"] <= 1.1
-        await house.server.finished.wait()
+        await house.finished.wait()
     house.dial(accepted=False)
 
 
@@ -89,7 +89,7 @@ async def test_answers_to_commands_in_flight_come_before_bye(house: WiresHouse) 
         )
     )
     await wait_all_tasks_blocked()
-    house.server.stopping.set()
+    house.server.listener.stopping.set()
     await trio.sleep(2)
     house.disk.go()
     heard, code = await peer.end()
@@ -109,12 +109,12 @@ async def test_a_stalled_socket_is_cut_at_the_drain_deadline_and_delays_no_other
     chat = await house.chat(6, 7)
     stalled, peer = await house.join_raw(6, small=True), await house.join(7)
     await house.post(chat, *[BIG] * 20)
-    house.server.stopping.set()
+    house.server.listener.stopping.set()
     with taking(0):
         heard, code = await peer.end()
         assert (heard[-1]["type"], code) == ("bye", 1012)
     with taking(4.9, 5):
-        await house.server.finished.wait()
+        await house.finished.wait()
     house.check_left()
     await stalled.ends()
 
@@ -126,7 +126,7 @@ async def test_a_slow_reader_gets_all_of_it_and_bye_if_the_drain_is_long_enough(
     chat = await house.chat(6, 7)
     slow = await house.join_raw(6, small=True)
     await house.post(chat, *[BIG] * 20)
-    house.server.stopping.set()
+    house.server.listener.stopping.set()
     frames: list[tuple[int, bytes]] = []
     while not frames or frames[-1][0] != CLOSE:
         await trio.sleep(0.1)
@@ -145,7 +145,7 @@ async def test_while_stopping_healthz_says_so_on_a_connection_still_open(
     assert (await kept.ask("GET", "/healthz")).json == {"status": "ok"}
     await house.join_raw(6, small=True)  # this one keeps the server draining
     await house.post(chat, *[BIG] * 20)
-    house.server.stopping.set()
+    house.server.listener.stopping.set()
     await trio.sleep(1)
     health = await kept.ask("GET", "/healthz")
     assert (health.status, health.json) == (503, {"status": "stopping"})
@@ -159,7 +159,7 @@ async def test_while_stopping_healthz_says_so_on_a_connection_still_open(
     kept.stream.socket.close()
     parked.stream.socket.close()
     with taking(3.9, 4):
-        await house.server.finished.wait()
+        await house.finished.wait()
 
 
 @wires()
@@ -172,7 +172,7 @@ async def test_a_stop_ends_parked_connections_with_the_last_socket(
     await half.send(b"GET /healthz HT")
     await behind.send(b"GET /healthz HT")
     peer = await house.join(6)
-    house.server.stopping.set()
+    house.server.listener.stopping.set()
     with taking(0):
         await peer.end()
         assert await answered.ends() == b""
@@ -200,23 +200,23 @@ async def test_a_stop_during_every_stage_of_a_connection_hangs_nowhere(
     half, whole = request[:-5], upgrade + wires_close(1000)
     for sent in (b"", b"\0" * 50, request[:30], half, upgrade[:50], upgrade, whole):
         await house.dial().send(sent)
-    house.server.stopping.set()
+    house.server.listener.stopping.set()
     with taking(0, 1):
-        await house.server.finished.wait()
+        await house.finished.wait()
 
 
 @wires()
 async def test_a_signal_stops_and_a_second_ends_at_once(house: WiresHouse) -> None:
-    at_once = trio.Event()
-    await house.nursery.start(house.server.watch_signals, at_once.set)
+    root = trio.CancelScope()
+    await house.nursery.start(watch_signals, house.server.listener, root)
     peer = await house.join(6)
     signal.raise_signal(signal.SIGTERM)
     ((bye,), code) = await peer.end()
     assert (bye["type"], code) == ("bye", 1012)
-    assert not at_once.is_set()
+    assert not root.cancel_called
     signal.raise_signal(signal.SIGINT)
-    with trio.fail_after(1):
-        await at_once.wait()
+    await wait_all_tasks_blocked()
+    assert root.cancel_called
 
 
 @wires()
@@ -274,7 +274,7 @@ async def test_at_the_limit_of_connections_the_longest_parked_makes_room(
     assert (await newcomer.ask("GET", "/healthz")).status == 200
     assert await second.ends() == b""
     assert (await first.ask("GET", "/healthz")).status == 200
-    assert house.server.open == 129
+    assert house.server.listener.open == 129
 
 
 @wires(max_connections=1)
@@ -283,7 +283,7 @@ async def test_who_makes_room_in_mid_head_goes_at_once(house: WiresHouse) -> Non
     for raw in raws:
         await raw.send(b"GET /healthz HT")
     await wait_all_tasks_blocked()
-    assert house.server.open == 129
+    assert house.server.listener.open == 129
     for raw in raws[:71]:
         assert await raw.ends() == b""
 
@@ -300,7 +300,7 @@ async def test_a_peer_that_resets_before_it_is_accepted_is_nobodys_error(
         )
         raw.stream.socket.close()
     await trio.sleep(2)
-    assert house.server.open == 0
+    assert house.server.listener.open == 0
 
 
 @wires(max_connections=1, requests=OFF)
@@ -360,9 +360,9 @@ async def test_those_turned_away_never_eat_the_descriptors_kept_for_the_database
         house.dial()
     await wait_all_tasks_blocked()
     # LimitNOFILE is --max-connections + 256, and the rest is for the database.
-    assert house.server.open <= 1 + 256 - 32
+    assert house.server.listener.open <= 1 + 256 - 32
     await trio.sleep(3)
-    assert house.server.open == 129
+    assert house.server.listener.open == 129
     house.disk.go()
 
 
@@ -449,11 +449,11 @@ async def test_two_hundred_connections_parked_in_every_state_all_go_by_themselve
         for _ in range(20 if sent.startswith(b"GET /ws") else 60):
             await house.dial().send(sent)
     await wait_all_tasks_blocked()
-    assert house.server.open == 200
+    assert house.server.listener.open == 200
     await trio.sleep(16.1)
-    assert house.server.open == 20
+    assert house.server.listener.open == 20
     await trio.sleep(24)  # a ping, and nobody answers it
-    assert house.server.open == 0
+    assert house.server.listener.open == 0
     house.check_left()
 
 

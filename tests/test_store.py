@@ -343,8 +343,8 @@ def test_a_broken_rule_of_the_schema_is_our_mistake_and_sinks_nobody(
 
 def test_a_work_before_the_start_is_done_here_and_now(tmp_path: Path) -> None:
     store = Store(Settings(db=tmp_path / "a.db"), Stats())
-    assert store.write_now(store.create_chat, None, [1]).id == 1
-    refusal = refusal_of(store.write_now, store.mark_read, 1, 9)
+    assert store.commit_now(store.create_chat, None, [1]).id == 1
+    refusal = refusal_of(store.commit_now, store.mark_read, 1, 9)
     assert (refusal.code, store.seq) == ("not_found", 1)
     store.close()
 
@@ -485,7 +485,7 @@ def test_a_removal_that_nobody_was_told_of_hides_nothing_that_came_before(
         (store.add_member, chat, 9, None),  # nor was he
         (store.remove_member, chat, 9, None),
     ):
-        store.write_now(work, *words)
+        store.commit_now(work, *words)
         assert seen(2) == before
         assert seen(9) == []
     assert seen(2, 6) == [7, 8]
@@ -712,7 +712,7 @@ async def memory_running(memory: Memory) -> AsyncIterator[None]:
 async def memory_code(memory: Memory, work: MemoryWork) -> str:
     """The code of the Refusal that a work meets, after waiting for its answer."""
     with pytest.raises(Refusal) as caught:
-        await memory.store.do(*work)
+        await memory.store.commit(*work)
     return caught.value.code
 
 
@@ -744,7 +744,7 @@ async def test_who_waits_for_a_work_gets_its_outcome_when_it_is_published(
 ) -> None:
     chat = memory.chat(1, 2)
     async with memory_running(memory):
-        sent = await memory.store.do(*memory.sends(chat, 1))
+        sent = await memory.store.commit(*memory.sends(chat, 1))
         assert memory.hub.head == sent.message.id
         assert await memory_code(memory, memory.sends(99, 1)) == "not_found"
         assert memory.store.writing_since is None
@@ -754,7 +754,7 @@ async def test_a_work_is_done_though_its_caller_has_gone(memory: Memory) -> None
     chat = memory.chat(1, 2)
     with trio.CancelScope() as gone:
         async with trio.open_nursery() as nursery:
-            sending = functools.partial(memory.store.do, *memory.sends(chat, 1))
+            sending = functools.partial(memory.store.commit, *memory.sends(chat, 1))
             nursery.start_soon(sending)
             await trio.testing.wait_all_tasks_blocked()
             gone.cancel()
@@ -774,7 +774,7 @@ async def test_a_stop_finishes_what_was_submitted(memory: Memory) -> None:
         pass
     assert len(outcomes) == 3
     with pytest.raises(trio.ClosedResourceError):
-        await memory.store.do(*memory.sends(chat, 1))
+        await memory.store.commit(*memory.sends(chat, 1))
 
 
 async def test_it_works_in_threads(tmp_path: Path) -> None:
@@ -783,7 +783,7 @@ async def test_it_works_in_threads(tmp_path: Path) -> None:
     chat = memory.chat(1, 2)
     async with memory_running(memory), trio.open_nursery() as nursery:
         for _ in range(50):
-            sending = functools.partial(memory.store.do, *memory.sends(chat, 1))
+            sending = functools.partial(memory.store.commit, *memory.sends(chat, 1))
             nursery.start_soon(sending)
         for _ in range(50):
             query = memory.store.my_chats
@@ -914,9 +914,9 @@ async def test_a_failed_commit_that_is_there_is_published_before_anything_else(
         assert await memory_code(memory, work) == "storage_failed"
         await trio.sleep(memory.settings.probe_seconds + 0.1)
         assert (memory.store.degraded, memory.hub.head, made.seqs()) == (False, 3, [3])
-        again = await memory.store.do(*work)
+        again = await memory.store.commit(*work)
         assert (again.duplicate, again.message.id) == (True, 3)
-        assert (await memory.store.do(*memory.sends(chat, 1))).message.n == 2
+        assert (await memory.store.commit(*memory.sends(chat, 1))).message.n == 2
     assert [message["message"]["content"] for message in made.heard()] == ["once", "hi"]
     memory_is_sound(memory)
 
@@ -960,7 +960,7 @@ async def test_while_the_disk_is_sick_writes_are_refused_at_once_and_readers_go_
         store._writer.execute("PRAGMA query_only = OFF")
         await trio.sleep(memory.settings.probe_seconds + 0.1)
         assert not store.degraded
-        assert (await store.do(*work)).message.n == 1
+        assert (await store.commit(*work)).message.n == 1
     assert memory.stats.failed == 21
     memory_is_sound(memory)
 
@@ -1066,7 +1066,9 @@ async def test_jobs_behind_a_large_new_chat_are_all_answered(tmp_path: Path) -> 
     memory = Memory(tmp_path, batch_events=3)
     async with memory_running(memory), trio.open_nursery() as nursery:
         for users in ([1, 2, 3], [1], [2], [4, 5, 6], [7]):
-            nursery.start_soon(memory.store.do, memory.store.create_chat, None, users)
+            nursery.start_soon(
+                memory.store.commit, memory.store.create_chat, None, users
+            )
     assert (memory.count("chat"), memory.hub.head) == (5, 9)
     memory.store.close()
 
@@ -1124,7 +1126,7 @@ async def test_a_removed_file_ends_the_store_s_task(memory: Memory) -> None:
     memory.settings.db.unlink()
     with pytest.RaisesGroup(UsageError, flatten_subgroups=True):
         async with memory_running(memory):
-            await memory.store.do(*work)
+            await memory.store.commit(*work)
 
 
 def memory_spoil(path: Path, table: str) -> None:

@@ -35,8 +35,8 @@ class Echo(chatd.Session):
     async def _greet(self, upto: int) -> bool:
         return True
 
-    async def _hear(self, text: str | bytes) -> None:
-        await self.outbox.room()
+    async def _receive(self, text: str | bytes) -> None:
+        await self.outbox.wait_not_full()
         self.outbox.push(bytes(chatd._frames.send_data(text)), always=True)
 
 
@@ -66,7 +66,7 @@ async def run_cases(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]
                 await trio.run_process(
                     command, check=False, capture_stdout=True, capture_stderr=True
                 )
-                server.stopping.set()
+                server.listener.stopping.set()
     finally:
         store.close()
     (index,) = json.loads((folder / "reports/index.json").read_text()).values()
