@@ -34,7 +34,7 @@ from typing import Any
 import jwt
 import pytest
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 CI = bool(os.environ.get("CI"))
 pytestmark = pytest.mark.browser
 

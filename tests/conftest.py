@@ -1,0 +1,94 @@
+"""The fixtures that tests of more than one file ask for."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import DOOR_MISTAKE, DOOR_OPEN, STORES, DoorProxy, DoorServer, Memory
+
+
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the machine reaches the settings; help lines are not broken."""
+    for name in [*os.environ]:
+        if name.startswith(("CHATD_", "STATE_DIR", "CREDENTIALS_DIR", "JOURNAL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+@pytest.fixture(autouse=True)
+def stores_end() -> Iterator[None]:
+    """Close what a test has opened; from Python 3.13 on it would be an error."""
+    yield
+    while STORES:
+        STORES.pop().close()
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Memory]:
+    made = Memory(tmp_path)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[DoorServer]:
+    """A server of the test's own: `async with house.serving(...)`."""
+    server = DoorServer(tmp_path)
+    yield server
+    server.tidy()
+
+
+@pytest.fixture(scope="module")
+def door_shared_process(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[DoorServer]:
+    server = DoorServer(tmp_path_factory.mktemp("door"))
+    server.flags = tuple(DOOR_OPEN)
+    server.start()
+    yield server
+    assert server.end(signal.SIGTERM) == 0, server.output
+    assert not DOOR_MISTAKE.search(server.output), server.output
+
+
+@pytest.fixture
+async def open_house(door_shared_process: DoorServer) -> AsyncIterator[DoorServer]:
+    """One server for all tests that leave it as it was; rates are off."""
+    server = door_shared_process
+    yield server
+    for stream in server.streams:
+        stream.socket.close()
+    server.streams.clear()
+
+
+@pytest.fixture(scope="module")
+def door_shared_proxy(
+    door_shared_process: DoorServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[DoorServer]:
+    server = door_shared_process
+    proxy = DoorProxy(tmp_path_factory.mktemp("proxy"), server.port, server.db)
+    proxy.flags = (*proxy.open, "--log-level=debug")
+    proxy.start()
+    yield proxy
+    assert proxy.end(signal.SIGTERM) == 0, proxy.output
+    assert not DOOR_MISTAKE.search(proxy.output), proxy.output
+    assert "eyJ" not in proxy.output, "a token in the log"
+
+
+@pytest.fixture(params=["straight", "by proxy"])
+async def either_house(
+    request: pytest.FixtureRequest, door_shared_process: DoorServer
+) -> AsyncIterator[DoorServer]:
+    """The same server, and the proxy before it: nobody can tell."""
+    server = door_shared_process
+    if request.param == "by proxy":
+        server = request.getfixturevalue("door_shared_proxy")
+    yield server
+    for stream in server.streams:
+        stream.socket.close()
+    server.streams.clear()

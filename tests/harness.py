@@ -1,0 +1,1919 @@
+"""What the tests of more than one file stand on.
+
+Each part belongs to a kind of test, and each kind looks at chatd from further away:
+
+- Memory: a real Store on a real file, a real Hub and real Seats, without a network. A
+  test takes the steps of a batch (transact, publish, page, feed) one by one, as a
+  scheduler could, in whatever order it likes.
+- WiresHouse: a real Server behind socket pairs, under virtual time.
+- DoorServer: a real process, a port, signals, real time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import inspect
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from urllib.parse import urlencode
+
+import h11
+import jwt
+import pytest
+import trio
+import trio.testing
+import trio_websocket
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from trio.testing import MockClock, wait_all_tasks_blocked
+from wsproto.frame_protocol import FrameProtocol, Opcode
+
+import chatd
+from chatd import Job, Keyring, Rate, Refusal, Send, Settings, Stats, Store, UsageError
+
+V = TypeVar("V")
+
+
+def refusal_of(function: Callable[..., object], *args: object) -> Refusal:
+    """The Refusal that a call raises; that it raises one is part of every test."""
+    with pytest.raises(Refusal) as caught:
+        function(*args)
+    assert caught.value.message
+    return caught.value
+
+
+def usage_error_of(function: Callable[..., object], *args: object) -> str:
+    """The sentence of the UsageError that a call raises: one line."""
+    with pytest.raises(UsageError) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def words_hear(data: bytes) -> list[tuple[Opcode, Any]]:
+    """What a client of wsproto hears: (opcode, payload) of each frame, all whole."""
+    client = FrameProtocol(client=True, extensions=[])
+    client.receive_bytes(data)
+    frames = [*client.received_frames()]
+    assert all(frame.frame_finished and frame.message_finished for frame in frames)
+    return [(frame.opcode, frame.payload) for frame in frames]
+
+
+@functools.cache
+def rules_private(kind: str) -> Any:
+    """A private key of a kind; made once, for RSA takes its time."""
+    match kind:
+        case "RS256":
+            return rsa.generate_private_key(65537, 2048)
+        case "RSA 3072":
+            return rsa.generate_private_key(65537, 3072)
+        case "RSA 1024":
+            return rsa.generate_private_key(65537, 1024)
+        case "ES256":
+            return ec.generate_private_key(ec.SECP256R1())
+        case "P-384":
+            return ec.generate_private_key(ec.SECP384R1())
+        case "secp256k1":
+            return ec.generate_private_key(ec.SECP256K1())
+        case _:
+            return ed25519.Ed25519PrivateKey.generate()
+
+
+KEY_PARTS = {
+    "SubjectPublicKeyInfo": (
+        serialization.Encoding.DER,
+        serialization.PublicFormat.SubjectPublicKeyInfo,
+    ),
+    "PKCS 1": (serialization.Encoding.DER, serialization.PublicFormat.PKCS1),
+    "OpenSSH": (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH),
+    "a point": (
+        serialization.Encoding.X962,
+        serialization.PublicFormat.UncompressedPoint,
+    ),
+}
+
+
+def rules_jwk(private: Any) -> dict[str, Any]:
+    algorithms: dict[type, Any] = {
+        rsa.RSAPrivateKey: jwt.algorithms.RSAAlgorithm,
+        ec.EllipticCurvePrivateKey: jwt.algorithms.ECAlgorithm,
+        ed25519.Ed25519PrivateKey: jwt.algorithms.OKPAlgorithm,
+    }
+    (found,) = (a for kind, a in algorithms.items() if isinstance(private, kind))
+    jwk: dict[str, Any] = found.to_jwk(private.public_key(), as_dict=True)
+    return jwk
+
+
+def rules_certificate(private: Any) -> bytes:
+    """A certificate of a key, signed by nobody who matters, in DER."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "chat.example")])
+    year = datetime.timedelta(days=365)
+    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, private.public_key(), 1, now, now + year)
+        .sign(rules_private("ES256"), hashes.SHA256())
+    )  # fmt: skip
+    return certificate.public_bytes(serialization.Encoding.DER)
+
+
+# =====================================================================================
+# Memory: the real Store on a real file, the real Hub, real Seats
+#
+# MemoryOutbox is a sheet of paper that takes what is pushed and has a bound. That is no
+# mock of chatd's own: push, full and waiting are all that Hub and Seat know of an
+# outbox, and test_outbox.py is about what the real one does with bytes.
+# =====================================================================================
+
+
+async def memory_inline(
+    function: Callable[..., V], *args: object, limiter: trio.CapacityLimiter | None
+) -> V:
+    """Store's run_sync without threads: it works under virtual time."""
+    await trio.lowlevel.checkpoint()
+    return function(*args)
+
+
+def memory_frames(data: bytes) -> list[dict[str, Any]]:
+    """The messages in these bytes, read by wsproto's client."""
+    return [json.loads(text) for op, text in words_hear(data) if op is Opcode.TEXT]
+
+
+MemoryWork = tuple[Any, ...]  # a work of the store, and what it is to be told
+
+
+def memory_job(
+    work: Callable[..., V],
+    *args: object,
+    done: Callable[[Any], chatd.Reply | None] = lambda _: None,
+    seat: chatd.Seat | None = None,
+) -> Job:
+    return Job(lambda db, log: work(db, log, *args), done, seat)
+
+
+class MemoryOutbox:
+    """Takes what is pushed. While it is stuck its peer reads nothing."""
+
+    def __init__(self) -> None:
+        self.taken: list[bytes] = []
+        self.unsent = 0
+        self.bound = math.inf
+        self.stuck = False
+        self.sealed = False
+        self.heard_at = self.moved_at = 0.0
+        self.patience = 10.0
+        self.listening = True
+
+    @property
+    def waiting(self) -> bool:
+        return self.unsent > 0
+
+    @property
+    def full(self) -> bool:
+        return self.unsent >= self.bound
+
+    def push(self, frames: bytes, *, always: bool = False) -> bool:
+        if self.full and not always:
+            return False
+        self.taken.append(frames)
+        self.unsent += len(frames) if self.stuck else 0
+        return True
+
+    def note_progress(self, now: float) -> None:
+        """Its peer has no kernel that would tell."""
+
+    def drain(self) -> None:
+        self.stuck, self.unsent = False, 0
+
+
+class MemorySeat:
+    """A real Seat, and what its peer has heard."""
+
+    def __init__(self, changed: Settings) -> None:
+        self.outbox = MemoryOutbox()
+        self.fell = 0
+        self.ended: list[tuple[int, str]] = []
+        self.seat = chatd.Seat(
+            cast(chatd.Outbox, self.outbox),
+            settings=changed,
+            behind=self._behind,
+            end=lambda code, reason: self.ended.append((code, reason)),
+        )
+
+    def _behind(self) -> None:
+        self.fell += 1
+
+    def heard(self) -> list[dict[str, Any]]:
+        """Everything so far."""
+        return [
+            message for data in self.outbox.taken for message in memory_frames(data)
+        ]
+
+    def seqs(self) -> list[int]:
+        """The events among it."""
+        return [message["seq"] for message in self.heard() if "seq" in message]
+
+
+STORES: list[Store] = []
+
+
+def memory_store(*args: Any, **more: Any) -> Store:
+    """A store that is closed when its test ends, if not before."""
+    STORES.append(Store(*args, **more))
+    return STORES[-1]
+
+
+class Memory:
+    """A store and a hub, driven step by step."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        self.settings = Settings(db=folder / "chatd.db", **changes)
+        self.stats = Stats()
+        self.store = memory_store(self.settings, self.stats, run_sync=memory_inline)
+        self.hub = chatd.Hub(self.settings, self.stats, self.store)
+
+    def again(self, **changes: Any) -> Memory:
+        """Stop, and start anew on the same file."""
+        self.store.close()
+        return Memory(self.settings.db.parent, **changes)
+
+    # --- writing
+
+    def commit(self, *works: MemoryWork) -> chatd.Batch:
+        """Run works in one transaction; nothing is published."""
+        return self.store._transact([memory_job(*work) for work in works])
+
+    def do(self, work: Callable[..., V], *args: object) -> V:
+        """Run one work of the store, publish, return its outcome or raise it."""
+        batch = self.commit((work, *args))
+        self.hub.publish(batch)
+        outcome = batch.answers[0][1]
+        if isinstance(outcome, Refusal):
+            raise outcome
+        return cast(V, outcome)
+
+    def chat(self, *users: int, title: str | None = None) -> int:
+        return self.do(self.store.create_chat, title, users).id
+
+    def say(self, chat: int, user: int, text: str = "hi", key: str = "") -> chatd.Sent:
+        return cast(chatd.Sent, self.do(*self.sends(chat, user, text, key)))
+
+    def sends(
+        self, chat: int, user: int, text: str = "hi", key: str = "", **more: bool
+    ) -> MemoryWork:
+        """The work of sending, to be done or committed."""
+        send = Send(chat, user, text, key or None)
+        return (self.store.send_message, send, *more.values())
+
+    # --- reading
+
+    def read(self, query: Callable[..., V], *args: object) -> V:
+        """Ask a reader, as Store.read does in its thread."""
+        return self.store._query(query, *args)
+
+    def page(self, user: int, cursor: int = 0, limit: int = 500) -> chatd.Page:
+        return self.read(self.store.events_after, user, cursor, self.hub.head, limit)
+
+    def seqs(self, user: int, cursor: int = 0) -> list[int]:
+        """The seqs of all that a user can read of the log."""
+        return [event.seq for event in self.page(user, cursor).events]
+
+    def my_chats(self, user: int) -> list[chatd.MyChat]:
+        return self.read(self.store.my_chats, user, self.hub.head)
+
+    def count(self, table: str) -> int:
+        (count,) = self.store._writer.execute(
+            f"SELECT count(*) FROM {table}"
+        ).fetchone()
+        return int(count)
+
+    # --- seats: what Session does between its awaits
+
+    def enter(self, user: int) -> MemorySeat:
+        """Register a seat; its chats are not read yet."""
+        made = MemorySeat(self.settings)
+        assert self.hub.enter(made.seat, user, self.hub.head)
+        return made
+
+    def greeting(self, user: int, cursor: int | None = None) -> chatd.Greeting:
+        upto = self.hub.head
+        start = upto if cursor is None else cursor
+        return self.read(self.store.greeting, user, upto, start)
+
+    def catch_up(self, made: MemorySeat) -> None:
+        """Bring a seat what it missed, until it is live."""
+        seat = made.seat
+        while not seat.live:
+            if self.hub.in_tail(seat.cursor):
+                self.hub.feed(seat)
+            else:
+                limit = self.settings.page_events
+                user = seat.person.user_id
+                self.hub.give_page(seat, self.page(user, seat.cursor, limit))
+
+    def sit(self, user: int, cursor: int | None = None) -> MemorySeat:
+        """A seat that is live."""
+        made = self.enter(user)
+        greeting = self.greeting(user, cursor)
+        self.hub.know(made.seat.person, greeting.joined)
+        made.seat.cursor = self.hub.head if cursor is None else cursor
+        self.catch_up(made)
+        return made
+
+
+@contextlib.contextmanager
+def memory_with(**changes: Any) -> Iterator[Memory]:
+    """A memory of other settings, or one for each example of a property."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Memory(Path(folder), **changes)
+        try:
+            yield made
+        finally:
+            made.store.close()
+
+
+def memory_is_sound(memory: Memory) -> None:
+    """The log and the messages have no holes, and the hub knows all of it."""
+    db = memory.store._writer
+    seqs = [seq for (seq,) in db.execute("SELECT seq FROM event ORDER BY seq")]
+    assert seqs == [*range(1, len(seqs) + 1)]
+    assert memory.hub.head == memory.store.seq == len(seqs)
+    ordinals: dict[int, list[int]] = {}
+    for chat, n in db.execute("SELECT chat_id, n FROM message ORDER BY n"):
+        ordinals.setdefault(chat, []).append(n)
+    assert all(ns == [*range(1, len(ns) + 1)] for ns in ordinals.values())
+    assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert db.execute("PRAGMA foreign_key_check").fetchall() == []
+
+
+# =====================================================================================
+# Wires: a real Server behind socket pairs
+#
+# Its Store works inline, and time is virtual: the clock jumps when every task waits, so
+# a stall of ten seconds takes none, and every deadline is asserted. @wires makes the
+# house that a test gets, and stops it when the test is over: each test thus also claims
+# that a stop ends everything in time, that no seat is left behind, and that the
+# bulkhead had nothing to catch.
+#
+# WiresPeer is trio-websocket's own client. WiresRaw speaks in bytes, for what a good
+# client does not do, and for HTTP.
+# =====================================================================================
+
+
+P = ParamSpec("P")
+WiresFrame = dict[str, Any]
+WIRES_SECRET = b"0123456789abcdef0123456789abcdef"
+OFF = Rate(0, 0)
+SMALL = 4096  # bytes the kernel is asked to hold; it takes a few thousand more
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+
+
+class WiresDisk:
+    """The Store's run_sync: inline, and slow when told so."""
+
+    def __init__(self) -> None:
+        self.turning = trio.Event()
+        self.turning.set()
+        self.holds_reads = False
+
+    def hold(self, *, reads: bool = False) -> None:
+        """Let no commit, or no read, happen until `go`."""
+        self.turning = trio.Event()
+        self.holds_reads = reads
+
+    def go(self) -> None:
+        self.turning.set()
+
+    async def run_sync(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        limiter: trio.CapacityLimiter | None = None,
+    ) -> Any:
+        await trio.lowlevel.checkpoint()
+        one_writer = limiter is not None and limiter.total_tokens == 1
+        if one_writer != self.holds_reads:
+            await self.turning.wait()
+        return function(*args)
+
+
+class WiresListener(trio.abc.Listener[trio.SocketStream]):
+    """Accepts what it is offered: one end of a pair, or the kernel's no."""
+
+    def __init__(self) -> None:
+        self.offer, self._offered = trio.open_memory_channel[
+            trio.SocketStream | OSError
+        ](math.inf)
+
+    async def accept(self) -> trio.SocketStream:
+        offered = await self._offered.receive()
+        if isinstance(offered, OSError):
+            raise offered
+        return offered
+
+    async def aclose(self) -> None:
+        self._offered.close()
+        await trio.lowlevel.checkpoint()
+
+
+class HttpAnswer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """The error's code; its shape and its sentence are checked on the way."""
+        error = self.json["error"]
+        assert isinstance(error["message"], str), error
+        assert error["message"], error
+        return str(error["code"])
+
+
+def wires_request(
+    method: str, target: str, body: bytes | None = None, /, **headers: str
+) -> bytes:
+    """One request's bytes. Header names are given with _ for -."""
+    lines = [f"{method} {target} HTTP/1.1"]
+    headers = {"Host": "chat.example"} | headers
+    if body is not None:
+        headers["Content-Length"] = str(len(body))
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join((*lines, "", "")).encode("latin-1") + (body or b"")
+
+
+def wires_upgrade(target: str, **changed: str) -> bytes:
+    """A handshake's bytes; a header that is changed to nothing is left out."""
+    headers = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec_WebSocket_Version": "13",
+        "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    } | changed
+    given = {name: value for name, value in headers.items() if value}
+    return wires_request("GET", target, None, **given)
+
+
+def wires_frame(
+    opcode: int, payload: bytes = b"", *, fin: bool = True, masked: bool = True
+) -> bytes:
+    """One frame of a client, with a mask of zeros."""
+    first, mask, size = opcode | (0x80 if fin else 0), 0x80 if masked else 0, b""
+    length = len(payload)
+    if length > 125:
+        size = struct.pack("!H", length)
+        length = 126
+    if len(payload) > 65535:
+        size = struct.pack("!Q", len(payload))
+        length = 127
+    mask_key = bytes(4) if masked else b""
+    return bytes((first, mask | length)) + size + mask_key + payload
+
+
+def wires_close(code: int) -> bytes:
+    return wires_frame(CLOSE, struct.pack("!H", code))
+
+
+def wires_command(kind: str, **fields: Any) -> bytes:
+    return wires_frame(TEXT, json.dumps({"type": kind, **fields}).encode())
+
+
+def wires_frames(data: bytearray) -> Iterator[tuple[int, bytes]]:
+    """Take the whole frames of a server off the front of data."""
+    while len(data) >= 2:
+        assert data[0] & 0x70 == 0, "reserved bits"
+        assert data[0] & 0x80, "a fragment"
+        assert data[1] < 128, "a server's frame is not masked"
+        size, start = data[1], 2
+        if size == 126:
+            (size,), start = struct.unpack_from("!H", data, 2), 4
+        elif size == 127:
+            (size,), start = struct.unpack_from("!Q", data, 2), 10
+        if len(data) < start + size:
+            return
+        opcode, payload = data[0] & 15, bytes(data[start : start + size])
+        del data[: start + size]
+        yield opcode, payload
+
+
+@contextlib.contextmanager
+def taking(least: float, most: float | None = None) -> Iterator[None]:
+    """Claim how many virtual seconds the block takes."""
+    started = trio.current_time()
+    yield
+    took = trio.current_time() - started
+    assert least - 1e-6 <= took <= (least if most is None else most) + 1e-6
+
+
+class WiresPeer:
+    """A real client. Its library reads, answers pings, and keeps what was not heard."""
+
+    def __init__(
+        self, ws: trio_websocket.WebSocketConnection, stream: trio.SocketStream
+    ) -> None:
+        self.ws = ws
+        self.stream = stream
+        self.hello: WiresFrame = {}
+
+    async def say(self, kind: str, **fields: Any) -> None:
+        await self.ws.send_message(json.dumps({"type": kind, **fields}))
+
+    async def hear(self, kind: str, within: float = 1.0) -> WiresFrame:
+        """Get the next message, which must be of this type, and soon."""
+        with trio.fail_after(within):
+            heard: WiresFrame = json.loads(await self.ws.get_message())
+        assert heard["type"] == kind, heard
+        return heard
+
+    async def ask(self, kind: str, **fields: Any) -> WiresFrame:
+        """Say a command and get its answer, past any event."""
+        await self.say(kind, ref="ask", **fields)
+        while True:
+            with trio.fail_after(1):
+                heard: WiresFrame = json.loads(await self.ws.get_message())
+            if heard.get("ref") == "ask":
+                return heard
+
+    async def refused(self, kind: str, **fields: Any) -> WiresFrame:
+        """Say a command and get the error that it is answered with."""
+        answer = await self.ask(kind, **fields)
+        assert answer["type"] == "error", answer
+        assert answer["message"]
+        return answer
+
+    async def hears_nothing(self, seconds: float = 1.0) -> None:
+        with trio.move_on_after(seconds):
+            pytest.fail(f"heard {await self.ws.get_message()!r}")
+
+    async def end(self, within: float = 1.0) -> tuple[list[WiresFrame], int]:
+        """Hear all that is left, and the close code; then hang up."""
+        heard = []
+        with trio.fail_after(within):
+            with contextlib.suppress(trio_websocket.ConnectionClosed):
+                while True:
+                    heard.append(json.loads(await self.ws.get_message()))
+        assert self.ws.closed is not None
+        self.stream.socket.close()
+        await wait_all_tasks_blocked()
+        return heard, self.ws.closed.code
+
+    async def leave(self, code: int = 1000) -> None:
+        await self.ws.aclose(code)
+
+
+class WiresRaw:
+    """One connection, in bytes. It reads only while something is awaited."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self.data = bytearray()
+        self.informed: list[int] = []
+
+    async def send(self, *parts: bytes) -> None:
+        await self.stream.send_all(b"".join(parts))
+
+    async def read(self, most: int = 65536) -> bytes:
+        data = bytes(await self.stream.receive_some(most))
+        self.data += data
+        return data
+
+    async def listen(self, seconds: float = 1.0) -> None:
+        """Read what comes in so many seconds."""
+        with trio.move_on_after(seconds):
+            while await self.read():
+                pass
+
+    # --- HTTP ------------------------------------------------------------------------
+
+    async def answer(self, method: str = "GET", within: float = 1.0) -> HttpAnswer:
+        """Read one whole answer to a request of this method."""
+        client = h11.Connection(h11.CLIENT)
+        client.send(
+            h11.Request(
+                method=method,
+                target="/",
+                headers=[("Host", "x"), ("Upgrade", "x"), ("Connection", "upgrade")],
+            )
+        )
+        client.send(h11.EndOfMessage())
+        if self.data:
+            client.receive_data(bytes(self.data))
+        status, headers, body = 0, dict[str, str](), b""
+        with trio.fail_after(within):
+            while True:
+                event = client.next_event()
+                if event is h11.NEED_DATA:
+                    client.receive_data(await self.read())
+                elif isinstance(event, h11.Response | h11.InformationalResponse):
+                    status = event.status_code
+                    headers = {}
+                    for name, value in event.headers:  # RFC 9110 5.3
+                        had = headers.get(name.decode())
+                        line = value.decode()
+                        headers[name.decode()] = f"{had}, {line}" if had else line
+                    if status == 100:
+                        self.informed.append(status)
+                    elif status == 101:
+                        break
+                elif isinstance(event, h11.Data):
+                    body += event.data
+                else:
+                    assert isinstance(event, h11.EndOfMessage), event
+                    break
+        self.data = bytearray(client.trailing_data[0])
+        return HttpAnswer(status, headers, body)
+
+    async def ask(
+        self, method: str, target: str, body: Any = None, /, **headers: str
+    ) -> HttpAnswer:
+        """Send a request, the body as JSON, and read its answer."""
+        encoded = None if body is None else json.dumps(body).encode()
+        await self.send(wires_request(method, target, encoded, **headers))
+        return await self.answer(method)
+
+    async def ends(self, within: float = 1.0) -> bytes:
+        """Read until the other side is at its end; return what came."""
+        with trio.fail_after(within), contextlib.suppress(trio.BrokenResourceError):
+            while await self.read():
+                pass
+        return bytes(self.data)
+
+    # --- the socket ------------------------------------------------------------------
+
+    async def frame(self, within: float = 1.0) -> tuple[int, bytes]:
+        with trio.fail_after(within):
+            while True:
+                for frame in wires_frames(self.data):
+                    return frame
+                assert await self.read(), "the connection has ended"
+
+    async def hear(self, kind: str, within: float = 1.0) -> WiresFrame:
+        opcode, payload = await self.frame(within)
+        heard: WiresFrame = json.loads(payload)
+        assert (opcode, heard["type"]) == (TEXT, kind), heard
+        return heard
+
+    async def close_code(self, within: float = 1.0) -> int:
+        """Read the close frame, and that nothing at all comes behind it; hang up."""
+        opcode, payload = await self.frame(within)
+        assert opcode == CLOSE, payload
+        assert await self.ends() == b""
+        self.stream.socket.close()
+        await wait_all_tasks_blocked()
+        return int.from_bytes(payload[:2], "big") if payload else 1005
+
+
+class WiresHouse:
+    """A server that runs, and ways in."""
+
+    def __init__(
+        self,
+        server: chatd.Server,
+        listener: WiresListener,
+        disk: WiresDisk,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.server = server
+        self.store = server.store
+        self.listener = listener
+        self.disk = disk
+        self.nursery = nursery
+        self.errors: dict[str, int] = {}  # what the bulkhead is expected to catch
+        self.streams: list[trio.SocketStream] = []  # the clients' ends
+        self.ends: list[trio.SocketStream] = []  # the server's
+
+    def dial(
+        self, *, small: bool = False, tcp: bool = False, accepted: bool = True
+    ) -> WiresRaw:
+        """Connect; small: the kernel holds little of what the server writes."""
+        if tcp:
+            with socket.create_server(("127.0.0.1", 0)) as door:
+                theirs = socket.create_connection(door.getsockname())
+                ours, _ = door.accept()
+        else:
+            ours, theirs = socket.socketpair()
+        if small:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+        self.streams.append(stream)
+        self.ends.append(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        try:
+            self.listener.offer.send_nowait(self.ends[-1])
+        except trio.BrokenResourceError:
+            assert not accepted, "the server does not accept"
+            ours.close()
+        return WiresRaw(stream)
+
+    def token(self, user_id: int, seconds: float = 3600, **claims: Any) -> str:
+        """Sign a token that ends in exactly so many seconds."""
+        exp = time.time() + seconds
+        return self.server.keyring.sign(user_id, 0, **{"exp": exp} | claims)
+
+    def target(
+        self, user_id: int = 1, *, token: str = "", cursor: str | None = None
+    ) -> str:
+        """Where a socket is opened."""
+        query = {"token": token or self.token(user_id)}
+        return "/ws/chat?" + urlencode(
+            query if cursor is None else query | {"cursor": cursor}
+        )
+
+    async def join(
+        self,
+        user_id: int,
+        *,
+        token: str = "",
+        cursor: str | None = None,
+        hello: bool = True,
+    ) -> WiresPeer:
+        """Connect a real client, and hear `connected`."""
+        raw = self.dial()
+        with trio.fail_after(1):
+            ws = await trio_websocket.wrap_client_stream(
+                self.nursery,
+                raw.stream,
+                "chat.example",
+                self.target(user_id, token=token, cursor=cursor),
+                message_queue_size=10_000,
+            )
+        peer = WiresPeer(ws, raw.stream)
+        if hello:
+            peer.hello = await peer.hear("connected")
+        return peer
+
+    async def join_raw(
+        self, user_id: int, *, small: bool = False, behind: bytes = b"", **where: Any
+    ) -> WiresRaw:
+        """Connect and hear `connected`, in bytes. behind: sent with the handshake."""
+        raw = self.dial(small=small)
+        target = self.target(user_id, **where)
+        await raw.send(wires_upgrade(target), behind)
+        assert (await raw.answer()).status == 101
+        await raw.hear("connected")
+        return raw
+
+    async def ask(
+        self,
+        method: str,
+        target: str,
+        body: Any = None,
+        /,
+        *,
+        user: int = 0,
+        token: str = "",
+        **headers: str,
+    ) -> HttpAnswer:
+        """Ask on a connection of its own, for this user or with this token."""
+        if user:
+            token = self.token(user)
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        raw = self.dial()
+        answer = await raw.ask(method, target, body, **headers)
+        raw.stream.socket.close()
+        return answer
+
+    async def command(self, method: str, target: str, body: Any = None) -> Any:
+        """Ask as the service, outside all rates; it must succeed."""
+        token = self.token(999, scope="service stats")
+        answer = await self.ask(method, target, body, token=token)
+        assert answer.status < 300, answer
+        return answer.json if answer.body else None
+
+    async def chat(self, *members: int) -> int:
+        made = await self.command(
+            "POST", "/api/v1/chats", {"member_ids": members, "title": "Tea"}
+        )
+        return int(made["chat"]["id"])
+
+    async def post(self, chat: int, *contents: str, sender: int = 1) -> list[int]:
+        """Send messages over HTTP, one after another; return their ids."""
+        raw = self.dial()
+        ids = []
+        auth = f"Bearer {self.token(999, scope='service')}"
+        target = f"/api/v1/chats/{chat}/messages"
+        for content in contents:
+            body = {"content": content, "sender_id": sender}
+            answer = await raw.ask("POST", target, body, Authorization=auth)
+            assert answer.status == 201, answer
+            ids.append(int(answer.json["message"]["id"]))
+        raw.stream.socket.close()
+        return ids
+
+    def session(self, user_id: int) -> chatd.Session:
+        """The one session of a user, to look at."""
+        (found,) = [s for s in self.server.sessions if s.claims.user_id == user_id]
+        return found
+
+    def session_of(self, raw: WiresRaw) -> chatd.Session:
+        """The session at the other end of a connection."""
+        place = self.streams.index(raw.stream)
+        (found,) = [
+            s for s in self.server.sessions if s.outbox.stream is self.ends[place]
+        ]
+        return found
+
+    async def stats(self) -> Any:
+        return await self.command("GET", "/api/v1/internal/chat/ws/stats")
+
+    async def stop(self) -> None:
+        """Stop the server, as a signal would; it must be done within the drain."""
+        self.server.stopping.set()
+        with trio.fail_after(self.server.settings.drain_seconds + 0.1):
+            await self.server.finished.wait()
+
+    def check_left(self) -> None:
+        """Claim that nothing is left of any connection."""
+        server, hub = self.server, self.server.hub
+        assert (server.open, len(server.sessions), hub.seats) == (0, 0, 0)
+        assert not server.parked
+        assert not hub.people
+        assert not hub.rooms
+        assert dict(server.stats.errors) == self.errors
+
+
+@contextlib.asynccontextmanager
+async def wires_house(
+    path: Path, store_class: type[chatd.Store], settings: dict[str, Any]
+) -> AsyncIterator[WiresHouse]:
+    """Open a house for a test, and close it: everything must end by itself."""
+    chosen = chatd.Settings(db=path / "chat.db", **settings)
+    disk = WiresDisk()
+    store = store_class(chosen, chatd.Stats(), run_sync=disk.run_sync)
+    try:
+        server = chatd.Server(chosen, store, chatd.Keyring(chosen, WIRES_SECRET))
+        listener = WiresListener()
+        async with trio.open_nursery() as nursery:
+            house = WiresHouse(server, listener, disk, nursery)
+            await nursery.start(server.run, [cast("trio.SocketListener", listener)])
+            try:
+                yield house
+                if not server.finished.is_set():
+                    await house.stop()
+                house.check_left()
+            finally:
+                for stream in house.streams:
+                    stream.socket.close()
+                nursery.cancel_scope.cancel()
+    finally:
+        store.close()
+
+
+def wires(
+    *, store: type[chatd.Store] = chatd.Store, **settings: Any
+) -> Callable[
+    [Callable[Concatenate[WiresHouse, P], Awaitable[None]]], Callable[..., None]
+]:
+    """Give a test a house with these settings, in a run of Trio whose clock jumps."""
+
+    def decorate(
+        test: Callable[Concatenate[WiresHouse, P], Awaitable[None]],
+    ) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(tmp_path: Path, **given: Any) -> None:
+            async def main() -> None:
+                async with wires_house(tmp_path, store, settings) as house:
+                    await cast("Callable[..., Awaitable[None]]", test)(house, **given)
+
+            try:
+                trio.run(main, clock=MockClock(autojump_threshold=0))
+            except BaseExceptionGroup as group:
+                errors = list(chatd.leaves(group))
+                raise errors[0] if len(errors) == 1 else group from None
+
+        signature = inspect.signature(test)
+        _, *given = signature.parameters.values()
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter("tmp_path", kind), *given]
+        )
+        return run
+
+    return decorate
+
+
+BIG = "x" * 4000  # some fill the kernel's share and then the outbox
+
+WIRES_BAD_HEADS: dict[str, tuple[bytes, int]] = {
+    "no HTTP": (b"hello\r\n\r\n", 400),
+    "a TLS hello": (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n", 400),
+    "two slashes": (wires_request("GET", "//evil.example/healthz"), 400),
+    "an absolute target": (wires_request("GET", "http://x.example/healthz"), 400),
+    "an authority": (wires_request("CONNECT", "x.example:443"), 400),
+    "an asterisk": (wires_request("OPTIONS", "*"), 400),
+    "no slash": (wires_request("GET", "healthz"), 400),
+    "a control character in the target": (
+        b"GET /\x01 HTTP/1.1\r\nHost: x\r\n\r\n", 400,
+    ),
+    "a length and chunks": (
+        wires_request("POST", "/healthz", b"0\r\n\r\n", Transfer_Encoding="chunked"),
+        400,
+    ),
+    "two lengths": (
+        wires_request("POST", "/api/v1/chats", b"{}", content_length="3"), 400,
+    ),
+    "a length of -1": (wires_request("POST", "/healthz", Content_Length="-1"), 400),
+    "another HTTP": (b"GET /healthz HTTP/1.2\r\nHost: x\r\n\r\n", 400),
+    "no Host": (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+    "two Hosts": (b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    "a Host that is not ASCII": (wires_request("GET", "/healthz", Host="caf\xe9"), 400),
+    "an Origin that is not ASCII": (
+        wires_request("GET", "/healthz", Origin="http://caf\xe9"), 400,
+    ),
+    "a Connection that is not ASCII": (
+        wires_request("GET", "/healthz", Connection="clos\xe9"), 400,
+    ),
+    "a query that is not UTF-8": (wires_request("GET", "/healthz?a=%ff"), 400),
+    "a query of 17 fields": (wires_request("GET", "/?" + "a=1&" * 16 + "a=1"), 400),
+    "65 header lines": (
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 64 + b"\r\n", 431,
+    ),
+    "a head of 40 KB": (wires_request("GET", "/healthz", X="x" * 40_000), 431),
+    "a target of 40 KB": (wires_request("GET", "/" + "x" * 40_000), 431),
+}  # fmt: skip
+
+
+class FaultyStore(chatd.Store):
+    """A store with a programmer's mistake in it."""
+
+    def history(self, *args: Any) -> Any:
+        raise ValueError(f"a mistake of ours: {len(args)}")
+
+    def find_sent(self, db: sqlite3.Connection, *args: Any) -> Any:
+        if db is not self._writer:
+            raise KeyError("a mistake that the library would swallow")
+        return super().find_sent(db, *args)
+
+    def missed(self, *args: Any) -> int | None:
+        if args[2] == 0:
+            raise ValueError("another")
+        return super().missed(*args)
+
+
+# =====================================================================================
+# Proxy
+# =====================================================================================
+
+
+class ProxyUp(NamedTuple):
+    """A request as the upstream got it, whole."""
+
+    method: str
+    target: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def one(self, name: str) -> str:
+        """The header of that name, which must be there once."""
+        (value,) = [value for key, value in self.headers if key == name]
+        return value
+
+    @property
+    def names(self) -> set[str]:
+        return {name for name, _ in self.headers}
+
+
+class ProxyHouse:
+    """A proxy that runs, its clients, and the upstream that it dials."""
+
+    def __init__(
+        self, settings: Settings, log: pytest.LogCaptureFixture | None
+    ) -> None:
+        keyring = Keyring(settings, WIRES_SECRET)
+        self.log = log
+        self.proxy = chatd.Proxy(settings, keyring, "chat.example:8086", self._dial)
+        self.listener = WiresListener()
+        self.dials = 0
+        self.fault: OSError | None = None  # what dialling raises
+        self.hanging = False  # dialling takes for ever
+        self.small = False  # the kernel holds little between proxy and upstream
+        self.errors: dict[str, int] = {}
+        self.streams: list[trio.SocketStream] = []
+        self._come, self._came = trio.open_memory_channel[WiresRaw](math.inf)
+
+    def _pair(
+        self, *, tcp: bool = False, small: bool = False
+    ) -> tuple[trio.SocketStream, WiresRaw]:
+        if tcp:
+            with socket.create_server(("127.0.0.1", 0)) as door:
+                theirs = socket.create_connection(door.getsockname())
+                ours, _ = door.accept()
+        else:
+            ours, theirs = socket.socketpair()
+        for sock in (ours, theirs):
+            if small:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
+            sock.setblocking(False)
+        streams = [
+            trio.SocketStream(trio.socket.from_stdlib_socket(s)) for s in (ours, theirs)
+        ]
+        self.streams.append(streams[1])
+        return streams[0], WiresRaw(streams[1])
+
+    async def _dial(self) -> trio.SocketStream:
+        self.dials += 1
+        await trio.lowlevel.checkpoint()
+        if self.hanging:
+            await trio.sleep_forever()
+        if self.fault is not None:
+            raise self.fault
+        ours, theirs = self._pair(tcp=not self.small, small=self.small)
+        self._come.send_nowait(theirs)
+        return ours
+
+    def dial(self, *, small: bool = False, tcp: bool = True) -> WiresRaw:
+        """Connect as a client. TCP has addresses and resets, but also real time."""
+        ours, raw = self._pair(tcp=tcp and not small, small=small)
+        self.listener.offer.send_nowait(ours)
+        return raw
+
+    async def upstream(self) -> WiresRaw:
+        """The next connection that the proxy made."""
+        with trio.fail_after(1):
+            return await self._came.receive()
+
+    async def request(self, up: WiresRaw) -> ProxyUp:
+        """Read one whole request as the upstream gets it, and that it is the last."""
+        side, method, target = h11.Connection(h11.SERVER), "", ""
+        headers: list[tuple[str, str]] = []
+        body = b""
+        with trio.fail_after(1):
+            while True:
+                event = side.next_event()
+                if event is h11.NEED_DATA:
+                    side.receive_data(await up.read())
+                elif isinstance(event, h11.Request):
+                    method, target = event.method.decode(), event.target.decode()
+                    headers = [
+                        (k.decode(), v.decode("latin-1")) for k, v in event.headers
+                    ]
+                elif isinstance(event, h11.Data):
+                    body += event.data
+                else:
+                    assert isinstance(event, h11.EndOfMessage), event
+                    break
+        await wait_all_tasks_blocked()
+        up.data = bytearray(side.trailing_data[0])
+        return ProxyUp(method, target, headers, body)
+
+    def target(self, user_id: int = 6, **claims: Any) -> str:
+        token = self.proxy.keyring.sign(user_id, 600, **claims)
+        return "/ws/chat?" + urlencode({"token": token})
+
+    async def exchange(
+        self, sent: bytes, answer: bytes = b"", method: str = "GET"
+    ) -> tuple[ProxyUp, HttpAnswer]:
+        """A request all the way up, and its answer all the way down."""
+        raw = self.dial()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(raw.send, sent)
+            up = await self.upstream()
+            got = await self.request(up)
+        await up.send(answer or PROXY_OK)
+        up.stream.socket.close()
+        heard = await raw.answer(method)
+        assert heard.headers["connection"] == "close"
+        assert await raw.ends() == b""
+        return got, heard
+
+    async def socket(
+        self, *, said: bytes = b"", heard: bytes = b"", small: bool = False
+    ) -> tuple[WiresRaw, WiresRaw]:
+        """Open a socket through it: the client's end and the upstream's."""
+        raw = self.dial(small=small)
+        await raw.send(wires_upgrade(self.target()), said)
+        up = await self.upstream()
+        await self.request(up)
+        await up.send(PROXY_101, heard)
+        assert (await raw.answer()).status == 101
+        return raw, up
+
+    def check_left(self) -> None:
+        """Claim that nothing is left of any connection."""
+        proxy = self.proxy
+        assert (proxy.open, len(proxy.sessions), len(proxy.parked)) == (0, 0, 0)
+        assert dict(proxy.stats.errors) == self.errors
+
+
+PROXY_OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+PROXY_101 = (
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+)
+
+
+def proxy_run(
+    test: Callable[[ProxyHouse], Awaitable[None]],
+    log: pytest.LogCaptureFixture | None = None,
+    **settings: Any,
+) -> None:
+    """Give a test a proxy with these settings, in a run of Trio whose clock jumps."""
+    chosen = Settings(**{"trusted_proxy": ("none",)} | settings)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            house = ProxyHouse(chosen, log)
+            doors = [cast("trio.SocketListener", house.listener)]
+            await nursery.start(house.proxy.run, doors)
+            try:
+                await test(house)
+                house.proxy.stopping.set()
+                with trio.fail_after(chosen.drain_seconds + 0.1):
+                    await house.proxy.finished.wait()
+                house.check_left()
+            finally:
+                for stream in house.streams:
+                    stream.socket.close()
+                nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(main, clock=MockClock(autojump_threshold=0))
+    except BaseExceptionGroup as group:
+        errors = list(chatd.leaves(group))
+        raise errors[0] if len(errors) == 1 else group from None
+
+
+def proxied(
+    **settings: Any,
+) -> Callable[
+    [Callable[Concatenate[ProxyHouse, P], Awaitable[None]]], Callable[..., None]
+]:
+    """Make a test of it; whatever it does, no token may be in the log."""
+
+    def decorate(
+        test: Callable[Concatenate[ProxyHouse, P], Awaitable[None]],
+    ) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(caplog: pytest.LogCaptureFixture, **given: Any) -> None:
+            caplog.set_level(logging.DEBUG, "chatd")
+            proxy_run(functools.partial(test, **given), caplog, **settings)
+            assert "eyJ" not in caplog.text, "a token in the log"
+
+        signature = inspect.signature(test)
+        _, *given = signature.parameters.values()
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter("caplog", kind), *given]
+        )
+        return run
+
+    return decorate
+
+
+# =====================================================================================
+# The door: chatd as a stranger meets it
+#
+# A process, a port, signals, real time; nothing here looks inside. DoorServer is one
+# database and the process that serves it, which may be killed and started again.
+# DoorPeer is one WebSocket client, written without the library that the server uses,
+# and it reads only when it is told to: say, hear, hears_nothing, leave. A test waits
+# for an event (a line, a frame, the end of a process), and every wait has an end.
+# =====================================================================================
+
+
+DOOR_SECONDS = 30.0  # the longest wait for anything that should come at once
+DOOR_MISTAKE = re.compile(r"Traceback|\b(failed|crashed) error=")
+DOOR_CHECKOUT = Path(chatd.__file__).resolve().parent
+DOOR_OPEN = [  # rates off: what the tests of limits are not about
+    *("--sends=0", "--commands=0", "--typing=0", "--handshakes=0"),
+    *("--requests=0", "--receive-bytes=0", "--drain-seconds=2"),
+]
+DOOR_UPGRADE = (
+    "Upgrade: websocket",
+    "Connection: Upgrade",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+)
+DOOR_ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3, for the key above
+door_users = itertools.count(1000)  # a test takes users that no other test has
+
+DoorFrame = dict[str, Any]
+
+
+class DoorGone(Exception):
+    """The server ended the connection: its close code, 1006 for none."""
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(code, reason)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class DoorRun:
+    """How a command ended and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+
+def door_answer(data: bytes, *, bodiless: bool = False) -> tuple[HttpAnswer, bytes]:
+    """The first answer in `data` and what follows it. EOFError: not whole yet."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    if not end:
+        raise EOFError
+    first, *lines = head.decode("latin-1").split("\r\n")
+    pairs = (line.partition(":") for line in lines)
+    headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    status = int(first.split()[1])
+    empty = bodiless or status in {101, 204, 304}
+    size = 0 if empty else int(headers["content-length"])
+    if len(rest) < size:
+        raise EOFError
+    return HttpAnswer(status, headers, rest[:size]), rest[size:]
+
+
+def door_get(target: str, *lines: str, version: str = "1.1") -> bytes:
+    """The bytes of a GET; `lines` are its headers as they stand."""
+    text = "\r\n".join((f"GET {target} HTTP/{version}", *lines, "", ""))
+    return text.encode("latin-1")
+
+
+def door_frame(
+    opcode: int, payload: bytes = b"", *, first: int = 0x80, masked: bool = True
+) -> bytes:
+    """One client's frame; `first` holds FIN and the reserved bits."""
+    size, mask = len(payload), 0x80 if masked else 0
+    if size < 126:
+        head = struct.pack(">BB", first | opcode, mask | size)
+    elif size < 1 << 16:
+        head = struct.pack(">BBH", first | opcode, mask | 126, size)
+    else:
+        head = struct.pack(">BBQ", first | opcode, mask | 127, size)
+    return head + (bytes(4) if masked else b"") + payload  # a mask of zeros
+
+
+def door_reset(stream: trio.SocketStream) -> None:
+    """Hang up with RST instead of FIN."""
+    linger = struct.pack("ii", 1, 0)
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    stream.socket.close()
+
+
+async def door_rest(stream: trio.SocketStream, seconds: float = DOOR_SECONDS) -> bytes:
+    """Everything up to the server's end of the connection, which must come."""
+    data = b""
+    with trio.fail_after(seconds), suppress(trio.BrokenResourceError):
+        while more := await stream.receive_some(65536):
+            data += more
+    return data
+
+
+class DoorPeer:
+    """One WebSocket client. Nothing is read but by hear and its sisters."""
+
+    def __init__(self, stream: trio.SocketStream, data: bytes) -> None:
+        self.stream = stream
+        self.data = bytearray(data)
+        self.hello: DoorFrame = {}
+        self.pongs: list[bytes] = []
+        self.owed = bytearray()  # pongs and the close, sent before the next read
+
+    async def say(self, kind: str, /, **fields: object) -> None:
+        await self.utter(json.dumps({"type": kind, **fields}))
+
+    async def utter(self, text: str | bytes, opcode: int = 1) -> None:
+        payload = text.encode() if isinstance(text, str) else text
+        with trio.fail_after(DOOR_SECONDS):
+            await self.stream.send_all(door_frame(opcode, payload))
+
+    async def hear(self, kind: str = "", seconds: float = DOOR_SECONDS) -> DoorFrame:
+        """The next message, which must be of that type. DoorGone: there is none."""
+        with trio.fail_after(seconds):
+            while (frame := self.heard()) is None:
+                await self.sip(65536)
+        assert kind in {"", frame["type"]}, frame
+        return frame
+
+    async def find(self, kind: str, seconds: float = DOOR_SECONDS) -> DoorFrame:
+        """The next message of that type; those before it are not looked at."""
+        with trio.fail_after(seconds):
+            while (frame := await self.hear(seconds=seconds))["type"] != kind:
+                pass
+        return frame
+
+    async def hears_nothing(self) -> None:
+        """Nothing was on its way: a ping is answered before anything else comes."""
+        await self.say("ping")
+        await self.hear("pong")
+
+    async def ask(self, kind: str, /, **fields: object) -> DoorFrame:
+        """Say it and hear what answers it, past anything else."""
+        ref = os.urandom(8).hex()
+        await self.say(kind, ref=ref, **fields)
+        while (frame := await self.hear()).get("ref") != ref:
+            pass
+        return frame
+
+    async def ended(self, seconds: float = DOOR_SECONDS) -> int:
+        """The code of the server's close, past anything else."""
+        with trio.fail_after(seconds):
+            while True:
+                try:
+                    await self.hear(seconds=seconds)
+                except DoorGone as gone:
+                    return gone.code
+
+    async def leave(self) -> None:
+        """Close as the RFC says, and see it answered."""
+        with suppress(trio.BrokenResourceError):
+            await self.stream.send_all(door_frame(8, struct.pack(">H", 1000)))
+            assert await self.ended() in {1000, 1006}
+        await self.stream.aclose()
+
+    def drop(self) -> None:
+        door_reset(self.stream)
+
+    async def sip(self, size: int) -> None:
+        """Read at most `size` bytes."""
+        try:
+            if self.owed:
+                await self.stream.send_all(bytes(self.owed))
+                self.owed.clear()
+            data = await self.stream.receive_some(size)
+        except trio.BrokenResourceError:
+            raise DoorGone(1006) from None
+        if not data:
+            raise DoorGone(1006)
+        self.data += data
+
+    def heard(self) -> DoorFrame | None:
+        """The next message of those read, None when there is no whole one."""
+        while (frame := self._frame()) is not None:
+            opcode, payload = frame
+            if opcode == 1:
+                message = json.loads(payload)
+                assert isinstance(message, dict)
+                return message
+            if opcode == 8:
+                with suppress(trio.BrokenResourceError):
+                    self.owed += door_frame(8, payload[:2])
+                code = struct.unpack(">H", payload[:2])[0] if payload else 1005
+                raise DoorGone(code, payload[2:].decode())
+            if opcode == 9:
+                self.owed += door_frame(10, payload)
+            else:
+                assert opcode == 10, frame
+                self.pongs.append(payload)
+        return None
+
+    def _frame(self) -> tuple[int, bytes] | None:
+        """The next whole frame: unmasked, unfragmented, without extensions."""
+        if len(self.data) < 2:
+            return None
+        first, size = self.data[:2]
+        assert first & 0xF0 == 0x80, bytes(self.data[:64])
+        assert size < 0x80, "a server masks nothing"
+        start = 2 if size < 126 else 4 if size == 126 else 10
+        if len(self.data) < start:
+            return None
+        if size >= 126:
+            size = int.from_bytes(self.data[2:start], "big")
+        if len(self.data) < start + size:
+            return None
+        payload = bytes(self.data[start : start + size])
+        del self.data[: start + size]
+        return first & 0x0F, payload
+
+
+class DoorLine:
+    """One HTTP connection, kept alive."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self.data = b""
+
+    async def ask(
+        self,
+        method: str,
+        target: str,
+        token: str = "",
+        body: object = None,
+        /,
+        **headers: str,
+    ) -> HttpAnswer:
+        """`body` is bytes or will be JSON; `Some_Name` is the header Some-Name."""
+        lines = {"Host": "chatd.test", **headers}
+        if token:
+            lines["Authorization"] = f"Bearer {token}"
+        data = b""
+        if body is not None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            lines["Content-Length"] = str(len(data))
+            lines.setdefault("Content-Type", "application/json")
+        head = [f"{name.replace('_', '-')}: {value}" for name, value in lines.items()]
+        text = "\r\n".join((f"{method} {target} HTTP/1.1", *head, "", ""))
+        with trio.fail_after(DOOR_SECONDS):
+            with suppress(trio.BrokenResourceError):  # it may refuse before the end
+                await self.stream.send_all(text.encode("latin-1") + data)
+            return await self.answer(bodiless=method == "HEAD")
+
+    async def answer(self, *, bodiless: bool = False) -> HttpAnswer:
+        while True:
+            with suppress(EOFError):
+                answer, self.data = door_answer(self.data, bodiless=bodiless)
+                if answer.status != 100:
+                    return answer
+                continue
+            more = await self.stream.receive_some(65536)
+            if not more:
+                raise trio.BrokenResourceError(self.data)
+            self.data += more
+
+
+class DoorServer:
+    """A database and, from begin to stop or kill, the process that serves it."""
+
+    verb = "serve"
+    open = tuple(DOOR_OPEN)
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.db = home / "chatd.db"
+        self.port = 0
+        self.serve: tuple[str, ...] = ("--db", str(self.db))
+        self.flags: tuple[str, ...] = ()
+        self.environment: dict[str, str] = {}
+        self.said = ""  # stdout of all its processes
+        self.up = trio.Event()  # set while it can be reached
+        self.streams: list[trio.SocketStream] = []
+        self.process: subprocess.Popen[str] | None = None
+        self.listener: threading.Thread | None = None
+
+    # ---- the process
+
+    def start(self) -> None:
+        """Start it and wait (it blocks) for the line that says it is ready."""
+        command = [sys.executable, "-m", "chatd", self.verb, *self.serve]
+        command += ["--listen", f"127.0.0.1:{self.port}", *self.flags]
+        ready = threading.Event()
+        with (self.home / "stderr").open("ab") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                cwd=DOOR_CHECKOUT,
+                env=door_environment(TMPDIR=str(self.home), **self.environment),
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        self.listener = threading.Thread(
+            target=self._listen, args=(self.process.stdout, ready)
+        )
+        self.listener.start()
+        ready.wait(DOOR_SECONDS)
+        found = re.findall(r"(?m)^listening on http://127\.0\.0\.1:(\d+)$", self.said)
+        if not found or self.process.poll() is not None:
+            self.end(signal.SIGKILL)
+            pytest.fail(f"it did not start: {self.output}")
+        self.port = int(found[-1])
+
+    def _listen(self, stdout: IO[str], ready: threading.Event) -> None:
+        with stdout:
+            for line in stdout:
+                self.said += line
+                if line.startswith("listening on "):
+                    ready.set()
+        ready.set()
+
+    def end(self, signum: int = 0, seconds: float = DOOR_SECONDS) -> int:
+        """Signal it, if one is given, and wait (it blocks) for its exit status."""
+        assert self.process is not None
+        assert self.listener is not None
+        if signum:
+            self.process.send_signal(signum)
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            self.listener.join()
+            pytest.fail(f"it did not end: {self.output}")
+        self.listener.join()
+        self.process = None
+        return status
+
+    async def begin(self, *flags: str) -> None:
+        """Start it (again, on the port it had) with these flags (or those it had)."""
+        self.flags = flags or self.flags
+        await trio.to_thread.run_sync(self.start)
+        self.up.set()
+
+    async def ended(self, signum: int = 0, seconds: float = DOOR_SECONDS) -> int:
+        self.up = trio.Event()
+        return await trio.to_thread.run_sync(self.end, signum, seconds)
+
+    async def kill(self) -> None:
+        await self.ended(signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """End it as an operator does; it must say that all went well."""
+        for stream in self.streams:
+            stream.socket.close()
+        self.streams.clear()
+        assert await self.ended(signal.SIGTERM) == 0, self.output
+        assert not DOOR_MISTAKE.search(self.output), self.output
+
+    def signal(self, signum: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(signum)
+
+    @asynccontextmanager
+    async def serving(self, *flags: str) -> AsyncIterator[DoorServer]:
+        """It runs inside the block (rates off, then `flags`) and ends well."""
+        await self.begin(*self.open, *flags)
+        yield self
+        if self.process is not None:
+            await self.stop()
+
+    def tidy(self) -> None:
+        """Leave nothing behind, whatever happened."""
+        for stream in self.streams:
+            stream.socket.close()
+        self.streams.clear()
+        if self.process is not None:
+            self.end(signal.SIGKILL)
+
+    @property
+    def output(self) -> str:
+        return self.said + (self.home / "stderr").read_text("utf-8", "replace")
+
+    @property
+    def rss(self) -> int:
+        """Its resident memory in bytes."""
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
+        return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+    @property
+    def descriptors(self) -> int:
+        assert self.process is not None
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    # ---- tokens
+
+    @property
+    def secret(self) -> bytes:
+        return self.db.with_name("chatd.secret").read_bytes().strip()
+
+    def token(self, user: int = 0, /, *, key: Any = None, **claims: object) -> str:
+        """A JWT for an hour; a claim that is None is left out, `key` overrides."""
+        now = int(time.time())
+        plain: dict[str, object] = {"iat": now, "exp": now + 3600}
+        if user:
+            plain["sub"] = str(user)
+        plain = {k: v for k, v in {**plain, **claims}.items() if v is not None}
+        return jwt.encode(plain, key or self.secret, algorithm="HS256")
+
+    @property
+    def service(self) -> str:
+        return self.token(1, scope="service")
+
+    @property
+    def stats_token(self) -> str:
+        return self.token(1, scope="stats")
+
+    # ---- HTTP
+
+    async def dial(self, receive_buffer: int = 0) -> trio.SocketStream:
+        sock = trio.socket.socket()
+        if receive_buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        try:
+            with trio.fail_after(DOOR_SECONDS):
+                await sock.connect(("127.0.0.1", self.port))
+            stream = trio.SocketStream(sock)
+        except BaseException:
+            sock.close()
+            raise
+        self.streams.append(stream)
+        return stream
+
+    async def ask(
+        self,
+        method: str,
+        target: str,
+        token: str = "",
+        body: object = None,
+        /,
+        **headers: str,
+    ) -> HttpAnswer:
+        """One request on a connection of its own."""
+        stream = await self.dial()
+        async with stream:
+            return await DoorLine(stream).ask(method, target, token, body, **headers)
+
+    async def want(
+        self,
+        status: int,
+        request: str,
+        token: str = "",
+        body: object = None,
+        /,
+        **headers: str,
+    ) -> Any:
+        """The JSON of the answer to `request` ("GET /healthz"), of that status."""
+        method, target = request.split(" ", 1)
+        answer = await self.ask(method, target, token, body, **headers)
+        assert answer.status == status, (request, body, answer)
+        return answer.json if answer.body else None
+
+    async def raw(self, data: bytes, seconds: float = DOOR_SECONDS) -> bytes:
+        """What comes back for these bytes until the server hangs up, as it must."""
+        stream = await self.dial()
+        async with stream:
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(data)
+            return await door_rest(stream, seconds)
+
+    # ---- WebSocket
+
+    async def knock(
+        self, data: bytes, *, receive_buffer: int = 0
+    ) -> DoorPeer | HttpAnswer:
+        """A handshake of any shape: the peer, or the refusal and its proper end."""
+        stream = await self.dial(receive_buffer)
+        await stream.send_all(data)
+        got = b""
+        with trio.fail_after(DOOR_SECONDS):
+            while b"\r\n\r\n" not in got:
+                more = await stream.receive_some(65536)
+                if not more:
+                    raise trio.BrokenResourceError(got)
+                got += more
+        if got.startswith(b"HTTP/1.1 101 "):
+            answer, rest = door_answer(got)
+            assert answer.headers["sec-websocket-accept"] == DOOR_ACCEPT
+            assert "sec-websocket-extensions" not in answer.headers
+            return DoorPeer(stream, rest)
+        got += await door_rest(stream, 3)  # we keep our end: the server must hang up
+        await stream.aclose()
+        answer, rest = door_answer(got)
+        assert answer.headers["connection"].lower() == "close", answer
+        assert not rest
+        return answer
+
+    async def peer(
+        self, who: int | str, cursor: str = "", /, *lines: str, receive_buffer: int = 0
+    ) -> DoorPeer:
+        """The socket of a user (a token is signed for him) or of a token."""
+        peer = await self.knock(
+            door_get(
+                self.socket_path(who, cursor), "Host: chatd.test", *DOOR_UPGRADE, *lines
+            ),
+            receive_buffer=receive_buffer,
+        )
+        assert isinstance(peer, DoorPeer), peer
+        peer.hello = await peer.hear("connected")
+        return peer
+
+    async def refusal(self, who: int | str, /, *lines: str) -> HttpAnswer:
+        """The answer to an upgrade that must be refused."""
+        answer = await self.knock(
+            door_get(self.socket_path(who), "Host: chatd.test", *DOOR_UPGRADE, *lines)
+        )
+        assert isinstance(answer, HttpAnswer)
+        return answer
+
+    def socket_path(self, who: int | str, cursor: str = "") -> str:
+        token = self.token(who) if isinstance(who, int) else who
+        query = {"token": token, "cursor": cursor} if cursor else {"token": token}
+        return f"/ws/chat?{urlencode(query)}"
+
+    # ---- what most tests begin with
+
+    async def chat(self, *members: int, title: str | None = None) -> int:
+        body = {"title": title, "member_ids": members}
+        got = await self.want(201, "POST /api/v1/chats", self.service, body)
+        return int(got["chat"]["id"])
+
+    async def post(self, chat: int, sender: int, content: str) -> DoorFrame:
+        """A message by way of the service; the message as stored."""
+        body = {"content": content, "sender_id": sender}
+        target = f"POST /api/v1/chats/{chat}/messages"
+        message = (await self.want(201, target, self.service, body))["message"]
+        assert isinstance(message, dict)
+        return message
+
+    async def cursor(self, user: int) -> str:
+        """Where the log stands now."""
+        got = await self.want(200, "GET /api/v1/events", self.token(user))
+        assert got["events"] == []
+        return str(got["cursor"])
+
+    async def log(self, user: int, cursor: str) -> list[DoorFrame]:
+        """Every event of this user after the cursor, by the poll."""
+        events: list[DoorFrame] = []
+        more = True
+        while more:
+            target = f"GET /api/v1/events?limit=500&cursor={cursor}"
+            got = await self.want(200, target, self.token(user))
+            assert not got["resync"], got
+            events += got["events"]
+            cursor, more = got["cursor"], got["more"]
+        return events
+
+    async def history(self, chat: int, user: int) -> list[DoorFrame]:
+        """Every message of the chat, oldest first; `n` is 1, 2, 3 without holes."""
+        messages: list[DoorFrame] = []
+        before, more = "", True
+        while more:
+            target = f"GET /api/v1/chats/{chat}/messages?limit=100{before}"
+            got = await self.want(200, target, self.token(user))
+            messages[:0] = got["messages"]
+            before, more = (
+                f"&before={messages[0]['id']}" if messages else "",
+                got["more"],
+            )
+        assert [m["n"] for m in messages] == list(range(1, len(messages) + 1))
+        return messages
+
+    async def stats(self) -> Any:
+        target = "GET /api/v1/internal/chat/ws/stats"
+        return await self.want(200, target, self.stats_token)
+
+
+class DoorProxy(DoorServer):
+    """A proxy before a server: whoever dials it is at that server's door."""
+
+    verb = "proxy"
+    open = ("--handshakes=0", "--drain-seconds=2")
+
+    def __init__(self, home: Path, port: int, db: Path) -> None:
+        super().__init__(home)
+        self.db = db
+        self.serve = ("--db", str(db), "--upstream", f"127.0.0.1:{port}")
+
+
+def door_lasting(events: list[DoorFrame]) -> list[DoorFrame]:
+    """Events without the one thing in them that is as of now, not as of then."""
+    return [{k: v for k, v in event.items() if k != "chat"} for event in events]
+
+
+class DoorCount:
+    """A number that tasks wait for."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self.waiting = trio.lowlevel.ParkingLot()
+
+    def add(self) -> None:
+        self.value += 1
+        self.waiting.unpark_all()
+
+    async def reaches(self, value: int) -> None:
+        while self.value < value:
+            await self.waiting.park()
+
+
+def door_environment(**more: str) -> dict[str, str]:
+    """Ours (coverage counts children by it) without what chatd would read in it."""
+    systemd = ("CREDENTIALS_", "JOURNAL_", "LISTEN_", "NOTIFY_", "STATE_", "WATCHDOG_")
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("CHATD_", *systemd))
+    }
+    return {**kept, **more}
+
+
+async def door_run(*words: object, **environment: str) -> DoorRun:
+    """One chatd command, run to its end."""
+    done = await trio.run_process(
+        [sys.executable, "-m", "chatd", *map(str, words)],
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+        cwd=DOOR_CHECKOUT,
+        env=door_environment(**environment),
+    )
+    run = DoorRun(done.returncode, done.stdout.decode(), done.stderr.decode())
+    assert not DOOR_MISTAKE.search(run.err), run
+    return run
+
+
+async def door_until(
+    true: Callable[[], Awaitable[bool] | bool], seconds: float = DOOR_SECONDS
+) -> None:
+    """Wait for what the server tells only when it is asked."""
+    with trio.fail_after(seconds):
+        while True:
+            answer = true()
+            if answer if isinstance(answer, bool) else await answer:
+                return
+            await trio.sleep(0.02)
+
+
+class DoorSender:
+    """Sends its messages in order, some in flight, and sends again what was cut."""
+
+    def __init__(self, house: DoorServer, user: int, texts: list[tuple[int, str]]):
+        self.house, self.user = house, user
+        name = f"{user}-{next(door_users)}"
+        self.left = deque(
+            {"chat_id": chat, "content": text, "client_id": f"{name}-{number}"}
+            for number, (chat, text) in enumerate(texts)
+        )
+        self.acks: dict[str, DoorFrame] = {}
+
+    async def send(self, acked: DoorCount, in_flight: int = 16) -> None:
+        while self.left:
+            with suppress(OSError, DoorGone, trio.BrokenResourceError):
+                peer = await self.house.peer(self.user)
+                await self.send_over(peer, acked, in_flight)
+                await peer.leave()
+            await self.house.up.wait()
+
+    async def send_over(
+        self, peer: DoorPeer, acked: DoorCount, in_flight: int = 16
+    ) -> None:
+        """Until all are acked or the connection ends; then what is left is known."""
+        waiting = 0
+        while self.left:
+            for message in list(self.left)[waiting:in_flight]:
+                await peer.say("send_message", **message)
+                waiting += 1
+            ack = await peer.find("ack")
+            assert ack["client_id"] == self.left.popleft()["client_id"]
+            self.acks[ack["client_id"]] = ack
+            waiting -= 1
+            acked.add()
+
+
+DOOR_BULK = "\U0001f600" * 3990  # about 16 KB in UTF-8
+
+
+async def door_load(house: DoorServer, chat: int, user: int, count: int) -> list[str]:
+    """Send so many large messages, eight in flight; what was sent, in order."""
+    texts = [f"{i} {DOOR_BULK}" for i in range(count)]
+    peer = await house.peer(user)
+    sender = DoorSender(house, user, [(chat, text) for text in texts])
+    await sender.send_over(peer, DoorCount(), 8)
+    await peer.leave()
+    return texts
+
+
+async def door_texts(peer: DoorPeer, count: int) -> list[str]:
+    """The contents of the next so many new messages; nothing else may come."""
+    heard = [await peer.hear("new_message") for _ in range(count)]
+    return [frame["message"]["content"] for frame in heard]
+
+
+@asynccontextmanager
+async def door_innocent(house: DoorServer) -> AsyncIterator[None]:
+    """Others are served before, during and after."""
+    ann, bob = next(door_users), next(door_users)
+    chat = await house.chat(ann, bob)
+    before = await house.peer(ann)
+    yield
+    await before.hears_nothing()
+    after = await house.peer(bob)
+    await after.say("send_message", chat_id=chat, content="still here")
+    assert (await before.hear("new_message"))["message"]["content"] == "still here"
+    await after.find("ack")
+    before.drop()
+    after.drop()
+
+
+def door_node(*flags: str) -> str:
+    """Find a Node that knows these flags. CI never does without it."""
+    node = shutil.which("node")
+    asked = [node or "", *flags, "-e", ""]
+    if node and not subprocess.run(asked, capture_output=True, check=False).returncode:
+        return node
+    why = f"no Node on PATH that knows {flags or 'anything'}: install Node 20 or newer"
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+async def door_shut(house: DoorServer) -> None:
+    """Accepting has stopped."""
+    with pytest.raises(ConnectionRefusedError):
+        await house.dial()

@@ -1,0 +1,2064 @@
+"""Auth and limits: buckets, addresses, origins, keys, tokens, tickets, revocation.
+
+Time is an argument of buckets; for tokens it is in their claims, so the tests of both
+wait for no clock.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import errno
+import hashlib
+import hmac
+import itertools
+import json
+import math
+import os
+import random
+import re
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote
+
+import hypothesis
+import jwt
+import pytest
+import trio
+import trio.testing
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+from trio.testing import wait_all_tasks_blocked
+
+import chatd
+from chatd import Keyring, Rate, Refusal, Settings, UsageError
+from tests.harness import (
+    CLOSE,
+    DOOR_OPEN,
+    DOOR_UPGRADE,
+    KEY_PARTS,
+    TEXT,
+    DoorGone,
+    DoorLine,
+    DoorPeer,
+    DoorServer,
+    HttpAnswer,
+    WiresHouse,
+    door_frame,
+    door_get,
+    door_run,
+    door_until,
+    door_users,
+    refusal_of,
+    rules_certificate,
+    rules_jwk,
+    rules_private,
+    taking,
+    usage_error_of,
+    wires,
+    wires_command,
+    wires_frames,
+    wires_request,
+    wires_upgrade,
+)
+
+
+def test_a_bucket_gives_its_burst_at_once_and_then_its_rate() -> None:
+    bucket = chatd.Bucket(Rate(5, 20))
+    assert [bucket.take(100.0) for _ in range(20)] == [0.0] * 20
+    assert bucket.take(100.0) == pytest.approx(0.2)
+    assert bucket.take(100.1) == pytest.approx(0.1)
+    assert [bucket.take(100.2), bucket.take(100.2)] == pytest.approx([0.0, 0.2])
+
+
+def test_a_bucket_that_rested_is_full_and_not_fuller() -> None:
+    bucket = chatd.Bucket(Rate(1, 3))
+    assert [bucket.take(0.0) for _ in range(4)] == pytest.approx([0, 0, 0, 1])
+    assert [bucket.take(1e6) for _ in range(4)] == pytest.approx([0, 0, 0, 1])
+
+
+def test_a_rate_of_0_is_no_limit() -> None:
+    bucket, buckets = chatd.Bucket(Rate(0, 0)), chatd.Buckets(Rate(0, 0), 1)
+    assert not any(bucket.take(0.0) for _ in range(1000))
+    assert not any(buckets.take(key, 0.0) for key in range(1000))
+    buckets.give_back(0)
+    assert not buckets.full_at
+
+
+@given(
+    st.integers(1, 50),
+    st.integers(1, 20),
+    st.lists(st.floats(0, 2), min_size=1, max_size=60),
+)
+def test_in_any_time_a_bucket_gives_at_most_its_burst_and_its_rate(
+    rate: int, burst: int, pauses: list[float]
+) -> None:
+    bucket, given_at = chatd.Bucket(Rate(rate, burst)), list[float]()
+    for now in itertools.accumulate(pauses):
+        wait = bucket.take(now)
+        if not wait:
+            given_at.append(now)
+        else:  # and what it tells to wait is enough
+            assert not rules_copy(bucket).take(now + wait + 1e-6)
+    for first, last in itertools.combinations(range(len(given_at)), 2):
+        seconds = given_at[last] - given_at[first]
+        assert last - first + 1 <= burst + seconds * rate + 1e-6
+
+
+def rules_copy(bucket: chatd.Bucket) -> chatd.Bucket:
+    """A bucket in the same state."""
+    copy = chatd.Bucket(bucket.rate)
+    copy.full_at = bucket.full_at
+    return copy
+
+
+def test_each_key_has_a_bucket_of_its_own() -> None:
+    buckets = chatd.Buckets(Rate(1, 1), 10)
+    assert [buckets.take(key, 5.0) for key in "aab"] == pytest.approx([0, 1, 0])
+
+
+def test_a_token_given_back_can_be_taken_again_and_no_second_one() -> None:
+    buckets = chatd.Buckets(Rate(1, 2), 10)
+    assert [buckets.take("a", 5.0) for _ in range(3)] == pytest.approx([0, 0, 1])
+    buckets.give_back("a")
+    buckets.give_back("unknown")
+    assert [buckets.take("a", 5.0) for _ in range(2)] == pytest.approx([0, 1])
+    assert [*buckets.full_at] == ["a"]
+
+
+def test_a_table_of_buckets_is_bounded_and_forgets_the_oldest() -> None:
+    buckets = chatd.Buckets(Rate(1, 1), 3)
+    for key in ("a", "b", "c", "a", "d"):
+        buckets.take(key, 0.0)
+    assert [*buckets.full_at] == ["c", "a", "d"]
+    assert buckets.take("a", 0.0) == pytest.approx(1)
+    assert buckets.take("b", 0.0) == 0  # forgotten, so it is full
+
+
+def test_a_pace_tells_how_long_to_wait_and_never_says_no() -> None:
+    pace = chatd.Pace(Rate(100, 500), now=10.0)
+    pace.spend(500)
+    assert pace.debt_seconds(10.0) == 0
+    pace.spend(250)
+    assert pace.debt_seconds(10.0) == pytest.approx(2.5)
+    assert pace.debt_seconds(12.0) == pytest.approx(0.5)
+    assert pace.debt_seconds(1000.0) == 0
+    pace.spend(501)
+    assert pace.debt_seconds(1000.0) == pytest.approx(0.01)
+
+
+def test_a_pace_of_0_never_waits() -> None:
+    pace = chatd.Pace(Rate(0, 0), now=0.0)
+    pace.spend(1e12)
+    assert pace.debt_seconds(0.0) == 0
+
+
+# --- addresses and origins -----------------------------------------------------------
+
+
+RULES_PROXIES = ("127.0.0.0/8", "::1", "10.0.0.0/8", "2001:db8::/32")
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "client"),
+    [
+        # Who is no proxy is believed nothing.
+        ("203.0.113.9", ["198.51.100.1"], "203.0.113.9"),
+        # From the right: the first that is not ours. Further left is hearsay.
+        ("127.0.0.1", ["198.51.100.1"], "198.51.100.1"),
+        ("127.0.0.1", ["6.6.6.6, 198.51.100.1"], "198.51.100.1"),
+        ("127.0.0.1", ["6.6.6.6", "198.51.100.1"], "198.51.100.1"),
+        ("127.0.0.1", ["198.51.100.1, 10.1.2.3,127.0.0.1"], "198.51.100.1"),
+        ("127.0.0.1", ["10.0.0.1, 10.0.0.2"], "10.0.0.1"),
+        ("10.9.9.9", ["2001:db8::1, 2600::5, 2001:db8::2"], "2600::5"),
+        # An entry that is no address means the peer; left of the client it is unread.
+        ("127.0.0.1", ["unknown"], "127.0.0.1"),
+        ("127.0.0.1", ["198.51.100.1, x"], "127.0.0.1"),
+        ("127.0.0.1", ["198.51.100.1,"], "127.0.0.1"),
+        ("127.0.0.1", ["198.51.100.1:4711"], "127.0.0.1"),
+        ("127.0.0.1", ["x, 198.51.100.1"], "198.51.100.1"),
+        ("127.0.0.1", [""], "127.0.0.1"),
+        ("127.0.0.1", [], "127.0.0.1"),
+        # IPv4 in IPv6 clothes, as peer and as entry.
+        ("::ffff:127.0.0.1", ["::ffff:198.51.100.1"], "198.51.100.1"),
+        ("127.0.0.1", ["198.51.100.1, ::ffff:10.0.0.1"], "198.51.100.1"),
+    ],
+)
+def test_the_client_is_the_first_from_the_right_who_is_no_proxy(
+    peer: str, forwarded: list[str], client: str
+) -> None:
+    proxies = chatd.Proxies(RULES_PROXIES)
+    found = proxies.client(chatd.parse_address(peer), forwarded)
+    assert str(found) == client
+
+
+def test_without_proxies_and_without_an_address_the_peer_is_the_client() -> None:
+    local = chatd.parse_address("127.0.0.1")
+    assert chatd.Proxies(["none"]).client(local, ["1.2.3.4"]) == local
+    assert chatd.Proxies(RULES_PROXIES).client(None, ["1.2.3.4"]) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "key"),
+    [
+        ("198.51.100.1", "198.51.100.1"),
+        ("::ffff:198.51.100.1", "198.51.100.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::", "2001:db8:1:3::/64"),
+        ("nobody", "None"),
+    ],
+)
+def test_an_ipv6_host_has_one_bucket_for_its_whole_64(address: str, key: str) -> None:
+    assert chatd.address_key(chatd.parse_address(address)) == key
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "same"),
+    [
+        ("http://chat.example", "chat.example", True),
+        ("http://chat.example", "chat.example:80", True),
+        ("http://chat.example:80", "chat.example", True),
+        ("https://chat.example", "chat.example:443", True),
+        ("https://Chat.Example", "CHAT.example", True),
+        ("http://[::1]:8086", "[::1]:8086", True),
+        ("http://localhost:8086", "localhost:8086", True),
+        ("http://localhost:3000", "localhost:8086", False),
+        ("https://chat.example", "chat.example:80", False),
+        ("http://chat.example", "chat.example:443", False),
+        ("http://chat.example.evil", "chat.example", False),
+        ("http://evil", "chat.example", False),
+        ("http://chat.example@evil", "chat.example", False),
+        ("null", "null", False),
+        ("", "", False),
+        ("file://", "", False),
+        ("ws://chat.example", "chat.example", False),
+        ("chat.example", "chat.example", False),
+    ],
+)
+def test_a_page_is_ours_if_its_origin_names_the_host_that_was_asked(
+    origin: str, host: str, same: bool
+) -> None:
+    assert chatd.same_origin(origin, ["other.example", host]) is same
+    assert chatd.same_origin(origin, []) is False
+
+
+# --- tokens --------------------------------------------------------------------------
+
+
+RULES_SECRET = b"s" * 32
+RULES_SHARED = b"f" * 40  # the secret of a site's backend
+
+
+def rules_soon(seconds: float = 600) -> float:
+    return int(time.time()) + seconds
+
+
+def rules_forge(header: dict[str, object], body: dict[str, object], key: bytes) -> str:
+    """A token as an attacker makes it: his own header, and an HMAC with any key."""
+    parts = [json.dumps(part).encode() for part in (header, body)]
+    signed = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+    mac = hmac.digest(key, signed, hashlib.sha256) if key else b""
+    return (signed + b"." + base64.urlsafe_b64encode(mac).rstrip(b"=")).decode()
+
+
+def rules_ring(*keys: Path, secret: bytes = RULES_SECRET, **more: Any) -> Keyring:
+    return Keyring(Settings(jwt_key=keys, **more), secret)
+
+
+def rules_token(secret: bytes = RULES_SECRET, /, **claims: object) -> str:
+    """A token of user 6 for ten minutes; claims change it, ... takes one out."""
+    body = {"user_id": 6, "exp": rules_soon()} | claims
+    body = {name: value for name, value in body.items() if value is not ...}
+    return rules_forge({"alg": "HS256", "typ": "JWT"}, body, secret)
+
+
+@pytest.fixture
+def shared_key(tmp_path: Path) -> Path:
+    """A --jwt-key file with the shared secret of a site's backend."""
+    (tmp_path / "shared").write_bytes(RULES_SHARED + b"\n")
+    return tmp_path / "shared"
+
+
+def rules_public_pem(kind: str) -> bytes:
+    pem: bytes = rules_private(kind).public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )  # fmt: skip
+    return pem
+
+
+@pytest.mark.parametrize(
+    ("claims", "user_id"),
+    [
+        ({"user_id": 6}, 6),
+        ({"user_id": 1}, 1),
+        ({"user_id": 2**53 - 1}, 2**53 - 1),
+        ({"user_id": 6, "sub": "7"}, 6),
+        ({"user_id": 6, "sub": ["x"]}, 6),
+        ({"user_id": ..., "sub": 7}, 7),
+        ({"user_id": ..., "sub": "7"}, 7),
+        ({"user_id": ..., "sub": str(2**53 - 1)}, 2**53 - 1),
+    ],
+)
+def test_the_user_is_user_id_or_else_sub(
+    claims: dict[str, object], user_id: int
+) -> None:
+    assert rules_ring().verify(rules_token(**claims)).user_id == user_id
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"user_id": ...},
+        *[{"user_id": wrong} for wrong in ("6", True, 6.0, 0, -1, 2**53, 10**30, [6])],
+        *[
+            {"user_id": ..., "sub": wrong}
+            for wrong in (
+                "",
+                "x",
+                "6a",
+                " 6",
+                "6\n",
+                "-6",
+                "+6",
+                "6.0",
+                "٦",
+                "0",
+                "9" * 30,
+            )
+        ],
+        *[{"user_id": ..., "sub": wrong} for wrong in (True, 6.0, 0, 2**53, [6], None)],
+        {"user_id": ..., "sub": str(2**53)},
+        {"user_id": "x", "sub": "6"},
+    ],
+)
+def test_who_is_no_number_is_nobody(claims: dict[str, object]) -> None:
+    refusal = refusal_of(rules_ring().verify, rules_token(**claims))
+    assert (refusal.code, refusal.status) == ("token_invalid", 401)
+    assert "user_id" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("claims", "code"),
+    [
+        ({"exp": ...}, "token_invalid"),
+        ({"exp": -6}, "token_expired"),
+        ({"exp": "soon"}, "token_invalid"),
+        ({"exp": "9999999999"}, "token_invalid"),
+        ({"exp": None}, "token_invalid"),
+        ({"exp": True}, "token_expired"),
+        ({"exp": [9]}, "token_invalid"),
+        ({"exp": 1e12}, "token_invalid"),
+        ({"exp": 10**400}, "token_invalid"),
+        ({"exp": math.nan}, "token_invalid"),
+        ({"exp": math.inf}, "token_invalid"),
+        ({"iat": "x"}, "token_invalid"),
+        ({"iat": "5"}, "token_invalid"),
+        ({"iat": -1}, "token_invalid"),
+        ({"iat": 4e9}, "token_invalid"),
+        ({"nbf": 4e9}, "token_invalid"),
+        ({"use": "fly"}, "token_invalid"),
+        ({"use": 5}, "token_invalid"),
+        ({"use": ["ticket"]}, "token_invalid"),
+    ],
+)
+def test_a_time_or_a_use_that_is_none_is_refused(
+    claims: dict[str, object], code: str
+) -> None:
+    assert refusal_of(rules_ring().verify, rules_token(**claims)).code == code
+
+
+def test_the_leeway_of_5_seconds_is_for_clocks_that_differ() -> None:
+    ring = rules_ring()
+    assert ring.verify(rules_token(exp=rules_soon(-3))).expires_in() == 0
+    assert ring.verify(rules_token(iat=rules_soon(3), nbf=rules_soon(3))).user_id == 6
+    for claims in ({"exp": rules_soon(-5)}, {"exp": rules_soon(-5) + 0.0}):
+        assert refusal_of(ring.verify, rules_token(**claims)).code == "token_expired"
+    refusal = refusal_of(ring.verify, rules_token(iat=rules_soon(60)))
+    assert (refusal.code, "clocks" in refusal.message) == ("token_invalid", True)
+
+
+def test_what_a_token_says_is_read_from_it() -> None:
+    exp = rules_soon()
+    claims = rules_ring().verify(
+        rules_token(
+            exp=exp, iat=5, name=" Bob\n", scope="stats service x", use="session"
+        )
+    )
+    assert (claims.exp, claims.iat, claims.name, claims.ends) == (exp, 5, "Bob", exp)
+    assert claims.scopes == {"stats", "service", "x"}
+    assert claims.service
+    assert 595 <= claims.expires_in() <= 600
+    assert not rules_ring().verify(rules_token(scope=["service"])).service
+
+
+def test_a_token_verified_before_ends_when_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ring, token = rules_ring(), rules_token(user_id=6, exp=rules_soon())
+    assert ring.verify(token) is ring.verify(token)  # its signature is looked at once
+    late = rules_soon() + 60
+    monkeypatch.setattr(time, "time", lambda: late)
+    with pytest.raises(Refusal, match="token_expired"):
+        ring.verify(token)
+
+
+def test_a_token_verified_before_can_be_revoked() -> None:
+    ring, token = rules_ring(), rules_token(user_id=6, iat=time.time() - 60)
+    ring.verify(token)
+    ring.revoked[6] = int(time.time())
+    with pytest.raises(Refusal, match="revoked"):
+        ring.verify(token)
+
+
+def test_tokens_verified_before_are_forgotten_when_they_are_too_many() -> None:
+    ring = rules_ring(known_tokens=2)
+    tokens = [rules_token(user_id=user) for user in (1, 2, 3)]
+    claims = [ring.verify(token) for token in tokens]
+    assert ring.verify(tokens[2]) is claims[2]
+    assert ring.verify(tokens[0]) is not claims[0]
+    assert ring.verify(tokens[0]) == claims[0]
+
+
+def rules_bad_tokens() -> dict[str, str]:
+    body: dict[str, object] = {"user_id": 6, "exp": rules_soon()}
+    good = rules_token()
+    head, middle, mac = good.split(".")
+    other = rules_token(user_id=7).split(".")[1]
+    hs256: dict[str, object] = {"alg": "HS256", "typ": "JWT"}
+    deep = base64.urlsafe_b64encode(b"[" * 2500).decode().rstrip("=")
+    return {
+        "nothing": "",
+        "one word": "token",
+        "three words": "a.b.c",
+        "no signature": f"{head}.{middle}.",
+        "another signature": f"{head}.{middle}.{mac[::-1]}",
+        "other claims under a signature": f"{head}.{other}.{mac}",
+        "alg none": rules_forge({"alg": "none"}, body, b""),
+        "alg NONE, signed": rules_forge({"alg": "NONE"}, body, RULES_SECRET),
+        "no alg": rules_forge({"typ": "JWT"}, body, RULES_SECRET),
+        "alg of another family": rules_forge({"alg": "RS256"}, body, RULES_SECRET),
+        "alg HS512": jwt.encode(body, RULES_SECRET * 2, "HS512"),
+        "another key": rules_token(b"x" * 32),
+        "an empty key": rules_forge(hs256, body, b"\0"),
+        "a kid that is no text": rules_forge({**hs256, "kid": 5}, body, RULES_SECRET),
+        "an unknown crit": rules_forge({**hs256, "crit": ["x"]}, body, RULES_SECRET),
+        "a body apart": rules_forge(
+            {**hs256, "b64": False, "crit": ["b64"]}, body, RULES_SECRET
+        ),
+        "a list for a body": rules_forge(hs256, cast(Any, [body]), RULES_SECRET),
+        "a deep body": f"{head}.{deep}.{mac}",
+        "no ASCII": "é" * 40 + ".ü.ñ",
+        "a lone surrogate": "\ud800.a.b",
+        "five parts": f"{good}.a.b",
+        "a line end": good.replace(".", ".\n", 1),
+        "too long": rules_token(name="x" * 4000),
+    }
+
+
+@pytest.mark.parametrize("what", rules_bad_tokens())
+def test_a_bad_token_is_refused_and_nothing_of_it_is_told(what: str) -> None:
+    token = rules_bad_tokens()[what]
+    refusal = refusal_of(rules_ring().verify, token)
+    assert (refusal.code, refusal.status) == ("token_invalid", 401)
+    assert not any(
+        part in refusal.message for part in token.split(".") if len(part) > 8
+    )
+
+
+@given(st.text(max_size=200) | st.from_regex(r"[\w-]+\.[\w-]+\.[\w-]+", fullmatch=True))
+def test_any_text_is_a_token_or_a_refusal(token: str) -> None:
+    assert refusal_of(rules_ring().verify, token, "socket").code == "token_invalid"
+
+
+def test_a_token_of_4_kib_is_read_and_a_byte_more_is_not() -> None:
+    sizes = {len(token): token for token in (
+        rules_forge({"alg": "HS256", "kid": "k" * k},
+                    {"user_id": 6, "exp": rules_soon(), "pad": "x" * n}, RULES_SECRET)
+        for k in range(3) for n in range(2900, 3000))}  # fmt: skip
+    assert rules_ring().verify(sizes[4096]).user_id == 6
+    assert "4096" in refusal_of(rules_ring().verify, sizes[4097]).message
+
+
+# --- keys of the site's backend ------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+def test_a_public_key_serves_its_own_algorithm_and_no_other(
+    algorithm: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "public.pem"
+    path.write_bytes(rules_public_pem(algorithm))
+    body: dict[str, object] = {"user_id": 6, "exp": rules_soon()}
+    ring = rules_ring(path)
+    assert chatd.read_jwt_key(path).algorithm == algorithm
+    token = jwt.encode(body, rules_private(algorithm), algorithm)
+    assert ring.verify(token).user_id == 6
+    # CVE-2022-29217: the public key, which everybody has, as a secret.
+    for pem in (path.read_bytes(), path.read_bytes().strip()):
+        for alg in ("HS256", algorithm, "none"):
+            refusal_of(ring.verify, rules_forge({"alg": alg}, body, pem))
+    if algorithm == "RS256":
+        other = jwt.encode(body, rules_private(algorithm), "PS256")
+        assert refusal_of(ring.verify, other).code == "token_invalid"
+
+
+def test_several_keys_are_a_rotation_and_every_one_is_asked(
+    tmp_path: Path, shared_key: Path
+) -> None:
+    (tmp_path / "new").write_bytes(b"n" * 32)
+    (tmp_path / "pem").write_bytes(rules_public_pem("ES256"))
+    ring = rules_ring(tmp_path / "pem", shared_key, tmp_path / "new")
+    body = {"user_id": 6, "exp": rules_soon()}
+    for secret in (RULES_SECRET, RULES_SHARED, b"n" * 32):
+        assert ring.verify(rules_token(secret)).user_id == 6
+    assert ring.verify(jwt.encode(body, rules_private("ES256"), "ES256")).user_id == 6
+    expired = rules_token(b"n" * 32, exp=rules_soon(-60))
+    assert refusal_of(ring.verify, expired).code == "token_expired"
+    assert refusal_of(ring.verify, rules_token(b"x" * 32)).code == "token_invalid"
+
+
+def test_scope_and_use_count_only_under_our_own_key(shared_key: Path) -> None:
+    ring = rules_ring(shared_key)
+    claims = ring.verify(
+        rules_token(RULES_SHARED, scope="service stats", use="fly", name="Bob")
+    )
+    assert (claims.scopes, claims.use, claims.name) == (frozenset(), None, "Bob")
+    ticket = rules_token(RULES_SHARED, use="ticket", boot=ring.boot, jti="j")
+    assert ring.verify(ticket).use is None  # a plain token like any other
+    signin = rules_token(RULES_SHARED, use="signin")
+    assert refusal_of(ring.verify, signin, "signin").code == "token_invalid"
+
+
+def test_a_foreign_token_s_own_words_are_none_of_our_business(shared_key: Path) -> None:
+    token = rules_token(RULES_SHARED, until="tomorrow", boot=[], use={}, scope=1)
+    assert rules_ring(shared_key).verify(token).user_id == 6
+
+
+@pytest.mark.parametrize(
+    ("claims", "good"),
+    [
+        ({}, False),
+        ({"iss": "shop"}, False),
+        ({"aud": "chat"}, False),
+        ({"iss": "shop", "aud": "chat"}, True),
+        ({"iss": "shop", "aud": ["mail", "chat"]}, True),
+        ({"iss": "shop", "aud": "mail"}, False),
+        ({"iss": "shop", "aud": ["mail"]}, False),
+        ({"iss": "shopping", "aud": "chat"}, False),
+        ({"iss": "sho", "aud": "chat"}, False),
+        ({"iss": ["shop"], "aud": "chat"}, False),
+    ],
+)
+def test_issuer_and_audience_are_asked_of_foreign_tokens(
+    claims: dict[str, object], good: bool, shared_key: Path
+) -> None:
+    ring = rules_ring(shared_key, issuer="shop", audience="chat")
+    token = rules_token(RULES_SHARED, **claims)
+    if good:
+        assert ring.verify(token).user_id == 6
+    else:
+        said = refusal_of(ring.verify, token).message
+        assert re.search(r"\b(iss|aud)\b", said)
+    assert ring.verify(rules_token(iss="us", aud="us")).user_id == 6  # our own
+
+
+@pytest.mark.parametrize("aud", ["mail", ["mail", "news"], 5])
+def test_without_an_audience_of_ours_any_is_accepted(
+    aud: object, shared_key: Path
+) -> None:
+    token = rules_token(RULES_SHARED, aud=aud)
+    assert rules_ring(shared_key).verify(token).user_id == 6
+
+
+# --- tickets, sign-in links, revocation ----------------------------------------------
+
+
+def test_a_ticket_opens_one_socket_that_lives_as_long_as_the_asking_token() -> None:
+    ring = rules_ring()
+    asking = ring.verify(rules_token(exp=rules_soon(9000), scope="service"))
+    ticket = ring.verify(ring.ticket(asking), "socket")
+    assert (ticket.user_id, ticket.use, ticket.ends) == (6, "ticket", asking.exp)
+    assert ticket.service
+    assert 55 <= ticket.exp - time.time() <= 60
+    assert 8990 <= ticket.expires_in() <= 9000
+
+
+def test_a_ticket_works_once() -> None:
+    ring = rules_ring()
+    token = ring.ticket(ring.verify(rules_token()))
+    first, second = ring.verify(token, "socket"), ring.verify(token + "=", "socket")
+    ring.spend(first)
+    assert refusal_of(ring.spend, second).code == "token_used"
+    assert refusal_of(ring.verify, token, "socket").code == "token_used"
+
+
+def test_two_tickets_of_one_token_are_two() -> None:
+    ring = rules_ring()
+    asking = ring.verify(rules_token())
+    for _ in range(2):
+        ring.spend(ring.verify(ring.ticket(asking), "socket"))
+    ring.spend(asking)
+    ring.spend(asking)  # a plain token lasts
+    assert len(ring.spent) == 2
+
+
+def test_a_ticket_is_for_the_process_that_gave_it() -> None:
+    ring, next_process = rules_ring(), rules_ring()
+    ticket = ring.ticket(ring.verify(rules_token()))
+    assert refusal_of(next_process.verify, ticket, "socket").code == "token_used"
+
+
+@pytest.mark.parametrize("use", [None, "signin"])
+def test_a_ticket_is_never_a_bearer(use: str | None) -> None:
+    ring = rules_ring()
+    refusal = refusal_of(ring.verify, ring.ticket(ring.verify(rules_token())), use)
+    assert (refusal.code, "ticket" in refusal.message) == ("token_invalid", True)
+
+
+@pytest.mark.parametrize(
+    ("use", "purpose", "good"),
+    [
+        ("signin", "signin", True),
+        ("signin", None, False),
+        ("signin", "socket", False),
+        (None, "signin", False),
+        ("session", "signin", False),
+        ("session", None, True),
+        ("session", "socket", True),
+        (None, "socket", True),
+    ],
+)
+def test_a_sign_in_link_is_good_for_its_purpose_only(
+    use: str | None, purpose: str | None, good: bool
+) -> None:
+    ring = rules_ring()
+    token = ring.sign(6, 60, use=use)
+    if good:
+        assert ring.verify(token, purpose).use == use
+    else:
+        assert "sign-in link" in refusal_of(ring.verify, token, purpose).message
+
+
+def test_used_tickets_are_remembered_only_while_they_could_be_used() -> None:
+    ring = rules_ring()
+    for jti in range(100):
+        ring.spend(chatd.Claims(user_id=6, exp=5.0, use="ticket", jti=f"old {jti}"))
+    assert len(ring.spent) <= 2
+    for jti in range(100):
+        ring.spend(chatd.Claims(user_id=6, exp=9e9, use="ticket", jti=f"new {jti}"))
+    assert sum(jti.startswith("new") for jti in ring.spent) == 100
+
+
+@pytest.mark.parametrize(
+    ("iat", "good"),
+    [(1006, True), (1005.5, True), (1005, False), (0, False), (..., False)],
+)
+def test_a_revocation_refuses_what_was_signed_up_to_5_seconds_later(
+    iat: object, good: bool
+) -> None:
+    ring = rules_ring()
+    ring.revoked[6] = 1000
+    assert ring.verify(rules_token(user_id=7)).user_id == 7
+    token = rules_token(iat=iat)
+    if good:
+        assert ring.verify(token).iat == iat
+    else:
+        assert "revoked" in refusal_of(ring.verify, token).message
+
+
+@pytest.mark.parametrize("purpose", [None, "socket", "signin"])
+def test_a_revocation_reaches_tickets_and_sign_in_links(purpose: str | None) -> None:
+    ring = rules_ring()
+    token = {
+        None: ring.sign(6, 60),
+        "socket": ring.ticket(ring.verify(ring.sign(6, 60))),
+        "signin": ring.sign(6, 60, use="signin"),
+    }[purpose]
+    ring.revoked[6] = chatd.now_seconds()
+    assert refusal_of(ring.verify, token, purpose).code == "token_invalid"
+
+
+# --- secrets and key files -----------------------------------------------------------
+
+
+def test_a_secret_has_32_bytes_without_the_white_space_around(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b" \n" + b"k" * 32 + b"\r\n")
+    path.chmod(0o600)
+    assert chatd.read_secret(path) == b"k" * 32
+    path.write_bytes(b"k" * 31 + b" " * 20)
+    said = usage_error_of(lambda: chatd.read_secret(path))
+    assert f"secret {path}: 31 bytes; it must have at least 32" in said
+    assert "openssl" in said
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644, 0o610, 0o601])
+def test_a_secret_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"k" * 32)
+    path.chmod(mode)
+    said = usage_error_of(lambda: chatd.read_secret(path))
+    assert f"mode {mode:04o}" in said
+    assert f"chmod 600 {path}" in said
+    assert chatd.read_jwt_key(path).key == b"k" * 32
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o440, 0o444, 0o640])
+def test_what_the_service_manager_provides_has_whatever_mode_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    provided, elsewhere = tmp_path / "credentials", tmp_path / "etc"
+    for folder in (provided, elsewhere):
+        folder.mkdir()
+    for path in (provided / "chatd.secret", elsewhere / "chatd.secret"):
+        path.write_bytes(b"k" * 32)
+        path.chmod(mode)
+    (elsewhere / "link").symlink_to(provided / "chatd.secret")
+    (provided / "link").symlink_to(elsewhere / "chatd.secret")
+    (tmp_path / "run").symlink_to(provided)
+    for directory in (provided, tmp_path / "run", f"{tmp_path}/etc/../credentials/"):
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(directory))
+        for path in (provided / "chatd.secret", elsewhere / "link"):
+            assert chatd.read_secret(path) == b"k" * 32
+            assert len(chatd.read_keyring(Settings(secret_file=path)).keys) == 1
+        assert len(chatd.read_keyring(Settings()).keys) == 1
+    # Only what is really in that directory is the service manager's.
+    for path in (elsewhere / "chatd.secret", provided / "link"):
+        if mode & 0o077:
+            said = usage_error_of(chatd.read_secret, path)
+            assert said.startswith(
+                f"secret {path}: others can read it (mode 0{mode:o})"
+            )
+        else:
+            assert chatd.read_secret(path) == b"k" * 32
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    if mode & 0o077:
+        usage_error_of(chatd.read_secret, provided / "chatd.secret")
+
+
+def test_a_secret_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        said = usage_error_of(lambda p=path: chatd.read_secret(p))
+        assert str(path) in said
+
+
+@pytest.mark.parametrize("kind", ["RSA 1024", "P-384", "secp256k1"])
+def test_a_weak_or_strange_key_is_refused_with_what_would_be_right(
+    kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "public.pem"
+    path.write_bytes(rules_public_pem(kind))
+    said = usage_error_of(chatd.read_jwt_key, path)
+    assert f"--jwt-key {path}: " in said
+    assert "2048 bits" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            b"-----BEGIN PUBLIC KEY-----\nx\n-----END PUBLIC KEY-----\n",
+            "not a PEM public",
+        ),
+        (
+            b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
+            "openssl x509 -pubkey -noout -in ",
+        ),
+        (b"short", "5 bytes"),
+        (b"k" * 65_537, "over 65536 bytes"),
+    ],
+)
+def test_a_key_file_that_is_none_is_refused(
+    text: bytes, why: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(text)
+    assert why in usage_error_of(chatd.read_jwt_key, path)
+
+
+# Ways to write the DER of a key into a file that is not PEM.
+def base64_lines(width: int) -> Callable[[bytes], bytes]:
+    """Base64 in lines of so many characters, as it stands between the lines of PEM."""
+
+    def write(der: bytes) -> bytes:
+        text = base64.b64encode(der)
+        return b"\n".join(text[i : i + width] for i in range(0, len(text), width))
+
+    return write
+
+
+KEY_WRITINGS: dict[str, Callable[[bytes], bytes]] = {
+    "DER": bytes,
+    "base64": base64.b64encode,
+    "base64 in lines of 64": base64_lines(64),
+    "base64 in lines of 7": base64_lines(7),
+    "base64 with CRLF": lambda der: base64_lines(76)(der).replace(b"\n", b"\r\n"),
+    "base64 with backslash and n": lambda der: base64_lines(64)(der).replace(
+        b"\n", b"\\n"
+    ),
+    "base64 without padding": lambda der: base64.b64encode(der).rstrip(b"="),
+    "base64url": base64.urlsafe_b64encode,
+    "base64url without padding": lambda der: base64.urlsafe_b64encode(der).rstrip(b"="),
+    "base64 of base64": lambda der: base64.b64encode(base64.b64encode(der)),
+    "percent signs": lambda der: quote(base64.b64encode(der), safe="").encode(),
+    "hex": lambda der: der.hex().encode(),
+    "hex in capitals": lambda der: der.hex().upper().encode(),
+    "hex with colons": lambda der: der.hex(":").encode(),
+    "hex in lines": lambda der: der.hex("\n", 16).encode(),
+    "hex as C writes it": lambda der: ("{0x" + der.hex(",").replace(",", ", 0x") + "}")
+    .encode(),
+    "base64 of hex": lambda der: base64.b64encode(der.hex().encode()),
+    "quotes": lambda der: b'"' + base64.b64encode(der) + b'"',
+    "a name before it": lambda der: b"KEY=" + base64.b64encode(der),
+    "a line before it": lambda der: b"the key\n" + base64_lines(64)(der),
+    "a comment behind it": lambda der: base64.b64encode(der) + b" # of 2026",
+    "a byte order mark": lambda der: b"\xef\xbb\xbf" + base64.b64encode(der),
+}  # fmt: skip
+
+
+def rules_public_forms(private: Any) -> dict[str, bytes]:
+    """A public key in every form but PEM."""
+    public, forms = private.public_key(), {}
+    for part, (encoding, form) in KEY_PARTS.items():
+        with suppress(ValueError, TypeError):
+            forms[part] = public.public_bytes(encoding, form)
+    binary = {**forms, "a certificate": rules_certificate(private)}
+    forms = {}
+    if line := binary.pop("OpenSSH", b""):  # which knows no secp256k1
+        binary["an OpenSSH blob"] = base64.b64decode(line.split()[1])
+        forms = {"OpenSSH": line, "OpenSSH, of known_hosts": b"host.example " + line}
+    for part, der in binary.items():
+        for name, write in KEY_WRITINGS.items():
+            forms[f"{part}, {name}"] = write(der)
+    jwk = json.dumps(rules_jwk(private))
+    pem = public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return forms | {
+        "JWK": jwk.encode(),
+        "JWK in base64url": base64.urlsafe_b64encode(jwk.encode()).rstrip(b"="),
+        "JWK as Python prints it": repr(json.loads(jwk)).encode(),
+        "JWKS": json.dumps({"keys": [json.loads(jwk)]}, indent=1).encode(),
+        "PEM in JSON": json.dumps({"key": pem.decode()}).encode(),
+        "PEM in base64": base64.b64encode(pem),
+        "PEM in UTF-16": pem.decode().encode("utf-16"),
+        "PEM with backslash and n": pem.replace(b"\n", b"\\n"),
+        "PEM without its first line": pem.split(b"\n", 1)[1],
+        "PEM without its last line": pem.rsplit(b"-----END", 1)[0],
+    }
+
+
+def rules_any_private(draw: Callable[[Any], Any]) -> Any:
+    """A private key: RSA of a few, for it takes its time; else any."""
+    curves = [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1(), ec.SECP256K1()]
+    match draw(st.sampled_from(["RSA", "EC", "Ed25519"])):
+        case "RSA":
+            return rules_private(draw(st.sampled_from(["RS256", "RSA 3072"])))
+        case "EC":
+            number = draw(st.integers(1, 2**250))
+            return ec.derive_private_key(number, draw(st.sampled_from(curves)))
+        case _:
+            seed = draw(st.binary(min_size=32, max_size=32))
+            return ed25519.Ed25519PrivateKey.from_private_bytes(seed)
+
+
+@hypothesis.settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_no_form_of_a_public_key_is_a_shared_secret(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    path = tmp_path / "key"
+    for form, text in rules_public_forms(rules_any_private(data.draw)).items():
+        path.write_bytes(text)
+        path.chmod(0o600)
+        try:
+            assert chatd.read_jwt_key(path).algorithm != "HS256", form
+        except UsageError as error:
+            said = str(error)
+            assert said.startswith(f"--jwt-key {path}: "), form
+            assert re.search(r"PEM|PUBLIC KEY|is not text", said), (form, said)
+            if "UTF-16" not in form:  # chatd's own secret may be any bytes
+                with pytest.raises(UsageError):
+                    chatd.read_secret(path)
+
+
+def test_a_random_secret_is_accepted_in_every_usual_form(tmp_path: Path) -> None:
+    numbers, path = random.Random(1), tmp_path / "key"
+    for size in [24, 32, 33, 48, 64, 65, 128] * 60:
+        secret = numbers.randbytes(size)
+        for text in (
+            base64.b64encode(secret), base64.urlsafe_b64encode(secret).rstrip(b"="),
+            base64_lines(64)(secret), secret.hex().encode(), secret.hex(":").encode(),
+        ):  # fmt: skip
+            path.write_bytes(b"\xef\xbb\xbf" + text + b"\n")
+            assert chatd.read_jwt_key(path) == ("HS256", text, path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["correct horse battery staple, and some more words", "9" * 40, "ключ" * 10,
+     "my-public-keyring-of-chat-example", "{b?V<4:)Wq;h&~n0#p}=zL_c8^u-R[T]", "%" * 40,
+     "=" * 40, "true true true true true true true true", "two lines of words\n" * 2],
+)  # fmt: skip
+def test_whatever_else_somebody_thought_of_is_a_secret(
+    text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text(text, "utf-8")
+    assert chatd.read_jwt_key(tmp_path / "key").key == text.strip().encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b'{"secret": "0123456789abcdef0123456789abcdef"}', "JSON"),
+        (b'["0123456789abcdef0123456789abcdef"]', "JSON"),
+        (b'"0123456789abcdef0123456789abcdef"', "JSON"),
+        (b"https://id.example/.well-known/jwks.json", "a URL"),
+        (b"id.example/realms/chat/.well-known/openid-configuration", "a URL"),
+        (b"data:application/json;base64,e30K0123456789abcdef", "a URL"),
+        (b"\x00" * 40, "not text"),
+        (b"\xff" * 40, "not text"),
+        (b"k" * 32 + b"\x07", "not text"),
+        ("k".encode("utf-16") * 20, "not text"),
+        (b"<RSAKeyValue><Modulus>0123456789abcdef</Modulus></RSAKeyValue>", "XML"),
+        (b"RSA Public-Key: (2048 bit)\nModulus:\n    00:c3:1f", "description"),
+        (b"Modulus=C31F0123456789ABCDEF0123456789ABCDEF", "description"),
+        (b"k4.public.HrnbuRrsBqQ2rsHHxz6WvfvKHJEIXwQx1hV1l0qmYBw", "description"),
+    ],
+)
+def test_what_can_be_no_secret_is_refused_with_what_it_is(
+    text: bytes, why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_bytes(text)
+    assert why in usage_error_of(chatd.read_jwt_key, tmp_path / "key")
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+def test_a_pem_file_may_have_other_text_and_other_line_ends(
+    algorithm: str, tmp_path: Path
+) -> None:
+    path, pem = tmp_path / "public.pem", rules_public_pem(algorithm)
+    token = jwt.encode(
+        {"user_id": 6, "exp": rules_soon()}, rules_private(algorithm), algorithm
+    )
+    for text in (
+        pem.strip(), b"\xef\xbb\xbf" + pem, pem.replace(b"\n", b"\r\n"),
+        b"Bag Attributes\n  friendlyName: chat\n" + pem, b"Schl\xfcssel\n" + pem,
+        b"\xef\xbb\xbfof the chat\r\n\r\n" + pem.replace(b"\n", b"\r\n") + b"\r\nend",
+        b"my PRIVATE KEY is elsewhere, and the CERTIFICATE too\n" + pem,
+        b"  " + pem.replace(b"\n", b"\n  "),
+    ):  # fmt: skip
+        path.write_bytes(text)
+        assert chatd.read_jwt_key(path).algorithm == algorithm
+        assert rules_ring(path).verify(token).user_id == 6
+    path.write_bytes(pem * 2)
+    assert "2 keys in one file" in usage_error_of(chatd.read_jwt_key, path)
+
+
+def test_a_curve_that_nobody_knows_is_refused_like_every_other_strange_key(
+    tmp_path: Path,
+) -> None:
+    # SubjectPublicKeyInfo of a curve with the object identifier 1.2.3.4.
+    der = bytes.fromhex("301c300c06072a8648ce3d0201") + bytes.fromhex("06032a0304")
+    der = b"\x30\x1a" + der[2:] + bytes.fromhex("030a00") + b"\x04" + b"\x01" * 8
+    lines = b"-----BEGIN PUBLIC KEY-----", b"-----END PUBLIC KEY-----"
+    (tmp_path / "key").write_bytes(
+        b"\n".join([lines[0], base64_lines(64)(der), lines[1]])
+    )
+    assert "not a PEM public key" in usage_error_of(
+        chatd.read_jwt_key, tmp_path / "key"
+    )
+
+
+def test_a_private_key_is_refused_for_chatd_has_no_business_with_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "private.pem"
+    path.write_bytes(
+        rules_private("ES256").private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    assert "give chatd the public one" in usage_error_of(chatd.read_jwt_key, path)
+
+
+def test_the_secret_is_the_flag_s_or_the_credential_or_beside_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Settings(db=tmp_path / "chat" / "my.db")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert chatd.secret_path(beside) == tmp_path / "chat" / "chatd.secret"
+    (tmp_path / "chatd.secret").touch()
+    assert chatd.secret_path(beside) == tmp_path / "chatd.secret"
+    flag = dataclasses.replace(beside, secret_file=Path("/etc/s"))
+    assert chatd.secret_path(flag) == Path("/etc/s")
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    assert chatd.secret_path(beside) == tmp_path / "chat" / "chatd.secret"
+
+
+def test_a_made_secret_is_private_long_and_never_made_twice(tmp_path: Path) -> None:
+    path = tmp_path / "chatd.secret"
+    old = os.umask(0)
+    try:
+        chatd.make_secret(path)
+    finally:
+        os.umask(old)
+    secret = chatd.read_secret(path)
+    assert (stat.S_IMODE(path.stat().st_mode), len(secret) >= 32) == (0o600, True)
+    chatd.make_secret(path)
+    assert chatd.read_secret(path) == secret
+    assert "none/s" in usage_error_of(chatd.make_secret, tmp_path / "none" / "s")
+
+
+def test_a_secret_that_could_not_be_written_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "chatd.secret"
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        said = usage_error_of(chatd.make_secret, path)
+    assert said == f"secret {path}: No space left on device"
+    assert list(tmp_path.iterdir()) == []
+    chatd.make_secret(path)
+    assert len(chatd.read_secret(path)) >= 32
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("Bob", "Bob"),
+        ("  Боб  Иванов\t", "Боб Иванов"),
+        ("a\nb\x1b[2J\u202ec\x00", "a b [2J c"),
+        ("x" * 100, "x" * 64),
+        ("\ud800Bob", "Bob"),
+        ("🎉 Bob", "🎉 Bob"),
+        *[(nobody, None) for nobody in ("", " \n", "\x00\x1b", None, 5, True)],
+        (["Bob"], None),
+        ({}, None),
+    ],
+)
+def test_a_name_is_one_line_of_at_most_64_characters(
+    name: object, clean: str | None
+) -> None:
+    assert chatd.clean_name(name) == clean
+
+
+@given(st.text())
+def test_a_clean_name_stays_as_it_is(name: str) -> None:
+    clean = chatd.clean_name(name)
+    assert chatd.clean_name(clean) == clean
+    assert clean is None or (clean.isprintable() and 1 <= len(clean) <= 64)
+
+
+# --- Session: rates ------------------------------------------------------------------
+
+
+@wires()
+async def test_61_commands_at_once_are_one_too_many_and_30_come_back_a_second(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6)
+    for _ in range(60):
+        assert (await peer.ask("ping"))["type"] == "pong"
+    error = await peer.refused("ping")
+    assert (error["code"], error["retry_after"]) == ("rate_limited", 0.033)
+    await trio.sleep(1)
+    for _ in range(30):
+        assert (await peer.ask("ping"))["type"] == "pong"
+    assert (await peer.refused("ping"))["code"] == "rate_limited"
+    assert (await house.stats())["rate_limited"] == {"commands": 2}
+
+
+@wires()
+async def test_100_commands_refused_in_a_row_end_the_connection_with_4008(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6)
+    for _ in range(60 + 99):
+        await peer.say("ping")
+    for kind, number in (("pong", 60), ("error", 99)):
+        for _ in range(number):
+            await peer.hear(kind)
+    await peer.hears_nothing(0.01)
+    await peer.say("ping")
+    heard, code = await peer.end()
+    assert [frame["code"] for frame in heard] == ["rate_limited"]
+    assert code == 4008
+
+
+@wires()
+async def test_behind_the_verdict_nothing_more_of_a_flood_is_obeyed(
+    house: WiresHouse,
+) -> None:
+    raw = await house.join_raw(6)
+    await raw.send(wires_command("ping") * 250)  # one segment
+    kinds = []
+    while (frame := await raw.frame())[0] == TEXT:
+        kinds.append(json.loads(frame[1])["type"])
+    assert frame[1][:2] == (4008).to_bytes(2, "big")
+    assert kinds == ["pong"] * 60 + ["error"] * 100
+
+
+@wires()
+async def test_one_command_within_the_rate_starts_the_count_of_refused_anew(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6)
+    for _ in range(5):
+        for _ in range(60 + 99):
+            await peer.say("ping")
+        for _ in range(60 + 99):
+            await peer.ws.get_message()
+        await trio.sleep(2)
+    assert (await peer.ask("ping"))["type"] == "pong"
+
+
+@wires()
+async def test_a_bad_command_takes_a_token_too(house: WiresHouse) -> None:
+    peer = await house.join(6)
+    for _ in range(60):
+        await peer.ws.send_message("nonsense")
+        assert (await peer.hear("error"))["code"] == "bad_json"
+    await peer.ws.send_message("nonsense")
+    assert (await peer.hear("error"))["code"] == "rate_limited"
+
+
+@wires()
+async def test_the_21st_message_at_once_is_refused_with_when_to_try_again(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer, tab = await house.join(6), await house.join(6)
+    for number in range(20):
+        sender = (peer, tab)[number % 2]  # the bucket is the user's
+        answer = await sender.ask("send_message", chat_id=chat, content=str(number))
+        assert answer["type"] == "ack"
+    error = await peer.refused("send_message", chat_id=chat, content="x")
+    assert (error["code"], error["retry_after"]) == ("rate_limited", 0.2)
+    await trio.sleep(0.2)
+    for sender, kind in ((tab, "ack"), (peer, "error")):
+        answer = await sender.ask("send_message", chat_id=chat, content="x")
+        assert answer["type"] == kind
+    assert (await house.stats())["rate_limited"] == {"sends": 2}
+
+
+@wires()
+async def test_a_repeat_gets_its_token_back(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    peer = await house.join(6)
+    for number in range(19):
+        await peer.ask(
+            "send_message", chat_id=chat, content=str(number), client_id=str(number)
+        )
+    for _ in range(25):  # one token is left, and it stays
+        repeat = await peer.ask(
+            "send_message", chat_id=chat, content="3", client_id="3"
+        )
+        assert repeat["duplicate"] is True
+    answer = await peer.ask("send_message", chat_id=chat, content="new")
+    assert answer["type"] == "ack"
+    error = await peer.refused("send_message", chat_id=chat, content="newer")
+    assert error["code"] == "rate_limited"
+
+
+@wires()
+async def test_an_empty_bucket_looks_the_key_up_before_it_refuses(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer, friend = await house.join(6), await house.join(7)
+    for number in range(20):
+        first = await peer.ask(
+            "send_message", chat_id=chat, content=str(number), client_id=str(number)
+        )
+    await friend.hear("new_message")
+    repeat = {"chat_id": chat, "content": "19", "client_id": "19"}
+    answer = await peer.ask("send_message", **repeat)
+    assert answer == first | {"duplicate": True}
+    wrong = await peer.refused("send_message", **repeat | {"content": "other"})
+    assert wrong["code"] == "idempotency_mismatch"
+    unknown = await peer.refused("send_message", **repeat | {"client_id": "new"})
+    assert unknown["code"] == "rate_limited"
+    without = await peer.refused("send_message", chat_id=chat, content="19")
+    assert without["code"] == "rate_limited"
+    over_http = await house.ask(
+        "POST", f"/api/v1/chats/{chat}/messages",
+        {"content": "19", "client_id": "19"}, user=6,
+    )  # fmt: skip
+    assert (over_http.status, over_http.json["duplicate"]) == (200, True)
+
+
+@wires()
+async def test_a_service_sends_outside_the_rate_of_users(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    peer = await house.join(6, token=house.token(6, scope="service"))
+    for number in range(30):
+        answer = await peer.ask("send_message", chat_id=chat, content=str(number))
+        assert answer["type"] == "ack"
+
+
+@wires()
+async def test_typing_over_the_rate_is_dropped_without_a_word(
+    house: WiresHouse,
+) -> None:
+    chat, other = await house.chat(6, 7), await house.chat(6, 7)
+    peer, friend = await house.join(6), await house.join(7)
+    for _ in range(8):
+        await peer.say("typing", chat_id=chat, is_typing=True)
+    for _ in range(5):
+        await friend.hear("typing")
+    await friend.hears_nothing(0.1)
+    await peer.say("typing", chat_id=other, is_typing=True)  # another bucket
+    assert (await friend.hear("typing"))["chat_id"] == other
+    await trio.sleep(1)
+    for _ in range(2):
+        await peer.say("typing", chat_id=chat, is_typing=True)
+    await friend.hear("typing")
+    await friend.hears_nothing(0.1)
+    await peer.hears_nothing(0.1)
+    assert (await house.stats())["rate_limited"] == {"typing": 4}
+
+
+# --- Session: tokens while connected -------------------------------------------------
+
+
+@wires()
+async def test_a_warning_60_s_before_the_tokens_end_and_4401_25_s_after_it(
+    house: WiresHouse,
+) -> None:
+    # Real time passes, too, between signing and joining: a little is allowed.
+    peer = await house.join(6, token=house.token(6, 200))
+    assert 190 <= peer.hello["expires_in"] < 200
+    with taking(130, 142):
+        warning = await peer.hear("token_expiring", within=300)
+    assert 58 <= warning["expires_in"] <= 60
+    with taking(83.9, 86.1):
+        assert await peer.end(within=300) == ([], 4401)
+    assert (await house.stats())["connections"]["closed"] == {"4401": 1}
+
+
+@wires()
+async def test_a_token_that_ends_within_a_minute_is_warned_of_at_once(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6, token=house.token(6, 30))
+    assert 20 <= (await peer.hear("token_expiring", within=1.1))["expires_in"] <= 30
+    with taking(44, 56):
+        assert await peer.end(within=60) == ([], 4401)
+
+
+@wires()
+async def test_a_token_s_end_is_told_after_connected_however_long_that_takes(
+    house: WiresHouse,
+) -> None:
+    house.disk.hold(reads=True)
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target(6, token=house.token(6, 30))))
+    assert (await raw.answer()).status == 101
+    await trio.sleep(3)  # the sweeper has come by
+    house.disk.go()
+    await raw.listen(2)
+    frames = [json.loads(data) for _, data in wires_frames(raw.data)]
+    assert [frame["type"] for frame in frames] == ["connected", "token_expiring"]
+
+
+@wires()
+async def test_auth_with_a_jwt_or_a_ticket_lets_the_socket_live_on(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6, token=house.token(6, 100))
+    await peer.hear("token_expiring", within=45)
+    ack = await peer.ask("auth", token=house.token(6, 400))
+    assert 390 <= ack.pop("expires_in") < 400
+    assert ack == {"type": "ack", "ref": "ask"}
+    await peer.hears_nothing(330)  # the old end has passed, and was not 4401
+    await peer.hear("token_expiring", within=20)  # warned again, of the new end
+    asked = await house.ask("GET", "/api/v2/ws-token", token=house.token(6, 900))
+    assert asked.json["expires_in"] == 60
+    ack = await peer.ask("auth", token=asked.json["token"])
+    assert 890 <= ack["expires_in"] <= 900  # as long as the asking token
+    await peer.hears_nothing(800)
+    again = await peer.refused("auth", token=asked.json["token"])
+    assert again["code"] == "token_used"
+
+
+@wires()
+async def test_an_auth_in_the_25_s_after_the_end_is_in_time(house: WiresHouse) -> None:
+    peer = await house.join(6, token=house.token(6, 4))
+    await peer.hear("token_expiring", within=2)
+    await trio.sleep(23)
+    assert (await peer.ask("auth", token=house.token(6, 500)))["type"] == "ack"
+    await peer.hears_nothing(100)
+
+
+@wires()
+async def test_a_bad_auth_changes_nothing(house: WiresHouse) -> None:
+    peer = await house.join(6, token=house.token(6, 100))
+    ring = house.server.keyring
+    for token, code in {
+        "": "token_invalid",
+        "nonsense": "token_invalid",
+        "x" * 5000: "token_invalid",
+        house.token(6, 900) + "x": "token_invalid",
+        house.token(6, -60): "token_expired",
+        house.token(6, 900, use="signin"): "token_invalid",
+        ring.sign(6, 60, use="ticket", jti="j", boot="another", until=1e11): (
+            "token_used"
+        ),
+    }.items():
+        error = await peer.refused("auth", token=token)
+        assert error["code"] == code
+        assert token == "" or token not in error["message"]
+    assert await peer.hear("token_expiring", within=45)
+    with taking(84, 87):
+        assert await peer.end(within=100) == ([], 4401)  # at the old token's end
+
+
+@wires()
+async def test_auth_of_another_user_is_forbidden_and_ends_the_socket_with_4503(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6)
+    await peer.say("auth", token=house.token(7), ref="a")
+    ((error,), code) = await peer.end()
+    assert (error["type"], error["code"], error["ref"]) == ("error", "forbidden", "a")
+    assert code == 4503
+
+
+@wires()
+async def test_revoking_closes_all_sockets_of_the_user_and_no_other(
+    house: WiresHouse,
+) -> None:
+    theirs = [await house.join(6) for _ in range(3)]
+    other = await house.join(7)
+    old = house.token(6)
+    revoke = await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    assert revoke == {"user_id": 6, "closed": 3}
+    for peer in theirs:
+        assert await peer.end() == ([], 4503)
+    assert (await other.ask("ping"))["type"] == "pong"
+    # Signed before, or within the leeway after: refused at every door.
+    for token in (old, house.token(6), house.token(6, iat=None)):
+        answer = await house.ask("GET", "/api/v1/me", token=token)
+        assert (answer.status, answer.code) == (401, "token_invalid")
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target(6)))
+    assert (await raw.answer()).code == "token_invalid"
+    later = house.token(6, iat=time.time() + 5)
+    again = await house.join(6, token=later)
+    assert (await again.refused("auth", token=old))["code"] == "token_invalid"
+
+
+@wires()
+async def test_a_revocation_that_was_not_answered_in_time_holds_all_the_same(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6)
+    house.disk.hold()
+    raw, auth = house.dial(), f"Bearer {house.token(1, scope='service')}"
+    path, body = "/api/v1/internal/chat/revoke", b'{"user_id":6}'
+    await raw.send(wires_request("POST", path, body, Authorization=auth))
+    assert (await raw.answer(within=16)).status == 408
+    house.disk.go()
+    assert await peer.end() == ([], 4503)
+    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 401
+
+
+@wires()
+@pytest.mark.parametrize("path", ["/api/v1/session", "/api/v1/chats"])
+async def test_who_is_revoked_while_he_sends_a_body_gets_nothing_for_it(
+    house: WiresHouse, path: str
+) -> None:
+    use = "signin" if path.endswith("session") else None
+    auth = {"Authorization": f"Bearer {house.token(6, use=use)}", "Content_Length": "2"}
+    slow = house.dial()
+    await slow.send(wires_request("POST", path, None, **auth))
+    await wait_all_tasks_blocked()
+    await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    await slow.send(b"{}")
+    assert (await slow.answer()).code == "token_invalid"
+
+
+@wires(requests=Rate(1, 10))
+async def test_a_large_chat_costs_its_maker_as_many_requests_as_it_has_tens(
+    house: WiresHouse,
+) -> None:
+    ids = [*range(1, 301)]
+    made = await house.ask("POST", "/api/v1/chats", {"member_ids": ids}, user=6)
+    assert made.status == 201
+    late = await house.ask("GET", "/api/v1/me", user=6)
+    assert (late.status, late.code) == (429, "rate_limited")
+    await trio.sleep(float(late.json["error"]["retry_after"]) + 0.01)
+    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 200
+
+
+@wires()
+async def test_a_token_revoked_during_its_handshake_opens_no_socket(
+    house: WiresHouse,
+) -> None:
+    service = f"Bearer {house.token(999, scope='service')}"
+    house.disk.hold()
+    asked = house.dial()  # a commit to wait behind
+    await asked.send(
+        wires_request("POST", "/api/v1/chats", b"{}", Authorization=service)
+    )
+    await wait_all_tasks_blocked()
+    raw, revoke = house.dial(), house.dial()
+    # A name that is new is stored before the 101: the handshake waits for it.
+    target = house.target(token=house.token(6, name="Ann"))
+    await raw.send(wires_upgrade(target))
+    await wait_all_tasks_blocked()
+    body = b'{"user_id": 6}'
+    path = "/api/v1/internal/chat/revoke"
+    await revoke.send(wires_request("POST", path, body, Authorization=service))
+    await wait_all_tasks_blocked()
+    house.disk.go()
+    assert (await revoke.answer()).status == 200
+    answer = await raw.answer()
+    if answer.status == 101:  # `connected` may come first
+        await raw.listen()
+        *_, (opcode, payload) = wires_frames(raw.data)
+        assert (opcode, payload[:2]) == (CLOSE, (4503).to_bytes(2, "big"))
+    else:
+        assert (answer.status, answer.code) == (401, "token_invalid")
+
+
+# --- Api -----------------------------------------------------------------------------
+
+
+@wires()
+async def test_a_sign_in_link_becomes_a_session_token_and_is_good_for_nothing_else(
+    house: WiresHouse,
+) -> None:
+    link = house.token(6, use="signin", name="Ann")
+    answer = await house.ask("POST", "/api/v1/session", token=link)
+    assert answer.status == 200
+    session = answer.json
+    token = session.pop("token")
+    assert session == {"user_id": 6, "name": "Ann", "expires_in": 30 * 86_400}
+    assert (await house.ask("GET", "/api/v1/me", token=token)).json["name"] == "Ann"
+    assert (await house.join(6, token=token)).hello["user_id"] == 6
+    wrong = await house.ask("POST", "/api/v1/session", token=token)
+    assert (wrong.status, wrong.code) == (401, "token_invalid")
+
+
+@wires()
+async def test_scopes_open_only_what_they_name(house: WiresHouse) -> None:
+    stats, revoke = "/api/v1/internal/chat/ws/stats", "/api/v1/internal/chat/revoke"
+    for scope, method, path, status in (
+        (None, "GET", stats, 403),
+        (None, "GET", "/metrics", 403),
+        (None, "POST", revoke, 403),
+        ("service", "GET", stats, 403),
+        ("stats", "POST", revoke, 403),
+        ("stats", "GET", stats, 200),
+        ("stats", "GET", "/metrics", 200),
+        ("stats service", "POST", revoke, 200),
+    ):
+        body = {"user_id": 50} if method == "POST" else None
+        token = house.token(6, scope=scope)
+        answer = await house.ask(method, path, body, token=token)
+        assert answer.status == status, (scope, path)
+    for path in (stats, "/metrics"):
+        assert (await house.ask("GET", path)).status == 401
+
+
+@wires()
+async def test_a_tickets_scopes_are_those_of_the_asking_token(
+    house: WiresHouse,
+) -> None:
+    token = house.token(6, scope="service")
+    ticket = (await house.ask("GET", "/api/v2/ws-token", token=token)).json["token"]
+    chat = await house.chat(7)
+    peer = await house.join(6, token=ticket)
+    answer = await peer.ask("send_message", chat_id=chat, content="hi")
+    assert answer["type"] == "ack"
+
+
+@wires()
+async def test_revoking_refuses_a_wrong_user_id_and_knows_users_without_sockets(
+    house: WiresHouse,
+) -> None:
+    token = house.token(999, scope="service")
+    path = "/api/v1/internal/chat/revoke"
+    for body in ({}, {"user_id": "6"}, {"user_id": 0}):
+        answer = await house.ask("POST", path, body, token=token)
+        assert (answer.status, answer.code) == (400, "bad_field")
+    answer = await house.ask("POST", path, {"user_id": 6}, token=token)
+    assert answer.json == {"user_id": 6, "closed": 0}
+    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 401
+
+
+# --- identity ------------------------------------------------------------------------
+
+
+def door_forged(house: DoorServer, user: int) -> dict[str, tuple[str, str]]:
+    """Tokens that must be refused, and the code."""
+    now = int(time.time())
+    good = house.token(user)
+    head, body, mark = good.split(".")
+    admin = house.token(user, scope="service").split(".")[1]
+    claims = {"sub": str(user), "iat": now, "exp": now + 3600}
+    unsigned = jwt.encode(claims, "", algorithm="none")
+    invalid = {
+        "not a token": "abc",
+        "three dots": "a.b.c",
+        "alg none": unsigned,
+        "alg none, our mark": f"{unsigned.split('.')[0]}.{body}.{mark}",
+        "another body": f"{head}.{admin}.{mark}",
+        "no mark": f"{head}.{body}.",
+        "another key": house.token(user, key=b"k" * 32),
+        "another algorithm": jwt.encode(claims, house.secret * 2, algorithm="HS512"),
+        "a critical header": jwt.encode(claims, house.secret, headers={"crit": ["x"]}),
+        "no exp": house.token(user, exp=None),
+        "exp is text": house.token(user, exp="soon"),
+        "not yet": house.token(user, nbf=now + 60),
+        "issued in the future": house.token(user, iat=now + 60),
+        "nobody": house.token(),
+        "sub is a name": house.token(sub="six"),
+        "sub is a float": house.token(sub=6.5),
+        "sub is true": house.token(sub=True),
+        "user_id is true": house.token(user_id=True),
+        "user_id is a float": house.token(user_id=6.5),
+        "user_id is 0": house.token(user_id=0),
+        "user_id is negative": house.token(user_id=-6),
+        "user_id is too large": house.token(user_id=2**53),
+        "sub is too large": house.token(sub=str(2**53)),
+        "sub is much too large": house.token(sub="9" * 1000),
+        "over 4 KiB": house.token(user, x="x" * 4096),
+        "a sign-in link's": house.token(user, use="signin"),
+    }
+    codes = {name: (token, "token_invalid") for name, token in invalid.items()}
+    codes["expired"] = (house.token(user, exp=now - 8), "token_expired")
+    codes["expired long ago"] = (house.token(user, exp=1), "token_expired")
+    return codes
+
+
+async def test_a_forged_token_opens_nothing(open_house: DoorServer) -> None:
+    house = open_house
+    user = next(door_users)
+    async with await house.dial() as stream:
+        line = DoorLine(stream)
+        for name, (token, code) in door_forged(house, user).items():
+            answer = await line.ask("GET", "/api/v1/me", token)
+            assert (answer.status, answer.code) == (401, code), (name, answer)
+            refused = await house.refusal(token)
+            assert (refused.status, refused.code) == (401, code), (name, refused)
+        for lines in ({}, {"Authorization": "Basic eDp5"}, {"Authorization": "Bearer"}):
+            answer = await line.ask("GET", "/api/v1/me", **lines)
+            assert (answer.status, answer.code) == (401, "token_invalid"), lines
+        target = f"/api/v1/me?token={house.token(user)}"  # the query is the socket's
+        assert (await line.ask("GET", target)).status == 401
+        now = int(time.time())
+        for claims in (
+            {"sub": user},  # PyJWT itself would refuse an integer
+            {"sub": str(user)},
+            {"user_id": user},
+            {"user_id": user, "sub": "somebody"},
+            {"user_id": user, "aud": "anyone"},
+            {"user_id": user, "exp": now - 2},  # within the leeway
+            {"user_id": user, "iat": None},
+        ):
+            answer = await line.ask("GET", "/api/v1/me", house.token(**claims))
+            assert answer.json["user_id"] == user, (claims, answer)
+
+
+async def test_a_ticket_works_once_in_one_process_and_for_the_socket_only(
+    house: DoorServer,
+) -> None:
+    async with house.serving():
+        user = next(door_users)
+        short = house.token(user, exp=int(time.time()) + 300)
+
+        async def ticket() -> str:
+            got = await house.want(200, "GET /api/v2/ws-token", short)
+            return str(got["token"])
+
+        one = await ticket()
+        bad = door_get(house.socket_path(one), "Host: x", *DOOR_UPGRADE[:3])
+        assert isinstance(await house.knock(bad), HttpAnswer)
+        refused = await house.refusal(one, "Origin: http://elsewhere")
+        assert refused.status == 403
+        peer = await house.peer(one)  # those two have not spent it
+        assert 290 < peer.hello["expires_in"] <= 300  # until the asking token's end
+        refused = await house.refusal(one)
+        assert (refused.status, refused.code) == (401, "token_used")
+        spent = await peer.ask("auth", token=one)
+        assert spent["code"] == "token_used"
+        two = await ticket()
+        for method, target in (
+            ("GET", "/api/v1/me"),
+            ("GET", "/api/v2/ws-token"),
+            ("POST", "/api/v1/session"),
+        ):
+            answer = await house.ask(method, target, two)
+            assert (answer.status, answer.code) == (401, "token_invalid"), target
+        assert (await peer.ask("auth", token=two))["type"] == "ack"
+        assert (await house.refusal(two)).code == "token_used"
+        three = await ticket()
+        await house.stop()
+        await house.begin()
+        refused = await house.refusal(three)
+        assert (refused.status, refused.code) == (401, "token_used")
+        plain = [await house.peer(short) for _ in range(2)]  # a JWT is no ticket
+        assert len(plain) == 2
+
+
+async def test_a_bad_auth_changes_nothing_and_nobody_becomes_another(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
+    ann, eve = next(door_users), next(door_users)
+    chat = await house.chat(ann)
+    peer = await house.peer(ann)
+    forged = door_forged(house, ann).values()
+    for token, code in [*forged, *door_forged(house, eve).values()]:
+        answer = await peer.ask("auth", token=token)
+        assert (answer["type"], answer["code"]) == ("error", code), answer
+    ack = await peer.ask("send_message", chat_id=chat, content="still me")
+    assert ack["type"] == "ack"
+    assert (await house.history(chat, ann))[0]["sender_id"] == ann
+    ack = await peer.ask("auth", token=house.token(ann, exp=int(time.time()) + 100))
+    assert 95 < ack["expires_in"] <= 100
+    ticket = await house.want(200, "GET /api/v2/ws-token", house.token(eve))
+    for token in (house.token(eve), str(ticket["token"])):
+        peer = await house.peer(ann)
+        await peer.say("auth", token=token)
+        await peer.say("send_message", chat_id=chat, content="who am I?")
+        assert await peer.ended() == 4503
+    assert len(await house.history(chat, ann)) == 1
+
+
+async def test_a_sign_in_link_is_good_for_a_session_and_for_nothing_else(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
+    user = next(door_users)
+    base = f"http://127.0.0.1:{house.port}"
+    words = ("token", user, "--db", house.db, "--name", "Zoë", "--link", base)
+    run = await door_run(*words)
+    assert run.status == 0, run
+    match = re.fullmatch(re.escape(base) + r"/#token=(\S+)\n", run.out)
+    assert match, run
+    link = match[1]
+    claims = jwt.decode(link, options={"verify_signature": False})
+    assert claims["use"] == "signin"
+    assert 86000 < claims["exp"] - time.time() < 87000
+    for target in ("/api/v1/me", "/api/v2/ws-token", "/api/v1/chats"):
+        assert (await house.ask("GET", target, link)).status == 401, target
+    assert (await house.refusal(link)).status == 401
+    session = await house.want(200, "POST /api/v1/session", link)
+    assert (session["user_id"], session["name"]) == (user, "Zoë")
+    assert session["expires_in"] > 0
+    me = await house.want(200, "GET /api/v1/me", session["token"])
+    assert me == {"user_id": user, "name": "Zoë"}
+    assert (await house.peer(session["token"])).hello["user_id"] == user
+    await house.want(401, "POST /api/v1/session", session["token"])
+    await house.want(401, "POST /api/v1/session", house.token(user))
+
+
+async def test_the_applications_own_keys_are_trusted_but_not_their_scopes(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    rsa_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pairs: dict[str, Any] = {
+        "RS256": rsa_key,
+        "ES256": ec.generate_private_key(ec.SECP256R1()),
+        "EdDSA": ed25519.Ed25519PrivateKey.generate(),
+    }
+    flags, publics = [], []
+    for name, pair in pairs.items():
+        pem = pair.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        path = tmp_path / f"{name}.pem"
+        path.write_bytes(pem)
+        publics.append(pem)
+        flags += ["--jwt-key", str(path)]
+    shared = tmp_path / "shared"
+    shared.write_text("an application's secret of 32 bytes or more\n", "ascii")
+    shared.chmod(0o600)
+    async with house.serving(*flags, "--jwt-key", str(shared)):
+        user, now = next(door_users), int(time.time())
+        claims = {"sub": str(user), "iat": now, "exp": now + 60}
+        all_scopes = {**claims, "scope": "service stats"}
+
+        def signed(content: dict[str, object]) -> list[str]:
+            tokens = [jwt.encode(content, k, algorithm=a) for a, k in pairs.items()]
+            key = shared.read_bytes().strip()
+            return [*tokens, jwt.encode(content, key, algorithm="HS256")]
+
+        for token in signed(dict(claims)):
+            assert (await house.ask("GET", "/api/v1/me", token)).json["user_id"] == user
+            (await house.peer(token)).drop()
+        for token in signed(dict(all_scopes)):
+            stats = await house.ask("GET", "/api/v1/internal/chat/ws/stats", token)
+            assert (stats.status, stats.code) == (403, "forbidden")
+            who = {"user_id": user}
+            revoke = "/api/v1/internal/chat/revoke"
+            answer = await house.ask("POST", revoke, token, who)
+            assert (answer.status, answer.code) == (403, "forbidden")
+        for kind in ("signin", "ticket"):  # those are chatd's own to sign
+            for token in signed({**claims, "use": kind, "jti": "1", "boot": "x"}):
+                answer = await house.ask("POST", "/api/v1/session", token)
+                assert answer.status == 401, kind
+        for pem in (p for public in publics for p in (public, public.strip())):
+
+            def b64(data: bytes) -> bytes:
+                return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+            head = b64(b'{"alg":"HS256","typ":"JWT"}')  # the public key as a secret
+            signing = head + b"." + b64(json.dumps(claims).encode())
+            mark = b64(hmac.new(pem, signing, hashlib.sha256).digest())
+            answer = await house.ask(
+                "GET", "/api/v1/me", (signing + b"." + mark).decode()
+            )
+            assert (answer.status, answer.code) == (401, "token_invalid")
+        strange = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        token = jwt.encode(claims, strange, algorithm="RS256")
+        assert (await house.ask("GET", "/api/v1/me", token)).status == 401
+        pss = jwt.encode(claims, rsa_key, algorithm="PS256")
+        assert (await house.ask("GET", "/api/v1/me", pss)).status == 401
+
+
+async def test_issuer_and_audience_are_checked_when_given(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.write_text("k" * 32, "ascii")
+    shared.chmod(0o600)
+    flags = ("--issuer", "the-app", "--audience", "chat", "--jwt-key", str(shared))
+    async with house.serving(*flags):
+        user = next(door_users)
+        both: dict[str, object] = {"iss": "the-app", "aud": "chat"}
+        changes: list[tuple[dict[str, object], int]] = [
+            ({}, 200),
+            ({"aud": ["x", "chat"]}, 200),
+            ({"iss": "other"}, 401),
+            ({"iss": None}, 401),
+            ({"aud": "other"}, 401),
+            ({"aud": None}, 401),
+        ]
+        for change, status in changes:
+            token = house.token(user, key="k" * 32, **{**both, **change})
+            answer = await house.ask("GET", "/api/v1/me", token)
+            assert answer.status == status, change
+        token = house.token(user, key="k" * 32, **both)
+        ticket = await house.want(200, "GET /api/v2/ws-token", token)
+        await house.peer(str(ticket["token"]))  # chatd's own need neither
+        link = await door_run("token", user, "--db", house.db, "--link", "http://x")
+        words = link.out.partition("token=")[2].strip()
+        session = await house.want(200, "POST /api/v1/session", words)
+        await house.want(200, "GET /api/v1/me", session["token"])
+
+
+async def test_who_is_revoked_is_out_and_his_tokens_with_him(house: DoorServer) -> None:
+    async with house.serving():
+        ann, bob = next(door_users), next(door_users)
+        token, revoke = house.token(ann), "POST /api/v1/internal/chat/revoke"
+        got = await house.want(200, "GET /api/v2/ws-token", token)
+        ticket = str(got["token"])
+        tabs, other = [await house.peer(token) for _ in range(3)], await house.peer(bob)
+        await house.want(403, revoke, house.token(bob), {"user_id": ann})
+        assert await house.want(200, revoke, house.service, {"user_id": ann}) == {
+            "user_id": ann,
+            "closed": 3,
+        }
+        revoked_at = int(time.time())
+        assert [await tab.ended() for tab in tabs] == [4503] * 3
+        await other.hears_nothing()
+        no_iat = house.token(ann, iat=None)
+
+        async def all_refused() -> None:
+            for old in (token, no_iat, ticket):
+                refused = await house.refusal(old)
+                assert (refused.status, refused.code[:6]) == (401, "token_"), refused
+            for old in (token, no_iat):
+                assert (await house.ask("GET", "/api/v1/me", old)).status == 401
+
+        await all_refused()
+        await house.kill()  # it is in the database, not in memory
+        await house.begin()
+        await all_refused()
+
+        async def signed_in_again() -> bool:
+            later = house.token(ann, iat=revoked_at + 7)  # tokens from now on, +-5 s
+            return (await house.ask("GET", "/api/v1/me", later)).status == 200
+
+        await door_until(signed_in_again)
+        (await house.peer(house.token(ann, iat=revoked_at + 7))).drop()
+        await all_refused()
+
+
+async def test_a_close_code_reaches_those_who_keep_talking(house: DoorServer) -> None:
+    """RST would overtake it: the server reads on while it says goodbye."""
+    codes: list[int] = []
+    talk = door_frame(10, b"p" * 125) * 50 + door_frame(9, b"p")
+
+    async def chatter(peer: DoorPeer) -> None:
+        with suppress(trio.BrokenResourceError):
+            while True:
+                await peer.stream.send_all(talk)
+
+    async def listen(peer: DoorPeer) -> None:
+        async with trio.open_nursery() as talking:
+            talking.start_soon(chatter, peer)
+            codes.append(await peer.ended())
+            assert await peer.stream.receive_some(1) == b"", "RST instead of an end"
+            talking.cancel_scope.cancel()
+
+    async with house.serving("--receive-bytes", "65536/65536"):
+        user = next(door_users)
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                peer = await house.peer(user)
+                nursery.start_soon(listen, peer)
+            target, body = "POST /api/v1/internal/chat/revoke", {"user_id": user}
+            revoked = await house.want(200, target, house.service, body)
+            assert revoked["closed"] == 10
+        assert codes == [4503] * 10
+
+
+async def test_the_operator_may_keep_chats_to_the_service(house: DoorServer) -> None:
+    async with house.serving("--chats-by", "service"):
+        ann, bob = next(door_users), next(door_users)
+        token, body = house.token(ann), {"title": "t", "member_ids": [bob]}
+        answer = await house.ask("POST", "/api/v1/chats", token, body)
+        assert (answer.status, answer.code) == (403, "forbidden")
+        chat = await house.chat(ann)
+        target, who = f"/api/v1/chats/{chat}/members", {"user_id": bob}
+        assert (await house.ask("POST", target, token, who)).status == 403
+        assert (await house.ask("GET", "/api/v1/users", token)).status in {403, 404}
+        await house.want(201, f"POST {target}", house.service, who)
+
+
+# --- limits, each at its edge --------------------------------------------------------
+
+
+async def test_sends_are_limited_per_user_and_repeats_are_free(
+    house: DoorServer,
+) -> None:
+    async with house.serving("--sends", "2/2"):
+        ann, bob = next(door_users), next(door_users)
+        chat = await house.chat(ann, bob)
+        peers = [await house.peer(ann), await house.peer(ann)]
+        say = {"chat_id": chat, "content": "x"}
+        for number, peer in enumerate(peers):
+            ack = await peer.ask("send_message", client_id=f"{number}", **say)
+            assert ack["type"] == "ack"
+        over = await peers[0].ask("send_message", client_id="2", **say)
+        assert over["code"] == "rate_limited"
+        assert 0 < over["retry_after"] <= 0.6
+        again = await peers[1].ask("send_message", client_id="0", **say)
+        assert again["duplicate"] is True  # known, so it is told, bucket or not
+        body = {"content": "x", "client_id": "3"}
+        target = f"/api/v1/chats/{chat}/messages"
+        by_http = await house.ask("POST", target, house.token(ann), body)
+        assert (by_http.status, by_http.code) == (429, "rate_limited")
+        assert 0 < by_http.json["error"]["retry_after"] <= 0.6
+        assert int(by_http.headers["retry-after"]) == 1
+        for number in range(5):  # the service is outside of users' rates
+            await house.post(chat, ann, f"{number}")
+        his = await house.peer(bob)
+        assert (await his.ask("send_message", **say))["type"] == "ack"
+        await trio.sleep(over["retry_after"])
+        ack = await peers[0].ask("send_message", client_id="2", **say)
+        assert ack["duplicate"] is False
+
+
+async def test_many_repeats_at_once_are_all_told_however_empty_the_bucket(
+    house: DoorServer,
+) -> None:
+    async with house.serving("--sends", "0.01/70"):
+        user = next(door_users)
+        chat, peer = await house.chat(user), await house.peer(user)
+        keys = [*(str(number) for number in range(70)), *["0"] * 200]
+        say = {"type": "send_message", "chat_id": chat, "content": "x"}
+        texts = [json.dumps({**say, "client_id": key}).encode() for key in keys]
+        await peer.stream.send_all(b"".join(door_frame(1, text) for text in texts))
+        acks = [await peer.find("ack") for _ in keys]
+        assert sorted(ack["client_id"] for ack in acks) == sorted(keys)
+        new = [ack["client_id"] for ack in acks if not ack["duplicate"]]
+        assert new == keys[:70]
+        assert len({ack["message_id"] for ack in acks if ack["client_id"] == "0"}) == 1
+        await peer.hears_nothing()
+
+
+async def test_commands_are_limited_per_connection_and_then_it_is_closed(
+    house: DoorServer,
+) -> None:
+    async with house.serving("--commands", "0.1/5"):
+        user = next(door_users)
+        peer, other = await house.peer(user), await house.peer(user)
+        for _ in range(5):
+            await peer.hears_nothing()
+        for number in range(100):
+            await peer.say("ping", ref=str(number))
+            error = await peer.hear("error")
+            assert error["code"] == "rate_limited"
+            assert error["ref"] == str(number)
+            assert error["retry_after"] > 0
+        await peer.say("ping")
+        assert await peer.ended() == 4008
+        await other.hears_nothing()
+
+
+async def test_typing_over_its_rate_is_dropped(house: DoorServer) -> None:
+    async with house.serving("--typing", "0.1/2"):
+        ann, bob = next(door_users), next(door_users)
+        chats = [await house.chat(ann, bob), await house.chat(ann, bob)]
+        a, b = await house.peer(ann), await house.peer(bob)
+        for _ in range(5):
+            for chat in chats:
+                await a.say("typing", chat_id=chat, is_typing=True)
+        await a.hears_nothing()
+        for chat in chats * 2:
+            assert (await b.hear("typing"))["chat_id"] == chat
+        await b.hears_nothing()
+
+
+async def test_requests_are_limited_per_user(house: DoorServer) -> None:
+    async with house.serving("--requests", "0.1/3"):
+        ann, bob = next(door_users), next(door_users)
+        for _ in range(3):
+            await house.want(200, "GET /api/v1/me", house.token(ann))
+        over = await house.ask("GET", "/api/v1/me", house.token(ann))
+        assert (over.status, over.code) == (429, "rate_limited")
+        assert 1 <= int(over.headers["retry-after"]) <= 11
+        await house.want(200, "GET /api/v1/me", house.token(bob))
+        for _ in range(5):
+            await house.chat(ann)  # the service again
+        await house.want(200, "GET /healthz")
+
+
+async def test_handshakes_are_limited_per_address_and_so_are_guesses(
+    house: DoorServer,
+) -> None:
+    async with house.serving("--handshakes", "0.01/3"):
+        user = next(door_users)
+
+        async def status(address: str, token: str = "") -> int:
+            line = f"X-Forwarded-For: {address}"
+            head = (door_get(house.socket_path(token or user), "Host: x", line))[:-2]
+            upgrade = "\r\n".join((*DOOR_UPGRADE, "", "")).encode()
+            got = await house.knock(head + upgrade)
+            if isinstance(got, DoorPeer):
+                got.drop()
+                return 101
+            if got.status == 429:
+                assert got.code == "rate_limited"
+                assert int(got.headers["retry-after"]) >= 1
+            return got.status
+
+        ok = [101, 101, 101, 429]
+        assert [await status("203.0.113.1") for _ in range(4)] == ok
+        assert [await status("8.8.8.8, 203.0.113.2") for _ in range(4)] == ok
+        assert await status("203.0.113.1, 127.0.0.1") == 429  # a trusted hop
+        assert await status("8.8.8.8") == 101  # the forged one was not counted
+        guesses = [await status("203.0.113.3", "bad") for _ in range(4)]
+        assert guesses == [401, 401, 401, 429]
+        ipv6 = [f"2001:db8::{i}" for i in range(1, 4)]
+        assert [await status(address) for address in [*ipv6, "2001:db8::9"]] == ok
+        assert await status("2001:db8:0:1::1") == 101  # another /64
+        wrong = [("203.0.113.4", "bad")] * 3
+        for address, token in wrong:
+            header = {"X_Forwarded_For": address}
+            assert (await house.ask("GET", "/api/v1/me", token, **header)).status == 401
+        header = {"X_Forwarded_For": "203.0.113.4"}
+        over = await house.ask("GET", "/api/v1/me", "bad", **header)
+        assert over.status == 429
+        own = ["nonsense", "203.0.113.5, nonsense", "999.1.1.1", "also bad"]
+        assert [await status(address) for address in own] == ok  # all one: the peer
+        await house.stop()
+        await house.begin(*house.flags, "--trusted-proxy", "none")
+        believed = [await status(f"203.0.113.{i}") for i in range(4)]
+        assert believed == ok
+
+
+async def test_a_user_has_so_many_connections_and_no_more(house: DoorServer) -> None:
+    async with house.serving("--connections-per-user", "2"):
+        ann, bob = next(door_users), next(door_users)
+        peers = [await house.peer(ann) for _ in range(2)]
+        head = door_get(house.socket_path(ann), "Host: x", *DOOR_UPGRADE)
+        third = await house.knock(head)
+        assert isinstance(third, DoorPeer)
+        with pytest.raises(DoorGone) as gone:  # the first thing it hears
+            await third.hear()
+        assert gone.value.code == 4504
+        for peer in peers:
+            await peer.hears_nothing()
+        (await house.peer(bob)).drop()
+        await peers.pop().leave()
+
+        async def room() -> bool:
+            got = await house.knock(head)
+            assert isinstance(got, DoorPeer)
+            with suppress(DoorGone):
+                return bool((await got.hear())["type"] == "connected")
+            return False
+
+        await door_until(room)
+
+
+async def test_sizes_are_limited_in_bytes_and_in_characters(house: DoorServer) -> None:
+    flags = ("--max-message-bytes", "1000", "--max-content-chars", "10")
+    async with house.serving(*flags):
+        user = next(door_users)
+        chat, peer = await house.chat(user), await house.peer(user)
+        edge = await peer.ask("send_message", chat_id=chat, content="🙂" * 10)
+        assert edge["type"] == "ack"
+        over = await peer.ask("send_message", chat_id=chat, content="🙂" * 11)
+        assert over["code"] == "bad_field"
+        assert "content" in over["message"]
+        target = f"/api/v1/chats/{chat}/messages"
+        token, body = house.token(user), b'{"content":"c"}'
+        answer = await house.ask("POST", target, token, {"content": "x" * 11})
+        assert (answer.status, answer.code) == (400, "bad_field")
+        await house.want(201, f"POST {target}", token, body.ljust(1000))
+        await peer.hear("new_message")
+        answer = await house.ask("POST", target, token, body.ljust(1001))
+        assert (answer.status, answer.code) == (413, "too_large")
+        await peer.utter('{"type":"ping"}'.ljust(1000))
+        await peer.hear("pong")
+        umlauts = '{"type":"ping","x":"' + "é" * 489 + '"}'
+        assert len(umlauts.encode()) == 1000
+        await peer.utter(umlauts)
+        await peer.hear("pong")
+        await peer.utter(umlauts + " ")  # 1001 bytes, 512 characters
+        assert await peer.ended() == 1009
+
+
+# --- the command line ----------------------------------------------------------------
+
+
+async def test_ready_names_each_key_of_the_backend_and_its_kind(
+    house: DoorServer,
+) -> None:
+    keys = {"RS256": "public key", "ES256": "public key", "EdDSA": "public key"}
+    for algorithm in keys:
+        (house.home / algorithm).write_bytes(rules_public_pem(algorithm))
+    keys["HS256"] = "shared secret"
+    (house.home / "HS256").write_bytes(RULES_SHARED)
+    flags = [word for name in keys for word in ("--jwt-key", str(house.home / name))]
+    async with house.serving(*flags):
+        pass
+    named = ", ".join(f"{house.home / n} ({n}, {kind})" for n, kind in keys.items())
+    (line,) = re.findall("(?m)^INFO ready .*", house.output)
+    assert line.endswith(f" jwt_keys='{named}'"), line
+    async with house.serving(*DOOR_OPEN):
+        pass
+    assert "jwt_keys" not in re.findall("(?m)^INFO ready .*", house.output)[1]

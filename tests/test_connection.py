@@ -1,0 +1,1714 @@
+"""A connection: the WebSocket reader and the session behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import json
+import random
+import re
+import socket
+import sqlite3
+import struct
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote
+
+import pytest
+import trio
+import trio.testing
+import trio_websocket
+from trio.testing import MockClock, wait_all_tasks_blocked
+from websockets.sync.client import connect as websockets_connect
+
+import chatd
+from chatd import Settings
+from tests.harness import (
+    BIG,
+    CLOSE,
+    DOOR_SECONDS,
+    DOOR_UPGRADE,
+    OFF,
+    PING,
+    PONG,
+    TEXT,
+    DoorCount,
+    DoorFrame,
+    DoorGone,
+    DoorSender,
+    DoorServer,
+    WiresFrame,
+    WiresHouse,
+    door_answer,
+    door_frame,
+    door_get,
+    door_innocent,
+    door_lasting,
+    door_load,
+    door_reset,
+    door_rest,
+    door_texts,
+    door_until,
+    door_users,
+    taking,
+    wires,
+    wires_close,
+    wires_command,
+    wires_frame,
+    wires_frames,
+    wires_house,
+    wires_request,
+    wires_upgrade,
+)
+
+# --- Outbox --------------------------------------------------------------------------
+
+
+@wires()
+async def test_what_is_sent_behind_the_handshake_is_served(house: WiresHouse) -> None:
+    command = wires_command("ping", ref="first")
+    raw = await house.join_raw(6, behind=command + command[:7])
+    await raw.send(command[7:])
+    assert (await raw.hear("pong"))["ref"] == "first"
+    assert (await raw.hear("pong"))["ref"] == "first"
+
+
+@wires()
+async def test_a_ping_in_the_segment_of_the_handshake_is_answered_behind_the_101(
+    house: WiresHouse,
+) -> None:
+    raw = house.dial()
+    request = wires_upgrade(house.target(6))
+    await raw.send(request, wires_frame(PING, b"early"))
+    assert (await raw.answer()).status == 101
+    heard = [await raw.frame(), await raw.frame()]
+    assert (PONG, b"early") in heard
+    assert any(b'"connected"' in payload for _, payload in heard)
+
+
+@wires()
+async def test_peers_that_close_at_once_leave_nothing_behind(house: WiresHouse) -> None:
+    request = wires_upgrade(house.target(6))
+    for sent in (b"", b"G", request[:-2], request, request + wires_close(1000)):
+        raw = house.dial()
+        if sent:
+            await raw.send(sent)
+        raw.stream.socket.close()
+    for sent in (request, request + wires_command("ping") * 50):
+        raw = house.dial()
+        await raw.send(sent)
+        await raw.stream.send_eof()
+        await raw.ends(2)
+    await trio.sleep(2)
+    house.check_left()
+
+
+@wires()
+async def test_a_broken_peer_ends_only_its_own_connection(house: WiresHouse) -> None:
+    chat = await house.chat(1, 2)
+    gone = await house.join(1)
+    stays = await house.join(2)
+    gone.stream.socket.close()
+    await house.post(chat, "hi")
+    assert (await stays.hear("new_message"))["message"]["content"] == "hi"
+    assert [s.claims.user_id for s in house.server.sessions] == [2]
+    await stays.hears_nothing()
+
+
+# --- Guard ---------------------------------------------------------------------------
+
+
+def test_trio_websocket_still_has_the_private_parts_that_guard_replaces() -> None:
+    library = trio_websocket.WebSocketConnection
+    assert trio_websocket.__version__ == "0.12.2"
+    replaced = {name for name in vars(chatd.Guard) if name.startswith("_handle_")}
+    assert replaced >= {"_handle_ping_event", "_handle_pong_event",
+                        "_handle_message_event"}  # fmt: skip
+    reader = inspect.getsource(library._reader_task)
+    for name in replaced:
+        assert f"self.{name}," in reader, name
+        theirs, ours = getattr(library, name), getattr(chatd.Guard, name)
+        assert inspect.iscoroutinefunction(theirs), name
+        assert [*inspect.signature(ours).parameters] == ["self", "event"], name
+
+
+@wires(max_message_bytes=1000)
+async def test_the_limit_counts_bytes_and_not_characters(house: WiresHouse) -> None:
+    peer = await house.join(6)
+    fits = json.dumps({"type": "ping", "x": "й" * 480}, ensure_ascii=False)
+    await peer.ws.send_message(fits)
+    await peer.hear("pong")
+    too_big = fits.replace("й" * 480, "й" * 490)
+    assert len(too_big) < 1000 < len(too_big.encode())
+    await peer.ws.send_message(too_big)
+    assert await peer.end() == ([], 1009)
+
+
+@wires(max_message_bytes=1000)
+async def test_a_message_of_exactly_the_limit_passes_and_one_byte_more_does_not(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6)
+    command = json.dumps({"type": "ping", "x": ""})
+    await peer.ws.send_message(command[:-2] + "x" * (1000 - len(command)) + '"}')
+    await peer.hear("pong")
+    await peer.ws.send_message(command[:-2] + "x" * (1001 - len(command)) + '"}')
+    assert await peer.end() == ([], 1009)
+
+
+@wires(max_message_bytes=1000)
+async def test_a_message_in_fragments_is_counted_as_one(house: WiresHouse) -> None:
+    raw = await house.join_raw(6)
+    piece = wires_frame(0, b"x" * 400, fin=False)
+    await raw.send(wires_frame(TEXT, b"x" * 400, fin=False), piece)
+    await raw.send(piece)
+    assert await raw.close_code() == 1009
+
+
+@wires()
+async def test_the_counts_start_anew_with_each_message(house: WiresHouse) -> None:
+    raw = await house.join_raw(6)
+    half, rest = b'{"type":"pi', b'ng"}'
+    for _ in range(3):
+        await raw.send(wires_frame(TEXT, half, fin=False))
+        await raw.send(*[wires_frame(0, b"", fin=False)] * 62)
+        await raw.send(wires_frame(0, rest))
+        await raw.hear("pong")
+
+
+@wires()
+async def test_a_message_in_65_fragments_is_too_big(house: WiresHouse) -> None:
+    raw = await house.join_raw(6)
+    await raw.send(wires_frame(TEXT, b"", fin=False))
+    await raw.send(*[wires_frame(0, b"", fin=False)] * 64)
+    assert await raw.close_code() == 1009
+
+
+@wires(receive_bytes=OFF)
+async def test_a_frame_that_announces_2_62_bytes_is_cut_at_the_limit(
+    house: WiresHouse,
+) -> None:
+    raw = await house.join_raw(6)
+    await raw.send(b"\x81\xff" + struct.pack("!Q", 2**62) + bytes(4) + b"x" * 65_536)
+    await trio.sleep(5)
+    assert len(house.server.sessions) == 1
+    await raw.send(b"x")
+    assert await raw.close_code() == 1009
+
+
+@wires()
+async def test_a_flood_of_empty_continuations_is_cut_short(house: WiresHouse) -> None:
+    raw = await house.join_raw(6)
+    innocent = await house.join(7)
+    flood = wires_frame(0, b"", fin=False) * 10_000
+    await raw.send(wires_frame(TEXT, b"", fin=False))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(raw.send, flood)
+        assert (await innocent.ask("ping"))["type"] == "pong"
+        assert await raw.close_code() == 1009
+
+
+@wires()
+async def test_a_flood_of_pings_meets_tcp_and_disturbs_nobody(
+    house: WiresHouse,
+) -> None:
+    raw = await house.join_raw(6)
+    innocent = await house.join(7)
+    pings = 20_000
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(raw.send, wires_frame(PING) * pings)
+        for _ in range(5):
+            assert (await innocent.ask("ping"))["type"] == "pong"
+        started, pongs = trio.current_time(), 0
+        while pongs < pings:
+            assert await raw.frame(60) == (PONG, b"")
+            pongs += 1
+    # 134 bytes each, at 64 KiB a second, and half a MiB to start with.
+    seconds = (pings * 134 - 524_288) / 65_536
+    assert trio.current_time() - started == pytest.approx(seconds, abs=2)
+
+
+@wires(max_message_bytes=1000)
+async def test_two_messages_too_big_and_a_ping_in_one_segment_get_one_1009(
+    house: WiresHouse,
+) -> None:
+    raw = await house.join_raw(6)
+    big = wires_frame(TEXT, b"x" * 1001)
+    await raw.send(big, wires_frame(PING), big, wires_frame(PING))
+    assert await raw.close_code() == 1009
+
+
+@wires(max_message_bytes=1000)
+async def test_what_was_read_before_a_message_too_big_is_still_obeyed(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6)
+    sends = [
+        wires_command("send_message", chat_id=chat, content=str(n)) for n in range(9)
+    ]
+    await raw.send(*sends, wires_frame(TEXT, b"x" * 1001))
+    while (frame := await raw.frame())[0] != CLOSE:
+        assert json.loads(frame[1])["type"] in {"new_message", "ack"}
+    assert frame[1][:2] == (1009).to_bytes(2, "big")
+    await wait_all_tasks_blocked()  # the last may be on their way to the disk
+    history = await house.ask("GET", f"/api/v1/chats/{chat}/messages", user=7)
+    contents = [message["content"] for message in history.json["messages"]]
+    assert contents == [str(number) for number in range(9)]
+
+
+WIRES_FAULTS = {
+    "reserved bits": (b"\xf1\x80\0\0\0\0", 1002),
+    "an unknown opcode": (b"\x83\x80\0\0\0\0", 1002),
+    "no mask": (wires_frame(TEXT, b"{}", masked=False), 1002),
+    "a continuation of nothing": (wires_frame(0, b"x"), 1002),
+    "a text within a text": (
+        wires_frame(TEXT, b"x", fin=False) + wires_frame(TEXT, b"x"),
+        1002,
+    ),
+    "a fragmented ping": (wires_frame(PING, fin=False), 1002),
+    "a long ping": (wires_frame(PING, bytes(126)), 1002),
+    "a length in too many bytes": (b"\x81\xfe\0\x05\0\0\0\0hello", 1002),
+    "a length with its top bit set": (b"\x81\xff" + b"\xff" * 8 + bytes(4), 1002),
+    "a close of one byte": (wires_frame(CLOSE, b"\x03"), 1002),
+    "a close code nobody may send": (wires_close(1005), 1002),
+    "a reason that is not UTF-8": (wires_frame(CLOSE, b"\x03\xe8\xff"), 1007),
+    "text that is not UTF-8": (wires_frame(TEXT, b'{"a":"\xc3\x28"}'), 1007),
+    "text that ends in half a character": (wires_frame(TEXT, b"\xd0"), 1007),
+}
+
+
+@pytest.mark.parametrize("fault", WIRES_FAULTS)
+@pytest.mark.parametrize("cut", [False, True], ids=["at once", "byte by byte"])
+@wires()
+async def test_a_protocol_error_is_answered_with_its_code(
+    house: WiresHouse, fault: str, cut: bool
+) -> None:
+    sent, code = WIRES_FAULTS[fault]
+    raw = await house.join_raw(6)
+    if cut:
+        for number in range(len(sent)):
+            with contextlib.suppress(trio.BrokenResourceError):
+                await raw.send(sent[number : number + 1])
+            await wait_all_tasks_blocked()
+    else:
+        await raw.send(sent)
+    assert await raw.close_code() == code
+    stats = await house.stats()
+    assert stats["connections"]["closed"] == {str(code): 1}
+
+
+@wires()
+async def test_the_peers_close_code_comes_back_and_is_counted(
+    house: WiresHouse,
+) -> None:
+    for code in (1000, 1001, 3000, 4999):
+        raw = await house.join_raw(6)
+        await raw.send(wires_close(code), wires_frame(PING), wires_command("ping"))
+        assert await raw.close_code() == code  # and nothing behind it
+    raw = await house.join_raw(6)
+    await raw.send(wires_frame(CLOSE))
+    assert await raw.close_code() == 1005  # none, and none comes back
+    closed = (await house.stats())["connections"]["closed"]
+    assert closed == {"1000": 1, "1001": 1, "3000": 1, "4999": 1, "1005": 1}
+
+
+@wires()
+async def test_a_peer_that_pings_while_it_is_closed_still_gets_the_code(
+    house: WiresHouse,
+) -> None:
+    raws = [await house.join_raw(6) for _ in range(20)]
+    for raw in raws:
+        await raw.send(wires_frame(PING) * 5)
+    await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    for raw in raws:
+        with contextlib.suppress(trio.BrokenResourceError):
+            await raw.send(wires_frame(PING) * 5)
+        while (frame := await raw.frame())[0] == PONG:
+            pass
+        assert frame == (CLOSE, b"\x11\x97revoked: sign in again")
+        assert await raw.ends(1.5) == b""
+
+
+# --- Session: joining ----------------------------------------------------------------
+
+
+@wires()
+async def test_connected_is_the_first_frame_and_says_where_the_user_stands(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    await house.post(chat, "one", "two", sender=7)
+    peer = await house.join(6, token=house.token(6, 1000))
+    hello = peer.hello
+    assert 990 <= hello.pop("expires_in") < 1000
+    assert hello.pop("timestamp").endswith("Z")
+    assert hello == {
+        "type": "connected",
+        "user_id": 6,
+        "cursor": f"{house.store.epoch}.{house.server.hub.head}",
+        "resume": "fresh",
+        "chats": {str(chat): {"last_n": 2, "read_n": 0}},
+    }
+    await peer.hears_nothing()
+
+
+@wires(resync_events=5)
+async def test_a_cursor_says_how_a_socket_resumes(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    other = await house.chat(7, 8)
+    epoch, head = house.store.epoch, house.server.hub.head
+    ids = await house.post(chat, *"abcde", sender=7)
+    await house.post(other, *"xyz", sender=7)  # not his: they count for nothing
+    now = house.server.hub.head
+
+    async def resumes(cursor: str) -> tuple[str, str, list[int]]:
+        peer = await house.join(6, cursor=cursor)
+        with trio.move_on_after(0.1):
+            heard = []
+            while True:
+                heard.append((await peer.hear("new_message"))["seq"])
+        assert peer.hello["chats"] == {str(chat): {"last_n": 5, "read_n": 0}}
+        await peer.leave()
+        return peer.hello["resume"], peer.hello["cursor"], heard
+
+    fresh = f"{epoch}.{now}"
+    assert await resumes(f"{epoch}.{now}") == ("live", fresh, [])
+    # The log has gone on, but with nothing for him.
+    assert await resumes(f"{epoch}.{ids[-1]}") == ("live", f"{epoch}.{ids[-1]}", [])
+    assert await resumes(f"{epoch}.{head}") == ("replay", f"{epoch}.{head}", ids)
+    assert await resumes(f"{epoch}.{ids[2]}") == (
+        "replay", f"{epoch}.{ids[2]}", ids[3:],
+    )  # fmt: skip
+    await house.post(chat, "f", sender=7)
+    now += 1
+    fresh = f"{epoch}.{now}"
+
+    async def resyncs(cursor: str) -> None:
+        peer = await house.join(6, cursor=cursor)
+        assert (peer.hello["resume"], peer.hello["cursor"]) == ("resync", fresh)
+        await peer.hears_nothing()
+        await peer.leave()
+
+    await resyncs(f"{epoch}.{head}")  # six events are one more than five
+    await resyncs(f"{epoch}.{now + 1}")  # of the future
+    await resyncs(f"{'0' * len(epoch)}.{now}")  # of another epoch
+    for garbage in ("", ".", epoch, f"{epoch}.", f"{epoch}.-1", f"{epoch}.1e1", "\0",
+                    f"{epoch}.{'9' * 30}", f"{epoch}.٣", f" {epoch}.1"):  # fmt: skip
+        await resyncs(garbage)
+    resumed = (await house.stats())["resumes"]
+    assert resumed == {"fresh": 0, "live": 2, "replay": 2, "resync": 13}
+
+
+@wires()
+async def test_after_a_resync_the_events_of_the_new_cursor_follow(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer = await house.join(6, cursor="nonsense")
+    (seq,) = await house.post(chat, "hi", sender=7)
+    assert (await peer.hear("new_message"))["seq"] == seq
+    assert peer.hello["cursor"] == f"{house.store.epoch}.{seq - 1}"
+
+
+@wires()
+async def test_only_events_carry_a_seq_and_only_the_poll_and_connected_a_cursor(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer, friend = await house.join(6), await house.join(7)
+    await peer.say("send_message", chat_id=chat, content="hi")
+    event = await peer.hear("new_message")
+    assert event["seq"] == event["message"]["id"]
+    ack = await peer.hear("ack")
+    await friend.say("typing", chat_id=chat, is_typing=True)
+    for frame in (ack, await peer.hear("typing"), await peer.ask("ping")):
+        assert "seq" not in frame
+        assert "cursor" not in frame
+    assert "cursor" not in event
+
+
+@pytest.mark.parametrize("tail_events", [16_384, 3], ids=["the tail", "the log"])
+@pytest.mark.parametrize("page_events", [500, 2])
+async def test_a_replay_gives_every_event_once_and_in_order(
+    tmp_path: Path, tail_events: int, page_events: int, autojump_clock: MockClock
+) -> None:
+    settings = {"tail_events": tail_events, "page_events": page_events}
+    async with wires_house(tmp_path, chatd.Store, settings) as house:
+        chat = await house.chat(6, 7)
+        cursor = f"{house.store.epoch}.{house.server.hub.head}"
+        ids = await house.post(chat, *map(str, range(20)), sender=7)
+        peer = await house.join(6, cursor=cursor)
+        assert peer.hello["resume"] == "replay"
+        for seq in ids:
+            assert (await peer.hear("new_message"))["seq"] == seq
+        (seq,) = await house.post(chat, "live", sender=7)
+        assert (await peer.hear("new_message"))["seq"] == seq
+        await peer.hears_nothing()
+
+
+@wires(connections_per_user=2)
+async def test_one_connection_too_many_is_told_4504_and_frees_itself(
+    house: WiresHouse,
+) -> None:
+    first, second = await house.join(6), await house.join(6)
+    third = await house.join(6, hello=False)
+    assert await third.end() == ([], 4504)
+    assert (await house.join(7)).hello["resume"] == "fresh"
+    await first.leave()
+    assert (await house.join(6)).hello["resume"] == "fresh"
+    assert (await second.ask("ping"))["type"] == "pong"
+
+
+class UnreadableStore(chatd.Store):
+    """Its greetings, or its log, cannot be read: with a real error of SQLite."""
+
+    broken = "greeting"
+
+    def greeting(self, db: sqlite3.Connection, *args: Any) -> chatd.Greeting:
+        if self.broken == "greeting":
+            db.execute("SELECT * FROM nothing")
+        return super().greeting(db, *args)
+
+    def events_after(self, db: sqlite3.Connection, *args: Any) -> chatd.Page:
+        if self.broken == "events_after":
+            db.execute("SELECT * FROM nothing")
+        return super().events_after(db, *args)
+
+
+@wires(store=UnreadableStore)
+async def test_who_cannot_be_greeted_is_told_why_and_to_come_back_later(
+    house: WiresHouse,
+) -> None:
+    house.errors = {"OperationalError": 1}
+    peer = await house.join(6, hello=False)
+    ((error,), code) = await peer.end()
+    assert (error["type"], error["code"], code) == ("error", "storage_failed", 1013)
+
+
+@wires(store=UnreadableStore, tail_events=2)
+async def test_who_cannot_be_given_the_log_is_told_to_come_back_with_his_cursor(
+    house: WiresHouse,
+) -> None:
+    house.errors = {"OperationalError": 1}
+    cast("UnreadableStore", house.store).broken = "events_after"
+    chat = await house.chat(6, 7)
+    cursor = f"{house.store.epoch}.{house.server.hub.head}"
+    await house.post(chat, *"abcde", sender=7)
+    peer = await house.join(6, cursor=cursor)
+    assert await peer.end() == ([], 1013)
+
+
+# --- Session: commands ---------------------------------------------------------------
+
+
+@wires()
+async def test_ping_is_answered_by_pong(house: WiresHouse) -> None:
+    peer = await house.join(6)
+    await peer.say("ping")
+    pong = await peer.hear("pong")
+    assert set(pong) == {"type", "timestamp"}
+    await peer.say("ping", ref="r" * 64)
+    assert (await peer.hear("pong"))["ref"] == "r" * 64
+
+
+@wires()
+async def test_the_sender_hears_the_message_before_its_ack_and_so_do_his_tabs(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer, tab, friend = [await house.join(user) for user in (6, 6, 7)]
+    await peer.say(
+        "send_message", chat_id=chat, content="Привет!", client_id="k1", ref="a"
+    )
+    event = await peer.hear("new_message")
+    message = event["message"]
+    assert event == {
+        "type": "new_message",
+        "seq": message["id"],
+        "chat_id": chat,
+        "message": message,
+    }
+    created = message["created_at"]
+    assert message == {
+        "id": message["id"], "chat_id": chat, "sender_id": 6, "content": "Привет!",
+        "created_at": created, "n": 1, "client_id": "k1",
+    }  # fmt: skip
+    assert await peer.hear("ack") == {
+        "type": "ack", "ref": "a", "client_id": "k1", "message_id": message["id"],
+        "chat_id": chat, "n": 1, "created_at": created, "duplicate": False,
+    }  # fmt: skip
+    assert await tab.hear("new_message") == event
+    assert await friend.hear("new_message") == event
+    for other in (peer, tab, friend):
+        await other.hears_nothing()
+
+
+@wires(sends=OFF)
+async def test_commands_are_done_and_answered_in_the_order_said(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer = await house.join(6)
+    for number in range(40):
+        await peer.say("send_message", chat_id=chat, content=str(number), ref="r")
+    acks: list[WiresFrame] = []
+    events: list[WiresFrame] = []
+    for _ in range(80):
+        with trio.fail_after(1):
+            heard = json.loads(await peer.ws.get_message())
+        (events if heard["type"] == "new_message" else acks).append(heard)
+        assert len(acks) <= len(events)
+    assert [event["message"]["content"] for event in events] == [
+        str(number) for number in range(40)
+    ]
+    assert [event["message"]["n"] for event in events] == list(range(1, 41))
+    assert [ack["n"] for ack in acks] == list(range(1, 41))
+
+
+@wires()
+async def test_mark_read_moves_up_and_is_acked_moved_or_not(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    first, second = await house.post(chat, "one", "two", sender=7)
+    peer, friend = await house.join(6), await house.join(7)
+    await peer.say("mark_read", message_id=second, ref="a")
+    event = await peer.hear("message_read")
+    assert event == {
+        "type": "message_read", "seq": event["seq"], "message_id": second,
+        "chat_id": chat, "read_by": 6, "n": 2,
+    }  # fmt: skip
+    assert await peer.hear("ack") == {"type": "ack", "ref": "a"}
+    assert await friend.hear("message_read") == event
+    for message_id in (first, second):
+        await peer.say("mark_read", message_id=message_id)
+        assert await peer.hear("ack") == {"type": "ack"}
+    await friend.hears_nothing()
+
+
+@wires()
+async def test_typing_is_shown_to_the_other_members_and_answered_by_nothing(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer, tab, friend, stranger = [await house.join(u) for u in (6, 6, 7, 8)]
+    await peer.say("typing", chat_id=chat, is_typing=True, ref="a")
+    assert await friend.hear("typing") == {
+        "type": "typing", "chat_id": chat, "user_id": 6, "is_typing": True,
+    }  # fmt: skip
+    await peer.say("typing", chat_id=chat, is_typing=False)
+    assert (await friend.hear("typing"))["is_typing"] is False
+    for other in (peer, tab, stranger):
+        await other.hears_nothing()
+
+
+@wires()
+async def test_typing_and_sending_and_reading_need_membership_and_answer_alike(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    (message,) = await house.post(chat, "secret", sender=6)
+    stranger, member = await house.join(8), await house.join(7)
+    for hidden, unknown in ((chat, 12_345), (message, 54_321)):
+        if hidden == chat:
+            commands: list[tuple[str, str, dict[str, Any]]] = [
+                ("typing", "chat_id", {"is_typing": True}),
+                ("send_message", "chat_id", {"content": "hi"}),
+            ]
+        else:
+            commands = [("mark_read", "message_id", {})]
+        for kind, field, rest in commands:
+            mine = await stranger.refused(kind, **{field: hidden}, **rest)
+            none = await stranger.refused(kind, **{field: unknown}, **rest)
+            assert mine == none
+            assert mine["code"] == "not_found"
+            assert field in mine["message"]
+    await member.hears_nothing()
+
+
+WIRES_BAD_COMMANDS: dict[str, tuple[str | bytes, str, str]] = {
+    "binary": (b'{"type":"ping"}', "bad_json", ""),
+    "no JSON": ("hello", "bad_json", ""),
+    "nothing": ("", "bad_json", ""),
+    "half of JSON": ('{"type":"ping"', "bad_json", ""),
+    "two in one": ('{"type":"ping"}{"type":"ping"}', "bad_json", ""),
+    "a list": ('[{"type":"ping"}]', "bad_json", ""),
+    "a number": ("1", "bad_json", ""),
+    "null": ("null", "bad_json", ""),
+    "deep": ("[" * 30_000, "bad_json", ""),
+    "deep in a field that nobody asked for": (
+        '{"type":"ping","x":' + "[" * 30_000 + "]" * 30_000 + "}",
+        "bad_json",
+        "",
+    ),
+    "half of a surrogate pair": (
+        '{"type":"send_message","chat_id":1,"content":"\\ud800"}',
+        "bad_json",
+        "",
+    ),
+    "no type": ("{}", "bad_field", "type"),
+    "an unknown type": ('{"type":"fly"}', "unknown_type", "type"),
+    "a type that is no text": ('{"type":7}', "bad_field", "type"),
+    "no chat_id": ('{"type":"typing","is_typing":true}', "bad_field", "chat_id"),
+    "a chat_id in quotes": (
+        '{"type":"typing","chat_id":"1","is_typing":true}', "bad_field", "chat_id",
+    ),
+    "a chat_id of 0": (
+        '{"type":"typing","chat_id":0,"is_typing":true}', "bad_field", "chat_id",
+    ),
+    "a chat_id of 1.5": (
+        '{"type":"typing","chat_id":1.5,"is_typing":true}', "bad_field", "chat_id",
+    ),
+    "is_typing of 1": (
+        '{"type":"typing","chat_id":1,"is_typing":1}', "bad_field", "is_typing",
+    ),
+    "a message_id past 2^53": (
+        '{"type":"mark_read","message_id":9007199254740992}', "bad_field", "message_id",
+    ),
+    "a message_id past 2^64": (
+        '{"type":"mark_read","message_id":18446744073709551617}',
+        "bad_field",
+        "message_id",
+    ),
+    "content that is null": (
+        '{"type":"send_message","chat_id":1,"content":null}', "bad_field", "content",
+    ),
+    "content of spaces": (
+        '{"type":"send_message","chat_id":1,"content":" \\n"}', "bad_field", "content",
+    ),
+    "content with a NUL": (
+        '{"type":"send_message","chat_id":1,"content":"a\\u0000"}',
+        "bad_field",
+        "content",
+    ),
+    "content of 4001": (
+        '{"type":"send_message","chat_id":1,"content":"' + "x" * 4001 + '"}',
+        "bad_field",
+        "content",
+    ),
+    "a client_id of nothing": (
+        '{"type":"send_message","chat_id":1,"content":"x","client_id":""}',
+        "bad_field",
+        "client_id",
+    ),
+    "a client_id of 65": (
+        '{"type":"send_message","chat_id":1,"content":"x","client_id":"'
+        + "x" * 65 + '"}',
+        "bad_field",
+        "client_id",
+    ),
+    "a client_id that is not ASCII": (
+        '{"type":"send_message","chat_id":1,"content":"x","client_id":"й"}',
+        "bad_field",
+        "client_id",
+    ),
+    "no token": ('{"type":"auth"}', "bad_field", "token"),
+    "a ref of 65": ('{"type":"ping","ref":"' + "x" * 65 + '"}', "bad_field", "ref"),
+    "a ref that is a number": ('{"type":"ping","ref":1}', "bad_field", "ref"),
+}  # fmt: skip
+
+
+@wires(commands=OFF, receive_bytes=OFF)
+async def test_what_is_wrong_with_a_command_is_told_and_the_connection_stays(
+    house: WiresHouse,
+) -> None:
+    await house.chat(6, 7)
+    peer = await house.join(6)
+    for name, (text, code, field) in WIRES_BAD_COMMANDS.items():
+        await peer.ws.send_message(text)
+        error = await peer.hear("error")
+        assert (error["code"], name) == (code, name)
+        assert field in error["message"], name
+        assert error["message"], name
+        assert "ref" not in error, name
+    assert (await peer.ask("ping"))["type"] == "pong"
+
+
+@wires()
+async def test_an_error_repeats_the_ref_where_it_can_be_read(house: WiresHouse) -> None:
+    peer = await house.join(6)
+    for text, ref in {
+        '{"ref":"r","type":"fly"}': "r",
+        '{"type":"typing","ref":"й"}': "й",
+        '{"type":"mark_read","message_id":1,"ref":"gone"}': "gone",
+        '{"type":"fly","ref":7}': None,
+        '{"type":"fly","ref":null}': None,
+        '{"ref":"r"': None,
+    }.items():
+        await peer.ws.send_message(text)
+        assert (await peer.hear("error")).get("ref") == ref
+    await peer.ws.send_message(b'{"type":"ping","ref":"in binary"}')
+    assert (await peer.hear("error"))["code"] == "bad_json"
+
+
+@wires()
+async def test_unknown_fields_are_ignored(house: WiresHouse) -> None:
+    peer = await house.join(6)
+    await peer.say("ping", colour="green", ref="a")
+    assert (await peer.hear("pong"))["ref"] == "a"
+
+
+@wires()
+async def test_a_repeat_gets_the_same_ack_and_no_event(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    other = await house.chat(6, 8)
+    peer, friend = await house.join(6), await house.join(7)
+    command: dict[str, Any] = {"chat_id": chat, "content": "hi", "client_id": "k"}
+    ack = await peer.ask("send_message", **command)
+    await friend.hear("new_message")
+    again = await peer.ask("send_message", **command)
+    assert again == ack | {"duplicate": True}
+    await friend.hears_nothing()
+    for change in ({"content": "ho"}, {"chat_id": other}):
+        error = await peer.refused("send_message", **command | change)
+        assert error["code"] == "idempotency_mismatch"
+    # A key is its sender's own.
+    theirs = await friend.ask("send_message", **command)
+    assert theirs["duplicate"] is False
+
+
+@wires()
+async def test_64_commands_may_be_unanswered_then_reading_waits(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    (message,) = await house.post(chat, "one", sender=7)
+    peer, innocent = await house.join(6), await house.join(7)
+    house.disk.hold()
+    for _ in range(58):  # the bucket of commands has 60
+        await peer.say("mark_read", message_id=message)
+    assert (await peer.ask("ping"))["type"] == "pong"  # reading goes on
+    await peer.hears_nothing(1)
+    for _ in range(6):
+        await peer.say("mark_read", message_id=message)
+    assert (await peer.ask("ping"))["type"] == "pong"
+    await peer.say("mark_read", message_id=message)  # the 65th
+    await peer.say("ping")
+    await peer.hears_nothing(5)
+    assert (await innocent.ask("ping"))["type"] == "pong"
+    house.disk.go()
+    heard = [json.loads(await peer.ws.get_message())["type"] for _ in range(67)]
+    assert sorted(heard) == ["ack"] * 65 + ["message_read", "pong"]
+    assert heard[0] == "message_read"
+
+
+@wires(connections_per_user=100, handshakes=OFF, commands=OFF)
+async def test_when_the_stores_channel_is_full_who_commands_waits_and_nobody_else(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    (message,) = await house.post(chat, "one", sender=6)  # his own: it is read
+    innocent = await house.join(7)
+    raws = [await house.join_raw(6) for _ in range(80)]
+    house.disk.hold()
+    for raw in raws:  # 5,120 commands; the channel has 4,096, a batch 512
+        await raw.send(wires_command("mark_read", message_id=message) * 64)
+    await wait_all_tasks_blocked()
+    assert (await innocent.ask("ping"))["type"] == "pong"
+    ended = house.session_of(raws[-1])  # while its command waits
+    ended.end(4503, "revoked")
+    assert await raws[-1].close_code() == 4503
+    house.disk.go()
+    for raw in raws[:-1]:
+        for _ in range(64):
+            assert await raw.hear("ack") == {"type": "ack"}
+
+
+@wires(commands=OFF)
+async def test_at_64_unanswered_a_repeat_over_the_rate_waits_too(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer = await house.join(6)
+    for number in range(20):
+        ack = await peer.ask(
+            "send_message", chat_id=chat, content=str(number), client_id=str(number)
+        )
+    house.disk.hold()
+    for _ in range(64):
+        await peer.say("mark_read", message_id=ack["message_id"])
+    await peer.say("send_message", chat_id=chat, content="0", client_id="0")
+    await peer.hears_nothing(0.1)
+    house.disk.go()
+    heard = [json.loads(await peer.ws.get_message()) for _ in range(65)]
+    (repeat,) = [frame for frame in heard if frame.get("duplicate")]
+    assert (repeat["client_id"], repeat["n"]) == ("0", 1)
+
+
+# --- Session: life -------------------------------------------------------------------
+
+
+@wires()
+async def test_a_silent_peer_is_pinged_after_25_s_and_cut_10_s_later(
+    house: WiresHouse,
+) -> None:
+    raw = await house.join_raw(6)
+    with taking(22.5, 28.6):
+        assert await raw.frame(within=30) == (PING, b"")
+    with taking(10, 11.1):
+        assert await raw.ends(within=20) == b""
+    closed = (await house.stats())["connections"]["closed"]
+    assert closed == {"1006": 1}
+
+
+@wires()
+async def test_pings_are_spread(house: WiresHouse) -> None:
+    for _ in range(10):
+        await house.join(6)
+    spread = {round(s.seat.ping_after, 6) for s in house.server.sessions}
+    assert len(spread) > 5
+    assert all(22.5 <= seconds <= 27.5 for seconds in spread)
+
+
+@pytest.mark.parametrize("sign", ["pong", "ping", "command", "half a frame"])
+@wires()
+async def test_any_byte_heard_is_life(house: WiresHouse, sign: str) -> None:
+    raw = await house.join_raw(6)
+    signs = {
+        "pong": wires_frame(PONG),
+        "ping": wires_frame(PING),
+        "command": wires_command("ping"),
+        "half a frame": b"\x81",
+    }
+    for _ in range(3 if sign != "half a frame" else 1):
+        while (await raw.frame(within=30))[0] != PING:
+            pass
+        await trio.sleep(9)
+        await raw.send(signs[sign])
+    with taking(20, 30):
+        while (await raw.frame(within=30))[0] != PING:
+            pass
+
+
+@wires()
+async def test_a_peer_that_speaks_is_not_pinged(house: WiresHouse) -> None:
+    raw = await house.join_raw(6)
+    for _ in range(10):
+        await trio.sleep(20)
+        await raw.send(wires_command("ping"))
+        await raw.hear("pong")  # and no ping
+
+
+@wires(commands=OFF)
+async def test_a_peer_whose_commands_wait_for_a_slow_disk_is_not_cut_as_silent(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    (message,) = await house.post(chat, "one", sender=6)
+    peer = await house.join(6)  # its library answers pings
+    house.disk.hold()
+    for _ in range(70):
+        await peer.say("mark_read", message_id=message)
+    await peer.hears_nothing(50)
+    house.disk.go()
+    for _ in range(70):
+        await peer.hear("ack")
+
+
+@wires()
+async def test_a_real_client_that_only_listens_stays_for_hours(
+    house: WiresHouse,
+) -> None:
+    peer = await house.join(6, token=house.token(6, 100_000))
+    await peer.hears_nothing(3 * 3600)
+    assert (await peer.ask("ping"))["type"] == "pong"
+
+
+@wires()
+async def test_a_stalled_peer_is_cut_after_10_s_and_delays_nobody(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    stalled = await house.join_raw(6, small=True)
+    innocent = await house.join(7)
+    with taking(0):
+        await house.post(chat, *[BIG] * 20)
+        for _ in range(20):
+            await innocent.hear("new_message")
+    with taking(10, 11.1):
+        while len(house.server.sessions) == 2:
+            await innocent.hears_nothing(0.1)
+    assert (await innocent.ask("ping"))["type"] == "pong"
+    stats = await house.stats()
+    assert stats["connections"]["closed"] == {"1006": 1}
+    assert stats["broadcast"]["stalls"] == 1
+    # What came is whole frames, in order, up to where the last was torn by the end.
+    await stalled.ends()
+    numbers = [
+        json.loads(data)["message"]["n"] for _, data in wires_frames(stalled.data)
+    ]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+@wires(outbox_bytes=4096)
+async def test_a_stalled_peer_is_cut_also_while_a_command_of_his_waits_for_room(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    stalled = await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * 20)
+    await stalled.send(wires_command("send_message", chat_id=chat, content="hi"))
+    await trio.sleep(9)
+    assert len(house.server.sessions) == 1
+    await trio.sleep(2.5)
+    assert not house.server.sessions
+    assert (await house.stats())["broadcast"]["stalls"] == 1
+
+
+@wires()
+async def test_a_stalled_peer_that_pings_is_not_cut(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * 20)
+    for _ in range(10):
+        await trio.sleep(9)
+        await raw.send(wires_frame(PING))
+    for n in range(1, 21):
+        frame = await raw.frame()
+        while frame[0] == PONG:
+            frame = await raw.frame()
+        assert json.loads(frame[1])["message"]["n"] == n
+    await trio.sleep(1)
+    assert len(house.server.sessions) == 1
+
+
+@wires()
+async def test_a_peer_that_reads_a_little_within_10_s_is_not_cut(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * 20)
+    for _ in range(20):  # the kernel takes more only when it has given nearly all
+        await trio.sleep(4)
+        await raw.read(5000)
+    assert len(house.server.sessions) == 1
+    await raw.listen()
+    assert len(list(wires_frames(raw.data))) == 20
+
+
+@wires()
+async def test_a_peer_that_reads_too_little_for_the_kernel_to_take_more_is_not_cut(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6)
+    end = house.session(6).outbox.stream.socket
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+    await house.post(chat, *[BIG] * 80)
+    taken = 0
+    for _ in range(6):
+        await trio.sleep(9)
+        before = len(house.session(6).outbox.buffer)
+        await raw.read(32_768)
+        await wait_all_tasks_blocked()
+        taken += len(house.session(6).outbox.buffer) < before
+    assert taken < 6  # else this would be the test above
+    await raw.listen()
+    assert len(list(wires_frames(raw.data))) == 80
+
+
+@pytest.mark.parametrize(
+    ("buffer", "slow_bytes", "seconds"),
+    [(4096, 2000, 10), (32_768, 2000, 16.4), (65_536, 2000, 32.8), (65_536, 1, 35)],
+)
+def test_who_has_a_large_window_is_given_the_time_to_read_it(
+    buffer: int, slow_bytes: int, seconds: float
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        theirs.connect(door.getsockname())
+        ours, _ = door.accept()
+        with ours:
+            ours.setblocking(False)
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+            given = chatd.patience(stream, Settings(slow_bytes=slow_bytes))
+    assert given == pytest.approx(seconds, abs=0.5)
+
+
+@wires(stall_seconds=20.0)
+async def test_that_time_is_what_a_stalled_peer_has(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * 20)
+    assert house.session(6).outbox.patience == 20
+    house.session(6).outbox.patience = 30
+    with taking(30, 31.1):
+        await trio.sleep(29)
+        assert house.server.sessions
+        while house.server.sessions:  # noqa: ASYNC110 (the sweeper ends it)
+            await trio.sleep(0.1)
+
+
+@pytest.mark.parametrize("tail_events", [16_384, 4], ids=["the tail", "the log"])
+async def test_a_slow_reader_falls_behind_gets_all_once_in_order_and_is_live_again(
+    tmp_path: Path, tail_events: int, autojump_clock: MockClock
+) -> None:
+    settings = {
+        "tail_events": tail_events, "outbox_bytes": 16_384, "page_bytes": 10_000,
+    }  # fmt: skip
+    async with wires_house(tmp_path, chatd.Store, settings) as house:
+        chat = await house.chat(6, 7)
+        slow = await house.join_raw(6, small=True)
+        fast = await house.join(7)
+        await house.post(chat, *[BIG] * 40)
+        assert (await house.stats())["connections"]["catching_up"] == 1
+        seat = house.session(6).seat
+        assert len(seat.outbox.buffer) < 16_384 + 5_000  # the bound, and a batch
+        heard: list[int] = []
+        while len(heard) < 41:
+            if len(heard) == 20:
+                await house.post(chat, BIG)  # also while he catches up
+            await trio.sleep(0.1)
+            await slow.read(3000)
+            heard += [json.loads(d)["message"]["n"] for _, d in wires_frames(slow.data)]
+            assert len(seat.outbox.buffer) < 16_384 + 10_000 + 5_000
+        assert heard == list(range(1, 42))
+        stats = await house.stats()
+        assert stats["connections"]["catching_up"] == 0
+        assert stats["broadcast"]["catch_ups"] >= 1
+        await house.post(chat, "live")
+        assert (await slow.hear("new_message"))["message"]["n"] == 42
+        for n in range(1, 43):
+            assert (await fast.hear("new_message"))["message"]["n"] == n
+        assert stats["broadcast"]["stalls"] == 0
+
+
+@wires(outbox_bytes=8192)
+async def test_an_ack_waits_for_its_event_when_the_sender_is_behind(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    slow = await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * 20)
+    await slow.send(wires_command("send_message", chat_id=chat, content="mine"))
+    await slow.listen()
+    frames = [json.loads(data) for _, data in wires_frames(slow.data)]
+    assert [frame["type"] for frame in frames] == ["new_message"] * 21 + ["ack"]
+    assert frames[-2]["message"]["content"] == "mine"
+    assert frames[-1]["message_id"] == frames[-2]["seq"]
+
+
+@wires()
+async def test_who_is_revoked_while_he_catches_up_gets_whole_frames_and_the_code(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    slow = await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * 100)
+    await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    await slow.listen()
+    *messages, (opcode, payload) = wires_frames(slow.data)
+    assert (opcode, payload[:2]) == (CLOSE, (4503).to_bytes(2, "big"))
+    numbers = [json.loads(message)["message"]["n"] for _, message in messages]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) < 100
+
+
+@pytest.mark.parametrize("code", [4503, 1012])
+@wires()
+async def test_a_socket_that_is_ended_while_it_is_greeted_gets_the_code(
+    house: WiresHouse, code: int
+) -> None:
+    house.disk.hold(reads=True)
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target(6)))
+    assert (await raw.answer()).status == 101
+    if code == 4503:
+        await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    else:
+        house.server.stopping.set()
+    house.disk.go()
+    await raw.ends()
+    *_, (opcode, payload) = wires_frames(raw.data)
+    assert (opcode, payload[:2]) == (CLOSE, code.to_bytes(2, "big"))
+
+
+@wires()
+async def test_typing_is_dropped_for_who_has_bytes_waiting(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    busy, friend = await house.join_raw(6, small=True), await house.join(7)
+    await house.post(chat, *[BIG] * 20)
+    await friend.say("typing", chat_id=chat, is_typing=True)
+    await trio.sleep(0.1)
+    await busy.listen()
+    kinds = {json.loads(data)["type"] for _, data in wires_frames(busy.data)}
+    assert kinds == {"new_message"}
+    await friend.say("typing", chat_id=chat, is_typing=False)
+    await busy.hear("typing")
+
+
+@wires(outbox_bytes=4096)
+async def test_commands_are_not_read_while_the_outbox_is_over_its_bound(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6, small=True)
+    friend = await house.join(7)
+    await house.post(chat, *[BIG] * 20)
+    for _ in range(20):
+        await friend.hear("new_message")
+    # One may be in hand already; the second is not read.
+    for n in range(2):
+        await raw.send(wires_command("send_message", chat_id=chat, content=f"{n}"))
+    with trio.move_on_after(1):
+        await friend.hear("new_message")
+    await friend.hears_nothing(5)
+    await raw.listen()
+    with trio.fail_after(1):
+        while (await friend.hear("new_message"))["message"]["content"] != "1":
+            pass
+
+
+# --- Session: membership -------------------------------------------------------------
+
+
+@wires()
+async def test_a_removal_stops_events_at_once_and_is_the_last_that_he_gets(
+    house: WiresHouse,
+) -> None:
+    chat, other = await house.chat(6, 7), await house.chat(6, 7)
+    removed, tab, stays = [await house.join(user) for user in (6, 6, 7)]
+    await house.command("DELETE", f"/api/v1/chats/{chat}/members/6")
+    for peer in (removed, tab, stays):
+        event = await peer.hear("member_removed")
+        assert (event["chat_id"], event["user_id"]) == (chat, 6)
+    await house.post(chat, "behind his back", sender=7)
+    assert (await stays.hear("new_message"))["message"]["n"] == 1
+    await stays.say("typing", chat_id=chat, is_typing=True)
+    for peer in (removed, tab):
+        await peer.hears_nothing()
+    sent = await removed.refused("send_message", chat_id=chat, content="hi")
+    typed = await removed.refused("typing", chat_id=chat, is_typing=True)
+    assert (sent["code"], typed["code"]) == ("not_found", "not_found")
+    await house.post(other, "elsewhere", sender=7)
+    assert (await removed.hear("new_message"))["chat_id"] == other
+
+
+@wires()
+async def test_an_addition_tells_the_members_and_then_starts_events_for_the_new_one(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6)
+    await house.post(chat, "before", sender=6)
+    await house.join(7, token=house.token(7, name="Bob"))
+    member, new = await house.join(6), await house.join(7)
+    await house.command("POST", f"/api/v1/chats/{chat}/members", {"user_id": 7})
+    told = await member.hear("member_added")
+    assert told == {
+        "type": "member_added", "seq": told["seq"], "chat_id": chat, "user_id": 7,
+        "name": "Bob",
+    }  # fmt: skip
+    added = await new.hear("chat_added")
+    assert (added["seq"], added["chat_id"]) == (told["seq"] + 1, chat)
+    assert added["chat"]["last_n"] == 1
+    assert added["chat"]["last_message"]["content"] == "before"
+    members = added["chat"]["members"]
+    assert {member["user_id"]: member["read_n"] for member in members} == {6: 1, 7: 1}
+    await house.post(chat, "after", sender=6)
+    for peer in (member, new):
+        assert (await peer.hear("new_message"))["message"]["content"] == "after"
+        await peer.hears_nothing()
+
+
+@wires(outbox_bytes=8192, page_events=2)
+async def test_a_removal_reaches_a_reader_who_is_behind_and_nothing_later(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    slow = await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * 20)
+    await house.command("DELETE", f"/api/v1/chats/{chat}/members/6")
+    await house.post(chat, "behind his back", sender=7)
+    await slow.listen()
+    frames = [json.loads(data) for _, data in wires_frames(slow.data)]
+    *messages, last = frames
+    assert last["type"] == "member_removed"
+    numbers = [message["message"]["n"] for message in messages]
+    assert numbers == list(range(1, len(numbers) + 1))  # a prefix: then it was over
+    assert len(numbers) < 20
+
+
+@wires()
+async def test_a_removal_and_an_addition_during_the_greeting_are_not_missed(
+    house: WiresHouse,
+) -> None:
+    chat, other = await house.chat(6, 7), await house.chat(7)
+    house.disk.hold()
+    changes = [house.dial() for _ in range(3)]
+    service = f"Bearer {house.token(999, scope='service')}"
+    for raw, method, path, body in (
+        (changes[0], "DELETE", f"/api/v1/chats/{chat}/members/6", None),
+        (changes[1], "POST", f"/api/v1/chats/{other}/members", b'{"user_id":6}'),
+        (changes[2], "POST", f"/api/v1/chats/{other}/messages",
+         b'{"content":"hi","sender_id":7}'),
+    ):  # fmt: skip
+        await raw.send(wires_request(method, path, body, Authorization=service))
+    await wait_all_tasks_blocked()
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target(6)))
+    house.disk.go()
+    assert (await raw.answer()).status == 101
+    hello = await raw.hear("connected")
+    await raw.listen()
+    events = [json.loads(data) for _, data in wires_frames(raw.data)]
+    start = int(hello["cursor"].rpartition(".")[2])
+    # Whatever `connected` saw, it and the events that follow make the truth.
+    assert [event["seq"] for event in events] == [
+        seq for seq in range(start + 1, house.server.hub.head + 1)
+        if seq != start + 2 or events[0]["type"] != "member_removed"
+    ]  # fmt: skip
+
+
+# --- The bulkhead --------------------------------------------------------------------
+
+
+@wires(handshakes=OFF)
+async def test_random_bytes_end_no_connection_but_their_own(house: WiresHouse) -> None:
+    innocent = await house.join(7)
+    dice = random.Random(7)  # the same bytes in every run
+    for _ in range(150):
+        upgraded = dice.random() < 0.7
+        raw = await house.join_raw(6) if upgraded else house.dial()
+        noise = dice.randbytes(dice.randrange(1, 300))
+        with contextlib.suppress(trio.BrokenResourceError):
+            await raw.send(noise)
+            if dice.random() < 0.5:
+                await raw.stream.send_eof()
+        await wait_all_tasks_blocked()
+        raw.stream.socket.close()
+    await trio.sleep(2)
+    assert (await innocent.ask("ping"))["type"] == "pong"
+    assert len(house.server.sessions) == 1
+    gc.collect()
+
+
+# --- the conversation, word for word -------------------------------------------------
+
+
+async def test_every_connection_of_a_user_hears_his_chats_and_no_others(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
+    ann, bob, eve = (next(door_users) for _ in range(3))
+    chat = await house.chat(ann, bob)
+    tabs = [await house.peer(ann) for _ in range(3)]
+    b, e = await house.peer(bob), await house.peer(eve)
+    await b.say("send_message", chat_id=chat, content="all of you")
+    heard = [await tab.hear("new_message") for tab in tabs]
+    assert heard[0] == heard[1] == heard[2]
+    await b.find("ack")
+    message = heard[0]["message"]["id"]
+    forbidden = await e.ask("send_message", chat_id=chat, content="me too")
+    unknown = await e.ask("send_message", chat_id=2**53 - 1, content="me too")
+    assert forbidden["code"] == unknown["code"] == "not_found"
+    same = [re.sub(r"\d+", "N", error["message"]) for error in (forbidden, unknown)]
+    assert same[0] == same[1]  # nobody learns which chats there are
+    typing = await e.ask("typing", chat_id=chat, is_typing=True)
+    assert typing["code"] == "not_found"
+    marked = await e.ask("mark_read", message_id=message)
+    assert marked["code"] == "not_found"
+    for tab in tabs:
+        await tab.hears_nothing()
+    await e.hears_nothing()
+
+
+async def test_joining_and_leaving_act_at_once_on_open_sockets(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
+    ann, bob = next(door_users), next(door_users)
+    a, b = await house.peer(ann), await house.peer(bob)
+    chat = await house.chat(ann, title="t")
+    added = await a.hear("chat_added")
+    assert added["chat_id"] == added["chat"]["id"] == chat
+    first = await house.post(chat, ann, "before bob")
+    await a.hear("new_message")
+    await b.hears_nothing()
+    members, body = f"POST /api/v1/chats/{chat}/members", {"user_id": bob}
+    both = {"chat_id": chat, "user_id": bob}
+    assert await house.want(201, members, house.token(ann), body) == both
+    assert await house.want(200, members, house.token(ann), body) == both
+    joined = await a.hear("member_added")
+    assert (joined["chat_id"], joined["user_id"]) == (chat, bob)
+    welcome = await b.hear("chat_added")
+    assert welcome["seq"] > joined["seq"]
+    history = await house.history(chat, bob)
+    assert [m["id"] for m in history] == [first["id"]]  # all of it is his to read
+    chats = await house.want(200, "GET /api/v1/chats", house.token(bob))
+    assert [(c["read_n"], c["unread"]) for c in chats["chats"]] == [(1, 0)]
+    await b.say("send_message", chat_id=chat, content="hello")
+    assert (await a.hear("new_message"))["message"]["n"] == 2
+    await b.find("ack")
+    gone = f"DELETE /api/v1/chats/{chat}/members/{bob}"
+    await house.want(204, gone, house.token(bob))
+    last = await b.hear("member_removed")
+    assert await a.hear("member_removed") == last
+    await house.post(chat, ann, "without bob")
+    await a.hear("new_message")
+    await b.hears_nothing()
+    refused = await b.ask("send_message", chat_id=chat, content="still here?")
+    assert refused["code"] == "not_found"
+    target = f"GET /api/v1/chats/{chat}/messages"
+    await house.want(404, target, house.token(bob))
+    log = await house.log(bob, b.hello["cursor"])
+    assert door_lasting(log) == door_lasting([welcome, last])  # the rest is not his
+
+
+async def test_a_socket_resumes_where_its_cursor_stands(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
+    ann, bob = next(door_users), next(door_users)
+    chat = await house.chat(ann, bob)
+    start = await house.cursor(ann)
+    a = await house.peer(ann, start)
+    assert (a.hello["resume"], a.hello["cursor"]) == ("live", start)
+    await a.leave()
+    sent = [await house.post(chat, bob, str(i)) for i in range(3)]
+    a = await house.peer(ann, start)
+    assert (a.hello["resume"], a.hello["cursor"]) == ("replay", start)
+    assert a.hello["chats"][str(chat)] == {"last_n": 3, "read_n": 0}
+    events = [await a.hear("new_message") for _ in sent]
+    assert [event["message"] for event in events] == sent
+    await a.hears_nothing()
+    epoch = start.partition(".")[0]
+    a = await house.peer(ann, f"{epoch}.{events[1]['seq']}")
+    assert a.hello["resume"] == "replay"
+    assert await a.hear() == events[2]
+    await a.hears_nothing()
+    other = "other" if epoch != "other" else "else"
+    bad = [f"{other}.1", f"{epoch}.{10**12}", "x", f"{epoch}.", f"{epoch}.-1", "é.1"]
+    bad += [f"{epoch}.{10**30}", f"{epoch}.1.1", "." * 300]
+    for cursor in bad:
+        a = await house.peer(ann, cursor)
+        assert a.hello["resume"] == "resync", cursor
+        assert a.hello["cursor"].startswith(f"{epoch}."), cursor
+        await a.hears_nothing()
+        target = f"GET /api/v1/events?cursor={quote(cursor)}"
+        poll = await house.want(200, target, house.token(ann))
+        assert poll["resync"] is True, cursor
+        assert poll["events"] == [], cursor
+
+
+async def test_5000_events_behind_are_replayed_and_5001_are_not(
+    house: DoorServer,
+) -> None:
+    async with house.serving():
+        ann, bob, cy = (next(door_users) for _ in range(3))
+        chat = await house.chat(ann, bob)
+        await house.chat(cy)
+        start = await house.cursor(ann)
+        sender = DoorSender(house, bob, [(chat, "x")] * 5000)
+        await sender.send_over(await house.peer(bob), DoorCount(), 64)
+        peer = await house.peer(ann, start)
+        assert peer.hello["resume"] == "replay"
+        heard = [(await peer.hear("new_message"))["message"]["n"] for _ in range(5000)]
+        assert heard == list(range(1, 5001))
+        await peer.hears_nothing()
+        await house.post(chat, bob, "one more")
+        far = await house.peer(ann, start)
+        assert far.hello["resume"] == "resync"
+        other = await house.peer(cy, start)  # those were not his chats
+        assert other.hello["resume"] in {"live", "replay"}
+        await other.hears_nothing()
+
+
+async def test_a_client_the_project_did_not_write_talks_to_it(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
+    ann, bob = next(door_users), next(door_users)
+    chat = await house.chat(ann, bob)
+    path = f"127.0.0.1:{house.port}{house.socket_path(ann)}"
+
+    def by_websockets() -> list[DoorFrame]:
+        with websockets_connect(f"ws://{path}", proxy=None) as socket_:
+            assert socket_.ping().wait(DOOR_SECONDS)
+            hello = json.loads(socket_.recv(DOOR_SECONDS))
+            say = {"type": "send_message", "chat_id": chat, "content": "🙂" * 3000}
+            halves = json.dumps(say, ensure_ascii=False)
+            socket_.send([halves[:50], halves[50:]])  # in two fragments
+            rest = [json.loads(socket_.recv(DOOR_SECONDS)) for _ in range(2)]
+        assert socket_.close_code == 1000
+        return [hello, *rest]
+
+    frames = await trio.to_thread.run_sync(by_websockets)
+    assert [f["type"] for f in frames] == ["connected", "new_message", "ack"]
+    assert frames[1]["message"]["content"] == "🙂" * 3000
+    with trio.fail_after(DOOR_SECONDS):
+        async with trio_websocket.open_websocket_url(f"ws://{path}") as ws:
+            hello = json.loads(await ws.get_message())
+            assert hello["chats"] == {str(chat): {"last_n": 1, "read_n": 1}}
+            await ws.ping()
+            await ws.send_message('{"type": "ping"}')
+            assert json.loads(await ws.get_message())["type"] == "pong"
+
+
+# --- the promise ---------------------------------------------------------------------
+
+
+async def test_patience_ends_where_it_was_promised_to_end(house: DoorServer) -> None:
+    """The long waits, side by side: 10 s of stall, 10 s for a head, 25 s of grace."""
+    async with house.serving():
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(door_silent_too_long, house)
+                nursery.start_soon(door_slow_but_alive, house)
+                nursery.start_soon(door_slow_head, house)
+                nursery.start_soon(door_silent_head, house)
+                nursery.start_soon(door_slow_body, house)
+                nursery.start_soon(door_token_ends, house)
+
+
+async def door_silent_too_long(house: DoorServer) -> None:
+    """Dropped after 10 s without progress; with its cursor it misses nothing."""
+    ann, bob, count = next(door_users), next(door_users), 450
+    chat = await house.chat(ann, bob)
+    peer = await house.peer(ann, receive_buffer=16384)
+    epoch = peer.hello["cursor"].partition(".")[0]
+    texts = await door_load(house, chat, bob, count)
+    began = trio.current_time()
+
+    async def dropped() -> bool:
+        return bool((await house.stats())["broadcast"]["stalls"] > 0)
+
+    await door_until(dropped, 20)
+    assert trio.current_time() - began > 5, "too soon"
+    heard: list[DoorFrame] = []
+    with suppress(DoorGone):
+        while len(heard) < count:  # what was on its way
+            heard.append(await peer.hear("new_message"))
+    assert len(heard) < count
+    cursor = f"{epoch}.{heard[-1]['seq']}" if heard else peer.hello["cursor"]
+    peer = await house.peer(ann, cursor)
+    assert peer.hello["resume"] == "replay"
+    rest = await door_texts(peer, count - len(heard))
+    assert [e["message"]["content"] for e in heard] + rest == texts
+    await peer.hears_nothing()
+
+
+async def door_slow_but_alive(house: DoorServer) -> None:
+    """5 KB a second through a long catch-up, and pings: it stays."""
+    ann, bob, count = next(door_users), next(door_users), 350
+    chat = await house.chat(ann, bob)
+    start = await house.cursor(ann)
+    texts = await door_load(house, chat, bob, count)
+    peer = await house.peer(ann, start, receive_buffer=16384)
+    assert peer.hello["resume"] == "replay"
+    pings = 0
+    for second in range(15):
+        await peer.sip(5000)
+        if second % 2:
+            await peer.say("ping")
+            pings += 1
+        await trio.sleep(1)
+    peer.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    heard: list[str] = []
+    while len(heard) < count or pings:
+        frame = await peer.hear()
+        if frame["type"] == "pong":
+            pings -= 1
+        else:
+            heard.append(frame["message"]["content"])
+    assert heard == texts
+    await peer.hears_nothing()
+
+
+async def door_slow_head(house: DoorServer) -> None:
+    stream = await house.dial()
+    began = trio.current_time()
+    answer = b""
+    async with trio.open_nursery() as nursery:
+
+        async def drip() -> None:
+            with suppress(trio.BrokenResourceError):
+                for byte in door_get("/healthz", "Host: x", "X-Slow: " + "y" * 99):
+                    await stream.send_all(bytes([byte]))
+                    await trio.sleep(0.5)
+
+        nursery.start_soon(drip)
+        answer = await door_rest(stream, 14)
+        nursery.cancel_scope.cancel()
+    assert 8 < trio.current_time() - began < 13
+    assert not answer or door_answer(answer)[0].status == 408, answer
+
+
+async def door_silent_head(house: DoorServer) -> None:
+    stream = await house.dial()
+    began = trio.current_time()
+    answer = await door_rest(stream, 14)
+    assert 8 < trio.current_time() - began < 13
+    assert not answer or door_answer(answer)[0].status == 408, answer
+
+
+async def door_slow_body(house: DoorServer) -> None:
+    stream = await house.dial()
+    began = trio.current_time()
+    lines = ["POST /api/v1/chats HTTP/1.1", "Host: x", "Content-Length: 1000"]
+    lines += [f"Authorization: Bearer {house.token(1)}", "", "{"]
+    await stream.send_all("\r\n".join(lines).encode())
+    answer = await door_rest(stream, 20)
+    assert 8 < trio.current_time() - began < 19
+    assert door_answer(answer)[0].status == 408, answer
+    assert door_answer(answer)[0].code == "timeout"
+
+
+async def door_token_ends(house: DoorServer) -> None:
+    """Told 60 s before its end, closed 25 s after it, unless it is renewed."""
+    user = next(door_users)
+    ends = int(time.time()) - 3  # within the leeway of 5 s
+    renewed, ticketed, left = [
+        await house.peer(house.token(user, exp=ends)) for _ in range(3)
+    ]
+    for peer in (renewed, ticketed, left):
+        expiring = await peer.hear("token_expiring")
+        assert expiring["expires_in"] <= 60
+    ack = await renewed.ask("auth", token=house.token(user))
+    assert ack["type"] == "ack"
+    assert 3500 < ack["expires_in"] <= 3600
+    got = await house.want(200, "GET /api/v2/ws-token", house.token(user))
+    ack = await ticketed.ask("auth", token=got["token"])
+    assert ack["type"] == "ack"
+    assert 3500 < ack["expires_in"] <= 3600
+    with trio.fail_after(30):
+        assert await left.ended(30) == 4401
+    assert 24 <= time.time() - ends < 29
+    await trio.sleep(1.5)  # the sweeper has passed once more
+    await renewed.hears_nothing()
+    await ticketed.hears_nothing()
+
+
+# --- hostile input: one connection's bytes are one connection's matter ---------------
+
+
+def door_hostile_frames() -> dict[str, tuple[bytes, set[int]]]:
+    """What must end a connection, and with which close code."""
+    text, more = 1, 0
+    ping = door_frame(9, b"p")
+    part = door_frame(text, b"{", first=0)
+    return {
+        "an unmasked frame": (door_frame(text, b"{}", masked=False), {1002}),
+        "reserved opcode 3": (door_frame(3), {1002}),
+        "reserved opcode 11": (door_frame(11), {1002}),
+        "a reserved bit": (door_frame(text, b"{}", first=0xC0), {1002}),
+        "a ping in two": (door_frame(9, b"", first=0), {1002}),
+        "a ping of 126 bytes": (door_frame(9, b"x" * 126), {1002}),
+        "a continuation of nothing": (door_frame(more, b"x"), {1002}),
+        "a message inside a message": (part + door_frame(text, b"{}"), {1002}),
+        "a close of one byte": (door_frame(8, b"\x03"), {1002}),
+        "a close with code 1005": (door_frame(8, b"\x03\xed"), {1002}),
+        "a close with code 999": (door_frame(8, b"\x03\xe7"), {1002}),
+        "a close with bad UTF-8": (door_frame(8, b"\x03\xe8\xff"), {1007}),
+        "bad UTF-8": (door_frame(text, b'{"type":"\xff"}'), {1007}),
+        "a surrogate in UTF-8": (door_frame(text, b"\xed\xa0\x80"), {1007}),
+        "UTF-8 cut short": (door_frame(text, b'"\xf0\x9f\x98'), {1007}),
+        "bad UTF-8 in a part": (part + door_frame(more, b"\xff", first=0), {1007}),
+        "one byte too many": (door_frame(text, b"x" * 65537), {1009}),
+        "too many bytes in parts": (
+            part + door_frame(more, b"x" * 40000, first=0) * 2,
+            {1009},
+        ),
+        "too many bytes, then a ping": (door_frame(text, b"x" * 65537) + ping, {1009}),
+        "too many bytes, twice": (door_frame(text, b"x" * 65537) * 2, {1009}),
+        "a length of 2**40": (
+            b"\x81\xff" + (2**40).to_bytes(8, "big") + bytes(70_000),
+            {1009},
+        ),
+        "a length of 2**63": (b"\x81\xff" + (2**63).to_bytes(8, "big"), {1002, 1009}),
+        "a length longer than it need be": (b"\x81\xfe\x00\x01\0\0\0\0x", {1002}),
+        "65 parts": (part + door_frame(more, b"", first=0) * 64, {1002, 1008, 1009}),
+        "many empty parts": (
+            part + door_frame(more, b"", first=0) * 100_000,
+            {1002, 1008, 1009},
+        ),
+        "two closes and a ping": (door_frame(8, b"\x03\xe8") * 2 + ping, {1000}),
+        "a close without a code": (door_frame(8), {1000, 1005}),
+    }
+
+
+@pytest.mark.parametrize("case", list(door_hostile_frames()))
+async def test_a_hostile_frame_is_answered_with_its_code_and_hurts_nobody(
+    either_house: DoorServer, case: str
+) -> None:
+    async with door_innocent(either_house):
+        data, codes = door_hostile_frames()[case]
+        peer = await either_house.peer(next(door_users))
+        with suppress(trio.BrokenResourceError), trio.fail_after(DOOR_SECONDS):
+            await peer.stream.send_all(data)
+        assert await peer.ended(5) in codes
+        await door_rest(peer.stream, 3)  # and TCP goes too
+
+
+async def test_64_parts_are_few_enough(either_house: DoorServer) -> None:
+    peer = await either_house.peer(next(door_users))
+    parts = [door_frame(0, b" ", first=0)] * 62
+    message = door_frame(1, b'{"type":', first=0), *parts, door_frame(0, b'"ping"}')
+    await peer.stream.send_all(b"".join(message))
+    await peer.hear("pong")
+    await peer.stream.send_all(door_frame(9, b"between"))
+    await peer.hears_nothing()
+    assert peer.pongs == [b"between"]
+
+
+async def test_those_who_hang_up_rudely_hurt_nobody(either_house: DoorServer) -> None:
+    house = either_house
+    user = next(door_users)
+    whole = door_get(house.socket_path(user), "Host: x", *DOOR_UPGRADE)
+    say = door_frame(1, b'{"type":"ping"}')
+    rude = [b"", b"\x00\xff\r\n\r\n", b"GET", whole[:40], whole[:-2], whole]
+    rude += [whole + say, whole + say[:5], whole + door_frame(8), whole + b"\xff" * 99]
+    rude += [door_get("/healthz", "Host: x"), door_get("/x") + b"y" * 1000]
+    async with door_innocent(house):
+        for data in rude * 3:
+            for reset in (True, False):
+                stream = await house.dial()
+                if data:
+                    await stream.send_all(data)
+                if reset:
+                    door_reset(stream)
+                else:
+                    await stream.aclose()
+        stream = await house.dial()
+        await stream.send_all(whole + say)  # a client that does not wait for 101
+        got = b""
+        with trio.fail_after(DOOR_SECONDS):
+            while b'"pong"' not in got:
+                got += await stream.receive_some(65536)
+
+
+async def test_noise_after_the_handshake_hurts_nobody(either_house: DoorServer) -> None:
+    house, dice = either_house, random.Random(11)
+    async with door_innocent(house), trio.open_nursery() as nursery:
+
+        async def noisy(seed: int) -> None:
+            peer = await house.peer(next(door_users))
+            noise = random.Random(seed)
+            with suppress(trio.BrokenResourceError):
+                for _ in range(20):
+                    first = noise.choice([0, 0x80, 0x80, 0x80, noise.randrange(256)])
+                    data = noise.randbytes(noise.choice([0, 5, 125, 126, 3000]))
+                    frame = door_frame(noise.randrange(16), data, first=first & 0xF0)
+                    await peer.stream.send_all(frame[: noise.choice([3, 9999])])
+            peer.drop()
+
+        for _ in range(40):
+            nursery.start_soon(noisy, dice.randrange(2**32))
+
+
+# --- limits, each at its edge --------------------------------------------------------
+
+
+async def test_reading_waits_when_bytes_come_too_fast(house: DoorServer) -> None:
+    async with house.serving("--receive-bytes", "20000/20000"):
+        fast, calm = [await house.peer(next(door_users)) for _ in range(2)]
+        began = trio.current_time()
+        for _ in range(5):
+            await fast.say("ping", padding="x" * 10000)
+        await calm.hears_nothing()
+        assert trio.current_time() - began < 1
+        for _ in range(5):
+            await fast.hear("pong")
+        assert 1 < trio.current_time() - began < 5

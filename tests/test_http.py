@@ -1,0 +1,1513 @@
+"""HTTP: requests, the handshake, the routes, and hostile bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import wait_all_tasks_blocked
+
+from chatd import Rate
+from tests.harness import (
+    BIG,
+    DOOR_OPEN,
+    DOOR_UPGRADE,
+    PING,
+    WIRES_BAD_HEADS,
+    DoorLine,
+    DoorPeer,
+    DoorServer,
+    HttpAnswer,
+    WiresHouse,
+    door_answer,
+    door_get,
+    door_innocent,
+    door_users,
+    taking,
+    wires,
+    wires_close,
+    wires_frame,
+    wires_request,
+    wires_upgrade,
+)
+
+# --- Http: the protocol --------------------------------------------------------------
+
+
+@wires()
+async def test_a_connection_is_kept_for_the_next_request(house: WiresHouse) -> None:
+    raw = house.dial()
+    for _ in range(3):
+        answer = await raw.ask("GET", "/healthz")
+        assert (answer.status, answer.json) == (200, {"status": "ok"})
+        assert "connection" not in answer.headers
+        await trio.sleep(70)
+
+
+@wires()
+async def test_pipelined_requests_are_answered_in_order(house: WiresHouse) -> None:
+    raw = house.dial()
+    chat = await house.chat(6, 7)
+    auth = {"Authorization": f"Bearer {house.token(6)}"}
+    path = f"/api/v1/chats/{chat}/messages"
+    await raw.send(
+        wires_request("POST", path, b'{"content":"a"}', **auth),
+        wires_request("POST", path, b'{"content":"b"}', **auth),
+        wires_request("HEAD", "/healthz"),
+        wires_request("GET", path, None, **auth),
+        wires_upgrade(house.target(6)),
+    )
+    for n in (1, 2):
+        answer = await raw.answer()
+        assert (answer.status, answer.json["message"]["n"]) == (201, n)
+    assert (await raw.answer("HEAD")).status == 200
+    assert len((await raw.answer()).json["messages"]) == 2
+    assert (await raw.answer()).status == 101
+    assert (await raw.hear("connected"))["user_id"] == 6
+
+
+@wires()
+async def test_a_request_in_single_bytes_is_served_like_a_whole_one(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = house.dial()
+    request = wires_request(
+        "POST", f"/api/v1/chats/{chat}/messages", b'{"content":"a"}',
+        Authorization=f"Bearer {house.token(6)}",
+    )  # fmt: skip
+    for number in range(len(request)):
+        await raw.send(request[number : number + 1])
+        await wait_all_tasks_blocked()
+    assert (await raw.answer()).status == 201
+
+
+@wires()
+async def test_head_is_get_without_the_body(house: WiresHouse) -> None:
+    for path, headers in {
+        "/": {},
+        "/api/v1/me": {"Authorization": f"Bearer {house.token(6)}"},
+        "/api/v1/nothing": {},
+    }.items():
+        raw = house.dial()
+        got = await raw.ask("GET", path, **headers)
+        head = await raw.ask("HEAD", path, **headers)
+        assert (head.status, head.body) == (got.status, b"")
+        assert head.headers["content-length"] == str(len(got.body))
+        assert head.headers["content-type"] == got.headers["content-type"]
+
+
+@wires()
+async def test_options_lists_what_a_path_takes(house: WiresHouse) -> None:
+    for path, allow in {
+        "/healthz": "GET, HEAD, OPTIONS",
+        "/api/v1/chats": "GET, POST, HEAD, OPTIONS",
+        "/api/v1/chats/5/members": "POST, OPTIONS",
+        "/api/v1/chats/5/members/6": "DELETE, OPTIONS",
+    }.items():
+        answer = await house.ask("OPTIONS", path)
+        assert (answer.status, answer.body) == (204, b"")
+        assert answer.headers["allow"] == allow
+        assert "content-length" not in answer.headers
+    assert (await house.ask("OPTIONS", "/nothing")).status == 404
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "BREW"])
+@wires()
+async def test_a_method_that_a_path_does_not_take_is_405_with_allow(
+    house: WiresHouse, method: str
+) -> None:
+    for path in ("/healthz", "/", "/api/v1/me", "/ws/chat"):
+        answer = await house.ask(method, path, user=6)
+        assert (answer.status, answer.code) == (405, "method_not_allowed")
+        assert answer.headers["allow"] == "GET, HEAD, OPTIONS"
+
+
+@wires()
+async def test_what_is_not_there_is_404(house: WiresHouse) -> None:
+    for path in (
+        "/nothing", "/web/", "/web/../chatd.py", "/web/%2e%2e/chatd.py", "/web/app.js/",
+        "/healthz/", "/HEALTHZ", "/api/v1/chats/0/messages", "/api/v1/chats/x/messages",
+        "/api/v1/chats/-1/messages", "/api/v1/chats/9007199254740992/messages",
+        "/api/v1/chats/99999999999999999999/messages", "/api/v1/chats//messages",
+        "/api/v1/chats/*/messages", "/api/v1/messages/1", "/*",
+    ):  # fmt: skip
+        answer = await house.ask("GET", path, user=6)
+        assert (answer.status, answer.code) == (404, "not_found"), path
+
+
+@pytest.mark.parametrize("fault", WIRES_BAD_HEADS)
+@wires()
+async def test_a_bad_head_gets_one_whole_answer_and_the_connection_ends(
+    house: WiresHouse, fault: str
+) -> None:
+    sent, status = WIRES_BAD_HEADS[fault]
+    raw = house.dial()
+    await raw.send(sent)
+    answer = await raw.answer()
+    assert answer.status == status
+    assert answer.code == ("too_large" if status == 431 else "bad_field")
+    assert answer.headers["connection"] == "close"
+    assert await raw.ends() == b""
+    await trio.sleep(1.01)  # even if the peer keeps it, it has gone now
+    assert house.server.open == 0
+
+
+@wires()
+async def test_64_header_lines_are_not_too_many(house: WiresHouse) -> None:
+    raw = house.dial()
+    await raw.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 63 + b"\r\n")
+    assert (await raw.answer()).status == 200
+
+
+@wires()
+async def test_a_head_that_takes_10_s_is_answered_408(house: WiresHouse) -> None:
+    raw = house.dial()
+    with taking(10):
+        for byte in b"GET / HTTP":
+            await raw.send(bytes((byte,)))
+            await trio.sleep(0.9)
+        answer = await raw.answer(within=2)
+    assert (answer.status, answer.code) == (408, "timeout")
+    assert answer.headers["connection"] == "close"
+    assert await raw.ends() == b""
+
+
+@wires()
+async def test_who_says_nothing_at_all_is_closed_without_a_word_after_10_s(
+    house: WiresHouse,
+) -> None:
+    raw = house.dial()
+    with taking(10):
+        assert await raw.ends(within=11) == b""
+
+
+@wires()
+async def test_a_kept_connection_is_closed_after_75_s_of_silence(
+    house: WiresHouse,
+) -> None:
+    raw = house.dial()
+    await raw.ask("GET", "/healthz")
+    with taking(75):
+        assert await raw.ends(within=80) == b""
+
+
+@wires()
+async def test_the_head_of_a_later_request_has_10_s_too(house: WiresHouse) -> None:
+    raw = house.dial()
+    await raw.ask("GET", "/healthz")
+    await trio.sleep(60)
+    await raw.send(b"GET")
+    with taking(10):
+        assert (await raw.answer(within=11)).status == 408
+
+
+@wires()
+async def test_a_body_that_takes_15_s_is_answered_408(house: WiresHouse) -> None:
+    raw = house.dial()
+    request = wires_request(
+        "POST", "/api/v1/chats", b"{}", Authorization=f"Bearer {house.token(6)}"
+    )
+    await raw.send(request[:-1])
+    with taking(15):
+        answer = await raw.answer(within=16)
+    assert (answer.status, answer.code) == (408, "timeout")
+    assert answer.headers["connection"] == "close"
+    assert await raw.ends() == b""
+
+
+@wires()
+async def test_a_peer_that_leaves_in_mid_body_is_nobodys_error(
+    house: WiresHouse,
+) -> None:
+    raw = house.dial()
+    request = wires_request(
+        "POST", "/api/v1/chats", b'{"title":"x"}', Authorization="Bearer x"
+    ).replace(b"Bearer x", f"Bearer {house.token(6)}".encode())
+    await raw.send(request[:-5])
+    await raw.stream.send_eof()
+    assert await raw.ends() == b""
+
+
+@wires()
+async def test_a_peer_that_does_not_read_its_answer_is_cut_after_15_s(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    await house.post(chat, *[BIG] * 50)
+    raw = house.dial(small=True)
+    path = f"/api/v1/chats/{chat}/messages?limit=50"
+    auth = f"Bearer {house.token(6)}"
+    await raw.send(wires_request("GET", path, None, Authorization=auth))
+    await trio.sleep(14.9)
+    assert house.server.open == 1
+    await trio.sleep(0.2)
+    assert house.server.open == 0
+
+
+@wires()
+async def test_100_continue_is_said_to_who_waits_for_it(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    raw = house.dial()
+    request = wires_request(
+        "POST", f"/api/v1/chats/{chat}/messages", b'{"content":"a"}',
+        Authorization=f"Bearer {house.token(6)}", Expect="100-continue",
+    )  # fmt: skip
+    head, _, body = request.partition(b"\r\n\r\n")
+    await raw.send(head, b"\r\n\r\n")
+    await raw.listen(0.1)
+    assert raw.data.startswith(b"HTTP/1.1 100 ")
+    await raw.send(body)
+    assert (await raw.answer()).status == 201
+    assert raw.informed == [100]
+    assert (await raw.ask("GET", "/healthz")).status == 200  # and it is kept
+
+
+@wires()
+async def test_who_is_refused_is_not_asked_for_the_body(house: WiresHouse) -> None:
+    raw = house.dial()
+    request = wires_request("POST", "/api/v1/chats", b"{}", Expect="100-continue")
+    await raw.send(request[:-2])
+    answer = await raw.answer()
+    assert (answer.status, raw.informed) == (401, [])
+    assert answer.headers["connection"] == "close"
+
+
+@wires(max_message_bytes=1000)
+async def test_a_body_too_long_is_413_by_its_length_and_by_its_chunks(
+    house: WiresHouse,
+) -> None:
+    auth = {"Authorization": f"Bearer {house.token(6)}"}
+    body = json.dumps({"title": "x", "pad": "x" * 2000}).encode()
+    chunk = b"%x\r\n%b\r\n" % (len(body), body)
+    by_length = wires_request("POST", "/api/v1/chats", body, **auth)
+    by_chunks = wires_request(
+        "POST", "/api/v1/chats", None, Transfer_Encoding="chunked", **auth
+    )
+    for request in (by_length, by_chunks + chunk, by_chunks + chunk[:1500]):
+        raw = house.dial()
+        await raw.send(request)
+        answer = await raw.answer()
+        assert (answer.status, answer.code) == (413, "too_large")
+        assert answer.headers["connection"] == "close"
+        assert await raw.ends() == b""
+
+
+@wires(max_message_bytes=1000)
+async def test_a_body_whose_length_is_too_long_is_not_waited_for(
+    house: WiresHouse,
+) -> None:
+    raw = house.dial()
+    auth = {"Authorization": f"Bearer {house.token(6)}", "Expect": "100-continue"}
+    await raw.send(
+        wires_request("POST", "/api/v1/chats", None, Content_Length="1001", **auth)
+    )
+    answer = await raw.answer()
+    assert (answer.status, raw.informed) == (413, [])
+
+
+@wires(max_message_bytes=1000)
+async def test_a_body_of_exactly_the_limit_passes_also_in_chunks(
+    house: WiresHouse,
+) -> None:
+    auth = {"Authorization": f"Bearer {house.token(6)}"}
+    body = b'{"title":"x"}'.ljust(1000)
+    raw = house.dial()
+    await raw.send(wires_request("POST", "/api/v1/chats", body, **auth))
+    assert (await raw.answer()).status == 201
+    pieces = b"".join(b"64\r\n%b\r\n" % body[n : n + 100] for n in range(0, 1000, 100))
+    await raw.send(
+        wires_request(
+            "POST", "/api/v1/chats", None, Transfer_Encoding="chunked", **auth
+        ),
+        pieces + b"0\r\n\r\n",
+    )
+    assert (await raw.answer()).status == 201
+    assert (await raw.ask("GET", "/healthz")).status == 200
+
+
+@wires()
+async def test_a_body_in_crumbs_is_too_large(house: WiresHouse) -> None:
+    body = b'{"title":"x"}'.ljust(1025)
+    auth = {"Authorization": f"Bearer {house.token(6)}"}
+    for size, status in ((1024, 201), (1025, 413)):
+        crumbs = b"".join(b"1\r\n%c\r\n" % byte for byte in body[:size])
+        raw = house.dial()
+        await raw.send(
+            wires_request(
+                "POST", "/api/v1/chats", None, Transfer_Encoding="chunked", **auth
+            ),
+            crumbs + b"0\r\n\r\n",
+        )
+        assert (await raw.answer()).status == status
+
+
+@wires()
+async def test_a_bad_chunk_is_400_and_the_connection_ends(house: WiresHouse) -> None:
+    raw = house.dial()
+    auth = f"Bearer {house.token(6)}"
+    await raw.send(
+        wires_request(
+            "POST", "/api/v1/chats", None, Transfer_Encoding="chunked",
+            Authorization=auth,
+        ),
+        b"zz\r\n",
+    )  # fmt: skip
+    answer = await raw.answer()
+    assert (answer.status, answer.headers["connection"]) == (400, "close")
+    assert await raw.ends() == b""
+
+
+@wires()
+async def test_a_body_where_none_is_expected_ends_the_connection_after_the_answer(
+    house: WiresHouse,
+) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("GET", "/healthz", b"x" * 1000))
+    answer = await raw.answer()
+    assert answer.status == 200
+    # Either it was read, and the connection is kept, or the connection is at its end.
+    if answer.headers.get("connection") == "close":
+        assert await raw.ends() == b""
+    else:
+        assert (await raw.ask("GET", "/healthz")).status == 200
+
+
+@wires()
+async def test_connection_close_and_http_1_0_end_after_one_answer(
+    house: WiresHouse,
+) -> None:
+    for request in (
+        wires_request("GET", "/healthz", None, Connection="close"),
+        b"GET /healthz HTTP/1.0\r\n\r\n",
+    ):
+        raw = house.dial()
+        await raw.send(request)
+        assert (await raw.answer()).status == 200
+        assert await raw.ends() == b""
+
+
+@wires()
+async def test_every_answer_has_the_headers_that_protect(house: WiresHouse) -> None:
+    for method, path in (
+        ("GET", "/"), ("GET", "/healthz"), ("GET", "/nothing"), ("GET", "/api/v1/me"),
+        ("OPTIONS", "/healthz"), ("GET", "/ws/chat"), ("POST", "/healthz"),
+    ):  # fmt: skip
+        headers = (await house.ask(method, path)).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert headers["date"].endswith("GMT")
+        assert headers["cache-control"] in {"no-store", "no-cache"}
+        assert "server" not in headers
+        assert "set-cookie" not in headers
+
+
+@wires()
+async def test_the_pages_files_have_a_policy_and_are_sent_once(
+    house: WiresHouse,
+) -> None:
+    raw = house.dial()
+    for path, kind in {
+        "/": "text/html", "/web/index.html": "text/html", "/web/style.css": "text/css",
+        "/web/app.js": "text/javascript", "/web/chat-websocket.js": "text/javascript",
+    }.items():  # fmt: skip
+        answer = await raw.ask("GET", path)
+        assert answer.status == 200
+        assert answer.headers["content-type"].startswith(kind)
+        assert answer.headers["cache-control"] == "no-cache"
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        again = await raw.ask("GET", path, If_None_Match=answer.headers["etag"])
+        assert (again.status, again.body) == (304, b"")
+        assert again.headers["etag"] == answer.headers["etag"]
+        other = await raw.ask("GET", path, If_None_Match='"older"')
+        assert other.body == answer.body
+
+
+# --- Http: the handshake -------------------------------------------------------------
+
+
+@wires()
+async def test_a_plain_get_of_the_socket_is_426(house: WiresHouse) -> None:
+    for changed in (
+        {"Upgrade": ""}, {"Connection": ""}, {"Upgrade": "h2c"},
+        {"Connection": "keep-alive"},
+    ):  # fmt: skip
+        raw = house.dial()
+        await raw.send(wires_upgrade(house.target(6), **changed))
+        answer = await raw.answer()
+        assert (answer.status, answer.code) == (426, "upgrade_required")
+        assert answer.headers["upgrade"] == "websocket"
+        assert "upgrade" in answer.headers["connection"].lower()
+
+
+@wires()
+async def test_head_of_the_socket_is_426_too(house: WiresHouse) -> None:
+    answer = await house.ask("HEAD", "/ws/chat", user=6)
+    assert (answer.status, answer.body) == (426, b"")
+
+
+@wires()
+async def test_an_upgrade_with_a_body_is_refused(house: WiresHouse) -> None:
+    for headers in ({"Content_Length": "5"}, {"Transfer_Encoding": "chunked"}):
+        raw = house.dial()
+        await raw.send(wires_upgrade(house.target(6), **headers), b"5\r\nhello")
+        answer = await raw.answer()
+        assert (answer.status, answer.headers["connection"]) == (400, "close")
+
+
+@wires()
+async def test_another_version_than_13_is_told_which_one(house: WiresHouse) -> None:
+    for version in ("8", "14", "13, 8", ""):
+        raw = house.dial()
+        await raw.send(wires_upgrade(house.target(6), Sec_WebSocket_Version=version))
+        answer = await raw.answer()
+        assert (answer.status, answer.code) == (426, "upgrade_required")
+        assert answer.headers["sec-websocket-version"] == "13"
+
+
+@wires()
+async def test_a_key_that_is_not_16_bytes_is_400(house: WiresHouse) -> None:
+    for key in ("", "x", "dGhlIHNhbXBsZSBub25j", "dGhlIHNhbXBsZSBub25jZR==",
+                "dGhlIHNhbXBsZSBub25jZQ==" * 2, "!" * 24):  # fmt: skip
+        raw = house.dial()
+        await raw.send(wires_upgrade(house.target(6), Sec_WebSocket_Key=key))
+        answer = await raw.answer()
+        assert (answer.status, answer.code) == (400, "bad_field")
+        assert "Sec-WebSocket-Key" in answer.json["error"]["message"]
+
+
+@wires()
+async def test_an_upgrade_over_http_1_0_is_refused(house: WiresHouse) -> None:
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target(6)).replace(b"HTTP/1.1", b"HTTP/1.0"))
+    answer = await raw.answer()
+    assert answer.status in {400, 426}
+    assert await raw.ends() == b""
+
+
+@wires()
+async def test_the_handshake_is_answered_as_rfc_6455_1_3_has_it(
+    house: WiresHouse,
+) -> None:
+    raw = house.dial()
+    await raw.send(
+        wires_upgrade(
+            house.target(6), Connection="keep-alive, Upgrade", Upgrade="WebSocket",
+            Sec_WebSocket_Protocol="chat",
+            Sec_WebSocket_Extensions="permessage-deflate",
+        )
+    )  # fmt: skip
+    answer = await raw.answer()
+    assert answer.status == 101
+    assert answer.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+    assert "sec-websocket-extensions" not in answer.headers  # no zip bombs
+    assert "sec-websocket-protocol" not in answer.headers
+    await raw.hear("connected")
+
+
+@wires()
+async def test_an_upgrade_may_come_as_a_later_request_of_a_kept_connection(
+    house: WiresHouse,
+) -> None:
+    raw = house.dial()
+    assert (await raw.ask("GET", "/healthz")).status == 200
+    await raw.send(wires_upgrade(house.target(6)))
+    assert (await raw.answer()).status == 101
+    await raw.hear("connected")
+
+
+@wires(max_connections=1, handshakes=Rate(1, 4))
+async def test_an_upgrade_is_refused_for_rate_then_origin_then_token_then_house(
+    house: WiresHouse,
+) -> None:
+    async def refused(target: str, **changed: str) -> HttpAnswer:
+        raw = house.dial()
+        await raw.send(wires_upgrade(target, **changed), wires_frame(PING))
+        answer = await raw.answer()
+        assert answer.headers["connection"] == "close"
+        await trio.sleep(1.01)  # the peer keeps it, and it is gone all the same
+        assert house.server.open == before
+        return answer
+
+    first = await house.join_raw(1)
+    await trio.sleep(5)
+    good, foreign = house.target(6), {"Origin": "https://evil.example"}
+    before = house.server.open
+
+    answers = [
+        await refused("/ws/chat?token=bad", **foreign),
+        await refused("/ws/chat?token=bad"),
+        await refused(good),
+    ]
+    assert [(a.status, a.code) for a in answers] == [
+        (403, "forbidden"), (401, "token_invalid"), (503, "overloaded"),
+    ]  # fmt: skip
+    assert int(answers[2].headers["retry-after"]) >= 1
+    for _ in range(4):  # and with the bucket empty it is always the rate
+        raw = house.dial()
+        await raw.send(wires_upgrade("/ws/chat?token=bad", **foreign))
+        last = await raw.answer()
+    last = await refused("/ws/chat?token=bad", **foreign)
+    assert (last.status, last.code) == (429, "rate_limited")
+    assert last.headers["retry-after"] == "1"
+    refusals = (await house.stats())["connections"]["refused"]
+    assert refusals["overloaded"] == 1
+    assert (await first.frame(30)) == (PING, b"")
+
+
+@wires(max_connections=2)
+async def test_a_full_house_has_no_place_more_however_many_knock_at_once(
+    house: WiresHouse,
+) -> None:
+    raws = [house.dial() for _ in range(6)]
+    for user, raw in enumerate(raws, 1):
+        await raw.send(wires_upgrade(house.target(user)))
+    answers = sorted([(await raw.answer()).status for raw in raws])
+    assert answers == [101, 101, 503, 503, 503, 503]
+
+
+@wires(max_connections=1)
+async def test_a_ticket_that_met_a_full_house_is_not_spent(house: WiresHouse) -> None:
+    ticket = (await house.ask("GET", "/api/v2/ws-token", user=6)).json["token"]
+    full = await house.join(7)
+    target = house.target(token=ticket)
+    raw = house.dial()
+    await raw.send(wires_upgrade(target))
+    assert (await raw.answer()).status == 503
+    await full.leave()
+    await wait_all_tasks_blocked()
+    raw = house.dial()
+    await raw.send(wires_upgrade(target))
+    assert (await raw.answer()).status == 101
+    await raw.hear("connected")
+    await raw.send(wires_close(1000))
+    await raw.close_code()
+    again = house.dial()
+    await again.send(wires_upgrade(target))
+    answer = await again.answer()
+    assert (answer.status, answer.code) == (401, "token_used")
+
+
+@wires()
+async def test_one_ticket_opens_one_socket_however_many_race(house: WiresHouse) -> None:
+    ticket = (await house.ask("GET", "/api/v2/ws-token", user=6)).json["token"]
+    raws = [house.dial() for _ in range(5)]
+    for raw in raws:
+        await raw.send(wires_upgrade(house.target(token=ticket)))
+    answers = sorted([(await raw.answer()).status for raw in raws])
+    assert answers == [101, 401, 401, 401, 401]
+
+
+@wires()
+async def test_an_upgrade_needs_one_token_in_the_query(house: WiresHouse) -> None:
+    token = house.token(6)
+    for target, status, code in (
+        ("/ws/chat", 401, "token_invalid"),
+        ("/ws/chat?token=", 401, "token_invalid"),
+        (f"/ws/chat?token={token}&token={token}", 400, "bad_field"),
+        (f"/ws/chat?token={token}&cursor=a&cursor=b", 400, "bad_field"),
+        (house.target(token=house.token(6, -60)), 401, "token_expired"),
+        (house.target(token=house.token(6, use="signin")), 401, "token_invalid"),
+    ):
+        raw = house.dial()
+        await raw.send(wires_upgrade(target))
+        answer = await raw.answer()
+        assert (answer.status, answer.code) == (status, code)
+        assert token not in answer.body.decode()
+
+
+@wires(handshakes=Rate(1, 3))
+async def test_handshakes_and_401s_are_counted_by_address_behind_a_trusted_proxy(
+    house: WiresHouse,
+) -> None:
+    async def status(address: str, upgrade: bool) -> int:
+        raw = house.dial(tcp=True)
+        if upgrade:
+            await raw.send(wires_upgrade("/ws/chat", X_Forwarded_For=address))
+        else:
+            await raw.send(
+                wires_request("GET", "/api/v1/me", None, X_Forwarded_For=address)
+            )
+        answer = await raw.answer()
+        raw.stream.socket.close()
+        return answer.status
+
+    for upgrade in (True, False, True):
+        assert await status("203.0.113.1", upgrade) == 401
+    for upgrade in (True, False):
+        assert await status("203.0.113.1", upgrade) == 429
+        # What the client wrote itself stands further left, and is not believed.
+        assert await status("198.51.100.7, 203.0.113.1", upgrade) == 429
+    assert await status("203.0.113.2", True) == 401
+    for host in ("1", "2", "3"):
+        assert await status(f"2001:db8::{host}", True) == 401
+    assert await status("2001:db8::4", True) == 429  # the same /64
+    assert await status("2001:db8:0:1::4", True) == 401
+    await trio.sleep(1)
+    assert await status("203.0.113.1", False) == 401
+
+
+@wires(handshakes=Rate(1, 3))
+async def test_a_good_request_is_no_handshake_and_costs_its_address_nothing(
+    house: WiresHouse,
+) -> None:
+    for _ in range(10):
+        assert (await house.ask("GET", "/api/v1/me", user=6)).status == 200
+    await house.join(6)
+
+
+@wires(origin=("https://shop.example",))
+async def test_origin_is_checked_on_every_request(house: WiresHouse) -> None:
+    for origin, status in {
+        "": 200,
+        "http://chat.example": 200,
+        "https://chat.example:443": 200,
+        "https://shop.example": 200,
+        "HTTPS://SHOP.EXAMPLE": 200,
+        "http://shop.example": 403,
+        "https://shop.example.evil.example": 403,
+        "https://evil.example": 403,
+        "http://chat.example:8080": 403,
+        "null": 403,
+        "chat.example": 403,
+    }.items():
+        headers = {"Origin": origin} if origin else {}
+        for method in ("GET", "OPTIONS"):
+            answer = await house.dial().ask(method, "/healthz", **headers)
+            assert answer.status == (204 if (method, status) == ("OPTIONS", 200)
+                                     else status), origin  # fmt: skip
+        raw = house.dial()
+        await raw.send(wires_upgrade(house.target(6), **headers))
+        assert (await raw.answer()).status == (101 if status == 200 else 403)
+        raw.stream.socket.close()
+
+
+@wires()
+async def test_the_forwarded_host_is_our_own_origin_only_from_a_trusted_proxy(
+    house: WiresHouse,
+) -> None:
+    headers = {"Origin": "https://site.example", "X_Forwarded_Host": "site.example"}
+    trusted = house.dial(tcp=True)  # from loopback
+    assert (await trusted.ask("GET", "/healthz", **headers)).status == 200
+    assert (await house.dial().ask("GET", "/healthz", **headers)).status == 403
+
+
+@wires(origin=("https://shop.example",))
+async def test_a_listed_origin_gets_cors_answers_and_never_credentials(
+    house: WiresHouse,
+) -> None:
+    preflight = await house.ask(
+        "OPTIONS", "/api/v1/chats", Origin="https://shop.example",
+        Access_Control_Request_Method="POST",
+    )  # fmt: skip
+    assert preflight.status == 204
+    allow = preflight.headers
+    assert "POST" in allow["access-control-allow-methods"]
+    assert set(allow["access-control-allow-headers"].split(", ")) == {
+        "authorization", "content-type", "idempotency-key",
+    }  # fmt: skip
+    for path in ("/api/v1/me", "/nothing"):  # errors too: the page must read them
+        answer = await house.ask("GET", path, Origin="https://shop.example")
+        for headers in (answer.headers, preflight.headers):
+            assert headers["access-control-allow-origin"] == "https://shop.example"
+            assert headers["vary"] == "Origin"
+            assert "access-control-allow-credentials" not in headers
+    own = await house.ask("GET", "/healthz", Origin="http://chat.example")
+    assert "access-control-allow-origin" not in own.headers
+    assert own.headers["vary"] == "Origin"
+
+
+# --- Api -----------------------------------------------------------------------------
+
+
+@wires()
+async def test_a_request_without_a_good_token_is_401_and_says_bearer(
+    house: WiresHouse,
+) -> None:
+    ticket = (await house.ask("GET", "/api/v2/ws-token", user=6)).json["token"]
+    for authorization, code in {
+        "": "token_invalid",
+        "Basic dXNlcjpwYXNz": "token_invalid",
+        "Bearer": "token_invalid",
+        "Bearer ": "token_invalid",
+        "Bearer nonsense": "token_invalid",
+        f"Bearer {ticket}": "token_invalid",
+        f"Bearer {house.token(6, use='signin')}": "token_invalid",
+        f"Bearer {house.token(6, -60)}": "token_expired",
+        f"Bearer {house.token(6)} x": "token_invalid",
+    }.items():
+        headers = {"Authorization": authorization} if authorization else {}
+        answer = await house.dial().ask("GET", "/api/v1/me", None, **headers)
+        assert (answer.status, answer.code) == (401, code), authorization
+        assert answer.headers["www-authenticate"] == "Bearer"
+    good = f"bearer  {house.token(6)}"
+    assert (await house.ask("GET", "/api/v1/me", Authorization=good)).status == 200
+
+
+@wires()
+async def test_a_token_in_the_query_opens_nothing_but_the_socket(
+    house: WiresHouse,
+) -> None:
+    answer = await house.ask("GET", f"/api/v1/me?token={house.token(6)}")
+    assert answer.status == 401
+
+
+@wires()
+async def test_me_has_a_name_when_a_token_has_told_one(house: WiresHouse) -> None:
+    assert (await house.ask("GET", "/api/v1/me", user=6)).json == {
+        "user_id": 6,
+        "name": None,
+    }
+    for name in ("Ann", "Anna"):
+        named = house.token(6, name=name)
+        expected = {"user_id": 6, "name": name}
+        assert (await house.ask("GET", "/api/v1/me", token=named)).json == expected
+        # Also without the claim: it was stored.
+        assert (await house.ask("GET", "/api/v1/me", user=6)).json == expected
+
+
+@wires(buckets=2)
+async def test_a_name_is_remembered_although_the_table_of_names_is_bounded(
+    house: WiresHouse,
+) -> None:
+    for _ in range(2):
+        for user in (6, 7, 8):
+            token = house.token(user, name=f"N{user}")
+            await house.ask("GET", "/api/v1/me", token=token)
+            assert len(house.server.names) <= 2
+    users = (await house.ask("GET", "/api/v1/users", user=6)).json["users"]
+    assert users == [{"user_id": u, "name": f"N{u}"} for u in (6, 7, 8)]
+
+
+@wires()
+async def test_users_are_those_known_the_named_first(house: WiresHouse) -> None:
+    await house.chat(9, 8)
+    await house.ask("GET", "/api/v1/me", token=house.token(8, name="Zoe"))
+    answer = await house.ask("GET", "/api/v1/users", user=6)
+    assert answer.json == {
+        "users": [{"user_id": 8, "name": "Zoe"}, {"user_id": 9, "name": None}]
+    }
+
+
+@wires(chats_by="service")
+async def test_where_services_make_the_chats_users_may_not_nor_see_who_there_is(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6)
+    for method, path, body in (
+        ("GET", "/api/v1/users", None),
+        ("POST", "/api/v1/chats", {"member_ids": [7]}),
+        ("POST", f"/api/v1/chats/{chat}/members", {"user_id": 7}),
+    ):
+        answer = await house.ask(method, path, body, user=6)
+        assert (answer.status, answer.code) == (403, "forbidden")
+        await house.command(method, path, body)
+    left = await house.ask("DELETE", f"/api/v1/chats/{chat}/members/6", user=6)
+    assert left.status == 204
+
+
+@wires()
+async def test_a_user_is_a_member_of_the_chat_he_makes_and_a_service_is_not(
+    house: WiresHouse,
+) -> None:
+    made = await house.ask(
+        "POST", "/api/v1/chats", {"title": "Tea", "member_ids": [7, 7, 6]}, user=6
+    )
+    assert made.status == 201
+    chat = made.json["chat"]
+    assert chat == {
+        "id": chat["id"], "title": "Tea", "last_n": 0, "last_message": None,
+        "members": [
+            {"user_id": 6, "name": None, "read_n": 0},
+            {"user_id": 7, "name": None, "read_n": 0},
+        ],
+    }  # fmt: skip
+    alone = await house.ask("POST", "/api/v1/chats", {}, user=6)
+    assert [m["user_id"] for m in alone.json["chat"]["members"]] == [6]
+    assert alone.json["chat"]["title"] is None
+    service = await house.command("POST", "/api/v1/chats", {"member_ids": [7]})
+    assert [m["user_id"] for m in service["chat"]["members"]] == [7]
+
+
+@wires(members=3)
+async def test_a_new_chat_is_refused_with_the_field_that_is_wrong(
+    house: WiresHouse,
+) -> None:
+    for body, code, field in (
+        ([], "bad_json", ""),
+        (None, "bad_json", ""),
+        ({"title": ""}, "bad_field", "title"),
+        ({"title": "   "}, "bad_field", "title"),
+        ({"title": "x" * 201}, "bad_field", "title"),
+        ({"title": "a\x1bb"}, "bad_field", "title"),
+        ({"title": "a\x00b"}, "bad_field", "title"),
+        ({"title": 7}, "bad_field", "title"),
+        ({"member_ids": 7}, "bad_field", "member_ids"),
+        ({"member_ids": ["7"]}, "bad_field", "member_ids"),
+        ({"member_ids": [0]}, "bad_field", "member_ids"),
+        ({"member_ids": [7, 8, 9]}, "bad_field", "member_ids"),
+    ):
+        answer = await house.ask("POST", "/api/v1/chats", body, user=6)
+        assert (answer.status, answer.code, body) == (400, code, body)
+        assert field in answer.json["error"]["message"]
+
+
+@wires()
+async def test_the_list_of_chats_counts_unread_and_has_the_newest_first(
+    house: WiresHouse,
+) -> None:
+    old, new = await house.chat(6, 7), await house.chat(6, 8)
+    await house.chat(7, 8)  # not his
+    ids = await house.post(old, "a", "b", "c", sender=7)
+    await house.ask("POST", f"/api/v1/messages/{ids[0]}/read", user=6)
+    answer = (await house.ask("GET", "/api/v1/chats", user=6)).json
+    assert answer["cursor"] == f"{house.store.epoch}.{house.server.hub.head}"
+    first, second = answer["chats"]
+    assert (first["id"], first["last_n"], first["read_n"], first["unread"]) == (
+        old, 3, 1, 2,
+    )  # fmt: skip
+    assert first["last_message"]["content"] == "c"
+    assert (second["id"], second["unread"], second["last_message"]) == (new, 0, None)
+
+
+@wires()
+async def test_adding_a_member_is_201_and_again_200(house: WiresHouse) -> None:
+    chat = await house.chat(6)
+    path = f"/api/v1/chats/{chat}/members"
+    for status in (201, 200):
+        answer = await house.ask("POST", path, {"user_id": 7}, user=6)
+        assert answer.status == status
+        assert answer.json == {"chat_id": chat, "user_id": 7}
+    for user in (8, 9):  # not a member's to add to
+        hidden = await house.ask("POST", path, {"user_id": user}, user=8)
+        unknown = await house.ask(
+            "POST", "/api/v1/chats/999/members", {"user_id": user}, user=8
+        )
+        assert (hidden.status, hidden.body) == (404, unknown.body)
+    bad = await house.ask("POST", path, {"user_id": "8"}, user=6)
+    assert (bad.status, bad.code) == (400, "bad_field")
+    assert "user_id" in bad.json["error"]["message"]
+
+
+@wires()
+async def test_leaving_is_for_oneself_and_removing_for_a_service(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7, 8)
+    path = f"/api/v1/chats/{chat}/members"
+    other = await house.ask("DELETE", f"{path}/7", user=6)
+    assert (other.status, other.code) == (403, "forbidden")
+    left = await house.ask("DELETE", f"{path}/6", user=6)
+    assert (left.status, left.body) == (204, b"")
+    again = await house.ask("DELETE", f"{path}/6", user=6)
+    assert (again.status, again.code) == (404, "not_found")
+    await house.command("DELETE", f"{path}/7")
+    token = house.token(999, scope="service")
+    for missing in (f"{path}/7", "/api/v1/chats/999/members/7"):
+        answer = await house.ask("DELETE", missing, token=token)
+        assert (answer.status, answer.code) == (404, "not_found")
+    (mine,) = (await house.ask("GET", "/api/v1/chats", user=8)).json["chats"]
+    assert [member["user_id"] for member in mine["members"]] == [8]
+
+
+@wires()
+async def test_history_comes_in_pages_oldest_first(house: WiresHouse) -> None:
+    chat, other = await house.chat(6, 7), await house.chat(6, 7)
+    ids = await house.post(chat, *map(str, range(7)))
+    (foreign,) = await house.post(other, "x")
+    path = f"/api/v1/chats/{chat}/messages"
+
+    async def page(query: str) -> tuple[list[int], bool]:
+        answer = (await house.ask("GET", path + query, user=6)).json
+        return [message["id"] for message in answer["messages"]], answer["more"]
+
+    assert await page("") == (ids, False)
+    assert await page("?limit=3") == (ids[4:], True)
+    assert await page(f"?limit=3&before={ids[4]}") == (ids[1:4], True)
+    assert await page(f"?limit=3&before={ids[1]}") == (ids[:1], False)
+    assert await page(f"?before={ids[0]}") == ([], False)
+    for query, field in {
+        "limit=0": "limit", "limit=101": "limit", "limit=-1": "limit",
+        "limit=": "limit", "limit=1.0": "limit", "limit=1&limit=2": "limit",
+        "limit=٣": "limit",
+        f"limit={'9' * 30}": "limit", "before=0": "before", "before=x": "before",
+        f"before={2**53}": "before", f"before={foreign}": "before",
+        "before=999": "before",
+    }.items():  # fmt: skip
+        target = f"{path}?{query}".replace("٣", "%D9%A3")
+        answer = await house.ask("GET", target, user=6)
+        assert (answer.status, answer.code, query) == (400, "bad_field", query)
+        assert field in answer.json["error"]["message"]
+    stranger = await house.ask("GET", path, user=8)
+    unknown = await house.ask("GET", "/api/v1/chats/999/messages", user=8)
+    assert (stranger.status, stranger.body) == (404, unknown.body)
+
+
+@wires()
+async def test_a_message_over_http_is_201_a_repeat_200_and_another_409(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    listener = await house.join(7)
+    path = f"/api/v1/chats/{chat}/messages"
+    body = {"content": "hi", "client_id": "k"}
+    first = await house.ask("POST", path, body, user=6)
+    assert (first.status, first.json["duplicate"]) == (201, False)
+    assert (await listener.hear("new_message"))["message"] == first.json["message"]
+    for again in (
+        await house.ask("POST", path, body, user=6),
+        await house.ask("POST", path, {"content": "hi"}, user=6, Idempotency_Key="k"),
+        await house.ask("POST", path, body, user=6, Idempotency_Key="k"),
+    ):
+        assert (again.status, again.json["duplicate"]) == (200, True)
+        assert again.json["message"] == first.json["message"]
+    other = await house.ask("POST", path, body | {"content": "ho"}, user=6)
+    assert (other.status, other.code) == (409, "idempotency_mismatch")
+    await listener.hears_nothing()
+
+
+@wires()
+async def test_a_message_over_http_is_refused_with_the_field_that_is_wrong(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    path = f"/api/v1/chats/{chat}/messages"
+    for body, key, status, code, field in (
+        ({}, "", 400, "bad_field", "content"),
+        ({"content": ""}, "", 400, "bad_field", "content"),
+        ({"content": 1}, "", 400, "bad_field", "content"),
+        ({"content": "x" * 4001}, "", 400, "bad_field", "content"),
+        ({"content": "x", "client_id": "a" * 65}, "", 400, "bad_field", "client_id"),
+        ({"content": "x"}, "a" * 65, 400, "bad_field", "Idempotency-Key"),
+        ({"content": "x"}, "\xe9", 400, "bad_field", "Idempotency-Key"),
+        ({"content": "x", "client_id": "a"}, "b", 400, "bad_field", "client_id"),
+        ({"content": "x", "sender_id": "7"}, "", 400, "bad_field", "sender_id"),
+        ({"content": "x", "sender_id": 7}, "", 403, "forbidden", "sender_id"),
+        ([], "", 400, "bad_json", ""),
+    ):
+        headers = {"Authorization": f"Bearer {house.token(6)}"}
+        if key:
+            headers["Idempotency_Key"] = key
+        answer = await house.dial().ask("POST", path, body, **headers)
+        assert (answer.status, answer.code, body) == (status, code, body)
+        assert field in answer.json["error"]["message"]
+    raw = house.dial()
+    auth = f"Bearer {house.token(6)}"
+    for text in (
+        b"",
+        b"{",
+        b'{"content":"\xff"}',
+        b'{"content":"\\ud800"}',
+        b"[" * 60_000,
+    ):
+        await raw.send(wires_request("POST", path, text, Authorization=auth))
+        assert (await raw.answer()).code == "bad_json"
+    own = await house.ask("POST", path, {"content": "x", "sender_id": 6}, user=6)
+    assert own.status == 201
+    stranger = await house.ask("POST", path, {"content": "x"}, user=8)
+    assert (stranger.status, stranger.code) == (404, "not_found")
+
+
+@wires()
+async def test_a_service_sends_for_anybody_to_any_chat(house: WiresHouse) -> None:
+    chat = await house.chat(6)
+    body = {"content": "Your order", "sender_id": 50}
+    path = f"/api/v1/chats/{chat}/messages"
+    sent = await house.command("POST", path, body)
+    assert sent["message"]["sender_id"] == 50
+    token = house.token(999, scope="service")
+    unknown = await house.ask("POST", "/api/v1/chats/77/messages", body, token=token)
+    assert (unknown.status, unknown.code) == (404, "not_found")
+
+
+@wires(sends=Rate(1, 2))
+async def test_messages_over_http_draw_on_the_same_bucket_as_the_socket(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer = await house.join(6)
+    path = f"/api/v1/chats/{chat}/messages"
+    assert (await peer.ask("send_message", chat_id=chat, content="a"))["n"] == 1
+    sent = await house.ask("POST", path, {"content": "b"}, user=6)
+    assert sent.status == 201
+    over = await house.ask("POST", path, {"content": "c"}, user=6)
+    assert (over.status, over.code) == (429, "rate_limited")
+    assert over.headers["retry-after"] == "1"
+    assert (await peer.refused("send_message", chat_id=chat, content="c"))["code"] == (
+        "rate_limited"
+    )
+
+
+@wires()
+async def test_marking_read_over_http_tells_the_sockets(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    first, second = await house.post(chat, "a", "b", sender=7)
+    friend = await house.join(7)
+    marked = await house.ask("POST", f"/api/v1/messages/{second}/read", user=6)
+    assert marked.json == {"message_id": second, "chat_id": chat, "n": 2}
+    assert (await friend.hear("message_read"))["read_by"] == 6
+    back = await house.ask("POST", f"/api/v1/messages/{first}/read", user=6)
+    assert (back.status, back.json["n"]) == (200, 1)
+    await friend.hears_nothing()
+    for user, message in ((8, first), (6, 999)):
+        answer = await house.ask("POST", f"/api/v1/messages/{message}/read", user=user)
+        assert (answer.status, answer.code) == (404, "not_found")
+
+
+@wires(resync_events=5, tail_events=2)
+async def test_the_poll_gives_what_a_socket_would_have_said(house: WiresHouse) -> None:
+    chat = await house.chat(6, 7)
+    peer = await house.join(6)
+    epoch = house.store.epoch
+
+    async def poll(query: str = "") -> Any:
+        return (await house.ask("GET", f"/api/v1/events{query}", user=6)).json
+
+    start = await poll()
+    cursor = peer.hello["cursor"]
+    assert start == {"events": [], "cursor": cursor, "more": False, "resync": False}
+    ids = await house.post(chat, *"abcd", sender=7)
+    said = [await peer.hear("new_message") for _ in ids]
+    got = await poll(f"?cursor={cursor}&limit=3")
+    assert got == {
+        "events": said[:3], "cursor": f"{epoch}.{ids[2]}", "more": True,
+        "resync": False,
+    }  # fmt: skip
+    got = await poll(f"?cursor={got['cursor']}&limit=3")
+    end = f"{epoch}.{ids[3]}"
+    assert got == {"events": said[3:], "cursor": end, "more": False, "resync": False}
+    # A cursor moves to the bound of the read, also past what is not for him.
+    await house.chat(7, 8)
+    head = f"{epoch}.{house.server.hub.head}"
+    empty = {"events": [], "cursor": head, "more": False}
+    assert await poll(f"?cursor={end}") == empty | {"resync": False}
+    for bad in (f"?cursor={epoch}.9999", "?cursor=", "?cursor=x", f"?cursor=f{end}"):
+        assert await poll(bad) == empty | {"resync": True}
+    await house.post(chat, *"ef", sender=7)
+    head = f"{epoch}.{house.server.hub.head}"
+    got = await poll(f"?cursor={cursor}")  # six events behind
+    assert got == empty | {"resync": True, "cursor": head}
+    for query in ("limit=0", "limit=501", "limit=x"):
+        answer = await house.ask("GET", f"/api/v1/events?{query}", user=6)
+        assert (answer.status, answer.code) == (400, "bad_field")
+
+
+# --- HTTP: every row of the README's table, and more ---------------------------------
+
+
+async def test_every_row_of_the_http_table_answers(either_house: DoorServer) -> None:
+    house = either_house
+    ann, bob, cy = (next(door_users) for _ in range(3))
+    token = house.token(ann, name="Ann")
+    start = await house.cursor(ann)
+    assert (await house.ask("GET", "/healthz")).status == 200
+    me = await house.want(200, "GET /api/v1/me", token)
+    assert me == {"user_id": ann, "name": "Ann"}
+    nameless = await house.want(200, "GET /api/v1/me", house.token(cy))
+    assert nameless == {"user_id": cy, "name": None}
+    users = await house.want(200, "GET /api/v1/users", token)
+    assert {"user_id": ann, "name": "Ann"} in users["users"]
+
+    body: dict[str, object] = {"title": "t", "member_ids": [bob]}
+    chat = (await house.want(201, "POST /api/v1/chats", token, body))["chat"]
+    members = [(m["user_id"], m["name"], m["read_n"]) for m in chat.pop("members")]
+    assert sorted(members) == [(ann, "Ann", 0), (bob, None, 0)]
+    number = chat.pop("id")
+    assert chat == {"title": "t", "last_n": 0, "last_message": None}
+    who: dict[str, object]
+    more, who = f"/api/v1/chats/{number}/members", {"user_id": cy}
+    assert await house.want(201, f"POST {more}", token, who) == {
+        "chat_id": number,
+        "user_id": cy,
+    }
+    await house.want(200, f"POST {more}", house.service, who)
+    for stranger in (token, house.token(next(door_users))):
+        targets = [f"/api/v1/chats/{n}/members/{cy}" for n in (number, 2**53 - 1)]
+        answers = [await house.ask("DELETE", target, stranger) for target in targets]
+        statuses = {answer.status for answer in answers}
+        assert statuses in ({403}, {404})  # alike, whatever chats there are
+    await house.want(404, f"DELETE /api/v1/chats/{2**53 - 1}/members/{ann}", token)
+    gone = await house.ask("DELETE", f"{more}/{cy}", house.service)
+    assert (gone.status, gone.body) == (204, b"")
+
+    messages, say = f"/api/v1/chats/{number}/messages", {"content": "one"}
+    sent = await house.want(201, f"POST {messages}", token, say)
+    assert sent["duplicate"] is False
+    one = sent["message"]
+    assert one["sender_id"] == ann
+    say = {"content": "two", "client_id": "two"}
+    two = (await house.want(201, f"POST {messages}", house.token(bob), say))["message"]
+    three = await house.post(number, bob, "three")
+    assert three["sender_id"] == bob
+    all_three = {"messages": [one, two, three], "more": False}
+    assert await house.want(200, f"GET {messages}", token) == all_three
+    page = await house.want(200, f"GET {messages}?limit=2", token)
+    assert page == {"messages": [two, three], "more": True}
+    page = await house.want(200, f"GET {messages}?limit=2&before={two['id']}", token)
+    assert page == {"messages": [one], "more": False}
+    read = await house.want(200, f"POST /api/v1/messages/{two['id']}/read", token)
+    assert read == {"message_id": two["id"], "chat_id": number, "n": 2}
+
+    chats = await house.want(200, "GET /api/v1/chats", token)
+    (mine,) = chats["chats"]
+    assert (mine["last_n"], mine["read_n"], mine["unread"]) == (3, 2, 1)
+    assert mine["last_message"] == three
+    poll = await house.want(200, f"GET /api/v1/events?cursor={start}&limit=500", token)
+    kinds = [event["type"] for event in poll["events"]]
+    expected = ["chat_added", "member_added", "member_removed"]
+    expected += ["new_message"] * 3
+    assert kinds == [*expected, "message_read"]
+    assert (poll["more"], poll["resync"]) == (False, False)
+    assert poll["cursor"].partition(".")[0] == start.partition(".")[0]
+    seq = poll["events"][2]["seq"]
+    epoch = start.partition(".")[0]
+    page = await house.want(200, f"GET /api/v1/events?cursor={start}&limit=3", token)
+    assert (page["more"], page["cursor"]) == (True, f"{epoch}.{seq}")
+
+    ticket = await house.want(200, "GET /api/v2/ws-token", token)
+    assert ticket["expires_in"] == 60
+    assert (await house.ask("GET", "/ws/chat")).code == "upgrade_required"
+    assert (await house.ask("GET", "/ws/chat")).status == 426
+    revoked = {"user_id": cy}
+    answer = await house.want(
+        200, "POST /api/v1/internal/chat/revoke", house.service, revoked
+    )
+    assert answer == {"user_id": cy, "closed": 0}
+
+
+async def test_the_page_is_served_from_a_fixed_table(either_house: DoorServer) -> None:
+    page = await either_house.ask("GET", "/")
+    assert page.status == 200
+    assert page.headers["content-type"].startswith("text/html")
+    for target in ("/web/../chatd.py", "/web/..%2fchatd.py", "/web//etc/passwd", "/x"):
+        assert (await either_house.ask("GET", target)).status in {400, 404}, target
+    assert (await either_house.ask("GET", "/web/nothing.js")).code == "not_found"
+
+
+async def test_a_bad_request_is_told_which_field_and_what_was_wrong(
+    open_house: DoorServer,
+) -> None:
+    house = open_house
+    ann = next(door_users)
+    chat, token = await house.chat(ann), house.token(ann)
+    messages = f"/api/v1/chats/{chat}/messages"
+    ids: list[object] = ["3", 1.5, True, None, [], {}, 0, -1, 2**53]
+    wrong: list[tuple[str, str, list[object]]] = [
+        ("/api/v1/chats", "title", [3, True, [], {}]),
+        ("/api/v1/chats", "member_ids", ["3", 3, {}, *([i] for i in ids)]),
+        (f"/api/v1/chats/{chat}/members", "user_id", ids),
+        (messages, "content", [3, None, True, [], {}, "x" * 4001, "a\0b"]),
+        (messages, "client_id", [3, True, [], "", "x" * 65, "é", "a\nb", "\x7f"]),
+        ("/api/v1/internal/chat/revoke", "user_id", ids),
+    ]
+    whole = {"title": "t", "member_ids": [], "user_id": ann, "content": "c"}
+    async with await house.dial() as stream:
+        line = DoorLine(stream)  # a refused body costs nobody his connection
+        for target, name, values in wrong:
+            for value in values:
+                body = {**whole, name: value}
+                right = house.service if "internal" in target else token
+                answer = await line.ask("POST", target, right, body)
+                seen = (target, body, answer)
+                assert (answer.status, answer.code) == (400, "bad_field"), seen
+                assert name in answer.json["error"]["message"], seen
+        for value in (value for value in ids if value is not None):
+            body = {"content": "c", "sender_id": value}
+            answer = await line.ask("POST", messages, house.service, body)
+            assert (answer.status, answer.code) == (400, "bad_field"), (body, answer)
+            assert "sender_id" in answer.json["error"]["message"], answer
+        queries = [f"{messages}?limit={v}" for v in ("0", "101", "x", "-1", "1.5")]
+        queries += [f"{messages}?before={v}" for v in ("x", "-1", str(2**63))]
+        queries += [f"/api/v1/events?limit={v}" for v in ("0", "501", "x", "")]
+        for target in queries:
+            answer = await line.ask("GET", target, token)
+            assert (answer.status, answer.code) == (400, "bad_field"), (target, answer)
+            name = target.partition("?")[2].partition("=")[0]
+            assert name in answer.json["error"]["message"], (target, answer)
+        bodies = [
+            b"",
+            b"{",
+            b"[]",
+            b"3",
+            b'"x"',
+            b"null",
+            b"\xff",
+            b'{"content":"\xff"}',
+        ]
+        bodies += [
+            b"[" * 30000,
+            b'{"a":' * 5000,
+            b'{"content":NaN}',
+            b'{"content":1e999}',
+        ]
+        for text in bodies:
+            answer = await line.ask("POST", messages, token, text)
+            code = "bad_field" if text == b'{"content":1e999}' else "bad_json"
+            assert answer.status == 400, (text[:40], answer)
+            assert answer.code in {"bad_json", code}, (text[:40], answer)
+        for part in ("0", "x", str(2**53), str(10**30), "-1", "%31", ""):
+            answer = await line.ask("GET", f"/api/v1/chats/{part}/messages", token)
+            assert answer.status in {400, 404}, (part, answer)
+    assert await house.history(chat, ann) == []
+
+
+async def test_head_and_unknown_methods_get_right_answers(
+    open_house: DoorServer,
+) -> None:
+    house = open_house
+    user = next(door_users)
+    targets = ["/healthz", "/api/v1/me", "/api/v1/chats", "/", "/nothing", "/ws/chat"]
+    async with await house.dial() as stream:
+        line = DoorLine(stream)  # a HEAD with a body would spoil what follows it
+        for target in targets:
+            get = await line.ask("GET", target, house.token(user))
+            head = await line.ask("HEAD", target, house.token(user))
+            assert head.status == get.status, target
+            same = ("content-length", "content-type")
+            assert [head.headers[k] for k in same] == [get.headers[k] for k in same]
+        allowed = {
+            "/healthz": {"GET", "HEAD"},
+            "/api/v1/chats": {"GET", "HEAD", "POST"},
+            "/api/v1/session": {"POST"},
+            "/api/v1/chats/1/members/1": {"DELETE"},
+        }
+        for target, methods in allowed.items():
+            for method in ("BREW", "PATCH"):
+                answer = await line.ask(method, target, house.token(user))
+                assert (answer.status, answer.code) == (405, "method_not_allowed")
+                allow = {word.strip() for word in answer.headers["allow"].split(",")}
+                assert methods <= allow <= methods | {"OPTIONS"}, (target, answer)
+        answer = await line.ask("BREW", "/nothing", house.token(user))
+        assert (answer.status, answer.code) == (404, "not_found")
+    answer = await house.ask("POST", "/ws/chat", house.token(user), {})
+    assert answer.status == 405
+
+
+async def test_one_connection_serves_many_requests(open_house: DoorServer) -> None:
+    house = open_house
+    user = next(door_users)
+    async with await house.dial() as stream:
+        line = DoorLine(stream)
+        for _ in range(20):
+            answer = await line.ask("GET", "/api/v1/me", house.token(user))
+            assert answer.json["user_id"] == user
+            assert (await line.ask("GET", "/nothing")).status == 404
+            assert (await line.ask("GET", "/api/v1/me")).status == 401
+        ask = door_get("/healthz", "Host: x")
+        await stream.send_all(ask * 10)  # ten at once, answered in order
+        for _ in range(10):
+            assert (await line.answer()).status == 200
+        chunked = "POST /api/v1/chats HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked"
+        chunked += f"\r\nAuthorization: Bearer {house.token(user)}\r\n\r\n"
+        body = '9\r\n{"title":\r\n17\r\n"é", "member_ids": []}\r\n0\r\n\r\n'
+        await stream.send_all((chunked + body).encode())
+        answer = await line.answer()
+        assert (answer.status, answer.json["chat"]["title"]) == (201, "é")
+        upgrade = door_get(house.socket_path(user), "Host: x", *DOOR_UPGRADE)
+        await stream.send_all(upgrade)  # as reverse proxies do
+        assert (await line.answer()).status == 101
+        peer = DoorPeer(stream, line.data)
+        await peer.hear("connected")
+        await peer.leave()
+    close = await house.raw(door_get("/healthz", "Host: x", "Connection: close"))
+    assert door_answer(close)[0].status == 200
+    old = await house.raw(door_get("/healthz", version="1.0"))
+    assert old.startswith(b"HTTP/1.1 ")
+
+
+async def test_a_body_over_the_limit_is_refused_before_it_is_read(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
+    token = house.token(next(door_users))
+    answer = await house.ask("POST", "/api/v1/chats", token, b"x" * 65537)
+    assert (answer.status, answer.code) == (413, "too_large")
+    lines = ["POST /api/v1/chats HTTP/1.1", "Host: x", f"Authorization: Bearer {token}"]
+    declared = [*lines, "Content-Length: 999999999", "", ""]
+    got = await house.raw("\r\n".join(declared).encode(), 5)
+    assert door_answer(got)[0].code == "too_large"
+    chunks = "10000\r\n" + "x" * 65536 + "\r\n1\r\nx\r\n0\r\n\r\n"
+    chunked = [*lines, "Transfer-Encoding: chunked", "", chunks]
+    got = await house.raw("\r\n".join(chunked).encode(), 5)
+    assert door_answer(got)[0].code == "too_large"
+
+
+async def test_only_named_origins_may_ask_from_another_page(house: DoorServer) -> None:
+    ours, theirs = "https://app.example", "https://evil.example"
+    async with house.serving("--origin", ours):
+        user = next(door_users)
+        token = house.token(user)
+        answer = await house.ask("GET", "/api/v1/me", token, Origin=ours)
+        assert answer.status == 200
+        assert answer.headers["access-control-allow-origin"] == ours
+        assert "access-control-allow-credentials" not in answer.headers
+        assert "origin" in answer.headers["vary"].lower()
+        unauthorised = await house.ask("GET", "/api/v1/me", Origin=ours)
+        assert unauthorised.status == 401
+        assert unauthorised.headers["access-control-allow-origin"] == ours
+        asks = {"Access_Control_Request_Method": "POST", "Origin": ours}
+        answer = await house.ask("OPTIONS", "/api/v1/chats", **asks)
+        assert answer.status == 204
+        allowed = answer.headers["access-control-allow-headers"].lower()
+        assert {word.strip() for word in allowed.split(",")} == {
+            "authorization",
+            "content-type",
+            "idempotency-key",
+        }
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        assert answer.headers["access-control-allow-origin"] == ours
+        same = await house.ask("GET", "/api/v1/me", token, Origin="http://chatd.test")
+        assert same.status == 200
+        proxied = {"Origin": "https://chat.example", "X_Forwarded_Host": "chat.example"}
+        assert (await house.ask("GET", "/api/v1/me", token, **proxied)).status == 200
+        for origin in (theirs, "null", "http://chatd.test.evil.example", f"{ours}."):
+            for target in ("/api/v1/me", "/", "/healthz"):
+                answer = await house.ask("GET", target, token, Origin=origin)
+                assert (answer.status, answer.code) == (403, "forbidden"), origin
+                assert "access-control-allow-origin" not in answer.headers
+            refused = await house.refusal(user, f"Origin: {origin}")
+            assert (refused.status, refused.code) == (403, "forbidden"), origin
+        peer = await house.peer(user, "", f"Origin: {ours}")
+        await peer.hears_nothing()
+        await house.stop()
+        await house.begin(*DOOR_OPEN, "--trusted-proxy", "none")
+        token = house.token(user)
+        assert (await house.ask("GET", "/api/v1/me", token, **proxied)).status == 403
+
+
+# --- hostile input: one connection's bytes are one connection's matter ---------------
+
+
+def door_hostile_heads(ws: str) -> dict[str, tuple[bytes, set[int]]]:
+    """Requests that must be refused, and how; `ws` is a good target for a socket."""
+    up = list(DOOR_UPGRADE)
+    host, key = "Host: chatd.test", up.pop()
+    good = [host, *up, key]
+    token = ws.partition("=")[2]
+    post = f"Authorization: Bearer {token}"
+    noise = random.Random(7).randbytes(5000)
+    smuggle = "POST /api/v1/chats HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n"
+    smuggle += f"{post}\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    plain = "POST /api/v1/chats HTTP/1.1\r\nHost: x\r\n"
+    xs = [f"X-{i}: y" for i in range(65)]
+    return {
+        "random bytes": (noise + b"\r\n\r\n", {400, 431}),
+        "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
+        "another protocol": (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", {400}),
+        "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\n", {400, 505}),
+        "no Host": (door_get(ws, *up, key), {400}),
+        "two Hosts": (door_get(ws, host, host, *up, key), {400}),
+        "byte 255 in Host": (door_get(ws, "Host: \xff", *up, key), {400}),
+        "byte 255 in Connection": (door_get(ws, *good, "Connection: \xff"), {400}),
+        "byte 255 in Upgrade": (door_get(ws, *good, "Upgrade: \xff"), {400}),
+        "byte 255 in the key": (
+            door_get(ws, host, *up, "Sec-WebSocket-Key: \xff"),
+            {400},
+        ),
+        "byte 255 in the protocol": (
+            door_get(ws, *good, "Sec-WebSocket-Protocol: \xff"),
+            {400},
+        ),
+        "byte 255 in the extensions": (
+            door_get(ws, *good, "Sec-WebSocket-Extensions: \xff"),
+            {400},
+        ),
+        "byte 255 in the version": (
+            door_get(ws, *good, "Sec-WebSocket-Version: \xff"),
+            {400, 426},
+        ),
+        "byte 255 in the target": (door_get(ws + "\xff", *good), {400}),
+        "a bad key": (door_get(ws, host, *up, "Sec-WebSocket-Key: zz"), {400}),
+        "a key of 15 bytes": (
+            door_get(ws, host, *up, "Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1"),
+            {400},
+        ),
+        "two keys": (door_get(ws, *good, key), {400}),
+        "no key": (door_get(ws, host, *up), {400}),
+        "version 12": (
+            door_get(ws, host, *up[:2], "Sec-WebSocket-Version: 12", key),
+            {400, 426},
+        ),
+        "HTTP/1.0": (door_get(ws, *good, version="1.0"), {400, 426, 505}),
+        "two tokens": (door_get(f"{ws}&token={token}", *good), {400, 401}),
+        "no token": (door_get("/ws/chat", *good), {401}),
+        "an empty token": (door_get("/ws/chat?token=", *good), {401}),
+        "two slashes": (door_get("/" + ws, *good), {400, 404}),
+        "two slashes and a bracket": (door_get("//[::1" + ws, *good), {400, 404}),
+        "a whole URL": (door_get("http://chatd.test" + ws, *good), {400, 404}),
+        "no slash": (door_get("*", *good), {400, 404}),
+        "an upgrade with a body": (
+            door_get(ws, *good, "Content-Length: 5") + b"hello",
+            {400},
+        ),
+        "an upgrade with a length beside chunks": (
+            door_get(ws, *good, "Content-Length: 4", "Transfer-Encoding: chunked"),
+            {400},
+        ),
+        "length beside chunks": (smuggle.encode(), {400}),
+        "two lengths": (
+            f"{plain}Content-Length: 1\r\nContent-Length: 2\r\n\r\n".encode(),
+            {400},
+        ),
+        "a length below nothing": (
+            f"{plain}Content-Length: -1\r\n\r\n".encode(),
+            {400},
+        ),
+        "a bad chunk": (
+            f"{plain}{post}\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n".encode(),
+            {400},
+        ),
+        "another coding": (
+            f"{plain}{post}\r\nTransfer-Encoding: gzip\r\n\r\n".encode(),
+            {400, 501},
+        ),
+        "a huge header": (door_get(ws, *good, "X: " + "y" * 100_000), {431}),
+        "a huge target": (door_get(ws + "&x=" + "y" * 100_000, *good), {414, 431}),
+        "65 header lines": (door_get(ws, *good, *xs[: 65 - len(good)]), {431}),
+        "a space before the colon": (door_get(ws, *good, "X : y"), {400}),
+        "a bare CR": (door_get(ws, *good, "X: y\rz"), {400}),
+        "a NUL": (door_get(ws, *good, "X: y\0z"), {400}),
+    }
+
+
+@pytest.mark.parametrize("case", list(door_hostile_heads("")))
+async def test_a_hostile_request_is_refused_and_hurts_nobody(
+    either_house: DoorServer, case: str
+) -> None:
+    async with door_innocent(either_house):
+        ws = either_house.socket_path(next(door_users))
+        data, statuses = door_hostile_heads(ws)[case]
+        got = await either_house.raw(data, 4)
+        answer, rest = door_answer(got)
+        assert answer.status in statuses, answer
+        assert answer.headers["connection"].lower() == "close"
+        assert answer.code
+        assert not rest
+
+
+async def test_64_header_lines_are_few_enough(open_house: DoorServer) -> None:
+    more = [f"X-{i}: y" for i in range(64 - 1 - len(DOOR_UPGRADE))]
+    peer = await open_house.peer(next(door_users), "", *more)
+    await peer.hears_nothing()
+
+
+# --- limits, each at its edge --------------------------------------------------------
+
+
+async def test_the_first_reason_to_refuse_is_the_one_that_is_told(
+    house: DoorServer,
+) -> None:
+    async with house.serving("--max-connections", "1", "--handshakes", "0.01/4"):
+        user, evil = next(door_users), "Origin: http://evil.example"
+        await house.peer(user)
+        assert (await house.refusal("bad", evil)).status == 403
+        assert (await house.refusal("bad")).status == 401
+        assert (await house.refusal(user)).status == 503
+        assert (await house.refusal("bad", evil)).status == 429

@@ -1,0 +1,969 @@
+"""The hub: seats, persons, the tail, deadlines, and any interleaving of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import trio
+import trio.testing
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+
+import chatd
+from chatd import Job, Refusal, Settings
+from tests.harness import (
+    DoorCount,
+    DoorFrame,
+    DoorGone,
+    DoorSender,
+    DoorServer,
+    Memory,
+    MemorySeat,
+    MemoryWork,
+    door_lasting,
+    door_users,
+    memory_frames,
+    memory_is_sound,
+    memory_job,
+    memory_with,
+)
+
+# --- seats ---------------------------------------------------------------------------
+
+
+def test_live_seats_of_all_members_hear_a_message_at_once(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    seats = [memory.sit(user) for user in (1, 1, 2, 3)]
+    memory.say(chat, 1)
+    assert [made.seqs() for made in seats] == [[3], [3], [3], []]
+    assert memory.stats.deliveries == 3
+    assert seats[0].outbox.taken[0] is seats[2].outbox.taken[0]  # built once
+
+
+def test_a_batch_is_one_write_for_a_seat_and_events_come_in_order(
+    memory: Memory,
+) -> None:
+    chats = [memory.chat(1, 2), memory.chat(1, 3)]
+    seats = {user: memory.sit(user) for user in (1, 2, 3)}
+    works = [memory.sends(chats[i % 2], 1) for i in range(4)]
+    memory.hub.publish(memory.commit(*works))
+    assert [made.seqs() for made in seats.values()] == [[5, 6, 7, 8], [5, 7], [6, 8]]
+    assert [len(made.outbox.taken) for made in seats.values()] == [1, 1, 1]
+
+
+def test_membership_changes_where_it_stands_in_a_batch(memory: Memory) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    seats = {user: memory.sit(user) for user in (1, 2, 3)}
+    send = memory.sends(chat, 1)
+    batch = memory.commit(
+        send,  # 3
+        (store.add_member, chat, 3, 1),  # 4, 5
+        send,  # 6
+        (store.remove_member, chat, 2, 2),  # 7
+        send,  # 8
+        (store.remove_member, chat, 3, 3),  # 9
+        (store.add_member, chat, 2, 1),  # 10, 11
+        send,  # 12
+    )
+    memory.hub.publish(batch)
+    assert seats[1].seqs() == [3, 4, 6, 7, 8, 9, 10, 12]
+    assert seats[2].seqs() == [3, 4, 6, 7, 11, 12]
+    assert seats[3].seqs() == [5, 6, 7, 8, 9]
+    assert memory.hub.rooms[chat] == {seats[1].seat, seats[2].seat}
+
+
+def memory_asker(made: MemorySeat, work: MemoryWork) -> Job:
+    """A job of this seat, whose answer is an ack with the seq of its event."""
+
+    def done(outcome: Any) -> chatd.Reply:
+        seq = outcome.message.id if isinstance(outcome, chatd.Sent) else outcome.seq
+        return chatd.Reply(chatd.text_frame(chatd.Ack(message_id=seq)), seq)
+
+    made.seat.slots.acquire_nowait()
+    return memory_job(*work, done=done, seat=made.seat)
+
+
+def memory_talk(made: MemorySeat) -> list[str]:
+    """What a seat heard, short: an event's seq, an ack as a+seq."""
+    return [
+        str(message["seq"]) if "seq" in message else f"a{message['message_id']}"
+        for message in made.heard()
+    ]
+
+
+def test_a_live_seat_hears_its_event_before_its_ack_in_one_write(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    made, other = memory.sit(1), memory.sit(1)
+    jobs = [memory_asker(made, memory.sends(chat, 1, "x")) for _ in range(2)]
+    assert made.seat.slots.value == memory.settings.unanswered - 2
+    memory.hub.publish(store._transact(jobs))
+    assert memory_talk(made) == ["3", "4", "a3", "a4"]
+    assert (memory_talk(other), len(made.outbox.taken)) == (["3", "4"], 1)
+    assert made.seat.slots.value == memory.settings.unanswered
+
+
+def test_an_ack_without_an_event_comes_at_once(memory: Memory) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    memory.say(chat, 2)
+    made = memory.sit(2)
+    job = memory_asker(made, (store.mark_read, 2, 3))
+    memory.hub.publish(store._transact([job]))
+    assert memory_talk(made) == ["a0"]
+
+
+def test_an_ack_waits_for_its_event_on_a_seat_that_is_catching_up(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    made = memory.enter(1)
+    memory.hub.know(made.seat.person, memory.greeting(1).joined)
+    jobs = [
+        memory_asker(made, memory.sends(chat, 1, "x")),
+        memory_asker(made, (store.mark_read, 1, 3)),  # nothing moved: no event
+    ]
+    memory.hub.publish(store._transact(jobs))
+    assert memory_talk(made) == ["a0"]
+    memory.catch_up(made)
+    assert memory_talk(made) == ["a0", "3", "a3"]
+    assert made.seat.slots.value == memory.settings.unanswered
+    assert made.seat.held == []
+
+
+def test_an_ack_waits_for_its_event_on_a_seat_that_reads_pages() -> None:
+    with memory_with(page_events=2, tail_events=1) as memory:
+        chat, store = memory.chat(1, 2), memory.store
+        made = memory.enter(2)
+        memory.hub.know(made.seat.person, memory.greeting(2).joined)
+        jobs = [memory_asker(made, memory.sends(chat, 2, str(i))) for i in range(4)]
+        memory.hub.publish(store._transact(jobs))
+        memory.catch_up(made)
+        assert memory_talk(made) == ["3", "4", "a3", "a4", "5", "6", "a5", "a6"]
+
+
+def test_a_full_seat_gets_nothing_of_a_batch_and_all_of_it_later(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    slow, fast = memory.sit(2), memory.sit(2)
+    slow.outbox.bound, slow.outbox.stuck = 1, True
+    memory.say(chat, 1)
+    assert (slow.seqs(), slow.seat.live, slow.fell) == ([3], True, 0)
+    job = memory_asker(slow, memory.sends(chat, 2))
+    memory.hub.publish(store._transact([job]))
+    assert (memory_talk(slow), slow.seat.live, slow.fell) == (["3"], False, 1)
+    assert slow.seat.cursor == 3
+    memory.say(chat, 1)
+    slow.outbox.drain()
+    memory.catch_up(slow)
+    assert memory_talk(slow) == ["3", "4", "5", "a4"]
+    assert (fast.seqs(), slow.fell) == ([3, 4, 5], 1)
+    memory.say(chat, 1)
+    assert slow.seqs() == fast.seqs() == [3, 4, 5, 6]
+
+
+def test_a_seat_behind_the_tail_reads_pages_and_then_the_tail() -> None:
+    with memory_with(tail_events=4, page_events=3) as memory:
+        chat = memory.chat(1, 2)
+        for _ in range(20):
+            memory.say(chat, 1)
+        made = memory.enter(2)
+        made.seat.cursor = 0
+        memory.hub.know(made.seat.person, memory.greeting(2).joined)
+        assert not memory.hub.in_tail(0)
+        memory.catch_up(made)
+        assert made.seqs() == [2, *range(3, 23)]
+        assert len(made.outbox.taken) > 5
+        memory.say(chat, 1)
+        assert made.seqs()[-1] == 23
+
+
+def test_a_helping_of_the_tail_is_bounded_in_bytes() -> None:
+    with memory_with(page_bytes=5000) as memory:
+        chat = memory.chat(1, 2)
+        for _ in range(10):
+            memory.say(chat, 1, "x" * 2000)
+        made = memory.enter(2)
+        made.seat.cursor = 2
+        memory.hub.know(made.seat.person, memory.greeting(2).joined)
+        memory.hub.feed(made.seat)
+        assert (made.seqs(), made.seat.live) == ([3, 4, 5], False)
+        memory.catch_up(made)
+        assert made.seqs() == [*range(3, 13)]
+
+
+def test_the_tail_is_trimmed_in_events_and_holds_the_newest() -> None:
+    with memory_with(tail_events=16) as memory:
+        chat, hub = memory.chat(1, 2), memory.hub
+        for _ in range(60):
+            memory.say(chat, 1)
+            assert [event.seq for event in hub.tail] == [
+                *range(hub.head - len(hub.tail) + 1, hub.head + 1)
+            ]
+            assert len(hub.tail) <= 18
+            assert hub.tail_size == sum(event.size for event in hub.tail)
+        assert len(hub.tail) >= 14
+        assert hub.in_tail(hub.head - len(hub.tail))
+        assert not hub.in_tail(hub.head - len(hub.tail) - 1)
+
+
+def test_the_tail_is_trimmed_in_bytes_too() -> None:
+    with memory_with(tail_bytes=100_000) as memory:
+        chat = memory.chat(1, 2)
+        for _ in range(60):
+            memory.say(chat, 1, "x" * 4000)
+        assert memory.hub.tail_size <= 100_000
+        assert 6 <= len(memory.hub.tail) <= 12
+
+
+def test_an_event_in_the_tail_knows_what_it_weighs(memory: Memory) -> None:
+    chat = memory.chat(*range(1, 500))
+    memory.do(memory.store.add_member, chat, 1000, 1)
+    memory.say(chat, 1, "x" * 4000)
+    for event in memory.hub.tail[-2:]:
+        assert event.size >= len(event.frame), event.kind
+
+
+def test_the_tail_at_a_start_is_the_log_s_end_as_it_was(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    chat = memory.chat(1, 2)
+    memory.do(memory.store.rename, 3, "Carol")
+    memory.do(memory.store.add_member, chat, 3, 1)
+    sent = memory.say(chat, 1, "Привет!", "k")
+    memory.do(memory.store.mark_read, 2, sent.message.id)
+    memory.do(memory.store.remove_member, chat, 3, 3)
+    told = [event.frame for event in memory.hub.tail]
+    after = memory.again()
+    # A chat_added is told as the chat is now: that one is read from the log.
+    assert [event.frame for event in after.hub.tail] == told[4:]
+    assert (after.hub.head, after.hub.in_tail(4), after.hub.in_tail(3)) == (
+        7,
+        True,
+        False,
+    )
+    assert after.store.epoch == memory.store.epoch
+    assert after.sit(2, cursor=0).seqs() == [2, 3, 5, 6, 7]
+    last = after.again(tail_events=2)
+    assert [event.frame for event in last.hub.tail] == told[5:]
+    last.store.close()
+
+
+def test_a_new_database_has_an_empty_log_and_everybody_is_up_to_date(
+    memory: Memory,
+) -> None:
+    assert (memory.hub.tail, memory.hub.head, memory.hub.in_tail(0)) == ([], 0, True)
+    assert memory.sit(1, cursor=0).heard() == []
+
+
+def test_one_user_s_connections_are_bounded() -> None:
+    with memory_with(connections_per_user=2) as memory:
+        seats = [memory.enter(1), memory.enter(1)]
+        refused = MemorySeat(memory.settings).seat
+        assert not memory.hub.enter(refused, 1, 0)
+        assert (memory.hub.seats, len(memory.hub.people[1].seats)) == (2, 2)
+        memory.enter(2)
+        memory.hub.leave(seats[0].seat)
+        assert memory.hub.enter(refused, 1, 0)
+
+
+def test_nothing_is_left_of_who_has_left(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    seats = [memory.sit(1), memory.sit(1), memory.sit(2)]
+    for made in seats:
+        memory.hub.leave(made.seat)
+    memory.say(chat, 1)
+    assert (memory.hub.people, memory.hub.rooms, memory.hub.seats) == ({}, {}, 0)
+    assert [made.seqs() for made in seats] == [[], [], []]
+
+
+def test_a_page_that_comes_for_who_has_left_puts_him_into_no_room(
+    memory: Memory,
+) -> None:
+    memory.chat(1, 2)
+    made = memory.enter(2)
+    memory.hub.know(made.seat.person, memory.greeting(2).joined)
+    page = memory.store.events_after(memory.store._writer, 2, 0, memory.hub.head, 9)
+    memory.hub.leave(made.seat)
+    memory.hub.give_page(made.seat, page)
+    assert page.cursor == memory.hub.head
+    assert (made.seat.live, memory.hub.rooms) == (False, {})
+
+
+def test_changes_that_come_while_the_chats_are_read_are_not_missed(
+    memory: Memory,
+) -> None:
+    chats, store = [memory.chat(1, 2), memory.chat(1, 2)], memory.store
+    made = memory.enter(2)
+    greeting = memory.greeting(2)  # read, and then the world moves on
+    memory.do(store.remove_member, chats[0], 2, 2)
+    third = memory.chat(1, 2)
+    memory.do(store.remove_member, chats[1], 2, 2)
+    memory.do(store.add_member, chats[1], 2, 1)
+    memory.hub.know(made.seat.person, greeting.joined)
+    assert made.seat.person.chats == {third: 7, chats[1]: 10}
+    memory.catch_up(made)
+    assert made.seqs() == [5, 7, 8, 10]
+    assert memory.hub.rooms[third] == {made.seat}
+    assert chats[0] not in memory.hub.rooms
+
+
+def test_a_removal_that_was_read_before_it_is_published_is_no_surprise(
+    memory: Memory,
+) -> None:
+    chat = memory.chat(1, 2)
+    made = memory.enter(2)
+    batch = memory.commit((memory.store.remove_member, chat, 2, 2))
+    memory.hub.know(made.seat.person, memory.greeting(2).joined)
+    memory.catch_up(made)
+    memory.hub.publish(batch)
+    assert (made.seqs(), made.seat.person.chats) == ([3], {})
+
+
+def test_the_first_reading_of_a_person_s_chats_counts(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    seats = [memory.enter(2), memory.enter(2)]
+    person = seats[0].seat.person
+    memory.hub.know(person, {chat: 2})
+    memory.do(memory.store.remove_member, chat, 2, 2)
+    memory.hub.know(person, {chat: 2})  # read before, and late
+    assert (person.chats, memory.hub.rooms) == ({}, {})
+
+
+def test_who_has_gone_before_his_chats_were_read_is_in_no_room(memory: Memory) -> None:
+    made = memory.enter(2)
+    memory.hub.leave(made.seat)
+    memory.hub.know(made.seat.person, {memory.chat(1, 2): 2})
+    assert (memory.hub.rooms, memory.hub.people) == ({}, {})
+
+
+def test_a_page_is_filtered_again_when_it_is_given(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    memory.say(chat, 1)
+    made = memory.enter(2)
+    made.seat.cursor = 0
+    memory.hub.know(made.seat.person, memory.greeting(2).joined)
+    page = memory.page(2)  # read, and then he is removed
+    memory.do(memory.store.remove_member, chat, 2, None)
+    memory.hub.give_page(made.seat, page)
+    assert (made.seqs(), made.seat.cursor, made.seat.live) == ([2], 3, False)
+    memory.catch_up(made)
+    assert made.seqs() == [2, 4]
+
+
+def test_typing_is_shown_to_the_other_members_who_are_live(memory: Memory) -> None:
+    chat = memory.chat(1, 2, 3)
+    own, live, busy = memory.sit(1), memory.sit(2), memory.sit(3)
+    behind, stranger = memory.enter(3), memory.sit(4)
+    busy.outbox.stuck = True
+    busy.outbox.push(b"")
+    busy.outbox.unsent = 1
+    memory.hub.show_typing(1, chat, is_typing=True)
+    memory.hub.show_typing(1, 99, is_typing=True)
+    assert live.heard() == [
+        {"type": "typing", "chat_id": chat, "user_id": 1, "is_typing": True}
+    ]
+    assert not any(made.heard() for made in (own, busy, behind, stranger))
+    assert memory.count("event") == 3
+
+
+# --- deadlines of a seat -------------------------------------------------------------
+
+
+@pytest.fixture
+def swept() -> MemorySeat:
+    """A seat that is asked for a ping after 25 s of silence, to the second."""
+    made = MemorySeat(Settings())
+    made.seat.ping_after = 25.0
+    return made
+
+
+def test_a_ping_asks_who_is_silent_and_has_nothing_to_read(swept: MemorySeat) -> None:
+    assert swept.seat.sweep(25.0, Settings()) is None
+    assert swept.outbox.taken == []
+    assert swept.seat.sweep(25.1, Settings()) is None
+    assert swept.seat.sweep(30.0, Settings()) is None
+    assert swept.outbox.taken == [chatd.PING_FRAME]
+
+
+def test_who_does_not_answer_a_ping_is_silent(swept: MemorySeat) -> None:
+    swept.seat.sweep(26.0, Settings())
+    assert swept.seat.sweep(36.0, Settings()) is None
+    assert swept.seat.sweep(36.1, Settings()) == "silent"
+
+
+def test_any_byte_heard_answers_a_ping(swept: MemorySeat) -> None:
+    swept.seat.sweep(26.0, Settings())
+    swept.outbox.heard_at = 30.0
+    assert [swept.seat.sweep(now, Settings()) for now in (37.0, 55.0, 55.1)] == [
+        None
+    ] * 3
+    assert len(swept.outbox.taken) == 2
+
+
+def test_while_bytes_wait_only_a_stall_judges(swept: MemorySeat) -> None:
+    swept.seat.sweep(26.0, Settings())
+    swept.outbox.unsent = 1
+    swept.outbox.moved_at = 30.0
+    assert [swept.seat.sweep(now, Settings()) for now in (38.0, 40.0)] == [None, None]
+    assert swept.seat.sweep(40.1, Settings()) == "stalled"
+    swept.outbox.heard_at = 35.0  # it cannot read, but it is there
+    assert swept.seat.sweep(45.0, Settings()) is None
+    swept.outbox.drain()
+    assert swept.seat.sweep(45.0, Settings()) is None
+    assert len(swept.outbox.taken) == 1
+
+
+def test_a_ping_before_bytes_waited_is_forgotten(swept: MemorySeat) -> None:
+    swept.seat.sweep(26.0, Settings())
+    swept.outbox.unsent, swept.outbox.moved_at = 1, 35.0
+    swept.seat.sweep(35.0, Settings())
+    swept.outbox.drain()
+    assert swept.seat.sweep(37.0, Settings()) is None  # asked anew
+    assert len(swept.outbox.taken) == 2
+
+
+def test_who_is_kept_waiting_by_us_is_asked_nothing(swept: MemorySeat) -> None:
+    swept.seat.sweep(26.0, Settings())
+    swept.outbox.listening = False  # a command of its own takes its time
+    assert [swept.seat.sweep(now, Settings()) for now in (37.0, 90.0)] == [None, None]
+    swept.outbox.listening = True
+    assert swept.seat.sweep(91.0, Settings()) is None
+    assert len(swept.outbox.taken) == 2
+
+
+def test_pings_are_spread_by_a_tenth() -> None:
+    after = {MemorySeat(Settings()).seat.ping_after for _ in range(50)}
+    assert len(after) > 10
+    assert all(22.5 <= seconds <= 27.5 for seconds in after)
+
+
+def test_a_token_s_end_is_told_once_and_closes_after_its_grace(
+    swept: MemorySeat,
+) -> None:
+    swept.seat.token_ends = 1000.0
+    for now in (939.9, 940.0, 950.0, 1000.0, 1024.9):
+        swept.seat.sweep_token(now, Settings())
+    assert swept.heard() == [{"type": "token_expiring", "expires_in": 60}]
+    assert swept.ended == []
+    swept.seat.sweep_token(1025.0, Settings())
+    assert [code for code, _ in swept.ended] == [4401]
+
+
+# --- in any interleaving -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEvent:
+    """An event as the model has it: who may see it."""
+
+    kind: str
+    chat: int
+    to_chat: bool
+    to_user: int | None = None
+
+
+class MemoryModel:
+    """The chat as one would write it naively: lists, and the rule of visibility.
+
+    It knows nothing of the store, so the two can disagree.
+    """
+
+    def __init__(self, large_chat: int = 50) -> None:
+        self.large_chat = large_chat
+        self.log: list[MemoryEvent] = []
+        self.members: dict[int, dict[int, int]] = {}  # chat: user: joined_seq
+        self.read: dict[tuple[int, int], int] = {}  # chat, user: read_n
+        self.messages: dict[int, list[int]] = {}  # chat: seqs
+        # What self.members was when the log had so many events.
+        self.at: list[dict[int, dict[int, int]]] = [{}]
+
+    def _log(self, event: MemoryEvent) -> int:
+        self.log.append(event)
+        self.at.append({chat: dict(users) for chat, users in self.members.items()})
+        return len(self.log)
+
+    def sees(self, user: int, seq: int, as_of: int) -> bool:
+        """Is the event of this seq visible to a user, when the log had as_of events?"""
+        event = self.log[seq - 1]
+        joined = self.at[as_of].get(event.chat, {}).get(user)
+        in_chat = event.to_chat and joined is not None and seq > joined
+        return event.to_user == user or in_chat
+
+    def visible(self, user: int, after: int, upto: int) -> list[int]:
+        seqs = range(after + 1, upto + 1)
+        return [seq for seq in seqs if self.sees(user, seq, upto)]
+
+    # Each returns whether it is allowed.
+
+    def create(self, *users: int) -> bool:
+        chat = len(self.members) + 1
+        self.members[chat], self.messages[chat] = {}, []
+        for user in sorted({*users}):
+            self.members[chat][user] = len(self.log) + 1
+            self.read[chat, user] = 0
+            self._log(MemoryEvent("chat_added", chat, to_chat=False, to_user=user))
+        return True
+
+    def send(self, chat: int, user: int) -> bool:
+        if user not in self.members.get(chat, {}):
+            return False
+        seq = self._log(MemoryEvent("new_message", chat, to_chat=True))
+        self.messages[chat].append(seq)
+        self.read[chat, user] = len(self.messages[chat])
+        return True
+
+    def mark(self, user: int, seq: int) -> bool:
+        event = self.log[seq - 1] if 1 <= seq <= len(self.log) else None
+        if event is None or event.kind != "new_message":
+            return False
+        if user not in self.members[event.chat]:
+            return False
+        n = self.messages[event.chat].index(seq) + 1
+        if n > self.read[event.chat, user]:
+            self.read[event.chat, user] = n
+            large = len(self.members[event.chat]) > self.large_chat
+            to_user = user if large else None
+            self._log(MemoryEvent("message_read", event.chat, not large, to_user))
+        return True
+
+    def add(self, chat: int, user: int) -> bool:
+        if chat not in self.members:
+            return False
+        if user not in self.members[chat]:
+            self._log(MemoryEvent("member_added", chat, to_chat=True))
+            self.members[chat][user] = len(self.log) + 1
+            self.read[chat, user] = len(self.messages[chat])
+            self._log(MemoryEvent("chat_added", chat, to_chat=False, to_user=user))
+        return True
+
+    def remove(self, chat: int, user: int) -> bool:
+        if user not in self.members.get(chat, {}):
+            return False
+        del self.members[chat][user]
+        self._log(MemoryEvent("member_removed", chat, to_chat=True, to_user=user))
+        return True
+
+
+MEMORY_USERS = (1, 2, 3)
+
+# Words of the plays below: a work is its name and two small numbers.
+memory_works = st.tuples(
+    st.sampled_from(["send"] * 6 + ["mark"] * 3 + ["add", "add", "remove", "remove"]),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
+
+
+def memory_work(
+    memory: Memory, model: MemoryModel, word: tuple[str, int, int]
+) -> tuple[MemoryWork, bool]:
+    """What the store is to do, and whether the model, which does it, allows it."""
+    name, chat, user = word
+    store = memory.store
+    match name:
+        case "send":
+            return memory.sends(chat, user), model.send(chat, user)
+        case "mark":  # the last message of the chat, or the one before
+            seq = [0, *model.messages.get(chat, [])][-1 - len(model.log) % 2 :][0]
+            return (store.mark_read, user, seq), model.mark(user, seq)
+        case "add":
+            return (store.add_member, chat, user, None), model.add(chat, user)
+        case _:
+            return (store.remove_member, chat, user, None), model.remove(chat, user)
+
+
+def memory_commit(
+    memory: Memory, model: MemoryModel, words: list[tuple[str, int, int]]
+) -> chatd.Batch:
+    """Do some works in one transaction, and hold its events against the model's."""
+    before = len(model.log)
+    todo = [memory_work(memory, model, word) for word in words]
+    batch = memory.commit(*[work for work, _ in todo])
+    refused = [isinstance(outcome, Refusal) for _, outcome in batch.answers]
+    assert refused == [not allowed for _, allowed in todo]
+    assert [
+        MemoryEvent(event.kind, event.chat_id, event.to_chat, event.to_user)
+        for event in batch.events
+    ] == model.log[before:]
+    return batch
+
+
+memory_property = hypothesis.settings(
+    deadline=None,
+    max_examples=int(os.environ.get("CHATD_TEST_EXAMPLES", "60")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+@memory_property
+@given(st.lists(st.lists(memory_works, max_size=4), max_size=12))
+def test_unread_is_the_last_n_minus_the_read_n_in_any_interleaving(
+    batches: list[list[tuple[str, int, int]]],
+) -> None:
+    with memory_with() as memory:
+        model = MemoryModel()
+        for users in ((1, 2), (2, 3)):
+            model.create(*users)
+            memory.chat(*users)
+        for words in batches:
+            batch = memory_commit(memory, model, words)
+            stale = {user: memory.my_chats(user) for user in MEMORY_USERS}
+            for chats in stale.values():  # of before, and still sound
+                assert all(0 <= c.unread == c.last_n - c.read_n for c in chats)
+            memory.hub.publish(batch)
+            for user in MEMORY_USERS:
+                marks = {
+                    chat: (len(model.messages[chat]), model.read[chat, user])
+                    for chat, users in model.members.items()
+                    if user in users
+                }
+                greeting = memory.greeting(user).marks
+                assert marks == {
+                    int(chat): (mark.last_n, mark.read_n)
+                    for chat, mark in greeting.items()
+                }
+                assert {chat: last - read for chat, (last, read) in marks.items()} == {
+                    chat.id: chat.unread for chat in memory.my_chats(user)
+                }
+
+
+class MemoryClient:
+    """A user who keeps a cursor, and hops between sockets and the poll."""
+
+    def __init__(self, user: int) -> None:
+        self.user = user
+        self.upto = 0  # the head when it took its seat
+        self.first: int | None = None  # its first cursor
+        self.cursor: int | None = None
+        self.seqs: list[int] = []
+        self.sits: MemorySeat | None = None
+        self.greeting: chatd.Greeting | None = None  # read, not given yet
+        self.page: chatd.Page | None = None  # the same
+        self.moments = range(0)  # what the log may have been when it was read
+        self.known = False  # `connected` was said
+        self.heard = 0  # of its outbox
+
+
+class MemoryPlay:
+    """A store, a hub and clients; each method is one step that a scheduler can take.
+
+    After each step: what a client was given just now it may see, as of the hub's head,
+    it comes after all that it had, and no cursor is ahead of the hub.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.hub = memory.hub
+        self.model = MemoryModel(memory.settings.large_chat)
+        self.waiting: list[chatd.Batch] = []
+        self.clients = [MemoryClient(user) for user in (*MEMORY_USERS, 2)]
+        self.before = 0  # the hub's head before this step
+        for users in ((1, 2), (1, 2, 3)):
+            self.model.create(*users)
+            memory.chat(*users)
+
+    def commit(self, words: list[tuple[str, int, int]]) -> None:
+        self.waiting.append(memory_commit(self.memory, self.model, words))
+
+    def ask(self, who: int) -> None:
+        """A client on a socket sends; its ack is to come after its event."""
+        client = self.clients[who]
+        if client.sits is None or not client.known:
+            return
+        if not self.model.send(1, client.user):
+            return
+        job = memory_asker(client.sits, self.memory.sends(1, client.user))
+        self.waiting.append(self.memory.store._transact([job]))
+
+    def publish(self) -> None:
+        if self.waiting:
+            self.hub.publish(self.waiting.pop(0))
+
+    def sit(self, who: int) -> None:
+        client = self.clients[who]
+        if client.sits is None and client.page is None:
+            client.sits = self.memory.enter(client.user)
+            client.heard, client.known = 0, False
+            client.upto = self.hub.head
+
+    def read(self, who: int) -> None:
+        """Begin what is next for this client: its chats, or a page."""
+        client = self.clients[who]
+        memory, head = self.memory, self.hub.head
+        if client.page is not None or client.greeting is not None:
+            return
+        if client.sits is None:  # a poll
+            if client.cursor is None:
+                client.first = client.cursor = head
+            client.page = memory.page(client.user, client.cursor, 2)
+            client.moments = range(head, len(self.model.log) + 1)
+        elif not client.known:
+            start = client.upto if client.cursor is None else client.cursor
+            client.greeting = memory.read(
+                memory.store.greeting, client.user, client.upto, start
+            )
+        elif self._hungry(client, in_tail=False):
+            client.page = memory.page(client.user, client.sits.seat.cursor, 2)
+
+    def give(self, who: int) -> None:
+        """End what was begun; or give a helping of the tail."""
+        client = self.clients[who]
+        sits = client.sits
+        if client.page is not None:
+            page, client.page = client.page, None
+            assert page.cursor <= self.hub.head
+            if sits is not None:
+                self.hub.give_page(sits.seat, page)
+            else:
+                self._take(client, [event.seq for event in page.events], client.moments)
+                client.cursor = page.cursor
+        elif client.greeting is not None and sits is not None:
+            greeting, client.greeting = client.greeting, None
+            self.hub.know(sits.seat.person, greeting.joined)
+            if client.cursor is None:
+                client.first = client.cursor = client.upto
+            assert client.cursor <= self.hub.head
+            sits.seat.cursor, client.known = client.cursor, True
+            if self.hub.in_tail(sits.seat.cursor):
+                self.hub.feed(sits.seat)
+        elif sits is not None and self._hungry(client, in_tail=True):
+            self.hub.feed(sits.seat)
+
+    def _hungry(self, client: MemoryClient, *, in_tail: bool) -> bool:
+        """Is it behind, has it an empty outbox, and is what it lacks in the tail?"""
+        if client.sits is None or not client.known or client.sits.outbox.waiting:
+            return False
+        seat = client.sits.seat
+        return not seat.live and self.hub.in_tail(seat.cursor) is in_tail
+
+    def stick(self, who: int) -> None:
+        """Its peer reads nothing from here on; then it reads all of it."""
+        sits = self.clients[who].sits
+        if sits is not None and sits.outbox.stuck:
+            sits.outbox.drain()
+        elif sits is not None:
+            sits.outbox.stuck, sits.outbox.bound = True, 1
+
+    def leave(self, who: int) -> None:
+        client = self.clients[who]
+        if client.sits is not None:
+            self.hub.leave(client.sits.seat)
+            client.sits = client.greeting = client.page = None
+
+    def hop(self, who: int) -> None:
+        """From the socket to the poll, or back."""
+        (self.sit if self.clients[who].sits is None else self.leave)(who)
+
+    def next(self, who: int) -> None:
+        """End what this client began, or begin what is next."""
+        client = self.clients[who]
+        begun = client.page is not None or client.greeting is not None
+        fed = self._hungry(client, in_tail=True)
+        (self.give if begun or fed else self.read)(who)
+
+    def step(self, name: str, argument: Any) -> None:
+        self.before = self.hub.head
+        getattr(self, name)(argument) if name != "publish" else self.publish()
+        for client in self.clients:
+            self._listen(client)
+        rooms: dict[int, set[chatd.Seat]] = {}
+        for person in self.hub.people.values():
+            for seat in person.seats:
+                for chat in person.chats if seat.live else ():
+                    rooms.setdefault(chat, set()).add(seat)
+        assert self.hub.rooms == rooms
+
+    def _listen(self, client: MemoryClient) -> None:
+        """Read what was pushed in this step, and keep the cursor as a client does."""
+        if client.sits is None:
+            return
+        news = client.sits.outbox.taken[client.heard :]
+        client.heard += len(news)
+        for message in (m for data in news for m in memory_frames(data)):
+            if "seq" in message:
+                self._take(client, [message["seq"]])
+                client.cursor = message["seq"]
+            else:  # an ack: its event was here, if it is visible at all
+                seq = message["message_id"]
+                assert seq in client.seqs or not self.model.sees(
+                    client.user, seq, self.hub.head
+                )
+
+    def _take(
+        self, client: MemoryClient, seqs: list[int], polled: range = range(0)
+    ) -> None:
+        for seq in seqs:
+            assert seq > max([client.first or 0, *client.seqs[-1:]])
+            assert seq <= self.hub.head
+            # As of now; a live event as of itself; a poll as of when it was read.
+            live = [seq] if seq > self.before else []
+            moments = polled or [self.hub.head, *live]
+            assert any(self.model.sees(client.user, seq, at) for at in moments)
+            client.seqs.append(seq)
+
+    def finish(self) -> None:
+        """Publish the rest, let all read to the end, and look for what is missing."""
+        while self.waiting:
+            self.step("publish", None)
+        for who, client in enumerate(self.clients):
+            if client.sits is not None and client.sits.outbox.stuck:
+                self.step("stick", who)
+            for name in ("next", "sit") * 100:
+                if client.sits is not None and client.sits.seat.live:
+                    break
+                self.step(name, who)
+            assert client.sits is not None
+            assert client.sits.seat.live
+            assert client.sits.seat.held == []
+            assert client.sits.seat.slots.value == self.memory.settings.unanswered
+            assert client.first is not None
+            missing = {*self.model.visible(client.user, client.first, self.hub.head)}
+            assert missing <= {*client.seqs}
+
+
+memory_who = st.integers(0, 3)
+memory_plays = st.lists(
+    st.one_of(
+        *[st.tuples(st.just("commit"), st.lists(memory_works, min_size=1, max_size=4))]
+        * 4,
+        *[st.tuples(st.just("publish"), st.none())] * 3,
+        *[
+            st.tuples(st.just(name), memory_who)
+            for name in (*["next"] * 4, "hop", "ask", "ask", "stick")
+        ],
+    ),
+    min_size=40,
+    max_size=60,
+)
+
+
+@pytest.mark.parametrize("tail_events", [2, 1000])
+@memory_property
+@given(play=memory_plays)
+def test_a_client_gets_every_visible_event_once_and_in_order_in_any_interleaving(
+    tail_events: int, play: list[tuple[str, Any]]
+) -> None:
+    changes = {"tail_events": tail_events, "large_chat": 2, "page_events": 2}
+    with memory_with(**changes, page_bytes=700) as memory:
+        stage = MemoryPlay(memory)
+        for who in (0, 1, 1, 1, 2, 2):  # one has entered, one is live, one is between
+            stage.step("next" if stage.clients[who].sits else "sit", who)
+        for name, argument in play:
+            stage.step(name, argument)
+        stage.finish()
+        memory_is_sound(memory)
+
+
+# --- the promise ---------------------------------------------------------------------
+
+
+class DoorHopper:
+    """A reader with a cursor who takes what he can get, however he gets it."""
+
+    def __init__(self, house: DoorServer, user: int, cursor: str, seed: int) -> None:
+        self.house, self.user, self.cursor = house, user, cursor
+        self.epoch = cursor.partition(".")[0]
+        self.dice = random.Random(seed)
+        self.heard: list[DoorFrame] = []
+        self.ways = {"live": 0, "replay": 0, "poll": 0, "cut": 0}
+
+    async def hop(self, finished: trio.Event) -> None:
+        """Until a poll after the finish finds nothing more."""
+        while True:
+            ended = finished.is_set()
+            before = len(self.heard)
+            try:
+                if ended or self.dice.random() < 0.4:
+                    await self.poll()
+                    if ended and len(self.heard) == before:
+                        return
+                else:
+                    await self.listen()
+            except (OSError, DoorGone, trio.BrokenResourceError):
+                self.ways["cut"] += 1
+                await self.house.up.wait()
+
+    async def poll(self) -> None:
+        query = f"limit={self.dice.randint(1, 80)}&cursor={self.cursor}"
+        target = f"GET /api/v1/events?{query}"
+        got = await self.house.want(200, target, self.house.token(self.user))
+        assert got["resync"] is False, got
+        self.heard += got["events"]
+        self.cursor = got["cursor"]
+        self.ways["poll"] += 1
+
+    async def listen(self) -> None:
+        peer = await self.house.peer(self.user, self.cursor)
+        assert peer.hello["cursor"] == self.cursor, peer.hello
+        self.ways[peer.hello["resume"]] += 1  # KeyError: a resync
+        with trio.move_on_after(self.dice.random() / 2):
+            for _ in range(self.dice.randint(1, 60)):
+                frame = await peer.hear()
+                if "seq" in frame:  # only events move a cursor
+                    self.heard.append(frame)
+                    self.cursor = f"{self.epoch}.{frame['seq']}"
+        peer.drop()
+
+
+@pytest.mark.parametrize("seed", [20251121, 6])
+async def test_a_hopping_reader_hears_every_event_once_whatever_is_killed(
+    house: DoorServer, seed: int
+) -> None:
+    """The promise itself: socket, poll and reconnects mixed, five kills."""
+    reader, *writers = users = [next(door_users) for _ in range(4)]
+    acked, finished, rounds, each = DoorCount(), trio.Event(), 5, 150
+    async with house.serving():
+        chats = [await house.chat(*users), await house.chat(reader, writers[0])]
+        start = await house.cursor(reader)
+        hoppers = [DoorHopper(house, reader, start, seed + i) for i in range(2)]
+        texts = [(chats[0], f"{i} é\n\t\U0001f600 \u2028") for i in range(each)]
+        senders = [DoorSender(house, user, texts) for user in writers]
+
+        async def write() -> None:
+            async with trio.open_nursery() as writing:
+                for sender in senders:
+                    writing.start_soon(sender.send, acked, 3)
+                for round_ in range(1, rounds + 1):
+                    await acked.reaches(round_ * each * len(writers) // (rounds + 1))
+                    await house.kill()
+                    await house.begin()
+                    message = await house.post(chats[1], writers[0], "marked")
+                    await house.want(
+                        200,
+                        f"POST /api/v1/messages/{message['id']}/read",
+                        house.token(reader),
+                    )
+                    chats.append(await house.chat(*users))
+                    await house.post(chats[-1], writers[1], "in a new chat")
+            finished.set()
+
+        with trio.fail_after(75):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                for hopper in hoppers:
+                    nursery.start_soon(hopper.hop, finished)
+        log = await house.log(reader, start)
+        seqs = [event["seq"] for event in log]
+        assert all(a < b for a, b in itertools.pairwise(seqs))
+        kinds = [event["type"] for event in log]
+        expected = {"new_message": each * 3 + rounds * 2, "message_read": rounds}
+        assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+            **expected,
+            "chat_added": rounds,
+        }
+        for hopper in hoppers:
+            assert [e["seq"] for e in hopper.heard] == seqs, hopper.ways
+            assert door_lasting(hopper.heard) == door_lasting(log)
+            assert min(hopper.ways["poll"], hopper.ways["replay"]) > 0, hopper.ways
+        for chat in chats:
+            told = [e for e in log if e["type"] == "new_message"]
+            texts_told = [e["message"] for e in told if e["chat_id"] == chat]
+            assert texts_told == await house.history(chat, reader)

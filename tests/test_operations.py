@@ -1,0 +1,867 @@
+"""Operations: systemd, its sockets, backup, restore, check, damage, the demo."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import wait_all_tasks_blocked
+
+import chatd
+from chatd import Settings, UsageError
+from tests.harness import (
+    DOOR_CHECKOUT,
+    DOOR_MISTAKE,
+    DOOR_SECONDS,
+    DoorCount,
+    DoorLine,
+    DoorProxy,
+    DoorSender,
+    DoorServer,
+    Memory,
+    WiresHouse,
+    door_environment,
+    door_run,
+    door_until,
+    door_users,
+    wires,
+    wires_request,
+)
+
+# --- Stop ----------------------------------------------------------------------------
+
+
+@wires()
+async def test_a_commit_that_hangs_for_60_s_is_no_longer_told_to_the_watchdog(
+    house: WiresHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.setblocking(False)
+        address = f"\0chatd-wires-{os.getpid()}"
+        systemd.bind(address)
+        monkeypatch.setenv("NOTIFY_SOCKET", address.replace("\0", "@"))
+        systemd.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+
+        async def told(seconds: float) -> list[bytes]:
+            heard = []
+            for _ in range(round(seconds)):
+                await trio.sleep(1)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        heard.append(systemd.recv(100))
+            return heard
+
+        alive = b"WATCHDOG=1\nSTATUS=sockets: 0"
+        assert set(await told(10)) == {alive}
+        house.disk.hold()
+        raw = house.dial()
+        auth = f"Bearer {house.token(6)}"
+        await raw.send(
+            wires_request("POST", "/api/v1/chats", b"{}", Authorization=auth)
+        )
+        assert 58 <= len(await told(70)) <= 61
+        assert await told(60) == []
+        house.disk.go()
+        assert set(await told(3)) == {alive}
+        monkeypatch.delenv("NOTIFY_SOCKET")
+
+
+@wires()
+async def test_a_systemd_that_reads_nothing_holds_nothing_up(
+    house: WiresHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "chatd")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
+    ):
+        address = f"\0chatd-deaf-{os.getpid()}"
+        systemd.bind(address)
+        other.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.sendto(b"WATCHDOG=1", address)
+        monkeypatch.setenv("NOTIFY_SOCKET", address.replace("\0", "@"))
+        began = time.monotonic()
+        await trio.sleep(3)
+        assert time.monotonic() - began < 30
+        assert "notify_failed" in caplog.text
+        monkeypatch.delenv("NOTIFY_SOCKET")
+
+
+# --- under a service manager ---------------------------------------------------------
+
+
+# What systemd does before it runs a program: its sockets are 3, 4, ... (sd_listen_fds).
+DOOR_EXEC = """
+import fcntl, os, sys
+fds = [int(word) for word in sys.argv[1].split(",") if word]
+for n, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in fds]):
+    os.dup2(fd, 3 + n)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+class DoorManager:
+    """Stands in for systemd: hears sd_notify(3), keeps sockets, and passes them on."""
+
+    def __init__(self, home: Path, *, store_max: int = 8) -> None:
+        self.home, self.store_max = home, store_max
+        self.address = str(home / "notify")
+        self.inbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.inbox.setblocking(False)
+        self.inbox.bind(self.address)
+        self.store: list[tuple[str, socket.socket]] = []
+        self.given: list[tuple[str, socket.socket]] = []  # a socket unit's
+        self.heard: list[str] = []  # of the process that runs now
+        self.news = DoorCount()
+        self.process: trio.Process | None = None
+
+    async def hear(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self.inbox)
+            text, fds, _, _ = socket.recv_fds(self.inbox, 4096, 64)
+            lines = text.decode().split("\n")
+            words = dict(line.split("=", 1) for line in lines)
+            self.heard += lines
+            name = words.get("FDNAME", "stored")
+            if words.get("FDSTOREREMOVE") == "1":
+                self.drop(name)
+            for sock in (socket.socket(fileno=fd) for fd in fds):
+                known = [os.fstat(kept.fileno()) for _, kept in self.store]
+                full = len(self.store) >= self.store_max
+                if full or os.fstat(sock.fileno()) in known or "FDSTORE" not in words:
+                    sock.close()
+                else:
+                    self.store.append((name, sock))
+            self.news.add()
+
+    def drop(self, *names: str) -> None:
+        for name, sock in self.store:
+            if not names or name in names:
+                sock.close()
+        self.store = [(name, sock) for name, sock in self.store if sock.fileno() >= 0]
+
+    async def start(self, *flags: object, pid: str = "") -> None:
+        """Start it, and wait until it says that it is ready."""
+        passed = [*self.given, *self.store]
+        self.heard.clear()
+        fds = [sock.fileno() for _, sock in passed]
+        with (self.home / "out").open("ab") as out:
+            self.process = await trio.lowlevel.open_process(
+                [
+                    *(sys.executable, "-c", DOOR_EXEC, ",".join(map(str, fds))),
+                    *("-m", "chatd", "serve", "--db", str(self.home / "chatd.db")),
+                    *map(str, flags),
+                ],
+                cwd=DOOR_CHECKOUT,
+                env=door_environment(
+                    NOTIFY_SOCKET=self.address,
+                    LISTEN_FDS=str(len(fds)),
+                    LISTEN_FDNAMES=":".join(name for name, _ in passed),
+                ),
+                stdout=out,
+                stderr=out,
+                pass_fds=fds,
+            )
+        await self.hears("READY=1")
+
+    async def hears(self, line: str) -> None:
+        with trio.fail_after(DOOR_SECONDS):
+            while line not in self.heard:
+                await self.news.reaches(self.news.value + 1)
+
+    async def stop(self, signum: int = signal.SIGTERM) -> None:
+        assert self.process is not None
+        self.process.send_signal(signum)
+        with trio.fail_after(DOOR_SECONDS):
+            status = await self.process.wait()
+        assert status == (0 if signum == signal.SIGTERM else -signum), self.output
+
+    @property
+    def output(self) -> str:
+        return (self.home / "out").read_text("utf-8")
+
+    @property
+    def kept(self) -> list[tuple[str, int]]:
+        """Where the sockets in the store listen."""
+        return [sock.getsockname()[:2] for _, sock in self.store]
+
+    async def kill(self) -> None:
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+
+    def tidy(self) -> None:
+        self.drop()
+        for sock in (self.inbox, *(sock for _, sock in self.given)):
+            sock.close()
+
+
+@asynccontextmanager
+async def door_manager(home: Path, *, store_max: int = 8) -> AsyncIterator[DoorManager]:
+    manager = DoorManager(home, store_max=store_max)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(manager.hear)
+            yield manager
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.move_on_after(DOOR_SECONDS, shield=True):
+            await manager.kill()
+        manager.tidy()
+
+
+async def door_answers(host: str, port: int) -> int:
+    """The status of /healthz there, on a connection of its own."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with trio.socket.socket(family) as sock, trio.fail_after(DOOR_SECONDS):
+        await sock.connect((host, port))
+        return (await DoorLine(trio.SocketStream(sock)).ask("GET", "/healthz")).status
+
+
+async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
+    tmp_path: Path,
+) -> None:
+    async with door_manager(tmp_path) as manager, trio.open_nursery() as nursery:
+        await manager.start("--listen", "127.0.0.1:0")
+        ((host, port),) = manager.kept
+        answered = DoorCount()
+
+        async def come() -> None:
+            while True:  # a refusal, or an end without an answer, fails the test
+                assert await door_answers(host, port) in (200, 503)
+                answered.add()
+
+        for _ in range(3):
+            nursery.start_soon(come)
+        for _ in range(10):
+            with trio.fail_after(DOOR_SECONDS):
+                await answered.reaches(answered.value + 10)
+            await manager.stop()
+            await manager.hears("STOPPING=1")
+            await manager.start("--listen", "127.0.0.1:0")
+            assert manager.kept == [(host, port)]
+        await answered.reaches(answered.value + 10)
+        nursery.cancel_scope.cancel()
+    assert manager.output.count(f"listening on http://{host}:{port}\n") == 11
+    assert not DOOR_MISTAKE.search(manager.output)
+
+
+async def test_who_connects_while_nobody_serves_is_answered_by_the_next(
+    tmp_path: Path,
+) -> None:
+    async with door_manager(tmp_path) as manager:
+        await manager.start("--listen", "127.0.0.1:0")
+        ((host, port),) = manager.kept
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            await manager.stop(signum)
+            statuses: list[int] = []
+
+            async def come(told: list[int] = statuses) -> None:
+                told.append(await door_answers(host, port))
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(50):
+                    nursery.start_soon(come)
+                await wait_all_tasks_blocked()
+                assert statuses == []
+                await manager.start("--listen", f"{host}:{port}")
+            assert statuses == [200] * 50
+
+
+@pytest.mark.parametrize("store_max", [8, 1])
+async def test_a_name_with_two_addresses_listens_at_both_after_a_restart(
+    tmp_path: Path, store_max: int
+) -> None:
+    found = socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)
+    hosts = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    async with door_manager(tmp_path, store_max=store_max) as manager:
+        # Port 0 gives each its own; a port that we know is the same for both.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for _ in range(3):
+            await manager.start("--listen", f"localhost:{port}")
+            for host in hosts:
+                assert await door_answers(host, port) == 200
+            assert len(manager.kept) == min(store_max, len(hosts))
+            await manager.stop()
+
+
+class DoorResolver(trio.abc.HostnameResolver):
+    """A name with several addresses, whatever this machine calls itself."""
+
+    def __init__(self, *hosts: str) -> None:
+        self.hosts = hosts
+
+    async def getaddrinfo(self, _host: Any, port: Any, *_: Any) -> Any:
+        found = [(host, ":" in host) for host in self.hosts]
+        return [
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (host, int(port), 0, 0))
+            if v6
+            else (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, int(port)))
+            for host, v6 in found
+        ]
+
+    async def getnameinfo(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+async def test_each_address_gets_the_socket_that_was_kept_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hosts = ["127.0.0.3", "127.0.0.4", "127.0.0.5"]
+    trio.socket.set_custom_hostname_resolver(DoorResolver(*hosts, hosts[0]))
+    with contextlib.ExitStack() as stack:
+        first = await chatd._listen_at("name.test", 0, [])
+        for sock in first:
+            stack.callback(sock.close)
+        assert [sock.getsockname()[0] for sock in first] == hosts
+        stale = stack.enter_context(socket.create_server(("127.0.0.6", 0)))
+        kept = [first[2], stale, first[0]]
+        second = await chatd._listen_at("name.test", 0, kept)
+        stack.callback(second[1].close)
+        assert second[0] is first[0]
+        assert second[2] is first[2]
+        assert second[1].getsockname()[0] == hosts[1]
+        assert stale.fileno() == -1
+        # Another port is another address.
+        port = first[0].getsockname()[1] % 65535 + 1
+        assert not chatd._is_at(first[0], (hosts[0], port))
+
+        # A family that the kernel does not have is done without, but not all of them.
+        real = trio.open_tcp_listeners
+
+        async def without_ipv6(port: int, *, host: str) -> list[trio.SocketListener]:
+            if ":" in host:
+                raise OSError(errno.EAFNOSUPPORT, "no IPv6")
+            return await real(port, host=host)
+
+        monkeypatch.setattr(trio, "open_tcp_listeners", without_ipv6)
+        trio.socket.set_custom_hostname_resolver(DoorResolver("::1", hosts[0]))
+        (only,) = await chatd._listen_at("name.test", 0, [])
+        stack.callback(only.close)
+        assert only.getsockname()[0] == hosts[0]
+        trio.socket.set_custom_hostname_resolver(DoorResolver("::1"))
+        with pytest.raises(UsageError, match=r"--listen name\.test:1: no IPv6"):
+            await chatd.open_listeners("name.test:1")
+
+
+async def test_a_kept_socket_at_another_address_is_given_up(tmp_path: Path) -> None:
+    async with door_manager(tmp_path) as manager:
+        await manager.start("--listen", "127.0.0.1:0")
+        ((_, port),) = manager.kept
+        await manager.stop()
+        # The same port, at addresses that include the old one: it must be free.
+        await manager.start("--listen", f"0.0.0.0:{port}")
+        assert manager.kept == [("0.0.0.0", port)]
+        assert await door_answers("127.0.0.2", port) == 200
+        await manager.stop()
+        await manager.start("--listen", f"127.0.0.2:{port}")
+        assert manager.kept == [("127.0.0.2", port)]
+        assert await door_answers("127.0.0.2", port) == 200
+        with pytest.raises(ConnectionRefusedError):
+            await door_answers("127.0.0.1", port)
+        await manager.stop()
+
+
+async def test_a_kept_socket_that_no_longer_listens_is_replaced(tmp_path: Path) -> None:
+    async with door_manager(tmp_path) as manager:
+        await manager.start("--listen", "127.0.0.1:0")
+        ((_, sock),) = manager.store
+        address = sock.getsockname()
+        await manager.stop()
+        sock.shutdown(socket.SHUT_RDWR)
+        await manager.start("--listen", "{}:{}".format(*address))
+        assert await door_answers(*address) == 200
+        await manager.stop()
+
+
+async def test_the_sockets_of_a_socket_unit_are_served_and_not_kept(
+    tmp_path: Path,
+) -> None:
+    async with door_manager(tmp_path) as manager:
+        await manager.start("--listen", "127.0.0.1:0")
+        ((_, old),) = manager.kept
+        await manager.stop()
+        for host in ("127.0.0.1", "127.0.0.2"):
+            sock = socket.create_server((host, 0))
+            manager.given.append(("chatd.socket", sock))
+        addresses = [sock.getsockname()[:2] for _, sock in manager.given]
+        for _ in range(2):
+            await manager.start("--listen", f"127.0.0.1:{old}")
+            for host, port in addresses:
+                assert await door_answers(host, port) == 200
+            assert manager.kept == []
+            with pytest.raises(ConnectionRefusedError):
+                await door_answers("127.0.0.1", old)
+            await manager.stop()
+
+
+async def test_what_cannot_be_served_from_a_socket_unit_is_told(tmp_path: Path) -> None:
+    local, silent = socket.socket(socket.AF_UNIX), socket.socket()
+    local.bind(str(tmp_path / "local"))
+    local.listen()
+    silent.bind(("127.0.0.1", 0))
+    with (tmp_path / "file").open("w") as file, local, silent:
+        for fd in (local.fileno(), silent.fileno(), file.fileno()):
+            done = await trio.run_process(
+                [
+                    *(sys.executable, "-c", DOOR_EXEC, str(fd)),
+                    *("-m", "chatd", "serve", "--db", str(tmp_path / "chatd.db")),
+                    *("--listen", "127.0.0.1:0"),
+                ],
+                cwd=DOOR_CHECKOUT,
+                env=door_environment(LISTEN_FDS="1", LISTEN_FDNAMES="x.socket"),
+                pass_fds=[fd],
+                capture_stderr=True,
+                check=False,
+            )
+            assert done.returncode == 1, done
+            assert b"chatd: LISTEN_FDS: descriptor 3" in done.stderr, done
+            assert not DOOR_MISTAKE.search(done.stderr.decode()), done
+
+
+async def test_sockets_are_passed_once_and_to_nobody_else(tmp_path: Path) -> None:
+    look = """
+import chatd, os
+given, _ = chatd.passed_sockets()
+print(len(given), len(chatd.passed_sockets()[0]))
+print(os.get_inheritable(3), [n for n in os.environ if n.startswith("LISTEN_")])
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for before, count in (("", "1"), ("os.environ['LISTEN_PID'] = '1'", "0")):
+            done = await trio.run_process(
+                [
+                    *(sys.executable, "-c", DOOR_EXEC, str(server.fileno())),
+                    *("-c", f"import os\n{before}\n{look}"),
+                ],
+                cwd=DOOR_CHECKOUT,
+                env=door_environment(LISTEN_FDS="1"),
+                pass_fds=[server.fileno()],
+                capture_stdout=True,
+            )
+            first, second = done.stdout.decode().splitlines()
+            assert first == f"{count} 0"
+            assert second.endswith("[]")
+            assert count == "0" or second.startswith("False")
+
+
+# --- the command line ----------------------------------------------------------------
+
+
+async def test_a_backup_is_whole_and_a_restore_makes_old_cursors_resync(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    async with house.serving():
+        ann, bob = next(door_users), next(door_users)
+        chat, copy = await house.chat(ann, bob), tmp_path / "copy.db"
+        a = await house.peer(ann)
+        kept = [
+            await a.ask("send_message", chat_id=chat, content=f"{i}") for i in "012"
+        ]
+        seen = await house.cursor(bob)
+        assert (await door_run("backup", copy, "--db", house.db)).status == 0
+        for db in (copy, house.db):  # online, the one it was made of
+            checked = await door_run("check", "--db", db)
+            assert checked.status == 0, checked
+        await house.post(chat, ann, "after the backup")
+        later = await house.cursor(bob)
+        await house.stop()
+        restored = await door_run("restore", copy, "--db", house.db)
+        assert restored.status == 0, restored
+        assert (await door_run("check", "--db", house.db)).status == 0
+        await house.begin()
+        messages = await house.history(chat, bob)
+        assert [m["id"] for m in messages] == [ack["message_id"] for ack in kept]
+        for cursor in (seen, later):
+            b = await house.peer(bob, cursor)
+            assert b.hello["resume"] == "resync"
+            assert b.hello["cursor"].partition(".")[0] != cursor.partition(".")[0]
+            target = f"GET /api/v1/events?cursor={cursor}"
+            poll = await house.want(200, target, house.token(bob))
+            assert poll["resync"] is True
+            await b.leave()
+        b = await house.peer(bob, poll["cursor"])
+        assert b.hello["resume"] == "live"
+        sent = await house.post(chat, ann, "after the restore")
+        assert sent["n"] == 4
+        assert (await b.hear("new_message"))["message"] == sent
+
+
+async def test_a_backup_under_load_holds_every_message_acked_before_it(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    async with house.serving():
+        users, acked = [next(door_users) for _ in range(3)], DoorCount()
+        chat = await house.chat(*users)
+        senders = [
+            DoorSender(house, user, [(chat, f"{i}") for i in range(100_000)])
+            for user in users
+        ]
+        with trio.fail_after(120):
+            async with trio.open_nursery() as nursery:
+                for sender in senders:
+                    nursery.start_soon(sender.send, acked)
+                for round_ in range(2):
+                    await acked.reaches(acked.value + 300)
+                    before = {k: a for s in senders for k, a in s.acks.items()}
+                    copy = tmp_path / f"copy-{round_}.db"
+                    done = await door_run("backup", copy, "--db", house.db)
+                    assert (done.status, done.out) == (0, f"{copy}\n"), done
+                    after = {k: a for s in senders for k, a in s.acks.items()}
+                    assert len(after) > len(before)  # it stopped nobody
+                    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+                    checked = await door_run("check", "--db", copy)
+                    assert checked.status == 0, checked
+                    with contextlib.closing(sqlite3.connect(copy)) as db:
+                        rows = dict(db.execute("SELECT client_id, id FROM message"))
+                    for key, ack in before.items():
+                        assert rows[key] == ack["message_id"]
+                nursery.cancel_scope.cancel()
+
+
+async def test_after_a_restore_nobody_stays_silently_ahead(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    """Whatever a client has of the lost future, it is told to forget it."""
+    async with house.serving():
+        ann, bob = next(door_users), next(door_users)
+        chat, copy = await house.chat(ann, bob), tmp_path / "copy.db"
+        cursors = [await house.cursor(bob)]
+        await house.post(chat, ann, "kept")
+        assert (await door_run("backup", copy, "--db", house.db)).status == 0
+        cursors.append(await house.cursor(bob))
+        for number in range(3):
+            await house.post(chat, ann, f"lost {number}")
+            cursors.append(await house.cursor(bob))
+        for _ in range(2):  # a second restore of the same copy makes it new again
+            await house.stop()
+            assert (await door_run("restore", copy, "--db", house.db)).status == 0
+            await house.begin()
+            # The seqs that were given out before are given out again.
+            for number in range(3):
+                await house.post(chat, ann, f"anew {number}")
+            for cursor in cursors:
+                b = await house.peer(bob, cursor)
+                assert b.hello["resume"] == "resync", cursor
+                await b.leave()
+                target = f"GET /api/v1/events?cursor={cursor}"
+                poll = await house.want(200, target, house.token(bob))
+                assert (poll["resync"], poll["events"]) == (True, []), cursor
+            cursors.append(await house.cursor(bob))
+        told = [m["content"] for m in await house.history(chat, bob)]
+        assert told == ["kept", "anew 0", "anew 1", "anew 2"]
+
+
+async def test_a_second_serve_and_a_restore_under_one_are_told_what_to_do(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    async with house.serving():
+        assert house.process is not None
+        copy, pid = tmp_path / "copy.db", house.process.pid
+        assert (await door_run("backup", copy, "--db", house.db)).status == 0
+        link = tmp_path / "link.db"
+        link.symlink_to(house.db)
+        for db in (house.db, link):
+            for words in (("restore", copy), ("serve", "--listen", "127.0.0.1:0")):
+                done = await door_run(*words, "--db", db)
+                assert done.status == 1, done
+                assert f"in use by process {pid}; stop" in done.err
+                assert "systemctl stop chatd" in done.err
+        await house.want(200, "GET /healthz")
+
+
+async def test_a_backup_keeps_the_newest_and_touches_nothing_else(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copies"
+    async with house.serving():
+        words = ("backup", "--db", house.db, "--keep", "2", folder)
+        missing = await door_run(*words)
+        assert (missing.status, str(folder) in missing.err) == (1, True)
+        folder.mkdir()
+        others = {"chatd.db", "chatd-20200101T000000Z.db.bak", "notes-2020.db"}
+        old = [f"chatd-2020010{n}T000000Z.db" for n in range(1, 4)]
+        left = "chatd-20200101T000000Z.db.0123abcd.partial"
+        for name in (*others, *old, left):
+            (folder / name).write_text(name)
+        done = await door_run(*words)
+        assert done.status == 0, done
+        copy = Path(done.out.strip())
+        assert re.fullmatch(r"chatd-\d{8}T\d{6}Z\.db", copy.name)
+        assert {p.name for p in folder.iterdir()} == {*others, old[-1], copy.name}
+        assert (await door_run("check", "--db", copy)).status == 0
+        # What failed removes nothing, and nor does what has room for more.
+        failed = await door_run(*words[:1], "--keep", "1", folder, "--db", folder)
+        assert failed.status == 1
+        more = await door_run("backup", "--db", house.db, "--keep", "5", folder)
+        copies = {old[-1], copy.name, Path(more.out.strip()).name}
+        assert len(copies) == 3
+        assert {p.name for p in folder.iterdir()} == {*others, *copies}
+        # Names are by the second; who is quicker waits for the next.
+        for _ in range(2):
+            await trio.to_thread.run_sync(chatd.backup, house.db, folder, 9)
+        assert len([*folder.glob("chatd-2*Z.db")]) == 5
+
+
+# Ways in which a database file is damaged, each of which `chatd check` finds.
+def door_cut(db: Path) -> None:
+    os.truncate(db, db.stat().st_size // 4096 * 4096 - 4096)
+
+
+def door_cut_within_a_page(db: Path) -> None:
+    os.truncate(db, db.stat().st_size - 1000)
+
+
+def door_empty(db: Path) -> None:
+    os.truncate(db, 0)
+
+
+def door_zero_page(db: Path) -> None:
+    with db.open("r+b") as file:
+        file.seek(4096 * 3)
+        file.write(bytes(4096))
+
+
+def door_garbage_head(db: Path) -> None:
+    with db.open("r+b") as file:
+        file.write(b"garbage")
+
+
+def door_garbage_pages(db: Path) -> None:
+    with db.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * (db.stat().st_size - 4096))
+
+
+def door_hole_in_the_log(db: Path) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("DELETE FROM event WHERE seq = 2")
+        connection.commit()
+
+
+def door_index_that_lies(db: Path) -> None:
+    """Make an index disagree with its table, as a lost write does."""
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.executescript(
+            """PRAGMA writable_schema = ON;
+            UPDATE sqlite_schema SET sql = replace(sql, '(user_id)', '(chat_id)')
+            WHERE name = 'member_user'"""
+        )
+
+
+def door_version_zero(db: Path) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("PRAGMA user_version = 0")
+
+
+DOOR_DAMAGE = [
+    door_cut, door_cut_within_a_page, door_empty, door_zero_page, door_garbage_head,
+    door_garbage_pages, door_hole_in_the_log, door_index_that_lies, door_version_zero,
+]  # fmt: skip
+# What the start overlooks, or takes for a new database: `chatd check` looks closer.
+DOOR_SERVED = [door_empty, door_hole_in_the_log, door_index_that_lies]
+
+
+@pytest.fixture(scope="module")
+def sound_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with some pages in every table."""
+    memory = Memory(tmp_path_factory.mktemp("sound"))
+    chat = memory.chat(1, 2)
+    for _ in range(20):
+        memory.commit(*[memory.sends(chat, 1)] * 10)
+    memory.store.close()
+    return memory.settings.db
+
+
+def door_files(folder: Path) -> dict[str, bytes]:
+    """What is in a folder, without what SQLite makes for every reader of a database."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.endswith((".db-shm", ".db-wal", ".lock"))
+    }
+
+
+@pytest.mark.parametrize("damage", DOOR_DAMAGE)
+async def test_a_damaged_database_is_no_backup_and_costs_none(
+    damage: Callable[[Path], None], sound_db: Path, tmp_path: Path
+) -> None:
+    db, folder = tmp_path / "chatd.db", tmp_path / "copies"
+    shutil.copy(sound_db, db)
+    folder.mkdir()
+    first = await door_run("backup", "--db", db, "--keep", "1", folder)
+    assert first.status == 0, first
+    damage(db)
+    copies, files = door_files(folder), door_files(tmp_path)
+    assert len(copies) == 1
+    for words in (("--keep", "1", folder), (tmp_path / "copy.db",)):
+        done = await door_run("backup", "--db", db, *words)
+        assert (done.status, done.out) == (1, ""), done
+        assert f"database {db}: " in done.err, done
+        assert "copy" not in done.err.replace(str(folder), ""), done
+    assert door_files(folder) == copies
+    assert door_files(tmp_path) == files
+    checked = await door_run("check", "--db", db)
+    assert checked.status == 1
+    # Nor does it get into the place of another.
+    shutil.copy(sound_db, folder / "other.db")
+    before = door_files(folder)
+    restored = await door_run("restore", db, "--db", folder / "other.db")
+    assert restored.status == 1
+    assert f"restore {db}: " in restored.err
+    assert door_files(folder) == before
+
+
+@pytest.mark.parametrize("damage", [d for d in DOOR_DAMAGE if d not in DOOR_SERVED])
+async def test_a_damaged_database_is_not_served_and_the_way_out_is_told(
+    damage: Callable[[Path], None], sound_db: Path, house: DoorServer, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.db"
+    shutil.copy(sound_db, house.db)
+    assert (await door_run("backup", "--db", house.db, copy)).status == 0
+    damage(house.db)
+    before = house.db.read_bytes()
+    done = await door_run("serve", "--listen=127.0.0.1:0", "--db", house.db)
+    assert (done.status, done.out) == (1, ""), done
+    assert f"database {house.db}: damaged: " in done.err
+    for command in ("check", "restore BACKUP"):
+        assert f"`chatd {command} --db {house.db}`" in done.err
+    assert house.db.read_bytes() == before
+    assert (await door_run("restore", copy, "--db", house.db)).status == 0
+    async with house.serving():
+        await house.want(200, "GET /healthz")
+
+
+async def test_an_empty_file_beside_a_wal_is_no_new_database(house: DoorServer) -> None:
+    async with house.serving():
+        await house.chat(next(door_users))
+        await house.kill()
+    wal = house.db.with_name("chatd.db-wal")
+    kept = wal.read_bytes()
+    assert kept
+    for damage in (door_empty, Path.unlink):
+        damage(house.db)
+        done = await door_run("serve", "--listen=127.0.0.1:0", "--db", house.db)
+        assert done.status == 1
+        assert "damaged: it is empty, and its -wal is not" in done.err
+        assert wal.read_bytes() == kept
+
+
+async def test_the_start_says_what_it_checked_and_what_it_left_unchecked(
+    house: DoorServer, sound_db: Path
+) -> None:
+    shutil.copy(sound_db, house.db)
+    size = len(door_files(house.home)["chatd.db"])
+    for limit, verb in ((size, "checked"), (size - 1, "unchecked")):
+        async with house.serving(f"--check-bytes={limit}"):
+            pass
+        (line,) = re.findall(
+            rf"(?m)^INFO (?:un)?checked .* bytes={size} .*", house.output
+        )
+        (house.home / "stderr").unlink()
+        assert line.startswith(f"INFO {verb} db="), line
+    assert Settings().check_bytes == 32 * 2**20
+
+
+@pytest.mark.parametrize("blocks", [1, 40])  # of 1 KiB: no file may be larger
+async def test_a_copy_that_finds_no_room_leaves_nothing_behind(
+    blocks: int, sound_db: Path, tmp_path: Path
+) -> None:
+    db, folder = tmp_path / "chatd.db", tmp_path / "copies"
+    shutil.copy(sound_db, db)
+    folder.mkdir()
+    (folder / "chatd-20260101T000000Z.db").write_bytes(b"old")
+    before = door_files(folder), door_files(tmp_path)
+    for words in (("backup", "--keep", "1", folder), ("restore", sound_db)):
+        chatd_at = [sys.executable, "-m", "chatd", *map(str, words), "--db", str(db)]
+        done = await trio.run_process(
+            ["bash", "-c", f'ulimit -f {blocks}; exec "$@"', "-", *chatd_at],
+            capture_stderr=True, check=False, cwd=DOOR_CHECKOUT,
+            env=door_environment(COVERAGE_PROCESS_START=""),
+        )  # fmt: skip
+        assert done.returncode == 1, done
+        assert re.search(rb"chatd: \w+ .*(copying failed|disk I/O)", done.stderr), done
+        assert (door_files(folder), door_files(tmp_path)) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+async def test_root_follows_no_link_in_a_folder_of_the_unit_s_user(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    """Who takes over the server must not get root's help to take over the machine."""
+    async with house.serving():
+        await house.chat(next(door_users))
+    copy, prey = tmp_path / "copy.db", tmp_path / "prey"
+    assert (await door_run("backup", copy, "--db", house.db)).status == 0
+    unit = tmp_path / "unit"
+    unit.mkdir()
+    db = unit / "chatd.db"
+    shutil.copy(copy, db)
+    prey.write_text("root's")
+    for path in (unit, db):
+        os.chown(path, 65534, 65534)
+    for suffix in ("-wal", "-shm", ".lock"):
+        link = db.with_name(db.name + suffix)
+        link.unlink(missing_ok=True)
+        link.symlink_to(prey)
+        await door_run("check", "--db", db)
+        await door_run("backup", tmp_path / f"copy{suffix}", "--db", db)
+        await door_run("restore", copy, "--db", db)
+        assert (prey.read_text(), prey.stat().st_uid) == ("root's", 0), suffix
+
+
+async def test_the_demo_is_two_links_that_talk(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    house.serve = ("--demo",)
+    await house.begin()
+
+    def printed() -> bool:
+        return house.said.count("/#token=") >= 2
+
+    await door_until(printed)
+    base = re.escape(f"http://127.0.0.1:{house.port}")
+    links = re.findall(base + r"/#token=(\S+)", house.said)
+    assert len(links) == 2, house.said
+    sessions = [await house.want(200, "POST /api/v1/session", link) for link in links]
+    assert sessions[0]["user_id"] != sessions[1]["user_id"]
+    assert all(session["name"] for session in sessions)
+    a, b = [await house.peer(session["token"]) for session in sessions]
+    chats = await house.want(200, "GET /api/v1/chats", sessions[0]["token"])
+    (chat,) = chats["chats"]
+    ack = await a.ask("send_message", chat_id=chat["id"], content="hello")
+    assert (await b.find("new_message"))["message"]["id"] == ack["message_id"]
+    line = re.search(
+        r"(?m)^chatd proxy (--upstream \S+ --secret-file \S+)$", house.said
+    )
+    assert line, house.said
+    folder = tmp_path / "proxy"
+    folder.mkdir()
+    proxy = DoorProxy(folder, house.port, house.db)
+    proxy.serve = tuple(line[1].split())
+    async with proxy.serving():
+        assert (await proxy.want(200, "POST /api/v1/session", links[0]))["name"]
+        assert (await proxy.peer(sessions[0]["token"])).hello["resume"] == "fresh"
+    await house.stop()
+    assert sorted(os.listdir(tmp_path)) == ["proxy", "stderr"]  # its files are gone

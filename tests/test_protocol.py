@@ -1,0 +1,511 @@
+"""The protocol: commands, bodies, frames, messages and refusals.
+
+Tables are held against tables. Where the protocol has a table, the test has it too,
+copied by hand.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from wsproto.frame_protocol import CloseReason as WsCloseReason
+from wsproto.frame_protocol import FrameProtocol, Opcode
+
+import chatd
+from chatd import Refusal, Settings, UsageError
+from tests.harness import DoorServer, door_users, refusal_of, words_hear
+
+# --- commands and bodies -------------------------------------------------------------
+
+
+IDS: list[Any] = [None, "3", 3.5, 1e300, True, 0, -1, 2**53, 10**30, [], {}, [3]]
+TEXTS: list[Any] = [None, 5, True, [], {}, ["x"]]
+REFS = [5, True, "x" * 65, [], {}]
+CLIENT_IDS: list[Any] = [5, True, "", "x" * 65, "é", "a\nb", "\x7f", "a\n", [], {}]
+NAMES_OF_COMMANDS = ("ping", "typing", "mark_read", "send_message", "auth")
+
+# What is right, whole, and for each field what is wrong.
+BODIES: dict[type, dict[str, tuple[object, list[Any]]]] = {
+    chatd.Ping: {"ref": ("r", REFS)},
+    chatd.Typing: {
+        "ref": ("r" * 64, REFS),
+        "chat_id": (3, IDS),
+        "is_typing": (True, [None, 0, 1, "true", [], {}]),
+    },
+    chatd.MarkRead: {"ref": ("", REFS), "message_id": (2**53 - 1, IDS)},
+    chatd.SendMessage: {
+        "ref": (None, REFS),
+        "chat_id": (1, IDS),
+        "content": ("Привет!", TEXTS),
+        "client_id": ("x" * 64, CLIENT_IDS),
+    },
+    chatd.Auth: {"ref": ("r", REFS), "token": ("t", TEXTS)},
+    chatd.NewChat: {
+        "member_ids": ([1, 2], [None, 5, "12", {}, *[[wrong] for wrong in IDS]]),
+        "title": ("A chat", [5, True, "", "x" * 201, [], {}]),
+    },
+    chatd.UserBody: {"user_id": (6, IDS)},
+    chatd.PostMessage: {
+        "content": ("hi", TEXTS),
+        "client_id": (" ~", CLIENT_IDS),
+        "sender_id": (5, IDS[1:]),
+    },
+}
+DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
+    chatd.NewChat: chatd.NEW_CHAT,
+    chatd.UserBody: chatd.USER_BODY,
+    chatd.PostMessage: chatd.POST_MESSAGE,
+}
+
+
+def words_parse(struct: type, fields: dict[str, object]) -> Any:
+    """Parse an object as this Struct; a command is told from others by its type."""
+    tag = struct.__struct_config__.tag  # type: ignore[attr-defined]
+    body = {"type": tag, **fields} if tag else fields
+    return chatd.parse(json.dumps(body), DECODERS.get(struct, chatd.COMMANDS))
+
+
+def test_the_table_above_has_every_command_and_every_field() -> None:
+    tags = [struct.__struct_config__.tag for struct in get_args(chatd.COMMANDS.type)]
+    assert tuple(tags) == NAMES_OF_COMMANDS
+    assert {*BODIES} == {*get_args(chatd.COMMANDS.type), *DECODERS}
+    for body, fields in BODIES.items():
+        assert {*fields} == {field.name for field in msgspec.structs.fields(body)}
+
+
+@pytest.mark.parametrize("struct", BODIES)
+def test_what_is_right_is_taken_and_unknown_fields_are_ignored(struct: type) -> None:
+    right = {name: value for name, (value, _) in BODIES[struct].items()}
+    parsed = words_parse(struct, {**right, "colour": {"deep": [1]}})
+    assert type(parsed) is struct
+    assert {name: getattr(parsed, name) for name in right} == right
+
+
+@pytest.mark.parametrize(
+    ("struct", "field", "wrong"),
+    [
+        (struct, field, wrong)
+        for struct, fields in BODIES.items()
+        for field, (_, all_wrong) in fields.items()
+        for wrong in all_wrong
+    ],
+)
+def test_a_wrong_field_is_refused_by_its_name(
+    struct: type, field: str, wrong: object
+) -> None:
+    right = {name: value for name, (value, _) in BODIES[struct].items()}
+    refusal = refusal_of(words_parse, struct, {**right, field: wrong})
+    assert (refusal.code, refusal.status) == ("bad_field", 400)
+    assert re.match(rf"{field}(\[0\])?: \S", refusal.message)
+
+
+@pytest.mark.parametrize(
+    ("struct", "field"),
+    [
+        (struct, field.name)
+        for struct in BODIES
+        for field in msgspec.structs.fields(struct)
+        if field.required
+    ],
+)
+def test_a_missing_field_is_refused_by_its_name(struct: type, field: str) -> None:
+    right = {name: value for name, (value, _) in BODIES[struct].items()}
+    del right[field]
+    refusal = refusal_of(words_parse, struct, right)
+    assert refusal.code == "bad_field"
+    assert f"`{field}`" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        *[(text, "bad_json") for text in ("", " ", "{", "[1", "nul", "{'a':1}")],
+        ('{"type":"ping"}x', "bad_json"),
+        *[(text, "bad_json") for text in ("[]", "5", "null", '"ping"', "true")],
+        *[(text, "bad_json") for text in ('{"a":NaN}', '"\\ud800"')],
+        (b'{"type":"\xff"}', "bad_json"),
+        ('{"type":"typing","chat_id":1,"is_typing":true,"x":"\\udc00"}', "bad_json"),
+        ('{"type":"ping","x":' + "[" * 100_000 + "]" * 100_000, "bad_json"),
+        ("[" * 100_000, "bad_json"),
+        ('{"type":"fly"}', "unknown_type"),
+        ('{"type":"new_message"}', "unknown_type"),
+        ('{"type":""}', "unknown_type"),
+        ('{"type":5}', "bad_field"),
+        ('{"type":null}', "bad_field"),
+        ("{}", "bad_field"),
+    ],
+)
+def test_what_is_no_command_is_told_what_it_is(text: str | bytes, code: str) -> None:
+    refusal = refusal_of(chatd.parse, text, chatd.COMMANDS)
+    assert refusal.code == code
+    assert code == "bad_json" or "type" in refusal.message
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60))
+def test_any_bytes_are_a_command_or_a_refusal(text: str | bytes) -> None:
+    assert refusal_of(chatd.parse, text, chatd.COMMANDS).status == 400
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(NAMES_OF_COMMANDS) | json_values},
+        optional=dict.fromkeys(
+            ("ref", "chat_id", "content", "client_id", "message_id", "token"),
+            json_values,
+        ),
+    )
+)
+def test_any_object_is_a_command_or_a_refusal_that_names_a_field(
+    body: dict[str, object],
+) -> None:
+    said = ""
+    try:
+        command = chatd.parse(json.dumps(body), chatd.COMMANDS)
+    except Refusal as refusal:
+        said = str(refusal)
+    else:
+        assert isinstance(command, chatd.Command)
+    assert re.match(r"(bad_json|bad_field|unknown_type): .*[:`]|$", said)
+
+
+@pytest.mark.parametrize(
+    "content", ["x", "Привет!", "a\tb\nc\r\n", "x" * 10, "🎉" * 10, "\u202eabc", " x "]
+)
+def test_a_message_may_say_anything_printable(content: str) -> None:
+    chatd.check_content(content, Settings(max_content_chars=10))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "it is empty"),
+        (" \t\n\u3000", "it is empty"),
+        ("x" * 11, "11 characters; at most 10"),
+        ("🎉" * 11, "11 characters; at most 10"),
+        *[(f"a{chr(c)}b", f"U+{c:04X}") for c in (0, 1, 8, 11, 12, 14, 27, 31, 127)],
+    ],
+)
+def test_a_message_that_nobody_could_read_is_refused(content: str, why: str) -> None:
+    refusal = refusal_of(chatd.check_content, content, Settings(max_content_chars=10))
+    assert refusal.code == "bad_field"
+    assert refusal.message.startswith("content: ")
+    assert why in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("unix_seconds", "text"),
+    [
+        (0, "1970-01-01T00:00:00Z"),
+        (1763730000, "2025-11-21T13:00:00Z"),
+        (951782400, "2000-02-29T00:00:00Z"),
+        (2**32, "2106-02-07T06:28:16Z"),
+    ],
+)
+def test_a_timestamp_is_utc_in_whole_seconds(unix_seconds: int, text: str) -> None:
+    assert chatd.timestamp(unix_seconds) == text
+    assert type(chatd.now_seconds()) is int
+
+
+# --- frames --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65_535, 65_536, 100_000])
+def test_a_frame_is_what_wsproto_would_send_and_hear(size: int) -> None:
+    message = chatd.Pong(timestamp="x" * size)
+    frame = chatd.text_frame(message)
+    text = msgspec.json.encode(message).decode()
+    assert frame == FrameProtocol(client=False, extensions=[]).send_data(text)
+    assert words_hear(frame + frame)[1] == (Opcode.TEXT, text)
+
+
+def test_a_close_frame_has_its_code_and_its_reason() -> None:
+    ((opcode, payload),) = words_hear(chatd.close_frame(4401, "the token has ended"))
+    assert (opcode, *payload) == (Opcode.CLOSE, 4401, "the token has ended")
+    assert words_hear(chatd.close_frame(1000, "")) == [
+        (Opcode.CLOSE, (WsCloseReason.NORMAL_CLOSURE, ""))
+    ]
+    assert words_hear(chatd.PING_FRAME) == [(Opcode.PING, b"")]
+
+
+def test_an_error_frame_leaves_out_what_does_not_apply() -> None:
+    refusal = Refusal("rate_limited", retry_after=1.23456)
+    ((_, text),) = words_hear(chatd.error_frame(refusal, "r1"))
+    assert json.loads(text) == {
+        "type": "error", "code": "rate_limited", "ref": "r1", "retry_after": 1.235,
+        "message": "too many at once: slow down",
+    }  # fmt: skip
+    ((_, text),) = words_hear(chatd.error_frame(Refusal("not_found", "chat_id: none")))
+    assert json.loads(text) == {
+        "type": "error", "code": "not_found", "message": "chat_id: none",
+    }  # fmt: skip
+
+
+WORDS_MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z", 13)
+
+
+# What the server says, word for word.
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (
+            chatd.NewMessage(5120, 3, WORDS_MESSAGE),
+            '{"type":"new_message","seq":5120,"chat_id":3,"message":{"id":789,"chat_id":3,'
+            '"sender_id":5,"content":"Привет!","created_at":"2025-11-21T13:00:00Z","n":13}}',
+        ),
+        (
+            chatd.MessageRead(7, 456, 3, 6, 12),
+            '{"type":"message_read","seq":7,"message_id":456,"chat_id":3,"read_by":6,"n":12}',
+        ),
+        (
+            chatd.TypingSign(3, 5, is_typing=True),
+            '{"type":"typing","chat_id":3,"user_id":5,"is_typing":true}',
+        ),
+        (
+            chatd.ChatAdded(5122, 9, msgspec.Raw(b"{}")),
+            '{"type":"chat_added","seq":5122,"chat_id":9,"chat":{}}',
+        ),
+        (
+            chatd.MemberAdded(5121, 9, 8, "Bob"),
+            '{"type":"member_added","seq":5121,"chat_id":9,"user_id":8,"name":"Bob"}',
+        ),
+        (
+            chatd.MemberAdded(5121, 9, 8, None),
+            '{"type":"member_added","seq":5121,"chat_id":9,"user_id":8,"name":null}',
+        ),
+        (
+            chatd.MemberRemoved(5130, 9, 8),
+            '{"type":"member_removed","seq":5130,"chat_id":9,"user_id":8}',
+        ),
+        (
+            chatd.Connected(6, "T", "k.1", "fresh", 3600, {"3": chatd.Marks(12, 10)}),
+            '{"type":"connected","user_id":6,"timestamp":"T","cursor":"k.1","resume":"fresh",'
+            '"expires_in":3600,"chats":{"3":{"last_n":12,"read_n":10}}}',
+        ),
+        (chatd.Pong("T"), '{"type":"pong","timestamp":"T"}'),
+        (chatd.Ack(), '{"type":"ack"}'),
+        (
+            chatd.Ack(ref="r", duplicate=False),
+            '{"type":"ack","ref":"r","duplicate":false}',
+        ),
+        (chatd.TokenExpiring(60), '{"type":"token_expiring","expires_in":60}'),
+        (chatd.Bye(2.7), '{"type":"bye","retry_after":2.7}'),
+    ],
+)
+def test_a_message_reads_as_the_specification_has_it(
+    message: chatd.Say, text: str
+) -> None:
+    assert words_hear(chatd.text_frame(message)) == [(Opcode.TEXT, text)]
+
+
+def test_an_event_builds_its_frame_once_but_keeps_no_large_one() -> None:
+    message = chatd.Event(chatd.NewMessage(1, 3, WORDS_MESSAGE), to_chat=True)
+    added = chatd.Event(chatd.ChatAdded(2, 3, msgspec.Raw(b"{}")), to_chat=False)
+    assert message.frame is message.frame
+    assert added.frame == added.frame
+    assert added.frame is not added.frame
+    assert (message.kind, added.kind) == ("new_message", "chat_added")
+
+
+# --- refusals, log, stats ------------------------------------------------------------
+
+
+# The codes and their statuses. The proxy's `upstream` may be 504 too.
+STATUSES = {
+    "bad_json": 400, "bad_field": 400, "unknown_type": 400, "token_invalid": 401,
+    "token_expired": 401, "token_used": 401, "forbidden": 403, "not_found": 404,
+    "method_not_allowed": 405, "timeout": 408, "idempotency_mismatch": 409,
+    "too_large": 413, "upgrade_required": 426, "rate_limited": 429, "overloaded": 503,
+    "storage_failed": 503, "internal": 500, "upstream": 502,
+}  # fmt: skip
+
+
+def words_raised() -> set[str]:
+    """Every code that chatd.py hands to Refusal."""
+    tree = ast.parse(Path(chatd.__file__).read_text("utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    made = [call for call in calls if ast.unparse(call.func) == "Refusal"]
+    codes = {code.value for call in made for code in call.args[:1]
+             if isinstance(code, ast.Constant)}  # fmt: skip
+    assert all(isinstance(call.args[0], ast.Constant) for call in made)
+    return {str(code) for code in codes}
+
+
+def test_the_table_of_refusals_is_the_design_s_and_every_code_is_in_use() -> None:
+    table = {code: status for code, (status, _) in chatd.REFUSALS.items()}
+    assert {code: table.get(code) for code in STATUSES} == STATUSES
+    assert words_raised() <= {*table}
+    assert {*STATUSES} <= words_raised()
+
+
+def test_a_refusal_says_what_its_table_says_unless_told_better() -> None:
+    usual, better = Refusal("too_large"), Refusal("too_large", "too long", status=431)
+    assert (usual.status, usual.message) == (413, "the request is too large")
+    assert (better.status, better.message, better.headers) == (431, "too long", [])
+    assert str(better) == "too_large: too long"
+    assert UsageError("x").status == 1
+
+
+# --- the conversation, word for word -------------------------------------------------
+
+
+DOOR_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+
+
+async def test_the_messages_of_the_specification_arrive_as_written(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
+    ann, bob = next(door_users), next(door_users)
+    chat = await house.chat(ann, bob)
+    a, b = await house.peer(ann), await house.peer(bob)
+    assert a.hello["user_id"] == ann
+    assert DOOR_STAMP.fullmatch(a.hello["timestamp"])
+    assert a.hello["resume"] == "fresh"
+    assert 3500 < a.hello["expires_in"] <= 3600
+    assert a.hello["chats"] == {str(chat): {"last_n": 0, "read_n": 0}}
+
+    await a.say("ping")
+    pong = await a.hear("pong")
+    assert DOOR_STAMP.fullmatch(pong["timestamp"])
+
+    await a.say("typing", chat_id=chat, is_typing=True)
+    typing = {"type": "typing", "chat_id": chat, "user_id": ann, "is_typing": True}
+    assert await b.hear() == typing
+    await a.hears_nothing()  # no answer, no echo
+
+    await a.say("send_message", chat_id=chat, content="Привет!", client_id="1")
+    for_a, ack, for_b = await a.hear("new_message"), await a.hear("ack"), await b.hear()
+    assert for_a == for_b
+    message = for_b.pop("message")
+    assert DOOR_STAMP.fullmatch(message.pop("created_at"))
+    number = message.pop("id")
+    assert message == {
+        "chat_id": chat,
+        "sender_id": ann,
+        "content": "Привет!",
+        "n": 1,
+        "client_id": "1",
+    }
+    seq = for_b.pop("seq")
+    assert for_b == {"type": "new_message", "chat_id": chat}
+    assert DOOR_STAMP.fullmatch(ack.pop("created_at"))
+    assert ack.pop("ref", None) is None
+    assert ack == {
+        "type": "ack",
+        "client_id": "1",
+        "message_id": number,
+        "chat_id": chat,
+        "n": 1,
+        "duplicate": False,
+    }
+
+    await b.say("mark_read", message_id=number, ref="r")
+    read = await b.hear("message_read")
+    assert (await b.hear("ack"))["ref"] == "r"
+    assert await a.hear() == read
+    assert read.pop("seq") > seq
+    assert read == {
+        "type": "message_read",
+        "message_id": number,
+        "chat_id": chat,
+        "read_by": bob,
+        "n": 1,
+    }
+    await b.say("mark_read", message_id=number, ref="again")
+    assert (await b.hear("ack"))["ref"] == "again"  # not moved: no event
+    await a.hears_nothing()
+    await a.leave()
+    await b.leave()
+
+
+# --- hostile input: one connection's bytes are one connection's matter ---------------
+
+
+async def test_a_wrong_command_is_told_so_and_its_connection_stays(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
+    user = next(door_users)
+    chat = await house.chat(user)
+    peer = await house.peer(user)
+    ids: list[object] = ["3", 1.5, True, None, [], {}, 0, -1, 2**53, 2**64, 10**400]
+    texts: list[object] = [3, None, True, [], {}]
+    keys: list[object] = [3, True, [], {}, "", "x" * 65, "é", "a\nb", "\x7f"]
+    contents = [*texts, "x" * 4001, "a\0b", "\x1b"]
+    bools: list[object] = [1, 0, "true", None, [], {}]
+    send = {"chat_id": chat, "content": "c", "client_id": "k"}
+    missing = object()
+    table: list[tuple[str, dict[str, object], str, list[object]]] = [
+        ("typing", {"chat_id": chat, "is_typing": True}, "chat_id", [*ids, missing]),
+        (
+            "typing",
+            {"chat_id": chat, "is_typing": True},
+            "is_typing",
+            [*bools, missing],
+        ),
+        ("mark_read", {"message_id": 1}, "message_id", [*ids, missing]),
+        ("send_message", dict(send), "chat_id", [*ids, missing]),
+        ("send_message", dict(send), "content", [*contents, missing]),
+        ("send_message", dict(send), "client_id", keys),
+        ("auth", {"token": "t"}, "token", [*texts, missing]),
+    ]
+    for kind, fields, name, values in table:
+        for value in values:
+            wrong = {"ref": "r1", **fields, name: value}
+            if value is missing:
+                del wrong[name]
+            await peer.say(kind, **wrong)
+            error = await peer.hear("error")
+            seen = (kind, str(wrong)[:200], error)
+            assert error["code"] == "bad_field", seen
+            assert name in error["message"], seen
+            assert error["ref"] == "r1", seen
+    refs: list[object] = [3, True, [], {}]
+    for ref in (*refs, "x" * 65):
+        await peer.say("ping", ref=ref)
+        error = await peer.hear("error")
+        assert error["code"] == "bad_field", (ref, error)
+        assert "ref" in error["message"], (ref, error)
+    await peer.say("ping", ref="x" * 64, unknown={"fields": ["are", "ignored"]})
+    assert (await peer.hear("pong"))["ref"] == "x" * 64
+    for kind in ("nothing", "", "PING", "connected", "new_message"):
+        await peer.say(kind, ref="r2")
+        error = await peer.hear("error")
+        assert error["code"] == "unknown_type", (kind, error)
+        assert error["ref"] == "r2"
+    for kind in ("{}", '{"type": 3}', '{"type": null}', '{"chat_id": 3}'):
+        await peer.utter(kind)
+        assert (await peer.hear("error"))["code"] in {"unknown_type", "bad_field"}, kind
+    say = '{"type":"send_message","chat_id":%s,"content":%s}'
+    bad = ["", " ", "{", "}", "[]", "3", '"ping"', "null", "true", '{"type":"ping"}}']
+    bad += ["[" * 30000, '{"type":"ping","x":' + "[" * 30000, "NaN", '{"type":"ping"']
+    bad += [say % ("NaN", '"c"'), say % ("-Infinity", '"c"'), "{'type':'ping'}"]
+    bad += [say % (chat, '"' + "a\nb" + '"')]
+    for text in bad:
+        await peer.utter(text)
+        error = await peer.hear("error")
+        assert error["code"] == "bad_json", (text[:60], error)
+    for text in (say % ("1e999", '"c"'), say % (chat, r'"\ud800"')):
+        await peer.utter(text)
+        error = await peer.hear("error")
+        assert error["code"] in {"bad_json", "bad_field"}, (text, error)
+    await peer.utter(b'{"type":"ping"}', opcode=2)
+    assert (await peer.hear("error"))["code"] == "bad_json"
+    await peer.hears_nothing()
+    assert await house.history(chat, user) == []
+    await peer.ask("send_message", chat_id=chat, content="x" * 4000)

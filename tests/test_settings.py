@@ -1,0 +1,488 @@
+"""Settings and the command line: flags, variables, defaults, wrong use."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sqlite3
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jwt
+import pytest
+import trio
+import trio.testing
+
+import chatd
+from chatd import Rate, Settings
+from tests.harness import DOOR_SECONDS, DoorRun, DoorServer, door_run, door_users
+
+
+def words_settings(*argv: str) -> Settings:
+    """The settings of `chatd serve ARGV`."""
+    parser = chatd.make_parser()
+    return chatd.read_settings(parser, parser.parse_args(["serve", *argv]))
+
+
+def words_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (chatd.parse_rate, "5/20", Rate(5, 20)),
+        (chatd.parse_rate, "0.5/1", Rate(0.5, 1)),
+        (chatd.parse_rate, "0", Rate(0, 0)),
+        (chatd.parse_rate, "0/7", Rate(0, 0)),
+        (chatd.parse_count, "1", 1),
+        (chatd.parse_count, "10000", 10_000),
+        (chatd.parse_seconds, "0", 0.0),
+        (chatd.parse_seconds, "2.5", 2.5),
+        (chatd.parse_listen, "127.0.0.1:0", "127.0.0.1:0"),
+        (chatd.parse_listen, "[::1]:65535", "[::1]:65535"),
+        (chatd.parse_network, "none", "none"),
+        (chatd.parse_network, "10.0.0.0/8", "10.0.0.0/8"),
+        (chatd.parse_network, "::1", "::1"),
+        (chatd.parse_origin, "https://Example.org", "https://example.org"),
+        (chatd.parse_origin, "http://localhost:3000", "http://localhost:3000"),
+        (chatd.parse_word("a", "b"), "b", "b"),
+        (chatd.parse_ttl, "90s", 90),
+        (chatd.parse_ttl, "90", 90),
+        (chatd.parse_ttl, "15m", 900),
+        (chatd.parse_ttl, "12h", 43_200),
+        (chatd.parse_ttl, "30d", 2_592_000),
+        (chatd.parse_user, "1", 1),
+        (chatd.parse_user, str(2**53 - 1), 2**53 - 1),
+        (chatd.parse_scope, "service", "service"),
+        (chatd.parse_scope, " stats  service ", "stats service"),
+    ],
+)
+def test_a_setting_is_read_up_to_its_edge(
+    parse: Callable[[str], object], text: str, value: object
+) -> None:
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        *[
+            (chatd.parse_rate, text)
+            for text in (
+                "",
+                "5",
+                "5/",
+                "/5",
+                "5/0",
+                "5/0.9",
+                "-1/5",
+                "x",
+                "5/x",
+                "1/2/3",
+            )
+        ],
+        *[(chatd.parse_rate, text) for text in ("nan/5", "5/nan", "inf/5", "5/inf")],
+        *[(chatd.parse_count, text) for text in ("", "0", "-1", "1.5", "x", "²", "٣")],
+        (chatd.parse_count, "9" * 5000),
+        *[(chatd.parse_seconds, text) for text in ("", "-1", "nan", "inf", "x")],
+        *[
+            (chatd.parse_listen, text)
+            for text in ("", "host", "host:", ":80", "host:x", "host:65536", "host:-1")
+        ],
+        *[
+            (chatd.parse_network, text)
+            for text in ("", "x", "10.0.0.1/8", "10.0.0.0/33")
+        ],
+        *[
+            (chatd.parse_origin, text)
+            for text in ("", "example.org", "ftp://a", "https://", "https://a/", "*")
+        ],
+        *[(chatd.parse_origin, text) for text in ("null", "https://a b", "http://u@a")],
+        (chatd.parse_word("a", "b"), "c"),
+        *[(chatd.parse_ttl, text) for text in ("", "0", "0d", "-1", "1w", "d", "1.5h")],
+        *[(chatd.parse_user, text) for text in ("", "0", "-1", "x", "٦", "6 ")],
+        (chatd.parse_user, str(2**53)),
+        (chatd.parse_user, "9" * 30),
+        *[(chatd.parse_scope, text) for text in ("", "  ", "admin", "service,stats")],
+    ],
+)
+def test_a_setting_past_its_edge_is_refused_with_a_sentence(
+    parse: Callable[[str], object], text: str
+) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse(text)
+
+
+# A good value as it is typed, what it becomes, and a bad one; None: every text is good.
+FLAGS: dict[str, tuple[str, object, str | None]] = {
+    "listen": ("[::1]:0", "[::1]:0", "8086"),
+    "db": ("/srv/chat.db", Path("/srv/chat.db"), None),
+    "secret_file": ("/etc/secret", Path("/etc/secret"), None),
+    "jwt_key": ("/etc/key", (Path("/etc/key"),), None),
+    "issuer": ("shop", "shop", None),
+    "audience": ("chat", "chat", None),
+    "origin": ("https://a.example", ("https://a.example",), "a.example"),
+    "trusted_proxy": ("10.0.0.0/8", ("10.0.0.0/8",), "10.0.0.1/8"),
+    "chats_by": ("service", "service", "admin"),
+    "log_level": ("debug", "debug", "loud"),
+    "sends": ("1/2", Rate(1, 2), "1"),
+    "commands": ("1/2", Rate(1, 2), "1"),
+    "typing": ("1/2", Rate(1, 2), "1"),
+    "handshakes": ("0", Rate(0, 0), "-1/5"),
+    "requests": ("1/2", Rate(1, 2), "1/0"),
+    "receive_bytes": ("1/2", Rate(1, 2), "x"),
+    "max_connections": ("7", 7, "0"),
+    "connections_per_user": ("7", 7, "-1"),
+    "max_message_bytes": ("7", 7, "64K"),
+    "max_content_chars": ("7", 7, "1.5"),
+    "drain_seconds": ("0.5", 0.5, "-1"),
+    "check_bytes": ("7", 7, "0"),
+}
+BAD_FLAGS = [(name, bad) for name, (_, _, bad) in FLAGS.items() if bad is not None]
+
+
+def test_the_table_above_has_every_flag() -> None:
+    assert list(FLAGS) == [field.name for field in chatd.flags()]
+
+
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag_beats_its_variable_and_a_variable_beats_the_default(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, value, _ = FLAGS[name]
+    assert getattr(words_settings(), name) == getattr(Settings(), name) != value
+    monkeypatch.setenv(f"CHATD_{name.upper()}", text)
+    assert getattr(words_settings(), name) == value
+    monkeypatch.setenv(f"CHATD_{name.upper()}", str(getattr(Settings(), name) or "/x"))
+    assert getattr(words_settings(words_flag(name), text), name) == value
+
+
+BLANK = pytest.mark.parametrize("blank", ["", " ", "\t \n"])
+
+
+@BLANK
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_blank_variable_is_an_unset_one(
+    name: str, blank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unset = words_settings()
+    monkeypatch.setenv(f"CHATD_{name.upper()}", blank)
+    assert words_settings() == unset
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/chatd")
+    assert words_settings().db == Path("/var/lib/chatd/chatd.db")
+
+
+@BLANK
+@pytest.mark.usefixtures("bare_environment")
+def test_blank_variables_of_systemd_and_of_the_proxy_are_unset_ones(
+    blank: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("STATE_DIRECTORY", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET"):
+        monkeypatch.setenv(name, blank)
+    for name in ("CHATD_UPSTREAM", "CHATD_TRUSTED_PROXY", "CHATD_NOBODY_KNOWS_ME"):
+        monkeypatch.setenv(name, blank)
+    parser = chatd.make_parser()
+    options = parser.parse_args(["proxy"])
+    assert options.upstream == "127.0.0.1:8086"
+    settings = chatd.read_settings(parser, options)
+    assert settings.trusted_proxy == ("none",)
+    assert settings.db == Path("chatd.db")
+    assert chatd.secret_path(settings) == Path("chatd.secret")
+    chatd.tell_unknown_variables()
+    chatd.notify("READY=1")
+    assert caplog.messages == []
+
+
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize(("name", "bad"), BAD_FLAGS)
+def test_a_bad_flag_is_wrong_use_and_is_named(
+    name: str, bad: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        chatd.main(["serve", f"{words_flag(name)}={bad}"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert f"argument {words_flag(name)}: " in said
+    assert bad in said
+
+
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize(("name", "bad"), BAD_FLAGS)
+def test_a_bad_variable_is_wrong_use_and_is_named(
+    name: str,
+    bad: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(f"CHATD_{name.upper()}", bad)
+    with pytest.raises(SystemExit) as caught:
+        chatd.main(["token", "6"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert f"CHATD_{name.upper()}: " in said
+    assert bad in said
+
+
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["fly"], ["serve", "--fly"], ["serve", "x"], ["token"], ["token", "Bob"],
+     ["token", "6", "--ttl", "x"], ["token", "6", "--scope", "x"],
+     ["token", "6", "--link", "x"], ["token", "6", "--link", "ftp://x"], ["backup"],
+     ["serve", "--demo", "--db", "x"]],
+)  # fmt: skip
+def test_wrong_use_is_exit_status_2(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        chatd.main(argv)
+    assert caught.value.code == 2
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_a_flag_of_several_values_takes_them_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = words_settings("--jwt-key", "a", "--jwt-key", "b").jwt_key
+    monkeypatch.setenv("CHATD_JWT_KEY", "a b")
+    assert both == words_settings().jwt_key == (Path("a"), Path("b"))
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_the_database_is_in_the_state_directory_unless_somebody_says_where(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert words_settings().db == Path("chatd.db")
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/chatd:/var/lib/more")
+    assert words_settings().db == Path("/var/lib/chatd/chatd.db")
+    monkeypatch.setenv("CHATD_DB", "/srv/a.db")
+    assert words_settings().db == Path("/srv/a.db")
+    assert words_settings("--db", "/srv/b.db").db == Path("/srv/b.db")
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_the_proxy_has_its_own_defaults_and_a_variable_beats_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chosen(*argv: str) -> tuple[Settings, str]:
+        parser = chatd.make_parser()
+        options = parser.parse_args(["proxy", *argv])
+        return chatd.read_settings(parser, options), options.upstream
+
+    settings, upstream = chosen()
+    assert (settings.listen, upstream) == ("127.0.0.1:3000", "127.0.0.1:8086")
+    assert not chatd.Proxies(settings.trusted_proxy).networks
+    assert words_settings().trusted_proxy == ("127.0.0.0/8", "::1")
+    monkeypatch.setenv("CHATD_LISTEN", "[::1]:1")
+    monkeypatch.setenv("CHATD_TRUSTED_PROXY", "10.0.0.0/8")
+    monkeypatch.setenv("CHATD_UPSTREAM", "chat.example:2")
+    settings, upstream = chosen()
+    assert (settings.listen, upstream) == ("[::1]:1", "chat.example:2")
+    assert settings.trusted_proxy == ("10.0.0.0/8",)
+    settings, upstream = chosen("--listen", "a:3", "--upstream", "b:4")
+    assert (settings.listen, upstream) == ("a:3", "b:4")
+    with pytest.raises(SystemExit):
+        chatd.main(["proxy", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("(default 127.0.0.1:3000)", "(default none)", "--jwt-key FILE"):
+        assert part in said
+    assert "--sends" not in said
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_help_says_every_flag_its_unit_its_default_and_what_happens_over_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        chatd.main(["serve", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for field in chatd.flags():
+        meta = field.metadata
+        assert f"{words_flag(field.name)} {meta['unit']} {meta['why']}" in said
+        assert f"over it: {meta['over']}" in said
+        assert f"(default {chatd.shown(field.default)})" in said or not field.default
+
+
+def test_the_table_of_settings_has_a_row_for_every_flag() -> None:
+    head, line, *rows = chatd.settings_table().split("\n")
+    assert (head.count("|"), line) == (5, "|---|---|---|---|")
+    assert [row.split()[1].strip("`") for row in rows] == [*map(words_flag, FLAGS)]
+    assert all(row.count("|") == 5 for row in rows)
+    assert "| `--sends RATE/BURST` | `5/20` | messages a second" in rows[10]
+
+
+# The defaults, as they are typed.
+DEFAULTS = {
+    "listen": "127.0.0.1:8086", "db": "chatd.db", "chats_by": "user",
+    "sends": "5/20", "commands": "30/60", "typing": "1/5", "handshakes": "10/50",
+    "requests": "20/100", "receive_bytes": "65536/524288", "max_connections": "10000",
+    "connections_per_user": "20", "max_message_bytes": "65536",
+    "max_content_chars": "4000", "drain_seconds": "5.0", "check_bytes": "33554432",
+    "outbox_bytes": "262144",
+    "head_seconds": "10.0", "request_seconds": "15.0", "idle_seconds": "75.0",
+    "ping_seconds": "25.0", "pong_seconds": "10.0", "stall_seconds": "10.0",
+    "token_warning_seconds": "60.0", "token_grace_seconds": "25.0",
+    "ticket_seconds": "60", "link_seconds": "86400", "session_seconds": "2592000",
+    "probe_seconds": "2.0", "unanswered": "64", "fragments": "64", "header_lines": "64",
+    "refused_in_a_row": "100", "resync_events": "5000", "page_events": "500",
+    "page_bytes": "131072", "tail_events": "16384", "readers": "4", "large_chat": "50",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_default_is_the_one_that_the_design_names(name: str) -> None:
+    assert str(getattr(Settings(), name)) == DEFAULTS[name]
+
+
+def test_every_setting_has_a_unit_and_a_reason() -> None:
+    for field in dataclasses.fields(Settings):
+        assert field.metadata["unit"], field.name
+        assert field.metadata["why"], field.name
+
+
+# --- the command line ----------------------------------------------------------------
+
+
+async def test_wrong_use_is_told_with_status_2(tmp_path: Path) -> None:
+    db = tmp_path / "chatd.db"
+    wrong: list[tuple[str, ...]] = [
+        ("nonsense",),
+        ("serve", "--nonsense"),
+        ("serve", "--listen", "nonsense"),
+        ("serve", "--listen", "127.0.0.1:99999"),
+        ("serve", "--sends", "many"),
+        ("serve", "--sends=-1/5"),
+        ("serve", "--max-connections", "few"),
+        ("serve", "--drain-seconds=-1"),
+        ("serve", "--trusted-proxy", "nonsense"),
+        ("serve", "--chats-by", "nobody"),
+        ("proxy", "--upstream", "nonsense"),
+        ("proxy", "--listen", "nonsense"),
+        ("token",),
+        ("token", "six"),
+        ("token", "0"),
+        ("token", "6", "--ttl", "nonsense"),
+        ("backup",),
+        ("restore",),
+    ]
+    runs: dict[tuple[str, ...], DoorRun] = {}
+
+    async def run(words: tuple[str, ...]) -> None:
+        end = () if words[0] == "nonsense" else ("--db", db)
+        runs[words] = await door_run(*words, *end)
+
+    async with trio.open_nursery() as nursery:
+        for words in wrong:
+            nursery.start_soon(run, words)
+    for words, done in runs.items():
+        assert done.status == 2, (words, done)
+        assert done.out == "", (words, done)
+        said = words[-1].partition("=")
+        assert (said[2] or said[0]).lstrip("-") in done.err, (words, done)
+    assert not db.exists()
+    by_environment = await door_run("serve", "--db", db, CHATD_SENDS="many")
+    assert by_environment.status == 2
+    assert "CHATD_SENDS" in by_environment.err
+    misspelt = await door_run("check", "--db", db, CHATD_SENDZ="5/20")
+    assert "WARNING unknown_variable name='CHATD_SENDZ'" in misspelt.err
+    helped = await door_run("--help")
+    assert helped.status == 0
+    for word in ("serve", "proxy", "token", "backup", "restore", "check"):
+        assert word in helped.out
+    version = await door_run("--version")
+    assert (version.status, chatd.__version__ in version.out) == (0, True)
+
+
+async def test_a_token_from_the_command_line_is_all_it_prints(
+    open_house: DoorServer,
+) -> None:
+    house = open_house
+    user = next(door_users)
+    words = ("token", user, "--db", house.db)
+    secret = ("--secret-file", house.db.with_name("chatd.secret"))
+    plain = await door_run(*words, "--name", "Ann", "--ttl", "90s")
+    claims = jwt.decode(plain.out.strip(), options={"verify_signature": False})
+    assert 80 < claims["exp"] - time.time() <= 91
+    assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", plain.out)
+    me = await house.want(200, "GET /api/v1/me", plain.out.strip())
+    assert me == {"user_id": user, "name": "Ann"}
+    stats = await door_run("token", user, *secret, "--scope", "stats")
+    target = "GET /api/v1/internal/chat/ws/stats"
+    await house.want(200, target, stats.out.strip())
+    link = await door_run(*words, "--link")
+    assert re.fullmatch(r"http://127\.0\.0\.1:8086/#token=\S+\n", link.out), link
+    credentials = {"CREDENTIALS_DIRECTORY": str(house.home)}
+    systemd = await door_run("token", user, **credentials)
+    await house.want(200, "GET /api/v1/me", systemd.out.strip())
+    for run in (plain, stats, link, systemd):
+        assert run.status == 0
+
+
+async def test_what_cannot_work_is_told_with_status_1(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    paths = [tmp_path / name for name in ("newer", "garbage", "open", "short")]
+    newer, garbage, readable, short = (path / "chatd.db" for path in paths)
+    for path in paths:
+        path.mkdir()
+    garbage.write_bytes(b"not a database, but long enough to be looked at" * 100)
+    for db, text, mode in ((readable, "x" * 40, 0o644), (short, "short", 0o600)):
+        secret = db.with_name("chatd.secret")
+        secret.write_text(text, "ascii")
+        secret.chmod(mode)
+    async with house.serving():
+        pid = str(house.process.pid) if house.process else ""
+        assert (await door_run("backup", newer, "--db", house.db)).status == 0
+        with sqlite3.connect(newer) as connection:
+            connection.execute("PRAGMA user_version = 999")
+        connection.close()
+        secret = house.db.with_name("chatd.secret")
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+        newer.with_name("chatd.secret").write_bytes(secret.read_bytes())
+        newer.with_name("chatd.secret").chmod(0o600)
+        listen = ("serve", "--listen", "127.0.0.1:0", "--db")
+        taken = ("serve", "--listen", f"127.0.0.1:{house.port}", "--db")
+        nowhere = tmp_path / "no" / "such" / "chatd.db"
+        before = garbage.read_bytes()
+        failures: list[tuple[tuple[object, ...], str]] = [
+            ((*listen, house.db), pid),  # who holds it
+            (("restore", newer, "--db", house.db), pid),
+            ((*listen, newer), "999"),
+            ((*listen, garbage), str(garbage)),
+            (("check", "--db", garbage), str(garbage)),
+            (("restore", garbage, "--db", tmp_path / "x.db"), str(garbage)),
+            ((*listen, readable), str(readable.with_name("chatd.secret"))),
+            ((*listen, short), "32"),
+            ((*taken, tmp_path / "other.db"), str(house.port)),
+            ((*listen, nowhere), str(nowhere.parent)),
+            (("token", "6", "--db", nowhere), "secret"),
+            (("proxy", *listen[1:], nowhere), "secret"),
+            (("proxy", *taken[1:], house.db), str(house.port)),
+            (("check", "--db", nowhere), str(nowhere)),
+            (("backup", tmp_path / "copy", "--db", nowhere), str(nowhere)),
+            (("restore", tmp_path / "none", "--db", tmp_path / "o.db"), "none"),
+            ((*listen, tmp_path / "o.db", "--jwt-key", tmp_path / "none"), "none"),
+        ]
+        runs: list[tuple[tuple[object, ...], str, DoorRun]] = []
+
+        cores = trio.CapacityLimiter(2)  # more at once only wait for each other
+
+        async def run(words: tuple[object, ...], named: str) -> None:
+            async with cores:
+                with trio.fail_after(DOOR_SECONDS):
+                    runs.append((words, named, await door_run(*words)))
+
+        async with trio.open_nursery() as nursery:
+            for words, named in failures:
+                nursery.start_soon(run, words, named)
+        for words, named, done in runs:
+            assert done.status == 1, (words, done)
+            assert named in done.err, (words, done)
+            assert "listening" not in done.out, (words, done)
+        assert garbage.read_bytes() == before
+        assert not nowhere.parent.exists()
+        await house.want(200, "GET /healthz")

@@ -1,0 +1,1570 @@
+"""The store: what a transaction writes, what readers see, how it fails and opens."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import itertools
+import os
+import re
+import resource
+import sqlite3
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+import chatd
+from chatd import Refusal, Send, Settings, Stats, Store, UsageError
+from tests.harness import (
+    DOOR_BULK,
+    DoorCount,
+    DoorSender,
+    DoorServer,
+    Memory,
+    MemoryWork,
+    WiresHouse,
+    door_run,
+    door_until,
+    door_users,
+    memory_frames,
+    memory_is_sound,
+    memory_job,
+    memory_store,
+    memory_with,
+    refusal_of,
+    usage_error_of,
+    wires,
+)
+
+# --- writing: the works --------------------------------------------------------------
+
+
+def test_a_message_is_the_event_that_announces_it(memory: Memory) -> None:
+    chat = memory.chat(5, 6)
+    sent = memory.say(chat, 5, "Привет!", "k1")
+    assert not sent.duplicate
+    (event,) = memory.page(6, 2).events
+    assert memory_frames(event.frame) == [
+        {
+            "type": "new_message", "seq": 3, "chat_id": chat,
+            "message": {
+                "id": 3, "chat_id": chat, "sender_id": 5, "content": "Привет!",
+                "created_at": sent.message.created_at, "n": 1, "client_id": "k1",
+            },
+        }
+    ]  # fmt: skip
+
+
+def test_ordinals_of_a_chat_and_seqs_have_no_holes(memory: Memory) -> None:
+    chats = [memory.chat(1, 2), memory.chat(2, 3)]
+    ordinals = [memory.say(chats[i % 2], 2).message.n for i in range(6)]
+    refusal_of(memory.say, chats[0], 3)
+    assert ordinals == [1, 1, 2, 2, 3, 3]
+    assert memory.say(chats[0], 1).message.n == 4
+    assert memory.seqs(2) == [2, 3, *range(5, 12)]
+
+
+@pytest.mark.parametrize("key", ["", "k"])
+def test_who_is_no_member_is_told_the_same_as_of_a_chat_that_is_none(
+    memory: Memory, key: str
+) -> None:
+    chat = memory.chat(1, 2)
+    told = [str(refusal_of(memory.say, to, 3, "hi", key)) for to in (chat, 99)]
+    assert told[0] == told[1] == "not_found: chat_id: there is no such chat for you"
+
+
+def test_a_service_sends_for_who_is_no_member_but_not_to_no_chat(
+    memory: Memory,
+) -> None:
+    chat = memory.chat(1, 2)
+    sent = memory.do(*memory.sends(chat, 9, "from the shop", service=True))
+    assert sent.message.sender_id == 9
+    refusal = refusal_of(memory.do, *memory.sends(99, 9, service=True))
+    assert refusal.code == "not_found"
+    assert memory.seqs(9) == []
+    assert [user.user_id for user in memory.read(memory.store.users)] == [1, 2, 9]
+
+
+def test_a_repeat_is_answered_alike_and_makes_no_event(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    first, second = (memory.say(chat, 1, "hi", "k") for _ in range(2))
+    assert (first.duplicate, second.duplicate) == (False, True)
+    assert first.message == second.message
+    assert (memory.hub.head, memory.count("message")) == (3, 1)
+
+
+def test_a_repeat_in_the_same_batch_is_one(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    batch = memory.commit(*[memory.sends(chat, 1, "hi", "k")] * 3)
+    assert [outcome.duplicate for _, outcome in batch.answers] == [False, True, True]
+    assert [event.seq for event in batch.events] == [3]
+
+
+def test_a_repeat_with_another_text_or_chat_is_a_mismatch(memory: Memory) -> None:
+    chats = [memory.chat(1, 2), memory.chat(1, 2)]
+    memory.say(chats[0], 1, "hi", "k")
+    for chat, text in ((chats[0], "ho"), (chats[1], "hi"), (99, "hi")):
+        refusal = refusal_of(memory.say, chat, 1, text, "k")
+        assert (refusal.code, refusal.status) == ("idempotency_mismatch", 409)
+        assert "client_id" in refusal.message
+    assert not memory.say(chats[0], 2, "ho", "k").duplicate  # another sender's key
+
+
+def test_without_a_key_the_same_text_twice_is_two_messages(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    assert [memory.say(chat, 1).message.n for _ in range(2)] == [1, 2]
+
+
+def test_the_key_is_asked_before_membership(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    memory.say(chat, 1, "hi", "k")
+    memory.do(memory.store.remove_member, chat, 1, 1)
+    assert memory.say(chat, 1, "hi", "k").duplicate
+    assert refusal_of(memory.say, chat, 1, "hi", "k2").code == "not_found"
+
+
+def test_a_repeat_is_found_by_a_reader_too(memory: Memory) -> None:
+    chat, find = memory.chat(1, 2), memory.store.find_sent
+    sent = memory.say(chat, 1, "hi", "k").message
+    again = Send(chat, 1, "hi", "k")
+    assert memory.read(find, again) == chatd.Sent(sent, duplicate=True)
+    for other in (
+        Send(chat, 1, "hi", "l"),
+        Send(chat, 2, "hi", "k"),
+        Send(chat, 1, "hi"),
+    ):
+        assert memory.read(find, other) is None
+    refusal = refusal_of(memory.read, find, again._replace(content="ho"))
+    assert refusal.code == "idempotency_mismatch"
+
+
+def test_a_mark_moves_up_and_never_down(memory: Memory) -> None:
+    chat, mark = memory.chat(1, 2), memory.store.mark_read
+    ids = [memory.say(chat, 1).message.id for _ in range(3)]
+    assert memory.do(mark, 2, ids[1]) == (ids[1], chat, 2, 6)
+    assert memory.do(mark, 2, ids[0]) == (ids[0], chat, 1, 0)
+    assert memory.do(mark, 2, ids[1]) == (ids[1], chat, 2, 0)
+    assert memory.do(mark, 2, ids[2]) == (ids[2], chat, 3, 7)
+    assert memory_frames(memory.page(1, 5).events[0].frame) == [
+        {"type": "message_read", "seq": 6, "message_id": ids[1], "chat_id": chat,
+         "read_by": 2, "n": 2}
+    ]  # fmt: skip
+
+
+def test_sending_moves_the_sender_and_tells_nobody(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    memory.say(chat, 2)
+    memory.say(chat, 1)
+    assert [mine.unread for user in (1, 2) for mine in memory.my_chats(user)] == [0, 1]
+    assert memory.do(memory.store.mark_read, 1, 4).seq == 0
+
+
+def test_a_message_of_another_chat_cannot_be_marked(memory: Memory) -> None:
+    other = memory.say(memory.chat(1, 2), 1).message.id
+    told = {
+        str(refusal_of(memory.do, memory.store.mark_read, 3, message))
+        for message in (other, 99, 2**53 - 1)
+    }
+    assert told == {"not_found: message_id: there is no such message for you"}
+
+
+def test_in_a_large_chat_a_mark_is_the_reader_s_own_business() -> None:
+    with memory_with(large_chat=2) as memory:
+        small, large = memory.chat(1, 2), memory.chat(1, 2, 3)
+        seats = [memory.sit(user) for user in (1, 2, 2)]
+        for chat in (small, large):
+            sent = memory.say(chat, 1)
+            memory.do(memory.store.mark_read, 2, sent.message.id)
+        assert [made.seqs() for made in seats] == [[6, 7, 8], *[[6, 7, 8, 9]] * 2]
+        assert [memory.seqs(user, 5) for user in (1, 2, 3)] == [
+            [6, 7, 8],
+            [6, 7, 8, 9],
+            [8],
+        ]
+        assert [chat.unread for chat in memory.my_chats(2)] == [0, 0]
+
+
+def test_creating_tells_each_member_once_with_the_whole_chat(memory: Memory) -> None:
+    memory.do(memory.store.rename, 2, "Bob")
+    chat = memory.do(memory.store.create_chat, "Sofa", [2, 1, 2])
+    (event,) = memory.page(2).events
+    assert memory.seqs(1) == [1]
+    assert memory_frames(event.frame) == [
+        {
+            "type": "chat_added", "seq": 2, "chat_id": chat.id,
+            "chat": {
+                "id": chat.id, "title": "Sofa", "last_n": 0, "last_message": None,
+                "members": [
+                    {"user_id": 1, "name": None, "read_n": 0},
+                    {"user_id": 2, "name": "Bob", "read_n": 0},
+                ],
+            },
+        }
+    ]  # fmt: skip
+
+
+def test_adding_tells_the_members_and_then_the_new_one(memory: Memory) -> None:
+    chat, add = memory.chat(1, 2), memory.store.add_member
+    memory.do(memory.store.rename, 3, "Carol")
+    memory.say(chat, 1)
+    seats = [memory.sit(user) for user in (1, 3)]
+    assert memory.do(add, chat, 3, 1) is True
+    assert seats[0].heard() == [
+        {
+            "type": "member_added",
+            "seq": 4,
+            "chat_id": chat,
+            "user_id": 3,
+            "name": "Carol",
+        }
+    ]
+    (added,) = seats[1].heard()
+    assert (added["type"], added["seq"], added["chat"]["last_n"]) == (
+        "chat_added",
+        5,
+        1,
+    )
+    assert [(m["user_id"], m["read_n"]) for m in added["chat"]["members"]] == [
+        (1, 1), (2, 0), (3, 1),
+    ]  # fmt: skip
+
+
+def test_adding_who_is_there_changes_nothing(memory: Memory) -> None:
+    chat, add = memory.chat(1, 2), memory.store.add_member
+    assert memory.do(add, chat, 2, 1) is False
+    assert memory.do(add, chat, 1, None) is False
+    assert memory.hub.head == 2
+
+
+def test_only_a_member_or_a_service_may_add_and_remove(memory: Memory) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    for work in (store.add_member, store.remove_member):
+        told = {str(refusal_of(memory.do, work, *who)) for who in (
+            (chat, 9, 3), (99, 9, 1), (99, 9, None))}  # fmt: skip
+        assert told == {"not_found: chat_id: there is no such chat for you"}
+    refusal = refusal_of(memory.do, store.remove_member, chat, 9, None)
+    assert str(refusal) == "not_found: user_id: not a member of this chat"
+
+
+def test_a_removal_is_the_last_that_the_removed_gets(memory: Memory) -> None:
+    chat = memory.chat(1, 2, 3)
+    seats = {user: memory.sit(user) for user in (1, 2, 3)}
+    memory.do(memory.store.remove_member, chat, 3, 3)
+    memory.say(chat, 1)
+    assert seats[3].heard() == [
+        {"type": "member_removed", "seq": 4, "chat_id": chat, "user_id": 3}
+    ]
+    assert seats[1].seqs() == seats[2].seqs() == [4, 5]
+    assert refusal_of(memory.say, chat, 3).code == "not_found"
+
+
+def test_a_chat_has_a_bound_of_members() -> None:
+    with memory_with(members=3) as memory:
+        refusal = refusal_of(memory.chat, 1, 2, 3, 4)
+        assert str(refusal) == "bad_field: member_ids: 4 members; at most 3"
+        chat = memory.chat(1, 2, 3)
+        refusal = refusal_of(memory.do, memory.store.add_member, chat, 4, 1)
+        assert refusal.code == "bad_field"
+        assert memory.do(memory.store.add_member, chat, 3, 1) is False
+
+
+def test_names_and_revocations_are_kept_and_are_no_events(memory: Memory) -> None:
+    store = memory.store
+    for user, name in ((1, "Ann"), (2, "Bob"), (1, "Anna"), (1, "Anna")):
+        memory.do(store.rename, user, name)
+    at = memory.do(store.revoke, 2)
+    assert memory.do(store.revoke, 3) in (at, at + 1)
+    assert {*memory.again().store.revoked()} == {2, 3}
+    assert (memory.read(store.name, 1), memory.read(store.name, 9)) == ("Anna", None)
+    assert memory.hub.head == 0
+
+
+def test_those_who_are_known_are_listed_by_name_up_to_200(memory: Memory) -> None:
+    memory.chat(*range(1, 300))
+    memory.do(memory.store.rename, 250, "Zoe")
+    memory.do(memory.store.rename, 251, "Ann")
+    users = memory.read(memory.store.users)
+    assert (len(users), users[2]) == (200, chatd.User(1, None))
+    assert users[:2] == [chatd.User(251, "Ann"), chatd.User(250, "Zoe")]
+
+
+# --- writing: the transaction --------------------------------------------------------
+
+
+def memory_spoiled(memory: Memory, chat: int) -> MemoryWork:
+    """A work that writes and then thinks better of it."""
+
+    def work(db: sqlite3.Connection, log: list[chatd.Event]) -> None:
+        memory.store.send_message(db, log, Send(chat, 1, "spoiled"))
+        memory.store.create_chat(db, log, None, [1, 77])
+        raise Refusal("forbidden")
+
+    return (work,)
+
+
+def test_a_refused_job_does_not_sink_its_neighbours(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    batch = memory.commit(
+        memory.sends(chat, 1),
+        memory_spoiled(memory, chat),
+        memory.sends(chat, 3),
+        memory.sends(chat, 2),
+    )
+    codes = [getattr(outcome, "code", "") for _, outcome in batch.answers]
+    assert codes == ["", "forbidden", "not_found", ""]
+    assert [(event.seq, event.wire.seq) for event in batch.events] == [(3, 3), (4, 4)]
+    assert (memory.count("message"), memory.count("chat"), memory.count("event")) == (
+        2, 1, 4,
+    )  # fmt: skip
+    assert (memory.stats.commits, memory.stats.batch_max) == (2, 4)
+
+
+@pytest.mark.parametrize("user_id", [0, 2**63])
+def test_a_broken_rule_of_the_schema_is_our_mistake_and_sinks_nobody(
+    memory: Memory, user_id: int
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    batch = memory.commit(
+        (store.create_chat, None, [1, user_id]), memory.sends(chat, 1)
+    )
+    assert batch.answers[0][1].code == "internal"
+    assert batch.answers[1][1].message.n == 1
+    assert [event.seq for event in batch.events] == [3]
+    assert sum(memory.stats.errors.values()) == 1
+    assert not store.degraded
+
+
+def test_a_work_before_the_start_is_done_here_and_now(tmp_path: Path) -> None:
+    store = Store(Settings(db=tmp_path / "a.db"), Stats())
+    assert store.write_now(store.create_chat, None, [1]).id == 1
+    refusal = refusal_of(store.write_now, store.mark_read, 1, 9)
+    assert (refusal.code, store.seq) == ("not_found", 1)
+    store.close()
+
+
+def test_only_the_writer_writes_and_it_writes_for_good(memory: Memory) -> None:
+    memory.chat(1, 2)
+    for pragma, writer, reader in (
+        ("journal_mode", "wal", "wal"), ("synchronous", 2, 2), ("foreign_keys", 1, 0),
+        ("query_only", 0, 1), ("trusted_schema", 0, 0), ("secure_delete", 1, 1),
+        ("wal_autocheckpoint", 1000, 0), ("cell_size_check", 1, 0),
+        ("application_id", 0x63686174, 0x63686174), ("user_version", 1, 1),
+    ):  # fmt: skip
+
+        def ask(db: sqlite3.Connection, pragma: str = pragma) -> object:
+            return db.execute(f"PRAGMA {pragma}").fetchone()[0]
+
+        assert (pragma, ask(memory.store._writer)) == (pragma, writer)
+        if pragma != "secure_delete":
+            assert (pragma, memory.read(ask)) == (pragma, reader)
+    refusal = refusal_of(memory.read, lambda db: db.execute("DELETE FROM event"))
+    assert (refusal.code, memory.count("event")) == ("storage_failed", 2)
+
+
+def test_the_database_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        memory = Memory(tmp_path)
+        memory.chat(1, 2)
+    finally:
+        os.umask(old)
+    files = [path for path in tmp_path.iterdir() if path.name.startswith("chatd.db")]
+    assert len(files) == 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    assert memory.store.wal_bytes() > 0
+    memory.store.close()
+    assert (memory.store.wal_bytes(), len([*tmp_path.iterdir()])) == (0, 1)
+
+
+# --- reading -------------------------------------------------------------------------
+
+
+def test_who_leaves_sees_nothing_more_and_who_returns_nothing_of_between(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    memory.say(chat, 1, "seen")  # 3
+    memory.do(store.remove_member, chat, 2, 2)  # 4
+    memory.say(chat, 1, "unseen")  # 5
+    assert memory.seqs(2) == [2, 4]
+    memory.do(store.add_member, chat, 2, 1)  # 6 to the others, 7 to him
+    memory.say(chat, 1, "seen again")  # 8
+    assert memory.seqs(2) == [2, 4, 7, 8]
+    assert memory.seqs(1) == [1, 3, 4, 5, 6, 8]
+    messages, more = memory.read(store.history, 2, chat, None, 50, memory.hub.head)
+    assert ([message.n for message in messages], more) == ([1, 2, 3], False)
+
+
+def test_the_log_tells_a_chat_that_one_has_left_as_an_empty_one(memory: Memory) -> None:
+    chat = memory.chat(1, 2, title="Sofa")
+    memory.say(chat, 1, "between us")
+    memory.do(memory.store.remove_member, chat, 2, 2)
+    (message,) = memory_frames(memory.page(2).events[0].frame)
+    assert message["chat"] == {
+        "id": chat, "title": None, "members": [], "last_n": 0, "last_message": None,
+    }  # fmt: skip
+    (message,) = memory_frames(memory.page(1).events[0].frame)
+    assert (message["chat"]["title"], message["chat"]["last_n"]) == ("Sofa", 1)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 10, 11, 100])
+def test_pages_of_any_length_make_the_whole_log(memory: Memory, limit: int) -> None:
+    chats = [memory.chat(1, 2), memory.chat(2, 3)]
+    for i in range(6):
+        memory.say(chats[i % 2], 2)
+    found, cursor, more = list[int](), 0, True
+    while more:
+        page = memory.page(1, cursor, limit)
+        found += [event.seq for event in page.events]
+        assert len(page.events) <= limit
+        cursor, more = page.cursor, page.more
+    assert found == [1, 5, 7, 9]
+    assert cursor == memory.hub.head == 10
+    assert memory.page(1, cursor, limit) == ([], 10, False)
+
+
+def test_a_page_ends_at_its_bytes_and_its_cursor_at_its_last_event() -> None:
+    with memory_with(page_bytes=5000) as memory:
+        chat = memory.chat(1, 2)
+        for _ in range(8):
+            memory.say(chat, 1, "x" * 1000)
+        seqs, page = list[int](), memory.page(2, 2)
+        while page.more:
+            assert page.cursor == page.events[-1].seq
+            assert 1 <= len(page.events) <= 5
+            seqs += [event.seq for event in page.events]
+            page = memory.page(2, page.cursor)
+        assert [*seqs, *[event.seq for event in page.events]] == [*range(3, 11)]
+
+
+def test_a_page_that_is_not_cut_short_moves_the_cursor_to_its_bound(
+    memory: Memory,
+) -> None:
+    chat = memory.chat(1, 2)
+    memory.chat(3, 4)
+    memory.say(chat, 1)
+    assert memory.page(1, 1)[1:] == (5, False)
+    assert memory.page(9, 0) == ([], 5, False)
+    full = memory.page(1, 0, limit=2)
+    assert ([event.seq for event in full.events], full.cursor) == ([1, 5], 5)
+    assert not full.more
+
+
+def test_a_removal_that_nobody_was_told_of_hides_nothing_that_came_before(
+    memory: Memory,
+) -> None:
+    chat, other = memory.chat(1, 2), memory.chat(2, 3)
+    for _ in range(3):
+        memory.say(chat, 1)
+    memory.do(memory.store.remove_member, other, 2, 2)
+    memory.say(other, 3)
+    upto, store = memory.hub.head, memory.store
+    before = [event.seq for event in memory.page(2, 4).events]
+    assert before == [5, 6, 7, 8]
+
+    def seen(user: int, cursor: int = 4) -> list[int]:
+        page = memory.read(store.events_after, user, cursor, upto, 100)
+        assert page.cursor == upto
+        assert memory.read(store.missed, user, cursor, upto) == len(page.events)
+        return [event.seq for event in page.events]
+
+    # On disk, and not published: as of the head he is in the chat.
+    for work, *words in (
+        (store.remove_member, chat, 2, None),
+        (store.add_member, chat, 2, None),
+        (store.remove_member, chat, 2, None),
+        (store.add_member, other, 2, None),  # he was not in it at the head
+        (store.remove_member, other, 2, None),
+        (store.add_member, chat, 9, None),  # nor was he
+        (store.remove_member, chat, 9, None),
+    ):
+        store.write_now(work, *words)
+        assert seen(2) == before
+        assert seen(9) == []
+    assert seen(2, 6) == [7, 8]
+    assert seen(1) == [5, 6, 7]
+
+
+def test_what_was_missed_is_counted_up_to_the_bound_of_a_replay() -> None:
+    with memory_with(resync_events=5) as memory:
+        chat = memory.chat(1, 2)
+        other = memory.chat(3, 4)
+        for _ in range(6):
+            memory.say(chat, 1)
+            memory.say(other, 3)
+        missed = functools.partial(memory.read, memory.store.missed, 1)
+        assert [missed(cursor, 16) for cursor in (16, 15, 14, 6, 5, 4, 0)] == [
+            0, 0, 1, 5, 5, None, None,
+        ]  # fmt: skip
+        assert missed(20, 16) == 0
+        assert memory.greeting(1, 0).missed is None
+        assert memory.greeting(1, 6).missed == 5
+
+
+def test_a_greeting_is_absolute_as_of_the_head(memory: Memory) -> None:
+    chats = [memory.chat(1, 2), memory.chat(2, 3)]
+    memory.say(chats[0], 1)
+    memory.say(chats[0], 2)
+    assert memory.greeting(1) == (
+        {chats[0]: 1}, {str(chats[0]): chatd.Marks(last_n=2, read_n=1)}, 0,
+    )  # fmt: skip
+    assert memory.greeting(2).joined == {chats[0]: 2, chats[1]: 3}
+    assert memory.greeting(9) == ({}, {}, 0)
+
+
+def test_chats_are_listed_by_their_news_with_what_is_unread(memory: Memory) -> None:
+    chats = [memory.chat(1, 2, title=title) for title in ("a", "b", "c")]
+    memory.say(chats[0], 2, "x")
+    memory.say(chats[0], 2, "y")
+    memory.do(memory.store.mark_read, 1, 7)
+    first, second, third = memory.my_chats(1)
+    assert [chat.title for chat in (first, second, third)] == ["a", "c", "b"]
+    assert (first.last_n, first.read_n, first.unread) == (2, 1, 1)
+    assert first.last_message is not None
+    assert first.last_message.content == "y"
+    assert (third.last_message, third.unread) == (None, 0)
+
+
+def test_history_is_read_page_by_page_oldest_first(memory: Memory) -> None:
+    chat, head = memory.chat(1, 2), 0
+    ids = [memory.say(chat, 1, str(i)).message.id for i in range(5)]
+    head = memory.hub.head
+
+    def history(before: int | None, limit: int) -> tuple[list[str], bool]:
+        messages, more = memory.read(
+            memory.store.history, 2, chat, before, limit, head
+        )  # fmt: skip
+        return [message.content for message in messages], more
+
+    assert history(None, 2) == (["3", "4"], True)
+    assert history(ids[3], 2) == (["1", "2"], True)
+    assert history(ids[1], 2) == (["0"], False)
+    assert history(ids[0], 2) == ([], False)
+    assert history(None, 5) == (["0", "1", "2", "3", "4"], False)
+
+
+def test_history_is_for_members_and_before_is_a_message_of_the_chat(
+    memory: Memory,
+) -> None:
+    chat, other = memory.chat(1, 2), memory.chat(3, 4)
+    foreign, history = memory.say(other, 3).message.id, memory.store.history
+    for chat_id in (other, 99):
+        assert (
+            refusal_of(memory.read, history, 1, chat_id, None, 5, 9).code == "not_found"
+        )
+    for before in (foreign, 99, 1):
+        refusal = refusal_of(memory.read, history, 1, chat, before, 5, 9)
+        assert str(refusal) == "bad_field: before: not a message of this chat"
+
+
+def test_what_is_committed_and_not_published_does_not_exist_for_readers(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    memory.say(chat, 1, "old")
+    batch = memory.commit(
+        memory.sends(chat, 1, "new", "k"),
+        (store.create_chat, None, [1, 2]),
+        (store.mark_read, 2, 4),
+    )
+    assert (store.seq, memory.hub.head) == (7, 3)
+    assert memory.seqs(2) == [2, 3]
+    assert memory.page(2)[1:] == (3, False)
+    assert memory.greeting(2).marks == {str(chat): chatd.Marks(1, 1)}
+    ((mine,),) = [memory.my_chats(2)]
+    assert (mine.id, mine.last_n, mine.read_n, mine.unread) == (chat, 1, 1, 0)
+    messages, _ = memory.read(store.history, 2, chat, None, 9, memory.hub.head)
+    assert [message.content for message in messages] == ["old"]
+    memory.hub.publish(batch)
+    assert memory.seqs(2) == [2, 3, 4, 6, 7]
+
+
+def test_a_chat_is_told_without_what_is_not_published(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    memory.commit(memory.sends(chat, 1, "new"))
+    (told,) = memory_frames(memory.page(2).events[0].frame)
+    assert told["chat"]["last_message"] is None
+    ((mine,),) = [memory.my_chats(2)]
+    assert all(member.read_n <= mine.last_n for member in mine.members)
+
+
+def test_a_repeat_is_not_found_before_its_event_is_published(memory: Memory) -> None:
+    chat, find = memory.chat(1, 2), memory.store.find_sent
+    batch = memory.commit(memory.sends(chat, 1, "hi", "k"))
+    again = Send(chat, 1, "hi", "k")
+    assert memory.read(find, again, memory.hub.head) is None
+    memory.hub.publish(batch)
+    assert memory.read(find, again, memory.hub.head) is not None
+
+
+def test_a_query_that_fails_leaves_no_transaction_behind(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    for _ in range(6):
+        refusal_of(memory.read, memory.store.history, 9, chat, None, 5, 9)
+        refusal = refusal_of(memory.read, lambda db: db.execute("SELECT nothing"))
+        assert refusal.code == "storage_failed"
+    assert memory.seqs(1) == [1]
+    assert len(memory.store._idle_readers) == 1
+
+
+def memory_workout(memory: Memory, key: str) -> None:
+    """Every query of the store, once."""
+    store, chat = memory.store, memory.chat(1, 2)
+    sent = memory.say(chat, 1, "hi", key)
+    memory.say(chat, 1, "hi", key)
+    memory.do(store.mark_read, 2, sent.message.id)
+    memory.do(store.add_member, chat, 3, 1)
+    memory.do(store.remove_member, chat, 3, 3)
+    memory.do(store.rename, 1, "Ann")
+    memory.do(store.revoke, 2)
+    head = memory.hub.head
+    memory.page(1)
+    memory.greeting(1, 0)
+    memory.my_chats(1)
+    memory.read(store.history, 1, chat, sent.message.id, 5, head)
+    memory.read(store.find_sent, Send(chat, 1, "hi", key))
+    memory.read(store.name, 1)
+    store.tail()
+    store.revoked()
+    store._probe()
+
+
+def test_no_query_walks_through_a_table_that_grows(memory: Memory) -> None:
+    said: set[str] = set()
+    memory_workout(memory, "k1")
+    for db in (memory.store._writer, *memory.store._idle_readers):
+        db.set_trace_callback(said.add)
+    memory_workout(memory, "k2")
+    # The plan of an INSERT lists what a deferred foreign key would have to look at.
+    queries = {sql for sql in said if re.match(r"\s*(SELECT|UPDATE|DELETE)", sql)}
+    assert len(queries) > 25
+    for sql in queries:
+        plan = memory.store._writer.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall()
+        scans = [row[3] for row in plan if row[3].startswith("SCAN")]
+        # A list that was just selected, and the users whose tokens are revoked.
+        lists = r"\(?subquery|mine|CONSTANT"
+        right = rf"SCAN ({lists}|user USING (COVERING )?INDEX user_revoked)"
+        assert [scan for scan in scans if not re.match(right, scan)] == [], sql
+
+
+def memory_cost(db: sqlite3.Connection, function: Callable[[], object]) -> int:
+    """How many tens of steps SQLite takes for what a function asks of it."""
+    steps: list[int] = []
+    db.set_progress_handler(lambda: steps.append(1), 10)
+    function()
+    db.set_progress_handler(None, 10)
+    return len(steps)
+
+
+def test_nothing_costs_more_because_the_log_is_long(memory: Memory) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    queries: list[Callable[[], object]] = [
+        lambda: memory.page(1, 2, limit=5),
+        lambda: memory.page(1, memory.hub.head - 5),
+        lambda: memory.greeting(2, memory.hub.head - 5),
+        lambda: memory.my_chats(2),
+        lambda: memory.read(store.history, 2, chat, None, 5, memory.hub.head),
+    ]
+    works: list[Callable[[], object]] = [
+        lambda: memory.say(chat, 1, "x", f"k{memory.hub.head}"),
+        lambda: memory.do(store.mark_read, 2, memory.hub.head - 3),
+        lambda: memory.chat(1, 2),
+        lambda: memory.do(store.add_member, chat, 3, 1),
+        lambda: memory.do(store.remove_member, chat, 3, 3),
+    ]
+
+    def costs() -> list[int]:
+        for _ in range(10):
+            memory.say(chat, 1)
+        (reader,) = store._idle_readers
+        return [memory_cost(reader, query) for query in queries] + [
+            memory_cost(store._writer, work) for work in works
+        ]
+
+    memory.page(1)
+    short = costs()
+    memory.hub.publish(memory.commit(*[memory.sends(chat, 1)] * 3000))
+    for cost, before in zip(costs(), short, strict=True):
+        assert cost <= before + 20
+
+
+# --- the tasks -----------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def memory_running(memory: Memory) -> AsyncIterator[None]:
+    """The store's and the hub's tasks, as Server has them; stopped as it does."""
+    batches, published = trio.open_memory_channel[chatd.Batch](8)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(memory.store.run, batches)
+        nursery.start_soon(memory.hub.run, published)
+        yield
+        memory.store.finish()
+
+
+async def memory_code(memory: Memory, work: MemoryWork) -> str:
+    """The code of the Refusal that a work meets, after waiting for its answer."""
+    with pytest.raises(Refusal) as caught:
+        await memory.store.do(*work)
+    return caught.value.code
+
+
+async def test_what_waits_is_one_transaction(memory: Memory) -> None:
+    chat, outcomes = memory.chat(1, 2), list[Any]()
+    before = memory.stats.commits
+    for _ in range(100):
+        await memory.store.submit(
+            memory_job(*memory.sends(chat, 1), done=outcomes.append)
+        )
+    async with memory_running(memory):
+        await trio.testing.wait_all_tasks_blocked()
+    assert (memory.stats.commits, memory.stats.batch_max) == (before + 1, 100)
+    assert [outcome.message.n for outcome in outcomes] == [*range(1, 101)]
+
+
+async def test_a_transaction_has_a_bound_of_jobs() -> None:
+    with memory_with(batch_jobs=10) as memory:
+        chat = memory.chat(1, 2)
+        for _ in range(25):
+            await memory.store.submit(memory_job(*memory.sends(chat, 1)))
+        async with memory_running(memory):
+            await trio.testing.wait_all_tasks_blocked()
+        assert (memory.stats.commits, memory.stats.batch_max) == (4, 10)
+
+
+async def test_who_waits_for_a_work_gets_its_outcome_when_it_is_published(
+    memory: Memory,
+) -> None:
+    chat = memory.chat(1, 2)
+    async with memory_running(memory):
+        sent = await memory.store.do(*memory.sends(chat, 1))
+        assert memory.hub.head == sent.message.id
+        assert await memory_code(memory, memory.sends(99, 1)) == "not_found"
+        assert memory.store.writing_since is None
+
+
+async def test_a_work_is_done_though_its_caller_has_gone(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    with trio.CancelScope() as gone:
+        async with trio.open_nursery() as nursery:
+            sending = functools.partial(memory.store.do, *memory.sends(chat, 1))
+            nursery.start_soon(sending)
+            await trio.testing.wait_all_tasks_blocked()
+            gone.cancel()
+    async with memory_running(memory):
+        pass
+    assert memory.seqs(2) == [2, 3]
+
+
+async def test_a_stop_finishes_what_was_submitted(memory: Memory) -> None:
+    chat, outcomes = memory.chat(1, 2), list[Any]()
+    for _ in range(3):
+        await memory.store.submit(
+            memory_job(*memory.sends(chat, 1), done=outcomes.append)
+        )
+    memory.store.finish()
+    async with memory_running(memory):
+        pass
+    assert len(outcomes) == 3
+    with pytest.raises(trio.ClosedResourceError):
+        await memory.store.do(*memory.sends(chat, 1))
+
+
+async def test_it_works_in_threads(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    memory.store._run_sync = trio.to_thread.run_sync
+    chat = memory.chat(1, 2)
+    async with memory_running(memory), trio.open_nursery() as nursery:
+        for _ in range(50):
+            sending = functools.partial(memory.store.do, *memory.sends(chat, 1))
+            nursery.start_soon(sending)
+        for _ in range(50):
+            query = memory.store.my_chats
+            nursery.start_soon(memory.store.read, query, 1, memory.hub.head)
+    assert memory.say(chat, 1).message.n == 51
+    assert 1 <= len(memory.store._idle_readers) <= 4
+    memory.store.close()
+
+
+# --- failures ------------------------------------------------------------------------
+
+
+def memory_all_failed(batch: chatd.Batch) -> bool:
+    outcomes = [outcome for _, outcome in batch.answers]
+    codes = {getattr(outcome, "code", "done") for outcome in outcomes}
+    return batch.events == [] and codes == {"storage_failed"}
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_a_disk_that_is_full_at_any_job_fails_the_whole_batch(
+    memory: Memory, position: int
+) -> None:
+    chat, store, ran = memory.chat(1, 2), memory.store, list[int]()
+    made = memory.sit(2)
+
+    def work(db: sqlite3.Connection, log: list[chatd.Event], i: int) -> chatd.Sent:
+        ran.append(i)
+        text = "x" * (50_000 if i == position else 3)
+        return store.send_message(db, log, Send(chat, 1, text, f"k{i}"))
+
+    works = [(work, i) for i in range(6)]
+    (pages,) = store._writer.execute("PRAGMA page_count").fetchone()
+    store._writer.execute(f"PRAGMA max_page_count = {pages + 2}")
+    batch = memory.commit(*works)
+    assert memory_all_failed(batch)
+    assert {outcome.retry_after for _, outcome in batch.answers} == {2.0}
+    assert ran == [*range(position + 1)]  # nothing more of it was run
+    memory.hub.publish(batch)
+    assert (store.degraded, store._writer.in_transaction) == (True, False)
+    assert (made.seqs(), memory.count("message"), memory.stats.failed) == ([], 0, 6)
+    store._writer.execute("PRAGMA max_page_count = 100000")
+    assert store._probe() == ([], [])
+    assert not store.degraded
+    memory.hub.publish(memory.commit(*works))
+    assert made.seqs() == [*range(3, 9)]
+    memory_is_sound(memory)
+
+
+def test_an_error_at_any_step_of_a_batch_fails_it_whole_and_leaves_nothing(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    works: list[MemoryWork] = [
+        memory.sends(chat, 1, "hi", "k"),
+        (store.mark_read, 2, 3),
+        memory_spoiled(memory, chat),
+        (store.create_chat, None, [1, 3]),
+        (store.add_member, chat, 3, 1),
+        (store.remove_member, chat, 2, None),
+        memory.sends(chat, 9, service=True),
+    ]
+    steps, denied = itertools.count(1), 0
+
+    def authorizer(*_: object) -> int:
+        """SQLite asks it at each step of each statement; one is denied."""
+        return sqlite3.SQLITE_DENY if next(steps) == denied else sqlite3.SQLITE_OK
+
+    batch = chatd.Batch([], [])
+    while not batch.events:
+        steps, denied = itertools.count(1), denied + 1
+        store._writer.set_authorizer(authorizer)
+        batch = memory.commit(*works)
+        store._writer.set_authorizer(None)
+        if not batch.events:
+            assert memory_all_failed(batch)
+            assert (store.degraded, store._writer.in_transaction) == (True, False)
+            assert store._probe() == ([], [])
+            assert (store.seq, store.degraded) == (2, False)
+            assert memory.count("event") == memory.count("member") == 2
+    assert denied > 100
+    memory.hub.publish(batch)
+    assert [event.seq for event in batch.events] == [*range(3, 11)]
+    memory_is_sound(memory)
+
+
+class MemoryLiar(sqlite3.Connection):
+    """A connection on a disk that fails at the end of a commit that is there.
+
+    What a failed fsync does: the only part of SQLite that a test
+    cannot bring about without a sick disk, so it is said here, after a real COMMIT.
+    """
+
+    lie = ""
+
+    def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+        cursor = super().execute(sql, parameters)
+        if sql == "COMMIT" and self.lie:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorname, self.lie = self.lie, ""
+            raise error
+        return cursor
+
+
+def memory_liar(memory: Memory, lie: str) -> None:
+    """Let the next commit be a failed one that is there all the same."""
+    memory.store._writer.close()
+    made = sqlite3.connect(
+        memory.settings.db,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=MemoryLiar,
+    )
+    made.lie = lie
+    memory.store._writer = made
+
+
+@pytest.mark.parametrize("lie", ["SQLITE_FULL", "SQLITE_IOERR_FSYNC"])
+async def test_a_failed_commit_that_is_there_is_published_before_anything_else(
+    memory: Memory, lie: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    chat = memory.chat(1, 2)
+    made = memory.sit(2)
+    memory_liar(memory, lie)
+    async with memory_running(memory):
+        work = memory.sends(chat, 1, "once", "k")
+        assert await memory_code(memory, work) == "storage_failed"
+        assert (memory.store.degraded, memory.hub.head, made.seqs()) == (True, 2, [])
+        assert await memory_code(memory, work) == "storage_failed"
+        await trio.sleep(memory.settings.probe_seconds + 0.1)
+        assert (memory.store.degraded, memory.hub.head, made.seqs()) == (False, 3, [3])
+        again = await memory.store.do(*work)
+        assert (again.duplicate, again.message.id) == (True, 3)
+        assert (await memory.store.do(*memory.sends(chat, 1))).message.n == 2
+    assert [message["message"]["content"] for message in made.heard()] == ["once", "hi"]
+    memory_is_sound(memory)
+
+
+async def test_all_kinds_of_events_are_found_after_a_failed_commit(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    made = memory.sit(2)
+    memory_liar(memory, "SQLITE_FULL")
+    batch = memory.commit(
+        memory.sends(chat, 1, "hi", "k"),
+        (store.mark_read, 2, 3),
+        (store.create_chat, "new", [1, 2]),
+        (store.add_member, chat, 3, 1),
+        (store.remove_member, chat, 1, 1),
+    )
+    assert memory_all_failed(batch)
+    await trio.lowlevel.checkpoint()
+    memory.hub.publish(store._probe())
+    assert made.seqs() == [3, 4, 6, 7, 9]
+    assert {*memory.hub.rooms} == {chat, 2}
+    memory_is_sound(memory)
+
+
+async def test_while_the_disk_is_sick_writes_are_refused_at_once_and_readers_go_on(
+    memory: Memory, autojump_clock: trio.testing.MockClock
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    work = memory.sends(chat, 1)
+    async with memory_running(memory):
+        store._writer.execute("PRAGMA query_only = ON")  # as a disk mounted read-only
+        assert await memory_code(memory, work) == "storage_failed"
+        started = trio.current_time()
+        for _ in range(20):
+            assert await memory_code(memory, work) == "storage_failed"
+        assert trio.current_time() == started
+        assert await store.read(store.my_chats, 1, memory.hub.head)
+        await trio.sleep(60)
+        assert store.degraded
+        store._writer.execute("PRAGMA query_only = OFF")
+        await trio.sleep(memory.settings.probe_seconds + 0.1)
+        assert not store.degraded
+        assert (await store.do(*work)).message.n == 1
+    assert memory.stats.failed == 21
+    memory_is_sound(memory)
+
+
+async def test_a_stop_while_the_disk_is_sick_is_a_stop(
+    memory: Memory, autojump_clock: trio.testing.MockClock
+) -> None:
+    work = memory.sends(memory.chat(1, 2), 1)
+    async with memory_running(memory):
+        memory.store._writer.execute("PRAGMA query_only = ON")
+        assert await memory_code(memory, work) == "storage_failed"
+    assert trio.current_time() < 5
+
+
+@contextlib.contextmanager
+def memory_no_growth(path: Path) -> Iterator[None]:
+    """No file may grow past the size of this one: a real I/O error, for any user."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_after_an_io_error_the_file_is_opened_anew_and_three_in_a_row_end_it(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    for n in (1, 2):  # two errors, and it is well again: they are counted from 0
+        memory_liar(memory, "SQLITE_IOERR_WRITE")
+        sick = store._writer
+        assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+        assert store._writer is not sick
+        memory_liar(memory, "SQLITE_IOERR_WRITE")
+        assert store._probe() == ([], [])
+        assert store.degraded
+        found = store._probe()
+        assert [event.kind for event in found.events] == ["new_message"]
+        memory.hub.publish(found)
+        assert (store.degraded, store.seq) == (False, 2 + n)
+    for _ in range(2):
+        memory_liar(memory, "SQLITE_IOERR_WRITE")
+        store._probe()
+    memory_liar(memory, "SQLITE_IOERR_WRITE")
+    said = usage_error_of(store._probe)
+    assert str(memory.settings.db) in said
+    assert "3 times in a row" in said
+    memory_is_sound(memory)
+
+
+def test_a_limit_that_sqlite_takes_for_a_sick_disk_is_a_full_one(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    work = memory.sends(chat, 1, "x" * 100_000)
+    with memory_no_growth(memory.settings.db.with_name("chatd.db-wal")):
+        assert memory_all_failed(memory.commit(work))
+        for _ in range(4):  # it does not end, and it does not say that it is well
+            assert store._probe() == ([], [])
+            assert store.degraded
+    assert store._probe() == ([], [])
+    assert not store.degraded
+    assert memory.do(*work).message.content == "x" * 100_000
+    memory_is_sound(memory)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_a_file_taken_away_is_noticed_before_the_ack(
+    memory: Memory, suffix: str
+) -> None:
+    chat = memory.chat(1, 2)
+    memory.settings.db.with_name(f"chatd.db{suffix}").unlink()
+    said = usage_error_of(memory.commit, memory.sends(chat, 1))
+    assert "removed or replaced" in said
+
+
+def test_a_file_that_cannot_be_opened_anew_ends_it(memory: Memory) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    aside = memory.settings.db.with_name("aside")
+    memory_liar(memory, "SQLITE_IOERR_FSYNC")
+    memory.settings.db.rename(aside)
+    said = usage_error_of(memory.commit, memory.sends(chat, 1))
+    assert str(memory.settings.db) in said
+    aside.rename(memory.settings.db)
+    store._writer = chatd.open_database(memory.settings.db, readonly=False)
+
+
+def test_a_large_new_chat_ends_its_transaction_and_the_others_come_next(
+    tmp_path: Path,
+) -> None:
+    memory = Memory(tmp_path, batch_events=3)
+    create = memory.store.create_chat
+    works = [(create, None, [1, 2, 3]), (create, None, [1]), (create, None, [2])]
+    batch = memory.commit(*works)
+    assert (len(batch.answers), len(batch.events)) == (1, 3)
+    memory.hub.publish(batch)
+    assert len(memory.commit(*works[1:]).answers) == 2
+    memory.store.close()
+
+
+async def test_jobs_behind_a_large_new_chat_are_all_answered(tmp_path: Path) -> None:
+    memory = Memory(tmp_path, batch_events=3)
+    async with memory_running(memory), trio.open_nursery() as nursery:
+        for users in ([1, 2, 3], [1], [2], [4, 5, 6], [7]):
+            nursery.start_soon(memory.store.do, memory.store.create_chat, None, users)
+    assert (memory.count("chat"), memory.hub.head) == (5, 9)
+    memory.store.close()
+
+
+def test_a_link_to_a_database_has_the_same_lock(tmp_path: Path) -> None:
+    link = tmp_path / "link.db"
+    link.symlink_to(tmp_path / "chatd.db")
+    with chatd.locked(tmp_path / "chatd.db"):
+        again = contextlib.ExitStack()
+        assert "in use by process" in usage_error_of(
+            again.enter_context, chatd.locked(link)
+        )
+
+
+def test_a_missing_folder_is_named_before_the_lock(tmp_path: Path) -> None:
+    context = contextlib.ExitStack()
+    missing = chatd.locked(tmp_path / "none" / "chatd.db")
+    said = usage_error_of(context.enter_context, missing)
+    assert f"there is no folder {tmp_path / 'none'}" in said
+
+
+def test_another_writer_is_a_failure_and_no_harm(memory: Memory) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    store._writer.execute("PRAGMA busy_timeout = 0")
+    other = sqlite3.connect(memory.settings.db, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    assert store._probe() == ([], [])
+    assert store.degraded
+    other.close()
+    assert store._probe() == ([], [])
+    assert memory.say(chat, 1).message.n == 1
+    memory_is_sound(memory)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_removed_or_replaced_ends_it_before_a_lie(
+    memory: Memory, replaced: bool
+) -> None:
+    chat, db = memory.chat(1, 2), memory.settings.db
+    copy = db.with_name("copy")
+    copy.write_bytes(db.read_bytes())
+    if replaced:
+        copy.replace(db)
+    else:
+        db.unlink()
+    said = usage_error_of(memory.commit, memory.sends(chat, 1))
+    assert said == f"database {db}: removed or replaced under us"
+    said = usage_error_of(memory.store._probe)
+    assert "removed or replaced" in said
+
+
+async def test_a_removed_file_ends_the_store_s_task(memory: Memory) -> None:
+    work = memory.sends(memory.chat(1, 2), 1)
+    memory.settings.db.unlink()
+    with pytest.RaisesGroup(UsageError, flatten_subgroups=True):
+        async with memory_running(memory):
+            await memory.store.do(*work)
+
+
+def memory_spoil(path: Path, table: str) -> None:
+    """Overwrite the root page of a table or index with garbage."""
+    db = sqlite3.connect(path)
+    (page,) = db.execute(
+        "SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)
+    ).fetchone()
+    (size,) = db.execute("PRAGMA page_size").fetchone()
+    db.close()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+
+
+def test_a_corrupt_table_refuses_its_readers_and_its_writers(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    memory.store.close()
+    memory_spoil(memory.settings.db, "member")
+    after = Memory(memory.settings.db.parent, check_bytes=1)
+    assert refusal_of(after.my_chats, 1).code == "storage_failed"
+    assert memory_all_failed(after.commit(after.sends(chat, 1)))
+    assert after.store.degraded
+    assert after.read(after.store.users) == [chatd.User(1, None), chatd.User(2, None)]
+    assert after.stats.errors["DatabaseError"] == 1
+    after.store.close()
+
+
+def test_without_a_file_there_is_no_reading(memory: Memory) -> None:
+    memory.settings.db.unlink()
+    assert refusal_of(memory.my_chats, 1).code == "storage_failed"
+
+
+# --- opening -------------------------------------------------------------------------
+
+
+def memory_open(path: Path, steps: list[str] | None = None) -> Store:
+    return memory_store(Settings(db=path), Stats(), steps=steps)
+
+
+def memory_steps(*more: str) -> list[str]:
+    """schema.sql's steps, and more of them."""
+    return [*chatd.schema_steps(), *more]
+
+
+def memory_version(path: Path) -> tuple[int, set[str]]:
+    db = sqlite3.connect(path)
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    names = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
+    db.close()
+    return version, names
+
+
+def test_an_older_schema_is_brought_up_and_loses_nothing(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    chat = memory.chat(1, 2)
+    memory.say(chat, 1)
+    memory.store.close()
+    steps = memory_steps("CREATE TABLE more (x) STRICT;".replace("x", "x INTEGER"))
+    store = memory_open(memory.settings.db, steps)
+    assert (store.seq, store.epoch) == (3, memory.store.epoch)
+    store.close()
+    version, names = memory_version(memory.settings.db)
+    assert (version, "more" in names) == (2, True)
+    said = usage_error_of(memory_open, memory.settings.db)  # and back is refused
+    assert "newer chatd (schema 2, this one knows 1)" in said
+    assert "install" in said
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "CREATE TABLE more (x INTEGER); CREATE TABLE more (x INTEGER);",
+        "CREATE TABLE more (x INTEGER); not SQL;",
+        "CREATE TABLE more (x INTEGER); INSERT INTO meta VALUES ('epoch', 'x');",
+    ],
+)
+def test_a_failing_migration_changes_nothing(tmp_path: Path, step: str) -> None:
+    memory = Memory(tmp_path)
+    memory.chat(1, 2)
+    memory.store.close()
+    before = memory_version(memory.settings.db)
+    said = usage_error_of(memory_open, memory.settings.db, memory_steps(step))
+    assert str(memory.settings.db) in said
+    assert memory_version(memory.settings.db) == before
+    assert before[0] == 1
+    assert memory_open(memory.settings.db).seq == 2
+
+
+def test_a_migration_runs_only_the_steps_that_are_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    one, two, three = (f"CREATE TABLE t{i} (x INTEGER);" for i in (1, 2, 3))
+    memory_open(path, memory_steps(one)).close()
+    memory_open(path, memory_steps(one, two, three)).close()
+    assert memory_version(path)[0] == 4
+    assert {"t1", "t2", "t3"} < memory_version(path)[1]
+
+
+def test_the_schema_has_one_step_a_version() -> None:
+    text = Path(chatd.__file__).with_name("schema.sql").read_text("utf-8")
+    versions = re.findall(r"(?m)^-- version (\d+)$", text)
+    assert versions == [str(n) for n in range(1, len(chatd.schema_steps()) + 1)]
+
+
+def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE notes (x)")
+    db.close()
+    assert "belongs to another program" in usage_error_of(memory_open, path)
+    assert memory_version(path) == (0, {"notes"})
+
+
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_a_file_of_another_program_is_left_as_it_was(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "other.db"
+    db = sqlite3.connect(path)
+    db.execute(f"PRAGMA journal_mode = {mode}")
+    db.execute("CREATE TABLE notes (x)")
+    db.close()
+    before = path.read_bytes()
+    usage_error_of(memory_open, path)
+    assert path.read_bytes() == before
+    assert mode == "wal" or [*tmp_path.iterdir()] == [path]
+
+
+def test_a_file_that_is_no_database_is_refused_and_left_as_it_was(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "notes.txt"
+    for text in (b"Buy milk.\n" * 500, b"SQLite format 3\0" + b"\xff" * 5000):
+        path.write_bytes(text)
+        assert str(path) in usage_error_of(memory_open, path)
+        assert path.read_bytes() == text
+
+
+def test_a_connection_that_cannot_be_used_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b"Buy milk.\n" * 500)
+    with pytest.raises(sqlite3.DatabaseError):
+        chatd.open_database(path, readonly=False)
+    with pytest.raises(sqlite3.OperationalError):
+        chatd.open_database(tmp_path / "none", readonly=True)
+
+
+def test_what_a_killed_process_left_in_its_wal_is_read_at_the_start(
+    memory: Memory, tmp_path: Path
+) -> None:
+    chat = memory.chat(1, 2)
+    memory.say(chat, 1, "once", "k")
+    (tmp_path / "copy").mkdir()
+    for name in ("chatd.db", "chatd.db-wal"):  # as they are when it is killed
+        (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
+    after = Memory(tmp_path / "copy")
+    assert (after.hub.head, after.seqs(2)) == (3, [2, 3])
+    assert after.say(chat, 1, "once", "k").duplicate
+    memory_is_sound(after)
+    after.store.close()
+
+
+def memory_resynced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Note of each file that we sync how much of it was written before, anew."""
+    written: dict[int, int] = {}
+    resynced: list[tuple[int, int]] = []
+    pwrite, fsync = os.pwrite, os.fsync
+
+    def noted_pwrite(fd: int, data: bytes, at: int) -> int:
+        assert os.pread(fd, len(data), at) == data  # what is there already
+        count = pwrite(fd, data, at)
+        written[fd] = at + count
+        return count
+
+    def noted_fsync(fd: int) -> None:
+        fsync(fd)
+        resynced.append((os.fstat(fd).st_ino, written.pop(fd, 0)))
+
+    monkeypatch.setattr(os, "pwrite", noted_pwrite)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    return resynced
+
+
+def test_what_a_killed_process_may_not_have_synced_is_synced_at_the_start(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.say(memory.chat(1, 2), 1)
+    (tmp_path / "copy").mkdir()
+    for name in ("chatd.db", "chatd.db-wal"):
+        (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
+    wal = (tmp_path / "copy" / "chatd.db-wal").stat()
+    resynced = memory_resynced(monkeypatch)
+    after = Memory(tmp_path / "copy")
+    assert resynced == [(wal.st_ino, wal.st_size)]
+    assert after.hub.head == 3
+    after.store.close()
+
+
+def test_after_a_failed_sync_the_whole_log_of_changes_is_written_anew(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    memory_liar(memory, "SQLITE_IOERR_FSYNC")
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    resynced = memory_resynced(monkeypatch)
+    assert len(store._probe().events) == 1
+    wal = chatd.beside(memory.settings.db, "-wal").stat()
+    assert resynced == [(wal.st_ino, wal.st_size)]
+
+
+def test_a_probe_makes_room_by_folding_the_log_of_changes_into_the_file(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    for _ in range(100):
+        memory.say(chat, 1, "x" * 4000)
+    with memory_no_growth(memory.settings.db.with_name("chatd.db-wal")):
+        work = memory.sends(chat, 1, "x" * 4000)
+        assert memory_all_failed(memory.commit(work))
+        assert store.degraded
+        assert store._probe() == ([], [])
+        assert not store.degraded
+        assert memory.do(*work).message.n == 101
+    memory_is_sound(memory)
+
+
+def test_a_log_of_changes_that_cannot_be_written_anew_is_a_disk_still_sick(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sick(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    chat, store = memory.chat(1, 2), memory.store
+    memory_liar(memory, "SQLITE_IOERR_FSYNC")
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", sick)
+        assert store._probe() == ([], [])
+        assert store.degraded
+    assert len(store._probe().events) == 1
+    assert not store.degraded
+
+
+def test_a_path_where_no_file_can_be_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none" / "a.db"):
+        assert f"database {path}: " in usage_error_of(memory_open, path)
+
+
+def test_a_corrupt_log_is_refused_at_the_start_with_a_sentence(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    memory.chat(1, 2)
+    memory.store.close()
+    memory_spoil(memory.settings.db, "event")
+    assert str(memory.settings.db) in usage_error_of(memory_open, memory.settings.db)
+
+
+@contextlib.contextmanager
+def memory_as_nobody(folder: Path) -> Iterator[None]:
+    """Be a user whom file modes bind: root is not one."""
+    user = os.geteuid()
+    if user == 0:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_file_that_may_not_be_written_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.db"
+        memory_open(path).close()
+        path.chmod(0o400)
+        with memory_as_nobody(path.parent):
+            assert "ermission denied" in usage_error_of(memory_open, path)
+
+
+def test_two_new_files_have_two_epochs_and_a_file_keeps_its_own(tmp_path: Path) -> None:
+    one, two = (memory_open(tmp_path / name) for name in ("a.db", "b.db"))
+    assert one.epoch != two.epoch
+    assert re.fullmatch(r"[0-9a-z]{4,16}", one.epoch)
+    for store in (one, two):
+        store.close()
+    again = memory_open(tmp_path / "a.db")
+    assert (again.epoch, again.seq) == (one.epoch, 0)
+    again.close()
+
+
+# --- Storage that fails --------------------------------------------------------------
+
+
+@wires()
+async def test_a_full_disk_is_told_nothing_is_acked_and_it_recovers_by_itself(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer, friend = await house.join(6), await house.join(7)
+    db = house.store._writer
+    (pages,) = db.execute("PRAGMA page_count").fetchone()
+    db.execute(f"PRAGMA max_page_count = {pages}")
+    command = {"chat_id": chat, "content": "й" * 4000, "client_id": "k"}
+    error = await peer.refused("send_message", **command)
+    assert (error["code"], error["retry_after"]) == ("storage_failed", 2)
+    over_http = await house.ask(
+        "POST", f"/api/v1/chats/{chat}/messages", {"content": "й" * 4000}, user=7
+    )
+    assert (over_http.status, over_http.code) == (503, "storage_failed")
+    assert over_http.headers["retry-after"] == "2"
+    health = await house.ask("GET", "/healthz")
+    assert (health.status, health.json) == (503, {"status": "degraded"})
+    reading = await house.ask("GET", "/api/v1/chats", user=7)
+    assert reading.status == 200
+    assert (await house.stats())["store"]["degraded"] is True
+    await friend.hears_nothing()
+    db.execute("PRAGMA max_page_count = 1000000")
+    await trio.sleep(2)
+    assert (await house.ask("GET", "/healthz")).status == 200
+    ack = await peer.ask("send_message", **command)
+    assert (ack["n"], ack["duplicate"]) == (1, False)
+    assert (await friend.hear("new_message"))["message"]["n"] == 1
+
+
+# --- the conversation, word for word -------------------------------------------------
+
+
+async def test_sending_is_idempotent_over_the_socket_and_over_http(
+    either_house: DoorServer,
+) -> None:
+    house = either_house
+    ann, bob = next(door_users), next(door_users)
+    chat, other = await house.chat(ann, bob), await house.chat(ann)
+    a, token = await house.peer(ann), house.token(ann)
+    target = f"POST /api/v1/chats/{chat}/messages"
+    ask = {"chat_id": chat, "content": "once", "client_id": "k" * 64}
+    first = await a.ask("send_message", **ask)
+    assert first["duplicate"] is False
+    again = await a.ask("send_message", **ask)
+    assert again["duplicate"] is True
+    same = ("message_id", "n", "created_at", "chat_id", "client_id")
+    assert [first[k] for k in same] == [again[k] for k in same]
+    await a.hears_nothing()  # and no event
+    body = {"content": "once", "client_id": "k" * 64}
+    by_http = await house.want(200, target, token, body)
+    assert by_http["duplicate"] is True
+    assert by_http["message"]["id"] == first["message_id"]
+    body.pop("client_id")
+    key = {"Idempotency_Key": "k" * 64}
+    assert await house.want(200, target, token, body, **key) == by_http
+    body["client_id"] = "another"
+    both = await house.ask("POST", target[5:], token, body, **key)
+    assert (both.status, both.code) == (400, "bad_field")
+    for change in ({"content": "twice"}, {"chat_id": other}):
+        wrong = await a.ask("send_message", **{**ask, **change})
+        assert wrong["code"] == "idempotency_mismatch"
+    body = {"content": "twice", "client_id": "k" * 64}
+    mismatch = await house.ask("POST", target[5:], token, body)
+    assert (mismatch.status, mismatch.code) == (409, "idempotency_mismatch")
+    b = await house.peer(bob)
+    his = await b.ask("send_message", **ask)  # another sender's key is another key
+    assert his["duplicate"] is False
+    assert [m["content"] for m in await house.history(chat, ann)] == ["once", "once"]
+
+
+# --- the promise ---------------------------------------------------------------------
+
+
+async def test_an_acked_message_survives_kill_9_and_none_is_stored_twice(
+    house: DoorServer,
+) -> None:
+    users, rounds, each = [next(door_users) for _ in range(4)], 5, 200
+    acked = DoorCount()
+    async with house.serving():
+        chats = [await house.chat(*users), await house.chat(*users)]
+        senders = [
+            DoorSender(house, user, [(chats[i % 2], f"{i}") for i in range(each)])
+            for user in users
+        ]
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for sender in senders:
+                    nursery.start_soon(sender.send, acked)
+                for round_ in range(1, rounds + 1):
+                    await acked.reaches(round_ * each * len(users) // (rounds + 1))
+                    await house.kill()
+                    await house.begin()
+        stored = [m for chat in chats for m in await house.history(chat, users[0])]
+        by_key = {m["client_id"]: m for m in stored}
+        assert len(by_key) == len(stored) == len(users) * each  # each once
+        for sender in senders:
+            assert len(sender.acks) == each
+            for key, ack in sender.acks.items():
+                kept = by_key[key]
+                assert ack["message_id"] == kept["id"], (ack, kept)
+                assert ack["n"] == kept["n"], (ack, kept)
+                assert ack["created_at"] == kept["created_at"], (ack, kept)
+            for chat in chats:  # stored in the order sent
+                mine = (m for m in stored if m["sender_id"] == sender.user)
+                sent = [int(m["content"]) for m in mine if m["chat_id"] == chat]
+                assert sent == sorted(sent)
+        same = ("chat_id", "content", "client_id")
+        last = {k: v for k, v in stored[-1].items() if k in same}
+        peer = await house.peer(stored[-1]["sender_id"])
+        assert (await peer.ask("send_message", **last))["duplicate"] is True
+        await peer.hears_nothing()
+    assert (await door_run("check", "--db", house.db)).status == 0
+
+
+async def test_a_disk_that_takes_no_more_is_told_and_forgiven(
+    house: DoorServer,
+) -> None:
+    """The limit on file sizes stands for the full disk; readers go on meanwhile."""
+    async with house.serving():
+        assert house.process is not None
+        pid, (soft, hard) = house.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)
+        ann, bob = next(door_users), next(door_users)
+        chat = await house.chat(ann, bob)
+        before = [await house.post(chat, bob, DOOR_BULK) for _ in range(8)]
+        a, b = await house.peer(ann), await house.peer(bob)
+        size = house.db.with_name("chatd.db-wal").stat().st_size
+        assert size > 100_000
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
+        say = {"chat_id": chat, "content": DOOR_BULK, "client_id": "1"}
+        for _ in range(2):
+            refused = await a.ask("send_message", **say)
+            assert refused["code"] == "storage_failed"
+        target, body = f"/api/v1/chats/{chat}/messages", {"content": DOOR_BULK}
+        by_http = await house.ask("POST", target, house.token(ann), body)
+        assert (by_http.status, by_http.code) == (503, "storage_failed")
+        assert int(by_http.headers["retry-after"]) >= 1
+        assert (await house.ask("GET", "/healthz")).status == 503
+        assert (await house.stats())["store"]["degraded"] is True
+        assert await house.history(chat, bob) == before
+        await b.hears_nothing()
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+        async def well() -> bool:
+            return (await house.ask("GET", "/healthz")).status == 200
+
+        await door_until(well)
+        assert (await a.ask("send_message", **say))["type"] == "ack"
+        last = (await b.hear("new_message"))["message"]
+        assert await house.history(chat, bob) == [*before, last]
+        assert (await house.stats())["store"]["degraded"] is False
+        await b.hears_nothing()
