@@ -5430,7 +5430,7 @@ def setting(default: Any, unit: str, why: str, over: str = "") -> Any:
 class Settings:
     """Everything that can be set, with its unit, its reason and its consequence.
 
-    `--help`, the CHATD_... variables and the README's table are made from this class.
+    `--help`, the CHATD_... variables and the table in docs/operating.md are made from this class.
     """
 
     # fmt: off
@@ -5686,7 +5686,7 @@ def shown(value: object) -> str:
 
 
 def settings_table() -> str:
-    """Make the README's table of settings."""
+    """Make the table of settings in docs/operating.md."""
     rows = ["| flag | default | what it is for | when over |", "|---|---|---|---|"]
     for field in flags():
         unit, why, over = field.metadata.values()
