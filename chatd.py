@@ -1913,13 +1913,57 @@ def sync_wal(path: Path) -> None:
         os.fsync(fd)
 
 
+def check_not_emptied(path: Path, what: str = "database") -> None:
+    """Raise UsageError for a file that SQLite would take for a new database.
+
+    SQLite would then remove the -wal, which may hold all there is. A database is at
+    least as long as its header.
+    """
+    size, wal = file_bytes(path), file_bytes(beside(path.resolve(), "-wal"))
+    if 0 < size < 100:
+        raise damaged(path, f"it has only {size} bytes", what)
+    if not size and wal:
+        raise damaged(path, "it is empty, and its -wal is not", what)
+
+
+def check_not_cut(db: Db, path: Path, what: str = "database") -> int:
+    """Raise UsageError for a file that has lost its end. Returns its size in bytes.
+
+    With a -wal that is not empty, the missing pages may be there.
+    """
+    size: int = query_value(db, "PRAGMA page_count") * query_value(
+        db, "PRAGMA page_size"
+    )
+    if not file_bytes(beside(path.resolve(), "-wal")) and file_bytes(path) < size:
+        raise damaged(path, f"{file_bytes(path)} bytes are left of {size}", what)
+    return size
+
+
+def missing_parts(db: Db, version: int) -> list[str]:
+    """Name the tables and indexes that a database of this version has to have."""
+    names = "SELECT type || ' ' || name FROM sqlite_schema WHERE sql IS NOT NULL"
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript("".join(schema_steps()[:version]))
+        wanted = {name for (name,) in model.execute(names)}
+    return sorted(wanted - {name for (name,) in db.execute(names)})
+
+
+def refuse_newer(what: str, path: Path, version: int, known: int) -> None:
+    """Raise UsageError for a database that a newer chatd made."""
+    if version > known:
+        raise UsageError(
+            f"{what} {path}: made by a newer chatd (schema {version}, this one knows "
+            f"{known}): install that version, or restore an older backup"
+        )
+
+
 def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
     """Refuse to serve what is damaged, in a time that is bounded by the file's size.
 
     Raises UsageError. quick_check reads each page once (measured: 27 MB in 32 ms); it
     does not compare indexes with their tables, as `chatd check` does.
     """
-    size = query_value(db, "PRAGMA page_count") * query_value(db, "PRAGMA page_size")
+    size = check_not_cut(db, path)
     if size > check_bytes:
         log(logging.INFO, "unchecked", db=path, bytes=size, check_bytes=check_bytes)
         return
@@ -1937,25 +1981,21 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
     Raises UsageError with a sentence for the person, and changes nothing then.
     """
     with file_errors("database", path):
-        if not file_bytes(path) and file_bytes(beside(path, "-wal")):
-            # SQLite would take the file for a new one, and remove the -wal.
-            raise damaged(path, "it is empty, and its -wal is not")
+        check_not_emptied(path)
         # SQLite would make it readable by all; -wal and -shm get this file's mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         with contextlib.closing(open_database(path, readonly=True)) as look:
             mine, version = database_version(look)
             if not mine and query_value(look, "SELECT count(*) FROM sqlite_schema"):
                 raise UsageError(f"database {path}: it belongs to another program")
-            if mine and not version:
-                raise damaged(path, "its schema has version 0")
+            refuse_newer("database", path, version, len(steps))
+            if mine and version < 1:
+                raise damaged(path, f"its schema has version {version}")
             if mine:
                 check_at_start(look, path, check_bytes)
-        if version > len(steps):
-            raise UsageError(
-                f"database {path}: made by a newer chatd (schema {version}, this one "
-                f"knows {len(steps)}): install that version, or restore an older backup"
-            )
-        sync_wal(path)  # its last writer may have been killed
+            if mine and (missing := missing_parts(look, version)):
+                raise damaged(path, f"without {', '.join(missing)}")
+        sync_wal(path.resolve())  # its last writer may have been killed
         db = open_database(path, readonly=False)
         try:
             if version < len(steps):
@@ -1966,6 +2006,8 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
                     INSERT OR IGNORE INTO meta VALUES ('epoch', '{new_epoch()}');
                     COMMIT"""
                 )
+                # The file itself, and not only its -wal, says that it is chatd's.
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error:
             db.close()
             raise
@@ -2634,15 +2676,21 @@ def file_errors(what: str, path: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"{what} {path}: {error.strerror or error}") from error
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without its extension
-        sick = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-        if sick and what == "database":
+        if what == "database" and is_damage(error):
             raise damaged(path, str(error)) from error
         raise UsageError(f"{what} {path}: {error}") from error
 
 
-def damaged(path: Path, why: str) -> UsageError:
+def is_damage(error: Exception) -> bool:
+    """Does SQLite say that the file is damaged?"""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without its extension
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def damaged(path: Path, why: str, what: str = "database") -> UsageError:
     """Make the error of a damaged database, which says the way out."""
+    if what != "database":
+        return UsageError(f"{what} {path}: damaged: {' '.join(why.split())}")
     return UsageError(
         f"database {path}: damaged: {' '.join(why.split())}; `chatd check --db {path}` "
         f"lists what is wrong, `chatd restore BACKUP --db {path}` puts a backup there"
@@ -3212,17 +3260,21 @@ KEY_FILE_BYTES = 65_536
 
 # A file in which this stands is meant as PEM, whatever state it is in.
 PEM = re.compile(
-    rb"-{2,} ?(?:BEGIN|END) |(?:BEGIN|END) [A-Z0-9 ]*(?:KEY|CERTIFICATE)\b"
+    rb"(?i)-{2,} ?(?:BEGIN|END) |\b(?:BEGIN|END) [A-Z0-9 ]*(?:KEY|CERTIFICATE)\b"
 )
 
-# How DER begins that is a key or a certificate (X.690 8.1; RFC 5208, 5280, 5915, 8017).
-# It may be cut short: what is left of a public key is no secret either. About one in
-# 50 million random secrets looks like it.
+# How DER begins that is a key or a certificate (X.690 8.1; RFC 5208, 5280, 5915, 8017),
+# and, anywhere, the names of the algorithms of public keys (RFC 3279, 8410). It may be
+# cut short: the rest of a public key is no secret either. About one in 50 million
+# random secrets looks like it.
 DER = rb"""(?xs) \A\x30
     (?: LENGTH \x30 LENGTH \x06                      # public; encrypted private keys
       | LONG (?: [\x30\x02] LONG                    # certificates; PKCS 1
              | \x06\x09\x2a\x86 | \x02\x01\x03 )     # PKCS 7; PKCS 12
       | LENGTH \x02\x01[\x00\x01] [\x02\x04\x30] )   # private keys
+    | \x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01[\x01\x0a]  # rsaEncryption, RSASSA-PSS
+    | \x06\x07\x2a\x86\x48\xce\x3d\x02\x01            # id-ecPublicKey
+    | \x30\x05\x06\x03\x2b\x65[\x6e-\x71]            # Ed25519 and its kind
     """
 DER = DER.replace(b"LENGTH", rb"(?:[\x00-\x7f]|LONG)")
 DER = DER.replace(b"LONG", rb"(?:\x81.|\x82..|\x83...)")
@@ -3231,13 +3283,13 @@ DER = DER.replace(b"LONG", rb"(?:\x81.|\x82..|\x83...)")
 KEY_FORMS = {
     "a key or certificate in DER": (
         re.compile(DER),
-        "make it PEM. Base64 text goes between two lines, -----BEGIN PUBLIC KEY----- "
-        "and -----END PUBLIC KEY-----; for a binary file: "
-        "openssl pkey -pubin -inform DER -in {path}",
+        "give a public key as PEM: its base64 between the lines -----BEGIN PUBLIC "
+        'KEY----- and -----END PUBLIC KEY-----; the README, "For your backend", says '
+        "how to make that",
     ),
     "an OpenSSH key": (
         re.compile(rb"(?s)\A\x00\x00\x00.(?:ssh|ecdsa|sk|rsa)-|openssh-key-v1\x00"),
-        "make it PEM; the README says how",
+        'make it PEM; the README, "For your backend", says how',
     ),
     "a PEM block": (
         PEM,
@@ -3245,13 +3297,13 @@ KEY_FORMS = {
     ),
     "the description of a key (JWK, XML, text)": (
         re.compile(
-            rb"(?mi)\bkty\b\W{1,8}(?:rsa|ec|okp|oct)\b|<(?:modulus|rsakeyvalue)>"
+            rb"(?mi)(?<![a-z])kty\W{1,8}(?:rsa|ec|okp|oct)\b|<(?:modulus|rsakeyvalue)>"
             rb"|^[ \t]*modulus *[:=]|\bpublic[ -]key\b.*:|\bk[1-4]\.public\."
         ),
-        "make it PEM; the README says how",
+        'make it PEM; the README, "For your backend", says how',
     ),
     "a URL": (
-        re.compile(rb"(?i)\A[a-z][a-z0-9+.-]*://\S*\Z|\Adata:|/\.well-known/"),
+        re.compile(rb"(?i)\A[a-z][a-z0-9+.-]*://\S*\Z|\Adata:\S*\Z|/\.well-known/"),
         "chatd fetches no keys: download it, and give it as PEM",
     ),
 }
@@ -3326,7 +3378,8 @@ def read_public_pem(path: Path, data: bytes) -> Key:
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
     ends = re.findall(rb"-----(BEGIN|END) ([^\r\n]*?)-----", data)
-    labels, blocks = {label for _, label in ends}, data.count(b"-----BEGIN ")
+    labels = {label for _, label in ends}
+    blocks = sum(begin == b"BEGIN" and label.endswith(b"KEY") for begin, label in ends)
     wrong = ""
     if any(b"PRIVATE KEY" in label for label in labels):
         wrong = "a private key; give chatd the public one: openssl pkey -pubout"
@@ -3339,7 +3392,11 @@ def read_public_pem(path: Path, data: bytes) -> Key:
     try:
         key = serialization.load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise UsageError(f"--jwt-key {path}: not a PEM public key: {error}") from error
+        # Not the library's words: they can quote the file.
+        raise UsageError(
+            f"--jwt-key {path}: not a PEM public key as a whole; "
+            f"`openssl pkey -pubin -noout -in {path}` must read it"
+        ) from error
     match key:
         case rsa.RSAPublicKey() if key.key_size >= 2048:
             return Key("RS256", key, path)
@@ -3389,13 +3446,18 @@ def unwrapped(text: str) -> Iterator[bytes]:
     """Decode a text in each way in which a key may be wrapped into it."""
     if "%" in text:
         yield urllib.parse.unquote_to_bytes(text)
-    digits = re.sub(r"""0x|\\x|[\s:,;{}"'\[\]-]""", "", text)
-    if re.fullmatch("(?:[0-9a-fA-F]{2})+", digits):
-        yield bytes.fromhex(digits)
+    # Hex in any style: 3082, 30:82, 0x30, \\x30; with text around it.
+    for run in re.findall(r"(?:(?:0[xX]|\\x)?[0-9a-fA-F]{2}[\s:,;._|-]*){16,}", text):
+        yield bytes.fromhex(
+            "".join(re.findall("[0-9a-fA-F]{2}", run.replace("0x", "")))
+        )
     words = re.findall("[A-Za-z0-9+/_-]+", re.sub(r"\\[nrt]", " ", text))
-    for first in range(min(len(words), 64)):
-        yield unbase64(words[first])
-        yield unbase64("".join(words[first:]))  # a key of several lines
+    for word in words:
+        # Something may stand right before it, or its first letters may be lost.
+        for first in range(4 if len(word) >= 40 else 1):
+            yield unbase64(word[first:])
+    for start in range(min(len(words), 64)):
+        yield unbase64("".join(words[start:]))  # a key of several lines
 
 
 def unbase64(text: str) -> bytes:
@@ -5081,15 +5143,20 @@ def announce(url: str) -> None:
 @contextlib.contextmanager
 def reading(what: str, path: Path) -> Iterator[Db]:
     """Open a database of chatd for reading. What goes wrong is a UsageError."""
-    if not path.is_file():
-        raise UsageError(f"{what} {path}: there is no such file")
+    with file_errors(what, path):
+        if not path.is_file():
+            raise UsageError(f"{what} {path}: there is no such file")
+        check_not_emptied(path, what)
     try:
         with (
             file_errors(what, path),
             contextlib.closing(open_database(path, readonly=True)) as db,
         ):
-            if not database_version(db)[0]:
+            mine, version = database_version(db)
+            if not mine:
                 raise UsageError(f"{what} {path}: not a database of chatd")
+            refuse_newer(what, path, version, len(schema_steps()))
+            check_not_cut(db, path, what)
             yield db
     finally:
         # A root that reads may have made these; the unit must be able to write them.
@@ -5115,11 +5182,11 @@ def copy_database(source: Path, target: Path, what: str, change: str = "") -> No
                 os.fsync(file.fileno())
             found = faults(target)
         except (sqlite3.Error, OSError) as error:
+            if what == "database" and is_damage(error):
+                raise
             raise UsageError(f"{what} {source}: copying failed: {error}") from error
-    if found and what == "database":
-        raise damaged(source, found[0])
     if found:
-        raise UsageError(f"{what} {source}: {found[0]}")
+        raise damaged(source, found[0], what)
 
 
 @contextlib.contextmanager
@@ -5154,22 +5221,27 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
         if not dest.is_dir():
             raise UsageError(f"backup {dest}: --keep wants a folder that exists")
         for left in dest.glob("chatd-*Z.db.*.partial*"):
-            left.unlink()  # of a backup that was killed
+            with contextlib.suppress(OSError):
+                left.unlink()  # of a backup that was killed
         older = sorted(dest.glob("chatd-????????T??????Z.db"), reverse=True)
         folder, name = dest, "chatd-%Y%m%dT%H%M%SZ.db"
         while (dest := folder / time.strftime(name, time.gmtime())).exists():
             time.sleep(0.1)  # there is one of this second
     if not dest.parent.is_dir():
         raise UsageError(f"backup {dest}: there is no folder {dest.parent}; make it")
+    if dest.is_dir():
+        raise UsageError(f"backup {dest}: a folder; give --keep COUNT, or name a file")
     if dest.exists():
         raise UsageError(f"backup {dest}: it exists; remove it, or choose another name")
     with file_errors("backup", dest), partial_file(dest) as partial:
         copy_database(db, partial, "database")
+        sync_folder(dest.parent)  # if that fails, then before the copy has its name
         partial.rename(dest)
         sync_folder(dest.parent)
     print(dest)
     for path in older[max(0, keep - 1) :]:
-        path.unlink()
+        with file_errors("backup", path):
+            path.unlink()
 
 
 def restore(db: Path, source: Path) -> None:
@@ -5192,11 +5264,11 @@ def restore(db: Path, source: Path) -> None:
 def faults(path: Path) -> list[str]:
     """Look for what may not be in a database; empty if it is well."""
     with reading("database", path) as db:
-        (_, version), steps = database_version(db), len(schema_steps())
-        if version > steps:
-            return [f"made by a newer chatd (schema {version}, this one knows {steps})"]
-        if not version:
-            return ["its schema has version 0"]
+        _, version = database_version(db)
+        if version < 1:
+            return [f"its schema has version {version}"]
+        if missing := missing_parts(db, version):
+            return [f"without {', '.join(missing)}"]
         try:
             return [
                 " ".join(sentence.format(*row).split())
@@ -5212,6 +5284,8 @@ def faults(path: Path) -> list[str]:
 # does not, and the sentence about such a row.
 SANE = {
     "PRAGMA integrity_check": "integrity: {}",
+    "SELECT count(*) FROM meta WHERE key = 'epoch' HAVING count(*) != 1":
+        "epoch: {} of them",
     "PRAGMA foreign_key_check": "table {}, row {}: refers to a missing {}",
     "SELECT count(*), max(seq) FROM event HAVING count(*) != coalesce(max(seq), 0)":
         "seq: {} events, but the last seq is {}",
@@ -5246,7 +5320,7 @@ def setting(default: Any, unit: str, why: str, over: str = "") -> Any:
 class Settings:
     """Everything that can be set, with its unit, its reason and its consequence.
 
-    `--help`, the CHATD_... variables and the README's table are made from this class.
+    `--help`, the CHATD_... variables and the table in docs/operating.md are made from this class.
     """
 
     # fmt: off
@@ -5502,7 +5576,7 @@ def shown(value: object) -> str:
 
 
 def settings_table() -> str:
-    """Make the README's table of settings."""
+    """Make the table of settings in docs/operating.md."""
     rows = ["| flag | default | what it is for | when over |", "|---|---|---|---|"]
     for field in flags():
         unit, why, over = field.metadata.values()
@@ -5655,6 +5729,17 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
         print(sign_in_link(keyring, options.link, user_id, name, ttl))
 
 
+def end_with_a_sentence() -> None:
+    """Let a signal end a command that copies in good order: no partial file is left."""
+
+    def end(number: int, _frame: object) -> None:
+        raise UsageError(f"ended by {signal.Signals(number).name}, before it was done")
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, end)
+
+
 def print_check(db: Path) -> None:
     """Print that a database is well, or raise UsageError with what is not."""
     found = faults(db)
@@ -5684,8 +5769,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "token":
                 print_token(settings, options)
             case "backup":
+                end_with_a_sentence()
                 backup(settings.db, options.path, options.keep)
             case "restore":
+                end_with_a_sentence()
                 restore(settings.db, options.path)
             case "check":
                 print_check(settings.db)

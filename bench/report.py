@@ -1,4 +1,4 @@
-"""From the JSON of run.py: tables for a terminal, the README's tables, and the chart.
+"""From the JSON of run.py: tables for a terminal, docs/speed.md's, and the chart.
 
 Nothing here is written by hand: each figure is the median over the rounds of one field
 of the runs, and beside it in the terminal's tables stands the range.
@@ -19,7 +19,7 @@ Run = dict[str, Any]
 Figure = Callable[[Run], float]
 Column = tuple[str, str, str, Figure]  # heading, workload, case, what of it
 
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs/speed.md"
 BEGIN, END = "<!-- bench/run.py --report: -->", "<!-- end -->"
 FAULTS = ("lost", "late", "repeated", "strayed", "refused", "ended", "missing_on_disk")
 
@@ -141,7 +141,7 @@ def tables(results: Results) -> dict[str, list[Column]]:
 def rows(
     results: Results, columns: Sequence[Column], *, spread: bool
 ) -> list[list[str]]:
-    """Make the rows of a table, the heading first; who has no figure is left out."""
+    """Make a table's rows, the heading first; a peer without a figure is left out."""
     table = [["", *(head for head, *_ in columns)]]
     for name in PEERS:
         found = [values(results, name, column) for column in columns]
@@ -180,7 +180,7 @@ def faults(results: Results) -> list[str]:
     return told or ["Nothing was lost, late, repeated, out of order or refused."]
 
 
-# --- the README -----------------------------------------------------------------------
+# --- docs/speed.md --------------------------------------------------------------------
 
 
 def markdown(table: Sequence[Sequence[str]]) -> list[str]:
@@ -221,7 +221,7 @@ def measured(results: Results) -> str:
 
 
 def section(results: Results) -> str:
-    """Write what the README says between its two markers."""
+    """Write what docs/speed.md has between its two markers."""
     machine, all_tables = results["machine"], tables(results)
     costs, _, _, pairs, connections, growth = all_tables.values()
     plan = results["plan"]
@@ -235,21 +235,21 @@ def section(results: Results) -> str:
         f"On {machine['cpu']}, {machine['cores']} cores, {machine['system']}, "
         f"{results['date']}, by `{results['command']}`; {measured(results)}.",
         "",
-        "**CPU of the server for one delivery, in microseconds** (a room of so many, "
-        "one message at a time; then with so many people speaking at once):",
+        "**CPU of the server for one delivery, in microseconds**. First one message at "
+        "a time, in a room of so many members; then so many people send at once:",
         "",
         *markdown(rows(results, costs, spread=False)),
         "",
-        "![CPU per delivery](bench/chart.svg)",
+        "![CPU per delivery](../bench/chart.svg)",
         "",
         f"**{plan['pairs']} two-person chats**, flat out and at a steady "
         f"{plan['rate']:,.0f} messages a second, and posts over HTTP:",
         "",
         *markdown(rows(results, pairs, spread=False)),
         "",
-        f"**Connections**: idle ones, handshakes, {plan['storm']:,} who come back at "
-        f"once (chatd's {plan['storm']:,} each missed {plan['missed']} messages and "
-        f"have them), the start, and the stop with {plan['kept']:,}:",
+        f"**Connections**: idle ones, handshakes, {plan['storm']:,} clients that come "
+        f"back at once (with chatd, each of them missed {plan['missed']} messages and "
+        f"gets them), the start, and the stop with {plan['kept']:,}:",
         "",
         *markdown(rows(results, connections, spread=False)),
         "",
@@ -259,22 +259,22 @@ def section(results: Results) -> str:
         "",
         *faults(results),
         "",
-        "What they are, and do beside passing messages on: "
-        + "; ".join(
-            f"*{PEERS[name].label}* ({version}): {PEERS[name].does}"
+        "The servers, and what each does besides passing messages on:",
+        "",
+        *(
+            f"- *{PEERS[name].label}* ({version}): {PEERS[name].does}"
             for name, version in results["versions"].items()
-        )
-        + ".",
+        ),
     ]
     return "\n".join(lines)
 
 
 def publish(results: Results) -> None:
-    """Write the README's figures between its markers, and the chart."""
+    """Write the figures between docs/speed.md's markers, and the chart."""
     results = whole_rounds(results)
-    before, rest = README.read_text().split(BEGIN)
+    before, rest = PAGE.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
     (HERE / "chart.svg").write_text(chart(results))
 
 

@@ -4,7 +4,7 @@
     python bench/run.py --full      about twenty minutes; writes bench/results.json
     python bench/run.py --quick     about a minute; what CI runs, figures mean little
     python bench/run.py --full --only fanout,idle --peers chatd,go
-    python bench/run.py --report bench/results.json     README's tables, chart.svg
+    python bench/run.py --report bench/results.json     docs/speed.md, chart.svg
 
 How. Server on core 0, load (load.c, one epoll loop in C) on core 1. Rounds are
 interleaved (A B C A B C), each with a fresh server and a fresh database on the disk of
@@ -137,14 +137,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="what the README shows")
+    size.add_argument("--full", action="store_true", help="what docs/speed.md shows")
     size.add_argument("--quick", action="store_true", help="what CI runs")
     parser.add_argument("--only", default="", help="these workloads, with commas")
     parser.add_argument("--peers", default="", help="these peers, with commas")
     parser.add_argument("--rounds", type=int, help="instead of the plan's")
     parser.add_argument("--output", type=Path, help="the JSON file")
     parser.add_argument(
-        "--report", type=Path, metavar="JSON", help="write README, chart"
+        "--report", type=Path, metavar="JSON", help="write docs/speed.md, the chart"
     )
     options = parser.parse_args()
     if options.report:

@@ -819,6 +819,16 @@ KEY_WRITINGS: dict[str, Callable[[bytes], bytes]] = {
     "a name before it": lambda der: b"KEY=" + base64.b64encode(der),
     "a line before it": lambda der: b"the key\n" + base64_lines(64)(der),
     "a comment behind it": lambda der: base64.b64encode(der) + b" # of 2026",
+    "hex after a name": lambda der: b"JWT_KEY=" + der.hex().encode(),
+    "hex after a line": lambda der: b"# the backend\n" + der.hex().encode(),
+    "hex with dots": lambda der: der.hex(".").encode(),
+    "hex in quotes": lambda der: b"x'" + der.hex().encode() + b"'",
+    "hex as Node prints it": lambda der: f"<Buffer {der.hex(' ')}>".encode(),
+    "hex as xxd -i prints it": lambda der: (
+        "unsigned char key[] = {\n  0x" + der.hex(",").replace(",", ",\n  0x") + "\n};"
+    ).encode(),
+    "70 words before it": lambda der: b"some words " * 35 + base64.b64encode(der),
+    "a letter before it": lambda der: b"x" + base64.b64encode(der),
     "a byte order mark": lambda der: b"\xef\xbb\xbf" + base64.b64encode(der),
 }  # fmt: skip
 

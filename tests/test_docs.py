@@ -1,4 +1,4 @@
-"""README, pyproject.toml, the unit file and chatd.py say the same."""
+"""README, docs/, pyproject.toml, the unit file and chatd.py say the same."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import base64
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 import chatd
@@ -26,7 +30,182 @@ from tests.harness import (
     rules_private,
 )
 
-# --- refusals, log, stats ------------------------------------------------------------
+ROOT = Path(__file__).resolve().parents[1]
+PAPERS = {
+    str(path.relative_to(ROOT)): path.read_text("utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAPERS["README.md"]
+EMBEDDING = PAPERS["docs/embedding.md"]
+OPERATING = PAPERS["docs/operating.md"]
+PROTOCOL = PAPERS["docs/protocol.md"]
+
+
+def blocks(paper: str, language: str) -> list[str]:
+    """All blocks of a language, in their order."""
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", paper)
+
+
+def section(paper: str, heading: str) -> str:
+    """What stands under a heading, with the smaller headings below it."""
+    level = len(heading.partition(" ")[0])
+    _, _, rest = f"\n{paper}".partition(f"\n{heading}\n")
+    assert rest, f"there is no {heading}"
+    return re.split(rf"(?m)^#{{1,{level}}} ", rest)[0]
+
+
+# --- README and docs/ as documents ---------------------------------------------------
+
+
+def test_the_readme_is_short_and_leads_to_every_document() -> None:
+    assert len(README.splitlines()) <= 250
+    for name in PAPERS.keys() - {"README.md"}:
+        assert f"]({name}" in README, name
+
+
+def anchors(paper: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a document."""
+    prose = re.sub(r"(?ms)^```.*?^```$", "", paper)
+    titles = re.findall(r"(?m)^#+ (.+)$", prose)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_link_leads_somewhere(name: str) -> None:
+    prose = re.sub(r"(?ms)^```.*?^```$", "", PAPERS[name])
+    links = re.findall(r"\]\(([^)\s]+)\)", prose)
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.is_file(), link
+        if anchor:
+            assert anchor in anchors(target.read_text("utf-8")), link
+
+
+def test_the_readme_installs_the_service_as_the_page_on_operating_does() -> None:
+    (block,) = (text for text in blocks(README, "sh") if "/opt/chatd" in text)
+    assert block in blocks(OPERATING, "sh")
+
+
+def shown_commands() -> Iterator[tuple[str, list[str]]]:
+    """The place and the words of every command line of chatd in a block."""
+    for name, paper in PAPERS.items():
+        for block in (*blocks(paper, "sh"), *blocks(paper, "ini")):
+            lines = re.sub(r"\$\([^)]*\)", "X", block.replace("\\\n", " "))
+            for part in re.split(r"&&|\|\||[\n|;]", lines):
+                call = re.match(
+                    r"\s*(?:sudo |ExecStart=)?(?:\S+/bin/)?chatd (.*)", part
+                )
+                if call:
+                    yield name, shlex.split(call[1], comments=True)
+
+
+def test_every_command_that_is_shown_exists_with_its_flags() -> None:
+    shown, seen = list(shown_commands()), set()
+    for _, words in shown:
+        seen.add(chatd.make_parser().parse_args(words).command)
+    assert seen == {"serve", "proxy", "token", "backup", "restore", "check"}
+    assert {name for name, _ in shown} >= {"README.md", "docs/operating.md"}
+    assert len(shown) >= 15
+
+
+# --- docs/protocol.md ----------------------------------------------------------------
+
+
+def json_values(block: str) -> list[Any]:
+    """The JSON values of a block, one after the other, over any number of lines."""
+    decoder, values, rest = json.JSONDecoder(), [], block.strip()
+    while rest:
+        value, end = decoder.raw_decode(rest)
+        values.append(value)
+        rest = rest[end:].lstrip()
+    return values
+
+
+def tag_of(kind: type[msgspec.Struct]) -> str:
+    return str(kind.__struct_config__.tag)
+
+
+def server_messages() -> dict[str, type[msgspec.Struct]]:
+    return {tag_of(kind): kind for kind in chatd.ServerMessage.__subclasses__()}
+
+
+def test_every_command_that_is_shown_is_one_and_none_is_missing() -> None:
+    (block,) = blocks(section(PROTOCOL, "### Commands"), "json")
+    shown = json_values(block)
+    for value in shown:
+        command = chatd.COMMANDS.decode(json.dumps(value))
+        fields = {f.encode_name for f in msgspec.structs.fields(command)}
+        assert value.keys() <= fields | {"type"}, value
+    tags = [tag_of(kind) for kind in chatd.Command.__subclasses__()]
+    assert sorted(value["type"] for value in shown) == sorted(tags)
+    rows = re.findall(r"(?m)^\| `(\w+)` \|", section(PROTOCOL, "### Commands"))
+    assert sorted(rows) == sorted(tags)
+
+
+def test_every_server_message_that_is_shown_is_one_and_none_is_missing() -> None:
+    (block,) = blocks(section(PROTOCOL, "### Server messages"), "json")
+    shown, kinds = json_values(block), server_messages()
+    for value in shown:
+        message = msgspec.json.decode(json.dumps(value), type=kinds[value["type"]])
+        # What comes back is what was shown: no field is unknown, and none is missing.
+        assert json.loads(chatd.encode(message)) == value
+        if isinstance(message, chatd.ChatAdded):
+            chat = msgspec.json.decode(message.chat, type=chatd.Chat)
+            assert msgspec.to_builtins(chat) == value["chat"]
+    assert sorted(value["type"] for value in shown) == sorted(kinds)
+
+
+def test_the_error_that_is_shown_is_one() -> None:
+    (block,) = blocks(section(PROTOCOL, "## Errors"), "json")
+    (value,) = json_values(block)
+    error = value["error"]
+    refusal = chatd.Refusal(error["code"], retry_after=error["retry_after"])
+    assert json.loads(chatd.refusal_answer(refusal).body) == value
+
+
+def test_the_table_of_errors_has_every_refusal_with_its_status() -> None:
+    rows = re.findall(r"(?m)^\| `(\w+)` \| (\d+)", section(PROTOCOL, "## Errors"))
+    table = {code: int(status) for code, status in rows}
+    assert len(rows) == len(table)
+    assert table == {code: status for code, (status, _) in chatd.REFUSALS.items()}
+
+
+def test_the_table_of_requests_has_every_route_with_its_token() -> None:
+    tokens = {
+        "in the query": "anyone", "none": "anyone", "user": "user",
+        "sign-in link": "signin", "scope `service`": "service",
+        "scope `stats`": "stats",
+    }  # fmt: skip
+    rows = re.findall(
+        r"(?m)^\| `([A-Z]+) (/\S*?)(?:\?\S*)?`.*? \| (.*?) \| .+ \|$",
+        section(PROTOCOL, "## HTTP requests"),
+    )
+    table = {
+        (method, re.sub(r"\b(ID|USER)\b", "*", path)): tokens[token]
+        for method, path, token in rows
+    }
+    assert len(rows) == len(table)
+    assert table == {
+        (method, path): route.who
+        for path, methods in chatd.ROUTES.items()
+        for method, route in methods.items()
+        if path not in chatd.PAGE_FILES
+    }
+
+
+def test_the_table_of_close_codes_has_every_code_that_chatd_sends() -> None:
+    rows = re.findall(r"(?m)^\| ([\d, ]+) \|", section(PROTOCOL, "### Close codes"))
+    table = {int(code) for row in rows for code in row.split(",")}
+    ours = {
+        code for name, code in vars(chatd).items()
+        if name.startswith("CLOSE_") and isinstance(code, int)
+    }  # fmt: skip
+    assert table == ours | {1002, 1007}  # those two are the library's
+
+
+# --- docs/operating.md ---------------------------------------------------------------
 
 
 def words_said() -> set[tuple[str, str, tuple[str, ...]]]:
@@ -48,9 +227,9 @@ def words_said() -> set[tuple[str, str, tuple[str, ...]]]:
     return said
 
 
-def test_the_readme_has_a_row_for_every_line_of_log() -> None:
-    section = README.split("\n## Logs\n")[1].split("\n## ")[0]
-    rows = re.findall(r"(?m)^\| `(\w+)` \| (\w+) \| (.*?) \| .+ \|$", section)
+def test_the_table_of_log_lines_has_every_line_that_chatd_can_write() -> None:
+    lines = section(OPERATING, "### Log lines")
+    rows = re.findall(r"(?m)^\| `(\w+)` \| (\w+) \| (.*?) \| .+ \|$", lines)
     table = {
         (level, verb, tuple(re.findall(r"`(.*?)`", fields)))
         for verb, level, fields in rows
@@ -59,24 +238,14 @@ def test_the_readme_has_a_row_for_every_line_of_log() -> None:
     assert [row[0] for row in rows] == sorted({row[0] for row in rows})
 
 
-PAPERS = Path(__file__).resolve().parents[1]
-README = (PAPERS / "README.md").read_text("utf-8")
-
-
-def paper_block(language: str) -> str:
-    """The README's only block of a language."""
-    (block,) = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README)
-    return str(block)
-
-
-def test_the_readme_has_the_table_of_settings() -> None:
-    assert chatd.settings_table() in README
+def test_the_table_of_settings_is_the_one_that_chatd_makes() -> None:
+    assert chatd.settings_table() in section(OPERATING, "## Settings")
 
 
 def test_the_numbers_of_the_unit_fit_the_settings() -> None:
     unit = dict(
         line.split("=", 1)
-        for line in (PAPERS / "chatd.service").read_text("utf-8").splitlines()
+        for line in (ROOT / "chatd.service").read_text("utf-8").splitlines()
         if re.match(r"[A-Z]\w+=", line)
     )
     settings = Settings()
@@ -88,11 +257,11 @@ def test_the_numbers_of_the_unit_fit_the_settings() -> None:
 
 
 def test_inline_metadata_is_that_of_pyproject() -> None:
-    source = (PAPERS / "chatd.py").read_text("utf-8")
+    source = (ROOT / "chatd.py").read_text("utf-8")
     block = re.search(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", source)
     assert block, "chatd.py has lost its PEP 723 block"
     inline = tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
-    project = tomllib.loads((PAPERS / "pyproject.toml").read_text("utf-8"))["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert inline == {key: project[key] for key in ("requires-python", "dependencies")}
 
 
@@ -103,16 +272,21 @@ def test_every_refusal_has_a_status_and_a_sentence(code: str) -> None:
     assert len(sentence) > 10
 
 
+# --- docs/embedding.md ---------------------------------------------------------------
+
+
 @pytest.mark.parametrize("kind", ["RS256", "ES256", "EdDSA"])
-def test_the_readme_s_ways_to_make_pem_of_a_key_work(kind: str, tmp_path: Path) -> None:
+def test_the_documented_ways_to_make_pem_of_a_key_work(
+    kind: str, tmp_path: Path
+) -> None:
     private, path = rules_private(kind), tmp_path / "key.pem"
     public = private.public_key()
     der, line = (public.public_bytes(*KEY_PARTS[part]) for part in (
         "SubjectPublicKeyInfo", "OpenSSH"
     ))  # fmt: skip
-    (block,) = re.findall(r"(?s)```sh\n([^`]*load_ssh_public_key.*?)```", README)
+    (block,) = re.findall(r"(?s)```sh\n([^`]*load_ssh_public_key.*?)```", EMBEDDING)
     block = block.replace(".venv/bin/python", sys.executable)
-    commands = re.findall(r"`(openssl .*?)`", README)
+    commands = re.findall(r"`(openssl .*?)`", EMBEDDING)
     assert len(commands) == 2
     first, last = b"-----BEGIN PUBLIC KEY-----\n", b"\n-----END PUBLIC KEY-----"
     ways: list[tuple[str, bytes]] = [
@@ -135,13 +309,13 @@ def test_the_readme_s_ways_to_make_pem_of_a_key_work(kind: str, tmp_path: Path) 
 
 @pytest.fixture
 def paper_server(tmp_path: Path) -> Iterator[str]:
-    """The server of the README's chapter on backends, and its key, in tmp_path."""
+    """The server of the sections on backends, and its key, in tmp_path."""
     (tmp_path / "backend.key").write_text("0123456789abcdef" * 4 + "\n")
     command = [sys.executable, "-m", "chatd", "serve", "--jwt-key=backend.key"]
     with subprocess.Popen(
         [*command, "--listen=127.0.0.1:0"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PAPERS)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
@@ -168,7 +342,8 @@ def paper_run(command: list[str], server: str, folder: Path) -> str:
 def test_the_python_example_works_as_it_stands(
     paper_server: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "backend.py").write_text(paper_block("python"), "utf-8")
+    (block,) = blocks(EMBEDDING, "python")
+    (tmp_path / "backend.py").write_text(block, "utf-8")
     out = paper_run([sys.executable, "backend.py"], paper_server, tmp_path)
     assert "'content': 'Still for sale?'" in out
     assert "'duplicate': False" in out
@@ -176,7 +351,43 @@ def test_the_python_example_works_as_it_stands(
 
 def test_the_node_example_works_as_it_stands(paper_server: str, tmp_path: Path) -> None:
     node = door_node()
-    (tmp_path / "backend.mjs").write_text(paper_block("js"), "utf-8")
+    (block,) = blocks(EMBEDDING, "js")
+    (tmp_path / "backend.mjs").write_text(block, "utf-8")
     out = paper_run([node, "backend.mjs"], paper_server, tmp_path)
     assert "content: 'Still for sale?'" in out
     assert "duplicate: false" in out
+
+
+def test_the_readme_s_token_is_one_that_chatd_takes(
+    paper_server: str, tmp_path: Path
+) -> None:
+    (block,) = blocks(README, "python")
+    line = '\nprint(chat_token(6, "Anna"))\n'
+    (tmp_path / "signing.py").write_text(block + line, "utf-8")
+    token = paper_run([sys.executable, "signing.py"], paper_server, tmp_path).strip()
+    request = urllib.request.Request(
+        f"{paper_server}/api/v1/me", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=DOOR_SECONDS) as answer:
+        assert json.load(answer) == {"user_id": 6, "name": "Anna"}
+
+
+# --- docs/proofs.md ------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (ROOT / "torture").is_dir(), reason="torture/ is not here")
+def test_the_table_of_proofs_has_the_claims_that_the_proofs_make() -> None:
+    _, _, rest = PAPERS["docs/proofs.md"].partition("<!-- torture: begin -->\n")
+    rows = re.findall(
+        r"(?m)^\| (.+?) \| .+ \|$", rest.partition("<!-- torture: end")[0]
+    )
+    claims = set()
+    for path in (ROOT / "torture").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.Assign([ast.Name("CLAIM")], ast.Constant(str(claim))):
+                    claims.add(claim)
+                case ast.Call(ast.Name("Figures"), [ast.Constant(str(claim)), *_]):
+                    claims.add(claim)
+    assert set(rows[1:]) == claims
+    assert len(rows) == len(claims) + 1

@@ -1099,7 +1099,7 @@ async def test_the_poll_gives_what_a_socket_would_have_said(house: WiresHouse) -
         assert (answer.status, answer.code) == (400, "bad_field")
 
 
-# --- HTTP: every row of the README's table, and more ---------------------------------
+# --- HTTP: every row of the table in docs/protocol.md, and more -----------------------
 
 
 async def test_every_row_of_the_http_table_answers(either_house: DoorServer) -> None:

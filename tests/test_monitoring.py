@@ -214,7 +214,7 @@ async def test_no_token_and_no_text_reaches_the_log_at_any_level(
         assert secret not in caplog.text
 
 
-# --- HTTP: every row of the README's table, and more ---------------------------------
+# --- HTTP: every row of the table in docs/protocol.md, and more -----------------------
 
 
 async def test_the_monitoring_counts_and_is_for_those_who_may(

@@ -12,6 +12,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -670,6 +671,35 @@ def door_index_that_lies(db: Path) -> None:
         )
 
 
+def door_one_byte_less(db: Path) -> None:
+    os.truncate(db, db.stat().st_size - 1)
+
+
+def door_one_byte(db: Path) -> None:
+    db.write_bytes(b"x")
+
+
+def door_version_negative(db: Path) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("PRAGMA user_version = -1")
+
+
+def door_without_an_index(db: Path) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("DROP INDEX event_chat")
+
+
+def door_without_a_table(db: Path) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("DROP TABLE meta")
+
+
+def door_without_an_epoch(db: Path) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("DELETE FROM meta")
+        connection.commit()
+
+
 def door_version_zero(db: Path) -> None:
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.execute("PRAGMA user_version = 0")
@@ -678,9 +708,13 @@ def door_version_zero(db: Path) -> None:
 DOOR_DAMAGE = [
     door_cut, door_cut_within_a_page, door_empty, door_zero_page, door_garbage_head,
     door_garbage_pages, door_hole_in_the_log, door_index_that_lies, door_version_zero,
+    door_one_byte_less, door_one_byte, door_version_negative, door_without_an_index,
+    door_without_a_table, door_without_an_epoch,
 ]  # fmt: skip
 # What the start overlooks, or takes for a new database: `chatd check` looks closer.
-DOOR_SERVED = [door_empty, door_hole_in_the_log, door_index_that_lies]
+DOOR_SERVED = [
+    door_empty, door_hole_in_the_log, door_index_that_lies, door_without_an_epoch,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -760,12 +794,67 @@ async def test_an_empty_file_beside_a_wal_is_no_new_database(house: DoorServer) 
     wal = house.db.with_name("chatd.db-wal")
     kept = wal.read_bytes()
     assert kept
-    for damage in (door_empty, Path.unlink):
-        damage(house.db)
-        done = await door_run("serve", "--listen=127.0.0.1:0", "--db", house.db)
-        assert done.status == 1
-        assert "damaged: it is empty, and its -wal is not" in done.err
-        assert wal.read_bytes() == kept
+    # Beside a link, too, and whatever command looks at it.
+    link = house.home / "link.db"
+    link.symlink_to(house.db)
+    shutil.copy(house.db.with_name("chatd.secret"), house.home / "link.secret")
+    other = house.home / "other.db"
+    for db in (house.db, link):
+        for words in (
+            ("serve", "--listen=127.0.0.1:0", "--db", db), ("check", "--db", db),
+            ("backup", other, "--db", db), ("restore", db, "--db", other),
+        ):  # fmt: skip
+            door_empty(house.db)
+            done = await door_run(*words)
+            assert done.status == 1, done
+            assert "damaged: it is empty, and its -wal is not" in done.err, done
+            assert wal.read_bytes() == kept
+            assert not other.exists()
+    house.db.unlink()
+    done = await door_run("serve", "--listen=127.0.0.1:0", "--db", house.db)
+    assert "damaged: it is empty, and its -wal is not" in done.err
+    assert wal.read_bytes() == kept
+
+
+async def test_a_database_is_known_as_chatds_from_its_first_second(
+    house: DoorServer,
+) -> None:
+    """Else a damaged -wal would make it look like a new file."""
+    async with house.serving():
+        await house.kill()
+        with contextlib.suppress(FileNotFoundError):
+            house.db.with_name("chatd.db-wal").unlink()
+        with contextlib.closing(sqlite3.connect(house.db)) as db:
+            (found,) = db.execute("PRAGMA application_id").fetchone()
+        assert found == chatd.APPLICATION_ID
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("verb", ["backup", "restore"])
+def test_a_signal_ends_a_copy_with_a_sentence_and_no_file(
+    verb: str, number: int, sound_db: Path, tmp_path: Path
+) -> None:
+    db, path = tmp_path / "chatd.db", tmp_path / "copy.db"
+    shutil.copy(sound_db, db)
+    if verb == "restore":
+        shutil.copy(sound_db, path)
+    before = door_files(tmp_path)
+    # It signals itself in the middle of the copy, when the partial file is there.
+    program = (
+        "import os, sys, chatd; copy = chatd.faults\n"
+        f"end = lambda: os.kill(os.getpid(), {int(number)})\n"
+        "chatd.faults = lambda path: (end(), copy(path))[1]\n"
+        "sys.exit(chatd.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, verb, path, "--db", db],
+        capture_output=True, text=True, check=False, cwd=DOOR_CHECKOUT,
+        env=door_environment(), timeout=DOOR_SECONDS,
+    )  # fmt: skip
+    name = signal.Signals(number).name
+    assert done.returncode == 1, done
+    assert done.stderr.endswith(f"chatd: ended by {name}, before it was done\n"), done
+    assert door_files(tmp_path) == before
 
 
 async def test_the_start_says_what_it_checked_and_what_it_left_unchecked(
@@ -798,7 +887,9 @@ async def test_a_copy_that_finds_no_room_leaves_nothing_behind(
         done = await trio.run_process(
             ["bash", "-c", f'ulimit -f {blocks}; exec "$@"', "-", *chatd_at],
             capture_stderr=True, check=False, cwd=DOOR_CHECKOUT,
-            env=door_environment(COVERAGE_PROCESS_START=""),
+            env={
+                k: v for k, v in door_environment().items() if "COVERAGE" not in k
+            },
         )  # fmt: skip
         assert done.returncode == 1, done
         assert re.search(rb"chatd: \w+ .*(copying failed|disk I/O)", done.stderr), done

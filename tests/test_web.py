@@ -1226,19 +1226,24 @@ def test_an_origin_that_was_not_allowed_may_not(
     assert outcome == "closed"
 
 
-def test_what_the_readme_says_about_embedding_works(
+def example(document: str, language: str) -> str:
+    """The last block of a language in a document."""
+    blocks = re.findall(rf"(?s)```{language}\n(.*?)```", (HERE / document).read_text())
+    return str(blocks[-1])
+
+
+def test_the_page_that_the_documents_show_works(
     house: House, site: Site, chromium: Chromium
 ) -> None:
-    section = (HERE / "README.md").read_text().split("## In your own page")[1]
-    example = re.findall(r"```html\n(.*?)```", section, re.DOTALL)[0]
-    assert len(example.splitlines()) <= 16
+    shown = example("docs/embedding.md", "html")
+    assert len(shown.splitlines()) <= 16
     anna, ben, chat = pair(house)
     tokens = {"token": house.token(anna)}
     site.pages["/chat-token"] = ("application/json", json.dumps(tokens))
-    page_text = example.replace("https://chat.example.org", house.url)
-    site.pages["/readme"] = ("text/html", page_text.replace("CHAT_ID", str(chat)))
+    page_text = shown.replace("https://chat.example.org", house.url)
+    site.pages["/shown"] = ("text/html", page_text.replace("CHAT_ID", str(chat)))
     page = chromium.context().new_page()
-    page.goto(f"{site.url}/readme")
+    page.goto(f"{site.url}/shown")
     page.get_by_role("textbox").fill("Hello from the shop")
     page.get_by_role("textbox").press("Enter")
     expect(page.get_by_text("Hello from the shop")).to_be_visible()
@@ -1248,6 +1253,22 @@ def test_what_the_readme_says_about_embedding_works(
         "Hello from the shop",
         "<b>Hello</b> from Ben",
     ]
+
+
+def test_the_lines_of_the_readme_follow_a_chat(
+    house: House, site: Site, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(house)
+    tokens = {"token": house.token(anna)}
+    site.pages["/chat-token"] = ("application/json", json.dumps(tokens))
+    lines = example("README.md", "js").replace("https://chat.example.org", house.url)
+    site.pages["/lines"] = ("text/html", f"<script type=module>{lines}</script>")
+    page = chromium.context().new_page()
+    with page.expect_console_message(lambda it: "type: connected" in it.text):
+        page.goto(f"{site.url}/lines")
+    expected = f"{ben} Hello from Ben"
+    with page.expect_console_message(lambda it: it.text == expected):
+        house.say(chat, ben, "Hello from Ben")
 
 
 def test_events_come_once_and_in_order_whatever_happens_to_the_network(

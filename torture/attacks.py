@@ -49,7 +49,10 @@ from harness import (
     text,
 )
 
-CLAIM = "named attacks get the right answer; others talk on, and nothing stays behind"
+CLAIM = (
+    "each of the named attacks gets the right answer; other clients go on talking, and "
+    "nothing stays behind"
+)
 SECONDS = 5.0  # the longest wait for what should come at once
 CUT, END = b"<cut>", b"<end>"  # in a row: send what follows later; end our side
 CONTINUATION = 0
@@ -1548,7 +1551,7 @@ def prove(full: bool) -> Figures:
     assert grown < 64 * 2**20, f"memory grew by {grown / 2**20:.0f} MiB"
     return Figures(
         CLAIM,
-        f"{rows} attacks answered as promised; the innocent waited "
+        f"{rows} attacks answered as promised; other clients waited "
         f"{slowest * 1000:.0f} ms at most; all descriptors came back; memory "
         f"+{grown / 2**20:.0f} MiB",
         {

@@ -473,13 +473,15 @@ def prove(full: bool) -> Figures:
         else "(no right to mount a small file system here: a full disk by shim only)"
     )
     return Figures(
-        "a disk that is full, broken or read-only, at the 1st, 2nd, 3rd ... write or "
-        "sync: no ack for a lost row, no stored row that is never told, reads and "
-        "sockets live on, /healthz says 503, and it recovers by itself, or ends with "
-        "status 1; a database file that is removed or replaced ends it before a lie",
+        "a disk is full, broken or read-only, at the 1st, 2nd, 3rd ... write or sync: "
+        "no ack for a lost row, no stored row without its event, reads and sockets go "
+        "on, /healthz answers 503, and chatd recovers by itself or ends with status 1; "
+        "if the database file is removed or replaced, chatd ends before it sends a "
+        "false ack",
         f"{found['faults']} faults, {really}, {found['acked']:,} acked, "
-        f"{found['refused']:,} refused: 0 lost, 0 untold, no socket cut; well again "
-        f"{found['recovery_ms'] / 1000:.1f} s after the disk; ended with status 1 when "
-        f"broken for good ({found['ended']}) or taken away ({found['taken_away']})",
+        f"{found['refused']:,} refused: 0 lost, 0 without an event, no socket cut; "
+        f"recovered {found['recovery_ms'] / 1000:.1f} s after the disk; ended with "
+        f"status 1 when the disk stayed broken ({found['ended']}) or the file was "
+        f"taken away ({found['taken_away']})",
         dict(found),
     )

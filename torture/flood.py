@@ -34,7 +34,9 @@ from harness import (
     until,
 )
 
-CLAIM = "floods cost bounded memory and work, and honest clients are served through all"
+CLAIM = (
+    "a flood costs bounded memory and work, and honest clients are served all the time"
+)
 MIB = 2**20
 CROWD = 10_400  # more than --max-connections and those who may wait beside
 
@@ -348,8 +350,8 @@ def prove(full: bool) -> Figures:
         CLAIM,
         f"{len(poured)} floods of {sent / MIB:,.0f} MiB: memory "
         f"+{worst.memory / MIB:.0f} MiB at most ({worst.name}); {crowd.name} silent "
-        f"connections: {each / 1024:.0f} KiB each, gone after 10 s; the honest waited "
-        f"{honest.slowest_ever * 1000:.0f} ms at most",
+        f"connections: {each / 1024:.0f} KiB each, gone after 10 s; honest clients "
+        f"waited {honest.slowest_ever * 1000:.0f} ms at most",
         {
             **{f"processor, {c.name}": round(c.processor, 2) for c in poured},
             **{f"slowest ms, {c.name}": round(c.slowest * 1000) for c in costs},

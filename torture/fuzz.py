@@ -41,7 +41,10 @@ from harness import (
 )
 from hypothesis import strategies as st
 
-CLAIM = "hostile noise ends no connection but its own, and is answered by the protocol"
+CLAIM = (
+    "hostile noise ends no connection but the one that sends it, and gets the answer "
+    "that the protocol has for it"
+)
 CODES = frozenset((1000, 1001, 1002, 1005, 1007, 1008, 1009, 1012, 1013, 4008, 4401,
                    4503, 4504))  # fmt: skip
 ERRORS = frozenset(("bad_json", "bad_field", "unknown_type", "not_found",
@@ -617,8 +620,8 @@ def prove(full: bool) -> Figures:
     return Figures(
         CLAIM,
         f"{siege.connections:,} hostile connections and {siege.frames:,} frames in "
-        f"{seconds:.0f} s, {2 * examples:,} made commands and bodies: no exception; "
-        f"the innocent said {siege.talks:,} messages, the slowest took "
+        f"{seconds:.0f} s, {2 * examples:,} generated commands and bodies: no "
+        f"exception; other clients sent {siege.talks:,} messages, the slowest took "
         f"{siege.slowest * 1000:.0f} ms; memory +{grown / 2**20:.0f} MiB",
         {
             "connections": siege.connections,

@@ -40,9 +40,9 @@ def prove(full: bool) -> Figures:
         chatd.check()
     return Figures(
         "kill -9: no acked message is lost, none is stored twice, each sender's order "
-        "is kept, `n` and `seq` are dense, every cursor is honoured",
+        "is kept, `n` and `seq` have no holes, every cursor is honoured",
         f"{kills} kills under load, {numbers['acked']:,} acked messages: 0 lost, "
-        f"0 double, 0 out of order; {numbers['devices']} devices heard "
+        f"0 double, 0 out of order; {numbers['devices']} devices received "
         f"{numbers['heard']:,} events, each once",
         {"kills": kills, **numbers},
     )

@@ -228,9 +228,10 @@ def prove(full: bool) -> Figures:
         assert bitten, "the model does not bite: without syncs nothing was lost"
         promised = len(crowd.acked())
     return Figures(
-        "a power cut loses no acked message and leaves a sound database that serves on",
+        "a power cut loses no acked message; the database is sound and can be served "
+        "again",
         f"{cuts} cuts under load ({', '.join(f'{found[m]} {m}' for m in MODELS)}), "
-        f"{numbers['acked']:,} acked messages: 0 lost, 0 corrupt; with a -wal that is "
-        f"not synced the same model loses {bitten} of {promised}",
+        f"{numbers['acked']:,} acked messages: 0 lost, 0 corrupt; if the WAL is not "
+        f"synced, the same model loses {bitten} of {promised}",
         {"cuts": cuts, "bitten": bitten, **found, **numbers},
     )

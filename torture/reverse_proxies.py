@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""chatd behind nginx, behind Caddy and behind `chatd proxy`, as the README has them.
+"""chatd behind nginx, Caddy and `chatd proxy`, as docs/operating.md has them.
 
     .venv/bin/python torture/reverse_proxies.py           # half a minute
     .venv/bin/python torture/reverse_proxies.py --full    # and the real 60 seconds
 
 Status 0: all held, 1: not. It wants Debian's nginx-light and caddy, and the packages
-of `pip install -e '.[test]'`. The configurations are cut out of the README; what is
+of `pip install -e '.[test]'`. The configurations are cut out of that page; what is
 changed in them are ports, addresses of this machine, and folders: all runs in a
 temporary one, on free ports of 127.0.0.1, with its own TLS, and ends with the script.
 
@@ -42,7 +42,7 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-README = (CHECKOUT / "README.md").read_text("utf-8")
+PAGE = (CHECKOUT / "docs/operating.md").read_text("utf-8")
 NAME = "chat.example.org"
 PATIENCE = 20.0  # seconds, for what should come at once
 ADDRESSES = itertools.cycle(range(1, 255))
@@ -70,9 +70,9 @@ def claim(true: object, sentence: str) -> None:
         raise Failed(sentence)
 
 
-def readme_block(language: str) -> str:
-    """Cut the README's only block of a language."""
-    (block,) = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README)
+def page_block(language: str) -> str:
+    """Cut the only block of a language out of docs/operating.md."""
+    (block,) = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", PAGE)
     return str(block)
 
 
@@ -85,7 +85,7 @@ def free_port() -> int:
 def swap(text: str, *changes: tuple[str, str]) -> str:
     """Change what must be there."""
     for old, new in changes:
-        claim(old in text, f"the README's configuration has no {old!r} any more")
+        claim(old in text, f"docs/operating.md has no {old!r} any more")
         text = text.replace(old, new)
     return text
 
@@ -234,7 +234,7 @@ def behind_nginx(folder: Path, chatd: Chatd, limit: int) -> Iterator[Front]:
         check=True, capture_output=True,
     )  # fmt: skip
     site = swap(
-        readme_block("nginx"),
+        page_block("nginx"),
         ("listen 443", f"listen 127.0.0.1:{port}"),
         ("127.0.0.1:8086", f"127.0.0.1:{chatd.port}"),
         (f"/etc/letsencrypt/live/{NAME}", str(folder)),
@@ -267,7 +267,7 @@ def behind_caddy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Front]:
     )
     config = folder / "Caddyfile"
     text = swap(
-        readme_block("caddy"),
+        page_block("caddy"),
         (f"\n{NAME} {{", f"\nhttps://{NAME}:{port} {{"),
         ("127.0.0.1:8086", f"127.0.0.1:{chatd.port}"),
         ("/var/log/caddy", str(logs)),

@@ -432,10 +432,10 @@ def prove(full: bool) -> Figures:
         run_trio(act, busy, full)
         said = len(busy.sent_at)
     return Figures(
-        "a member who is removed, a token that is revoked or has expired, in a busy "
-        "chat: no event from after the moment it took effect, on sockets, polls, "
-        "history, the chat list and while catching up; and a restart changes nothing",
-        f"{busy.rounds} times while {said:,} messages were said; of {busy.proofs:,} "
-        "things heard and answered 0 too late",
+        "a member is removed, or a token is revoked or expires, in a busy chat: no "
+        "event from after that moment reaches the user, over sockets, polls, history, "
+        "the chat list or while catching up; and a restart changes nothing about it",
+        f"{busy.rounds} times while {said:,} messages were sent; of {busy.proofs:,} "
+        "events and answers 0 came too late",
         {"rounds": busy.rounds, "messages": said, "looked_at": busy.proofs},
     )

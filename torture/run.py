@@ -3,7 +3,7 @@
 
     python torture/run.py                      the quick form, as CI runs it
     python torture/run.py --full --json FILE   the full form, and its figures as JSON
-    python torture/run.py --report FILE        put those figures into README.md
+    python torture/run.py --report FILE        put those figures into docs/proofs.md
     python torture/run.py --only kill9 --seed 7
 
 A proof is a module beside this file: its docstring states the claim, its function
@@ -36,11 +36,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs/proofs.md"
 BEGIN, END = "<!-- torture: begin -->", "<!-- torture: end -->"
 
-# In the order of the README's table. Those TOGETHER mostly wait, so they share the
-# processors with others of them; each of the rest has the machine for itself.
+# In the order of the table in docs/proofs.md. Those TOGETHER mostly wait, so they share
+# the processors with others of them; each of the rest has the machine for itself.
 PROOFS = (
     "conformance",
     "attacks",
@@ -142,7 +142,7 @@ def versions() -> dict[str, str]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Make the README's table of a report."""
+    """Make the table of docs/proofs.md of a report."""
     box, made = report["machine"], report["versions"]
     lines = ["| claim | what was found |", "|---|---|"]
     for proof in report["proofs"]:
@@ -162,14 +162,14 @@ def table(report: dict[str, Any]) -> str:
 
 
 def write_report(path: Path) -> None:
-    """Put a report's table between the README's markers."""
-    text = README.read_text("utf-8")
+    """Put a report's table between the markers of docs/proofs.md."""
+    text = PAGE.read_text("utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        sys.exit(f"{README} has no {BEGIN} ... {END}")
+        sys.exit(f"{PAGE} has no {BEGIN} ... {END}")
     report = json.loads(path.read_text("utf-8"))
-    README.write_text(f"{before}{BEGIN}\n{table(report)}\n{END}{after}", "utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(report)}\n{END}{after}", "utf-8")
 
 
 def main() -> int:
@@ -183,7 +183,7 @@ def main() -> int:
     add("--seed", type=int, help="repeat the chance of an earlier run")
     add("--jobs", type=int, default=2, help="proofs that mostly wait, at once (2)")
     add("--json", type=Path, metavar="FILE", help="write what was found")
-    add("--report", type=Path, metavar="FILE", help="put such a FILE into README.md")
+    add("--report", type=Path, metavar="FILE", help="put it into docs/proofs.md")
     options = parser.parse_args()
     if options.report is not None:
         write_report(options.report)

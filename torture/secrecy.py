@@ -298,7 +298,7 @@ def prove(full: bool) -> Figures:
     return Figures(
         "no token, secret or message text is in any log (level debug), error, metric "
         "or stats document",
-        f"0 in the {size / 2**20:.1f} MiB that all servers of this run logged, "
-        f"measured and answered as errors, {count} attempts to place one among them",
+        f"0 in {size / 2**20:.1f} MiB of logs, metrics and error answers of all "
+        f"servers of this run, with {count} attempts to place one there",
         {"attempts": count, "files": len(files), "bytes": size},
     )

@@ -37,8 +37,8 @@ from harness import (
 )
 
 CLAIM = (
-    "50 stalled of 200 delay nobody and get everything; a steady reader is never cut; "
-    "who is parked in any state is gone at its deadline"
+    "50 stalled clients of 200 delay no other client and get everything; a steady "
+    "reader is never cut; a connection that waits in any state is gone at its deadline"
 )
 SMALL = 4096  # bytes of a receive buffer: the kernel makes it twice that
 
@@ -518,9 +518,9 @@ def prove(full: bool) -> Figures:
         CLAIM,
         f"p99 of the others {statistics.median(room.rough) * 1000:.0f} ms with "
         f"{STALLED} of {ROOM} stalled, {statistics.median(room.calm) * 1000:.0f} ms "
-        f"without; +{growth:.0f} MiB; {room.said} messages, all heard once and in "
-        f"order; {len(readers)} readers of 5 KB a second never cut; {parked} parked in "
-        f"{len(park.took)} states all gone in time",
+        f"without; +{growth:.0f} MiB; {room.said} messages, all received once and in "
+        f"order; {len(readers)} readers of 5 KB a second never cut; {parked} "
+        f"connections waited in {len(park.took)} states, all gone in time",
         {
             "p99_calm_ms": round(statistics.median(room.calm) * 1000, 1),
             "p99_stalled_ms": round(statistics.median(room.rough) * 1000, 1),

@@ -189,12 +189,12 @@ def prove(full: bool) -> Figures:
         acked += filled(100, 60, True, at_once).acked
         assert at_once[-1] < 5, f"after the second it took {at_once[-1]:.1f} s"
     return Figures(
-        "SIGTERM with 500 clients of whom half are stalled: after --drain-seconds what "
-        "is left is cut, and it is out when the database is closed; everybody who "
-        "reads sees `bye` and 1012, no acked message is lost; a second SIGTERM ends it "
-        "at once",
-        f"out after {max(took):.1f} s of {DRAIN}, {size // 2} of {size // 2} saw `bye` "
-        f"and 1012, 0 of {acked:,} acked lost; out {max(at_once):.2f} s after a second",
+        "SIGTERM with 500 clients, half of them stalled: after --drain-seconds chatd "
+        "cuts the rest, closes the database and ends; every client that reads gets "
+        "`bye` and 1012, no acked message is lost; a second SIGTERM ends chatd at once",
+        f"ended after {max(took):.1f} s, --drain-seconds being {DRAIN}; {size // 2} of "
+        f"{size // 2} got `bye` and 1012, 0 of {acked:,} acked lost; ended "
+        f"{max(at_once):.2f} s after a second SIGTERM",
         {
             "clients": size,
             "seconds": round(max(took), 2),

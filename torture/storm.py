@@ -133,11 +133,11 @@ def prove(full: bool) -> Figures:
         heard = sum(judge_history(client, log, messages) for client in storm.clients)
     back, caught_up = max(storm.again), max(storm.up_to_date)
     return Figures(
-        "a restart from which all clients come back at once: every one catches up "
-        "with its cursor, none misses or repeats an event",
+        "after a restart all clients come back at once: each catches up with its "
+        "cursor, and none misses an event or gets one twice",
         f"{size:,} clients, half of them back after {at(0.5, storm.again):.1f} s, all "
         f"after {back:.1f} s; the last had caught up after {caught_up:.1f} s while "
-        f"messages went on; {heard:,} events, each heard once",
+        f"messages went on; {heard:,} events, each received once",
         {
             "clients": size,
             "back_seconds": round(back, 2),

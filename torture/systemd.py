@@ -6,9 +6,9 @@
 
 A container (systemd-nspawn) over this machine's own root, or over a TREE: an overlay in
 memory takes what is written, so neither changes, and nothing is downloaded but what
-`pip install .` fetches. The commands and units are the README's own: what is printed
-there is what runs here. Each step prints what it found. This makes a TREE of Debian 13
-(or 12: bookworm):
+`pip install .` fetches. The commands and units are those of docs/operating.md: what is
+printed there is what runs here. Each step prints what it found. This makes a TREE of
+Debian 13 (or 12: bookworm):
 
     packages=systemd,systemd-sysv,dbus,iproute2,python3-venv,ca-certificates
     sudo debootstrap --variant=minbase --include=$packages trixie TREE
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-README = (CHECKOUT / "README.md").read_text("utf-8")
+PAGE = (CHECKOUT / "docs/operating.md").read_text("utf-8")
 DB = "/var/lib/chatd/chatd.db"
 BIN = "/opt/chatd/bin/chatd"
 UNITS = "/etc/systemd/system"
@@ -58,27 +58,27 @@ class CannotRun(Exception):
     """This machine boots no systemd, and why."""
 
 
-# --- the README ----------------------------------------------------------------------
+# --- docs/operating.md ---------------------------------------------------------------
 
 
 def commands(needle: str) -> str:
     """Find the one block of shell that contains this."""
     (block,) = (
-        text for text in re.findall(r"(?s)```sh\n(.*?)```", README) if needle in text
+        text for text in re.findall(r"(?s)```sh\n(.*?)```", PAGE) if needle in text
     )
     return str(block)
 
 
 def unit_files() -> dict[str, str]:
-    """Collect what the README says to write, by path."""
-    blocks = re.findall(r"(?s)```ini\n# (/\S+)\n(.*?)```", README)
+    """Collect the files that the page says to write, by path."""
+    blocks = re.findall(r"(?s)```ini\n# (/\S+)\n(.*?)```", PAGE)
     assert len(dict(blocks)) == len(blocks), "two blocks for one file"
     return dict(blocks)
 
 
 def printed_status() -> list[str]:
-    """Find what the README shows of `systemctl status`, without what is never twice."""
-    (block,) = re.findall(r"(?s)```\n(● chatd\.service.*?)```", README)
+    """Find what the page shows of `systemctl status`, without what is never twice."""
+    (block,) = re.findall(r"(?s)```\n(● chatd\.service.*?)```", PAGE)
     return [
         re.sub(r" since .*| \d+ .*", "", line).strip() for line in block.split("\n")
     ]
@@ -132,7 +132,7 @@ class Machine:
         upper, work = self.folder / "upper", self.folder / "work"
         layers = f"lowerdir={self.tree},upperdir={upper},workdir={work}"
         self._mounted("-t", "overlay", "overlay", "-o", layers, self.root)
-        # A machine that has chatd already is not what the README begins with.
+        # A machine that has chatd already is not what the page begins with.
         for name in (
             "opt/chatd", "etc/chatd", "var/lib/chatd*", "var/lib/private/chatd*",
             "etc/systemd/system/chatd*", "etc/systemd/system/*.wants/chatd*",
@@ -449,7 +449,7 @@ def kept_promise(machine: Machine, load: Load) -> None:
 
 
 def install(machine: Machine, _clients: Clients) -> str:
-    """Install as the README says; the status is the one it shows."""
+    """Install as the page says; the status is the one it shows."""
     block = commands("python3 -m venv /opt/chatd &&").split("\n")
     machine.run(block[0], online=True)
     machine.run(block[1])
@@ -467,7 +467,7 @@ def install(machine: Machine, _clients: Clients) -> str:
 
 
 def sandbox(machine: Machine, clients: Clients) -> str:
-    """What the process is and owns, and what the link of the README opens."""
+    """What the process is and owns, and what the page's sign-in link opens."""
     score = machine.run("systemd-analyze security --no-pager chatd | tail -n 1")
     assert float(re.findall(r"[\d.]+", score)[-1]) <= 1.0, score
     pid = machine.show("MainPID")
@@ -562,7 +562,7 @@ def wrong_use(machine: Machine, _clients: Clients) -> str:
 
 
 def settings(machine: Machine, _clients: Clients) -> str:
-    """The README's drop-in counts, and too few descriptors are told."""
+    """The page's drop-in counts, and too few descriptors are told."""
     (path,) = (p for p in unit_files() if p.endswith("settings.conf"))
     machine.write(path, unit_files()[path])
     machine.run("systemctl restart chatd")
@@ -623,7 +623,7 @@ def firewall(machine: Machine, clients: Clients) -> str:
 def credential(machine: Machine, clients: Clients) -> str:
     """Without the secret's file it does not start; with it, by itself.
 
-    The lines for a key of the backend, which are comments in the README, count here.
+    The lines for a key of the backend, which are comments on the page, count here.
     """
     (path,) = (p for p in unit_files() if p.endswith("secret.conf"))
     machine.write(path, re.sub(r"(?m)^#(?=\w+=)", "", unit_files()[path]))
@@ -672,7 +672,7 @@ def administration(machine: Machine, clients: Clients) -> str:
 
 
 def backups(machine: Machine, clients: Clients) -> str:
-    """The README's timer: it keeps so many, each whole, and can do nothing else."""
+    """The page's timer: it keeps so many, each whole, and can do nothing else."""
     written = {p: t for p, t in unit_files().items() if "chatd-backup" in p}
     for path, text in written.items():
         machine.write(path, text.replace("--keep 48", "--keep 2"))
@@ -699,7 +699,7 @@ def backups(machine: Machine, clients: Clients) -> str:
     kept_promise(machine, load)
     assert machine.show("ActiveState", "chatd-backup.timer") == "active"
     score = machine.run("systemd-analyze security --no-pager chatd-backup | tail -n 1")
-    # While chatd is stopped, too; and back to the newest, as the README says.
+    # While chatd is stopped, too; and back to the newest, as the page says.
     machine.run("systemctl stop chatd; systemctl start chatd-backup; sleep 1")
     machine.run("systemctl start chatd")
     machine.run(commands("copy=$(sudo find"))
@@ -710,7 +710,7 @@ def backups(machine: Machine, clients: Clients) -> str:
 
 
 def socket_unit(machine: Machine, clients: Clients) -> str:
-    """With the README's socket unit: no network, and no refusal either."""
+    """With the page's socket unit: no network, and no refusal either."""
     suffixes = ("chatd.socket", "/socket.conf")
     files = {p: t for p, t in unit_files().items() if p.endswith(suffixes)}
     for path, text in files.items():
@@ -741,7 +741,7 @@ def socket_unit(machine: Machine, clients: Clients) -> str:
 
 
 def upgrade(machine: Machine, clients: Clients) -> str:
-    """Upgrade as the README says, while clients come."""
+    """Upgrade as the page says, while clients come."""
     with clients.coming() as load:
         *steps, restart, _ = commands("git pull").split("\n")
         machine.run("\n".join(steps), online=True)
@@ -771,7 +771,7 @@ def stop(machine: Machine, clients: Clients) -> str:
 
 
 def removal(machine: Machine, clients: Clients) -> str:
-    """Remove as the README says: nothing is left."""
+    """Remove as the page says: nothing is left."""
     machine.run(commands("systemctl clean"))
     machine.run(
         f"systemctl disable --now chatd-backup.timer; rm {UNITS}/chatd-backup.*"
