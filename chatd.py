@@ -89,7 +89,6 @@ import stat
 import struct
 import sys
 import tempfile
-import termios
 import time
 import traceback
 import urllib.parse
@@ -332,7 +331,7 @@ class Server:
         """Count an outcome; a repeat gets its token back."""
         if sent.duplicate:
             self.stats.duplicates += 1
-            self.sends.give_back(sender_id)
+            self.sends.of(sender_id).give_back()
         else:
             self.stats.messages += 1
 
@@ -1170,7 +1169,7 @@ class Store:
         self._read_limiter = trio.CapacityLimiter(settings.readers)
         self._write_limiter = trio.CapacityLimiter(1)
         self._submit, self._inbox = trio.open_memory_channel[Job](4096)
-        self._io_errors = 0  # in a row
+        self._reopen = False  # after an I/O error the writer's connection is not used
         self._writer = db = prepare_database(
             self.path, steps or schema_steps(), settings.check_bytes
         )
@@ -1347,52 +1346,30 @@ class Store:
     def _committed(self, events: Log) -> None:
         self.check_file()
         self.seq += len(events)
-        self._io_errors = 0
 
     def _failed(self, error: sqlite3.Error | OSError) -> None:
-        """Be degraded. After an I/O error open the file anew; three in a row end us."""
+        """Refuse writes until a probe succeeds, whatever is wrong with the disk."""
         self.degraded = True
         name = getattr(error, "sqlite_errorname", "?")
         log(logging.ERROR, "storage_failed", db=self.path, code=name, error=error)
         with contextlib.suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
-        if name.startswith("SQLITE_IOERR") and self._has_room():
-            self._io_errors += 1
-            if self._io_errors >= 3:
-                raise UsageError(f"database {self.path}: {error}, 3 times in a row")
-            self._writer.close()
-            with file_errors("database", self.path):
-                self._writer = open_database(self.path, readonly=False)
-                query_value(
-                    self._writer, "SELECT count(*) FROM meta"
-                )  # makes the -wal anew
-            self._files = self._inodes()
-
-    def _has_room(self) -> bool:
-        """Is it a sick disk, not a full one? SQLite calls only ENOSPC full.
-
-        A quota, or a limit of the file's size, is an I/O error to it. We try ourselves
-        to write where the -wal would grow.
-        """
-        try:
-            with tempfile.TemporaryFile(dir=self.path.parent) as file:
-                os.pwrite(file.fileno(), bytes(65536), self.wal_bytes())
-        except OSError as error:
-            return error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return True
+        self._reopen = self._reopen or name.startswith("SQLITE_IOERR")
 
     def _probe(self) -> Batch:
         """Try to write as much as some messages; then publish what the log holds above.
 
         A row alone might find a place where no message does, again and again.
         """
-        db = self._writer
-        with contextlib.suppress(sqlite3.Error):
-            # What fills the disk may be the log of changes: a file of 4 MB that only
-            # commits would fold into the database, and there are none.
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         try:
+            if self._reopen:
+                self._open_anew()
+            db = self._writer
+            with contextlib.suppress(sqlite3.Error):
+                # The WAL may be what fills the disk: only commits would fold it into
+                # the database, and there are none.
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             for text in ("x" * 65536, str(time.time())):
                 db.execute("BEGIN IMMEDIATE")
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (text,))
@@ -1406,6 +1383,19 @@ class Store:
         self.degraded = False
         log(logging.WARNING, "storage_recovered", db=self.path, found=len(found))
         return Batch(found, [])
+
+    def _open_anew(self) -> None:
+        """Open the file again after an I/O error: SQLite may hold pages never written.
+
+        Its -wal may then be another file; the database may not.
+        """
+        if self._inodes()[:1] != self._files[:1]:
+            self.check_file()
+        self._writer.close()
+        self._writer = open_database(self.path, readonly=False)
+        query_value(self._writer, "SELECT count(*) FROM meta")  # makes the -wal
+        self._files = self._inodes()
+        self._reopen = False
 
     def check_file(self) -> None:
         """Raise UsageError if our file is no longer the one of that name.
@@ -2113,21 +2103,20 @@ class Seat:
             self.reply(reply)
 
     def sweep(self, now: float, settings: Settings) -> str | None:
-        """Look at this seat's deadlines. Returns why it is to be cut, or None.
+        """Check this seat's deadlines. Returns why it is to be cut, or None.
 
-        Life is any byte heard, or any progress of bytes sent. While bytes wait only
-        the stall limit judges; a ping asks only a peer that has nothing to read.
+        While output waits, only the stall limit applies. A ping goes only to a client
+        that has nothing to read.
         """
         outbox = self.outbox
         if outbox.waiting:
             self.pinged_at = None
-            outbox.note_progress(now)
-            life = max(outbox.received_at, outbox.moved_at)
-            return "stalled" if now - life > outbox.patience else None
+            stalled = now - outbox.moved_at > settings.stall_seconds
+            return "stalled" if stalled else None
         if not outbox.listening or (self.pinged_at or 0.0) <= outbox.received_at:
             self.pinged_at = None
         if not outbox.listening:
-            return None  # a command of its own makes it wait: silence says nothing
+            return None  # its own command keeps it waiting: silence says nothing
         if self.pinged_at is not None:
             return "silent" if now - self.pinged_at > settings.pong_seconds else None
         if now - outbox.received_at > self.ping_after:
@@ -2407,8 +2396,8 @@ class Outbox(trio.abc.Stream):
 
     # fmt: off
     __slots__ = ("_broke", "_ended", "_fd", "_nursery", "_owed_pong", "_pace",
-                 "_parked", "_settings", "_unacked", "buffer", "listening", "moved_at",
-                 "patience", "received_at", "sealed", "stream")
+                 "_parked", "_settings", "buffer", "listening", "moved_at",
+                 "received_at", "sealed", "stream")
     # fmt: on
 
     def __init__(
@@ -2428,10 +2417,8 @@ class Outbox(trio.abc.Stream):
         self._fd = stream.socket.fileno()
         self.listening = False  # waiting for the peer, not busy with what it said
         self._ended = False  # the library wants to read no more
-        self._pace = Pace(settings.receive_bytes, self.received_at)
+        self._pace = Bucket(settings.receive_bytes)
         self._parked = trio.lowlevel.ParkingLot()
-        self._unacked = 0  # bytes in the kernel, when last looked at
-        self.patience = patience(stream, settings)
         self._owed_pong = b""
         self._broke = broke
 
@@ -2472,19 +2459,6 @@ class Outbox(trio.abc.Stream):
             self._nursery.start_soon(self._flush)
         return True
 
-    def note_progress(self, now: float) -> None:
-        """Look whether the peer has acknowledged bytes since the last look.
-
-        The kernel asks for more by 64 KiB, which a slow line takes longer to carry than
-        the stall limit is. SIOCOUTQ (tcp(7)) tells of every packet that arrived.
-        """
-        with contextlib.suppress(OSError):  # not every system counts them
-            counted = fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4))
-            unacked = int.from_bytes(counted, sys.byteorder)
-            if unacked < self._unacked:
-                self.moved_at = now
-            self._unacked = unacked
-
     def seal(self, frame: bytes) -> None:
         """Write a close frame; it is the last."""
         self.push(frame, always=True)
@@ -2500,7 +2474,7 @@ class Outbox(trio.abc.Stream):
 
     def charge(self) -> None:
         """Count a frame as 128 bytes more than it has: tiny frames cost us as much."""
-        self._pace.spend(128)
+        self._pace.spend(self.received_at, 128)
 
     def _break(self) -> None:
         self.sealed = True
@@ -2563,8 +2537,7 @@ class Outbox(trio.abc.Stream):
             raise trio.ClosedResourceError
         data = await self._receive(max_bytes or 8192)
         now = self.received_at = trio.current_time()
-        self._pace.spend(len(data))
-        debt = self._pace.debt_seconds(now)
+        debt = self._pace.spend(now, len(data))
         while debt > 1:
             # Who hung up behind a flood is not read to the end: that can take minutes.
             await trio.sleep(1)
@@ -2598,21 +2571,6 @@ class Outbox(trio.abc.Stream):
         """Read no more. The connection closes its stream, when the last byte is out."""
         self._ended = True
         await trio.lowlevel.checkpoint()
-
-
-def patience(stream: trio.SocketStream, settings: Settings) -> float:
-    """Say for how many seconds a peer's waiting bytes may stand still.
-
-    A full receive window opens again by steps (RFC 9293 3.8.6.2.2), and Linux, where
-    only whole packets free their room, takes twice the first window for one: who reads
-    5 KB a second from the usual 64 KiB is seen to move every 26 s.
-    """
-    window = 0
-    with contextlib.suppress(OSError, AttributeError):  # Linux 5.4: tcpi_snd_wnd
-        told = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
-        window = int.from_bytes(told[228:], sys.byteorder)
-    silence = settings.ping_seconds + settings.pong_seconds
-    return max(settings.stall_seconds, min(window / settings.slow_bytes, silence))
 
 
 async def linger(stream: trio.SocketStream, seconds: float) -> None:
@@ -3068,21 +3026,8 @@ class Rate(NamedTuple):
         return f"{self.per_second:g}/{self.burst:g}" if self.per_second else "0"
 
 
-def draw(full_at: float, now: float, rate: Rate) -> tuple[float, float]:
-    """Draw one token from a bucket that is full again at full_at (GCRA, ITU-T I.371).
-
-    Returns when it is full now, and 0.0; or full_at and the seconds until there is one.
-    """
-    if not rate.per_second:
-        return 0.0, 0.0
-    interval = 1 / rate.per_second
-    later = max(full_at, now) + interval
-    wait = later - now - rate.burst * interval
-    return (full_at, wait) if wait > 1e-9 else (later, 0.0)
-
-
 class Bucket:
-    """One token bucket."""
+    """A token bucket (GCRA, ITU-T I.371). Its only state is when it is full again."""
 
     __slots__ = ("full_at", "rate")
 
@@ -3092,65 +3037,50 @@ class Bucket:
 
     def take(self, now: float) -> float:
         """Take one token: 0.0 if there was one, else the seconds until there is."""
-        self.full_at, wait = draw(self.full_at, now, self.rate)
-        return wait
+        before = self.full_at
+        wait = self.spend(now, 1)
+        if wait > 1e-9:
+            self.full_at = before
+            return wait
+        return 0.0
+
+    def spend(self, now: float, amount: float) -> float:
+        """Take an amount, into debt if need be: the seconds until nothing is owed."""
+        per_second, burst = self.rate
+        if not per_second:
+            return 0.0
+        self.full_at = max(self.full_at, now) + amount / per_second
+        return max(0.0, self.full_at - now - burst / per_second)
+
+    def give_back(self) -> None:
+        """Undo one take."""
+        if self.rate.per_second:
+            self.full_at -= 1 / self.rate.per_second
 
 
 class Buckets:
-    """A table of token buckets, one a key; its only state is when each is full again.
+    """A table of token buckets, one a key.
 
-    The table is bounded. When it overflows the oldest key is forgotten, which fills its
-    bucket; so invented keys cost memory to nobody.
+    The table is bounded: when it overflows, the oldest key is forgotten, which fills
+    its bucket. So invented keys cost nobody memory.
     """
 
     def __init__(self, rate: Rate, size: int) -> None:
         self.rate = rate
         self.size = size
-        self.full_at: OrderedDict[object, float] = OrderedDict()
+        self.table: OrderedDict[object, Bucket] = OrderedDict()
+
+    def of(self, key: object) -> Bucket:
+        """Return the bucket of a key, a full one if it has none."""
+        bucket = self.table.setdefault(key, Bucket(self.rate))
+        self.table.move_to_end(key)
+        if len(self.table) > self.size:
+            self.table.popitem(last=False)
+        return bucket
 
     def take(self, key: object, now: float) -> float:
         """Take one token: 0.0 if there was one, else the seconds until there is."""
-        if not self.rate.per_second:
-            return 0.0
-        self.full_at[key], wait = draw(self.full_at.get(key, 0.0), now, self.rate)
-        self.full_at.move_to_end(key)
-        if len(self.full_at) > self.size:
-            self.full_at.popitem(last=False)
-        return wait
-
-    def owe(self, key: object, now: float, amount: float) -> None:
-        """Take more than one token behind a `take`, even if they are not there yet."""
-        if self.rate.per_second:
-            full_at = max(self.full_at.get(key, 0.0), now)
-            self.full_at[key] = full_at + amount / self.rate.per_second
-
-    def give_back(self, key: object) -> None:
-        """Undo one take: what was asked for cost nothing after all."""
-        if key in self.full_at:
-            self.full_at[key] -= 1 / self.rate.per_second
-
-
-class Pace:
-    """One bucket that may go into debt: it tells how long to wait, not no."""
-
-    __slots__ = ("burst", "level", "rate", "stamp")
-
-    def __init__(self, rate: Rate, now: float) -> None:
-        self.rate, self.burst = rate
-        self.level = self.burst
-        self.stamp = now
-
-    def spend(self, amount: float) -> None:
-        """Take the amount, even if it is not there."""
-        self.level -= amount
-
-    def debt_seconds(self, now: float) -> float:
-        """How long to wait until nothing is owed."""
-        if not self.rate:
-            return 0.0
-        self.level = min(self.burst, self.level + (now - self.stamp) * self.rate)
-        self.stamp = now
-        return max(0.0, -self.level / self.rate)
+        return self.of(key).take(now) if self.rate.per_second else 0.0
 
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -4241,7 +4171,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
     if not request.claims.service:
         # Every member is told, with all members: ten of them cost as a request.
         now, tokens = trio.current_time(), len(members) // 10
-        server.requests.owe(request.user_id, now, tokens)
+        server.requests.of(request.user_id).spend(now, tokens)
     chat = await server.store.commit(server.store.create_chat, new.title, members)
     return json_answer({"chat": chat}, 201)
 
@@ -5320,7 +5250,7 @@ def setting(default: Any, unit: str, why: str, over: str = "") -> Any:
 class Settings:
     """Everything that can be set, with its unit, its reason and its consequence.
 
-    `--help`, the CHATD_... variables and the table in docs/operating.md are made from this class.
+    `--help`, the CHATD_... variables and docs/operating.md's table are made from it.
     """
 
     # fmt: off
@@ -5386,12 +5316,11 @@ class Settings:
     ping_seconds: float = setting(25.0, "s", "silence before a ping, +-10 %; below the "
         "60 s after which nginx cuts a silent socket", "a ping")
     pong_seconds: float = setting(10.0, "s", "silence after a ping", "cut")
-    stall_seconds: float = setting(10.0, "s",
-        "waiting bytes that do not move, nothing heard", "cut")
+    stall_seconds: float = setting(40.0, "s", "the kernel to accept waiting bytes; "
+        "behind a large receive window a steady reader of 5 KB/s shows steps of 26 s",
+        "cut")
     upstream_seconds: float = setting(20.0, "s", "in which nothing moves between the "
         "proxy and a request's two ends; above request_seconds", "504, or 408")
-    slow_bytes: int = setting(2_000, "bytes a second",
-        "to read a large window of, while TCP shows no move", "cut")
     linger_seconds: float = setting(1.0, "s",
         "after our last byte, for the peer to read it", "cut")
     token_warning_seconds: float = setting(60.0, "s", "before a token's end")
@@ -5428,25 +5357,25 @@ class WrongText(ValueError, argparse.ArgumentTypeError):
     """A flag's text is wrong: a sentence, which argparse prints as it is."""
 
 
-def wants(what: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
-    """Decorate what reads the text of a flag: its ValueError says what was wanted."""
+def parser(
+    what: str, pattern: str = ".*", read: Callable[[str], Any] = str
+) -> Callable[[str], Any]:
+    """Make a function that reads the text of a flag.
 
-    def decorate(read: Callable[[str], T]) -> Callable[[str], T]:
-        @functools.wraps(read)
-        def parse(text: str) -> T:
-            try:
+    The text has to match the pattern, and read may raise ValueError; either way the
+    error says what was wanted.
+    """
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(pattern, text):
                 return read(text)
-            except ValueError:
-                raise WrongText(f"{text!r} is not {what}") from None
+        raise WrongText(f"{text!r} is not {what}")
 
-        return parse
-
-    return decorate
+    return parse
 
 
-@wants("RATE/BURST, such as 5/20, or 0 for no limit")
-def parse_rate(text: str) -> Rate:
-    """Read "RATE/BURST", or "0" for no limit. Raises ValueError, as all of these."""
+def _rate(text: str) -> Rate:
     rate, slash, burst = text.partition("/")
     parsed = Rate(float(rate), float(burst) if slash else 0.0)
     if parsed.per_second == 0:
@@ -5456,91 +5385,61 @@ def parse_rate(text: str) -> Rate:
     return parsed
 
 
-@wants("a whole number above 0")
-def parse_count(text: str) -> int:
-    """Read a whole number above 0."""
-    if not re.fullmatch("0*[1-9][0-9]{0,15}", text):
-        raise ValueError
-    return int(text)
+def _at_most(most: float, read: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        number = read(text)
+        if not 0 <= number <= most:
+            raise ValueError
+        return number
+
+    return parse
 
 
-@wants(f"a user's id, a number from 1 to {MAX_ID}")
-def parse_user(text: str) -> int:
-    """Read a user's id."""
-    if parse_count(text) > MAX_ID:
-        raise ValueError
-    return int(text)
+def _ttl(text: str) -> int:
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number = text.rstrip("smhd")
+    return int(number) * units.get(text[len(number) :], 1)
 
 
-@wants("a number of seconds, 0 or more")
-def parse_seconds(text: str) -> float:
-    """Read a number of seconds."""
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-@wants("a time of at most 100 years, such as 30d, 12h, 15m or 90s")
-def parse_ttl(text: str) -> int:
-    """Read a time, in seconds."""
-    match = re.fullmatch("0*([1-9][0-9]{0,9})([smhd]?)", text)
-    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-    if not match or int(match[1]) * units[match[2]] > 100 * 366 * 86400:
-        raise ValueError
-    return int(match[1]) * units[match[2]]
-
-
-@wants("HOST:PORT, such as 127.0.0.1:8086")
-def parse_listen(text: str) -> str:
-    """Check HOST:PORT, where HOST may be [::1]."""
-    host, colon, port = text.rpartition(":")
-    if not (colon and host and port.isdigit() and int(port) < 65536):
-        raise ValueError
-    return text
-
-
-@wants("a network, such as 10.0.0.0/8, or none")
-def parse_network(text: str) -> str:
-    """Check an address or CIDR network, or the word none."""
+def _network(text: str) -> str:
     if text != "none":
         ipaddress.ip_network(text)
     return text
 
 
-@wants("an origin, such as https://example.org")
-def parse_origin(text: str) -> str:
-    """Check scheme://host[:port] as a browser sends it."""
-    if not re.fullmatch(r"https?://[^/?#\s@]+", text):
-        raise ValueError
-    return text.lower()
-
-
-@wants("the page's address, such as https://chat.example.org")
-def parse_base(text: str) -> str:
-    """Check the address that a sign-in link is made of."""
-    if not re.fullmatch(r"https?://[^/?#\s@]+(/[^?#\s]*)?", text):
-        raise ValueError
+def _listen(text: str) -> str:
+    _at_most(65535, int)(text.rpartition(":")[2])
     return text
 
 
-@wants("a scope: service, stats, or both")
-def parse_scope(text: str) -> str:
-    """Read scopes."""
-    if not text.split() or not set(text.split()) <= {"service", "stats"}:
-        raise ValueError
-    return " ".join(text.split())
-
-
-def parse_word(*words: str) -> Callable[[str], str]:
-    """Make a parser that takes one of the given words."""
-
-    @wants(f"one of {', '.join(words)}")
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError
-        return text
-
-    return parse
+COUNT = "0*[1-9][0-9]{0,15}"
+parse_rate = parser("RATE/BURST, such as 5/20, or 0 for no limit", read=_rate)
+parse_count = parser("a whole number above 0", COUNT, int)
+parse_user = parser(
+    f"a user's id, a number from 1 to {MAX_ID}", COUNT, _at_most(MAX_ID, int)
+)
+parse_seconds = parser(
+    "a number of seconds, 0 or more", read=_at_most(sys.float_info.max, float)
+)
+parse_ttl = parser(
+    "a time of at most 100 years, such as 30d, 12h, 15m or 90s",
+    "0*[1-9][0-9]{0,9}[smhd]?",
+    _at_most(100 * 366 * 86400, _ttl),
+)
+parse_listen = parser("HOST:PORT, such as 127.0.0.1:8086", ".+:[0-9]+", _listen)
+parse_network = parser("a network, such as 10.0.0.0/8, or none", read=_network)
+parse_origin = parser(
+    "an origin, such as https://example.org", r"https?://[^/?#\s@]+", str.lower
+)
+parse_base = parser(
+    "the page's address, such as https://chat.example.org",
+    r"https?://[^/?#\s@]+(/[^?#\s]*)?",
+)
+parse_scope = parser(
+    "a scope: service, stats, or both",
+    r"\s*(service|stats)(\s+(service|stats))*\s*",
+    lambda text: " ".join(text.split()),
+)
 
 
 # What reads a flag's text, by its unit. A setting with another unit is no flag.
@@ -5551,8 +5450,8 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "AUD": str,
     "ORIGIN": parse_origin,
     "CIDR": parse_network,
-    "WHO": parse_word("user", "service"),
-    "LEVEL": parse_word("debug", "info", "warning", "error"),
+    "WHO": parser("one of user, service", "user|service"),
+    "LEVEL": parser("one of debug, info, warning, error", "debug|info|warning|error"),
     "RATE/BURST": parse_rate,
     "COUNT": parse_count,
     "BYTES": parse_count,
