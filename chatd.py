@@ -12,50 +12,128 @@
 # ///
 """chatd: a real-time chat server in one file (Trio, trio-websocket, SQLite, JWT).
 
-The promise. An ack means the message is on disk. A client that keeps its cursor sees
-every event of its chats exactly once and in order, over the socket, over the poll, or
-over any mix of the two, across lost connections and restarts, or is told to `resync`.
+THE PROMISE
 
-One idea carries it: everybody reads the log. Every lasting thing that happens is a row
-of one table with a growing `seq`. The live path is a short cut for those who are up to
-date; whoever is not reads the log until he is, from memory (the tail) or from disk:
+An ack means the message is on disk. A client that keeps its cursor sees every event of
+its chats exactly once and in order, over the socket, over the poll, or over any mix of
+the two, across lost connections and server restarts, or is told to `resync`. Only
+typing is best effort.
 
-    command -> Store (group commit) -> Hub (tail) -> Outbox of each member's socket
+ONE IDEA
+
+Everybody reads the event log. Everything lasting that happens is a row of one SQLite
+table of events with a growing `seq`. One query, `Store.events_after`, serves the poll,
+the resume after a reconnect, and the client that fell behind. The live path is a short
+cut for clients that are up to date:
+
+    command -> Store (group commit) -> Hub (tail) -> Outbox of each member's connection
                  |                                      ^
-                 +------- the log, in pages ------------+     only for who is far behind
+                 +------ the event log, in pages -------+   only for a seat far behind
 
-The task tree; a task never outlives the nursery above it:
+Nothing queues for a slow client: its seat stops being live and reads the event log
+later, at the client's own pace.
 
-    serve                      the root: _serve
-    |- House.watch_signals     SIGTERM and SIGINT: the first stops, the second ends
-    `- House.run               of a Server, which is a House and has what is below:
-       |- Store.run            takes all that waits, ONE transaction, hands it on
-       |- Hub.run              publishes batches: tail, live seats, then the callers
-       |- Server._sweep        once a second: ping, pong, stall, token end
-       `- connections          a nursery inside, so it ends before the three above
-          |- House._accept     one a listening socket, in a nursery until the stop
-          `- House._connection  one a TCP connection: Http, then perhaps Session; in
-                               its own nursery, only while bytes wait for a peer:
-                               Outbox._flush and Session._catch_up
+ONE MESSAGE, STEP BY STEP
 
-Queues and their bounds: jobs for the store (4,096), commands of one connection without
-an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line).
-Store and hub have nothing between them: a batch is published while the next gathers.
-Who cannot take more queues nowhere: he stops being live and reads the log later.
+Two threads take part: Trio's main thread, and the writer's worker thread. Each step is
+a plain `def` unless it says "waits", so no cancellation can leave one half done.
 
-Deadlines: a request head 10 s, a request 15 s, a keep-alive 75 s, silence 25 s before
-a ping and 10 s after it, waiting bytes that do not move 10 s (to 35 s, by how large
-the peer's receive window is), a close 1 s after the last byte, a stop 5 s. They are
-all fields of Settings.
+    task, thread                step
+    the sender's session, main  `WebSocketReader` has read a frame. It calls
+                                `Session._receive`: rate, JSON, `match`. `_send` checks
+                                the content and the sender's bucket, and `_submit` puts
+                                a Job into the store's channel. The reader reads on; it
+                                waits only when 64 of its commands have no answer yet.
+    Store.run, main             `_gather` takes every job that waits (at most 512), as
+                                long as one more turn of the scheduler brings more, and
+                                waits for `_transact`.
+    Store.run, writer's thread  `_transact`: BEGIN, one savepoint for each job
+                                (`send_message` inserts the message and its event),
+                                COMMIT. Here SQLite calls fsync on the WAL: when COMMIT
+                                has returned, the message is DURABLE.
+    Store.run, main             hands the Batch to the hub's channel, which has no
+                                buffer: it waits until the hub takes it. The next jobs
+                                gather meanwhile.
+    Hub.run, main               `publish`: append to the tail; find the live seats of
+                                the chat's members; `Outbox.push` one joined piece of
+                                bytes to each; then the callers: the ack is the last
+                                frame of the sender's piece. No ack precedes its event.
+    Hub.run, main               `Outbox.push` writes to the socket at once. The kernel
+                                has the bytes, or the rest is buffered.
+    Outbox._flush, main         exists only while bytes are buffered: waits until the
+                                socket takes more.
 
-The order of effects of one message: committed, in the tail, on the wire of every live
-member, acked. Each step is a plain `def` on the main thread or one transaction in the
-writer's thread, so none can be cancelled halfway; and what is lost between two of them
-was never acked, or is in the log.
+If the process dies before COMMIT has returned, the message was never acked: the client
+repeats it under the same client_id and it is stored once. If it dies after that, the
+message is in the event log and every client that missed it reads it there.
 
-Part I (Server, Connection, Store, Hub, Outbox) is all that a message passes. Part II is
-what stands around it: protocol, tokens and limits, HTTP, monitoring, the proxy,
-operations, settings.
+THE TASK TREE
+
+A task never outlives the nursery above it. The nurseries end from the inside out: the
+last answer still finds the store and the hub.
+
+    trio.run
+    `- run_root                         the root
+       |- watch_signals                 SIGTERM, SIGINT: the first stops, a second ends
+       `- Server.run
+          |- Store.run                  commits, one batch after another
+          |- Hub.run                    publishes each batch
+          |- Server._sweep              once a second: pings, stalls, ends of tokens
+          `- Listener.run
+             |- accepting               (a nursery that ends at the first signal)
+             |  `- Listener._accept     one for each listening socket
+             `- connections             (a nursery that ends when the last one has)
+                `- Listener._connection one for each TCP connection: the bulkhead; first
+                   |                    HttpConnection.run, then perhaps Session.run
+                   |- Outbox._flush     only while bytes wait for this client
+                   `- Session._catch_up only while this client catches up
+
+`chatd proxy` is a process of its own: run_root and a Listener, without the rest.
+
+THREADS
+
+There are worker threads, and no lock of our own. The writer's connection is used by one
+call of `_write` at a time, and by the main thread only before and after `Store.run`. A
+reader's connection belongs to one thread while a query runs; idle ones are in a list
+whose `append` and `pop` are atomic under the GIL. Threads get plain values and return
+them; tasks, seats and outboxes are touched on the main thread only.
+
+An exception in a connection's tasks ends that connection (the bulkhead in
+`Listener._connection`). One in Store.run, Hub.run or the sweeper ends the process: acks
+would be lies without them. Callbacks (`Job.done`) run in Hub.run, so they do nothing
+that can fail for a client's input.
+
+BOUNDS AND DEADLINES
+
+Every queue has a bound: jobs for the store (4,096), commands of one connection without
+an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line), the
+tail (16,384 events, 16 MiB). Every wait has a deadline: a request head 10 s, a request
+15 s, a keep-alive 75 s, silence 25 s before a ping and 10 s after it, waiting bytes of
+which the kernel accepts none 40 s, the end of a connection 1 s after its last byte, a
+stop 5 s.
+
+GLOSSARY
+
+    event log   the table `event`: every lasting event, by seq
+    seq         an event's number: 1, 2, 3, without holes. A message's id is the seq of
+                its event
+    n           a message's number in its chat: 1, 2, 3, without holes
+    head        the seq of the last published event. Every read is "as of the head"
+    tail        the newest end of the event log, in memory
+    cursor      how far a client has seen the event log: "epoch.seq"
+    epoch       the random half of cursors; new after `chatd restore`
+    seat        a connection as the hub knows it: user, outbox, cursor
+    live        a seat that has been given everything up to the head
+    outbox      what writes to one connection
+    batch       the events of one transaction, and the callers to answer
+    ticket      a token for one socket, good for a minute
+    parked      a connection that waits for a client's bytes
+
+READING ORDER
+
+Part I (Server, Connection, Store, Hub, Outbox) is all that a message passes, from the
+root of the task tree down. Part II is what stands around it: protocol, tokens and
+limits, HTTP, monitoring, the proxy, operations, settings.
 """
 
 from __future__ import annotations
