@@ -622,20 +622,21 @@ def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
 
 
 class ClientFault(Exception):
-    """The peer broke the protocol or a limit: with which code, and why, to close."""
+    """A client broke the protocol or a limit. args: the close code and the reason."""
 
 
 class WebSocketReader(WebSocketConnection):
-    """trio-websocket's connection, for peers that do not wish us well.
+    """trio-websocket's connection, made safe against hostile clients.
 
-    Bare, the library counts characters instead of bytes and no fragments at all,
-    answers pings while it closes (which raises), and leaves a protocol error without an
-    answer. And it hands each message to a second task through a queue. Here its reader
-    obeys the message itself, in the connection's one task: that took a message in a
-    two-person chat from 160 us to 105, an idle connection from 31 KB to 18, and reading
-    waits by itself while a command waits.
+    The library alone counts characters instead of bytes and does not count fragments.
+    It answers pings while it closes, which raises, and it does not answer a protocol
+    error. It also hands each message to a second task through a queue. Here its reader
+    task handles the message itself. That took a message in a two-person chat from
+    160 us to 105 us and an idle connection from 31 KB to 18 KB, and while a command
+    waits, nothing is read.
 
-    It replaces private methods, so the version is pinned; each has a test.
+    It replaces private methods, so the library's version is pinned. Each replacement
+    has a test.
     """
 
     # fmt: off
@@ -644,12 +645,12 @@ class WebSocketReader(WebSocketConnection):
                  "_on_message", "_outbox", "_parts")
     # fmt: on
 
-    # The library closes and sets these. Nobody here waits for a handshake, a pong or a
-    # message, and one task alone sends: so all connections share them. 3 KB each.
-    _nobody_hears = trio.open_memory_channel[str | bytes](0)
-    _nobody_waits = trio.Event()
-    _nobody_pings: ClassVar[OrderedDict[bytes, trio.Event]] = OrderedDict()
-    _nobody_else_sends = contextlib.nullcontext()
+    # The library gives each connection its own; that would be 3 KB. Here no task waits
+    # for a handshake, a pong or a message, and only one sends, so all share these.
+    _unused_channel = trio.open_memory_channel[str | bytes](0)
+    _unused_event = trio.Event()
+    _unused_pings: ClassVar[OrderedDict[bytes, trio.Event]] = OrderedDict()
+    _unused_lock = contextlib.nullcontext()
 
     def __init__(
         self,
@@ -658,7 +659,7 @@ class WebSocketReader(WebSocketConnection):
         trailing: bytes,
         on_message: Callable[[str | bytes], Awaitable[None]],
     ) -> None:
-        # The handshake was ours: wsproto starts open, with what came behind it.
+        # The handshake is over: wsproto starts open, with the bytes that followed it.
         opened = Connection(ConnectionType.SERVER, trailing_data=trailing)
         super().__init__(
             outbox,
@@ -668,11 +669,11 @@ class WebSocketReader(WebSocketConnection):
             receive_buffer_size=8192,
         )
         self._connection_proposal = None
-        self._send_channel, self._recv_channel = self._nobody_hears
-        self._open_handshake = self._close_handshake = self._nobody_waits
-        self._for_testing_peer_closed_connection = self._nobody_waits
-        self._pings = self._nobody_pings
-        self._stream_lock = self._nobody_else_sends  # type: ignore[assignment]
+        self._send_channel, self._recv_channel = self._unused_channel
+        self._open_handshake = self._close_handshake = self._unused_event
+        self._for_testing_peer_closed_connection = self._unused_event
+        self._pings = self._unused_pings
+        self._stream_lock = self._unused_lock  # type: ignore[assignment]
         self._outbox = outbox
         self._on_message = on_message
         self._most_bytes = settings.max_message_bytes
@@ -682,7 +683,7 @@ class WebSocketReader(WebSocketConnection):
         self._fragments = 0
 
     async def read(self) -> None:
-        """Read and obey until the peer closes or has gone. Raises ClientFault."""
+        """Read and handle messages until the connection ends. Raises ClientFault."""
         await self._reader_task()
 
     async def _handle_ping_event(self, event: wsproto.events.Ping) -> None:
@@ -690,12 +691,12 @@ class WebSocketReader(WebSocketConnection):
         self._outbox.pong(bytes(event.payload))
 
     async def _handle_pong_event(self, event: wsproto.events.Pong) -> None:
-        self._outbox.charge()  # that it was heard is all that counts
+        self._outbox.charge()  # only its arrival matters: see Outbox.received_at
 
     async def _handle_close_connection_event(
         self, event: wsproto.events.CloseConnection
     ) -> None:
-        if self._wsproto.state is ConnectionState.OPEN:  # no close came: it is a fault
+        if self._wsproto.state is ConnectionState.OPEN:  # a fault, not a close frame
             raise ClientFault(int(event.code), event.reason or "")
         await super()._handle_close_connection_event(event)
 
@@ -721,15 +722,15 @@ class WebSocketReader(WebSocketConnection):
         try:
             await self._on_message(message)
         except KeyError as error:
-            # The library would take it for an event that it does not know.
+            # The library would take a KeyError for an event that it does not know.
             raise RuntimeError("a KeyError while handling a message") from error
 
 
 class Session:
-    """One socket after its 101: greet, read commands, close. Owns its seat.
+    """One WebSocket after its 101: greet, handle commands, close. Owns its seat.
 
-    Commands enter the store's channel in the order read, put there by the reader
-    itself; answers come back as calls of a plain def. So there is one task at rest.
+    The reader's task puts commands into the store's channel in the order read. Answers
+    come back as calls of a plain `def`. So an idle connection has one task.
     """
 
     def __init__(
@@ -746,51 +747,51 @@ class Session:
         self.claims = claims
         self.cursor = cursor
         self.reading = trio.CancelScope()
-        self.close_with: tuple[int, str] | None = None  # why we close, if it is us
+        self.close_with: tuple[int, str] | None = None  # code and reason, once known
         self.bucket = Bucket(server.settings.commands)
         self.refused = 0  # commands in a row over the rate
         settings = server.settings
         self.seat = Seat(outbox, settings=settings, behind=self._behind, end=self.end)
         self._set_token(claims)
-        self.seat.warned = True  # of nothing yet: `connected` is the first frame
+        self.seat.warned = True  # no `token_expiring` before `connected`
 
     async def run(self, trailing: bytes) -> None:
-        """Live one connection's life. Its nursery is cancelled by the caller then.
+        """Serve the connection to its end. The caller then cancels its nursery.
 
-        trailing is what the peer sent right behind its handshake.
+        trailing holds the bytes that the client sent right behind its handshake.
         """
         server = self.server
         server.opened(self)
         if server.keyring.is_revoked(self.claims):  # since the token was checked
             self.end(CLOSE_SIGN_IN, "revoked: sign in again")
         upto = server.hub.head
-        # Register first, read second: what is published meanwhile is not missed.
+        # Register first, read second: no event that is published meanwhile is missed.
         entered = server.hub.enter(self.seat, self.claims.user_id, upto)
-        guard = WebSocketReader(self.outbox, server.settings, trailing, self._receive)
+        reader = WebSocketReader(self.outbox, server.settings, trailing, self._receive)
         try:
             try:
                 with self.reading:
                     if not entered:
                         self.end(CLOSE_TOO_MANY, "this user has too many connections")
                     elif await self._greet(upto):
-                        await guard.read()
+                        await reader.read()
             except ClientFault as fault:
                 self.close_with = self.close_with or fault.args
-            if guard.closed is not None and self.close_with is None:
-                self.close_with = (guard.closed.code, guard.closed.reason or "")
+            if reader.closed is not None and self.close_with is None:
+                self.close_with = (reader.closed.code, reader.closed.reason or "")
             await self._close()
         finally:
             if entered:
                 server.hub.leave(self.seat)
             server.left(self)
-            # They refer to us, and we to the seat. Without the circle all of this is
-            # freed at once; with it, it would wait for a full pass of the collector.
+            # Break the reference cycle between session and seat: all of this is then
+            # freed at once and does not wait for a full pass of the collector.
             del self.seat.behind, self.seat.end
 
     def end(self, code: int, reason: str) -> None:
-        """Close this connection, from anywhere; the first who says so is heard.
+        """Close this connection, from any task. The first call decides the code.
 
-        CUT ends it at once: a peer that takes no bytes would not get a close frame.
+        CUT ends it at once: a client that takes no bytes would not get a close frame.
         """
         if self.close_with is None:
             self.close_with = (code, reason)
@@ -801,14 +802,14 @@ class Session:
     # --- joining ---------------------------------------------------------------------
 
     async def _greet(self, upto: int) -> bool:
-        """Read where this user stands; say `connected`. False: it cannot be read."""
+        """Read the user's chats and send `connected`. False: they cannot be read."""
         store, hub = self.server.store, self.server.hub
         start, user_id = self.server.parse_cursor(self.cursor), self.claims.user_id
         since = upto if start is None else start
         try:
             greeting = await store.read(store.greeting, user_id, upto, since)
-        except Refusal as no:
-            self.outbox.push(error_frame(no))
+        except Refusal as refusal:
+            self.outbox.push(error_frame(refusal))
             self.end(CLOSE_LATER, "the database cannot be read: come back later")
             return False
         if self.cursor is None:
@@ -843,15 +844,18 @@ class Session:
         self.nursery.start_soon(self._catch_up)
 
     async def _catch_up(self) -> None:
-        """Give the seat what it missed, as fast as its peer takes it, until it is live.
+        """Push the events that the seat missed, until it is live.
 
-        From the tail, without waiting, if it is all there; else from the log in pages.
+        Each page waits until the client has read the one before.
+
+        They come from the tail if all of them are there, else from the event log in
+        pages.
         """
         store, hub, seat = self.server.store, self.server.hub, self.seat
         user_id, limit = self.claims.user_id, self.server.settings.page_events
         person = seat.person
         while not seat.live:
-            await trio.lowlevel.checkpoint()  # one helping each, then the others
+            await trio.lowlevel.checkpoint()  # one page, then the other tasks
             await self.outbox.wait_empty()
             if self.outbox.sealed:
                 return
@@ -864,16 +868,16 @@ class Session:
                     where = (user_id, seat.cursor, hub.head, limit)
                     page = await store.read(store.events_after, *where)
             except Refusal:
-                self.end(CLOSE_LATER, "the log cannot be read: keep your cursor")
+                self.end(CLOSE_LATER, "events cannot be read now: keep your cursor")
                 return
             hub.push_page(seat, page)
 
     # --- commands --------------------------------------------------------------------
 
     async def _receive(self, text: str | bytes) -> None:
-        """Obey one command, in the reader's own task: nothing is read meanwhile."""
+        """Handle one message in the reader's task: nothing is read meanwhile."""
         if self.close_with is not None:
-            return  # it came in one piece with what ended the connection
+            return  # it was read together with the bytes that ended the connection
         if self.outbox.full:
             await self.outbox.wait_not_full()
         try:
@@ -881,13 +885,13 @@ class Session:
             if isinstance(text, bytes):
                 raise Refusal("bad_json", "a binary message; send JSON as text")
             command = parse(text, COMMANDS)
-        except Refusal as no:
-            self._answer(error_frame(no, _ref_of(text)))
+        except Refusal as refusal:
+            self._answer(error_frame(refusal, _ref_of(text)))
             return
         try:
             await self._handle(command)
-        except Refusal as no:
-            self._answer(error_frame(no, command.ref))
+        except Refusal as refusal:
+            self._answer(error_frame(refusal, command.ref))
 
     def _check_rate(self) -> None:
         wait = self.bucket.take(trio.current_time())
@@ -901,7 +905,7 @@ class Session:
         raise Refusal("rate_limited", retry_after=wait)
 
     async def _handle(self, command: Command) -> None:
-        """Do one command. Raises the Refusal that is its answer."""
+        """Handle one command. Raises the Refusal that is its answer."""
         match command:
             case SendMessage():
                 await self._send(command)
@@ -923,7 +927,7 @@ class Session:
         write: Callable[[Db, Log], T],
         reply: Callable[[T, str | None], Reply],
     ) -> None:
-        """Queue a work; at most 64 of this connection are without an answer."""
+        """Queue a write; at most 64 of this connection are without an answer."""
 
         def done(outcome: T | Refusal) -> Reply:
             if isinstance(outcome, Refusal):
@@ -931,13 +935,13 @@ class Session:
             return reply(outcome, ref)
 
         try:
-            self.seat.slots.acquire_nowait()  # no turn for nothing: see Store.submit
+            self.seat.slots.acquire_nowait()  # costs no turn: see Store.submit
         except trio.WouldBlock:
             await self.seat.slots.acquire()
         try:
             await self.server.store.submit(Job(write, done, self.seat))
         except trio.Cancelled:
-            self.seat.slots.release()  # it was not queued: nothing will answer it
+            self.seat.slots.release()  # it was not queued: no answer will come
             raise
 
     async def _send(self, command: SendMessage) -> None:
@@ -978,7 +982,7 @@ class Session:
         self.server.hub.show_typing(user_id, chat_id, command.is_typing)
 
     def _auth(self, command: Auth) -> None:
-        """Live on with a newer token. A bad one changes nothing."""
+        """Replace the connection's token. A bad token changes nothing."""
         claims = self.server.keyring.verify(command.token, "socket")
         if claims.user_id != self.claims.user_id:
             self.end(CLOSE_SIGN_IN, "this is another user's token: sign in again")
@@ -995,15 +999,18 @@ class Session:
     # --- closing ---------------------------------------------------------------------
 
     async def _close(self) -> None:
-        """Say why, let it arrive, and end. Our closes are ours, not the library's."""
+        """Write the close frame and wait until the client has it.
+
+        chatd closes, not the library: its aclose() has no deadline.
+        """
         code, reason = self.close_with or (CLOSE_NORMAL, "")
         settings = self.server.settings
         if code == CLOSE_RESTART:
-            # Half of the drain at most: the close has to go out before all is cut.
+            # At most half of the drain: the close frame has to go out before the cut.
             if self.seat.slots.value < settings.unanswered:
                 with trio.move_on_after(settings.drain_seconds / 2):
                     for _ in range(settings.unanswered):
-                        await self.seat.slots.acquire()  # all back: all answered
+                        await self.seat.slots.acquire()  # all free: all are answered
             self._answer(text_frame(Bye(self.server.retry_after_seconds())))
         if code == CUT:
             # The client ended its side without a close frame. `chatd proxy` does so
@@ -2458,18 +2465,18 @@ class Hub:
 
 
 class Outbox(trio.abc.Stream):
-    """Every byte to a peer: ours by `push`, the library's by `send_all`.
+    """Every byte to one client: chatd's by `push`, the library's by `send_all`.
 
-    push writes to the socket at once and keeps what the kernel would not take; only
-    then a task waits for the socket, in the connection's nursery, gone when the buffer
-    is empty. A push is taken whole or not at all, so no cancellation can tear a frame.
-    The first close frame seals the outbox: what comes later is dropped.
+    push writes to the socket at once and buffers the bytes that the kernel does not
+    accept. Only then a task in the connection's nursery waits for the socket; it ends
+    when the buffer is empty. A push is taken whole or not at all, so no cancellation can
+    leave half a frame. The first close frame seals the outbox: later frames are dropped.
 
-    It keeps the number of its descriptor. That is safe because who closes the stream
-    has sealed the outbox first, and all its tasks have ended: an old number could be
-    somebody else's connection.
+    It keeps the number of the socket's descriptor, which could later be another
+    connection's. That is safe because the stream is closed only after the outbox is
+    sealed and its tasks have ended.
 
-    It is also the stream that trio-websocket is given, which reads through it.
+    It is also the Stream given to trio-websocket, which reads through it.
     """
 
     # fmt: off
@@ -2486,15 +2493,16 @@ class Outbox(trio.abc.Stream):
         broke: Callable[[], None],
     ) -> None:
         self.stream = stream
-        # b"" while nothing waits: a look at it then costs no line of the cache.
+        # b"" while nothing waits: testing it does not touch the buffer of an idle
+        # connection.
         self.buffer: bytes | bytearray = b""
         self.sealed = False
         self.received_at = self.moved_at = trio.current_time()
         self._nursery = nursery
         self._settings = settings
         self._fd = stream.socket.fileno()
-        self.listening = False  # waiting for the peer, not busy with what it said
-        self._ended = False  # the library wants to read no more
+        self.listening = False  # waiting for the client, not busy with its command
+        self._ended = False  # the library reads no more
         self._pace = Bucket(settings.receive_bytes)
         self._parked = trio.lowlevel.ParkingLot()
         self._owed_pong = b""
@@ -2502,20 +2510,20 @@ class Outbox(trio.abc.Stream):
 
     @property
     def waiting(self) -> bool:
-        """Do bytes wait that the kernel would not take?"""
+        """Are bytes buffered that the kernel has not accepted?"""
         return bool(self.buffer)
 
     @property
     def full(self) -> bool:
-        """Is it at its bound: nothing but answers is taken?"""
+        """Is the buffer at its bound, so that only answers are taken?"""
         return len(self.buffer) >= self._settings.outbox_bytes
 
     def push(self, frames: bytes, always: bool = False) -> bool:
-        """Write whole frames now, or buffer them. False: it is full, nothing was taken.
+        """Write whole frames now, or buffer them. False: full, nothing was taken.
 
-        always takes them all the same: for answers, whose number is bounded elsewhere,
-        and for pages that are only given to an empty outbox. Never raises: a broken
-        connection takes everything, and ends soon.
+        always takes them even if the outbox is full: for answers, whose number is
+        bounded elsewhere, and for pages, which are pushed only to an empty outbox. Never
+        raises: a broken connection takes everything and ends soon.
         """
         if self.sealed:
             return True
@@ -2538,12 +2546,12 @@ class Outbox(trio.abc.Stream):
         return True
 
     def seal(self, frame: bytes) -> None:
-        """Write a close frame; it is the last."""
+        """Write a close frame, the last frame of all."""
         self.push(frame, always=True)
         self.sealed = True
 
     def pong(self, payload: bytes) -> None:
-        """Answer a ping. While full, only the newest is owed one (RFC 6455 5.5.3)."""
+        """Answer a ping; while full, only the newest one (RFC 6455 5.5.3)."""
         frame = bytes(_frames.pong(payload))
         if self.full:
             self._owed_pong = frame
@@ -2551,7 +2559,7 @@ class Outbox(trio.abc.Stream):
             self.push(frame)
 
     def charge(self) -> None:
-        """Count a frame as 128 bytes more than it has: tiny frames cost us as much."""
+        """Charge 128 bytes for each frame: tiny frames cost that much to handle."""
         self._pace.spend(self.received_at, 128)
 
     def _break(self) -> None:
@@ -2561,7 +2569,7 @@ class Outbox(trio.abc.Stream):
         self._broke()
 
     async def _flush(self) -> None:
-        """Write the buffer as the socket takes it. The one task that waits to write."""
+        """Write the buffer as the socket accepts it. The only task that waits for it."""
         while self.buffer:
             try:
                 await trio.lowlevel.wait_writable(self._fd)
@@ -2579,45 +2587,47 @@ class Outbox(trio.abc.Stream):
             self.push(pong)
 
     async def wait_not_full(self) -> None:
-        """Wait until it is not full. The sweeper ends a connection that never moves."""
+        """Wait until the buffer is below its bound. The sweeper bounds the wait."""
         while self.full:
             await self._parked.park()
 
     async def wait_empty(self) -> None:
-        """Wait until all bytes are the kernel's."""
+        """Wait until the kernel has accepted every byte."""
         while self.buffer:
             await self._parked.park()
 
     async def finish(self) -> None:
-        """End the write side; read and discard, so that our last bytes arrive.
+        """End the write side, then read and discard, so that the last bytes arrive.
 
-        A close with unread input makes the kernel send RST, which can overtake them.
+        Closing a socket with unread input makes the kernel send RST, which can overtake
+        them.
         """
         with trio.move_on_after(self._settings.drain_seconds):
             await self.wait_empty()
         await linger(self.stream, self._settings.linger_seconds)
 
-    # --- the Stream that trio-websocket is given -------------------------------------
+    # --- the Stream given to trio-websocket ------------------------------------------
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send what the library sends: its answer to a close frame, and no more."""
+        """Send the library's answer to a close frame; it sends nothing else."""
         await trio.lowlevel.checkpoint()
         await self.wait_not_full()
         self.seal(bytes(data))
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Part of the interface; the library does not use it."""
+        """Part of the Stream interface; the library does not use it."""
         await self.wait_not_full()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Give the library what the peer sends, at the pace of --receive-bytes."""
+        """Return bytes from the client, at the rate of --receive-bytes."""
         if self._ended:
             raise trio.ClosedResourceError
         data = await self._receive(max_bytes or 8192)
         now = self.received_at = trio.current_time()
         debt = self._pace.spend(now, len(data))
         while debt > 1:
-            # Who hung up behind a flood is not read to the end: that can take minutes.
+            # A client that floods and hangs up is not read to the end: that could take
+            # minutes.
             await trio.sleep(1)
             debt -= 1
             if self._hung_up():
@@ -2627,14 +2637,14 @@ class Outbox(trio.abc.Stream):
         return data
 
     def _hung_up(self) -> bool:
-        """Has the peer ended its side, whatever of it is still unread?"""
+        """Has the client ended its side, even if bytes of it are still unread?"""
         look = select.poll()
         look.register(self._fd, getattr(select, "POLLRDHUP", 0))  # else only HUP
         return bool(look.poll(0))
 
     async def _receive(self, max_bytes: int) -> bytes:
         while True:
-            # Wait first: a SocketStream would try first, in vain nearly always.
+            # Wait first: SocketStream reads first, nearly always in vain.
             self.listening = True
             await trio.lowlevel.wait_readable(self._fd)
             self.listening = False
@@ -2646,13 +2656,13 @@ class Outbox(trio.abc.Stream):
                 raise trio.BrokenResourceError from error
 
     async def aclose(self) -> None:
-        """Read no more. The connection closes its stream, when the last byte is out."""
+        """Read no more. `Listener._connection` closes the socket."""
         self._ended = True
         await trio.lowlevel.checkpoint()
 
 
 async def linger(stream: trio.SocketStream, seconds: float) -> None:
-    """End the write side, then read and discard until the peer ends his."""
+    """End the write side, then read and discard until the client ends its own."""
     with (
         trio.move_on_after(seconds),
         contextlib.suppress(OSError, trio.BrokenResourceError),
@@ -2669,13 +2679,11 @@ async def linger(stream: trio.SocketStream, seconds: float) -> None:
 # =====================================================================================
 
 
-# fmt: on
-
-
 class Refusal(Exception):
-    """No, with the reason: a code of REFUSALS, a sentence, and when to try again.
+    """A refused command or request: a code of REFUSALS, a sentence, when to retry.
 
-    It is the one exception that reaches a peer, as an error frame or an HTTP answer.
+    It is the only exception whose text is sent to a client, as an error frame or as an
+    HTTP answer. The sentence begins with the field that is wrong, if one is.
     """
 
     def __init__(
@@ -2697,7 +2705,7 @@ class Refusal(Exception):
 
 
 class UsageError(Exception):
-    """The person who started chatd has to change something: exit status 2 or 1."""
+    """The person who runs chatd has to change something: exit status 1 or 2."""
 
     def __init__(self, message: str, *, status: int = 1) -> None:
         super().__init__(message)
@@ -2706,7 +2714,7 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def file_errors(what: str, path: Path) -> Iterator[None]:
-    """Make a fault of a file or database a UsageError: a sentence with its name."""
+    """Turn the OSError or sqlite3.Error of a file into a UsageError that names it."""
     try:
         yield
     except OSError as error:
@@ -2724,7 +2732,7 @@ def is_damage(error: Exception) -> bool:
 
 
 def damaged(path: Path, why: str, what: str = "database") -> UsageError:
-    """Make the error of a damaged database, which says the way out."""
+    """Make the error about a damaged database, which says what to do."""
     if what != "database":
         return UsageError(f"{what} {path}: damaged: {' '.join(why.split())}")
     return UsageError(
@@ -2733,7 +2741,7 @@ def damaged(path: Path, why: str, what: str = "database") -> UsageError:
     )
 
 
-# code: the HTTP status, and what to say when there is nothing better to say.
+# code: the HTTP status, and the sentence when there is no better one.
 REFUSALS: dict[str, tuple[int, str]] = {
     "bad_json": (400, "this is not a JSON object"),
     "bad_field": (400, "a field is wrong"),
@@ -2750,23 +2758,23 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "upgrade_required": (426, "this path speaks WebSocket: send an upgrade request"),
     "rate_limited": (429, "too many at once: slow down"),
     "overloaded": (503, "the server is full: come back later"),
-    "storage_failed": (503, "it is not known to be stored: repeat it, same client_id"),
+    "storage_failed": (503, "it may not be stored: repeat it with the same client_id"),
     "internal": (500, "the server made a mistake; it has been logged"),
     "upstream": (502, "the chat service is away: come back later"),
 }
 
 
 def bad_field(sentence: str) -> Refusal:
-    """Make the commonest Refusal. The sentence begins with the field's name."""
+    """Make the most common Refusal. The sentence begins with the field's name."""
     return Refusal("bad_field", sentence)
 
 
 def no_chat() -> Refusal:
-    """Make the answer for a chat that is unknown, and for one of other people."""
+    """Make the Refusal for an unknown chat; a chat of other users gets the same."""
     return Refusal("not_found", "chat_id: there is no such chat for you")
 
 
-# Close codes: RFC 6455 7.4.1, and our own. 4000-4499: come back. 4500-4999: stay away.
+# Close codes: RFC 6455 7.4.1, and chatd's own. 4000-4499: reconnect. 4500-4999: do not.
 CLOSE_NORMAL = 1000
 CLOSE_TOO_BIG = 1009
 CLOSE_RESTART = 1012
@@ -2790,30 +2798,33 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Command(msgspec.Struct, tag_field="type", frozen=True, kw_only=True):
-    """What a client says. ref, if any, comes back with the answer."""
+    """A command from a client. Its answer repeats ref, if there is one.
+
+    To add a command: a subclass, an arm in `Session._handle`, and the method it calls.
+    """
 
     ref: Ref | None = None
 
 
 class Ping(Command, frozen=True, tag="ping"):
-    """Answered by pong: a page's own check that somebody is there."""
+    """Answered by pong: a page's own check that the server answers."""
 
 
 class Typing(Command, frozen=True, tag="typing"):
-    """Shown to the other members who are live; never stored."""
+    """Sent on to the other members' live connections; never stored."""
 
     chat_id: Id
     is_typing: bool
 
 
 class MarkRead(Command, frozen=True, tag="mark_read"):
-    """Moves the reader's position up to that message, never down."""
+    """Moves the user's read mark up to that message, never down."""
 
     message_id: Id
 
 
 class SendMessage(Command, frozen=True, tag="send_message"):
-    """Stores a message. With client_id a repeat is told from a second message."""
+    """Stores a message. client_id tells a repeat from a second message."""
 
     chat_id: Id
     content: str
@@ -2821,7 +2832,7 @@ class SendMessage(Command, frozen=True, tag="send_message"):
 
 
 class Auth(Command, frozen=True, tag="auth"):
-    """A newer token, or ticket, of the same user: the socket lives on with it."""
+    """Replaces the connection's token by a newer one, or a ticket, of the same user."""
 
     token: str
 
@@ -2848,17 +2859,17 @@ class PostMessage(msgspec.Struct, frozen=True):
 
 
 class OnlyRef(msgspec.Struct):
-    """What can still be read of a command that is wrong."""
+    """The part of a faulty command that its error repeats."""
 
     ref: Ref | None = None
 
 
 class ServerMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
-    """What chatd says. Fields that do not apply are left out."""
+    """A message from the server. Fields at their default are left out."""
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One message. n is its place in its chat, without holes."""
+    """One message. n is its number in its chat: 1, 2, 3, without holes."""
 
     id: int
     chat_id: int
@@ -2870,7 +2881,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Member(msgspec.Struct, frozen=True):
-    """One member of a chat: the messages up to n = read_n are read."""
+    """One member of a chat, who has read the messages up to n = read_n."""
 
     user_id: int
     name: str | None
@@ -2888,21 +2899,21 @@ class Chat(msgspec.Struct, frozen=True):
 
 
 class MyChat(Chat, frozen=True):
-    """A chat as one of its members sees it in his list."""
+    """A chat in the list of one of its members."""
 
     read_n: int
     unread: int
 
 
 class User(msgspec.Struct, frozen=True):
-    """Somebody who is known."""
+    """A user whom a token or a member list has named."""
 
     user_id: int
     name: str | None
 
 
 class Marks(msgspec.Struct, frozen=True):
-    """A chat's last n, and the n this user has read up to."""
+    """A chat's last n, and the user's read mark."""
 
     last_n: int
     read_n: int
@@ -2952,7 +2963,7 @@ class MemberRemoved(ServerMessage, frozen=True, tag="member_removed"):
 
 
 class Connected(ServerMessage, frozen=True, tag="connected"):
-    """The first frame. cursor is where the events that follow start."""
+    """The first frame. The events that follow come after cursor."""
 
     user_id: int
     timestamp: str
@@ -2970,7 +2981,7 @@ class Pong(ServerMessage, frozen=True, tag="pong"):
 
 
 class TypingSign(ServerMessage, frozen=True, tag="typing"):
-    """Somebody types, or has stopped."""
+    """A user types, or has stopped."""
 
     chat_id: int
     user_id: int
@@ -2978,7 +2989,7 @@ class TypingSign(ServerMessage, frozen=True, tag="typing"):
 
 
 class Ack(ServerMessage, frozen=True, tag="ack"):
-    """Done, and on disk. Which fields it has depends on the command."""
+    """A command is done, and on disk. The fields depend on the command."""
 
     ref: str | None = None
     client_id: str | None = None
@@ -2991,7 +3002,7 @@ class Ack(ServerMessage, frozen=True, tag="ack"):
 
 
 class ErrorFrame(ServerMessage, frozen=True, tag="error"):
-    """Not done. code is one of REFUSALS."""
+    """A command was refused. code is one of REFUSALS."""
 
     code: str
     message: str
@@ -3006,7 +3017,7 @@ class TokenExpiring(ServerMessage, frozen=True, tag="token_expiring"):
 
 
 class Bye(ServerMessage, frozen=True, tag="bye"):
-    """We stop; come back after so many seconds."""
+    """The server stops; reconnect after so many seconds."""
 
     retry_after: float
 
