@@ -3303,12 +3303,11 @@ KEY_FORMS = {
     "a key or certificate in DER": (
         re.compile(DER),
         "give a public key as PEM: its base64 between the lines -----BEGIN PUBLIC "
-        'KEY----- and -----END PUBLIC KEY-----; the README, "For your backend", says '
-        "how to make that",
+        "KEY----- and -----END PUBLIC KEY-----; docs/embedding.md says how",
     ),
     "an OpenSSH key": (
         re.compile(rb"(?s)\A\x00\x00\x00.(?:ssh|ecdsa|sk|rsa)-|openssh-key-v1\x00"),
-        'make it PEM; the README, "For your backend", says how',
+        "make it PEM; docs/embedding.md says how",
     ),
     "a PEM block": (
         PEM,
@@ -3319,7 +3318,7 @@ KEY_FORMS = {
             rb"(?mi)(?<![a-z])kty\W{1,8}(?:rsa|ec|okp|oct)\b|<(?:modulus|rsakeyvalue)>"
             rb"|^[ \t]*modulus *[:=]|\bpublic[ -]key\b.*:|\bk[1-4]\.public\."
         ),
-        'make it PEM; the README, "For your backend", says how',
+        "make it PEM; docs/embedding.md says how",
     ),
     "a URL": (
         re.compile(rb"(?i)\A[a-z][a-z0-9+.-]*://\S*\Z|\Adata:\S*\Z|/\.well-known/"),
