@@ -2469,8 +2469,9 @@ class Outbox(trio.abc.Stream):
 
     push writes to the socket at once and buffers the bytes that the kernel does not
     accept. Only then a task in the connection's nursery waits for the socket; it ends
-    when the buffer is empty. A push is taken whole or not at all, so no cancellation can
-    leave half a frame. The first close frame seals the outbox: later frames are dropped.
+    when the buffer is empty. A push is taken whole or not at all, so no cancellation
+    can leave half a frame. The first close frame seals the outbox: later frames are
+    dropped.
 
     It keeps the number of the socket's descriptor, which could later be another
     connection's. That is safe because the stream is closed only after the outbox is
@@ -2522,8 +2523,8 @@ class Outbox(trio.abc.Stream):
         """Write whole frames now, or buffer them. False: full, nothing was taken.
 
         always takes them even if the outbox is full: for answers, whose number is
-        bounded elsewhere, and for pages, which are pushed only to an empty outbox. Never
-        raises: a broken connection takes everything and ends soon.
+        bounded elsewhere, and for pages, which are pushed only to an empty outbox.
+        Never raises: a broken connection takes everything and ends soon.
         """
         if self.sealed:
             return True
@@ -2569,7 +2570,7 @@ class Outbox(trio.abc.Stream):
         self._broke()
 
     async def _flush(self) -> None:
-        """Write the buffer as the socket accepts it. The only task that waits for it."""
+        """Write the buffer as the socket accepts it: the one task that waits for it."""
         while self.buffer:
             try:
                 await trio.lowlevel.wait_writable(self._fd)
@@ -3096,14 +3097,14 @@ def error_frame(no: Refusal, ref: str | None = None) -> bytes:
 # =====================================================================================
 # AUTH AND LIMITS: buckets, addresses, keys, tokens
 #
-# Who is who, and who may do how much. Plain functions and small tables, without Trio:
-# the time comes in as an argument. Durations use trio.current_time(); what is signed or
-# stored uses time.time().
+# Identity, and how much each user, address and connection may do. Plain functions and
+# small tables: the time comes in as an argument. Durations use trio.current_time();
+# times that are signed or stored use time.time().
 # =====================================================================================
 
 
 class Rate(NamedTuple):
-    """A token bucket's shape: so many a second in the long run, so many at once.
+    """A token bucket's size: tokens a second in the long run, and tokens at once.
 
     A rate of 0 means no limit.
     """
@@ -3116,7 +3117,7 @@ class Rate(NamedTuple):
 
 
 class Bucket:
-    """A token bucket (GCRA, ITU-T I.371). Its only state is when it is full again."""
+    """A token bucket (GCRA, ITU-T I.371). Its only state: when it is full again."""
 
     __slots__ = ("full_at", "rate")
 
@@ -3125,7 +3126,7 @@ class Bucket:
         self.full_at = 0.0
 
     def take(self, now: float) -> float:
-        """Take one token: 0.0 if there was one, else the seconds until there is."""
+        """Take one token. Returns 0.0, or else the seconds until there is one."""
         before = self.full_at
         wait = self.spend(now, 1)
         if wait > 1e-9:
@@ -3134,7 +3135,7 @@ class Bucket:
         return 0.0
 
     def spend(self, now: float, amount: float) -> float:
-        """Take an amount, into debt if need be: the seconds until nothing is owed."""
+        """Take an amount, even into debt. Returns the seconds until nothing is owed."""
         per_second, burst = self.rate
         if not per_second:
             return 0.0
@@ -3148,10 +3149,10 @@ class Bucket:
 
 
 class Buckets:
-    """A table of token buckets, one a key.
+    """A table of token buckets, one for each key.
 
     The table is bounded: when it overflows, the oldest key is forgotten, which fills
-    its bucket. So invented keys cost nobody memory.
+    its bucket. So invented keys cannot use up memory.
     """
 
     def __init__(self, rate: Rate, size: int) -> None:
@@ -3160,7 +3161,7 @@ class Buckets:
         self.table: OrderedDict[object, Bucket] = OrderedDict()
 
     def of(self, key: object) -> Bucket:
-        """Return the bucket of a key, a full one if it has none."""
+        """Return the bucket of a key; a new one is full."""
         bucket = self.table.setdefault(key, Bucket(self.rate))
         self.table.move_to_end(key)
         if len(self.table) > self.size:
@@ -3168,7 +3169,7 @@ class Buckets:
         return bucket
 
     def take(self, key: object, now: float) -> float:
-        """Take one token: 0.0 if there was one, else the seconds until there is."""
+        """Take one token. Returns 0.0, or else the seconds until there is one."""
         return self.of(key).take(now) if self.rate.per_second else 0.0
 
 
@@ -3176,7 +3177,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def parse_address(text: str) -> Address | None:
-    """Read an IP address; IPv4 in IPv6 clothes is IPv4. None if it is none."""
+    """Read an IP address. An IPv4-mapped IPv6 address is IPv4. None: not an address."""
     try:
         address = ipaddress.ip_address(text.strip())
     except ValueError:
@@ -3193,15 +3194,15 @@ class Proxies:
         self.networks = [ipaddress.ip_network(cidr) for cidr in cidrs if cidr != "none"]
 
     def trust(self, address: Address | None) -> bool:
-        """Is this one of them?"""
+        """Is this address a trusted proxy?"""
         return address is not None and any(address in net for net in self.networks)
 
     def client(self, peer: Address | None, forwarded: Sequence[str]) -> Address | None:
         """Find the client's address behind the proxies.
 
-        The list is read from the right, where our own proxies wrote; the first address
-        that is not one of them is the client. What stands further left the client may
-        have written itself. An entry that is no address means the peer.
+        The list is read from the right, where the trusted proxies wrote. The first
+        address that is not one of them is the client; the client itself may have
+        written the entries to its left. If an entry is not an address, the peer counts.
         """
         if not self.trust(peer):
             return peer
@@ -3215,14 +3216,14 @@ class Proxies:
 
 
 def address_key(address: Address | None) -> str:
-    """Name the bucket of an address: IPv6 by /64, which is what one host is given."""
+    """Name the bucket of an address: of IPv6 the /64, which one host has as a whole."""
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
     return str(address)
 
 
 def same_origin(origin: str, hosts: Iterable[str]) -> bool:
-    """Is this page ours: does its Origin name the host that was asked?"""
+    """Does the page's Origin name the host that the request is for?"""
     scheme, _, host = origin.lower().partition("://")
     usual = {"http": ":80", "https": ":443"}.get(scheme)
     if usual is None:
@@ -3231,26 +3232,26 @@ def same_origin(origin: str, hosts: Iterable[str]) -> bool:
 
 
 class Claims(msgspec.Struct, frozen=True, kw_only=True):
-    """What a verified token says. Times are Unix seconds."""
+    """The claims of a verified token. Times are Unix seconds."""
 
     user_id: int
     name: str | None = None
     exp: float
     iat: float | None = None
     scopes: frozenset[str] = frozenset()
-    use: str | None = None  # of our own tokens: signin, ticket, session or None
+    use: str | None = None  # of chatd's own tokens: signin, ticket, session or None
     jti: str = ""  # of a ticket
-    boot: str = ""  # of a ticket: the process that gave it
-    until: float = 0.0  # of a ticket: how long the socket may live
+    boot: str = ""  # of a ticket: the process that signed it
+    until: float = 0.0  # of a ticket: when its socket has to end
 
     @property
     def service(self) -> bool:
-        """May it act for any user?"""
+        """May the bearer act for any user?"""
         return "service" in self.scopes
 
     @property
     def ends(self) -> float:
-        """When a socket opened with it ends."""
+        """When a socket that was opened with this token ends."""
         return self.until if self.use == "ticket" else self.exp
 
     def expires_in(self) -> int:
@@ -3259,7 +3260,7 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Key(NamedTuple):
-    """A key and the only algorithm that it is used with (RFC 8725 3.1)."""
+    """A key and the one algorithm that it is used with (RFC 8725 3.1)."""
 
     algorithm: str
     key: Any  # what PyJWT takes: bytes, or a public key of `cryptography`
@@ -3277,7 +3278,7 @@ class Key(NamedTuple):
 
 KEY_FILE_BYTES = 65_536
 
-# A file in which this stands is meant as PEM, whatever state it is in.
+# A file that contains this is meant as PEM, in whatever state it is.
 PEM = re.compile(
     rb"(?i)-{2,} ?(?:BEGIN|END) |\b(?:BEGIN|END) [A-Z0-9 ]*(?:KEY|CERTIFICATE)\b"
 )
@@ -3298,7 +3299,7 @@ DER = rb"""(?xs) \A\x30
 DER = DER.replace(b"LENGTH", rb"(?:[\x00-\x7f]|LONG)")
 DER = DER.replace(b"LONG", rb"(?:\x81.|\x82..|\x83...)")
 
-# What else an asymmetric key may come as: how to tell it, and what to do then.
+# The other forms of an asymmetric key: how to recognise each, and what to do then.
 KEY_FORMS = {
     "a key or certificate in DER": (
         re.compile(DER),
@@ -3330,10 +3331,10 @@ KEY_FORMS = {
 def read_key_file(what: str, path: Path, *, private: bool) -> bytes:
     """Read the file of a key. Raises UsageError.
 
-    private: nobody else may be able to read it. That is for files that chatd owns; what
-    is in $CREDENTIALS_DIRECTORY was put there by the service manager, which sees to its
-    protection (systemd.exec(5)). There the mode says little: with an ACL for the unit's
-    user, as systemd 254 and newer set one, it is 0440.
+    private: no other user may be able to read it. That applies to files that chatd
+    owns. Files in $CREDENTIALS_DIRECTORY come from the service manager, which protects
+    them (systemd.exec(5)); their mode means little: it is 0440 when there is an ACL for
+    the unit's user, as systemd 254 and newer make one.
     """
     with file_errors(what, path), path.open("rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -3354,8 +3355,8 @@ def read_key_file(what: str, path: Path, *, private: bool) -> bytes:
 def check_secret(what: str, path: Path, data: bytes) -> bytes:
     """Return a shared secret without the white space around it. Raises UsageError.
 
-    A public key is no secret: everybody may know it, and could then sign tokens for any
-    user. So whatever is an asymmetric key in some form is refused.
+    A public key is not a secret: anyone may know it, and could then sign tokens for any
+    user. So an asymmetric key is refused in any form that can be recognised.
     """
     secret = data.strip()
     form, remedy = key_form(secret)
@@ -3375,7 +3376,7 @@ def read_secret(path: Path) -> bytes:
 
 
 def read_jwt_key(path: Path) -> Key:
-    """Read a key of the site's backend; what it is says which algorithm it serves."""
+    """Read a key of the site's backend. The kind of key decides the algorithm."""
     data = read_key_file("--jwt-key", path, private=False).removeprefix(codecs.BOM_UTF8)
     if PEM.search(data):
         return read_public_pem(path, data)
@@ -3390,7 +3391,7 @@ def read_jwt_key(path: Path) -> Key:
 
 def read_public_pem(path: Path, data: bytes) -> Key:
     """Read the one public key of a PEM file (RFC 7468). Raises UsageError."""
-    # Only here: it takes longer to import than all the rest.
+    # Imported here: it takes longer to import than everything else.
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -3430,7 +3431,7 @@ def read_public_pem(path: Path, data: bytes) -> Key:
 
 
 def plain_text(data: bytes) -> str | None:
-    """Decode text; None if it is not UTF-8, or has control characters."""
+    """Decode text. None: it is not UTF-8, or has control characters."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -3439,10 +3440,11 @@ def plain_text(data: bytes) -> str | None:
 
 
 def key_form(data: bytes, layers: int = 3) -> tuple[str, str]:
-    """Name what these bytes are if not a secret, and what to do; two "" if nothing.
+    """Name the form of a key that these bytes have, and what to do about it.
 
-    Looks below so many layers of base64, base64url, hex and percent signs. Cannot tell
-    32 random bytes from an Ed25519 key that has nothing around it.
+    Two empty strings: they may be a secret. It looks below `layers` layers of base64,
+    base64url, hex and percent encoding. It cannot tell 32 random bytes from a bare
+    Ed25519 key.
     """
     for form, (pattern, remedy) in KEY_FORMS.items():
         if pattern.search(data):
@@ -3461,7 +3463,7 @@ def key_form(data: bytes, layers: int = 3) -> tuple[str, str]:
 
 
 def unwrapped(text: str) -> Iterator[bytes]:
-    """Decode a text in each way in which a key may be wrapped into it."""
+    """Decode a text in each way in which it may contain a key."""
     if "%" in text:
         yield urllib.parse.unquote_to_bytes(text)
     # Hex in any style: 3082, 30:82, 0x30, \\x30; with text around it.
@@ -3471,7 +3473,7 @@ def unwrapped(text: str) -> Iterator[bytes]:
         )
     words = re.findall("[A-Za-z0-9+/_-]+", re.sub(r"\\[nrt]", " ", text))
     for word in words:
-        # Something may stand right before it, or its first letters may be lost.
+        # Other characters may stand right before the key, or its first ones be lost.
         for first in range(4 if len(word) >= 40 else 1):
             yield unbase64(word[first:])
     for start in range(min(len(words), 64)):
@@ -3479,14 +3481,14 @@ def unwrapped(text: str) -> Iterator[bytes]:
 
 
 def unbase64(text: str) -> bytes:
-    """Decode base64 of either alphabet (RFC 4648 4 and 5), with what is left of it."""
+    """Decode base64 of either alphabet (RFC 4648 4 and 5), even if it is cut short."""
     text = text.replace("+", "-").replace("/", "_")
     whole = text[:-1] if len(text) % 4 == 1 else text
     return base64.urlsafe_b64decode(whole + "==")
 
 
 def is_curve_point(data: bytes) -> bool:
-    """Is it an uncompressed point (SEC 1, 2.3.3) of a usual curve?"""
+    """Are these bytes an uncompressed point (SEC 1, 2.3.3) of a common curve?"""
     if len(data) not in (65, 97, 133) or data[0] != 4:
         return False
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -3499,15 +3501,16 @@ def is_curve_point(data: bytes) -> bool:
 
 
 def bad_token(sentence: str = "") -> Refusal:
-    """Make the Refusal of a token that is wrong, without repeating any of it."""
+    """Make the Refusal of an invalid token. Nothing of the token is repeated."""
     return Refusal("token_invalid", sentence)
 
 
 class Keyring:
-    """The keys, and what a token means under them. Owns the tickets and the revoked.
+    """The trusted keys: signs tokens and verifies them.
 
-    A token is a string somebody sent: it is believed when one of our keys, with the
-    algorithm of that key, made its signature. Its header decides nothing.
+    A token is believed when one of these keys, with the algorithm of that key, made its
+    signature. Its header decides nothing. Owns the spent tickets and the times of
+    revocation.
     """
 
     LEEWAY_SECONDS = 5
@@ -3529,14 +3532,14 @@ class Keyring:
         return {"jwt_keys": names} if names else {}
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
-        """Make a token of our own. Claims that are None are left out."""
+        """Sign a token with chatd's own secret. Claims that are None are left out."""
         now = now_seconds()
         body = {"user_id": user_id, "iat": now, "exp": now + seconds} | claims
         body = {name: value for name, value in body.items() if value is not None}
         return jwt.encode(body, self.secret, "HS256")
 
     def ticket(self, claims: Claims) -> str:
-        """Make a ticket: one socket, soon, that may live as long as this token."""
+        """Sign a ticket: for one socket, soon, which may live as long as this token."""
         return self.sign(
             claims.user_id,
             self.settings.ticket_seconds,
@@ -3548,11 +3551,11 @@ class Keyring:
         )
 
     def verify(self, token: str, use: str | None = None) -> Claims:
-        """Say what a token means. Raises Refusal token_invalid, _expired or _used.
+        """Return a token's claims. Raises Refusal token_invalid, _expired or _used.
 
-        use is what it is for: None for a request, "signin" for its one purpose, and
-        "socket", where a plain token and a ticket are both right. "edge" is that for a
-        proxy, which cannot know whose process a ticket is of and whether it was used.
+        use is the purpose: None for a request; "signin" for a sign-in link; "socket"
+        for an upgrade, which takes a plain token or a ticket. "edge" is like "socket",
+        but a proxy cannot check `boot` or `spent`.
         """
         if len(token) > self.LONGEST:
             raise bad_token(f"token: longer than {self.LONGEST} bytes")
@@ -3576,15 +3579,15 @@ class Keyring:
         return claims
 
     def refuse_revoked(self, claims: Claims) -> None:
-        """Raise the Refusal for a token whose user was revoked since it was signed."""
+        """Raise Refusal if the user was revoked since the token was signed."""
         if self.is_revoked(claims):
             raise bad_token("this token was revoked: sign in again")
 
     def _keep(self, token: str, claims: Claims) -> None:
-        """Keep what was verified: who polls or posts sends the same token each time.
+        """Remember a verified token: a client that polls sends the same one each time.
 
-        Keys do not change while we run; the end and the revocation are looked at anew.
-        It saves a sixth of a post. Tickets come once.
+        Keys do not change while the process runs; expiry and revocation are checked
+        each time. This saves a sixth of a post. A ticket comes only once.
         """
         if claims.use != "ticket":
             if len(self._known) >= self.settings.known_tokens:
@@ -3592,26 +3595,26 @@ class Keyring:
             self._known[token] = claims
 
     def is_revoked(self, claims: Claims) -> bool:
-        """Was it signed before, or just after, its user was revoked?"""
+        """Was the token signed before, or just after, its user was revoked?"""
         revoked_at = self.revoked.get(claims.user_id)
         if revoked_at is None:
             return False
         return claims.iat is None or claims.iat <= revoked_at + self.LEEWAY_SECONDS
 
     def spend(self, claims: Claims) -> None:
-        """Use a ticket up. Raises Refusal token_used if it is. Other tokens last."""
+        """Use up a ticket; other tokens are not. Raises Refusal token_used."""
         if claims.use != "ticket":
             return
         if claims.jti in self.spent:
             raise Refusal("token_used")
         oldest = list(itertools.islice(self.spent.items(), 8))
         for jti, end in oldest:
-            if end < time.time():  # up to 8 leave for each that comes: it stays small
+            if end < time.time():  # up to 8 go for each that comes: it stays small
                 del self.spent[jti]
         self.spent[claims.jti] = claims.exp + self.LEEWAY_SECONDS
 
     def _signed_by(self, token: str) -> tuple[Key, dict[str, Any]]:
-        """Find the key that signed this token, and what it signed."""
+        """Find the key that signed this token. Returns it with the token's body."""
         for key in self.keys:
             foreign = not key.ours
             try:
@@ -3624,8 +3627,8 @@ class Keyring:
                     audience=self.settings.audience if foreign else None,
                     options={
                         "require": ["exp"],
-                        # An integer sub is right for us (PyJWT wants text), and a token
-                        # for another audience is refused only if we were told ours.
+                        # chatd accepts an integer sub (PyJWT wants text), and checks
+                        # the audience only if --audience is given.
                         "verify_sub": False,
                         "verify_aud": foreign and self.settings.audience is not None,
                         "enforce_minimum_key_length": True,
@@ -3636,14 +3639,15 @@ class Keyring:
             except jwt.ExpiredSignatureError:
                 raise Refusal("token_expired") from None
             except (jwt.PyJWTError, ValueError, RecursionError) as error:
-                # The class names the fault without repeating any of the token.
+                # The sentence is made of the error's class: its text may quote the
+                # token.
                 raise bad_token(_token_fault(error)) from None
         raise bad_token()
 
     def _claims(self, key: Key, body: dict[str, Any]) -> Claims:
         user_id = body.get("user_id", body.get("sub"))
         if "user_id" not in body and isinstance(user_id, str):
-            # A decimal string, as RFC 7519 4.1.2 has it; 20 digits are past any id.
+            # A decimal string, as RFC 7519 4.1.2 has it. No id has 20 digits.
             user_id = int(user_id) if re.fullmatch("[0-9]{1,20}", user_id) else None
         if type(user_id) is not int or not 1 <= user_id <= MAX_ID:
             raise bad_token("token: user_id, or else sub, must be a user's number")
@@ -3651,7 +3655,7 @@ class Keyring:
         for seconds in (exp, iat):
             if type(seconds) not in (int, float) or not 0 <= seconds < 1e12:
                 raise bad_token("token: exp and iat must be Unix seconds")
-        own = body if key.ours else {}  # what only our own tokens can say
+        own = body if key.ours else {}  # claims that count only in chatd's own tokens
         use, scope = own.get("use"), own.get("scope")
         if use not in (None, "session", "signin", "ticket"):
             raise bad_token("token: its use is unknown")
@@ -3683,7 +3687,7 @@ def _token_fault(error: Exception) -> str:
 
 
 def clean_name(name: object) -> str | None:
-    """Make a name fit to show: one line of at most 64 characters, or None."""
+    """Make a name fit for display: one line of at most 64 characters, or None."""
     if not isinstance(name, str):
         return None
     printable = (char if char.isprintable() else " " for char in name[:256])
