@@ -3697,8 +3697,9 @@ def clean_name(name: object) -> str | None:
 # =====================================================================================
 # HTTP: one connection, requests one after another
 #
-# h11 reads the request's head before trio-websocket sees a byte, under one deadline and
-# one bound. ROUTES is the table of what can be asked, and by whom.
+# h11 reads a request's head before trio-websocket sees a byte, under one deadline and
+# one bound. ROUTES is the table of paths and methods, and of the token that each needs.
+# To add a route: a row of ROUTES, its handler, and the Store method that it calls.
 # =====================================================================================
 
 
@@ -3717,7 +3718,7 @@ def json_answer(body: object, status: int = 200) -> Answer:
 
 
 def refusal_answer(refusal: Refusal) -> Answer:
-    """Make a Refusal an HTTP answer; Retry-After is in whole seconds (RFC 9110)."""
+    """Make an HTTP answer of a Refusal. Retry-After has whole seconds (RFC 9110)."""
     error: dict[str, object] = {"code": refusal.code, "message": refusal.message}
     headers = refusal.headers
     if refusal.retry_after is not None:
@@ -3730,7 +3731,7 @@ def refusal_answer(refusal: Refusal) -> Answer:
 
 UPGRADE = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
 
-# What we, or the libraries, decode or compare.
+# The headers that chatd or a library decodes or compares.
 ASCII_FIELDS = frozenset(
     ("host", "connection", "upgrade", "origin", "sec-websocket-key",
      "sec-websocket-version", "sec-websocket-protocol", "sec-websocket-extensions")
@@ -3738,7 +3739,7 @@ ASCII_FIELDS = frozenset(
 
 
 class Request:
-    """One request's head, checked, and what is known about who sent it."""
+    """The head of one request, checked; then its claims and body."""
 
     __slots__ = ("address", "body", "claims", "fields", "head", "ids", "method",
                  "path", "peer", "query", "version")  # fmt: skip
@@ -3754,7 +3755,7 @@ class Request:
         proxies: Proxies,
         settings: Settings,
     ) -> None:
-        """Check what h11 lets pass. Raises Refusal bad_field, too_large."""
+        """Check what h11 accepts but chatd does not. Raises Refusal."""
         lines, most = len(head.headers), settings.header_lines
         if lines > most:
             why = f"{lines} header lines; at most {most}"
@@ -3762,7 +3763,7 @@ class Request:
         self.head = head
         self.version = head.http_version
         if self.version not in (b"1.0", b"1.1"):
-            raise bad_field("HTTP/1.1 is what we speak")
+            raise bad_field("version: this server speaks HTTP/1.1")
         self.method = head.method.decode("ascii")
         self.fields: dict[str, list[str]] = {}
         for name, value in head.headers:
@@ -3772,7 +3773,7 @@ class Request:
             if field in ASCII_FIELDS and not self.header(field).isascii():
                 raise bad_field(f"{field}: only ASCII may be in it")
         if "transfer-encoding" in self.fields:
-            if "content-length" in self.fields:  # RFC 9112 6.1: how one smuggles
+            if "content-length" in self.fields:  # request smuggling (RFC 9112 6.1)
                 raise bad_field("Content-Length beside Transfer-Encoding")
             if self.version != b"1.1":
                 raise bad_field("Transfer-Encoding: not in HTTP/1.0")
@@ -3791,32 +3792,32 @@ class Request:
 
     @property
     def user_id(self) -> int:
-        """Who asks."""
+        """The user whose token this is."""
         return self.claims.user_id
 
     @property
     def by(self) -> int | None:
-        """Which member changes a chat; None: a service."""
+        """The member who changes a chat; None: a service."""
         return None if self.claims.service else self.claims.user_id
 
     @property
     def upgrades(self) -> bool:
-        """Is it for the socket's path? Whether it upgrades, check_upgrade will say."""
+        """Is it for the socket's path? check_upgrade checks the rest."""
         return self.path == "/ws/chat" and self.method == "GET"
 
     def header(self, name: str) -> str:
-        """Join the lines of a header (RFC 9110 5.3). Empty if there is none."""
+        """Return a header, its lines joined (RFC 9110 5.3); "" if there is none."""
         return ", ".join(self.fields.get(name, ()))
 
     def argument(self, name: str) -> str | None:
-        """Read a query parameter that may stand once. Raises Refusal bad_field."""
+        """Read a query parameter, given at most once. Raises Refusal bad_field."""
         values = self.query.get(name, [])
         if len(values) > 1:
             raise bad_field(f"{name}: given {len(values)} times in the query")
         return values[0] if values else None
 
     def number(self, name: str, most: int) -> int | None:
-        """Read a number from 1 to most in the query. Raises Refusal bad_field."""
+        """Read a query parameter from 1 to most. Raises Refusal bad_field."""
         text = self.argument(name)
         if text is None:
             return None
@@ -3832,25 +3833,25 @@ class Request:
         return token.strip()
 
     def has(self, name: str, word: str) -> bool:
-        """Is the word in a header that is a list, such as Connection?"""
+        """Does a header that is a list, such as Connection, contain the word?"""
         return word in {part.strip().lower() for part in self.header(name).split(",")}
 
 
 class Upgrade(NamedTuple):
-    """A handshake that was admitted: all that is left of the request."""
+    """An accepted handshake: what the session needs of the request."""
 
     claims: Claims
     cursor: str | None
     key: str
-    trailing: bytes  # what the peer sent right behind it
+    trailing: bytes  # sent right behind the request
 
 
 class HttpConnection:
     """One TCP connection: requests one after another (h11), until one upgrades.
 
     It reads a head under one deadline and one bound, answers, and goes on if both
-    sides want to. Each answer is whole; after one to a bad head or to an upgrade that
-    is refused the connection ends.
+    sides want to. Each answer is whole. After the answer to a malformed head or to a
+    refused upgrade the connection ends.
     """
 
     def __init__(self, listener: Listener, stream: trio.SocketStream) -> None:
@@ -3864,7 +3865,7 @@ class HttpConnection:
         self.kept = False  # a keep-alive: it has had an answer
 
     async def run(self) -> Upgrade | None:
-        """Serve requests until the connection ends, or is to be a socket.
+        """Serve requests until the connection ends or is upgraded.
 
         The caller closes the stream.
         """
@@ -3872,7 +3873,7 @@ class HttpConnection:
             while (outcome := await self._serve_one()) is True:
                 self.kept = True
         except trio.BrokenResourceError:
-            return None  # the client has gone; there is nobody to tell
+            return None  # the client has gone
         return outcome or None
 
     async def _serve_one(self) -> Upgrade | bool:
@@ -3901,7 +3902,7 @@ class HttpConnection:
         return False
 
     async def answer_internal_error(self) -> None:
-        """After a mistake of ours: answer `internal`, unless an answer has begun."""
+        """Answer `internal` after a bug of chatd, unless an answer has begun."""
         with (
             trio.move_on_after(self.settings.linger_seconds),
             contextlib.suppress(trio.BrokenResourceError, h11.LocalProtocolError),
@@ -3909,7 +3910,7 @@ class HttpConnection:
             await self._respond(None, refusal_answer(Refusal("internal")))
 
     async def _head(self) -> h11.Request | None:
-        """Read a request's head. None: there is no other. Raises Refusal timeout.
+        """Read a request's head. None: no more requests. Raises Refusal timeout.
 
         While the head is not whole the connection is parked: when the server is full,
         the connection parked longest is ended at once and without an answer.
@@ -3924,7 +3925,7 @@ class HttpConnection:
                     event = self.h11.next_event()
                     if isinstance(event, h11.Request):
                         if not _has_body(event):
-                            self.h11.next_event()  # its end, which h11 knows already
+                            self.h11.next_event()  # the end of a request without body
                         return event
                     if event is not h11.NEED_DATA:
                         return None
@@ -3960,7 +3961,7 @@ class HttpConnection:
                 chunks += event.chunk_start
                 if len(body) > most:
                     raise too_large
-                if chunks > self.settings.chunks:  # each costs us as much as 1 KB
+                if chunks > self.settings.chunks:  # each costs as much CPU as 1 KB
                     why = f"a body in more than {self.settings.chunks} chunks"
                     raise Refusal("too_large", why)
         return bytes(body)
@@ -3980,8 +3981,8 @@ class HttpConnection:
     async def _respond(self, request: Request | None, answer: Answer) -> None:
         """Write an answer.
 
-        After a bad head, a refused upgrade, or with anything left unread, the
-        connection ends with it.
+        The connection ends with it after a malformed head, a refused upgrade, or with
+        any byte of the request left unread.
         """
         if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
@@ -4033,12 +4034,12 @@ def _has_body(head: h11.Request) -> bool:
 def _protocol_refusal(error: h11.RemoteProtocolError) -> Refusal:
     if error.error_status_hint == 431:
         return Refusal("too_large", "the request head is too long", status=431)
-    # Not in h11's words: they repeat what was sent, and that may be a token.
+    # Not h11's words: they repeat what was sent, which may be a token.
     return bad_field("not HTTP/1.1: a malformed request line, header or body")
 
 
 def switching_protocols(key: str) -> bytes:
-    """Write the answer that opens a socket (RFC 6455 4.2.2)."""
+    """Write the answer that opens a WebSocket (RFC 6455 4.2.2)."""
     accept = wsproto.utilities.generate_accept_token(key.encode("ascii"))
     return (
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
@@ -4066,7 +4067,7 @@ def check_upgrade(request: Request) -> None:
 
 
 def peer_address(stream: trio.SocketStream) -> Address | None:
-    """Who is at the other end: None if it has gone, or is not on a network."""
+    """Return the client's address. None: it has gone, or it is a Unix socket."""
     try:
         name = stream.socket.getpeername()
     except OSError:
@@ -4095,7 +4096,7 @@ PAGE_FILES = {
 
 
 def page_answers() -> dict[str, Answer]:
-    """Read the page's files, once: no path of a request ever reaches the disk."""
+    """Read the page's files at the start: no request's path ever reaches the disk."""
     answers = {}
     for path, (name, content_type) in PAGE_FILES.items():
         body = (ASSETS / "web" / name).read_bytes()
@@ -4122,7 +4123,7 @@ async def answer_request(
 async def _answer(
     server: Server, connection: HttpConnection, request: Request
 ) -> Answer | None:
-    """Find the route, check who asks, and call its handler. None: it upgrades."""
+    """Find the route, check the token, call the handler. None: it is an upgrade."""
     listener = server.listener
     if request.upgrades:
         listener.check_handshakes(request.address)
@@ -4144,7 +4145,7 @@ async def _answer(
         await server.store_name(request.claims)
     request.body = await connection.read_body(request)
     if route.who != "anyone":
-        # A body may take its time; a user revoked meanwhile gets nothing for it.
+        # The body may have taken long: the user may have been revoked meanwhile.
         server.keyring.refuse_revoked(request.claims)
     return await route.handler(server, request)
 
@@ -4152,12 +4153,12 @@ async def _answer(
 async def _admit(
     server: Server, connection: HttpConnection, request: Request
 ) -> Upgrade:
-    """Let a socket in. All that can be refused is refused here, before the 101."""
+    """Accept an upgrade. Everything that can be refused is refused before the 101."""
     claims = socket_claims(server.keyring, request, "socket")
     cursor = request.argument("cursor")
     with trio.move_on_after(server.settings.request_seconds):
         await server.store_name(claims)
-    # No await from here until the session is counted: the server is full at once.
+    # No await from here until the session is counted, so the bound is exact.
     server.check_capacity()
     server.keyring.spend(claims)
     key = request.header("sec-websocket-key")
@@ -4165,7 +4166,7 @@ async def _admit(
 
 
 def check_origin(server: Server, request: Request) -> None:
-    """Let in programs (no Origin), our own page, and the pages of --origin."""
+    """Accept programs (no Origin), chatd's own page, and the pages of --origin."""
     origin = request.header("origin")
     if not origin or origin.lower() in server.settings.origin:
         return
@@ -4195,7 +4196,7 @@ def socket_claims(keyring: Keyring, request: Request, use: str) -> Claims:
 
 
 async def get_page(server: Server, request: Request) -> Answer:
-    """A file of the page, or 304 to who has it."""
+    """Return a file of the page, or 304 if the browser has it."""
     answer = server.pages[request.path]
     if request.header("if-none-match") == dict(answer.headers)["ETag"]:
         return Answer(304, headers=answer.headers)
@@ -4203,12 +4204,12 @@ async def get_page(server: Server, request: Request) -> Answer:
 
 
 async def get_socket(server: Server, request: Request) -> Answer:
-    """HEAD: a GET upgrades, or is refused, before a route is looked for."""
+    """Answer HEAD: a GET upgrades, or is refused, before its route is looked up."""
     raise Refusal("upgrade_required", headers=UPGRADE)
 
 
 async def get_ws_token(server: Server, request: Request) -> Answer:
-    """A ticket: so that the page need not put its token in an address."""
+    """Return a ticket, so that the page need not put its token into a URL."""
     ticket = server.keyring.ticket(request.claims)
     seconds = server.settings.ticket_seconds
     return json_answer({"token": ticket, "expires_in": seconds})
@@ -4225,7 +4226,7 @@ async def post_session(server: Server, request: Request) -> Answer:
 
 
 async def get_me(server: Server, request: Request) -> Answer:
-    """Who am I?"""
+    """Return the user's id and name."""
     return json_answer(User(request.user_id, await _name(server, request)))
 
 
@@ -4235,7 +4236,7 @@ async def _name(server: Server, request: Request) -> str | None:
 
 
 async def get_users(server: Server, request: Request) -> Answer:
-    """Who is known: to choose from, where users may create chats."""
+    """Return the known users, where users may create chats."""
     _check_may_change_chats(server, request)
     return json_answer({"users": await server.store.read(server.store.users)})
 
@@ -4246,14 +4247,14 @@ def _check_may_change_chats(server: Server, request: Request) -> None:
 
 
 async def get_chats(server: Server, request: Request) -> Answer:
-    """My chats, and the cursor from which to listen to them."""
+    """Return the user's chats, and the cursor after which their events follow."""
     upto = server.hub.head
     chats = await server.store.read(server.store.my_chats, request.user_id, upto)
     return json_answer({"chats": chats, "cursor": server.write_cursor(upto)})
 
 
 async def post_chat(server: Server, request: Request) -> Answer:
-    """Make a chat; a user is always a member of what it creates."""
+    """Create a chat. A user is always a member of the chats it creates."""
     _check_may_change_chats(server, request)
     new = parse(request.body, NEW_CHAT)
     title = new.title or ""
@@ -4261,7 +4262,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
         raise bad_field("title: it is empty or has a control character")
     members = {*new.member_ids} | ({request.by} if request.by else set())
     if not request.claims.service:
-        # Every member is told, with all members: ten of them cost as a request.
+        # Every member gets an event with all members: charge one request for ten.
         now, tokens = trio.current_time(), len(members) // 10
         server.requests.of(request.user_id).spend(now, tokens)
     chat = await server.store.commit(server.store.create_chat, new.title, members)
@@ -4269,7 +4270,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
 
 
 async def post_member(server: Server, request: Request) -> Answer:
-    """Add a user to a chat: 201, or 200 if he is in it."""
+    """Add a user to a chat: 201, or 200 if the user is a member already."""
     _check_may_change_chats(server, request)
     (chat_id,) = request.ids
     user_id = parse(request.body, USER_BODY).user_id
@@ -4280,7 +4281,7 @@ async def post_member(server: Server, request: Request) -> Answer:
 
 
 async def delete_member(server: Server, request: Request) -> Answer:
-    """Leave a chat; a service may remove anybody. Effective at once."""
+    """Leave a chat; a service may remove any member. Effective at once."""
     chat_id, user_id = request.ids
     if request.by not in (None, user_id):
         raise Refusal("forbidden", "only the member or a service may do that")
@@ -4290,7 +4291,7 @@ async def delete_member(server: Server, request: Request) -> Answer:
 
 
 async def get_messages(server: Server, request: Request) -> Answer:
-    """A page of messages, oldest first."""
+    """Return a page of messages, oldest first."""
     limit = request.number("limit", 100) or 50
     before = request.number("before", MAX_ID)
     where = (request.user_id, *request.ids, before, limit, server.hub.head)
@@ -4299,7 +4300,7 @@ async def get_messages(server: Server, request: Request) -> Answer:
 
 
 async def post_message(server: Server, request: Request) -> Answer:
-    """SendMessage: 201, or 200 for a repeat."""
+    """Send a message (SPEC.md, SendMessage): 201, or 200 for a repeat."""
     claims, (chat_id,) = request.claims, request.ids
     post = parse(request.body, POST_MESSAGE)
     check_content(post.content, server.settings)
@@ -4316,7 +4317,7 @@ async def post_message(server: Server, request: Request) -> Answer:
 
 
 async def post_read(server: Server, request: Request) -> Answer:
-    """MarkMessageAsRead."""
+    """Mark messages as read up to this one (SPEC.md, MarkMessageAsRead)."""
     mark = server.store.mark_read
     marked = await server.store.commit(mark, request.user_id, *request.ids)
     message_id, chat_id, n, _ = marked
@@ -4324,7 +4325,7 @@ async def post_read(server: Server, request: Request) -> Answer:
 
 
 async def get_events(server: Server, request: Request) -> Answer:
-    """The poll: what a socket would have said since the cursor."""
+    """Answer a poll: the events that a socket would have received since the cursor."""
     limit = request.number("limit", 500) or 100
     given, upto = request.argument("cursor"), server.hub.head
     store, user_id = server.store, request.user_id
@@ -4346,18 +4347,18 @@ async def get_events(server: Server, request: Request) -> Answer:
 
 
 async def get_stats(server: Server, request: Request) -> Answer:
-    """Did we lose anything; who was cut, and why?"""
+    """Return the stats document."""
     return json_answer(stats_document(server))
 
 
 async def get_metrics(server: Server, request: Request) -> Answer:
-    """The same numbers, for Prometheus."""
+    """Return the same numbers for Prometheus."""
     text = prometheus_text(stats_document(server))
     return Answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
 
 async def post_revoke(server: Server, request: Request) -> Answer:
-    """Refuse all tokens of a user so far, and close his sockets."""
+    """Refuse all tokens of a user so far, and close the user's sockets."""
     user_id, closed = parse(request.body, USER_BODY).user_id, 0
 
     def close(revoked_at: int) -> None:
@@ -4369,7 +4370,7 @@ async def post_revoke(server: Server, request: Request) -> Answer:
 
 
 async def get_health(server: Server, request: Request) -> Answer:
-    """Is it well: 200, or 503 while stopping or degraded."""
+    """Answer 200, or 503 while stopping or degraded."""
     if server.listener.stopping.is_set():
         return json_answer({"status": "stopping"}, 503)
     if server.store.degraded:
@@ -4378,7 +4379,7 @@ async def get_health(server: Server, request: Request) -> Answer:
 
 
 def _idempotency_key(request: Request, post: PostMessage) -> str | None:
-    """Read client_id, or the header of the same meaning. Raises Refusal bad_field."""
+    """Read client_id or Idempotency-Key, which mean the same. Raises Refusal."""
     if "idempotency-key" not in request.fields:
         return post.client_id
     key = request.header("idempotency-key")
@@ -4390,7 +4391,7 @@ def _idempotency_key(request: Request, post: PostMessage) -> str | None:
 
 
 class Route(NamedTuple):
-    """Who may do it (anyone, user, service, stats, signin), and what does it."""
+    """The token that a route needs (anyone: none), and its handler."""
 
     who: str
     handler: Callable[[Server, Request], Awaitable[Answer]]
@@ -4425,7 +4426,7 @@ NUMBER = re.compile(r"(?<=/)[0-9]{1,16}(?=/|\Z)", re.ASCII)
 
 
 def find_methods(request: Request) -> dict[str, Route]:
-    """Find what a path takes, and the numbers in it. Raises Refusal not_found."""
+    """Find a path's methods, and the numbers in it. Raises Refusal not_found."""
     request.ids = tuple(int(number) for number in NUMBER.findall(request.path))
     methods = ROUTES.get(NUMBER.sub("*", request.path))
     known = methods and "*" not in request.path
@@ -4435,7 +4436,7 @@ def find_methods(request: Request) -> dict[str, Route]:
 
 
 def find_route(request: Request, methods: dict[str, Route]) -> Route:
-    """Find what a request is for. HEAD is GET without the body (RFC 9110 9.3.2)."""
+    """Find a request's route. HEAD is GET without the body (RFC 9110 9.3.2)."""
     route = methods.get("GET" if request.method == "HEAD" else request.method)
     if route is None:
         allow = [("Allow", allowed_methods(methods))]
@@ -4444,13 +4445,13 @@ def find_route(request: Request, methods: dict[str, Route]) -> Route:
 
 
 def allowed_methods(methods: Iterable[str]) -> str:
-    """List what a path takes, for Allow."""
+    """List a path's methods for Allow."""
     extra = ["HEAD"] if "GET" in methods else []
     return ", ".join([*methods, *extra, "OPTIONS"])
 
 
 def preflight(methods: Iterable[str]) -> Answer:
-    """Answer OPTIONS, a browser's question before a request from another origin."""
+    """Answer OPTIONS, which a browser sends before a request from another origin."""
     allow = allowed_methods(methods)
     fields = "authorization, content-type, idempotency-key"
     headers = [
@@ -4472,16 +4473,16 @@ FULL_ANSWER = (
 # =====================================================================================
 # MONITORING: log lines, stats, metrics
 #
-# One line for each thing that happens, one document of numbers, and the same numbers
-# for Prometheus.
+# Log lines on stderr, one for each thing that happens; one document of numbers; and the
+# same numbers for Prometheus.
 # =====================================================================================
 
 
 def log(level: int, verb: str, **fields: object) -> None:
-    """Log one event: one line, a verb, fields. User text cannot forge a line.
+    """Write one log line: a verb and fields. User text cannot forge a line.
 
     ascii() escapes line ends, escape sequences and right-to-left marks. Callers never
-    pass a token or a text of a message.
+    pass a token or the text of a message.
     """
     if logger.isEnabledFor(level):
         words = (
@@ -4492,9 +4493,9 @@ def log(level: int, verb: str, **fields: object) -> None:
 
 
 def log_bug(verb: str, error: BaseException) -> None:
-    """Log a mistake of ours: what it was and where, innermost first.
+    """Log a bug of chatd: the exception's class and where it was raised.
 
-    Not its text: that may hold anything that came over the wire.
+    Not its text, which may contain anything that came over the wire.
     """
     kinds, places = [], []
     cause: BaseException | None = error
@@ -4507,7 +4508,7 @@ def log_bug(verb: str, error: BaseException) -> None:
 
 
 def in_journal() -> bool:
-    """Does what we write to stderr go to the journal (systemd.exec(5))?"""
+    """Is stderr connected to the journal (systemd.exec(5))?"""
     with contextlib.suppress(OSError):
         there = os.fstat(sys.stderr.fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
@@ -4515,7 +4516,7 @@ def in_journal() -> bool:
 
 
 class Formatter(logging.Formatter):
-    """One line an event; in the journal with the priority that sd-daemon(3) defines."""
+    """Writes a log line; for the journal with a priority as in sd-daemon(3)."""
 
     PRIORITIES: ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
 
@@ -4530,7 +4531,7 @@ class Formatter(logging.Formatter):
 
 
 def set_up_log(level: str) -> None:
-    """Log to stderr. trio-websocket stays silent: it would log every frame."""
+    """Log to stderr. trio-websocket's own logger is off: it would log every frame."""
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter(journal=in_journal()))
     logger.handlers[:] = [handler]
@@ -4539,7 +4540,7 @@ def set_up_log(level: str) -> None:
 
 
 class Stats:
-    """What happened since the start, in the words of the stats document."""
+    """Counts since the start, named as in the stats document."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -4571,7 +4572,7 @@ class Stats:
 
 
 def stats_document(server: Server) -> dict[str, Any]:
-    """Say what happened: did we lose anything; who was cut, and why?"""
+    """Make the stats document: what is connected, and what has happened."""
     stats, store = server.stats, server.store
 
     def counted(*names: str) -> dict[str, Any]:
@@ -4598,7 +4599,7 @@ def stats_document(server: Server) -> dict[str, Any]:
     }
 
 
-# Of the stats document, what only ever grows; all other numbers are gauges.
+# The numbers of the stats document that only grow; all others are gauges.
 COUNTERS = frozenset(
     {"total", "closed", "refused", "events", "deliveries", "writes", "catch_ups",
      "stalls", "commits", "messages", "duplicates", "failed", "resumes",
@@ -4616,7 +4617,7 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
 
     A name is the path in the document; a table becomes one metric with a label.
     """
-    # Imported at the first scrape: it would be a tenth of the time to get ready.
+    # Imported at the first scrape: it would take a tenth of the time to start.
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -4893,13 +4894,13 @@ class Tunnel:
 # =====================================================================================
 # OPERATIONS: systemd, listening sockets, files, backup, restore, check
 #
-# How a person or a service manager meets chatd. Errors here are sentences: what was
-# wrong, with which value, and what to do.
+# What a person or a service manager meets. Errors here are sentences: what was wrong,
+# with which value, and what to do.
 # =====================================================================================
 
 
 def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> None:
-    """Tell systemd (sd_notify(3)), and hand it descriptors; without it, nothing.
+    """Notify systemd (sd_notify(3)) and pass it descriptors. Without systemd: nothing.
 
     All stands still until it has room for the words: a systemd that hangs must not
     hang us for longer than that.
@@ -4919,9 +4920,9 @@ def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> N
 
 
 def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
-    """Get descriptors for max_connections + 256, or say by how much it is lowered.
+    """Raise the limit of open files to max_connections + 256, or lower max_connections.
 
-    each is how many a connection takes.
+    each is the number of descriptors that a connection takes.
     """
     wanted = (settings.max_connections + 256) * each
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4939,14 +4940,14 @@ def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
 @contextlib.contextmanager
 def locked(db: Path) -> Iterator[None]:
     """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
-    path = beside(db.resolve(), ".lock")  # a link is the same database
+    path = beside(db.resolve(), ".lock")  # a link leads to the same database
     if not path.parent.is_dir():
         raise UsageError(
             f"database {db}: there is no folder {path.parent}; make it, or name "
             "another database with --db"
         )
     with file_errors("lock", path):
-        # Root does this too, in a folder of the unit's user: it follows no link there.
+        # Root does this too, in a folder of the unit's user: follow no link there.
         how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(path, how, 0o600)
     with open(fd, "r+", encoding="ascii") as file:
@@ -4965,7 +4966,7 @@ def locked(db: Path) -> Iterator[None]:
 
 
 def keep_owner(like: Path, *paths: Path) -> None:
-    """Give what root made to the owner of `like`, so that the unit can write it."""
+    """Give files that root made to the owner of `like`: the unit must write them."""
     if os.geteuid() != 0:
         return
     owner = like.stat()
@@ -4996,10 +4997,10 @@ def read_keyring(settings: Settings) -> Keyring:
 
 
 def make_secret(path: Path) -> None:
-    """Make a secret if there is none. Only serve does."""
+    """Make chatd's secret if there is none. Only `serve` calls this."""
     if path.exists():
         return
-    # A full disk must not leave one that is empty.
+    # A full disk must not leave an empty secret.
     with file_errors("secret", path), partial_file(path) as partial:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(fd, "w", encoding="ascii") as file:
@@ -5010,16 +5011,17 @@ def make_secret(path: Path) -> None:
     log(logging.INFO, "made_secret", path=path)
 
 
-# What our own listening sockets are called in systemd's descriptor store. There they
-# outlive us, and their backlog with them: a client that connects during a restart
-# waits, and is served by the next process.
+# The name of chatd's own listening sockets in systemd's descriptor store. There they
+# outlive the process, and their backlog with them: a client that connects during a
+# restart waits for the next process.
 KEPT = "chatd"
 
 
 def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
-    """Take what systemd passed (sd_listen_fds(3)): a socket unit's, and those we kept.
+    """Take the sockets that systemd passed (sd_listen_fds(3)).
 
-    It is passed once: the variables are removed. Raises UsageError.
+    Returns those of a socket unit, and those that the last process kept. The variables
+    are removed: the sockets are passed only once. Raises UsageError.
     """
     names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     pid, count, called = (os.environ.pop(name, "") for name in names)
@@ -5048,7 +5050,7 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
 
 
 async def open_listeners(listen: str) -> list[trio.SocketListener]:
-    """Listen on what a socket unit passed, else on HOST:PORT. Raises UsageError.
+    """Listen on the socket unit's sockets, else on HOST:PORT. Raises UsageError.
 
     A name may have several addresses: each has a socket. The sockets of the process
     before us are used again where they still fit, and ours are kept for the next.
@@ -5071,7 +5073,7 @@ async def open_listeners(listen: str) -> list[trio.SocketListener]:
 async def _listen_at(
     host: str, port: int, kept: Sequence[socket.socket]
 ) -> list[socket.socket]:
-    """Listen on every address of a host, with the kept sockets that are there."""
+    """Listen on every address of a host; use kept sockets where they fit."""
     found = await trio.socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
@@ -5094,14 +5096,14 @@ async def _listen_at(
 
 
 def _is_at(sock: socket.socket, address: tuple[Any, ...]) -> bool:
-    """Does it listen at this address? Port 0 is any port."""
+    """Does the socket listen at this address? Port 0 means any port."""
     name, listens = sock.getsockname(), (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     same = name[:1] + name[2:] == address[:1] + address[2:]
     return same and address[1] in (0, name[1]) and bool(sock.getsockopt(*listens))
 
 
 def _forget(kept: Sequence[socket.socket]) -> None:
-    """Close kept sockets that are not wanted any more, systemd's copies too.
+    """Close kept sockets that no longer fit, systemd's copies too.
 
     Shutting one down ends its listening at once, whoever else has it, so that its port
     is free for a socket on another address.
@@ -5114,13 +5116,13 @@ def _forget(kept: Sequence[socket.socket]) -> None:
 
 
 def url_of(listener: trio.SocketListener) -> str:
-    """Write the address that a browser can open."""
+    """Make the URL that a browser can open."""
     host, port = listener.socket.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve_demo(settings: Settings) -> None:
-    """Serve a temporary database with two users and a chat; print a link for each."""
+    """Serve a temporary database with two users and a chat; print their links."""
     with tempfile.TemporaryDirectory(prefix="chatd-demo-") as folder:
         settings = dataclasses.replace(
             settings, db=Path(folder) / "chatd.db", secret_file=None
@@ -5151,20 +5153,20 @@ chatd proxy --upstream {upstream} --secret-file {secret}"""
 def sign_in_link(
     keyring: Keyring, base: str, user_id: int, name: str | None, seconds: int = 0
 ) -> str:
-    """Write an address that signs a user in, as often as it is used within its time."""
+    """Make a URL that signs a user in, any number of times until it expires."""
     seconds = seconds or keyring.settings.link_seconds
     token = keyring.sign(user_id, seconds, use="signin", name=name)
     return f"{base.rstrip('/')}/#token={token}"
 
 
 def announce(url: str) -> None:
-    """Print the line that scripts wait for."""
+    """Print the line that scripts wait for: the server is ready."""
     print(f"listening on {url}", flush=True)
 
 
 @contextlib.contextmanager
 def reading(what: str, path: Path) -> Iterator[Db]:
-    """Open a database of chatd for reading. What goes wrong is a UsageError."""
+    """Open a database of chatd for reading. Any error is a UsageError."""
     with file_errors(what, path):
         if not path.is_file():
             raise UsageError(f"{what} {path}: there is no such file")
@@ -5181,7 +5183,7 @@ def reading(what: str, path: Path) -> Iterator[Db]:
             check_not_cut(db, path, what)
             yield db
     finally:
-        # A root that reads may have made these; the unit must be able to write them.
+        # Reading as root may have made these; the unit must be able to write them.
         keep_owner(path, beside(path, "-wal"), beside(path, "-shm"))
 
 
@@ -5213,7 +5215,7 @@ def copy_database(source: Path, target: Path, what: str, change: str = "") -> No
 
 @contextlib.contextmanager
 def partial_file(path: Path) -> Iterator[Path]:
-    """Name a file to write first and then rename to path; remove what is left of it."""
+    """Name a file to write and then rename to path; remove it if it is still there."""
     partial = partial_name(path)
     try:
         yield partial
@@ -5223,7 +5225,7 @@ def partial_file(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in it last."""
+    """Make a rename in this folder durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -5232,7 +5234,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def backup(db: Path, dest: Path, keep: int = 0) -> None:
-    """Copy the database while it serves: all that was acked before is in the copy.
+    """Copy the database, also while it is served. Earlier acks are all in the copy.
 
     With keep, dest is a folder: the copy is named by its time, and all but the newest
     `keep` of its kind are removed, once it is on disk and was found to be sound. Prints
@@ -5248,7 +5250,7 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
         older = sorted(dest.glob("chatd-????????T??????Z.db"), reverse=True)
         folder, name = dest, "chatd-%Y%m%dT%H%M%SZ.db"
         while (dest := folder / time.strftime(name, time.gmtime())).exists():
-            time.sleep(0.1)  # there is one of this second
+            time.sleep(0.1)  # there is a copy of this second
     if not dest.parent.is_dir():
         raise UsageError(f"backup {dest}: there is no folder {dest.parent}; make it")
     if dest.is_dir():
@@ -5267,13 +5269,13 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
 
 
 def restore(db: Path, source: Path) -> None:
-    """Put a backup in the database's place, with a new epoch: clients then resync."""
+    """Put a backup in the database's place, with a new epoch: clients resync."""
     with locked(db), file_errors("restore", source), partial_file(db) as partial:
         epoch = f"UPDATE meta SET value = '{new_epoch()}' WHERE key = 'epoch';"
         copy_database(source, partial, "restore", epoch)
         keep_owner(db.parent, partial)
-        # The old log of changes must not meet the new file. If the old database is
-        # well, closing it folds the log in; if it is not, nothing in it is wanted.
+        # The old WAL must not meet the new file. Closing a sound old database folds its
+        # WAL in; of a damaged one nothing is wanted.
         with contextlib.suppress(sqlite3.Error):
             if db.exists():
                 open_database(db, readonly=False).close()
@@ -5284,7 +5286,7 @@ def restore(db: Path, source: Path) -> None:
 
 
 def faults(path: Path) -> list[str]:
-    """Look for what may not be in a database; empty if it is well."""
+    """Return what is wrong with a database, a sentence each; empty if it is sound."""
     with reading("database", path) as db:
         _, version = database_version(db)
         if version < 1:
@@ -5302,8 +5304,8 @@ def faults(path: Path) -> list[str]:
             return [str(error)]
 
 
-# What holds in every database that chatd wrote: a query that finds the rows where it
-# does not, and the sentence about such a row.
+# The rules that every database of chatd obeys: a query for the rows that break a rule,
+# and the sentence about such a row.
 SANE = {
     "PRAGMA integrity_check": "integrity: {}",
     "SELECT count(*) FROM meta WHERE key = 'epoch' HAVING count(*) != 1":
@@ -5327,8 +5329,8 @@ SANE = {
 # SETTINGS AND COMMAND LINE
 #
 # Everything that can be set is a field of Settings, with its unit, default, reason and
-# consequence; flags, variables, `--help` and the table in the documentation are made of
-# it. The last function is the whole program.
+# consequence. Flags, variables, `--help` and the table in the documentation are made
+# from it. `main` is the whole program.
 # =====================================================================================
 
 
@@ -5446,7 +5448,7 @@ class Settings:
 
 
 class WrongText(ValueError, argparse.ArgumentTypeError):
-    """A flag's text is wrong: a sentence, which argparse prints as it is."""
+    """The text of a flag is wrong: a sentence, which argparse prints as it is."""
 
 
 def parser(
@@ -5534,7 +5536,8 @@ parse_scope = parser(
 )
 
 
-# What reads a flag's text, by its unit. A setting with another unit is no flag.
+# The parser of a flag's text, by the setting's unit. Settings of other units are not
+# flags.
 PARSERS: dict[str, Callable[[str], Any]] = {
     "HOST:PORT": parse_listen,
     "FILE": Path,
@@ -5553,12 +5556,12 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 
 
 def flags() -> Iterator[dataclasses.Field[Any]]:
-    """Walk the settings that are flags."""
+    """Return the settings that are flags."""
     return (f for f in dataclasses.fields(Settings) if f.metadata["unit"] in PARSERS)
 
 
 def shown(value: object) -> str:
-    """Write a default as one would type it."""
+    """Write a default value as a person would type it."""
     if type(value) is tuple:
         return " ".join(map(str, value))
     if isinstance(value, float):
@@ -5577,17 +5580,17 @@ def settings_table() -> str:
 
 
 def flag(field: dataclasses.Field[Any]) -> str:
-    """Write a setting's name as a flag."""
+    """Return the name of a setting's flag."""
     return f"--{field.name.replace('_', '-')}"
 
 
 def variable_name(field: dataclasses.Field[Any]) -> str:
-    """Write a setting's name as a variable of the environment."""
+    """Return the name of a setting's environment variable."""
     return f"CHATD_{field.name.upper()}"
 
 
 def variable(name: str) -> str | None:
-    """Read a variable of the environment. A blank one counts as unset.
+    """Read an environment variable. A blank one counts as unset.
 
     Compose files and scripts write `NAME=${NAME:-}`, which sets it to nothing.
     """
@@ -5596,7 +5599,7 @@ def variable(name: str) -> str | None:
 
 
 def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
-    """Add the flags of Settings, or only those named, or with other defaults."""
+    """Add the flags of all settings, or of those named, or with other defaults."""
     parser.set_defaults(defaults=defaults)
     for field in flags():
         if names and field.name not in names:
@@ -5617,7 +5620,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) 
 def read_settings(
     parser: argparse.ArgumentParser, options: argparse.Namespace
 ) -> Settings:
-    """Take each setting from its flag, else CHATD_NAME, else the default."""
+    """Read each setting from its flag, else from CHATD_NAME, else use the default."""
     chosen: dict[str, Any] = dict(options.defaults)
     if folders := variable("STATE_DIRECTORY"):
         chosen["db"] = Path(folders.split(":")[0]) / "chatd.db"
@@ -5637,14 +5640,14 @@ def read_settings(
 
 
 def tell_unknown_variables() -> None:
-    """Log the CHATD_ variables that mean nothing: one of them may be misspelt."""
+    """Warn of CHATD_ variables that no setting has: one may be misspelt."""
     known = {"CHATD_UPSTREAM", *map(variable_name, flags())}
     for name in sorted(os.environ.keys() - known):
         if name.startswith("CHATD_") and variable(name):
             log(logging.WARNING, "unknown_variable", name=name)
 
 
-# A door of its own believes nobody, unless it is told of a proxy before it.
+# The proxy trusts no X-Forwarded-For header, unless it is told of a proxy before it.
 PROXY_DEFAULTS = {"listen": "127.0.0.1:3000", "trusted_proxy": ("none",)}
 
 PROXY_FLAGS = (
@@ -5721,7 +5724,7 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def end_with_a_sentence() -> None:
-    """Let a signal end a command that copies in good order: no partial file is left."""
+    """Let a signal end a command in an orderly way, so that no partial file is left."""
 
     def end(number: int, _frame: object) -> None:
         raise UsageError(f"ended by {signal.Signals(number).name}, before it was done")
@@ -5732,7 +5735,7 @@ def end_with_a_sentence() -> None:
 
 
 def print_check(db: Path) -> None:
-    """Print that a database is well, or raise UsageError with what is not."""
+    """Print that a database is sound, or raise UsageError with all that is wrong."""
     found = faults(db)
     if found:
         raise UsageError("\n       ".join([f"database {db}:", *found]))
@@ -5768,12 +5771,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "check":
                 print_check(settings.db)
     except* UsageError as group:
-        start = "<3>" if in_journal() else ""  # of each line, as the Formatter's
+        start = "<3>" if in_journal() else ""  # the priority, as in Formatter
         for error in leaves(group):
             sentence = f"{start}chatd: {error}".replace("\n", f"\n{start}")
             print(sentence, file=sys.stderr)
             status = getattr(error, "status", 1)
-    except* Exception as group:  # a mistake in what all connections share
+    except* Exception as group:  # a bug in what all connections share
         for error in leaves(group):
             log_bug("crashed", error)
         status = 1
