@@ -1059,7 +1059,10 @@ def check_secret(what: str, path: Path, data: bytes) -> bytes:
     user. So whatever is an asymmetric key in some form is refused.
     """
     secret = data.strip()
-    form, remedy = key_form(secret)
+    for text in (data, secret):  # the last byte of a binary key may be white space
+        form, remedy = key_form(text)
+        if form:
+            break
     if form:
         remedy = remedy.format(path=path)
         why = f"it holds {form}, which is not a shared secret; {remedy}"

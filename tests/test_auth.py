@@ -890,6 +890,20 @@ def test_no_form_of_a_public_key_is_a_shared_secret(
                     chatd.read_secret(path)
 
 
+def test_a_point_whose_last_byte_is_white_space_is_no_secret(tmp_path: Path) -> None:
+    private, path = (
+        ec.derive_private_key(23_657_309_607, ec.SECP384R1()),
+        tmp_path / "k",
+    )
+    point = private.public_key().public_bytes(
+        serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint
+    )
+    assert point[-1:].isspace()
+    path.write_bytes(point)
+    path.chmod(0o600)
+    assert "a point of an elliptic curve" in usage_error_of(chatd.read_secret, path)
+
+
 def test_a_random_secret_is_accepted_in_every_usual_form(tmp_path: Path) -> None:
     numbers, path = random.Random(1), tmp_path / "key"
     for size in [24, 32, 33, 48, 64, 65, 128] * 60:
