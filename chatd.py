@@ -3359,7 +3359,9 @@ def check_secret(what: str, path: Path, data: bytes) -> bytes:
     user. So an asymmetric key is refused in any form that can be recognised.
     """
     secret = data.strip()
-    form, remedy = key_form(secret)
+    form, remedy = key_form(data)  # the last byte of a binary key may be white space
+    if not form:
+        form, remedy = key_form(secret)
     if form:
         remedy = remedy.format(path=path)
         why = f"it holds {form}, which is not a shared secret; {remedy}"
