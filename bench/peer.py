@@ -90,13 +90,12 @@ def build_c(source: Path) -> str:
     return str(program)
 
 
-def build_chatd() -> Built:
-    """Use the checkout's chatd, with the Python that runs this."""
-    version = output(sys.executable, str(HERE.parent / "chatd.py"), "--version")
+def build_chatd(checkout: Path = HERE.parent) -> Built:
+    """Use a checkout's chatd, with the Python that runs this."""
+    command = [sys.executable, str(checkout / "chatd.py")]
+    version = output(*command, "--version").split()[-1]
     libraries = python_versions("trio", "trio-websocket", "msgspec")
-    return [sys.executable, str(HERE.parent / "chatd.py")], (
-        f"{version.split()[-1]}, {libraries}"
-    )
+    return command, f"{version}, {libraries}"
 
 
 def build_floor() -> Built:
@@ -264,6 +263,17 @@ PEERS = {
 }
 
 
+def earlier_chatd(checkout: Path) -> Peer:
+    """Make a peer of another version of chatd, of the folder that holds its chatd.py.
+
+    The command runs in another folder, so the path of the checkout is made absolute.
+    """
+    build = functools.partial(build_chatd, checkout.resolve())
+    return dataclasses.replace(
+        PEERS["chatd"], name="before", label="before", build=build
+    )
+
+
 # --- a running one --------------------------------------------------------------------
 
 
@@ -283,6 +293,7 @@ class Server:
         self.folder = folder
         self.port = free_port()
         self.start_seconds = 0.0
+        self.start_cpu_seconds = 0.0
 
     def start(self, *more: str) -> None:
         """Start, and wait until it takes connections."""
@@ -304,6 +315,7 @@ class Server:
                 raise Missing(f"it does not start: {errors[-300:]}")
             time.sleep(0.001)
         self.start_seconds = time.perf_counter() - begin
+        self.start_cpu_seconds = self.cpu_seconds()
 
     def _arguments(self) -> list[str]:
         port = str(self.port)

@@ -79,9 +79,8 @@ def cell(found: Sequence[float], *, spread: bool) -> str:
     return f"{median} ({shown(min(found))}-{shown(max(found))})"
 
 
-def tables(results: Results) -> dict[str, list[Column]]:
+def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
     """Say which columns there are, from the plan that was run."""
-    plan = results["plan"]
     rooms = [("fanout", str(n), f"room of {n:,}") for n in plan["rooms"]]
     crowd = plan["crowd"]
     flights = [
@@ -154,24 +153,32 @@ def rows(
 def text(results: Results) -> str:
     """Write all tables for a terminal, the range of the rounds behind each median."""
     out = []
-    for title, columns in tables(results).items():
+    for title, columns in tables(results["plan"]).items():
         table = rows(results, columns, spread=True)
         if len(table) == 1:
             continue
-        out.append(f"\n{title}")
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            cells = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-            out.append("  ".join([row[0].ljust(widths[0]), *cells]))
+        out += [f"\n{title}", *aligned(table)]
     out += ["", *faults(results)]
     return "\n".join(out)
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Align a table for a terminal: the first column left, the others right."""
+    lines = []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
+    return lines
 
 
 def faults(results: Results) -> list[str]:
     """Say what went wrong: what was lost, repeated, out of place, refused."""
     told = []
     for run in results["runs"]:
-        where = f"{PEERS[run['peer']].label}, {run['workload']} {run['case']}".rstrip()
+        name = run["peer"]
+        label = PEERS[name].label if name in PEERS else name
+        where = f"{label}, {run['workload']} {run['case']}".rstrip()
         if "error" in run:
             told.append(f"{where}: {run['error']}")
         found = [f"{run[name]:,} {name}" for name in FAULTS if run.get(name)]
@@ -192,7 +199,7 @@ def markdown(table: Sequence[Sequence[str]]) -> list[str]:
 
 def spread(results: Results) -> float:
     """Half the range over the rounds, in percent of the median, in the middle case."""
-    columns = next(iter(tables(results).values()))
+    columns = next(iter(tables(results["plan"]).values()))
     found = [values(results, name, column) for name in PEERS for column in columns]
     parts = [
         (max(each) - min(each)) / 2 / statistics.median(each)
@@ -204,11 +211,10 @@ def spread(results: Results) -> float:
 
 def whole_rounds(results: Results) -> Results:
     """Leave out a last round that was interrupted: not every peer has its share."""
-    ends = [(run["workload"], run["peer"], run["round"]) for run in results["runs"]]
-    last = next(end for end in reversed(ends) if end[2] == 0)[:2]
-    whole = {number for *end, number in ends if tuple(end) == last}
-    runs = [run for run in results["runs"] if run["round"] in whole]
-    return {**results, "runs": runs, "plan": {**results["plan"], "rounds": len(whole)}}
+    last = results["runs"][-1]["round"]
+    rounds = last + 1 if "took_seconds" in results else max(1, last)
+    runs = [run for run in results["runs"] if run["round"] < rounds]
+    return {**results, "runs": runs, "plan": {**results["plan"], "rounds": rounds}}
 
 
 def measured(results: Results) -> str:
@@ -222,9 +228,8 @@ def measured(results: Results) -> str:
 
 def section(results: Results) -> str:
     """Write what docs/speed.md has between its two markers."""
-    machine, all_tables = results["machine"], tables(results)
-    costs, _, _, pairs, connections, growth = all_tables.values()
-    plan = results["plan"]
+    machine, plan = results["machine"], results["plan"]
+    costs, _, _, pairs, connections, growth = tables(plan).values()
     aged = [
         [what, *(cell(values(results, "chatd", c), spread=False) for c in columns)]
         for what in ("page", "poll", "connect", "send")

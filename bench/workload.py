@@ -32,11 +32,13 @@ class Plan:
     few: int
     flights: Sequence[int]
     pairs: int
-    rate: float
+    rate: float  # 0: flat out only
     posters: int
     idle: Sequence[int]
+    once: Sequence[str]  # workloads of the first round only
     kept: int  # connections at the stop
     quiet_seconds: float  # of keep-alive
+    starts: int
     storm: int
     missed: int
     history: Sequence[int]
@@ -55,8 +57,10 @@ FULL = Plan(
     rate=1000,
     posters=32,
     idle=(1_000, 5_000, 10_000),
+    once=("idle",),  # memory hardly varies from round to round, and this takes long
     kept=5_000,
     quiet_seconds=30,
+    starts=1,
     storm=1_000,
     missed=20,
     history=(10_000, 1_000_000),
@@ -74,11 +78,29 @@ QUICK = Plan(
     rate=200,
     posters=8,
     idle=(100, 300),
+    once=("idle",),
     kept=200,
     quiet_seconds=0,
+    starts=1,
     storm=100,
     missed=5,
     history=(1_000,),
+)
+# Few cases, long windows: the noise of a ratio of two versions is a few percent.
+BESIDE = dataclasses.replace(
+    FULL,
+    rounds=9,
+    seconds=5.0,
+    warm=0.5,
+    rooms=(10, 500),
+    others=(),
+    flights=(32,),
+    rate=0,
+    idle=(1_000,),
+    once=(),
+    kept=1_000,
+    quiet_seconds=0,
+    starts=5,
 )
 
 
@@ -176,6 +198,8 @@ def pairs(peer: Peer, command: list[str], plan: Plan) -> Cases:
     """Two-person chats: as fast as it goes, and at a steady rate by the clock."""
     users = plan.pairs * 2
     yield "flat out", talk(peer, command, plan, users, plan.pairs)
+    if not plan.rate:
+        return
     long = 2 * plan.seconds
     steady = talk(peer, command, plan, users, plan.pairs, rate=plan.rate, seconds=long)
     yield f"{plan.rate:.0f}/s", steady
@@ -265,12 +289,15 @@ def idle(peer: Peer, command: list[str], plan: Plan) -> Cases:
 
 
 def handshakes(peer: Peer, command: list[str], plan: Plan) -> Cases:
-    """Connect, be greeted, close, again; each with a token that it has not seen."""
+    """Start; then connect, be greeted and close, over and over, with new tokens."""
+    for _ in range(plan.starts):
+        with running(peer, command) as server:
+            cpu = server.start_cpu_seconds
+            yield "start", {"seconds": server.start_seconds, "cpu": cpu}
     with running(peer, command) as server:
         file = server.seat(10_000, 100)
         result = load("shake", server, file, conns=32, seconds=plan.seconds)
         yield "shake", result
-        yield "start", {"seconds": server.start_seconds}
 
 
 def storm(peer: Peer, command: list[str], plan: Plan) -> Cases:
@@ -395,7 +422,6 @@ WORKLOADS: dict[str, Callable[[Peer, list[str], Plan], Cases]] = {
     "storm": storm,
     "growth": growth,
 }
-ONCE = {"idle"}  # memory does not vary from round to round, and takes long
 
 
 def build_load() -> None:
