@@ -10,6 +10,9 @@ probability 1 - 2 P(B < k), where B counts the heads in n tosses of a coin. We t
 largest k for which this is at least 95 %. With nine pairs that is the second smallest
 and the second largest ratio, at 96 %. Fewer than six pairs have no such interval. For
 them the interval is the whole range, and the table prints its lower confidence.
+
+A run that failed, or lost, repeated or misplaced a delivery, takes no part. A figure
+that lacks one of its pairs does not hold.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from report import (
+    FAULTS,
     Column,
     Results,
     aligned,
@@ -38,7 +42,7 @@ CLOSE = 0.05  # or when its interval contains 1 and ends no farther from it than
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What the pairs say about one figure."""
+    """One figure: its ratios, and whether it holds."""
 
     name: str
     this: float  # medians over the pairs, in the unit of the name
@@ -52,7 +56,7 @@ class Measure:
 
 
 def columns(plan: dict[str, Any]) -> list[Column]:
-    """Say which figures are compared; a lower one is better in all of them."""
+    """List the figures that are compared. For each of them, lower is better."""
     deliveries = next(iter(tables(plan).values()))
     (idle,) = plan["idle"]
     return [
@@ -60,7 +64,7 @@ def columns(plan: dict[str, Any]) -> list[Column]:
             (f"us a delivery, {head}", kind, case, micros)
             for head, kind, case, _ in deliveries
         ),
-        (f"us a message, {plan['pairs']} pairs", "pairs", "flat out", per_message),
+        (f"us a message, {plan['pairs']} chats of 2", "pairs", "flat out", per_message),
         ("us a post", "posts", "posts", micros),
         ("us a handshake", "handshakes", "shake", micros),
         ("KB of an idle connection", "idle", str(idle), field("bytes", 1024)),
@@ -70,7 +74,7 @@ def columns(plan: dict[str, Any]) -> list[Column]:
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Find the interval of the median: its ends, and its confidence."""
+    """Return the interval of the median: its ends, and its confidence."""
     ordered = sorted(ratios)
     count = len(ordered)
 
@@ -82,8 +86,8 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return ordered[k - 1], ordered[-k], confidence(k)
 
 
-def judge(name: str, sides: Sequence[tuple[float, float]]) -> Measure:
-    """Judge a figure by its pairs, each (this, before)."""
+def judge(name: str, sides: Sequence[tuple[float, float]], wanted: int) -> Measure:
+    """Judge a figure by its pairs, each (this, before); so many are wanted."""
     ratios = [this / before for this, before in sides]
     median = statistics.median(ratios)
     low, high, confidence = interval(ratios)
@@ -97,28 +101,30 @@ def judge(name: str, sides: Sequence[tuple[float, float]]) -> Measure:
         low=low,
         high=high,
         confidence=confidence,
-        holds=median <= AT_MOST or close,
+        holds=len(ratios) == wanted and (median <= AT_MOST or close),
     )
 
 
 def measures(results: Results, kinds: Sequence[str]) -> dict[str, Measure | None]:
-    """Judge every figure of these workloads. None: no pair has it on both sides."""
+    """Judge every figure of these workloads; None if no pair has it on both sides."""
     found: dict[str, Measure | None] = {}
+    rounds = results["plan"]["rounds"]
+    sound = [run for run in results["runs"] if not any(map(run.get, FAULTS))]
     for column in columns(results["plan"]):
         name, kind, *_ = column
         if kind not in kinds:
             continue
         sides = []
-        for turn in range(results["plan"]["rounds"]):
-            runs = [run for run in results["runs"] if run["round"] == turn]
+        for turn in range(rounds):
+            runs = [run for run in sound if run["round"] == turn]
             this, before = (
                 values({"runs": runs}, peer, column) for peer in ("chatd", "before")
             )
             if this and before:
-                # A side starts several times in a pair.
+                # In a pair each side starts several times.
                 sides.append((statistics.median(this), statistics.median(before)))
         sides = [pair for pair in sides if all(0 < side < math.inf for side in pair)]
-        found[name] = judge(name, sides) if sides else None
+        found[name] = judge(name, sides, rounds) if sides else None
     return found
 
 
@@ -149,5 +155,5 @@ def text(found: dict[str, Measure | None]) -> str:
 
 
 def holds(found: dict[str, Measure | None]) -> bool:
-    """Say whether every figure holds."""
+    """Return whether every figure holds."""
     return all(measure is not None and measure.holds for measure in found.values())

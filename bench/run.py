@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure chatd beside what one would otherwise pick, on this machine, in one run.
+"""Measure chatd beside the servers that you might choose instead, in one run.
 
-    python bench/run.py --full      about twenty minutes; writes bench/results.json
-    python bench/run.py --quick     about a minute; what CI runs, figures mean little
+    python bench/run.py --full      takes about twenty minutes; writes results.json
+    python bench/run.py --quick     takes a minute and a half; its figures mean little
     python bench/run.py --full --only fanout,idle --peers chatd,go
-    python bench/run.py --report bench/results.json     docs/speed.md, chart.svg
-    python bench/run.py --before CHECKOUT     beside another version of chatd
+    python bench/run.py --report bench/results.json     writes docs/speed.md, chart.svg
+    python bench/run.py --before CHECKOUT   measures beside another version of chatd
 
 How it measures. The server runs on core 0, the load (load.c, one epoll loop in C) on
 core 1. Each workload of a round runs with every peer in turn, and the next round goes
@@ -49,7 +49,7 @@ from peer import HERE, PEERS, Missing, Peer
 
 
 def machine() -> dict[str, Any]:
-    """Say what this ran on."""
+    """Describe this machine."""
     model = ""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -65,7 +65,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Say which version of the checkout this is, if it is one."""
+    """Return the commit of this checkout; empty without a repository."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return done.stdout.strip()
@@ -75,7 +75,7 @@ Ready = list[tuple[Peer, list[str]]]  # peers that are built, and their commands
 
 
 def build(sides: list[Peer]) -> tuple[Ready, dict[str, str]]:
-    """Build the peers; return them and their versions. Prints which are left out."""
+    """Build the peers, and return them with their versions. Print what is missing."""
     ready, versions = [], {}
     for side in sides:
         try:
@@ -88,7 +88,7 @@ def build(sides: list[Peer]) -> tuple[Ready, dict[str, str]]:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Write the results whole, or not at all."""
+    """Write the results in one step: a crash leaves the file as it was."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(path)
@@ -97,7 +97,7 @@ def save(results: dict[str, Any], path: Path) -> None:
 def measure(
     plan: workload.Plan, sides: list[Peer], only: list[str], path: Path
 ) -> dict[str, Any]:
-    """Run it all, round by round; return the results."""
+    """Run the workloads round by round; return the results."""
     workload.build_load()
     ready, versions = build(sides)
     results: dict[str, Any] = {
@@ -125,29 +125,30 @@ def measure(
                         results["runs"].append({**run, "case": case, **result})
                 except (workload.Broken, Missing, OSError) as why:
                     results["runs"].append({**run, "case": "", "error": str(why)})
-                    print(f"{kind} {name}: broken: {why}")
+                    print(f"{kind} {name}: failed: {why}")
                 save(results, path)
                 took.append(f"{name} {time.monotonic() - started:.0f}")
             spent = time.monotonic() - begin
-            print(f"{spent:5.0f} s: round {turn + 1}, {kind}: {', '.join(took)}")
+            line = f"{spent:5.0f} s: round {turn + 1}, {kind}: {', '.join(took)}"
+            print(line, flush=True)  # a log file shows how far it is
     results["took_seconds"] = round(time.monotonic() - begin)
     save(results, path)
     return results
 
 
 def words(known: dict[str, Any], text: str) -> list[str]:
-    """Read a list of names, in the order of the tables."""
+    """Read a list of names with commas; return them in the order of `known`."""
     asked = text.split(",") if text else list(known)
     unknown = set(asked) - set(known)
     if unknown:
         raise SystemExit(
-            f"run.py: no {', '.join(unknown)}; there are {', '.join(known)}"
+            f"run.py: unknown: {', '.join(unknown)}; known: {', '.join(known)}"
         )
     return [name for name in known if name in asked]
 
 
 def compare(plan: workload.Plan, checkout: Path, only: str, path: Path) -> bool:
-    """Measure this checkout beside another, print the ratios; do all figures hold?"""
+    """Measure beside another checkout, print the ratios; return whether all hold."""
     compared = {kind for _, kind, *_ in ratios.columns(dataclasses.asdict(plan))}
     known = {kind: run for kind, run in workload.WORKLOADS.items() if kind in compared}
     kinds = words(known, only)
@@ -161,24 +162,26 @@ def compare(plan: workload.Plan, checkout: Path, only: str, path: Path) -> bool:
 
 
 def main() -> None:
-    """Read the command line and do what it asks for."""
+    """Run what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="what docs/speed.md shows")
-    size.add_argument("--quick", action="store_true", help="what CI runs")
     size.add_argument(
-        "--before", type=Path, metavar="CHECKOUT", help="beside the chatd.py in there"
+        "--full", action="store_true", help="the figures of docs/speed.md"
     )
-    parser.add_argument("--only", default="", help="these workloads, with commas")
-    parser.add_argument("--peers", default="", help="these peers, with commas")
-    parser.add_argument(
-        *("--rounds", "--pairs"), type=int, metavar="N", help="instead of the plan's"
+    size.add_argument("--quick", action="store_true", help="a short run, for CI")
+    size.add_argument(
+        "--before", type=Path, metavar="CHECKOUT", help="compare with its chatd.py"
     )
-    parser.add_argument("--output", type=Path, help="the JSON file")
+    parser.add_argument("--only", default="", help="only these workloads, with commas")
+    parser.add_argument("--peers", default="", help="only these peers, with commas")
     parser.add_argument(
-        "--report", type=Path, metavar="JSON", help="write docs/speed.md, the chart"
+        *("--rounds", "--pairs"), type=int, metavar="N", help="how often all is run"
+    )
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    parser.add_argument(
+        "--report", type=Path, metavar="JSON", help="write docs/speed.md and the chart"
     )
     options = parser.parse_args()
     if options.report:
@@ -206,7 +209,7 @@ def main() -> None:
         only = words(workload.WORKLOADS, options.only)
         sides = [PEERS[name] for name in words(PEERS, options.peers)]
         print(report.text(measure(plan, sides, only, path)))
-    print(f"every round's figures: {path}")
+    print(f"the figures of every round: {path}")
     sys.exit(not good)
 
 
