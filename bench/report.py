@@ -1,7 +1,7 @@
-"""From the JSON of run.py: tables for a terminal, docs/speed.md's, and the chart.
+"""Make the tables and the chart from the JSON of run.py.
 
-Nothing here is written by hand: each figure is the median over the rounds of one field
-of the runs, and beside it in the terminal's tables stands the range.
+No figure is written by hand. Each is the median of one field over the rounds. Tables
+for a terminal show the range beside it; those of docs/speed.md do not.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ FAULTS = ("lost", "late", "repeated", "strayed", "refused", "ended", "missing_on
 
 
 def micros(run: Run) -> float:
-    """CPU of the server for one delivery, request or handshake, in microseconds."""
+    """Return the server's CPU for a delivery, request or handshake, in microseconds."""
     return float(run["cpu"] / run["count"] * 1e6) if run["count"] else math.nan
 
 
 def per_message(run: Run) -> float:
-    """CPU of the server for a message in a two-person chat: it is delivered twice."""
+    """Return the server's CPU for a message in a two-person chat: two deliveries."""
     return 2 * micros(run)
 
 
 def rate(run: Run) -> float:
-    """So many a second."""
+    """Return how many there were in a second."""
     return float(run["count"] / run["seconds"])
 
 
 def share(run: Run) -> float:
-    """CPU in percent of a core."""
+    """Return the CPU in percent of a core."""
     return float(100 * run["cpu"] / run["seconds"])
 
 
 def field(name: str, unit: float = 1) -> Figure:
-    """Read a field, in this unit."""
+    """Make a figure that is a field of the run, in this unit."""
     return lambda run: float(run[name]) / unit
 
 
 def values(results: Results, name: str, column: Column) -> list[float]:
-    """Find what a peer's rounds say in a column."""
+    """Return a peer's figures for a column, in the order of the runs."""
     _, workload, case, figure = column
     return [
         figure(run)
@@ -60,7 +60,7 @@ def values(results: Results, name: str, column: Column) -> list[float]:
 
 
 def shown(value: float) -> str:
-    """Write a number with three figures."""
+    """Write a number with three significant digits."""
     if math.isnan(value):
         return "none"
     if not value:
@@ -70,7 +70,7 @@ def shown(value: float) -> str:
 
 
 def cell(found: Sequence[float], *, spread: bool) -> str:
-    """Write a median, and the range over the rounds."""
+    """Write a median, and with `spread` the range over the rounds."""
     if not found:
         return "-"
     median = shown(statistics.median(found))
@@ -80,7 +80,7 @@ def cell(found: Sequence[float], *, spread: bool) -> str:
 
 
 def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
-    """Say which columns there are, from the plan that was run."""
+    """List the tables of a plan: the columns under each title."""
     rooms = [("fanout", str(n), f"room of {n:,}") for n in plan["rooms"]]
     crowd = plan["crowd"]
     flights = [
@@ -140,7 +140,7 @@ def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
 def rows(
     results: Results, columns: Sequence[Column], *, spread: bool
 ) -> list[list[str]]:
-    """Make a table's rows, the heading first; a peer without a figure is left out."""
+    """Make a table's rows, the heading first. A peer without figures has no row."""
     table = [["", *(head for head, *_ in columns)]]
     for name in PEERS:
         found = [values(results, name, column) for column in columns]
@@ -151,7 +151,7 @@ def rows(
 
 
 def text(results: Results) -> str:
-    """Write all tables for a terminal, the range of the rounds behind each median."""
+    """Write all tables for a terminal, with the range behind each median."""
     out = []
     for title, columns in tables(results["plan"]).items():
         table = rows(results, columns, spread=True)
@@ -173,7 +173,7 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def faults(results: Results) -> list[str]:
-    """Say what went wrong: what was lost, repeated, out of place, refused."""
+    """List what was lost, late, repeated, out of order or refused, and all errors."""
     told = []
     for run in results["runs"]:
         name = run["peer"]
@@ -198,7 +198,7 @@ def markdown(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def spread(results: Results) -> float:
-    """Half the range over the rounds, in percent of the median, in the middle case."""
+    """Return how far rounds differ: half the range in percent, median of all cases."""
     columns = next(iter(tables(results["plan"]).values()))
     found = [values(results, name, column) for name in PEERS for column in columns]
     parts = [
@@ -210,7 +210,7 @@ def spread(results: Results) -> float:
 
 
 def whole_rounds(results: Results) -> Results:
-    """Leave out a last round that was interrupted: not every peer has its share."""
+    """Leave out a last round that was interrupted: it lacks some peers."""
     last = results["runs"][-1]["round"]
     rounds = last + 1 if "took_seconds" in results else max(1, last)
     runs = [run for run in results["runs"] if run["round"] < rounds]
@@ -218,7 +218,7 @@ def whole_rounds(results: Results) -> Results:
 
 
 def measured(results: Results) -> str:
-    """Say how sure the figures are."""
+    """Describe how certain the figures are."""
     rounds = results["plan"]["rounds"]
     load = f"load average {results['machine']['load_average']:.1f} at the start"
     if rounds == 1:
@@ -227,7 +227,7 @@ def measured(results: Results) -> str:
 
 
 def section(results: Results) -> str:
-    """Write what docs/speed.md has between its two markers."""
+    """Write the part of docs/speed.md that stands between the markers."""
     machine, plan = results["machine"], results["plan"]
     costs, _, _, pairs, connections, growth = tables(plan).values()
     aged = [
@@ -300,7 +300,7 @@ WIDTH, LEFT, RIGHT, TOP, ROW = 760, 210, 60, 62, 40
 
 
 def chart(results: Results) -> str:
-    """Draw CPU per delivery, one at a time and many, on a logarithmic scale."""
+    """Draw the CPU per delivery, of one sender and of many, on a logarithmic scale."""
     plan = results["plan"]
     many = next(n for n in reversed(plan["flights"]) if n <= 32)
     series: list[tuple[str, str, Column]] = [
