@@ -922,12 +922,13 @@ class Session:
         """Say why, let it arrive, and end. Our closes are ours, not the library's."""
         code, reason = self.close_with or (CLOSE_NORMAL, "")
         settings = self.server.settings
-        if code == CLOSE_RESTART:
+        restarts = code in (CLOSE_RESTART, CUT)
+        if restarts and self.seat.slots.value < settings.unanswered:
             # Half of the drain at most: the close has to go out before all is cut.
-            if self.seat.slots.value < settings.unanswered:
-                with trio.move_on_after(settings.drain_seconds / 2):
-                    for _ in range(settings.unanswered):
-                        await self.seat.slots.acquire()  # all back: all answered
+            with trio.move_on_after(settings.drain_seconds / 2):
+                for _ in range(settings.unanswered):
+                    await self.seat.slots.acquire()  # all back: all answered
+        if code == CLOSE_RESTART:
             self._answer(text_frame(Bye(self.server.retry_after_seconds())))
         if code == CUT:
             # The client ended its side without a close frame. `chatd proxy` does so

@@ -1205,6 +1205,44 @@ async def test_the_close_of_a_client_that_ends_its_side_stands_behind_all_that_w
 
 
 @wires()
+async def test_a_client_that_ends_its_side_gets_its_acks_before_1012(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6)
+    house.disk.hold()
+    for number in range(3):
+        await raw.send(wires_command("send_message", chat_id=chat, content=str(number)))
+    await raw.stream.send_eof()
+    await wait_all_tasks_blocked()
+    house.disk.go()
+    heard = [json.loads((await raw.frame())[1]) for _ in range(6)]
+    by_type = {
+        kind: [frame for frame in heard if frame["type"] == kind]
+        for kind in ("new_message", "ack")
+    }
+    assert [ack["message_id"] for ack in by_type["ack"]] == [
+        event["message"]["id"] for event in by_type["new_message"]
+    ]
+    assert len(by_type["ack"]) == 3
+    assert await raw.close_code() == 1012
+
+
+@wires()
+async def test_a_client_that_ends_its_side_waits_at_most_half_a_drain_for_its_acks(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6)
+    house.disk.hold()
+    await raw.send(wires_command("send_message", chat_id=chat, content="a"))
+    await raw.stream.send_eof()
+    with taking(2.5):
+        assert await raw.close_code(within=5) == 1012
+    house.disk.go()
+
+
+@wires()
 async def test_a_client_that_resets_its_connection_is_counted_as_1006(
     house: WiresHouse,
 ) -> None:
