@@ -1277,7 +1277,7 @@ class ProxySlow:
     def __init__(self, proxy: DoorProxy) -> None:
         self.proxy = proxy
         self.most = 0  # resident bytes, the most that was seen
-        self.base = 0
+        self.done = trio.Event()  # the upstream has written and read all
 
     def look(self) -> None:
         self.most = max(self.most, self.proxy.rss)
@@ -1308,6 +1308,7 @@ class ProxySlow:
             length = f"HTTP/1.1 200 OK\r\nContent-Length: {self.SIZE}\r\n\r\n"
             await stream.send_all(PROXY_101 if upgrades else length.encode())
             await self.both(stream, reads=upgrades, writes=True)
+            self.done.set()
 
     async def both(
         self, stream: trio.SocketStream, *, reads: bool, writes: bool
@@ -1347,5 +1348,6 @@ async def test_10_mb_between_slow_peers_take_no_memory(
                 if what == "a request":
                     await slow.head(stream)
                 await slow.both(stream, reads=True, writes=what == "a socket")
+                await slow.done.wait()
             assert slow.most - base < 4_000_000, (base, slow.most)
         nursery.cancel_scope.cancel()
