@@ -303,11 +303,9 @@ class Server:
         self.names: dict[int, str] = {}  # what the store already knows
         self.sessions: set[Session] = set()
         answer = functools.partial(answer_request, self)
-        self.listener = Listener(
-            settings, self.stats, self.sessions, answer, self.serve_socket
-        )
+        self.listener = Listener(settings, self.stats, self.sessions, answer)
 
-    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
+    async def run(  # noqa: ASYNC114, ASYNC128 (the listener says `started`)
         self,
         sockets: Sequence[trio.SocketListener],
         *,
@@ -325,7 +323,7 @@ class Server:
             sweeping.cancel()
             self.store.finish()
 
-    async def serve_socket(self, stream: trio.SocketStream, upgrade: Upgrade) -> None:
+    async def serve_socket(self, upgrade: Upgrade, stream: trio.SocketStream) -> None:
         """Serve a WebSocket from its 101 to its end."""
         async with trio.open_nursery() as nursery:
             cut = nursery.cancel_scope.cancel
@@ -452,6 +450,9 @@ class Server:
         log(logging.DEBUG, "left", user=session.claims.user_id, code=code)
 
 
+# Serves the rest of a connection after a request: a socket, or an answer of a proxy.
+TakeOver = Callable[[trio.SocketStream], Awaitable[None]]
+
 # Out of descriptors or memory: connections that end make room.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -460,9 +461,9 @@ class Listener:
     """Accepts TCP connections and serves each in a task of its own.
 
     Owns every accepted connection, bounds their number, and ends them when it stops.
-    answer(connection, request) gives an Answer; or an Upgrade, and then
-    serve_socket(stream, upgrade) gets the stream; or None when there is nothing left to
-    say. sessions are the open sockets: with the first signal each is told to end.
+    answer(connection, request) returns an Answer, or a function that serves the rest of
+    the connection. sessions are the open sockets: with the first signal each is told to
+    end. Without keeps_alive a connection has one request.
     """
 
     def __init__(
@@ -470,14 +471,14 @@ class Listener:
         settings: Settings,
         stats: Stats,
         sessions: Collection[Session | Tunnel],
-        answer: Callable[[HttpConnection, Request], Awaitable[Answer | Upgrade | None]],
-        serve_socket: Callable[[trio.SocketStream, Upgrade], Awaitable[None]],
+        answer: Callable[[HttpConnection, Request], Awaitable[Answer | TakeOver]],
+        keeps_alive: bool = True,
     ) -> None:
         self.settings = settings
         self.stats = stats
         self.sessions = sessions
         self.answer = answer
-        self.serve_socket = serve_socket
+        self.keeps_alive = keeps_alive
         self.proxies = Proxies(settings.trusted_proxy)
         self.handshakes = Buckets(settings.handshakes, settings.buckets)
         self.open = 0  # TCP connections
@@ -536,10 +537,10 @@ class Listener:
                 await self._turn_away(stream)
                 return
             http = HttpConnection(self, stream)
-            upgrade = await http.run()
+            take_over = await http.run()
             http = None  # a socket does not need its 6 KB
-            if upgrade is not None:
-                await self.serve_socket(stream, upgrade)
+            if take_over is not None:
+                await take_over(stream)
         except* trio.BrokenResourceError:
             pass
         except* Exception as group:  # the one bulkhead
@@ -1005,12 +1006,13 @@ class Session:
         """
         code, reason = self.close_with or (CLOSE_NORMAL, "")
         settings = self.server.settings
-        if code == CLOSE_RESTART:
+        restarts = code in (CLOSE_RESTART, CUT)
+        if restarts and self.seat.slots.value < settings.unanswered:
             # At most half of the drain: the close frame has to go out before the cut.
-            if self.seat.slots.value < settings.unanswered:
-                with trio.move_on_after(settings.drain_seconds / 2):
-                    for _ in range(settings.unanswered):
-                        await self.seat.slots.acquire()  # all free: all are answered
+            with trio.move_on_after(settings.drain_seconds / 2):
+                for _ in range(settings.unanswered):
+                    await self.seat.slots.acquire()  # all free: all are answered
+        if code == CLOSE_RESTART:
             self._answer(text_frame(Bye(self.server.retry_after_seconds())))
         if code == CUT:
             # The client ended its side without a close frame. `chatd proxy` does so
@@ -3866,8 +3868,8 @@ class HttpConnection:
         )
         self.kept = False  # a keep-alive: it has had an answer
 
-    async def run(self) -> Upgrade | None:
-        """Serve requests until the connection ends or is upgraded.
+    async def run(self) -> TakeOver | None:
+        """Serve requests until the connection ends; or return what takes it over.
 
         The caller closes the stream.
         """
@@ -3878,7 +3880,7 @@ class HttpConnection:
             return None  # the client has gone
         return outcome or None
 
-    async def _serve_one(self) -> Upgrade | bool:
+    async def _serve_one(self) -> TakeOver | bool:
         """Serve one request. False: the connection is at its end."""
         request: Request | None = None
         try:
@@ -3888,7 +3890,7 @@ class HttpConnection:
             request = Request(head, self.peer, self.listener.proxies, self.settings)
             answer = await self.listener.answer(self, request)
             if not isinstance(answer, Answer):
-                return answer or False
+                return answer
         except Refusal as refusal:
             if request is not None and request.upgrades:
                 self.listener.stats.refused[refusal.code] += 1
@@ -3983,8 +3985,8 @@ class HttpConnection:
     async def _respond(self, request: Request | None, answer: Answer) -> None:
         """Write an answer.
 
-        The connection ends with it after a malformed head, a refused upgrade, or with
-        any byte of the request left unread.
+        The connection ends with it after a malformed head, a refused upgrade, with any
+        byte of the request left unread, and with every answer of a proxy.
         """
         if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
@@ -4004,6 +4006,7 @@ class HttpConnection:
             headers += cors_headers(self.settings, request)
         unread = self.h11.their_state is not h11.DONE
         last = request is None or request.has("upgrade", "websocket")
+        last = last or not self.listener.keeps_alive
         if unread or last or self.listener.stopping.is_set():
             headers.append(("Connection", "close"))
         reason = http.HTTPStatus(answer.status).phrase.encode("ascii")
@@ -4113,7 +4116,7 @@ def page_answers() -> dict[str, Answer]:
 
 async def answer_request(
     server: Server, connection: HttpConnection, request: Request
-) -> Answer | Upgrade:
+) -> Answer | TakeOver:
     """Answer a request, or let a socket in. Raises Refusal."""
     with trio.move_on_after(server.settings.request_seconds) as scope:
         answer = await _answer(server, connection, request)
@@ -4149,12 +4152,13 @@ async def _answer(
     if route.who != "anyone":
         # The body may have taken long: the user may have been revoked meanwhile.
         server.keyring.refuse_revoked(request.claims)
-    return await route.handler(server, request)
+    answer = route.handler(server, request)
+    return answer if isinstance(answer, Answer) else await answer
 
 
 async def _admit(
     server: Server, connection: HttpConnection, request: Request
-) -> Upgrade:
+) -> TakeOver:
     """Accept an upgrade. Everything that can be refused is refused before the 101."""
     claims = socket_claims(server.keyring, request, "socket")
     cursor = request.argument("cursor")
@@ -4164,7 +4168,8 @@ async def _admit(
     server.check_capacity()
     server.keyring.spend(claims)
     key = request.header("sec-websocket-key")
-    return Upgrade(claims, cursor, key, connection.h11.trailing_data[0])
+    upgrade = Upgrade(claims, cursor, key, connection.h11.trailing_data[0])
+    return functools.partial(server.serve_socket, upgrade)
 
 
 def check_origin(server: Server, request: Request) -> None:
@@ -4197,7 +4202,7 @@ def socket_claims(keyring: Keyring, request: Request, use: str) -> Claims:
     return keyring.verify(token, use)
 
 
-async def get_page(server: Server, request: Request) -> Answer:
+def get_page(server: Server, request: Request) -> Answer:
     """Return a file of the page, or 304 if the browser has it."""
     answer = server.pages[request.path]
     if request.header("if-none-match") == dict(answer.headers)["ETag"]:
@@ -4205,12 +4210,12 @@ async def get_page(server: Server, request: Request) -> Answer:
     return answer
 
 
-async def get_socket(server: Server, request: Request) -> Answer:
+def get_socket(server: Server, request: Request) -> Answer:
     """Answer HEAD: a GET upgrades, or is refused, before its route is looked up."""
     raise Refusal("upgrade_required", headers=UPGRADE)
 
 
-async def get_ws_token(server: Server, request: Request) -> Answer:
+def get_ws_token(server: Server, request: Request) -> Answer:
     """Return a ticket, so that the page need not put its token into a URL."""
     ticket = server.keyring.ticket(request.claims)
     seconds = server.settings.ticket_seconds
@@ -4348,12 +4353,12 @@ async def get_events(server: Server, request: Request) -> Answer:
     )
 
 
-async def get_stats(server: Server, request: Request) -> Answer:
+def get_stats(server: Server, request: Request) -> Answer:
     """Return the stats document."""
     return json_answer(stats_document(server))
 
 
-async def get_metrics(server: Server, request: Request) -> Answer:
+def get_metrics(server: Server, request: Request) -> Answer:
     """Return the same numbers for Prometheus."""
     text = prometheus_text(stats_document(server))
     return Answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
@@ -4371,7 +4376,7 @@ async def post_revoke(server: Server, request: Request) -> Answer:
     return json_answer({"user_id": user_id, "closed": closed})
 
 
-async def get_health(server: Server, request: Request) -> Answer:
+def get_health(server: Server, request: Request) -> Answer:
     """Answer 200, or 503 while stopping or degraded."""
     if server.listener.stopping.is_set():
         return json_answer({"status": "stopping"}, 503)
@@ -4396,7 +4401,7 @@ class Route(NamedTuple):
     """The token that a route needs (anyone: none), and its handler."""
 
     who: str
-    handler: Callable[[Server, Request], Awaitable[Answer]]
+    handler: Callable[[Server, Request], Answer | Awaitable[Answer]]
 
 
 # A * is a number in the path.
@@ -4672,6 +4677,7 @@ NOT_PASSED_ON = frozenset(
      b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade",
      b"expect", b"host", b"content-length", b"forwarded", b"x-real-ip")
 )  # fmt: skip
+ANSWER_BEGINS = re.compile(rb"HTTP/1\.[01] [1-9][0-9]{2}")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time: a close is a reset
 
 
@@ -4681,16 +4687,13 @@ def proxy(settings: Settings, upstream: str) -> None:
     host, _, port = upstream.rpartition(":")
     dial = functools.partial(trio.open_tcp_stream, host.strip("[]"), int(port))
     keyring = read_keyring(settings)
-    door = Proxy(settings, keyring, upstream, dial)
+    listener = Proxy(settings, keyring, upstream, dial).listener
     about: dict[str, object] = {"upstream": upstream, **keyring.about()}
-    trio.run(run_root, door.listener, door.listener.run, about, announce)
+    trio.run(run_root, listener, listener.run, about, announce)
 
 
 class Proxy:
-    """One proxy. dial opens a connection to the upstream: the seam for tests.
-
-    Owns the two connections of every open socket, to end them when the proxy stops.
-    """
+    """One proxy. dial opens a connection to the upstream: the seam for tests."""
 
     def __init__(
         self,
@@ -4705,25 +4708,27 @@ class Proxy:
         self.dial = dial
         self.sessions: set[Tunnel] = set()
         self.listener = Listener(
-            settings, Stats(), self.sessions, self.pass_request, _no_socket
+            settings, Stats(), self.sessions, self.pass_request, keeps_alive=False
         )
 
-    async def pass_request(self, connection: HttpConnection, request: Request) -> None:
-        """Pass one request up and its answer down. Raises Refusal if there is none."""
+    async def pass_request(
+        self, connection: HttpConnection, request: Request
+    ) -> TakeOver:
+        """Pass a request up; return what passes its answer down. Raises Refusal."""
         if request.method == "CONNECT":
             raise bad_field("method: CONNECT is not passed on")
         if request.upgrades:
             self.listener.check_handshakes(request.address)
             check_upgrade(request)
             socket_claims(self.keyring, request, "edge")
+        with trio.move_on_after(self.settings.request_seconds) as scope:
+            body = await connection.read_body(request)
+        if scope.cancelled_caught:
+            raise Refusal("timeout")
         status, failed = 0, None
         try:
-            with trio.move_on_after(self.settings.request_seconds) as scope:
-                body = await connection.read_body(request)
-            if scope.cancelled_caught:
-                raise Refusal("timeout")
             upstream, begun = await self._ask(self._head_up(request, body) + body)
-            status = int(begun[9:12]) if begun[9:12].isdigit() else 0
+            status = int(begun[9:])
         except Refusal as refusal:
             failed = refusal.code
             raise
@@ -4734,9 +4739,9 @@ class Proxy:
             log(logging.DEBUG, "passed", method=request.method if known else "?",
                 path=path, client=request.address, status=status,
                 failed=failed)  # fmt: skip
-        opened = request.upgrades and status == 101
+        opened = request.upgrades and begun == b"HTTP/1.1 101"
         sent = connection.h11.trailing_data[0] if opened else None
-        await Tunnel(self, connection.stream, upstream).run(sent, begun)
+        return Tunnel(self, upstream, sent, begun).run
 
     async def _ask(self, question: bytes) -> tuple[trio.SocketStream, bytes]:
         """Send a request to the upstream; return how its answer begins.
@@ -4744,32 +4749,20 @@ class Proxy:
         The caller owns the stream. Raises Refusal upstream if no HTTP answer begins in
         time.
         """
-        upstream: trio.SocketStream | None = None
-        begun = b""
         try:
             with trio.fail_after(self.settings.upstream_seconds):
                 upstream = await self.dial()
-                # An upstream that answers before it has read all may refuse the rest.
-                with contextlib.suppress(trio.BrokenResourceError):
-                    await upstream.send_all(question)
-                while len(begun) < 12:
-                    data = await upstream.receive_some(COPY_BYTES)
-                    if not data:
-                        break
-                    begun += data
-            if not begun.startswith(b"HTTP/1."):
-                raise OSError(errno.EPROTO, "an answer that is not HTTP/1")
-        except BaseException as error:
-            if upstream is not None:
-                upstream.socket.close()
-            if isinstance(error, trio.TooSlowError):
-                why = "the chat service does not answer"
-                raise Refusal("upstream", why, status=504) from None
-            if isinstance(error, OSError | trio.BrokenResourceError):
-                self.listener.warn("upstream_failed", error)
-                raise Refusal("upstream") from error
-            raise
-        return upstream, begun
+                try:
+                    return upstream, await _exchange(upstream, question)
+                except BaseException:
+                    upstream.socket.close()
+                    raise
+        except trio.TooSlowError:
+            why = "the chat service does not answer"
+            raise Refusal("upstream", why, status=504) from None
+        except (OSError, trio.BrokenResourceError) as error:
+            self.listener.warn("upstream_failed", error)
+            raise Refusal("upstream") from error
 
     def _head_up(self, request: Request, body: bytes) -> bytes:
         """Write a request's head anew: the message's own headers, then the proxy's.
@@ -4786,15 +4779,13 @@ class Proxy:
             and not name.startswith(b"x-forwarded")
             and name.decode("ascii") not in named
         ]
-        trusted = self.listener.proxies.trust(request.peer)
-        told = request.fields if trusted else {}
+        told = request.fields if self.listener.proxies.trust(request.peer) else {}
         host = request.header("host") or self.upstream
-        version = request.version.decode("ascii")
         ours = {
             "Host": host,
             "X-Forwarded-Host": ", ".join(told.get("x-forwarded-host", [host])),
             "X-Forwarded-Proto": ", ".join(told.get("x-forwarded-proto", ["http"])),
-            "Via": f"{version} chatd",
+            "Via": f"{request.version.decode('ascii')} chatd",
             "Connection": "Upgrade" if request.upgrades else "close",
         }
         if request.address is not None:
@@ -4804,15 +4795,25 @@ class Proxy:
         elif _has_body(request.head):
             ours["Content-Length"] = str(len(body))
         head = request.head
-        lines = [b"%s %s HTTP/%s" % (head.method, head.target, request.version)]
-        lines += passed
-        lines += [f"{name}: {value}".encode("latin-1") for name, value in ours.items()]
-        return b"\r\n".join([*lines, b"", b""])
+        first = b"%s %s HTTP/%s" % (head.method, head.target, request.version)
+        last = [f"{name}: {value}".encode("latin-1") for name, value in ours.items()]
+        return b"\r\n".join([first, *passed, *last, b"", b""])
 
 
-async def _no_socket(stream: trio.SocketStream, upgrade: Upgrade) -> None:
-    """Part of the listener's interface: a proxy passes sockets on in pass_request."""
-    raise AssertionError("a proxy serves no socket itself")
+async def _exchange(upstream: trio.SocketStream, question: bytes) -> bytes:
+    """Send a request; return the first twelve bytes of its answer. Raises OSError."""
+    # An upstream that answers before it has read all may refuse the rest.
+    with contextlib.suppress(trio.BrokenResourceError):
+        await upstream.send_all(question)
+    begun = b""
+    while len(begun) < 12:
+        data = await upstream.receive_some(12 - len(begun))
+        if not data:
+            break
+        begun += data
+    if not ANSWER_BEGINS.match(begun):
+        raise OSError(errno.EPROTO, "an answer that is not HTTP/1")
+    return begun
 
 
 class Tunnel:
@@ -4821,14 +4822,23 @@ class Tunnel:
     An end of one side is passed on as an end, a reset as a reset. When the proxy stops
     it ends its side to the upstream; chatd then writes a close frame, whole and in its
     place, because it knows where frames end. Owns the upstream's stream.
+
+    begun is what the upstream has answered, sent is what the client has sent behind its
+    upgrade; None: this is no socket, and nothing of the client goes up.
     """
 
     def __init__(
-        self, proxy: Proxy, client: trio.SocketStream, upstream: trio.SocketStream
+        self,
+        proxy: Proxy,
+        upstream: trio.SocketStream,
+        sent: bytes | None,
+        begun: bytes,
     ) -> None:
         self.proxy = proxy
-        self.client = client
+        self.settings = proxy.settings
         self.upstream = upstream
+        self.sent = sent
+        self.begun = begun
         self.seconds = proxy.settings.upstream_seconds  # without a byte in between
         self.idle = trio.CancelScope()
         self.reading = trio.CancelScope()  # the client
@@ -4837,15 +4847,11 @@ class Tunnel:
         """Read no more of the client; the upstream then gets an end of file."""
         self.reading.cancel()
 
-    async def run(self, sent: bytes | None, begun: bytes) -> None:
-        """Copy until both sides have ended.
-
-        begun is what the upstream has answered, sent is what the client has sent
-        behind its upgrade; None: this is no socket, and nothing of the client goes up.
-        """
-        is_socket, broken = sent is not None, True
-        if is_socket:
-            self.seconds = self.proxy.settings.idle_seconds
+    async def run(self, client: trio.SocketStream) -> None:
+        """Copy until both sides have ended. Closes both."""
+        broken = True
+        if self.sent is not None:
+            self.seconds = self.settings.idle_seconds
             self.proxy.sessions.add(self)
             if self.proxy.listener.stopping.is_set():
                 self.reading.cancel()
@@ -4853,43 +4859,51 @@ class Tunnel:
             with self.idle:
                 self._moved()
                 async with trio.open_nursery() as nursery:
-                    if sent is not None:
-                        nursery.start_soon(self._copy_up, sent)
-                    await self._copy(self.upstream, self.client, begun)
-                await linger(self.client, self.proxy.settings.linger_seconds)
+                    if self.sent is not None:
+                        nursery.start_soon(self._copy_up, client, self.sent)
+                    await self._copy_down(client, self.begun)
+                self.upstream.socket.close()
+                await linger(client, self.settings.linger_seconds)
                 broken = False
         except* trio.BrokenResourceError:
             pass
         finally:
             self.proxy.sessions.discard(self)
             self.proxy.listener.end_parked()
-            for stream in (self.client, self.upstream):
+            for sock in (client.socket, self.upstream.socket):
                 if broken:
                     with contextlib.suppress(OSError):  # it is closed already
-                        stream.socket.setsockopt(
-                            socket.SOL_SOCKET, socket.SO_LINGER, RESET
-                        )
-                stream.socket.close()
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                sock.close()
 
     def _moved(self) -> None:
         self.idle.deadline = trio.current_time() + self.seconds
 
-    async def _copy_up(self, data: bytes) -> None:
+    async def _copy_up(self, client: trio.SocketStream, data: bytes) -> None:
+        """Copy until the client ends its side or the proxy stops."""
         with self.reading:
-            await self._copy(self.client, self.upstream, data)
-            return
-        await self.upstream.send_eof()
+            while data := data or await client.receive_some(COPY_BYTES):
+                try:
+                    await self.upstream.send_all(data)
+                except trio.BrokenResourceError:
+                    break  # it has gone; what it sent before that still goes down
+                self._moved()
+                data = b""
+        await self._pass_end(self.upstream)
 
-    async def _copy(
-        self, source: trio.SocketStream, target: trio.SocketStream, data: bytes
-    ) -> None:
-        """Copy until source ends. Bytes that target does not take are not read."""
-        while data or (data := await source.receive_some(COPY_BYTES)):
-            await target.send_all(data)
+    async def _copy_down(self, client: trio.SocketStream, data: bytes) -> None:
+        """Copy until the upstream ends its side."""
+        while data := data or await self.upstream.receive_some(COPY_BYTES):
+            await client.send_all(data)
             self._moved()
             data = b""
-        await target.send_eof()
-        self.seconds = self.proxy.settings.stall_seconds
+        await self._pass_end(client)
+
+    async def _pass_end(self, stream: trio.SocketStream) -> None:
+        """Pass on that one side has ended; the other has not much longer to do so."""
+        with contextlib.suppress(trio.BrokenResourceError):  # it has gone
+            await stream.send_eof()
+        self.seconds = self.settings.stall_seconds
         self._moved()
 
 
@@ -5416,7 +5430,7 @@ class Settings:
         "behind a large receive window a steady reader of 5 KB/s shows steps of 26 s",
         "cut")
     upstream_seconds: float = setting(20.0, "s", "in which nothing moves between the "
-        "proxy and a request's two ends; above request_seconds", "504, or 408")
+        "proxy and a request's two ends; above request_seconds", "504, or a reset")
     linger_seconds: float = setting(1.0, "s",
         "after our last byte, for the peer to read it", "cut")
     token_warning_seconds: float = setting(60.0, "s", "before a token's end")

@@ -659,9 +659,22 @@ class WiresRaw:
 
     async def ends(self, within: float = 1.0) -> bytes:
         """Read until the other side is at its end; return what came."""
-        with trio.fail_after(within), contextlib.suppress(trio.BrokenResourceError):
+        with contextlib.suppress(trio.BrokenResourceError):
+            await self.finishes(within)
+        return bytes(self.data)
+
+    async def finishes(self, within: float = 1.0) -> bytes:
+        """Read until an end of file, which must come, and no reset; return the data."""
+        with trio.fail_after(within):
             while await self.read():
                 pass
+        return bytes(self.data)
+
+    async def hears(self, size: int, within: float = 1.0) -> bytes:
+        """Read until so many bytes are there; return them, and what came with them."""
+        with trio.fail_after(within):
+            while len(self.data) < size:
+                assert await self.read(), bytes(self.data)
         return bytes(self.data)
 
     # --- the socket ------------------------------------------------------------------
@@ -845,7 +858,9 @@ class WiresHouse:
     async def stats(self) -> Any:
         return await self.command("GET", "/api/v1/internal/chat/ws/stats")
 
-    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def run(  # noqa: ASYNC114, ASYNC128 (the server says `started`)
+        self, *, task_status: trio.TaskStatus[None]
+    ) -> None:
         """Run the server to its end."""
         sockets = [cast("trio.SocketListener", self.listener)]
         await self.server.run(sockets, task_status=task_status)
@@ -996,6 +1011,7 @@ class ProxyUp(NamedTuple):
 
     method: str
     target: str
+    version: str
     headers: list[tuple[str, str]]
     body: bytes
 
@@ -1072,7 +1088,7 @@ class ProxyHouse:
 
     async def request(self, up: WiresRaw) -> ProxyUp:
         """Read one whole request as the upstream gets it, and that it is the last."""
-        side, method, target = h11.Connection(h11.SERVER), "", ""
+        side, method, target, version = h11.Connection(h11.SERVER), "", "", ""
         headers: list[tuple[str, str]] = []
         body = b""
         with trio.fail_after(1):
@@ -1082,6 +1098,7 @@ class ProxyHouse:
                     side.receive_data(await up.read())
                 elif isinstance(event, h11.Request):
                     method, target = event.method.decode(), event.target.decode()
+                    version = event.http_version.decode()
                     headers = [
                         (k.decode(), v.decode("latin-1")) for k, v in event.headers
                     ]
@@ -1092,9 +1109,11 @@ class ProxyHouse:
                     break
         await wait_all_tasks_blocked()
         up.data = bytearray(side.trailing_data[0])
-        return ProxyUp(method, target, headers, body)
+        return ProxyUp(method, target, version, headers, body)
 
-    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def run(  # noqa: ASYNC114, ASYNC128 (the listener says `started`)
+        self, *, task_status: trio.TaskStatus[None]
+    ) -> None:
         """Run the proxy to its end."""
         sockets = [cast("trio.SocketListener", self.listener)]
         await self.proxy.listener.run(sockets, task_status=task_status)
@@ -1107,18 +1126,19 @@ class ProxyHouse:
     async def exchange(
         self, sent: bytes, answer: bytes = b"", method: str = "GET"
     ) -> tuple[ProxyUp, HttpAnswer]:
-        """A request all the way up, and its answer all the way down."""
-        raw = self.dial()
+        """A request all the way up, and its answer down, byte for byte."""
+        raw, answer = self.dial(), answer or PROXY_OK
         async with trio.open_nursery() as nursery:
             nursery.start_soon(raw.send, sent)
             up = await self.upstream()
             got = await self.request(up)
-        await up.send(answer or PROXY_OK)
-        up.stream.socket.close()
-        heard = await raw.answer(method)
-        assert heard.headers["connection"] == "close"
-        assert await raw.ends() == b""
-        return got, heard
+        assert up.data == b""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(raw.finishes)
+            await up.send(answer)
+            up.stream.socket.close()
+        assert raw.data == answer
+        return got, await raw.answer(method)
 
     async def socket(
         self, *, said: bytes = b"", heard: bytes = b"", small: bool = False

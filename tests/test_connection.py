@@ -6,6 +6,7 @@ import contextlib
 import gc
 import inspect
 import json
+import logging
 import random
 import socket
 import sqlite3
@@ -1160,6 +1161,97 @@ async def test_commands_are_not_read_while_the_outbox_is_over_its_bound(
             pass
 
 
+# In the middle of what a client ends its side; none of it is a close frame.
+ENDS_BEHIND: dict[str, bytes] = {
+    "nothing": b"",
+    "a frame's first byte": b"\x81",
+    "a frame without its last byte": wires_command("ping")[:-1],
+    "a message without its last frame": wires_frame(TEXT, b"{", fin=False),
+}
+
+
+@pytest.mark.parametrize("behind", ENDS_BEHIND)
+@wires()
+async def test_a_client_that_ends_its_side_without_a_close_frame_gets_1012(
+    house: WiresHouse, caplog: pytest.LogCaptureFixture, behind: str
+) -> None:
+    caplog.set_level(logging.DEBUG, "chatd")
+    raw = await house.join_raw(6)
+    await raw.send(wires_command("ping"), ENDS_BEHIND[behind])
+    await raw.stream.send_eof()
+    await raw.hear("pong")
+    with taking(0):
+        assert await raw.close_code() == 1012  # and no `bye` before it
+    assert (await house.stats())["connections"]["closed"] == {"1006": 1}
+    assert "left user=6 code=1006" in caplog.messages
+
+
+@wires()
+async def test_the_close_of_a_client_that_ends_its_side_stands_behind_all_that_waits(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6, small=True)
+    numbers = await house.post(chat, *[BIG] * 10)
+    await raw.stream.send_eof()
+    for number in numbers:
+        assert (await raw.hear("new_message"))["message"]["id"] == number
+    assert await raw.close_code() == 1012
+    assert (await house.stats())["connections"]["closed"] == {"1006": 1}
+
+
+@wires()
+async def test_a_client_that_ends_its_side_gets_its_acks_before_1012(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6)
+    house.disk.hold()
+    for number in range(3):
+        await raw.send(wires_command("send_message", chat_id=chat, content=str(number)))
+    await raw.stream.send_eof()
+    await wait_all_tasks_blocked()
+    house.disk.go()
+    heard = [json.loads((await raw.frame())[1]) for _ in range(6)]
+    by_type = {
+        kind: [frame for frame in heard if frame["type"] == kind]
+        for kind in ("new_message", "ack")
+    }
+    assert [ack["message_id"] for ack in by_type["ack"]] == [
+        event["message"]["id"] for event in by_type["new_message"]
+    ]
+    assert len(by_type["ack"]) == 3
+    assert await raw.close_code() == 1012
+
+
+@wires()
+async def test_a_client_that_ends_its_side_waits_at_most_half_a_drain_for_its_acks(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6)
+    house.disk.hold()
+    await raw.send(wires_command("send_message", chat_id=chat, content="a"))
+    await raw.stream.send_eof()
+    with taking(2.5):
+        assert await raw.close_code(within=5) == 1012
+    house.disk.go()
+
+
+@wires()
+async def test_a_client_that_resets_its_connection_is_counted_as_1006(
+    house: WiresHouse,
+) -> None:
+    raw = house.dial(tcp=True)
+    await raw.send(wires_upgrade(house.target(6)))
+    assert (await raw.answer()).status == 101
+    await raw.hear("connected")
+    door_reset(raw.stream)
+    await wait_all_tasks_blocked()
+    assert not house.server.sessions
+    assert (await house.stats())["connections"]["closed"] == {"1006": 1}
+
+
 # --- Session: membership -------------------------------------------------------------
 
 
@@ -1441,6 +1533,18 @@ async def door_token_ends(house: DoorServer) -> None:
     await trio.sleep(1.5)  # the sweeper has passed once more
     await renewed.hears_nothing()
     await ticketed.hears_nothing()
+
+
+async def test_a_client_that_ends_its_side_is_told_to_come_back(
+    either_house: DoorServer,
+) -> None:
+    peer = await either_house.peer(next(door_users))
+    await peer.say("ping")
+    await peer.stream.send_eof()
+    await peer.hear("pong")
+    with pytest.raises(DoorGone) as gone:
+        await peer.hear()
+    assert gone.value.code == 1012
 
 
 # --- hostile input: one connection's bytes are one connection's matter ---------------

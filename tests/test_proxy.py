@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import signal
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +24,6 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
-from wsproto.frame_protocol import FrameProtocol, Opcode
 
 import chatd
 from chatd import Keyring, Rate, Refusal, Settings
@@ -35,13 +34,14 @@ from tests.harness import (
     TEXT,
     WIRES_BAD_HEADS,
     WIRES_SECRET,
+    DoorGone,
     DoorProxy,
     DoorServer,
     ProxyHouse,
-    WiresRaw,
     door_frame,
     door_get,
     door_node,
+    door_reset,
     door_shut,
     door_users,
     proxied,
@@ -49,11 +49,12 @@ from tests.harness import (
     taking,
     wires_close,
     wires_command,
+    wires_frame,
     wires_request,
     wires_upgrade,
 )
 
-# --- Passage: what goes up -----------------------------------------------------------
+# --- Proxy: what goes up -------------------------------------------------------------
 
 
 @proxied()
@@ -93,7 +94,7 @@ PROXY_FORGED = {
 
 
 @proxied()
-async def test_nobody_says_himself_who_he_is(house: ProxyHouse) -> None:
+async def test_no_client_names_its_own_address(house: ProxyHouse) -> None:
     got, _ = await house.exchange(wires_request("GET", "/", **PROXY_FORGED))
     assert got.header("x-forwarded-for") == "127.0.0.1"
     assert got.header("x-forwarded-proto") == "http"
@@ -103,7 +104,7 @@ async def test_nobody_says_himself_who_he_is(house: ProxyHouse) -> None:
 
 
 @proxied(trusted_proxy=("127.0.0.0/8",))
-async def test_a_trusted_proxy_before_us_says_who_asks(house: ProxyHouse) -> None:
+async def test_a_trusted_proxy_in_front_names_the_client(house: ProxyHouse) -> None:
     forged = PROXY_FORGED | {
         "X-Forwarded-For": "6.6.6.6, 9.9.9.9, 127.0.0.5",
         "X-Forwarded-Host": "chat.example.org",
@@ -124,37 +125,76 @@ async def test_what_concerns_one_connection_goes_no_further(house: ProxyHouse) -
         "Proxy-Connection": "x", "Proxy-Authorization": "x", "X-Mine": "1",
         "X-Your": "2",
     }  # fmt: skip
-    answer = (
-        b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Theirs\r\nKeep-Alive: 5\r\n"
-        b"X-Theirs: 1\r\nX-Ours: 2\r\nContent-Length: 2\r\n\r\nok"
-    )
-    got, heard = await house.exchange(
-        wires_request("POST", "/", b"body", **hop), answer
-    )
+    got, _ = await house.exchange(wires_request("POST", "/", b"body", **hop))
     assert got.names == {
         "host", "x-your", "content-length", "connection", "via", "x-forwarded-for",
         "x-forwarded-host", "x-forwarded-proto",
     }  # fmt: skip
     assert (got.body, got.header("via")) == (b"body", "1.1 chatd")
     assert got.header("x-forwarded-for") == "127.0.0.1"
-    assert "x-ours" in heard.headers
-    assert not {*heard.headers} & {"x-theirs", "keep-alive"}
+    assert got.header("connection") == "close"
 
 
 @proxied()
-async def test_the_body_is_passed_up_exactly_whatever_its_frame(
+async def test_the_body_is_passed_up_with_its_length_however_it_came(
     house: ProxyHouse,
 ) -> None:
     chunks = b"3;x=y\r\nabc\r\n5\r\ndefgh\r\n0\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n"
     sent = wires_request("POST", "/", Transfer_Encoding="chunked") + chunks
     got, _ = await house.exchange(sent)
     assert got.body == b"abcdefgh"
-    assert got.header("transfer-encoding") == "chunked"
-    assert "content-length" not in got.names
+    assert got.header("content-length") == "8"
+    assert "transfer-encoding" not in got.names
+    assert got.header("x-forwarded-for") == "127.0.0.1"
     got, _ = await house.exchange(wires_request("POST", "/", b""))
     assert (got.body, got.header("content-length")) == (b"", "0")
-    got, _ = await house.exchange(wires_request("POST", "/", b"x" * 300_000))
-    assert got.body == b"x" * 300_000
+    got, _ = await house.exchange(wires_request("GET", "/"))
+    assert "content-length" not in got.names
+    got, _ = await house.exchange(wires_request("POST", "/", b"x" * 65_536))
+    assert got.body == b"x" * 65_536
+
+
+@proxied()
+async def test_the_request_goes_up_in_the_clients_version_of_http(
+    house: ProxyHouse,
+) -> None:
+    old = b"POST / HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nok"
+    got, _ = await house.exchange(old)  # and gets no 100
+    assert (got.version, got.body) == ("1.0", b"ok")
+    assert got.header("host") == "chat.example:8086"
+    assert got.header("via") == "1.0 chatd"
+    got, _ = await house.exchange(wires_request("GET", "/"))
+    assert (got.version, got.header("via")) == ("1.1", "1.1 chatd")
+
+
+PROXY_TOO_LARGE: dict[str, bytes] = {
+    "by its length": wires_request("POST", "/", Content_Length="65537"),
+    "by its length, expecting 100": wires_request(
+        "POST", "/", Content_Length="65537", Expect="100-continue"
+    ),
+    "in chunks": (
+        wires_request("POST", "/", Transfer_Encoding="chunked")
+        + b"8000\r\n" + b"x" * 0x8000 + b"\r\n8001\r\n" + b"x" * 0x8001
+    ),
+    "by the number of its chunks": (
+        wires_request("POST", "/", Transfer_Encoding="chunked") + b"1\r\nx\r\n" * 1025
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PROXY_TOO_LARGE)
+@proxied()
+async def test_a_body_that_is_too_large_is_413_and_reaches_no_upstream(
+    house: ProxyHouse, what: str
+) -> None:
+    raw = house.dial()
+    await raw.send(PROXY_TOO_LARGE[what])
+    answer = await raw.answer()
+    assert (answer.status, answer.code) == (413, "too_large")
+    assert answer.headers["connection"] == "close"
+    assert raw.informed == []
+    assert await raw.ends() == b""
+    assert house.dials == 0
 
 
 @proxied()
@@ -184,13 +224,14 @@ async def test_a_second_request_behind_the_first_is_never_passed_on(
     got = await house.request(up)
     assert got.body == (body or b"")
     assert up.data == b""
-    await up.send(
-        b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nContent-Length: 0\r\n\r\n"
-    )
-    assert (await raw.answer()).headers["connection"] == "close"
-    await raw.send(second)  # now, too, it is nobody's
+    answer = b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nContent-Length: 0\r\n\r\n"
+    await up.send(answer)
+    assert await raw.hears(len(answer)) == answer
+    await raw.send(second)  # not after the answer either
+    await up.listen(1)
+    await up.stream.send_eof()
+    assert await raw.finishes() == answer
     assert await up.ends() == b""
-    assert await raw.ends() == b""
     assert house.dials == 1
 
 
@@ -271,7 +312,9 @@ async def test_what_is_only_untidy_is_written_anew(house: ProxyHouse) -> None:
     head, _, body = bytes(up.data).partition(b"\r\n\r\n")
     assert head.replace(b"\r\n", b"").count(b"\n") == 0
     assert b"\r\na: b c\r\n" in head
-    assert head.lower().count(b"content-length: 2\r\n") == 1
+    assert [line.lower() for line in head.split(b"\r\n")].count(
+        b"content-length: 2"
+    ) == 1
     assert body == b"ok"
 
 
@@ -315,9 +358,9 @@ def test_whatever_a_client_sends_at_most_one_request_goes_up(
             assert (b"x-forwarded-for", b"127.0.0.1") in head.headers
             assert (b"connection", b"close") in head.headers
             while side.their_state is h11.SEND_BODY:
-                if side.next_event() is h11.NEED_DATA:
-                    break  # the client left in the middle of it
+                assert side.next_event() is not h11.NEED_DATA  # it is whole
             assert side.trailing_data[0] == b""
+            up.stream.socket.close()
         await raw.ends()
         assert house.dials <= 1
 
@@ -328,27 +371,34 @@ def test_whatever_a_client_sends_at_most_one_request_goes_up(
     "body", [b"3\r\nabcX", b"-1\r\n", b"3\r\nabc\r\nzz\r\n", b"3\nabc\r\n0\r\n\r\n"]
 )
 @proxied()
-async def test_a_body_that_breaks_off_its_frame_has_no_end_above(
+async def test_a_malformed_body_is_400_and_reaches_no_upstream(
     house: ProxyHouse, body: bytes
 ) -> None:
     raw = house.dial()
     await raw.send(wires_request("POST", "/", Transfer_Encoding="chunked"), body)
     assert (await raw.answer()).status == 400
-    up = await house.upstream()
-    assert not (await up.ends()).endswith(b"0\r\n\r\n")
     assert await raw.ends() == b""
+    assert house.dials == 0
 
 
+@pytest.mark.parametrize("end", [trio.SocketStream.send_eof, trio.SocketStream.aclose])
+@pytest.mark.parametrize(
+    "frame", [{"Content_Length": "10"}, {"Expect": "100-continue"}]
+)
 @proxied()
-async def test_a_client_that_leaves_in_mid_body_leaves_a_request_without_an_end(
+async def test_a_client_that_leaves_in_mid_body_reaches_no_upstream(
     house: ProxyHouse,
+    end: Callable[[trio.SocketStream], Awaitable[None]],
+    frame: dict[str, str],
 ) -> None:
     raw = house.dial()
-    await raw.send(wires_request("POST", "/", Content_Length="10"), b"hello")
-    up = await house.upstream()
-    await up.listen(0.5)
-    raw.stream.socket.close()
-    assert (await up.ends()).endswith(b"\r\n\r\nhello")
+    await raw.send(wires_request("POST", "/", **{"Content_Length": "10"} | frame))
+    await raw.send(b"hello")
+    await wait_all_tasks_blocked()
+    await end(raw.stream)
+    await wait_all_tasks_blocked()
+    assert house.dials == 0
+    assert not house.proxy.listener.open
 
 
 @proxied()
@@ -365,55 +415,53 @@ async def test_a_client_that_ends_its_side_still_gets_its_answer(
 
 
 @proxied()
-async def test_an_old_client_gets_no_chunks_and_no_100(house: ProxyHouse) -> None:
-    raw = house.dial()
-    await raw.send(b"GET / HTTP/1.0\r\n\r\n")
-    up = await house.upstream()
-    assert (await house.request(up)).header("host") == "chat.example:8086"
-    chunks = b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
-    await up.send(b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 200 OK\r\n", chunks)
-    head, _, body = (await raw.ends()).partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 OK")
-    assert b"chunked" not in head
-    assert body == b"ok"
-
-
-@proxied()
-async def test_who_waits_for_100_gets_the_upstreams(house: ProxyHouse) -> None:
+async def test_a_client_that_waits_for_100_gets_the_proxys_own(
+    house: ProxyHouse,
+) -> None:
     raw = house.dial()
     await raw.send(
         wires_request("POST", "/", Content_Length="4", Expect="100-continue")
     )
-    up = await house.upstream()
-    await up.listen(1)
-    assert b"expect: 100-continue" in up.data.lower()
-    assert raw.data == b""
-    await up.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-    await raw.read()
+    await raw.hears(1)
     assert raw.data.startswith(b"HTTP/1.1 100 ")
+    assert house.dials == 0  # the body is read first
     await raw.send(b"body")
-    await up.listen(1)
-    assert up.data.endswith(b"\r\n\r\nbody")
+    up = await house.upstream()
+    got = await house.request(up)
+    assert got.body == b"body"
+    assert "expect" not in got.names
     await up.send(PROXY_OK)
     assert (await raw.answer()).body == b"ok"
     assert raw.informed == [100]
 
 
+@pytest.mark.parametrize("drips", [False, True])
 @proxied()
-async def test_an_answer_before_the_body_is_there_ends_it(house: ProxyHouse) -> None:
+async def test_a_body_that_takes_more_than_15_s_is_408_and_reaches_no_upstream(
+    house: ProxyHouse, drips: bool
+) -> None:
     raw = house.dial()
-    await raw.send(wires_request("POST", "/", Content_Length="1000000"), b"x" * 5000)
-    up = await house.upstream()
-    await up.listen(0.1)
-    await up.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
-    assert (await raw.answer()).status == 413
-    assert await up.ends()
-    await raw.ends()
+    await raw.send(wires_request("POST", "/", Content_Length="100"), b"hello")
+
+    async def drip() -> None:
+        while drips:
+            await trio.sleep(1)
+            await raw.send(b"x")
+
+    with taking(15):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drip)
+            answer = await raw.answer(within=30)
+            nursery.cancel_scope.cancel()
+    assert (answer.status, answer.code) == (408, "timeout")
+    assert await raw.ends(within=2) == b""
+    assert house.dials == 0
 
 
-# --- Passage: what comes down --------------------------------------------------------
+# --- Proxy: what comes down ----------------------------------------------------------
 
 
+# Each comes down byte for byte: the frame that a client gets is the upstream's.
 PROXY_ANSWERS: dict[str, tuple[str, bytes, int, bytes]] = {
     "a length": ("GET", PROXY_OK, 200, b"ok"),
     "chunks": (
@@ -435,44 +483,66 @@ PROXY_ANSWERS: dict[str, tuple[str, bytes, int, bytes]] = {
         "GET", b"HTTP/1.1 503 Full\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n", 503,
         b"",
     ),
+    "300 KB": (
+        "GET",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000,
+        200,
+        b"x" * 300_000,
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", PROXY_ANSWERS)
 @proxied()
-async def test_an_answer_of_any_frame_comes_down_whole(
+async def test_an_answer_of_any_frame_comes_down_as_it_is(
     house: ProxyHouse, what: str
 ) -> None:
     method, answer, status, body = PROXY_ANSWERS[what]
-    _, heard = await house.exchange(wires_request(method, "/"), answer, method)
+    got, heard = await house.exchange(wires_request(method, "/"), answer, method)
+    assert got.method == method
     assert (heard.status, heard.body) == (status, body)
 
 
-PROXY_NONSENSE: dict[str, bytes] = {
-    "nothing": b"",
-    "half a head": b"HTTP/1.1 200 OK\r\nContent-Le",
-    "no HTTP": b"220 smtp.example ESMTP\r\n" * 10,
-    "a head without end": b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 10_000,
-    "a status of 999999": b"HTTP/1.1 999999 OK\r\n\r\n",
-    "a status of 099": b"HTTP/1.1 099 OK\r\n\r\n",
-    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2, 3\r\n\r\nok",
-    "a length and chunks": (
-        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
-        b"2\r\nok\r\n0\r\n\r\n"
-    ),
-    "a 101 that nobody asked for": PROXY_101,
-}
-
-
-@pytest.mark.parametrize("what", PROXY_NONSENSE)
 @proxied()
-async def test_an_answer_that_is_none_is_502(house: ProxyHouse, what: str) -> None:
+async def test_an_answer_in_single_bytes_comes_down_like_a_whole_one(
+    house: ProxyHouse,
+) -> None:
     raw = house.dial()
     await raw.send(wires_request("GET", "/"))
     up = await house.upstream()
     await house.request(up)
-    with contextlib.suppress(trio.BrokenResourceError):
-        await up.send(PROXY_NONSENSE[what])
+    for number in range(len(PROXY_OK)):
+        await up.send(PROXY_OK[number : number + 1])
+        await wait_all_tasks_blocked()
+    assert (await raw.answer()).body == b"ok"
+    up.stream.socket.close()
+    assert await raw.finishes() == b""
+
+
+PROXY_NONSENSE: dict[str, bytes] = {
+    "nothing": b"",
+    "half a status line": b"HTTP/1.1 20",
+    "no HTTP": b"220 smtp.example ESMTP\r\n" * 10,
+    "HTTP/2": b"HTTP/2.0 200 OK\r\n\r\n",
+    "a status of 099": b"HTTP/1.1 099 OK\r\n\r\n",
+    "a status of two digits": b"HTTP/1.1 20 OK\r\n\r\n",
+    "no status": b"HTTP/1.1 OK, here it is\r\n\r\n",
+    "something before it": b"\r\nHTTP/1.1 200 OK\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("asked", ["a request", "an upgrade"])
+@pytest.mark.parametrize("what", PROXY_NONSENSE)
+@proxied()
+async def test_an_answer_that_does_not_begin_like_http_is_502(
+    house: ProxyHouse, what: str, asked: str
+) -> None:
+    upgrade = wires_upgrade(house.target())
+    raw = house.dial()
+    await raw.send(upgrade if asked == "an upgrade" else wires_request("GET", "/"))
+    up = await house.upstream()
+    await house.request(up)
+    await up.send(PROXY_NONSENSE[what])
     up.stream.socket.close()
     answer = await raw.answer()
     assert (answer.status, answer.code) == (502, "upstream")
@@ -480,30 +550,63 @@ async def test_an_answer_that_is_none_is_502(house: ProxyHouse, what: str) -> No
     assert house.dials == 1  # it is never asked twice
 
 
+PROXY_HALVES: dict[str, bytes] = {
+    "a head": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "a status line": b"HTTP/1.1 200",
+    "a length": b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello",
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"),
+}
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("end", ["closes", "resets", "breaks its frame"])
-@pytest.mark.parametrize("frame", ["Content-Length: 10", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("end", ["closes", "resets", "breaks its frame", "hangs"])
+@pytest.mark.parametrize("what", PROXY_HALVES)
 @proxied()
 async def test_an_answer_that_breaks_off_never_looks_whole(
-    house: ProxyHouse, frame: str, end: str, version: str
+    house: ProxyHouse, what: str, end: str, version: str
 ) -> None:
-    if end == "breaks its frame" and frame.startswith("Content"):
-        return
+    if end == "breaks its frame" and what == "a length":
+        return  # no byte could
+    half = PROXY_HALVES[what]
     raw = house.dial()
     await raw.send(f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
     up = await house.upstream()
     await house.request(up)
-    body = b"5\r\nhello\r\n" if "chunked" in frame else b"hello"
-    await up.send(f"HTTP/1.1 200 OK\r\n{frame}\r\n\r\n".encode(), body)
-    while not raw.data.rstrip().endswith(b"hello"):
-        await raw.read()
+    await up.send(half)
+    assert await raw.hears(len(half)) == half
     if end == "breaks its frame":
-        await up.send(b"nonsense\r\n")
+        half += b"\0\r\n\r\n"
+        await up.send(b"\0\r\n\r\n")
     if end == "resets":
-        chatd.reset(up.stream)
-    up.stream.socket.close()
-    with pytest.raises(trio.BrokenResourceError):
-        await raw.listen()
+        door_reset(up.stream)
+    elif end != "hangs":
+        up.stream.socket.close()
+    if end in ("resets", "hangs"):
+        with (
+            taking(20 if end == "hangs" else 0),
+            pytest.raises(trio.BrokenResourceError),
+        ):
+            await raw.finishes(within=30)
+    else:
+        assert await raw.finishes() == half
+    with pytest.raises((h11.RemoteProtocolError, trio.BrokenResourceError)):
+        await raw.answer()
+
+
+@proxied(max_message_bytes=1_000_000)
+async def test_an_upstream_that_answers_before_it_has_read_all_is_heard(
+    house: ProxyHouse,
+) -> None:
+    house.small = True
+    raw = house.dial()
+    answer = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(raw.send, wires_request("POST", "/", b"x" * 1_000_000))
+        up = await house.upstream()
+        await up.hears(1)
+        await up.send(answer)
+        up.stream.socket.shutdown(socket.SHUT_RDWR)  # most of the request is unread
+    assert await raw.finishes() == answer
 
 
 @proxied()
@@ -524,7 +627,7 @@ async def test_a_service_that_is_away_is_502_with_a_sentence_and_one_line_of_log
 
 
 @pytest.mark.parametrize("where", ["dialling", "answering", "reading"])
-@proxied()
+@proxied(max_message_bytes=2_000_000)
 async def test_a_service_that_hangs_is_504_after_20_s(
     house: ProxyHouse, where: str
 ) -> None:
@@ -538,29 +641,31 @@ async def test_a_service_that_hangs_is_504_after_20_s(
             answer = await raw.answer(within=30)
             nursery.cancel_scope.cancel()
     assert (answer.status, answer.code) == (504, "upstream")
-    if where == "answering":
+    if where != "dialling":
         up = await house.upstream()
         assert await up.ends()
 
 
 @proxied()
-async def test_a_body_that_does_not_come_is_408_after_20_s(house: ProxyHouse) -> None:
+async def test_a_service_that_resets_before_its_answer_is_502(
+    house: ProxyHouse,
+) -> None:
     raw = house.dial()
-    await raw.send(wires_request("POST", "/", Content_Length="10"), b"hello")
-    with taking(20):
-        assert (await raw.answer(within=30)).status == 408
+    await raw.send(wires_request("GET", "/"))
     up = await house.upstream()
-    assert (await up.ends()).endswith(b"hello")
+    await house.request(up)
+    door_reset(up.stream)
+    answer = await raw.answer()
+    assert (answer.status, answer.code) == (502, "upstream")
+    assert await raw.ends() == b""
+    assert house.dials == 1
 
 
 @proxied()
-async def test_what_still_moves_is_not_cut(house: ProxyHouse) -> None:
+async def test_an_answer_that_still_moves_is_not_cut(house: ProxyHouse) -> None:
     raw = house.dial()
-    await raw.send(wires_request("POST", "/", Content_Length="10"))
+    await raw.send(wires_request("GET", "/"))
     up = await house.upstream()
-    for _ in range(10):
-        await trio.sleep(19)
-        await raw.send(b"x")
     await house.request(up)
     await trio.sleep(19)
     await up.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
@@ -568,6 +673,20 @@ async def test_what_still_moves_is_not_cut(house: ProxyHouse) -> None:
         await trio.sleep(19)
         await up.send(b"y")
     assert (await raw.answer()).body == b"yyyyy"
+
+
+@proxied()
+async def test_an_upstream_that_does_not_end_its_answer_is_cut_after_20_s(
+    house: ProxyHouse,
+) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("GET", "/"))
+    up = await house.upstream()
+    await house.request(up)
+    await up.send(PROXY_OK)
+    with taking(20):
+        assert await up.ends(within=30) == b""
+    assert (await raw.answer()).body == b"ok"
 
 
 @proxied()
@@ -587,7 +706,52 @@ async def test_a_client_that_does_not_take_its_answer_is_cut_after_20_s(
     assert len(up.data) < 200_000  # in all buffers together
 
 
-# --- Passage: the token at the door --------------------------------------------------
+@proxied()
+async def test_a_client_that_resets_in_mid_answer_ends_the_upstreams_work(
+    house: ProxyHouse,
+) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("GET", "/"))
+    up = await house.upstream()
+    await house.request(up)
+    await up.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
+    await raw.hears(1)
+    door_reset(raw.stream)
+    with taking(0), pytest.raises(trio.BrokenResourceError):
+        await up.send(b"x" * 10_000_000)
+    assert not house.proxy.listener.open
+
+
+@proxied()
+async def test_the_log_has_a_line_for_each_request_that_is_passed_on(
+    house: ProxyHouse,
+) -> None:
+    no = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+    await house.exchange(wires_request("GET", "/api/v1/chats/7/messages?limit=1"))
+    await house.exchange(wires_request("PATCH", "/some/token"), no)
+    house.fault = ConnectionRefusedError(111, "Connection refused")
+    refused = (
+        wires_request("GET", "/api/v1/me"),
+        wires_request("POST", "/api/v1/chats", Content_Length="65537"),
+        wires_upgrade("/ws/chat?token=x"),
+    )
+    for sent in refused:
+        raw = house.dial()
+        await raw.send(sent)
+        await raw.answer()
+        await raw.ends()
+    assert house.log is not None
+    lines = [m for m in house.log.messages if m.startswith("passed ")]
+    assert lines == [
+        "passed method='GET' path='/api/v1/chats/7/messages' client='127.0.0.1' "
+        "status=200 failed='None'",
+        "passed method='PATCH' path='?' client='127.0.0.1' status=404 failed='None'",
+        "passed method='GET' path='/api/v1/me' client='127.0.0.1' status=0 "
+        "failed='upstream'",
+    ]
+
+
+# --- Proxy: the token of a socket ----------------------------------------------------
 
 
 @proxied()
@@ -638,7 +802,7 @@ async def test_a_ticket_of_the_upstream_passes_and_is_not_spent(
 
 
 @proxied(handshakes=Rate(1, 3))
-async def test_handshakes_are_counted_at_the_door(house: ProxyHouse) -> None:
+async def test_handshakes_are_counted_at_the_proxy(house: ProxyHouse) -> None:
     statuses = []
     for _ in range(5):
         raw = house.dial()
@@ -648,23 +812,69 @@ async def test_handshakes_are_counted_at_the_door(house: ProxyHouse) -> None:
 
 
 @proxied()
-async def test_an_upgrade_is_passed_up_and_a_refusal_of_it_down(
+async def test_an_upgrade_is_passed_up_with_what_a_handshake_needs(
     house: ProxyHouse,
 ) -> None:
     raw = house.dial()
     extension = {"Sec_WebSocket_Extensions": "permessage-deflate"}
-    await raw.send(wires_upgrade(house.target(), **extension), b"behind")
-    up = await house.upstream()
-    got = await house.request(up)
+    await raw.send(wires_upgrade(house.target(), **extension))
+    got = await house.request(await house.upstream())
     assert got.header("connection").lower() == "upgrade"
     assert got.header("upgrade") == "websocket"
     assert got.header("sec-websocket-key") == "dGhlIHNhbXBsZSBub25jZQ=="
     assert got.header("sec-websocket-extensions") == "permessage-deflate"
-    assert up.data == b""  # what came behind waits for the 101
-    await up.send(b"HTTP/1.1 503 Full\r\nContent-Length: 2\r\n\r\nno")
-    assert (await raw.answer()).status == 503
+    assert got.header("x-forwarded-for") == "127.0.0.1"
+
+
+# What an upstream may answer to an upgrade that is no 101 in HTTP/1.1.
+PROXY_NO_SOCKET: dict[str, bytes] = {
+    "503": b"HTTP/1.1 503 Full\r\nContent-Length: 2\r\n\r\nno",
+    "401, a used ticket": b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno",
+    "200": PROXY_OK,
+    "100, then 101": b"HTTP/1.1 100 Continue\r\n\r\n" + PROXY_101,
+    "101 in HTTP/1.0": PROXY_101.replace(b"HTTP/1.1", b"HTTP/1.0"),
+}
+
+
+@pytest.mark.parametrize(
+    "behind", [wires_request("GET", "/api/v1/me"), b"\x81\x80abcd"]
+)
+@pytest.mark.parametrize("what", PROXY_NO_SOCKET)
+@proxied()
+async def test_nothing_goes_up_behind_an_upgrade_without_101(
+    house: ProxyHouse, what: str, behind: bytes
+) -> None:
+    answer = PROXY_NO_SOCKET[what]
+    raw = house.dial()
+    await raw.send(wires_upgrade(house.target()), behind)
+    up = await house.upstream()
+    await house.request(up)
+    assert up.data == b""
+    await up.send(answer)
+    assert await raw.hears(len(answer)) == answer
+    await raw.send(behind)
+    await up.listen(1)
+    await up.stream.send_eof()
+    assert await raw.finishes() == answer  # and the connection ends with it
     assert await up.ends() == b""
-    assert await raw.ends() == b""
+    assert house.dials == 1
+
+
+@proxied()
+async def test_nothing_goes_up_behind_a_101_that_no_upgrade_asked_for(
+    house: ProxyHouse,
+) -> None:
+    raw = house.dial()
+    await raw.send(wires_request("GET", "/", Upgrade="websocket", Connection="Upgrade"))
+    up = await house.upstream()
+    assert (await house.request(up)).header("connection") == "close"
+    await up.send(PROXY_101)
+    assert await raw.hears(len(PROXY_101)) == PROXY_101
+    await raw.send(wires_request("GET", "/api/v1/me"))
+    await up.listen(1)
+    await up.stream.send_eof()
+    assert await raw.finishes() == PROXY_101
+    assert await up.ends() == b""
 
 
 # --- Tunnel --------------------------------------------------------------------------
@@ -723,24 +933,30 @@ async def test_a_reset_of_one_side_is_one_for_the_other(
 ) -> None:
     raw, up = await house.socket()
     one, other = (raw, up) if who == "client" else (up, raw)
-    chatd.reset(one.stream)
+    door_reset(one.stream)
     with pytest.raises(trio.BrokenResourceError), trio.fail_after(1):
         await other.read()
     await wait_all_tasks_blocked()
     assert not house.proxy.listener.open
 
 
+@pytest.mark.parametrize("slow", [False, True])
 @proxied()
-async def test_the_upstreams_last_words_reach_a_client_that_talks_on(
-    house: ProxyHouse,
+async def test_what_the_upstream_sent_last_reaches_a_client_that_goes_on_sending(
+    house: ProxyHouse, slow: bool
 ) -> None:
-    raw, up = await house.socket()
-    await up.send(wires_close(1012))
+    house.small = slow
+    raw, up = await house.socket(small=slow)
+    last = wires_frame(TEXT, b"x" * 30_000, masked=False) + wires_close(1012)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(up.send, last)
+        await raw.hears(10_000)
     up.stream.socket.close()
-    for _ in range(5):
-        await raw.send(b"x" * 1000)
-        await wait_all_tasks_blocked()
-    assert await raw.ends() == wires_close(1012)
+    with trio.move_on_after(1):
+        for _ in range(20):
+            await raw.send(b"x" * 1000)
+            await wait_all_tasks_blocked()
+    assert await raw.finishes() == last
 
 
 @proxied()
@@ -761,7 +977,7 @@ async def test_a_socket_in_which_nothing_moves_is_cut_after_75_s(
 
 
 @proxied()
-async def test_who_does_not_end_behind_an_end_is_cut_after_10_s(
+async def test_a_side_that_does_not_end_when_the_other_has_is_cut_after_10_s(
     house: ProxyHouse,
 ) -> None:
     raw, up = await house.socket()
@@ -789,83 +1005,70 @@ async def test_what_one_end_does_not_take_is_not_read_from_the_other(
     assert sent <= len(await other.ends()) < sent + 1000
 
 
-@hypothesis.settings(deadline=None)
-@given(
-    st.lists(st.sampled_from([0, 1, 125, 126, 300, 65_535, 65_536]), max_size=5),
-    st.lists(st.integers(1, 20) | st.integers(1000, 70_000), min_size=1, max_size=5),
-    st.booleans(),
-)
-def test_the_end_of_a_frame_is_found_however_the_bytes_are_cut(
-    sizes: list[int], cuts: list[int], masked: bool
-) -> None:
-    frames = [door_frame(TEXT, bytes(size), masked=masked) for size in sizes]
-    ends = {0, *itertools.accumulate(map(len, frames))}
-    data, at, cut = b"".join(frames), 0, itertools.cycle(cuts)
-    found = chatd.FrameEnds()
-    assert found.whole
-    while at < len(data):
-        piece = data[at : at + next(cut)]
-        found.count(piece)
-        at += len(piece)
-        assert found.whole == (at in ends)
-
-
 # --- Proxy: its end ------------------------------------------------------------------
 
 
-async def proxy_close(up: WiresRaw, within: float = 1.0) -> int:
-    """The code of the close frame that the upstream gets, which must be masked."""
-    side = FrameProtocol(client=False, extensions=[])
-    side.receive_bytes(bytes(up.data))
-    with trio.fail_after(within):
-        while True:
-            side.receive_bytes(await up.read())
-            for frame in side.received_frames():
-                if frame.opcode is Opcode.CLOSE:
-                    return int(frame.payload[0])
-
-
 @proxied()
-async def test_a_stop_closes_sockets_behind_the_clients_last_whole_frame(
+async def test_a_stop_ends_the_upstreams_side_and_passes_down_what_it_answers(
     house: ProxyHouse,
 ) -> None:
     idle, idle_up = await house.socket()
     busy, busy_up = await house.socket()
     frame = wires_command("ping")
     await busy.send(frame[:5])
-    await busy_up.listen(0.1)
+    await busy_up.hears(5)
     house.proxy.listener.stopping.set()
-    assert await proxy_close(idle_up) == 1012
-    await busy_up.listen(0.5)
-    assert busy_up.data == frame[:5]  # nothing in the middle of a frame
-    await busy.send(frame[5:])
-    assert await proxy_close(busy_up) == 1012
+    assert await idle_up.finishes() == b""
+    assert await busy_up.finishes() == frame[:5]  # the upstream knows where frames end
+    await busy.send(frame[5:])  # nobody reads it any more, and it hurts nobody
     for raw, up in ((idle, idle_up), (busy, busy_up)):
-        await up.send(wires_close(1012))
+        await up.send(b"pong", wires_close(1012))
         await up.stream.send_eof()
-        assert await raw.ends() == wires_close(1012)
+        assert await raw.finishes() == b"pong" + wires_close(1012)
         raw.stream.socket.close()
     with trio.fail_after(1.1):
-        await house.proxy.finished.wait()
+        await house.finished.wait()
 
 
 @proxied()
-async def test_a_socket_that_opens_while_it_stops_is_closed_too(
+async def test_a_stop_ends_the_upstreams_side_even_if_it_takes_nothing(
+    house: ProxyHouse,
+) -> None:
+    house.small = True
+    raw, up = await house.socket(small=True)
+    sent = 0
+    with trio.move_on_after(1):
+        while True:
+            await raw.send(bytes(1000))
+            sent += 1000
+    house.proxy.listener.stopping.set()
+    await wait_all_tasks_blocked()
+    assert len(await up.finishes()) < sent
+    await up.send(wires_close(1012))
+    await up.stream.send_eof()
+    assert await raw.finishes() == wires_close(1012)
+
+
+@proxied()
+async def test_a_socket_that_opens_during_a_stop_is_ended_too(
     house: ProxyHouse,
 ) -> None:
     raw = house.dial()
-    await raw.send(wires_upgrade(house.target()))
+    await raw.send(wires_upgrade(house.target()), b"behind")
     up = await house.upstream()
     await house.request(up)
     house.proxy.listener.stopping.set()
     await wait_all_tasks_blocked()
     await up.send(PROXY_101)
     assert (await raw.answer()).status == 101
-    assert await proxy_close(up) == 1012
+    assert await up.finishes() == b""
+    await up.send(wires_close(1012))
+    await up.stream.send_eof()
+    assert await raw.finishes() == wires_close(1012)
 
 
 @proxied()
-async def test_a_stop_lets_a_request_finish_and_ends_who_waits_to_ask(
+async def test_a_stop_lets_a_request_finish_and_ends_a_connection_without_one(
     house: ProxyHouse,
 ) -> None:
     silent, raw = house.dial(), house.dial()
@@ -876,11 +1079,11 @@ async def test_a_stop_lets_a_request_finish_and_ends_who_waits_to_ask(
     with taking(0, 1):  # it had a second to ask, so as not to be refused
         assert await silent.ends(within=2) == b""
     await up.send(PROXY_OK)
-    assert (await raw.answer()).body == b"ok"
-    await raw.ends()
+    up.stream.socket.close()
+    assert await raw.finishes() == PROXY_OK
     raw.stream.socket.close()
     with trio.fail_after(1):
-        await house.proxy.finished.wait()
+        await house.finished.wait()
 
 
 @proxied(drain_seconds=3.0)
@@ -893,8 +1096,10 @@ async def test_what_does_not_end_is_cut_when_the_drain_is_over(
     await house.request(await house.upstream())
     with taking(3, 3.1):
         house.proxy.listener.stopping.set()
-        await house.proxy.finished.wait()
-    assert await raw.ends() == b""
+        await house.finished.wait()
+    with pytest.raises(trio.BrokenResourceError):
+        await raw.finishes()
+    assert await waiting.finishes() == b""
 
 
 @proxied(max_connections=1)
@@ -910,10 +1115,10 @@ async def test_a_full_proxy_turns_away_at_once(house: ProxyHouse) -> None:
 
 
 @proxied()
-async def test_a_mistake_of_ours_ends_one_connection_and_is_told(
+async def test_a_mistake_of_ours_ends_one_connection_and_is_counted(
     house: ProxyHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(house.proxy, "check_handshakes", lambda _: 1 / 0)
+    monkeypatch.setattr(house.proxy.listener, "check_handshakes", lambda _: 1 / 0)
     raw = house.dial()
     await raw.send(wires_upgrade(house.target()))
     assert (await raw.answer()).code == "internal"
@@ -922,9 +1127,27 @@ async def test_a_mistake_of_ours_ends_one_connection_and_is_told(
     assert heard.body == b"ok"
 
 
+@proxied()
+async def test_a_mistake_of_ours_writes_no_answer_into_another(
+    house: ProxyHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, up = await house.socket()
+    with monkeypatch.context() as patch:
+        patch.setattr(chatd.Tunnel, "_moved", lambda _: 1 / 0)
+        await up.send(b"greet")
+        with pytest.raises(trio.BrokenResourceError):
+            await raw.finishes()
+        with pytest.raises(trio.BrokenResourceError):
+            await up.finishes()
+    assert b"HTTP" not in raw.data
+    house.errors = {"ZeroDivisionError": 1}
+    _, heard = await house.exchange(wires_request("GET", "/"))
+    assert heard.body == b"ok"
+
+
 @pytest.fixture
 async def proxy_house(house: DoorServer, tmp_path: Path) -> AsyncIterator[DoorProxy]:
-    """A proxy of the test's own, before `house`, which must serve first."""
+    """A proxy of the test's own, in front of `house`, which must serve first."""
     home = tmp_path / "proxy"
     home.mkdir()
     proxy = DoorProxy(home, 0, house.db)
@@ -968,7 +1191,7 @@ async def test_nodes_own_client_talks_through_the_proxy(
     assert said == ["open", "connected", "new_message", "ack", "1000"]
 
 
-async def test_the_proxy_tells_who_asks_and_nobody_can_say_so_himself(
+async def test_the_proxy_names_the_client_and_no_client_can_forge_that(
     house: DoorServer, proxy_house: DoorProxy
 ) -> None:
     proxy = proxy_house
@@ -980,7 +1203,7 @@ async def test_the_proxy_tells_who_asks_and_nobody_can_say_so_himself(
                 forged = f"X-Forwarded-For: 6.6.6.{number}"
                 bad = door_get("/api/v1/me", "Host: x", forged)
                 statuses.append((await proxy.raw(bad)).split()[1])
-            # One bucket, that of 127.0.0.1, whatever they said.
+            # One bucket, that of 127.0.0.1, whatever their headers said.
             assert statuses == [b"401", b"401", b"429", b"429"]
             origin = f"Origin: http://127.0.0.1:{proxy.port}"
             page = (origin, f"Host: 127.0.0.1:{proxy.port}")
@@ -991,7 +1214,7 @@ async def test_the_proxy_tells_who_asks_and_nobody_can_say_so_himself(
             assert b" 403 " in got[:15]
 
 
-async def test_a_stop_of_the_proxy_closes_its_sockets_properly_and_no_others(
+async def test_a_stop_of_the_proxy_closes_its_sockets_with_1012_and_no_others(
     house: DoorServer, proxy_house: DoorProxy
 ) -> None:
     proxy = proxy_house
@@ -1001,9 +1224,16 @@ async def test_a_stop_of_the_proxy_closes_its_sockets_properly_and_no_others(
         straight = await house.peer(ann)
         async with proxy.serving("--drain-seconds=10"):
             peers = [await proxy.peer(ann) for _ in range(5)]
+            await peers[0].stream.send_all(b"\x81")  # in the middle of frames
+            await peers[1].stream.send_all(door_frame(TEXT, b"x" * 60_000)[:-1])
+            await peers[2].stream.send_all(door_frame(TEXT, b"{", first=0))
             began = trio.current_time()
             proxy.signal(signal.SIGTERM)
-            assert [await peer.ended() for peer in peers] == [1012] * 5
+            for peer in peers:
+                with pytest.raises(DoorGone) as gone:
+                    await peer.hear()  # its close frame is the first that it gets
+                assert gone.value.code == 1012
+                assert not peer.data
             for stream in proxy.streams:
                 stream.socket.close()
             assert await proxy.ended() == 0
@@ -1011,18 +1241,18 @@ async def test_a_stop_of_the_proxy_closes_its_sockets_properly_and_no_others(
             await door_shut(proxy)
         await straight.hears_nothing()
         closed = (await house.stats())["connections"]["closed"]
-        assert closed == {"1012": 5}
+        assert closed == {"1006": 5}  # chatd has had no close frame
 
 
 class ProxySlow:
-    """An upstream that answers and reads slowly, and a client that does too."""
+    """An upstream and a client that read slowly and write all that they can."""
 
     SIZE = 10_000_000
 
     def __init__(self, proxy: DoorProxy) -> None:
         self.proxy = proxy
         self.most = 0  # resident bytes, the most that was seen
-        self.base = 0
+        self.done = trio.Event()  # the upstream has written and read all
 
     def look(self) -> None:
         self.most = max(self.most, self.proxy.rss)
@@ -1051,23 +1281,25 @@ class ProxySlow:
         async with stream:
             upgrades = b"Upgrade: websocket" in await self.head(stream)
             length = f"HTTP/1.1 200 OK\r\nContent-Length: {self.SIZE}\r\n\r\n"
-            if not upgrades:
-                await self.read(stream, self.SIZE)
             await stream.send_all(PROXY_101 if upgrades else length.encode())
-            await self.both(stream, reads=upgrades)
+            await self.both(stream, reads=upgrades, writes=True)
+            self.done.set()
 
-    async def both(self, stream: trio.SocketStream, *, reads: bool) -> None:
+    async def both(
+        self, stream: trio.SocketStream, *, reads: bool, writes: bool
+    ) -> None:
         """Write all, and read as much at the same time."""
         frame = door_frame(2, bytes(self.SIZE // 100 - 14))
         assert self.SIZE % len(frame) == 0
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.write, stream, frame)
+            if writes:
+                nursery.start_soon(self.write, stream, frame)
             if reads:
                 await self.read(stream, self.SIZE)
 
 
 @pytest.mark.parametrize("what", ["a socket", "a request"])
-async def test_10_mb_each_way_between_slow_peers_take_no_memory(
+async def test_10_mb_between_slow_peers_take_no_memory(
     house: DoorServer, proxy_house: DoorProxy, what: str
 ) -> None:
     async with house.serving():  # for its secret
@@ -1079,7 +1311,7 @@ async def test_10_mb_each_way_between_slow_peers_take_no_memory(
         port = door.socket.getsockname()[1]
         proxy.serve = DoorProxy(proxy.home, port, house.db).serve
         async with proxy.serving():
-            head = wires_request("POST", "/", Content_Length=str(slow.SIZE))
+            head = wires_request("GET", "/")
             if what == "a socket":
                 head = wires_upgrade(proxy.socket_path(6))
             stream = await proxy.dial()
@@ -1088,11 +1320,9 @@ async def test_10_mb_each_way_between_slow_peers_take_no_memory(
                 if what == "a socket":
                     await slow.head(stream)
                 base = proxy.rss
-                async with trio.open_nursery() as both:
-                    frame = door_frame(2, bytes(slow.SIZE // 100 - 14))
-                    both.start_soon(slow.write, stream, frame)
-                    if what == "a request":
-                        await slow.head(stream)
-                    await slow.read(stream, slow.SIZE)
+                if what == "a request":
+                    await slow.head(stream)
+                await slow.both(stream, reads=True, writes=what == "a socket")
+                await slow.done.wait()
             assert slow.most - base < 4_000_000, (base, slow.most)
         nursery.cancel_scope.cancel()
