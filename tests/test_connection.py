@@ -118,7 +118,7 @@ async def test_a_broken_peer_ends_only_its_own_connection(house: WiresHouse) -> 
     await stays.hears_nothing()
 
 
-# --- WebSocketReader ---------------------------------------------------------------------------
+# --- WebSocketReader ------------------------------------------------------------------
 
 
 def test_trio_websocket_still_has_the_private_parts_that_guard_replaces() -> None:
