@@ -1841,8 +1841,9 @@ class Store:
             fields = msgspec.json.decode(body) if own else {}
             event = cls(seq, chat_id, *joined, *[fields[field] for field in own])
         except (KeyError, TypeError, msgspec.MsgspecError) as error:
-            why = f"event {seq} cannot be read: {kind!r}, {error}"
-            raise sqlite3.DatabaseError(why) from error
+            unread = sqlite3.DatabaseError(f"event {seq}, a {kind!r}: {error!r}")
+            unread.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise unread from error
         return Entry(event, to_user, bool(to_chat))
 
     def chat(

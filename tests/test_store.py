@@ -1155,6 +1155,28 @@ def test_a_corrupt_table_refuses_its_readers_and_its_writers(memory: Memory) -> 
     after.store.close()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "kind = 'strange'", "kind = 'member_added, chat_added'", "kind = ''",
+        "body = NULL", "body = ''", "body = '{}'", "body = '[3, 2, 1]'", "body = '7'",
+        """body = '{"message_id":3,"read_by":2}'""",
+    ],
+)  # fmt: skip
+def test_an_event_that_cannot_be_read_refuses_its_readers_and_the_start(
+    memory: Memory, change: str
+) -> None:
+    chat = memory.chat(1, 2)
+    memory.say(chat, 1)
+    memory.do(memory.store.mark_read, 2, 3)
+    assert memory.seqs(2) == [2, 3, 4]
+    memory.store._writer.execute(f"UPDATE event SET {change} WHERE seq = 4")
+    assert refusal_of(memory.page, 2).code == "storage_failed"
+    assert memory.seqs(2, 4) == []
+    assert memory.stats.errors["DatabaseError"] == 1
+    assert "event 4, a " in usage_error_of(memory.again)
+
+
 def test_without_a_file_there_is_no_reading(memory: Memory) -> None:
     memory.settings.db.unlink()
     assert refusal_of(memory.my_chats, 1).code == "storage_failed"
