@@ -154,6 +154,7 @@ import ipaddress
 import itertools
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -180,7 +181,17 @@ from collections.abc import (
     Sequence,
 )
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    assert_never,
+    get_args,
+)
 
 import h11
 import jwt
@@ -905,7 +916,7 @@ class Session:
             self.end(CLOSE_FLOOD, "far over the rate of commands")
         raise Refusal("rate_limited", retry_after=wait)
 
-    async def _handle(self, command: Command) -> None:
+    async def _handle(self, command: AnyCommand) -> None:
         """Handle one command. Raises the Refusal that is its answer."""
         match command:
             case SendMessage():
@@ -918,6 +929,8 @@ class Session:
                 self._answer(text_frame(Pong(timestamp(now_seconds()), ref)))
             case Auth():
                 self._auth(command)
+            case _:
+                assert_never(command)
 
     def _answer(self, frame: bytes) -> None:
         self.outbox.push(frame, always=True)
@@ -925,7 +938,7 @@ class Session:
     async def _submit(
         self,
         ref: str | None,
-        write: Callable[[Db, Log], T],
+        write: Callable[[Db, list[Entry]], T],
         reply: Callable[[T, str | None], Reply],
     ) -> None:
         """Queue a write; at most 64 of this connection are without an answer."""
@@ -1055,6 +1068,127 @@ def _sent_reply(sent: Sent, ref: str | None) -> Reply:
 # =====================================================================================
 
 
+# --- event kinds ---------------------------------------------------------------------
+
+
+class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
+    """One kind of event: its JSON, and what it does to the membership of its `to_user`.
+
+    To add a kind, write a subclass, and the Store method that records it and decides
+    its audience. No other code names a kind. The fields that a kind adds to its base
+    are stored in the `body` of the event's row. Those of the bases below are never
+    copied: they are joined each time the event is read.
+    """
+
+    seq: int
+    chat_id: int
+    membership: ClassVar[Literal["joins", "leaves", ""]] = ""
+
+
+class MessageEvent(Event, frozen=True):
+    """An event that quotes a message: as it is when the event is read."""
+
+    message: Message
+
+
+class ChatEvent(Event, frozen=True):
+    """An event that shows its `to_user` the chat: as of the `upto` of the read."""
+
+    chat: msgspec.Raw  # a Chat, encoded once for all who get it
+
+
+class UserEvent(Event, frozen=True):
+    """An event that names a user: by the name of today."""
+
+    user_id: int
+    name: str | None
+
+
+class NewMessage(MessageEvent, frozen=True, tag="new_message"):
+    """To all members, and to the sender's own sockets too."""
+
+
+class MessageRead(Event, frozen=True, tag="message_read"):
+    """To all members; in a large chat to the reader only."""
+
+    message_id: int
+    read_by: int
+    n: int
+
+
+class ChatAdded(ChatEvent, frozen=True, tag="chat_added"):
+    """To the user who is in the chat from here on."""
+
+    membership = "joins"
+
+
+class MemberAdded(UserEvent, frozen=True, tag="member_added"):
+    """To those who were members before."""
+
+
+class MemberRemoved(Event, frozen=True, tag="member_removed"):
+    """To the remaining members, and to the removed one: the last event it gets."""
+
+    user_id: int
+    membership = "leaves"
+
+
+BASES = (Event, MessageEvent, ChatEvent, UserEvent)
+# The `type` of each kind of event: its class, and the fields that it adds to its base.
+KINDS = {
+    str(kind.__struct_config__.tag): (
+        kind,
+        kind.__struct_fields__[len(base.__struct_fields__) :],
+    )
+    for base in BASES
+    for kind in base.__subclasses__()
+    if kind not in BASES
+}
+
+
+class Entry(msgspec.Struct, eq=False):
+    """An event in a batch, a page or the tail, with its audience: to_chat, to_user."""
+
+    event: Event
+    to_user: int | None = None
+    to_chat: bool = False
+    shared_by: int = 1  # so many entries have the Raw of this one
+    seq: int = 0
+    chat_id: int = 0
+    size: int = 256  # about how many bytes of memory it takes in the tail
+    built: bytes | None = None
+
+    def __post_init__(self) -> None:
+        """Set what follows from the event."""
+        event = self.event
+        self.seq, self.chat_id = event.seq, event.chat_id
+        if isinstance(event, MessageEvent):
+            # A text that is not ASCII is held three times: as str, as its UTF-8, and
+            # in the frame.
+            self.size += 3 * len(event.message.content.encode())
+        else:
+            self.size += len(encode(event)) // self.shared_by
+
+    @property
+    def kind(self) -> str:
+        """The event's `type` in JSON."""
+        return str(self.event.__struct_config__.tag)
+
+    @property
+    def frame(self) -> bytes:
+        """The event's bytes on the wire, built at the first use.
+
+        Without `to_chat` it has one reader, and may be large: then it is not kept.
+        """
+        frame = self.built or text_frame(self.event)
+        if self.to_chat:
+            self.built = frame
+        return frame
+
+
+# --- what jobs and queries return ----------------------------------------------------
+
+
 class Send(NamedTuple):
     """What identifies a message: repeated under the same client_id, it is the same."""
 
@@ -1091,7 +1225,7 @@ class Greeting(NamedTuple):
 class Page(NamedTuple):
     """A stretch of the log for one user: everything visible in (start, cursor]."""
 
-    events: Log
+    events: list[Entry]
     cursor: int
     more: bool
 
@@ -1111,7 +1245,7 @@ class Job(NamedTuple):
     work returned, or the Refusal it raised.
     """
 
-    write: Callable[[Db, Log], Any]
+    write: Callable[[Db, list[Entry]], Any]
     done: Callable[[Any], Reply | None]
     seat: Seat | None = None
 
@@ -1119,47 +1253,17 @@ class Job(NamedTuple):
 class Batch(NamedTuple):
     """One transaction's events, and its callers with their outcomes."""
 
-    events: Log
+    events: list[Entry]
     answers: list[tuple[Job, Any]]
 
 
-class Event:
-    """One row of the log, in memory: whom it is for, and what they are told.
-
-    The frame is built at the first use, once; a chat_added has one reader, so its
-    frame, which can be large, is not kept.
-    """
-
-    __slots__ = ("_frame", "chat_id", "seq", "size", "to_chat", "to_user", "wire")
-
-    def __init__(
-        self, wire: Wire, *, to_chat: bool, to_user: int | None = None, size: int = 256
-    ) -> None:
-        self.wire = wire
-        self.seq = wire.seq
-        self.chat_id = wire.chat_id
-        self.to_chat = to_chat
-        self.to_user = to_user
-        self.size = size  # about how many bytes of memory it takes, in the tail
-        self._frame: bytes | None = None
-
-    @property
-    def kind(self) -> str:
-        """Its `type` on the wire."""
-        return str(self.wire.__struct_config__.tag)
-
-    @property
-    def frame(self) -> bytes:
-        """The event's bytes on the wire."""
-        if self._frame is not None:
-            return self._frame
-        built = text_frame(self.wire)
-        if type(self.wire) is not ChatAdded:
-            self._frame = built
-        return built
+# --- queries -------------------------------------------------------------------------
 
 
-Log = list[Event]
+JOINS, LEAVES = (
+    ", ".join(f"'{kind}'" for kind in KINDS if KINDS[kind][0].membership == effect)
+    for effect in ("joins", "leaves")
+)
 
 # Which events a user sees: those of the chats he is in, since he joined, and those told
 # to him alone. Each chat gives at most :limit rows by index, so a page costs the same
@@ -1168,15 +1272,15 @@ Log = list[Event]
 # "Is in" is as of :upto too. A removal that is on disk and not yet published has taken
 # the member's row away; without the second half of MINE a reader of that moment would
 # skip what was said before, and then be told live what was said after that.
-MINE = """
+MINE = f"""
     SELECT chat_id, joined_seq FROM member WHERE user_id = :user
     UNION
     SELECT gone.chat_id, joined.seq FROM event gone CROSS JOIN event joined
-    WHERE gone.to_user = :user AND gone.seq > :upto AND gone.kind = 'member_removed'
-      AND joined.kind = 'chat_added' AND joined.seq = (
+    WHERE gone.to_user = :user AND gone.seq > :upto AND gone.kind IN ({LEAVES})
+      AND joined.kind IN ({JOINS}) AND joined.seq = (
         SELECT seq FROM event
         WHERE to_user = :user AND seq <= :upto AND chat_id = gone.chat_id
-          AND kind IN ('chat_added', 'member_removed') ORDER BY seq DESC LIMIT 1)
+          AND kind IN ({JOINS}, {LEAVES}) ORDER BY seq DESC LIMIT 1)
 """
 
 VISIBLE = f"""
@@ -1200,7 +1304,7 @@ MESSAGE_COLUMNS = (
 MESSAGES = f"SELECT {MESSAGE_COLUMNS} FROM message m"
 
 EVENTS = f"""
-    SELECT e.seq, e.kind, e.chat_id, e.to_chat, e.to_user, e.user_id, u.name,
+    SELECT e.seq, e.kind, e.chat_id, e.to_chat, e.to_user, e.user_id, u.name, e.body,
            {MESSAGE_COLUMNS}
     FROM event e LEFT JOIN message m ON m.id = e.message_id
                  LEFT JOIN user u ON u.id = e.user_id
@@ -1395,7 +1499,7 @@ class Store:
         found, and published, by `_probe` before anything else is written.
         """
         started = time.perf_counter()
-        events: Log = []
+        events: list[Entry] = []
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             answers = []
@@ -1411,7 +1515,7 @@ class Store:
         self.stats.committed(time.perf_counter() - started, len(jobs))
         return Batch(events, answers)
 
-    def _run_one(self, job: Job, events: Log) -> Any:
+    def _run_one(self, job: Job, events: list[Entry]) -> Any:
         """Run one job in a savepoint: a refused one does not sink the others."""
         db, before = self._writer, len(events)
         db.execute("SAVEPOINT job")
@@ -1430,7 +1534,7 @@ class Store:
         db.execute("RELEASE job")
         return outcome
 
-    def _committed(self, events: Log) -> None:
+    def _committed(self, events: list[Entry]) -> None:
         self.check_file()
         self.seq += len(events)
 
@@ -1502,31 +1606,29 @@ class Store:
         return found
 
     # --- writing: the works ----------------------------------------------------------
-    # Each runs inside the transaction: db is the writer's connection, log are the
-    # batch's events so far, to which it appends its own.
+    # Each runs inside the transaction: db is the writer's connection, events are
+    # those of the batch so far, to which it appends its own.
 
-    def _next_seq(self, events: Log) -> int:
+    def _next_seq(self, events: list[Entry]) -> int:
         return self.seq + len(events) + 1
 
-    def _record(
-        self,
-        db: Db,
-        events: Log,
-        event: Event,
-        user_id: int | None = None,
-        message_id: int | None = None,
-    ) -> None:
-        events.append(event)
+    def _record(self, db: Db, events: list[Entry], entry: Entry) -> None:
+        """Append an event to the event log, and to the batch."""
+        events.append(entry)
+        event, kind = entry.event, entry.kind
+        own = {field: getattr(event, field) for field in KINDS[kind][1]}
         db.execute(
             """INSERT INTO event
-               (seq, kind, chat_id, to_chat, to_user, user_id, message_id)
-               VALUES (?, ?, ?, ?, ?, ?, ?)""",
-            (event.seq, event.kind, event.chat_id, event.to_chat,
-             event.to_user, user_id, message_id),
+               (seq, kind, chat_id, to_chat, to_user, user_id, message_id, body)
+               VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+            (entry.seq, kind, entry.chat_id, entry.to_chat, entry.to_user,
+             event.user_id if isinstance(event, UserEvent) else None,
+             event.message.id if isinstance(event, MessageEvent) else None,
+             encode(own).decode() if own else None),
         )  # fmt: skip
 
     def send_message(
-        self, db: Db, events: Log, send: Send, service: bool = False
+        self, db: Db, events: list[Entry], send: Send, service: bool = False
     ) -> Sent:
         """Store a message, once: a repeat of (sender_id, client_id) is answered alike.
 
@@ -1556,7 +1658,8 @@ class Store:
         )
         db.execute(SET_READ_N, (n, chat_id, sender_id))
         message = message_of(row)
-        self._record(db, events, message_event(message), message_id=seq)
+        event = NewMessage(seq, chat_id, message)
+        self._record(db, events, Entry(event, to_chat=True))
         return Sent(message, duplicate=False)
 
     def find_sent(self, db: Db, send: Send, upto: int = MAX_ID) -> Sent | None:
@@ -1574,7 +1677,9 @@ class Store:
             raise Refusal("idempotency_mismatch")
         return Sent(message, duplicate=True)
 
-    def mark_read(self, db: Db, events: Log, user_id: int, message_id: int) -> Marked:
+    def mark_read(
+        self, db: Db, events: list[Entry], user_id: int, message_id: int
+    ) -> Marked:
         """Move the reader up to a message, never down. Raises Refusal not_found."""
         row = db.execute(
             """SELECT m.chat_id, m.n, b.read_n FROM message m
@@ -1596,13 +1701,13 @@ class Store:
             > most
         )
         seq = self._next_seq(events)
-        wire = MessageRead(seq, message_id, chat_id, user_id, n)
-        event = Event(wire, to_chat=not large, to_user=user_id if large else None)
-        self._record(db, events, event, user_id, message_id)
+        event = MessageRead(seq, chat_id, message_id, user_id, n)
+        entry = Entry(event, user_id) if large else Entry(event, to_chat=True)
+        self._record(db, events, entry)
         return Marked(message_id, chat_id, n, seq)
 
     def create_chat(
-        self, db: Db, events: Log, title: str | None, member_ids: Iterable[int]
+        self, db: Db, events: list[Entry], title: str | None, member_ids: Iterable[int]
     ) -> Chat:
         """Make a chat and tell each of its members. Raises Refusal bad_field."""
         members = sorted(set(member_ids))
@@ -1614,15 +1719,14 @@ class Store:
             self._join(db, chat_id, user_id, seq)
         chat = self.chat(db, chat_id, first)
         raw = msgspec.Raw(encode(chat))
-        size = 256 + len(raw) // (len(members) or 1)  # they share it
         for seq, user_id in enumerate(members, first):
-            wire = ChatAdded(seq, chat_id, raw)
-            event = Event(wire, to_chat=False, to_user=user_id, size=size)
-            self._record(db, events, event, user_id)
+            event = ChatAdded(seq, chat_id, raw)
+            entry = Entry(event, user_id, shared_by=len(members))
+            self._record(db, events, entry)
         return chat
 
     def add_member(
-        self, db: Db, events: Log, chat_id: int, user_id: int, by: int | None
+        self, db: Db, events: list[Entry], chat_id: int, user_id: int, by: int | None
     ) -> bool:
         """Add a user: the members are told, then he. False if he was there already.
 
@@ -1634,34 +1738,33 @@ class Store:
         sql = "SELECT count(*) FROM member WHERE chat_id = ?"
         self._check_size(query_value(db, sql, chat_id) + 1)
         name = self.name(db, user_id)
-        told = MemberAdded(self._next_seq(events), chat_id, user_id, name)
-        seq = told.seq + 1
-        self._join(db, chat_id, user_id, seq)
-        self._record(db, events, Event(told, to_chat=True), user_id)
-        raw = msgspec.Raw(encode(self.chat(db, chat_id, seq)))
-        added, size = ChatAdded(seq, chat_id, raw), 256 + len(raw)
-        event = Event(added, to_chat=False, to_user=user_id, size=size)
-        self._record(db, events, event, user_id)
+        seq = self._next_seq(events)
+        self._join(db, chat_id, user_id, seq + 1)
+        added = MemberAdded(seq, chat_id, user_id, name)
+        self._record(db, events, Entry(added, to_chat=True))
+        raw = msgspec.Raw(encode(self.chat(db, chat_id, seq + 1)))
+        event = ChatAdded(seq + 1, chat_id, raw)
+        self._record(db, events, Entry(event, user_id))
         return True
 
     def remove_member(
-        self, db: Db, events: Log, chat_id: int, user_id: int, by: int | None
+        self, db: Db, events: list[Entry], chat_id: int, user_id: int, by: int | None
     ) -> None:
         """Remove a user, by himself or by a service (by=None). Raises not_found."""
         self._find_chat(db, chat_id, by)
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         if not db.execute(sql, (chat_id, user_id)).rowcount:
             raise Refusal("not_found", "user_id: not a member of this chat")
-        wire = MemberRemoved(self._next_seq(events), chat_id, user_id)
-        self._record(db, events, Event(wire, to_chat=True, to_user=user_id), user_id)
+        event = MemberRemoved(self._next_seq(events), chat_id, user_id)
+        self._record(db, events, Entry(event, user_id, to_chat=True))
 
-    def rename(self, db: Db, _events: Log, user_id: int, name: str) -> None:
+    def rename(self, db: Db, _events: list[Entry], user_id: int, name: str) -> None:
         """Remember what a user is called. It is no event: who looks sees it."""
         sql = """INSERT INTO user (id, name) VALUES (?1, ?2)
                  ON CONFLICT DO UPDATE SET name = ?2 WHERE name IS NOT ?2"""
         db.execute(sql, (user_id, name))
 
-    def revoke(self, db: Db, _events: Log, user_id: int) -> int:
+    def revoke(self, db: Db, _events: list[Entry], user_id: int) -> int:
         """Remember that all tokens so far are refused. Returns the Unix second."""
         now = now_seconds()
         sql = """INSERT INTO user (id, revoked_at) VALUES (?1, ?2)
@@ -1757,39 +1860,40 @@ class Store:
         not cut short by its limits moves the cursor to upto.
         """
         bounds = {"user": user_id, "cursor": cursor, "upto": upto, "limit": limit}
-        events: Log = []
+        events: list[Entry] = []
         size = 0
         for row in db.execute(PAGE, bounds):
-            events.append(self._event(db, row, upto))
+            events.append(self._entry(db, row, upto))
             size += events[-1].size
             if size >= self.settings.page_bytes or len(events) >= limit:
                 return Page(events, events[-1].seq, more=events[-1].seq < upto)
         return Page(events, max(cursor, upto), more=False)
 
-    def _above(self, db: Db, seq: int) -> Log:
+    def _above(self, db: Db, seq: int) -> list[Entry]:
         """Read the whole log above seq."""
         rows = db.execute(f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq", (seq,)).fetchall()
-        return [self._event(db, row, MAX_ID) for row in rows]
+        return [self._entry(db, row, MAX_ID) for row in rows]
 
-    def tail(self) -> Log:
-        """Read the log's end at the start, as far back as the hub would hold it.
+    def tail(self) -> list[Entry]:
+        """Read the event log's end at the start, as far back as the hub would hold it.
 
-        It stops after the last chat_added, which is told with the chat as it is at the
-        time: that is the query's business, not the tail's.
+        It stops after the last event that shows a chat: what such an event shows
+        depends on when it is read, so a query reads it, and the tail has it only live.
         """
         db, floor = self._writer, max(0, self.seq - self.settings.tail_events)
         sql = f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq DESC"
-        newest_first: Log = []
+        newest_first: list[Entry] = []
         room = self.settings.tail_bytes
         with file_errors("database", self.path):
             for row in db.execute(sql, (floor,)):
-                if row[1] == "chat_added":
+                cls, _ = KINDS.get(row[1], (Event, ()))
+                if issubclass(cls, ChatEvent):
                     break
-                event = self._event(db, row, self.seq)
-                room -= event.size
+                entry = self._entry(db, row, self.seq)
+                room -= entry.size
                 if room < 0:
                     break
-                newest_first.append(event)
+                newest_first.append(entry)
         return newest_first[::-1]
 
     def revoked(self) -> dict[int, int]:
@@ -1798,25 +1902,26 @@ class Store:
         with file_errors("database", self.path):
             return dict(self._writer.execute(sql))
 
-    def _event(self, db: Db, row: tuple[Any, ...], upto: int) -> Event:
-        """Make the event of a row of EVENTS."""
-        seq, kind, chat_id, to_chat, to_user, user_id, name, *message = row
-        size = 256
-        wire: Wire
-        match kind:
-            case "new_message":
-                return message_event(message_of(message))
-            case "message_read":
-                wire = MessageRead(seq, message[0], chat_id, user_id, n=message[5])
-            case "chat_added":
-                raw = msgspec.Raw(encode(self.chat(db, chat_id, upto, to_user)))
-                wire = ChatAdded(seq, chat_id, raw)
-                size += len(raw)
-            case "member_added":
-                wire = MemberAdded(seq, chat_id, user_id, name)
-            case _:
-                wire = MemberRemoved(seq, chat_id, user_id)
-        return Event(wire, to_chat=bool(to_chat), to_user=to_user, size=size)
+    def _entry(self, db: Db, row: tuple[Any, ...], upto: int) -> Entry:
+        """Make the entry of a row of EVENTS. Of an unknown kind: DatabaseError."""
+        seq, kind, chat_id, to_chat, to_user, user_id, name, body, *message = row
+        joined: tuple[object, ...] = ()
+        try:
+            cls, own = KINDS[kind]
+            if issubclass(cls, MessageEvent):
+                joined = (message_of(message),)
+            elif issubclass(cls, ChatEvent):
+                chat = self.chat(db, chat_id, upto, to_user)
+                joined = (msgspec.Raw(encode(chat)),)
+            elif issubclass(cls, UserEvent):
+                joined = (user_id, name)
+            fields = msgspec.json.decode(body) if own else {}
+            event = cls(seq, chat_id, *joined, *[fields[field] for field in own])
+        except (KeyError, TypeError, msgspec.MsgspecError) as error:
+            unread = sqlite3.DatabaseError(f"event {seq}, a {kind!r}: {error!r}")
+            unread.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise unread from error
+        return Entry(event, to_user, bool(to_chat))
 
     def chat(
         self, db: Db, chat_id: int, upto: int, viewer_id: int | None = None
@@ -1910,14 +2015,6 @@ class Store:
 def message_of(row: Sequence[Any]) -> Message:
     """Make the message of a row of MESSAGE_COLUMNS."""
     return Message(row[0], row[1], row[2], row[3], timestamp(row[4]), row[5], row[6])
-
-
-def message_event(message: Message) -> Event:
-    """Make the event of a message: its seq is the message's id."""
-    # A text that is not ASCII is held thrice: as str, its UTF-8, and in the frame.
-    size = 256 + 3 * len(message.content.encode())
-    wire = NewMessage(message.id, message.chat_id, message)
-    return Event(wire, to_chat=True, size=size)
 
 
 def schema_steps() -> list[str]:
@@ -2128,12 +2225,12 @@ class Person:
         self.changes: list[tuple[int, int | None]] = []
         self.replaying: trio.Lock | None = None  # one replay a user at a time
 
-    def sees(self, event: Event) -> bool:
-        """Is this event for him?"""
-        if event.to_user == self.user_id:
+    def sees(self, entry: Entry) -> bool:
+        """Is this event for the user?"""
+        if entry.to_user == self.user_id:
             return True
-        joined_seq = self.chats.get(event.chat_id) if event.to_chat else None
-        return joined_seq is not None and event.seq > joined_seq
+        joined_seq = self.chats.get(entry.chat_id) if entry.to_chat else None
+        return joined_seq is not None and entry.seq > joined_seq
 
 
 class Seat:
@@ -2238,10 +2335,10 @@ class Hub:
         # batch: to look at person, list and seat first cost 1.4 us a delivery in a room
         # of 500, more than all the rest of Python's part.
         self.rooms: dict[int, set[Seat]] = {}
-        # The last published events. seq is dense, so the event of a seq is found by
+        # The last published events. seq is dense, so the entry of a seq is found by
         # subtraction: tail[i].seq == tail[0].seq + i.
         self.tail = store.tail()
-        self.tail_size = sum(event.size for event in self.tail)
+        self.tail_size = sum(entry.size for entry in self.tail)
         self.seats = 0
 
     async def run(self, batches: trio.MemoryReceiveChannel[Batch]) -> None:
@@ -2285,15 +2382,15 @@ class Hub:
         """Let a person be in a chat since joined_seq, or not at all (None)."""
         if not person.known:
             person.changes.append((chat_id, joined_seq))
-        elif joined_seq is not None:
+            return
+        move = self._leave_room if joined_seq is None else self._enter_room
+        if joined_seq is not None:
             person.chats[chat_id] = joined_seq
-            for seat in person.seats:
-                if seat.live:
-                    self._enter_room(seat, chat_id)
-        elif person.chats.pop(chat_id, None) is not None:
-            for seat in person.seats:
-                if seat.live:
-                    self._leave_room(seat, chat_id)
+        elif person.chats.pop(chat_id, None) is None:
+            return
+        for seat in person.seats:
+            if seat.live:
+                move(seat, chat_id)
 
     def _set_live(self, seat: Seat, live: bool) -> None:
         """Let a seat be live, and so in the rooms of its person's chats; or not."""
@@ -2330,7 +2427,7 @@ class Hub:
             if reply is not None and job.seat is not None:
                 replies.setdefault(job.seat, []).append(reply)
         for seats, events in parcels:
-            joined = b"".join([event.frame for event in events])
+            joined = b"".join([entry.frame for entry in events])
             missed = len(full)
             for seat in seats:
                 if seat in replies:
@@ -2352,10 +2449,10 @@ class Hub:
             for reply in rest:
                 seat.reply(reply)
 
-    def _append(self, events: Log) -> None:
-        for event in events:
-            self.stats.events[event.kind] += 1
-            self.tail_size += event.size
+    def _append(self, events: list[Entry]) -> None:
+        for entry in events:
+            self.stats.events[entry.kind] += 1
+            self.tail_size += entry.size
         self.tail += events
         self.head += len(events)
         # Trimmed in strides: del at the front of a list moves all that stays.
@@ -2367,49 +2464,37 @@ class Hub:
                 cut += 1
             del self.tail[:cut]
 
-    def _address(self, events: Log) -> list[tuple[Collection[Seat], Log]]:
-        """Say which live seats get which events; apply membership as it goes by.
+    def _address(
+        self, events: list[Entry]
+    ) -> list[tuple[Collection[Seat], list[Entry]]]:
+        """Find which live seats get which events, and apply changes of membership.
 
-        Events of one chat between two changes of membership have the same readers:
-        they are one list, shared by all seats that have no other chat in the batch.
+        Events of one chat that stand in a row with the same audience have the same
+        readers: a change of membership concerns `to_user`, which is of the audience.
+        They are one list, shared by all seats that get nothing else of the batch.
         """
-        readers = {(event.chat_id, event.to_user) for event in events}
+        readers = {(entry.chat_id, entry.to_user) for entry in events}
         if len(readers) == 1 and events[0].to_user is None:  # nearly always
             return [(self.rooms.get(events[0].chat_id, ()), events)]
-        parcels: dict[Seat, Log] = {}
-        for alike, group in itertools.groupby(events, lambda e: e.to_user is None):
-            if alike:
-                by_chat: dict[int, Log] = {}
-                for event in group:
-                    by_chat.setdefault(event.chat_id, []).append(event)
-                for chat_id, news in by_chat.items():
-                    self._parcel(parcels, self.rooms.get(chat_id, ()), news)
-                continue
-            for event in group:
-                self._parcel(parcels, self._readers(event), [event])
-                self._apply(event)
-        shared = itertools.groupby(parcels, lambda seat: id(parcels[seat]))
-        groups = [list(seats) for _, seats in shared]
-        return [(seats, parcels[seats[0]]) for seats in groups]
-
-    def _parcel(
-        self, parcels: dict[Seat, Log], seats: Iterable[Seat], news: Log
-    ) -> None:
-        for seat in seats:
-            if (had := parcels.setdefault(seat, news)) is not news:
-                parcels[seat] = sorted(had + news, key=lambda event: event.seq)
-
-    def _readers(self, event: Event) -> set[Seat]:
-        room = self.rooms.get(event.chat_id, set()) if event.to_chat else set()
-        named = self.people.get(event.to_user or 0)
-        return room.union(s for s in (named.seats if named else ()) if s.live)
-
-    def _apply(self, event: Event) -> None:
-        person = self.people.get(event.to_user or 0)
-        if person is not None and isinstance(event.wire, ChatAdded):
-            self._change(person, event.chat_id, event.seq)
-        elif person is not None and isinstance(event.wire, MemberRemoved):
-            self._change(person, event.chat_id, None)
+        parcels: dict[Seat, list[Entry]] = {}
+        by_chat = sorted(events, key=lambda entry: entry.chat_id)
+        audience = operator.attrgetter("chat_id", "to_chat", "to_user")
+        for (chat_id, to_chat, to_user), group in itertools.groupby(by_chat, audience):
+            news, person = list(group), self.people.get(to_user)
+            seats = set(self.rooms.get(chat_id, ()) if to_chat else ())
+            if person is not None:
+                seats.update(seat for seat in person.seats if seat.live)
+            for seat in seats:
+                if (had := parcels.setdefault(seat, news)) is not news:
+                    parcels[seat] = sorted(had + news, key=lambda entry: entry.seq)
+            for entry in news:
+                if person is not None and (effect := entry.event.membership):
+                    joined_seq = entry.seq if effect == "joins" else None
+                    self._change(person, chat_id, joined_seq)
+        shared: dict[int, tuple[list[Seat], list[Entry]]] = {}
+        for seat, news in parcels.items():
+            shared.setdefault(id(news), ([], news))[0].append(seat)
+        return list(shared.values())
 
     # --- catching up -----------------------------------------------------------------
 
@@ -2426,11 +2511,11 @@ class Hub:
         start = seat.cursor - (self.head - len(self.tail))
         frames: list[bytes] = []
         size = 0
-        for event in itertools.islice(self.tail, start, None):
-            if seat.person.sees(event):
-                frames.append(event.frame)
+        for entry in itertools.islice(self.tail, start, None):
+            if seat.person.sees(entry):
+                frames.append(entry.frame)
                 size += len(frames[-1])
-            seat.cursor = event.seq
+            seat.cursor = entry.seq
             if size >= self.settings.page_bytes:
                 break
         self._give(seat, frames)
@@ -2840,6 +2925,14 @@ class Auth(Command, frozen=True, tag="auth"):
     token: str
 
 
+# To add a command, write its struct and name it here, give it an arm in the match of
+# Session._handle (mypy reports a missing one), and write what the arm calls.
+AnyCommand = Ping | Typing | MarkRead | SendMessage | Auth
+if forgotten := {*Command.__subclasses__()} - {*get_args(AnyCommand)}:
+    raise TypeError(f"AnyCommand is without {forgotten}")
+COMMANDS = msgspec.json.Decoder(AnyCommand)
+
+
 class NewChat(msgspec.Struct, frozen=True):
     """Body of POST /api/v1/chats."""
 
@@ -2922,49 +3015,6 @@ class Marks(msgspec.Struct, frozen=True):
     read_n: int
 
 
-class NewMessage(ServerMessage, frozen=True, tag="new_message"):
-    """Event: to all members, the sender's own sockets too."""
-
-    seq: int
-    chat_id: int
-    message: Message
-
-
-class MessageRead(ServerMessage, frozen=True, tag="message_read"):
-    """Event: to all members; in a large chat to the reader only."""
-
-    seq: int
-    message_id: int
-    chat_id: int
-    read_by: int
-    n: int
-
-
-class ChatAdded(ServerMessage, frozen=True, tag="chat_added"):
-    """Event: to the one who is in the chat from here on."""
-
-    seq: int
-    chat_id: int
-    chat: msgspec.Raw  # a Chat, encoded once for all whom it is told
-
-
-class MemberAdded(ServerMessage, frozen=True, tag="member_added"):
-    """Event: to those who were members before."""
-
-    seq: int
-    chat_id: int
-    user_id: int
-    name: msgspec.UnsetType | str | None = msgspec.UNSET
-
-
-class MemberRemoved(ServerMessage, frozen=True, tag="member_removed"):
-    """Event: to the rest, and to the removed: the last that he gets."""
-
-    seq: int
-    chat_id: int
-    user_id: int
-
-
 class Connected(ServerMessage, frozen=True, tag="connected"):
     """The first frame. The events that follow come after cursor."""
 
@@ -3025,12 +3075,7 @@ class Bye(ServerMessage, frozen=True, tag="bye"):
     retry_after: float
 
 
-Wire = NewMessage | MessageRead | ChatAdded | MemberAdded | MemberRemoved
-COMMANDS = msgspec.json.Decoder(Ping | Typing | MarkRead | SendMessage | Auth)
 ONLY_REF = msgspec.json.Decoder(OnlyRef)
-NEW_CHAT = msgspec.json.Decoder(NewChat)
-USER_BODY = msgspec.json.Decoder(UserBody)
-POST_MESSAGE = msgspec.json.Decoder(PostMessage)
 encode = msgspec.json.Encoder().encode
 
 
@@ -3081,7 +3126,7 @@ _frames = FrameProtocol(client=False, extensions=[])
 PING_FRAME = bytes(_frames.ping())
 
 
-def text_frame(message: ServerMessage) -> bytes:
+def text_frame(message: ServerMessage | Event) -> bytes:
     """Encode a message, once for all who get it."""
     return bytes(_frames.send_data(encode(message).decode()))
 
@@ -3820,6 +3865,10 @@ class Request:
             raise bad_field(f"{name}: given {len(values)} times in the query")
         return values[0] if values else None
 
+    def parse(self, form: type[T]) -> T:
+        """Decode the body. Raises Refusal, naming the field that is wrong."""
+        return parse(self.body, msgspec.json.Decoder(form))
+
     def number(self, name: str, most: int) -> int | None:
         """Read a query parameter from 1 to most. Raises Refusal bad_field."""
         text = self.argument(name)
@@ -4263,7 +4312,7 @@ async def get_chats(server: Server, request: Request) -> Answer:
 async def post_chat(server: Server, request: Request) -> Answer:
     """Create a chat. A user is always a member of the chats it creates."""
     _check_may_change_chats(server, request)
-    new = parse(request.body, NEW_CHAT)
+    new = request.parse(NewChat)
     title = new.title or ""
     if title.isspace() or re.search(r"[\0-\x1f\x7f]", title):
         raise bad_field("title: it is empty or has a control character")
@@ -4280,7 +4329,7 @@ async def post_member(server: Server, request: Request) -> Answer:
     """Add a user to a chat: 201, or 200 if the user is a member already."""
     _check_may_change_chats(server, request)
     (chat_id,) = request.ids
-    user_id = parse(request.body, USER_BODY).user_id
+    user_id = request.parse(UserBody).user_id
     add = server.store.add_member
     added = await server.store.commit(add, chat_id, user_id, request.by)
     body = {"chat_id": chat_id, "user_id": user_id}
@@ -4309,7 +4358,7 @@ async def get_messages(server: Server, request: Request) -> Answer:
 async def post_message(server: Server, request: Request) -> Answer:
     """Send a message (SPEC.md, SendMessage): 201, or 200 for a repeat."""
     claims, (chat_id,) = request.claims, request.ids
-    post = parse(request.body, POST_MESSAGE)
+    post = request.parse(PostMessage)
     check_content(post.content, server.settings)
     if post.sender_id not in (None, claims.user_id) and not claims.service:
         raise Refusal("forbidden", "sender_id: only a service may send for others")
@@ -4345,7 +4394,7 @@ async def get_events(server: Server, request: Request) -> Answer:
             page = await store.read(store.events_after, user_id, start, upto, limit)
     return json_answer(
         {
-            "events": [event.wire for event in page.events],
+            "events": [entry.event for entry in page.events],
             "cursor": server.write_cursor(page.cursor),
             "more": page.more,
             "resync": resync,
@@ -4366,7 +4415,7 @@ def get_metrics(server: Server, request: Request) -> Answer:
 
 async def post_revoke(server: Server, request: Request) -> Answer:
     """Refuse all tokens of a user so far, and close the user's sockets."""
-    user_id, closed = parse(request.body, USER_BODY).user_id, 0
+    user_id, closed = request.parse(UserBody).user_id, 0
 
     def close(revoked_at: int) -> None:
         nonlocal closed
@@ -4404,7 +4453,8 @@ class Route(NamedTuple):
     handler: Callable[[Server, Request], Answer | Awaitable[Answer]]
 
 
-# A * is a number in the path.
+# A * is a number in the path. To add a route, write its row and its handler, and the
+# Store method or the struct of a body that the handler needs.
 ROUTES: dict[str, dict[str, Route]] = {
     **{path: {"GET": Route("anyone", get_page)} for path in PAGE_FILES},
     "/ws/chat": {"GET": Route("anyone", get_socket)},
@@ -5329,6 +5379,8 @@ SANE = {
     "PRAGMA foreign_key_check": "table {}, row {}: refers to a missing {}",
     "SELECT count(*), max(seq) FROM event HAVING count(*) != coalesce(max(seq), 0)":
         "seq: {} events, but the last seq is {}",
+    f"SELECT seq, kind FROM event WHERE kind NOT IN {*KINDS,}":
+        "event {}: of the unknown kind {}",
     "SELECT chat_id, count(*), max(n) FROM message GROUP BY chat_id"
     " HAVING count(*) != max(n) OR min(n) != 1":
         "n: chat {} has {} messages, but the last n is {}",

@@ -10,24 +10,24 @@
 
 -- version 1
 
--- Facts about this file. key 'epoch': the first half of every cursor; `chatd restore`
--- makes a new one, because the seqs that come after a restore are given out twice.
--- key 'probe': rewritten to learn whether a full disk takes writes again.
+-- Facts about this file. Key 'epoch' is the first half of every cursor. `chatd restore`
+-- makes a new one, because seqs that were given out before a restore are given out again
+-- after it. Key 'probe' is rewritten to learn whether a full disk takes writes again.
 CREATE TABLE meta (
     key     TEXT PRIMARY KEY,
     value   TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 
--- Everybody a token or a member list has named. Tokens say who a user is; this table
--- only remembers what others want to see (name) and what tokens cannot say (revoked_at,
--- Unix seconds: older tokens are refused).
+-- Every user that a token or a member list has named. A token says which user it is for.
+-- This table keeps what other users see (name), and what a token cannot say: tokens older
+-- than revoked_at (Unix seconds) are refused.
 CREATE TABLE user (
     id          INTEGER PRIMARY KEY CHECK (id > 0),
     name        TEXT,
     revoked_at  INTEGER
 ) STRICT;
 
--- At start: whose older tokens are refused.
+-- At start: the users whose older tokens are refused.
 CREATE INDEX user_revoked ON user (revoked_at) WHERE revoked_at IS NOT NULL;
 
 CREATE TABLE chat (
@@ -36,9 +36,10 @@ CREATE TABLE chat (
     created_at  INTEGER NOT NULL
 ) STRICT;
 
--- Who is in a chat now. joined_seq is the seq of the member's own chat_added: later
--- events of the chat are for him. read_n is how far he has read: unread is the chat's
--- last n minus read_n, so it is never counted, and never wrong.
+-- The members of each chat, now. joined_seq is the seq of the member's own chat_added:
+-- the member sees the chat's events that come later. The member has read all messages up
+-- to n = read_n. Unread is the chat's last n minus read_n, so it is never counted, and
+-- never wrong.
 CREATE TABLE member (
     chat_id     INTEGER NOT NULL REFERENCES chat (id),
     user_id     INTEGER NOT NULL REFERENCES user (id),
@@ -68,10 +69,7 @@ CREATE TABLE message (
 CREATE UNIQUE INDEX message_client ON message (sender_id, client_id)
     WHERE client_id IS NOT NULL;
 
--- The log: everything lasting that happened, in order. seq is dense: 1, 2, 3.
--- kind is the `type` of the frame. An event is seen by the chat's members (to_chat),
--- by one user (to_user), or by both: a removal is told to the removed one too.
--- user_id is whom it is about: the reader, the added, the removed.
+-- The event log of 1.0. Version 2 replaces it.
 CREATE TABLE event (
     seq         INTEGER PRIMARY KEY,
     kind        TEXT NOT NULL CHECK (kind IN ('new_message', 'message_read',
@@ -82,6 +80,47 @@ CREATE TABLE event (
     user_id     INTEGER REFERENCES user (id),
     message_id  INTEGER REFERENCES message (id)
 ) STRICT;
+
+CREATE INDEX event_chat ON event (chat_id, seq) WHERE to_chat = 1;
+CREATE INDEX event_user ON event (to_user, seq) WHERE to_user IS NOT NULL;
+
+-- version 2
+
+ALTER TABLE event RENAME TO event_1;
+DROP INDEX event_chat;
+DROP INDEX event_user;
+
+-- The event log: everything lasting that happened, in order. seq is dense: 1, 2, 3.
+-- kind is the `type` of a subclass of Event in chatd.py. The audience of an event is the
+-- members of the chat (to_chat), one user (to_user), or both: the remaining members and
+-- the removed one all see a removal.
+--
+-- A message's text, a user's name and a chat are never copied into an event. They are
+-- read when the event is: message_id and user_id say whose. body has the event's other
+-- fields as a JSON object.
+CREATE TABLE event (
+    seq         INTEGER PRIMARY KEY,
+    kind        TEXT NOT NULL,
+    chat_id     INTEGER NOT NULL REFERENCES chat (id),
+    to_chat     INTEGER NOT NULL CHECK (to_chat IN (0, 1)),
+    to_user     INTEGER REFERENCES user (id),
+    user_id     INTEGER REFERENCES user (id),       -- the event shows the user's name
+    message_id  INTEGER REFERENCES message (id),    -- the event shows the message
+    body        TEXT                                -- NULL: it has no other fields
+) STRICT;
+
+INSERT INTO event
+SELECT e.seq, e.kind, e.chat_id, e.to_chat, e.to_user,
+       CASE e.kind WHEN 'member_added' THEN e.user_id END,
+       CASE e.kind WHEN 'new_message' THEN e.message_id END,
+       CASE e.kind
+           WHEN 'message_read' THEN json_object(
+               'message_id', e.message_id, 'read_by', e.user_id, 'n', m.n)
+           WHEN 'member_removed' THEN json_object('user_id', e.user_id)
+       END
+FROM event_1 e LEFT JOIN message m ON m.id = e.message_id;
+
+DROP TABLE event_1;
 
 -- events_after, its two halves: what a chat's members see, what one user sees.
 CREATE INDEX event_chat ON event (chat_id, seq) WHERE to_chat = 1;

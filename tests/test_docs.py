@@ -128,7 +128,10 @@ def tag_of(kind: type[msgspec.Struct]) -> str:
 
 
 def server_messages() -> dict[str, type[msgspec.Struct]]:
-    return {tag_of(kind): kind for kind in chatd.ServerMessage.__subclasses__()}
+    events = {tag: kind for tag, (kind, _) in chatd.KINDS.items()}
+    return events | {
+        tag_of(kind): kind for kind in chatd.ServerMessage.__subclasses__()
+    }
 
 
 def test_every_command_that_is_shown_is_one_and_none_is_missing() -> None:

@@ -553,6 +553,12 @@ def door_hole_in_the_log(db: Path) -> None:
         connection.commit()
 
 
+def door_event_of_an_unknown_kind(db: Path) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("UPDATE event SET kind = 'strange' WHERE seq = 100")
+        connection.commit()
+
+
 def door_index_that_lies(db: Path) -> None:
     """Make an index disagree with its table, as a lost write does."""
     with contextlib.closing(sqlite3.connect(db)) as connection:
@@ -601,7 +607,7 @@ DOOR_DAMAGE = [
     door_cut, door_cut_within_a_page, door_empty, door_zero_page, door_garbage_head,
     door_garbage_pages, door_hole_in_the_log, door_index_that_lies, door_version_zero,
     door_one_byte_less, door_one_byte, door_version_negative, door_without_an_index,
-    door_without_a_table, door_without_an_epoch,
+    door_without_a_table, door_without_an_epoch, door_event_of_an_unknown_kind,
 ]  # fmt: skip
 # What the start overlooks, or takes for a new database: `chatd check` looks closer.
 DOOR_SERVED = [
@@ -677,6 +683,37 @@ async def test_a_damaged_database_is_not_served_and_the_way_out_is_told(
     assert (await door_run("restore", copy, "--db", house.db)).status == 0
     async with house.serving():
         await house.want(200, "GET /healthz")
+
+
+async def test_an_event_of_an_unknown_kind_is_never_told_as_another(
+    house: DoorServer, tmp_path: Path
+) -> None:
+    memory = Memory(tmp_path)
+    chat = memory.chat(1, 2)
+    for _ in range(3):
+        memory.say(chat, 1)
+    memory.chat(1, 3)  # a start reads no further back than this
+    memory.store.close()
+    with contextlib.closing(sqlite3.connect(house.db)) as db, db:
+        db.execute("UPDATE event SET kind = 'strange' WHERE seq = 4")
+    async with house.serving():
+        head = await house.cursor(2)
+        epoch = head.partition(".")[0]
+        for cursor, events in ((f"{epoch}.4", [5]), (f"{epoch}.3", None)):
+            poll = await house.ask(
+                "GET", f"/api/v1/events?cursor={cursor}", house.token(2)
+            )
+            peer = await house.peer(2, cursor)
+            if events is None:
+                assert (poll.status, poll.code) == (503, "storage_failed")
+                assert await peer.ended() == chatd.CLOSE_LATER
+                continue
+            assert [event["seq"] for event in poll.json["events"]] == events
+            assert (await peer.hear("new_message"))["seq"] == 5
+            await peer.leave()
+    done = await door_run("check", "--db", house.db)
+    assert done.status == 1
+    assert "event 4: of the unknown kind strange" in done.out + done.err
 
 
 async def test_an_empty_file_beside_a_wal_is_no_new_database(house: DoorServer) -> None:

@@ -60,9 +60,8 @@ BODIES: dict[type, dict[str, tuple[object, list[Any]]]] = {
     },
 }
 DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
-    chatd.NewChat: chatd.NEW_CHAT,
-    chatd.UserBody: chatd.USER_BODY,
-    chatd.PostMessage: chatd.POST_MESSAGE,
+    body: msgspec.json.Decoder(body)
+    for body in (chatd.NewChat, chatd.UserBody, chatd.PostMessage)
 }
 
 
@@ -268,8 +267,8 @@ WORDS_MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z"
             '"sender_id":5,"content":"Привет!","created_at":"2025-11-21T13:00:00Z","n":13}}',
         ),
         (
-            chatd.MessageRead(7, 456, 3, 6, 12),
-            '{"type":"message_read","seq":7,"message_id":456,"chat_id":3,"read_by":6,"n":12}',
+            chatd.MessageRead(7, 3, 456, 6, 12),
+            '{"type":"message_read","seq":7,"chat_id":3,"message_id":456,"read_by":6,"n":12}',
         ),
         (
             chatd.TypingSign(3, 5, is_typing=True),
@@ -307,14 +306,14 @@ WORDS_MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z"
     ],
 )
 def test_a_message_reads_as_the_specification_has_it(
-    message: chatd.ServerMessage, text: str
+    message: chatd.ServerMessage | chatd.Event, text: str
 ) -> None:
     assert words_hear(chatd.text_frame(message)) == [(Opcode.TEXT, text)]
 
 
 def test_an_event_builds_its_frame_once_but_keeps_no_large_one() -> None:
-    message = chatd.Event(chatd.NewMessage(1, 3, WORDS_MESSAGE), to_chat=True)
-    added = chatd.Event(chatd.ChatAdded(2, 3, msgspec.Raw(b"{}")), to_chat=False)
+    message = chatd.Entry(chatd.NewMessage(1, 3, WORDS_MESSAGE), to_chat=True)
+    added = chatd.Entry(chatd.ChatAdded(2, 3, msgspec.Raw(b"{}")), to_user=5)
     assert message.frame is message.frame
     assert added.frame == added.frame
     assert added.frame is not added.frame

@@ -294,9 +294,9 @@ def test_those_who_are_known_are_listed_by_name_up_to_200(memory: Memory) -> Non
 def memory_spoiled(memory: Memory, chat: int) -> MemoryWork:
     """A work that writes and then thinks better of it."""
 
-    def work(db: sqlite3.Connection, log: list[chatd.Event]) -> None:
-        memory.store.send_message(db, log, Send(chat, 1, "spoiled"))
-        memory.store.create_chat(db, log, None, [1, 77])
+    def work(db: sqlite3.Connection, events: list[chatd.Entry]) -> None:
+        memory.store.send_message(db, events, Send(chat, 1, "spoiled"))
+        memory.store.create_chat(db, events, None, [1, 77])
         raise Refusal("forbidden")
 
     return (work,)
@@ -312,7 +312,7 @@ def test_a_refused_job_does_not_sink_its_neighbours(memory: Memory) -> None:
     )
     codes = [getattr(outcome, "code", "") for _, outcome in batch.answers]
     assert codes == ["", "forbidden", "not_found", ""]
-    assert [(event.seq, event.wire.seq) for event in batch.events] == [(3, 3), (4, 4)]
+    assert [(entry.seq, entry.event.seq) for entry in batch.events] == [(3, 3), (4, 4)]
     assert (memory.count("message"), memory.count("chat"), memory.count("event")) == (
         2, 1, 4,
     )  # fmt: skip
@@ -348,7 +348,7 @@ def test_only_the_writer_writes_and_it_writes_for_good(memory: Memory) -> None:
         ("journal_mode", "wal", "wal"), ("synchronous", 2, 2), ("foreign_keys", 1, 0),
         ("query_only", 0, 1), ("trusted_schema", 0, 0), ("secure_delete", 1, 1),
         ("wal_autocheckpoint", 1000, 0), ("cell_size_check", 1, 0),
-        ("application_id", 0x63686174, 0x63686174), ("user_version", 1, 1),
+        ("application_id", 0x63686174, 0x63686174), ("user_version", 2, 2),
     ):  # fmt: skip
 
         def ask(db: sqlite3.Connection, pragma: str = pragma) -> object:
@@ -802,10 +802,10 @@ def test_a_disk_that_is_full_at_any_job_fails_the_whole_batch(
     chat, store, ran = memory.chat(1, 2), memory.store, list[int]()
     made = memory.sit(2)
 
-    def work(db: sqlite3.Connection, log: list[chatd.Event], i: int) -> chatd.Sent:
+    def work(db: sqlite3.Connection, events: list[chatd.Entry], i: int) -> chatd.Sent:
         ran.append(i)
         text = "x" * (50_000 if i == position else 3)
-        return store.send_message(db, log, Send(chat, 1, text, f"k{i}"))
+        return store.send_message(db, events, Send(chat, 1, text, f"k{i}"))
 
     works = [(work, i) for i in range(6)]
     (pages,) = store._writer.execute("PRAGMA page_count").fetchone()
@@ -1148,6 +1148,28 @@ def test_a_corrupt_table_refuses_its_readers_and_its_writers(memory: Memory) -> 
     after.store.close()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "kind = 'strange'", "kind = 'member_added, chat_added'", "kind = ''",
+        "body = NULL", "body = ''", "body = '{}'", "body = '[3, 2, 1]'", "body = '7'",
+        """body = '{"message_id":3,"read_by":2}'""",
+    ],
+)  # fmt: skip
+def test_an_event_that_cannot_be_read_refuses_its_readers_and_the_start(
+    memory: Memory, change: str
+) -> None:
+    chat = memory.chat(1, 2)
+    memory.say(chat, 1)
+    memory.do(memory.store.mark_read, 2, 3)
+    assert memory.seqs(2) == [2, 3, 4]
+    memory.store._writer.execute(f"UPDATE event SET {change} WHERE seq = 4")
+    assert refusal_of(memory.page, 2).code == "storage_failed"
+    assert memory.seqs(2, 4) == []
+    assert memory.stats.errors["DatabaseError"] == 1
+    assert "event 4, a " in usage_error_of(memory.again)
+
+
 def test_without_a_file_there_is_no_reading(memory: Memory) -> None:
     memory.settings.db.unlink()
     assert refusal_of(memory.my_chats, 1).code == "storage_failed"
@@ -1183,9 +1205,9 @@ def test_an_older_schema_is_brought_up_and_loses_nothing(tmp_path: Path) -> None
     assert (store.seq, store.epoch) == (3, memory.store.epoch)
     store.close()
     version, names = memory_version(memory.settings.db)
-    assert (version, "more" in names) == (2, True)
+    assert (version, "more" in names) == (3, True)
     said = usage_error_of(memory_open, memory.settings.db)  # and back is refused
-    assert "newer chatd (schema 2, this one knows 1)" in said
+    assert "newer chatd (schema 3, this one knows 2)" in said
     assert "install" in said
 
 
@@ -1205,7 +1227,7 @@ def test_a_failing_migration_changes_nothing(tmp_path: Path, step: str) -> None:
     said = usage_error_of(memory_open, memory.settings.db, memory_steps(step))
     assert str(memory.settings.db) in said
     assert memory_version(memory.settings.db) == before
-    assert before[0] == 1
+    assert before[0] == 2
     assert memory_open(memory.settings.db).seq == 2
 
 
@@ -1214,7 +1236,7 @@ def test_a_migration_runs_only_the_steps_that_are_missing(tmp_path: Path) -> Non
     one, two, three = (f"CREATE TABLE t{i} (x INTEGER);" for i in (1, 2, 3))
     memory_open(path, memory_steps(one)).close()
     memory_open(path, memory_steps(one, two, three)).close()
-    assert memory_version(path)[0] == 4
+    assert memory_version(path)[0] == 5
     assert {"t1", "t2", "t3"} < memory_version(path)[1]
 
 

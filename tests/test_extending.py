@@ -1,0 +1,315 @@
+"""How much it takes to add an event, a command and a route, and what a gap does.
+
+An event takes two places in chatd.py, a command three, a route three. The tests insert
+into a copy of chatd.py in these places and no others, and run the copy. Everything else
+follows: the database, the hub, catching up, the poll, the queries about membership, the
+numbers. A place that is forgotten is an error of mypy or an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import chatd
+from tests import harness
+from tests.harness import DOOR_CHECKOUT, DoorPeer, DoorServer, door_run, memory_inline
+
+# An event with fields of its own, and the two that change membership: for each its
+# class, and the Store method that records it.
+EVENT_CLASSES = '''
+class Waved(Event, frozen=True, tag="waved"):
+    """To all members."""
+
+    user_id: int
+    moods: list[str]
+
+
+class Invited(UserEvent, frozen=True, tag="invited"):
+    """To all members, and to the one that is a member from here on."""
+
+    why: str
+    membership = "joins"
+
+
+class Expelled(Event, frozen=True, tag="expelled"):
+    """To the remaining members, and to the one that is none from here on."""
+
+    user_id: int
+    membership = "leaves"
+'''
+STORE_METHODS = '''
+    def wave(
+        self, db: Db, events: list[Entry], chat_id: int, user_id: int, mood: str
+    ) -> int:
+        """Wave to a chat."""
+        self._find_chat(db, chat_id, user_id)
+        event = Waved(self._next_seq(events), chat_id, user_id, [mood, "é"])
+        self._record(db, events, Entry(event, to_chat=True))
+        return event.seq
+
+    def invite(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:
+        """Make a user a member."""
+        seq = self._next_seq(events)
+        self._join(db, chat_id, user_id, seq)
+        event = Invited(seq, chat_id, user_id, self.name(db, user_id), "a friend")
+        self._record(db, events, Entry(event, user_id, to_chat=True))
+
+    def expel(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:
+        """Let a user no longer be a member."""
+        sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
+        db.execute(sql, (chat_id, user_id))
+        event = Expelled(self._next_seq(events), chat_id, user_id)
+        self._record(db, events, Entry(event, user_id, to_chat=True))
+'''
+# A command: its struct, with its name in the union below it; its arm; what it does.
+COMMAND_STRUCT = '''
+class Wave(Command, frozen=True, tag="wave"):
+    """Waves to a chat."""
+
+    chat_id: Id
+    mood: str
+
+'''
+COMMAND_NAME = " | Wave"
+COMMAND_ARM = """
+            case Wave():
+                await self._wave(command)"""
+COMMAND_METHOD = """
+    async def _wave(self, command: Wave) -> None:
+        store, chat_id = self.server.store, command.chat_id
+        user_id, mood = self.claims.user_id, command.mood
+        await self._submit(
+            command.ref,
+            lambda db, events: store.wave(db, events, chat_id, user_id, mood),
+            lambda seq, ref: Reply(text_frame(Ack(ref=ref, chat_id=chat_id)), seq),
+        )
+"""
+# A route: its row, its handler, and its store method (above) or the struct of its body.
+ROUTE_ROWS = """
+    "/api/v1/chats/*/waves": {"POST": Route("user", post_wave)},
+    "/api/v1/chats/*/guests": {"POST": Route("service", post_guest)},
+    "/api/v1/chats/*/guests/*": {"DELETE": Route("service", delete_guest)},"""
+ROUTE_BODY = '''
+class WaveBody(msgspec.Struct, frozen=True):
+    """Body of waving."""
+
+    mood: Title
+
+'''
+ROUTE_HANDLERS = '''
+async def post_wave(server: Server, request: Request) -> Answer:
+    """Wave to a chat."""
+    mood = request.parse(WaveBody).mood
+    wave = server.store.wave
+    seq = await server.store.commit(wave, *request.ids, request.user_id, mood)
+    return json_answer({"seq": seq}, 201)
+
+
+async def post_guest(server: Server, request: Request) -> Answer:
+    """Make a user a member of a chat."""
+    user_id = request.parse(UserBody).user_id
+    await server.store.commit(server.store.invite, *request.ids, user_id)
+    return Answer(204)
+
+
+async def delete_guest(server: Server, request: Request) -> Answer:
+    """Let a user be no member of a chat."""
+    await server.store.commit(server.store.expel, *request.ids)
+    return Answer(204)
+
+'''
+# The places in chatd.py, each by the text before which it is.
+PLACES = {
+    EVENT_CLASSES: "\n\nBASES = (Event,",
+    STORE_METHODS: "\n    def rename(self, db: Db,",
+    COMMAND_STRUCT: "\n# To add a command,",
+    COMMAND_NAME: "\nif forgotten := ",
+    COMMAND_ARM: "\n            case _:\n                assert_never(command)",
+    COMMAND_METHOD: "\n    def _set_token(self,",
+    ROUTE_ROWS: '\n    "/healthz": {"GET": Route(',
+    ROUTE_BODY: "\nclass PostMessage(",
+    ROUTE_HANDLERS: "\nasync def get_health(",
+}
+
+
+def extended(folder: Path, *forgotten: str) -> Path:
+    """Make a copy of chatd.py with all of that, but for what was forgotten."""
+    folder.mkdir()
+    text = (DOOR_CHECKOUT / "chatd.py").read_text("utf-8")
+    for part, before in PLACES.items():
+        assert text.count(before) == 1, before
+        if part not in forgotten:
+            text = text.replace(before, part + before)
+    (folder / "chatd.py").write_text(text, "utf-8")
+    for name in ("schema.sql", "web"):
+        (folder / name).symlink_to(DOOR_CHECKOUT / name)
+    return folder / "chatd.py"
+
+
+@contextlib.contextmanager
+def imported(path: Path) -> Iterator[ModuleType]:
+    """Import such a copy, beside the chatd that all other tests use."""
+    spec = importlib.util.spec_from_file_location("extended_chatd", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["extended_chatd"] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules["extended_chatd"]
+
+
+async def events_of(peer: DoorPeer, kind: str, count: int) -> list[dict[str, Any]]:
+    return [await peer.hear(kind) for _ in range(count)]
+
+
+def in_chat(chat: int, **fields: object) -> dict[str, object]:
+    return {"chat_id": chat, **fields}
+
+
+async def test_an_event_a_command_and_a_route_work_from_their_places_alone(
+    house: DoorServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = extended(tmp_path / "copy")
+    monkeypatch.setattr(harness, "DOOR_CHECKOUT", copy.parent)
+    async with house.serving():
+        chat = await house.chat(1, 2)
+        start = await house.cursor(2)
+        one, two = await house.peer(1), await house.peer(2)
+        # The command: acked, stored, and told live, to the sender's socket too.
+        await one.say("wave", chat_id=chat, mood="glad", ref="r")
+        waved = {"type": "waved", "seq": 3, "user_id": 1, "moods": ["glad", "é"]}
+        assert await one.hear("waved") == in_chat(chat, **waved)
+        assert await one.hear("ack") == in_chat(chat, type="ack", ref="r")
+        assert await two.hear("waved") == in_chat(chat, **waved)
+        refused = await two.ask("wave", chat_id=chat + 1, mood="lost")
+        assert (refused["type"], refused["code"]) == ("error", "not_found")
+        refused = await two.ask("wave", chat_id=chat, mood=7)
+        assert refused["code"] == "bad_field"
+        # The route.
+        target, token = f"POST /api/v1/chats/{chat}/waves", house.token(2)
+        assert await house.want(201, target, token, {"mood": "sad"}) == {"seq": 4}
+        await house.want(400, target, token, {"mood": ""})
+        await house.want(401, target, "", {"mood": "sad"})
+        await house.want(405, f"GET /api/v1/chats/{chat}/waves", token)
+        again = in_chat(chat, **waved | {"seq": 4, "user_id": 2, "moods": ["sad", "é"]})
+        assert [await peer.hear("waved") for peer in (one, two)] == [again] * 2
+        told = [in_chat(chat, **waved), again]
+        # Replayed from the tail, and polled.
+        replaying = await house.peer(2, start)
+        assert await events_of(replaying, "waved", 2) == told
+        assert await house.log(2, start) == told
+        # Counted.
+        counted = (await house.stats())["broadcast"]["events"]
+        assert counted == {"chat_added": 2, "waved": 2}
+        metrics = await house.ask("GET", "/metrics", house.stats_token)
+        assert 'chatd_broadcast_events_total{type="waved"} 2.0' in metrics.body.decode()
+        # After a restart the tail goes back to the chat, or to the one after it.
+        for _ in range(2):
+            await house.stop()
+            await house.begin()
+            replaying = await house.peer(2, start)
+            assert await events_of(replaying, "waved", 2) == told
+            assert await house.log(2, start) == told
+            await house.chat(1)
+        await house.stop()
+    assert (await door_run("check", "--db", house.db)).status == 0
+    # A chatd that does not know the event says so, and tells no other event.
+    assert "event 3: of the unknown kind waved" in chatd.faults(house.db)
+
+
+async def test_an_event_that_declares_membership_changes_it(
+    house: DoorServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = extended(tmp_path / "copy")
+    monkeypatch.setattr(harness, "DOOR_CHECKOUT", copy.parent)
+    async with house.serving():
+        chat = await house.chat(1, 2)
+        three = await house.peer(3)
+        start = await house.cursor(3)
+        guests = f"/api/v1/chats/{chat}/guests"
+        await house.post(chat, 1, "before")
+        await house.want(204, f"POST {guests}", house.service, {"user_id": 3})
+        await house.post(chat, 1, "meanwhile")
+        await three.say("typing", chat_id=chat, is_typing=True)
+        await house.want(204, f"DELETE {guests}/3", house.service)
+        await house.post(chat, 1, "after")
+        invited, message, expelled = [await three.hear() for _ in range(3)]
+        assert invited == {
+            "type": "invited", "seq": 4, "chat_id": chat, "user_id": 3, "name": None,
+            "why": "a friend",
+        }  # fmt: skip
+        assert message["message"]["content"] == "meanwhile"
+        assert expelled == in_chat(chat, type="expelled", seq=6, user_id=3)
+        await three.hears_nothing()
+        # In the tail and, after a restart, in the database.
+        for _ in range(2):
+            assert await house.log(3, start) == [invited, expelled]
+            replaying = await house.peer(3, start)
+            assert [await replaying.hear() for _ in range(2)] == [invited, expelled]
+            await replaying.hears_nothing()
+            assert replaying.hello["chats"] == {}
+            await house.chat(1)
+            await house.stop()
+            await house.begin()
+
+
+def test_a_reader_is_a_member_until_its_removal_is_published(tmp_path: Path) -> None:
+    with imported(extended(tmp_path / "copy")) as more:
+        settings = more.Settings(db=tmp_path / "chatd.db")
+        store = more.Store(settings, more.Stats(), run_sync=memory_inline)
+        with contextlib.closing(store):
+            chat = store.commit_now(store.create_chat, None, [1]).id
+            store.commit_now(store.invite, chat, 2)
+            store.commit_now(store.wave, chat, 1, "glad")
+            store.commit_now(store.expel, chat, 2)  # seq 4: not published yet
+            page = store._query(store.events_after, 2, 0, 3, 100)
+            assert [entry.kind for entry in page.events] == ["invited", "waved"]
+            page = store._query(store.events_after, 2, 0, 4, 100)
+            assert [entry.kind for entry in page.events] == ["invited", "expelled"]
+
+
+def test_a_command_that_is_not_named_stops_the_import(tmp_path: Path) -> None:
+    copy = extended(tmp_path / "copy", COMMAND_NAME)
+    with pytest.raises(TypeError, match=r"AnyCommand .*\.Wave"), imported(copy):
+        pass
+
+
+def test_mypy_reports_a_place_that_was_forgotten(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    cache = tmp_path / "cache"
+    for name, forgotten, report in (
+        ("all", "", ""),
+        (
+            "arm",
+            COMMAND_ARM,
+            'Argument 1 to "assert_never" has incompatible type "Wave"',
+        ),
+        ("method", COMMAND_METHOD, '"Session" has no attribute "_wave"'),
+        ("store", STORE_METHODS, '"Store" has no attribute "wave"'),
+        ("class", EVENT_CLASSES, 'Name "Waved" is not defined'),
+        ("handler", ROUTE_HANDLERS, 'Name "post_wave" is not defined'),
+    ):
+        copy = extended(tmp_path / name, forgotten)
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", "--strict", f"--cache-dir={cache}", copy],
+            cwd=tmp_path,
+            env={**os.environ, "NO_COLOR": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert report in done.stdout, done
+        assert (done.returncode == 0) is (not forgotten), done

@@ -1,0 +1,246 @@
+"""A database of 1.0: the answers stay the same, and a failed upgrade changes nothing.
+
+tests/data has a database that 1.0.0 wrote, with a WAL that it had not folded in when it
+was killed, and what 1.0.0 answered about it. tests/data/make_1_0.py made both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import chatd
+from chatd import Settings, Stats
+from tests.data import make_1_0 as of_1_0
+from tests.harness import (
+    DOOR_CHECKOUT,
+    DoorServer,
+    door_environment,
+    door_run,
+    memory_store,
+    usage_error_of,
+)
+
+DATA = Path(__file__).parent / "data"
+STEPS = chatd.schema_steps()
+# Version 2, statement by statement. A comment may end a line, but has no semicolon.
+STATEMENTS = re.findall(r"(?s).+?;\n", STEPS[1])
+
+
+def put_1_0(db: Path) -> Path:
+    """Put the database of 1.0.0 there, as the killed process left it."""
+    for suffix in ("", "-wal"):
+        shutil.copy(DATA / f"v1.sqlite{suffix}", db.with_name(db.name + suffix))
+    db.chmod(0o600)
+    return db
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    return put_1_0(tmp_path / "chatd.db")
+
+
+def recorded(epoch: str = "") -> dict[str, Any]:
+    """What 1.0.0 answered; with another epoch, as after a restore."""
+    text = (DATA / "v1.json").read_text("utf-8")
+    found = re.search(r'"cursor": "(\w+)\.\d+"', text)
+    assert found
+    answers = json.loads(text.replace(found[1], epoch or found[1]))
+    assert isinstance(answers, dict)
+    return answers
+
+
+def assert_says(now: Any, before: Any, at: str) -> None:
+    """Hold an answer against one of 1.0: a field may be new, none may change."""
+    if isinstance(before, dict):
+        assert isinstance(now, dict), at
+        for name, part in before.items():
+            assert_says(now.get(name, "(no such field)"), part, f"{at}: {name}")
+    elif isinstance(before, list):
+        assert (type(now), len(now)) == (list, len(before)), at
+        for part, was in zip(now, before, strict=True):
+            assert_says(part, was, at)
+    else:
+        assert now == before, at
+
+
+async def assert_answers(house: DoorServer, before: dict[str, Any]) -> None:
+    now = await trio.to_thread.run_sync(of_1_0.answers, of_1_0.Server(house.port))
+    assert now.keys() == before.keys()
+    for question, answer in before.items():
+        assert_says(now[question], answer, question)
+
+
+def contents(db: Path) -> tuple[int, list[str]]:
+    """Everything in a database, and its version."""
+    with contextlib.closing(chatd.open_database(db, readonly=True)) as reader:
+        _, version = chatd.database_version(reader)
+        return version, [*reader.iterdump()]
+
+
+def test_the_database_of_1_0_has_all_that_an_upgrade_must_keep(old: Path) -> None:
+    with contextlib.closing(chatd.open_database(old, readonly=True)) as db:
+
+        def number(sql: str) -> int:
+            return int(chatd.query_value(db, f"SELECT count(*) FROM {sql}"))
+
+        assert chatd.database_version(db) == (True, 1)
+        assert number("(SELECT DISTINCT kind FROM event)") == 5
+        assert number("event WHERE kind = 'message_read' AND to_chat = 0") == 1
+        assert number("message WHERE client_id IS NOT NULL") == len(of_1_0.SENT)
+        assert number("user WHERE revoked_at IS NOT NULL") == 1
+        assert number("user WHERE name IS NOT NULL") == 4
+        with_wal = number("event")
+        unread = "SELECT max(n) FROM message m WHERE m.chat_id = b.chat_id"
+        assert number(f"member b WHERE read_n < ({unread})") > 3
+    old.with_name("chatd.db-wal").unlink()
+    with contextlib.closing(chatd.open_database(old, readonly=True)) as db:
+        assert 0 < chatd.query_value(db, "SELECT count(*) FROM event") < with_wal
+
+
+async def test_an_upgraded_server_answers_as_1_0_did(house: DoorServer) -> None:
+    put_1_0(house.db)
+    house.db.with_name("chatd.secret").write_bytes(of_1_0.SECRET)
+    house.db.with_name("chatd.secret").chmod(0o600)
+    async with house.serving():
+        await assert_answers(house, recorded())
+    done = await door_run("check", "--db", house.db)
+    assert done.status == 0, done
+    assert contents(house.db)[0] == len(STEPS)
+
+
+async def test_a_database_of_1_0_can_be_checked_and_copied_before_the_upgrade(
+    old: Path, tmp_path: Path
+) -> None:
+    before, copy = contents(old), tmp_path / "copy.db"
+    for words in (("check",), ("backup", copy)):
+        done = await door_run(*words, "--db", old)
+        assert done.status == 0, done
+    assert contents(old) == contents(copy) == before
+    assert before[0] == 1
+    with contextlib.closing(sqlite3.connect(copy)) as db, db:
+        db.execute("DELETE FROM event WHERE seq = 2")
+    done = await door_run("check", "--db", copy)
+    assert (done.status, "seq: 84 events" in done.out + done.err) == (1, True), done
+
+
+async def test_a_backup_of_1_0_is_restored_and_then_upgraded(
+    house: DoorServer, old: Path, tmp_path: Path
+) -> None:
+    copy, other = tmp_path / "copy.db", DoorServer(tmp_path / "other")
+    other.home.mkdir()
+    for words in (("backup", copy, "--db", old), ("restore", copy, "--db", other.db)):
+        done = await door_run(*words)
+        assert done.status == 0, done
+    assert contents(other.db)[0] == 1
+    other.db.with_name("chatd.secret").write_bytes(of_1_0.SECRET)
+    other.db.with_name("chatd.secret").chmod(0o600)
+    try:
+        async with other.serving():
+            cursor = await other.cursor(of_1_0.ANN)
+            await assert_answers(other, recorded(cursor.partition(".")[0]))
+            old_cursor = recorded()["user 1: poll by 500"][0]
+            hello = (await other.peer(of_1_0.ANN, old_cursor)).hello
+            assert hello["resume"] == "resync"
+    finally:
+        other.tidy()
+    assert contents(copy)[0] == 1
+
+
+def upgrade(db: Path, *steps: str) -> None:
+    memory_store(Settings(db=db), Stats(), steps=[*steps] or None).close()
+
+
+def test_the_event_s_own_fields_are_in_its_row(old: Path) -> None:
+    with contextlib.closing(chatd.open_database(old, readonly=True)) as db:
+        n = dict(db.execute("SELECT id, n FROM message"))
+        before = db.execute(
+            """SELECT seq, kind, chat_id, to_chat, to_user, user_id, message_id
+               FROM event ORDER BY seq"""
+        ).fetchall()
+    upgrade(old)
+    with contextlib.closing(chatd.open_database(old, readonly=True)) as db:
+        rows = db.execute("SELECT * FROM event ORDER BY seq").fetchall()
+    assert len(rows) == len(before)
+    for row, was in zip(rows, before, strict=True):
+        *whose, user_id, message_id = was
+        assert [*row[:5]] == whose
+        assert (row[5], row[6], json.loads(row[7] or "null")) == {
+            "new_message": (None, message_id, None),
+            "chat_added": (None, None, None),
+            "member_added": (user_id, None, None),
+            "member_removed": (None, None, {"user_id": user_id}),
+            "message_read": (
+                None, None,
+                {"message_id": message_id, "read_by": user_id, "n": n.get(message_id)},
+            ),
+        }[was[1]]  # fmt: skip
+
+
+def test_an_upgraded_database_has_the_schema_of_a_new_one(
+    old: Path, tmp_path: Path
+) -> None:
+    upgrade(old)
+    upgrade(tmp_path / "new.db")
+    schemas = []
+    for path in (old, tmp_path / "new.db"):
+        with contextlib.closing(chatd.open_database(path, readonly=True)) as db:
+            sql = "SELECT sql FROM sqlite_schema WHERE name != 'sqlite_stat1'"
+            schemas.append({*db.execute(sql)})
+    assert schemas[0] == schemas[1]
+
+
+@pytest.mark.parametrize("done", range(len(STATEMENTS) + 1))
+def test_an_upgrade_that_fails_anywhere_changes_nothing(old: Path, done: int) -> None:
+    before = contents(old)
+    half = "".join(STATEMENTS[:done])
+    said = usage_error_of(upgrade, old, STEPS[0], f"{half} SELECT * FROM what;")
+    assert f"database {old}: no such table: what" in said
+    assert contents(old) == before
+    upgrade(old)
+    assert contents(old)[0] == len(STEPS)
+
+
+@pytest.mark.parametrize("done", range(len(STATEMENTS) + 1))
+def test_an_upgrade_that_is_killed_anywhere_changes_nothing(
+    old: Path, done: int
+) -> None:
+    before = contents(old)
+    # With a cache of one page SQLite writes to the WAL before there is a COMMIT.
+    program = """if True:
+        import os, signal, sys, chatd
+        from pathlib import Path
+        path, done = Path(sys.argv[1]), int(sys.argv[2])
+        opened = chatd.open_database
+        def open_database(path, *, readonly):
+            db = opened(path, readonly=readonly)
+            db.execute("PRAGMA cache_size = 1")
+            db.create_function("die", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            return db
+        chatd.open_database = open_database
+        from tests.test_upgrade import STATEMENTS, STEPS
+        half = "".join(STATEMENTS[:done])
+        settings = chatd.Settings(db=path)
+        chatd.Store(settings, chatd.Stats(), steps=[STEPS[0], half + "SELECT die();"])
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", program, old, str(done)],
+        cwd=DOOR_CHECKOUT,
+        env=door_environment(),
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert contents(old) == before
+    upgrade(old)
+    assert contents(old)[0] == len(STEPS)
