@@ -267,8 +267,9 @@ class Server:
             while True:
                 await trio.sleep(1)
                 now, since = trio.current_time(), self.store.writing_since
-                if since is None:  # else the writer checks; it may open the files anew
-                    self.store.check_file()
+                if since is None:  # else the writer does, whose disk may be hung
+                    with contextlib.suppress(OSError):  # not seen is not removed
+                        self.store.check_file()
                 for session in list(self.sessions):
                     seat = session.seat
                     why = seat.sweep(now, settings)
@@ -1162,14 +1163,14 @@ class Store:
         self.settings = settings
         self.stats = stats
         self.path = settings.db
-        self.degraded = False
+        self.wal = wal_of(self.path)
+        self.failure = ""  # why writes are refused: a code of SQLite
         self.writing_since: float | None = None  # of the commit under way
         self._run_sync = run_sync
         self._idle_readers: list[Db] = []
         self._read_limiter = trio.CapacityLimiter(settings.readers)
         self._write_limiter = trio.CapacityLimiter(1)
         self._submit, self._inbox = trio.open_memory_channel[Job](4096)
-        self._reopen = False  # after an I/O error the writer's connection is not used
         self._writer = db = prepare_database(
             self.path, steps or schema_steps(), settings.check_bytes
         )
@@ -1191,6 +1192,11 @@ class Store:
             self._writer.execute("PRAGMA optimize")
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._writer.close()
+
+    @property
+    def degraded(self) -> bool:
+        """Are writes refused because the disk failed?"""
+        return bool(self.failure)
 
     # --- writing: the task -----------------------------------------------------------
 
@@ -1285,7 +1291,7 @@ class Store:
                 try:
                     job = await self._inbox.receive()
                 except trio.EndOfChannel:
-                    self.degraded = False  # stopping: there is nobody left to refuse
+                    self.failure = ""  # stopping: there is nobody left to refuse
                     return
             if scope.cancelled_caught:
                 break
@@ -1300,7 +1306,7 @@ class Store:
     # --- writing: in the writer's thread ---------------------------------------------
 
     def _transact(self, jobs: list[Job]) -> Batch:
-        """Run jobs in one transaction. Never raises an sqlite3.Error: it is an answer.
+        """Run jobs in one transaction. A failing disk is an answer and raises nothing.
 
         SQLite throws away the whole transaction on a full disk or an I/O error, and a
         next SAVEPOINT would quietly open one of its own: so one error ends the batch.
@@ -1317,10 +1323,10 @@ class Store:
                 if len(events) >= self.settings.batch_events:
                     break  # a large chat was made: the other jobs come next
             self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
+            self._committed(events)
+        except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return self._storage_failed(jobs)
-        self._committed(events)
         self.stats.committed(time.perf_counter() - started, len(jobs))
         return Batch(events, answers)
 
@@ -1349,21 +1355,23 @@ class Store:
 
     def _failed(self, error: sqlite3.Error | OSError) -> None:
         """Refuse writes until a probe succeeds, whatever is wrong with the disk."""
-        self.degraded = True
-        name = getattr(error, "sqlite_errorname", "?")
-        log(logging.ERROR, "storage_failed", db=self.path, code=name, error=error)
+        before = self.failure
+        self.failure = getattr(error, "sqlite_errorname", type(error).__name__)
+        if self.failure != before:  # else a broken disk fills the journal, too
+            code = self.failure
+            log(logging.ERROR, "storage_failed", db=self.path, code=code, error=error)
         with contextlib.suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
-        self._reopen = self._reopen or name.startswith("SQLITE_IOERR")
 
     def _probe(self) -> Batch:
-        """Try to write as much as some messages; then publish what the log holds above.
+        """Write as much as a message needs; then publish what the event log has more.
 
-        A row alone might find a place where no message does, again and again.
+        A one-row probe could succeed where no message fits, so it writes 64 KB.
         """
         try:
-            if self._reopen:
+            # A full disk and another program's lock leave the connection sound.
+            if not self.failure.startswith(("SQLITE_FULL", "SQLITE_BUSY")):
                 self._open_anew()
             db = self._writer
             with contextlib.suppress(sqlite3.Error):
@@ -1374,34 +1382,32 @@ class Store:
                 db.execute("BEGIN IMMEDIATE")
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (text,))
                 db.execute("COMMIT")
-            sync_wal(self.path)
             found = self._above(db, self.seq)
+            self._committed(found)
         except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return Batch([], [])
-        self._committed(found)
-        self.degraded = False
+        self.failure = ""
         log(logging.WARNING, "storage_recovered", db=self.path, found=len(found))
         return Batch(found, [])
 
     def _open_anew(self) -> None:
-        """Open the file again after an I/O error: SQLite may hold pages never written.
+        """Replace the writer's connection; put the WAL on the disk once more.
 
-        Its -wal may then be another file; the database may not.
+        The old connection may hold pages that were never written, or be read-only:
+        SQLite opens a file so while its disk is. The new one is opened before the old
+        one is closed, because the last connection that closes removes the WAL.
         """
-        if self._inodes()[:1] != self._files[:1]:
-            self.check_file()
-        self._writer.close()
-        self._writer = open_database(self.path, readonly=False)
-        query_value(self._writer, "SELECT count(*) FROM meta")  # makes the -wal
-        self._files = self._inodes()
-        self._reopen = False
+        self.check_file()
+        before, self._writer = self._writer, open_database(self.path, readonly=False)
+        before.close()
+        sync_wal(self.wal)  # before anything is added to it, or folded into the file
 
     def check_file(self) -> None:
         """Raise UsageError if our file is no longer the one of that name.
 
         SQLite goes on happily with a file that was removed, and every ack would be a
-        lie. The look costs 4 us a commit.
+        lie. The look costs 4 us a commit. A disk that cannot tell is an OSError.
         """
         if self._inodes() != self._files:
             raise UsageError(f"database {self.path}: removed or replaced under us")
@@ -1409,8 +1415,8 @@ class Store:
     def _inodes(self) -> list[int]:
         """Which files stand at our names, the -wal too: it holds the newest rows."""
         found = []
-        for path in (self.path, beside(self.path, "-wal")):
-            with contextlib.suppress(FileNotFoundError):
+        for path in (self.path, self.wal):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 found.append(path.stat().st_ino)
         return found
 
@@ -1815,7 +1821,7 @@ class Store:
     def wal_bytes(self) -> int:
         """How long the log of changes is that the database file does not have yet."""
         try:
-            return beside(self.path, "-wal").stat().st_size
+            return self.wal.stat().st_size
         except FileNotFoundError:
             return 0
 
@@ -1875,6 +1881,11 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
+def wal_of(path: Path) -> Path:
+    """Name the WAL of a database: SQLite puts it beside the file, not beside a link."""
+    return beside(path.resolve(), "-wal")
+
+
 def partial_name(path: Path) -> Path:
     """Name a file to write first, and then to rename to path."""
     return beside(path, f".{secrets.token_hex(4)}.partial")
@@ -1885,19 +1896,16 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def sync_wal(path: Path) -> None:
-    """Put a database's log of changes on the disk, whole, once more. Raises OSError.
+def sync_wal(wal: Path) -> None:
+    """Put a WAL on the disk, whole, once more. Raises OSError.
 
     Who is killed between write and sync leaves rows that can be read, and acked when
     they are repeated, and that are on no disk. And after a sync that failed Linux takes
     what was not written for written: only what is written anew gets there, and a hole
     would take all that comes behind it.
     """
-    with (
-        contextlib.suppress(FileNotFoundError),
-        beside(path, "-wal").open("r+b", buffering=0) as wal,
-    ):
-        fd, at = wal.fileno(), 0
+    with contextlib.suppress(FileNotFoundError), wal.open("r+b", buffering=0) as file:
+        fd, at = file.fileno(), 0
         while data := os.pread(fd, 1_048_576, at):
             at += os.pwrite(fd, data, at)
         os.fsync(fd)
@@ -1909,7 +1917,7 @@ def check_not_emptied(path: Path, what: str = "database") -> None:
     SQLite would then remove the -wal, which may hold all there is. A database is at
     least as long as its header.
     """
-    size, wal = file_bytes(path), file_bytes(beside(path.resolve(), "-wal"))
+    size, wal = file_bytes(path), file_bytes(wal_of(path))
     if 0 < size < 100:
         raise damaged(path, f"it has only {size} bytes", what)
     if not size and wal:
@@ -1924,7 +1932,7 @@ def check_not_cut(db: Db, path: Path, what: str = "database") -> int:
     size: int = query_value(db, "PRAGMA page_count") * query_value(
         db, "PRAGMA page_size"
     )
-    if not file_bytes(beside(path.resolve(), "-wal")) and file_bytes(path) < size:
+    if not file_bytes(wal_of(path)) and file_bytes(path) < size:
         raise damaged(path, f"{file_bytes(path)} bytes are left of {size}", what)
     return size
 
@@ -1985,7 +1993,7 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
                 check_at_start(look, path, check_bytes)
             if mine and (missing := missing_parts(look, version)):
                 raise damaged(path, f"without {', '.join(missing)}")
-        sync_wal(path.resolve())  # its last writer may have been killed
+        sync_wal(wal_of(path))  # its last writer may have been killed
         db = open_database(path, readonly=False)
         try:
             if version < len(steps):
