@@ -412,13 +412,15 @@ def test_while_bytes_wait_only_a_stall_judges(swept: MemorySeat) -> None:
     swept.seat.sweep(26.0, Settings())
     swept.outbox.unsent = 1
     swept.outbox.moved_at = 30.0
-    assert [swept.seat.sweep(now, Settings()) for now in (38.0, 40.0)] == [None, None]
-    assert swept.seat.sweep(40.1, Settings()) == "stalled"
-    swept.outbox.received_at = 35.0  # it cannot read, but it is there
-    assert swept.seat.sweep(45.0, Settings()) is None
+    assert [swept.seat.sweep(now, Settings()) for now in (38.0, 70.0)] == [None, None]
+    assert swept.seat.sweep(70.1, Settings()) == "stalled"
+    swept.outbox.received_at = 70.0  # it is there, and does not read
+    assert swept.seat.sweep(70.1, Settings()) == "stalled"
+    swept.outbox.moved_at = 60.0
+    assert [swept.seat.sweep(now, Settings()) for now in (70.1, 100.0)] == [None, None]
     swept.outbox.drain()
-    assert swept.seat.sweep(45.0, Settings()) is None
-    assert len(swept.outbox.taken) == 1
+    assert swept.seat.sweep(95.0, Settings()) is None
+    assert len(swept.outbox.taken) == 1  # no ping while bytes waited
 
 
 def test_a_ping_before_bytes_waited_is_forgotten(swept: MemorySeat) -> None:
