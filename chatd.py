@@ -44,9 +44,8 @@ Store and hub have nothing between them: a batch is published while the next gat
 Who cannot take more queues nowhere: he stops being live and reads the log later.
 
 Deadlines: a request head 10 s, a request 15 s, a keep-alive 75 s, silence 25 s before
-a ping and 10 s after it, waiting bytes that do not move 10 s (to 35 s, by how large
-the peer's receive window is), a close 1 s after the last byte, a stop 5 s. They are
-all fields of Settings.
+a ping and 10 s after it, waiting bytes of which the kernel accepts none 40 s, a close
+1 s after the last byte, a stop 5 s.
 
 The order of effects of one message: committed, in the tail, on the wire of every live
 member, acked. Each step is a plain `def` on the main thread or one transaction in the
@@ -204,6 +203,10 @@ async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
             listener.stopping.set()
 
 
+# A commit that takes longer is hung: systemd hears no more from us, and restarts us.
+COMMIT_SECONDS = 60.0
+
+
 class Server:
     """One chatd: what all its connections share, and the tasks that outlive them.
 
@@ -218,10 +221,9 @@ class Server:
         self.hub = Hub(settings, self.stats, store)
         keyring.revoked = store.revoked()
         self.pages = page_answers()
-        size = settings.buckets
-        self.sends = Buckets(settings.sends, size)
-        self.typing = Buckets(settings.typing, size)
-        self.requests = Buckets(settings.requests, size)
+        self.sends = Buckets(settings.sends)
+        self.typing = Buckets(settings.typing)
+        self.requests = Buckets(settings.requests)
         self.names: dict[int, str] = {}  # what the store already knows
         self.sessions: set[Session] = set()
         answer = functools.partial(answer_request, self)
@@ -262,7 +264,6 @@ class Server:
 
     async def _sweep(self, sweeping: trio.CancelScope) -> None:
         """Once a second check every seat's deadlines, and the database file."""
-        settings = self.settings
         with sweeping:
             while True:
                 await trio.sleep(1)
@@ -272,15 +273,15 @@ class Server:
                         self.store.check_file()
                 for session in list(self.sessions):
                     seat = session.seat
-                    why = seat.sweep(now, settings)
+                    why = seat.sweep(now)
                     if why is None:
-                        seat.sweep_token(now, settings)
+                        seat.sweep_token(now)
                         continue
                     self.stats.stalls += why == "stalled"
                     user, queued = session.claims.user_id, len(seat.outbox.buffer)
                     log(logging.INFO, "cut", user=user, why=why, queued=queued)
                     session.end(CUT, why)
-                if since is None or now - since < settings.commit_seconds:
+                if since is None or now - since < COMMIT_SECONDS:
                     sick = "; no writing" if self.store.degraded else ""
                     state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
                     notify(state, wait_seconds=0)
@@ -301,7 +302,7 @@ class Server:
         user_id, name = claims.user_id, claims.name
         if name is None or self.names.get(user_id) == name:
             return
-        if len(self.names) >= self.settings.buckets:
+        if len(self.names) >= TABLE_KEYS:
             self.names.clear()
         with contextlib.suppress(Refusal):
             await self.store.commit(self.store.rename, user_id, name)
@@ -375,6 +376,10 @@ class Server:
         log(logging.DEBUG, "left", user=session.claims.user_id, code=code)
 
 
+# After our last byte, for the peer to read it. A close sooner may be a reset, which
+# overtakes that byte.
+LINGER_SECONDS = 1.0
+
 # Out of descriptors or memory: connections that end make room.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -402,7 +407,7 @@ class Listener:
         self.answer = answer
         self.serve_socket = serve_socket
         self.proxies = Proxies(settings.trusted_proxy)
-        self.handshakes = Buckets(settings.handshakes, settings.buckets)
+        self.handshakes = Buckets(settings.handshakes)
         self.open = 0  # TCP connections
         # Connections that wait for a client's bytes, the oldest first. True: it is idle
         # between two requests.
@@ -482,7 +487,7 @@ class Listener:
         with contextlib.suppress(OSError):
             os.write(stream.socket.fileno(), FULL_ANSWER)  # a new socket takes it all
         if self.open <= self.settings.max_connections + 192:
-            await linger(stream, self.settings.linger_seconds)
+            await linger(stream, LINGER_SECONDS)
 
     def _evict(self) -> bool:
         """End the connection that has waited longest for bytes, if one waits."""
@@ -504,7 +509,7 @@ class Listener:
         request: the next process cannot serve it any more.
         """
         if self.stopping.is_set() and not self.sessions:
-            now, linger = trio.current_time(), self.settings.linger_seconds
+            now, linger = trio.current_time(), LINGER_SECONDS
             for scope in scopes or self.parked:
                 end = now if self.parked[scope] else now + linger
                 scope.deadline = min(scope.deadline, end)
@@ -648,6 +653,9 @@ class WebSocketReader(WebSocketConnection):
             raise RuntimeError("a KeyError while handling a message") from error
 
 
+REFUSED_IN_A_ROW = 100  # commands over the rate: then 4008
+
+
 class Session:
     """One socket after its 101: greet, read commands, close. Owns its seat.
 
@@ -672,8 +680,7 @@ class Session:
         self.close_with: tuple[int, str] | None = None  # why we close, if it is us
         self.bucket = Bucket(server.settings.commands)
         self.refused = 0  # commands in a row over the rate
-        settings = server.settings
-        self.seat = Seat(outbox, settings=settings, behind=self._behind, end=self.end)
+        self.seat = Seat(outbox, behind=self._behind, end=self.end)
         self._set_token(claims)
         self.seat.warned = True  # of nothing yet: `connected` is the first frame
 
@@ -819,7 +826,7 @@ class Session:
             return
         self.refused += 1
         self.server.stats.rate_limited["commands"] += 1
-        if self.refused >= self.server.settings.refused_in_a_row:
+        if self.refused >= REFUSED_IN_A_ROW:
             self.end(CLOSE_FLOOD, "far over the rate of commands")
         raise Refusal("rate_limited", retry_after=wait)
 
@@ -923,9 +930,9 @@ class Session:
         settings = self.server.settings
         if code == CLOSE_RESTART:
             # Half of the drain at most: the close has to go out before all is cut.
-            if self.seat.slots.value < settings.unanswered:
+            if self.seat.slots.value < UNANSWERED:
                 with trio.move_on_after(settings.drain_seconds / 2):
-                    for _ in range(settings.unanswered):
+                    for _ in range(UNANSWERED):
                         await self.seat.slots.acquire()  # all back: all answered
             self._answer(text_frame(Bye(self.server.retry_after_seconds())))
         if code == CUT:
@@ -1140,6 +1147,10 @@ def outcome_of(outcome: T | Refusal) -> T:
     return outcome
 
 
+PROBE_SECONDS = 2.0  # between two probes of a disk that failed
+READERS = 4  # threads that read at once
+
+
 class Store:
     """The database. One task and one connection write; at most 4 threads read.
 
@@ -1168,7 +1179,7 @@ class Store:
         self.writing_since: float | None = None  # of the commit under way
         self._run_sync = run_sync
         self._idle_readers: list[Db] = []
-        self._read_limiter = trio.CapacityLimiter(settings.readers)
+        self._read_limiter = trio.CapacityLimiter(READERS)
         self._write_limiter = trio.CapacityLimiter(1)
         self._submit, self._inbox = trio.open_memory_channel[Job](4096)
         self._writer = db = prepare_database(
@@ -1284,7 +1295,7 @@ class Store:
 
     async def _heal(self, hub: trio.MemorySendChannel[Batch]) -> None:
         """After a failure: refuse what comes for 2 s, then try one small write."""
-        deadline = trio.current_time() + self.settings.probe_seconds
+        deadline = trio.current_time() + PROBE_SECONDS
         while True:
             # The scope holds only the wait: what was received is always answered.
             with trio.move_on_at(deadline) as scope:
@@ -1300,7 +1311,7 @@ class Store:
 
     def _storage_failed(self, jobs: list[Job]) -> Batch:
         self.stats.failed += len(jobs)
-        no = Refusal("storage_failed", retry_after=self.settings.probe_seconds)
+        no = Refusal("storage_failed", retry_after=PROBE_SECONDS)
         return Batch([], [(job, no) for job in jobs])
 
     # --- writing: in the writer's thread ---------------------------------------------
@@ -2057,6 +2068,16 @@ class Person:
         return joined_seq is not None and event.seq > joined_seq
 
 
+UNANSWERED = 64  # commands of one connection; reading waits for their answers
+PING_SECONDS = 25.0  # of silence; +-10 %; nginx cuts a socket after 60 s of it
+PONG_SECONDS = 10.0  # of silence after a ping: cut
+# In which the kernel accepts none of the waiting bytes: cut. Behind the receive window
+# that Linux begins with, it accepts some every 26 s from a steady reader of 5 KB/s.
+STALL_SECONDS = 40.0
+TOKEN_WARNING_SECONDS = 60.0  # before a token's end
+TOKEN_GRACE_SECONDS = 25.0  # after a token's end: 4401
+
+
 class Seat:
     """A connection as the hub knows it: who, where he is in the log, and his outbox.
 
@@ -2075,7 +2096,6 @@ class Seat:
         self,
         outbox: Outbox,
         *,
-        settings: Settings,
         behind: Callable[[], None],
         end: Callable[[int, str], None],
     ) -> None:
@@ -2085,8 +2105,8 @@ class Seat:
         self.cursor = 0
         self.live = False
         self.held: list[Reply] = []  # acks that wait for their event to be written
-        self.slots = trio.Semaphore(settings.unanswered)
-        self.ping_after = settings.ping_seconds * random.uniform(0.9, 1.1)
+        self.slots = trio.Semaphore(UNANSWERED)
+        self.ping_after = PING_SECONDS * random.uniform(0.9, 1.1)
         self.pinged_at: float | None = None
         self.token_ends = math.inf  # in trio's time
         self.warned = False
@@ -2110,7 +2130,7 @@ class Seat:
         for reply in held:
             self.reply(reply)
 
-    def sweep(self, now: float, settings: Settings) -> str | None:
+    def sweep(self, now: float) -> str | None:
         """Check this seat's deadlines. Returns why it is to be cut, or None.
 
         While output waits, only the stall limit applies. A ping goes only to a client
@@ -2119,27 +2139,27 @@ class Seat:
         outbox = self.outbox
         if outbox.waiting:
             self.pinged_at = None
-            stalled = now - outbox.moved_at > settings.stall_seconds
+            stalled = now - outbox.moved_at > STALL_SECONDS
             return "stalled" if stalled else None
         if not outbox.listening or (self.pinged_at or 0.0) <= outbox.received_at:
             self.pinged_at = None
         if not outbox.listening:
             return None  # its own command keeps it waiting: silence says nothing
         if self.pinged_at is not None:
-            return "silent" if now - self.pinged_at > settings.pong_seconds else None
+            return "silent" if now - self.pinged_at > PONG_SECONDS else None
         if now - outbox.received_at > self.ping_after:
             self.pinged_at = now
             outbox.push(PING_FRAME)
         return None
 
-    def sweep_token(self, now: float, settings: Settings) -> None:
+    def sweep_token(self, now: float) -> None:
         """Warn before the token's end; some time after it, close."""
         left = self.token_ends - now
-        if left <= settings.token_warning_seconds and not self.warned:
+        if left <= TOKEN_WARNING_SECONDS and not self.warned:
             self.warned = True
             expiring = text_frame(TokenExpiring(max(0, round(left))))
             self.outbox.push(expiring, always=True)
-        if left <= -settings.token_grace_seconds:
+        if left <= -TOKEN_GRACE_SECONDS:
             self.end(CLOSE_TOKEN_ENDED, "the token has ended: get a new one")
 
 
@@ -2525,7 +2545,7 @@ class Outbox(trio.abc.Stream):
         """
         with trio.move_on_after(self._settings.drain_seconds):
             await self.wait_empty()
-        await linger(self.stream, self._settings.linger_seconds)
+        await linger(self.stream, LINGER_SECONDS)
 
     # --- the Stream that trio-websocket is given -------------------------------------
 
@@ -3066,6 +3086,9 @@ class Bucket:
             self.full_at -= 1 / self.rate.per_second
 
 
+TABLE_KEYS = 65_536  # in a table that invented keys could fill
+
+
 class Buckets:
     """A table of token buckets, one a key.
 
@@ -3073,7 +3096,7 @@ class Buckets:
     its bucket. So invented keys cost nobody memory.
     """
 
-    def __init__(self, rate: Rate, size: int) -> None:
+    def __init__(self, rate: Rate, size: int = TABLE_KEYS) -> None:
         self.rate = rate
         self.size = size
         self.table: OrderedDict[object, Bucket] = OrderedDict()
@@ -3194,6 +3217,9 @@ class Key(NamedTuple):
         return f"{self.path} ({self.algorithm}, {kind})"
 
 
+TICKET_SECONDS = 60  # for one socket, soon
+LINK_SECONDS = 86_400  # a sign-in link's life
+SESSION_SECONDS = 30 * 86_400  # a session token's life
 KEY_FILE_BYTES = 65_536
 
 # A file in which this stands is meant as PEM, whatever state it is in.
@@ -3459,7 +3485,7 @@ class Keyring:
         """Make a ticket: one socket, soon, that may live as long as this token."""
         return self.sign(
             claims.user_id,
-            self.settings.ticket_seconds,
+            TICKET_SECONDS,
             use="ticket",
             jti=secrets.token_urlsafe(12),
             boot=self.boot,
@@ -3644,6 +3670,15 @@ def refusal_answer(refusal: Refusal) -> Answer:
     return Answer(refusal.status, encode({"error": error}), headers=headers)
 
 
+HEAD_SECONDS = 10.0  # for a request's head to arrive: 408
+REQUEST_SECONDS = 15.0  # for a request to be done: 408
+# Of a keep-alive: longer than the 60 s of common proxies, so that the proxy closes
+# first, and no request meets a connection that has just been closed.
+IDLE_SECONDS = 75.0
+HEAD_BYTES = 16_384  # in a request's head: 431
+HEADER_LINES = 64  # in a request's head: 431
+CHUNKS = 1024  # a body may come in: 413
+
 UPGRADE = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
 
 # What we, or the libraries, decode or compare.
@@ -3671,7 +3706,7 @@ class Request:
         settings: Settings,
     ) -> None:
         """Check what h11 lets pass. Raises Refusal bad_field, too_large."""
-        lines, most = len(head.headers), settings.header_lines
+        lines, most = len(head.headers), HEADER_LINES
         if lines > most:
             why = f"{lines} header lines; at most {most}"
             raise Refusal("too_large", why, status=431)
@@ -3774,9 +3809,7 @@ class HttpConnection:
         self.settings = listener.settings
         self.stream = stream
         self.peer = peer_address(stream)
-        self.h11 = h11.Connection(
-            h11.SERVER, max_incomplete_event_size=self.settings.head_bytes
-        )
+        self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         self.kept = False  # a keep-alive: it has had an answer
 
     async def run(self) -> Upgrade | None:
@@ -3808,18 +3841,18 @@ class HttpConnection:
             answer = refusal_answer(refusal)
         except h11.RemoteProtocolError as error:
             answer = refusal_answer(_protocol_refusal(error))
-        with trio.move_on_after(self.settings.request_seconds):
+        with trio.move_on_after(REQUEST_SECONDS):
             await self._respond(request, answer)
             if self.h11.our_state is h11.DONE and self.h11.their_state is h11.DONE:
                 self.h11.start_next_cycle()
                 return True
-            await linger(self.stream, self.settings.linger_seconds)
+            await linger(self.stream, LINGER_SECONDS)
         return False
 
     async def answer_internal_error(self) -> None:
         """After a mistake of ours: answer `internal`, unless an answer has begun."""
         with (
-            trio.move_on_after(self.settings.linger_seconds),
+            trio.move_on_after(LINGER_SECONDS),
             contextlib.suppress(trio.BrokenResourceError, h11.LocalProtocolError),
         ):
             await self._respond(None, refusal_answer(Refusal("internal")))
@@ -3830,9 +3863,9 @@ class HttpConnection:
         While the head is not whole the connection is parked: when the server is full,
         the connection parked longest is ended at once and without an answer.
         """
-        settings, begun = self.settings, bool(self.h11.trailing_data[0])
+        begun = bool(self.h11.trailing_data[0])
         idle = self.kept and not begun
-        wait = settings.idle_seconds if idle else settings.head_seconds
+        wait = IDLE_SECONDS if idle else HEAD_SECONDS
         with trio.move_on_after(wait) as scope:
             self.listener.park(scope, idle=idle)
             try:
@@ -3849,7 +3882,7 @@ class HttpConnection:
                         return None
                     if not begun:
                         begun = True
-                        scope.deadline = trio.current_time() + settings.head_seconds
+                        scope.deadline = trio.current_time() + HEAD_SECONDS
                         self.listener.park(scope, idle=False)
                     self.h11.receive_data(data)
             finally:
@@ -3876,8 +3909,8 @@ class HttpConnection:
                 chunks += event.chunk_start
                 if len(body) > most:
                     raise too_large
-                if chunks > self.settings.chunks:  # each costs us as much as 1 KB
-                    why = f"a body in more than {self.settings.chunks} chunks"
+                if chunks > CHUNKS:  # each costs us as much as 1 KB
+                    why = f"a body in more than {CHUNKS} chunks"
                     raise Refusal("too_large", why)
         return bytes(body)
 
@@ -4028,7 +4061,7 @@ async def answer_request(
     server: Server, connection: HttpConnection, request: Request
 ) -> Answer | Upgrade:
     """Answer a request, or let a socket in. Raises Refusal."""
-    with trio.move_on_after(server.settings.request_seconds) as scope:
+    with trio.move_on_after(REQUEST_SECONDS) as scope:
         answer = await _answer(server, connection, request)
     if scope.cancelled_caught:
         raise Refusal("timeout")
@@ -4071,7 +4104,7 @@ async def _admit(
     """Let a socket in. All that can be refused is refused here, before the 101."""
     claims = socket_claims(server.keyring, request, "socket")
     cursor = request.argument("cursor")
-    with trio.move_on_after(server.settings.request_seconds):
+    with trio.move_on_after(REQUEST_SECONDS):
         await server.store_name(claims)
     # No await from here until the session is counted: the server is full at once.
     server.check_capacity()
@@ -4126,13 +4159,12 @@ async def get_socket(server: Server, request: Request) -> Answer:
 async def get_ws_token(server: Server, request: Request) -> Answer:
     """A ticket: so that the page need not put its token in an address."""
     ticket = server.keyring.ticket(request.claims)
-    seconds = server.settings.ticket_seconds
-    return json_answer({"token": ticket, "expires_in": seconds})
+    return json_answer({"token": ticket, "expires_in": TICKET_SECONDS})
 
 
 async def post_session(server: Server, request: Request) -> Answer:
     """Exchange a sign-in link's token for a session token."""
-    user_id, seconds = request.user_id, server.settings.session_seconds
+    user_id, seconds = request.user_id, SESSION_SECONDS
     name = await _name(server, request)
     token = server.keyring.sign(user_id, seconds, use="session", name=name)
     return json_answer(
@@ -4577,6 +4609,9 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
 # =====================================================================================
 
 
+# In which nothing moves between the proxy and a request's two ends: 504, or 408. Above
+# REQUEST_SECONDS, so that the server answers first.
+UPSTREAM_SECONDS = 20.0
 COPY_BYTES = 16_384  # held for one direction, and no more: nothing queues here
 # Headers of one connection and not of the message (RFC 9110 7.6.1), and those that the
 # proxy writes itself.
@@ -4631,7 +4666,7 @@ class Proxy:
             socket_claims(self.keyring, request, "edge")
         status, failed = 0, None
         try:
-            with trio.move_on_after(self.settings.request_seconds) as scope:
+            with trio.move_on_after(REQUEST_SECONDS) as scope:
                 body = await connection.read_body(request)
             if scope.cancelled_caught:
                 raise Refusal("timeout")
@@ -4660,7 +4695,7 @@ class Proxy:
         upstream: trio.SocketStream | None = None
         begun = b""
         try:
-            with trio.fail_after(self.settings.upstream_seconds):
+            with trio.fail_after(UPSTREAM_SECONDS):
                 upstream = await self.dial()
                 # An upstream that answers before it has read all may refuse the rest.
                 with contextlib.suppress(trio.BrokenResourceError):
@@ -4742,7 +4777,7 @@ class Tunnel:
         self.proxy = proxy
         self.client = client
         self.upstream = upstream
-        self.seconds = proxy.settings.upstream_seconds  # without a byte in between
+        self.seconds = UPSTREAM_SECONDS  # without a byte in between
         self.idle = trio.CancelScope()
         self.reading = trio.CancelScope()  # the client
 
@@ -4758,7 +4793,7 @@ class Tunnel:
         """
         is_socket, broken = sent is not None, True
         if is_socket:
-            self.seconds = self.proxy.settings.idle_seconds
+            self.seconds = IDLE_SECONDS
             self.proxy.sessions.add(self)
             if self.proxy.listener.stopping.is_set():
                 self.reading.cancel()
@@ -4769,7 +4804,7 @@ class Tunnel:
                     if sent is not None:
                         nursery.start_soon(self._copy_up, sent)
                     await self._copy(self.upstream, self.client, begun)
-                await linger(self.client, self.proxy.settings.linger_seconds)
+                await linger(self.client, LINGER_SECONDS)
                 broken = False
         except* trio.BrokenResourceError:
             pass
@@ -4802,7 +4837,7 @@ class Tunnel:
             self._moved()
             data = b""
         await target.send_eof()
-        self.seconds = self.proxy.settings.stall_seconds
+        self.seconds = STALL_SECONDS
         self._moved()
 
 
@@ -5068,7 +5103,7 @@ def sign_in_link(
     keyring: Keyring, base: str, user_id: int, name: str | None, seconds: int = 0
 ) -> str:
     """Write an address that signs a user in, as often as it is used within its time."""
-    seconds = seconds or keyring.settings.link_seconds
+    seconds = seconds or LINK_SECONDS
     token = keyring.sign(user_id, seconds, use="signin", name=name)
     return f"{base.rstrip('/')}/#token={token}"
 
@@ -5317,33 +5352,7 @@ class Settings:
     outbox_bytes: int = setting(262_144, "bytes",
         "one connection's unsent bytes, before the batch that crosses it",
         "no longer live: it reads the log when it can take more")
-    head_seconds: float = setting(10.0, "s", "a request head to arrive", "408")
-    request_seconds: float = setting(15.0, "s", "a request to be done", "408")
-    idle_seconds: float = setting(75.0, "s", "a keep-alive; longer than the 60 s of "
-        "common proxies, so that the proxy closes first", "closed")
-    ping_seconds: float = setting(25.0, "s", "silence before a ping, +-10 %; below the "
-        "60 s after which nginx cuts a silent socket", "a ping")
-    pong_seconds: float = setting(10.0, "s", "silence after a ping", "cut")
-    stall_seconds: float = setting(40.0, "s", "the kernel to accept waiting bytes; "
-        "behind a large receive window a steady reader of 5 KB/s shows steps of 26 s",
-        "cut")
-    upstream_seconds: float = setting(20.0, "s", "in which nothing moves between the "
-        "proxy and a request's two ends; above request_seconds", "504, or 408")
-    linger_seconds: float = setting(1.0, "s",
-        "after our last byte, for the peer to read it", "cut")
-    token_warning_seconds: float = setting(60.0, "s", "before a token's end")
-    token_grace_seconds: float = setting(25.0, "s", "after a token's end", "4401")
-    ticket_seconds: int = setting(60, "s", "a ticket's life")
-    link_seconds: int = setting(86_400, "s", "a sign-in link's life")
-    session_seconds: int = setting(30 * 86_400, "s", "a session token's life")
-    probe_seconds: float = setting(2.0, "s", "between probes of a failed disk")
-    commit_seconds: float = setting(60.0, "s", "one commit, else it is hung")
-    unanswered: int = setting(64, "commands", "in flight", "reading waits")
     fragments: int = setting(64, "frames", "a message may come in", "1009")
-    chunks: int = setting(1024, "chunks", "a body may come in", "413")
-    header_lines: int = setting(64, "lines", "a request head may have", "431")
-    head_bytes: int = setting(16_384, "bytes", "a request head", "431")
-    refused_in_a_row: int = setting(100, "commands", "over the rate", "4008")
     resync_events: int = setting(5_000, "events",
         "of one user to replay; more costs more than a fresh look", "resync")
     page_events: int = setting(500, "events", "a page of the log")
@@ -5352,13 +5361,11 @@ class Settings:
     tail_bytes: int = setting(16_777_216, "bytes", "the same")
     batch_jobs: int = setting(512, "jobs", "a transaction, so that none takes long")
     batch_events: int = setting(2_000, "events", "the same, for large new chats")
-    readers: int = setting(4, "threads", "reading at once")
     members: int = setting(5_000, "users",
         "a chat; a new one is told to each, with all of them", "bad_field")
     large_chat: int = setting(50, "users",
         "above it a read mark is told to its reader only")
     known_tokens: int = setting(4_096, "tokens", "verified once", "forgotten")
-    buckets: int = setting(65_536, "keys", "a table of buckets", "oldest forgotten")
 
 
 class WrongText(ValueError, argparse.ArgumentTypeError):
@@ -5628,7 +5635,7 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     keyring = read_keyring(settings)
     user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
     if options.link is None:
-        seconds = ttl or settings.session_seconds
+        seconds = ttl or SESSION_SECONDS
         print(keyring.sign(user_id, seconds, name=name, scope=options.scope))
     elif options.scope:
         raise UsageError("--scope: a sign-in link has no scopes", status=2)

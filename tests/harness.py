@@ -207,13 +207,12 @@ class MemoryOutbox:
 class MemorySeat:
     """A real Seat, and what its peer has heard."""
 
-    def __init__(self, changed: Settings) -> None:
+    def __init__(self) -> None:
         self.outbox = MemoryOutbox()
         self.fell = 0
         self.ended: list[tuple[int, str]] = []
         self.seat = chatd.Seat(
             cast(chatd.Outbox, self.outbox),
-            settings=changed,
             behind=self._behind,
             end=lambda code, reason: self.ended.append((code, reason)),
         )
@@ -309,7 +308,7 @@ class Memory:
 
     def enter(self, user: int) -> MemorySeat:
         """Register a seat; its chats are not read yet."""
-        made = MemorySeat(self.settings)
+        made = MemorySeat()
         assert self.hub.enter(made.seat, user, self.hub.head)
         return made
 

@@ -327,20 +327,28 @@ DEFAULTS = {
     "requests": "20/100", "receive_bytes": "65536/524288", "max_connections": "10000",
     "connections_per_user": "20", "max_message_bytes": "65536",
     "max_content_chars": "4000", "drain_seconds": "5.0", "check_bytes": "33554432",
-    "outbox_bytes": "262144",
-    "head_seconds": "10.0", "request_seconds": "15.0", "idle_seconds": "75.0",
-    "ping_seconds": "25.0", "pong_seconds": "10.0", "stall_seconds": "40.0",
-    "token_warning_seconds": "60.0", "token_grace_seconds": "25.0",
-    "ticket_seconds": "60", "link_seconds": "86400", "session_seconds": "2592000",
-    "probe_seconds": "2.0", "unanswered": "64", "fragments": "64", "header_lines": "64",
-    "refused_in_a_row": "100", "resync_events": "5000", "page_events": "500",
-    "page_bytes": "131072", "tail_events": "16384", "readers": "4", "large_chat": "50",
+    "outbox_bytes": "262144", "fragments": "64",
+    "resync_events": "5000", "page_events": "500", "page_bytes": "131072",
+    "tail_events": "16384", "large_chat": "50",
+}  # fmt: skip
+CONSTANTS = {
+    "HEAD_SECONDS": 10, "REQUEST_SECONDS": 15, "IDLE_SECONDS": 75,
+    "PING_SECONDS": 25, "PONG_SECONDS": 10, "STALL_SECONDS": 40,
+    "TOKEN_WARNING_SECONDS": 60, "TOKEN_GRACE_SECONDS": 25,
+    "TICKET_SECONDS": 60, "LINK_SECONDS": 86_400, "SESSION_SECONDS": 2_592_000,
+    "PROBE_SECONDS": 2, "UNANSWERED": 64, "HEADER_LINES": 64,
+    "REFUSED_IN_A_ROW": 100, "READERS": 4,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_default_is_the_one_that_the_design_names(name: str) -> None:
     assert str(getattr(Settings(), name)) == DEFAULTS[name]
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_is_the_one_that_the_design_names(name: str) -> None:
+    assert getattr(chatd, name) == CONSTANTS[name]
 
 
 def test_every_setting_has_a_unit_and_a_reason() -> None:

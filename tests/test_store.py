@@ -913,7 +913,7 @@ async def test_a_failed_commit_that_is_there_is_published_before_anything_else(
         assert await memory_code(memory, work) == "storage_failed"
         assert (memory.store.degraded, memory.hub.head, made.seqs()) == (True, 2, [])
         assert await memory_code(memory, work) == "storage_failed"
-        await trio.sleep(memory.settings.probe_seconds + 0.1)
+        await trio.sleep(chatd.PROBE_SECONDS + 0.1)
         assert (memory.store.degraded, memory.hub.head, made.seqs()) == (False, 3, [3])
         again = await memory.store.commit(*work)
         assert (again.duplicate, again.message.id) == (True, 3)
@@ -958,7 +958,7 @@ async def test_while_the_disk_is_sick_writes_are_refused_at_once_and_readers_go_
             assert await store.read(store.my_chats, 1, memory.hub.head)
             await trio.sleep(60)
             assert store.degraded
-        await trio.sleep(memory.settings.probe_seconds + 0.1)
+        await trio.sleep(chatd.PROBE_SECONDS + 0.1)
         assert not store.degraded
         assert (await store.commit(*work)).message.n == 1
     assert memory.stats.failed == 21
@@ -1022,7 +1022,7 @@ async def test_a_disk_that_is_broken_for_minutes_costs_one_line_and_no_descripto
                 assert await memory_code(memory, work) == "storage_failed"
                 assert await store.read(store.my_chats, 1, memory.hub.head)
                 opened.append(len(os.listdir("/proc/self/fd")))
-        await trio.sleep(memory.settings.probe_seconds + 0.1)
+        await trio.sleep(chatd.PROBE_SECONDS + 0.1)
         assert (await store.commit(*work)).message.n == 1
     assert opened == opened[:1] * 10
     lines = [line.split(" ", 1)[0] for line in caplog.messages]
