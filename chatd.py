@@ -293,6 +293,10 @@ async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
             listener.stopping.set()
 
 
+# A commit that takes longer is hung: systemd hears no more from us, and restarts us.
+COMMIT_SECONDS = 60.0
+
+
 class Server:
     """One chatd: what all its connections share, and the tasks that outlive them.
 
@@ -307,10 +311,9 @@ class Server:
         self.hub = Hub(settings, self.stats, store)
         keyring.revoked = store.revoked()
         self.pages = page_answers()
-        size = settings.buckets
-        self.sends = Buckets(settings.sends, size)
-        self.typing = Buckets(settings.typing, size)
-        self.requests = Buckets(settings.requests, size)
+        self.sends = Buckets(settings.sends)
+        self.typing = Buckets(settings.typing)
+        self.requests = Buckets(settings.requests)
         self.names: dict[int, str] = {}  # what the store already knows
         self.sessions: set[Session] = set()
         answer = functools.partial(answer_request, self)
@@ -349,24 +352,24 @@ class Server:
 
     async def _sweep(self, sweeping: trio.CancelScope) -> None:
         """Once a second check every seat's deadlines, and the database file."""
-        settings = self.settings
         with sweeping:
             while True:
                 await trio.sleep(1)
                 now, since = trio.current_time(), self.store.writing_since
-                if since is None:  # else the writer checks; it may open the files anew
-                    self.store.check_file()
+                if since is None:  # else the writer does, whose disk may be hung
+                    with contextlib.suppress(OSError):  # not seen is not removed
+                        self.store.check_file()
                 for session in list(self.sessions):
                     seat = session.seat
-                    why = seat.sweep(now, settings)
+                    why = seat.sweep(now)
                     if why is None:
-                        seat.sweep_token(now, settings)
+                        seat.sweep_token(now)
                         continue
                     self.stats.stalls += why == "stalled"
                     user, queued = session.claims.user_id, len(seat.outbox.buffer)
                     log(logging.INFO, "cut", user=user, why=why, queued=queued)
                     session.end(CUT, why)
-                if since is None or now - since < settings.commit_seconds:
+                if since is None or now - since < COMMIT_SECONDS:
                     sick = "; no writing" if self.store.degraded else ""
                     state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
                     notify(state, wait_seconds=0)
@@ -387,7 +390,7 @@ class Server:
         user_id, name = claims.user_id, claims.name
         if name is None or self.names.get(user_id) == name:
             return
-        if len(self.names) >= self.settings.buckets:
+        if len(self.names) >= TABLE_KEYS:
             self.names.clear()
         with contextlib.suppress(Refusal):
             await self.store.commit(self.store.rename, user_id, name)
@@ -464,6 +467,10 @@ class Server:
 # Serves the rest of a connection after a request: a socket, or an answer of a proxy.
 TakeOver = Callable[[trio.SocketStream], Awaitable[None]]
 
+# After our last byte, for the peer to read it. A close sooner may be a reset, which
+# overtakes that byte.
+LINGER_SECONDS = 1.0
+
 # Out of descriptors or memory: connections that end make room.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -491,7 +498,7 @@ class Listener:
         self.answer = answer
         self.keeps_alive = keeps_alive
         self.proxies = Proxies(settings.trusted_proxy)
-        self.handshakes = Buckets(settings.handshakes, settings.buckets)
+        self.handshakes = Buckets(settings.handshakes)
         self.open = 0  # TCP connections
         # Connections that wait for a client's bytes, the oldest first. True: it is idle
         # between two requests.
@@ -571,7 +578,7 @@ class Listener:
         with contextlib.suppress(OSError):
             os.write(stream.socket.fileno(), FULL_ANSWER)  # a new socket takes it all
         if self.open <= self.settings.max_connections + 192:
-            await linger(stream, self.settings.linger_seconds)
+            await linger(stream, LINGER_SECONDS)
 
     def _evict(self) -> bool:
         """End the connection that has waited longest for bytes, if one waits."""
@@ -593,7 +600,7 @@ class Listener:
         request: the next process cannot serve it any more.
         """
         if self.stopping.is_set() and not self.sessions:
-            now, linger = trio.current_time(), self.settings.linger_seconds
+            now, linger = trio.current_time(), LINGER_SECONDS
             for scope in scopes or self.parked:
                 end = now if self.parked[scope] else now + linger
                 scope.deadline = min(scope.deadline, end)
@@ -738,6 +745,9 @@ class WebSocketReader(WebSocketConnection):
             raise RuntimeError("a KeyError while handling a message") from error
 
 
+REFUSED_IN_A_ROW = 100  # commands over the rate: then 4008
+
+
 class Session:
     """One WebSocket after its 101: greet, handle commands, close. Owns its seat.
 
@@ -762,8 +772,7 @@ class Session:
         self.close_with: tuple[int, str] | None = None  # code and reason, once known
         self.bucket = Bucket(server.settings.commands)
         self.refused = 0  # commands in a row over the rate
-        settings = server.settings
-        self.seat = Seat(outbox, settings=settings, behind=self._behind, end=self.end)
+        self.seat = Seat(outbox, behind=self._behind, end=self.end)
         self._set_token(claims)
         self.seat.warned = True  # no `token_expiring` before `connected`
 
@@ -912,7 +921,7 @@ class Session:
             return
         self.refused += 1
         self.server.stats.rate_limited["commands"] += 1
-        if self.refused >= self.server.settings.refused_in_a_row:
+        if self.refused >= REFUSED_IN_A_ROW:
             self.end(CLOSE_FLOOD, "far over the rate of commands")
         raise Refusal("rate_limited", retry_after=wait)
 
@@ -1020,10 +1029,10 @@ class Session:
         code, reason = self.close_with or (CLOSE_NORMAL, "")
         settings = self.server.settings
         restarts = code in (CLOSE_RESTART, CUT)
-        if restarts and self.seat.slots.value < settings.unanswered:
+        if restarts and self.seat.slots.value < UNANSWERED:
             # At most half of the drain: the close frame has to go out before the cut.
             with trio.move_on_after(settings.drain_seconds / 2):
-                for _ in range(settings.unanswered):
+                for _ in range(UNANSWERED):
                     await self.seat.slots.acquire()  # all free: all are answered
         if code == CLOSE_RESTART:
             self._answer(text_frame(Bye(self.server.retry_after_seconds())))
@@ -1330,6 +1339,10 @@ def outcome_of(outcome: T | Refusal) -> T:
     return outcome
 
 
+PROBE_SECONDS = 2.0  # between two probes of a disk that failed
+READERS = 4  # threads that read at once
+
+
 class Store:
     """The database. One task and one connection write; at most 4 threads read.
 
@@ -1353,14 +1366,14 @@ class Store:
         self.settings = settings
         self.stats = stats
         self.path = settings.db
-        self.degraded = False
+        self.wal = wal_of(self.path)
+        self.failure = ""  # why writes are refused: a code of SQLite
         self.writing_since: float | None = None  # of the commit under way
         self._run_sync = run_sync
         self._idle_readers: list[Db] = []
-        self._read_limiter = trio.CapacityLimiter(settings.readers)
+        self._read_limiter = trio.CapacityLimiter(READERS)
         self._write_limiter = trio.CapacityLimiter(1)
         self._submit, self._inbox = trio.open_memory_channel[Job](4096)
-        self._reopen = False  # after an I/O error the writer's connection is not used
         self._writer = db = prepare_database(
             self.path, steps or schema_steps(), settings.check_bytes
         )
@@ -1382,6 +1395,11 @@ class Store:
             self._writer.execute("PRAGMA optimize")
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._writer.close()
+
+    @property
+    def degraded(self) -> bool:
+        """Are writes refused because the disk failed?"""
+        return bool(self.failure)
 
     # --- writing: the task -----------------------------------------------------------
 
@@ -1469,14 +1487,14 @@ class Store:
 
     async def _heal(self, hub: trio.MemorySendChannel[Batch]) -> None:
         """After a failure: refuse what comes for 2 s, then try one small write."""
-        deadline = trio.current_time() + self.settings.probe_seconds
+        deadline = trio.current_time() + PROBE_SECONDS
         while True:
             # The scope holds only the wait: what was received is always answered.
             with trio.move_on_at(deadline) as scope:
                 try:
                     job = await self._inbox.receive()
                 except trio.EndOfChannel:
-                    self.degraded = False  # stopping: there is nobody left to refuse
+                    self.failure = ""  # stopping: there is nobody left to refuse
                     return
             if scope.cancelled_caught:
                 break
@@ -1485,13 +1503,13 @@ class Store:
 
     def _storage_failed(self, jobs: list[Job]) -> Batch:
         self.stats.failed += len(jobs)
-        no = Refusal("storage_failed", retry_after=self.settings.probe_seconds)
+        no = Refusal("storage_failed", retry_after=PROBE_SECONDS)
         return Batch([], [(job, no) for job in jobs])
 
     # --- writing: in the writer's thread ---------------------------------------------
 
     def _transact(self, jobs: list[Job]) -> Batch:
-        """Run jobs in one transaction. Never raises an sqlite3.Error: it is an answer.
+        """Run jobs in one transaction. A failing disk is an answer and raises nothing.
 
         SQLite throws away the whole transaction on a full disk or an I/O error, and a
         next SAVEPOINT would quietly open one of its own: so one error ends the batch.
@@ -1508,10 +1526,10 @@ class Store:
                 if len(events) >= self.settings.batch_events:
                     break  # a large chat was made: the other jobs come next
             self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
+            self._committed(events)
+        except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return self._storage_failed(jobs)
-        self._committed(events)
         self.stats.committed(time.perf_counter() - started, len(jobs))
         return Batch(events, answers)
 
@@ -1540,21 +1558,23 @@ class Store:
 
     def _failed(self, error: sqlite3.Error | OSError) -> None:
         """Refuse writes until a probe succeeds, whatever is wrong with the disk."""
-        self.degraded = True
-        name = getattr(error, "sqlite_errorname", "?")
-        log(logging.ERROR, "storage_failed", db=self.path, code=name, error=error)
+        before = self.failure
+        self.failure = getattr(error, "sqlite_errorname", type(error).__name__)
+        if self.failure != before:  # else a broken disk fills the journal, too
+            code = self.failure
+            log(logging.ERROR, "storage_failed", db=self.path, code=code, error=error)
         with contextlib.suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
-        self._reopen = self._reopen or name.startswith("SQLITE_IOERR")
 
     def _probe(self) -> Batch:
-        """Try to write as much as some messages; then publish what the log holds above.
+        """Write as much as a message needs; then publish what the event log has more.
 
-        A row alone might find a place where no message does, again and again.
+        A one-row probe could succeed where no message fits, so it writes 64 KB.
         """
         try:
-            if self._reopen:
+            # A full disk and another program's lock leave the connection sound.
+            if not self.failure.startswith(("SQLITE_FULL", "SQLITE_BUSY")):
                 self._open_anew()
             db = self._writer
             with contextlib.suppress(sqlite3.Error):
@@ -1565,34 +1585,32 @@ class Store:
                 db.execute("BEGIN IMMEDIATE")
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (text,))
                 db.execute("COMMIT")
-            sync_wal(self.path)
             found = self._above(db, self.seq)
+            self._committed(found)
         except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return Batch([], [])
-        self._committed(found)
-        self.degraded = False
+        self.failure = ""
         log(logging.WARNING, "storage_recovered", db=self.path, found=len(found))
         return Batch(found, [])
 
     def _open_anew(self) -> None:
-        """Open the file again after an I/O error: SQLite may hold pages never written.
+        """Replace the writer's connection; put the WAL on the disk once more.
 
-        Its -wal may then be another file; the database may not.
+        The old connection may hold pages that were never written, or be read-only:
+        SQLite opens a file so while its disk is. The new one is opened before the old
+        one is closed, because the last connection that closes removes the WAL.
         """
-        if self._inodes()[:1] != self._files[:1]:
-            self.check_file()
-        self._writer.close()
-        self._writer = open_database(self.path, readonly=False)
-        query_value(self._writer, "SELECT count(*) FROM meta")  # makes the -wal
-        self._files = self._inodes()
-        self._reopen = False
+        self.check_file()
+        before, self._writer = self._writer, open_database(self.path, readonly=False)
+        before.close()
+        sync_wal(self.wal)  # before anything is added to it, or folded into the file
 
     def check_file(self) -> None:
         """Raise UsageError if our file is no longer the one of that name.
 
         SQLite goes on happily with a file that was removed, and every ack would be a
-        lie. The look costs 4 us a commit.
+        lie. The look costs 4 us a commit. A disk that cannot tell is an OSError.
         """
         if self._inodes() != self._files:
             raise UsageError(f"database {self.path}: removed or replaced under us")
@@ -1600,8 +1618,8 @@ class Store:
     def _inodes(self) -> list[int]:
         """Which files stand at our names, the -wal too: it holds the newest rows."""
         found = []
-        for path in (self.path, beside(self.path, "-wal")):
-            with contextlib.suppress(FileNotFoundError):
+        for path in (self.path, self.wal):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 found.append(path.stat().st_ino)
         return found
 
@@ -2007,7 +2025,7 @@ class Store:
     def wal_bytes(self) -> int:
         """How long the log of changes is that the database file does not have yet."""
         try:
-            return beside(self.path, "-wal").stat().st_size
+            return self.wal.stat().st_size
         except FileNotFoundError:
             return 0
 
@@ -2059,6 +2077,11 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
+def wal_of(path: Path) -> Path:
+    """Name the WAL of a database: SQLite puts it beside the file, not beside a link."""
+    return beside(path.resolve(), "-wal")
+
+
 def partial_name(path: Path) -> Path:
     """Name a file to write first, and then to rename to path."""
     return beside(path, f".{secrets.token_hex(4)}.partial")
@@ -2069,19 +2092,16 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def sync_wal(path: Path) -> None:
-    """Put a database's log of changes on the disk, whole, once more. Raises OSError.
+def sync_wal(wal: Path) -> None:
+    """Put a WAL on the disk, whole, once more. Raises OSError.
 
     Who is killed between write and sync leaves rows that can be read, and acked when
     they are repeated, and that are on no disk. And after a sync that failed Linux takes
     what was not written for written: only what is written anew gets there, and a hole
     would take all that comes behind it.
     """
-    with (
-        contextlib.suppress(FileNotFoundError),
-        beside(path, "-wal").open("r+b", buffering=0) as wal,
-    ):
-        fd, at = wal.fileno(), 0
+    with contextlib.suppress(FileNotFoundError), wal.open("r+b", buffering=0) as file:
+        fd, at = file.fileno(), 0
         while data := os.pread(fd, 1_048_576, at):
             at += os.pwrite(fd, data, at)
         os.fsync(fd)
@@ -2093,7 +2113,7 @@ def check_not_emptied(path: Path, what: str = "database") -> None:
     SQLite would then remove the -wal, which may hold all there is. A database is at
     least as long as its header.
     """
-    size, wal = file_bytes(path), file_bytes(beside(path.resolve(), "-wal"))
+    size, wal = file_bytes(path), file_bytes(wal_of(path))
     if 0 < size < 100:
         raise damaged(path, f"it has only {size} bytes", what)
     if not size and wal:
@@ -2108,7 +2128,7 @@ def check_not_cut(db: Db, path: Path, what: str = "database") -> int:
     size: int = query_value(db, "PRAGMA page_count") * query_value(
         db, "PRAGMA page_size"
     )
-    if not file_bytes(beside(path.resolve(), "-wal")) and file_bytes(path) < size:
+    if not file_bytes(wal_of(path)) and file_bytes(path) < size:
         raise damaged(path, f"{file_bytes(path)} bytes are left of {size}", what)
     return size
 
@@ -2169,7 +2189,7 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
                 check_at_start(look, path, check_bytes)
             if mine and (missing := missing_parts(look, version)):
                 raise damaged(path, f"without {', '.join(missing)}")
-        sync_wal(path.resolve())  # its last writer may have been killed
+        sync_wal(wal_of(path))  # its last writer may have been killed
         db = open_database(path, readonly=False)
         try:
             if version < len(steps):
@@ -2233,6 +2253,16 @@ class Person:
         return joined_seq is not None and entry.seq > joined_seq
 
 
+UNANSWERED = 64  # commands of one connection; reading waits for their answers
+PING_SECONDS = 25.0  # of silence; +-10 %; nginx cuts a socket after 60 s of it
+PONG_SECONDS = 10.0  # of silence after a ping: cut
+# In which the kernel accepts none of the waiting bytes: cut. Behind the receive window
+# that Linux begins with, it accepts some every 26 s from a steady reader of 5 KB/s.
+STALL_SECONDS = 40.0
+TOKEN_WARNING_SECONDS = 60.0  # before a token's end
+TOKEN_GRACE_SECONDS = 25.0  # after a token's end: 4401
+
+
 class Seat:
     """A connection as the hub knows it: who, where he is in the log, and his outbox.
 
@@ -2251,7 +2281,6 @@ class Seat:
         self,
         outbox: Outbox,
         *,
-        settings: Settings,
         behind: Callable[[], None],
         end: Callable[[int, str], None],
     ) -> None:
@@ -2261,8 +2290,8 @@ class Seat:
         self.cursor = 0
         self.live = False
         self.held: list[Reply] = []  # acks that wait for their event to be written
-        self.slots = trio.Semaphore(settings.unanswered)
-        self.ping_after = settings.ping_seconds * random.uniform(0.9, 1.1)
+        self.slots = trio.Semaphore(UNANSWERED)
+        self.ping_after = PING_SECONDS * random.uniform(0.9, 1.1)
         self.pinged_at: float | None = None
         self.token_ends = math.inf  # in trio's time
         self.warned = False
@@ -2286,7 +2315,7 @@ class Seat:
         for reply in held:
             self.reply(reply)
 
-    def sweep(self, now: float, settings: Settings) -> str | None:
+    def sweep(self, now: float) -> str | None:
         """Check this seat's deadlines. Returns why it is to be cut, or None.
 
         While output waits, only the stall limit applies. A ping goes only to a client
@@ -2295,27 +2324,27 @@ class Seat:
         outbox = self.outbox
         if outbox.waiting:
             self.pinged_at = None
-            stalled = now - outbox.moved_at > settings.stall_seconds
+            stalled = now - outbox.moved_at > STALL_SECONDS
             return "stalled" if stalled else None
         if not outbox.listening or (self.pinged_at or 0.0) <= outbox.received_at:
             self.pinged_at = None
         if not outbox.listening:
             return None  # its own command keeps it waiting: silence says nothing
         if self.pinged_at is not None:
-            return "silent" if now - self.pinged_at > settings.pong_seconds else None
+            return "silent" if now - self.pinged_at > PONG_SECONDS else None
         if now - outbox.received_at > self.ping_after:
             self.pinged_at = now
             outbox.push(PING_FRAME)
         return None
 
-    def sweep_token(self, now: float, settings: Settings) -> None:
+    def sweep_token(self, now: float) -> None:
         """Warn before the token's end; some time after it, close."""
         left = self.token_ends - now
-        if left <= settings.token_warning_seconds and not self.warned:
+        if left <= TOKEN_WARNING_SECONDS and not self.warned:
             self.warned = True
             expiring = text_frame(TokenExpiring(max(0, round(left))))
             self.outbox.push(expiring, always=True)
-        if left <= -settings.token_grace_seconds:
+        if left <= -TOKEN_GRACE_SECONDS:
             self.end(CLOSE_TOKEN_ENDED, "the token has ended: get a new one")
 
 
@@ -2692,7 +2721,7 @@ class Outbox(trio.abc.Stream):
         """
         with trio.move_on_after(self._settings.drain_seconds):
             await self.wait_empty()
-        await linger(self.stream, self._settings.linger_seconds)
+        await linger(self.stream, LINGER_SECONDS)
 
     # --- the Stream given to trio-websocket ------------------------------------------
 
@@ -3195,6 +3224,9 @@ class Bucket:
             self.full_at -= 1 / self.rate.per_second
 
 
+TABLE_KEYS = 65_536  # in a table that invented keys could fill
+
+
 class Buckets:
     """A table of token buckets, one for each key.
 
@@ -3202,7 +3234,7 @@ class Buckets:
     its bucket. So invented keys cannot use up memory.
     """
 
-    def __init__(self, rate: Rate, size: int) -> None:
+    def __init__(self, rate: Rate, size: int = TABLE_KEYS) -> None:
         self.rate = rate
         self.size = size
         self.table: OrderedDict[object, Bucket] = OrderedDict()
@@ -3323,6 +3355,9 @@ class Key(NamedTuple):
         return f"{self.path} ({self.algorithm}, {kind})"
 
 
+TICKET_SECONDS = 60  # for one socket, soon
+LINK_SECONDS = 86_400  # a sign-in link's life
+SESSION_SECONDS = 30 * 86_400  # a session token's life
 KEY_FILE_BYTES = 65_536
 
 # A file that contains this is meant as PEM, in whatever state it is.
@@ -3591,7 +3626,7 @@ class Keyring:
         """Sign a ticket: for one socket, soon, which may live as long as this token."""
         return self.sign(
             claims.user_id,
-            self.settings.ticket_seconds,
+            TICKET_SECONDS,
             use="ticket",
             jti=secrets.token_urlsafe(12),
             boot=self.boot,
@@ -3778,6 +3813,15 @@ def refusal_answer(refusal: Refusal) -> Answer:
     return Answer(refusal.status, encode({"error": error}), headers=headers)
 
 
+HEAD_SECONDS = 10.0  # for a request's head to arrive: 408
+REQUEST_SECONDS = 15.0  # for a request to be done: 408
+# Of a keep-alive: longer than the 60 s of common proxies, so that the proxy closes
+# first, and no request meets a connection that has just been closed.
+IDLE_SECONDS = 75.0
+HEAD_BYTES = 16_384  # in a request's head: 431
+HEADER_LINES = 64  # in a request's head: 431
+CHUNKS = 1024  # a body may come in: 413
+
 UPGRADE = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
 
 # The headers that chatd or a library decodes or compares.
@@ -3805,7 +3849,7 @@ class Request:
         settings: Settings,
     ) -> None:
         """Check what h11 accepts but chatd does not. Raises Refusal."""
-        lines, most = len(head.headers), settings.header_lines
+        lines, most = len(head.headers), HEADER_LINES
         if lines > most:
             why = f"{lines} header lines; at most {most}"
             raise Refusal("too_large", why, status=431)
@@ -3912,9 +3956,7 @@ class HttpConnection:
         self.settings = listener.settings
         self.stream = stream
         self.peer = peer_address(stream)
-        self.h11 = h11.Connection(
-            h11.SERVER, max_incomplete_event_size=self.settings.head_bytes
-        )
+        self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         self.kept = False  # a keep-alive: it has had an answer
 
     async def run(self) -> TakeOver | None:
@@ -3946,18 +3988,18 @@ class HttpConnection:
             answer = refusal_answer(refusal)
         except h11.RemoteProtocolError as error:
             answer = refusal_answer(_protocol_refusal(error))
-        with trio.move_on_after(self.settings.request_seconds):
+        with trio.move_on_after(REQUEST_SECONDS):
             await self._respond(request, answer)
             if self.h11.our_state is h11.DONE and self.h11.their_state is h11.DONE:
                 self.h11.start_next_cycle()
                 return True
-            await linger(self.stream, self.settings.linger_seconds)
+            await linger(self.stream, LINGER_SECONDS)
         return False
 
     async def answer_internal_error(self) -> None:
         """Answer `internal` after a bug of chatd, unless an answer has begun."""
         with (
-            trio.move_on_after(self.settings.linger_seconds),
+            trio.move_on_after(LINGER_SECONDS),
             contextlib.suppress(trio.BrokenResourceError, h11.LocalProtocolError),
         ):
             await self._respond(None, refusal_answer(Refusal("internal")))
@@ -3968,9 +4010,9 @@ class HttpConnection:
         While the head is not whole the connection is parked: when the server is full,
         the connection parked longest is ended at once and without an answer.
         """
-        settings, begun = self.settings, bool(self.h11.trailing_data[0])
+        begun = bool(self.h11.trailing_data[0])
         idle = self.kept and not begun
-        wait = settings.idle_seconds if idle else settings.head_seconds
+        wait = IDLE_SECONDS if idle else HEAD_SECONDS
         with trio.move_on_after(wait) as scope:
             self.listener.park(scope, idle=idle)
             try:
@@ -3987,7 +4029,7 @@ class HttpConnection:
                         return None
                     if not begun:
                         begun = True
-                        scope.deadline = trio.current_time() + settings.head_seconds
+                        scope.deadline = trio.current_time() + HEAD_SECONDS
                         self.listener.park(scope, idle=False)
                     self.h11.receive_data(data)
             finally:
@@ -4014,8 +4056,8 @@ class HttpConnection:
                 chunks += event.chunk_start
                 if len(body) > most:
                     raise too_large
-                if chunks > self.settings.chunks:  # each costs as much CPU as 1 KB
-                    why = f"a body in more than {self.settings.chunks} chunks"
+                if chunks > CHUNKS:  # each costs as much CPU as 1 KB
+                    why = f"a body in more than {CHUNKS} chunks"
                     raise Refusal("too_large", why)
         return bytes(body)
 
@@ -4167,7 +4209,7 @@ async def answer_request(
     server: Server, connection: HttpConnection, request: Request
 ) -> Answer | TakeOver:
     """Answer a request, or let a socket in. Raises Refusal."""
-    with trio.move_on_after(server.settings.request_seconds) as scope:
+    with trio.move_on_after(REQUEST_SECONDS) as scope:
         answer = await _answer(server, connection, request)
     if scope.cancelled_caught:
         raise Refusal("timeout")
@@ -4211,7 +4253,7 @@ async def _admit(
     """Accept an upgrade. Everything that can be refused is refused before the 101."""
     claims = socket_claims(server.keyring, request, "socket")
     cursor = request.argument("cursor")
-    with trio.move_on_after(server.settings.request_seconds):
+    with trio.move_on_after(REQUEST_SECONDS):
         await server.store_name(claims)
     # No await from here until the session is counted, so the bound is exact.
     server.check_capacity()
@@ -4267,13 +4309,12 @@ def get_socket(server: Server, request: Request) -> Answer:
 def get_ws_token(server: Server, request: Request) -> Answer:
     """Return a ticket, so that the page need not put its token into a URL."""
     ticket = server.keyring.ticket(request.claims)
-    seconds = server.settings.ticket_seconds
-    return json_answer({"token": ticket, "expires_in": seconds})
+    return json_answer({"token": ticket, "expires_in": TICKET_SECONDS})
 
 
 async def post_session(server: Server, request: Request) -> Answer:
     """Exchange a sign-in link's token for a session token."""
-    user_id, seconds = request.user_id, server.settings.session_seconds
+    user_id, seconds = request.user_id, SESSION_SECONDS
     name = await _name(server, request)
     token = server.keyring.sign(user_id, seconds, use="session", name=name)
     return json_answer(
@@ -4719,6 +4760,9 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
 # =====================================================================================
 
 
+# In which nothing moves between the proxy and a request's two ends: 504, or 408. Above
+# REQUEST_SECONDS, so that the server answers first.
+UPSTREAM_SECONDS = 20.0
 COPY_BYTES = 16_384  # held for one direction, and no more: nothing queues here
 # Headers of one connection and not of the message (RFC 9110 7.6.1), and those that the
 # proxy writes itself.
@@ -4771,7 +4815,7 @@ class Proxy:
             self.listener.check_handshakes(request.address)
             check_upgrade(request)
             socket_claims(self.keyring, request, "edge")
-        with trio.move_on_after(self.settings.request_seconds) as scope:
+        with trio.move_on_after(REQUEST_SECONDS) as scope:
             body = await connection.read_body(request)
         if scope.cancelled_caught:
             raise Refusal("timeout")
@@ -4800,7 +4844,7 @@ class Proxy:
         time.
         """
         try:
-            with trio.fail_after(self.settings.upstream_seconds):
+            with trio.fail_after(UPSTREAM_SECONDS):
                 upstream = await self.dial()
                 try:
                     return upstream, await _exchange(upstream, question)
@@ -4889,7 +4933,7 @@ class Tunnel:
         self.upstream = upstream
         self.sent = sent
         self.begun = begun
-        self.seconds = proxy.settings.upstream_seconds  # without a byte in between
+        self.seconds = UPSTREAM_SECONDS  # without a byte in between
         self.idle = trio.CancelScope()
         self.reading = trio.CancelScope()  # the client
 
@@ -4901,7 +4945,7 @@ class Tunnel:
         """Copy until both sides have ended. Closes both."""
         broken = True
         if self.sent is not None:
-            self.seconds = self.settings.idle_seconds
+            self.seconds = IDLE_SECONDS
             self.proxy.sessions.add(self)
             if self.proxy.listener.stopping.is_set():
                 self.reading.cancel()
@@ -4913,7 +4957,7 @@ class Tunnel:
                         nursery.start_soon(self._copy_up, client, self.sent)
                     await self._copy_down(client, self.begun)
                 self.upstream.socket.close()
-                await linger(client, self.settings.linger_seconds)
+                await linger(client, LINGER_SECONDS)
                 broken = False
         except* trio.BrokenResourceError:
             pass
@@ -4953,7 +4997,7 @@ class Tunnel:
         """Pass on that one side has ended; the other has not much longer to do so."""
         with contextlib.suppress(trio.BrokenResourceError):  # it has gone
             await stream.send_eof()
-        self.seconds = self.settings.stall_seconds
+        self.seconds = STALL_SECONDS
         self._moved()
 
 
@@ -5220,7 +5264,7 @@ def sign_in_link(
     keyring: Keyring, base: str, user_id: int, name: str | None, seconds: int = 0
 ) -> str:
     """Make a URL that signs a user in, any number of times until it expires."""
-    seconds = seconds or keyring.settings.link_seconds
+    seconds = seconds or LINK_SECONDS
     token = keyring.sign(user_id, seconds, use="signin", name=name)
     return f"{base.rstrip('/')}/#token={token}"
 
@@ -5471,33 +5515,7 @@ class Settings:
     outbox_bytes: int = setting(262_144, "bytes",
         "one connection's unsent bytes, before the batch that crosses it",
         "no longer live: it reads the log when it can take more")
-    head_seconds: float = setting(10.0, "s", "a request head to arrive", "408")
-    request_seconds: float = setting(15.0, "s", "a request to be done", "408")
-    idle_seconds: float = setting(75.0, "s", "a keep-alive; longer than the 60 s of "
-        "common proxies, so that the proxy closes first", "closed")
-    ping_seconds: float = setting(25.0, "s", "silence before a ping, +-10 %; below the "
-        "60 s after which nginx cuts a silent socket", "a ping")
-    pong_seconds: float = setting(10.0, "s", "silence after a ping", "cut")
-    stall_seconds: float = setting(40.0, "s", "the kernel to accept waiting bytes; "
-        "behind a large receive window a steady reader of 5 KB/s shows steps of 26 s",
-        "cut")
-    upstream_seconds: float = setting(20.0, "s", "in which nothing moves between the "
-        "proxy and a request's two ends; above request_seconds", "504, or a reset")
-    linger_seconds: float = setting(1.0, "s",
-        "after our last byte, for the peer to read it", "cut")
-    token_warning_seconds: float = setting(60.0, "s", "before a token's end")
-    token_grace_seconds: float = setting(25.0, "s", "after a token's end", "4401")
-    ticket_seconds: int = setting(60, "s", "a ticket's life")
-    link_seconds: int = setting(86_400, "s", "a sign-in link's life")
-    session_seconds: int = setting(30 * 86_400, "s", "a session token's life")
-    probe_seconds: float = setting(2.0, "s", "between probes of a failed disk")
-    commit_seconds: float = setting(60.0, "s", "one commit, else it is hung")
-    unanswered: int = setting(64, "commands", "in flight", "reading waits")
     fragments: int = setting(64, "frames", "a message may come in", "1009")
-    chunks: int = setting(1024, "chunks", "a body may come in", "413")
-    header_lines: int = setting(64, "lines", "a request head may have", "431")
-    head_bytes: int = setting(16_384, "bytes", "a request head", "431")
-    refused_in_a_row: int = setting(100, "commands", "over the rate", "4008")
     resync_events: int = setting(5_000, "events",
         "of one user to replay; more costs more than a fresh look", "resync")
     page_events: int = setting(500, "events", "a page of the log")
@@ -5506,13 +5524,11 @@ class Settings:
     tail_bytes: int = setting(16_777_216, "bytes", "the same")
     batch_jobs: int = setting(512, "jobs", "a transaction, so that none takes long")
     batch_events: int = setting(2_000, "events", "the same, for large new chats")
-    readers: int = setting(4, "threads", "reading at once")
     members: int = setting(5_000, "users",
         "a chat; a new one is told to each, with all of them", "bad_field")
     large_chat: int = setting(50, "users",
         "above it a read mark is told to its reader only")
     known_tokens: int = setting(4_096, "tokens", "verified once", "forgotten")
-    buckets: int = setting(65_536, "keys", "a table of buckets", "oldest forgotten")
 
 
 class WrongText(ValueError, argparse.ArgumentTypeError):
@@ -5783,7 +5799,7 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     keyring = read_keyring(settings)
     user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
     if options.link is None:
-        seconds = ttl or settings.session_seconds
+        seconds = ttl or SESSION_SECONDS
         print(keyring.sign(user_id, seconds, name=name, scope=options.scope))
     elif options.scope:
         raise UsageError("--scope: a sign-in link has no scopes", status=2)

@@ -183,7 +183,6 @@ class MemoryOutbox:
         self.stuck = False
         self.sealed = False
         self.received_at = self.moved_at = 0.0
-        self.patience = 10.0
         self.listening = True
 
     @property
@@ -201,9 +200,6 @@ class MemoryOutbox:
         self.unsent += len(frames) if self.stuck else 0
         return True
 
-    def note_progress(self, now: float) -> None:
-        """Its peer has no kernel that would tell."""
-
     def drain(self) -> None:
         self.stuck, self.unsent = False, 0
 
@@ -211,13 +207,12 @@ class MemoryOutbox:
 class MemorySeat:
     """A real Seat, and what its peer has heard."""
 
-    def __init__(self, changed: Settings) -> None:
+    def __init__(self) -> None:
         self.outbox = MemoryOutbox()
         self.fell = 0
         self.ended: list[tuple[int, str]] = []
         self.seat = chatd.Seat(
             cast(chatd.Outbox, self.outbox),
-            settings=changed,
             behind=self._behind,
             end=lambda code, reason: self.ended.append((code, reason)),
         )
@@ -313,7 +308,7 @@ class Memory:
 
     def enter(self, user: int) -> MemorySeat:
         """Register a seat; its chats are not read yet."""
-        made = MemorySeat(self.settings)
+        made = MemorySeat()
         assert self.hub.enter(made.seat, user, self.hub.head)
         return made
 
@@ -372,7 +367,7 @@ def memory_is_sound(memory: Memory) -> None:
 # Wires: a real Server behind socket pairs
 #
 # Its Store works inline, and time is virtual: the clock jumps when every task waits, so
-# a stall of ten seconds takes none, and every deadline is asserted. @wires makes the
+# a stall of 40 seconds takes none, and every deadline is asserted. @wires makes the
 # house that a test gets, and stops it when the test is over: each test thus also claims
 # that a stop ends everything in time, that no seat is left behind, and that the
 # bulkhead had nothing to catch.
@@ -723,12 +718,24 @@ class WiresHouse:
         self.ends: list[trio.SocketStream] = []  # the server's
 
     def dial(
-        self, *, small: bool = False, tcp: bool = False, accepted: bool = True
+        self,
+        *,
+        small: bool = False,
+        tcp: bool = False,
+        receive_buffer: int = 0,
+        accepted: bool = True,
     ) -> WiresRaw:
-        """Connect; small: the kernel holds little of what the server writes."""
-        if tcp:
+        """Connect; small: the kernel holds little of what the server writes.
+
+        receive_buffer: over TCP, with a buffer, and so a window, of that many bytes.
+        """
+        if tcp or receive_buffer:
             with socket.create_server(("127.0.0.1", 0)) as door:
-                theirs = socket.create_connection(door.getsockname())
+                theirs = socket.socket()
+                if receive_buffer:
+                    option = (socket.SOL_SOCKET, socket.SO_RCVBUF)
+                    theirs.setsockopt(*option, receive_buffer)
+                theirs.connect(door.getsockname())
                 ours, _ = door.accept()
         else:
             ours, theirs = socket.socketpair()
@@ -784,10 +791,16 @@ class WiresHouse:
         return peer
 
     async def join_raw(
-        self, user_id: int, *, small: bool = False, behind: bytes = b"", **where: Any
+        self,
+        user_id: int,
+        *,
+        small: bool = False,
+        receive_buffer: int = 0,
+        behind: bytes = b"",
+        **where: Any,
     ) -> WiresRaw:
         """Connect and hear `connected`, in bytes. behind: sent with the handshake."""
-        raw = self.dial(small=small)
+        raw = self.dial(small=small, receive_buffer=receive_buffer)
         target = self.target(user_id, **where)
         await raw.send(wires_upgrade(target), behind)
         assert (await raw.answer()).status == 101

@@ -86,8 +86,9 @@ def test_a_rate_of_0_is_no_limit() -> None:
     bucket, buckets = chatd.Bucket(Rate(0, 0)), chatd.Buckets(Rate(0, 0), 1)
     assert not any(bucket.take(0.0) for _ in range(1000))
     assert not any(buckets.take(key, 0.0) for key in range(1000))
-    buckets.give_back(0)
-    assert not buckets.full_at
+    buckets.of(0).give_back()
+    assert not bucket.spend(0.0, 1e12)
+    assert not any(buckets.take(0, 0.0) for _ in range(1000))
 
 
 @given(
@@ -125,37 +126,50 @@ def test_each_key_has_a_bucket_of_its_own() -> None:
 def test_a_token_given_back_can_be_taken_again_and_no_second_one() -> None:
     buckets = chatd.Buckets(Rate(1, 2), 10)
     assert [buckets.take("a", 5.0) for _ in range(3)] == pytest.approx([0, 0, 1])
-    buckets.give_back("a")
-    buckets.give_back("unknown")
+    buckets.of("a").give_back()
+    buckets.of("unknown").give_back()
     assert [buckets.take("a", 5.0) for _ in range(2)] == pytest.approx([0, 1])
-    assert [*buckets.full_at] == ["a"]
+    taken = [buckets.take("unknown", 5.0) for _ in range(3)]
+    assert taken == pytest.approx([0, 0, 1])
 
 
 def test_a_table_of_buckets_is_bounded_and_forgets_the_oldest() -> None:
     buckets = chatd.Buckets(Rate(1, 1), 3)
     for key in ("a", "b", "c", "a", "d"):
         buckets.take(key, 0.0)
-    assert [*buckets.full_at] == ["c", "a", "d"]
+    assert [*buckets.table] == ["c", "a", "d"]
     assert buckets.take("a", 0.0) == pytest.approx(1)
     assert buckets.take("b", 0.0) == 0  # forgotten, so it is full
 
 
-def test_a_pace_tells_how_long_to_wait_and_never_says_no() -> None:
-    pace = chatd.Pace(Rate(100, 500), now=10.0)
-    pace.spend(500)
-    assert pace.debt_seconds(10.0) == 0
-    pace.spend(250)
-    assert pace.debt_seconds(10.0) == pytest.approx(2.5)
-    assert pace.debt_seconds(12.0) == pytest.approx(0.5)
-    assert pace.debt_seconds(1000.0) == 0
-    pace.spend(501)
-    assert pace.debt_seconds(1000.0) == pytest.approx(0.01)
+def test_spending_goes_into_debt_and_tells_the_seconds_until_nothing_is_owed() -> None:
+    bucket = chatd.Bucket(Rate(100, 500))
+    assert bucket.spend(10.0, 500) == 0
+    assert bucket.spend(10.0, 250) == pytest.approx(2.5)
+    assert bucket.spend(12.0, 0) == pytest.approx(0.5)
+    assert bucket.take(12.0) == pytest.approx(0.51)
+    assert bucket.spend(1000.0, 0) == 0
+    assert bucket.spend(1000.0, 501) == pytest.approx(0.01)
 
 
-def test_a_pace_of_0_never_waits() -> None:
-    pace = chatd.Pace(Rate(0, 0), now=0.0)
-    pace.spend(1e12)
-    assert pace.debt_seconds(0.0) == 0
+def test_a_refused_token_costs_nothing_and_a_spent_one_waits_for_its_turn() -> None:
+    bucket = chatd.Bucket(Rate(1, 2))
+    assert [bucket.take(0.0) for _ in range(9)] == pytest.approx([0, 0] + [1] * 7)
+    assert bucket.spend(0.0, 3) == pytest.approx(3)
+    assert bucket.take(3.0) == pytest.approx(1)
+    assert bucket.take(4.0) == 0
+
+
+def test_spending_by_a_key_forgets_the_oldest_key_too() -> None:
+    buckets = chatd.Buckets(Rate(1, 1), 2)
+    for key in "abac":
+        buckets.of(key).spend(0.0, 5)
+    assert [*buckets.table] == ["a", "c"]
+    assert buckets.take("a", 0.0) == pytest.approx(10)
+
+
+def test_a_bucket_of_rate_0_never_waits() -> None:
+    assert chatd.Bucket(Rate(0, 0)).spend(0.0, 1e12) == 0
 
 
 # --- addresses and origins -----------------------------------------------------------

@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import random
+import select
 import socket
 import sqlite3
 import struct
@@ -23,7 +24,6 @@ import trio_websocket
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import chatd
-from chatd import Settings
 from tests.harness import (
     BIG,
     CLOSE,
@@ -40,6 +40,7 @@ from tests.harness import (
     DoorServer,
     WiresFrame,
     WiresHouse,
+    WiresRaw,
     door_answer,
     door_frame,
     door_get,
@@ -916,7 +917,7 @@ async def test_a_real_client_that_only_listens_stays_for_hours(
 
 
 @wires()
-async def test_a_stalled_peer_is_cut_after_10_s_and_delays_nobody(
+async def test_a_stalled_peer_is_cut_after_40_s_and_delays_nobody(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -926,7 +927,7 @@ async def test_a_stalled_peer_is_cut_after_10_s_and_delays_nobody(
         await house.post(chat, *[BIG] * 20)
         for _ in range(20):
             await innocent.hear("new_message")
-    with taking(10, 11.1):
+    with taking(40, 41.1):
         while len(house.server.sessions) == 2:
             await innocent.hears_nothing(0.1)
     assert (await innocent.ask("ping"))["type"] == "pong"
@@ -935,9 +936,9 @@ async def test_a_stalled_peer_is_cut_after_10_s_and_delays_nobody(
     assert stats["broadcast"]["stalls"] == 1
     # What came is whole frames, in order, up to where the last was torn by the end.
     await stalled.ends()
-    numbers = [
-        json.loads(data)["message"]["n"] for _, data in wires_frames(stalled.data)
-    ]
+    frames = list(wires_frames(stalled.data))
+    assert {opcode for opcode, _ in frames} == {TEXT}  # and it was asked for no pong
+    numbers = [json.loads(data)["message"]["n"] for _, data in frames]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
@@ -949,7 +950,7 @@ async def test_a_stalled_peer_is_cut_also_while_a_command_of_his_waits_for_room(
     stalled = await house.join_raw(6, small=True)
     await house.post(chat, *[BIG] * 20)
     await stalled.send(wires_command("send_message", chat_id=chat, content="hi"))
-    await trio.sleep(9)
+    await trio.sleep(39)
     assert len(house.server.sessions) == 1
     await trio.sleep(2.5)
     assert not house.server.sessions
@@ -957,88 +958,73 @@ async def test_a_stalled_peer_is_cut_also_while_a_command_of_his_waits_for_room(
 
 
 @wires()
-async def test_a_stalled_peer_that_pings_is_not_cut(house: WiresHouse) -> None:
+async def test_a_stalled_peer_that_pings_is_cut_all_the_same(house: WiresHouse) -> None:
     chat = await house.chat(6, 7)
     raw = await house.join_raw(6, small=True)
     await house.post(chat, *[BIG] * 20)
-    for _ in range(10):
-        await trio.sleep(9)
-        await raw.send(wires_frame(PING))
-    for n in range(1, 21):
-        frame = await raw.frame()
-        while frame[0] == PONG:
-            frame = await raw.frame()
-        assert json.loads(frame[1])["message"]["n"] == n
-    await trio.sleep(1)
-    assert len(house.server.sessions) == 1
+    with taking(40, 41.1):
+        while house.server.sessions:
+            await raw.send(wires_frame(PING), wires_command("ping"))
+            await trio.sleep(0.1)
+    assert (await house.stats())["broadcast"]["stalls"] == 1
 
 
 @wires()
-async def test_a_peer_that_reads_a_little_within_10_s_is_not_cut(
+async def test_a_peer_that_reads_too_little_for_the_kernel_to_take_more_is_cut(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6, receive_buffer=65_536)
+    await house.post(chat, *[BIG] * 80)
+    with taking(40, 41.1):
+        while house.server.sessions:
+            await raw.read(100)
+            await trio.sleep(0.1)
+    assert (await house.stats())["broadcast"]["stalls"] == 1
+
+
+@wires()
+async def test_a_peer_that_reads_a_little_within_40_s_is_not_cut(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
     raw = await house.join_raw(6, small=True)
     await house.post(chat, *[BIG] * 20)
     for _ in range(20):  # the kernel takes more only when it has given nearly all
-        await trio.sleep(4)
+        await trio.sleep(19)
         await raw.read(5000)
     assert len(house.server.sessions) == 1
     await raw.listen()
     assert len(list(wires_frames(raw.data))) == 20
 
 
+async def wires_sip(raw: WiresRaw, most: int) -> bytes:
+    """Read over TCP, whose timers in the kernel know no virtual time: they are real."""
+    await wait_all_tasks_blocked()
+    select.select([raw.stream.socket.fileno()], [], [], DOOR_SECONDS)
+    return await raw.read(most)
+
+
+@pytest.mark.parametrize("sip", [500, 5000])
+@pytest.mark.parametrize("receive_buffer", [4096, 16_384, 32_768, 65_536])
 @wires()
-async def test_a_peer_that_reads_too_little_for_the_kernel_to_take_more_is_not_cut(
-    house: WiresHouse,
+async def test_a_steady_reader_of_5_kb_a_second_is_never_cut(
+    house: WiresHouse, receive_buffer: int, sip: int
 ) -> None:
+    """Behind a window of 128 KiB the kernel takes more at steps of 26 s."""
     chat = await house.chat(6, 7)
-    raw = await house.join_raw(6)
-    end = house.session(6).outbox.stream.socket
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
-    await house.post(chat, *[BIG] * 80)
-    taken = 0
-    for _ in range(6):
-        await trio.sleep(9)
-        before = len(house.session(6).outbox.buffer)
-        await raw.read(32_768)
-        await wait_all_tasks_blocked()
-        taken += len(house.session(6).outbox.buffer) < before
-    assert taken < 6  # else this would be the test above
-    await raw.listen()
-    assert len(list(wires_frames(raw.data))) == 80
-
-
-@pytest.mark.parametrize(
-    ("buffer", "slow_bytes", "seconds"),
-    [(4096, 2000, 10), (32_768, 2000, 16.4), (65_536, 2000, 32.8), (65_536, 1, 35)],
-)
-def test_who_has_a_large_window_is_given_the_time_to_read_it(
-    buffer: int, slow_bytes: int, seconds: float
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as theirs:
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        theirs.connect(door.getsockname())
-        ours, _ = door.accept()
-        with ours:
-            ours.setblocking(False)
-            stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-            given = chatd.patience(stream, Settings(slow_bytes=slow_bytes))
-    assert given == pytest.approx(seconds, abs=0.5)
-
-
-@wires(stall_seconds=20.0)
-async def test_that_time_is_what_a_stalled_peer_has(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
-    assert house.session(6).outbox.patience == 20
-    house.session(6).outbox.patience = 30
-    with taking(30, 31.1):
-        await trio.sleep(29)
-        assert house.server.sessions
-        while house.server.sessions:  # noqa: ASYNC110 (the sweeper ends it)
-            await trio.sleep(0.1)
+    raw = await house.join_raw(6, receive_buffer=receive_buffer)
+    await house.post(chat, *[BIG] * 200)  # 800 KB: more than it reads in two minutes
+    for _ in range(120 * 5000 // sip):
+        await wires_sip(raw, sip)
+        await trio.sleep(sip / 5000)
+    assert len(house.server.sessions) == 1
+    numbers: list[int] = []
+    while len(numbers) < 200:
+        assert await wires_sip(raw, 65_536)
+        texts = [data for opcode, data in wires_frames(raw.data) if opcode == TEXT]
+        numbers += [json.loads(text)["message"]["n"] for text in texts]
+    assert numbers == list(range(1, 201))
 
 
 @pytest.mark.parametrize("tail_events", [16_384, 4], ids=["the tail", "the log"])
@@ -1405,9 +1391,9 @@ async def test_5000_events_behind_are_replayed_and_5001_are_not(
 
 
 async def test_patience_ends_where_it_was_promised_to_end(house: DoorServer) -> None:
-    """The long waits, side by side: 10 s of stall, 10 s for a head, 25 s of grace."""
+    """The long waits, side by side: 40 s of stall, 10 s for a head, 25 s of grace."""
     async with house.serving():
-        with trio.fail_after(60):
+        with trio.fail_after(75):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(door_silent_too_long, house)
                 nursery.start_soon(door_slow_but_alive, house)
@@ -1418,7 +1404,7 @@ async def test_patience_ends_where_it_was_promised_to_end(house: DoorServer) -> 
 
 
 async def door_silent_too_long(house: DoorServer) -> None:
-    """Dropped after 10 s without progress; with its cursor it misses nothing."""
+    """Dropped when nothing moves for 40 s; with its cursor it misses nothing."""
     ann, bob, count = next(door_users), next(door_users), 450
     chat = await house.chat(ann, bob)
     peer = await house.peer(ann, receive_buffer=16384)
@@ -1429,8 +1415,8 @@ async def door_silent_too_long(house: DoorServer) -> None:
     async def dropped() -> bool:
         return bool((await house.stats())["broadcast"]["stalls"] > 0)
 
-    await door_until(dropped, 20)
-    assert trio.current_time() - began > 5, "too soon"
+    await door_until(dropped, 50)
+    assert trio.current_time() - began > 35, "too soon"
     heard: list[DoorFrame] = []
     with suppress(DoorGone):
         while len(heard) < count:  # what was on its way

@@ -254,7 +254,7 @@ def test_the_numbers_of_the_unit_fit_the_settings() -> None:
     settings = Settings()
     assert int(unit["LimitNOFILE"]) == settings.max_connections + 256
     assert float(unit["TimeoutStopSec"]) >= 2 * settings.drain_seconds
-    assert float(unit["WatchdogSec"]) > settings.commit_seconds + 10
+    assert float(unit["WatchdogSec"]) > chatd.COMMIT_SECONDS + 10
     assert int(unit["FileDescriptorStoreMax"]) >= 2
     assert unit["ExecStart"] == "/opt/chatd/bin/chatd serve"
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 import chatd
-from chatd import Job, Refusal, Settings
+from chatd import Job, Refusal
 from tests.harness import (
     Memory,
     MemorySeat,
@@ -93,11 +93,11 @@ def test_a_live_seat_hears_its_event_before_its_ack_in_one_write(
     chat, store = memory.chat(1, 2), memory.store
     made, other = memory.sit(1), memory.sit(1)
     jobs = [memory_asker(made, memory.sends(chat, 1, "x")) for _ in range(2)]
-    assert made.seat.slots.value == memory.settings.unanswered - 2
+    assert made.seat.slots.value == chatd.UNANSWERED - 2
     memory.hub.publish(store._transact(jobs))
     assert memory_talk(made) == ["3", "4", "a3", "a4"]
     assert (memory_talk(other), len(made.outbox.taken)) == (["3", "4"], 1)
-    assert made.seat.slots.value == memory.settings.unanswered
+    assert made.seat.slots.value == chatd.UNANSWERED
 
 
 def test_an_ack_without_an_event_comes_at_once(memory: Memory) -> None:
@@ -123,7 +123,7 @@ def test_an_ack_waits_for_its_event_on_a_seat_that_is_catching_up(
     assert memory_talk(made) == ["a0"]
     memory.catch_up(made)
     assert memory_talk(made) == ["a0", "3", "a3"]
-    assert made.seat.slots.value == memory.settings.unanswered
+    assert made.seat.slots.value == chatd.UNANSWERED
     assert made.seat.held == []
 
 
@@ -255,7 +255,7 @@ def test_a_new_database_has_an_empty_log_and_everybody_is_up_to_date(
 def test_one_user_s_connections_are_bounded() -> None:
     with memory_with(connections_per_user=2) as memory:
         seats = [memory.enter(1), memory.enter(1)]
-        refused = MemorySeat(memory.settings).seat
+        refused = MemorySeat().seat
         assert not memory.hub.enter(refused, 1, 0)
         assert (memory.hub.seats, len(memory.hub.people[1].seats)) == (2, 2)
         memory.enter(2)
@@ -369,67 +369,67 @@ def test_typing_is_shown_to_the_other_members_who_are_live(memory: Memory) -> No
 @pytest.fixture
 def swept() -> MemorySeat:
     """A seat that is asked for a ping after 25 s of silence, to the second."""
-    made = MemorySeat(Settings())
+    made = MemorySeat()
     made.seat.ping_after = 25.0
     return made
 
 
 def test_a_ping_asks_who_is_silent_and_has_nothing_to_read(swept: MemorySeat) -> None:
-    assert swept.seat.sweep(25.0, Settings()) is None
+    assert swept.seat.sweep(25.0) is None
     assert swept.outbox.taken == []
-    assert swept.seat.sweep(25.1, Settings()) is None
-    assert swept.seat.sweep(30.0, Settings()) is None
+    assert swept.seat.sweep(25.1) is None
+    assert swept.seat.sweep(30.0) is None
     assert swept.outbox.taken == [chatd.PING_FRAME]
 
 
 def test_who_does_not_answer_a_ping_is_silent(swept: MemorySeat) -> None:
-    swept.seat.sweep(26.0, Settings())
-    assert swept.seat.sweep(36.0, Settings()) is None
-    assert swept.seat.sweep(36.1, Settings()) == "silent"
+    swept.seat.sweep(26.0)
+    assert swept.seat.sweep(36.0) is None
+    assert swept.seat.sweep(36.1) == "silent"
 
 
 def test_any_byte_heard_answers_a_ping(swept: MemorySeat) -> None:
-    swept.seat.sweep(26.0, Settings())
+    swept.seat.sweep(26.0)
     swept.outbox.received_at = 30.0
-    assert [swept.seat.sweep(now, Settings()) for now in (37.0, 55.0, 55.1)] == [
-        None
-    ] * 3
+    assert [swept.seat.sweep(now) for now in (37.0, 55.0, 55.1)] == [None] * 3
     assert len(swept.outbox.taken) == 2
 
 
 def test_while_bytes_wait_only_a_stall_judges(swept: MemorySeat) -> None:
-    swept.seat.sweep(26.0, Settings())
+    swept.seat.sweep(26.0)
     swept.outbox.unsent = 1
     swept.outbox.moved_at = 30.0
-    assert [swept.seat.sweep(now, Settings()) for now in (38.0, 40.0)] == [None, None]
-    assert swept.seat.sweep(40.1, Settings()) == "stalled"
-    swept.outbox.received_at = 35.0  # it cannot read, but it is there
-    assert swept.seat.sweep(45.0, Settings()) is None
+    assert [swept.seat.sweep(now) for now in (38.0, 70.0)] == [None, None]
+    assert swept.seat.sweep(70.1) == "stalled"
+    swept.outbox.received_at = 70.0  # it is there, and does not read
+    assert swept.seat.sweep(70.1) == "stalled"
+    swept.outbox.moved_at = 60.0
+    assert [swept.seat.sweep(now) for now in (70.1, 100.0)] == [None, None]
     swept.outbox.drain()
-    assert swept.seat.sweep(45.0, Settings()) is None
-    assert len(swept.outbox.taken) == 1
+    assert swept.seat.sweep(95.0) is None
+    assert len(swept.outbox.taken) == 1  # no ping while bytes waited
 
 
 def test_a_ping_before_bytes_waited_is_forgotten(swept: MemorySeat) -> None:
-    swept.seat.sweep(26.0, Settings())
+    swept.seat.sweep(26.0)
     swept.outbox.unsent, swept.outbox.moved_at = 1, 35.0
-    swept.seat.sweep(35.0, Settings())
+    swept.seat.sweep(35.0)
     swept.outbox.drain()
-    assert swept.seat.sweep(37.0, Settings()) is None  # asked anew
+    assert swept.seat.sweep(37.0) is None  # asked anew
     assert len(swept.outbox.taken) == 2
 
 
 def test_who_is_kept_waiting_by_us_is_asked_nothing(swept: MemorySeat) -> None:
-    swept.seat.sweep(26.0, Settings())
+    swept.seat.sweep(26.0)
     swept.outbox.listening = False  # a command of its own takes its time
-    assert [swept.seat.sweep(now, Settings()) for now in (37.0, 90.0)] == [None, None]
+    assert [swept.seat.sweep(now) for now in (37.0, 90.0)] == [None, None]
     swept.outbox.listening = True
-    assert swept.seat.sweep(91.0, Settings()) is None
+    assert swept.seat.sweep(91.0) is None
     assert len(swept.outbox.taken) == 2
 
 
 def test_pings_are_spread_by_a_tenth() -> None:
-    after = {MemorySeat(Settings()).seat.ping_after for _ in range(50)}
+    after = {MemorySeat().seat.ping_after for _ in range(50)}
     assert len(after) > 10
     assert all(22.5 <= seconds <= 27.5 for seconds in after)
 
@@ -439,10 +439,10 @@ def test_a_token_s_end_is_told_once_and_closes_after_its_grace(
 ) -> None:
     swept.seat.token_ends = 1000.0
     for now in (939.9, 940.0, 950.0, 1000.0, 1024.9):
-        swept.seat.sweep_token(now, Settings())
+        swept.seat.sweep_token(now)
     assert swept.heard() == [{"type": "token_expiring", "expires_in": 60}]
     assert swept.ended == []
-    swept.seat.sweep_token(1025.0, Settings())
+    swept.seat.sweep_token(1025.0)
     assert [code for code, _ in swept.ended] == [4401]
 
 
@@ -812,7 +812,7 @@ class MemoryPlay:
             assert client.sits is not None
             assert client.sits.seat.live
             assert client.sits.seat.held == []
-            assert client.sits.seat.slots.value == self.memory.settings.unanswered
+            assert client.sits.seat.slots.value == chatd.UNANSWERED
             assert client.first is not None
             missing = {*self.model.visible(client.user, client.first, self.hub.head)}
             assert missing <= {*client.seqs}

@@ -30,47 +30,52 @@ def words_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def words_parser(name: str) -> Callable[[str], object]:
+    """The parser of that name, or of a flag's unit."""
+    parse: Callable[[str], object] = chatd.PARSERS.get(name) or getattr(chatd, name)
+    return parse
+
+
 @pytest.mark.parametrize(
     ("parse", "text", "value"),
     [
-        (chatd.parse_rate, "5/20", Rate(5, 20)),
-        (chatd.parse_rate, "0.5/1", Rate(0.5, 1)),
-        (chatd.parse_rate, "0", Rate(0, 0)),
-        (chatd.parse_rate, "0/7", Rate(0, 0)),
-        (chatd.parse_count, "1", 1),
-        (chatd.parse_count, "10000", 10_000),
-        (chatd.parse_seconds, "0", 0.0),
-        (chatd.parse_seconds, "2.5", 2.5),
-        (chatd.parse_listen, "127.0.0.1:0", "127.0.0.1:0"),
-        (chatd.parse_listen, "[::1]:65535", "[::1]:65535"),
-        (chatd.parse_network, "none", "none"),
-        (chatd.parse_network, "10.0.0.0/8", "10.0.0.0/8"),
-        (chatd.parse_network, "::1", "::1"),
-        (chatd.parse_origin, "https://Example.org", "https://example.org"),
-        (chatd.parse_origin, "http://localhost:3000", "http://localhost:3000"),
-        (chatd.parse_word("a", "b"), "b", "b"),
-        (chatd.parse_ttl, "90s", 90),
-        (chatd.parse_ttl, "90", 90),
-        (chatd.parse_ttl, "15m", 900),
-        (chatd.parse_ttl, "12h", 43_200),
-        (chatd.parse_ttl, "30d", 2_592_000),
-        (chatd.parse_user, "1", 1),
-        (chatd.parse_user, str(2**53 - 1), 2**53 - 1),
-        (chatd.parse_scope, "service", "service"),
-        (chatd.parse_scope, " stats  service ", "stats service"),
+        ("parse_rate", "5/20", Rate(5, 20)),
+        ("parse_rate", "0.5/1", Rate(0.5, 1)),
+        ("parse_rate", "0", Rate(0, 0)),
+        ("parse_rate", "0/7", Rate(0, 0)),
+        ("parse_count", "1", 1),
+        ("parse_count", "10000", 10_000),
+        ("parse_seconds", "0", 0.0),
+        ("parse_seconds", "2.5", 2.5),
+        ("parse_listen", "127.0.0.1:0", "127.0.0.1:0"),
+        ("parse_listen", "[::1]:65535", "[::1]:65535"),
+        ("parse_network", "none", "none"),
+        ("parse_network", "10.0.0.0/8", "10.0.0.0/8"),
+        ("parse_network", "::1", "::1"),
+        ("parse_origin", "https://Example.org", "https://example.org"),
+        ("parse_origin", "http://localhost:3000", "http://localhost:3000"),
+        ("WHO", "service", "service"),
+        ("LEVEL", "debug", "debug"),
+        ("parse_ttl", "90s", 90),
+        ("parse_ttl", "90", 90),
+        ("parse_ttl", "15m", 900),
+        ("parse_ttl", "12h", 43_200),
+        ("parse_ttl", "30d", 2_592_000),
+        ("parse_user", "1", 1),
+        ("parse_user", str(2**53 - 1), 2**53 - 1),
+        ("parse_scope", "service", "service"),
+        ("parse_scope", " stats  service ", "stats service"),
     ],
 )
-def test_a_setting_is_read_up_to_its_edge(
-    parse: Callable[[str], object], text: str, value: object
-) -> None:
-    assert parse(text) == value
+def test_a_setting_is_read_up_to_its_edge(parse: str, text: str, value: object) -> None:
+    assert words_parser(parse)(text) == value
 
 
 @pytest.mark.parametrize(
     ("parse", "text"),
     [
         *[
-            (chatd.parse_rate, text)
+            ("parse_rate", text)
             for text in (
                 "",
                 "5",
@@ -84,36 +89,36 @@ def test_a_setting_is_read_up_to_its_edge(
                 "1/2/3",
             )
         ],
-        *[(chatd.parse_rate, text) for text in ("nan/5", "5/nan", "inf/5", "5/inf")],
-        *[(chatd.parse_count, text) for text in ("", "0", "-1", "1.5", "x", "²", "٣")],
-        (chatd.parse_count, "9" * 5000),
-        *[(chatd.parse_seconds, text) for text in ("", "-1", "nan", "inf", "x")],
+        *[("parse_rate", text) for text in ("nan/5", "5/nan", "inf/5", "5/inf")],
+        *[("parse_count", text) for text in ("", "0", "-1", "1.5", "x", "²", "٣")],
+        ("parse_count", "9" * 5000),
+        *[("parse_seconds", text) for text in ("", "-1", "nan", "inf", "x")],
         *[
-            (chatd.parse_listen, text)
+            ("parse_listen", text)
             for text in ("", "host", "host:", ":80", "host:x", "host:65536", "host:-1")
         ],
+        *[("parse_network", text) for text in ("", "x", "10.0.0.1/8", "10.0.0.0/33")],
         *[
-            (chatd.parse_network, text)
-            for text in ("", "x", "10.0.0.1/8", "10.0.0.0/33")
-        ],
-        *[
-            (chatd.parse_origin, text)
+            ("parse_origin", text)
             for text in ("", "example.org", "ftp://a", "https://", "https://a/", "*")
         ],
-        *[(chatd.parse_origin, text) for text in ("null", "https://a b", "http://u@a")],
-        (chatd.parse_word("a", "b"), "c"),
-        *[(chatd.parse_ttl, text) for text in ("", "0", "0d", "-1", "1w", "d", "1.5h")],
-        *[(chatd.parse_user, text) for text in ("", "0", "-1", "x", "٦", "6 ")],
-        (chatd.parse_user, str(2**53)),
-        (chatd.parse_user, "9" * 30),
-        *[(chatd.parse_scope, text) for text in ("", "  ", "admin", "service,stats")],
+        *[("parse_origin", text) for text in ("null", "https://a b", "http://u@a")],
+        *[("WHO", text) for text in ("", "c", "users", "user|service")],
+        *[("LEVEL", text) for text in ("", "loud", "DEBUG", "infos")],
+        *[("parse_ttl", text) for text in ("", "0", "0d", "-1", "1w", "d", "1.5h")],
+        *[("parse_user", text) for text in ("", "0", "-1", "x", "٦", "6 ")],
+        *[("parse_user", text) for text in ("6\n", " 6", "+6", "6_0", "0x6")],
+        ("parse_user", str(2**53)),
+        ("parse_user", "9" * 30),
+        *[("parse_scope", text) for text in ("", "  ", "admin", "service,stats")],
     ],
 )
 def test_a_setting_past_its_edge_is_refused_with_a_sentence(
-    parse: Callable[[str], object], text: str
+    parse: str, text: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        parse(text)
+    with pytest.raises(chatd.WrongText, match=" is not ") as caught:
+        words_parser(parse)(text)
+    assert str(caught.value).startswith(repr(text))
 
 
 # A good value as it is typed, what it becomes, and a bad one; None: every text is good.
@@ -322,20 +327,28 @@ DEFAULTS = {
     "requests": "20/100", "receive_bytes": "65536/524288", "max_connections": "10000",
     "connections_per_user": "20", "max_message_bytes": "65536",
     "max_content_chars": "4000", "drain_seconds": "5.0", "check_bytes": "33554432",
-    "outbox_bytes": "262144",
-    "head_seconds": "10.0", "request_seconds": "15.0", "idle_seconds": "75.0",
-    "ping_seconds": "25.0", "pong_seconds": "10.0", "stall_seconds": "10.0",
-    "token_warning_seconds": "60.0", "token_grace_seconds": "25.0",
-    "ticket_seconds": "60", "link_seconds": "86400", "session_seconds": "2592000",
-    "probe_seconds": "2.0", "unanswered": "64", "fragments": "64", "header_lines": "64",
-    "refused_in_a_row": "100", "resync_events": "5000", "page_events": "500",
-    "page_bytes": "131072", "tail_events": "16384", "readers": "4", "large_chat": "50",
+    "outbox_bytes": "262144", "fragments": "64",
+    "resync_events": "5000", "page_events": "500", "page_bytes": "131072",
+    "tail_events": "16384", "large_chat": "50",
+}  # fmt: skip
+CONSTANTS = {
+    "HEAD_SECONDS": 10, "REQUEST_SECONDS": 15, "IDLE_SECONDS": 75,
+    "PING_SECONDS": 25, "PONG_SECONDS": 10, "STALL_SECONDS": 40,
+    "TOKEN_WARNING_SECONDS": 60, "TOKEN_GRACE_SECONDS": 25,
+    "TICKET_SECONDS": 60, "LINK_SECONDS": 86_400, "SESSION_SECONDS": 2_592_000,
+    "PROBE_SECONDS": 2, "UNANSWERED": 64, "HEADER_LINES": 64,
+    "REFUSED_IN_A_ROW": 100, "READERS": 4,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_default_is_the_one_that_the_design_names(name: str) -> None:
     assert str(getattr(Settings(), name)) == DEFAULTS[name]
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_is_the_one_that_the_design_names(name: str) -> None:
+    assert getattr(chatd, name) == CONSTANTS[name]
 
 
 def test_every_setting_has_a_unit_and_a_reason() -> None:

@@ -882,14 +882,15 @@ class MemoryLiar(sqlite3.Connection):
 
 def memory_liar(memory: Memory, lie: str) -> None:
     """Let the next commit be a failed one that is there all the same."""
-    memory.store._writer.close()
     made = sqlite3.connect(
         memory.settings.db,
         isolation_level=None,
         check_same_thread=False,
         factory=MemoryLiar,
     )
+    made.execute("SELECT count(*) FROM meta")  # it keeps the WAL where it is
     made.lie = lie
+    memory.store._writer.close()
     memory.store._writer = made
 
 
@@ -905,7 +906,7 @@ async def test_a_failed_commit_that_is_there_is_published_before_anything_else(
         assert await memory_code(memory, work) == "storage_failed"
         assert (memory.store.degraded, memory.hub.head, made.seqs()) == (True, 2, [])
         assert await memory_code(memory, work) == "storage_failed"
-        await trio.sleep(memory.settings.probe_seconds + 0.1)
+        await trio.sleep(chatd.PROBE_SECONDS + 0.1)
         assert (memory.store.degraded, memory.hub.head, made.seqs()) == (False, 3, [3])
         again = await memory.store.commit(*work)
         assert (again.duplicate, again.message.id) == (True, 3)
@@ -941,17 +942,16 @@ async def test_while_the_disk_is_sick_writes_are_refused_at_once_and_readers_go_
     chat, store = memory.chat(1, 2), memory.store
     work = memory.sends(chat, 1)
     async with memory_running(memory):
-        store._writer.execute("PRAGMA query_only = ON")  # as a disk mounted read-only
-        assert await memory_code(memory, work) == "storage_failed"
-        started = trio.current_time()
-        for _ in range(20):
+        with memory_no_growth(store.wal):
             assert await memory_code(memory, work) == "storage_failed"
-        assert trio.current_time() == started
-        assert await store.read(store.my_chats, 1, memory.hub.head)
-        await trio.sleep(60)
-        assert store.degraded
-        store._writer.execute("PRAGMA query_only = OFF")
-        await trio.sleep(memory.settings.probe_seconds + 0.1)
+            started = trio.current_time()
+            for _ in range(20):
+                assert await memory_code(memory, work) == "storage_failed"
+            assert trio.current_time() == started
+            assert await store.read(store.my_chats, 1, memory.hub.head)
+            await trio.sleep(60)
+            assert store.degraded
+        await trio.sleep(chatd.PROBE_SECONDS + 0.1)
         assert not store.degraded
         assert (await store.commit(*work)).message.n == 1
     assert memory.stats.failed == 21
@@ -962,9 +962,9 @@ async def test_a_stop_while_the_disk_is_sick_is_a_stop(
     memory: Memory, autojump_clock: trio.testing.MockClock
 ) -> None:
     work = memory.sends(memory.chat(1, 2), 1)
-    async with memory_running(memory):
-        memory.store._writer.execute("PRAGMA query_only = ON")
-        assert await memory_code(memory, work) == "storage_failed"
+    with memory_no_growth(memory.store.wal):
+        async with memory_running(memory):
+            assert await memory_code(memory, work) == "storage_failed"
     assert trio.current_time() < 5
 
 
@@ -979,30 +979,180 @@ def memory_no_growth(path: Path) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_after_an_io_error_the_file_is_opened_anew_and_three_in_a_row_end_it(
+def test_after_an_io_error_the_file_is_opened_anew_however_often(
     memory: Memory,
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
-    for n in (1, 2):  # two errors, and it is well again: they are counted from 0
+    for n in (1, 2):
+        store._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         memory_liar(memory, "SQLITE_IOERR_WRITE")
-        sick = store._writer
         assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
-        assert store._writer is not sick
-        memory_liar(memory, "SQLITE_IOERR_WRITE")
-        assert store._probe() == ([], [])
-        assert store.degraded
+        for _ in range(5):  # the WAL is shorter than what a probe writes
+            sick = store._writer
+            with memory_no_growth(store.wal):
+                assert store._probe() == ([], [])
+            assert store.degraded
+            assert store._writer is not sick
         found = store._probe()
         assert [event.kind for event in found.events] == ["new_message"]
         memory.hub.publish(found)
         assert (store.degraded, store.seq) == (False, 2 + n)
-    for _ in range(2):
-        memory_liar(memory, "SQLITE_IOERR_WRITE")
-        store._probe()
-    memory_liar(memory, "SQLITE_IOERR_WRITE")
-    said = usage_error_of(store._probe)
-    assert str(memory.settings.db) in said
-    assert "3 times in a row" in said
     memory_is_sound(memory)
+
+
+async def test_a_disk_that_is_broken_for_minutes_costs_one_line_and_no_descriptor(
+    memory: Memory,
+    autojump_clock: trio.testing.MockClock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    work, opened = memory.sends(chat, 1), list[int]()
+    async with memory_running(memory):
+        with memory_no_growth(store.wal):
+            assert await memory_code(memory, work) == "storage_failed"
+            for _ in range(10):
+                await trio.sleep(30)
+                assert await memory_code(memory, work) == "storage_failed"
+                assert await store.read(store.my_chats, 1, memory.hub.head)
+                opened.append(len(os.listdir("/proc/self/fd")))
+        await trio.sleep(chatd.PROBE_SECONDS + 0.1)
+        assert (await store.commit(*work)).message.n == 1
+    assert opened == opened[:1] * 10
+    lines = [line.split(" ", 1)[0] for line in caplog.messages]
+    assert lines == ["storage_failed", "storage_recovered"]
+    memory_is_sound(memory)
+
+
+@contextlib.contextmanager
+def memory_no_descriptor() -> Iterator[None]:
+    """No file can be opened: there are as many as are allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_file_that_cannot_be_opened_anew_is_opened_later(memory: Memory) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    memory_liar(memory, "SQLITE_IOERR_WRITE")
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    memory.my_chats(1)  # a reader is open
+    with memory_no_descriptor():
+        for _ in range(3):
+            assert store._probe() == ([], [])
+            assert store.failure == "SQLITE_CANTOPEN"
+            store.check_file()
+            assert memory.my_chats(1)
+    assert len(store._probe().events) == 1
+    assert not store.degraded
+
+
+def test_a_disk_that_is_read_only_is_written_again_when_it_can_be() -> None:
+    """SQLite then opens the file read-only, and such a connection stays so."""
+    with tempfile.TemporaryDirectory() as folder, memory_as_nobody(Path(folder)):
+        memory = Memory(Path(folder))
+        chat, store = memory.chat(1, 2), memory.store
+        with memory_no_growth(store.wal):
+            assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+        assert store.failure == "SQLITE_IOERR_WRITE"
+        memory.settings.db.chmod(0o400)
+        assert store._probe() == ([], [])
+        assert store.failure == "SQLITE_READONLY"
+        memory.settings.db.chmod(0o600)
+        assert store._probe() == ([], [])
+        assert not store.degraded
+        assert memory.say(chat, 1).message.n == 1
+        memory_is_sound(memory)
+        store.close()
+
+
+def test_a_transaction_that_cannot_be_undone_ends_with_its_connection(
+    memory: Memory,
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    denied = {(sqlite3.SQLITE_TRANSACTION, end) for end in ("COMMIT", "ROLLBACK")}
+
+    def authorizer(action: int, what: str | None, *_: object) -> int:
+        denies = (action, what) in denied
+        return sqlite3.SQLITE_DENY if denies else sqlite3.SQLITE_OK
+
+    store._writer.set_authorizer(authorizer)
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    assert store._writer.in_transaction
+    assert store._probe() == ([], [])
+    assert (store.degraded, store._writer.in_transaction) == (False, False)
+    assert memory.say(chat, 1).message.n == 1
+    memory_is_sound(memory)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("lie", ["SQLITE_FULL", "SQLITE_IOERR_WRITE"])
+def test_a_file_taken_away_while_the_disk_is_sick_ends_it(
+    memory: Memory, lie: str, replaced: bool, suffix: str
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    memory_liar(memory, lie)
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    path = chatd.beside(memory.settings.db, suffix)
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    if replaced:
+        copy.replace(path)
+    else:
+        path.unlink()
+    assert "removed or replaced" in usage_error_of(store._probe)
+    assert store.degraded
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Iterator[Memory]:
+    """A memory whose folder is named by a link."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    memory = Memory(tmp_path / "link")
+    yield memory
+    memory.store.close()
+
+
+def test_a_name_that_cannot_be_looked_up_is_a_sick_disk_and_no_removed_file(
+    linked: Memory, tmp_path: Path
+) -> None:
+    chat, store, link = linked.chat(1, 2), linked.store, tmp_path / "link"
+    link.unlink()
+    link.symlink_to("link")  # to look through it is an OSError
+    assert memory_all_failed(linked.commit(linked.sends(chat, 1)))
+    assert store._probe() == ([], [])
+    assert store.failure == "OSError"
+    link.unlink()
+    link.symlink_to("real")
+    assert len(store._probe().events) == 1
+    assert not store.degraded
+
+
+def test_the_wal_of_a_database_behind_a_link_is_watched_and_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "chatd.db").symlink_to("real/chatd.db")
+    memory = Memory(tmp_path)
+    chat, store = memory.chat(1, 2), memory.store
+    memory_liar(memory, "SQLITE_IOERR_FSYNC")
+    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    wal = (tmp_path / "real" / "chatd.db-wal").stat()
+    resynced = memory_resynced(monkeypatch)
+    memory.hub.publish(store._probe())
+    assert resynced == [(wal.st_ino, wal.st_size)]
+    assert memory.say(chat, 1).message.n == 2
+    assert store.wal_bytes() > 0
+    (tmp_path / "real" / "chatd.db-wal").unlink()
+    said = usage_error_of(memory.commit, memory.sends(chat, 1))
+    assert "removed or replaced" in said
+    store.close()
 
 
 def test_a_limit_that_sqlite_takes_for_a_sick_disk_is_a_full_one(
@@ -1029,17 +1179,6 @@ def test_a_file_taken_away_is_noticed_before_the_ack(
     memory.settings.db.with_name(f"chatd.db{suffix}").unlink()
     said = usage_error_of(memory.commit, memory.sends(chat, 1))
     assert "removed or replaced" in said
-
-
-def test_a_file_that_cannot_be_opened_anew_ends_it(memory: Memory) -> None:
-    chat, store = memory.chat(1, 2), memory.store
-    aside = memory.settings.db.with_name("aside")
-    memory_liar(memory, "SQLITE_IOERR_FSYNC")
-    memory.settings.db.rename(aside)
-    said = usage_error_of(memory.commit, memory.sends(chat, 1))
-    assert str(memory.settings.db) in said
-    aside.rename(memory.settings.db)
-    store._writer = chatd.open_database(memory.settings.db, readonly=False)
 
 
 def test_a_large_new_chat_ends_its_transaction_and_the_others_come_next(
@@ -1344,9 +1483,9 @@ def test_after_a_failed_sync_the_whole_log_of_changes_is_written_anew(
     chat, store = memory.chat(1, 2), memory.store
     memory_liar(memory, "SQLITE_IOERR_FSYNC")
     assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    wal = store.wal.stat()
     resynced = memory_resynced(monkeypatch)
     assert len(store._probe().events) == 1
-    wal = chatd.beside(memory.settings.db, "-wal").stat()
     assert resynced == [(wal.st_ino, wal.st_size)]
 
 
@@ -1461,6 +1600,29 @@ async def test_a_full_disk_is_told_nothing_is_acked_and_it_recovers_by_itself(
     ack = await peer.ask("send_message", **command)
     assert (ack["n"], ack["duplicate"]) == (1, False)
     assert (await friend.hear("new_message"))["message"]["n"] == 1
+
+
+@wires()
+async def test_a_database_that_cannot_be_looked_up_for_a_while_ends_no_server(
+    house: WiresHouse,
+) -> None:
+    chat = await house.chat(6, 7)
+    peer = await house.join(6)
+    folder = house.store.path.parent
+    aside = folder.with_name(f"{folder.name}-aside")
+    folder.rename(aside)
+    folder.symlink_to(folder)  # to look through it is an OSError
+    await trio.sleep(10)
+    command = {"chat_id": chat, "content": "hi", "client_id": "k"}
+    assert (await peer.refused("send_message", **command))["code"] == "storage_failed"
+    assert (await house.ask("GET", "/api/v1/chats", user=7)).status == 200
+    await trio.sleep(10)
+    assert (await house.ask("GET", "/healthz")).status == 503
+    folder.unlink()
+    aside.rename(folder)
+    await trio.sleep(2)
+    assert (await house.ask("GET", "/healthz")).status == 200
+    assert (await peer.ask("send_message", **command))["duplicate"]
 
 
 # --- the promise ---------------------------------------------------------------------

@@ -182,7 +182,7 @@ class Room:
         for peer in self.stalled:
             peer.stop_reading()
         path, token = "/api/v1/internal/chat/ws/stats", self.chatd.service_token()
-        deadline = trio.current_time() + 40
+        deadline = trio.current_time() + 70
         while True:
             await self.say(PER_SECOND)
             stats = (await http(self.chatd, "GET", path, token)).json
@@ -282,6 +282,7 @@ class State:
         small: bool = False,
         behind: bool = False,
         drips: bool = False,
+        pings: bool = False,
     ) -> None:
         self.earliest, self.latest = earliest, latest
         self.sends = sends  # at once; TOKEN and PORT are filled in
@@ -290,6 +291,7 @@ class State:
         self.small = small  # with a small receive buffer
         self.behind = behind  # with a cursor from before 600 KB of events
         self.drips = drips  # and then spaces, one a second
+        self.pings = pings  # and then pings, one a second
 
 
 BEARER = b"Host: x\r\nAuthorization: Bearer TOKEN\r\n"
@@ -323,8 +325,11 @@ STATES = {
     ),
     "closing": State(0, 2, upgraded=True, sends=CLOSING),
     "broken": State(0, 2, upgraded=True, sends=b"\x81\0"),
-    "stalled": State(10, 12, upgraded=True, small=True, behind=True),
-    "stalled with a large window": State(10, 37, upgraded=True, behind=True),
+    "stalled": State(40, 42, upgraded=True, small=True, behind=True),
+    "stalled with a large window": State(40, 42, upgraded=True, behind=True),
+    "stalled, and pings": State(
+        40, 42, upgraded=True, small=True, behind=True, pings=True
+    ),
     "stalled, then closing": State(
         8, 18, upgraded=True, small=True, behind=True, then=CLOSING
     ),
@@ -357,7 +362,7 @@ class CarPark:
         self.states = states
         self.users = 5000
         self.streams: list[trio.SocketStream] = []
-        self.dripping: list[trio.SocketStream] = []
+        self.dripping: list[tuple[trio.SocketStream, bytes]] = []
         self.parked: dict[int, tuple[str, float]] = {}  # port: the state, since when
         self.slowest = 0.0  # seconds, for an answer of /healthz meanwhile
         self.asked_at = math.inf
@@ -405,18 +410,19 @@ class CarPark:
         self.streams.append(stream)
         since = trio.current_time()
         self.parked[stream.socket.getsockname()[1]] = (name, since)
-        if state.drips:
-            self.dripping.append(stream)
+        if state.drips or state.pings:
+            drop = b" " if state.drips else client_frame(PING, b"")
+            self.dripping.append((stream, drop))
         if state.then:
             nursery.start_soon(send_later, stream, state.then)
 
     async def drip(self) -> None:
-        """Send a byte a second where that is the state."""
+        """Send a byte or a ping a second where that is the state."""
         while True:
             await trio.sleep(1)
-            for stream in self.dripping:
+            for stream, drop in self.dripping:
                 with contextlib.suppress(trio.BrokenResourceError):
-                    await stream.send_all(b" ")
+                    await stream.send_all(drop)
 
     async def ask(self) -> None:
         """Ask how it is, all the while: what that takes, a deadline may be late too."""
@@ -479,7 +485,7 @@ async def wait_it_out(
     room: Room, chatd: Chatd, full: bool
 ) -> tuple[list[Steady], CarPark]:
     """Run the three parts at the same time."""
-    seconds = 180.0 if full else 36.0
+    seconds = 180.0 if full else 60.0
     chat, cursor = await make_backlog(chatd, 1200 if full else 500)
     readers: list[Steady] = []
     for buffer in BUFFERS:
