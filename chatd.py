@@ -1232,7 +1232,7 @@ class Greeting(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A stretch of the log for one user: everything visible in (start, cursor]."""
+    """A stretch of the event log for one user: all that it sees in (start, cursor]."""
 
     events: list[Entry]
     cursor: int
@@ -1274,13 +1274,13 @@ JOINS, LEAVES = (
     for effect in ("joins", "leaves")
 )
 
-# Which events a user sees: those of the chats he is in, since he joined, and those told
-# to him alone. Each chat gives at most :limit rows by index, so a page costs the same
-# whatever the length of the log, and however far behind the reader is.
+# The events that a user sees: those of the user's chats since it joined, and those to
+# the user alone. Each chat gives at most :limit rows by index, so the cost of a page
+# depends neither on the length of the event log nor on how far behind the reader is.
 #
-# "Is in" is as of :upto too. A removal that is on disk and not yet published has taken
-# the member's row away; without the second half of MINE a reader of that moment would
-# skip what was said before, and then be told live what was said after that.
+# Membership is as of :upto too. A removal that is on disk and not yet published has
+# deleted the member's row. Without the second half of MINE a reader of that moment
+# would skip earlier events of the chat, and then get later ones live.
 MINE = f"""
     SELECT chat_id, joined_seq FROM member WHERE user_id = :user
     UNION
@@ -1888,7 +1888,7 @@ class Store:
         return Page(events, max(cursor, upto), more=False)
 
     def _above(self, db: Db, seq: int) -> list[Entry]:
-        """Read the whole log above seq."""
+        """Read the whole event log above seq."""
         rows = db.execute(f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq", (seq,)).fetchall()
         return [self._entry(db, row, MAX_ID) for row in rows]
 
@@ -2349,7 +2349,7 @@ class Seat:
 
 
 class Hub:
-    """Who listens, and the newest end of the log. It knows seats, never sessions.
+    """The seats, and the newest end of the event log. It does not know sessions.
 
     `head` is the seq of the last published event. Every read asks for what is at or
     below it, and every cursor that a client gets is one it has had.
@@ -2550,7 +2550,7 @@ class Hub:
         self._give(seat, frames)
 
     def push_page(self, seat: Seat, page: Page) -> None:
-        """Give a seat a page of the log, less what is no longer for it."""
+        """Give a seat a page of the event log, less what is no longer for it."""
         seat.cursor = page.cursor
         self._give(seat, [e.frame for e in page.events if seat.person.sees(e)])
 
