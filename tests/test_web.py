@@ -911,8 +911,9 @@ def test_a_message_whose_answer_was_lost_is_shown_once(
     wire.cut(1011, block=True)
     page.clock.run_for(5_100)
     state_is(page, "polling")
-    write(page, "Once")
-    until(lambda: house.contents(chat, anna) == ["Once"])
+    with page.expect_event("requestfailed", lambda request: request.method == "POST"):
+        write(page, "Once")
+    assert house.contents(chat, anna) == ["Once"]
     page.reload()  # it is in the history, and in the outbox too
     expect(bubbles(page)).to_have_text(["Once"])
     wire.cut_code = None
