@@ -324,7 +324,7 @@ def ticks(page: Page) -> sync_api.Locator:
 
 
 def state_is(page: Page, state: str) -> None:
-    expect(page.locator("#link")).to_have_attribute("data-state", state)
+    expect(page.locator("#connection")).to_have_attribute("data-state", state)
 
 
 def comes_back(page: Page) -> None:
@@ -332,7 +332,7 @@ def comes_back(page: Page) -> None:
 
     def connected() -> bool:
         page.clock.run_for(1_000)
-        return page.locator("#link").get_attribute("data-state") == "connected"
+        return page.locator("#connection").get_attribute("data-state") == "connected"
 
     until(connected)
 
@@ -404,7 +404,7 @@ def test_a_link_that_is_no_longer_good_says_so(
 ) -> None:
     page = chromium.context().new_page()
     page.goto(f"{house.url}/#token={house.token(next(users), use='signin', exp=1)}")
-    expect(page.get_by_role("alert")).to_contain_text("no longer good")
+    expect(page.get_by_role("alert")).to_contain_text("no longer valid")
     page.get_by_label("Sign-in link").fill("https://example.org")
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("alert")).to_contain_text("not a sign-in link")
@@ -424,7 +424,7 @@ def test_a_second_link_in_an_open_tab_asks_before_it_is_somebody_else(
     expect(page.get_by_role("dialog")).to_have_count(0)
     page.goto(house.link(ben))
     asked = page.get_by_role("dialog", name="Continue as Ben?")
-    asked.get_by_role("button", name="Stay Anna").click()
+    asked.get_by_role("button", name="Stay as Anna").click()
     expect(page.locator("#me-name")).to_have_text("Anna")
     expect(field(page)).to_be_visible()
     page.goto(house.link(ben))
@@ -678,7 +678,7 @@ def test_a_new_chat_and_a_new_member(house: House, chromium: Chromium) -> None:
     dialog = annas.get_by_role("dialog", name="New chat")
     dialog.get_by_role("button", name="Create").click()
     expect(dialog.get_by_role("alert")).to_have_text("Choose at least one person.")
-    dialog.get_by_label("Find somebody").fill("zolt")
+    dialog.get_by_label("Find people").fill("zolt")
     expect(dialog.get_by_role("checkbox")).to_have_count(1)
     dialog.get_by_label("Zoltán Kis").check()
     expect(dialog.get_by_label("Title")).to_have_attribute("maxlength", "200")
@@ -729,8 +729,10 @@ def test_a_killed_server_is_missed_and_nothing_is_lost_or_doubled(
     page.clock.run_for(5_100)
     expect(banner).to_be_visible()
     state_is(page, "offline")
-    expect(banner).to_contain_text("What you write is kept")
-    expect(banner).to_contain_text(re.compile(r"Next try in \d+ s|Trying now"))
+    expect(banner).to_contain_text("Your messages are kept")
+    expect(banner).to_contain_text(
+        re.compile(r"Trying again in \d+ s|Trying again now")
+    )
     write(page, "Three")
     expect(ticks(page)).to_have_text(["Sent", "Sending", "Sending"])
     house.start()
@@ -811,7 +813,7 @@ def test_the_socket_is_tried_again_at_a_click_and_when_the_network_is_back(
         wire.cut(1011, block=True)
         page.clock.run_for(5_100)
         state_is(page, "polling")
-        expect(page.locator("#banner")).to_contain_text("Next try in")
+        expect(page.locator("#banner")).to_contain_text("Trying again in")
         wire.cut_code = None
         page.clock.run_for(1_000)
         hint()
@@ -1096,7 +1098,9 @@ def test_bye_says_when_to_come_back(house: House, chromium: Chromium) -> None:
     wire.cut(1012)
     page.clock.run_for(5_100)
     state_is(page, "polling")
-    expect(page.locator("#banner")).to_contain_text(re.compile("Next try in 1[45] s"))
+    expect(page.locator("#banner")).to_contain_text(
+        re.compile("Trying again in 1[45] s")
+    )
     page.clock.run_for(13_000)
     state_is(page, "polling")
     page.clock.run_for(3_000)

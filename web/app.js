@@ -328,10 +328,10 @@ async function mayBecome(session, current) {
   return ask({
     title: `Continue as ${other}?`,
     text:
-      `You are ${me} here. This link signs this tab in as ${other}; ` +
-      "your other tabs stay as they are.",
+      `You are signed in as ${me}. This link signs this tab in as ${other}. ` +
+      "Your other tabs do not change.",
     yes: `Continue as ${other}`,
-    no: `Stay ${me}`,
+    no: `Stay as ${me}`,
   });
 }
 
@@ -341,7 +341,7 @@ function signInFailed(token, error) {
   const refused = error instanceof ChatError && error.status > 0;
   const why =
     refused && error.status === 401
-      ? "This sign-in link is no longer good. Please ask for a new one."
+      ? "This sign-in link is no longer valid. Please ask for a new one."
       : sentence(error);
   if (current) {
     toast(why);
@@ -367,7 +367,7 @@ function keepAndStart(session) {
 function startBeside(session, kept) {
   start(session);
   const [me, other] = [session, kept].map((who) => personName(who.user_id, who.name));
-  toast(`This tab is signed in as ${me}. Other tabs stay ${other}.`);
+  toast(`This tab is signed in as ${me}. Other tabs stay signed in as ${other}.`);
 }
 
 /**
@@ -380,7 +380,7 @@ function showSignIn({ why = "", error = "" } = {}) {
   field("sign-in-link").value = "";
   setText(
     "sign-in-why",
-    `${why} Open the sign-in link that you were given, or paste it here.`,
+    `${why} Open the sign-in link you were given, or paste it here.`,
   );
   setText("sign-in-error", error);
 }
@@ -397,7 +397,7 @@ function onSignInForm(event) {
   const token =
     /#token=(\S+)$/.exec(text)?.[1] ?? /^[\w-]+\.[\w-]+\.[\w-]+$/.exec(text)?.[0];
   if (!token) {
-    setText("sign-in-error", "That is not a sign-in link: a link has #token= in it.");
+    setText("sign-in-error", "This is not a sign-in link: it has no #token=.");
     return;
   }
   setText("sign-in-error", "");
@@ -424,9 +424,9 @@ async function onSignOut() {
     unsent.length === 0 ||
     (await ask({
       title: "Sign out?",
-      text: `${plural("message", unsent.length)} not yet sent will be lost.`,
+      text: `${plural("unsent message", unsent.length)} will be lost.`,
       yes: "Sign out",
-      no: "Stay",
+      no: "Cancel",
     }));
   if (!sure) return;
   signedOut.postMessage(myId());
@@ -507,7 +507,7 @@ const model = {
   /** Those one may invite; null: this server lets nobody. @type {number[] | null} */
   people: null,
   /** @type {State} */
-  link: "closed",
+  connection: "closed",
   /** The list of chats came at least once. */
   known: false,
   /** Of the last list: numbers of another epoch cannot be compared with it. */
@@ -523,7 +523,7 @@ function forgetModel() {
     people: null,
     known: false,
     epoch: "",
-    link: "closed",
+    connection: "closed",
   });
   model.chats.clear();
   model.names.clear();
@@ -701,8 +701,8 @@ function listen(client) {
 /** @param {import("./chat-websocket.js").StateChange} change */
 function onState({ state }) {
   const [title] = bannerText(state);
-  if (state !== model.link && title) announce(title);
-  model.link = state;
+  if (state !== model.connection && title) announce(title);
+  model.connection = state;
   if (state === "signed_out") onSignedOut();
 }
 
@@ -904,23 +904,23 @@ function render() {
 }
 
 /** @type {Record<State, string>} */
-const LINK_TEXT = {
+const CONNECTION_TEXT = {
   connecting: "Connecting…",
   connected: "Live",
-  polling: "Every 5 s",
+  polling: "Delayed",
   offline: "Offline",
   signed_out: "Signed out",
   too_many: "Paused",
-  refused: "Closed",
+  refused: "Disconnected",
   closed: "Connecting…",
 };
 
 function renderTop() {
-  const state = model.link;
+  const state = model.connection;
   const total = [...model.chats.values()].reduce((sum, chat) => sum + unread(chat), 0);
   const me = personName(myId(), model.session?.name);
-  setText("link-text", LINK_TEXT[state]);
-  box("link").dataset["state"] = state === "closed" ? "connecting" : state;
+  setText("connection-text", CONNECTION_TEXT[state]);
+  box("connection").dataset["state"] = state === "closed" ? "connecting" : state;
   setText("me-name", me);
   setText("me-panel-name", `Signed in as ${me}`);
   fillAvatar(box("me-avatar"), myId(), me);
@@ -948,19 +948,19 @@ function bannerText(state) {
     case "polling":
       return [
         "Live updates are interrupted.",
-        "New messages are fetched every 5 seconds.",
+        "chatd checks for new messages every 5 seconds.",
       ];
     case "offline":
-      return ["No connection.", "What you write is kept and sent when it is back."];
+      return ["No connection.", "Your messages are kept and sent later."];
     case "too_many":
       return [
         "chatd is open in too many places.",
-        "Close another one, then come back here.",
+        "Close one of them, then come back here.",
       ];
     case "refused":
       return [
-        "The server has closed this connection.",
-        "Load the page again to go on.",
+        "The server has closed the connection.",
+        "Reload the page to connect again.",
       ];
     default:
       return [];
@@ -968,14 +968,14 @@ function bannerText(state) {
 }
 
 function renderBanner() {
-  const state = model.link;
+  const state = model.connection;
   const [title, meanwhile = ""] = bannerText(state);
   box("banner").hidden = !title;
   setText("banner-title", title ?? "");
   if (!title) return;
   const seconds = Math.ceil(model.client?.retryIn ?? 0);
   const waiting = state === "polling" || state === "offline";
-  const next = seconds > 0 ? `Next try in ${seconds} s.` : "Trying now…";
+  const next = seconds > 0 ? `Trying again in ${seconds} s.` : "Trying again now…";
   setText("banner-next", waiting ? `${meanwhile} ${next}` : meanwhile);
   button("banner-retry").hidden = state === "refused";
   button("banner-retry").disabled = waiting && seconds === 0;
@@ -1188,7 +1188,7 @@ const pane = {
   renderJump(chat) {
     const count = unread(chat);
     button("jump").hidden = this.atEnd();
-    setText("jump-text", count ? plural("new message", count) : "Latest");
+    setText("jump-text", count ? plural("new message", count) : "Latest messages");
   },
 
   /** @param {ChatView} chat */
@@ -1780,7 +1780,7 @@ async function onInfoLeave() {
   if (!chat) return;
   const sure = await ask({
     title: `Leave “${chatTitle(chat)}”?`,
-    text: "You will get no more messages from it. Somebody in it can add you again.",
+    text: "You will receive no more messages from this chat unless someone adds you again.",
     yes: "Leave",
     no: "Stay",
   });

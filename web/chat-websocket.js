@@ -626,7 +626,7 @@ export class ChatWebSocket {
    */
   connect(token) {
     if (token === undefined && this.#bearer === undefined) {
-      throw new TypeError("connect: give it a token, or give the constructor a bearer");
+      throw new TypeError("connect: pass a token, or pass `bearer` to the constructor");
     }
     this.#stop();
     this.#token = token;
@@ -844,7 +844,8 @@ export class ChatWebSocket {
       return this.#token;
     }
     const token = await this.#token();
-    if (typeof token !== "string") throw new TypeError("connect: no token was fetched");
+    if (typeof token !== "string")
+      throw new TypeError("connect: the token function did not return a string");
     if (this.#bearer === undefined) this.#fetchedToken = token;
     this.#learnUser(token);
     return token;
@@ -1099,7 +1100,7 @@ export class ChatWebSocket {
       const known = this.#cursor.epoch;
       if (epoch === known ? seq >= this.#runStart : before === known) return snapshot;
     }
-    throw new ChatError(0, "unreachable", "The chat server's answers are too old.");
+    throw new ChatError(0, "unreachable", "The server's list of chats is out of date.");
   }
 
   /* ---- signs of life ---- */
@@ -1112,7 +1113,7 @@ export class ChatWebSocket {
     const unanswered = oldest && elapsed(oldest.sentAt) > ANSWER_SECONDS;
     const dead = this.#pongBy > 0 && now() > this.#pongBy;
     if (dead || unanswered) {
-      this.#log?.log("[WebSocket] No answer, closing");
+      this.#log?.log("[WebSocket] No answer from the server, closing");
       this.#lost(1006);
     } else if (slept) {
       this.#ping(PROBE_SECONDS);
@@ -1432,7 +1433,7 @@ export class ChatWebSocket {
   async #httpToken(fresh) {
     const source = this.#bearer ?? this.#token;
     if (source === undefined)
-      throw new TypeError("request: give connect a token first");
+      throw new TypeError("request: call connect with a token first");
     if (typeof source === "string") return source;
     if (fresh || this.#fetchedToken === undefined) this.#fetchedToken = await source();
     return this.#fetchedToken;
@@ -1568,7 +1569,7 @@ async function readAnswer(answer) {
   if (answer.ok && body) return body;
   const {
     code = "internal",
-    message = `HTTP ${answer.status}`,
+    message = `The chat server answered with HTTP status ${answer.status}.`,
     retry_after,
   } = body?.error ?? {};
   throw new ChatError(answer.status, code, message, retry_after);
@@ -1587,7 +1588,7 @@ function retryAfter(error) {
 /** @param {unknown} error of a token function, perhaps @returns {ChatError} */
 function asChatError(error) {
   if (error instanceof ChatError) return error;
-  return new ChatError(0, "unreachable", "There is no token at the moment.");
+  return new ChatError(0, "unreachable", "No token could be fetched.");
 }
 
 /** Milliseconds that only grow: people and networks set the other clock. */
