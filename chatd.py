@@ -3383,7 +3383,9 @@ def check_secret(what: str, path: Path, data: bytes) -> bytes:
     user. So whatever is an asymmetric key in some form is refused.
     """
     secret = data.strip()
-    form, remedy = key_form(secret)
+    form, remedy = key_form(data)  # the last byte of a binary key may be white space
+    if not form:
+        form, remedy = key_form(secret)
     if form:
         remedy = remedy.format(path=path)
         why = f"it holds {form}, which is not a shared secret; {remedy}"

@@ -2,20 +2,20 @@
  *
  *   load MODE key=value...      prints one JSON line for each thing it was asked to do
  *
- *   talk   rooms in which people speak: each of `senders` members of each room has one
- *          message in flight and sends the next when everybody in the room, himself
- *          included, has it; or, with `rate`, all members in turn, by the clock
- *   http   `conns` keep-alive connections, one request each at a time
- *   shake  `conns` at a time: connect, handshake, be greeted, close, again
- *   hold   obeys lines on stdin: `open N`, `keep N`; answers pings; ends with stdin
+ *   talk   members of rooms send messages: each of `senders` members of each room has one
+ *          message in flight, and sends the next when all members, the sender included,
+ *          have received it; or, with `rate`, all members send in turn, by the clock
+ *   http   `conns` keep-alive connections, each with one request at a time
+ *   shake  `conns` at a time: connect, handshake, wait for the greeting, close, again
+ *   hold   reads commands from stdin: `open N`, `keep N`; answers pings; ends with stdin
  *
- * Every message carries a mark #SENDER.SEQUENCE.NANOSECONDS#, so each delivery is checked
- * for its room, its order and its number, and timed, without state shared with the
- * sender. With `rate` the time is when it was due, not when it was sent. The CPU of the
- * server (`pids`) is read from the kernel's process clocks at both ends of the window,
- * so connecting and warming up are not in it.
+ * Every message carries a mark #SENDER.SEQUENCE.NANOSECONDS#. With it each delivery is
+ * timed, and checked for its room, its order and its number, without state shared with
+ * the sender. With `rate` the time is when it was due, not when it was sent. The CPU of
+ * the server (`pids`) is read from the kernel's process clocks at both ends of the
+ * window, so connecting and warming up are not in it.
  *
- * Protocols: ws (what one says the whole room hears), chatd, xmpp, mqtt, http.
+ * Protocols: ws (a message goes to the whole room), chatd, xmpp, mqtt, http.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -39,9 +39,9 @@
 struct conn {
     int index, fd, step;
     bool ready, greeted, gone;
-    char *kept; /* the beginning of what has not come whole */
+    char *kept; /* the beginning of an incomplete message */
     size_t kept_length;
-    char *out; /* what the kernel would not take */
+    char *out; /* bytes that the kernel did not accept */
     size_t out_length;
     uint32_t sent;       /* messages */
     int heard;           /* members that have the message in flight */
@@ -52,14 +52,14 @@ struct conn {
 struct protocol {
     const char *name;
     void (*hello)(struct conn *);
-    /* Take what is whole of the bytes; return how many those were. */
+    /* Handle the complete messages; return how many bytes they have. */
     size_t (*parse)(struct conn *, char *, size_t);
     void (*say)(struct conn *, const char *content);
     const char *bye;
     size_t bye_length;
 };
 
-/* --- what was asked for ----------------------------------------------------------- */
+/* --- options ---------------------------------------------------------------------- */
 
 static const char *host = "127.0.0.1", *file;
 static int port, wanted = 1, rooms = 1, senders = 1, parallel = 64, expect, pids[64];
@@ -74,7 +74,7 @@ static char **lines;      /* of the file: a target or a request for each connect
 static char **room_names; /* the word behind a target */
 static int line_count, next_line;
 static int poller, open_count, connecting, room_size;
-static uint32_t *expected; /* the next number, [receiver][sender in his room] */
+static uint32_t *expected; /* the next number, [receiver][sender in its room] */
 static bool running, closing;
 static uint64_t received_at;
 static uint64_t sent_count, delivered, lost, repeated, strayed, refused, ended, done;
@@ -87,7 +87,7 @@ static uint64_t now(void)
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-/* CPU time of the server: all threads of its processes, those that ended too. */
+/* CPU time of the server: all threads of its processes, also those that ended. */
 static double server_cpu(void)
 {
     double sum = 0;
@@ -216,7 +216,7 @@ static void dial(struct conn *c, int index)
     watch(c, EPOLL_CTL_ADD, EPOLLIN | EPOLLOUT);
 }
 
-/* --- what is said and heard ------------------------------------------------------- */
+/* --- sending and receiving messages ----------------------------------------------- */
 
 static void mark(char *at, struct conn *c, uint64_t when)
 {
@@ -314,7 +314,7 @@ static void ws_say(struct conn *c, const char *text)
     ws_frame(c, 1, text, strlen(text));
 }
 
-/* Find the payload of a frame, or NULL if it has not come whole. */
+/* Find the payload of a frame, or NULL if the frame is incomplete. */
 static char *ws_payload(char *frame, char *end, size_t *size)
 {
     if (end - frame < 2)
@@ -347,7 +347,7 @@ static size_t ws_parse(struct conn *c, char *bytes, size_t length)
             greet(c);
     }
     while (c->fd >= 0) {
-        /* A message may come in fragments: joined when its last is there. */
+        /* A message may come in fragments. They are joined when the last one is there. */
         char *next = at, *text = NULL;
         size_t size, joined = 0;
         do
@@ -373,7 +373,7 @@ static size_t ws_parse(struct conn *c, char *bytes, size_t length)
         }
         if (opcode == 9)
             ws_frame(c, 10, text, joined);
-        else if (opcode < 3 && !c->ready) /* chatd's first word: connected */
+        else if (opcode < 3 && !c->ready) /* chatd's first message: connected */
             greet(c);
         else if (opcode < 3)
             scan(c, text, joined);
@@ -563,7 +563,7 @@ static size_t http_parse(struct conn *c, char *bytes, size_t length)
         refused++;
     if (running)
         http_ask(c);
-    return length; /* one request at a time: there is nothing behind it */
+    return length; /* one request at a time: nothing follows it */
 }
 
 static const struct protocol protocols[] = {
@@ -602,13 +602,13 @@ static void readable(struct conn *c)
         c->kept = realloc(c->kept, rest);
         memcpy(c->kept, buffer + taken, rest);
     } else if (had) {
-        free(c->kept); /* ten thousand idle ones keep nothing */
+        free(c->kept); /* an idle connection needs no buffer */
         c->kept = NULL;
     }
     c->kept_length = rest;
 }
 
-/* Serve what is there, or wait for it this long. stdin is told of by false. */
+/* Handle what is ready, or wait for it this long. Return false when stdin is ready. */
 static bool turn(int timeout_ms)
 {
     struct epoll_event events[512];
@@ -675,8 +675,8 @@ static double own_cpu(void)
     return t.tv_sec + t.tv_nsec / 1e9;
 }
 
-/* Until `until`. It does not sleep meanwhile: to wake a process of this machine costs
- * the server that writes to it more than the write, and none does over a network. */
+/* Run until `until`, without sleeping. To wake a sleeping process on the same machine
+ * costs the server more than its write. Over a network no server pays for this. */
 static void drive(uint64_t begin, uint64_t until, uint64_t *due)
 {
     for (uint64_t t; (t = now()) < until;) {
@@ -696,7 +696,7 @@ static void talk(void)
     expected = calloc((size_t)wanted * senders, sizeof *expected);
     for (int i = 0; i < content_length; i++)
         content[i] = i < (int)MARK_LENGTH ? MARK[i] : 'x';
-    /* Who was let in a moment ago may not be in his room yet. */
+    /* A client that connected a moment ago may not be in its room yet. */
     drive(0, now() + 200000000, NULL);
     running = true;
     uint64_t begin = now(), due = 0;
@@ -714,11 +714,11 @@ static void talk(void)
     own = own_cpu() - own;
     count = delivered - count;
     running = false;
-    /* What is on its way has ten seconds to arrive; what does not is late. */
+    /* Messages in flight have ten seconds to arrive. After that they are late. */
     uint64_t all = sent_count * room_size, limit = now() + 10000000000ull;
     while (delivered + lost < all && now() < limit && open_count == wanted)
         turn(100);
-    turn(50); /* and what came twice shows itself */
+    turn(50); /* repeated deliveries arrive now */
     report(window, cpu, own, count);
     printf(",\"late\":%llu}\n", (unsigned long long)(all - delivered - lost));
 }
@@ -760,7 +760,7 @@ static void shake(void)
         turn(10);
         for (int i = 0; i < wanted; i++) {
             struct conn *c = &conns[i];
-            if (c->ready) { /* said goodbye to; the server closes */
+            if (c->ready) { /* we close; the server ends the connection */
                 c->ready = false;
                 c->step = 100;
                 time_it(now() - c->since);
@@ -798,7 +798,7 @@ static void hold(void)
         } else {
             epoll_ctl(poller, EPOLL_CTL_DEL, 0, NULL);
             connect_all(number);
-            int served = expect ? 0 : number; /* so many have all that they missed */
+            int served = expect ? 0 : number; /* clients that have all they missed */
             while (served < number && now() < until) {
                 turn(1000);
                 for (served = 0; served < number; served++)
@@ -817,7 +817,7 @@ static void hold(void)
     }
 }
 
-/* Read the file: "target room" lines, or for http whole requests that end with NUL. */
+/* Read the file: lines "target room", or for http whole requests that end with NUL. */
 static void read_lines(void)
 {
     char *line = NULL;

@@ -1,7 +1,7 @@
-"""The peers: how each is built and started, who talks to whom, what it does not do.
+"""The peers: how each is built, how it is started, and what else it does.
 
-Each is set up as its documentation advises for speed. A peer whose toolchain or package
-is missing raises Missing with the line that says what to install.
+Each is set up as its documentation advises for speed. The builder of a peer whose
+toolchain or package is missing raises Missing, with the command that installs it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BUILD = HERE / ".build"
 SECRET = "the secret of this benchmark, known to all peers"
 SERVER_CORE, LOAD_CORE = 0, 1
 CFLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra")
-# Where Debian puts the sources of its Go packages.
+# Debian installs the sources of its Go packages there.
 GO_ENVIRONMENT = {"GO111MODULE": "off", "GOPATH": "/usr/share/gocode", "GOFLAGS": ""}
 UNLIMITED = (
     *("--sends", "0", "--commands", "0", "--typing", "0", "--requests", "0"),
@@ -49,13 +49,13 @@ class Missing(Exception):
 
 @functools.cache
 def token(user_id: int, scope: str = "") -> str:
-    """Make a token that every peer with a token check accepts."""
+    """Make a token that is valid for every peer that checks tokens."""
     claims = {"user_id": user_id, "scope": scope, "exp": int(time.time()) + 86_400}
     return jwt.encode(claims, SECRET, "HS256")
 
 
 def output(*command: str, **environment: str) -> str:
-    """Run a short command; return all that it printed."""
+    """Run a short command; return what it printed. Raises Missing if it fails."""
     done = subprocess.run(
         command,
         check=False,
@@ -70,16 +70,16 @@ def output(*command: str, **environment: str) -> str:
 
 
 def need(program: str, package: str) -> str:
-    """Find a program. Raises Missing with Debian's package that has it."""
+    """Find a program. Raises Missing, with the Debian package that has it."""
     path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
     if path is None:
         raise Missing(f"no {program}: apt install {package}")
     return path
 
 
-# --- building, each returns the command and the version -------------------------------
+# --- building -------------------------------------------------------------------------
 
-Built = tuple[list[str], str]
+Built = tuple[list[str], str]  # the command, and the version
 
 
 def build_c(source: Path) -> str:
@@ -90,13 +90,12 @@ def build_c(source: Path) -> str:
     return str(program)
 
 
-def build_chatd() -> Built:
-    """Use the checkout's chatd, with the Python that runs this."""
-    version = output(sys.executable, str(HERE.parent / "chatd.py"), "--version")
+def build_chatd(checkout: Path = HERE.parent) -> Built:
+    """Use the chatd.py of a checkout, with the Python that runs this program."""
+    command = [sys.executable, str(checkout / "chatd.py")]
+    version = output(*command, "--version").split()[-1]
     libraries = python_versions("trio", "trio-websocket", "msgspec")
-    return [sys.executable, str(HERE.parent / "chatd.py")], (
-        f"{version.split()[-1]}, {libraries}"
-    )
+    return command, f"{version}, {libraries}"
 
 
 def build_floor() -> Built:
@@ -136,7 +135,7 @@ def build_node() -> Built:
 
 
 def python_versions(*packages: str) -> str:
-    """Say the versions of Python packages. Raises Missing."""
+    """Return the versions of Python and of these packages. Raises Missing."""
     try:
         found = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     except importlib.metadata.PackageNotFoundError as error:
@@ -146,7 +145,7 @@ def python_versions(*packages: str) -> str:
 
 
 def python_peer(name: str, *packages: str) -> Callable[[], Built]:
-    """Make the builder of a peer that is a Python program."""
+    """Make the builder of a peer in peers/ that is a Python program."""
 
     def build() -> Built:
         command = [sys.executable, str(HERE / "peers" / f"py_{name}.py")]
@@ -169,32 +168,32 @@ def build_mosquitto() -> Built:
 
 
 def need_package(package: str) -> str:
-    """Say the version of a Debian package. Raises Missing."""
+    """Return the version of a Debian package. Raises Missing."""
     try:
         return output("dpkg-query", "-W", "-f", "${Version}", package)
     except Missing:
         raise Missing(f"apt install {package}") from None
 
 
-# --- what they are --------------------------------------------------------------------
+# --- the table of peers ---------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """One server to measure, and what it does beside passing messages on."""
+    """A server to measure. `does` tells what it does beside passing messages on."""
 
     name: str
     label: str
     does: str
     build: Callable[[], Built]
     protocol: str = "ws"
-    # Text of a message, so long that a delivery is about as long on all wires: 200
-    # bytes for those who pass on what they are given.
+    # Bytes of text in a message. With them a delivery is about as long in every
+    # protocol: a peer that passes on what it receives gets 200.
     content: int = 200
-    stores: bool = False  # has messages on disk before it tells of them
-    config: str = ""  # a template in peers/, given to it by this flag
-    config_flag: str = ""
-    keeps_alive: bool = False  # pings silent connections within half a minute
+    stores: bool = False  # a message is on disk before anybody receives it
+    config: str = ""  # a template in peers/
+    config_flag: str = ""  # the option that names the file made from it
+    keeps_alive: bool = False  # pings idle connections within half a minute
 
 
 PEERS = {
@@ -264,18 +263,27 @@ PEERS = {
 }
 
 
-# --- a running one --------------------------------------------------------------------
+def earlier_chatd(checkout: Path) -> Peer:
+    """Make a peer of the chatd.py in another checkout."""
+    # A server runs in the folder of its data, so the path must be absolute.
+    build = functools.partial(build_chatd, checkout.resolve())
+    return dataclasses.replace(
+        PEERS["chatd"], name="before", label="before", build=build
+    )
+
+
+# --- a running server -----------------------------------------------------------------
 
 
 def free_port() -> int:
-    """Find a port that nobody uses now."""
+    """Find a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Server:
-    """A peer that runs, pinned to its core. `folder` is where its data are."""
+    """A running peer, pinned to its core. Its data are in `folder`."""
 
     def __init__(self, peer: Peer, command: list[str], folder: Path) -> None:
         self.peer = peer
@@ -283,9 +291,10 @@ class Server:
         self.folder = folder
         self.port = free_port()
         self.start_seconds = 0.0
+        self.start_cpu_seconds = 0.0
 
     def start(self, *more: str) -> None:
-        """Start, and wait until it takes connections."""
+        """Start it, and wait until it accepts connections. Raises Missing."""
         begin = time.perf_counter()
         self.process = subprocess.Popen(
             ["taskset", "-c", str(SERVER_CORE), *self._arguments(), *more],
@@ -304,6 +313,7 @@ class Server:
                 raise Missing(f"it does not start: {errors[-300:]}")
             time.sleep(0.001)
         self.start_seconds = time.perf_counter() - begin
+        self.start_cpu_seconds = self.cpu_seconds()
 
     def _arguments(self) -> list[str]:
         port = str(self.port)
@@ -330,7 +340,7 @@ class Server:
         return {**os.environ, **own}
 
     def stop(self) -> float:
-        """Stop as an operator would; return how long that took."""
+        """Stop it as an operator would; return the seconds that it took."""
         begin = time.perf_counter()
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -342,7 +352,7 @@ class Server:
 
     @property
     def pids(self) -> list[int]:
-        """The process and its children: whose CPU and memory count."""
+        """The process and its descendants: their CPU and memory are measured."""
         found = [self.process.pid]
         for pid in found:
             for task in Path(f"/proc/{pid}/task").iterdir():
@@ -350,21 +360,21 @@ class Server:
         return found
 
     def cpu_seconds(self) -> float:
-        """CPU time so far, from the kernel's clock of each process."""
+        """Return the CPU time so far, by the kernel's clock of each process."""
         return sum(time.clock_gettime((~pid << 3) | 2) for pid in self.pids)
 
     def settle(self) -> None:
-        """Wait until it has nothing left to do: at most 5 ms of CPU in 0.2 s."""
+        """Wait until it is idle: until it uses at most 5 ms of CPU in 0.2 s."""
         deadline = time.monotonic() + 60
         before = -math.inf
         while (now := self.cpu_seconds()) - before > 0.005:
             if time.monotonic() > deadline:
-                raise Missing("it does not come to rest")
+                raise Missing("it does not become idle")
             before = now
             time.sleep(0.2)
 
     def memory_bytes(self) -> int:
-        """Proportional set size: shared pages are divided, and none counts twice."""
+        """Return the proportional set size, which counts no shared page twice."""
         total = 0
         for pid in self.pids:
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -373,7 +383,7 @@ class Server:
         return total
 
     def call(self, method: str, path: str, body: object, bearer: str) -> Any:
-        """Ask chatd's HTTP interface."""
+        """Send a request to chatd's HTTP API; return the JSON of its answer."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             None if body is None else json.dumps(body).encode(),
@@ -386,7 +396,7 @@ class Server:
     def seat(self, users: int, rooms: int) -> Path:
         """Put users 1 to `users` into rooms of equal size.
 
-        Returns a file for the load: a line for each, his target and his room.
+        Returns a file for the load: each user's line has its target and its room.
         """
         size = users // rooms
         names = [str(place + 1) for place in range(rooms)]
@@ -432,6 +442,6 @@ def running(peer: Peer, command: list[str]) -> Iterator[Server]:
 
 
 def raise_file_limit() -> None:
-    """Let the servers and the load have as many files as the system allows."""
+    """Let the servers and the load open as many files as the system allows."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,7 +1,7 @@
-"""From the JSON of run.py: tables for a terminal, docs/speed.md's, and the chart.
+"""Make the tables and the chart from the JSON of run.py.
 
-Nothing here is written by hand: each figure is the median over the rounds of one field
-of the runs, and beside it in the terminal's tables stands the range.
+No figure is written by hand. Each is the median of one field over the rounds. Tables
+for a terminal show the range beside it; those of docs/speed.md do not.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ FAULTS = ("lost", "late", "repeated", "strayed", "refused", "ended", "missing_on
 
 
 def micros(run: Run) -> float:
-    """CPU of the server for one delivery, request or handshake, in microseconds."""
+    """Return the server's CPU for a delivery, request or handshake, in microseconds."""
     return float(run["cpu"] / run["count"] * 1e6) if run["count"] else math.nan
 
 
 def per_message(run: Run) -> float:
-    """CPU of the server for a message in a two-person chat: it is delivered twice."""
+    """Return the server's CPU for a message in a two-person chat: two deliveries."""
     return 2 * micros(run)
 
 
 def rate(run: Run) -> float:
-    """So many a second."""
+    """Return how many there were in a second."""
     return float(run["count"] / run["seconds"])
 
 
 def share(run: Run) -> float:
-    """CPU in percent of a core."""
+    """Return the CPU in percent of a core."""
     return float(100 * run["cpu"] / run["seconds"])
 
 
 def field(name: str, unit: float = 1) -> Figure:
-    """Read a field, in this unit."""
+    """Make a figure that is a field of the run, in this unit."""
     return lambda run: float(run[name]) / unit
 
 
 def values(results: Results, name: str, column: Column) -> list[float]:
-    """Find what a peer's rounds say in a column."""
+    """Return a peer's figures for a column, in the order of the runs."""
     _, workload, case, figure = column
     return [
         figure(run)
@@ -60,7 +60,7 @@ def values(results: Results, name: str, column: Column) -> list[float]:
 
 
 def shown(value: float) -> str:
-    """Write a number with three figures."""
+    """Write a number with three significant digits."""
     if math.isnan(value):
         return "none"
     if not value:
@@ -70,7 +70,7 @@ def shown(value: float) -> str:
 
 
 def cell(found: Sequence[float], *, spread: bool) -> str:
-    """Write a median, and the range over the rounds."""
+    """Write a median, and with `spread` the range over the rounds."""
     if not found:
         return "-"
     median = shown(statistics.median(found))
@@ -79,9 +79,8 @@ def cell(found: Sequence[float], *, spread: bool) -> str:
     return f"{median} ({shown(min(found))}-{shown(max(found))})"
 
 
-def tables(results: Results) -> dict[str, list[Column]]:
-    """Say which columns there are, from the plan that was run."""
-    plan = results["plan"]
+def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
+    """List the tables of a plan: the columns under each title."""
     rooms = [("fanout", str(n), f"room of {n:,}") for n in plan["rooms"]]
     crowd = plan["crowd"]
     flights = [
@@ -141,7 +140,7 @@ def tables(results: Results) -> dict[str, list[Column]]:
 def rows(
     results: Results, columns: Sequence[Column], *, spread: bool
 ) -> list[list[str]]:
-    """Make a table's rows, the heading first; a peer without a figure is left out."""
+    """Make a table's rows, the heading first. A peer without figures has no row."""
     table = [["", *(head for head, *_ in columns)]]
     for name in PEERS:
         found = [values(results, name, column) for column in columns]
@@ -152,26 +151,34 @@ def rows(
 
 
 def text(results: Results) -> str:
-    """Write all tables for a terminal, the range of the rounds behind each median."""
+    """Write all tables for a terminal, with the range behind each median."""
     out = []
-    for title, columns in tables(results).items():
+    for title, columns in tables(results["plan"]).items():
         table = rows(results, columns, spread=True)
         if len(table) == 1:
             continue
-        out.append(f"\n{title}")
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            cells = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-            out.append("  ".join([row[0].ljust(widths[0]), *cells]))
+        out += [f"\n{title}", *aligned(table)]
     out += ["", *faults(results)]
     return "\n".join(out)
 
 
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Align a table for a terminal: the first column left, the others right."""
+    lines = []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
+    return lines
+
+
 def faults(results: Results) -> list[str]:
-    """Say what went wrong: what was lost, repeated, out of place, refused."""
+    """List what was lost, late, repeated, out of order or refused, and all errors."""
     told = []
     for run in results["runs"]:
-        where = f"{PEERS[run['peer']].label}, {run['workload']} {run['case']}".rstrip()
+        name = run["peer"]
+        label = PEERS[name].label if name in PEERS else name
+        where = f"{label}, {run['workload']} {run['case']}".rstrip()
         if "error" in run:
             told.append(f"{where}: {run['error']}")
         found = [f"{run[name]:,} {name}" for name in FAULTS if run.get(name)]
@@ -191,8 +198,8 @@ def markdown(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def spread(results: Results) -> float:
-    """Half the range over the rounds, in percent of the median, in the middle case."""
-    columns = next(iter(tables(results).values()))
+    """Return how far rounds differ: half the range in percent, median of all cases."""
+    columns = next(iter(tables(results["plan"]).values()))
     found = [values(results, name, column) for name in PEERS for column in columns]
     parts = [
         (max(each) - min(each)) / 2 / statistics.median(each)
@@ -203,16 +210,15 @@ def spread(results: Results) -> float:
 
 
 def whole_rounds(results: Results) -> Results:
-    """Leave out a last round that was interrupted: not every peer has its share."""
-    ends = [(run["workload"], run["peer"], run["round"]) for run in results["runs"]]
-    last = next(end for end in reversed(ends) if end[2] == 0)[:2]
-    whole = {number for *end, number in ends if tuple(end) == last}
-    runs = [run for run in results["runs"] if run["round"] in whole]
-    return {**results, "runs": runs, "plan": {**results["plan"], "rounds": len(whole)}}
+    """Leave out a last round that was interrupted: it lacks some peers."""
+    last = results["runs"][-1]["round"]
+    rounds = last + 1 if "took_seconds" in results else max(1, last)
+    runs = [run for run in results["runs"] if run["round"] < rounds]
+    return {**results, "runs": runs, "plan": {**results["plan"], "rounds": rounds}}
 
 
 def measured(results: Results) -> str:
-    """Say how sure the figures are."""
+    """Describe how certain the figures are."""
     rounds = results["plan"]["rounds"]
     load = f"load average {results['machine']['load_average']:.1f} at the start"
     if rounds == 1:
@@ -221,10 +227,9 @@ def measured(results: Results) -> str:
 
 
 def section(results: Results) -> str:
-    """Write what docs/speed.md has between its two markers."""
-    machine, all_tables = results["machine"], tables(results)
-    costs, _, _, pairs, connections, growth = all_tables.values()
-    plan = results["plan"]
+    """Write the part of docs/speed.md that stands between the markers."""
+    machine, plan = results["machine"], results["plan"]
+    costs, _, _, pairs, connections, growth = tables(plan).values()
     aged = [
         [what, *(cell(values(results, "chatd", c), spread=False) for c in columns)]
         for what in ("page", "poll", "connect", "send")
@@ -295,7 +300,7 @@ WIDTH, LEFT, RIGHT, TOP, ROW = 760, 210, 60, 62, 40
 
 
 def chart(results: Results) -> str:
-    """Draw CPU per delivery, one at a time and many, on a logarithmic scale."""
+    """Draw the CPU per delivery, of one sender and of many, on a logarithmic scale."""
     plan = results["plan"]
     many = next(n for n in reversed(plan["flights"]) if n <= 32)
     series: list[tuple[str, str, Column]] = [

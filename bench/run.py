@@ -1,22 +1,31 @@
 #!/usr/bin/env python3
-"""Measure chatd beside what one would otherwise pick, on this machine, in one run.
+"""Measure chatd beside the servers that you might choose instead, in one run.
 
-    python bench/run.py --full      about twenty minutes; writes bench/results.json
-    python bench/run.py --quick     about a minute; what CI runs, figures mean little
+    python bench/run.py --full      takes about twenty minutes; writes results.json
+    python bench/run.py --quick     takes a minute and a half; its figures mean little
     python bench/run.py --full --only fanout,idle --peers chatd,go
-    python bench/run.py --report bench/results.json     docs/speed.md, chart.svg
+    python bench/run.py --report bench/results.json     writes docs/speed.md, chart.svg
+    python bench/run.py --before CHECKOUT   measures beside another version of chatd
 
-How. Server on core 0, load (load.c, one epoll loop in C) on core 1. Rounds are
-interleaved (A B C A B C), each with a fresh server and a fresh database on the disk of
-this checkout; medians and the range over the rounds are printed. CPU time is the server
-process's, all its threads and children, system calls included, by the kernel's clock of
-each process; what the kernel does on the load's side is not in it. Every delivery is
-checked for its room, its order and its number: what a peer loses is printed. The JSON
-has every round's raw figures, and is written after each.
+How it measures. The server runs on core 0, the load (load.c, one epoll loop in C) on
+core 1. Each workload of a round runs with every peer in turn, and the next round goes
+through the peers backwards: A B C, C B A. Each run has a fresh server and a fresh
+database, on the disk of this checkout. Medians and the range over the rounds are
+printed. CPU time is that of the server's process, its threads and its children, system
+calls included, by the kernel's clock of each process. Work that the kernel does for the
+load is not in it. Every delivery is checked for its room, its order and its number, and
+what a peer loses is printed. The JSON file has the raw figures of every round, and is
+written after each run.
 
-The peers (peer.py, peers/) do the least that a workload needs, set up as their
+The peers (peer.py, peers/) do the least that a workload needs. They are set up as their
 documentation advises for speed: no compression, TCP_NODELAY, a backlog of 4,096. chatd
-runs with its rates off (peer.UNLIMITED), else it would refuse this load.
+runs without its rate limits (peer.UNLIMITED), because they would refuse this load.
+
+--before measures this checkout beside the chatd.py in another folder, with the same
+Python and the same options, in nine pairs of runs (--pairs), and prints the ratios of
+the pairs (this / before). ratios.py says how they are judged. A figure holds when the
+median ratio is at most 1.03, or when the interval contains 1 and lies within 0.95 and
+1.05. The exit status is 1 when a figure does not hold.
 """
 
 from __future__ import annotations
@@ -33,13 +42,14 @@ from pathlib import Path
 from typing import Any
 
 import peer as peers
+import ratios
 import report
 import workload
-from peer import HERE, PEERS, Missing
+from peer import HERE, PEERS, Missing, Peer
 
 
 def machine() -> dict[str, Any]:
-    """Say what this ran on."""
+    """Describe this machine."""
     model = ""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -55,37 +65,41 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Say which version of the checkout this is, if it is one."""
+    """Return the commit of this checkout; empty without a repository."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return done.stdout.strip()
 
 
-def build(names: list[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Build the peers: their commands, and versions. One that is missing is told."""
-    commands, versions = {}, {}
-    for name in names:
+Ready = list[tuple[Peer, list[str]]]  # peers that are built, and their commands
+
+
+def build(sides: list[Peer]) -> tuple[Ready, dict[str, str]]:
+    """Build the peers, and return them with their versions. Print what is missing."""
+    ready, versions = [], {}
+    for side in sides:
         try:
-            commands[name], versions[name] = PEERS[name].build()
-            print(f"{PEERS[name].label}: {versions[name]}")
+            command, versions[side.name] = side.build()
+            ready.append((side, command))
+            print(f"{side.label}: {versions[side.name]}")
         except Missing as why:
-            print(f"{PEERS[name].label}: left out: {why}")
-    return commands, versions
+            print(f"{side.label}: left out: {why}")
+    return ready, versions
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Write the results whole, or not at all."""
+    """Write the results in one step: a crash leaves the file as it was."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(path)
 
 
 def measure(
-    plan: workload.Plan, names: list[str], only: list[str], path: Path
+    plan: workload.Plan, sides: list[Peer], only: list[str], path: Path
 ) -> dict[str, Any]:
-    """Run it all, round by round; return the results."""
+    """Run the workloads round by round; return the results."""
     workload.build_load()
-    commands, versions = build(names)
+    ready, versions = build(sides)
     results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": " ".join(["python", "bench/run.py", *sys.argv[1:]]),
@@ -98,72 +112,105 @@ def measure(
     begin = time.monotonic()
     for turn in range(plan.rounds):
         for kind in only:
-            if turn and kind in workload.ONCE:
+            if turn and kind in plan.once:
                 continue
             took = []
-            for name, command in commands.items():
+            for side, command in reversed(ready) if turn % 2 else ready:
                 started = time.monotonic()
+                name = side.name
                 run = {"round": turn, "workload": kind, "peer": name}
-                cases = workload.WORKLOADS[kind](PEERS[name], command, plan)
+                cases = workload.WORKLOADS[kind](side, command, plan)
                 try:
                     for case, result in cases:
                         results["runs"].append({**run, "case": case, **result})
                 except (workload.Broken, Missing, OSError) as why:
                     results["runs"].append({**run, "case": "", "error": str(why)})
-                    print(f"{kind} {name}: broken: {why}")
+                    print(f"{kind} {name}: failed: {why}")
                 save(results, path)
                 took.append(f"{name} {time.monotonic() - started:.0f}")
             spent = time.monotonic() - begin
-            print(f"{spent:5.0f} s: round {turn + 1}, {kind}: {', '.join(took)}")
+            line = f"{spent:5.0f} s: round {turn + 1}, {kind}: {', '.join(took)}"
+            print(line, flush=True)  # a log file shows how far it is
     results["took_seconds"] = round(time.monotonic() - begin)
     save(results, path)
     return results
 
 
 def words(known: dict[str, Any], text: str) -> list[str]:
-    """Read a list of names, in the order of the tables."""
+    """Read a list of names with commas; return them in the order of `known`."""
     asked = text.split(",") if text else list(known)
     unknown = set(asked) - set(known)
     if unknown:
         raise SystemExit(
-            f"run.py: no {', '.join(unknown)}; there are {', '.join(known)}"
+            f"run.py: unknown: {', '.join(unknown)}; known: {', '.join(known)}"
         )
     return [name for name in known if name in asked]
 
 
+def compare(plan: workload.Plan, checkout: Path, only: str, path: Path) -> bool:
+    """Measure beside another checkout, print the ratios; return whether all hold."""
+    compared = {kind for _, kind, *_ in ratios.columns(dataclasses.asdict(plan))}
+    known = {kind: run for kind, run in workload.WORKLOADS.items() if kind in compared}
+    kinds = words(known, only)
+    sides = [peers.earlier_chatd(checkout), PEERS["chatd"]]
+    results = measure(plan, sides, kinds, path)
+    found = ratios.measures(results, kinds)
+    results["measures"] = [dataclasses.asdict(each) for each in found.values() if each]
+    save(results, path)
+    print("", ratios.text(found), "", *report.faults(results), sep="\n")
+    return ratios.holds(found)
+
+
 def main() -> None:
-    """Read the command line and obey it."""
+    """Run what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="what docs/speed.md shows")
-    size.add_argument("--quick", action="store_true", help="what CI runs")
-    parser.add_argument("--only", default="", help="these workloads, with commas")
-    parser.add_argument("--peers", default="", help="these peers, with commas")
-    parser.add_argument("--rounds", type=int, help="instead of the plan's")
-    parser.add_argument("--output", type=Path, help="the JSON file")
+    size.add_argument(
+        "--full", action="store_true", help="the figures of docs/speed.md"
+    )
+    size.add_argument("--quick", action="store_true", help="a short run, for CI")
+    size.add_argument(
+        "--before", type=Path, metavar="CHECKOUT", help="compare with its chatd.py"
+    )
+    parser.add_argument("--only", default="", help="only these workloads, with commas")
+    parser.add_argument("--peers", default="", help="only these peers, with commas")
     parser.add_argument(
-        "--report", type=Path, metavar="JSON", help="write docs/speed.md, the chart"
+        *("--rounds", "--pairs"), type=int, metavar="N", help="how often all is run"
+    )
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    parser.add_argument(
+        "--report", type=Path, metavar="JSON", help="write docs/speed.md and the chart"
     )
     options = parser.parse_args()
     if options.report:
         report.publish(json.loads(options.report.read_text()))
         return
     plan = workload.FULL if options.full else workload.QUICK
+    if options.before:
+        plan = workload.BESIDE
+        if options.peers:
+            parser.error("--before has its own two peers")
+        if not (options.before / "chatd.py").is_file():
+            parser.error(f"--before {options.before}: there is no chatd.py")
     if options.rounds:
         plan = dataclasses.replace(plan, rounds=options.rounds)
-    only = words(workload.WORKLOADS, options.only)
-    names = words(PEERS, options.peers)
     partly = bool(options.only or options.peers or not options.full)
     path = options.output or (
         peers.BUILD / "results.json" if partly else HERE / "results.json"
     )
     peers.BUILD.mkdir(exist_ok=True)
     peers.raise_file_limit()
-    results = measure(plan, names, only, path)
-    print(report.text(results))
-    print(f"every round's figures: {path}")
+    good = True
+    if options.before:
+        good = compare(plan, options.before, options.only, path)
+    else:
+        only = words(workload.WORKLOADS, options.only)
+        sides = [PEERS[name] for name in words(PEERS, options.peers)]
+        print(report.text(measure(plan, sides, only, path)))
+    print(f"the figures of every round: {path}")
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

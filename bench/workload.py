@@ -1,4 +1,4 @@
-"""The workloads. Each yields its cases, with the raw figures of one round."""
+"""The workloads. Each yields its cases, with the raw figures of one run."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from peer import BUILD, LOAD_CORE, Peer, Server, running, token
 
 Result = dict[str, Any]
 Cases = Iterator[tuple[str, Result]]
-MARK = "#00000.00000000.0000000000000000#"  # load.c writes sender, number, time here
+MARK = "#00000.00000000.0000000000000000#"  # load.c fills in sender, number and time
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How much of everything."""
+    """The sizes and times of all workloads."""
 
     rounds: int
-    seconds: float  # one measured window
-    warm: float  # before it
+    seconds: float  # the length of a measured window
+    warm: float  # the seconds of load before it
     rooms: Sequence[int]
-    crowd: int  # the room in which the messages in flight vary
-    others: Sequence[int]  # rooms in which `few` are in flight, too
+    crowd: int  # the size of the room in which `flights` vary
+    others: Sequence[int]  # more rooms, with `few` messages in flight
     few: int
-    flights: Sequence[int]
+    flights: Sequence[int]  # messages in flight
     pairs: int
-    rate: float
+    rate: float  # 0: flat out only
     posters: int
     idle: Sequence[int]
-    kept: int  # connections at the stop
-    quiet_seconds: float  # of keep-alive
+    once: Sequence[str]  # the workloads that only the first round runs
+    kept: int  # connections that are open at the stop
+    quiet_seconds: float  # how long the keep-alive is measured
+    starts: int
     storm: int
     missed: int
     history: Sequence[int]
@@ -55,8 +57,10 @@ FULL = Plan(
     rate=1000,
     posters=32,
     idle=(1_000, 5_000, 10_000),
+    once=("idle",),  # memory hardly varies from round to round, and this takes long
     kept=5_000,
     quiet_seconds=30,
+    starts=1,
     storm=1_000,
     missed=20,
     history=(10_000, 1_000_000),
@@ -74,16 +78,34 @@ QUICK = Plan(
     rate=200,
     posters=8,
     idle=(100, 300),
+    once=("idle",),
     kept=200,
     quiet_seconds=0,
+    starts=1,
     storm=100,
     missed=5,
     history=(1_000,),
 )
+# Few cases, long windows: the noise of a ratio of two versions is a few percent.
+BESIDE = dataclasses.replace(
+    FULL,
+    rounds=9,
+    seconds=5.0,
+    warm=0.5,
+    rooms=(10, 500),
+    others=(),
+    flights=(32,),
+    rate=0,
+    idle=(4_000,),
+    once=(),
+    kept=4_000,
+    quiet_seconds=0,
+    starts=5,
+)
 
 
 class Broken(Exception):
-    """The load could not do its work; the text says why."""
+    """The load failed; the text says why."""
 
 
 def load_command(mode: str, server: Server, file: Path, **options: object) -> list[str]:
@@ -117,7 +139,7 @@ def load(mode: str, server: Server, file: Path, **options: object) -> Result:
 def holding(
     server: Server, file: Path, **options: object
 ) -> Iterator[Callable[[str], Result]]:
-    """Hold connections; the block is given a function that commands the load."""
+    """Hold connections. Yield a function that sends the load a line, for its answer."""
     process = subprocess.Popen(
         load_command("hold", server, file, **options),
         text=True,
@@ -129,7 +151,7 @@ def holding(
         print(line, file=process.stdin, flush=True)
         assert process.stdout is not None  # it is a pipe
         answer = process.stdout.readline()
-        result: Result = json.loads(answer or '{"error": "the load has died"}')
+        result: Result = json.loads(answer or '{"error": "the load has ended"}')
         if "error" in result:
             raise Broken(result["error"])
         return result
@@ -144,7 +166,7 @@ def holding(
 def talk(
     peer: Peer, command: list[str], plan: Plan, users: int, rooms: int, **options: float
 ) -> Result:
-    """Let people speak in rooms, on a fresh server."""
+    """Let members of rooms send messages, on a fresh server."""
     with running(peer, command) as server:
         file = server.seat(users, rooms)
         times = {"seconds": plan.seconds, "warm": plan.warm}
@@ -153,17 +175,17 @@ def talk(
         )
 
 
-# --- the eight ------------------------------------------------------------------------
+# --- the workloads --------------------------------------------------------------------
 
 
 def fanout(peer: Peer, command: list[str], plan: Plan) -> Cases:
-    """One message at a time to chats of several sizes."""
+    """Send one message at a time, in chats of several sizes."""
     for size in plan.rooms:
         yield str(size), talk(peer, command, plan, size, 1)
 
 
 def flight(peer: Peer, command: list[str], plan: Plan) -> Cases:
-    """Several people speak at the same time in one chat."""
+    """Let several members of one chat send at the same time."""
     for speakers in plan.flights:
         result = talk(peer, command, plan, plan.crowd, 1, senders=speakers)
         yield str(speakers), result
@@ -173,16 +195,18 @@ def flight(peer: Peer, command: list[str], plan: Plan) -> Cases:
 
 
 def pairs(peer: Peer, command: list[str], plan: Plan) -> Cases:
-    """Two-person chats: as fast as it goes, and at a steady rate by the clock."""
+    """Send in two-person chats: as fast as possible, then at a steady rate."""
     users = plan.pairs * 2
     yield "flat out", talk(peer, command, plan, users, plan.pairs)
+    if not plan.rate:
+        return
     long = 2 * plan.seconds
     steady = talk(peer, command, plan, users, plan.pairs, rate=plan.rate, seconds=long)
     yield f"{plan.rate:.0f}/s", steady
 
 
 def post_request(path: str, bearer: str, body: str) -> str:
-    """Write a POST as it goes over the wire."""
+    """Return the bytes of a POST, as text."""
     return (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Authorization: Bearer {bearer}\r\nContent-Length: {len(body)}\r\n\r\n{body}"
@@ -190,7 +214,7 @@ def post_request(path: str, bearer: str, body: str) -> str:
 
 
 def get_request(path: str, bearer: str) -> str:
-    """Write a GET as it goes over the wire."""
+    """Return the bytes of a GET, as text."""
     return (
         f"GET {path} HTTP/1.1\r\nHost: localhost\r\n"
         f"Authorization: Bearer {bearer}\r\n\r\n"
@@ -198,7 +222,7 @@ def get_request(path: str, bearer: str) -> str:
 
 
 def write_requests(folder: Path, requests: Sequence[str]) -> Path:
-    """Write requests for the load."""
+    """Write the file of requests that the load sends."""
     file = folder / "requests"
     file.write_text("".join(request + "\0" for request in requests))
     return file
@@ -213,7 +237,7 @@ def stored(folder: Path) -> int:
 
 
 def posts(peer: Peer, command: list[str], plan: Plan) -> Cases:
-    """Durable posts over HTTP, keep-alive; all that were answered are on disk."""
+    """Post messages on keep-alive connections; every answered one must be on disk."""
     if not peer.stores:
         return
     with running(peer, command) as server:
@@ -241,7 +265,7 @@ def posts(peer: Peer, command: list[str], plan: Plan) -> Cases:
 
 
 def idle(peer: Peer, command: list[str], plan: Plan) -> Cases:
-    """Connections that say nothing: memory each, CPU to keep them, and the stop."""
+    """Hold idle connections: memory of each, CPU of the keep-alive, and the stop."""
     most = max(plan.idle)
     with running(peer, command) as server:
         file = server.seat(most, max(1, most // 1000))
@@ -253,7 +277,7 @@ def idle(peer: Peer, command: list[str], plan: Plan) -> Cases:
                 yield str(count), {**result, "bytes": grown / count, "empty": empty}
             if plan.quiet_seconds and peer.keeps_alive:
                 cpu = server.cpu_seconds()
-                # The load answers pings meanwhile: that is all that happens.
+                # Meanwhile the load answers pings, and nothing else happens.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     server.process.wait(plan.quiet_seconds)
                 spent = server.cpu_seconds() - cpu
@@ -265,16 +289,25 @@ def idle(peer: Peer, command: list[str], plan: Plan) -> Cases:
 
 
 def handshakes(peer: Peer, command: list[str], plan: Plan) -> Cases:
-    """Connect, be greeted, close, again; each with a token that it has not seen."""
+    """Start. Then connect, wait for the greeting and close, each time with a new token.
+
+    Every start is yielded as a case of its own.
+    """
+    for _ in range(plan.starts):
+        with running(peer, command) as server:
+            cpu = server.start_cpu_seconds
+            yield "start", {"seconds": server.start_seconds, "cpu": cpu}
     with running(peer, command) as server:
         file = server.seat(10_000, 100)
         result = load("shake", server, file, conns=32, seconds=plan.seconds)
         yield "shake", result
-        yield "start", {"seconds": server.start_seconds}
 
 
 def storm(peer: Peer, command: list[str], plan: Plan) -> Cases:
-    """All come back at once after a restart; chatd brings each what he missed."""
+    """Let all clients return at once after a restart.
+
+    A client of chatd brings its cursor, and receives the messages that it missed.
+    """
     with running(peer, command) as server:
         expect = 0
         file = server.seat(plan.storm, 1)
@@ -296,12 +329,12 @@ def storm(peer: Peer, command: list[str], plan: Plan) -> Cases:
 
 # --- growth ---------------------------------------------------------------------------
 
-CHATS = 100  # of the history; each has two members
-POLLED = 10  # events that a poll of one of them finds
+CHATS = 100  # chats in the history; each has two members
+POLLED = 10  # events that the poll of a member finds
 
 
 def fill(database: Path, messages: int) -> None:
-    """Write a history straight into chatd's tables: to its chats in turn, no holes."""
+    """Write a history into chatd's tables: a message to each chat in turn, no gaps."""
     with contextlib.closing(sqlite3.connect(database)) as db:
         (first,) = db.execute("SELECT max(seq) + 1 FROM event").fetchone()
         db.execute("PRAGMA synchronous = OFF")
@@ -323,7 +356,7 @@ def fill(database: Path, messages: int) -> None:
 
 
 def growth(peer: Peer, command: list[str], plan: Plan) -> Cases:
-    """What a page, a poll, a connect and a send cost with a long history."""
+    """Measure a page, a poll, a connect and a send with a long history."""
     if peer.protocol != "chatd":
         return
     for messages in plan.history:
@@ -338,12 +371,12 @@ def growth(peer: Peer, command: list[str], plan: Plan) -> Cases:
 
 
 def aged(server: Server, plan: Plan, messages: int) -> Cases:
-    """Measure a server that has a history."""
+    """Measure a running server that has a history of `messages`."""
     cursor = server.call("GET", "/api/v1/events", None, token(1))["cursor"]
     epoch, _, head = cursor.rpartition(".")
     back = f"{epoch}.{int(head) - POLLED * CHATS}"
     first = int(head) - messages + 1
-    halfway = first + messages // CHATS // 2 * CHATS  # of the first chat
+    halfway = first + messages // CHATS // 2 * CHATS  # a message of the first chat
     body = json.dumps({"content": MARK})
 
     def asked(status: int, write: Callable[[int], str]) -> Result:
@@ -395,7 +428,6 @@ WORKLOADS: dict[str, Callable[[Peer, list[str], Plan], Cases]] = {
     "storm": storm,
     "growth": growth,
 }
-ONCE = {"idle"}  # memory does not vary from round to round, and takes long
 
 
 def build_load() -> None:

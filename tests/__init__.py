@@ -5,4 +5,4 @@ harness.py holds what several of them need, conftest.py their fixtures.
 
 import pytest
 
-pytest.register_assert_rewrite("tests.harness")
+pytest.register_assert_rewrite("tests.client", "tests.harness")

@@ -1773,11 +1773,6 @@ class DoorProxy(DoorServer):
         self.serve = ("--db", str(db), "--upstream", f"127.0.0.1:{port}")
 
 
-def door_lasting(events: list[DoorFrame]) -> list[DoorFrame]:
-    """Events without the one thing in them that is as of now, not as of then."""
-    return [{k: v for k, v in event.items() if k != "chat"} for event in events]
-
-
 class DoorCount:
     """A number that tasks wait for."""
 

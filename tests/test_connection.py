@@ -7,7 +7,6 @@ import gc
 import inspect
 import json
 import random
-import re
 import socket
 import sqlite3
 import struct
@@ -15,14 +14,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import quote
 
 import pytest
 import trio
 import trio.testing
 import trio_websocket
 from trio.testing import MockClock, wait_all_tasks_blocked
-from websockets.sync.client import connect as websockets_connect
 
 import chatd
 from chatd import Settings
@@ -46,7 +43,6 @@ from tests.harness import (
     door_frame,
     door_get,
     door_innocent,
-    door_lasting,
     door_load,
     door_reset,
     door_rest,
@@ -1288,111 +1284,6 @@ async def test_random_bytes_end_no_connection_but_their_own(house: WiresHouse) -
 # --- the conversation, word for word -------------------------------------------------
 
 
-async def test_every_connection_of_a_user_hears_his_chats_and_no_others(
-    either_house: DoorServer,
-) -> None:
-    house = either_house
-    ann, bob, eve = (next(door_users) for _ in range(3))
-    chat = await house.chat(ann, bob)
-    tabs = [await house.peer(ann) for _ in range(3)]
-    b, e = await house.peer(bob), await house.peer(eve)
-    await b.say("send_message", chat_id=chat, content="all of you")
-    heard = [await tab.hear("new_message") for tab in tabs]
-    assert heard[0] == heard[1] == heard[2]
-    await b.find("ack")
-    message = heard[0]["message"]["id"]
-    forbidden = await e.ask("send_message", chat_id=chat, content="me too")
-    unknown = await e.ask("send_message", chat_id=2**53 - 1, content="me too")
-    assert forbidden["code"] == unknown["code"] == "not_found"
-    same = [re.sub(r"\d+", "N", error["message"]) for error in (forbidden, unknown)]
-    assert same[0] == same[1]  # nobody learns which chats there are
-    typing = await e.ask("typing", chat_id=chat, is_typing=True)
-    assert typing["code"] == "not_found"
-    marked = await e.ask("mark_read", message_id=message)
-    assert marked["code"] == "not_found"
-    for tab in tabs:
-        await tab.hears_nothing()
-    await e.hears_nothing()
-
-
-async def test_joining_and_leaving_act_at_once_on_open_sockets(
-    either_house: DoorServer,
-) -> None:
-    house = either_house
-    ann, bob = next(door_users), next(door_users)
-    a, b = await house.peer(ann), await house.peer(bob)
-    chat = await house.chat(ann, title="t")
-    added = await a.hear("chat_added")
-    assert added["chat_id"] == added["chat"]["id"] == chat
-    first = await house.post(chat, ann, "before bob")
-    await a.hear("new_message")
-    await b.hears_nothing()
-    members, body = f"POST /api/v1/chats/{chat}/members", {"user_id": bob}
-    both = {"chat_id": chat, "user_id": bob}
-    assert await house.want(201, members, house.token(ann), body) == both
-    assert await house.want(200, members, house.token(ann), body) == both
-    joined = await a.hear("member_added")
-    assert (joined["chat_id"], joined["user_id"]) == (chat, bob)
-    welcome = await b.hear("chat_added")
-    assert welcome["seq"] > joined["seq"]
-    history = await house.history(chat, bob)
-    assert [m["id"] for m in history] == [first["id"]]  # all of it is his to read
-    chats = await house.want(200, "GET /api/v1/chats", house.token(bob))
-    assert [(c["read_n"], c["unread"]) for c in chats["chats"]] == [(1, 0)]
-    await b.say("send_message", chat_id=chat, content="hello")
-    assert (await a.hear("new_message"))["message"]["n"] == 2
-    await b.find("ack")
-    gone = f"DELETE /api/v1/chats/{chat}/members/{bob}"
-    await house.want(204, gone, house.token(bob))
-    last = await b.hear("member_removed")
-    assert await a.hear("member_removed") == last
-    await house.post(chat, ann, "without bob")
-    await a.hear("new_message")
-    await b.hears_nothing()
-    refused = await b.ask("send_message", chat_id=chat, content="still here?")
-    assert refused["code"] == "not_found"
-    target = f"GET /api/v1/chats/{chat}/messages"
-    await house.want(404, target, house.token(bob))
-    log = await house.log(bob, b.hello["cursor"])
-    assert door_lasting(log) == door_lasting([welcome, last])  # the rest is not his
-
-
-async def test_a_socket_resumes_where_its_cursor_stands(
-    either_house: DoorServer,
-) -> None:
-    house = either_house
-    ann, bob = next(door_users), next(door_users)
-    chat = await house.chat(ann, bob)
-    start = await house.cursor(ann)
-    a = await house.peer(ann, start)
-    assert (a.hello["resume"], a.hello["cursor"]) == ("live", start)
-    await a.leave()
-    sent = [await house.post(chat, bob, str(i)) for i in range(3)]
-    a = await house.peer(ann, start)
-    assert (a.hello["resume"], a.hello["cursor"]) == ("replay", start)
-    assert a.hello["chats"][str(chat)] == {"last_n": 3, "read_n": 0}
-    events = [await a.hear("new_message") for _ in sent]
-    assert [event["message"] for event in events] == sent
-    await a.hears_nothing()
-    epoch = start.partition(".")[0]
-    a = await house.peer(ann, f"{epoch}.{events[1]['seq']}")
-    assert a.hello["resume"] == "replay"
-    assert await a.hear() == events[2]
-    await a.hears_nothing()
-    other = "other" if epoch != "other" else "else"
-    bad = [f"{other}.1", f"{epoch}.{10**12}", "x", f"{epoch}.", f"{epoch}.-1", "é.1"]
-    bad += [f"{epoch}.{10**30}", f"{epoch}.1.1", "." * 300]
-    for cursor in bad:
-        a = await house.peer(ann, cursor)
-        assert a.hello["resume"] == "resync", cursor
-        assert a.hello["cursor"].startswith(f"{epoch}."), cursor
-        await a.hears_nothing()
-        target = f"GET /api/v1/events?cursor={quote(cursor)}"
-        poll = await house.want(200, target, house.token(ann))
-        assert poll["resync"] is True, cursor
-        assert poll["events"] == [], cursor
-
-
 async def test_5000_events_behind_are_replayed_and_5001_are_not(
     house: DoorServer,
 ) -> None:
@@ -1414,37 +1305,6 @@ async def test_5000_events_behind_are_replayed_and_5001_are_not(
         other = await house.peer(cy, start)  # those were not his chats
         assert other.hello["resume"] in {"live", "replay"}
         await other.hears_nothing()
-
-
-async def test_a_client_the_project_did_not_write_talks_to_it(
-    either_house: DoorServer,
-) -> None:
-    house = either_house
-    ann, bob = next(door_users), next(door_users)
-    chat = await house.chat(ann, bob)
-    path = f"127.0.0.1:{house.port}{house.socket_path(ann)}"
-
-    def by_websockets() -> list[DoorFrame]:
-        with websockets_connect(f"ws://{path}", proxy=None) as socket_:
-            assert socket_.ping().wait(DOOR_SECONDS)
-            hello = json.loads(socket_.recv(DOOR_SECONDS))
-            say = {"type": "send_message", "chat_id": chat, "content": "🙂" * 3000}
-            halves = json.dumps(say, ensure_ascii=False)
-            socket_.send([halves[:50], halves[50:]])  # in two fragments
-            rest = [json.loads(socket_.recv(DOOR_SECONDS)) for _ in range(2)]
-        assert socket_.close_code == 1000
-        return [hello, *rest]
-
-    frames = await trio.to_thread.run_sync(by_websockets)
-    assert [f["type"] for f in frames] == ["connected", "new_message", "ack"]
-    assert frames[1]["message"]["content"] == "🙂" * 3000
-    with trio.fail_after(DOOR_SECONDS):
-        async with trio_websocket.open_websocket_url(f"ws://{path}") as ws:
-            hello = json.loads(await ws.get_message())
-            assert hello["chats"] == {str(chat): {"last_n": 1, "read_n": 1}}
-            await ws.ping()
-            await ws.send_message('{"type": "ping"}')
-            assert json.loads(await ws.get_message())["type"] == "pong"
 
 
 # --- the promise ---------------------------------------------------------------------

@@ -1182,15 +1182,6 @@ async def test_every_row_of_the_http_table_answers(either_house: DoorServer) -> 
     assert answer == {"user_id": cy, "closed": 0}
 
 
-async def test_the_page_is_served_from_a_fixed_table(either_house: DoorServer) -> None:
-    page = await either_house.ask("GET", "/")
-    assert page.status == 200
-    assert page.headers["content-type"].startswith("text/html")
-    for target in ("/web/../chatd.py", "/web/..%2fchatd.py", "/web//etc/passwd", "/x"):
-        assert (await either_house.ask("GET", target)).status in {400, 404}, target
-    assert (await either_house.ask("GET", "/web/nothing.js")).code == "not_found"
-
-
 async def test_a_bad_request_is_told_which_field_and_what_was_wrong(
     open_house: DoorServer,
 ) -> None:

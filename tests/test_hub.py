@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
-import random
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
-import trio
-import trio.testing
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 import chatd
 from chatd import Job, Refusal, Settings
 from tests.harness import (
-    DoorCount,
-    DoorFrame,
-    DoorGone,
-    DoorSender,
-    DoorServer,
     Memory,
     MemorySeat,
     MemoryWork,
-    door_lasting,
-    door_users,
     memory_frames,
     memory_is_sound,
     memory_job,
@@ -863,107 +852,3 @@ def test_a_client_gets_every_visible_event_once_and_in_order_in_any_interleaving
 
 
 # --- the promise ---------------------------------------------------------------------
-
-
-class DoorHopper:
-    """A reader with a cursor who takes what he can get, however he gets it."""
-
-    def __init__(self, house: DoorServer, user: int, cursor: str, seed: int) -> None:
-        self.house, self.user, self.cursor = house, user, cursor
-        self.epoch = cursor.partition(".")[0]
-        self.dice = random.Random(seed)
-        self.heard: list[DoorFrame] = []
-        self.ways = {"live": 0, "replay": 0, "poll": 0, "cut": 0}
-
-    async def hop(self, finished: trio.Event) -> None:
-        """Until a poll after the finish finds nothing more."""
-        while True:
-            ended = finished.is_set()
-            before = len(self.heard)
-            try:
-                if ended or self.dice.random() < 0.4:
-                    await self.poll()
-                    if ended and len(self.heard) == before:
-                        return
-                else:
-                    await self.listen()
-            except (OSError, DoorGone, trio.BrokenResourceError):
-                self.ways["cut"] += 1
-                await self.house.up.wait()
-
-    async def poll(self) -> None:
-        query = f"limit={self.dice.randint(1, 80)}&cursor={self.cursor}"
-        target = f"GET /api/v1/events?{query}"
-        got = await self.house.want(200, target, self.house.token(self.user))
-        assert got["resync"] is False, got
-        self.heard += got["events"]
-        self.cursor = got["cursor"]
-        self.ways["poll"] += 1
-
-    async def listen(self) -> None:
-        peer = await self.house.peer(self.user, self.cursor)
-        assert peer.hello["cursor"] == self.cursor, peer.hello
-        self.ways[peer.hello["resume"]] += 1  # KeyError: a resync
-        with trio.move_on_after(self.dice.random() / 2):
-            for _ in range(self.dice.randint(1, 60)):
-                frame = await peer.hear()
-                if "seq" in frame:  # only events move a cursor
-                    self.heard.append(frame)
-                    self.cursor = f"{self.epoch}.{frame['seq']}"
-        peer.drop()
-
-
-@pytest.mark.parametrize("seed", [20251121, 6])
-async def test_a_hopping_reader_hears_every_event_once_whatever_is_killed(
-    house: DoorServer, seed: int
-) -> None:
-    """The promise itself: socket, poll and reconnects mixed, five kills."""
-    reader, *writers = users = [next(door_users) for _ in range(4)]
-    acked, finished, rounds, each = DoorCount(), trio.Event(), 5, 150
-    async with house.serving():
-        chats = [await house.chat(*users), await house.chat(reader, writers[0])]
-        start = await house.cursor(reader)
-        hoppers = [DoorHopper(house, reader, start, seed + i) for i in range(2)]
-        texts = [(chats[0], f"{i} é\n\t\U0001f600 \u2028") for i in range(each)]
-        senders = [DoorSender(house, user, texts) for user in writers]
-
-        async def write() -> None:
-            async with trio.open_nursery() as writing:
-                for sender in senders:
-                    writing.start_soon(sender.send, acked, 3)
-                for round_ in range(1, rounds + 1):
-                    await acked.reaches(round_ * each * len(writers) // (rounds + 1))
-                    await house.kill()
-                    await house.begin()
-                    message = await house.post(chats[1], writers[0], "marked")
-                    await house.want(
-                        200,
-                        f"POST /api/v1/messages/{message['id']}/read",
-                        house.token(reader),
-                    )
-                    chats.append(await house.chat(*users))
-                    await house.post(chats[-1], writers[1], "in a new chat")
-            finished.set()
-
-        with trio.fail_after(75):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(write)
-                for hopper in hoppers:
-                    nursery.start_soon(hopper.hop, finished)
-        log = await house.log(reader, start)
-        seqs = [event["seq"] for event in log]
-        assert all(a < b for a, b in itertools.pairwise(seqs))
-        kinds = [event["type"] for event in log]
-        expected = {"new_message": each * 3 + rounds * 2, "message_read": rounds}
-        assert {kind: kinds.count(kind) for kind in set(kinds)} == {
-            **expected,
-            "chat_added": rounds,
-        }
-        for hopper in hoppers:
-            assert [e["seq"] for e in hopper.heard] == seqs, hopper.ways
-            assert door_lasting(hopper.heard) == door_lasting(log)
-            assert min(hopper.ways["poll"], hopper.ways["replay"]) > 0, hopper.ways
-        for chat in chats:
-            told = [e for e in log if e["type"] == "new_message"]
-            texts_told = [e["message"] for e in told if e["chat_id"] == chat]
-            assert texts_told == await house.history(chat, reader)

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import signal
-import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from tests.harness import (
     WiresHouse,
     door_environment,
     door_get,
-    door_until,
     door_users,
     wires,
     wires_request,
@@ -215,60 +213,6 @@ async def test_no_token_and_no_text_reaches_the_log_at_any_level(
 
 
 # --- HTTP: every row of the table in docs/protocol.md, and more -----------------------
-
-
-async def test_the_monitoring_counts_and_is_for_those_who_may(
-    house: DoorServer,
-) -> None:
-    async with house.serving():
-        ann, bob = next(door_users), next(door_users)
-        stats, metrics = "/api/v1/internal/chat/ws/stats", "/metrics"
-        for target in (stats, metrics):
-            assert (await house.ask("GET", target)).status == 401
-            answer = await house.ask("GET", target, house.token(ann))
-            assert (answer.status, answer.code) == (403, "forbidden")
-        chat = await house.chat(ann, bob)
-        a, b1, b2 = [await house.peer(user) for user in (ann, bob, bob)]
-        await a.ask("send_message", chat_id=chat, content="x", client_id="1")
-        await a.ask("send_message", chat_id=chat, content="x", client_id="1")
-        await b1.hear("new_message")
-        await b2.leave()
-        assert (await house.refusal("no.such.token")).status == 401
-        await a.utter("{")
-        await a.hear("error")
-
-        async def counted() -> bool:
-            return bool((await house.stats())["connections"]["active"] == 2)
-
-        await door_until(counted)
-        got = await house.stats()
-        assert got["uptime_seconds"] >= 0
-        assert got["version"] == chatd.__version__
-        connections = got["connections"]
-        assert (connections["users"], connections["total"]) == (2, 3)
-        assert connections["closed"] == {"1000": 1}
-        assert connections["catching_up"] == 0
-        assert sum(connections["refused"].values()) == 1
-        assert got["broadcast"]["events"]["new_message"] == 1
-        assert got["broadcast"]["deliveries"] >= 3
-        assert {"writes", "catch_ups", "stalls"} <= set(got["broadcast"])
-        store = got["store"]
-        assert (store["messages"], store["duplicates"], store["failed"]) == (1, 1, 0)
-        assert store["degraded"] is False
-        assert store["sqlite"] == sqlite3.sqlite_version
-        assert set(store["commit_seconds"]) == {"p50", "p99", "max"}
-        assert {"commits", "batch_max", "wal_bytes"} <= set(store)
-        resumes = {"fresh": 3, "live": 0, "replay": 0, "resync": 0}
-        assert {**resumes, **got["resumes"]} == resumes
-        assert isinstance(got["errors"], dict)
-        answer = await house.ask("GET", metrics, house.stats_token)
-        assert answer.headers["content-type"].startswith("text/plain")
-        families = list(text_string_to_metric_families(answer.body.decode()))
-        assert all(
-            family.name.startswith(("chatd_", "process_")) for family in families
-        )
-        values = {s.name: s.value for family in families for s in family.samples}
-        assert any("connections" in name and values[name] == 2 for name in values)
 
 
 async def test_tokens_and_texts_reach_no_log_no_error_and_no_metric(

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import stat
 import subprocess
 import sys
 import time
@@ -33,14 +32,11 @@ from tests.harness import (
     DOOR_SECONDS,
     DoorCount,
     DoorLine,
-    DoorProxy,
-    DoorSender,
     DoorServer,
     Memory,
     WiresHouse,
     door_environment,
     door_run,
-    door_until,
     door_users,
     wires,
     wires_request,
@@ -470,110 +466,6 @@ print(os.get_inheritable(3), [n for n in os.environ if n.startswith("LISTEN_")])
 # --- the command line ----------------------------------------------------------------
 
 
-async def test_a_backup_is_whole_and_a_restore_makes_old_cursors_resync(
-    house: DoorServer, tmp_path: Path
-) -> None:
-    async with house.serving():
-        ann, bob = next(door_users), next(door_users)
-        chat, copy = await house.chat(ann, bob), tmp_path / "copy.db"
-        a = await house.peer(ann)
-        kept = [
-            await a.ask("send_message", chat_id=chat, content=f"{i}") for i in "012"
-        ]
-        seen = await house.cursor(bob)
-        assert (await door_run("backup", copy, "--db", house.db)).status == 0
-        for db in (copy, house.db):  # online, the one it was made of
-            checked = await door_run("check", "--db", db)
-            assert checked.status == 0, checked
-        await house.post(chat, ann, "after the backup")
-        later = await house.cursor(bob)
-        await house.stop()
-        restored = await door_run("restore", copy, "--db", house.db)
-        assert restored.status == 0, restored
-        assert (await door_run("check", "--db", house.db)).status == 0
-        await house.begin()
-        messages = await house.history(chat, bob)
-        assert [m["id"] for m in messages] == [ack["message_id"] for ack in kept]
-        for cursor in (seen, later):
-            b = await house.peer(bob, cursor)
-            assert b.hello["resume"] == "resync"
-            assert b.hello["cursor"].partition(".")[0] != cursor.partition(".")[0]
-            target = f"GET /api/v1/events?cursor={cursor}"
-            poll = await house.want(200, target, house.token(bob))
-            assert poll["resync"] is True
-            await b.leave()
-        b = await house.peer(bob, poll["cursor"])
-        assert b.hello["resume"] == "live"
-        sent = await house.post(chat, ann, "after the restore")
-        assert sent["n"] == 4
-        assert (await b.hear("new_message"))["message"] == sent
-
-
-async def test_a_backup_under_load_holds_every_message_acked_before_it(
-    house: DoorServer, tmp_path: Path
-) -> None:
-    async with house.serving():
-        users, acked = [next(door_users) for _ in range(3)], DoorCount()
-        chat = await house.chat(*users)
-        senders = [
-            DoorSender(house, user, [(chat, f"{i}") for i in range(100_000)])
-            for user in users
-        ]
-        with trio.fail_after(120):
-            async with trio.open_nursery() as nursery:
-                for sender in senders:
-                    nursery.start_soon(sender.send, acked)
-                for round_ in range(2):
-                    await acked.reaches(acked.value + 300)
-                    before = {k: a for s in senders for k, a in s.acks.items()}
-                    copy = tmp_path / f"copy-{round_}.db"
-                    done = await door_run("backup", copy, "--db", house.db)
-                    assert (done.status, done.out) == (0, f"{copy}\n"), done
-                    after = {k: a for s in senders for k, a in s.acks.items()}
-                    assert len(after) > len(before)  # it stopped nobody
-                    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
-                    checked = await door_run("check", "--db", copy)
-                    assert checked.status == 0, checked
-                    with contextlib.closing(sqlite3.connect(copy)) as db:
-                        rows = dict(db.execute("SELECT client_id, id FROM message"))
-                    for key, ack in before.items():
-                        assert rows[key] == ack["message_id"]
-                nursery.cancel_scope.cancel()
-
-
-async def test_after_a_restore_nobody_stays_silently_ahead(
-    house: DoorServer, tmp_path: Path
-) -> None:
-    """Whatever a client has of the lost future, it is told to forget it."""
-    async with house.serving():
-        ann, bob = next(door_users), next(door_users)
-        chat, copy = await house.chat(ann, bob), tmp_path / "copy.db"
-        cursors = [await house.cursor(bob)]
-        await house.post(chat, ann, "kept")
-        assert (await door_run("backup", copy, "--db", house.db)).status == 0
-        cursors.append(await house.cursor(bob))
-        for number in range(3):
-            await house.post(chat, ann, f"lost {number}")
-            cursors.append(await house.cursor(bob))
-        for _ in range(2):  # a second restore of the same copy makes it new again
-            await house.stop()
-            assert (await door_run("restore", copy, "--db", house.db)).status == 0
-            await house.begin()
-            # The seqs that were given out before are given out again.
-            for number in range(3):
-                await house.post(chat, ann, f"anew {number}")
-            for cursor in cursors:
-                b = await house.peer(bob, cursor)
-                assert b.hello["resume"] == "resync", cursor
-                await b.leave()
-                target = f"GET /api/v1/events?cursor={cursor}"
-                poll = await house.want(200, target, house.token(bob))
-                assert (poll["resync"], poll["events"]) == (True, []), cursor
-            cursors.append(await house.cursor(bob))
-        told = [m["content"] for m in await house.history(chat, bob)]
-        assert told == ["kept", "anew 0", "anew 1", "anew 2"]
-
-
 async def test_a_second_serve_and_a_restore_under_one_are_told_what_to_do(
     house: DoorServer, tmp_path: Path
 ) -> None:
@@ -920,39 +812,3 @@ async def test_root_follows_no_link_in_a_folder_of_the_unit_s_user(
         await door_run("backup", tmp_path / f"copy{suffix}", "--db", db)
         await door_run("restore", copy, "--db", db)
         assert (prey.read_text(), prey.stat().st_uid) == ("root's", 0), suffix
-
-
-async def test_the_demo_is_two_links_that_talk(
-    house: DoorServer, tmp_path: Path
-) -> None:
-    house.serve = ("--demo",)
-    await house.begin()
-
-    def printed() -> bool:
-        return house.said.count("/#token=") >= 2
-
-    await door_until(printed)
-    base = re.escape(f"http://127.0.0.1:{house.port}")
-    links = re.findall(base + r"/#token=(\S+)", house.said)
-    assert len(links) == 2, house.said
-    sessions = [await house.want(200, "POST /api/v1/session", link) for link in links]
-    assert sessions[0]["user_id"] != sessions[1]["user_id"]
-    assert all(session["name"] for session in sessions)
-    a, b = [await house.peer(session["token"]) for session in sessions]
-    chats = await house.want(200, "GET /api/v1/chats", sessions[0]["token"])
-    (chat,) = chats["chats"]
-    ack = await a.ask("send_message", chat_id=chat["id"], content="hello")
-    assert (await b.find("new_message"))["message"]["id"] == ack["message_id"]
-    line = re.search(
-        r"(?m)^chatd proxy (--upstream \S+ --secret-file \S+)$", house.said
-    )
-    assert line, house.said
-    folder = tmp_path / "proxy"
-    folder.mkdir()
-    proxy = DoorProxy(folder, house.port, house.db)
-    proxy.serve = tuple(line[1].split())
-    async with proxy.serving():
-        assert (await proxy.want(200, "POST /api/v1/session", links[0]))["name"]
-        assert (await proxy.peer(sessions[0]["token"])).hello["resume"] == "fresh"
-    await house.stop()
-    assert sorted(os.listdir(tmp_path)) == ["proxy", "stderr"]  # its files are gone

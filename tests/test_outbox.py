@@ -18,11 +18,7 @@ from tests.harness import (
     PING,
     PONG,
     TEXT,
-    DoorServer,
     WiresHouse,
-    door_load,
-    door_texts,
-    door_users,
     taking,
     wires,
     wires_close,
@@ -265,49 +261,3 @@ async def test_a_rate_of_0_paces_nothing(house: WiresHouse) -> None:
 
 
 # --- the promise ---------------------------------------------------------------------
-
-
-async def test_a_stalled_reader_costs_no_memory_and_delays_nobody(
-    house: DoorServer,
-) -> None:
-    """Silent for less than the limit, then everything, over the same socket."""
-    users, count = [next(door_users) for _ in range(12)], 400
-    writer, other, *stalled = users
-    async with house.serving():
-        chat = await house.chat(*users)
-        warm, rss = await house.peer(other), house.rss
-        async with trio.open_nursery() as nursery:  # what it costs when all read
-            nursery.start_soon(door_load, house, chat, writer, count)
-            await door_texts(warm, count)
-        usual, rss = house.rss - rss, house.rss
-        peers = [await house.peer(user, receive_buffer=16384) for user in stalled]
-        began = trio.current_time()
-        texts: list[str] = []
-        longest = 0.0
-
-        async def write() -> None:
-            texts.extend(await door_load(house, chat, writer, count))
-
-        with trio.fail_after(60):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(write)
-                heard = []
-                for _ in range(count):
-                    since = trio.current_time()
-                    heard += await door_texts(warm, 1)
-                    longest = max(longest, trio.current_time() - since)
-            assert heard == texts
-            assert longest < 1.5, "the others waited"
-            grown, load = house.rss - rss, sum(len(text.encode()) for text in texts)
-            assert grown < usual + load, (grown, usual)  # not once for each of ten
-            stats = await house.stats()
-            assert stats["connections"]["catching_up"] > 0, stats
-            await trio.sleep(max(0.0, began + 3 - trio.current_time()))
-            for peer in peers:
-                size = 1 << 20
-                peer.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-                assert await door_texts(peer, count) == texts
-                await peer.hears_nothing()
-        stats = await house.stats()
-        assert stats["connections"]["catching_up"] == 0, stats
-        assert stats["broadcast"]["stalls"] == 0, stats

@@ -991,31 +991,6 @@ async def test_the_proxy_tells_who_asks_and_nobody_can_say_so_himself(
             assert b" 403 " in got[:15]
 
 
-async def test_the_proxy_outlives_the_server_and_finds_it_again(
-    house: DoorServer, proxy_house: DoorProxy
-) -> None:
-    proxy = proxy_house
-    async with house.serving():
-        proxy.serve = DoorProxy(proxy.home, house.port, house.db).serve
-        async with proxy.serving():
-            ann = next(door_users)
-            chat = await proxy.chat(ann)
-            peer = await proxy.peer(ann)
-            sent = await proxy.post(chat, ann, "before")
-            cursor = f"{peer.hello['cursor'].partition('.')[0]}.{sent['id']}"
-            await peer.hear("new_message")
-            await house.kill()
-            assert await peer.ended() == 1006
-            answer = await proxy.ask("GET", "/healthz")
-            assert (answer.status, answer.code) == (502, "upstream")
-            assert (await proxy.refusal(ann)).status == 502
-            await house.begin()
-            again = await proxy.peer(ann, cursor)
-            assert again.hello["resume"] == "live"
-            await proxy.post(chat, ann, "after")
-            assert (await again.hear("new_message"))["message"]["n"] == 2
-
-
 async def test_a_stop_of_the_proxy_closes_its_sockets_properly_and_no_others(
     house: DoorServer, proxy_house: DoorProxy
 ) -> None:

@@ -26,12 +26,9 @@ from tests.harness import (
     DOOR_UPGRADE,
     OFF,
     TEXT,
-    DoorCount,
     DoorFrame,
-    DoorGone,
     DoorLine,
     DoorPeer,
-    DoorSender,
     DoorServer,
     FaultyStore,
     WiresHouse,
@@ -525,47 +522,6 @@ async def door_bye(peer: DoorPeer) -> DoorFrame:
     assert 0 <= bye["retry_after"] < 60
     assert await peer.ended() == 1012
     return bye
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-async def test_stopping_says_goodbye_loses_no_ack_and_ends_with_0(
-    house: DoorServer, signum: int
-) -> None:
-    async with house.serving():
-        users, acked = [next(door_users) for _ in range(4)], DoorCount()
-        chat = await house.chat(*users)
-        senders = [
-            DoorSender(house, user, [(chat, f"{i}") for i in range(100_000)])
-            for user in users[:3]
-        ]
-        idle = [await house.peer(users[3]) for _ in range(3)]
-
-        async def send(sender: DoorSender, peer: DoorPeer) -> None:
-            with pytest.raises(DoorGone) as gone:
-                await sender.send_over(peer, acked)
-            assert gone.value.code == 1012
-
-        with trio.fail_after(30):
-            async with trio.open_nursery() as nursery:
-                for sender in senders:
-                    peer = await house.peer(sender.user)
-                    nursery.start_soon(send, sender, peer)
-                await acked.reaches(300)
-                began = trio.current_time()
-                house.signal(signum)
-                for peer in idle:
-                    nursery.start_soon(door_bye, peer)
-                assert await house.ended() == 0
-        assert trio.current_time() - began < 5
-        assert not DOOR_MISTAKE.search(house.output)
-        await door_shut(house)
-        await house.begin()
-        stored = {m["client_id"]: m for m in await house.history(chat, users[0])}
-        for sender in senders:
-            for key, ack in sender.acks.items():
-                assert stored[key]["id"] == ack["message_id"]
-            mine = [m for m in stored.values() if m["sender_id"] == sender.user]
-            assert [int(m["content"]) for m in mine] == list(range(len(mine)))
 
 
 async def door_stalled(house: DoorServer, user: int, chat: int) -> DoorPeer:

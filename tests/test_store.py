@@ -23,16 +23,9 @@ import trio.testing
 import chatd
 from chatd import Refusal, Send, Settings, Stats, Store, UsageError
 from tests.harness import (
-    DOOR_BULK,
-    DoorCount,
-    DoorSender,
-    DoorServer,
     Memory,
     MemoryWork,
     WiresHouse,
-    door_run,
-    door_until,
-    door_users,
     memory_frames,
     memory_is_sound,
     memory_job,
@@ -1446,125 +1439,4 @@ async def test_a_full_disk_is_told_nothing_is_acked_and_it_recovers_by_itself(
     assert (await friend.hear("new_message"))["message"]["n"] == 1
 
 
-# --- the conversation, word for word -------------------------------------------------
-
-
-async def test_sending_is_idempotent_over_the_socket_and_over_http(
-    either_house: DoorServer,
-) -> None:
-    house = either_house
-    ann, bob = next(door_users), next(door_users)
-    chat, other = await house.chat(ann, bob), await house.chat(ann)
-    a, token = await house.peer(ann), house.token(ann)
-    target = f"POST /api/v1/chats/{chat}/messages"
-    ask = {"chat_id": chat, "content": "once", "client_id": "k" * 64}
-    first = await a.ask("send_message", **ask)
-    assert first["duplicate"] is False
-    again = await a.ask("send_message", **ask)
-    assert again["duplicate"] is True
-    same = ("message_id", "n", "created_at", "chat_id", "client_id")
-    assert [first[k] for k in same] == [again[k] for k in same]
-    await a.hears_nothing()  # and no event
-    body = {"content": "once", "client_id": "k" * 64}
-    by_http = await house.want(200, target, token, body)
-    assert by_http["duplicate"] is True
-    assert by_http["message"]["id"] == first["message_id"]
-    body.pop("client_id")
-    key = {"Idempotency_Key": "k" * 64}
-    assert await house.want(200, target, token, body, **key) == by_http
-    body["client_id"] = "another"
-    both = await house.ask("POST", target[5:], token, body, **key)
-    assert (both.status, both.code) == (400, "bad_field")
-    for change in ({"content": "twice"}, {"chat_id": other}):
-        wrong = await a.ask("send_message", **{**ask, **change})
-        assert wrong["code"] == "idempotency_mismatch"
-    body = {"content": "twice", "client_id": "k" * 64}
-    mismatch = await house.ask("POST", target[5:], token, body)
-    assert (mismatch.status, mismatch.code) == (409, "idempotency_mismatch")
-    b = await house.peer(bob)
-    his = await b.ask("send_message", **ask)  # another sender's key is another key
-    assert his["duplicate"] is False
-    assert [m["content"] for m in await house.history(chat, ann)] == ["once", "once"]
-
-
 # --- the promise ---------------------------------------------------------------------
-
-
-async def test_an_acked_message_survives_kill_9_and_none_is_stored_twice(
-    house: DoorServer,
-) -> None:
-    users, rounds, each = [next(door_users) for _ in range(4)], 5, 200
-    acked = DoorCount()
-    async with house.serving():
-        chats = [await house.chat(*users), await house.chat(*users)]
-        senders = [
-            DoorSender(house, user, [(chats[i % 2], f"{i}") for i in range(each)])
-            for user in users
-        ]
-        with trio.fail_after(60):
-            async with trio.open_nursery() as nursery:
-                for sender in senders:
-                    nursery.start_soon(sender.send, acked)
-                for round_ in range(1, rounds + 1):
-                    await acked.reaches(round_ * each * len(users) // (rounds + 1))
-                    await house.kill()
-                    await house.begin()
-        stored = [m for chat in chats for m in await house.history(chat, users[0])]
-        by_key = {m["client_id"]: m for m in stored}
-        assert len(by_key) == len(stored) == len(users) * each  # each once
-        for sender in senders:
-            assert len(sender.acks) == each
-            for key, ack in sender.acks.items():
-                kept = by_key[key]
-                assert ack["message_id"] == kept["id"], (ack, kept)
-                assert ack["n"] == kept["n"], (ack, kept)
-                assert ack["created_at"] == kept["created_at"], (ack, kept)
-            for chat in chats:  # stored in the order sent
-                mine = (m for m in stored if m["sender_id"] == sender.user)
-                sent = [int(m["content"]) for m in mine if m["chat_id"] == chat]
-                assert sent == sorted(sent)
-        same = ("chat_id", "content", "client_id")
-        last = {k: v for k, v in stored[-1].items() if k in same}
-        peer = await house.peer(stored[-1]["sender_id"])
-        assert (await peer.ask("send_message", **last))["duplicate"] is True
-        await peer.hears_nothing()
-    assert (await door_run("check", "--db", house.db)).status == 0
-
-
-async def test_a_disk_that_takes_no_more_is_told_and_forgiven(
-    house: DoorServer,
-) -> None:
-    """The limit on file sizes stands for the full disk; readers go on meanwhile."""
-    async with house.serving():
-        assert house.process is not None
-        pid, (soft, hard) = house.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)
-        ann, bob = next(door_users), next(door_users)
-        chat = await house.chat(ann, bob)
-        before = [await house.post(chat, bob, DOOR_BULK) for _ in range(8)]
-        a, b = await house.peer(ann), await house.peer(bob)
-        size = house.db.with_name("chatd.db-wal").stat().st_size
-        assert size > 100_000
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
-        say = {"chat_id": chat, "content": DOOR_BULK, "client_id": "1"}
-        for _ in range(2):
-            refused = await a.ask("send_message", **say)
-            assert refused["code"] == "storage_failed"
-        target, body = f"/api/v1/chats/{chat}/messages", {"content": DOOR_BULK}
-        by_http = await house.ask("POST", target, house.token(ann), body)
-        assert (by_http.status, by_http.code) == (503, "storage_failed")
-        assert int(by_http.headers["retry-after"]) >= 1
-        assert (await house.ask("GET", "/healthz")).status == 503
-        assert (await house.stats())["store"]["degraded"] is True
-        assert await house.history(chat, bob) == before
-        await b.hears_nothing()
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
-
-        async def well() -> bool:
-            return (await house.ask("GET", "/healthz")).status == 200
-
-        await door_until(well)
-        assert (await a.ask("send_message", **say))["type"] == "ack"
-        last = (await b.hear("new_message"))["message"]
-        assert await house.history(chat, bob) == [*before, last]
-        assert (await house.stats())["store"]["degraded"] is False
-        await b.hears_nothing()

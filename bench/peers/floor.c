@@ -1,9 +1,9 @@
-/* The floor: a bare epoll loop in C. It speaks just enough WebSocket to pass on what one
- * says to all in his room (the path). No token, no storage, no ping, no limits.
+/* The floor: a bare epoll loop in C. It knows just enough of WebSocket to send each message
+ * to all members of its room (the path). No token, no storage, no ping, no limits.
  *
- * What comes in one turn of the loop goes to each member by one write: cheaper cannot be
- * done without io_uring. Only the handshake's SHA-1 is left out: the generator does not
- * check the accept key. */
+ * The messages of one turn of the loop go to each member in one write. Nothing is cheaper
+ * without io_uring. The handshake leaves out the SHA-1, because the load generator does
+ * not check the accept key. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <netinet/in.h>
@@ -20,15 +20,15 @@
 struct room {
     int number, count, space;
     struct conn **members;
-    char *news; /* frames of this turn */
+    char *news; /* the frames of this turn */
     size_t length;
     struct room *next, *next_busy;
 };
 
 struct conn {
-    int fd, place; /* its place among the members */
+    int fd, place; /* its index among the members */
     struct room *room;
-    char *in, *out; /* what has not come whole; what the kernel would not take */
+    char *in, *out; /* an incomplete frame; bytes that the kernel did not accept */
     size_t in_length, out_length;
 };
 
@@ -71,7 +71,7 @@ static void put(struct conn *c, const char *bytes, size_t length)
 {
     ssize_t sent = c->out_length ? 0 : send(c->fd, bytes, length, MSG_NOSIGNAL);
     if (sent < 0)
-        sent = errno == EAGAIN ? 0 : (ssize_t)length; /* its end will be read */
+        sent = errno == EAGAIN ? 0 : (ssize_t)length; /* the next read finds the error */
     if ((size_t)sent == length)
         return;
     c->out = realloc(c->out, c->out_length + length - sent);
@@ -120,7 +120,7 @@ static void enter(struct conn *c, int number)
     room->members[c->place] = c;
 }
 
-/* Returns how many of the bytes were whole, or -1 when it is over. */
+/* Return how many of the bytes were whole frames, or -1 after a close frame. */
 static ssize_t obey(struct conn *c, char *bytes, size_t length)
 {
     static const char yes[] = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"

@@ -1,9 +1,9 @@
-// The hub of gorilla/websocket's own chat example: a goroutine each to read and to write,
-// a channel of 256 for each connection, what has gathered joined into one frame. Rooms
-// (the path) and a check of the token (HS256) are added. As its documentation advises, a
-// single message is sent as a PreparedMessage, and the buffers to write from, large
-// enough for what gathers, come from a pool.
-// No storage; a connection whose channel is full is dropped, as in the example.
+// The hub of gorilla/websocket's own chat example. Each connection has one goroutine that
+// reads, one that writes, and a channel of 256 messages. Messages that wait in the channel
+// are joined into one frame. A connection whose channel is full is dropped.
+// We add rooms (the path) and a check of the token (HS256). As its documentation advises, a
+// single message is sent as a PreparedMessage, and the write buffers come from a pool; they
+// are large enough for joined messages. There is no storage.
 package main
 
 import (

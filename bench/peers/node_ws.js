@@ -1,5 +1,5 @@
-// Node's `ws`: rooms by path, a check of the token (HS256), no storage. No compression,
-// and the optional bufferutil, as its documentation advises.
+// Node's `ws`. Rooms by path, and a check of the token (HS256); no storage. Compression is
+// off and the optional bufferutil is installed, as its documentation advises.
 'use strict';
 const crypto = require('crypto');
 const http = require('http');

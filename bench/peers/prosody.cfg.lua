@@ -1,7 +1,7 @@
--- Prosody: a room with its archive (mod_muc_mam) in SQLite, over plain TCP. $PORT and
--- $DATA are filled in by run.py. Only the modules that the workload needs; the epoll
--- backend; presence is told to moderators only, else a thousand joins are a million
--- stanzas. The archive is as durable as SQLite's defaults make it.
+-- Prosody: rooms with an archive (mod_muc_mam) in SQLite, over plain TCP. run.py fills in
+-- $PORT and $DATA. Only the modules that the workload needs are enabled, and the epoll
+-- backend is used. Presence goes to moderators only, because a thousand joins would
+-- otherwise make a million stanzas. The archive is as durable as SQLite's defaults.
 run_as_root = true
 pidfile = "$DATA/prosody.pid"
 data_path = "$DATA"

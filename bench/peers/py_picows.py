@@ -1,4 +1,4 @@
-"""picows on uvloop: rooms by path, no token, no storage; the fastest of Python's."""
+"""picows on uvloop, the fastest peer in Python. Rooms by path; no token or storage."""
 
 import asyncio
 import sys
@@ -23,11 +23,11 @@ class Member(WSListener):
         self.room = ROOMS.setdefault(path, set())
 
     def on_ws_connected(self, transport: WSTransport) -> None:
-        """Enter the room."""
+        """Join the room."""
         self.room.add(transport)
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
-        """Let the room hear it."""
+        """Send a message to all members of the room."""
         if frame.msg_type == WSMsgType.CLOSE:
             transport.send_close(frame.get_close_code(), frame.get_close_message())
             transport.disconnect()
@@ -37,12 +37,12 @@ class Member(WSListener):
                 member.send(WSMsgType.TEXT, payload)
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
-        """Leave it."""
+        """Leave the room."""
         self.room.discard(transport)
 
 
 def greet(request: WSUpgradeRequest) -> WSListener:
-    """Make the listener of one connection."""
+    """Make the listener of a new connection."""
     return Member(request.path.partition(b"?")[0])
 
 

@@ -1,9 +1,10 @@
 """The conventional Python stack with storage: Starlette, uvicorn, SQLite.
 
-uvicorn with uvloop and httptools, no compression, no access log. Each message is
-committed (WAL, synchronous=FULL, so it is as durable as chatd's) and then told to its
-room, from the event loop itself: a thread for each commit would cost more CPU. The
-token (HS256) is checked at the upgrade and at each post. No history is replayed.
+uvicorn runs with uvloop and httptools, without compression and access log. Each message
+is committed and then sent to its room. A commit is as durable as chatd's: WAL, with
+synchronous=FULL. The event loop itself commits, because a thread for each commit costs
+more CPU. The token (HS256) is checked at the upgrade and at each post. History is not
+replayed.
 """
 
 import json
@@ -31,7 +32,7 @@ DB.execute(
 
 
 def user_of(token: str) -> int | None:
-    """Say whose token it is. None: it is no good."""
+    """Return the user of a token; None if the token is not valid."""
     try:
         claims = jwt.decode(token, os.environ["BENCH_SECRET"], ["HS256"])
     except jwt.InvalidTokenError:
@@ -40,7 +41,7 @@ def user_of(token: str) -> int | None:
 
 
 def store(chat_id: int, sender_id: int, content: str) -> str:
-    """Commit a message; return it as JSON."""
+    """Commit a message; return the event as JSON."""
     row = (chat_id, sender_id, content, int(time.time()))
     cursor = DB.execute(
         "INSERT INTO message (chat_id, sender_id, content, created_at)"
@@ -53,7 +54,7 @@ def store(chat_id: int, sender_id: int, content: str) -> str:
 
 
 async def tell(room: set[WebSocket], text: str) -> None:
-    """Send to all of a room."""
+    """Send a text to all members of a room."""
     for member in list(room):
         try:
             await member.send_text(text)
@@ -62,7 +63,7 @@ async def tell(room: set[WebSocket], text: str) -> None:
 
 
 async def talk(socket: WebSocket) -> None:
-    """Serve one socket."""
+    """Serve one WebSocket."""
     user_id = user_of(socket.query_params.get("token", ""))
     if user_id is None:
         await socket.close()
@@ -82,7 +83,7 @@ async def talk(socket: WebSocket) -> None:
 
 
 async def post(request: Request) -> JSONResponse:
-    """Store a message of a POST, tell it, answer 201."""
+    """Store a posted message, send it to its room, answer 201."""
     user_id = user_of(request.headers.get("authorization", "").removeprefix("Bearer "))
     if user_id is None:
         return JSONResponse({"error": "token"}, 401)

@@ -1,6 +1,6 @@
-"""trio-websocket as one would write it first: a channel and a task for each connection.
+"""trio-websocket, used in the obvious way: a channel and a task for each connection.
 
-What chatd would be without its outbox. Rooms by path, no token, no storage.
+chatd would be like this without its outbox. Rooms by path; no token, no storage.
 """
 
 import sys
@@ -12,7 +12,7 @@ ROOMS: dict[str, set[trio.MemorySendChannel[str | bytes]]] = {}
 
 
 async def talk(request: WebSocketRequest) -> None:
-    """Serve one connection: this task reads, another writes."""
+    """Serve one connection. This task reads, and another one writes."""
     connection = await request.accept()
     sender, receiver = trio.open_memory_channel[str | bytes](256)
 

@@ -1,7 +1,7 @@
-"""Python's `websockets` on uvloop: rooms by path, its broadcast(), no storage.
+"""Python's `websockets` on uvloop, with its broadcast(). Rooms by path; no storage.
 
-No compression, as its documentation advises for speed; the token (HS256) is checked
-before the upgrade. Its keep-alive pings (20 s) are on, as by default.
+Compression is off, as its documentation advises for speed. The token (HS256) is checked
+before the upgrade. The keep-alive pings (every 20 s) are on, as by default.
 """
 
 import http
@@ -18,7 +18,7 @@ ROOMS: dict[str, set[ServerConnection]] = {}
 
 
 def check(connection: ServerConnection, request: Request) -> Response | None:
-    """Refuse who has no good token."""
+    """Refuse a request without a valid token."""
     query = urllib.parse.parse_qs(urllib.parse.urlsplit(request.path).query)
     try:
         jwt.decode(query["token"][0], os.environ["BENCH_SECRET"], ["HS256"])
@@ -28,7 +28,7 @@ def check(connection: ServerConnection, request: Request) -> Response | None:
 
 
 async def talk(connection: ServerConnection) -> None:
-    """Let the room hear what one says."""
+    """Send what the connection receives to all members of its room."""
     assert connection.request is not None
     room = ROOMS.setdefault(connection.request.path.partition("?")[0], set())
     room.add(connection)
