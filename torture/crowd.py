@@ -3,7 +3,7 @@
 Some send over sockets, several messages in flight, some post over HTTP; chats are made,
 members are added and removed, messages are marked as read. Whoever has no answer asks
 again, with the same client_id. Every device keeps its cursor and follows the log over
-sockets and polls, mixed by chance, through whatever happens.
+sockets and polls, mixed by seeded_rng, through whatever happens.
 
 At the end `Crowd.judge` holds what the clients were told against the database file,
 read here with SQLite, not with chatd.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import trio
-from harness import Chatd, Client, Closed, Frame, Http, Refused, chance, text, until
+from harness import Chatd, Client, Closed, Frame, Http, Refused, seeded_rng, text, until
 
 # The server is away, or cut us: come again.
 GONE = (
@@ -62,7 +62,7 @@ class Crowd:
 
     def __init__(self, chatd: Chatd, name: str, *, users: int = 16) -> None:
         self.chatd = chatd
-        self.chance = chance(name)
+        self.chance = seeded_rng(name)
         self.users = list(range(1, users + 1))
         self.guests = list(range(101, 107))
         self.ghosts = list(range(201, 260))
@@ -102,7 +102,7 @@ class Crowd:
     async def _make(self, title: str, members: Iterable[int]) -> int:
         http, token = Http(self.chatd), self.chatd.service_token()
         body = {"title": title, "member_ids": list(members)}
-        reply = await http.ask("POST", "/api/v1/chats", token, body)
+        reply = await http.request("POST", "/api/v1/chats", token, body)
         await http.aclose()
         assert reply.status == 201, f"making a chat was answered {reply.status}"
         self.made[title] = chat_id = reply.json["chat"]["id"]
@@ -175,7 +175,9 @@ class Crowd:
                 for event in reversed(device.events[-5:]):
                     if event["type"] == "new_message":
                         message = event["message"]
-                        ref = await device.say("mark_read", message_id=message["id"])
+                        ref = await device.send_command(
+                            "mark_read", message_id=message["id"]
+                        )
                         where = device.user_id, event["chat_id"], message["n"]
                         self.marks[ref] = where
                         break
@@ -184,7 +186,7 @@ class Crowd:
 
     async def _hear(self, device: Client, cut: trio.CancelScope) -> None:
         while True:
-            frame = await device.hear(seconds=60)
+            frame = await device.receive(seconds=60)
             match frame:
                 case {"type": "ack", "ref": ref} if ref in self.marks:
                     user_id, chat_id, n = self.marks.pop(ref)
@@ -226,7 +228,7 @@ class Crowd:
         while True:
             await until(lambda: self.chatd.ready, 30)
             with contextlib.suppress(*GONE), trio.fail_after(30):
-                reply = await http.ask(method, path, token, body)
+                reply = await http.request(method, path, token, body)
                 if reply.status < 500:
                     return reply.status, reply.json if reply.body else None
                 self.counts[reply.json["error"]["code"]] += 1
@@ -281,7 +283,7 @@ class Crowd:
                 if over_socket:
                     await device.connect()
                 while not heard(device):
-                    await (device.hear() if over_socket else device.poll())
+                    await (device.receive() if over_socket else device.poll())
             device.cut()
             assert heard(device), (
                 f"a device of user {device.user_id} did not catch up over "
@@ -409,7 +411,7 @@ def judge_history(
     In order, each once, as the log has it. All that was told to him alone, and all of
     the chats that he is in; of a stretch of membership that has ended, a beginning.
     """
-    user_id, began = device.user_id, device.began_at
+    user_id, began = device.user_id, device.start_seq
     assert began is not None, f"a device of user {user_id} never connected"
     assert not device.resyncs, f"a device of user {user_id} was told to resync"
     heard = [event["seq"] for event in device.events]

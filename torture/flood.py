@@ -69,7 +69,7 @@ class Honest:
         await self.anna.connect()
         await self.ben.connect()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.ben.hear_all)
+            nursery.start_soon(self.ben.receive_until_closed)
             nursery.start_soon(self.come)
             task_status.started()
             while True:

@@ -31,12 +31,12 @@ from harness import (
     Chatd,
     Client,
     Figures,
-    chance,
     client_frame,
     http,
-    keep,
     make_chat,
     run_trio,
+    save_evidence,
+    seeded_rng,
     text,
 )
 from hypothesis import strategies as st
@@ -207,7 +207,7 @@ def check_said(data: bytes) -> str:
         size = int(found[1]) if found else 0
         body, data = rest[:size], rest[size:]
         if status >= 400 and len(body) == size and size:
-            keep("error", body)
+            save_evidence("error", body)
             assert json.loads(body)["error"]["code"], f"an error: {body!r}"
     assert not data, f"neither an answer nor a frame: {data[:80]!r}"
     return last
@@ -233,7 +233,7 @@ def check_frames(data: bytes) -> str:
             frame = json.loads(payload)
             last = frame["type"]
             if last == "error":
-                keep("error", payload)
+                save_evidence("error", payload)
                 assert frame["code"] in ERRORS, f"an error of its own: {frame}"
         elif opcode == CLOSE:
             code = int.from_bytes(payload[:2], "big") if payload else 1005
@@ -252,7 +252,7 @@ class Siege:
 
     def __init__(self, chatd: Chatd, connections: int, frames: int) -> None:
         self.chatd = chatd
-        self.dice = chance("fuzz")
+        self.dice = seeded_rng("fuzz")
         self.connections_left = connections
         self.frames_wanted = frames
         self.frames = 0
@@ -289,7 +289,7 @@ class Siege:
             await anna.send(chat, text())
             told = ((anna, "new_message"), (anna, "ack"), (ben, "new_message"))
             for client, kind in told:
-                frame = await client.hear(seconds=10)
+                frame = await client.receive(seconds=10)
                 assert frame["type"] == kind, f"the innocent heard {frame}"
             self.talks += 1
             self.slowest = max(self.slowest, time.monotonic() - began)
@@ -372,7 +372,7 @@ class Plain:
         body = self.take(lambda data: size * (len(data) >= size)) if size else b"{}"
         return int(head[9:12]), json.loads(body)
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         """Read the next text frame, past pings."""
         while True:
             data = self.take(size_of_frame)
@@ -382,7 +382,7 @@ class Plain:
                 return frame
             assert data[0] == 0x80 | PING, f"neither a text nor a ping: {data!r}"
 
-    def say(self, command: bytes) -> None:
+    def send(self, command: bytes) -> None:
         """Send a text frame."""
         self.sock.sendall(client_frame(TEXT, command))
 
@@ -504,16 +504,16 @@ def try_commands(chatd: Chatd, chat: int, examples: int, seed: int) -> None:
     noise = Noise(chatd, chat, 4)
     plain.sock.sendall(noise.upgrade)
     plain.take(size_of_head)
-    assert plain.hear()["type"] == "connected"
+    assert plain.receive()["type"] == "connected"
 
     @hypothesis.seed(seed)
     @hypothesis.settings(SETTINGS, max_examples=examples)
     @hypothesis.given(commands(chat))
     def answered(command: dict[str, Any]) -> None:
-        plain.say(json.dumps(command).encode())
-        plain.say(b'{"type":"ping","ref":"end of this example"}')
+        plain.send(json.dumps(command).encode())
+        plain.send(b'{"type":"ping","ref":"end of this example"}')
         heard = []
-        while (frame := plain.hear()).get("ref") != "end of this example":
+        while (frame := plain.receive()).get("ref") != "end of this example":
             if frame["type"] not in ("new_message", "message_read"):
                 heard.append(frame)
         wanted = promised(command, chat)
@@ -609,7 +609,7 @@ def prove(full: bool) -> Figures:
         seconds = time.monotonic() - started
         grown = chatd.rss_bytes() - rss
         chat = run_trio(make_chat, chatd, [4])
-        seed = chance("structure").randrange(2**32)
+        seed = seeded_rng("structure").randrange(2**32)
         try_commands(chatd, chat, examples, seed)
         try_bodies(chatd, chat, examples, seed)
         log = chatd.log.read_text(errors="replace")

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import trio
 from crowd import Crowd
-from harness import Chatd, Figures, chance, run_trio
+from harness import Chatd, Figures, run_trio, seeded_rng
 
 
 async def act(chatd: Chatd, crowd: Crowd, kills: int) -> None:
     """Kill and start, at moments of chance; some while everybody comes back."""
-    dice = chance("kill9 moments")
+    dice = seeded_rng("kill9 moments")
     await crowd.settle()
     async with trio.open_nursery() as nursery:
         crowd.start(nursery)
@@ -24,7 +24,7 @@ async def act(chatd: Chatd, crowd: Crowd, kills: int) -> None:
             early = dice.random() < 0.2
             await trio.sleep(dice.uniform(0, 0.05) if early else dice.uniform(0.1, 0.8))
             chatd.kill()
-            await chatd.start_soon()
+            await chatd.start_in_thread()
         await trio.sleep(0.5)
         crowd.talking = False
     await crowd.hush()

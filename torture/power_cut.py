@@ -28,7 +28,7 @@ from typing import Any, Self
 import trio
 from crowd import Crowd, look_into
 from faults import File, Op, Shim
-from harness import Chatd, Client, Figures, chance, make_chat, run_trio, text
+from harness import Chatd, Client, Figures, make_chat, run_trio, seeded_rng, text
 
 MODELS = ("strict", "torn", "eager")
 SYNC_US = 1000  # as long as a good disk takes
@@ -39,7 +39,7 @@ class Plug:
 
     def __init__(self, lie: str = "", sync_us: int = SYNC_US) -> None:
         self.chatd = Chatd()
-        self.dice = chance("power_cut moments")
+        self.dice = seeded_rng("power_cut moments")
         self.lie = lie
         self.sync_us = sync_us
         self._plug_in()
@@ -89,7 +89,7 @@ async def act(plug: Plug, crowd: Crowd, cuts: int, found: Counter[str]) -> None:
             assert not lost, f"{lost} acked messages are lost in a {model} cut"
             async with trio.open_nursery() as both:
                 both.start_soon(trio.to_thread.run_sync, chatd.check)
-                both.start_soon(chatd.start_soon)
+                both.start_soon(chatd.start_in_thread)
         await trio.sleep(0.5)
         crowd.talking = False
     await crowd.hush()
@@ -113,11 +113,11 @@ class Teller:
 
     async def until_acked(self) -> None:
         """Repeat what has no ack, until it has."""
-        if self.client.wire is None:
+        if self.client.websocket is None:
             await self.client.connect()
         await self.client.repeat()
         while self.client.unacked:
-            frame = await self.client.hear()
+            frame = await self.client.receive()
             if frame["type"] == "error":
                 await trio.sleep(0.3)
                 await self.client.repeat()
@@ -150,7 +150,7 @@ async def kill_in_a_sync(plug: Plug, seconds: float) -> None:
     plug.chatd.kill()
     plug.shim.killed()
     teller.client.cut()
-    await plug.chatd.start_soon()
+    await plug.chatd.start_in_thread()
     await teller.until_acked()
     plug.cut("strict")
     lost = teller.lost()
@@ -171,7 +171,7 @@ async def fail_a_sync(plug: Plug, times: int) -> None:
         plug.shim.disarm()
         plug.shim.killed()
         teller.client.cut()
-        await chatd.start_soon()
+        await chatd.start_in_thread()
         await teller.until_acked()
     await teller.tell(10)
     plug.cut("strict")
@@ -185,7 +185,7 @@ async def early_acks(found: Counter[str], full: bool) -> None:
     async def one(sync_us: int, way: Callable[..., Awaitable[None]], what: Any) -> None:
         with Plug(sync_us=sync_us) as plug:
             try:
-                await plug.chatd.start_soon()
+                await plug.chatd.start_in_thread()
                 await way(plug, what)
                 found[way.__name__] += 1
             finally:

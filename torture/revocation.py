@@ -105,7 +105,7 @@ class Victim:
         began = trio.current_time()
         try:
             while True:
-                self._note(way, began, await client.hear(seconds=3600))
+                self._note(way, began, await client.receive(seconds=3600))
                 await trio.sleep(pause)
         except Closed as end:
             self.ends[way] = end
@@ -120,7 +120,7 @@ class Victim:
             self.answered.append(Answered("socket", began, 101))
             with trio.move_on_after(0.1):
                 while True:
-                    self._note("catching up", began, await client.hear())
+                    self._note("catching up", began, await client.receive())
         finally:
             client.cut()
 
@@ -178,12 +178,12 @@ class Busy:
         await client.connect()
         begun: dict[str, float] = {}
         while True:
-            await client.say("typing", chat_id=self.chat_id, is_typing=True)
+            await client.send_command("typing", chat_id=self.chat_id, is_typing=True)
             for _ in range(4):
                 now = trio.current_time()
                 begun[await client.send(self.chat_id, text("y" * 200))] = now
             while client.unacked:
-                await client.hear()
+                await client.receive()
             for client_id, now in begun.items():
                 self.sent_at[client.acked[client_id]["message_id"]] = now
             begun.clear()
@@ -370,13 +370,13 @@ async def expired(busy: Busy, user_id: int) -> None:
     answer = await renewing.ask("auth", token=chatd.token(user_id))
     assert answer["type"] == "ack", f"auth was answered {answer}"
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(renewing.hear_all)
+        nursery.start_soon(renewing.receive_until_closed)
         victim.start(nursery)
         out = await until(lambda: len(victim.ends) == 2, ttl + GRACE + LATE + 60)
         assert out, f"a socket outlives its token: only {victim.ends} ended"
         sockets_until = trio.current_time()
         await trio.sleep(0.5)
-        pong = await renewing.say("ping")
+        pong = await renewing.send_command("ping")
         assert pong, "the renewed socket ended"
         nursery.cancel_scope.cancel()
     late = sockets_until - ends_at - GRACE
@@ -405,7 +405,7 @@ async def act(busy: Busy, full: bool) -> None:
     await busy.witness.connect()
     victims: list[Victim] = []
     async with trio.open_nursery() as background:
-        background.start_soon(busy.witness.hear_all)
+        background.start_soon(busy.witness.receive_until_closed)
         for user_id in WRITERS:
             background.start_soon(busy.write, user_id)
 
@@ -420,7 +420,7 @@ async def act(busy: Busy, full: bool) -> None:
             nursery.start_soon(expired, busy, 8)
         background.cancel_scope.cancel()
     chatd.kill()
-    await chatd.start_soon()
+    await chatd.start_in_thread()
     for victim in victims:
         await is_refused(chatd, victim.token, victim.token)
 

@@ -72,7 +72,7 @@ class House:
             http, path = Http(self.chatd), f"/api/v1/chats/{self.hall}/messages"
             for _ in range(number):
                 body = {"content": text("x" * 3800), "sender_id": 1}
-                reply = await http.ask("POST", path, token, body)
+                reply = await http.request("POST", path, token, body)
                 assert reply.status == 201, f"a post was answered {reply.status}"
             await http.aclose()
 
@@ -94,7 +94,7 @@ class House:
         last = None
         while True:
             try:
-                last = await client.hear(seconds=120)
+                last = await client.receive(seconds=120)
             except Closed as end:
                 said = "bye" if last and last["type"] == "bye" else "no bye"
                 self.ends[f"{said}, {end.code}"] += 1
@@ -146,7 +146,7 @@ async def act(house: House, twice: bool, seconds: list[float]) -> bool:
         began = trio.current_time()
         chatd.signal(signal.SIGTERM)
         if twice:
-            heard = await until(lambda: "stopping" in chatd.last_words(), 30)
+            heard = await until(lambda: "stopping" in chatd.log_tail(), 30)
             assert heard, "it did not say that it stops"
             began = trio.current_time()
             chatd.signal(signal.SIGTERM)
