@@ -1,13 +1,13 @@
 """The page and ChatWebSocket in a real Chromium, against a real `chatd serve`.
 
-Each test has users of its own, so that most can share one server. What a test waits
-for has a deadline (PATIENCE), and no test sleeps; the rules of 5 s and 30 s
-run on the browser's fake clock. Whatever a page reports as an error, a violated policy
-above all, fails the test, unless it is the network that the test has cut.
+Each test has its own users, so most tests share one server. Every wait has a deadline
+(DEADLINE_SECONDS), and no test sleeps: the waits of 5 s and 30 s run on the browser's
+fake clock. An error on a page fails the test, above all a violation of the content
+security policy. Only errors of the network are ignored, because tests cut it.
 
     apt-get install chromium        # or CHROMIUM=/path/to/it
     .venv/bin/python -m pytest -m browser
-    SHOTS=folder .venv/bin/python -m pytest -k screenshots      # to look at
+    SHOTS=folder .venv/bin/python -m pytest -k fits_each_screen     # keeps screenshots
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Json = dict[str, Any]
 
 users = itertools.count(1)
 
-# Seconds. No test takes them: they are for a machine that does other things as well.
-PATIENCE = 30
+# No test needs this long, unless the machine is busy with other work.
+DEADLINE_SECONDS = 30
 
 
 def find_program(names: tuple[str | None, ...], remedy: str) -> str:
-    """Find a program. CI never goes without; elsewhere the reason is shown."""
+    """Find a program. Without it, the test fails in CI and is skipped elsewhere."""
     for name in names:
         if name and (path := shutil.which(name)):
             return path
@@ -64,26 +64,26 @@ def find_program(names: tuple[str | None, ...], remedy: str) -> str:
     pytest.skip(remedy)
 
 
-def until(happens: Callable[[], bool]) -> None:
-    """Ask again and again, with a deadline: for what only the server can tell."""
-    deadline = time.monotonic() + PATIENCE
-    while not happens():
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what no page reports. Routes run only while a test calls Playwright."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-# --- chatd, and a page of somebody else ----------------------------------------------
+# --- chatd, and a page of another site -----------------------------------------------
 
 
-class Program:
-    """One of chatd's servers, as a process of its own."""
+class Process:
+    """A `chatd serve` or a `chatd proxy`."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
         self.process: subprocess.Popen[str] | None = None
 
     def run(self, *command: str) -> str:
-        """Start it, and read its address."""
+        """Start the process and return the address that it prints."""
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "chatd", *command],
@@ -97,22 +97,22 @@ class Program:
         assert line.startswith("listening on "), self.log.read_text()
         return line.split()[-1]
 
-    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+    def end(self, signal_: signal.Signals = signal.SIGTERM) -> None:
         if self.process is not None:
-            self.process.send_signal(how)
+            self.process.send_signal(signal_)
             self.process.communicate(timeout=30)
             self.process = None
 
 
-class House(Program):
-    """A `chatd serve` on a free port, which it keeps when it is started again."""
+class Server(Process):
+    """A `chatd serve` on a free port. It has the same port when it starts again."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder / "log")
         self.db = folder / "chatd.db"
         self.secret_file = folder / "chatd.secret"
-        # Tests come from one address, and more often than people do.
+        # All tests share one address, and they send more requests than people do.
         self.flags = ("--requests", "0", "--handshakes", "0", *flags)
         self.url = ""
         self.start()
@@ -120,11 +120,12 @@ class House(Program):
 
     def start(self) -> None:
         listen = self.url.removeprefix("http://") or "127.0.0.1:0"
-        where = ("--listen", listen, "--db", str(self.db))
-        self.url = self.run("serve", *where, *self.flags)
+        self.url = self.run(
+            "serve", "--listen", listen, "--db", str(self.db), *self.flags
+        )
 
     def command(self, name: str, file: Path) -> None:
-        """Run one of chatd's other commands on the database."""
+        """Run `chatd backup` or `chatd restore` on the database."""
         command = [sys.executable, "-m", "chatd", name, str(file), "--db", str(self.db)]
         subprocess.run(command, cwd=HERE, check=True, capture_output=True)
 
@@ -133,14 +134,13 @@ class House(Program):
         body = {"user_id": user, "iat": now, "exp": now + 3600, **claims}
         return jwt.encode(body, self.secret, "HS256")
 
-    def link(self, user: int, name: str = "") -> str:
-        named = {"name": name} if name else {}
-        return f"{self.url}/#token={self.token(user, use='signin', **named)}"
+    def link(self, user: int) -> str:
+        return f"{self.url}/#token={self.token(user, use='signin')}"
 
-    def ask(
+    def request(
         self, method: str, path: str, body: Json | None = None, **claims: Any
     ) -> Any:
-        """Ask over HTTP, as a service unless `claims` say who."""
+        """Send a request over HTTP, as a service unless `claims` name a user."""
         claims = claims or {"user_id": 2**40, "scope": "service"}
         request = urllib.request.Request(
             self.url + path,
@@ -148,41 +148,41 @@ class House(Program):
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {self.token(0, **claims)}"},
         )
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(request, timeout=DEADLINE_SECONDS) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 
-    def person(self, name: str) -> int:
-        """Make a user who is known by this name."""
+    def add_user(self, name: str) -> int:
+        """Make a user. The server learns the name from the user's token."""
         user = next(users)
-        self.ask("GET", "/api/v1/me", user_id=user, name=name)
+        self.request("GET", "/api/v1/me", user_id=user, name=name)
         return user
 
-    def chat(self, *members: int, title: str | None = None) -> int:
+    def create_chat(self, *members: int, title: str | None = None) -> int:
         body = {"title": title, "member_ids": members}
-        chat_id: int = self.ask("POST", "/api/v1/chats", body)["chat"]["id"]
+        chat_id: int = self.request("POST", "/api/v1/chats", body)["chat"]["id"]
         return chat_id
 
-    def say(self, chat: int, sender: int, content: str) -> Json:
+    def post(self, chat: int, sender: int, content: str) -> Json:
         body = {"content": content, "sender_id": sender}
         path = f"/api/v1/chats/{chat}/messages"
-        message: Json = self.ask("POST", path, body)["message"]
+        message: Json = self.request("POST", path, body)["message"]
         return message
 
     def stats(self) -> Json:
         path = "/api/v1/internal/chat/ws/stats"
-        document: Json = self.ask("GET", path, user_id=1, scope="stats")
+        document: Json = self.request("GET", path, user_id=1, scope="stats")
         return document
 
-    def contents(self, chat: int, reader: int) -> list[str]:
-        """What is stored, oldest first."""
+    def texts(self, chat: int, reader: int) -> list[str]:
+        """Return the texts of the stored messages, oldest first."""
         path = f"/api/v1/chats/{chat}/messages?limit=100"
-        messages = self.ask("GET", path, user_id=reader)["messages"]
+        messages = self.request("GET", path, user_id=reader)["messages"]
         return [message["content"] for message in messages]
 
 
 class Site(http.server.ThreadingHTTPServer):
-    """Somebody else's web server: another origin, whose pages embed ChatWebSocket."""
+    """The web server of another site, whose pages use ChatWebSocket."""
 
     def __init__(self) -> None:
         self.pages: dict[str, tuple[str, str]] = {}
@@ -197,12 +197,17 @@ class Site(http.server.ThreadingHTTPServer):
                 self.wfile.write(body.encode())
 
             def log_message(self, *_: Any) -> None:
-                """Say nothing."""
+                """Print nothing."""
 
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.pages["/"] = ("text/html", "<!doctype html><title>Shop</title>")
         self.pages["/favicon.ico"] = ("image/svg+xml", "<svg/>")
+
+    def answer_with_token(self, token: str) -> None:
+        """Answer /chat-token, as the documents' examples expect it of a backend."""
+        answer = json.dumps({"token": token})
+        self.pages["/chat-token"] = ("application/json", answer)
 
 
 @pytest.fixture(scope="module")
@@ -217,56 +222,63 @@ def site() -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def house(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    """The server that tests share who need nothing special of it."""
-    house = House(tmp_path_factory.mktemp("chatd"), "--origin", site.url)
-    yield house
-    house.end()
+def server(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server that most tests share. It accepts the origin of the other site."""
+    server = Server(tmp_path_factory.mktemp("chatd"), "--origin", site.url)
+    yield server
+    server.end()
 
 
 @pytest.fixture
-def own_house(tmp_path: Path) -> Iterator[Callable[..., House]]:
-    """Make a server that the test may kill, or set up in its own way."""
-    made: list[House] = []
+def make_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start a server that the test may kill, or that needs its own flags."""
+    made: list[Server] = []
 
-    def make(*flags: str) -> House:
-        made.append(House(tmp_path / str(len(made)), *flags))
+    def make(*flags: str) -> Server:
+        made.append(Server(tmp_path / str(len(made)), *flags))
         return made[-1]
 
     yield make
-    for house in made:
-        house.end()
+    for server in made:
+        server.end()
 
 
 # --- Chromium ------------------------------------------------------------------------
 
-# The network's own complaints, in tests that cut it.
+# What a browser prints when a test cuts the network.
 NETWORK = re.compile(r"net::ERR_|WebSocket connection to|Failed to load resource")
 
 
 class Chromium:
-    """One browser for all tests; what its pages complain about is collected."""
+    """The browser, with the contexts of one test and the errors of its pages."""
 
     def __init__(self, browser: sync_api.Browser) -> None:
         self.browser = browser
         self.contexts: list[Context] = []
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
         self.console: list[str] = []
 
     def context(self, **options: Any) -> Context:
-        """A browser profile: its tabs share storage, and nothing with others."""
+        """Make a browser profile. Its tabs share storage; other profiles do not."""
         options.setdefault("viewport", {"width": 1100, "height": 700})
         context = self.browser.new_context(**options)
-        context.set_default_timeout(PATIENCE * 1000)
-        context.on("console", self._hear)
-        context.on("weberror", lambda e: self.complaints.append(str(e.error)))
+        context.set_default_timeout(DEADLINE_SECONDS * 1000)
+        context.on("console", self._record)
+        context.on("weberror", lambda e: self.errors.append(str(e.error)))
         self.contexts.append(context)
         return context
 
-    def _hear(self, message: sync_api.ConsoleMessage) -> None:
+    def page(self, *, clock: bool = False) -> Page:
+        """Open an empty page in a profile of its own, with a fake clock if asked."""
+        page = self.context().new_page()
+        if clock:
+            page.clock.install()
+        return page
+
+    def _record(self, message: sync_api.ConsoleMessage) -> None:
         self.console.append(message.text)
         if message.type in ("error", "warning") and not NETWORK.search(message.text):
-            self.complaints.append(message.text)
+            self.errors.append(message.text)
 
 
 @pytest.fixture(scope="module")
@@ -283,21 +295,24 @@ def browser() -> Iterator[sync_api.Browser]:
 
 @pytest.fixture
 def chromium(browser: sync_api.Browser) -> Iterator[Chromium]:
-    expect.set_options(timeout=PATIENCE * 1000)
+    expect.set_options(timeout=DEADLINE_SECONDS * 1000)
     chromium = Chromium(browser)
     yield chromium
     for context in chromium.contexts:
         context.close()
-    assert chromium.complaints == []
+    assert chromium.errors == []
 
 
-# --- what people do on the page ------------------------------------------------------
+# --- what users do on the page -------------------------------------------------------
 
 
-def sign_in(context: Context, link: str) -> Page:
+def sign_in(context: Context, link: str, chat: int | None = None) -> Page:
+    """Open a sign-in link in a new tab, and then a chat."""
     page = context.new_page()
     page.goto(link)
     expect(page.locator("#me-name")).not_to_be_empty()
+    if chat is not None:
+        open_chat(page, chat)
     return page
 
 
@@ -323,161 +338,167 @@ def ticks(page: Page) -> sync_api.Locator:
     return page.locator("#messages .own .stamp .sr-only")
 
 
-def state_is(page: Page, state: str) -> None:
-    expect(page.locator("#link")).to_have_attribute("data-state", state)
+def expect_state(page: Page, state: str) -> None:
+    expect(page.locator("#connection")).to_have_attribute("data-state", state)
 
 
-def comes_back(page: Page) -> None:
-    """Let the page's clock run, a second at a time, until it is connected."""
+def wait_until_connected(page: Page) -> None:
+    """Advance the page's clock by one second at a time until it is connected."""
 
     def connected() -> bool:
         page.clock.run_for(1_000)
-        return page.locator("#link").get_attribute("data-state") == "connected"
+        return page.locator("#connection").get_attribute("data-state") == "connected"
 
     until(connected)
 
 
-class Wire:
-    """The socket between page and server, to cut and to look at."""
+class Relay:
+    """Stands between a page and the server: keeps server messages, and cuts sockets."""
 
     def __init__(self, page: Page) -> None:
-        self.cut_code: int | None = None
+        self.refusal_code: int | None = None
         self.sockets: list[sync_api.WebSocketRoute] = []
-        self.said: list[Json] = []
-        self.heard: list[Json] = []
+        self.received: list[Json] = []
         page.route_web_socket(re.compile("/ws/chat"), self._open)
 
+    @classmethod
+    def connected(cls, page: Page, link: str, chat: int | None = None) -> Relay:
+        """Open a sign-in link through a relay, wait for the socket, open a chat."""
+        relay = cls(page)
+        page.goto(link)
+        expect_state(page, "connected")
+        if chat is not None:
+            open_chat(page, chat)
+        return relay
+
     def _open(self, socket: sync_api.WebSocketRoute) -> None:
-        if self.cut_code is not None:
-            socket.close(code=self.cut_code)
+        if self.refusal_code is not None:
+            socket.close(code=self.refusal_code)
             return
-        server = socket.connect_to_server()
+        upstream = socket.connect_to_server()
         self.sockets.append(socket)
 
-        def up(text: str | bytes) -> None:
-            self.said.append(json.loads(text))
-            server.send(text)
-
-        def down(text: str | bytes) -> None:
-            self.heard.append(json.loads(text))
+        def receive(text: str | bytes) -> None:
+            self.received.append(json.loads(text))
             socket.send(text)
 
-        socket.on_message(up)
-        server.on_message(down)
+        socket.on_message(upstream.send)
+        upstream.on_message(receive)
 
     def cut(self, code: int, *, block: bool = False) -> None:
-        """Close the socket at this code; block: and each that comes after it."""
-        self.cut_code = code if block else None
+        """Close the open sockets with this code; block: and all later ones, too."""
+        self.refusal_code = code if block else None
         for socket in self.sockets:
             socket.close(code=code)
         self.sockets.clear()
 
+    def unblock(self) -> None:
+        self.refusal_code = None
 
-def pair(house: House, *, title: str | None = None) -> tuple[int, int, int]:
-    """Anna, Ben and their chat."""
-    anna, ben = house.person("Anna"), house.person("Ben")
-    return anna, ben, house.chat(anna, ben, title=title)
+
+def pair(server: Server, *, title: str | None = None) -> tuple[int, int, int]:
+    """Make Anna, Ben and a chat of the two."""
+    anna, ben = server.add_user("Anna"), server.add_user("Ben")
+    return anna, ben, server.create_chat(anna, ben, title=title)
 
 
 # --- signing in ----------------------------------------------------------------------
 
 
-def test_a_link_signs_in_and_leaves_the_address_bar(
-    house: House, chromium: Chromium
+def test_a_link_signs_in_and_its_token_leaves_the_address_bar(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, _, _ = pair(house)
+    anna, _, _ = pair(server)
     context = chromium.context()
-    page = sign_in(context, house.link(anna))
-    assert page.url == f"{house.url}/"
+    page = sign_in(context, server.link(anna))
+    assert page.url == f"{server.url}/"
     expect(page.locator("#me-name")).to_have_text("Anna")
-    state_is(page, "connected")
+    expect_state(page, "connected")
     page.reload()
     expect(page.locator("#me-name")).to_have_text("Anna")
     page.close()
-    later = sign_in(context, house.url)  # the next visit
+    later = sign_in(context, server.url)  # the next visit
     expect(later.locator("#me-name")).to_have_text("Anna")
-    assert not [line for line in chromium.console if "eyJ" in line]
+    assert not [line for line in chromium.console if "eyJ" in line]  # no token
 
 
-def test_a_link_that_is_no_longer_good_says_so(
-    house: House, chromium: Chromium
+def test_an_expired_link_is_explained_and_another_link_works(
+    server: Server, chromium: Chromium
 ) -> None:
-    page = chromium.context().new_page()
-    page.goto(f"{house.url}/#token={house.token(next(users), use='signin', exp=1)}")
-    expect(page.get_by_role("alert")).to_contain_text("no longer good")
+    page = chromium.page()
+    page.goto(f"{server.url}/#token={server.token(next(users), use='signin', exp=1)}")
+    expect(page.get_by_role("alert")).to_contain_text("no longer valid")
     page.get_by_label("Sign-in link").fill("https://example.org")
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("alert")).to_contain_text("not a sign-in link")
-    page.get_by_label("Sign-in link").fill(house.link(house.person("Cora")))
+    page.get_by_label("Sign-in link").fill(server.link(server.add_user("Cora")))
     page.get_by_label("Sign-in link").press("Enter")
     expect(page.locator("#me-name")).to_have_text("Cora")
 
 
-def test_a_second_link_in_an_open_tab_asks_before_it_is_somebody_else(
-    house: House, chromium: Chromium
+def test_a_link_for_another_user_asks_before_the_tab_changes_its_user(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
-    page = sign_in(chromium.context(), house.link(anna))
-    open_chat(page, chat)
-    page.goto(house.link(anna))  # herself: nothing to ask
-    expect(page).to_have_url(f"{house.url}/#chat/{chat}")
+    anna, ben, chat = pair(server)
+    page = sign_in(chromium.context(), server.link(anna), chat)
+    page.goto(server.link(anna))  # the same user: no question
+    expect(page).to_have_url(f"{server.url}/#chat/{chat}")
     expect(page.get_by_role("dialog")).to_have_count(0)
-    page.goto(house.link(ben))
-    asked = page.get_by_role("dialog", name="Continue as Ben?")
-    asked.get_by_role("button", name="Stay Anna").click()
+    page.goto(server.link(ben))
+    question = page.get_by_role("dialog", name="Continue as Ben?")
+    question.get_by_role("button", name="Stay as Anna").click()
     expect(page.locator("#me-name")).to_have_text("Anna")
     expect(field(page)).to_be_visible()
-    page.goto(house.link(ben))
-    asked.get_by_role("button", name="Continue as Ben").click()
+    page.goto(server.link(ben))
+    question.get_by_role("button", name="Continue as Ben").click()
     expect(page.locator("#me-name")).to_have_text("Ben")
     write(page, "It is me now")
     expect(ticks(page)).to_have_text("Sent")
     expect(bubbles(page)).to_have_text(["It is me now"])
-    assert house.ask("GET", "/api/v1/chats", user_id=ben)["chats"][0]["last_message"][
-        "sender_id"
-    ] == ben  # fmt: skip
+    (shown,) = server.request("GET", "/api/v1/chats", user_id=ben)["chats"]
+    assert shown["last_message"]["sender_id"] == ben
 
 
-def test_signing_out_is_for_all_tabs_of_that_user(
-    house: House, chromium: Chromium
+def test_signing_out_ends_the_session_in_all_tabs_of_that_user(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, _ = pair(house)
+    anna, ben, _ = pair(server)
     context = chromium.context()
-    bens = sign_in(context, house.link(ben))
-    first = sign_in(context, house.link(anna))
-    second = sign_in(context, house.link(anna))
+    bens = sign_in(context, server.link(ben))
+    first = sign_in(context, server.link(anna))
+    second = sign_in(context, server.link(anna))
     expect(second.locator("#me-name")).to_have_text("Anna")
     first.locator("#me").click()
     first.get_by_role("button", name="Sign out").click()
     expect(first.get_by_text("You are signed out.")).to_be_visible()
     expect(second.get_by_text("You signed out in another tab.")).to_be_visible()
     expect(bens.locator("#me-name")).to_have_text("Ben")
-    state_is(bens, "connected")
+    expect_state(bens, "connected")
     first.reload()
     expect(first.get_by_role("heading", name="Sign in to chatd")).to_be_visible()
 
 
-# --- two people ----------------------------------------------------------------------
+# --- two users -----------------------------------------------------------------------
 
 
 @pytest.fixture(params=["direct", "proxy"])
-def door(request: pytest.FixtureRequest, house: House) -> Iterator[str]:
-    """Where the pages connect: the service itself, or `chatd proxy` before it."""
+def entry_url(request: pytest.FixtureRequest, server: Server) -> Iterator[str]:
+    """The address that pages connect to: of the server, or of a proxy before it."""
     if request.param == "direct":
-        yield house.url
+        yield server.url
         return
-    proxy = Program(house.log)
-    upstream = house.url.removeprefix("http://")
-    keys = ("--secret-file", str(house.secret_file))
-    where = ("--listen", "127.0.0.1:0", "--upstream", upstream)
-    yield proxy.run("proxy", *where, *keys, "--handshakes", "0")
+    proxy = Process(server.log)
+    upstream = server.url.removeprefix("http://")
+    keys = ("--secret-file", str(server.secret_file))
+    addresses = ("--listen", "127.0.0.1:0", "--upstream", upstream)
+    yield proxy.run("proxy", *addresses, *keys, "--handshakes", "0")
     proxy.end()
 
 
-def test_two_tabs_of_one_browser_are_two_users(
-    house: House, chromium: Chromium, door: str
+def test_two_tabs_of_one_browser_can_be_two_users(
+    server: Server, chromium: Chromium, entry_url: str
 ) -> None:
-    anna, ben, chat = pair(house)
+    anna, ben, chat = pair(server)
     context = chromium.context()
     tabs = []
     for user in (anna, ben):
@@ -485,7 +506,7 @@ def test_two_tabs_of_one_browser_are_two_users(
         with tab.expect_console_message(
             lambda line: line.text.startswith("WebSocket message:")
         ) as first:
-            tab.goto(house.link(user).replace(house.url, door))
+            tab.goto(server.link(user).replace(server.url, entry_url))
         connected = first.value.args[1].json_value()
         assert (connected["type"], connected["user_id"]) == ("connected", user)
         tabs.append(tab)
@@ -504,12 +525,11 @@ def test_two_tabs_of_one_browser_are_two_users(
 
 
 def test_a_message_in_one_browser_appears_in_the_other(
-    house: House, chromium: Chromium
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house, title="Bicycle")
-    annas = sign_in(chromium.context(), house.link(anna))
-    bens = sign_in(chromium.context(), house.link(ben))
-    open_chat(annas, chat)
+    anna, ben, chat = pair(server, title="Bicycle")
+    annas = sign_in(chromium.context(), server.link(anna), chat)
+    bens = sign_in(chromium.context(), server.link(ben))
     write(annas, "Is it\n  still for sale?")
     row = bens.locator("#chat-list .row")
     expect(row.locator(".badge")).to_contain_text("1")
@@ -524,50 +544,51 @@ def test_a_message_in_one_browser_appears_in_the_other(
     expect(bens.get_by_role("button", name="No new messages")).to_be_visible()
 
 
-def test_typing_appears_and_disappears(house: House, chromium: Chromium) -> None:
-    anna, ben, chat = pair(house)
-    annas = chromium.context().new_page()
-    annas.clock.install()
-    annas.goto(house.link(anna))
-    bens = sign_in(chromium.context(), house.link(ben))
+def test_the_typing_sign_appears_and_disappears(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    annas = chromium.page(clock=True)
+    annas.goto(server.link(anna))
+    bens = sign_in(chromium.context(), server.link(ben))
     for page in (annas, bens):
         open_chat(page, chat)
-    says = annas.locator("#typing")
+    sign = annas.locator("#typing")
     field(bens).press_sequentially("Hel")
-    expect(says).to_have_text("Ben is typing…")
+    expect(sign).to_have_text("Ben is typing…")
     expect(annas.locator("#chat-list .row-last")).to_have_text("Ben is typing…")
-    field(bens).fill("")  # thought better of it
-    expect(says).to_be_empty()
+    field(bens).fill("")  # Ben has changed his mind
+    expect(sign).to_be_empty()
     field(bens).press_sequentially("Hello")
-    expect(says).to_have_text("Ben is typing…")
-    field(bens).press("Enter")  # said it
-    expect(says).to_be_empty()
+    expect(sign).to_have_text("Ben is typing…")
+    field(bens).press("Enter")  # Ben has sent it
+    expect(sign).to_be_empty()
     expect(bubbles(annas)).to_have_text(["Hello"])
     field(bens).press_sequentially("And")
-    expect(says).to_have_text("Ben is typing…")
-    bens.close()  # gone without a word
+    expect(sign).to_have_text("Ben is typing…")
+    bens.close()  # without a last `typing` command
     annas.clock.run_for(8_000)
-    expect(says).to_be_empty()
+    expect(sign).to_be_empty()
 
 
-def test_the_tick_says_sent_and_then_read(house: House, chromium: Chromium) -> None:
-    anna, ben, chat = pair(house)
-    annas = sign_in(chromium.context(), house.link(anna))
-    bens = sign_in(chromium.context(), house.link(ben))
-    open_chat(annas, chat)
+def test_the_tick_shows_sent_and_then_read(server: Server, chromium: Chromium) -> None:
+    anna, ben, chat = pair(server)
+    annas = sign_in(chromium.context(), server.link(anna), chat)
+    bens = sign_in(chromium.context(), server.link(ben))
     write(annas, "Hello")
     expect(ticks(annas)).to_have_text("Sent")
     expect(bens.locator("#bell-count")).to_have_text("1")
-    expect(ticks(annas)).to_have_text("Sent")  # he has it, and has not seen it
+    expect(ticks(annas)).to_have_text("Sent")  # Ben has it, but has not seen it
     open_chat(bens, chat)
     expect(ticks(annas)).to_have_text("Read")
 
 
+# Hides a page until it calls show(), and prints its notifications.
 HIDE = """
     window.isHidden = true;
     Object.defineProperty(document, "visibilityState",
         { get: () => window.isHidden ? "hidden" : "visible" });
-    window.look = () => {
+    window.show = () => {
         window.isHidden = false;
         document.dispatchEvent(new Event("visibilitychange"));
     };
@@ -578,15 +599,14 @@ HIDE = """
 """
 
 
-def test_a_hidden_tab_notifies_and_reads_nothing_until_it_is_looked_at(
-    house: House, chromium: Chromium
+def test_a_hidden_tab_notifies_and_marks_nothing_as_read(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
-    annas = sign_in(chromium.context(), house.link(anna))
-    open_chat(annas, chat)
-    bens = chromium.context().new_page()
+    anna, ben, chat = pair(server)
+    annas = sign_in(chromium.context(), server.link(anna), chat)
+    bens = chromium.page()
     bens.add_init_script(HIDE)
-    bens.goto(f"{house.link(ben)}")
+    bens.goto(server.link(ben))
     open_chat(bens, chat)
     with bens.expect_console_message(lambda line: line.text.startswith("Anna says:")):
         write(annas, "Are you there?")
@@ -594,20 +614,20 @@ def test_a_hidden_tab_notifies_and_reads_nothing_until_it_is_looked_at(
     expect(bubbles(bens)).to_have_text(["Are you there?"])
     expect(bens).to_have_title("(1) Anna · chatd")
     expect(ticks(annas)).to_have_text("Sent")
-    bens.evaluate("window.look()")
+    bens.evaluate("window.show()")
     expect(ticks(annas)).to_have_text("Read")
     expect(bens).to_have_title("Anna · chatd")
 
 
-def test_a_badge_falls_in_all_tabs_when_one_reads(
-    house: House, chromium: Chromium
+def test_reading_in_one_tab_clears_the_badges_of_all_tabs(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
+    anna, ben, chat = pair(server)
     context = chromium.context()
-    first = sign_in(context, house.link(anna))
-    second = sign_in(context, house.url)
+    first = sign_in(context, server.link(anna))
+    second = sign_in(context, server.url)
     for i in range(3):
-        house.say(chat, ben, f"Message {i}")
+        server.post(chat, ben, f"Message {i}")
     for tab in (first, second):
         expect(tab.locator("#bell-count")).to_have_text("3")
     open_chat(first, chat)
@@ -619,12 +639,13 @@ def test_a_badge_falls_in_all_tabs_when_one_reads(
     expect(bubbles(second)).to_have_count(4)
 
 
-def test_only_what_was_on_the_screen_is_read(house: House, chromium: Chromium) -> None:
-    anna, ben, chat = pair(house)
+def test_only_messages_that_were_on_the_screen_are_read(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
     for i in range(60):
-        house.say(chat, anna if i < 20 else ben, f"Message {i}\n\nwith three lines")
-    page = sign_in(chromium.context(), house.link(anna))
-    open_chat(page, chat)
+        server.post(chat, anna if i < 20 else ben, f"Message {i}\n\nwith three lines")
+    page = sign_in(chromium.context(), server.link(anna), chat)
     expect(page.locator(".divider")).to_be_in_viewport()
     expect(page.locator("#jump-text")).to_have_text(re.compile("new messages"))
     count = int(page.locator("#jump-text").inner_text().split()[0])
@@ -635,14 +656,13 @@ def test_only_what_was_on_the_screen_is_read(house: House, chromium: Chromium) -
     expect(page.locator("#jump")).to_be_hidden()
 
 
-def test_history_loads_as_one_scrolls_up_and_stays_in_place(
-    house: House, chromium: Chromium
+def test_history_loads_on_scrolling_up_and_does_not_jump(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
+    anna, ben, chat = pair(server)
     for i in range(170):
-        house.say(chat, anna if i % 3 else ben, f"Message {i}")
-    page = sign_in(chromium.context(), house.link(anna))
-    open_chat(page, chat)
+        server.post(chat, anna if i % 3 else ben, f"Message {i}")
+    page = sign_in(chromium.context(), server.link(anna), chat)
     expect(bubbles(page).last).to_be_in_viewport()
     seen = []
     for _ in range(60):
@@ -661,24 +681,26 @@ def test_history_loads_as_one_scrolls_up_and_stays_in_place(
         if page.get_by_text("The beginning of this chat").count():
             break
     expect(page.get_by_text("The beginning of this chat")).to_be_attached()
-    assert seen == sorted(seen, reverse=True)  # never thrown about
+    assert seen == sorted(seen, reverse=True)  # the view never jumps
     expect(bubbles(page)).to_have_text([f"Message {i}" for i in range(170)])
-    house.say(chat, ben, "New below")
+    server.post(chat, ben, "New below")
     jump = page.get_by_role("button", name="1 new message").last
     jump.click()
     expect(page.get_by_text("New below", exact=True).last).to_be_in_viewport()
 
 
-def test_a_new_chat_and_a_new_member(house: House, chromium: Chromium) -> None:
-    people = [house.person(name) for name in ("Anna", "Zoltán Kis", "Zora Kis")]
+def test_users_create_a_chat_add_a_member_and_leave(
+    server: Server, chromium: Chromium
+) -> None:
+    people = [server.add_user(name) for name in ("Anna", "Zoltán Kis", "Zora Kis")]
     anna, zoltan, zora = people
-    annas = sign_in(chromium.context(), house.link(anna))
-    zoltans = sign_in(chromium.context(), house.link(zoltan))
+    annas = sign_in(chromium.context(), server.link(anna))
+    zoltans = sign_in(chromium.context(), server.link(zoltan))
     annas.get_by_role("button", name="New chat").click()
     dialog = annas.get_by_role("dialog", name="New chat")
     dialog.get_by_role("button", name="Create").click()
     expect(dialog.get_by_role("alert")).to_have_text("Choose at least one person.")
-    dialog.get_by_label("Find somebody").fill("zolt")
+    dialog.get_by_label("Find people").fill("zolt")
     expect(dialog.get_by_role("checkbox")).to_have_count(1)
     dialog.get_by_label("Zoltán Kis").check()
     expect(dialog.get_by_label("Title")).to_have_attribute("maxlength", "200")
@@ -695,72 +717,68 @@ def test_a_new_chat_and_a_new_member(house: House, chromium: Chromium) -> None:
     dialog.get_by_label("Zora Kis").check()
     dialog.get_by_role("button", name="Add", exact=True).click()
     expect(zoltans.locator("#pane-members")).to_contain_text("Zora Kis")
-    zoras = sign_in(chromium.context(), house.link(zora))
-    open_chat(zoras, int(annas.url.rpartition("/")[2]))
+    chat = int(annas.url.rpartition("/")[2])
+    zoras = sign_in(chromium.context(), server.link(zora), chat)
     expect(bubbles(zoras)).to_have_text(["Welcome"])
     zoras.get_by_role("button", name="People in this chat").click()
     zoras.get_by_role("button", name="Leave chat").click()
-    zoras.get_by_role("dialog", name="Leave").get_by_role(
-        "button", name="Leave"
-    ).click()
+    dialog = zoras.get_by_role("dialog", name="Leave")
+    dialog.get_by_role("button", name="Leave").click()
     expect(zoras.get_by_text("No chats yet.")).to_be_visible()
     expect(annas.locator("#pane-members")).not_to_contain_text("Zora Kis")
 
 
-# --- the network goes away -----------------------------------------------------------
+# --- without a network ---------------------------------------------------------------
 
 
-def test_a_killed_server_is_missed_and_nothing_is_lost_or_doubled(
-    own_house: Callable[..., House], chromium: Chromium
+def test_a_killed_server_loses_and_doubles_no_message(
+    make_server: Callable[..., Server], chromium: Chromium
 ) -> None:
-    house = own_house()
-    anna, ben, chat = pair(house)
-    page = chromium.context().new_page()
-    page.clock.install()
-    page.goto(house.link(anna))
+    server = make_server()
+    anna, ben, chat = pair(server)
+    page = chromium.page(clock=True)
+    page.goto(server.link(anna))
     open_chat(page, chat)
     write(page, "One")
     expect(ticks(page)).to_have_text("Sent")
     banner = page.locator("#banner")
-    house.end(signal.SIGKILL)
-    state_is(page, "connecting")
+    server.end(signal.SIGKILL)
+    expect_state(page, "connecting")
     expect(banner).to_be_hidden()
     write(page, "Two")
     page.clock.run_for(5_100)
     expect(banner).to_be_visible()
-    state_is(page, "offline")
-    expect(banner).to_contain_text("What you write is kept")
-    expect(banner).to_contain_text(re.compile(r"Next try in \d+ s|Trying now"))
+    expect_state(page, "offline")
+    expect(banner).to_contain_text("Your messages are kept")
+    expect(banner).to_contain_text(
+        re.compile(r"Trying again in \d+ s|Trying again now")
+    )
     write(page, "Three")
     expect(ticks(page)).to_have_text(["Sent", "Sending", "Sending"])
-    house.start()
-    house.say(chat, ben, "From Ben")
-    comes_back(page)
+    server.start()
+    server.post(chat, ben, "From Ben")
+    wait_until_connected(page)
     expect(banner).to_be_hidden()
     expect(bubbles(page)).to_have_text(["One", "From Ben", "Two", "Three"])
     expect(ticks(page)).to_have_text(["Read", "Sent", "Sent"])  # Ben wrote after One
-    assert house.contents(chat, anna) == ["One", "From Ben", "Two", "Three"]
+    assert server.texts(chat, anna) == ["One", "From Ben", "Two", "Three"]
 
 
-def test_who_never_had_a_socket_can_start_a_chat(
-    house: House, chromium: Chromium
+def test_a_page_that_never_had_a_socket_can_create_a_chat(
+    server: Server, chromium: Chromium
 ) -> None:
-    page = chromium.context().new_page()
+    page = chromium.page()
     page.route_web_socket("**/*", lambda socket: socket.close())
-    page.goto(house.link(house.person("Anna")))
+    page.goto(server.link(server.add_user("Anna")))
     expect(page.get_by_role("button", name="New chat")).to_be_visible()
 
 
-def test_with_the_socket_alone_blocked_messages_come_by_polling(
-    house: House, chromium: Chromium
+def test_without_a_socket_the_page_polls_and_sends_over_http(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
-    page = chromium.context().new_page()
-    page.clock.install()
-    wire = Wire(page)
-    page.goto(house.link(anna))
-    open_chat(page, chat)
-    state_is(page, "connected")
+    anna, ben, chat = pair(server)
+    page = chromium.page(clock=True)
+    relay = Relay.connected(page, server.link(anna), chat)
     polls: list[str] = []
 
     def note(request: sync_api.Request) -> None:
@@ -768,65 +786,63 @@ def test_with_the_socket_alone_blocked_messages_come_by_polling(
             polls.append(request.url)
 
     page.on("request", note)
-    wire.cut(1011, block=True)
+    relay.cut(1011, block=True)
     page.clock.run_for(4_500)
     assert polls == []
     expect(page.locator("#banner")).to_be_hidden()
     page.clock.run_for(600)
-    state_is(page, "polling")
+    expect_state(page, "polling")
     expect(page.locator("#banner")).to_contain_text("Live updates are interrupted.")
-    house.say(chat, ben, "By poll")
+    server.post(chat, ben, "By poll")
     page.clock.run_for(5_100)
     expect(bubbles(page)).to_have_text(["By poll"])
     write(page, "By HTTP")
     page.clock.run_for(5_100)
     expect(ticks(page)).to_have_text("Sent")
-    assert house.contents(chat, anna) == ["By poll", "By HTTP"]
-    marks = house.ask("GET", "/api/v1/chats", user_id=anna)["chats"][0]
-    assert marks["unread"] == 0  # read marks go by HTTP too
-    wire.cut_code = None
-    comes_back(page)  # the socket is tried every 30 s
+    assert server.texts(chat, anna) == ["By poll", "By HTTP"]
+    (shown,) = server.request("GET", "/api/v1/chats", user_id=anna)["chats"]
+    assert shown["unread"] == 0  # read marks are sent over HTTP, too
+    relay.unblock()
+    wait_until_connected(page)  # the socket is tried every 30 s
     expect(page.locator("#banner")).to_be_hidden()
     count = len(polls)
     page.clock.run_for(20_000)
     assert len(polls) == count
-    house.say(chat, ben, "Live again")
+    server.post(chat, ben, "Live again")
     expect(bubbles(page)).to_have_text(["By poll", "By HTTP", "Live again"])
 
 
-def test_the_socket_is_tried_again_at_a_click_and_when_the_network_is_back(
-    house: House, chromium: Chromium
+def test_a_click_or_a_browser_event_opens_the_socket_at_once(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, _, _ = pair(house)
-    page = chromium.context().new_page()
-    page.clock.install()
-    wire = Wire(page)
-    page.goto(house.link(anna))
-    for hint in (
+    anna, _, _ = pair(server)
+    page = chromium.page(clock=True)
+    relay = Relay(page)
+    page.goto(server.link(anna))
+    for reconnect in (
         lambda: page.get_by_role("button", name="Try now").click(),
         lambda: page.evaluate("dispatchEvent(new Event('online'))"),
         lambda: page.evaluate("document.dispatchEvent(new Event('visibilitychange'))"),
     ):
-        state_is(page, "connected")
-        wire.cut(1011, block=True)
+        expect_state(page, "connected")
+        relay.cut(1011, block=True)
         page.clock.run_for(5_100)
-        state_is(page, "polling")
-        expect(page.locator("#banner")).to_contain_text("Next try in")
-        wire.cut_code = None
+        expect_state(page, "polling")
+        expect(page.locator("#banner")).to_contain_text("Trying again in")
+        relay.unblock()
         page.clock.run_for(1_000)
-        hint()
-    state_is(page, "connected")
+        reconnect()
+    expect_state(page, "connected")
 
 
-def test_a_message_typed_offline_is_delivered_once(
-    house: House, chromium: Chromium
+def test_a_message_written_offline_is_delivered_once(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
+    anna, ben, chat = pair(server)
     context = chromium.context()
-    annas = sign_in(context, house.link(anna))
-    bens = sign_in(chromium.context(), house.link(ben))
-    for page in (annas, bens):
-        open_chat(page, chat)
+    annas = sign_in(context, server.link(anna))
+    bens = sign_in(chromium.context(), server.link(ben), chat)
+    open_chat(annas, chat)
     context.set_offline(True)
     write(annas, "Typed offline")
     expect(ticks(annas)).to_have_text("Sending")
@@ -835,70 +851,64 @@ def test_a_message_typed_offline_is_delivered_once(
     expect(ticks(annas)).to_have_text("Read")
     write(bens, "Got it")
     expect(bubbles(annas)).to_have_text(["Typed offline", "Got it"])
-    assert house.contents(chat, anna) == ["Typed offline", "Got it"]
+    assert server.texts(chat, anna) == ["Typed offline", "Got it"]
 
 
-def test_a_silent_network_is_noticed(house: House, chromium: Chromium) -> None:
-    anna, _, chat = pair(house)
-    page = chromium.context().new_page()
-    page.clock.install()
+def test_a_silent_connection_is_replaced(server: Server, chromium: Chromium) -> None:
+    anna, _, chat = pair(server)
+    page = chromium.page(clock=True)
     silent = threading.Event()
 
-    def open_wire(socket: sync_api.WebSocketRoute) -> None:
-        server = socket.connect_to_server()
+    def relay(socket: sync_api.WebSocketRoute) -> None:
+        upstream = socket.connect_to_server()
         first = not silent.is_set()
 
         def passes(send: Callable[[str | bytes], None], text: str | bytes) -> None:
             if not (first and silent.is_set()):
                 send(text)
 
-        socket.on_message(functools.partial(passes, server.send))
-        server.on_message(functools.partial(passes, socket.send))
+        socket.on_message(functools.partial(passes, upstream.send))
+        upstream.on_message(functools.partial(passes, socket.send))
 
-    page.route_web_socket(re.compile("/ws/chat"), open_wire)
-    page.goto(house.link(anna))
-    state_is(page, "connected")
+    page.route_web_socket(re.compile("/ws/chat"), relay)
+    page.goto(server.link(anna))
+    expect_state(page, "connected")
     open_chat(page, chat)
     silent.set()
     write(page, "Hello?")
     page.clock.run_for(24_500)  # no answer for 20 s
-    comes_back(page)
+    wait_until_connected(page)
     expect(ticks(page)).to_have_text("Sent")
-    assert house.contents(chat, anna) == ["Hello?"]
+    assert server.texts(chat, anna) == ["Hello?"]
 
 
-# --- the outbox ----------------------------------------------------------------------
+# --- unsent messages -----------------------------------------------------------------
 
 
-def test_unsent_messages_outlive_a_reload(house: House, chromium: Chromium) -> None:
-    anna, _, chat = pair(house)
+def test_unsent_messages_survive_a_reload(server: Server, chromium: Chromium) -> None:
+    anna, _, chat = pair(server)
     context = chromium.context()
     page = context.new_page()
-    wire = Wire(page)
-    page.goto(house.link(anna))
-    open_chat(page, chat)
-    wire.cut(1011, block=True)
+    relay = Relay.connected(page, server.link(anna), chat)
+    relay.cut(1011, block=True)
     for text in ("One", "Two", "Three"):
         write(page, text)
     expect(ticks(page)).to_have_text(["Sending"] * 3)
     page.reload()
     expect(ticks(page)).to_have_text(["Sending"] * 3)
-    wire.cut_code = None
+    relay.unblock()
     expect(ticks(page)).to_have_text(["Sent"] * 3)
-    assert house.contents(chat, anna) == ["One", "Two", "Three"]
+    assert server.texts(chat, anna) == ["One", "Two", "Three"]
     page.reload()
     expect(bubbles(page)).to_have_text(["One", "Two", "Three"])
 
 
-def test_a_message_whose_answer_was_lost_is_shown_once(
-    house: House, chromium: Chromium
+def test_a_message_whose_answer_is_lost_is_stored_and_shown_once(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, _, chat = pair(house)
-    page = chromium.context().new_page()
-    page.clock.install()
-    wire = Wire(page)
-    page.goto(house.link(anna))
-    open_chat(page, chat)
+    anna, _, chat = pair(server)
+    page = chromium.page(clock=True)
+    relay = Relay.connected(page, server.link(anna), chat)
 
     def lose_answer(route: sync_api.Route) -> None:
         if route.request.method == "POST":
@@ -908,81 +918,77 @@ def test_a_message_whose_answer_was_lost_is_shown_once(
             route.continue_()
 
     page.route(re.compile("/messages"), lose_answer)
-    wire.cut(1011, block=True)
+    relay.cut(1011, block=True)
     page.clock.run_for(5_100)
-    state_is(page, "polling")
-    write(page, "Once")
-    until(lambda: house.contents(chat, anna) == ["Once"])
-    page.reload()  # it is in the history, and in the outbox too
+    expect_state(page, "polling")
+    with page.expect_event("requestfailed", lambda request: request.method == "POST"):
+        write(page, "Once")
+    assert server.texts(chat, anna) == ["Once"]
+    page.reload()  # the message is in the history, and also among the unsent ones
     expect(bubbles(page)).to_have_text(["Once"])
-    wire.cut_code = None
-    comes_back(page)
+    relay.unblock()
+    wait_until_connected(page)
     until(lambda: page.evaluate("Object.keys(localStorage)") == ["chatd.session"])
     expect(ticks(page)).to_have_text(["Sent"])
-    assert house.contents(chat, anna) == ["Once"]
+    assert server.texts(chat, anna) == ["Once"]
 
 
-def test_what_a_closed_tab_left_is_sent_by_another(
-    house: House, chromium: Chromium
+def test_another_tab_sends_the_unsent_messages_of_a_closed_tab(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, _, chat = pair(house)
+    anna, _, chat = pair(server)
     context = chromium.context()
     second = context.new_page()
     second.clock.install()
-    second.goto(house.link(anna))
+    second.goto(server.link(anna))
     open_chat(second, chat)
     first = context.new_page()
-    wire = Wire(first)
-    first.goto(f"{house.url}/#chat/{chat}")
+    relay = Relay(first)
+    first.goto(f"{server.url}/#chat/{chat}")
     expect(field(first)).to_be_visible()
-    state_is(first, "connected")
-    wire.cut(1011, block=True)
+    expect_state(first, "connected")
+    relay.cut(1011, block=True)
     write(first, "One")
     write(first, "Two")
     first.close()
     second.clock.run_for(31_000)
     expect(bubbles(second)).to_have_text(["One", "Two"])
     expect(ticks(second)).to_have_text(["Sent", "Sent"])
-    assert house.contents(chat, anna) == ["One", "Two"]
+    assert server.texts(chat, anna) == ["One", "Two"]
     assert second.evaluate("Object.keys(localStorage)") == ["chatd.session"]
 
 
-def test_refused_messages_go_one_at_a_time_and_in_order(
-    own_house: Callable[..., House], chromium: Chromium
+def test_messages_over_the_rate_are_stored_in_order(
+    make_server: Callable[..., Server], chromium: Chromium
 ) -> None:
-    house = own_house("--sends", "2/3")
-    anna, _, chat = pair(house)
-    page = chromium.context().new_page()
-    page.clock.install()
-    wire = Wire(page)
-    page.goto(house.link(anna))
-    open_chat(page, chat)
-    state_is(page, "connected")
+    server = make_server("--sends", "2/3")
+    anna, _, chat = pair(server)
+    page = chromium.page(clock=True)
+    relay = Relay.connected(page, server.link(anna), chat)
     texts = [f"Message {i}" for i in range(8)]
-    # All wait, and then go as fast as they can.
+    # All messages wait for a connection, and are then sent as fast as possible.
     page.route(re.compile("/api/"), lambda route: route.abort())
-    wire.cut(1011, block=True)
+    relay.cut(1011, block=True)
     for text in texts:
         write(page, text)
-    wire.cut_code = None
+    relay.unblock()
     page.unroute_all()
-    comes_back(page)
+    wait_until_connected(page)
     expect(ticks(page)).to_have_text(["Sent"] * 8)
     expect(bubbles(page)).to_have_text(texts)
-    assert house.contents(chat, anna) == texts
-    refusals = [f for f in wire.heard if f["type"] == "error"]
+    assert server.texts(chat, anna) == texts
+    refusals = [f for f in relay.received if f["type"] == "error"]
     assert {f["code"] for f in refusals} == {"rate_limited"}
 
 
-def test_a_message_that_cannot_be_stored_fails_alone(
-    own_house: Callable[..., House], chromium: Chromium
+def test_a_refused_message_does_not_block_the_next_one(
+    make_server: Callable[..., Server], chromium: Chromium
 ) -> None:
-    house = own_house("--max-content-chars", "100", "--max-message-bytes", "4096")
-    anna, _, chat = pair(house)
-    page = sign_in(chromium.context(), house.link(anna))
-    open_chat(page, chat)
+    server = make_server("--max-content-chars", "100", "--max-message-bytes", "4096")
+    anna, _, chat = pair(server)
+    page = sign_in(chromium.context(), server.link(anna), chat)
     write(page, "x" * 101)
-    write(page, "y" * 9000)  # too large even to be read
+    write(page, "y" * 9000)  # the server does not even read it: 1009
     write(page, "Short")
     expect(ticks(page)).to_have_text(["Sent", "Not sent", "Not sent"])
     failed = page.locator(".failed")
@@ -1001,338 +1007,329 @@ def test_a_message_that_cannot_be_stored_fails_alone(
 
 
 @pytest.mark.parametrize("storage", ["full", "forbidden"])
-def test_without_storage_all_works_but_the_next_visit(
-    house: House, chromium: Chromium, storage: str
+def test_without_storage_a_message_is_kept_in_memory(
+    server: Server, chromium: Chromium, storage: str
 ) -> None:
-    anna, _, chat = pair(house)
-    page = chromium.context().new_page()
+    anna, _, chat = pair(server)
+    page = chromium.page()
     page.add_init_script(
         "Storage.prototype.setItem = () => { throw new Error('full'); };"
         if storage == "full"
         else "for (const name of ['localStorage', 'sessionStorage'])"
         "Object.defineProperty(window, name, { get() { throw new Error('no'); } });"
     )
-    wire = Wire(page)
-    page.goto(house.link(anna))
-    open_chat(page, chat)
-    wire.cut(1011)
+    relay = Relay.connected(page, server.link(anna), chat)
+    relay.cut(1011)
     write(page, "Kept in memory")
     expect(ticks(page)).to_have_text("Sent")
-    assert house.contents(chat, anna) == ["Kept in memory"]
+    assert server.texts(chat, anna) == ["Kept in memory"]
 
 
-# --- what the server can say ---------------------------------------------------------
+# --- what the server can do to a connection ------------------------------------------
 
 
-def test_revoked_and_expired_users_sign_in_again(
-    house: House, chromium: Chromium
+def test_a_revoked_or_expired_session_leads_to_the_sign_in_page(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, _ = pair(house)
-    annas = sign_in(chromium.context(), house.link(anna))
-    state_is(annas, "connected")
-    house.ask("POST", "/api/v1/internal/chat/revoke", {"user_id": anna})  # 4503
+    anna, ben, _ = pair(server)
+    annas = sign_in(chromium.context(), server.link(anna))
+    expect_state(annas, "connected")
+    server.request("POST", "/api/v1/internal/chat/revoke", {"user_id": anna})  # 4503
     expect(annas.get_by_text("Your session has ended.")).to_be_visible()
     annas.reload()
     expect(annas.get_by_role("heading", name="Sign in to chatd")).to_be_visible()
 
-    old = json.dumps({"token": house.token(ben, exp=1), "user_id": ben, "name": "Ben"})
-    page = chromium.context().new_page()
+    old = json.dumps({"token": server.token(ben, exp=1), "user_id": ben, "name": "Ben"})
+    page = chromium.page()
     page.add_init_script(f"localStorage.setItem('chatd.session', {json.dumps(old)})")
-    page.goto(house.url)  # 401
+    page.goto(server.url)  # 401
     expect(page.get_by_text("Your session has ended.")).to_be_visible()
 
 
-def test_too_many_places_waits_until_it_is_looked_at(
-    own_house: Callable[..., House], chromium: Chromium
+def test_a_connection_too_many_waits_until_the_user_comes_back(
+    make_server: Callable[..., Server], chromium: Chromium
 ) -> None:
-    house = own_house("--connections-per-user", "1")
-    anna, _, _ = pair(house)
+    server = make_server("--connections-per-user", "1")
+    anna, _, _ = pair(server)
     context = chromium.context()
-    first = sign_in(context, house.link(anna))
-    state_is(first, "connected")
+    first = sign_in(context, server.link(anna))
+    expect_state(first, "connected")
     second = context.new_page()
     second.clock.install()
-    second.goto(house.url)
-    state_is(second, "too_many")
+    second.goto(server.url)
+    expect_state(second, "too_many")
     expect(second.locator("#banner")).to_contain_text("open in too many places")
-    tries = chromium.console.count("[WebSocket] Connected")
+    attempts = chromium.console.count("[WebSocket] Connected")
     second.clock.run_for(120_000)
-    state_is(second, "too_many")
-    assert chromium.console.count("[WebSocket] Connected") == tries
+    expect_state(second, "too_many")
+    assert chromium.console.count("[WebSocket] Connected") == attempts
     first.close()
-    until(lambda: house.stats()["connections"]["active"] == 0)
+    until(lambda: server.stats()["connections"]["active"] == 0)
     second.evaluate("dispatchEvent(new Event('focus'))")
-    state_is(second, "connected")
+    expect_state(second, "connected")
     expect(second.locator("#banner")).to_be_hidden()
 
 
-def test_a_restart_is_waited_for_as_long_as_it_says(
-    own_house: Callable[..., House], chromium: Chromium
+def test_a_message_written_during_a_restart_is_sent_after_it(
+    make_server: Callable[..., Server], chromium: Chromium
 ) -> None:
-    house = own_house()
-    anna, _, chat = pair(house)
-    page = chromium.context().new_page()
-    wire = Wire(page)
-    page.goto(house.link(anna))
-    open_chat(page, chat)
-    state_is(page, "connected")
-    house.end()  # bye, then 1012
+    server = make_server()
+    anna, _, chat = pair(server)
+    page = chromium.page()
+    relay = Relay.connected(page, server.link(anna), chat)
+    server.end()  # bye, then 1012
     write(page, "During the restart")
-    house.start()
+    server.start()
     expect(ticks(page)).to_have_text("Sent")
-    assert [frame["type"] for frame in wire.heard].count("bye") == 1
-    assert house.contents(chat, anna) == ["During the restart"]
+    assert [frame["type"] for frame in relay.received].count("bye") == 1
+    assert server.texts(chat, anna) == ["During the restart"]
 
 
-def test_bye_says_when_to_come_back(house: House, chromium: Chromium) -> None:
-    anna, _, _ = pair(house)
-    page = chromium.context().new_page()
-    page.clock.install()
-    wire = Wire(page)
-    page.goto(house.link(anna))
-    state_is(page, "connected")
-    wire.sockets[0].send(json.dumps({"type": "bye", "retry_after": 20}))
-    wire.cut(1012)
-    page.clock.run_for(5_100)
-    state_is(page, "polling")
-    expect(page.locator("#banner")).to_contain_text(re.compile("Next try in 1[45] s"))
-    page.clock.run_for(13_000)
-    state_is(page, "polling")
-    page.clock.run_for(3_000)
-    state_is(page, "connected")
-
-
-def test_the_end_of_a_token_is_not_noticed(
-    house: House, site: Site, chromium: Chromium
+def test_after_bye_the_client_waits_for_retry_after(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
-    # A page with a session: the socket's ticket ends (4401), a new one is fetched.
-    page = chromium.context().new_page()
-    wire = Wire(page)
-    page.goto(house.link(anna))
-    open_chat(page, chat)
-    state_is(page, "connected")
-    wire.cut(4401)
+    anna, _, _ = pair(server)
+    page = chromium.page(clock=True)
+    relay = Relay.connected(page, server.link(anna))
+    relay.sockets[0].send(json.dumps({"type": "bye", "retry_after": 20}))
+    relay.cut(1012)
+    page.clock.run_for(5_100)
+    expect_state(page, "polling")
+    expect(page.locator("#banner")).to_contain_text(
+        re.compile("Trying again in 1[45] s")
+    )
+    page.clock.run_for(13_000)
+    expect_state(page, "polling")
+    page.clock.run_for(3_000)
+    expect_state(page, "connected")
+
+
+def test_the_user_does_not_notice_the_end_of_a_token(
+    server: Server, site: Site, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    # chatd's page: when the ticket of the socket ends (4401), it fetches a new one.
+    page = chromium.page()
+    relay = Relay.connected(page, server.link(anna), chat)
+    relay.cut(4401)
     write(page, "Did anything happen?")
     expect(ticks(page)).to_have_text("Sent")
     expect(page.locator("#banner")).to_be_hidden()
 
-    # A page of somebody else, whose tokens last a minute: each is renewed in time.
-    page = chromium.context().new_page()
-    embed(page, site, house)
-    tokens = iter([house.token(ben, exp=int(time.time()) + 61), house.token(ben)])
+    # A page of another site, whose tokens last a minute: each is renewed in time.
+    page = chromium.page()
+    embed(page, site, server)
+    tokens = iter([server.token(ben, exp=int(time.time()) + 61), server.token(ben)])
     page.expose_function("newToken", lambda: next(tokens))
-    wire = Wire(page)
+    relay = Relay(page)
     page.evaluate("chat.connect(() => newToken())")
     expect(page.locator("#types")).to_contain_text("token_expiring ack")
-    assert len(wire.sockets) == 1
-    ack = wire.heard[-1]
+    assert len(relay.sockets) == 1
+    ack = relay.received[-1]
     assert (ack["ref"], ack["expires_in"] > 3000) == ("auth", True)
 
 
-def test_after_a_restore_the_page_shows_what_is_there(
-    own_house: Callable[..., House], chromium: Chromium, tmp_path: Path
+def test_after_a_restore_the_page_shows_the_restored_messages(
+    make_server: Callable[..., Server], chromium: Chromium, tmp_path: Path
 ) -> None:
-    house = own_house()
-    anna, ben, chat = pair(house)
-    page = sign_in(chromium.context(), house.link(anna))
-    open_chat(page, chat)
+    server = make_server()
+    anna, ben, chat = pair(server)
+    page = sign_in(chromium.context(), server.link(anna), chat)
     write(page, "Before")
     expect(ticks(page)).to_have_text("Sent")
-    house.command("backup", tmp_path / "backup.db")
+    server.command("backup", tmp_path / "backup.db")
     write(page, "Lost")
     expect(ticks(page)).to_have_text(["Sent", "Sent"])
-    house.end(signal.SIGKILL)
-    house.command("restore", tmp_path / "backup.db")  # a new epoch: a resync
-    house.start()
-    house.say(chat, ben, "While you were away")
+    server.end(signal.SIGKILL)
+    server.command("restore", tmp_path / "backup.db")  # a new epoch: a resync
+    server.start()
+    server.post(chat, ben, "While you were away")
     expect(bubbles(page)).to_have_text(["Before", "While you were away"])
     write(page, "After")
     expect(bubbles(page)).to_have_text(["Before", "While you were away", "After"])
 
 
-# --- in a page of somebody else ------------------------------------------------------
+# --- in a page of another site -------------------------------------------------------
 
+# A page that uses ChatWebSocket, and keeps the events that it receives.
 EMBED = """<!doctype html><meta charset="utf-8"><title>Shop</title>
 <p id="types"></p><p id="last"></p>
 <script type="module">
   import { ChatWebSocket } from "%s/web/chat-websocket.js";
   window.chat = new ChatWebSocket();
-  window.heard = [];
+  window.received = [];
   const types = ["connected", "new_message", "message_read", "chat_added",
     "member_added", "member_removed", "typing", "ack", "error", "token_expiring",
     "resync", "delivery", "chats", "state", "bye"];
   for (const type of types) chat.on(type, (event) => {
-    heard.push({ type, ...event });
+    received.push({ type, ...event });
     if (event.state === "sent") last.textContent = event.content;
     document.querySelector("#types").textContent += type + " ";
   });
 </script>"""
 
 
-def embed(page: Page, site: Site, house: House) -> None:
-    """Open somebody else's page, which imports ChatWebSocket."""
-    site.pages["/embed"] = ("text/html", EMBED % house.url)
+def embed(page: Page, site: Site, server: Server) -> None:
+    """Open a page of the other site, which imports ChatWebSocket from the server."""
+    site.pages["/embed"] = ("text/html", EMBED % server.url)
     page.goto(f"{site.url}/embed")
     page.wait_for_load_state("networkidle")
 
 
-def test_an_allowed_origin_may_embed_it(
-    house: House, site: Site, chromium: Chromium
+def test_a_page_of_an_allowed_origin_can_use_the_client(
+    server: Server, site: Site, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
-    page = chromium.context().new_page()
-    embed(page, site, house)
-    page.evaluate("(token) => chat.connect(token)", house.token(anna))
+    anna, ben, chat = pair(server)
+    page = chromium.page()
+    embed(page, site, server)
+    page.evaluate("(token) => chat.connect(token)", server.token(anna))
     types = page.locator("#types")
     expect(types).to_contain_text("connected")
     page.evaluate("(id) => chat.send(id, 'From the shop')", chat)
     expect(types).to_contain_text("new_message")
-    house.say(chat, ben, "From the page")
+    server.post(chat, ben, "From the page")
     expect(types).to_contain_text(re.compile("new_message.*new_message"))
-    heard = page.evaluate("heard")
-    texts = [e["message"]["content"] for e in heard if e["type"] == "new_message"]
+    received = page.evaluate("received")
+    texts = [e["message"]["content"] for e in received if e["type"] == "new_message"]
     assert texts == ["From the shop", "From the page"]
-    assert [e["state"] for e in heard if e["type"] == "delivery"] == ["sending", "sent"]
+    states = [e["state"] for e in received if e["type"] == "delivery"]
+    assert states == ["sending", "sent"]
     snapshot = page.evaluate("chat.fetchChats()")
     assert [c["id"] for c in snapshot["chats"]] == [chat]
     page.evaluate("chat.disconnect()")
     assert page.evaluate("chat.state") == "closed"
-    house.say(chat, ben, "To nobody")
-    # With a token that does not count it asks why, once, and stays away.
+    server.post(chat, ben, "To nobody")
+    # With an expired token, the client asks once over HTTP and then stops.
     with page.expect_response(re.compile("/api/v1/me")) as answer:
-        page.evaluate("(token) => chat.connect(token)", house.token(anna, exp=1))
+        page.evaluate("(token) => chat.connect(token)", server.token(anna, exp=1))
     assert answer.value.status == 401
     expect(types).to_contain_text(re.compile("state ?$"))
     assert page.evaluate("chat.state") == "signed_out"
 
 
-def test_an_origin_that_was_not_allowed_may_not(
-    own_house: Callable[..., House], site: Site, chromium: Chromium
+def test_a_page_of_another_origin_cannot_use_the_client(
+    make_server: Callable[..., Server], site: Site, chromium: Chromium
 ) -> None:
-    house = own_house()
-    page = chromium.context().new_page()
-    embed(page, site, house)
-    assert "CORS" in chromium.complaints[0]
-    chromium.complaints.clear()
+    server = make_server()
+    page = chromium.page()
+    embed(page, site, server)
+    assert "CORS" in chromium.errors[0]
+    chromium.errors.clear()
     outcome = page.evaluate(
         """(url) => new Promise((done) => {
             const socket = new WebSocket(url);
             socket.onopen = () => done("open");
             socket.onclose = () => done("closed");
         })""",
-        f"{house.url}/ws/chat?token={house.token(1)}".replace("http", "ws"),
+        f"{server.url}/ws/chat?token={server.token(1)}".replace("http", "ws"),
     )
     assert outcome == "closed"
 
 
-def example(document: str, language: str) -> str:
-    """The last block of a language in a document."""
+def example(document: str, language: str, server: Server) -> str:
+    """Return a document's last block of a language, with the address of the server."""
     blocks = re.findall(rf"(?s)```{language}\n(.*?)```", (HERE / document).read_text())
-    return str(blocks[-1])
+    return str(blocks[-1]).replace("https://chat.example.org", server.url)
 
 
-def test_the_page_that_the_documents_show_works(
-    house: House, site: Site, chromium: Chromium
+def test_the_page_in_docs_embedding_works(
+    server: Server, site: Site, chromium: Chromium
 ) -> None:
-    shown = example("docs/embedding.md", "html")
-    assert len(shown.splitlines()) <= 16
-    anna, ben, chat = pair(house)
-    tokens = {"token": house.token(anna)}
-    site.pages["/chat-token"] = ("application/json", json.dumps(tokens))
-    page_text = shown.replace("https://chat.example.org", house.url)
-    site.pages["/shown"] = ("text/html", page_text.replace("CHAT_ID", str(chat)))
-    page = chromium.context().new_page()
-    page.goto(f"{site.url}/shown")
+    html = example("docs/embedding.md", "html", server)
+    assert len(html.splitlines()) <= 16
+    anna, ben, chat = pair(server)
+    site.answer_with_token(server.token(anna))
+    site.pages["/example"] = ("text/html", html.replace("CHAT_ID", str(chat)))
+    page = chromium.page()
+    page.goto(f"{site.url}/example")
     page.get_by_role("textbox").fill("Hello from the shop")
     page.get_by_role("textbox").press("Enter")
     expect(page.get_by_text("Hello from the shop")).to_be_visible()
-    house.say(chat, ben, "<b>Hello</b> from Ben")
+    server.post(chat, ben, "<b>Hello</b> from Ben")
     expect(page.get_by_text("<b>Hello</b> from Ben")).to_be_visible()
-    assert house.contents(chat, anna) == [
-        "Hello from the shop",
-        "<b>Hello</b> from Ben",
-    ]
+    assert server.texts(chat, anna) == ["Hello from the shop", "<b>Hello</b> from Ben"]
 
 
-def test_the_lines_of_the_readme_follow_a_chat(
-    house: House, site: Site, chromium: Chromium
+def test_the_lines_in_the_readme_follow_a_chat(
+    server: Server, site: Site, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
-    tokens = {"token": house.token(anna)}
-    site.pages["/chat-token"] = ("application/json", json.dumps(tokens))
-    lines = example("README.md", "js").replace("https://chat.example.org", house.url)
-    site.pages["/lines"] = ("text/html", f"<script type=module>{lines}</script>")
-    page = chromium.context().new_page()
-    with page.expect_console_message(lambda it: "type: connected" in it.text):
-        page.goto(f"{site.url}/lines")
+    anna, ben, chat = pair(server)
+    site.answer_with_token(server.token(anna))
+    lines = example("README.md", "js", server)
+    site.pages["/example"] = ("text/html", f"<script type=module>{lines}</script>")
+    page = chromium.page()
+    with page.expect_console_message(lambda line: "type: connected" in line.text):
+        page.goto(f"{site.url}/example")
     expected = f"{ben} Hello from Ben"
-    with page.expect_console_message(lambda it: it.text == expected):
-        house.say(chat, ben, "Hello from Ben")
+    with page.expect_console_message(lambda line: line.text == expected):
+        server.post(chat, ben, "Hello from Ben")
 
 
-def test_events_come_once_and_in_order_whatever_happens_to_the_network(
-    house: House, site: Site, chromium: Chromium
+def test_events_arrive_once_and_in_order_whatever_the_network_does(
+    server: Server, site: Site, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
-    page = chromium.context().new_page()
-    page.clock.install()
+    anna, ben, chat = pair(server)
+    page = chromium.page(clock=True)
     chance = random.Random(os.environ.get("SEED", "chatd"))
-    wire = Wire(page)
-    embed(page, site, house)
-    fate = {"lost": 0.0}
+    relay = Relay(page)
+    embed(page, site, server)
+    loss = 0.0  # the share of requests that are lost, or whose answers are
+    sent: list[str] = []
 
     def request(route: sync_api.Route) -> None:
-        if chance.random() > fate["lost"]:
+        if chance.random() > loss:
             route.continue_()
         elif chance.random() < 0.5:
             route.abort()
-        else:  # it arrived; its answer is lost
+        else:  # the request arrives, but its answer is lost
             route.fetch()
             route.abort()
 
+    def send(text: str) -> None:
+        sent.append(text)
+        page.evaluate("([id, text]) => chat.send(id, text)", [chat, text])
+
     page.route(re.compile("/api/"), request)
-    page.evaluate("(token) => chat.connect(token)", house.token(anna))
-    said: list[str] = []
+    page.evaluate("(token) => chat.connect(token)", server.token(anna))
     for step in range(80):
         match chance.randrange(6):
             case 0:
-                wire.cut(chance.choice((1006 - 6, 1012, 1013, 4008)))
+                relay.cut(chance.choice((1000, 1012, 1013, 4008)))
             case 1:
-                wire.cut(1011, block=True)
-                fate["lost"] = chance.choice((0.0, 0.5, 1.0))
+                relay.cut(1011, block=True)
+                loss = chance.choice((0.0, 0.5, 1.0))
             case 2:
-                wire.cut_code = None
-                fate["lost"] = 0.0
+                relay.unblock()
+                loss = 0.0
             case 3:
-                house.say(chat, ben, f"Ben {step}")
+                server.post(chat, ben, f"Ben {step}")
             case _:
-                said.append(f"Anna {step}")
-                page.evaluate("([id, text]) => chat.send(id, text)", [chat, said[-1]])
+                send(f"Anna {step}")
         page.clock.run_for(chance.choice((10, 300, 2_000, 6_000)))
-    wire.cut_code = None
-    fate["lost"] = 0.0
-    said.append("The end")
-    page.evaluate("([id, text]) => chat.send(id, text)", [chat, said[-1]])
+    relay.unblock()
+    loss = 0.0
+    send("The end")
 
-    def ends() -> bool:
+    def end_is_sent() -> bool:
         page.clock.run_for(1_000)
         return page.locator("#last").inner_text() == "The end"
 
-    until(ends)
-    heard = page.evaluate("heard")
-    stored = house.contents(chat, anna)
-    messages = [e["message"] for e in heard if e["type"] == "new_message"]
+    until(end_is_sent)
+    received = page.evaluate("received")
+    stored = server.texts(chat, anna)
+    messages = [e["message"] for e in received if e["type"] == "new_message"]
     assert [m["n"] for m in messages] == list(range(1, len(stored) + 1))
     assert [m["content"] for m in messages] == stored
-    assert [text for text in stored if not text.startswith("Ben")] == said
-    deliveries = [(e["content"], e["state"]) for e in heard if e["type"] == "delivery"]
-    for text in said:
-        assert deliveries.count((text, "sending")) == 1
-        assert deliveries.count((text, "sent")) == 1
+    assert [text for text in stored if not text.startswith("Ben")] == sent
+    deliveries = [e for e in received if e["type"] == "delivery"]
+    states = [(e["content"], e["state"]) for e in deliveries]
+    for text in sent:
+        assert states.count((text, "sending")) == 1
+        assert states.count((text, "sent")) == 1
 
 
-EXAMPLE = """
+# The client of the specification, completed to a program.
+TYPESCRIPT = """
 interface Message {
   id: number; chat_id: number; sender_id: number; content: string; created_at: string;
 }
@@ -1397,31 +1394,31 @@ function show(text: string): void {
 """
 
 
-def test_a_bare_websocket_in_typescript_works_as_the_specification_has_it(
-    house: House, site: Site, chromium: Chromium, tmp_path: Path
+def test_the_typescript_client_of_the_specification_works(
+    server: Server, site: Site, chromium: Chromium, tmp_path: Path
 ) -> None:
     tsc = find_program(
         (str(HERE / ".venv/node_modules/.bin/tsc"), "tsc"),
         "no tsc: npm install --prefix .venv typescript",
     )
     source = tmp_path / "example.ts"
-    source.write_text(EXAMPLE.replace("HOST", house.url.replace("http", "ws")))
+    source.write_text(TYPESCRIPT.replace("HOST", server.url.replace("http", "ws")))
     options = ("--strict", "--target", "es2022", "--lib", "es2022,dom")
     subprocess.run([tsc, *options, "--outDir", tmp_path, source], check=True)
     script = tmp_path.joinpath("example.js").read_text()
     site.pages["/ts"] = ("text/html", f"<body><script>{script}</script>")
-    anna, ben, chat = pair(house)
+    anna, ben, chat = pair(server)
     tabs = []
     for user in (anna, ben):
-        tab = chromium.context().new_page()
+        tab = chromium.page()
         tab.goto(f"{site.url}/ts")
-        tab.evaluate("(token) => chat.connect(token)", house.token(user))
+        tab.evaluate("(token) => chat.connect(token)", server.token(user))
         expect(tab.get_by_text(re.compile(r"^pong 20\d\d-"))).to_be_visible()
         tabs.append(tab)
     annas, bens = tabs
     annas.evaluate("(id) => chat.sendTyping(id, true)", chat)
     expect(bens.get_by_text(f"{anna} types")).to_be_visible()
-    message = house.say(chat, anna, "Привет!")
+    message = server.post(chat, anna, "Привет!")
     expect(bens.get_by_text(f"{anna}: Привет!")).to_be_visible()
     read = f"{ben} read {message['id']} of {chat}"
     expect(annas.get_by_text(read)).to_be_visible()
@@ -1442,27 +1439,28 @@ ATTACKS = [
 ]
 
 
-def test_what_people_write_is_text(house: House, chromium: Chromium) -> None:
-    evil = "<b>Ben</b>"
-    anna, ben = house.person("Anna"), house.person(evil)
-    chat = house.chat(anna, ben, title="<script>alert(1)</script>")
-    page = sign_in(chromium.context(), house.link(anna))
+def test_text_that_users_write_is_never_markup(
+    server: Server, chromium: Chromium
+) -> None:
+    name = "<b>Ben</b>"
+    anna, ben = server.add_user("Anna"), server.add_user(name)
+    chat = server.create_chat(anna, ben, title="<script>alert(1)</script>")
+    page = sign_in(chromium.context(), server.link(anna))
     page.on("dialog", lambda dialog: pytest.fail(dialog.message))
     open_chat(page, chat)
     for text in ATTACKS:
-        house.say(chat, ben, text)
+        server.post(chat, ben, text)
     expect(bubbles(page)).to_have_text(ATTACKS)
     expect(page.locator("#pane-title")).to_have_text("<script>alert(1)</script>")
-    expect(page.locator(".sender").first).to_have_text(evil)
-    made = page.locator("#chat :is(script, iframe, img, b)")
-    expect(made).to_have_count(0)
+    expect(page.locator(".sender").first).to_have_text(name)
+    markup = page.locator("#chat :is(script, iframe, img, b)")
+    expect(markup).to_have_count(0)
 
 
-def test_only_web_addresses_become_links(house: House, chromium: Chromium) -> None:
-    anna, ben, chat = pair(house)
-    page = sign_in(chromium.context(), house.link(anna))
-    open_chat(page, chat)
-    house.say(
+def test_only_web_addresses_become_links(server: Server, chromium: Chromium) -> None:
+    anna, ben, chat = pair(server)
+    page = sign_in(chromium.context(), server.link(anna), chat)
+    server.post(
         chat, ben,
         "See https://example.org/a_(b)?c=1&d=2#e, (http://example.net/x) or "
         "HTTPS://EXAMPLE.COM/ü! Not javascript:alert(1), ftp://example.org, "
@@ -1478,20 +1476,20 @@ def test_only_web_addresses_become_links(house: House, chromium: Chromium) -> No
         expect(link).to_have_attribute("target", "_blank")
 
 
-def test_the_policy_stops_what_the_page_would_not_do(
-    house: House, chromium: Chromium
+def test_the_content_security_policy_blocks_injected_code(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, _, _ = pair(house)
-    page = chromium.context().new_page()
-    answer = page.goto(house.link(anna))
+    anna, _, _ = pair(server)
+    page = chromium.page()
+    answer = page.goto(server.link(anna))
     assert answer is not None
     policy = answer.headers["content-security-policy"]
     for part in ("default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"):
         assert part in policy
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["referrer-policy"] == "no-referrer"
-    state_is(page, "connected")
-    assert chromium.complaints == []
+    expect_state(page, "connected")
+    assert chromium.errors == []
     page.evaluate(
         """() => {
             window.ran = [];
@@ -1504,18 +1502,18 @@ def test_the_policy_stops_what_the_page_would_not_do(
         }"""
     )
     assert page.evaluate("window.ran") == []
-    assert len(chromium.complaints) >= 3
-    chromium.complaints.clear()
+    assert len(chromium.errors) >= 3
+    chromium.errors.clear()
 
 
-# --- for everybody's eyes, hands and ears --------------------------------------------
+# --- accessible to everyone ----------------------------------------------------------
 
 AXE = files("axe_playwright_python").joinpath("axe.min.js")
 SIZES = {"phone": (320, 640), "tablet": (768, 1024), "wide": (1440, 900)}
 
 
 def axe(page: Page) -> None:
-    """Look for what keeps people out (https://github.com/dequelabs/axe-core)."""
+    """Check the page with axe (https://github.com/dequelabs/axe-core)."""
     page.evaluate(AXE.read_text(encoding="utf-8"))
     found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
     faults = [
@@ -1526,8 +1524,8 @@ def axe(page: Page) -> None:
 
 
 @pytest.fixture(scope="module")
-def street(house: House) -> tuple[int, int]:
-    """Anna and her chats, as they might look after a day. Returns her and one chat."""
+def example_chats(server: Server) -> tuple[int, int]:
+    """Make Anna and her chats of a day. Return Anna's id and the id of one chat."""
     names = (
         "Anna Petrova",
         "Ben Okafor",
@@ -1535,16 +1533,19 @@ def street(house: House) -> tuple[int, int]:
         "Dmitri Волков",
         "Elif Yılmaz",
     )
-    anna, ben, chiara, dmitri, elif_ = (house.person(name) for name in names)
-    bicycle = house.chat(anna, ben, title="Bicycle, 54 cm, steel frame")
-    with_chiara, with_elif = house.chat(anna, chiara), house.chat(anna, elif_)
-    moving = house.chat(anna, ben, chiara, dmitri, title="Flat 12 — moving day")
-    house.say(with_elif, elif_, "Thanks for the lamp, it looks lovely in the hall")
-    house.say(with_chiara, chiara, "Ciao Anna! Are you coming on Saturday?")
-    house.say(with_chiara, anna, "Yes, with the cake 🍰")
-    house.say(moving, dmitri, "I can bring the van at nine.")
-    house.say(moving, chiara, "Books are packed, 14 boxes.")
-    for who, text in (
+    anna, ben, chiara, dmitri, elif_ = (server.add_user(name) for name in names)
+    bicycle = server.create_chat(anna, ben, title="Bicycle, 54 cm, steel frame")
+    with_chiara, with_elif = (
+        server.create_chat(anna, chiara),
+        server.create_chat(anna, elif_),
+    )
+    moving = server.create_chat(anna, ben, chiara, dmitri, title="Flat 12 — moving day")
+    server.post(with_elif, elif_, "Thanks for the lamp, it looks lovely in the hall")
+    server.post(with_chiara, chiara, "Ciao Anna! Are you coming on Saturday?")
+    server.post(with_chiara, anna, "Yes, with the cake 🍰")
+    server.post(moving, dmitri, "I can bring the van at nine.")
+    server.post(moving, chiara, "Books are packed, 14 boxes.")
+    for sender, text in (
         (ben, "Hi! Is the bicycle still for sale?"),
         (anna, "Yes, it is. I changed the chain and the brake pads in spring."),
         (ben, "Great. Could you send me the address?"),
@@ -1554,12 +1555,12 @@ def street(house: House) -> tuple[int, int]:
         (anna, "One more thing: the rear light is missing, so it is 10 € less."),
         (ben, "Perfect 👍"),
     ):  # fmt: skip
-        house.say(bicycle, who, text)
+        server.post(bicycle, sender, text)
     return anna, bicycle
 
 
-def picture(page: Page, name: str) -> None:
-    """Keep a screenshot to look at, where SHOTS names a folder."""
+def screenshot(page: Page, name: str) -> None:
+    """Check that the page fits its screen, and keep a screenshot if SHOTS is set."""
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
         f"{name} is wider than its screen"
     )
@@ -1569,57 +1570,61 @@ def picture(page: Page, name: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-def test_screenshots_fit_and_axe_finds_nothing(
-    house: House, chromium: Chromium, street: tuple[int, int], size: str, scheme: Any
+def test_the_page_fits_each_screen_and_axe_finds_no_fault(
+    server: Server,
+    chromium: Chromium,
+    example_chats: tuple[int, int],
+    size: str,
+    scheme: Any,
 ) -> None:
     width, height = SIZES[size]
     context = chromium.context(
         color_scheme=scheme, viewport={"width": width, "height": height},
         reduced_motion="reduce",
     )  # fmt: skip
-    anna, chat = street
+    anna, chat = example_chats
     page = context.new_page()
     page.clock.install()
-    wire = Wire(page)
+    relay = Relay(page)
 
-    def look(what: str) -> None:
-        picture(page, f"{size}-{scheme}-{what}")
-        if size != "tablet":  # it shows nothing that the others do not
+    def check(view: str) -> None:
+        screenshot(page, f"{size}-{scheme}-{view}")
+        if size != "tablet":  # a tablet shows only what the other sizes show
             axe(page)
 
-    page.goto(house.url)
+    page.goto(server.url)
     expect(page.get_by_role("button", name="Sign in")).to_be_visible()
-    look("sign-in")
-    page.goto(house.link(anna))
-    state_is(page, "connected")
+    check("sign-in")
+    page.goto(server.link(anna))
+    expect_state(page, "connected")
     expect(page.locator("#chat-list .row")).to_have_count(4)
-    look("list")
+    check("list")
     page.get_by_role("button", name=re.compile("new message")).click()
     expect(page.locator("#bell-panel")).to_be_visible()
-    look("bell")
+    check("bell")
     page.keyboard.press("Escape")
     open_chat(page, chat)
     expect(bubbles(page)).to_have_count(7)
-    look("chat")
+    check("chat")
     page.get_by_role("button", name="People in this chat").click()
-    look("people")
+    check("people")
     page.keyboard.press("Escape")
     page.route(re.compile("/api/"), lambda route: route.abort())
-    wire.cut(1011, block=True)
+    relay.cut(1011, block=True)
     write(page, "Typed while the train was in the tunnel: " + "ß" * 60)
     page.clock.run_for(5_100)
-    state_is(page, "offline")
-    look("offline")
+    expect_state(page, "offline")
+    check("offline")
 
 
-def test_it_can_be_used_with_the_keyboard_alone(
-    house: House, chromium: Chromium
+def test_the_page_can_be_used_with_the_keyboard_alone(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
-    house.person("Cora")
-    house.say(chat, ben, "Hello Anna")
-    page = sign_in(chromium.context(), house.link(anna))
-    state_is(page, "connected")
+    anna, ben, chat = pair(server)
+    server.add_user("Cora")
+    server.post(chat, ben, "Hello Anna")
+    page = sign_in(chromium.context(), server.link(anna))
+    expect_state(page, "connected")
     focused = page.locator(":focus")
 
     def tab_to(name: str) -> None:
@@ -1629,11 +1634,11 @@ def test_it_can_be_used_with_the_keyboard_alone(
                 "(e) => e.getAttribute('aria-label') || e.innerText"
             )
             if name in label:
-                # and one can see where one is
+                # the focus must be visible
                 width = focused.evaluate("(e) => getComputedStyle(e).outlineWidth")
                 assert width != "0px"
                 return
-        pytest.fail(f"no Tab leads to {name}")
+        pytest.fail(f"the Tab key does not reach {name}")
 
     tab_to("Ben")
     page.keyboard.press("Enter")
@@ -1662,13 +1667,13 @@ def test_it_can_be_used_with_the_keyboard_alone(
     expect(field(page)).to_be_focused()
 
 
-def test_motion_is_left_out_where_it_was_not_wanted(
-    house: House, chromium: Chromium
+def test_nothing_moves_if_the_user_prefers_reduced_motion(
+    server: Server, chromium: Chromium
 ) -> None:
-    anna, ben, chat = pair(house)
-    page = sign_in(chromium.context(reduced_motion="reduce"), house.link(anna))
+    anna, ben, chat = pair(server)
+    page = sign_in(chromium.context(reduced_motion="reduce"), server.link(anna))
     open_chat(page, chat)
-    house.say(chat, ben, "Not a wink")
-    expect(bubbles(page)).to_have_text(["Not a wink"])
+    server.post(chat, ben, "Hello")
+    expect(bubbles(page)).to_have_text(["Hello"])
     moving = "document.getAnimations().filter((a) => a.playState === 'running').length"
     assert page.evaluate(moving) == 0

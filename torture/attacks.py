@@ -40,12 +40,12 @@ from harness import (
     Figures,
     Refused,
     Reply,
-    Wire,
+    WebSocket,
     client_frame,
     http,
-    keep,
     make_chat,
     run_trio,
+    save_evidence,
     text,
 )
 
@@ -131,7 +131,7 @@ def take_answers(data: bytes, replies: list[Reply]) -> bytes:
         reply, data = Reply(int(status), headers, rest[:size]), rest[size:]
         replies.append(reply)
         if reply.status >= 400:
-            keep("error", reply.body)
+            save_evidence("error", reply.body)
             assert code_of(reply), f"an error without a code: {reply}"
             assert reply.json["error"]["message"], f"without a sentence: {reply}"
     return data
@@ -203,10 +203,10 @@ class House:
         began = time.monotonic()
         words = text()
         await self.anna.send(self.chat, words)
-        frame = await self.anna.hear(seconds=SECONDS)
+        frame = await self.anna.receive(seconds=SECONDS)
         assert frame["type"] == "new_message", f"the sender heard {frame}"
-        assert (await self.anna.hear(seconds=SECONDS))["type"] == "ack"
-        heard = await self.ben.hear(seconds=SECONDS)
+        assert (await self.anna.receive(seconds=SECONDS))["type"] == "ack"
+        heard = await self.ben.receive(seconds=SECONDS)
         assert heard["type"] == "new_message", f"the other heard {heard}"
         assert heard["message"]["content"] == words, "the other heard something else"
         self.slowest = max(self.slowest, time.monotonic() - began)
@@ -719,32 +719,32 @@ def odd_frames() -> dict[str, tuple[str, bytes]]:
     }
 
 
-async def open_wire(house: House) -> Wire:
+async def open_wire(house: House) -> WebSocket:
     """Open a socket of a new user, past its greeting."""
     token = house.chatd.token(house.user())
-    wire = await Wire.open(house.chatd.port, f"/ws/chat?token={token}")
-    assert json.loads(await wire.message())["type"] == "connected"
+    wire = await WebSocket.open(house.chatd.port, f"/ws/chat?token={token}")
+    assert json.loads(await wire.receive_message())["type"] == "connected"
     return wire
 
 
-async def send_frames(wire: Wire, data: bytes) -> None:
+async def send_frames(wire: WebSocket, data: bytes) -> None:
     """Send what the other side takes; to close meanwhile is its right."""
     with contextlib.suppress(trio.BrokenResourceError):
         await wire.send(data)
 
 
-async def close_code(wire: Wire) -> int:
+async def close_code(wire: WebSocket) -> int:
     """The code of the close that must come, with nothing behind it but the end."""
     try:
         while True:
-            opcode, payload = await wire.frame()
+            opcode, payload = await wire.receive_frame()
             if opcode == CLOSE:
                 code = int.from_bytes(payload[:2], "big") if payload else 1005
                 break
     except Closed:
         return 1006
     with contextlib.suppress(Closed):
-        frame = await wire.frame()
+        frame = await wire.receive_frame()
         raise AssertionError(f"behind the close came {frame}")
     assert not wire.buffer, f"behind the close came {wire.buffer[:80]!r}"
     return code
@@ -770,10 +770,10 @@ async def try_frames(house: House) -> None:
             for piece in (in_bytes(data) if len(data) < 300 else data).split(CUT):
                 await wire.send(piece)
             with trio.fail_after(SECONDS):
-                answer = json.loads(await wire.message())
+                answer = json.loads(await wire.receive_message())
                 assert answer["type"] == kind, f"answered {answer}, not {kind}"
                 await wire.send(client_frame(TEXT, b'{"type":"ping"}'))
-                assert json.loads(await wire.message())["type"] == "pong"
+                assert json.loads(await wire.receive_message())["type"] == "pong"
             wire.cut()
     await house.emptied("odd frames")
 
@@ -896,11 +896,11 @@ async def try_commands(house: House) -> None:
     user = house.user()
     chat = await make_chat(house.chatd, [user])
     async with Client(house.chatd, user) as peer:
-        assert peer.wire is not None
+        assert peer.websocket is not None
         for name, data, code in broken_commands(chat):
             async with house.attacked(f"a command: {name}"):
-                await peer.wire.send(client_frame(TEXT, data))
-                answer = await peer.hear(seconds=SECONDS)
+                await peer.websocket.send(client_frame(TEXT, data))
+                answer = await peer.receive(seconds=SECONDS)
                 assert answer["type"] == "error", f"answered {answer}"
                 assert answer["code"] == code, f"answered {answer}, not {code}"
                 assert answer["message"], "an error without a sentence"
@@ -911,8 +911,8 @@ async def try_commands(house: House) -> None:
             ' \n\t{"type":"ping"}\r\n',
         ):
             async with house.attacked(f"a command: {said}"):
-                await peer.wire.send(client_frame(TEXT, said.encode()))
-                assert (await peer.hear(seconds=SECONDS))["type"] == "pong"
+                await peer.websocket.send(client_frame(TEXT, said.encode()))
+                assert (await peer.receive(seconds=SECONDS))["type"] == "pong"
     await house.emptied("broken commands")
 
 
@@ -1153,7 +1153,7 @@ def good_tokens(house: House, keys: Keys) -> dict[str, str]:
 async def socket_code(chatd: Chatd, token: str) -> str:
     """Try to open a socket; the code of the refusal, empty if it opens."""
     try:
-        wire = await Wire.open(chatd.port, f"/ws/chat?token={quote(token)}")
+        wire = await WebSocket.open(chatd.port, f"/ws/chat?token={quote(token)}")
     except Refused as no:
         return str(json.loads(no.body)["error"]["code"])
     wire.cut()
@@ -1350,7 +1350,7 @@ async def kick_among_pings(house: House) -> None:
     async def pinger(user: int) -> None:
         nonlocal waiting
         async with Client(house.chatd, user) as peer:
-            wire = peer.wire
+            wire = peer.websocket
             assert wire is not None
             waiting -= 1
             if not waiting:
@@ -1409,8 +1409,8 @@ async def speak_behind_a_close(house: House) -> None:
     say = json.dumps({"type": "send_message", "chat_id": chat, "content": text()})
     for before in (close(1000), raw_frame(0x83), client_frame(TEXT, b"x" * 65_537)):
         target = f"/ws/chat?token={chatd.token(user)}"
-        wire = await Wire.open(chatd.port, target)
-        await wire.message()
+        wire = await WebSocket.open(chatd.port, target)
+        await wire.receive_message()
         await send_frames(wire, before + client_frame(TEXT, say.encode()))
         await close_code(wire)
         wire.cut()

@@ -1,19 +1,26 @@
 /**
- * The client's promise under a network that does what it likes.
+ * ChatWebSocket keeps its promise, whatever the network does.
  *
- *     node --experimental-vm-modules torture/client_network.mjs [STORIES] [FIRST SEED]
+ *     node --experimental-vm-modules torture/client_network.mjs [SCENARIOS] [FIRST SEED]
  *
- * Each story is one user with up to four tabs, all of them the real chat-websocket.js,
- * each in a realm of its own that can die at any moment, against a server of 150 lines
- * that keeps a log and knows client_ids as chatd does. Time is virtual and everything
- * random comes from the seed, so a story that fails can be told again. What happens:
- * sockets cut with all codes and refused, answers late, doubled and lost before or after
- * their effect, refusals, a server that is away, restores (another epoch), tabs closed
- * and opened, storage that is full, and a clock that jumps by hours.
+ * A scenario has one user with up to four tabs, and a simulated server. Each tab runs
+ * the real chat-websocket.js in a realm of its own, which can end at any moment. The
+ * server keeps an event log and stores each client_id once, as chatd does. Time is
+ * virtual and all random choices come from the seed, so a scenario that fails can be
+ * repeated. In a scenario,
  *
- * What must hold: each tab hears each message once, n after n, or a resync; each message
- * written by a tab is stored exactly once, and in the order in which it was written, also
- * if the tab died (unless storage was full); at the end nothing is left in storage.
+ * - sockets are refused, and closed with any code;
+ * - answers are late, come twice, or are lost before or after they take effect;
+ * - messages are refused for a while;
+ * - the server is away for a while, or has another epoch, as after a restore;
+ * - tabs are closed and opened, storage is full, and the clock jumps by hours.
+ *
+ * These claims must hold:
+ *
+ * - each tab receives each message once and in order of n, or a resync;
+ * - each message that a tab has written is stored once, in the order of writing, even
+ *   if the tab has closed (but it may be lost if the tab closed and storage was full);
+ * - at the end, no unsent message is left in storage.
  */
 import { readFileSync } from "node:fs";
 import vm from "node:vm";
@@ -24,7 +31,7 @@ const SOURCE = readFileSync(
 );
 const TOKEN = `h.${Buffer.from('{"user_id":1}').toString("base64url")}.s`;
 
-/** mulberry32: numbers from 0 to 1 that the seed decides. */
+/** mulberry32: random numbers from 0 to 1, the same for each seed. */
 function randomFrom(seed) {
   let state = seed >>> 0;
   return () => {
@@ -35,7 +42,7 @@ function randomFrom(seed) {
   };
 }
 
-/** Virtual time, chance, and what the network and the server suffer just now. */
+/** Virtual time, chance, and the faults that the network and the server have now. */
 class World {
   time = 0;
   wall = 1_700_000_000_000;
@@ -46,8 +53,8 @@ class World {
   storageFull = false;
   httpLoss = 0;
   refusals = 0;
-  /** @type {string[]} */
-  faults = [];
+  /** Claims that do not hold. @type {string[]} */
+  broken = [];
 
   constructor(seed) {
     this.random = randomFrom(seed);
@@ -61,7 +68,7 @@ class World {
     return things[Math.floor(this.random() * things.length)];
   }
 
-  /** Runs `task` later, unless its tab has died by then. */
+  /** Runs `task` later, unless its tab has closed by then. */
   after(milliseconds, task, tab = null) {
     const id = ++this.lastTimer;
     this.timers.set(id, { due: this.time + Math.max(0, milliseconds), task, tab, id });
@@ -71,7 +78,7 @@ class World {
   async pass(milliseconds) {
     const end = this.time + milliseconds;
     for (;;) {
-      await new Promise(setImmediate); // all promises that can settle do
+      await new Promise(setImmediate); // until no promise is left that can settle
       const due = [...this.timers.values()].filter((timer) => timer.due <= end);
       if (due.length === 0) break;
       const next = due.reduce((a, b) => (b.due < a.due ? b : a));
@@ -83,7 +90,7 @@ class World {
   }
 }
 
-/** One chat with id 1 and its log, as chatd would have them. */
+/** One chat with id 1 and its event log, as in chatd. */
 class Server {
   epoch = "e0";
   seq = 0;
@@ -103,7 +110,7 @@ class Server {
     return `${this.epoch}.${this.seq}`;
   }
 
-  /** The events after a cursor; null: resync. */
+  /** Returns the events after a cursor; null: resync. */
   since(cursor) {
     const dot = cursor.lastIndexOf(".");
     const seq = Number(cursor.slice(dot + 1));
@@ -128,7 +135,7 @@ class Server {
     if (client_id) this.byClientId.set(client_id, message);
     const event = { type: "new_message", seq: id, chat_id: 1, message };
     this.events.push(event);
-    for (const connection of this.connections) connection.say(event);
+    for (const connection of this.connections) connection.send(event);
     return { message, duplicate: false };
   }
 
@@ -138,8 +145,8 @@ class Server {
     return { code, message: "later", retry_after: this.world.random() * 2 };
   }
 
-  /** Answers a request: [status, body]. */
-  answer(url, body) {
+  /** Handles an HTTP request. Returns [status, body]. */
+  handle(url, body) {
     switch (url.pathname) {
       case "/api/v2/ws-token":
         return [200, { token: "ticket", expires_in: 60 }];
@@ -176,7 +183,7 @@ class Server {
   }
 }
 
-/** The server's end of a socket: frames come late, in order, and perhaps not at all. */
+/** The server's end of a socket. Frames arrive late, in order, or not at all. */
 class Connection {
   open = true;
   #last = 0;
@@ -187,30 +194,30 @@ class Connection {
     const resume = cursor === null ? "fresh" : !missed ? "resync" : "replay";
     const start = resume === "replay" ? cursor : server.cursor;
     const chats = { 1: { last_n: server.events.length, read_n: 0 } };
-    this.say({ type: "connected", user_id: 1, cursor: start, resume, chats });
-    missed?.forEach((event) => this.say(event));
+    this.send({ type: "connected", user_id: 1, cursor: start, resume, chats });
+    missed?.forEach((event) => this.send(event));
     server.connections.add(this);
   }
 
-  say(frame) {
+  send(frame) {
     const { world } = this;
     const late = world.random() * (world.chance(0.1) ? 600 : 30);
     this.#last = Math.max(this.#last, world.time) + late;
     const data = JSON.stringify(frame);
-    world.after(this.#last - world.time, () => this.open && this.socket.heard(data));
+    world.after(this.#last - world.time, () => this.open && this.socket.receive(data));
   }
 
-  hear(text) {
+  receive(text) {
     const { type, ref, content, client_id } = JSON.parse(text);
-    if (type === "ping") this.say({ type: "pong" });
+    if (type === "ping") this.send({ type: "pong" });
     if (type !== "send_message") return;
     const refusal = this.server.refusal();
-    if (refusal) return this.say({ type: "error", ref, ...refusal });
+    if (refusal) return this.send({ type: "error", ref, ...refusal });
     const { message, duplicate } = this.server.store(1, content, client_id);
     const { id: message_id, n } = message;
     const ack = { type: "ack", ref, client_id, message_id, chat_id: 1, n, duplicate };
-    this.say(ack);
-    if (this.world.chance(0.1)) this.say(ack);
+    this.send(ack);
+    if (this.world.chance(0.1)) this.send(ack);
   }
 
   close(code) {
@@ -220,8 +227,8 @@ class Connection {
   }
 }
 
-/** What all tabs share: localStorage, and who is told of its changes. */
-class Disk {
+/** The localStorage that all tabs share. A change is an event in the other tabs. */
+class SharedStorage {
   items = new Map();
   tabs = [];
 
@@ -229,15 +236,15 @@ class Disk {
     this.world = world;
   }
 
-  /** One tab's localStorage. */
+  /** The localStorage object of one tab. */
   for(tab) {
     const { items, world } = this;
     const change = (key, newValue) => {
       if (newValue === null) items.delete(key);
       else items.set(key, newValue);
       for (const other of this.tabs.filter((one) => one !== tab)) {
-        const told = () => other.dispatch("storage", { key, newValue });
-        world.after(world.random() * 10, told, other);
+        const notify = () => other.dispatch("storage", { key, newValue });
+        world.after(world.random() * 10, notify, other);
       }
     };
     return {
@@ -255,19 +262,19 @@ class Disk {
   }
 }
 
-/** A realm with a ChatWebSocket in it, and what its page has heard. */
+/** A realm with a ChatWebSocket, and the events that its page has received. */
 class Tab {
   alive = true;
   /** @type {Map<string, Set<Function>>} */
   #listeners = new Map();
-  /** The n that was heard last; null: any may come next. */
+  /** The n of the last message; null: any n may be next. */
   n = null;
   written = [];
   deliveries = new Map();
 
-  constructor(world, server, disk) {
-    Object.assign(this, { world, server, disk, name: disk.tabs.length });
-    disk.tabs.push(this);
+  constructor(world, server, storage) {
+    Object.assign(this, { world, server, storage, name: storage.tabs.length });
+    storage.tabs.push(this);
   }
 
   dispatch(type, event) {
@@ -283,14 +290,14 @@ class Tab {
     const module = new vm.SourceTextModule(SOURCE, { context, initializeImportMeta });
     await module.link(() => {});
     await module.evaluate();
-    const way = this.world.pick(["bearer", "token", "function"]);
-    const options = way === "bearer" ? { bearer: TOKEN } : {};
+    const source = this.world.pick(["bearer", "token", "function"]);
+    const options = source === "bearer" ? { bearer: TOKEN } : {};
     this.client = new module.namespace.ChatWebSocket({ log: null, ...options });
     this.#listen();
-    if (way === "bearer") {
+    if (source === "bearer") {
       this.fetchChats();
       this.world.after(2000, () => this.client.connect(), this);
-    } else this.client.connect(way === "token" ? TOKEN : async () => TOKEN);
+    } else this.client.connect(source === "token" ? TOKEN : async () => TOKEN);
     return this;
   }
 
@@ -298,7 +305,7 @@ class Tab {
     const { client } = this;
     client.on("new_message", ({ message: { n } }) => {
       if (this.n !== null && n !== this.n + 1)
-        this.world.faults.push(`tab ${this.name}: after ${this.n} came ${n}`);
+        this.world.broken.push(`tab ${this.name} received n ${n} after ${this.n}`);
       this.n = n;
     });
     client.on("connected", ({ resume, chats }) => {
@@ -326,7 +333,7 @@ class Tab {
   }
 
   #globals() {
-    const { world, disk } = this;
+    const { world, storage } = this;
     const listenersOf = (type) => {
       if (!this.#listeners.has(type)) this.#listeners.set(type, new Set());
       return this.#listeners.get(type);
@@ -358,15 +365,15 @@ class Tab {
       clearInterval: cancel,
       addEventListener: (type, listener) => listenersOf(type).add(listener),
       removeEventListener: (type, listener) => listenersOf(type).delete(listener),
-      localStorage: disk.for(this),
+      localStorage: storage.for(this),
       navigator: { onLine: true },
-      reportError: (error) => world.faults.push(`a listener threw ${error.stack}`),
+      reportError: (error) => world.broken.push(`a listener threw ${error.stack}`),
       fetch: (url, options) => this.#fetch(new URL(url), options),
       WebSocket: this.#socketClass(),
     };
   }
 
-  /** Lost on the way there, or on the way back; in between it has happened. */
+  /** The request is lost, or its answer is; then it has taken effect. */
   #fetch(url, { body, signal }) {
     const { world, server } = this;
     const slow = world.chance(0.1) ? 4000 : 200;
@@ -375,7 +382,7 @@ class Tab {
       signal.addEventListener("abort", lost);
       const arrive = () => {
         if (world.serverAway || world.chance(world.httpLoss)) return lost();
-        const [status, answer] = server.answer(url, body && JSON.parse(body));
+        const [status, answer] = server.handle(url, body && JSON.parse(body));
         const text = JSON.stringify(answer);
         const response = {
           status,
@@ -417,7 +424,7 @@ class Tab {
         this.#last = Math.max(this.#last, world.time) + world.random() * 30;
         world.after(
           this.#last - world.time,
-          () => connection?.open && connection.hear(text),
+          () => connection?.open && connection.receive(text),
         );
       }
 
@@ -431,7 +438,7 @@ class Tab {
         });
       }
 
-      heard(data) {
+      receive(data) {
         if (this.readyState === 1 && tab.alive) this.onmessage?.({ data });
       }
 
@@ -444,17 +451,17 @@ class Tab {
   }
 }
 
-/** Tells one story. Returns what did not hold. */
-async function story(seed) {
+/** Plays one scenario. Returns the claims that do not hold. */
+async function play(seed) {
   const world = new World(seed);
   const server = new Server(world);
-  const disk = new Disk(world);
-  const openTab = () => new Tab(world, server, disk).open();
+  const storage = new SharedStorage(world);
+  const openTab = () => new Tab(world, server, storage).open();
   const mayFill = world.chance(0.3);
   let wasFull = false;
   await openTab();
   for (let step = 0; step < 150; step++) {
-    const alive = disk.tabs.filter((tab) => tab.alive);
+    const alive = storage.tabs.filter((tab) => tab.alive);
     switch (Math.floor(world.random() * 14)) {
       case 0:
         server.cut(world.pick([1006, 1012, 1013, 4008, 4401]));
@@ -475,7 +482,7 @@ async function story(seed) {
         break;
       case 5:
         if (world.chance(0.5)) world.pick(alive).alive = false;
-        if (!disk.tabs.some((tab) => tab.alive)) await openTab();
+        if (!storage.tabs.some((tab) => tab.alive)) await openTab();
         break;
       case 6:
         if (alive.length < 4) await openTab();
@@ -486,7 +493,7 @@ async function story(seed) {
         server.cut(1006);
         break;
       case 8:
-        server.store(2, `from another, ${step}`);
+        server.store(2, `from another user, ${step}`);
         break;
       case 9:
         world.wall += (world.random() - 0.5) * 10_000_000;
@@ -507,41 +514,41 @@ async function story(seed) {
   });
   Object.assign(world, { httpLoss: 0, refusals: 0 });
   await world.pass(180_000);
-  return [...world.faults, ...unmet(server, disk, wasFull)];
+  return [...world.broken, ...brokenAtEnd(server, storage, wasFull)];
 }
 
-/** What should be true at the end, and is not. */
-function unmet(server, disk, wasFull) {
-  const faults = [];
+/** Returns the claims that do not hold at the end of a scenario. */
+function brokenAtEnd(server, storage, wasFull) {
+  const broken = [];
   const stored = server.stored.map(({ content }) => content);
-  for (const tab of disk.tabs) {
+  for (const tab of storage.tabs) {
     const behind = tab.alive && tab.n !== null && tab.n !== stored.length;
-    if (behind) faults.push(`tab ${tab.name} heard ${tab.n} of ${stored.length}`);
+    if (behind) broken.push(`tab ${tab.name} is at n ${tab.n} of ${stored.length}`);
     for (const text of tab.written) {
       const count = stored.filter((one) => one === text).length;
       const mayBeLost = wasFull && !tab.alive;
       if (count !== 1 && !(count === 0 && mayBeLost))
-        faults.push(`${text} was stored ${count} times`);
+        broken.push(`message ${text} is stored ${count} times`);
       if (tab.alive && tab.deliveries.get(text) !== "sent")
-        faults.push(`${text} is ${tab.deliveries.get(text)}`);
+        broken.push(`message ${text} is ${tab.deliveries.get(text)}, not sent`);
     }
     const places = tab.written
       .map((text) => stored.indexOf(text))
       .filter((at) => at >= 0);
     if (places.some((at, i) => i > 0 && at < places[i - 1]))
-      faults.push(`tab ${tab.name}'s messages are out of order`);
+      broken.push(`the messages of tab ${tab.name} are out of order`);
   }
-  for (const key of disk.items.keys()) faults.push(`${key} is left in storage`);
-  return faults;
+  for (const key of storage.items.keys()) broken.push(`${key} is left in storage`);
+  return broken;
 }
 
-const [stories = 200, first = 1] = process.argv.slice(2).map(Number);
+const [count = 200, first = 1] = process.argv.slice(2).map(Number);
 let failed = 0;
-for (let seed = first; seed < first + stories; seed++) {
-  const faults = await story(seed);
-  if (faults.length === 0) continue;
+for (let seed = first; seed < first + count; seed++) {
+  const broken = await play(seed);
+  if (broken.length === 0) continue;
   failed += 1;
-  console.log(`seed ${seed}: ${faults.slice(0, 5).join("; ")}`);
+  console.log(`seed ${seed}: ${broken.slice(0, 5).join("; ")}`);
 }
-console.log(`${stories} stories from seed ${first}: ${failed} did not hold`);
+console.log(`${count} scenarios from seed ${first}: ${failed} failed`);
 process.exit(failed ? 1 : 0);

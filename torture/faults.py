@@ -1,4 +1,4 @@
-"""The shim of shim.c, compiled when it is needed, and driven: cuts and faults."""
+"""Power cuts and disk faults: this module compiles shim.c and controls it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECTOR, PAGE = 512, 4096
 
 
 class Op(enum.IntFlag):
-    """Operations that can fail."""
+    """Operations that can be made to fail."""
 
     WRITE = 1
     SYNC = 2
@@ -30,7 +30,7 @@ class Op(enum.IntFlag):
 
 
 class File(enum.IntFlag):
-    """Files on which they fail."""
+    """The files on which operations fail."""
 
     DB = 1
     WAL = 2
@@ -41,10 +41,11 @@ class File(enum.IntFlag):
 
 
 class Shim:
-    """A disk of one folder that can be cut off, and that can fail.
+    """The disk below one folder, which can lose its power and can fail.
 
-    Give `env` to the process that is to see it. The shadow, if wanted, begins as what
-    is in the folder now.
+    Pass `env` to the process that is to use it. shadow: record what was synced, for
+    `cut`; the record begins with the files that are in the folder now. lie: files with
+    this in their names are never synced. sync_us: how long one sync takes.
     """
 
     CONTROL = struct.Struct("=7i")
@@ -53,9 +54,9 @@ class Shim:
         self, folder: Path, *, shadow: bool = False, lie: str = "", sync_us: int = 0
     ) -> None:
         self.folder = folder
-        self.place = Path(tempfile.mkdtemp(prefix="torture-shim-"))
-        self.shadow = self.place / "shadow"
-        control = self.place / "control"
+        self.temporary = Path(tempfile.mkdtemp(prefix="torture-shim-"))
+        self.shadow = self.temporary / "shadow"
+        control = self.temporary / "control"
         control.write_bytes(bytes(self.CONTROL.size))
         self.env = {
             "LD_PRELOAD": str(library()),
@@ -78,9 +79,9 @@ class Shim:
             (self.shadow / "entries").write_text("".join(entries))
 
     def remove(self) -> None:
-        """Remove its files."""
+        """Remove the shim's own files."""
         self._control.close()
-        shutil.rmtree(self.place)
+        shutil.rmtree(self.temporary)
 
     # --- faults ---
 
@@ -94,12 +95,15 @@ class Shim:
         times: int = -1,
         partly: bool = False,
     ) -> None:
-        """Let operations fail, from the one behind `after` others on; -1: all."""
+        """Let the next operations fail, after `after` good ones.
+
+        times: how many fail, -1 for all. partly: a failing write writes half its bytes.
+        """
         self._control[:] = self.CONTROL.pack(0, files, error, after, times, 0, partly)
         self._control[:4] = struct.pack("=i", op)
 
     def disarm(self) -> None:
-        """Let nothing fail any more."""
+        """Let all operations work again."""
         self._control[:4] = bytes(4)
 
     @property
@@ -110,10 +114,10 @@ class Shim:
     # --- cuts ---
 
     def killed(self) -> None:
-        """Let the next process know what this one, which was killed, left unsynced.
+        """Tell the next process what this one, which was killed, left unsynced.
 
-        The kernel still holds it, and writes it with the next sync of that file; but
-        what a failed sync forgot is forgotten.
+        The kernel still has those pages, and writes them with the next sync of that
+        file. It never writes the pages that a failed sync marked clean.
         """
         forgotten: set[tuple[str, int]] = set()
         with contextlib.suppress(FileNotFoundError):
@@ -134,15 +138,14 @@ class Shim:
             ]
         (self.shadow / "dirty").write_text("".join(lines))
 
-    def cut(self, into: Path, model: str, dice: random.Random) -> None:
-        """Make in `into` what a power cut leaves of the folder. The process is dead.
+    def cut(self, into: Path, model: str, rng: random.Random) -> None:
+        """Copy to `into` what a power cut leaves of the folder. The process is dead.
 
-        strict: each file as of its last sync, each name as of the folder's last sync.
+        strict: each file as of its last sync, the names as of the folder's last sync.
         eager: each file as of its last sync, the names as they are.
-        torn: the same, and each sector that was written since is there or is not.
+        torn: like eager, and of each later sector chance decides whether it is kept.
         """
-        for name in ("chatd.secret",):  # it was there before all began
-            shutil.copy2(self.folder / name, into / name)
+        shutil.copy2(self.folder / "chatd.secret", into)  # it is older than all syncs
         if model == "strict":
             lines = (self.shadow / "entries").read_text().splitlines()
             names = [line.partition(" ")[::2] for line in lines]
@@ -155,28 +158,28 @@ class Shim:
             synced = self.shadow / inode
             data = synced.read_bytes() if synced.exists() else b""
             if model == "torn":
-                data = torn(data, (self.folder / name).read_bytes(), dice)
+                data = torn(data, (self.folder / name).read_bytes(), rng)
             (into / name).write_bytes(data)
             (into / name).chmod(0o600)
 
 
-def torn(old: bytes, new: bytes, dice: random.Random) -> bytes:
-    """Mix two states of a file sector by sector; its length is one of theirs."""
-    length = dice.choice((len(old), len(new)))
+def torn(old: bytes, new: bytes, rng: random.Random) -> bytes:
+    """Mix two states of a file sector by sector; the length is that of one of them."""
+    length = rng.choice((len(old), len(new)))
     sectors = []
     for at in range(0, length, SECTOR):
         first, second = old[at : at + SECTOR], new[at : at + SECTOR]
-        sector = first if first == second else dice.choice((first, second))
+        sector = first if first == second else rng.choice((first, second))
         sectors.append(sector.ljust(SECTOR, b"\0"))
     return b"".join(sectors)[:length]
 
 
 @functools.cache
 def library() -> Path:
-    """Compile the shim, once a process."""
-    place = Path(tempfile.mkdtemp(prefix="torture-shim-"))
-    atexit.register(shutil.rmtree, place)
-    target, compiler = place / "shim.so", os.environ.get("CC", "gcc")
+    """Compile the shim, once in each process."""
+    folder = Path(tempfile.mkdtemp(prefix="torture-shim-"))
+    atexit.register(shutil.rmtree, folder)
+    target, compiler = folder / "shim.so", os.environ.get("CC", "gcc")
     source = str(HERE / "shim.c")
     command = [compiler, "-O2", "-shared", "-fPIC", f"-o{target}", source, "-ldl"]
     subprocess.run(command, check=True, timeout=120)

@@ -1,11 +1,11 @@
-"""Noise from thousands of hostile connections ends none but its own.
+"""Noise on thousands of hostile connections ends no other connection.
 
-Noise is what chance makes of real traffic: requests and frames with bits turned, parts
-dropped, repeated or swapped, cut anywhere and hung up on in every way; and plain random
-bytes. Whatever chatd says to it has to be HTTP, or whole frames with a code of the
-protocol. Two innocent clients talk all the while. Then hypothesis makes commands and
-bodies with structure, and an independent reading of the protocol says what has to be
-answered to each. `--seed` repeats a run.
+Noise is real traffic that was changed at random: requests and frames with flipped bits,
+with parts that are dropped, repeated or swapped, cut anywhere, on connections that are
+closed in every way; and random bytes. All that chatd sends back must be HTTP, or whole
+frames with a code of the protocol. All the while two honest clients send messages. Then
+hypothesis generates commands and bodies, and an independent model of the protocol says
+which answers each may get. `--seed` repeats a run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import random
 import re
 import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,13 +30,16 @@ from harness import (
     Chatd,
     Client,
     Figures,
-    chance,
     client_frame,
-    http,
-    keep,
+    close_code,
     make_chat,
+    reset,
     run_trio,
+    save_evidence,
+    seeded_rng,
+    stats,
     text,
+    upgrade_request,
 )
 from hypothesis import strategies as st
 
@@ -49,7 +51,7 @@ CODES = frozenset((1000, 1001, 1002, 1005, 1007, 1008, 1009, 1012, 1013, 4008, 4
                    4503, 4504))  # fmt: skip
 ERRORS = frozenset(("bad_json", "bad_field", "unknown_type", "not_found",
                     "token_invalid", "idempotency_mismatch"))  # fmt: skip
-Dice = random.Random
+Rng = random.Random
 MAX_ID = 2**53 - 1
 
 
@@ -57,7 +59,7 @@ MAX_ID = 2**53 - 1
 
 
 class Noise:
-    """Makes hostile bytes, by dice, out of traffic that would be right."""
+    """Makes hostile bytes by changing valid traffic at random."""
 
     def __init__(self, chatd: Chatd, chat: int, user: int) -> None:
         self.chat = chat
@@ -75,14 +77,10 @@ class Noise:
             f"{len(hello):x}\r\n{hello}\r\n0\r\n\r\n",
             f"OPTIONS {post} HTTP/1.1\r\nHost: x\r\nOrigin: http://x\r\n\r\n",
         ]
-        self.upgrade = (
-            f"GET /ws/chat?token={self.token}&cursor=x.1 HTTP/1.1\r\nHost: x\r\n"
-            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        ).encode()
+        self.upgrade = upgrade_request(f"/ws/chat?token={self.token}&cursor=x.1")
 
-    def command(self, dice: Dice) -> bytes:
-        """A command, right or nearly."""
+    def command(self, rng: Rng) -> bytes:
+        """A command that is valid, or nearly."""
         values: list[Any] = [
             self.chat,
             1,
@@ -100,82 +98,82 @@ class Noise:
         ]
         kinds = ["ping", "typing", "mark_read", "send_message", "auth", "hack", 1, None]
         body = {
-            "type": dice.choice(kinds),
-            "chat_id": dice.choice([self.chat, *values]),
-            "is_typing": dice.choice([True, False, *values]),
-            "content": dice.choice([text(), *values]),
-            "message_id": dice.choice(values),
-            "token": dice.choice([self.token, *values]),
-            "client_id": dice.choice([None, f"{dice.random()}", *values]),
-            "ref": dice.choice([None, "r", *values]),
+            "type": rng.choice(kinds),
+            "chat_id": rng.choice([self.chat, *values]),
+            "is_typing": rng.choice([True, False, *values]),
+            "content": rng.choice([text(), *values]),
+            "message_id": rng.choice(values),
+            "token": rng.choice([self.token, *values]),
+            "client_id": rng.choice([None, f"{rng.random()}", *values]),
+            "ref": rng.choice([None, "r", *values]),
         }
         for name in list(body):
-            if dice.random() < 0.3:
+            if rng.random() < 0.3:
                 del body[name]
         return json.dumps(body).encode()
 
-    def frame(self, dice: Dice, *, mild: bool) -> bytes:
-        """One frame: of random bytes, of a command, or of what was a command once.
+    def frame(self, rng: Rng, *, mild: bool) -> bytes:
+        """One frame: of random bytes, of a command, or of a command that was changed.
 
-        A mild one does not break the protocol, so that those behind it are read.
+        A mild frame keeps to the protocol, so that chatd reads the frames after it.
         """
         if mild:
-            mostly = client_frame(TEXT, self.command(dice))
-            return mostly if dice.random() < 0.9 else client_frame(PING, b"p")
-        roll = dice.random()
+            command = client_frame(TEXT, self.command(rng))
+            return command if rng.random() < 0.9 else client_frame(PING, b"p")
+        roll = rng.random()
         if roll < 0.35:
-            payload = self.command(dice)
-            return client_frame(TEXT, payload, fin=dice.random() < 0.95)
+            payload = self.command(rng)
+            return client_frame(TEXT, payload, fin=rng.random() < 0.95)
         if roll < 0.55:
-            return self.mutated(dice, client_frame(TEXT, self.command(dice)))
-        payload = dice.randbytes(dice.choice((0, 1, 2, 5, 60, 125, 126, 127, 1000)))
-        opcode = dice.choice((0, 1, 2, CLOSE, PING, PONG, dice.randrange(16)))
-        if opcode == CLOSE and dice.random() < 0.7:
-            opcode = PING  # else every connection would end soon
-        frame = bytearray(client_frame(opcode, payload, fin=dice.random() < 0.8))
-        if dice.random() < 0.05:
-            frame[0] |= dice.choice((0x10, 0x20, 0x40))
-        if dice.random() < 0.05:
+            return self.changed(rng, client_frame(TEXT, self.command(rng)))
+        payload = rng.randbytes(rng.choice((0, 1, 2, 5, 60, 125, 126, 127, 1000)))
+        opcode = rng.choice((0, 1, 2, CLOSE, PING, PONG, rng.randrange(16)))
+        if opcode == CLOSE and rng.random() < 0.7:
+            opcode = PING  # a close in every second frame would end all connections
+        frame = bytearray(client_frame(opcode, payload, fin=rng.random() < 0.8))
+        if rng.random() < 0.05:
+            frame[0] |= rng.choice((0x10, 0x20, 0x40))
+        if rng.random() < 0.05:
             frame[1] ^= 0x80  # unmasked
         return bytes(frame)
 
-    def mutated(self, dice: Dice, data: bytes) -> bytes:
-        """Turn bits; drop, repeat, swap or put in parts; cut."""
+    def changed(self, rng: Rng, data: bytes) -> bytes:
+        """Change data: flip bits; drop, repeat, swap or insert parts; truncate."""
         out = bytearray(data)
-        for _ in range(dice.choice((1, 1, 2, 4, 16))):
+        for _ in range(rng.choice((1, 1, 2, 4, 16))):
             if not out:
                 break
-            at, size = dice.randrange(len(out)), dice.choice((1, 1, 2, 8, 40))
-            match dice.randrange(7):
+            at, size = rng.randrange(len(out)), rng.choice((1, 1, 2, 8, 40))
+            match rng.randrange(7):
                 case 0:
-                    out[at] ^= 1 << dice.randrange(8)
+                    out[at] ^= 1 << rng.randrange(8)
                 case 1:
-                    out[at : at + size] = dice.randbytes(size)
+                    out[at : at + size] = rng.randbytes(size)
                 case 2:
                     del out[at : at + size]
                 case 3:
-                    out[at:at] = out[at : at + size] * dice.choice((1, 2, 50))
+                    out[at:at] = out[at : at + size] * rng.choice((1, 2, 50))
                 case 4:
-                    out[at:at] = dice.choice(PIECES)
+                    out[at:at] = rng.choice(INSERTS)
                 case 5:
-                    other = dice.randrange(len(out))
+                    other = rng.randrange(len(out))
                     out[at], out[other] = out[other], out[at]
                 case _:
                     del out[at:]
         return bytes(out)
 
-    def request(self, dice: Dice) -> bytes:
-        """What stands where a request should."""
-        roll = dice.random()
+    def request(self, rng: Rng) -> bytes:
+        """Bytes for a connection on which chatd expects a request."""
+        roll = rng.random()
         if roll < 0.15:
-            return dice.randbytes(dice.choice((1, 3, 50, 500, 5000)))
+            return rng.randbytes(rng.choice((1, 3, 50, 500, 5000)))
         if roll < 0.3:
-            return self.mutated(dice, self.upgrade)
-        whole = "".join(dice.choices(self.requests, k=dice.choice((1, 1, 2, 3))))
-        return self.mutated(dice, whole.encode())
+            return self.changed(rng, self.upgrade)
+        whole = "".join(rng.choices(self.requests, k=rng.choice((1, 1, 2, 3))))
+        return self.changed(rng, whole.encode())
 
 
-PIECES = (
+INSERTS = (
     b"\r\n", b"\n", b"\r", b"\0", b"\xff", b" ", b":", b"\r\n\r\n", b"Host: y\r\n",
     b"Content-Length: 0\r\n", b"Content-Length: 99999999999999999999\r\n",
     b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
@@ -185,13 +183,13 @@ PIECES = (
 )  # fmt: skip
 
 
-# --- what chatd may say to it --------------------------------------------------------
+# --- the answers that chatd may send -------------------------------------------------
 
 
-def check_said(data: bytes) -> str:
-    """Claim that these are answers of HTTP, then perhaps frames. What they end on.
+def check_answers(data: bytes) -> str:
+    """Verify that data is HTTP answers, and perhaps frames behind a 101.
 
-    The last may be cut: we were the one who hung up.
+    Returns the kind of the last one. It may be truncated: the client stopped reading.
     """
     last = "nothing"
     while data.startswith(b"HTTP/1.1 "):
@@ -199,7 +197,7 @@ def check_said(data: bytes) -> str:
         if not end:
             return last
         status = int(head[9:12])
-        assert status != 500, f"chatd made a mistake: {data[:500]!r}"
+        assert status != 500, f"an exception in chatd: {data[:500]!r}"
         last = str(status)
         if status == 101:
             return check_frames(rest)
@@ -207,14 +205,14 @@ def check_said(data: bytes) -> str:
         size = int(found[1]) if found else 0
         body, data = rest[:size], rest[size:]
         if status >= 400 and len(body) == size and size:
-            keep("error", body)
+            save_evidence("error", body)
             assert json.loads(body)["error"]["code"], f"an error: {body!r}"
     assert not data, f"neither an answer nor a frame: {data[:80]!r}"
     return last
 
 
 def check_frames(data: bytes) -> str:
-    """Claim that these bytes are whole frames that chatd may send. The last's kind."""
+    """Verify that data is frames that chatd may send; return the kind of the last."""
     last, place = "101", 0
     while len(data) - place >= 2:
         first, size = data[place], data[place + 1]
@@ -233,13 +231,13 @@ def check_frames(data: bytes) -> str:
             frame = json.loads(payload)
             last = frame["type"]
             if last == "error":
-                keep("error", payload)
-                assert frame["code"] in ERRORS, f"an error of its own: {frame}"
+                save_evidence("error", payload)
+                assert frame["code"] in ERRORS, f"an unexpected code: {frame}"
         elif opcode == CLOSE:
-            code = int.from_bytes(payload[:2], "big") if payload else 1005
+            code = close_code(payload)
             valid = code in CODES or 3000 <= code < 5000 or 1003 <= code <= 1014
             assert valid, f"closed with {code}"
-            assert place == len(data), "bytes behind a close"
+            assert place == len(data), "bytes behind a close frame"
             last = str(code)
     return last
 
@@ -247,96 +245,96 @@ def check_frames(data: bytes) -> str:
 # --- hostile connections -------------------------------------------------------------
 
 
-class Siege:
-    """All the hostile connections of a run, and the two who talk through it."""
+class Fuzzer:
+    """The hostile connections of a run, and two honest clients."""
 
     def __init__(self, chatd: Chatd, connections: int, frames: int) -> None:
         self.chatd = chatd
-        self.dice = chance("fuzz")
+        self.rng = seeded_rng("fuzz")
         self.connections_left = connections
         self.frames_wanted = frames
         self.frames = 0
         self.connections = 0
-        self.said: Counter[str] = Counter()
-        self.talks = 0
-        self.slowest = 0.0
+        self.answers: Counter[str] = Counter()
+        self.messages = 0  # of the honest clients
+        self.slowest = 0.0  # seconds until one of them arrived and was acked
         self.over = False
 
     async def run(self) -> None:
-        """Besiege, with 16 at a time, while two talk."""
+        """Open hostile connections, 16 at a time, while two clients send messages."""
         chatd = self.chatd
         chat = await make_chat(chatd, [1, 2])
-        # A hostile user is a member of a chat of his own, and he cannot be kicked out.
+        # The hostile user has a chat of its own, which it cannot be removed from.
         hostile = await make_chat(chatd, [3])
         noise = Noise(chatd, hostile, 3)
         async with Client(chatd, 1) as anna, Client(chatd, 2) as ben:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.talk, anna, ben, chat)
-                async with trio.open_nursery() as hostiles:
+                nursery.start_soon(self.send_messages, anna, ben, chat)
+                async with trio.open_nursery() as attackers:
                     for number in range(16):
-                        dice = random.Random(self.dice.randrange(2**32))
+                        rng = random.Random(self.rng.randrange(2**32))
                         upgrading = number % 2 == 0
-                        hostiles.start_soon(self.attack, noise, dice, upgrading)
+                        attackers.start_soon(self.attack, noise, rng, upgrading)
                 self.over = True
-            assert len(anna.acked) == self.talks, "an ack did not come"
-            heard = [event["message"]["n"] for event in ben.events]
-            assert heard == list(range(1, self.talks + 1)), "a message did not come"
+            assert len(anna.acked) == self.messages, "an ack is missing"
+            numbers = [event["message"]["n"] for event in ben.events]
+            assert numbers == list(range(1, self.messages + 1)), "a message is missing"
 
-    async def talk(self, anna: Client, ben: Client, chat: int) -> None:
-        """Say something every 20 ms; it must be heard and acked, and nothing else."""
+    async def send_messages(self, anna: Client, ben: Client, chat: int) -> None:
+        """Send a message every 20 ms; both clients must get it, and nothing else."""
         while not self.over:
             began = time.monotonic()
             await anna.send(chat, text())
-            told = ((anna, "new_message"), (anna, "ack"), (ben, "new_message"))
-            for client, kind in told:
-                frame = await client.hear(seconds=10)
-                assert frame["type"] == kind, f"the innocent heard {frame}"
-            self.talks += 1
+            expected = ((anna, "new_message"), (anna, "ack"), (ben, "new_message"))
+            for client, kind in expected:
+                frame = await client.receive(seconds=10)
+                assert frame["type"] == kind, f"an honest client received {frame}"
+            self.messages += 1
             self.slowest = max(self.slowest, time.monotonic() - began)
             await trio.sleep(0.02)
 
-    async def attack(self, noise: Noise, dice: Dice, upgrading: bool) -> None:
-        """Open one hostile connection after another, until there were enough."""
+    async def attack(self, noise: Noise, rng: Rng, upgrading: bool) -> None:
+        """Open one hostile connection after another, until the number is reached."""
         while self.connections_left > 0:
             self.connections_left -= 1
             self.connections += 1
             stream = await trio.open_tcp_stream("127.0.0.1", self.chatd.port)
             with contextlib.suppress(trio.BrokenResourceError):
-                await self.assail(stream, noise, dice, upgrading)
-            if dice.random() < 0.3:
-                option = struct.pack("ii", 1, 0)
-                stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
-            stream.socket.close()
+                await self.send_noise(stream, noise, rng, upgrading)
+            if rng.random() < 0.3:
+                reset(stream)
+            else:
+                stream.socket.close()
 
-    async def assail(
-        self, stream: trio.SocketStream, noise: Noise, dice: Dice, upgrading: bool
+    async def send_noise(
+        self, stream: trio.SocketStream, noise: Noise, rng: Rng, upgrading: bool
     ) -> None:
-        """Send noise, perhaps in pieces; perhaps look what comes back."""
+        """Send noise, perhaps in two pieces; perhaps check what comes back."""
         if upgrading:
             share = 2 * self.frames_wanted // max(1, self.connections_left + 1)
-            count = max(share, dice.choice((3, 8, 20)))
+            count = max(share, rng.choice((3, 8, 20)))
             count = min(40, count) if self.frames < self.frames_wanted else 3
             self.frames += count
-            mild = dice.random() < 0.5
-            frames = b"".join(noise.frame(dice, mild=mild) for _ in range(count))
+            mild = rng.random() < 0.5
+            frames = b"".join(noise.frame(rng, mild=mild) for _ in range(count))
             data = noise.upgrade + frames
         else:
-            data = noise.request(dice)
-        if dice.random() < 0.2:
-            at = dice.randrange(len(data) + 1)
+            data = noise.request(rng)
+        if rng.random() < 0.2:
+            at = rng.randrange(len(data) + 1)
             await stream.send_all(data[:at])
             await trio.lowlevel.checkpoint()
             data = data[at:]
         await stream.send_all(data)
-        roll = dice.random()
+        roll = rng.random()
         if roll < 0.1:
             await stream.send_eof()
         if roll < 0.5:
-            self.said[check_said(await hear(stream))] += 1
+            self.answers[check_answers(await receive_some(stream))] += 1
 
 
-async def hear(stream: trio.SocketStream) -> bytes:
-    """What comes within a moment, or up to the end."""
+async def receive_some(stream: trio.SocketStream) -> bytes:
+    """Receive for a tenth of a second, or up to the end."""
     data = b""
     with trio.move_on_after(0.1), contextlib.suppress(trio.BrokenResourceError):
         while more := await stream.receive_some(65536):
@@ -344,57 +342,57 @@ async def hear(stream: trio.SocketStream) -> bytes:
     return data
 
 
-# --- structure -----------------------------------------------------------------------
+# --- generated commands and bodies ---------------------------------------------------
 
 
-class Plain:
-    """One connection with blocking calls: what hypothesis can hold."""
+class BlockingConnection:
+    """One connection with blocking calls, because hypothesis calls plain functions."""
 
     def __init__(self, port: int) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=10)
         self.data = b""
 
-    def take(self, whole: Callable[[bytes], int]) -> bytes:
-        """Read until `whole` says how many of the bytes belong together."""
-        while not (size := whole(self.data)):
+    def read(self, size_of: Callable[[bytes], int]) -> bytes:
+        """Read one item; size_of returns its size, or 0 while it is not whole."""
+        while not (size := size_of(self.data)):
             more = self.sock.recv(65536)
-            assert more, f"chatd hung up behind {self.data[-200:]!r}"
+            assert more, f"chatd ended the connection behind {self.data[-200:]!r}"
             self.data += more
         first, self.data = self.data[:size], self.data[size:]
         return first
 
     def request(self, data: bytes) -> tuple[int, Any]:
-        """Send a request; the status of its answer, and its body."""
+        """Send a request; return the status and the body of the answer."""
         self.sock.sendall(data)
-        head = self.take(size_of_head)
+        head = self.read(size_of_head)
         found = re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", head)
         size = int(found[1]) if found else 0
-        body = self.take(lambda data: size * (len(data) >= size)) if size else b"{}"
+        body = self.read(lambda data: size * (len(data) >= size)) if size else b"{}"
         return int(head[9:12]), json.loads(body)
 
-    def hear(self) -> dict[str, Any]:
-        """Read the next text frame, past pings."""
+    def receive(self) -> dict[str, Any]:
+        """Read the next text frame; skip pings."""
         while True:
-            data = self.take(size_of_frame)
+            data = self.read(size_of_frame)
             if data[0] == 0x80 | TEXT:
                 start = 2 if data[1] < 126 else 4
                 frame: dict[str, Any] = json.loads(data[start:])
                 return frame
             assert data[0] == 0x80 | PING, f"neither a text nor a ping: {data!r}"
 
-    def say(self, command: bytes) -> None:
+    def send(self, command: bytes) -> None:
         """Send a text frame."""
         self.sock.sendall(client_frame(TEXT, command))
 
 
 def size_of_head(data: bytes) -> int:
-    """How long the head of an answer is; 0 if it is not whole."""
+    """The size of an answer's head; 0 if it is not whole."""
     end = data.find(b"\r\n\r\n")
     return end + 4 if end >= 0 else 0
 
 
 def size_of_frame(data: bytes) -> int:
-    """How long the first frame is; 0 if it is not whole."""
+    """The size of the first frame; 0 if it is not whole."""
     if len(data) < 4:
         return 0
     size, start = data[1], 2
@@ -403,7 +401,7 @@ def size_of_frame(data: bytes) -> int:
     return (start + size) * (len(data) >= start + size)
 
 
-# Values that are wrong in interesting ways, for any field.
+# Values that are wrong for most fields, in different ways.
 odd = st.one_of(
     st.none(),
     st.booleans(),
@@ -421,7 +419,7 @@ keys = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=66)
 
 
 def commands(chat: int) -> st.SearchStrategy[dict[str, Any]]:
-    """Commands: some right, most nearly, with fields that belong elsewhere."""
+    """Commands: some are valid, most nearly, and some have fields of other types."""
     chats = st.sampled_from([chat, chat, chat, 1, 0, -1, MAX_ID, MAX_ID + 1]) | odd
     return st.fixed_dictionaries(
         {"type": st.sampled_from(KINDS) | odd},
@@ -433,7 +431,7 @@ def commands(chat: int) -> st.SearchStrategy[dict[str, Any]]:
             "content": words | odd,
             "client_id": keys | odd,
             "token": st.text(max_size=50) | odd,
-            "nobody": odd,
+            "unknown": odd,
         },
     )
 
@@ -450,11 +448,11 @@ NO_CONTROL = re.compile(r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*")
 
 
 def is_id(value: Any) -> bool:
-    """Is this a number from 1 to 2**53 - 1?"""
+    """Whether this is an integer from 1 to 2**53 - 1."""
     return type(value) is int and 1 <= value <= MAX_ID
 
 
-RIGHT: dict[str, Callable[[Any], bool]] = {
+VALID: dict[str, Callable[[Any], bool]] = {
     "ref": lambda value: value is None or (type(value) is str and len(value) <= 64),
     "chat_id": is_id,
     "message_id": is_id,
@@ -474,8 +472,8 @@ RIGHT: dict[str, Callable[[Any], bool]] = {
 OPTIONAL = ("ref", "client_id")
 
 
-def promised(command: dict[str, Any], chat: int) -> set[str]:
-    """What the protocol promises to answer: types, or codes of errors."""
+def expected_answers(command: dict[str, Any], chat: int) -> set[str]:
+    """The answers that the protocol allows: types of frames, or codes of errors."""
     kind = command["type"]
     if type(kind) is not str:
         return {"bad_field"}
@@ -484,7 +482,7 @@ def promised(command: dict[str, Any], chat: int) -> set[str]:
     for name in FIELDS[kind]:
         if name not in command and name not in OPTIONAL:
             return {"bad_field"}
-        if name in command and not RIGHT[name](command[name]):
+        if name in command and not VALID[name](command[name]):
             return {"bad_field"}
     if kind == "auth":
         return {"token_invalid"}
@@ -499,38 +497,38 @@ def promised(command: dict[str, Any], chat: int) -> set[str]:
 
 
 def try_commands(chatd: Chatd, chat: int, examples: int, seed: int) -> None:
-    """Say made commands; each gets what is promised, once, with its ref."""
-    plain = Plain(chatd.port)
+    """Send generated commands; each gets one expected answer, with its ref."""
+    connection = BlockingConnection(chatd.port)
     noise = Noise(chatd, chat, 4)
-    plain.sock.sendall(noise.upgrade)
-    plain.take(size_of_head)
-    assert plain.hear()["type"] == "connected"
+    connection.sock.sendall(noise.upgrade)
+    connection.read(size_of_head)
+    assert connection.receive()["type"] == "connected"
 
     @hypothesis.seed(seed)
     @hypothesis.settings(SETTINGS, max_examples=examples)
     @hypothesis.given(commands(chat))
     def answered(command: dict[str, Any]) -> None:
-        plain.say(json.dumps(command).encode())
-        plain.say(b'{"type":"ping","ref":"end of this example"}')
-        heard = []
-        while (frame := plain.hear()).get("ref") != "end of this example":
+        connection.send(json.dumps(command).encode())
+        connection.send(b'{"type":"ping","ref":"end of this example"}')
+        answers = []
+        while (frame := connection.receive()).get("ref") != "end of this example":
             if frame["type"] not in ("new_message", "message_read"):
-                heard.append(frame)
-        wanted = promised(command, chat)
-        got = [frame.get("code", frame["type"]) for frame in heard] or ["nothing"]
-        assert len(got) == 1, f"{command} was answered {heard}"
-        assert got[0] in wanted, f"{command} was answered {heard}, not {wanted}"
+                answers.append(frame)
+        expected = expected_answers(command, chat)
+        got = [frame.get("code", frame["type"]) for frame in answers] or ["nothing"]
+        assert len(got) == 1, f"{command} was answered {answers}"
+        assert got[0] in expected, f"{command} was answered {answers}, not {expected}"
         ref = command.get("ref")
-        if heard and type(ref) is str and len(ref) <= 64:
-            assert heard[0].get("ref") == ref, f"{command} was answered {heard}"
+        if answers and type(ref) is str and len(ref) <= 64:
+            assert answers[0].get("ref") == ref, f"{command} was answered {answers}"
 
     answered()
-    plain.sock.close()
+    connection.sock.close()
 
 
 def try_bodies(chatd: Chatd, chat: int, examples: int, seed: int) -> None:
-    """Post made bodies; each gets the status that is promised."""
-    plain = Plain(chatd.port)
+    """Post generated bodies; each gets an expected status."""
+    connection = BlockingConnection(chatd.port)
     head = (
         f"POST /api/v1/chats/{chat}/messages HTTP/1.1\r\nHost: x\r\n"
         f"Authorization: Bearer {chatd.token(4)}\r\nContent-Length: "
@@ -541,7 +539,7 @@ def try_bodies(chatd: Chatd, chat: int, examples: int, seed: int) -> None:
             "content": words | odd,
             "client_id": keys | odd,
             "sender_id": st.sampled_from([4, 5]) | odd,
-            "nobody": odd,
+            "unknown": odd,
         },
     )
 
@@ -550,21 +548,23 @@ def try_bodies(chatd: Chatd, chat: int, examples: int, seed: int) -> None:
     @hypothesis.given(bodies)
     def answered(body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()
-        status, answer = plain.request(f"{head}{len(data)}\r\n\r\n".encode() + data)
+        request = f"{head}{len(data)}\r\n\r\n".encode() + data
+        status, answer = connection.request(request)
         sender = body.get("sender_id")
-        right = "content" in body and RIGHT["content"](body["content"])
-        right = right and RIGHT["client_id"](body.get("client_id"))
-        right = right and (sender is None or is_id(sender))
-        if not right:
-            wanted = {400, 403}  # both may be wrong
+        valid = "content" in body and VALID["content"](body["content"])
+        valid = valid and VALID["client_id"](body.get("client_id"))
+        valid = valid and (sender is None or is_id(sender))
+        if not valid:
+            expected = {400, 403}  # the sender may be wrong, too
         elif sender not in (None, 4):
-            wanted = {403}
+            expected = {403}
         else:
-            wanted = {201, 200, 409} if body.get("client_id") else {201}
-        assert status in wanted, f"{body} was answered {status} {answer}, not {wanted}"
+            expected = {201, 200, 409} if body.get("client_id") else {201}
+        got = f"{status} {answer}"
+        assert status in expected, f"{body} was answered {got}, not {expected}"
 
     answered()
-    plain.sock.close()
+    connection.sock.close()
 
 
 SETTINGS = hypothesis.settings(
@@ -578,18 +578,17 @@ SETTINGS = hypothesis.settings(
 # --- the proof -----------------------------------------------------------------------
 
 
-async def besiege(chatd: Chatd, siege: Siege) -> None:
-    """Run a siege; then everything hostile must be gone from the server soon."""
+async def fuzz(chatd: Chatd, fuzzer: Fuzzer) -> None:
+    """Run a fuzzer; then chatd must soon have closed all hostile connections."""
     before = chatd.descriptors()
-    await siege.run()
-    path, token = "/api/v1/internal/chat/ws/stats", chatd.service_token()
+    await fuzzer.run()
     deadline = trio.current_time() + 20
     while True:
         left = chatd.descriptors() - before
-        stats = (await http(chatd, "GET", path, token)).json
-        assert not stats["errors"], f"exceptions in the server: {stats['errors']}"
-        active = stats["connections"]["active"]
-        if left <= 16 and not active:  # what its readers hold of the database
+        document = await stats(chatd)
+        assert not document["errors"], f"exceptions in chatd: {document['errors']}"
+        active = document["connections"]["active"]
+        if left <= 16 and not active:  # up to 16 are files of the database
             return
         stayed = f"{left} descriptors and {active} sockets stayed"
         assert trio.current_time() < deadline, stayed
@@ -597,39 +596,38 @@ async def besiege(chatd: Chatd, siege: Siege) -> None:
 
 
 def prove(full: bool) -> Figures:
-    """Besiege; then let hypothesis speak. The full form is twenty times as long."""
+    """Send noise, then generated commands and bodies; in the full form six times."""
     connections, frames, examples = (
         (60_000, 180_000, 1_500) if full else (10_000, 30_000, 250)
     )
     with Chatd("--connections-per-user=10000", log_level="info") as chatd:
         started = time.monotonic()
-        siege = Siege(chatd, connections, frames)
+        fuzzer = Fuzzer(chatd, connections, frames)
         rss = chatd.rss_bytes()
-        run_trio(besiege, chatd, siege, seconds=4 * 3600 if full else 300)
+        run_trio(fuzz, chatd, fuzzer, seconds=4 * 3600 if full else 300)
         seconds = time.monotonic() - started
         grown = chatd.rss_bytes() - rss
         chat = run_trio(make_chat, chatd, [4])
-        seed = chance("structure").randrange(2**32)
+        seed = seeded_rng("structure").randrange(2**32)
         try_commands(chatd, chat, examples, seed)
         try_bodies(chatd, chat, examples, seed)
-        log = chatd.log.read_text(errors="replace")
-        assert "Traceback" not in log, f"the log: {log[-2000:]}"
-    assert siege.connections >= connections, f"only {siege.connections} connections"
-    assert siege.frames >= frames, f"only {siege.frames} frames"
+        chatd.log_without_traceback()
+    assert fuzzer.connections >= connections, f"only {fuzzer.connections} connections"
+    assert fuzzer.frames >= frames, f"only {fuzzer.frames} frames"
     assert grown < 96 * 2**20, f"memory grew by {grown / 2**20:.0f} MiB"
     return Figures(
         CLAIM,
-        f"{siege.connections:,} hostile connections and {siege.frames:,} frames in "
+        f"{fuzzer.connections:,} hostile connections and {fuzzer.frames:,} frames in "
         f"{seconds:.0f} s, {2 * examples:,} generated commands and bodies: no "
-        f"exception; other clients sent {siege.talks:,} messages, the slowest took "
-        f"{siege.slowest * 1000:.0f} ms; memory +{grown / 2**20:.0f} MiB",
+        f"exception; other clients sent {fuzzer.messages:,} messages, the slowest took "
+        f"{fuzzer.slowest * 1000:.0f} ms; memory +{grown / 2**20:.0f} MiB",
         {
-            "connections": siege.connections,
-            "frames": siege.frames,
+            "connections": fuzzer.connections,
+            "frames": fuzzer.frames,
             "seconds": round(seconds, 1),
-            "innocent_messages": siege.talks,
-            "slowest_ms": round(siege.slowest * 1000, 1),
+            "honest_messages": fuzzer.messages,
+            "slowest_ms": round(fuzzer.slowest * 1000, 1),
             "rss_growth_mib": round(grown / 2**20, 1),
-            "kinds_of_answers": len(siege.said),
+            "kinds_of_answers": len(fuzzer.answers),
         },
     )

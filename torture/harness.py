@@ -1,19 +1,20 @@
-"""What the proofs stand on: a real `chatd serve`, clients, measurements, figures.
+"""What all proofs use: a real `chatd serve`, clients, measurements, figures.
 
-Everything here is outside of chatd: a subprocess on a port that the kernel picks, a
-temporary folder, bytes on sockets. No proof imports chatd.
+Everything here works from outside of chatd: with a subprocess on a port that the kernel
+picks, a temporary folder, and bytes on sockets. Only proof `conformance` imports chatd.
 
     with Chatd() as chatd:                     # start; stop at the end
         trio.run(act, chatd)
 
     async def act(chatd):
-        async with Client(chatd, user_id=6) as anna:    # connected, greeted
+        async with Client(chatd, user_id=6) as anna:    # past its `connected` frame
             await anna.send(chat_id, text("hello"))
-            ack = await anna.hear("ack")
+            ack = await anna.receive("ack")
 
-Every token carries MARK in its jti, every text of `text()` begins with MARK, and what
-the servers log, measure and answer as errors is kept in the folder `evidence()`: proof
-`secrecy` looks there for marks and tokens when all the others are done.
+Every token carries MARK in its jti, and every text of `text()` begins with MARK. The
+folder `evidence_folder()` collects the logs, metrics, stats documents and error answers
+of all servers. When the other proofs are done, proof `secrecy` searches it for marks
+and tokens.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ import json
 import math
 import os
 import random
+import resource
 import secrets
 import selectors
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -47,7 +50,7 @@ import trio
 ROOT = Path(__file__).resolve().parent.parent
 Frame = dict[str, Any]
 
-# Flags of a server whose limits are no part of the claim.
+# Flags of a server whose rate limits are not part of the claim.
 NO_RATES = (
     "--sends=0",
     "--commands=0",
@@ -56,20 +59,20 @@ NO_RATES = (
     "--requests=0",
     "--receive-bytes=0",
 )
-MARK = "Xq7Marker"  # in every token and in every text; no log may have it
+MARK = "Xq7Marker"  # in every token and in every text; no log may contain it
 
 
 @dataclasses.dataclass
 class Figures:
-    """What a proof found: the claim that held, a sentence of figures, the numbers."""
+    """The result of a proof: its claim, which held, a sentence of figures, numbers."""
 
     claim: str
     figure: str
     numbers: dict[str, float | str] = dataclasses.field(default_factory=dict)
 
 
-def evidence() -> Path:
-    """The folder where all servers' logs and documents of this run are kept."""
+def evidence_folder() -> Path:
+    """The folder that collects the logs and documents of all servers of this run."""
     name = os.environ.get("CHATD_TORTURE_EVIDENCE")
     if name is None:
         name = tempfile.mkdtemp(prefix="torture-evidence-")
@@ -77,15 +80,15 @@ def evidence() -> Path:
     return Path(name)
 
 
-def keep(kind: str, what: str | bytes) -> None:
-    """Keep a server's words as evidence: kind is log, error, stats or metrics."""
-    data = what.encode() if isinstance(what, str) else what
-    with (evidence() / f"{os.getpid()}.{kind}").open("ab") as file:
+def save_evidence(kind: str, output: str | bytes) -> None:
+    """Save what a server wrote as evidence: kind is log, error, stats or metrics."""
+    data = output.encode() if isinstance(output, str) else output
+    with (evidence_folder() / f"{os.getpid()}.{kind}").open("ab") as file:
         file.write(data + b"\n")
 
 
-def chance(name: str) -> random.Random:
-    """Make a source of chance that --seed repeats."""
+def seeded_rng(name: str) -> random.Random:
+    """Make a random number generator whose numbers --seed repeats."""
     return random.Random(f"{os.environ.get('CHATD_TORTURE_SEED', '1')} {name}")
 
 
@@ -93,24 +96,34 @@ _numbers = itertools.count(1)
 
 
 def text(words: str = "") -> str:
-    """Make a message's text, with the mark, never the same twice in a process."""
+    """Make the text of a message: it has the mark, and a process makes it only once."""
     return f"{MARK} {os.getpid()}-{next(_numbers)} {words}".strip()
 
 
-def at(quantile: float, values: Sequence[float]) -> float:
-    """The value that this part of all values does not exceed."""
+def quantile(share: float, values: Sequence[float]) -> float:
+    """The smallest value that at least this share of the values does not exceed."""
     ranked = sorted(values)
-    return ranked[min(len(ranked) - 1, math.ceil(quantile * len(ranked)) - 1)]
+    return ranked[min(len(ranked) - 1, math.ceil(share * len(ranked)) - 1)]
+
+
+at = quantile  # the former name; slow.py uses it
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may, up to 65,536."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 65536), limit))
 
 
 # --- the server ----------------------------------------------------------------------
 
 
 class Chatd:
-    """A `chatd serve` in a folder of its own, that can be started again and again.
+    """A `chatd serve` in a folder of its own, which can be started again and again.
 
-    The folder, with database, secret and log, is removed at the end. env is added to
-    the environment; before is put in front of the command (`ip netns exec x`).
+    The end of the `with` block removes the folder, with the database and the secret.
+    env is added to the environment. before is put in front of the command
+    (`ip netns exec x`). rates: keep chatd's default rate limits.
     """
 
     def __init__(
@@ -125,28 +138,28 @@ class Chatd:
         self.own_folder = folder is None
         self.folder = folder or Path(tempfile.mkdtemp(prefix="torture-"))
         self.db = self.folder / "chatd.db"
-        self.log = evidence() / f"{self.folder.name}-{secrets.token_hex(3)}.log"
+        self.log = evidence_folder() / f"{self.folder.name}-{secrets.token_hex(3)}.log"
         self.flags = [*(() if rates else NO_RATES), f"--log-level={log_level}", *flags]
         self.env = dict(env or {})
         self.before = list(before)
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
-        self.ready = False  # does it listen, as far as this process knows?
+        self.ready = False  # it was started, and this process has not killed it
         secret_file = self.folder / "chatd.secret"
         if not secret_file.exists():
             secret_file.touch(0o600)
             secret_file.write_text(f"{MARK}{secrets.token_hex(24)}\n")
         self.secret = secret_file.read_text().strip()
 
-    # --- life ---
+    # --- starting and stopping ---
 
     def command(self, *arguments: str) -> list[str]:
-        """Make a command line of this chatd."""
+        """Make a command line that runs this chatd."""
         program = os.environ.get("CHATD_TORTURE_PROGRAM", str(ROOT / "chatd.py"))
         return [sys.executable, program, *arguments]
 
     def arguments(self) -> list[str]:
-        """Say what it is to do."""
+        """The subcommand, and the flags that it cannot do without."""
         return ["serve", "--listen=127.0.0.1:0", f"--db={self.db}"]
 
     def start(self, seconds: float = 30) -> Self:
@@ -163,7 +176,7 @@ class Chatd:
         line = self._first_line(time.monotonic() + seconds)
         if not line.startswith("listening on http://"):
             self.kill()
-            raise AssertionError(f"chatd did not start: {line!r} {self.last_words()}")
+            raise AssertionError(f"chatd did not start: {line!r} {self.log_tail()}")
         self.port = int(line.rpartition(":")[2])
         self.ready = True
         return self
@@ -184,28 +197,28 @@ class Chatd:
                 line += byte
         return line.decode().strip()
 
-    async def start_soon(self) -> None:
-        """Start without standing in the way of other tasks."""
+    async def start_in_thread(self) -> None:
+        """Start, and wait until it listens, without blocking other tasks."""
         await trio.to_thread.run_sync(self.start)
 
     @property
     def pid(self) -> int:
-        """The server's process."""
+        """The server's process id."""
         assert self.process is not None
         return self.process.pid
 
     @property
     def alive(self) -> bool:
-        """Is it running?"""
+        """Whether its process runs."""
         return self.process is not None and self.process.poll() is None
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send a signal to the process."""
         assert self.process is not None
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End it as a power cut would: SIGKILL."""
+        """End the process with SIGKILL, if it was started."""
         self.ready = False
         if self.process is not None:
             self.process.kill()
@@ -214,16 +227,18 @@ class Chatd:
                 self.process.stdout.close()
 
     def wait(self, seconds: float = 30) -> int:
-        """Wait for its end; the exit status."""
+        """Wait until the process ends; return the exit status."""
         assert self.process is not None
         return self.process.wait(seconds)
 
     async def ended(self, seconds: float = 30) -> int:
-        """Wait for its end without standing in the way; the exit status."""
+        """Like `wait`, without blocking other tasks."""
         return await trio.to_thread.run_sync(self.wait, seconds)
 
+    start_soon = start_in_thread  # the former name; disk.py uses it
+
     def stop(self, seconds: float = 30) -> int:
-        """Stop it as systemd would; the exit status."""
+        """Stop it with SIGTERM, as systemd does; return the exit status."""
         self.signal(signal.SIGTERM)
         status = self.wait(seconds)
         assert self.process is not None
@@ -231,9 +246,17 @@ class Chatd:
             self.process.stdout.close()
         return status
 
-    def last_words(self) -> str:
-        """The end of its log."""
+    def log_tail(self) -> str:
+        """The last 1,000 characters of the log."""
         return self.log.read_text(errors="replace")[-1000:]
+
+    def log_without_traceback(self) -> str:
+        """The whole log. Raises AssertionError if it has a traceback."""
+        log = self.log.read_text(errors="replace")
+        assert "Traceback" not in log, f"the log: {log[-2000:]}"
+        return log
+
+    last_words = log_tail  # the former name; disk.py uses it
 
     def __enter__(self) -> Self:
         return self.start()
@@ -246,7 +269,7 @@ class Chatd:
     ) -> None:
         try:
             if self.alive and kind is None:
-                run_trio(keep_documents, self)
+                run_trio(save_documents, self)
         finally:
             try:
                 if self.alive:
@@ -257,14 +280,14 @@ class Chatd:
                     shutil.rmtree(self.folder, ignore_errors=True)
 
     def move(self, folder: Path) -> None:
-        """Serve from another folder from the next start on."""
+        """Use another folder from the next start on."""
         self.folder = folder
         self.db = folder / "chatd.db"
 
-    # --- who may ask it ---
+    # --- tokens ---
 
     def token(self, user_id: int, ttl: float = 3600, **claims: Any) -> str:
-        """Sign a token, as `chatd token` would."""
+        """Sign a token, as `chatd token` does."""
         now = time.time()
         body = {
             "user_id": user_id,
@@ -275,17 +298,17 @@ class Chatd:
         return jwt.encode(body | claims, self.secret, "HS256")
 
     def service_token(self) -> str:
-        """Sign a token that may do all."""
+        """Sign a token with the scopes `service` and `stats`."""
         return self.token(1_000_000, scope="service stats")
 
-    # --- what it costs, from /proc ---
+    # --- resources, from /proc ---
 
     def rss_bytes(self) -> int:
-        """Its resident memory now."""
+        """The resident memory of the process now."""
         return self._status("VmRSS") * 1024
 
     def peak_rss_bytes(self) -> int:
-        """The most resident memory it ever had."""
+        """The largest resident memory that the process has had."""
         return self._status("VmHWM") * 1024
 
     def _status(self, name: str) -> int:
@@ -295,18 +318,26 @@ class Chatd:
         raise AssertionError(f"/proc/{self.pid}/status has no {name}")
 
     def descriptors(self) -> int:
-        """How many files and sockets it holds open."""
+        """How many files and sockets the process has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
+    def open_sockets(self) -> int:
+        """How many of the descriptors are sockets; the others are the database's."""
+        count = 0
+        for fd in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since the listing
+                count += str(fd.readlink()).startswith("socket:")
+        return count
+
     def cpu_seconds(self) -> float:
-        """How long it has computed, in all its threads."""
+        """The processor time that all threads of the process have used."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    # --- its own judgement ---
+    # --- `chatd check` ---
 
     def check(self) -> str:
-        """Run `chatd check`; its output. Raises AssertionError if it finds faults."""
+        """Run `chatd check`; return its output. Raises AssertionError on a fault."""
         done = subprocess.run(
             self.command("check", f"--db={self.db}"),
             capture_output=True,
@@ -319,7 +350,7 @@ class Chatd:
 
 
 class Proxy(Chatd):
-    """A `chatd proxy` before a server, with the server's secret."""
+    """A `chatd proxy` in front of a server, with the server's secret."""
 
     def __init__(self, upstream: Chatd, log_level: str = "debug") -> None:
         super().__init__(folder=upstream.folder)
@@ -327,21 +358,22 @@ class Proxy(Chatd):
         self.upstream = upstream
 
     def arguments(self) -> list[str]:
-        """Say what it is to do."""
+        """The subcommand, and the flags that it cannot do without."""
         upstream = f"--upstream=127.0.0.1:{self.upstream.port}"
         return ["proxy", "--listen=127.0.0.1:0", upstream, f"--db={self.db}"]
 
 
-async def keep_documents(chatd: Chatd) -> None:
-    """Keep a server's stats document and metrics as evidence."""
+async def save_documents(chatd: Chatd) -> None:
+    """Save a server's stats document and metrics as evidence."""
     token = chatd.service_token()
-    stats = "/api/v1/internal/chat/ws/stats"
     with trio.move_on_after(10), contextlib.suppress(OSError, trio.BrokenResourceError):
-        keep("stats", (await http(chatd, "GET", stats, token)).body)
-        keep("metrics", (await http(chatd, "GET", "/metrics", token)).body)
+        save_evidence("stats", (await http(chatd, "GET", STATS_PATH, token)).body)
+        save_evidence("metrics", (await http(chatd, "GET", "/metrics", token)).body)
 
 
 # --- HTTP ----------------------------------------------------------------------------
+
+STATS_PATH = "/api/v1/internal/chat/ws/stats"
 
 
 class Reply(NamedTuple):
@@ -353,19 +385,23 @@ class Reply(NamedTuple):
 
     @property
     def json(self) -> Any:
-        """Its body, decoded."""
+        """The body, decoded from JSON."""
         return json.loads(self.body)
 
 
 class Http:
-    """One kept-alive HTTP connection. Raises OSError or BrokenResourceError if cut."""
+    """One kept-alive HTTP connection.
+
+    A request raises OSError or BrokenResourceError if the connection ends before the
+    answer does.
+    """
 
     def __init__(self, chatd: Chatd) -> None:
         self.chatd = chatd
         self.stream: trio.SocketStream | None = None
         self.h11 = h11.Connection(h11.CLIENT)
 
-    async def ask(
+    async def request(
         self,
         method: str,
         path: str,
@@ -373,7 +409,7 @@ class Http:
         body: Any = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        """Send one request, wait for its answer. body is encoded as JSON."""
+        """Send one request and wait for its answer. body is encoded as JSON."""
         if self.stream is None:
             self.stream = await trio.open_tcp_stream("127.0.0.1", self.chatd.port)
             self.h11 = h11.Connection(h11.CLIENT)
@@ -388,19 +424,19 @@ class Http:
         try:
             data = b"".join(self.h11.send(part) or b"" for part in parts)
             await self.stream.send_all(data)
-            reply = await self._answer()
+            reply = await self._read_answer()
         except BaseException:
             await self.aclose()
             raise
         if reply.status >= 400:
-            keep("error", reply.body)
+            save_evidence("error", reply.body)
         if self.h11.our_state is h11.DONE and self.h11.their_state is h11.DONE:
             self.h11.start_next_cycle()
         else:
             await self.aclose()
         return reply
 
-    async def _answer(self) -> Reply:
+    async def _read_answer(self) -> Reply:
         assert self.stream is not None
         status, headers, body = 0, {}, b""
         while True:
@@ -421,10 +457,12 @@ class Http:
                 raise trio.BrokenResourceError("the connection ended")
 
     async def aclose(self) -> None:
-        """Close it; the next request opens another."""
+        """Close the connection; the next request opens another."""
         if self.stream is not None:
             stream, self.stream = self.stream, None
             await trio.aclose_forcefully(stream)
+
+    ask = request  # the former name; disk.py uses it
 
 
 async def http(
@@ -438,25 +476,56 @@ async def http(
     """Send one request on a connection of its own."""
     connection = Http(chatd)
     try:
-        return await connection.ask(method, path, token, body, headers)
+        return await connection.request(method, path, token, body, headers)
     finally:
         await connection.aclose()
 
 
 async def make_chat(chatd: Chatd, members: Sequence[int], title: str = "chat") -> int:
-    """Make a chat of these users; its id."""
+    """Create a chat with these members; return its id."""
     body = {"title": title, "member_ids": list(members)}
     reply = await http(chatd, "POST", "/api/v1/chats", chatd.service_token(), body)
-    assert reply.status == 201, f"making a chat: {reply.status} {reply.body!r}"
+    assert reply.status == 201, f"creating a chat: {reply.status} {reply.body!r}"
     chat_id: int = reply.json["chat"]["id"]
     return chat_id
 
 
-# --- a client on the socket ----------------------------------------------------------
+async def post_message(
+    connection: Http, chat_id: int, content: str, sender_id: int = 1
+) -> int:
+    """Send a message in a user's name, as the service does; return its id."""
+    path = f"/api/v1/chats/{chat_id}/messages"
+    body = {"content": content, "sender_id": sender_id}
+    token = connection.chatd.service_token()
+    reply = await connection.request("POST", path, token, body)
+    assert reply.status == 201, f"a post was answered {reply.status}"
+    return int(reply.json["message"]["id"])
+
+
+async def ticket(chatd: Chatd, token: str) -> str:
+    """Get a ticket for one socket."""
+    reply = await http(chatd, "GET", "/api/v2/ws-token", token)
+    return str(reply.json["token"])
+
+
+async def revoke(chatd: Chatd, user_id: int) -> Reply:
+    """Revoke the tokens of a user, as the service does."""
+    path, body = "/api/v1/internal/chat/revoke", {"user_id": user_id}
+    return await http(chatd, "POST", path, chatd.service_token(), body)
+
+
+async def stats(chatd: Chatd) -> Frame:
+    """Get the stats document."""
+    reply = await http(chatd, "GET", STATS_PATH, chatd.service_token())
+    document: Frame = reply.json
+    return document
+
+
+# --- a WebSocket client --------------------------------------------------------------
 
 
 class Closed(Exception):
-    """The socket has ended: the close code, 1006 if there was none, and the reason."""
+    """The socket has ended: the close code, 1006 without a close frame, the reason."""
 
     def __init__(self, code: int, reason: str = "") -> None:
         super().__init__(code, reason)
@@ -465,12 +534,28 @@ class Closed(Exception):
 
 
 class Refused(Exception):
-    """The handshake was answered with another status than 101."""
+    """The handshake was answered with a status other than 101."""
 
     def __init__(self, status: int, body: bytes) -> None:
         super().__init__(status, body)
         self.status = status
         self.body = body
+
+
+# The server is away, or has ended the connection. A client that sees one of these
+# connects again.
+DISCONNECTED = (OSError, trio.BrokenResourceError, Closed, Refused)
+
+
+def upgrade_request(
+    target: str, host: str = "x", key: str = "dGhlIHNhbXBsZSBub25jZQ=="
+) -> bytes:
+    """The bytes of a handshake request (RFC 6455 4.1)."""
+    return (
+        f"GET {target} HTTP/1.1\r\nHost: {host}\r\n"
+        "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        f"Sec-WebSocket-Key: {key}\r\n\r\n"
+    ).encode()
 
 
 def client_frame(opcode: int, payload: bytes, *, fin: bool = True) -> bytes:
@@ -491,13 +576,26 @@ def client_frame(opcode: int, payload: bytes, *, fin: bool = True) -> bytes:
     return head + mask + both.to_bytes(length, "big")
 
 
+def close_code(payload: bytes) -> int:
+    """The code in a close frame's payload; 1005 if it has none (RFC 6455 7.1.5)."""
+    return int.from_bytes(payload[:2], "big") if payload else 1005
+
+
+def reset(stream: trio.SocketStream) -> None:
+    """End a connection with RST, and drop what the kernel has not sent yet."""
+    no_linger = struct.pack("ii", 1, 0)
+    stream.socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, no_linger)
+    stream.socket.close()
+
+
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
-class Wire:
-    """A WebSocket connection of a client, frame by frame. Not the library's: ours.
+class WebSocket:
+    """A client's WebSocket connection, frame by frame. It shares no code with chatd.
 
-    It reads only when it is asked to: a client that does not hear is a stalled one.
+    It reads only when a method asks for a frame, so a client that does not receive is a
+    stalled client.
     """
 
     def __init__(self, stream: trio.SocketStream, buffer: bytes = b"") -> None:
@@ -509,10 +607,10 @@ class Wire:
     async def open(
         cls, port: int, target: str, *, receive_buffer: int | None = None
     ) -> Self:
-        """Connect and shake hands. Raises Refused, OSError, BrokenResourceError."""
+        """Connect and upgrade. Raises Refused, OSError, BrokenResourceError."""
         if receive_buffer is None:
             stream = await trio.open_tcp_stream("127.0.0.1", port)
-        else:  # must be set before the connect, for the window to be small
+        else:  # the window is small only if the option is set before the connect
             sock = trio.socket.socket()
             try:
                 sock.setsockopt(
@@ -525,11 +623,7 @@ class Wire:
                 raise
         try:
             key = base64.b64encode(secrets.token_bytes(16)).decode()
-            await stream.send_all(
-                f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
-                "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13"
-                f"\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
-            )
+            await stream.send_all(upgrade_request(target, f"127.0.0.1:{port}", key))
             data = bytearray()
             while b"\r\n\r\n" not in data:
                 more = await stream.receive_some(65536)
@@ -541,7 +635,7 @@ class Wire:
                 with trio.move_on_after(2):
                     while more := await stream.receive_some(65536):
                         rest += more
-                keep("error", head + b"\r\n\r\n" + rest)
+                save_evidence("error", head + b"\r\n\r\n" + rest)
                 raise Refused(int(head.split()[1]), rest)
         except BaseException:
             await trio.aclose_forcefully(stream)
@@ -549,11 +643,12 @@ class Wire:
         return cls(stream, rest)
 
     async def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
+        """Send these bytes unchanged."""
         async with self._sending:
             await self.stream.send_all(data)
 
-    def _take(self) -> tuple[int, bytes] | None:
+    def parse_frame(self) -> tuple[int, bytes] | None:
+        """Take a frame from the buffer: its opcode and payload. None: not whole yet."""
         buffer = self.buffer
         if len(buffer) < 2:
             return None
@@ -570,9 +665,9 @@ class Wire:
         del buffer[: start + length]
         return opcode, payload
 
-    async def frame(self) -> tuple[int, bytes]:
+    async def receive_frame(self) -> tuple[int, bytes]:
         """Read the next frame. Raises Closed(1006) when the connection ends."""
-        while (frame := self._take()) is None:
+        while (frame := self.parse_frame()) is None:
             try:
                 data = await self.stream.receive_some(65536)
             except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
@@ -582,10 +677,10 @@ class Wire:
             self.buffer += data
         return frame
 
-    async def message(self) -> bytes:
-        """Read the next text, answering pings. Raises Closed with the peer's code."""
+    async def receive_message(self) -> bytes:
+        """Read the next message; answer pings. Raises Closed with the peer's code."""
         while True:
-            opcode, payload = await self.frame()
+            opcode, payload = await self.receive_frame()
             if opcode in (TEXT, BINARY):
                 return payload
             if opcode == PING:
@@ -594,24 +689,29 @@ class Wire:
             elif opcode == CLOSE:
                 with contextlib.suppress(trio.BrokenResourceError):
                     await self.send(client_frame(CLOSE, payload[:2]))
-                code = int.from_bytes(payload[:2], "big") if payload else 1005
-                raise Closed(code, payload[2:].decode())
+                raise Closed(close_code(payload), payload[2:].decode())
 
     def cut(self) -> None:
-        """End the connection, without a word and without waiting."""
+        """Close the TCP connection at once, without a close frame."""
         self.stream.socket.close()
+
+    _take = parse_frame  # the former name; slow.py uses it
+
+
+Wire = WebSocket  # the former name; slow.py uses it
 
 
 class Client:
-    """One device of a user: a socket that keeps its cursor, and what it was told.
+    """One device of a user: a socket, a cursor, and a record of what it received.
 
-    events are all events that it ever heard, over sockets and polls, in the order in
-    which it heard them. sent are all its messages by client_id, in the order of their
-    first sending: some acked, some refused for good; unacked are the others, which it
-    has to `repeat`. began_at is the seq from which on it listens.
+    events has every event that it received, over sockets and polls, in the order of
+    arrival. sent has all its messages by client_id, in the order of their first send. A
+    message moves from unacked to acked, or to refused if a repetition would change
+    nothing; `repeat` sends the unacked ones again. start_seq is the seq of the first
+    cursor: every later event of the user must arrive.
     """
 
-    # The answers after which a message need not be repeated.
+    # Error codes after which a message is not repeated.
     FINAL = frozenset(("bad_field", "not_found", "forbidden", "idempotency_mismatch"))
 
     def __init__(
@@ -630,7 +730,7 @@ class Client:
         self.cursor = cursor
         self.receive_buffer = receive_buffer
         self.remember = remember
-        self.wire: Wire | None = None
+        self.websocket: WebSocket | None = None
         self.connected: Frame = {}
         self.events: list[Frame] = []
         self.resyncs = 0
@@ -638,13 +738,13 @@ class Client:
         self.unacked: OrderedDict[str, Frame] = OrderedDict()
         self.acked: dict[str, Frame] = {}
         self.refused: dict[str, Frame] = {}
-        self.began_at: int | None = None
+        self.start_seq: int | None = None
         self.name = f"{user_id}-{secrets.token_hex(4)}"
         self._refs = itertools.count(1)
-        self._client_ids: dict[str, str] = {}  # ref of a send: its client_id
+        self._client_ids: dict[str, str] = {}  # the ref of a send_message: client_id
 
     async def connect(self, seconds: float = 30) -> Frame:
-        """Open a socket, with the cursor if there is one; its `connected` frame.
+        """Open a socket, with the cursor if there is one; return `connected`.
 
         Raises Refused, OSError, BrokenResourceError, Closed, TooSlowError.
         """
@@ -653,11 +753,11 @@ class Client:
         if self.cursor is not None:
             target += f"&cursor={self.cursor}"
         with trio.fail_after(seconds):
-            self.wire = await Wire.open(
+            self.websocket = await WebSocket.open(
                 self.chatd.port, target, receive_buffer=self.receive_buffer
             )
             frame = await self._next()
-            while frame["type"] == "error":  # a close follows
+            while frame["type"] == "error":  # a close frame follows
                 frame = await self._next()
         assert frame["type"] == "connected", f"the first frame: {frame}"
         self.connected = frame
@@ -668,17 +768,17 @@ class Client:
 
     def _set_cursor(self, cursor: str) -> None:
         self.cursor = cursor
-        if self.began_at is None:
-            self.began_at = int(cursor.rpartition(".")[2])
+        if self.start_seq is None:
+            self.start_seq = int(cursor.rpartition(".")[2])
 
     async def _next(self) -> Frame:
-        assert self.wire is not None, "not connected"
-        frame: Frame = json.loads(await self.wire.message())
-        self.take(frame)
+        assert self.websocket is not None, "not connected"
+        frame: Frame = json.loads(await self.websocket.receive_message())
+        self.handle(frame)
         return frame
 
-    def take(self, frame: Frame) -> None:
-        """Note what a frame means: events move the cursor, acks end a repetition."""
+    def handle(self, frame: Frame) -> None:
+        """Record a frame: an event moves the cursor, an ack ends the repetitions."""
         if "seq" in frame:
             if self.cursor is not None:
                 self.cursor = f"{self.cursor.rpartition('.')[0]}.{frame['seq']}"
@@ -691,13 +791,13 @@ class Client:
             for field in ("message_id", "chat_id", "n", "created_at"):
                 assert first[field] == frame[field], f"acked as {first} and as {frame}"
         elif frame["type"] == "error":
-            keep("error", json.dumps(frame, ensure_ascii=False))
+            save_evidence("error", json.dumps(frame, ensure_ascii=False))
             client_id = self._client_ids.get(frame.get("ref", ""), "")
             if client_id in self.unacked and frame["code"] in self.FINAL:
                 del self.unacked[client_id]
                 self.refused[client_id] = frame
 
-    async def hear(self, kind: str | None = None, seconds: float = 30) -> Frame:
+    async def receive(self, kind: str | None = None, seconds: float = 30) -> Frame:
         """Wait for the next frame, or for the next of this type. Raises Closed."""
         with trio.fail_after(seconds):
             while True:
@@ -705,40 +805,40 @@ class Client:
                 if kind is None or frame["type"] == kind:
                     return frame
 
-    async def hear_all(self) -> Closed:
-        """Hear until the socket ends; how it ended."""
+    async def receive_until_closed(self) -> Closed:
+        """Receive until the socket ends; return how it ended."""
         try:
             while True:
                 await self._next()
         except Closed as end:
             return end
 
-    async def say(self, kind: str, **fields: Any) -> str:
-        """Say one command; its ref."""
-        assert self.wire is not None, "not connected"
+    async def send_command(self, kind: str, **fields: Any) -> str:
+        """Send one command; return its ref."""
+        assert self.websocket is not None, "not connected"
         ref = f"{self.name}-{next(self._refs)}"
         if "client_id" in fields:
             self._client_ids[ref] = fields["client_id"]
         frame = json.dumps({"type": kind, "ref": ref} | fields).encode()
-        await self.wire.send(client_frame(TEXT, frame))
+        await self.websocket.send(client_frame(TEXT, frame))
         return ref
 
     async def send(self, chat_id: int, content: str) -> str:
-        """Send a message with a client_id, to be repeated until its ack."""
+        """Send a message; return the client_id that its repetitions carry, too."""
         client_id = f"{self.name}-{next(self._refs)}"
         fields = {"chat_id": chat_id, "content": content}
         self.sent[client_id] = self.unacked[client_id] = fields
-        await self.say("send_message", client_id=client_id, **fields)
+        await self.send_command("send_message", client_id=client_id, **fields)
         return client_id
 
     async def repeat(self) -> None:
-        """Send again, in their order, the messages that were not acked."""
+        """Send the unacked messages again, in their order."""
         for client_id, fields in list(self.unacked.items()):
-            await self.say("send_message", client_id=client_id, **fields)
+            await self.send_command("send_message", client_id=client_id, **fields)
 
     async def ask(self, kind: str, seconds: float = 30, **fields: Any) -> Frame:
-        """Say a command and wait for its answer (and hear all that comes between)."""
-        ref = await self.say(kind, **fields)
+        """Send a command and wait for its answer; record the frames before it."""
+        ref = await self.send_command(kind, **fields)
         with trio.fail_after(seconds):
             while True:
                 frame = await self._next()
@@ -746,7 +846,7 @@ class Client:
                     return frame
 
     async def poll(self, limit: int = 500) -> bool:
-        """Hear over the poll instead, from the cursor on; is there more at once?"""
+        """Poll for the events after the cursor; return whether there are more."""
         query = f"?limit={limit}" + (f"&cursor={self.cursor}" if self.cursor else "")
         reply = await http(self.chatd, "GET", f"/api/v1/events{query}", self.token)
         if reply.status != 200:
@@ -754,15 +854,23 @@ class Client:
         page = reply.json
         self.resyncs += page["resync"]
         for event in page["events"]:
-            self.take(event)
+            self.handle(event)
         self._set_cursor(page["cursor"])
         return bool(page["more"])
 
     def cut(self) -> None:
-        """End the connection, without a word and without waiting."""
-        if self.wire is not None:
-            self.wire.cut()
-            self.wire = None
+        """Close the TCP connection at once, without a close frame."""
+        if self.websocket is not None:
+            self.websocket.cut()
+            self.websocket = None
+
+    # The former names; disk.py and slow.py use them.
+    hear, hear_all, take = receive, receive_until_closed, handle
+
+    @property
+    def wire(self) -> WebSocket | None:
+        """The former name; slow.py uses it."""
+        return self.websocket
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -772,23 +880,39 @@ class Client:
         self.cut()
 
 
-async def until(happens: Callable[[], bool], seconds: float) -> bool:
-    """Wait until something of another task or process is so; False: it never was."""
+async def connect_all(clients: Iterable[Client]) -> None:
+    """Connect all these clients, 50 at a time."""
+    limiter = trio.CapacityLimiter(50)
+
+    async def connect(client: Client) -> None:
+        async with limiter:
+            await client.connect(120)
+
+    async with trio.open_nursery() as nursery:
+        for client in clients:
+            nursery.start_soon(connect, client)
+
+
+async def until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until the condition is true, at most so long; return whether it is."""
     deadline = trio.current_time() + seconds
     while trio.current_time() < deadline:
-        if happens():
+        if condition():
             return True
         await trio.sleep(0.005)
-    return happens()
+    return condition()
 
 
-# --- running -------------------------------------------------------------------------
+# --- running a proof -----------------------------------------------------------------
 
 
 def run_trio(
     function: Callable[..., Any], *args: Any, seconds: float = 600, **named: Any
 ) -> Any:
-    """Run an async function under a deadline. One AssertionError comes out as one."""
+    """Run an async function with a deadline.
+
+    An AssertionError inside exception groups is raised by itself.
+    """
 
     async def bounded() -> Any:
         with trio.fail_after(seconds):
@@ -802,7 +926,7 @@ def run_trio(
 
 
 def leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
-    """Walk the exceptions of a group, however deep."""
+    """Iterate over the exceptions of a group and of the groups in it."""
     for error in group.exceptions:
         if isinstance(error, BaseExceptionGroup):
             yield from leaves(error)

@@ -35,10 +35,10 @@ from harness import (
     Proxy,
     Refused,
     client_frame,
-    evidence,
+    evidence_folder,
     http,
-    keep,
     run_trio,
+    save_evidence,
     text,
 )
 
@@ -83,7 +83,7 @@ async def throw(chatd: Chatd, data: bytes) -> None:
                 answer += more
             # What is asked for is no error, and a ticket is meant to be told.
             if not answer.startswith((b"HTTP/1.1 2", b"HTTP/1.1 101")):
-                keep("error", answer)
+                save_evidence("error", answer)
 
 
 def bad_requests(token: str, host: str) -> Iterator[bytes]:
@@ -202,8 +202,8 @@ async def make_noise(chatd: Chatd) -> int:
     for data in bad_frames(token, other):
         with contextlib.suppress(*GONE):
             async with Client(chatd, 1, token=token) as client:
-                assert client.wire is not None
-                await client.wire.send(data)
+                assert client.websocket is not None
+                await client.websocket.send(data)
                 await client.ask("ping", 10)
         count += 1
     bad_tokens = (f"{token}x", token[:-4], chatd.token(1, -60), chatd.token(0), MARK)
@@ -222,14 +222,14 @@ async def fall_ill(chatd: Chatd, shim: Shim) -> None:
             shim.arm(op, File.ALL, error, times=1)
             await client.send(1, text("on a sick disk"))
             for _ in range(100):
-                frame = await client.hear()
+                frame = await client.receive()
                 if frame["type"] == "ack":
                     break
                 if frame["type"] == "error":
                     await trio.sleep(0.3)
                     await client.repeat()
             connection = Http(chatd)
-            await connection.ask(
+            await connection.request(
                 "POST", "/api/v1/chats/1/messages", chatd.token(2), {"content": text()}
             )
             await connection.aclose()
@@ -262,7 +262,7 @@ def commands_keep_quiet(chatd: Chatd) -> int:
         done = subprocess.run(
             chatd.command(*command), capture_output=True, timeout=60, check=False
         )
-        keep("error", done.stdout + done.stderr)
+        save_evidence("error", done.stdout + done.stderr)
     return len(commands)
 
 
@@ -283,13 +283,13 @@ def prove(full: bool) -> Figures:
             run_trio(fall_ill, chatd, shim)
             count += commands_keep_quiet(chatd)
         shim.remove()
-    planted = evidence() / f"{os.getpid()}.planted"
+    planted = evidence_folder() / f"{os.getpid()}.planted"
     with Chatd() as chatd:
         planted.write_text(f"joined {chatd.token(1)}\nsaid {text()}\n")
     finds = {find.rpartition(":")[2] for find in search([planted])}
     planted.unlink()
     assert len(finds) >= 3, f"the search is blind: {finds}"
-    files = [f for f in evidence().iterdir() if f.suffix[1:] in KINDS]
+    files = [f for f in evidence_folder().iterdir() if f.suffix[1:] in KINDS]
     for kind in KINDS:
         assert any(file.suffix == f".{kind}" for file in files), f"no {kind} was kept"
     found = list(search(files))

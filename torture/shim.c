@@ -1,18 +1,18 @@
-/* A disk that can be cut off and that can fail, for one folder of one process.
+/* A disk that can lose its power and can fail, for one folder and one process.
  *
- * LD_PRELOADed. It watches the files of $SHIM_FOLDER, whoever opens them, and does two
- * things; faults.py beside it drives both.
+ * It is a library for LD_PRELOAD. It intercepts the system calls of the process on files
+ * in $SHIM_FOLDER, and does two things. faults.py controls both.
  *
- * A shadow: $SHIM_SHADOW/INODE holds each file as of its last fsync or fdatasync, and
- * $SHIM_SHADOW/entries, the folder's names as of its own last fsync. That is what a
- * power cut leaves at the least. As Linux does, a sync that fails forgets what it was
- * to write: later ones write it only where a page was written again. What a killed
- * process left unsynced is listed for the next in $SHIM_SHADOW/dirty.
+ * The shadow: $SHIM_SHADOW/INODE has each file as of its last fsync or fdatasync, and
+ * $SHIM_SHADOW/entries has the names in the folder as of the folder's last fsync. A
+ * power cut leaves at least that. As on Linux, a failed sync marks its pages clean: a
+ * later sync writes such a page only if it was written again. $SHIM_SHADOW/dirty tells
+ * a process what an earlier one, which was killed, left unsynced.
  *
- * Files of which the name contains $SHIM_LIE are never synced: what happens then shows
- * that the model bites. A sync takes $SHIM_SYNC_US.
+ * A file with $SHIM_LIE in its name is never synced. The messages that are lost then show
+ * that the model can fail. A sync takes $SHIM_SYNC_US microseconds.
  *
- * Faults: $SHIM_CONTROL is a file of `struct control`, shared with whoever drives.
+ * Faults: $SHIM_CONTROL is a file with a `struct control`, shared with faults.py.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -35,13 +35,13 @@ enum { OP_WRITE = 1, OP_SYNC = 2, OP_TRUNCATE = 4, OP_OPEN = 8, OP_READ = 16 };
 enum { IS_DB = 1, IS_WAL = 2, IS_SHM = 4, IS_OTHER = 8, IS_FOLDER = 16 };
 
 struct control {
-    volatile int32_t ops;   /* which operations fail; 0: none */
-    volatile int32_t files; /* of which files */
-    volatile int32_t error; /* with which errno */
-    volatile int32_t after; /* so many pass before */
-    volatile int32_t times; /* so many fail; -1: all until told otherwise */
-    volatile int32_t fired; /* so many have failed */
-    volatile int32_t partly; /* a write that fails has written half of it */
+    volatile int32_t ops;   /* the operations that fail; 0: none */
+    volatile int32_t files; /* the kinds of files on which they fail */
+    volatile int32_t error; /* the errno of a failure */
+    volatile int32_t after; /* how many operations succeed first */
+    volatile int32_t times; /* how many fail then; -1: all */
+    volatile int32_t fired; /* how many have failed */
+    volatile int32_t partly; /* a failing write writes half its bytes */
 };
 
 struct range { off_t from, to; struct range *next; };
@@ -52,8 +52,8 @@ static char folder[PATH_MAX], shadow[PATH_MAX];
 static size_t folder_length;
 static const char *lie;
 static useconds_t sync_us;
-static uint8_t kinds[FDS]; /* of each descriptor; 0: not watched */
-static uint8_t lying[FDS];
+static uint8_t kinds[FDS]; /* of each descriptor; 0: outside of the folder */
+static uint8_t lying[FDS]; /* 1: never synced */
 static struct file *files;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -77,7 +77,7 @@ static int plain_open(const char *path, int flags, mode_t mode) {
     return real(path, flags, mode);
 }
 
-/* --- which file is it? --- */
+/* --- the kind of a file --- */
 
 static int kind_of(const char *path) {
     char full[PATH_MAX], where[PATH_MAX];
@@ -115,7 +115,7 @@ static int kind(int fd) { return fd >= 0 && fd < FDS ? kinds[fd] : 0; }
 
 static int opened(int fd, const char *path, int flags) {
     if (fd < 0 || fd >= FDS) return fd;
-    /* A temporary file without a name is opened as its folder. */
+    /* open() gets the folder's path for a temporary file without a name. */
     int found = kind_of(path);
     int nameless = (flags & O_TMPFILE) == O_TMPFILE;
     kinds[fd] = found == IS_FOLDER && nameless ? IS_OTHER : found;
@@ -135,12 +135,12 @@ static struct file *file_of(ino_t inode) {
     return files = file;
 }
 
-/* The kernel knows whole pages only. */
+/* The kernel writes whole pages. */
 static void add_range(struct file *file, off_t from, off_t to) {
     struct range *range = file->dirty;
     from &= -PAGE;
     to = (to + PAGE - 1) & -PAGE;
-    if (range && range->from <= from && from <= range->to) { /* most often it goes on */
+    if (range && range->from <= from && from <= range->to) { /* usual: it continues */
         if (range->to < to) range->to = to;
         return;
     }
@@ -149,7 +149,7 @@ static void add_range(struct file *file, off_t from, off_t to) {
     file->dirty = range;
 }
 
-static void dirtied(int fd, off_t from, size_t size) {
+static void mark_dirty(int fd, off_t from, size_t size) {
     struct stat about;
     if (!*shadow || kind(fd) == IS_FOLDER || fstat(fd, &about)) return;
     pthread_mutex_lock(&lock);
@@ -157,8 +157,8 @@ static void dirtied(int fd, off_t from, size_t size) {
     pthread_mutex_unlock(&lock);
 }
 
-/* What a sync did not write is clean all the same: nobody will write it. */
-static void forget(int fd) {
+/* After a failed sync: the pages are clean, and nothing writes them later. */
+static void mark_clean(int fd) {
     char path[PATH_MAX + 32];
     struct stat about;
     struct range *range;
@@ -180,7 +180,8 @@ static void forget(int fd) {
     errno = error;
 }
 
-static void recall(void) {
+/* Read the pages that an earlier process left unsynced. */
+static void read_dirty(void) {
     char path[PATH_MAX + 32];
     unsigned long inode;
     long from, to;
@@ -207,7 +208,8 @@ static void copy_entries(void) {
     if (fclose(list) || rename(path, final)) abort();
 }
 
-static void synced(int fd) {
+/* After a good sync: copy the dirty pages to the shadow. */
+static void update_shadow(int fd) {
     char path[PATH_MAX + 32];
     static char block[1 << 16];
     struct stat about;
@@ -227,7 +229,7 @@ static void synced(int fd) {
                 size_t left = range->to - at;
                 size_t most = left < sizeof block ? left : sizeof block;
                 ssize_t got = plain_pread(fd, block, most, at);
-                if (got <= 0) break; /* it was cut off again */
+                if (got <= 0) break; /* the file was truncated since */
                 if (plain_pwrite(to, block, got, at) != got) abort();
                 at += got;
             }
@@ -239,12 +241,13 @@ static void synced(int fd) {
     pthread_mutex_unlock(&lock);
 }
 
-/* An inode that is in use again would inherit a dead file's shadow: keep the dead. */
+/* A new file with the inode number of a removed one would get the old shadow. An open
+ * descriptor keeps the number in use. */
 static void keep_inode(const char *path) {
     if (*shadow && kind_of(path)) plain_open(path, O_RDONLY | O_CLOEXEC, 0);
 }
 
-/* --- what is intercepted --- */
+/* --- the intercepted calls --- */
 
 static mode_t mode_of(int flags, va_list more) {
     return flags & O_CREAT || (flags & O_TMPFILE) == O_TMPFILE ? va_arg(more, mode_t) : 0;
@@ -273,7 +276,7 @@ static ssize_t do_pwrite(int fd, const void *data, size_t size, off_t at) {
     int failed = fails(OP_WRITE, kind(fd)), error = errno;
     if (failed) size = control->partly ? size / 2 : 0;
     ssize_t written = failed && !size ? 0 : plain_pwrite(fd, data, size, at);
-    if (written > 0 && kind(fd)) dirtied(fd, at, written);
+    if (written > 0 && kind(fd)) mark_dirty(fd, at, written);
     if (!failed) return written;
     errno = error;
     return -1;
@@ -291,7 +294,8 @@ ssize_t write(int fd, const void *data, size_t size) {
     NEXT(write);
     if (fails(OP_WRITE, kind(fd))) return -1;
     ssize_t written = real(fd, data, size);
-    if (written > 0 && kind(fd)) dirtied(fd, lseek(fd, 0, SEEK_CUR) - written, written);
+    if (written > 0 && kind(fd))
+        mark_dirty(fd, lseek(fd, 0, SEEK_CUR) - written, written);
     return written;
 }
 
@@ -310,7 +314,7 @@ PREAD(pread64)
         struct stat about; \
         if (fails(OP_TRUNCATE, kind(fd))) return -1; \
         if (kind(fd) && !fstat(fd, &about) && about.st_size > size) \
-            dirtied(fd, size, about.st_size - size); \
+            mark_dirty(fd, size, about.st_size - size); \
         return real(fd, size); \
     }
 TRUNCATE(ftruncate)
@@ -321,11 +325,11 @@ TRUNCATE(ftruncate64)
         NEXT(name); \
         if (!kind(fd)) return real(fd); \
         if (fails(OP_SYNC, kind(fd))) { \
-            forget(fd); \
+            mark_clean(fd); \
             return -1; \
         } \
         usleep(sync_us / 2); \
-        synced(fd); \
+        update_shadow(fd); \
         usleep(sync_us / 2); \
         return 0; \
     }
@@ -358,5 +362,5 @@ __attribute__((constructor)) static void begin(void) {
         if (control == MAP_FAILED) abort();
         close(fd);
     }
-    if (*shadow) recall();
+    if (*shadow) read_dirty();
 }

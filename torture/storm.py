@@ -1,31 +1,30 @@
-"""After a restart everybody comes back at once, and everybody catches up.
+"""After a restart all clients come back at once, and all of them catch up.
 
-Each client has a socket and a cursor. The server is killed; what was still to be said
-is said first thing after its start; then all clients come back in the same moment,
-while others go on writing. Nobody may miss an event, or hear one twice.
+Each client has a socket and a cursor. The server is killed and started again, and
+messages are sent while no client is connected. Then all clients come back in the same
+moment, while more messages are sent. None may miss an event or receive one twice.
 """
 
 from __future__ import annotations
 
-import resource
-
 import trio
-from crowd import LOG, MESSAGES, Row, judge_history, look_into
+from crowd import read_database, verify_events
 from harness import (
+    DISCONNECTED,
     Chatd,
     Client,
-    Closed,
     Figures,
     Http,
-    Refused,
-    at,
+    connect_all,
     make_chat,
+    post_message,
+    quantile,
+    raise_file_limit,
     run_trio,
     text,
 )
 
-AWAY = (OSError, trio.BrokenResourceError, Closed, Refused)
-ROOM = 10  # members of a small chat; one more has everybody
+SMALL_CHAT = 10  # members; every user is in one of these, and in the large chat
 
 
 class Storm:
@@ -34,78 +33,71 @@ class Storm:
     def __init__(self, chatd: Chatd, size: int) -> None:
         self.chatd = chatd
         self.clients = [Client(chatd, user_id) for user_id in range(1, size + 1)]
-        self.chats: list[int] = []
-        self.last = 0  # the seq of the last message
-        self.last_word = text("the last word")
-        self.again: list[float] = []  # when each was back, and when it was up to date
-        self.up_to_date: list[float] = []
+        self.chats: list[int] = []  # the large chat, then the small ones
+        self.newest = 0  # the seq of the newest message
+        self.last_content = text("the last message")
+        # Seconds after the storm began, for each client.
+        self.connected: list[float] = []
+        self.caught_up: list[float] = []
         self.refused = 0
 
-    async def settle(self) -> None:
-        """Make the chats, and connect everybody."""
+    async def connect(self) -> None:
+        """Create the chats, and connect all clients."""
         users = [client.user_id for client in self.clients]
         self.chats = [await make_chat(self.chatd, users)]
-        for start in range(0, len(users), ROOM):
-            self.chats.append(await make_chat(self.chatd, users[start : start + ROOM]))
-        limiter = trio.CapacityLimiter(50)
-
-        async def connect(client: Client) -> None:
-            async with limiter:
-                await client.connect(120)
-
-        async with trio.open_nursery() as nursery:
-            for client in self.clients:
-                nursery.start_soon(connect, client)
+        for start in range(0, len(users), SMALL_CHAT):
+            members = users[start : start + SMALL_CHAT]
+            self.chats.append(await make_chat(self.chatd, members))
+        await connect_all(self.clients)
 
     async def write(self, chats: list[int], content: str = "") -> None:
-        """Write a message into each of the chats."""
-        http, token = Http(self.chatd), self.chatd.service_token()
+        """Send a message to each of the chats."""
+        connection = Http(self.chatd)
         for chat_id in chats:
-            body = {"content": content or text(), "sender_id": 1}
-            path = f"/api/v1/chats/{chat_id}/messages"
-            reply = await http.ask("POST", path, token, body)
-            assert reply.status == 201, f"a post was answered {reply.status}"
-            self.last = reply.json["message"]["id"]
-        await http.aclose()
+            self.newest = await post_message(connection, chat_id, content or text())
+        await connection.aclose()
 
     async def follow(self, client: Client) -> None:
-        """Hear, on one socket, until it ends."""
-        end = await client.hear_all()
+        """Receive on one socket until it ends."""
+        end = await client.receive_until_closed()
         assert end.code in (1006, 1012), f"a socket ended with {end.code}"
 
-    async def come_back(self, client: Client, began: float, missed: int) -> None:
-        """Connect until it works; hear all that was missed, and then the last word."""
+    async def come_back(self, client: Client, began: float, newest: int) -> None:
+        """Connect until it works; receive what was missed, up to the last message.
+
+        newest is the seq of the last message that it missed.
+        """
         while True:
             try:
                 await client.connect(120)
                 break
-            except AWAY:
+            except DISCONNECTED:
                 self.refused += 1
                 await trio.sleep(0.1)
-        self.again.append(trio.current_time() - began)
+        self.connected.append(trio.current_time() - began)
         caught_up = False
         while True:
-            event = await client.hear("new_message", 120)
-            if event["seq"] >= missed and not caught_up:
+            event = await client.receive("new_message", 120)
+            if event["seq"] >= newest and not caught_up:
                 caught_up = True
-                self.up_to_date.append(trio.current_time() - began)
-            if event["message"]["content"] == self.last_word:
+                self.caught_up.append(trio.current_time() - began)
+            if event["message"]["content"] == self.last_content:
                 return
 
 
 async def act(storm: Storm, missed: int) -> None:
-    """Kill, start, say what is missed, let all come back."""
+    """Kill, start, send what the clients miss, and let all come back."""
     chatd = storm.chatd
-    await storm.settle()
+    await storm.connect()
     async with trio.open_nursery() as nursery:
         for client in storm.clients:
             nursery.start_soon(storm.follow, client)
         await storm.write([storm.chats[0], *storm.chats])
         await trio.sleep(0.2)
         chatd.kill()
-    await chatd.start_soon()
+    await chatd.start_in_thread()
     await storm.write(storm.chats + storm.chats[:1] * missed)
-    began, newest = trio.current_time(), storm.last
+    began, newest = trio.current_time(), storm.newest
     async with trio.open_nursery() as nursery:
         for client in storm.clients:
             nursery.start_soon(storm.come_back, client, began, newest)
@@ -113,36 +105,35 @@ async def act(storm: Storm, missed: int) -> None:
             await storm.write(storm.chats[:1])
             await trio.sleep(0.2)
         await storm.write(storm.chats)
-        await storm.write(storm.chats[:1], storm.last_word)
+        await storm.write(storm.chats[:1], storm.last_content)
     for client in storm.clients:
         client.cut()
 
 
 def prove(full: bool) -> Figures:
-    """Let 2,000 come back at once; 500 in the quick form."""
+    """Let 2,000 clients come back at once; 500 in the quick form."""
     size, missed = (2000, 50) if full else (500, 20)
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 65536), limit))
+    raise_file_limit()
     with Chatd() as chatd:
         storm = Storm(chatd, size)
         run_trio(act, storm, missed, seconds=600)
-        db = look_into(chatd.db)
-        log = [Row(*row) for row in db.execute(LOG)]
-        messages = {row[0]: row[1:] for row in db.execute(MESSAGES)}
-        db.close()
-        heard = sum(judge_history(client, log, messages) for client in storm.clients)
-    back, caught_up = max(storm.again), max(storm.up_to_date)
+        event_log, messages = read_database(chatd.db)
+        received = sum(
+            verify_events(client, event_log, messages) for client in storm.clients
+        )
+    half, back = quantile(0.5, storm.connected), max(storm.connected)
+    caught_up = max(storm.caught_up)
     return Figures(
         "after a restart all clients come back at once: each catches up with its "
         "cursor, and none misses an event or gets one twice",
-        f"{size:,} clients, half of them back after {at(0.5, storm.again):.1f} s, all "
+        f"{size:,} clients, half of them back after {half:.1f} s, all "
         f"after {back:.1f} s; the last had caught up after {caught_up:.1f} s while "
-        f"messages went on; {heard:,} events, each received once",
+        f"messages went on; {received:,} events, each received once",
         {
             "clients": size,
             "back_seconds": round(back, 2),
             "caught_up_seconds": round(caught_up, 2),
             "refused": storm.refused,
-            "heard": heard,
+            "received": received,
         },
     )

@@ -2,49 +2,46 @@
 /**
  * app.js: chatd's page.
  *
- * Events change the model, and every change asks for one render; a render makes the
- * page look like the model and is the only place that does. So there is no order of
- * events in which a badge, a tick or a list could be wrong for longer than a frame. The
- * connection and all its troubles live in chat-websocket.js; here is what a person sees
- * and does.
+ * An event changes the model, and each change requests a render. Only a render writes
+ * to the page: it makes the page show the model. So a badge, a tick or a list is right
+ * after the next frame, whatever the order of the events was. chat-websocket.js owns
+ * the connection; this file has what the user sees and does.
  *
- * Sections: Tools - Sign-in - Model - Events - Reading - Top and lists - The open chat
- * - Writing - Dialogs - Notifications - Start.
+ * Sections: Tools, Sign-in, Model, Events, Reading, Top and lists, The open chat,
+ * Writing, Dialogs, Notifications, Start.
  *
- * Rule of this file: what people wrote is text. It enters the page by textContent only.
+ * A rule of this file: text that users have written is never markup. It enters the page
+ * only through textContent.
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 
 /** @typedef {import("./chat-websocket.js").Message} Message */
-/** @typedef {import("./chat-websocket.js").Chat} WireChat */
+/** @typedef {import("./chat-websocket.js").Chat} ServerChat */
 /** @typedef {import("./chat-websocket.js").Delivery} Delivery */
 /** @typedef {import("./chat-websocket.js").State} State */
 
-/** Messages fetched at once. */
+/** One request for history fetches this many messages. */
 const HISTORY_LIMIT = 50;
-/** Older messages are fetched when the reader is this near to the top (pixels). */
+/** Older messages are fetched when the top is less than this many pixels away. */
 const HISTORY_MARGIN = 500;
-/** The reader counts as being at the end within this (pixels). */
+/** The end counts as visible when it is less than this many pixels away. */
 const END_MARGIN = 60;
-/** A message counts as seen when this much of it is on the screen (pixels). */
+/** A message counts as seen when this many pixels of it are on the screen. */
 const SEEN_PIXELS = 24;
-/** "is typing" disappears after this: a little more than twice the repeat of 3 s. */
+/** A typing sign ends after this long: a little more than twice the repeat of 3 s. */
 const TYPING_SECONDS = 7;
-/** Messages of one person within this form a group. */
+/** Messages of one sender form a group if each follows within this time. */
 const GROUP_SECONDS = 300;
-/**
- * A notification waits this long: perhaps another tab of mine shows the message
- * already.
- */
+/** A notification waits this long, because another tab may show the message already. */
 const NOTIFY_SECONDS = 1;
-/** What has no place in a message: all but tab and line ends. */
-const CONTROL = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
-/** How long a passing remark stays. */
+/** All control characters but tab, line feed and carriage return. */
+const CONTROL_CHARACTERS = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
+/** How long a toast stays. */
 const TOAST_SECONDS = 6;
-/** The socket waits so long for the list of chats, then it goes ahead. */
-const LATE_SECONDS = 2;
-/** After a failure the list of chats is fetched again so often. */
-const AGAIN_SECONDS = 5;
+/** The first connection waits at most this long for the list of chats. */
+const FIRST_LIST_SECONDS = 2;
+/** After a failure, the list of chats is fetched again after this long. */
+const REFETCH_SECONDS = 5;
 
 /* -------------------------------------------------------------------------------------
  * Tools. Elements, keyed rows, times.
@@ -58,7 +55,7 @@ const AGAIN_SECONDS = 5;
  */
 function byId(id, kind) {
   const found = document.getElementById(id);
-  if (!(found instanceof kind)) throw new Error(`index.html lacks #${id}`);
+  if (!(found instanceof kind)) throw new Error(`index.html has no #${id}`);
   return found;
 }
 
@@ -68,11 +65,11 @@ const dialog = (/** @type {string} */ id) => byId(id, HTMLDialogElement);
 const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
 
 /**
- * A new element. Strings become text, never markup; null children are left out.
+ * Makes an element. Strings become text, never markup; null children are left out.
  * @template {keyof HTMLElementTagNameMap} Tag
  * @param {Tag} tag
  * @param {Record<string, string | number | boolean | null | undefined>} [attributes]
- *   true: an empty one; false, null, undefined: none
+ *   true: an empty attribute; false, null, undefined: none
  * @param {...(Node | string | null)} children
  * @returns {HTMLElementTagNameMap[Tag]}
  */
@@ -107,14 +104,14 @@ function icon(name, className = "") {
 
 /**
  * @typedef {object} Row
- * @property {string} key who it is
- * @property {string} look everything that its appearance depends on
+ * @property {string} key identifies the row in its container
+ * @property {string} look everything that the row's appearance depends on
  * @property {() => HTMLElement} build
  */
 
 /**
  * Makes the container show these rows, in this order. A row with the same key and look
- * keeps its element, and with it focus, selection and a screen reader's place.
+ * keeps its element, and so its focus, its selection and a screen reader's position.
  * @param {HTMLElement} container
  * @param {Row[]} rows
  */
@@ -153,8 +150,8 @@ function replaceRow(before, node) {
   before.replaceWith(node);
   if (!focused) return;
   /** @type {HTMLElement | null} */
-  const heir = node.querySelector("a, button");
-  heir?.focus({ preventScroll: true });
+  const target = node.querySelector("a, button");
+  target?.focus({ preventScroll: true });
 }
 
 /** @param {string} word @param {number} count */
@@ -205,14 +202,14 @@ function after(seconds, task) {
   return Number(setTimeout(task, seconds * 1000));
 }
 
-/** Shows a remark for some seconds. @param {string} text */
+/** Shows a short text for some seconds. @param {string} text */
 function toast(text) {
   const node = el("p", { class: "toast" }, text);
   box("toasts").append(node);
   after(TOAST_SECONDS, () => node.remove());
 }
 
-/** Says it to screen readers only. @param {string} text */
+/** Announces a text to screen readers only. @param {string} text */
 function announce(text) {
   const node = el("p", {}, text);
   box("announcer").append(node);
@@ -220,16 +217,18 @@ function announce(text) {
 }
 
 /** @param {unknown} error @returns {string} */
-function sentence(error) {
+function errorText(error) {
   return error instanceof Error ? error.message : String(error);
 }
 
 /* -------------------------------------------------------------------------------------
- * Sign-in. A link's token is exchanged at once for a session token. That is the tab's
- * own (sessionStorage), so that two tabs can be two people; a copy in localStorage is
- * for the next visit. A tab becomes somebody else only after asking, and a new tab that
- * is somebody else says so and leaves the next visit alone: a link could be sent to
- * make you write under a name that its sender reads.
+ * Sign-in. The page exchanges the token of a sign-in link for a session token at once.
+ * The session belongs to the tab (sessionStorage), so that two tabs can be two users. A
+ * copy in localStorage is for the next visit.
+ *
+ * Somebody could send you a link for an account that they can read, and hope that you
+ * write under its name. So an open tab asks before it changes its user, and a new tab
+ * with another user shows a notice and does not change the copy for the next visit.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -240,56 +239,56 @@ function sentence(error) {
  */
 
 const SESSION_KEY = "chatd.session";
-/** Tells the other tabs who signed out. */
+/** Carries the id of a user that has signed out to the other tabs. */
 const signedOut = new BroadcastChannel("chatd.signed-out");
 
-/** Storage may be forbidden; then the session lives as long as the page. */
-const shelves = {
+/** A browser may forbid storage. Then the session ends with the page. */
+const storages = {
   tab: () => window.sessionStorage,
   browser: () => window.localStorage,
 };
 
 /**
- * @param {() => Storage} shelf
+ * @param {() => Storage} storage
  * @returns {Session | null | undefined} null: signed out; undefined: nothing is known
  */
-function readSession(shelf) {
+function readSession(storage) {
   try {
-    const session = JSON.parse(shelf().getItem(SESSION_KEY) ?? "");
+    const session = JSON.parse(storage().getItem(SESSION_KEY) ?? "");
     return session === null || typeof session.token === "string" ? session : undefined;
   } catch {
     return undefined;
   }
 }
 
-/** @param {() => Storage} shelf @param {Session | null} session */
-function writeSession(shelf, session) {
+/** @param {() => Storage} storage @param {Session | null} session */
+function writeSession(storage, session) {
   try {
-    shelf().setItem(SESSION_KEY, JSON.stringify(session));
+    storage().setItem(SESSION_KEY, JSON.stringify(session));
   } catch {
-    // Named above.
+    // Storage is forbidden or full.
   }
 }
 
-/** The tab's own, else the one kept for the next visit. */
+/** Returns the tab's session, or else the copy that was saved for the next visit. */
 function sessionToResume() {
-  const mine = readSession(shelves.tab);
-  return mine === undefined ? readSession(shelves.browser) : mine;
+  const own = readSession(storages.tab);
+  return own === undefined ? readSession(storages.browser) : own;
 }
 
 /**
- * Takes the link's token out of the address bar.
- * @param {string} [place] the hash that stood there before
+ * Returns the token of a sign-in link and removes it from the address bar.
+ * @param {string} [hash] the part of the address that replaces it
  * @returns {string | null}
  */
-function takeLinkToken(place = "") {
+function extractLinkToken(hash = "") {
   const match = /^#token=(.+)$/.exec(location.hash);
   if (!match?.[1]) return null;
-  history.replaceState(null, "", location.pathname + location.search + place);
+  history.replaceState(null, "", location.pathname + location.search + hash);
   return decoded(match[1]);
 }
 
-/** @param {string} text as an address has it, or as somebody mistyped it */
+/** @param {string} text from an address; it may be mistyped */
 function decoded(text) {
   try {
     return decodeURIComponent(text);
@@ -299,39 +298,39 @@ function decoded(text) {
 }
 
 /** @param {string} token of a sign-in link @returns {Promise<Session>} */
-async function exchange(token) {
-  const once = new ChatWebSocket({ bearer: token, storage: null, log: null });
-  const answer = await once.request("POST", "/api/v1/session");
+async function exchangeLinkToken(token) {
+  const client = new ChatWebSocket({ bearer: token, storage: null, log: null });
+  const answer = await client.request("POST", "/api/v1/session");
   return { token: answer.token, user_id: answer.user_id, name: answer.name ?? null };
 }
 
 /** @param {string} token of a sign-in link */
 async function signInWith(token) {
-  const mine = model.session ?? readSession(shelves.tab);
-  const kept = readSession(shelves.browser);
+  const current = model.session ?? readSession(storages.tab);
+  const saved = readSession(storages.browser);
   try {
-    const session = await exchange(token);
-    if (mine && !(await mayBecome(session, mine))) start(mine);
-    else if (!mine && kept && kept.user_id !== session.user_id)
-      startBeside(session, kept);
-    else keepAndStart(session);
+    const session = await exchangeLinkToken(token);
+    if (current && !(await confirmSwitch(session, current))) start(current);
+    else if (!current && saved && saved.user_id !== session.user_id)
+      startInThisTab(session, saved);
+    else saveAndStart(session);
   } catch (error) {
     signInFailed(token, error);
   }
 }
 
 /** @param {Session} session @param {Session} current @returns {Promise<boolean>} */
-async function mayBecome(session, current) {
+async function confirmSwitch(session, current) {
   if (session.user_id === current.user_id) return true;
   const other = personName(session.user_id, session.name);
   const me = personName(current.user_id, current.name);
   return ask({
     title: `Continue as ${other}?`,
     text:
-      `You are ${me} here. This link signs this tab in as ${other}; ` +
-      "your other tabs stay as they are.",
+      `You are signed in as ${me}. This link signs this tab in as ${other}. ` +
+      "Your other tabs do not change.",
     yes: `Continue as ${other}`,
-    no: `Stay ${me}`,
+    no: `Stay as ${me}`,
   });
 }
 
@@ -339,48 +338,54 @@ async function mayBecome(session, current) {
 function signInFailed(token, error) {
   const current = model.session ?? sessionToResume();
   const refused = error instanceof ChatError && error.status > 0;
-  const why =
+  const text =
     refused && error.status === 401
-      ? "This sign-in link is no longer good. Please ask for a new one."
-      : sentence(error);
+      ? "This sign-in link is no longer valid. Please ask for a new one."
+      : errorText(error);
   if (current) {
-    toast(why);
+    toast(text);
     start(current);
     return;
   }
-  showSignIn({ error: why });
-  // Without an answer the link may still be good: one press tries it again.
+  showSignIn({ error: text });
+  // Without an answer the link may still be valid, so the button can try it again.
   if (!refused) field("sign-in-link").value = `${location.origin}/#token=${token}`;
 }
 
-/** Who is here already goes on undisturbed. @param {Session} session */
-function keepAndStart(session) {
-  for (const shelf of [shelves.tab, shelves.browser]) writeSession(shelf, session);
+/**
+ * Saves the session. If its user is in this tab already, nothing else changes.
+ * @param {Session} session
+ */
+function saveAndStart(session) {
+  for (const storage of [storages.tab, storages.browser])
+    writeSession(storage, session);
   if (model.session?.user_id !== session.user_id) start(session);
 }
 
 /**
- * In a new tab, as somebody else than the next visit will be.
+ * A new tab starts with another user than the one saved for the next visit.
  * @param {Session} session
- * @param {Session} kept
+ * @param {Session} saved
  */
-function startBeside(session, kept) {
+function startInThisTab(session, saved) {
   start(session);
-  const [me, other] = [session, kept].map((who) => personName(who.user_id, who.name));
-  toast(`This tab is signed in as ${me}. Other tabs stay ${other}.`);
+  const [me, other] = [session, saved].map(({ user_id, name }) =>
+    personName(user_id, name),
+  );
+  toast(`This tab is signed in as ${me}. Other tabs stay signed in as ${other}.`);
 }
 
 /**
- * @param {{why?: string, error?: string}} [words] why one is here; what was wrong with
- *   a link
+ * @param {{reason?: string, error?: string}} [texts] why the user has to sign in; what
+ *   was wrong with a link
  */
-function showSignIn({ why = "", error = "" } = {}) {
+function showSignIn({ reason = "", error = "" } = {}) {
   showScreen("sign-in");
   document.title = "Sign in · chatd";
   field("sign-in-link").value = "";
   setText(
-    "sign-in-why",
-    `${why} Open the sign-in link that you were given, or paste it here.`,
+    "sign-in-text",
+    `${reason} Open the sign-in link you were given, or paste it here.`,
   );
   setText("sign-in-error", error);
 }
@@ -397,23 +402,23 @@ function onSignInForm(event) {
   const token =
     /#token=(\S+)$/.exec(text)?.[1] ?? /^[\w-]+\.[\w-]+\.[\w-]+$/.exec(text)?.[0];
   if (!token) {
-    setText("sign-in-error", "That is not a sign-in link: a link has #token= in it.");
+    setText("sign-in-error", "This is not a sign-in link: it has no #token=.");
     return;
   }
   setText("sign-in-error", "");
   void signInWith(decoded(token));
 }
 
-/** What would be lost if it were given up now. */
+/** The unsent messages of all chats. */
 function allUnsent() {
   return [...model.chats.keys()].flatMap((id) => model.client?.unsent(id) ?? []);
 }
 
 /**
- * Where storage is full or forbidden, a message lives only as long as the page.
+ * The browser asks before it closes the page if unsent messages are not in storage.
  * @param {Event} event
  */
-function onLeaving(event) {
+function onBeforeUnload(event) {
   if (allUnsent().some(({ kept }) => !kept)) event.preventDefault();
 }
 
@@ -424,54 +429,54 @@ async function onSignOut() {
     unsent.length === 0 ||
     (await ask({
       title: "Sign out?",
-      text: `${plural("message", unsent.length)} not yet sent will be lost.`,
+      text: `${plural("unsent message", unsent.length)} will be lost.`,
       yes: "Sign out",
-      no: "Stay",
+      no: "Cancel",
     }));
   if (!sure) return;
   signedOut.postMessage(myId());
   model.client?.forget();
-  leave("You are signed out.");
+  endSession("You are signed out.");
 }
 
 /**
- * Ends this tab's session; the copy for the next visit goes too, if it is the same
- * person's.
- * @param {string} why
+ * Ends this tab's session. The copy for the next visit is removed if it belongs to the
+ * same user.
+ * @param {string} reason
  */
-function leave(why) {
-  const kept = readSession(shelves.browser);
-  if (kept?.user_id === model.session?.user_id) writeSession(shelves.browser, null);
-  writeSession(shelves.tab, null);
+function endSession(reason) {
+  const saved = readSession(storages.browser);
+  if (saved?.user_id === model.session?.user_id) writeSession(storages.browser, null);
+  writeSession(storages.tab, null);
   model.client?.disconnect();
-  forgetModel();
+  resetModel();
   history.replaceState(null, "", location.pathname + location.search);
-  showSignIn({ why });
+  showSignIn({ reason });
 }
 
-/** The server does not take our token any more. Perhaps a newer link was opened. */
+/** The server refused the token. Another tab may have stored a newer one. */
 function onSignedOut() {
-  const mine = model.session;
-  const newer = [shelves.tab, shelves.browser]
+  const old = model.session;
+  const newer = [storages.tab, storages.browser]
     .map(readSession)
-    .find((kept) => kept?.user_id === mine?.user_id && kept?.token !== mine?.token);
+    .find((saved) => saved?.user_id === old?.user_id && saved?.token !== old?.token);
   if (newer) start(newer);
-  else leave("Your session has ended.");
+  else endSession("Your session has ended.");
 }
 
 /**
- * Another tab signed out: so do we, if it was the same person's.
+ * A user has signed out in another tab. This tab follows if it has the same user.
  * @param {MessageEvent} event
  */
 function onSignedOutElsewhere({ data }) {
   if (!model.session || data !== myId()) return;
   model.client?.forget();
-  leave("You signed out in another tab.");
+  endSession("You signed out in another tab.");
 }
 
 /* -------------------------------------------------------------------------------------
- * Model. Everything the page shows. Counters only grow, so it does not matter whether
- * an event, an answer or `connected` brought a number first.
+ * Model. Everything that the page shows. The counters only grow, so an event, an answer
+ * and `connected` may bring a number in any order.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -482,14 +487,14 @@ function onSignedOutElsewhere({ data }) {
  * @property {number} last_n
  * @property {number} read_n
  * @property {Message | null} last_message
- * @property {Message[]} messages those loaded: a run without holes up to the newest
- *   known
- * @property {boolean} loaded `messages` reaches to the present
- * @property {boolean} more there are older ones than those loaded
+ * @property {Message[]} messages the loaded messages, without holes, up to the newest
+ *   known one
+ * @property {boolean} loaded `messages` includes the chat's newest message
+ * @property {boolean} more there are messages before the loaded ones
  * @property {"no" | "yes" | "failed"} loading
- * @property {number | null} divider the new ones begin after this n
- * @property {Map<number, number>} typing user id -> timer that ends it
- * @property {number} arrived ms, when it was added during this visit; else 0
+ * @property {number | null} divider the new messages begin after this n
+ * @property {Map<number, number>} typing user id -> timer that ends the typing sign
+ * @property {number} addedAt ms, when it was added during this visit; otherwise 0
  * @property {string} draft
  */
 
@@ -504,26 +509,26 @@ const model = {
   open: null,
   /** @type {Map<number, string | null>} */
   names: new Map(),
-  /** Those one may invite; null: this server lets nobody. @type {number[] | null} */
+  /** The users one may add to a chat; null: not allowed. @type {number[] | null} */
   people: null,
   /** @type {State} */
-  link: "closed",
-  /** The list of chats came at least once. */
-  known: false,
-  /** Of the last list: numbers of another epoch cannot be compared with it. */
+  connection: "closed",
+  /** The list of chats has arrived at least once. */
+  chatsLoaded: false,
+  /** The epoch of the last list of chats. Another epoch resets all counters. */
   epoch: "",
 };
 
-function forgetModel() {
+function resetModel() {
   document.querySelectorAll("dialog").forEach((node) => node.close());
   selectChat(null);
   Object.assign(model, {
     session: null,
     client: null,
     people: null,
-    known: false,
+    chatsLoaded: false,
     epoch: "",
-    link: "closed",
+    connection: "closed",
   });
   model.chats.clear();
   model.names.clear();
@@ -550,12 +555,12 @@ function chatTitle(chat) {
 }
 
 /**
- * Newest activity first; a chat that was just added counts as activity.
+ * The chats, newest activity first. Being added to a chat counts as activity in it.
  * @returns {ChatView[]}
  */
 function sortedChats() {
   const when = (/** @type {ChatView} */ chat) =>
-    Math.max(Date.parse(chat.last_message?.created_at ?? "") || 0, chat.arrived);
+    Math.max(Date.parse(chat.last_message?.created_at ?? "") || 0, chat.addedAt);
   return [...model.chats.values()].sort(
     (a, b) =>
       when(b) - when(a) || (b.last_message?.id ?? 0) - (a.last_message?.id ?? 0),
@@ -563,17 +568,17 @@ function sortedChats() {
 }
 
 /**
- * Takes a chat as the server describes it, keeping what only the page knows.
- * @param {WireChat} wire
+ * Puts a chat from the server into the model, and keeps what only the page knows of it.
+ * @param {ServerChat} received
  * @returns {ChatView}
  */
-function putChat(wire) {
-  const before = model.chats.get(wire.id);
-  for (const { user_id, name } of wire.members) model.names.set(user_id, name);
-  const mine = wire.members.find(({ user_id }) => user_id === myId());
+function putChat(received) {
+  const before = model.chats.get(received.id);
+  for (const { user_id, name } of received.members) model.names.set(user_id, name);
+  const mine = received.members.find(({ user_id }) => user_id === myId());
   /** @type {ChatView} */
   const chat = before ?? {
-    id: wire.id,
+    id: received.id,
     title: null,
     members: new Map(),
     last_n: 0,
@@ -585,15 +590,15 @@ function putChat(wire) {
     loading: "no",
     divider: null,
     typing: new Map(),
-    arrived: 0,
+    addedAt: 0,
     draft: "",
   };
-  chat.title = wire.title;
-  chat.last_message = newer(chat.last_message, wire.last_message);
-  chat.last_n = Math.max(chat.last_n, wire.last_n);
-  chat.read_n = Math.max(chat.read_n, wire.read_n ?? mine?.read_n ?? 0);
+  chat.title = received.title;
+  chat.last_message = newer(chat.last_message, received.last_message);
+  chat.last_n = Math.max(chat.last_n, received.last_n);
+  chat.read_n = Math.max(chat.read_n, received.read_n ?? mine?.read_n ?? 0);
   chat.members = new Map(
-    wire.members.map(({ user_id, read_n }) => [
+    received.members.map(({ user_id, read_n }) => [
       user_id,
       Math.max(read_n ?? 0, chat.members.get(user_id) ?? 0),
     ]),
@@ -607,16 +612,19 @@ function newer(a, b) {
   return (a?.n ?? 0) >= (b?.n ?? 0) ? a : b;
 }
 
-/** @param {ChatView} chat @param {number} userId @param {number} n */
-function hasRead(chat, userId, n) {
+/**
+ * The user has read up to n.
+ * @param {ChatView} chat @param {number} userId @param {number} n
+ */
+function moveReadMark(chat, userId, n) {
   if (userId === myId()) chat.read_n = Math.max(chat.read_n, n);
   const before = chat.members.get(userId);
   if (before !== undefined) chat.members.set(userId, Math.max(before, n));
 }
 
 /**
- * Adds messages to those loaded. What lies before a hole is forgotten: it is fetched
- * again when somebody scrolls there.
+ * Adds messages to the loaded ones. Messages before a hole are dropped: they are
+ * fetched again when the user scrolls there.
  * @param {ChatView} chat
  * @param {Message[]} messages
  */
@@ -637,7 +645,7 @@ function putMessage(message) {
   if (!chat) return;
   chat.last_n = Math.max(chat.last_n, message.n);
   chat.last_message = newer(chat.last_message, message);
-  hasRead(chat, message.sender_id, message.n);
+  moveReadMark(chat, message.sender_id, message.n);
   stopTyping(chat, message.sender_id);
   if (chat.loaded || chat.loading === "yes") merge(chat, [message]);
 }
@@ -658,12 +666,12 @@ function removeChat(chatId) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Events. One table: what the connection tells, and what it does to the model.
+ * Events. One table: each event of the client, and what it changes in the model.
  * ---------------------------------------------------------------------------------- */
 
 /** @typedef {import("./chat-websocket.js").ChatEvents} ChatEvents */
 /** @type {{[Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void}} */
-const reactions = {
+const handlers = {
   state: onState,
   resync: () => void fetchChats(),
   chats: onChats,
@@ -671,10 +679,10 @@ const reactions = {
   new_message: ({ message }) => onNewMessage(message),
   message_read: ({ chat_id, read_by, n }) => {
     const chat = model.chats.get(chat_id);
-    if (chat) hasRead(chat, read_by, n);
+    if (chat) moveReadMark(chat, read_by, n);
   },
   chat_added: ({ chat }) => {
-    putChat(chat).arrived = Date.now();
+    putChat(chat).addedAt = Date.now();
     route();
   },
   member_added: ({ chat_id, user_id, name }) => {
@@ -688,12 +696,12 @@ const reactions = {
 };
 
 /** @param {ChatWebSocket} client */
-function listen(client) {
-  for (const [type, react] of Object.entries(reactions)) {
+function addHandlers(client) {
+  for (const [type, handle] of Object.entries(handlers)) {
     client.on(/** @type {keyof ChatEvents} */ (type), (event) => {
       if (client !== model.client) return;
-      /** @type {(event: any) => void} */ (react)(event);
-      askForRender();
+      /** @type {(event: any) => void} */ (handle)(event);
+      requestRender();
     });
   }
 }
@@ -701,34 +709,34 @@ function listen(client) {
 /** @param {import("./chat-websocket.js").StateChange} change */
 function onState({ state }) {
   const [title] = bannerText(state);
-  if (state !== model.link && title) announce(title);
-  model.link = state;
+  if (state !== model.connection && title) announce(title);
+  model.connection = state;
   if (state === "signed_out") onSignedOut();
 }
 
 /** @param {import("./chat-websocket.js").Snapshot} snapshot */
 function onChats({ chats, cursor }) {
   const epoch = cursor.slice(0, cursor.lastIndexOf("."));
-  if (epoch !== model.epoch) model.chats.forEach(forgetCounts);
+  if (epoch !== model.epoch) model.chats.forEach(resetChat);
   model.epoch = epoch;
   const ids = new Set(chats.map(({ id }) => id));
   for (const id of model.chats.keys()) if (!ids.has(id)) removeChat(id);
-  for (const wire of chats) putChat(wire).loaded = false;
-  model.known = true;
+  for (const received of chats) putChat(received).loaded = false;
+  model.chatsLoaded = true;
   route();
   if (model.open) void loadLatest(model.open);
 }
 
-/** The server goes on from a backup: what came after it is gone. @param {ChatView} chat */
-function forgetCounts(chat) {
-  const gone = {
+/** A backup was restored, so the newer events are gone. @param {ChatView} chat */
+function resetChat(chat) {
+  const empty = {
     last_n: 0,
     read_n: 0,
     last_message: null,
     messages: [],
     divider: null,
   };
-  Object.assign(chat, gone, { members: new Map() });
+  Object.assign(chat, empty, { members: new Map() });
 }
 
 /** @param {Record<string, {last_n: number, read_n: number}>} chats */
@@ -737,7 +745,7 @@ function onConnected(chats) {
     const chat = model.chats.get(Number(id));
     if (!chat) continue;
     chat.last_n = Math.max(chat.last_n, last_n);
-    hasRead(chat, myId(), read_n);
+    moveReadMark(chat, myId(), read_n);
   }
   void loadPeople();
 }
@@ -747,7 +755,7 @@ function onNewMessage(message) {
   putMessage(message);
   const chat = model.chats.get(message.chat_id);
   if (!chat || message.sender_id === myId() || chat.read_n >= message.n) return;
-  if (chat === model.open && chat.divider === null && !watchesEnd()) {
+  if (chat === model.open && chat.divider === null && !endIsVisible()) {
     chat.divider = message.n - 1;
   }
   const where = chat === model.open ? "" : ` in ${chatTitle(chat)}`;
@@ -780,7 +788,7 @@ function onTyping(chatId, userId, isTyping) {
     userId,
     after(TYPING_SECONDS, () => {
       stopTyping(chat, userId);
-      askForRender();
+      requestRender();
     }),
   );
 }
@@ -790,21 +798,21 @@ function onDelivery({ state, client_id, chat_id, message, reason }) {
   if (state === "sent" && message) putMessage(message);
   if (state !== "failed") return;
   announce(`Your message was not sent: ${reason}`);
-  // Of a chat that one was removed from, nobody could see it and try again.
-  if (model.known && !model.chats.has(chat_id)) model.client?.discard(client_id);
+  // The user is no longer in this chat, so the page cannot show the failed message.
+  if (model.chatsLoaded && !model.chats.has(chat_id)) model.client?.discard(client_id);
 }
 
-/** Fetches the chats, again and again until it succeeds or nobody wants it any more. */
+/** Fetches the list of chats, and tries again until it succeeds or the user changes. */
 async function fetchChats() {
   const { client } = model;
   try {
     await client?.fetchChats();
-    // Who only polls is never told `connected`.
+    // A client that polls never receives `connected`.
     if (client === model.client && model.people === null) void loadPeople();
   } catch (error) {
-    const final = error instanceof ChatError && error.status === 401;
-    if (!final)
-      after(AGAIN_SECONDS, () => void (client === model.client && fetchChats()));
+    const refused = error instanceof ChatError && error.status === 401;
+    if (!refused)
+      after(REFETCH_SECONDS, () => void (client === model.client && fetchChats()));
   }
 }
 
@@ -816,55 +824,54 @@ async function loadPeople() {
     for (const { user_id, name } of users) model.names.set(user_id, name);
     model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
   } catch (error) {
-    // Refused: this server lets only its operator create chats. No answer: the next
-    // connection asks again.
+    // A refusal means that users may not create chats on this server. After any other
+    // failure, the next connection tries again.
     if (error instanceof ChatError && error.status > 0) model.people = null;
   }
-  askForRender();
+  requestRender();
 }
 
 /* -------------------------------------------------------------------------------------
- * Reading. A message is read when it was on the screen, in a tab that is being looked
- * at.
+ * Reading. A message is read once it has been on the screen, in a visible tab.
  * ---------------------------------------------------------------------------------- */
 
-/** The reader looks at the end of the open chat. */
-function watchesEnd() {
+/** Whether the end of the open chat is on the screen. */
+function endIsVisible() {
   return document.visibilityState === "visible" && pane.atEnd();
 }
 
-/**
- * Tells the server, and our badges, up to where the open chat has been on the screen.
- */
+/** Moves the user's read mark to the last message that is on the screen. */
 function markSeen() {
   const chat = model.open;
   if (!chat || document.visibilityState !== "visible" || unread(chat) === 0) return;
   const seen = pane.lastSeen();
   if (!seen || seen.n <= chat.read_n) return;
-  hasRead(chat, myId(), seen.n);
+  moveReadMark(chat, myId(), seen.n);
   model.client?.markRead(chat.id, seen.id);
-  askForRender();
+  requestRender();
 }
 
 /** Loads the newest messages. @param {ChatView} chat */
 async function loadLatest(chat) {
   await loadHistory(chat, "");
   chat.loaded = chat.loading === "no";
-  askForRender();
+  requestRender();
 }
 
 /** @param {ChatView} chat */
 async function loadOlder(chat) {
   const [first] = chat.messages;
   if (first && chat.more) await loadHistory(chat, `&before=${first.id}`);
-  if (!chat.loaded) await loadLatest(chat); // a resync came meanwhile
+  if (!chat.loaded) await loadLatest(chat); // there was a resync meanwhile
 }
 
-/** @param {ChatView} chat @param {string} before a query, or nothing for the newest */
+/**
+ * @param {ChatView} chat @param {string} before part of a query; "": the newest ones
+ */
 async function loadHistory(chat, before) {
   if (chat.loading === "yes") return;
   chat.loading = "yes";
-  askForRender();
+  requestRender();
   try {
     const path = `/api/v1/chats/${chat.id}/messages?limit=${HISTORY_LIMIT}${before}`;
     const { messages, more } = await model.client?.request("GET", path);
@@ -874,7 +881,7 @@ async function loadHistory(chat, before) {
   } catch {
     chat.loading = "failed";
   }
-  askForRender();
+  requestRender();
 }
 
 /* -------------------------------------------------------------------------------------
@@ -882,18 +889,18 @@ async function loadHistory(chat, before) {
  * ---------------------------------------------------------------------------------- */
 
 /**
- * One render for all that changed in this turn; a hidden tab has no frames, so a timer.
+ * Renders once for all changes of this frame. A hidden tab has no frames: use a timer.
  */
-function askForRender() {
-  if (renderAsked) return;
-  renderAsked = true;
+function requestRender() {
+  if (renderRequested) return;
+  renderRequested = true;
   if (document.visibilityState === "hidden") after(0, render);
   else requestAnimationFrame(render);
 }
-let renderAsked = false;
+let renderRequested = false;
 
 function render() {
-  renderAsked = false;
+  renderRequested = false;
   if (!model.session) return;
   renderTop();
   renderBanner();
@@ -904,23 +911,23 @@ function render() {
 }
 
 /** @type {Record<State, string>} */
-const LINK_TEXT = {
+const CONNECTION_TEXT = {
   connecting: "Connecting…",
   connected: "Live",
-  polling: "Every 5 s",
+  polling: "Delayed",
   offline: "Offline",
   signed_out: "Signed out",
   too_many: "Paused",
-  refused: "Closed",
+  refused: "Disconnected",
   closed: "Connecting…",
 };
 
 function renderTop() {
-  const state = model.link;
+  const state = model.connection;
   const total = [...model.chats.values()].reduce((sum, chat) => sum + unread(chat), 0);
   const me = personName(myId(), model.session?.name);
-  setText("link-text", LINK_TEXT[state]);
-  box("link").dataset["state"] = state === "closed" ? "connecting" : state;
+  setText("connection-text", CONNECTION_TEXT[state]);
+  box("connection").dataset["state"] = state === "closed" ? "connecting" : state;
   setText("me-name", me);
   setText("me-panel-name", `Signed in as ${me}`);
   fillAvatar(box("me-avatar"), myId(), me);
@@ -933,7 +940,7 @@ function renderTop() {
 }
 
 /**
- * Only a real change, so that a screen reader is not told again.
+ * Writes only if the text has changed, so that screen readers do not read it again.
  * @param {string} id
  * @param {string} text
  */
@@ -942,25 +949,25 @@ function setText(id, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** @param {State} state @returns {string[]} the warning, and what happens meanwhile */
+/** @param {State} state @returns {string[]} the problem, and what happens meanwhile */
 function bannerText(state) {
   switch (state) {
     case "polling":
       return [
         "Live updates are interrupted.",
-        "New messages are fetched every 5 seconds.",
+        "chatd checks for new messages every 5 seconds.",
       ];
     case "offline":
-      return ["No connection.", "What you write is kept and sent when it is back."];
+      return ["No connection.", "Your messages are kept and sent later."];
     case "too_many":
       return [
         "chatd is open in too many places.",
-        "Close another one, then come back here.",
+        "Close one of them, then come back here.",
       ];
     case "refused":
       return [
-        "The server has closed this connection.",
-        "Load the page again to go on.",
+        "The server has closed the connection.",
+        "Reload the page to connect again.",
       ];
     default:
       return [];
@@ -968,14 +975,14 @@ function bannerText(state) {
 }
 
 function renderBanner() {
-  const state = model.link;
+  const state = model.connection;
   const [title, meanwhile = ""] = bannerText(state);
   box("banner").hidden = !title;
   setText("banner-title", title ?? "");
   if (!title) return;
   const seconds = Math.ceil(model.client?.retryIn ?? 0);
   const waiting = state === "polling" || state === "offline";
-  const next = seconds > 0 ? `Next try in ${seconds} s.` : "Trying now…";
+  const next = seconds > 0 ? `Trying again in ${seconds} s.` : "Trying again now…";
   setText("banner-next", waiting ? `${meanwhile} ${next}` : meanwhile);
   button("banner-retry").hidden = state === "refused";
   button("banner-retry").disabled = waiting && seconds === 0;
@@ -984,7 +991,7 @@ function renderBanner() {
 function renderList() {
   const rows = sortedChats().map((chat) => chatRow(chat, chat === model.open));
   showRows(box("chat-list"), rows);
-  box("chat-list-empty").hidden = rows.length > 0 || !model.known;
+  box("chat-list-empty").hidden = rows.length > 0 || !model.chatsLoaded;
 }
 
 /** @param {ChatView} chat @param {boolean} current @returns {Row} */
@@ -1074,15 +1081,16 @@ function renderBell() {
 }
 
 /* -------------------------------------------------------------------------------------
- * The open chat. The place of the reader comes first: after each render he sees what he
- * saw before, or the end if he was at the end.
+ * The open chat. The most important rule: a render does not move the messages that the
+ * user reads. If the end was visible before, it is visible afterwards.
  * ---------------------------------------------------------------------------------- */
 
 const pane = {
-  /** Where to go once the messages are there. @type {"stay" | "start"} */
+  /** Where to scroll when the messages have been loaded. @type {"stay" | "start"} */
   goTo: "stay",
+  /** The end is visible and stays visible. */
   follow: true,
-  /** Newest n that was drawn: what comes after it arrives with a little motion. */
+  /** The newest n that was drawn. A message after it appears with a small animation. */
   drawn: Infinity,
 
   atEnd() {
@@ -1090,13 +1098,13 @@ const pane = {
     return scrollHeight - scrollTop - clientHeight < END_MARGIN;
   },
 
-  toEnd() {
+  scrollToEnd() {
     this.follow = true;
     box("scroller").scrollTop = box("scroller").scrollHeight;
   },
 
   /**
-   * The last message of which enough is on the screen.
+   * The last message that counts as seen.
    * @returns {{id: number, n: number} | null}
    */
   lastSeen() {
@@ -1124,12 +1132,12 @@ const pane = {
     box("typing").hidden = !chat;
     if (!chat) return;
     this.renderHead(chat);
-    this.keepPlace(() => showRows(box("messages"), messageRows(chat)));
+    this.keepPosition(() => showRows(box("messages"), messageRows(chat)));
     this.drawn = chat.messages.at(-1)?.n ?? this.drawn;
-    this.begin(chat);
+    this.scrollToStart(chat);
     this.renderJump(chat);
     setText("typing", typingText(chat));
-    this.wantOlder(chat);
+    this.loadOlderIfNear(chat);
   },
 
   /** @param {ChatView} chat */
@@ -1145,19 +1153,20 @@ const pane = {
   },
 
   /** @param {() => void} change */
-  keepPlace(change) {
+  keepPosition(change) {
     const anchor = this.follow ? null : this.firstVisible();
     const top = anchor?.getBoundingClientRect().top ?? 0;
     change();
-    if (this.follow) this.toEnd();
-    else if (anchor?.isConnected) this.moveBy(anchor.getBoundingClientRect().top - top);
+    if (this.follow) this.scrollToEnd();
+    else if (anchor?.isConnected)
+      this.scrollBy(anchor.getBoundingClientRect().top - top);
   },
 
   /**
-   * Not by nothing: even that would stop a finger's scrolling.
+   * Does nothing below one pixel: any write to scrollTop stops a touch scroll.
    * @param {number} pixels
    */
-  moveBy(pixels) {
+  scrollBy(pixels) {
     if (Math.abs(pixels) >= 1) box("scroller").scrollTop += pixels;
   },
 
@@ -1171,13 +1180,16 @@ const pane = {
     );
   },
 
-  /** Just opened: to the first new message, else to the end. @param {ChatView} chat */
-  begin(chat) {
+  /**
+   * Scrolls a chat that was just opened to its first new message, or else to its end.
+   * @param {ChatView} chat
+   */
+  scrollToStart(chat) {
     if (this.goTo !== "start" || !chat.loaded) return;
     this.goTo = "stay";
     const divider = box("messages").querySelector(".divider");
-    if (!divider) return this.toEnd();
-    // Not scrollIntoView: that would move the whole page where it can.
+    if (!divider) return this.scrollToEnd();
+    // scrollIntoView could also scroll the page itself.
     const scroller = box("scroller");
     const { top, height } = scroller.getBoundingClientRect();
     scroller.scrollTop += divider.getBoundingClientRect().top - top - height / 3;
@@ -1188,11 +1200,11 @@ const pane = {
   renderJump(chat) {
     const count = unread(chat);
     button("jump").hidden = this.atEnd();
-    setText("jump-text", count ? plural("new message", count) : "Latest");
+    setText("jump-text", count ? plural("new message", count) : "Latest messages");
   },
 
   /** @param {ChatView} chat */
-  wantOlder(chat) {
+  loadOlderIfNear(chat) {
     const scroller = box("scroller");
     const near = scroller.clientHeight > 0 && scroller.scrollTop < HISTORY_MARGIN;
     if (near && chat.loaded && chat.loading === "no" && chat.more) void loadOlder(chat);
@@ -1203,12 +1215,12 @@ const pane = {
     if (!open) return;
     this.follow = this.atEnd();
     this.renderJump(open);
-    this.wantOlder(open);
+    this.loadOlderIfNear(open);
     markSeen();
   },
 };
 
-/** @param {ChatView} chat @returns {string} "" when nobody does */
+/** @param {ChatView} chat @returns {string} "": no one is typing */
 function typingText(chat) {
   const names = [...chat.typing.keys()].map((id) => personName(id));
   if (names.length === 0) return "";
@@ -1217,7 +1229,7 @@ function typingText(chat) {
 }
 
 /**
- * Everything in the open chat, top to bottom.
+ * The rows of the open chat, from top to bottom.
  * @param {ChatView} chat
  * @returns {Row[]}
  */
@@ -1236,29 +1248,29 @@ function messageRows(chat) {
     rows.push(messageRow(chat, message, first));
     before = message;
   }
-  const unsent = unseen(chat);
-  const apart = before?.sender_id !== myId();
+  const unsent = notYetStored(chat);
+  const startsGroup = before?.sender_id !== myId();
   return [
     ...rows,
-    ...unsent.map((delivery, i) => unsentRow(delivery, apart && i === 0)),
+    ...unsent.map((delivery, i) => unsentRow(delivery, startsGroup && i === 0)),
   ];
 }
 
 /**
- * What is under way and not among the messages yet: where an answer was lost, or
- * another tab sent it, the message may be here before its outbox knows.
+ * The unsent messages that are not among the chat's messages. A message can be in both
+ * lists for a moment: after its answer was lost, or when another tab has sent it.
  * @param {ChatView} chat
  */
-function unseen(chat) {
-  const mine = chat.messages.filter(({ sender_id }) => sender_id === myId());
-  const here = new Set(mine.map(({ client_id }) => client_id));
+function notYetStored(chat) {
+  const own = chat.messages.filter(({ sender_id }) => sender_id === myId());
+  const stored = new Set(own.map(({ client_id }) => client_id));
   const unsent = model.client?.unsent(chat.id) ?? [];
-  return unsent.filter(({ client_id }) => !here.has(client_id));
+  return unsent.filter(({ client_id }) => !stored.has(client_id));
 }
 
 /**
  * @param {ChatView} chat
- * @returns {Row} the top: the beginning, or the way to older ones
+ * @returns {Row} the top row: the beginning of the chat, or the state of loading
  */
 function historyRow(chat) {
   const look = chat.loading === "no" ? (chat.more ? "more" : "start") : chat.loading;
@@ -1325,7 +1337,7 @@ function sameGroup(a, b) {
 function messageRow(chat, message, first) {
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
-  const tick = own ? readBy(chat, message.n) : "";
+  const tick = own ? tickText(chat, message.n) : "";
   const arriving = message.n > pane.drawn && !own;
   return {
     key: own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`,
@@ -1362,7 +1374,7 @@ function personAvatar(userId) {
 }
 
 /**
- * Names stand above a group; a screen reader hears one with each message.
+ * The sender's name is visible above a group. Screen readers read it with each message.
  * @param {boolean} own
  * @param {boolean} first
  * @param {string} name
@@ -1372,8 +1384,8 @@ function senderLine(own, first, name) {
   return el("p", { class: first ? "sender" : "sr-only", dir: "auto" }, name);
 }
 
-/** @param {ChatView} chat @param {number} n @returns {string} what the tick says */
-function readBy(chat, n) {
+/** @param {ChatView} chat @param {number} n @returns {string} the text of the tick */
+function tickText(chat, n) {
   const people = others(chat);
   const readers = people.filter((id) => (chat.members.get(id) ?? 0) >= n).length;
   if (readers === 0) return "Sent";
@@ -1435,7 +1447,7 @@ function unsentRow(delivery, first) {
 }
 
 /**
- * What the text is to blame for can be edited, else tried again.
+ * The user can edit a message whose text was refused, and resend any other one.
  * @param {Delivery} delivery
  */
 function failureLine({ client_id, content, code, reason }) {
@@ -1464,7 +1476,7 @@ function textButton(text, press) {
   return node;
 }
 
-/** The words of a message, with links for http and https. @param {string} content */
+/** The text of a message, with links for http and https. @param {string} content */
 function contentNode(content) {
   const node = el("div", { class: "content", dir: "auto" });
   let from = 0;
@@ -1490,8 +1502,8 @@ function contentNode(content) {
 }
 
 /**
- * Punctuation at the end belongs to the sentence, and so does a bracket that was not
- * opened in the address.
+ * Removes the end of an address that belongs to the sentence around it: punctuation,
+ * and a closing bracket that was not opened in the address.
  * @param {string} address
  * @returns {string}
  */
@@ -1535,24 +1547,25 @@ function selectChat(chat) {
 function route() {
   const match = /^#chat\/(\d+)$/.exec(location.hash);
   const chat = model.chats.get(Number(match?.[1])) ?? null;
-  if (match && !chat && !model.known) return; // the list of chats is still on its way
+  if (match && !chat && !model.chatsLoaded) return; // the list of chats will come
   const before = model.open;
   selectChat(chat);
-  askForRender();
+  requestRender();
   if (before !== chat && document.activeElement !== document.body) {
     requestAnimationFrame(() => moveFocus(before));
   }
 }
 
 /**
- * Into the chat that was opened; back to its row in the list when it was closed.
+ * Moves the focus into the chat that was opened, or to the row of the chat that was
+ * closed.
  * @param {ChatView | null} before
  */
 function moveFocus(before) {
-  const typist = matchMedia("(pointer: fine)").matches;
+  const finePointer = matchMedia("(pointer: fine)").matches;
   /** @type {HTMLElement | null} */
   const target = model.open
-    ? typist
+    ? finePointer
       ? composer
       : box("scroller")
     : box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
@@ -1569,8 +1582,8 @@ const composer = byId("composer-text", HTMLTextAreaElement);
 function submitMessage(event) {
   event?.preventDefault();
   const chat = model.open;
-  // What is pasted from a terminal may have control characters; the server refuses them.
-  const content = composer.value.replace(CONTROL, "").trim();
+  // Text from a terminal may have control characters, which the server refuses.
+  const content = composer.value.replace(CONTROL_CHARACTERS, "").trim();
   if (!chat || !content) return;
   composer.value = "";
   growComposer();
@@ -1578,10 +1591,10 @@ function submitMessage(event) {
   model.client?.sendTyping(chat.id, false);
   model.client?.send(chat.id, content);
   pane.follow = true;
-  askForRender();
+  requestRender();
 }
 
-/** As high as its text, within the limit of the style sheet. */
+/** Makes the field as high as its text, up to the limit in style.css. */
 function growComposer() {
   composer.style.height = "auto";
   const border = composer.offsetHeight - composer.clientHeight;
@@ -1594,7 +1607,7 @@ function onComposerInput() {
 }
 
 /**
- * Enter sends; with Shift, or on a touch keyboard, it begins a new line.
+ * Enter sends the message. With Shift, or on a touch keyboard, Enter begins a new line.
  * @param {KeyboardEvent} event
  */
 function onComposerKey(event) {
@@ -1608,8 +1621,8 @@ function onComposerKey(event) {
  * ---------------------------------------------------------------------------------- */
 
 /**
- * Asks a question and waits for the answer; closing it means no.
- * @param {{title: string, text: string, yes: string, no: string}} words
+ * Asks a question and waits for the answer. Closing the dialog means no.
+ * @param {{title: string, text: string, yes: string, no: string}} texts
  * @returns {Promise<boolean>}
  */
 function ask({ title, text, yes, no }) {
@@ -1629,7 +1642,7 @@ function ask({ title, text, yes, no }) {
 }
 
 /**
- * Whom the people dialog adds to; null: it makes a new chat.
+ * The chat to which the people dialog adds members; null: it creates a chat.
  * @type {ChatView | null}
  */
 let addingTo = null;
@@ -1648,10 +1661,10 @@ function choosePeople(chat) {
   void loadPeople().then(showCandidates);
 }
 
-/** Fills the list of the people dialog; those already chosen stay chosen. */
+/** Fills the list of the people dialog. Users who are chosen already stay chosen. */
 function showCandidates() {
-  const inside = addingTo?.members ?? new Map([[myId(), 0]]);
-  const ids = (model.people ?? []).filter((id) => !inside.has(id));
+  const members = addingTo?.members ?? new Map([[myId(), 0]]);
+  const ids = (model.people ?? []).filter((id) => !members.has(id));
   ids.sort((a, b) => personName(a).localeCompare(personName(b)));
   showRows(
     box("people-list"),
@@ -1706,10 +1719,10 @@ async function onPeopleForm(event) {
     else await createChat(field("people-chat-title").value.trim() || null, chosen);
     dialog("people").close();
   } catch (error) {
-    setText("people-error", sentence(error));
+    setText("people-error", errorText(error));
   } finally {
     button("people-submit").disabled = false;
-    askForRender();
+    requestRender();
   }
 }
 
@@ -1723,7 +1736,8 @@ async function addMembers(chat, userIds) {
 }
 
 /**
- * Opens the chat that it creates, or the direct chat that exists.
+ * Creates a chat and opens it. If the chat would be a second direct chat with the same
+ * person, opens the first one instead.
  * @param {string | null} title
  * @param {number[]} member_ids
  */
@@ -1745,7 +1759,7 @@ async function createChat(title, member_ids) {
     title,
     member_ids,
   });
-  putChat(chat).arrived = Date.now();
+  putChat(chat).addedAt = Date.now();
   location.hash = `#chat/${chat.id}`;
 }
 
@@ -1780,7 +1794,9 @@ async function onInfoLeave() {
   if (!chat) return;
   const sure = await ask({
     title: `Leave “${chatTitle(chat)}”?`,
-    text: "You will get no more messages from it. Somebody in it can add you again.",
+    text:
+      "You will receive no more messages from this chat unless someone adds you " +
+      "again.",
     yes: "Leave",
     no: "Stay",
   });
@@ -1788,17 +1804,18 @@ async function onInfoLeave() {
   try {
     await model.client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${myId()}`);
   } catch (error) {
-    toast(sentence(error));
+    toast(errorText(error));
   }
 }
 
 /* -------------------------------------------------------------------------------------
- * Notifications. Only while the tab is hidden, only after a click that allowed them.
+ * Notifications. They appear only while the tab is hidden, and only after the user has
+ * turned them on.
  * ---------------------------------------------------------------------------------- */
 
 async function onNotifyButton() {
   await Notification.requestPermission();
-  askForRender();
+  requestRender();
 }
 
 /** @param {ChatView} chat @param {Message} message */
@@ -1818,7 +1835,7 @@ function showNotification(chat, message) {
   try {
     const shown = new Notification(title, {
       body: message.content.slice(0, 200),
-      tag: `chatd.${myId()}.${chat.id}`, // the tabs of one person show one
+      tag: `chatd.${myId()}.${chat.id}`, // all tabs of a user share one notification
     });
     shown.addEventListener("click", () => {
       window.focus();
@@ -1826,7 +1843,7 @@ function showNotification(chat, message) {
       shown.close();
     });
   } catch {
-    // Some phones notify only from service workers: there the badge must do.
+    // Some phones allow notifications only from service workers. chatd has none.
   }
 }
 
@@ -1835,39 +1852,42 @@ function showNotification(chat, message) {
  * ---------------------------------------------------------------------------------- */
 
 /**
- * Shows this person's chats and connects. Replaces whoever was here.
+ * Shows the chats of the session's user and connects. A previous session in this tab
+ * ends.
  * @param {Session} session
  */
 function start(session) {
   if (model.session?.token === session.token) return;
   model.client?.disconnect();
-  forgetModel();
-  writeSession(shelves.tab, session);
+  resetModel();
+  writeSession(storages.tab, session);
   const client = new ChatWebSocket({ bearer: session.token });
   model.session = session;
   model.client = client;
   model.names.set(session.user_id, session.name);
-  listen(client);
+  addHandlers(client);
   showScreen("chat");
-  askForRender();
-  // With the place of the list the socket goes on without a gap; but a slow answer must
-  // not keep us from connecting, and from saying that something is wrong.
-  const late = new Promise((resolve) => void after(LATE_SECONDS, () => resolve(null)));
-  void Promise.race([fetchChats(), late]).then(() => {
+  requestRender();
+  // The socket continues without a gap from the cursor of the list. But a slow list
+  // must not delay the connection, nor the notice that there is none.
+  const timeout = new Promise((resolve) => {
+    after(FIRST_LIST_SECONDS, () => resolve(null));
+  });
+  void Promise.race([fetchChats(), timeout]).then(() => {
     if (client === model.client) client.connect();
   });
 }
 
-function wireUp() {
+function addListeners() {
   const on = (
     /** @type {EventTarget} */ target,
     /** @type {string} */ type,
-    /** @type {(event: any) => void} */ react,
-  ) => target.addEventListener(type, react);
+    /** @type {(event: any) => void} */ handle,
+  ) => target.addEventListener(type, handle);
   on(window, "hashchange", onHash);
   on(signedOut, "message", onSignedOutElsewhere);
-  on(window, "beforeunload", onLeaving);
-  // At once: a frame that was asked for may never come to a tab that is now hidden.
+  on(window, "beforeunload", onBeforeUnload);
+  // Renders at once: a tab that is hidden now may never get the requested frame.
   on(document, "visibilitychange", render);
   on(box("sign-in-form"), "submit", onSignInForm);
   on(button("sign-out"), "click", () => void onSignOut());
@@ -1896,7 +1916,7 @@ function wireUp() {
 
 /** @param {HashChangeEvent} event */
 function onHash({ oldURL }) {
-  const token = takeLinkToken(new URL(oldURL).hash);
+  const token = extractLinkToken(new URL(oldURL).hash);
   if (token) void signInWith(token);
   else route();
 }
@@ -1908,24 +1928,24 @@ function onSkip(event) {
 }
 
 function onJump() {
-  pane.toEnd(); // at once: a smooth way through a long history makes one dizzy
+  pane.scrollToEnd(); // at once: smooth scrolling through a long history can make dizzy
   box("scroller").focus({ preventScroll: true });
 }
 
-/** A keyboard came up or the window changed: who was at the end stays there. */
+/** The size has changed, perhaps for an on-screen keyboard. The end stays visible. */
 function onResize() {
-  if (pane.follow) pane.toEnd();
+  if (pane.follow) pane.scrollToEnd();
   markSeen();
 }
 
-/** Counts down to the next try. */
+/** Updates the seconds in the banner. */
 function onSecond() {
   if (!box("banner").hidden) renderBanner();
 }
 
 function begin() {
-  wireUp();
-  const token = takeLinkToken();
+  addListeners();
+  const token = extractLinkToken();
   const session = sessionToResume();
   if (token) void signInWith(token);
   else if (session) start(session);

@@ -8,93 +8,90 @@
  *     chat.on("new_message", ({ message }) => show(message));
  *     chat.on("state", ({ state }) => console.log(state));
  *     chat.connect(token);                  // or: chat.connect(async () => newToken())
- *     chat.send(3, "Hello");                // kept, and sent again, until it is stored
+ *     chat.send(3, "Hello");                // sent again until it is stored
  *
- * What it promises, and how:
+ * It makes three promises:
  *
  * - Every event of your chats reaches your listeners once and in order, or "resync"
- *   tells you to fetch your chats again. It keeps the server's cursor, gives it back at
- *   each reconnect and each poll, and drops what is not ahead of it. So it does not
- *   matter which of the two brought an event.
- * - A message you send is stored once. It has a client_id, is kept in localStorage
- *   until the server's ack, and may be sent as often as needed: the server knows the
- *   client_id.
- * - It comes back by itself, at a random moment, so that ten thousand pages do not
- *   knock at once. After 5 s without a socket it polls; every 30 s it tries the socket
- *   again.
+ *   tells you to fetch your chats again. The client keeps the server's cursor and sends
+ *   it with each reconnect and each poll. It drops every event that the cursor has
+ *   passed already, so an event may come over the socket, over the poll, or over both.
+ * - A message that you send is stored once. It has a client_id and stays in
+ *   localStorage until the server's ack. It may be sent any number of times, because
+ *   the server stores each client_id once.
+ * - The client reconnects by itself, after a random delay, so that ten thousand pages
+ *   do not reconnect at the same moment. After 5 s without a socket it polls. While it
+ *   polls, it tries the socket again every 30 s.
  *
- * Only typing is best effort. The file depends on nothing: no library, and not on
- * chatd's page.
+ * Only typing is best effort. This file has no dependencies: it needs no library and no
+ * other file of chatd's page.
  */
 
 /* -------------------------------------------------------------------------------------
- * Limits. Each is a duration in seconds (or a count), with what it buys.
+ * Limits. Each is a duration in seconds, with the reason for it.
  * ---------------------------------------------------------------------------------- */
 
-/** The first wait before a reconnect is a random part of this; it doubles each time. */
+/**
+ * A reconnect waits for a random part of this bound. Each failure doubles the bound.
+ */
 const FIRST_RETRY_SECONDS = 0.5;
-/** Without a socket for so long we poll, and the state says so. */
+/** After this long without a socket the client polls, and the state says so. */
 const FALLBACK_SECONDS = 5;
 /** The pause between two polls. */
 const POLL_SECONDS = 5;
-/** While we poll, the socket is tried again so often. */
+/** While the client polls, it tries the socket again this often. */
 const RETRY_SECONDS = 30;
-/** A socket that is not ready by then counts as refused. */
+/** A socket that is not ready after this long counts as refused. */
 const CONNECT_SECONDS = 10;
-/**
- * A connection that lived so long was a good one: the next retry starts small again.
- */
+/** A connection that lasted this long resets the bound of the delay. */
 const STEADY_SECONDS = 5;
 /**
- * After so much silence we ask for a sign of life: a page cannot see the server's
- * pings.
+ * After this long without a message from the server, the client sends a `ping`. The
+ * server's own pings are WebSocket frames that JavaScript cannot see.
  */
 const SILENCE_SECONDS = 25;
-/** ... and without one for so long the connection is dead. */
+/** Without an answer to that ping for this long, the connection is dead. */
 const PONG_SECONDS = 10;
-/**
- * The same after a hint (the network changed, the tab was looked at again): be quick.
- */
+/** The same, after the network has changed or the tab has become visible. */
 const PROBE_SECONDS = 4;
-/** How often silence is looked at. */
+/** How often the client checks for silence. */
 const WATCH_SECONDS = 2;
-/** `token_expiring` is answered at most so often: the new token may end as soon. */
+/** The shortest time between two renewals: the new token may expire soon, too. */
 const RENEW_SECONDS = 15;
-/**
- * A message without an answer for so long means that the connection is not what it
- * seems.
- */
+/** A message without an answer for this long means that the connection is dead. */
 const ANSWER_SECONDS = 20;
-/** An HTTP request is given up after this. */
+/** An HTTP request fails after this long. */
 const REQUEST_SECONDS = 15;
-/** Where a refusal does not say how long to wait. */
+/** The wait after a refusal without `retry_after`. */
 const REFUSED_SECONDS = 2;
 /**
- * A message that lies in storage for so long, and is not ours, was left by a tab that
- * is gone: whoever sees it sends it.
+ * How often the client looks in storage for messages of other tabs. A message that it
+ * finds twice was left by a closed tab, so the client sends it.
  */
 const ADOPT_SECONDS = 15;
-/** `typing: true` is repeated at most so often ... */
+/** `is_typing: true` is sent at most this often. */
 const TYPING_REPEAT_SECONDS = 3;
-/** ... and taken back when sendTyping was not called for so long. */
+/** `is_typing: false` is sent this long after the last call of sendTyping. */
 const TYPING_STOP_SECONDS = 5;
-/** A reading mark is sent at most so often for each chat. */
+/** A read mark is sent at most this often for each chat. */
 const MARK_SECONDS = 1;
 
 const LONE_SURROGATE =
   /[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 
-/** Close codes from 4500 mean "stay away"; what the two we know mean is here. */
+/**
+ * Close codes from 4500 to 4999 mean "stay away". These two have states of their own.
+ */
 const STAY_AWAY = /** @type {Record<number, "signed_out" | "too_many">} */ ({
-  4503: "signed_out", // revoked, or another user
-  4504: "too_many", // open in too many places
+  4503: "signed_out", // revoked, or the token of another user
+  4504: "too_many", // too many connections of this user
 });
 const STAY_AWAY_FROM = 4500;
 
 /**
- * Refusals that waiting does not mend: such a message is reported as failed, so that it
- * does not stand in the way of the others. After "internal" it may be stored all the
- * same; then its event says so.
+ * A message that is refused with one of these codes would be refused again. It is
+ * reported as failed, so that it does not block the messages after it. After "internal"
+ * the message may be stored nevertheless; then its event reports it as sent.
  */
 const FINAL_REFUSALS = new Set([
   "bad_field",
@@ -108,7 +105,8 @@ const FINAL_REFUSALS = new Set([
 ]);
 
 /* -------------------------------------------------------------------------------------
- * Words. What travels, as the server writes it, and the three events that we add.
+ * Types. The server messages, and the four events that the client adds: state,
+ * delivery, chats and resync.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -118,7 +116,7 @@ const FINAL_REFUSALS = new Set([
  * @property {number} sender_id
  * @property {string} content
  * @property {string} created_at UTC, RFC 3339
- * @property {number} n its ordinal in the chat: 1, 2, 3 without holes
+ * @property {number} n its position in the chat: 1, 2, 3, without holes
  * @property {string} [client_id]
  */
 /** @typedef {{user_id: number, name: string | null, read_n: number}} Member */
@@ -127,9 +125,9 @@ const FINAL_REFUSALS = new Set([
  * @property {number} id
  * @property {string | null} title
  * @property {Member[]} members
- * @property {number} last_n the ordinal of its last message, 0 without one
+ * @property {number} last_n the `n` of its last message; 0: it has none
  * @property {Message | null} last_message
- * @property {number} [read_n] up to where you have read
+ * @property {number} [read_n] the `n` of the last message that you have read
  * @property {number} [unread]
  */
 /**
@@ -180,16 +178,17 @@ const FINAL_REFUSALS = new Set([
  */
 
 /**
- * Where the connection stands:
- * - `connecting`: no socket yet, or lost a moment ago
- * - `connected`: live
- * - `polling`: no socket; events come every 5 s, messages go by HTTP
- * - `offline`: polling does not get through either
- * - `signed_out`: the token is no longer good; call connect with a new one
- * - `too_many`: the user is open in too many places; it waits until this tab is looked
- *   at
- * - `refused`: the server told us to stay away
- * - `closed`: disconnect was called, or connect never was
+ * The state of the connection:
+ * - `connecting`: there is no socket yet, or it was lost less than 5 s ago
+ * - `connected`: the socket is open and live
+ * - `polling`: there is no socket; the client fetches events every 5 s and sends
+ *   messages over HTTP
+ * - `offline`: polls fail, too
+ * - `signed_out`: the token is no longer valid; call connect with a new one
+ * - `too_many`: the user has too many connections; the client waits until the user
+ *   comes back to this tab
+ * - `refused`: the server told the client to stay away
+ * - `closed`: disconnect was called, or connect was never called
  * @typedef {"connecting" | "connected" | "polling" | "offline" | "signed_out"
  *   | "too_many"
  *   | "refused" | "closed"} State
@@ -197,20 +196,21 @@ const FINAL_REFUSALS = new Set([
 /**
  * @typedef {object} StateChange
  * @property {State} state
- * @property {number | null} retryIn seconds until the socket is tried again; null: it
- *   is open, or being tried, or nothing is due
+ * @property {number | null} retryIn seconds until the next attempt to open a socket;
+ *   null: none is scheduled
  */
 /**
- * What became of a message that you sent. `discarded` follows `failed`, or forget().
+ * The state of a message that you sent. `discarded` follows `failed`, or forget().
  * @typedef {object} Delivery
  * @property {"sending" | "sent" | "failed" | "discarded"} state
  * @property {string} client_id
  * @property {number} chat_id
  * @property {string} content
- * @property {boolean} kept it outlives the page: false if storage is full or forbidden
- * @property {Message} [message] as stored, when sent
- * @property {string} [code] why it failed
- * @property {string} [reason] the same as a sentence
+ * @property {boolean} kept it is in storage and survives a reload; false if storage is
+ *   full or forbidden
+ * @property {Message} [message] the stored message, if `state` is "sent"
+ * @property {string} [code] the code of the error, if `state` is "failed"
+ * @property {string} [reason] the same error as a sentence
  */
 /** @typedef {{chats: Chat[], cursor: string}} Snapshot */
 /**
@@ -218,8 +218,8 @@ const FINAL_REFUSALS = new Set([
  * @property {StateChange} state
  * @property {Delivery} delivery
  * @property {Snapshot} chats the answer of fetchChats
- * @property {{}} resync your picture is too old: call fetchChats and load what you show
- *   again
+ * @property {{}} resync too much was missed: call fetchChats, and load again what you
+ *   show
  * @property {Connected} connected
  * @property {NewMessage} new_message
  * @property {MessageRead} message_read
@@ -236,27 +236,29 @@ const FINAL_REFUSALS = new Set([
 
 /** @typedef {string | (() => string | Promise<string>)} TokenSource */
 /**
- * @typedef {Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length">} Shelf
+ * @typedef {Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length">
+ *   } StorageLike
  */
 /**
  * @typedef {object} Options
- * @property {string | URL} [server] chatd's address. Default: where this file came
- *   from.
+ * @property {string | URL} [server] chatd's address. Default: the server that this file
+ *   came from.
  * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
- *   needs no token: it asks for a ticket of 60 s, so that the long-lived token never
- *   stands in a URL.
- * @property {Shelf | null} [storage] where unsent messages outlive the page. Default:
- *   localStorage; null: nowhere.
- * @property {Pick<Console, "log"> | null} [log] Default: the console; null: silence.
+ *   needs no token: the client fetches a ticket, which is valid for 60 s, so that the
+ *   long-lived token is never part of a URL.
+ * @property {StorageLike | null} [storage] where unsent messages are kept across
+ *   reloads. Default: localStorage; null: nowhere.
+ * @property {Pick<Console, "log"> | null} [log] where the client writes log lines.
+ *   Default: the console; null: nowhere.
  */
 
-/** A request that was refused (`status` as in HTTP) or got no answer (`status` 0). */
+/** A request that was refused (`status` is the HTTP status) or not answered (0). */
 export class ChatError extends Error {
   /**
    * @param {number} status
-   * @param {string} code chatd's stable word for it, e.g. "not_found"; "unreachable"
-   *   for 0
-   * @param {string} message a sentence for people
+   * @param {string} code chatd's error code, e.g. "not_found"; "unreachable" if
+   *   `status` is 0
+   * @param {string} message a sentence for the user
    * @param {number} [retryAfter] seconds
    */
   constructor(status, code, message, retryAfter) {
@@ -269,12 +271,12 @@ export class ChatError extends Error {
 }
 
 /* -------------------------------------------------------------------------------------
- * Outbox. The messages that are not yet known to be stored, in the order they were
- * written. Each is an item of its own in storage, written before it is sent and removed
- * after its ack. So the tabs of one user never overwrite each other, and a tab may be
- * closed at any moment: what it leaves is taken over by another, or by the next visit.
- * Two tabs that send the same item change nothing: it has one client_id, which the
- * server knows.
+ * Unsent messages. A message is unsent until the client knows that it is stored. The
+ * entries are in the order of writing. Each entry is a separate item in storage,
+ * written before the message is sent and removed after its ack. So the tabs of one user
+ * never overwrite each other's items. A tab may be closed at any moment: another tab,
+ * or the next visit, adopts its entries. If two tabs send the same message, the server
+ * stores it once, because it has one client_id.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -282,53 +284,53 @@ export class ChatError extends Error {
  * @property {string} client_id
  * @property {number} chat_id
  * @property {string} content
- * @property {boolean} kept in storage too
- * @property {"waiting" | "socket" | "http" | "failed"} on where it is
- * @property {number} sentAt when it was handed over last, as now()
- * @property {string | undefined} code why it failed
+ * @property {boolean} kept it is in storage, too
+ * @property {"waiting" | "socket" | "http" | "failed"} place
+ *   waiting to be sent, on its way over the socket or over HTTP, or refused for good
+ * @property {number} sentAt when it was last sent over the socket, as now()
+ * @property {string | undefined} code the code of the error, if it failed
  * @property {string | undefined} reason
  */
 
-/** What an item says for a moment before it goes: the other tabs must drop it too. */
+/** The value of an item just before it is removed, so that other tabs drop it, too. */
 const DISCARDED = "discarded";
 
-class Outbox {
+class UnsentMessages {
   /** Oldest first. @type {Unsent[]} */
   entries = [];
   #storage;
-  /** "" until the user is known: until then only in memory. */
+  /** Begins the keys in storage. "" until the user is known: nothing is stored yet. */
   #prefix = "";
   #lastTime = 0;
-  /** Items of others at the last look. @type {Set<string>} */
-  #strange = new Set();
+  /** The items of other tabs at the last call of adopt. @type {Set<string>} */
+  #othersBefore = new Set();
 
-  /** @param {Shelf | null} storage */
+  /** @param {StorageLike | null} storage */
   constructor(storage) {
     this.#storage = storage;
   }
 
   /**
-   * From now on entries are kept under this prefix, and what lies there is ours. Does
-   * nothing the second time.
+   * Stores the entries under this prefix from now on, and adopts the entries that are
+   * already there. A second call does nothing.
    * @param {string} prefix
    */
   open(prefix) {
     if (this.#prefix) return;
     this.#prefix = prefix;
     this.entries.forEach((entry) => this.#keep(entry));
-    this.#take(this.#others());
+    this.#insert(this.#others());
   }
 
   /**
-   * Takes over items that others had stored when it was called last, and that are still
-   * there.
+   * Adopts the items of other tabs that were in storage at the last call and still are.
    * @returns {Unsent[]}
    */
   adopt() {
     const others = this.#others();
-    const left = others.filter(({ client_id }) => this.#strange.has(client_id));
-    this.#strange = new Set(others.map(({ client_id }) => client_id));
-    this.#take(left);
+    const left = others.filter(({ client_id }) => this.#othersBefore.has(client_id));
+    this.#othersBefore = new Set(others.map(({ client_id }) => client_id));
+    this.#insert(left);
     return left;
   }
 
@@ -340,7 +342,8 @@ class Outbox {
   add(chat_id, content) {
     const entry = newUnsent(this.#newId(), chat_id, content);
     this.entries.push(entry);
-    // With those that storage had no room for: whoever takes over takes them in order.
+    // Also the entries that did not fit before, so that a tab that adopts them later
+    // has all of them in order.
     this.entries.filter(({ kept }) => !kept).forEach((unkept) => this.#keep(unkept));
     return entry;
   }
@@ -352,23 +355,23 @@ class Outbox {
 
   /** @param {Unsent} entry @param {string} code @param {string} reason */
   fail(entry, code, reason) {
-    Object.assign(entry, { on: "failed", code, reason });
+    Object.assign(entry, { place: "failed", code, reason });
     this.#keep(entry);
   }
 
   /** @param {Unsent} entry */
   retry(entry) {
-    Object.assign(entry, { on: "waiting", code: undefined, reason: undefined });
+    Object.assign(entry, { place: "waiting", code: undefined, reason: undefined });
     this.#keep(entry);
   }
 
-  /** It is stored. @param {Unsent} entry */
+  /** Removes an entry that the server has stored. @param {Unsent} entry */
   remove(entry) {
     this.entries = this.entries.filter((other) => other !== entry);
     this.#store((storage) => storage.removeItem(this.#prefix + entry.client_id));
   }
 
-  /** Nobody wants it any more, in any tab. @param {Unsent} entry */
+  /** Removes an unsent entry in all tabs. @param {Unsent} entry */
   discard(entry) {
     this.#store((storage) =>
       storage.setItem(this.#prefix + entry.client_id, DISCARDED),
@@ -377,7 +380,8 @@ class Outbox {
   }
 
   /**
-   * Another tab changed its storage: which entry of ours was discarded there?
+   * Another tab has changed an item in storage. If it has discarded an entry of this
+   * tab, removes that entry and returns it.
    * @param {string | null} key
    * @param {string | null} value
    */
@@ -388,32 +392,32 @@ class Outbox {
     return entry;
   }
 
-  /** The way it was sent is gone: it waits again. @param {"socket" | "http"} way */
-  rewind(way) {
-    for (const entry of this.on(way)) entry.on = "waiting";
-  }
-
-  /** @param {Unsent["on"]} place */
-  on(place) {
-    return this.entries.filter((entry) => entry.on === place);
-  }
-
   /**
-   * Ids sort in the order of writing, also across reloads and when the clock is set
-   * back.
+   * Lets the entries that are on their way wait again.
+   * @param {"socket" | "http"} place
    */
+  requeue(place) {
+    for (const entry of this.at(place)) entry.place = "waiting";
+  }
+
+  /** @param {Unsent["place"]} place */
+  at(place) {
+    return this.entries.filter((entry) => entry.place === place);
+  }
+
+  /** Ids sort in the order of writing, across reloads and if the clock is set back. */
   #newId() {
     this.#lastTime = Math.max(this.#lastTime + 1, Date.now());
     const random = crypto.getRandomValues(new Uint32Array(3));
-    const words = [...random].map((word) => word.toString(36).padStart(7, "0"));
-    return `${this.#lastTime.toString(36).padStart(9, "0")}-${words.join("")}`;
+    const digits = [...random].map((number) => number.toString(36).padStart(7, "0"));
+    return `${this.#lastTime.toString(36).padStart(9, "0")}-${digits.join("")}`;
   }
 
   /** @param {Unsent[]} entries */
-  #take(entries) {
+  #insert(entries) {
     const all = [...this.entries, ...entries];
     this.entries = all.sort((a, b) => (a.client_id < b.client_id ? -1 : 1));
-    const last = parseInt(all.at(-1)?.client_id ?? "0", 36); // up to the "-"
+    const last = parseInt(all.at(-1)?.client_id ?? "0", 36); // it stops at the "-"
     this.#lastTime = Math.max(this.#lastTime, last);
   }
 
@@ -426,7 +430,7 @@ class Outbox {
     );
   }
 
-  /** What is stored and not among our entries. @returns {Unsent[]} */
+  /** The items in storage that are not among the entries. @returns {Unsent[]} */
   #others() {
     /** @type {Unsent[]} */
     const found = [];
@@ -442,9 +446,10 @@ class Outbox {
   }
 
   /**
-   * Storage may be full or forbidden; then a message lives as long as the page, and
-   * `kept` says so.
-   * @param {(storage: Shelf) => void} use
+   * Storage may be full or forbidden. Then an entry is in memory only, and its `kept`
+   * is false.
+   * @param {(storage: StorageLike) => void} use
+   * @returns {boolean} whether it worked
    */
   #store(use) {
     if (!this.#storage || !this.#prefix) return false;
@@ -469,7 +474,7 @@ function newUnsent(client_id, chat_id, content) {
     chat_id,
     content,
     kept: false,
-    on: "waiting",
+    place: "waiting",
     sentAt: 0,
     code: undefined,
     reason: undefined,
@@ -479,22 +484,22 @@ function newUnsent(client_id, chat_id, content) {
 /**
  * @param {string} clientId
  * @param {string | null} text
- * @returns {Unsent | null} null: not one of ours, or no longer one
+ * @returns {Unsent | null} null: the item is not an unsent message, or no longer one
  */
 function readUnsent(clientId, text) {
   const { chat_id, content, code, reason } = parseObject(text) ?? {};
   if (typeof content !== "string" || !Number.isInteger(chat_id)) return null;
   const entry = newUnsent(clientId, chat_id, content);
-  const on = code ? "failed" : "waiting";
-  return Object.assign(entry, { kept: true, on, code, reason });
+  const place = code ? "failed" : "waiting";
+  return Object.assign(entry, { kept: true, place, code, reason });
 }
 
-/** @returns {Shelf | null} */
+/** @returns {StorageLike | null} */
 function defaultStorage() {
   try {
     return globalThis.localStorage ?? null;
   } catch {
-    return null; // A browser may forbid even the question.
+    return null; // a browser may forbid even the access to the property
   }
 }
 
@@ -508,76 +513,85 @@ function parseCursor(cursor) {
 }
 
 /* -------------------------------------------------------------------------------------
- * ChatWebSocket. It owns one socket at most, one poll at most, and the cursor. The
- * state is never stored: it follows from what there is (#state), so it cannot be wrong.
- * Everything that outlives an `await` asks afterwards whether it is still wanted
- * (#attempt, AbortController).
+ * ChatWebSocket. It owns at most one socket, at most one poll, and the cursor. The
+ * state is not stored: #state computes it from these, so it cannot be out of date.
+ * After an `await`, a method checks whether its work is still wanted (#attempt,
+ * AbortController).
  * ---------------------------------------------------------------------------------- */
 
 export class ChatWebSocket {
   #base;
   #bearer;
   #log;
-  #outbox;
+  #unsent;
   /** @type {Map<string, Set<(event: any) => void>>} */
   #listeners = new Map();
 
-  /** What connect was given. @type {TokenSource | undefined} */
+  /** The argument of connect. @type {TokenSource | undefined} */
   #token;
-  /** What a token function returned last, for HTTP. @type {string | undefined} */
+  /** The last token of the token function, for HTTP. @type {string | undefined} */
   #fetchedToken;
   /** @type {number | undefined} */
   #userId;
 
-  /** Why we do not connect; null while we do or try to. @type {State | null} */
+  /**
+   * The state that ended the connection; null: it has not ended.
+   * @type {State | null}
+   */
   #ended = "closed";
   /** @type {WebSocket | null} */
   #socket = null;
-  /** The server's `connected` was heard on #socket. */
+  /** `connected` has arrived on #socket. */
   #ready = false;
-  /** Counts attempts; whoever awaited and finds another number gives up. */
+  /** Counts attempts. A method that finds a new number after an `await` returns. */
   #attempt = 0;
   #failures = 0;
   #connectedAt = 0;
   #attemptAt = 0;
-  /** The last socket ended as if our token were refused. */
-  #doubt = false;
-  /** What `bye` asked for, seconds. @type {number | null} */
+  /** The last socket closed as it would if the token were refused. */
+  #tokenInDoubt = false;
+  /** The `retry_after` of `bye`. @type {number | null} */
   #byeSeconds = null;
-  /** When the socket is tried next, as now(). @type {number | null} */
+  /** When the next attempt to open a socket begins, as now(). @type {number | null} */
   #retryAt = null;
   #retryTimer = 0;
   #connectTimer = 0;
   #watchTimer = 0;
   #watchedAt = 0;
   #adoptTimer = 0;
-  #heardAt = 0;
-  /** A ping is out and must be answered until then (as now()); 0: none is. */
+  #receivedAt = 0;
+  /** When the answer to a ping is due, as now(); 0: no ping is unanswered. */
   #pongBy = 0;
   #renewedAt = -Infinity;
 
-  /** A poll is running or due. */
+  /** A poll is running or scheduled. */
   #polling = false;
   #pollTimer = 0;
-  /** Ends every request that stands in for the socket. */
+  /** Aborts every request that replaces the socket. */
   #fallback = new AbortController();
-  /** The last poll got an answer. */
+  /** The last poll was answered. */
   #reachable = true;
 
-  /** The place in the server's log up to where events were taken. */
+  /** The position in the event log up to which events were accepted. */
   #cursor = { epoch: "", seq: -1 };
-  /** Where the events that we have without a gap begin: older pictures are too old. */
-  #runStart = -1;
-  /** Events that wait for fetchChats; null: none runs. @type {LoggedEvent[] | null} */
+  /** No event after this seq was missed. A list of chats from before it is too old. */
+  #gaplessFrom = -1;
+  /**
+   * Events that wait for fetchChats; null: it does not run.
+   * @type {LoggedEvent[] | null}
+   */
   #held = null;
   /** @type {Promise<Snapshot> | null} */
   #fetching = null;
 
-  /** Nothing is sent before (as now()): the server asked us to wait. */
-  #sendFrom = 0;
+  /** No message is sent before this time, as now(): the server asked for a wait. */
+  #sendNotBefore = 0;
   #sendTimer = 0;
   /**
-   * @type {Map<number, {wanted: number, known: number, sentAt: number, timer: number}>}
+   * The read mark of each chat, as message ids: the one that the page `wanted`, and the
+   * one for which the server's answer has `settled` it.
+   * @type {Map<number,
+   *   {wanted: number, settled: number, sentAt: number, timer: number}>}
    */
   #marks = new Map();
   /** @type {Map<number, {sentAt: number, timer: number}>} */
@@ -590,18 +604,18 @@ export class ChatWebSocket {
     if (!this.#base.pathname.endsWith("/")) this.#base.pathname += "/";
     this.#bearer = options.bearer;
     this.#log = options.log === undefined ? console : options.log;
-    this.#outbox = new Outbox(
+    this.#unsent = new UnsentMessages(
       options.storage === undefined ? defaultStorage() : options.storage,
     );
-    this.#learnUser(this.#bearer);
+    this.#learnUserFrom(this.#bearer);
   }
 
-  /* ---- for the page ---- */
+  /* ---- public methods ---- */
 
   /**
    * Calls `listener` for each event of this type, until the returned function is
-   * called. A listener that throws is reported as an uncaught error and harms nobody
-   * else.
+   * called. An exception in a listener is reported as an uncaught error; the other
+   * listeners are still called.
    * @template {keyof ChatEvents} Type
    * @param {Type} type
    * @param {(event: ChatEvents[Type]) => void} listener
@@ -614,43 +628,44 @@ export class ChatWebSocket {
   }
 
   /**
-   * Connects, and stays connected until disconnect. Returns at once; "state" tells the
-   * rest. Called again, it starts anew with the new token and keeps cursor and unsent
-   * messages.
+   * Connects, and stays connected until disconnect is called. Returns at once; "state"
+   * events report the progress. A second call reconnects with the new token, and keeps
+   * the cursor and the unsent messages.
    *
    * @param {TokenSource} [token] a JWT, or a function that fetches one for each
-   *   connection. A function that fails with an error whose `status` is 401 means "sign
-   *   in again"; any other failure is tried again. Where it returns tickets (GET
-   *   /api/v2/ws-token), give the constructor a `bearer` too: a ticket opens sockets,
-   *   and cannot poll. Without a token: tickets, fetched with `bearer`.
+   *   connection. If the function throws an error whose `status` is 401, the client
+   *   stops (`signed_out`); after any other error it tries again. If the function
+   *   returns tickets (GET /api/v2/ws-token), also pass `bearer` to the constructor: a
+   *   ticket opens a socket but cannot poll. Without a token, the client fetches
+   *   tickets with `bearer`.
    */
   connect(token) {
     if (token === undefined && this.#bearer === undefined) {
-      throw new TypeError("connect: give it a token, or give the constructor a bearer");
+      throw new TypeError("connect: pass a token, or pass `bearer` to the constructor");
     }
     this.#stop();
     this.#token = token;
     this.#fetchedToken = undefined;
-    this.#doubt = false;
-    if (!this.#learnUser(token)) return;
-    this.#begin();
+    this.#tokenInDoubt = false;
+    if (!this.#learnUserFrom(token)) return;
+    this.#start();
   }
 
-  /** Closes, and stays closed until connect. Unsent messages are kept for then. */
+  /** Closes the connection until the next connect. Unsent messages are kept. */
   disconnect() {
     this.#end("closed");
   }
 
-  /** Closes, and discards what this user has not sent: for signing out. */
+  /** Like disconnect, and discards the user's unsent messages: for signing out. */
   forget() {
     this.disconnect();
-    for (const entry of this.#outbox.entries) this.#discard(entry);
+    for (const entry of this.#unsent.entries) this.#discard(entry);
   }
 
-  /** Tries the socket now, if it is waiting to. */
+  /** Tries to open the socket now, if an attempt is scheduled, or in `too_many`. */
   retry() {
     if (this.#ended === "too_many") {
-      this.#begin();
+      this.#start();
     } else if (this.#retryTimer) {
       void this.#open();
     }
@@ -661,62 +676,63 @@ export class ChatWebSocket {
     return this.#state();
   }
 
-  /** Seconds until the socket is tried again; null: it is not waiting to. */
+  /** Seconds until the next attempt to open a socket; null: none is scheduled. */
   get retryIn() {
     return this.#retryAt === null ? null : Math.max(0, (this.#retryAt - now()) / 1000);
   }
 
-  /** Your user id, once it is known. */
+  /** The user's id; undefined until it is known. */
   get userId() {
     return this.#userId;
   }
 
   /**
-   * Sends a message: at once, or as soon as that is possible, also after a reload.
-   * "delivery" events tell what becomes of it.
+   * Sends a message now, or as soon as possible, even after a reload. "delivery" events
+   * report its state.
    * @param {number} chatId
    * @param {string} content
    * @returns {string} its client_id
    */
   send(chatId, content) {
-    // Half of a surrogate pair is no text: as JSON it could not be refused by name.
+    // Half of a surrogate pair is not valid text. The server would refuse the whole
+    // frame as bad JSON, and could not say which message it refuses.
     const text = String(content).replace(LONE_SURROGATE, "\ufffd");
-    const entry = this.#outbox.add(chatId, text);
+    const entry = this.#unsent.add(chatId, text);
     this.#reportDelivery(entry, "sending");
     this.#sendUnsent();
     return entry.client_id;
   }
 
   /**
-   * The messages of a chat that are not yet known to be stored, oldest first.
+   * The unsent messages of a chat, oldest first.
    * @param {number} chatId
    * @returns {Delivery[]}
    */
   unsent(chatId) {
-    return this.#outbox.entries
+    return this.#unsent.entries
       .filter((entry) => entry.chat_id === chatId)
-      .map((entry) => delivery(entry, entry.on === "failed" ? "failed" : "sending"));
+      .map((entry) => delivery(entry, entry.place === "failed" ? "failed" : "sending"));
   }
 
-  /** Gives a failed message another chance. @param {string} clientId */
+  /** Sends a failed message again. @param {string} clientId */
   resend(clientId) {
-    const entry = this.#outbox.find(clientId);
-    if (entry?.on !== "failed") return;
-    this.#outbox.retry(entry);
+    const entry = this.#unsent.find(clientId);
+    if (entry?.place !== "failed") return;
+    this.#unsent.retry(entry);
     this.#reportDelivery(entry, "sending");
     this.#sendUnsent();
   }
 
-  /** Throws a failed message away. @param {string} clientId */
+  /** Drops a failed message. @param {string} clientId */
   discard(clientId) {
-    const entry = this.#outbox.find(clientId);
-    if (entry?.on === "failed") this.#discard(entry);
+    const entry = this.#unsent.find(clientId);
+    if (entry?.place === "failed") this.#discard(entry);
   }
 
   /**
-   * Tells the others that you type. Call it at each key: it is repeated no more often
-   * than every 3 s, and taken back by itself 5 s after the last call. Lost without a
-   * socket.
+   * Shows the other members that the user is typing. Call it at each key: it is sent at
+   * most every 3 s, and the typing sign ends by itself 5 s after the last call. Without
+   * a socket nothing is sent.
    * @param {number} chatId
    * @param {boolean} isTyping
    */
@@ -724,11 +740,11 @@ export class ChatWebSocket {
     const before = this.#typing.get(chatId);
     clearTimeout(before?.timer);
     if (!isTyping) {
-      if (this.#typing.delete(chatId)) this.#sayTyping(chatId, false);
+      if (this.#typing.delete(chatId)) this.#sendTypingCommand(chatId, false);
       return;
     }
     const due = !before || elapsed(before.sentAt) >= TYPING_REPEAT_SECONDS;
-    if (due) this.#sayTyping(chatId, true);
+    if (due) this.#sendTypingCommand(chatId, true);
     this.#typing.set(chatId, {
       sentAt: due ? now() : before.sentAt,
       timer: after(TYPING_STOP_SECONDS, () => this.sendTyping(chatId, false)),
@@ -736,16 +752,16 @@ export class ChatWebSocket {
   }
 
   /**
-   * Marks a chat as read up to this message. Sent at most once a second for each chat,
-   * and again after a reconnect if it was not answered. An older message changes
-   * nothing.
+   * Marks a chat as read up to this message. The mark is sent at most once a second for
+   * each chat, and sent again after a reconnect if the server did not answer. A message
+   * before the mark changes nothing.
    * @param {number} chatId
    * @param {number} messageId
    */
   markRead(chatId, messageId) {
     const mark = this.#marks.get(chatId) ?? {
       wanted: 0,
-      known: 0,
+      settled: 0,
       sentAt: -Infinity,
       timer: 0,
     };
@@ -756,12 +772,12 @@ export class ChatWebSocket {
   }
 
   /**
-   * Fetches your chats with members, last message and reading positions. Events wait
-   * meanwhile: first "chats" brings the answer, then come the events after it, so
-   * nothing is missed and nothing counted twice. Call it before connect if you gave a
-   * bearer, else at the first "connected"; and at each "resync".
+   * Fetches the user's chats with members, last message and read marks. Events wait
+   * meanwhile: "chats" comes first, then the events after it, so that no event is
+   * missed or counted twice. Call it before connect if you passed `bearer`, otherwise
+   * at the first "connected"; and call it at each "resync".
    * @returns {Promise<Snapshot>}
-   * @throws {ChatError} then the events that waited come all the same; try again
+   * @throws {ChatError} the events that waited are delivered anyway; try again
    */
   fetchChats() {
     this.#held ??= [];
@@ -772,36 +788,36 @@ export class ChatWebSocket {
   }
 
   /**
-   * One HTTP request to chatd, with the bearer.
+   * Sends one HTTP request to chatd, with the token.
    * @param {string} method
    * @param {string} path e.g. "/api/v1/chats"
    * @param {object} [body] sent as JSON
    * @param {AbortSignal} [signal]
-   * @returns {Promise<any>} the JSON of the answer; null for 204
+   * @returns {Promise<any>} the answer's JSON; null for 204
    * @throws {ChatError}
    */
   async request(method, path, body, signal) {
     const token = await this.#httpToken(false);
     try {
-      return await this.#ask(method, path, token, body, signal);
+      return await this.#fetch(method, path, token, body, signal);
     } catch (error) {
       if (!isSignedOut(error)) throw error;
-      return this.#askAgain(method, path, body, signal, error);
+      return this.#fetchAgain(method, path, body, signal, error);
     }
   }
 
   /* ---- connecting ---- */
 
-  #begin() {
+  #start() {
     this.#ended = null;
     this.#failures = 0;
     this.#listenToBrowser(true);
     this.#adoptTimer = every(ADOPT_SECONDS, () => this.#adopt());
-    this.#fallBackLater();
+    this.#schedulePolling();
     void this.#open();
   }
 
-  /** Fetches a token and opens a socket. The answer comes to #hear or #lost. */
+  /** Fetches a token and opens a socket. Then #receive or #connectionLost is called. */
   async #open() {
     const attempt = ++this.#attempt;
     clearTimeout(this.#retryTimer);
@@ -809,14 +825,14 @@ export class ChatWebSocket {
     this.#retryAt = null;
     this.#attemptAt = now();
     this.#reportState();
-    this.#connectTimer = after(CONNECT_SECONDS, () => this.#lost(1006));
+    this.#connectTimer = after(CONNECT_SECONDS, () => this.#connectionLost(1006));
     try {
       const token = await this.#socketToken();
       if (attempt === this.#attempt) this.#socket = this.#newSocket(token);
     } catch (error) {
       if (attempt !== this.#attempt) return;
       if (isSignedOut(error)) this.#end("signed_out");
-      else this.#lost(0, retryAfter(error));
+      else this.#connectionLost(0, retryAfter(error));
     }
   }
 
@@ -828,10 +844,10 @@ export class ChatWebSocket {
     if (this.#cursor.seq >= 0) url.searchParams.set("cursor", this.#cursorText());
     const socket = new WebSocket(url);
     socket.onopen = () => this.#log?.log("[WebSocket] Connected");
-    socket.onmessage = ({ data }) => this.#hear(data);
+    socket.onmessage = ({ data }) => this.#receive(data);
     socket.onclose = ({ code }) => {
       this.#log?.log(`[WebSocket] Closed ${code}`);
-      this.#lost(code);
+      this.#connectionLost(code);
     };
     return socket;
   }
@@ -840,45 +856,48 @@ export class ChatWebSocket {
   async #socketToken() {
     if (!this.#token) return (await this.request("GET", "/api/v2/ws-token")).token;
     if (typeof this.#token === "string") {
-      if (this.#doubt) await this.#checkToken();
+      if (this.#tokenInDoubt) await this.#checkToken();
       return this.#token;
     }
     const token = await this.#token();
-    if (typeof token !== "string") throw new TypeError("connect: no token was fetched");
+    if (typeof token !== "string")
+      throw new TypeError("connect: the token function did not return a string");
     if (this.#bearer === undefined) this.#fetchedToken = token;
-    this.#learnUser(token);
+    this.#learnUserFrom(token);
     return token;
   }
 
   /**
-   * A browser does not say why a handshake was refused. A fixed token may be the
-   * reason, and then trying again for ever would be wrong: a request can tell.
+   * A browser does not say why a handshake was refused. The reason may be a fixed token
+   * that is no longer valid, and then the client must stop. An HTTP request finds out.
    */
   async #checkToken() {
     try {
       await this.request("GET", "/api/v1/me");
     } catch {
-      // A 401 has ended us already (#askAgain); else it says nothing about the token.
+      // After a 401, #fetchAgain has ended the connection. Any other error says
+      // nothing about the token.
     }
   }
 
   /**
-   * There is no socket (any more): decides whether and when to come back.
-   * @param {number} code the close code; 0: not even an attempt, there was no token
-   * @param {number} [retryAfterSeconds] as the server asked
+   * The socket has closed, or could not be opened. Decides whether and when to
+   * reconnect.
+   * @param {number} code the close code; 0: no token could be fetched
+   * @param {number} [retryAfterSeconds] the wait that the server asked for
    */
-  #lost(code, retryAfterSeconds) {
+  #connectionLost(code, retryAfterSeconds) {
     const steady = this.#ready && elapsed(this.#connectedAt) >= STEADY_SECONDS;
     const wait = this.#byeSeconds ?? retryAfterSeconds;
-    if (code === 1009) this.#tooLarge();
+    if (code === 1009) this.#frameTooLarge();
     this.#dropSocket(1000);
     if (steady) this.#failures = 0;
     if (code >= STAY_AWAY_FROM && code < 5000) {
       this.#end(STAY_AWAY[code] ?? "refused");
       return;
     }
-    this.#doubt = code === 1006 || code === 4401;
-    this.#fallBackLater();
+    this.#tokenInDoubt = code === 1006 || code === 4401;
+    this.#schedulePolling();
     this.#retryIn(wait ?? this.#backoff());
   }
 
@@ -898,15 +917,15 @@ export class ChatWebSocket {
     this.#reportState();
   }
 
-  /** Something changed in our favour: do not wait for the next try. */
-  #hurry() {
+  /** The network may be back, or have changed: tests the socket, or opens one now. */
+  #probeOrRetry() {
     if (this.#ready) this.#ping(PROBE_SECONDS);
     else if (elapsed(this.#attemptAt) >= 1) this.retry();
   }
 
   /**
-   * Forgets the socket, whatever state it is in.
-   * @param {number} code to close it with
+   * Closes the socket, in any state, and ignores what still arrives on it.
+   * @param {number} code the close code
    */
   #dropSocket(code) {
     this.#attempt += 1;
@@ -917,13 +936,13 @@ export class ChatWebSocket {
     this.#ready = false;
     this.#byeSeconds = null;
     this.#pongBy = 0;
-    this.#outbox.rewind("socket");
+    this.#unsent.requeue("socket");
     if (!socket) return;
     socket.onopen = socket.onmessage = socket.onclose = null;
     socket.close(code);
   }
 
-  /** No socket, no poll, no timer. */
+  /** Ends the socket, the polls and the timers. */
   #stop() {
     this.#dropSocket(1000);
     this.#stopPolling();
@@ -940,39 +959,39 @@ export class ChatWebSocket {
     this.#retryAt = null;
   }
 
-  /** @param {State} why */
-  #end(why) {
+  /** @param {State} state */
+  #end(state) {
     this.#stop();
-    this.#ended = why;
-    if (why !== "too_many") this.#listenToBrowser(false);
+    this.#ended = state;
+    if (state !== "too_many") this.#listenToBrowser(false);
     this.#reportState();
   }
 
-  /* ---- hearing ---- */
+  /* ---- receiving ---- */
 
   /** @param {any} data */
-  #hear(data) {
+  #receive(data) {
     const frame = parseObject(data);
-    if (!frame) return; // not from chatd; a proxy's word, perhaps
+    if (!frame) return; // not from chatd; perhaps from a proxy
     this.#log?.log("WebSocket message:", frame);
-    this.#heardAt = now();
+    this.#receivedAt = now();
     this.#pongBy = 0;
-    if (frame.type === "connected") this.#connected(frame);
-    else if (typeof frame.seq === "number") this.#take(frame);
-    else this.#answer(frame);
+    if (frame.type === "connected") this.#handleConnected(frame);
+    else if (typeof frame.seq === "number") this.#acceptEvent(frame);
+    else this.#handleTransient(frame);
   }
 
-  /** @param {any} frame one that is not in the log */
-  #answer(frame) {
+  /** @param {any} frame one without a seq: it is not in the event log */
+  #handleTransient(frame) {
     switch (frame.type) {
       case "ack":
-        this.#acked(frame);
+        this.#handleAck(frame);
         break;
       case "error":
-        this.#refused(frame);
+        this.#handleError(frame);
         break;
       case "token_expiring":
-        void this.#renew();
+        void this.#renewToken();
         break;
       case "bye":
         this.#byeSeconds = frame.retry_after;
@@ -982,22 +1001,22 @@ export class ChatWebSocket {
   }
 
   /** @param {Connected} frame */
-  #connected(frame) {
-    if (!this.#isUser(frame.user_id)) return;
+  #handleConnected(frame) {
+    if (!this.#acceptUser(frame.user_id)) return;
     clearTimeout(this.#connectTimer);
     this.#stopPolling();
     this.#ready = true;
-    this.#sendFrom = 0;
+    this.#sendNotBefore = 0;
     this.#connectedAt = now();
     this.#watchedAt = Date.now();
     clearInterval(this.#watchTimer);
     this.#watchTimer = every(WATCH_SECONDS, () => this.#watch());
-    // "fresh" although we know a place means that we asked before we knew it (a poll
-    // told us meanwhile): what lies between the two is missing, so it is a resync.
-    const known = this.#cursor.seq >= 0;
+    // "fresh" means that the socket was opened without a cursor. If there is a cursor
+    // now, a poll brought it meanwhile, and the events between the two are missing.
+    const hasCursor = this.#cursor.seq >= 0;
     const fresh = frame.resume === "fresh";
-    const resync = frame.resume === "resync" || (fresh && known);
-    if (fresh || resync) this.#jump(frame.cursor);
+    const resync = frame.resume === "resync" || (fresh && hasCursor);
+    if (fresh || resync) this.#restartAt(frame.cursor);
     else this.#moveCursor(frame.cursor);
     this.#reportState();
     this.#emit("connected", frame);
@@ -1007,61 +1026,63 @@ export class ChatWebSocket {
   }
 
   /**
-   * A token says whose it is, so that what is written before the server answers, or
-   * without it, is kept for the right user.
+   * Reads the user's id from the token, so that a message written before the server
+   * answers is stored for the right user.
    * @param {TokenSource | undefined} token
+   * @returns {boolean} false: it is the token of another user than before
    */
-  #learnUser(token) {
+  #learnUserFrom(token) {
     const userId = typeof token === "string" ? userIdOf(token) : undefined;
-    return userId === undefined || this.#isUser(userId);
+    return userId === undefined || this.#acceptUser(userId);
   }
 
   /**
-   * Learns who we are. Another user than before ends everything: his chats are not
-   * ours, and our unsent messages are not his.
+   * Sets the user's id, or compares it with the known one. Another user than before
+   * ends the connection, because chats and unsent messages belong to one user.
    * @param {number} userId
+   * @returns {boolean} false: it is another user than before
    */
-  #isUser(userId) {
+  #acceptUser(userId) {
     if (this.#userId !== undefined && this.#userId !== userId) {
       this.#end("signed_out");
       return false;
     }
     if (this.#userId === undefined) {
       this.#userId = userId;
-      this.#outbox.open(`chatd.unsent.${this.#base.host}.${userId}.`);
-      this.#reportAdopted(this.#outbox.entries);
+      this.#unsent.open(`chatd.unsent.${this.#base.host}.${userId}.`);
+      this.#reportAdopted(this.#unsent.entries);
     }
     return true;
   }
 
   /**
-   * One event of the log, from the socket or a poll: passed on unless it is known.
+   * Delivers an event from the socket or a poll, unless the cursor has passed it.
    * @param {LoggedEvent} event
    */
-  #take(event) {
+  #acceptEvent(event) {
     if (event.seq <= this.#cursor.seq) return;
     this.#cursor.seq = event.seq;
-    if (event.type === "new_message") this.#stored(event.message);
+    if (event.type === "new_message") this.#messageStored(event.message);
     if (this.#held) this.#held.push(event);
     else this.#emit(event.type, event);
   }
 
   /**
-   * Moves the cursor, never back within an epoch: a poll may have been ahead of the
+   * Moves the cursor, but never back within an epoch: a poll may have been ahead of the
    * socket.
    * @param {string} text
    */
   #moveCursor(text) {
     const cursor = parseCursor(text);
-    const sameLog = cursor.epoch === this.#cursor.epoch;
-    if (!sameLog) this.#jump(text);
+    const sameEpoch = cursor.epoch === this.#cursor.epoch;
+    if (!sameEpoch) this.#restartAt(text);
     else if (cursor.seq > this.#cursor.seq) this.#cursor = cursor;
   }
 
-  /** Goes on at another place, without what lies between. @param {string} text */
-  #jump(text) {
+  /** Continues at another cursor and skips the events between. @param {string} text */
+  #restartAt(text) {
     this.#cursor = parseCursor(text);
-    this.#runStart = this.#cursor.seq;
+    this.#gaplessFrom = this.#cursor.seq;
     if (this.#held) this.#held = [];
   }
 
@@ -1086,8 +1107,9 @@ export class ChatWebSocket {
   }
 
   /**
-   * A picture taken before the events that we hold begin would leave a gap, and one of
-   * another epoch is older than ours if we learned ours meanwhile: take another.
+   * Fetches the list of chats until it is new enough. A list from before #gaplessFrom
+   * would leave a gap. A list of another epoch is older than the cursor if the cursor's
+   * epoch has changed since the request began.
    * @returns {Promise<Snapshot>}
    */
   async #freshSnapshot() {
@@ -1097,36 +1119,37 @@ export class ChatWebSocket {
       const snapshot = await this.request("GET", "/api/v1/chats");
       const { epoch, seq } = parseCursor(snapshot.cursor);
       const known = this.#cursor.epoch;
-      if (epoch === known ? seq >= this.#runStart : before === known) return snapshot;
+      if (epoch === known ? seq >= this.#gaplessFrom : before === known)
+        return snapshot;
     }
-    throw new ChatError(0, "unreachable", "The chat server's answers are too old.");
+    throw new ChatError(0, "unreachable", "The server's list of chats is out of date.");
   }
 
-  /* ---- signs of life ---- */
+  /* ---- keeping alive ---- */
 
-  /** Every 2 s while connected. After a sleep (a late tick) it looks more closely. */
+  /** Runs every 2 s while connected. A late run means that the computer has slept. */
   #watch() {
     const slept = Date.now() - this.#watchedAt > SILENCE_SECONDS * 1000;
     this.#watchedAt = Date.now();
-    const oldest = this.#outbox.on("socket")[0];
+    const oldest = this.#unsent.at("socket")[0];
     const unanswered = oldest && elapsed(oldest.sentAt) > ANSWER_SECONDS;
     const dead = this.#pongBy > 0 && now() > this.#pongBy;
     if (dead || unanswered) {
-      this.#log?.log("[WebSocket] No answer, closing");
-      this.#lost(1006);
+      this.#log?.log("[WebSocket] No answer from the server, closing");
+      this.#connectionLost(1006);
     } else if (slept) {
       this.#ping(PROBE_SECONDS);
-    } else if (elapsed(this.#heardAt) > SILENCE_SECONDS) {
+    } else if (elapsed(this.#receivedAt) > SILENCE_SECONDS) {
       this.#ping(PONG_SECONDS);
     }
   }
 
-  /** @param {number} seconds until an answer is due */
+  /** @param {number} seconds for the answer */
   #ping(seconds) {
     const by = now() + seconds * 1000;
     if (this.#pongBy && this.#pongBy <= by) return;
     this.#pongBy = by;
-    this.#say({ type: "ping" });
+    this.#sendCommand({ type: "ping" });
   }
 
   /** @param {boolean} on */
@@ -1135,31 +1158,31 @@ export class ChatWebSocket {
     const page = globalThis.document;
     globalThis[change]?.("online", this.#onNetwork);
     globalThis[change]?.("offline", this.#onNetwork);
-    globalThis[change]?.("focus", this.#onLook);
+    globalThis[change]?.("focus", this.#onVisible);
     globalThis[change]?.("storage", this.#onStorage);
-    page?.[change]("visibilitychange", this.#onLook);
+    page?.[change]("visibilitychange", this.#onVisible);
   }
 
   #onNetwork = () => {
     if (this.#ended) return;
     if (globalThis.navigator?.onLine === false && !this.#ready) this.#reportState();
-    else this.#hurry();
+    else this.#probeOrRetry();
   };
 
   #onStorage = (/** @type {any} */ { key, newValue }) => {
-    const entry = this.#outbox.discardedElsewhere(key, newValue);
+    const entry = this.#unsent.discardedElsewhere(key, newValue);
     if (!entry) return;
     this.#reportDelivery(entry, "discarded");
-    this.#sendUnsent(); // it may have been the one under way
+    this.#sendUnsent(); // the discarded entry may have been on its way
   };
 
-  #onLook = () => {
-    if (globalThis.document?.visibilityState !== "hidden") this.#hurry();
+  #onVisible = () => {
+    if (globalThis.document?.visibilityState !== "hidden") this.#probeOrRetry();
   };
 
-  /** Before the token ends, show a newer one. What it answers needs no action. */
-  async #renew() {
-    if (typeof this.#token === "string") return; // nothing newer; 4401 will come
+  /** Sends a newer token before this one ends. The answer needs no action. */
+  async #renewToken() {
+    if (typeof this.#token === "string") return; // there is no newer one; 4401 follows
     const attempt = this.#attempt;
     const wait = RENEW_SECONDS - elapsed(this.#renewedAt);
     if (wait > 0) await pause(wait);
@@ -1167,16 +1190,18 @@ export class ChatWebSocket {
     this.#renewedAt = now();
     try {
       const token = await this.#socketToken();
-      if (attempt === this.#attempt) this.#say({ type: "auth", token, ref: "auth" });
+      if (attempt === this.#attempt)
+        this.#sendCommand({ type: "auth", token, ref: "auth" });
     } catch {
-      // The socket lives on to its end; then 4401 starts a connection and its retries.
+      // The socket stays open until the token ends. Then 4401 closes it, and the client
+      // reconnects.
     }
   }
 
-  /* ---- without a socket ---- */
+  /* ---- polling ---- */
 
-  /** Starts the 5 s after which we poll, unless they run already. */
-  #fallBackLater() {
+  /** Starts to poll in 5 s, unless that is scheduled already. */
+  #schedulePolling() {
     this.#pollTimer ||= after(FALLBACK_SECONDS, () => {
       this.#log?.log(`[WebSocket] Not connected, polling every ${POLL_SECONDS} s`);
       this.#polling = true;
@@ -1187,22 +1212,21 @@ export class ChatWebSocket {
   }
 
   /**
-   * Asks for events, tells what came, and is due again in 5 s, or at once if there is
-   * more.
+   * Fetches events and delivers them. Runs again in 5 s, or at once if there are more.
    */
   async #pollOnce() {
     const { signal } = this.#fallback;
     let wait = POLL_SECONDS;
     try {
-      const blind = this.#cursor.seq < 0;
+      const withoutCursor = this.#cursor.seq < 0;
       const answer = await this.request("GET", this.#pollPath(), undefined, signal);
       if (signal.aborted) return;
       if (answer.more) wait = 0;
-      this.#polled(answer, blind);
+      this.#handlePoll(answer, withoutCursor);
     } catch (error) {
       if (signal.aborted) return;
       wait = Math.max(wait, retryAfter(error) ?? 0);
-      this.#isReachable(false);
+      this.#setReachable(false);
     }
     if (signal.aborted) return;
     this.#pollTimer = after(wait, () => void this.#pollOnce());
@@ -1217,32 +1241,32 @@ export class ChatWebSocket {
   /**
    * @param {{events: LoggedEvent[], cursor: string, more: boolean, resync: boolean}}
    *   answer
-   * @param {boolean} blind we asked without a cursor
+   * @param {boolean} withoutCursor the request had no cursor
    */
-  #polled(answer, blind) {
+  #handlePoll(answer, withoutCursor) {
     const { signal } = this.#fallback;
     for (const event of answer.events) {
-      if (signal.aborted) return; // a listener has disconnected us
-      this.#take(event);
+      if (signal.aborted) return; // a listener has called disconnect
+      this.#acceptEvent(event);
     }
-    if (answer.resync || (blind && this.#cursor.seq < 0)) this.#jump(answer.cursor);
-    else if (!blind) this.#moveCursor(answer.cursor);
+    if (answer.resync || (withoutCursor && this.#cursor.seq < 0))
+      this.#restartAt(answer.cursor);
+    else if (!withoutCursor) this.#moveCursor(answer.cursor);
     if (answer.resync) this.#emit("resync", {});
-    this.#isReachable(true);
+    this.#setReachable(true);
     for (const chatId of this.#marks.keys()) this.#sendMark(chatId);
     this.#sendUnsent();
   }
 
   /**
-   * A server that answers again after it did not is worth an immediate try of the
-   * socket.
+   * Once the server answers again, the client tries to open a socket at once.
    * @param {boolean} reachable
    */
-  #isReachable(reachable) {
+  #setReachable(reachable) {
     const back = reachable && !this.#reachable;
     this.#reachable = reachable;
     this.#reportState();
-    if (back) this.#hurry();
+    if (back) this.#probeOrRetry();
   }
 
   #stopPolling() {
@@ -1251,22 +1275,23 @@ export class ChatWebSocket {
     this.#fallback = new AbortController();
     this.#pollTimer = 0;
     this.#polling = false;
-    this.#outbox.rewind("http");
+    this.#unsent.requeue("http");
   }
 
   /* ---- sending ---- */
 
   /**
-   * Hands over the oldest unsent message: by the socket, or over HTTP while we poll.
-   * The next waits for its answer: were two under way, and the first refused because it
-   * came too soon, the second would overtake it. Nobody writes faster than answers come.
+   * Sends the oldest unsent message, over the socket, or over HTTP while the client
+   * polls. The next message waits for the answer. If two were on their way, the server
+   * could refuse the first with `rate_limited` and store the second before it. The wait
+   * is not noticed: people write more slowly than the server answers.
    */
   #sendUnsent() {
     if (this.#ended) return;
-    const [next] = this.#outbox.on("waiting");
-    if (!next || this.#outbox.on("socket").length || this.#outbox.on("http").length)
+    const [next] = this.#unsent.at("waiting");
+    if (!next || this.#unsent.at("socket").length || this.#unsent.at("http").length)
       return;
-    const wait = (this.#sendFrom - now()) / 1000;
+    const wait = (this.#sendNotBefore - now()) / 1000;
     clearTimeout(this.#sendTimer);
     if (wait > 0) this.#sendTimer = after(wait, () => this.#sendUnsent());
     else if (this.#ready) this.#sendBySocket(next);
@@ -1276,37 +1301,43 @@ export class ChatWebSocket {
   /** @param {Unsent} entry */
   #sendBySocket(entry) {
     const { client_id, chat_id, content } = entry;
-    entry.on = "socket";
+    entry.place = "socket";
     entry.sentAt = now();
-    this.#say({ type: "send_message", chat_id, content, client_id, ref: client_id });
+    this.#sendCommand({
+      type: "send_message",
+      chat_id,
+      content,
+      client_id,
+      ref: client_id,
+    });
   }
 
   /** @param {Unsent} entry */
   async #sendByHttp(entry) {
     const { client_id, chat_id, content } = entry;
     const { signal } = this.#fallback;
-    entry.on = "http";
+    entry.place = "http";
     const path = `/api/v1/chats/${chat_id}/messages`;
     try {
       const answer = await this.request("POST", path, { content, client_id }, signal);
-      this.#isUser(answer.message.sender_id);
-      this.#stored({ ...answer.message, client_id });
+      this.#acceptUser(answer.message.sender_id);
+      this.#messageStored({ ...answer.message, client_id });
     } catch (error) {
-      if (signal.aborted) return; // the socket is back, and has taken it over
+      if (signal.aborted) return; // the socket is back and sends the message
       const { status, code, message, retryAfter } = asChatError(error);
-      this.#notStored(entry, code, message, status ? retryAfter : POLL_SECONDS);
+      this.#messageRefused(entry, code, message, status ? retryAfter : POLL_SECONDS);
       this.#sendUnsent();
     }
   }
 
   /** @param {Ack} ack */
-  #acked(ack) {
-    const [word, chatId, messageId] = (ack.ref ?? "").split(" ");
-    const mark = word === "read" ? this.#marks.get(Number(chatId)) : undefined;
-    if (mark) mark.known = Math.max(mark.known, Number(messageId));
-    const entry = this.#outbox.find(ack.client_id);
+  #handleAck(ack) {
+    const [kind, chatId, messageId] = (ack.ref ?? "").split(" ");
+    const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
+    if (mark) mark.settled = Math.max(mark.settled, Number(messageId));
+    const entry = this.#unsent.find(ack.client_id);
     if (!entry || ack.message_id === undefined) return;
-    this.#stored({
+    this.#messageStored({
       id: ack.message_id,
       chat_id: entry.chat_id,
       sender_id: this.#userId ?? 0,
@@ -1318,76 +1349,79 @@ export class ChatWebSocket {
   }
 
   /** @param {Refusal} refusal */
-  #refused({ ref, code, message, retry_after }) {
-    const [word, chatId, messageId] = (ref ?? "").split(" ");
-    const mark = word === "read" ? this.#marks.get(Number(chatId)) : undefined;
-    if (mark && FINAL_REFUSALS.has(code)) mark.known = Number(messageId);
+  #handleError({ ref, code, message, retry_after }) {
+    const [kind, chatId, messageId] = (ref ?? "").split(" ");
+    const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
+    if (mark && FINAL_REFUSALS.has(code)) mark.settled = Number(messageId);
     else if (mark)
       after(retry_after ?? REFUSED_SECONDS, () => this.#sendMark(Number(chatId)));
-    const entry = this.#outbox.find(ref);
-    if (entry?.on !== "socket") return;
-    this.#notStored(entry, code, message, retry_after);
+    const entry = this.#unsent.find(ref);
+    if (entry?.place !== "socket") return;
+    this.#messageRefused(entry, code, message, retry_after);
     this.#sendUnsent();
   }
 
   /**
-   * The server has it: an ack, a 201, or the event itself said so, whichever came
-   * first.
+   * The server has stored the message. The ack, the 201 and the event all say so; the
+   * first to arrive counts.
    * @param {Message} message
    */
-  #stored(message) {
-    const entry = this.#outbox.find(message.client_id);
+  #messageStored(message) {
+    const entry = this.#unsent.find(message.client_id);
     if (!entry || message.sender_id !== this.#userId) return;
-    this.#outbox.remove(entry);
+    this.#unsent.remove(entry);
     this.#emit("delivery", { ...delivery(entry, "sent"), message });
     this.#sendUnsent();
   }
 
   /**
+   * The message was not stored. It has failed, or it is sent again after a wait.
    * @param {Unsent} entry
    * @param {string} code
    * @param {string} reason
-   * @param {number} [seconds] to wait, as the server asked
+   * @param {number} [seconds] the wait that the server asked for
    */
-  #notStored(entry, code, reason, seconds) {
+  #messageRefused(entry, code, reason, seconds) {
     if (FINAL_REFUSALS.has(code)) {
-      this.#outbox.fail(entry, code, reason);
+      this.#unsent.fail(entry, code, reason);
       this.#reportDelivery(entry, "failed");
       return;
     }
-    entry.on = "waiting";
-    this.#sendFrom = now() + (seconds ?? REFUSED_SECONDS) * 1000;
+    entry.place = "waiting";
+    this.#sendNotBefore = now() + (seconds ?? REFUSED_SECONDS) * 1000;
   }
 
-  /** The server would not read a frame so large: it must not be repeated. */
-  #tooLarge() {
-    const [entry] = this.#outbox.on("socket");
-    if (entry) this.#notStored(entry, "too_large", "The message is too long.");
+  /**
+   * The server refused a frame as too large (1009): the message must not be repeated.
+   */
+  #frameTooLarge() {
+    const [entry] = this.#unsent.at("socket");
+    if (entry) this.#messageRefused(entry, "too_large", "The message is too long.");
   }
 
-  /** Sends on what a tab that is gone has left. */
+  /** Sends the messages that closed tabs have left. */
   #adopt() {
-    this.#reportAdopted(this.#outbox.adopt());
+    this.#reportAdopted(this.#unsent.adopt());
     this.#sendUnsent();
   }
 
   /** @param {Unsent[]} entries */
   #reportAdopted(entries) {
     for (const entry of entries) {
-      this.#reportDelivery(entry, entry.on === "failed" ? "failed" : "sending");
+      this.#reportDelivery(entry, entry.place === "failed" ? "failed" : "sending");
     }
   }
 
   /** @param {Unsent} entry */
   #discard(entry) {
-    this.#outbox.discard(entry);
+    this.#unsent.discard(entry);
     this.#reportDelivery(entry, "discarded");
   }
 
   /** @param {number} chatId */
   #sendMark(chatId) {
     const mark = this.#marks.get(chatId);
-    if (!mark || mark.known >= mark.wanted || mark.timer || this.#ended) return;
+    if (!mark || mark.settled >= mark.wanted || mark.timer || this.#ended) return;
     const wait = MARK_SECONDS - elapsed(mark.sentAt);
     if (wait > 0) {
       mark.timer = after(wait, () => {
@@ -1399,60 +1433,65 @@ export class ChatWebSocket {
     const message_id = mark.wanted;
     mark.sentAt = now();
     if (this.#ready) {
-      this.#say({ type: "mark_read", message_id, ref: `read ${chatId} ${message_id}` });
+      this.#sendCommand({
+        type: "mark_read",
+        message_id,
+        ref: `read ${chatId} ${message_id}`,
+      });
     } else if (this.#polling) {
       this.request("POST", `/api/v1/messages/${message_id}/read`).then(
         () => {
-          mark.known = Math.max(mark.known, message_id);
+          mark.settled = Math.max(mark.settled, message_id);
         },
         (error) => {
-          if (FINAL_REFUSALS.has(error.code)) mark.known = message_id;
-          // else the next poll, or the next connection, tries again
+          if (FINAL_REFUSALS.has(error.code)) mark.settled = message_id;
+          // after any other error, the next poll or connection sends it again
         },
       );
     }
   }
 
   /** @param {number} chat_id @param {boolean} is_typing */
-  #sayTyping(chat_id, is_typing) {
-    if (this.#ready) this.#say({ type: "typing", chat_id, is_typing });
+  #sendTypingCommand(chat_id, is_typing) {
+    if (this.#ready) this.#sendCommand({ type: "typing", chat_id, is_typing });
   }
 
   /** @param {object} command */
-  #say(command) {
+  #sendCommand(command) {
     if (this.#socket?.readyState === 1) this.#socket.send(JSON.stringify(command));
   }
 
   /* ---- HTTP ---- */
 
   /**
-   * @param {boolean} fresh not the one that was used before
+   * @param {boolean} fresh fetch a new one
    * @returns {Promise<string>}
    */
   async #httpToken(fresh) {
     const source = this.#bearer ?? this.#token;
     if (source === undefined)
-      throw new TypeError("request: give connect a token first");
+      throw new TypeError("request: call connect with a token first");
     if (typeof source === "string") return source;
     if (fresh || this.#fetchedToken === undefined) this.#fetchedToken = await source();
     return this.#fetchedToken;
   }
 
   /**
-   * After a 401: once more with a fresh token where there is a function to fetch it. A
-   * token of our own that is refused means "sign in again"; a function's may have been
-   * a ticket.
+   * After a 401, repeats the request once with a new token, if there is a function that
+   * fetches one. If a fixed token or `bearer` is refused, the user has to sign in
+   * again. The token function of connect may return tickets, which HTTP refuses, so a
+   * 401 for its token proves nothing.
    * @param {string} method @param {string} path @param {object | undefined} body
    * @param {AbortSignal | undefined} signal @param {unknown} refusal
    */
-  async #askAgain(method, path, body, signal, refusal) {
+  async #fetchAgain(method, path, body, signal, refusal) {
     const source = this.#bearer ?? this.#token;
     try {
       if (typeof source !== "function") throw refusal;
-      return await this.#ask(method, path, await this.#httpToken(true), body, signal);
+      return await this.#fetch(method, path, await this.#httpToken(true), body, signal);
     } catch (error) {
-      const ours = typeof source === "string" || this.#bearer !== undefined;
-      if (ours && isSignedOut(error)) this.#end("signed_out");
+      const mayBeTicket = this.#bearer === undefined && typeof source === "function";
+      if (!mayBeTicket && isSignedOut(error)) this.#end("signed_out");
       throw error;
     }
   }
@@ -1461,7 +1500,7 @@ export class ChatWebSocket {
    * @param {string} method @param {string} path @param {string} token
    * @param {object} [body] @param {AbortSignal} [signal]
    */
-  async #ask(method, path, token, body, signal) {
+  async #fetch(method, path, token, body, signal) {
     /** @type {Record<string, string>} */
     const headers = { Authorization: `Bearer ${token}` };
     if (body) headers["Content-Type"] = "application/json";
@@ -1489,7 +1528,7 @@ export class ChatWebSocket {
     }
   }
 
-  /* ---- telling ---- */
+  /* ---- reporting ---- */
 
   /** @returns {State} */
   #state() {
@@ -1526,16 +1565,16 @@ export class ChatWebSocket {
 }
 
 /* -------------------------------------------------------------------------------------
- * Small change.
+ * Small functions.
  * ---------------------------------------------------------------------------------- */
 
 /** @param {Unsent} entry @param {Delivery["state"]} state @returns {Delivery} */
 function delivery({ client_id, chat_id, content, kept, code, reason }, state) {
-  const why = code && { code, reason: reason ?? "" };
-  return { state, client_id, chat_id, content, kept, ...why };
+  const failure = code && { code, reason: reason ?? "" };
+  return { state, client_id, chat_id, content, kept, ...failure };
 }
 
-/** @param {any} text @returns {any} the object that it is as JSON, or null */
+/** @param {any} text JSON @returns {any} the object, or null */
 function parseObject(text) {
   try {
     const value = JSON.parse(text);
@@ -1546,9 +1585,9 @@ function parseObject(text) {
 }
 
 /**
- * Whose token it is, read as chatd reads it; the server checks it, not we.
+ * Reads the user's id from a token, as chatd does. Only the server checks the token.
  * @param {string} token
- * @returns {number | undefined} undefined where it cannot be told
+ * @returns {number | undefined} undefined: the token has no readable id
  */
 function userIdOf(token) {
   try {
@@ -1568,7 +1607,7 @@ async function readAnswer(answer) {
   if (answer.ok && body) return body;
   const {
     code = "internal",
-    message = `HTTP ${answer.status}`,
+    message = `The chat server answered with HTTP status ${answer.status}.`,
     retry_after,
   } = body?.error ?? {};
   throw new ChatError(answer.status, code, message, retry_after);
@@ -1584,13 +1623,13 @@ function retryAfter(error) {
   return error instanceof ChatError ? error.retryAfter : undefined;
 }
 
-/** @param {unknown} error of a token function, perhaps @returns {ChatError} */
+/** @param {unknown} error perhaps from a token function @returns {ChatError} */
 function asChatError(error) {
   if (error instanceof ChatError) return error;
-  return new ChatError(0, "unreachable", "There is no token at the moment.");
+  return new ChatError(0, "unreachable", "No token could be fetched.");
 }
 
-/** Milliseconds that only grow: people and networks set the other clock. */
+/** Milliseconds of a clock that never goes back, unlike Date.now(). */
 function now() {
   return performance.now();
 }
