@@ -138,7 +138,7 @@ PLACES = {
     COMMAND_METHOD: "\n    def _set_token(self,",
     ROUTE_ROWS: '\n    "/healthz": {"GET": Route(',
     ROUTE_BODY: "\nclass PostMessage(",
-    ROUTE_HANDLERS: "\nasync def get_health(",
+    ROUTE_HANDLERS: "\ndef get_health(",
 }
 
 

@@ -773,10 +773,11 @@ async def test_me_has_a_name_when_a_token_has_told_one(house: WiresHouse) -> Non
         assert (await house.ask("GET", "/api/v1/me", user=6)).json == expected
 
 
-@wires(buckets=2)
+@wires()
 async def test_a_name_is_remembered_although_the_table_of_names_is_bounded(
-    house: WiresHouse,
+    house: WiresHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(chatd, "TABLE_KEYS", 2)
     for _ in range(2):
         for user in (6, 7, 8):
             token = house.token(user, name=f"N{user}")

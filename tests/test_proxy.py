@@ -977,13 +977,13 @@ async def test_a_socket_in_which_nothing_moves_is_cut_after_75_s(
 
 
 @proxied()
-async def test_a_side_that_does_not_end_when_the_other_has_is_cut_after_10_s(
+async def test_a_side_that_does_not_end_when_the_other_has_is_cut_after_40_s(
     house: ProxyHouse,
 ) -> None:
     raw, up = await house.socket()
     await up.stream.send_eof()
     assert await raw.read() == b""
-    with taking(10), pytest.raises(trio.BrokenResourceError):
+    with taking(40), pytest.raises(trio.BrokenResourceError):
         await up.read()
 
 
