@@ -11,6 +11,7 @@ import trio
 import trio.testing
 from trio.testing import wait_all_tasks_blocked
 
+import chatd
 from chatd import Rate
 from tests.harness import (
     BIG,
