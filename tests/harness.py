@@ -892,7 +892,7 @@ class WiresHouse:
         assert (listener.open, len(server.sessions), hub.seats) == (0, 0, 0)
         assert not listener.parked
         assert not hub.people
-        assert not hub.rooms
+        assert not hub.live_seats
         assert dict(server.stats.errors) == self.errors
 
 

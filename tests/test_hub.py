@@ -65,7 +65,7 @@ def test_membership_changes_where_it_stands_in_a_batch(memory: Memory) -> None:
     assert seats[1].seqs() == [3, 4, 6, 7, 8, 9, 10, 12]
     assert seats[2].seqs() == [3, 4, 6, 7, 11, 12]
     assert seats[3].seqs() == [5, 6, 7, 8, 9]
-    assert memory.hub.rooms[chat] == {seats[1].seat, seats[2].seat}
+    assert memory.hub.live_seats[chat] == {seats[1].seat, seats[2].seat}
 
 
 def memory_asker(made: MemorySeat, work: MemoryWork) -> Job:
@@ -269,7 +269,7 @@ def test_nothing_is_left_of_who_has_left(memory: Memory) -> None:
     for made in seats:
         memory.hub.leave(made.seat)
     memory.say(chat, 1)
-    assert (memory.hub.people, memory.hub.rooms, memory.hub.seats) == ({}, {}, 0)
+    assert (memory.hub.people, memory.hub.live_seats, memory.hub.seats) == ({}, {}, 0)
     assert [made.seqs() for made in seats] == [[], [], []]
 
 
@@ -283,7 +283,7 @@ def test_a_page_that_comes_for_who_has_left_puts_him_into_no_room(
     memory.hub.leave(made.seat)
     memory.hub.push_page(made.seat, page)
     assert page.cursor == memory.hub.head
-    assert (made.seat.live, memory.hub.rooms) == (False, {})
+    assert (made.seat.live, memory.hub.live_seats) == (False, {})
 
 
 def test_changes_that_come_while_the_chats_are_read_are_not_missed(
@@ -300,8 +300,8 @@ def test_changes_that_come_while_the_chats_are_read_are_not_missed(
     assert made.seat.person.chats == {third: 7, chats[1]: 10}
     memory.catch_up(made)
     assert made.seqs() == [5, 7, 8, 10]
-    assert memory.hub.rooms[third] == {made.seat}
-    assert chats[0] not in memory.hub.rooms
+    assert memory.hub.live_seats[third] == {made.seat}
+    assert chats[0] not in memory.hub.live_seats
 
 
 def test_a_removal_that_was_read_before_it_is_published_is_no_surprise(
@@ -323,14 +323,14 @@ def test_the_first_reading_of_a_person_s_chats_counts(memory: Memory) -> None:
     memory.hub.set_chats(person, {chat: 2})
     memory.do(memory.store.remove_member, chat, 2, 2)
     memory.hub.set_chats(person, {chat: 2})  # read before, and late
-    assert (person.chats, memory.hub.rooms) == ({}, {})
+    assert (person.chats, memory.hub.live_seats) == ({}, {})
 
 
 def test_who_has_gone_before_his_chats_were_read_is_in_no_room(memory: Memory) -> None:
     made = memory.enter(2)
     memory.hub.leave(made.seat)
     memory.hub.set_chats(made.seat.person, {memory.chat(1, 2): 2})
-    assert (memory.hub.rooms, memory.hub.people) == ({}, {})
+    assert (memory.hub.live_seats, memory.hub.people) == ({}, {})
 
 
 def test_a_page_is_filtered_again_when_it_is_given(memory: Memory) -> None:
@@ -768,7 +768,7 @@ class MemoryPlay:
             for seat in person.seats:
                 for chat in person.chats if seat.live else ():
                     rooms.setdefault(chat, set()).add(seat)
-        assert self.hub.rooms == rooms
+        assert self.hub.live_seats == rooms
 
     def _listen(self, client: MemoryClient) -> None:
         """Read what was pushed in this step, and keep the cursor as a client does."""

@@ -932,7 +932,7 @@ async def test_all_kinds_of_events_are_found_after_a_failed_commit(
     await trio.lowlevel.checkpoint()
     memory.hub.publish(store._probe())
     assert made.seqs() == [3, 4, 6, 7, 9]
-    assert {*memory.hub.rooms} == {chat, 2}
+    assert {*memory.hub.live_seats} == {chat, 2}
     memory_is_sound(memory)
 
 
