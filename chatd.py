@@ -129,11 +129,8 @@ GLOSSARY
     ticket      a token for one socket, good for a minute
     parked      a connection that waits for a client's bytes
 
-READING ORDER
-
 Part I (Server, Connection, Store, Hub, Outbox) is all that a message passes, from the
-root of the task tree down. Part II is what stands around it: protocol, tokens and
-limits, HTTP, monitoring, the proxy, operations, settings.
+root of the task tree down. Part II is what stands around it.
 """
 
 from __future__ import annotations
@@ -374,57 +371,6 @@ class Server:
                     state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
                     notify(state, wait_seconds=0)
 
-    # --- what sessions and requests share --------------------------------------------
-
-    def check_capacity(self) -> None:
-        """Refuse a socket that is one too many. Raises Refusal overloaded."""
-        later = self.retry_after_seconds()
-        if len(self.sessions) >= self.settings.max_connections:
-            self.listener.warn("full", "sockets")
-            raise Refusal("overloaded", retry_after=later)
-        if self.listener.stopping.is_set():
-            raise Refusal("overloaded", "the server restarts", retry_after=later)
-
-    async def store_name(self, claims: Claims) -> None:
-        """Store a user's name if it is new. A failure is no reason to refuse."""
-        user_id, name = claims.user_id, claims.name
-        if name is None or self.names.get(user_id) == name:
-            return
-        if len(self.names) >= TABLE_KEYS:
-            self.names.clear()
-        with contextlib.suppress(Refusal):
-            await self.store.commit(self.store.rename, user_id, name)
-            self.names[user_id] = name
-
-    async def allow_send(self, claims: Claims, send: Send) -> Sent | None:
-        """Take a token of the sender's bucket. Raises Refusal rate_limited.
-
-        With an empty bucket a repeat is not refused: the message that it repeats is
-        returned.
-        """
-        if claims.service:
-            return None
-        wait = self.sends.take(send.sender_id, trio.current_time())
-        if not wait:
-            return None
-        if send.client_id is not None:
-            # As of the head: a message that is not published yet is not answered yet.
-            head = self.hub.head
-            sent = await self.store.read(self.store.find_sent, send, head)
-            if sent is not None:
-                self.stats.duplicates += 1
-                return sent
-        self.stats.rate_limited["sends"] += 1
-        raise Refusal("rate_limited", retry_after=wait)
-
-    def count_sent(self, sent: Sent, sender_id: int) -> None:
-        """Count an outcome; a repeat gets its token back."""
-        if sent.duplicate:
-            self.stats.duplicates += 1
-            self.sends.of(sender_id).give_back()
-        else:
-            self.stats.messages += 1
-
     def parse_cursor(self, text: str | None) -> int | None:
         """Read a cursor's seq. None: unreadable, of another epoch, or of the future."""
         epoch, _, seq = (text or "").rpartition(".")
@@ -439,15 +385,6 @@ class Server:
     def retry_after_seconds(self) -> float:
         """Spread reconnecting clients: 500 a second, none in the first half second."""
         return round(random.uniform(0.5, 1 + len(self.sessions) / 500), 1)
-
-    def revoke(self, user_id: int, revoked_at: int) -> int:
-        """Refuse a user's tokens from now on; close the user's sockets, count them."""
-        self.keyring.revoked[user_id] = revoked_at
-        theirs = [s for s in self.sessions if s.claims.user_id == user_id]
-        log(logging.INFO, "revoked", user=user_id, sockets=len(theirs))
-        for session in theirs:
-            session.end(CLOSE_SIGN_IN, "revoked: sign in again")
-        return len(theirs)
 
     def opened(self, session: Session) -> None:
         """Count a socket in."""
@@ -466,10 +403,6 @@ class Server:
 
 # Serves the rest of a connection after a request: a socket, or an answer of a proxy.
 TakeOver = Callable[[trio.SocketStream], Awaitable[None]]
-
-# After our last byte, for the peer to read it. A close sooner may be a reset, which
-# overtakes that byte.
-LINGER_SECONDS = 1.0
 
 # Out of descriptors or memory: connections that end free some.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -613,22 +546,6 @@ class Listener:
     def check_handshakes(self, address: Address | None) -> None:
         """Take a token of the address's bucket. Raises Refusal rate_limited."""
         charge(self.stats, "handshakes", self.handshakes, address_key(address))
-
-
-def charge(stats: Stats, limit: str, buckets: Buckets, key: object) -> None:
-    """Take a token of a bucket. Raises Refusal rate_limited, and counts it."""
-    if wait := buckets.take(key, trio.current_time()):
-        stats.rate_limited[limit] += 1
-        raise Refusal("rate_limited", retry_after=wait)
-
-
-def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
-    """Walk the exceptions of a group, however deep."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from leaves(error)
-        else:
-            yield error
 
 
 # =====================================================================================
@@ -907,7 +824,7 @@ class Session:
                 raise Refusal("bad_json", "a binary message; send JSON as text")
             command = parse(text, COMMANDS)
         except Refusal as refusal:
-            self._answer(error_frame(refusal, _ref_of(text)))
+            self._answer(error_frame(refusal, ref_of(text)))
             return
         try:
             await self._handle(command)
@@ -947,7 +864,7 @@ class Session:
     async def _submit(
         self,
         ref: str | None,
-        write: Callable[[Db, list[Entry]], T],
+        write: Callable[[Db, Entries], T],
         reply: Callable[[T, str | None], Reply],
     ) -> None:
         """Queue a write; at most 64 of this connection are without an answer."""
@@ -971,15 +888,15 @@ class Session:
         server, user_id = self.server, self.claims.user_id
         check_content(command.content, server.settings)
         send = Send(command.chat_id, user_id, command.content, command.client_id)
-        if sent := await server.allow_send(self.claims, send):
+        if sent := await allow_send(server, self.claims, send):
             await self.seat.slots.acquire()
-            self.seat.reply(_sent_reply(sent, command.ref))
+            self.seat.reply(sent_reply(sent, command.ref))
             return
         service = self.claims.service
 
         def reply(sent: Sent, ref: str | None) -> Reply:
-            server.count_sent(sent, user_id)
-            return _sent_reply(sent, ref)
+            count_sent(server, sent, user_id)
+            return sent_reply(sent, ref)
 
         await self._submit(
             command.ref,
@@ -1042,28 +959,6 @@ class Session:
             code, reason = CLOSE_RESTART, "the connection ended without a close frame"
         self.outbox.seal(close_frame(code, reason))
         await self.outbox.finish()
-
-
-def _ref_of(text: str | bytes) -> str | None:
-    """Read the ref of a command that is wrong, if it can be read."""
-    try:
-        return ONLY_REF.decode(text).ref
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        return None
-
-
-def _sent_reply(sent: Sent, ref: str | None) -> Reply:
-    message = sent.message
-    ack = Ack(
-        ref=ref,
-        client_id=message.client_id,
-        message_id=message.id,
-        chat_id=message.chat_id,
-        n=message.n,
-        created_at=message.created_at,
-        duplicate=sent.duplicate,
-    )
-    return Reply(text_frame(ack), message.id)
 
 
 # =====================================================================================
@@ -1195,6 +1090,9 @@ class Entry(msgspec.Struct, eq=False):
         return frame
 
 
+Entries = list[Entry]
+
+
 # --- what jobs and queries return ----------------------------------------------------
 
 
@@ -1237,7 +1135,7 @@ class Greeting(NamedTuple):
 class Page(NamedTuple):
     """A page of the event log: all events that one user sees in (start, cursor]."""
 
-    events: list[Entry]
+    events: Entries
     cursor: int
     more: bool
 
@@ -1257,7 +1155,7 @@ class Job(NamedTuple):
     the result of write, or the Refusal that write raised.
     """
 
-    write: Callable[[Db, list[Entry]], Any]
+    write: Callable[[Db, Entries], Any]
     done: Callable[[Any], Reply | None]
     seat: Seat | None = None
 
@@ -1265,7 +1163,7 @@ class Job(NamedTuple):
 class Batch(NamedTuple):
     """The events of one transaction, and its jobs with their outcomes."""
 
-    events: list[Entry]
+    events: Entries
     answers: list[tuple[Job, Any]]
 
 
@@ -1520,7 +1418,7 @@ class Store:
         finds and publishes it, before anything else is written.
         """
         started = time.perf_counter()
-        events: list[Entry] = []
+        events: Entries = []
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             answers = []
@@ -1536,7 +1434,7 @@ class Store:
         self.stats.committed(time.perf_counter() - started, len(jobs))
         return Batch(events, answers)
 
-    def _run_one(self, job: Job, events: list[Entry]) -> Any:
+    def _run_one(self, job: Job, events: Entries) -> Any:
         """Run one job in a savepoint: a refused job does not undo its neighbours."""
         db, before = self._writer, len(events)
         db.execute("SAVEPOINT job")
@@ -1555,7 +1453,7 @@ class Store:
         db.execute("RELEASE job")
         return outcome
 
-    def _committed(self, events: list[Entry]) -> None:
+    def _committed(self, events: Entries) -> None:
         self.check_file()
         self.seq += len(events)
 
@@ -1630,10 +1528,10 @@ class Store:
     # Each runs inside the transaction. db is the writer's connection; events are the
     # batch's so far, and the write appends its own.
 
-    def _next_seq(self, events: list[Entry]) -> int:
+    def _next_seq(self, events: Entries) -> int:
         return self.seq + len(events) + 1
 
-    def _record(self, db: Db, events: list[Entry], entry: Entry) -> None:
+    def _record(self, db: Db, events: Entries, entry: Entry) -> None:
         """Append an event to the event log, and to the batch."""
         events.append(entry)
         event, kind = entry.event, entry.kind
@@ -1649,7 +1547,7 @@ class Store:
         )  # fmt: skip
 
     def send_message(
-        self, db: Db, events: list[Entry], send: Send, service: bool = False
+        self, db: Db, events: Entries, send: Send, service: bool = False
     ) -> Sent:
         """Store a message, once: a repeat of (sender_id, client_id) gets the same ack.
 
@@ -1699,7 +1597,7 @@ class Store:
         return Sent(message, duplicate=True)
 
     def mark_read(
-        self, db: Db, events: list[Entry], user_id: int, message_id: int
+        self, db: Db, events: Entries, user_id: int, message_id: int
     ) -> Marked:
         """Move the user's read mark up to a message, never down. Raises not_found."""
         row = db.execute(
@@ -1728,7 +1626,7 @@ class Store:
         return Marked(message_id, chat_id, n, seq)
 
     def create_chat(
-        self, db: Db, events: list[Entry], title: str | None, member_ids: Iterable[int]
+        self, db: Db, events: Entries, title: str | None, member_ids: Iterable[int]
     ) -> Chat:
         """Create a chat, with one event for each member. Raises Refusal bad_field."""
         members = sorted(set(member_ids))
@@ -1747,7 +1645,7 @@ class Store:
         return chat
 
     def add_member(
-        self, db: Db, events: list[Entry], chat_id: int, user_id: int, by: int | None
+        self, db: Db, events: Entries, chat_id: int, user_id: int, by: int | None
     ) -> bool:
         """Add a member: an event to the members, then one to the new one.
 
@@ -1771,7 +1669,7 @@ class Store:
         return True
 
     def remove_member(
-        self, db: Db, events: list[Entry], chat_id: int, user_id: int, by: int | None
+        self, db: Db, events: Entries, chat_id: int, user_id: int, by: int | None
     ) -> None:
         """Remove a member: by is the member itself, or None, a service.
 
@@ -1784,13 +1682,13 @@ class Store:
         event = MemberRemoved(self._next_seq(events), chat_id, user_id)
         self._record(db, events, Entry(event, user_id, to_chat=True))
 
-    def rename(self, db: Db, _events: list[Entry], user_id: int, name: str) -> None:
+    def rename(self, db: Db, _events: Entries, user_id: int, name: str) -> None:
         """Store a user's name. It is not an event: names are read when shown."""
         sql = """INSERT INTO user (id, name) VALUES (?1, ?2)
                  ON CONFLICT DO UPDATE SET name = ?2 WHERE name IS NOT ?2"""
         db.execute(sql, (user_id, name))
 
-    def revoke(self, db: Db, _events: list[Entry], user_id: int) -> int:
+    def revoke(self, db: Db, _events: Entries, user_id: int) -> int:
         """Store that all tokens so far are refused. Returns the Unix second."""
         now = now_seconds()
         sql = """INSERT INTO user (id, revoked_at) VALUES (?1, ?2)
@@ -1886,7 +1784,7 @@ class Store:
         not cut short by its limits moves the cursor to upto.
         """
         bounds = {"user": user_id, "cursor": cursor, "upto": upto, "limit": limit}
-        events: list[Entry] = []
+        events: Entries = []
         size = 0
         for row in db.execute(PAGE, bounds):
             events.append(self._entry(db, row, upto))
@@ -1895,12 +1793,12 @@ class Store:
                 return Page(events, events[-1].seq, more=events[-1].seq < upto)
         return Page(events, max(cursor, upto), more=False)
 
-    def _above(self, db: Db, seq: int) -> list[Entry]:
+    def _above(self, db: Db, seq: int) -> Entries:
         """Read the whole event log above seq."""
         rows = db.execute(f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq", (seq,)).fetchall()
         return [self._entry(db, row, MAX_ID) for row in rows]
 
-    def tail(self) -> list[Entry]:
+    def tail(self) -> Entries:
         """Read the event log's end at the start, as far back as the hub would hold it.
 
         It stops after the last event that shows a chat: what such an event shows
@@ -1908,7 +1806,7 @@ class Store:
         """
         db, floor = self._writer, max(0, self.seq - self.settings.tail_events)
         sql = f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq DESC"
-        newest_first: list[Entry] = []
+        newest_first: Entries = []
         bytes_left = self.settings.tail_bytes
         with file_errors("database", self.path):
             for row in db.execute(sql, (floor,)):
@@ -2272,14 +2170,14 @@ class Hub:
         """
         before = self.head
         self._append(batch.events)
-        parcels = self._address(batch.events)
+        deliveries = self._deliveries(batch.events)
         full: list[Seat] = []
         replies: dict[Seat, list[Reply]] = {}
         for job, outcome in batch.answers:
             reply = job.done(outcome)
             if reply is not None and job.seat is not None:
                 replies.setdefault(job.seat, []).append(reply)
-        for seats, events in parcels:
+        for seats, events in deliveries:
             joined = b"".join([entry.frame for entry in events])
             missed = len(full)
             for seat in seats:
@@ -2302,7 +2200,7 @@ class Hub:
             for reply in rest:
                 seat.reply(reply)
 
-    def _append(self, events: list[Entry]) -> None:
+    def _append(self, events: Entries) -> None:
         for entry in events:
             self.stats.events[entry.kind] += 1
             self.tail_size += entry.size
@@ -2317,9 +2215,7 @@ class Hub:
                 cut += 1
             del self.tail[:cut]
 
-    def _address(
-        self, events: list[Entry]
-    ) -> list[tuple[Collection[Seat], list[Entry]]]:
+    def _deliveries(self, events: Entries) -> list[tuple[Collection[Seat], Entries]]:
         """Find which live seats get which events, and apply changes of membership.
 
         Events of one chat that stand in a row with the same audience have the same
@@ -2329,7 +2225,7 @@ class Hub:
         readers = {(entry.chat_id, entry.to_user) for entry in events}
         if len(readers) == 1 and events[0].to_user is None:  # nearly always
             return [(self.live_seats.get(events[0].chat_id, ()), events)]
-        parcels: dict[Seat, list[Entry]] = {}
+        deliveries: dict[Seat, Entries] = {}
         by_chat = sorted(events, key=lambda entry: entry.chat_id)
         audience = operator.attrgetter("chat_id", "to_chat", "to_user")
         for (chat_id, to_chat, to_user), group in itertools.groupby(by_chat, audience):
@@ -2338,14 +2234,14 @@ class Hub:
             if person is not None:
                 seats.update(seat for seat in person.seats if seat.live)
             for seat in seats:
-                if (had := parcels.setdefault(seat, news)) is not news:
-                    parcels[seat] = sorted(had + news, key=lambda entry: entry.seq)
+                if (had := deliveries.setdefault(seat, news)) is not news:
+                    deliveries[seat] = sorted(had + news, key=lambda entry: entry.seq)
             for entry in news:
                 if person is not None and (effect := entry.event.membership):
                     joined_seq = entry.seq if effect == "joins" else None
                     self._change(person, chat_id, joined_seq)
-        shared: dict[int, tuple[list[Seat], list[Entry]]] = {}
-        for seat, news in parcels.items():
+        shared: dict[int, tuple[list[Seat], Entries]] = {}
+        for seat, news in deliveries.items():
             shared.setdefault(id(news), ([], news))[0].append(seat)
         return list(shared.values())
 
@@ -2371,14 +2267,14 @@ class Hub:
             seat.cursor = entry.seq
             if size >= self.settings.page_bytes:
                 break
-        self._give(seat, frames)
+        self._push_frames(seat, frames)
 
     def push_page(self, seat: Seat, page: Page) -> None:
         """Push a page of the event log, without events that are no longer for it."""
         seat.cursor = page.cursor
-        self._give(seat, [e.frame for e in page.events if seat.person.sees(e)])
+        self._push_frames(seat, [e.frame for e in page.events if seat.person.sees(e)])
 
-    def _give(self, seat: Seat, frames: list[bytes]) -> None:
+    def _push_frames(self, seat: Seat, frames: list[bytes]) -> None:
         if frames:
             seat.outbox.push(b"".join(frames), always=True)
             self.stats.deliveries += len(frames)
@@ -2600,17 +2496,6 @@ class Outbox(trio.abc.Stream):
         """Read no more. `Listener._connection` closes the socket."""
         self._ended = True
         await trio.lowlevel.checkpoint()
-
-
-async def linger(stream: trio.SocketStream, seconds: float) -> None:
-    """End the write side, then read and discard until the client ends its own."""
-    with (
-        trio.move_on_after(seconds),
-        contextlib.suppress(OSError, trio.BrokenResourceError),
-    ):
-        stream.socket.shutdown(socket.SHUT_WR)
-        while await stream.receive_some(65536):
-            pass
 
 
 # =====================================================================================
@@ -2914,6 +2799,14 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise Refusal("bad_json", f"not JSON: {error}") from None
 
 
+def ref_of(text: str | bytes) -> str | None:
+    """Read the ref of a command that is wrong, if it can be read."""
+    try:
+        return ONLY_REF.decode(text).ref
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return None
+
+
 def check_content(content: str, settings: Settings) -> None:
     """Refuse a text that no message may have."""
     if not content or content.isspace():
@@ -2950,6 +2843,20 @@ def text_frame(message: ServerMessage | Event) -> bytes:
 def close_frame(code: int, reason: str) -> bytes:
     """Encode a close. The reason is at most 123 bytes (RFC 6455 5.5)."""
     return bytes(_frames.close(code, reason))
+
+
+def sent_reply(sent: Sent, ref: str | None) -> Reply:
+    message = sent.message
+    ack = Ack(
+        ref=ref,
+        client_id=message.client_id,
+        message_id=message.id,
+        chat_id=message.chat_id,
+        n=message.n,
+        created_at=message.created_at,
+        duplicate=sent.duplicate,
+    )
+    return Reply(text_frame(ack), message.id)
 
 
 def error_frame(no: Refusal, ref: str | None = None) -> bytes:
@@ -3037,6 +2944,13 @@ class Buckets:
     def take(self, key: object, now: float) -> float:
         """Take one token. Returns 0.0, or else the seconds until there is one."""
         return self.of(key).take(now) if self.rate.per_second else 0.0
+
+
+def charge(stats: Stats, limit: str, buckets: Buckets, key: object) -> None:
+    """Take a token of a bucket. Raises Refusal rate_limited, and counts it."""
+    if wait := buckets.take(key, trio.current_time()):
+        stats.rate_limited[limit] += 1
+        raise Refusal("rate_limited", retry_after=wait)
 
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -3898,6 +3812,22 @@ class HttpConnection:
         await self.stream.send_all(b"".join(self.h11.send(e) or b"" for e in events))
 
 
+# After the last byte, for the client to read it: a close sooner may be a reset, which
+# overtakes that byte.
+LINGER_SECONDS = 1.0
+
+
+async def linger(stream: trio.SocketStream, seconds: float) -> None:
+    """End the write side, then read and discard until the client ends its own."""
+    with (
+        trio.move_on_after(seconds),
+        contextlib.suppress(OSError, trio.BrokenResourceError),
+    ):
+        stream.socket.shutdown(socket.SHUT_WR)
+        while await stream.receive_some(65536):
+            pass
+
+
 def cors_headers(settings: Settings, request: Request) -> list[tuple[str, str]]:
     """Tell a browser that a page of --origin may read the answer."""
     if not settings.origin:
@@ -4025,7 +3955,7 @@ async def _answer(
             if refusal.status == 401:
                 listener.check_handshakes(request.address)
             raise
-        await server.store_name(request.claims)
+        await store_name(server, request.claims)
     request.body = await connection.read_body(request)
     if route.who != "anyone":
         # The body may have taken long: the user may have been revoked meanwhile.
@@ -4041,13 +3971,35 @@ async def _admit(
     claims = socket_claims(server.keyring, request, "socket")
     cursor = request.argument("cursor")
     with trio.move_on_after(REQUEST_SECONDS):
-        await server.store_name(claims)
+        await store_name(server, claims)
     # No await from here until the session is counted, so the bound is exact.
-    server.check_capacity()
+    check_capacity(server)
     server.keyring.spend(claims)
     key = request.header("sec-websocket-key")
     upgrade = Upgrade(claims, cursor, key, connection.h11.trailing_data[0])
     return functools.partial(server.serve_socket, upgrade)
+
+
+def check_capacity(server: Server) -> None:
+    """Refuse a socket that is one too many. Raises Refusal overloaded."""
+    later = server.retry_after_seconds()
+    if len(server.sessions) >= server.settings.max_connections:
+        server.listener.warn("full", "sockets")
+        raise Refusal("overloaded", retry_after=later)
+    if server.listener.stopping.is_set():
+        raise Refusal("overloaded", "the server restarts", retry_after=later)
+
+
+async def store_name(server: Server, claims: Claims) -> None:
+    """Store a user's name if it is new. A failure is no reason to refuse."""
+    user_id, name = claims.user_id, claims.name
+    if name is None or server.names.get(user_id) == name:
+        return
+    if len(server.names) >= TABLE_KEYS:
+        server.names.clear()
+    with contextlib.suppress(Refusal):
+        await server.store.commit(server.store.rename, user_id, name)
+        server.names[user_id] = name
 
 
 def check_origin(server: Server, request: Request) -> None:
@@ -4192,11 +4144,11 @@ async def post_message(server: Server, request: Request) -> Answer:
         raise Refusal("forbidden", "sender_id: only a service may send for others")
     sender_id = post.sender_id or claims.user_id
     send = Send(chat_id, sender_id, post.content, _idempotency_key(request, post))
-    sent = await server.allow_send(claims, send)
+    sent = await allow_send(server, claims, send)
     if sent is None:
         work = server.store.send_message
         sent = await server.store.commit(work, send, claims.service)
-        server.count_sent(sent, sender_id)
+        count_sent(server, sent, sender_id)
     return json_answer(sent._asdict(), 200 if sent.duplicate else 201)
 
 
@@ -4247,7 +4199,7 @@ async def post_revoke(server: Server, request: Request) -> Answer:
 
     def close(revoked_at: int) -> None:
         nonlocal closed
-        closed = server.revoke(user_id, revoked_at)
+        closed = close_revoked(server, user_id, revoked_at)
 
     await server.store.commit(server.store.revoke, user_id, then=close)
     return json_answer({"user_id": user_id, "closed": closed})
@@ -4260,6 +4212,47 @@ def get_health(server: Server, request: Request) -> Answer:
     if server.store.degraded:
         return json_answer({"status": "degraded"}, 503)
     return json_answer({"status": "ok"})
+
+
+async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
+    """Take a token of the sender's bucket. Raises Refusal rate_limited.
+
+    With an empty bucket a repeat is not refused: the message that it repeats is
+    returned.
+    """
+    if claims.service:
+        return None
+    wait = server.sends.take(send.sender_id, trio.current_time())
+    if not wait:
+        return None
+    if send.client_id is not None:
+        # As of the head: a message that is not published yet is not answered yet.
+        head = server.hub.head
+        sent = await server.store.read(server.store.find_sent, send, head)
+        if sent is not None:
+            server.stats.duplicates += 1
+            return sent
+    server.stats.rate_limited["sends"] += 1
+    raise Refusal("rate_limited", retry_after=wait)
+
+
+def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
+    """Count an outcome; a repeat gets its token back."""
+    if sent.duplicate:
+        server.stats.duplicates += 1
+        server.sends.of(sender_id).give_back()
+    else:
+        server.stats.messages += 1
+
+
+def close_revoked(server: Server, user_id: int, revoked_at: int) -> int:
+    """Refuse a user's tokens from now on; close the user's sockets, count them."""
+    server.keyring.revoked[user_id] = revoked_at
+    theirs = [s for s in server.sessions if s.claims.user_id == user_id]
+    log(logging.INFO, "revoked", user=user_id, sockets=len(theirs))
+    for session in theirs:
+        session.end(CLOSE_SIGN_IN, "revoked: sign in again")
+    return len(theirs)
 
 
 def _idempotency_key(request: Request, post: PostMessage) -> str | None:
@@ -4390,6 +4383,15 @@ def log_bug(verb: str, error: BaseException) -> None:
         places += [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames]
         cause = cause.__cause__
     log(logging.ERROR, verb, error=" from ".join(kinds), at=" < ".join(places))
+
+
+def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
+    """Walk the exceptions of a group, however deep."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from leaves(error)
+        else:
+            yield error
 
 
 def in_journal() -> bool:
