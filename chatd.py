@@ -64,8 +64,8 @@ a plain `def` unless it says "waits", so no cancellation can leave one half done
                                 socket takes more.
 
 If the process dies before COMMIT has returned, the message was never acked: the client
-repeats it under the same client_id and it is stored once. If it dies after that, the
-message is in the event log and every client that missed it reads it there.
+repeats it with the same client_id and it is stored once. If it dies later, every client
+reads the message in the event log.
 
 THE TASK TREE
 
@@ -95,8 +95,8 @@ THREADS
 There are worker threads, and no lock of our own. The writer's connection is used by one
 call of `_write` at a time, and by the main thread only before and after `Store.run`. A
 reader's connection belongs to one thread while a query runs; idle ones are in a list
-whose `append` and `pop` are atomic under the GIL. Threads get plain values and return
-them; tasks, seats and outboxes are touched on the main thread only.
+whose `append` and `pop` are atomic under the GIL. Tasks, seats and
+outboxes are touched on the main thread only.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
 `Listener._connection`). One in Store.run, Hub.run or the sweeper ends the process: acks
@@ -108,8 +108,7 @@ BOUNDS AND DEADLINES
 Every queue has a bound: jobs for the store (4,096), commands of one connection without
 an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line), the
 tail (16,384 events, 16 MiB). Every wait has a deadline: a request head 10 s, a request
-15 s, a keep-alive 75 s, silence 25 s before a ping and 10 s after it, waiting bytes of
-which the kernel accepts none 40 s, the end of a connection 1 s after its last byte, a
+15 s, a keep-alive 75 s, silence 35 s, output of which the kernel accepts no byte 40 s, a
 stop 5 s.
 
 GLOSSARY
@@ -124,7 +123,6 @@ GLOSSARY
     epoch       the random half of cursors; new after `chatd restore`
     seat        a connection as the hub knows it: user, outbox, cursor
     live        a seat that has been given everything up to the head
-    outbox      what writes to one connection
     batch       the events of one transaction, and the callers to answer
     ticket      a token for one socket, good for a minute
     parked      a connection that waits for a client's bytes
