@@ -24,6 +24,7 @@ from tests.harness import (
     DoorServer,
     HttpAnswer,
     WiresHouse,
+    WiresRaw,
     door_answer,
     door_get,
     door_innocent,
@@ -35,6 +36,26 @@ from tests.harness import (
     wires_request,
     wires_upgrade,
 )
+
+# --- helpers -------------------------------------------------------------------------
+
+
+async def last_answer(raw: WiresRaw, within: float = 1.0) -> HttpAnswer:
+    """Read an answer with `Connection: close`, and the end of the connection."""
+    answer = await raw.answer(within=within)
+    assert answer.headers["connection"] == "close"
+    assert await raw.ends() == b""
+    return answer
+
+
+async def handshake(
+    house: WiresHouse, target: str, **changed: str
+) -> tuple[WiresRaw, HttpAnswer]:
+    """Ask for an upgrade on a new connection; return it with the answer."""
+    raw = house.dial()
+    await raw.send(wires_upgrade(target, **changed))
+    return raw, await raw.answer()
+
 
 # --- requests and their connections --------------------------------------------------
 
@@ -149,11 +170,9 @@ async def test_a_bad_head_gets_one_complete_answer_and_a_close(
     sent, status = WIRES_BAD_HEADS[fault]
     raw = house.dial()
     await raw.send(sent)
-    answer = await raw.answer()
+    answer = await last_answer(raw)
     assert answer.status == status
     assert answer.code == ("too_large" if status == 431 else "bad_field")
-    assert answer.headers["connection"] == "close"
-    assert await raw.ends() == b""
     await trio.sleep(1.01)  # closed by now, even if the client keeps its end open
     assert house.server.listener.open == 0
 
@@ -172,10 +191,8 @@ async def test_a_head_that_is_incomplete_after_10_s_gets_408(house: WiresHouse) 
         for byte in b"GET / HTTP":
             await raw.send(bytes((byte,)))
             await trio.sleep(0.9)
-        answer = await raw.answer(within=2)
+        answer = await last_answer(raw, within=2)
     assert (answer.status, answer.code) == (408, "timeout")
-    assert answer.headers["connection"] == "close"
-    assert await raw.ends() == b""
 
 
 @wires()
@@ -215,10 +232,8 @@ async def test_a_body_that_is_incomplete_after_15_s_gets_408(house: WiresHouse) 
     )
     await raw.send(request[:-1])
     with taking(15):
-        answer = await raw.answer(within=16)
+        answer = await last_answer(raw, within=16)
     assert (answer.status, answer.code) == (408, "timeout")
-    assert answer.headers["connection"] == "close"
-    assert await raw.ends() == b""
 
 
 @wires()
@@ -294,10 +309,8 @@ async def test_a_body_over_the_limit_gets_413_with_a_length_and_in_chunks(
     for request in (by_length, by_chunks + chunk, by_chunks + chunk[:1500]):
         raw = house.dial()
         await raw.send(request)
-        answer = await raw.answer()
+        answer = await last_answer(raw)
         assert (answer.status, answer.code) == (413, "too_large")
-        assert answer.headers["connection"] == "close"
-        assert await raw.ends() == b""
 
 
 @wires(max_message_bytes=1000)
@@ -362,9 +375,7 @@ async def test_a_bad_chunk_gets_400_and_a_close(house: WiresHouse) -> None:
         ),
         b"zz\r\n",
     )  # fmt: skip
-    answer = await raw.answer()
-    assert (answer.status, answer.headers["connection"]) == (400, "close")
-    assert await raw.ends() == b""
+    assert (await last_answer(raw)).status == 400
 
 
 @wires()
@@ -446,9 +457,7 @@ async def test_a_get_of_the_socket_path_without_upgrade_gets_426(
         {"Upgrade": ""}, {"Connection": ""}, {"Upgrade": "h2c"},
         {"Connection": "keep-alive"},
     ):  # fmt: skip
-        raw = house.dial()
-        await raw.send(wires_upgrade(house.target(6), **changed))
-        answer = await raw.answer()
+        _, answer = await handshake(house, house.target(6), **changed)
         assert (answer.status, answer.code) == (426, "upgrade_required")
         assert answer.headers["upgrade"] == "websocket"
         assert "upgrade" in answer.headers["connection"].lower()
@@ -474,9 +483,9 @@ async def test_a_websocket_version_other_than_13_gets_426_with_the_right_one(
     house: WiresHouse,
 ) -> None:
     for version in ("8", "14", "13, 8", ""):
-        raw = house.dial()
-        await raw.send(wires_upgrade(house.target(6), Sec_WebSocket_Version=version))
-        answer = await raw.answer()
+        _, answer = await handshake(
+            house, house.target(6), Sec_WebSocket_Version=version
+        )
         assert (answer.status, answer.code) == (426, "upgrade_required")
         assert answer.headers["sec-websocket-version"] == "13"
 
@@ -485,9 +494,7 @@ async def test_a_websocket_version_other_than_13_gets_426_with_the_right_one(
 async def test_a_websocket_key_that_is_not_16_bytes_gets_400(house: WiresHouse) -> None:
     for key in ("", "x", "dGhlIHNhbXBsZSBub25j", "dGhlIHNhbXBsZSBub25jZR==",
                 "dGhlIHNhbXBsZSBub25jZQ==" * 2, "!" * 24):  # fmt: skip
-        raw = house.dial()
-        await raw.send(wires_upgrade(house.target(6), Sec_WebSocket_Key=key))
-        answer = await raw.answer()
+        _, answer = await handshake(house, house.target(6), Sec_WebSocket_Key=key)
         assert (answer.status, answer.code) == (400, "bad_field")
         assert "Sec-WebSocket-Key" in answer.json["error"]["message"]
 
@@ -560,9 +567,7 @@ async def test_an_upgrade_is_checked_for_rate_then_origin_then_token_then_capaci
     ]  # fmt: skip
     assert int(answers[2].headers["retry-after"]) >= 1
     for _ in range(4):  # once the bucket is empty, the rate comes first
-        raw = house.dial()
-        await raw.send(wires_upgrade("/ws/chat?token=bad", **foreign))
-        last = await raw.answer()
+        _, last = await handshake(house, "/ws/chat?token=bad", **foreign)
     last = await refused("/ws/chat?token=bad", **foreign)
     assert (last.status, last.code) == (429, "rate_limited")
     assert last.headers["retry-after"] == "1"
@@ -587,20 +592,16 @@ async def test_a_ticket_is_not_spent_on_a_full_server(house: WiresHouse) -> None
     ticket = (await house.ask("GET", "/api/v2/ws-token", user=6)).json["token"]
     full = await house.join(7)
     target = house.target(token=ticket)
-    raw = house.dial()
-    await raw.send(wires_upgrade(target))
-    assert (await raw.answer()).status == 503
+    _, answer = await handshake(house, target)
+    assert answer.status == 503
     await full.leave()
     await wait_all_tasks_blocked()
-    raw = house.dial()
-    await raw.send(wires_upgrade(target))
-    assert (await raw.answer()).status == 101
+    raw, answer = await handshake(house, target)
+    assert answer.status == 101
     await raw.hear("connected")
     await raw.send(wires_close(1000))
     await raw.close_code()
-    again = house.dial()
-    await again.send(wires_upgrade(target))
-    answer = await again.answer()
+    _, answer = await handshake(house, target)
     assert (answer.status, answer.code) == (401, "token_used")
 
 
@@ -629,9 +630,7 @@ async def test_an_upgrade_needs_exactly_one_token_in_the_query(
         (house.target(token=house.token(6, -60)), 401, "token_expired"),
         (house.target(token=house.token(6, use="signin")), 401, "token_invalid"),
     ):
-        raw = house.dial()
-        await raw.send(wires_upgrade(target))
-        answer = await raw.answer()
+        _, answer = await handshake(house, target)
         assert (answer.status, answer.code) == (status, code)
         assert token not in answer.body.decode()
 
@@ -696,9 +695,8 @@ async def test_origin_is_checked_on_every_request(house: WiresHouse) -> None:
             answer = await house.dial().ask(method, "/healthz", **headers)
             assert answer.status == (204 if (method, status) == ("OPTIONS", 200)
                                      else status), origin  # fmt: skip
-        raw = house.dial()
-        await raw.send(wires_upgrade(house.target(6), **headers))
-        assert (await raw.answer()).status == (101 if status == 200 else 403)
+        raw, answer = await handshake(house, house.target(6), **headers)
+        assert answer.status == (101 if status == 200 else 403)
         raw.stream.socket.close()
 
 
@@ -1517,18 +1515,3 @@ async def test_a_handshake_with_64_header_lines_is_accepted(
     more = [f"X-{i}: y" for i in range(64 - 1 - len(DOOR_UPGRADE))]
     peer = await open_house.peer(next(door_users), "", *more)
     await peer.hears_nothing()
-
-
-# --- whole process: limits -----------------------------------------------------------
-
-
-async def test_the_first_reason_to_refuse_a_handshake_decides_its_status(
-    house: DoorServer,
-) -> None:
-    async with house.serving("--max-connections", "1", "--handshakes", "0.01/4"):
-        user, evil = next(door_users), "Origin: http://evil.example"
-        await house.peer(user)
-        assert (await house.refusal("bad", evil)).status == 403
-        assert (await house.refusal("bad")).status == 401
-        assert (await house.refusal(user)).status == 503
-        assert (await house.refusal("bad", evil)).status == 429
