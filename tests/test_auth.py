@@ -1,7 +1,7 @@
 """Auth and limits: buckets, addresses, origins, keys, tokens, tickets, revocation.
 
-Time is an argument of buckets; for tokens it is in their claims, so the tests of both
-wait for no clock.
+Buckets get the time as an argument, and tokens carry it in their claims, so neither
+test waits for a clock.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ from tests.harness import (
     wires_upgrade,
 )
 
+# --- buckets -------------------------------------------------------------------------
 
-def test_a_bucket_gives_its_burst_at_once_and_then_its_rate() -> None:
+
+def test_a_bucket_allows_its_burst_at_once_and_then_its_rate() -> None:
     bucket = chatd.Bucket(Rate(5, 20))
     assert [bucket.take(100.0) for _ in range(20)] == [0.0] * 20
     assert bucket.take(100.0) == pytest.approx(0.2)
@@ -76,18 +78,18 @@ def test_a_bucket_gives_its_burst_at_once_and_then_its_rate() -> None:
     assert [bucket.take(100.2), bucket.take(100.2)] == pytest.approx([0.0, 0.2])
 
 
-def test_a_bucket_that_rested_is_full_and_not_fuller() -> None:
+def test_an_idle_bucket_fills_up_to_its_burst_and_no_further() -> None:
     bucket = chatd.Bucket(Rate(1, 3))
     assert [bucket.take(0.0) for _ in range(4)] == pytest.approx([0, 0, 0, 1])
     assert [bucket.take(1e6) for _ in range(4)] == pytest.approx([0, 0, 0, 1])
 
 
-def test_a_rate_of_0_is_no_limit() -> None:
+def test_a_rate_of_0_means_no_limit() -> None:
     bucket, buckets = chatd.Bucket(Rate(0, 0)), chatd.Buckets(Rate(0, 0), 1)
     assert not any(bucket.take(0.0) for _ in range(1000))
     assert not any(buckets.take(key, 0.0) for key in range(1000))
     buckets.of(0).give_back()
-    assert not bucket.spend(0.0, 1e12)
+    assert bucket.spend(0.0, 1e12) == 0
     assert not any(buckets.take(0, 0.0) for _ in range(1000))
 
 
@@ -96,7 +98,7 @@ def test_a_rate_of_0_is_no_limit() -> None:
     st.integers(1, 20),
     st.lists(st.floats(0, 2), min_size=1, max_size=60),
 )
-def test_in_any_time_a_bucket_gives_at_most_its_burst_and_its_rate(
+def test_over_any_interval_a_bucket_allows_at_most_its_burst_plus_its_rate(
     rate: int, burst: int, pauses: list[float]
 ) -> None:
     bucket, given_at = chatd.Bucket(Rate(rate, burst)), list[float]()
@@ -104,26 +106,26 @@ def test_in_any_time_a_bucket_gives_at_most_its_burst_and_its_rate(
         wait = bucket.take(now)
         if not wait:
             given_at.append(now)
-        else:  # and what it tells to wait is enough
-            assert not rules_copy(bucket).take(now + wait + 1e-6)
+        else:  # and the wait that it returns is long enough
+            assert not copy_of(bucket).take(now + wait + 1e-6)
     for first, last in itertools.combinations(range(len(given_at)), 2):
         seconds = given_at[last] - given_at[first]
         assert last - first + 1 <= burst + seconds * rate + 1e-6
 
 
-def rules_copy(bucket: chatd.Bucket) -> chatd.Bucket:
+def copy_of(bucket: chatd.Bucket) -> chatd.Bucket:
     """A bucket in the same state."""
     copy = chatd.Bucket(bucket.rate)
     copy.full_at = bucket.full_at
     return copy
 
 
-def test_each_key_has_a_bucket_of_its_own() -> None:
+def test_each_key_has_its_own_bucket() -> None:
     buckets = chatd.Buckets(Rate(1, 1), 10)
     assert [buckets.take(key, 5.0) for key in "aab"] == pytest.approx([0, 1, 0])
 
 
-def test_a_token_given_back_can_be_taken_again_and_no_second_one() -> None:
+def test_a_bucket_token_that_is_given_back_can_be_taken_once_more() -> None:
     buckets = chatd.Buckets(Rate(1, 2), 10)
     assert [buckets.take("a", 5.0) for _ in range(3)] == pytest.approx([0, 0, 1])
     buckets.of("a").give_back()
@@ -133,16 +135,16 @@ def test_a_token_given_back_can_be_taken_again_and_no_second_one() -> None:
     assert taken == pytest.approx([0, 0, 1])
 
 
-def test_a_table_of_buckets_is_bounded_and_forgets_the_oldest() -> None:
+def test_a_table_of_buckets_is_bounded_and_drops_the_least_recently_used() -> None:
     buckets = chatd.Buckets(Rate(1, 1), 3)
     for key in ("a", "b", "c", "a", "d"):
         buckets.take(key, 0.0)
     assert [*buckets.table] == ["c", "a", "d"]
     assert buckets.take("a", 0.0) == pytest.approx(1)
-    assert buckets.take("b", 0.0) == 0  # forgotten, so it is full
+    assert buckets.take("b", 0.0) == 0  # it was dropped, so its new bucket is full
 
 
-def test_spending_goes_into_debt_and_tells_the_seconds_until_nothing_is_owed() -> None:
+def test_spend_may_overdraw_and_returns_the_seconds_until_the_debt_is_paid() -> None:
     bucket = chatd.Bucket(Rate(100, 500))
     assert bucket.spend(10.0, 500) == 0
     assert bucket.spend(10.0, 250) == pytest.approx(2.5)
@@ -152,7 +154,7 @@ def test_spending_goes_into_debt_and_tells_the_seconds_until_nothing_is_owed() -
     assert bucket.spend(1000.0, 501) == pytest.approx(0.01)
 
 
-def test_a_refused_token_costs_nothing_and_a_spent_one_waits_for_its_turn() -> None:
+def test_a_refused_take_costs_nothing_and_an_overdraft_delays_the_next_take() -> None:
     bucket = chatd.Bucket(Rate(1, 2))
     assert [bucket.take(0.0) for _ in range(9)] == pytest.approx([0, 0] + [1] * 7)
     assert bucket.spend(0.0, 3) == pytest.approx(3)
@@ -160,7 +162,7 @@ def test_a_refused_token_costs_nothing_and_a_spent_one_waits_for_its_turn() -> N
     assert bucket.take(4.0) == 0
 
 
-def test_spending_by_a_key_forgets_the_oldest_key_too() -> None:
+def test_spend_by_key_drops_the_least_recently_used_key_too() -> None:
     buckets = chatd.Buckets(Rate(1, 1), 2)
     for key in "abac":
         buckets.of(key).spend(0.0, 5)
@@ -168,29 +170,27 @@ def test_spending_by_a_key_forgets_the_oldest_key_too() -> None:
     assert buckets.take("a", 0.0) == pytest.approx(10)
 
 
-def test_a_bucket_of_rate_0_never_waits() -> None:
-    assert chatd.Bucket(Rate(0, 0)).spend(0.0, 1e12) == 0
-
-
 # --- addresses and origins -----------------------------------------------------------
 
 
-RULES_PROXIES = ("127.0.0.0/8", "::1", "10.0.0.0/8", "2001:db8::/32")
+PROXIES = ("127.0.0.0/8", "::1", "10.0.0.0/8", "2001:db8::/32")
 
 
 @pytest.mark.parametrize(
     ("peer", "forwarded", "client"),
     [
-        # Who is no proxy is believed nothing.
+        # A peer that is not a trusted proxy: its header is ignored.
         ("203.0.113.9", ["198.51.100.1"], "203.0.113.9"),
-        # From the right: the first that is not ours. Further left is hearsay.
+        # From the right, the first address that is not a trusted proxy. Entries
+        # further left are not verified.
         ("127.0.0.1", ["198.51.100.1"], "198.51.100.1"),
         ("127.0.0.1", ["6.6.6.6, 198.51.100.1"], "198.51.100.1"),
         ("127.0.0.1", ["6.6.6.6", "198.51.100.1"], "198.51.100.1"),
         ("127.0.0.1", ["198.51.100.1, 10.1.2.3,127.0.0.1"], "198.51.100.1"),
         ("127.0.0.1", ["10.0.0.1, 10.0.0.2"], "10.0.0.1"),
         ("10.9.9.9", ["2001:db8::1, 2600::5, 2001:db8::2"], "2600::5"),
-        # An entry that is no address means the peer; left of the client it is unread.
+        # If an entry is no address, the peer counts; left of the client it is not
+        # read.
         ("127.0.0.1", ["unknown"], "127.0.0.1"),
         ("127.0.0.1", ["198.51.100.1, x"], "127.0.0.1"),
         ("127.0.0.1", ["198.51.100.1,"], "127.0.0.1"),
@@ -198,23 +198,23 @@ RULES_PROXIES = ("127.0.0.0/8", "::1", "10.0.0.0/8", "2001:db8::/32")
         ("127.0.0.1", ["x, 198.51.100.1"], "198.51.100.1"),
         ("127.0.0.1", [""], "127.0.0.1"),
         ("127.0.0.1", [], "127.0.0.1"),
-        # IPv4 in IPv6 clothes, as peer and as entry.
+        # IPv4-mapped IPv6 addresses, as peer and as entry.
         ("::ffff:127.0.0.1", ["::ffff:198.51.100.1"], "198.51.100.1"),
         ("127.0.0.1", ["198.51.100.1, ::ffff:10.0.0.1"], "198.51.100.1"),
     ],
 )
-def test_the_client_is_the_first_from_the_right_who_is_no_proxy(
+def test_the_client_is_the_rightmost_address_that_is_not_a_trusted_proxy(
     peer: str, forwarded: list[str], client: str
 ) -> None:
-    proxies = chatd.Proxies(RULES_PROXIES)
+    proxies = chatd.Proxies(PROXIES)
     found = proxies.client(chatd.parse_address(peer), forwarded)
     assert str(found) == client
 
 
-def test_without_proxies_and_without_an_address_the_peer_is_the_client() -> None:
+def test_without_a_trusted_proxy_or_a_peer_address_no_header_is_believed() -> None:
     local = chatd.parse_address("127.0.0.1")
     assert chatd.Proxies(["none"]).client(local, ["1.2.3.4"]) == local
-    assert chatd.Proxies(RULES_PROXIES).client(None, ["1.2.3.4"]) is None
+    assert chatd.Proxies(PROXIES).client(None, ["1.2.3.4"]) is None
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_without_proxies_and_without_an_address_the_peer_is_the_client() -> None
         ("nobody", "None"),
     ],
 )
-def test_an_ipv6_host_has_one_bucket_for_its_whole_64(address: str, key: str) -> None:
+def test_an_ipv6_address_is_limited_by_its_64_prefix(address: str, key: str) -> None:
     assert chatd.address_key(chatd.parse_address(address)) == key
 
 
@@ -255,7 +255,7 @@ def test_an_ipv6_host_has_one_bucket_for_its_whole_64(address: str, key: str) ->
         ("chat.example", "chat.example", False),
     ],
 )
-def test_a_page_is_ours_if_its_origin_names_the_host_that_was_asked(
+def test_an_origin_is_our_own_if_it_names_the_requested_host(
     origin: str, host: str, same: bool
 ) -> None:
     assert chatd.same_origin(origin, ["other.example", host]) is same
@@ -265,41 +265,41 @@ def test_a_page_is_ours_if_its_origin_names_the_host_that_was_asked(
 # --- tokens --------------------------------------------------------------------------
 
 
-RULES_SECRET = b"s" * 32
-RULES_SHARED = b"f" * 40  # the secret of a site's backend
+SECRET = b"s" * 32
+SHARED_SECRET = b"f" * 40  # the secret of the backend
 
 
-def rules_soon(seconds: float = 600) -> float:
+def time_in(seconds: float = 600) -> float:
     return int(time.time()) + seconds
 
 
-def rules_forge(header: dict[str, object], body: dict[str, object], key: bytes) -> str:
-    """A token as an attacker makes it: his own header, and an HMAC with any key."""
+def forge(header: dict[str, object], body: dict[str, object], key: bytes) -> str:
+    """A token as an attacker makes it: with any header, and an HMAC with any key."""
     parts = [json.dumps(part).encode() for part in (header, body)]
     signed = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
     mac = hmac.digest(key, signed, hashlib.sha256) if key else b""
     return (signed + b"." + base64.urlsafe_b64encode(mac).rstrip(b"=")).decode()
 
 
-def rules_ring(*keys: Path, secret: bytes = RULES_SECRET, **more: Any) -> Keyring:
+def keyring_of(*keys: Path, secret: bytes = SECRET, **more: Any) -> Keyring:
     return Keyring(Settings(jwt_key=keys, **more), secret)
 
 
-def rules_token(secret: bytes = RULES_SECRET, /, **claims: object) -> str:
-    """A token of user 6 for ten minutes; claims change it, ... takes one out."""
-    body = {"user_id": 6, "exp": rules_soon()} | claims
+def make_token(secret: bytes = SECRET, /, **claims: object) -> str:
+    """A token of user 6 for ten minutes. A claim of `...` is left out."""
+    body = {"user_id": 6, "exp": time_in()} | claims
     body = {name: value for name, value in body.items() if value is not ...}
-    return rules_forge({"alg": "HS256", "typ": "JWT"}, body, secret)
+    return forge({"alg": "HS256", "typ": "JWT"}, body, secret)
 
 
 @pytest.fixture
 def shared_key(tmp_path: Path) -> Path:
-    """A --jwt-key file with the shared secret of a site's backend."""
-    (tmp_path / "shared").write_bytes(RULES_SHARED + b"\n")
+    """A --jwt-key file with the shared secret of the backend."""
+    (tmp_path / "shared").write_bytes(SHARED_SECRET + b"\n")
     return tmp_path / "shared"
 
 
-def rules_public_pem(kind: str) -> bytes:
+def public_pem(kind: str) -> bytes:
     pem: bytes = rules_private(kind).public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )  # fmt: skip
@@ -319,10 +319,10 @@ def rules_public_pem(kind: str) -> bytes:
         ({"user_id": ..., "sub": str(2**53 - 1)}, 2**53 - 1),
     ],
 )
-def test_the_user_is_user_id_or_else_sub(
+def test_the_user_is_the_claim_user_id_or_else_sub(
     claims: dict[str, object], user_id: int
 ) -> None:
-    assert rules_ring().verify(rules_token(**claims)).user_id == user_id
+    assert keyring_of().verify(make_token(**claims)).user_id == user_id
 
 
 @pytest.mark.parametrize(
@@ -351,8 +351,10 @@ def test_the_user_is_user_id_or_else_sub(
         {"user_id": "x", "sub": "6"},
     ],
 )
-def test_who_is_no_number_is_nobody(claims: dict[str, object]) -> None:
-    refusal = refusal_of(rules_ring().verify, rules_token(**claims))
+def test_a_token_without_a_valid_user_number_is_refused(
+    claims: dict[str, object],
+) -> None:
+    refusal = refusal_of(keyring_of().verify, make_token(**claims))
     assert (refusal.code, refusal.status) == ("token_invalid", 401)
     assert "user_id" in refusal.message
 
@@ -381,26 +383,26 @@ def test_who_is_no_number_is_nobody(claims: dict[str, object]) -> None:
         ({"use": ["ticket"]}, "token_invalid"),
     ],
 )
-def test_a_time_or_a_use_that_is_none_is_refused(
+def test_a_token_with_an_invalid_time_or_use_is_refused(
     claims: dict[str, object], code: str
 ) -> None:
-    assert refusal_of(rules_ring().verify, rules_token(**claims)).code == code
+    assert refusal_of(keyring_of().verify, make_token(**claims)).code == code
 
 
-def test_the_leeway_of_5_seconds_is_for_clocks_that_differ() -> None:
-    ring = rules_ring()
-    assert ring.verify(rules_token(exp=rules_soon(-3))).expires_in() == 0
-    assert ring.verify(rules_token(iat=rules_soon(3), nbf=rules_soon(3))).user_id == 6
-    for claims in ({"exp": rules_soon(-5)}, {"exp": rules_soon(-5) + 0.0}):
-        assert refusal_of(ring.verify, rules_token(**claims)).code == "token_expired"
-    refusal = refusal_of(ring.verify, rules_token(iat=rules_soon(60)))
+def test_clocks_may_differ_by_less_than_5_seconds() -> None:
+    ring = keyring_of()
+    assert ring.verify(make_token(exp=time_in(-3))).expires_in() == 0
+    assert ring.verify(make_token(iat=time_in(3), nbf=time_in(3))).user_id == 6
+    for claims in ({"exp": time_in(-5)}, {"exp": time_in(-5) + 0.0}):
+        assert refusal_of(ring.verify, make_token(**claims)).code == "token_expired"
+    refusal = refusal_of(ring.verify, make_token(iat=time_in(60)))
     assert (refusal.code, "clocks" in refusal.message) == ("token_invalid", True)
 
 
-def test_what_a_token_says_is_read_from_it() -> None:
-    exp = rules_soon()
-    claims = rules_ring().verify(
-        rules_token(
+def test_a_verified_token_yields_its_claims() -> None:
+    exp = time_in()
+    claims = keyring_of().verify(
+        make_token(
             exp=exp, iat=5, name=" Bob\n", scope="stats service x", use="session"
         )
     )
@@ -408,42 +410,40 @@ def test_what_a_token_says_is_read_from_it() -> None:
     assert claims.scopes == {"stats", "service", "x"}
     assert claims.service
     assert 595 <= claims.expires_in() <= 600
-    assert not rules_ring().verify(rules_token(scope=["service"])).service
+    assert not keyring_of().verify(make_token(scope=["service"])).service
 
 
-def test_a_token_verified_before_ends_when_it_says(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ring, token = rules_ring(), rules_token(user_id=6, exp=rules_soon())
-    assert ring.verify(token) is ring.verify(token)  # its signature is looked at once
-    late = rules_soon() + 60
+def test_a_cached_token_still_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring, token = keyring_of(), make_token(user_id=6, exp=time_in())
+    assert ring.verify(token) is ring.verify(token)  # its signature is checked once
+    late = time_in() + 60
     monkeypatch.setattr(time, "time", lambda: late)
     with pytest.raises(Refusal, match="token_expired"):
         ring.verify(token)
 
 
-def test_a_token_verified_before_can_be_revoked() -> None:
-    ring, token = rules_ring(), rules_token(user_id=6, iat=time.time() - 60)
+def test_a_cached_token_can_be_revoked() -> None:
+    ring, token = keyring_of(), make_token(user_id=6, iat=time.time() - 60)
     ring.verify(token)
     ring.revoked[6] = int(time.time())
     with pytest.raises(Refusal, match="revoked"):
         ring.verify(token)
 
 
-def test_tokens_verified_before_are_forgotten_when_they_are_too_many() -> None:
-    ring = rules_ring(known_tokens=2)
-    tokens = [rules_token(user_id=user) for user in (1, 2, 3)]
+def test_the_cache_of_verified_tokens_is_bounded() -> None:
+    ring = keyring_of(known_tokens=2)
+    tokens = [make_token(user_id=user) for user in (1, 2, 3)]
     claims = [ring.verify(token) for token in tokens]
     assert ring.verify(tokens[2]) is claims[2]
     assert ring.verify(tokens[0]) is not claims[0]
     assert ring.verify(tokens[0]) == claims[0]
 
 
-def rules_bad_tokens() -> dict[str, str]:
-    body: dict[str, object] = {"user_id": 6, "exp": rules_soon()}
-    good = rules_token()
+def bad_tokens() -> dict[str, str]:
+    body: dict[str, object] = {"user_id": 6, "exp": time_in()}
+    good = make_token()
     head, middle, mac = good.split(".")
-    other = rules_token(user_id=7).split(".")[1]
+    other = make_token(user_id=7).split(".")[1]
     hs256: dict[str, object] = {"alg": "HS256", "typ": "JWT"}
     deep = base64.urlsafe_b64encode(b"[" * 2500).decode().rstrip("=")
     return {
@@ -453,32 +453,30 @@ def rules_bad_tokens() -> dict[str, str]:
         "no signature": f"{head}.{middle}.",
         "another signature": f"{head}.{middle}.{mac[::-1]}",
         "other claims under a signature": f"{head}.{other}.{mac}",
-        "alg none": rules_forge({"alg": "none"}, body, b""),
-        "alg NONE, signed": rules_forge({"alg": "NONE"}, body, RULES_SECRET),
-        "no alg": rules_forge({"typ": "JWT"}, body, RULES_SECRET),
-        "alg of another family": rules_forge({"alg": "RS256"}, body, RULES_SECRET),
-        "alg HS512": jwt.encode(body, RULES_SECRET * 2, "HS512"),
-        "another key": rules_token(b"x" * 32),
-        "an empty key": rules_forge(hs256, body, b"\0"),
-        "a kid that is no text": rules_forge({**hs256, "kid": 5}, body, RULES_SECRET),
-        "an unknown crit": rules_forge({**hs256, "crit": ["x"]}, body, RULES_SECRET),
-        "a body apart": rules_forge(
-            {**hs256, "b64": False, "crit": ["b64"]}, body, RULES_SECRET
-        ),
-        "a list for a body": rules_forge(hs256, cast(Any, [body]), RULES_SECRET),
+        "alg none": forge({"alg": "none"}, body, b""),
+        "alg NONE, signed": forge({"alg": "NONE"}, body, SECRET),
+        "no alg": forge({"typ": "JWT"}, body, SECRET),
+        "alg of another family": forge({"alg": "RS256"}, body, SECRET),
+        "alg HS512": jwt.encode(body, SECRET * 2, "HS512"),
+        "another key": make_token(b"x" * 32),
+        "an empty key": forge(hs256, body, b"\0"),
+        "a kid that is no text": forge({**hs256, "kid": 5}, body, SECRET),
+        "an unknown crit": forge({**hs256, "crit": ["x"]}, body, SECRET),
+        "a body apart": forge({**hs256, "b64": False, "crit": ["b64"]}, body, SECRET),
+        "a list for a body": forge(hs256, cast(Any, [body]), SECRET),
         "a deep body": f"{head}.{deep}.{mac}",
         "no ASCII": "é" * 40 + ".ü.ñ",
         "a lone surrogate": "\ud800.a.b",
         "five parts": f"{good}.a.b",
         "a line end": good.replace(".", ".\n", 1),
-        "too long": rules_token(name="x" * 4000),
+        "too long": make_token(name="x" * 4000),
     }
 
 
-@pytest.mark.parametrize("what", rules_bad_tokens())
-def test_a_bad_token_is_refused_and_nothing_of_it_is_told(what: str) -> None:
-    token = rules_bad_tokens()[what]
-    refusal = refusal_of(rules_ring().verify, token)
+@pytest.mark.parametrize("what", bad_tokens())
+def test_a_bad_token_is_refused_and_the_error_quotes_nothing_of_it(what: str) -> None:
+    token = bad_tokens()[what]
+    refusal = refusal_of(keyring_of().verify, token)
     assert (refusal.code, refusal.status) == ("token_invalid", 401)
     assert not any(
         part in refusal.message for part in token.split(".") if len(part) > 8
@@ -486,72 +484,74 @@ def test_a_bad_token_is_refused_and_nothing_of_it_is_told(what: str) -> None:
 
 
 @given(st.text(max_size=200) | st.from_regex(r"[\w-]+\.[\w-]+\.[\w-]+", fullmatch=True))
-def test_any_text_is_a_token_or_a_refusal(token: str) -> None:
-    assert refusal_of(rules_ring().verify, token, "socket").code == "token_invalid"
+def test_arbitrary_text_is_refused_as_an_invalid_token(token: str) -> None:
+    assert refusal_of(keyring_of().verify, token, "socket").code == "token_invalid"
 
 
-def test_a_token_of_4_kib_is_read_and_a_byte_more_is_not() -> None:
+def test_a_token_of_4_kib_is_accepted_and_one_byte_more_is_not() -> None:
     sizes = {len(token): token for token in (
-        rules_forge({"alg": "HS256", "kid": "k" * k},
-                    {"user_id": 6, "exp": rules_soon(), "pad": "x" * n}, RULES_SECRET)
+        forge({"alg": "HS256", "kid": "k" * k},
+                    {"user_id": 6, "exp": time_in(), "pad": "x" * n}, SECRET)
         for k in range(3) for n in range(2900, 3000))}  # fmt: skip
-    assert rules_ring().verify(sizes[4096]).user_id == 6
-    assert "4096" in refusal_of(rules_ring().verify, sizes[4097]).message
+    assert keyring_of().verify(sizes[4096]).user_id == 6
+    assert "4096" in refusal_of(keyring_of().verify, sizes[4097]).message
 
 
-# --- keys of the site's backend ------------------------------------------------------
+# --- keys of the backend -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
-def test_a_public_key_serves_its_own_algorithm_and_no_other(
+def test_a_public_key_verifies_its_own_algorithm_and_no_other(
     algorithm: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "public.pem"
-    path.write_bytes(rules_public_pem(algorithm))
-    body: dict[str, object] = {"user_id": 6, "exp": rules_soon()}
-    ring = rules_ring(path)
+    path.write_bytes(public_pem(algorithm))
+    body: dict[str, object] = {"user_id": 6, "exp": time_in()}
+    ring = keyring_of(path)
     assert chatd.read_jwt_key(path).algorithm == algorithm
     token = jwt.encode(body, rules_private(algorithm), algorithm)
     assert ring.verify(token).user_id == 6
-    # CVE-2022-29217: the public key, which everybody has, as a secret.
+    # CVE-2022-29217: the public key, which anyone has, used as a shared secret.
     for pem in (path.read_bytes(), path.read_bytes().strip()):
         for alg in ("HS256", algorithm, "none"):
-            refusal_of(ring.verify, rules_forge({"alg": alg}, body, pem))
+            refusal_of(ring.verify, forge({"alg": alg}, body, pem))
     if algorithm == "RS256":
         other = jwt.encode(body, rules_private(algorithm), "PS256")
         assert refusal_of(ring.verify, other).code == "token_invalid"
 
 
-def test_several_keys_are_a_rotation_and_every_one_is_asked(
+def test_with_several_keys_a_token_of_any_of_them_is_accepted(
     tmp_path: Path, shared_key: Path
 ) -> None:
     (tmp_path / "new").write_bytes(b"n" * 32)
-    (tmp_path / "pem").write_bytes(rules_public_pem("ES256"))
-    ring = rules_ring(tmp_path / "pem", shared_key, tmp_path / "new")
-    body = {"user_id": 6, "exp": rules_soon()}
-    for secret in (RULES_SECRET, RULES_SHARED, b"n" * 32):
-        assert ring.verify(rules_token(secret)).user_id == 6
+    (tmp_path / "pem").write_bytes(public_pem("ES256"))
+    ring = keyring_of(tmp_path / "pem", shared_key, tmp_path / "new")
+    body = {"user_id": 6, "exp": time_in()}
+    for secret in (SECRET, SHARED_SECRET, b"n" * 32):
+        assert ring.verify(make_token(secret)).user_id == 6
     assert ring.verify(jwt.encode(body, rules_private("ES256"), "ES256")).user_id == 6
-    expired = rules_token(b"n" * 32, exp=rules_soon(-60))
+    expired = make_token(b"n" * 32, exp=time_in(-60))
     assert refusal_of(ring.verify, expired).code == "token_expired"
-    assert refusal_of(ring.verify, rules_token(b"x" * 32)).code == "token_invalid"
+    assert refusal_of(ring.verify, make_token(b"x" * 32)).code == "token_invalid"
 
 
-def test_scope_and_use_count_only_under_our_own_key(shared_key: Path) -> None:
-    ring = rules_ring(shared_key)
+def test_scope_and_use_count_only_in_tokens_signed_by_chatd(shared_key: Path) -> None:
+    ring = keyring_of(shared_key)
     claims = ring.verify(
-        rules_token(RULES_SHARED, scope="service stats", use="fly", name="Bob")
+        make_token(SHARED_SECRET, scope="service stats", use="fly", name="Bob")
     )
     assert (claims.scopes, claims.use, claims.name) == (frozenset(), None, "Bob")
-    ticket = rules_token(RULES_SHARED, use="ticket", boot=ring.boot, jti="j")
+    ticket = make_token(SHARED_SECRET, use="ticket", boot=ring.boot, jti="j")
     assert ring.verify(ticket).use is None  # a plain token like any other
-    signin = rules_token(RULES_SHARED, use="signin")
+    signin = make_token(SHARED_SECRET, use="signin")
     assert refusal_of(ring.verify, signin, "signin").code == "token_invalid"
 
 
-def test_a_foreign_token_s_own_words_are_none_of_our_business(shared_key: Path) -> None:
-    token = rules_token(RULES_SHARED, until="tomorrow", boot=[], use={}, scope=1)
-    assert rules_ring(shared_key).verify(token).user_id == 6
+def test_claims_private_to_chatd_are_ignored_in_backend_tokens(
+    shared_key: Path,
+) -> None:
+    token = make_token(SHARED_SECRET, until="tomorrow", boot=[], use={}, scope=1)
+    assert keyring_of(shared_key).verify(token).user_id == 6
 
 
 @pytest.mark.parametrize(
@@ -569,33 +569,33 @@ def test_a_foreign_token_s_own_words_are_none_of_our_business(shared_key: Path) 
         ({"iss": ["shop"], "aud": "chat"}, False),
     ],
 )
-def test_issuer_and_audience_are_asked_of_foreign_tokens(
+def test_issuer_and_audience_are_checked_in_backend_tokens_only(
     claims: dict[str, object], good: bool, shared_key: Path
 ) -> None:
-    ring = rules_ring(shared_key, issuer="shop", audience="chat")
-    token = rules_token(RULES_SHARED, **claims)
+    ring = keyring_of(shared_key, issuer="shop", audience="chat")
+    token = make_token(SHARED_SECRET, **claims)
     if good:
         assert ring.verify(token).user_id == 6
     else:
-        said = refusal_of(ring.verify, token).message
-        assert re.search(r"\b(iss|aud)\b", said)
-    assert ring.verify(rules_token(iss="us", aud="us")).user_id == 6  # our own
+        message = refusal_of(ring.verify, token).message
+        assert re.search(r"\b(iss|aud)\b", message)
+    assert ring.verify(make_token(iss="us", aud="us")).user_id == 6  # our own
 
 
 @pytest.mark.parametrize("aud", ["mail", ["mail", "news"], 5])
-def test_without_an_audience_of_ours_any_is_accepted(
+def test_without_a_configured_audience_any_audience_is_accepted(
     aud: object, shared_key: Path
 ) -> None:
-    token = rules_token(RULES_SHARED, aud=aud)
-    assert rules_ring(shared_key).verify(token).user_id == 6
+    token = make_token(SHARED_SECRET, aud=aud)
+    assert keyring_of(shared_key).verify(token).user_id == 6
 
 
 # --- tickets, sign-in links, revocation ----------------------------------------------
 
 
-def test_a_ticket_opens_one_socket_that_lives_as_long_as_the_asking_token() -> None:
-    ring = rules_ring()
-    asking = ring.verify(rules_token(exp=rules_soon(9000), scope="service"))
+def test_a_ticket_ends_in_a_minute_but_its_socket_with_the_requesting_token() -> None:
+    ring = keyring_of()
+    asking = ring.verify(make_token(exp=time_in(9000), scope="service"))
     ticket = ring.verify(ring.ticket(asking), "socket")
     assert (ticket.user_id, ticket.use, ticket.ends) == (6, "ticket", asking.exp)
     assert ticket.service
@@ -604,34 +604,34 @@ def test_a_ticket_opens_one_socket_that_lives_as_long_as_the_asking_token() -> N
 
 
 def test_a_ticket_works_once() -> None:
-    ring = rules_ring()
-    token = ring.ticket(ring.verify(rules_token()))
+    ring = keyring_of()
+    token = ring.ticket(ring.verify(make_token()))
     first, second = ring.verify(token, "socket"), ring.verify(token + "=", "socket")
     ring.spend(first)
     assert refusal_of(ring.spend, second).code == "token_used"
     assert refusal_of(ring.verify, token, "socket").code == "token_used"
 
 
-def test_two_tickets_of_one_token_are_two() -> None:
-    ring = rules_ring()
-    asking = ring.verify(rules_token())
+def test_two_tickets_from_one_token_are_independent() -> None:
+    ring = keyring_of()
+    asking = ring.verify(make_token())
     for _ in range(2):
         ring.spend(ring.verify(ring.ticket(asking), "socket"))
     ring.spend(asking)
-    ring.spend(asking)  # a plain token lasts
+    ring.spend(asking)  # a plain token can be used again
     assert len(ring.spent) == 2
 
 
-def test_a_ticket_is_for_the_process_that_gave_it() -> None:
-    ring, next_process = rules_ring(), rules_ring()
-    ticket = ring.ticket(ring.verify(rules_token()))
+def test_a_ticket_is_valid_only_in_the_process_that_issued_it() -> None:
+    ring, next_process = keyring_of(), keyring_of()
+    ticket = ring.ticket(ring.verify(make_token()))
     assert refusal_of(next_process.verify, ticket, "socket").code == "token_used"
 
 
 @pytest.mark.parametrize("use", [None, "signin"])
-def test_a_ticket_is_never_a_bearer(use: str | None) -> None:
-    ring = rules_ring()
-    refusal = refusal_of(ring.verify, ring.ticket(ring.verify(rules_token())), use)
+def test_a_ticket_is_never_a_bearer_token(use: str | None) -> None:
+    ring = keyring_of()
+    refusal = refusal_of(ring.verify, ring.ticket(ring.verify(make_token())), use)
     assert (refusal.code, "ticket" in refusal.message) == ("token_invalid", True)
 
 
@@ -648,10 +648,10 @@ def test_a_ticket_is_never_a_bearer(use: str | None) -> None:
         (None, "socket", True),
     ],
 )
-def test_a_sign_in_link_is_good_for_its_purpose_only(
+def test_a_sign_in_link_works_only_for_signing_in(
     use: str | None, purpose: str | None, good: bool
 ) -> None:
-    ring = rules_ring()
+    ring = keyring_of()
     token = ring.sign(6, 60, use=use)
     if good:
         assert ring.verify(token, purpose).use == use
@@ -659,8 +659,8 @@ def test_a_sign_in_link_is_good_for_its_purpose_only(
         assert "sign-in link" in refusal_of(ring.verify, token, purpose).message
 
 
-def test_used_tickets_are_remembered_only_while_they_could_be_used() -> None:
-    ring = rules_ring()
+def test_spent_tickets_are_kept_only_until_they_expire() -> None:
+    ring = keyring_of()
     for jti in range(100):
         ring.spend(chatd.Claims(user_id=6, exp=5.0, use="ticket", jti=f"old {jti}"))
     assert len(ring.spent) <= 2
@@ -673,13 +673,13 @@ def test_used_tickets_are_remembered_only_while_they_could_be_used() -> None:
     ("iat", "good"),
     [(1006, True), (1005.5, True), (1005, False), (0, False), (..., False)],
 )
-def test_a_revocation_refuses_what_was_signed_up_to_5_seconds_later(
+def test_a_revocation_refuses_tokens_issued_up_to_5_seconds_later(
     iat: object, good: bool
 ) -> None:
-    ring = rules_ring()
+    ring = keyring_of()
     ring.revoked[6] = 1000
-    assert ring.verify(rules_token(user_id=7)).user_id == 7
-    token = rules_token(iat=iat)
+    assert ring.verify(make_token(user_id=7)).user_id == 7
+    token = make_token(iat=iat)
     if good:
         assert ring.verify(token).iat == iat
     else:
@@ -687,8 +687,8 @@ def test_a_revocation_refuses_what_was_signed_up_to_5_seconds_later(
 
 
 @pytest.mark.parametrize("purpose", [None, "socket", "signin"])
-def test_a_revocation_reaches_tickets_and_sign_in_links(purpose: str | None) -> None:
-    ring = rules_ring()
+def test_a_revocation_covers_tickets_and_sign_in_links(purpose: str | None) -> None:
+    ring = keyring_of()
     token = {
         None: ring.sign(6, 60),
         "socket": ring.ticket(ring.verify(ring.sign(6, 60))),
@@ -701,15 +701,17 @@ def test_a_revocation_reaches_tickets_and_sign_in_links(purpose: str | None) -> 
 # --- secrets and key files -----------------------------------------------------------
 
 
-def test_a_secret_has_32_bytes_without_the_white_space_around(tmp_path: Path) -> None:
+def test_a_secret_has_at_least_32_bytes_without_surrounding_white_space(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "secret"
     path.write_bytes(b" \n" + b"k" * 32 + b"\r\n")
     path.chmod(0o600)
     assert chatd.read_secret(path) == b"k" * 32
     path.write_bytes(b"k" * 31 + b" " * 20)
-    said = usage_error_of(lambda: chatd.read_secret(path))
-    assert f"secret {path}: 31 bytes; it must have at least 32" in said
-    assert "openssl" in said
+    message = usage_error_of(lambda: chatd.read_secret(path))
+    assert f"secret {path}: 31 bytes; it must have at least 32" in message
+    assert "openssl" in message
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644, 0o610, 0o601])
@@ -717,14 +719,14 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> 
     path = tmp_path / "secret"
     path.write_bytes(b"k" * 32)
     path.chmod(mode)
-    said = usage_error_of(lambda: chatd.read_secret(path))
-    assert f"mode {mode:04o}" in said
-    assert f"chmod 600 {path}" in said
+    message = usage_error_of(lambda: chatd.read_secret(path))
+    assert f"mode {mode:04o}" in message
+    assert f"chmod 600 {path}" in message
     assert chatd.read_jwt_key(path).key == b"k" * 32
 
 
 @pytest.mark.parametrize("mode", [0o400, 0o440, 0o444, 0o640])
-def test_what_the_service_manager_provides_has_whatever_mode_it_has(
+def test_a_secret_in_the_credentials_directory_may_have_any_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
     provided, elsewhere = tmp_path / "credentials", tmp_path / "etc"
@@ -742,11 +744,11 @@ def test_what_the_service_manager_provides_has_whatever_mode_it_has(
             assert chatd.read_secret(path) == b"k" * 32
             assert len(chatd.read_keyring(Settings(secret_file=path)).keys) == 1
         assert len(chatd.read_keyring(Settings()).keys) == 1
-    # Only what is really in that directory is the service manager's.
+    # A file counts only if it really is in that directory.
     for path in (elsewhere / "chatd.secret", provided / "link"):
         if mode & 0o077:
-            said = usage_error_of(chatd.read_secret, path)
-            assert said.startswith(
+            message = usage_error_of(chatd.read_secret, path)
+            assert message.startswith(
                 f"secret {path}: others can read it (mode 0{mode:o})"
             )
         else:
@@ -756,21 +758,21 @@ def test_what_the_service_manager_provides_has_whatever_mode_it_has(
         usage_error_of(chatd.read_secret, provided / "chatd.secret")
 
 
-def test_a_secret_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_secret_names_the_file(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
-        said = usage_error_of(lambda p=path: chatd.read_secret(p))
-        assert str(path) in said
+        message = usage_error_of(lambda p=path: chatd.read_secret(p))
+        assert str(path) in message
 
 
 @pytest.mark.parametrize("kind", ["RSA 1024", "P-384", "secp256k1"])
-def test_a_weak_or_strange_key_is_refused_with_what_would_be_right(
+def test_a_weak_or_unsupported_key_is_refused_and_the_error_lists_good_ones(
     kind: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "public.pem"
-    path.write_bytes(rules_public_pem(kind))
-    said = usage_error_of(chatd.read_jwt_key, path)
-    assert f"--jwt-key {path}: " in said
-    assert "2048 bits" in said
+    path.write_bytes(public_pem(kind))
+    message = usage_error_of(chatd.read_jwt_key, path)
+    assert f"--jwt-key {path}: " in message
+    assert "2048 bits" in message
 
 
 @pytest.mark.parametrize(
@@ -788,7 +790,7 @@ def test_a_weak_or_strange_key_is_refused_with_what_would_be_right(
         (b"k" * 65_537, "over 65536 bytes"),
     ],
 )
-def test_a_key_file_that_is_none_is_refused(
+def test_a_file_that_holds_no_key_is_refused(
     text: bytes, why: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "key"
@@ -796,9 +798,9 @@ def test_a_key_file_that_is_none_is_refused(
     assert why in usage_error_of(chatd.read_jwt_key, path)
 
 
-# Ways to write the DER of a key into a file that is not PEM.
+# Encodings of a DER key that are not PEM.
 def base64_lines(width: int) -> Callable[[bytes], bytes]:
-    """Base64 in lines of so many characters, as it stands between the lines of PEM."""
+    """Base64 in lines of `width` characters, as in the body of a PEM file."""
 
     def write(der: bytes) -> bytes:
         text = base64.b64encode(der)
@@ -807,7 +809,7 @@ def base64_lines(width: int) -> Callable[[bytes], bytes]:
     return write
 
 
-KEY_WRITINGS: dict[str, Callable[[bytes], bytes]] = {
+KEY_ENCODINGS: dict[str, Callable[[bytes], bytes]] = {
     "DER": bytes,
     "base64": base64.b64encode,
     "base64 in lines of 64": base64_lines(64),
@@ -846,7 +848,7 @@ KEY_WRITINGS: dict[str, Callable[[bytes], bytes]] = {
 }  # fmt: skip
 
 
-def rules_public_forms(private: Any) -> dict[str, bytes]:
+def public_key_forms(private: Any) -> dict[str, bytes]:
     """A public key in every form but PEM."""
     public, forms = private.public_key(), {}
     for part, (encoding, form) in KEY_PARTS.items():
@@ -854,11 +856,11 @@ def rules_public_forms(private: Any) -> dict[str, bytes]:
             forms[part] = public.public_bytes(encoding, form)
     binary = {**forms, "a certificate": rules_certificate(private)}
     forms = {}
-    if line := binary.pop("OpenSSH", b""):  # which knows no secp256k1
+    if line := binary.pop("OpenSSH", b""):  # OpenSSH has no secp256k1
         binary["an OpenSSH blob"] = base64.b64decode(line.split()[1])
         forms = {"OpenSSH": line, "OpenSSH, of known_hosts": b"host.example " + line}
     for part, der in binary.items():
-        for name, write in KEY_WRITINGS.items():
+        for name, write in KEY_ENCODINGS.items():
             forms[f"{part}, {name}"] = write(der)
     jwk = json.dumps(rules_jwk(private))
     pem = public.public_bytes(
@@ -878,8 +880,8 @@ def rules_public_forms(private: Any) -> dict[str, bytes]:
     }
 
 
-def rules_any_private(draw: Callable[[Any], Any]) -> Any:
-    """A private key: RSA of a few, for it takes its time; else any."""
+def draw_private_key(draw: Callable[[Any], Any]) -> Any:
+    """Any private key; of RSA only two, because new ones are slow to make."""
     curves = [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1(), ec.SECP256K1()]
     match draw(st.sampled_from(["RSA", "EC", "Ed25519"])):
         case "RSA":
@@ -896,25 +898,27 @@ def rules_any_private(draw: Callable[[Any], Any]) -> Any:
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_no_form_of_a_public_key_is_a_shared_secret(
+def test_no_encoding_of_a_public_key_is_accepted_as_a_shared_secret(
     tmp_path: Path, data: st.DataObject
 ) -> None:
     path = tmp_path / "key"
-    for form, text in rules_public_forms(rules_any_private(data.draw)).items():
+    for form, text in public_key_forms(draw_private_key(data.draw)).items():
         path.write_bytes(text)
         path.chmod(0o600)
         try:
             assert chatd.read_jwt_key(path).algorithm != "HS256", form
         except UsageError as error:
-            said = str(error)
-            assert said.startswith(f"--jwt-key {path}: "), form
-            assert re.search(r"PEM|PUBLIC KEY|is not text", said), (form, said)
-            if "UTF-16" not in form:  # chatd's own secret may be any bytes
+            message = str(error)
+            assert message.startswith(f"--jwt-key {path}: "), form
+            assert re.search(r"PEM|PUBLIC KEY|is not text", message), (form, message)
+            if "UTF-16" not in form:  # but --secret-file may hold any bytes
                 with pytest.raises(UsageError):
                     chatd.read_secret(path)
 
 
-def test_a_point_whose_last_byte_is_white_space_is_no_secret(tmp_path: Path) -> None:
+def test_an_elliptic_curve_point_that_ends_in_white_space_is_no_secret(
+    tmp_path: Path,
+) -> None:
     private, path = (
         ec.derive_private_key(23_657_309_607, ec.SECP384R1()),
         tmp_path / "k",
@@ -928,7 +932,7 @@ def test_a_point_whose_last_byte_is_white_space_is_no_secret(tmp_path: Path) -> 
     assert "a point of an elliptic curve" in usage_error_of(chatd.read_secret, path)
 
 
-def test_a_random_secret_is_accepted_in_every_usual_form(tmp_path: Path) -> None:
+def test_a_random_secret_is_accepted_in_every_usual_encoding(tmp_path: Path) -> None:
     numbers, path = random.Random(1), tmp_path / "key"
     for size in [24, 32, 33, 48, 64, 65, 128] * 60:
         secret = numbers.randbytes(size)
@@ -946,9 +950,7 @@ def test_a_random_secret_is_accepted_in_every_usual_form(tmp_path: Path) -> None
      "my-public-keyring-of-chat-example", "{b?V<4:)Wq;h&~n0#p}=zL_c8^u-R[T]", "%" * 40,
      "=" * 40, "true true true true true true true true", "two lines of words\n" * 2],
 )  # fmt: skip
-def test_whatever_else_somebody_thought_of_is_a_secret(
-    text: str, tmp_path: Path
-) -> None:
+def test_any_other_text_is_accepted_as_a_secret(text: str, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(text, "utf-8")
     assert chatd.read_jwt_key(tmp_path / "key").key == text.strip().encode()
 
@@ -972,7 +974,7 @@ def test_whatever_else_somebody_thought_of_is_a_secret(
         (b"k4.public.HrnbuRrsBqQ2rsHHxz6WvfvKHJEIXwQx1hV1l0qmYBw", "description"),
     ],
 )
-def test_what_can_be_no_secret_is_refused_with_what_it_is(
+def test_text_that_cannot_be_a_secret_is_refused_and_the_error_says_why(
     text: bytes, why: str, tmp_path: Path
 ) -> None:
     (tmp_path / "key").write_bytes(text)
@@ -980,12 +982,12 @@ def test_what_can_be_no_secret_is_refused_with_what_it_is(
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
-def test_a_pem_file_may_have_other_text_and_other_line_ends(
+def test_a_pem_file_may_have_text_around_the_key_and_any_line_ends(
     algorithm: str, tmp_path: Path
 ) -> None:
-    path, pem = tmp_path / "public.pem", rules_public_pem(algorithm)
+    path, pem = tmp_path / "public.pem", public_pem(algorithm)
     token = jwt.encode(
-        {"user_id": 6, "exp": rules_soon()}, rules_private(algorithm), algorithm
+        {"user_id": 6, "exp": time_in()}, rules_private(algorithm), algorithm
     )
     for text in (
         pem.strip(), b"\xef\xbb\xbf" + pem, pem.replace(b"\n", b"\r\n"),
@@ -996,14 +998,12 @@ def test_a_pem_file_may_have_other_text_and_other_line_ends(
     ):  # fmt: skip
         path.write_bytes(text)
         assert chatd.read_jwt_key(path).algorithm == algorithm
-        assert rules_ring(path).verify(token).user_id == 6
+        assert keyring_of(path).verify(token).user_id == 6
     path.write_bytes(pem * 2)
     assert "2 keys in one file" in usage_error_of(chatd.read_jwt_key, path)
 
 
-def test_a_curve_that_nobody_knows_is_refused_like_every_other_strange_key(
-    tmp_path: Path,
-) -> None:
+def test_a_key_on_an_unknown_curve_is_refused(tmp_path: Path) -> None:
     # SubjectPublicKeyInfo of a curve with the object identifier 1.2.3.4.
     der = bytes.fromhex("301c300c06072a8648ce3d0201") + bytes.fromhex("06032a0304")
     der = b"\x30\x1a" + der[2:] + bytes.fromhex("030a00") + b"\x04" + b"\x01" * 8
@@ -1016,7 +1016,7 @@ def test_a_curve_that_nobody_knows_is_refused_like_every_other_strange_key(
     )
 
 
-def test_a_private_key_is_refused_for_chatd_has_no_business_with_it(
+def test_a_private_key_is_refused_because_chatd_needs_only_the_public_one(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "private.pem"
@@ -1030,7 +1030,7 @@ def test_a_private_key_is_refused_for_chatd_has_no_business_with_it(
     assert "give chatd the public one" in usage_error_of(chatd.read_jwt_key, path)
 
 
-def test_the_secret_is_the_flag_s_or_the_credential_or_beside_the_database(
+def test_the_secret_comes_from_the_flag_or_the_credential_or_beside_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside = Settings(db=tmp_path / "chat" / "my.db")
@@ -1044,7 +1044,9 @@ def test_the_secret_is_the_flag_s_or_the_credential_or_beside_the_database(
     assert chatd.secret_path(beside) == tmp_path / "chat" / "chatd.secret"
 
 
-def test_a_made_secret_is_private_long_and_never_made_twice(tmp_path: Path) -> None:
+def test_make_secret_writes_a_long_private_secret_and_never_overwrites_it(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "chatd.secret"
     old = os.umask(0)
     try:
@@ -1058,7 +1060,7 @@ def test_a_made_secret_is_private_long_and_never_made_twice(tmp_path: Path) -> N
     assert "none/s" in usage_error_of(chatd.make_secret, tmp_path / "none" / "s")
 
 
-def test_a_secret_that_could_not_be_written_is_not_there(
+def test_a_secret_that_could_not_be_written_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_fd: int) -> None:
@@ -1067,8 +1069,8 @@ def test_a_secret_that_could_not_be_written_is_not_there(
     path = tmp_path / "chatd.secret"
     with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", full)
-        said = usage_error_of(chatd.make_secret, path)
-    assert said == f"secret {path}: No space left on device"
+        message = usage_error_of(chatd.make_secret, path)
+    assert message == f"secret {path}: No space left on device"
     assert list(tmp_path.iterdir()) == []
     chatd.make_secret(path)
     assert len(chatd.read_secret(path)) >= 32
@@ -1083,7 +1085,7 @@ def test_a_secret_that_could_not_be_written_is_not_there(
         ("x" * 100, "x" * 64),
         ("\ud800Bob", "Bob"),
         ("🎉 Bob", "🎉 Bob"),
-        *[(nobody, None) for nobody in ("", " \n", "\x00\x1b", None, 5, True)],
+        *[(empty, None) for empty in ("", " \n", "\x00\x1b", None, 5, True)],
         (["Bob"], None),
         ({}, None),
     ],
@@ -1095,17 +1097,17 @@ def test_a_name_is_one_line_of_at_most_64_characters(
 
 
 @given(st.text())
-def test_a_clean_name_stays_as_it_is(name: str) -> None:
+def test_cleaning_a_name_twice_changes_nothing(name: str) -> None:
     clean = chatd.clean_name(name)
     assert chatd.clean_name(clean) == clean
     assert clean is None or (clean.isprintable() and 1 <= len(clean) <= 64)
 
 
-# --- Session: rates ------------------------------------------------------------------
+# --- rates of a connection -----------------------------------------------------------
 
 
 @wires()
-async def test_61_commands_at_once_are_one_too_many_and_30_come_back_a_second(
+async def test_a_connection_may_send_60_commands_at_once_and_then_30_a_second(
     house: WiresHouse,
 ) -> None:
     peer = await house.join(6)
@@ -1121,7 +1123,7 @@ async def test_61_commands_at_once_are_one_too_many_and_30_come_back_a_second(
 
 
 @wires()
-async def test_100_commands_refused_in_a_row_end_the_connection_with_4008(
+async def test_100_refused_commands_in_a_row_close_the_connection_with_4008(
     house: WiresHouse,
 ) -> None:
     peer = await house.join(6)
@@ -1138,7 +1140,7 @@ async def test_100_commands_refused_in_a_row_end_the_connection_with_4008(
 
 
 @wires()
-async def test_behind_the_verdict_nothing_more_of_a_flood_is_obeyed(
+async def test_after_4008_no_further_command_of_a_flood_is_handled(
     house: WiresHouse,
 ) -> None:
     raw = await house.join_raw(6)
@@ -1151,7 +1153,7 @@ async def test_behind_the_verdict_nothing_more_of_a_flood_is_obeyed(
 
 
 @wires()
-async def test_one_command_within_the_rate_starts_the_count_of_refused_anew(
+async def test_an_accepted_command_resets_the_count_of_refused_ones(
     house: WiresHouse,
 ) -> None:
     peer = await house.join(6)
@@ -1165,7 +1167,7 @@ async def test_one_command_within_the_rate_starts_the_count_of_refused_anew(
 
 
 @wires()
-async def test_a_bad_command_takes_a_token_too(house: WiresHouse) -> None:
+async def test_a_bad_command_counts_against_the_rate_too(house: WiresHouse) -> None:
     peer = await house.join(6)
     for _ in range(60):
         await peer.ws.send_message("nonsense")
@@ -1175,13 +1177,13 @@ async def test_a_bad_command_takes_a_token_too(house: WiresHouse) -> None:
 
 
 @wires()
-async def test_the_21st_message_at_once_is_refused_with_when_to_try_again(
+async def test_the_21st_message_at_once_is_refused_with_the_seconds_to_wait(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
     peer, tab = await house.join(6), await house.join(6)
     for number in range(20):
-        sender = (peer, tab)[number % 2]  # the bucket is the user's
+        sender = (peer, tab)[number % 2]  # one user, one bucket
         answer = await sender.ask("send_message", chat_id=chat, content=str(number))
         assert answer["type"] == "ack"
     error = await peer.refused("send_message", chat_id=chat, content="x")
@@ -1194,14 +1196,16 @@ async def test_the_21st_message_at_once_is_refused_with_when_to_try_again(
 
 
 @wires()
-async def test_a_repeat_gets_its_token_back(house: WiresHouse) -> None:
+async def test_a_repeated_message_does_not_count_against_the_rate(
+    house: WiresHouse,
+) -> None:
     chat = await house.chat(6, 7)
     peer = await house.join(6)
     for number in range(19):
         await peer.ask(
             "send_message", chat_id=chat, content=str(number), client_id=str(number)
         )
-    for _ in range(25):  # one token is left, and it stays
+    for _ in range(25):  # one token is left in the bucket, and it stays
         repeat = await peer.ask(
             "send_message", chat_id=chat, content="3", client_id="3"
         )
@@ -1213,7 +1217,7 @@ async def test_a_repeat_gets_its_token_back(house: WiresHouse) -> None:
 
 
 @wires()
-async def test_an_empty_bucket_looks_the_key_up_before_it_refuses(
+async def test_over_the_rate_a_repeated_message_is_still_acked(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -1240,7 +1244,7 @@ async def test_an_empty_bucket_looks_the_key_up_before_it_refuses(
 
 
 @wires()
-async def test_a_service_sends_outside_the_rate_of_users(house: WiresHouse) -> None:
+async def test_a_service_is_not_limited_by_the_rate_of_users(house: WiresHouse) -> None:
     chat = await house.chat(6, 7)
     peer = await house.join(6, token=house.token(6, scope="service"))
     for number in range(30):
@@ -1249,7 +1253,7 @@ async def test_a_service_sends_outside_the_rate_of_users(house: WiresHouse) -> N
 
 
 @wires()
-async def test_typing_over_the_rate_is_dropped_without_a_word(
+async def test_typing_over_the_rate_is_dropped_without_an_error(
     house: WiresHouse,
 ) -> None:
     chat, other = await house.chat(6, 7), await house.chat(6, 7)
@@ -1270,14 +1274,14 @@ async def test_typing_over_the_rate_is_dropped_without_a_word(
     assert (await house.stats())["rate_limited"] == {"typing": 4}
 
 
-# --- Session: tokens while connected -------------------------------------------------
+# --- tokens of an open connection ----------------------------------------------------
 
 
 @wires()
-async def test_a_warning_60_s_before_the_tokens_end_and_4401_25_s_after_it(
+async def test_token_expiring_comes_60_s_before_the_token_ends_and_4401_25_s_after(
     house: WiresHouse,
 ) -> None:
-    # Real time passes, too, between signing and joining: a little is allowed.
+    # Tokens are signed by the real clock, so a little tolerance is needed.
     peer = await house.join(6, token=house.token(6, 200))
     assert 190 <= peer.hello["expires_in"] < 200
     with taking(130, 142):
@@ -1289,7 +1293,7 @@ async def test_a_warning_60_s_before_the_tokens_end_and_4401_25_s_after_it(
 
 
 @wires()
-async def test_a_token_that_ends_within_a_minute_is_warned_of_at_once(
+async def test_a_token_that_ends_within_a_minute_is_warned_about_at_once(
     house: WiresHouse,
 ) -> None:
     peer = await house.join(6, token=house.token(6, 30))
@@ -1299,14 +1303,14 @@ async def test_a_token_that_ends_within_a_minute_is_warned_of_at_once(
 
 
 @wires()
-async def test_a_token_s_end_is_told_after_connected_however_long_that_takes(
+async def test_token_expiring_follows_connected_however_long_that_takes(
     house: WiresHouse,
 ) -> None:
     house.disk.hold(reads=True)
     raw = house.dial()
     await raw.send(wires_upgrade(house.target(6, token=house.token(6, 30))))
     assert (await raw.answer()).status == 101
-    await trio.sleep(3)  # the sweeper has come by
+    await trio.sleep(3)  # the sweeper has run
     house.disk.go()
     await raw.listen(2)
     frames = [json.loads(data) for _, data in wires_frames(raw.data)]
@@ -1314,7 +1318,7 @@ async def test_a_token_s_end_is_told_after_connected_however_long_that_takes(
 
 
 @wires()
-async def test_auth_with_a_jwt_or_a_ticket_lets_the_socket_live_on(
+async def test_auth_with_a_jwt_or_a_ticket_extends_the_connection(
     house: WiresHouse,
 ) -> None:
     peer = await house.join(6, token=house.token(6, 100))
@@ -1322,19 +1326,21 @@ async def test_auth_with_a_jwt_or_a_ticket_lets_the_socket_live_on(
     ack = await peer.ask("auth", token=house.token(6, 400))
     assert 390 <= ack.pop("expires_in") < 400
     assert ack == {"type": "ack", "ref": "ask"}
-    await peer.hears_nothing(330)  # the old end has passed, and was not 4401
-    await peer.hear("token_expiring", within=20)  # warned again, of the new end
+    await peer.hears_nothing(330)  # the old token has ended, without 4401
+    await peer.hear("token_expiring", within=20)  # a second warning, for the new token
     asked = await house.ask("GET", "/api/v2/ws-token", token=house.token(6, 900))
     assert asked.json["expires_in"] == 60
     ack = await peer.ask("auth", token=asked.json["token"])
-    assert 890 <= ack["expires_in"] <= 900  # as long as the asking token
+    assert 890 <= ack["expires_in"] <= 900  # as long as the requesting token
     await peer.hears_nothing(800)
     again = await peer.refused("auth", token=asked.json["token"])
     assert again["code"] == "token_used"
 
 
 @wires()
-async def test_an_auth_in_the_25_s_after_the_end_is_in_time(house: WiresHouse) -> None:
+async def test_auth_within_25_s_after_the_end_of_the_token_is_in_time(
+    house: WiresHouse,
+) -> None:
     peer = await house.join(6, token=house.token(6, 4))
     await peer.hear("token_expiring", within=2)
     await trio.sleep(23)
@@ -1343,7 +1349,7 @@ async def test_an_auth_in_the_25_s_after_the_end_is_in_time(house: WiresHouse) -
 
 
 @wires()
-async def test_a_bad_auth_changes_nothing(house: WiresHouse) -> None:
+async def test_after_a_bad_auth_the_old_token_still_counts(house: WiresHouse) -> None:
     peer = await house.join(6, token=house.token(6, 100))
     ring = house.server.keyring
     for token, code in {
@@ -1362,11 +1368,11 @@ async def test_a_bad_auth_changes_nothing(house: WiresHouse) -> None:
         assert token == "" or token not in error["message"]
     assert await peer.hear("token_expiring", within=45)
     with taking(84, 87):
-        assert await peer.end(within=100) == ([], 4401)  # at the old token's end
+        assert await peer.end(within=100) == ([], 4401)  # when the old token ends
 
 
 @wires()
-async def test_auth_of_another_user_is_forbidden_and_ends_the_socket_with_4503(
+async def test_auth_as_another_user_is_forbidden_and_closes_with_4503(
     house: WiresHouse,
 ) -> None:
     peer = await house.join(6)
@@ -1377,7 +1383,7 @@ async def test_auth_of_another_user_is_forbidden_and_ends_the_socket_with_4503(
 
 
 @wires()
-async def test_revoking_closes_all_sockets_of_the_user_and_no_other(
+async def test_revoking_a_user_closes_all_of_its_connections_and_no_other(
     house: WiresHouse,
 ) -> None:
     theirs = [await house.join(6) for _ in range(3)]
@@ -1388,7 +1394,7 @@ async def test_revoking_closes_all_sockets_of_the_user_and_no_other(
     for peer in theirs:
         assert await peer.end() == ([], 4503)
     assert (await other.ask("ping"))["type"] == "pong"
-    # Signed before, or within the leeway after: refused at every door.
+    # Tokens issued before, or within the leeway after, are refused everywhere.
     for token in (old, house.token(6), house.token(6, iat=None)):
         answer = await house.ask("GET", "/api/v1/me", token=token)
         assert (answer.status, answer.code) == (401, "token_invalid")
@@ -1401,7 +1407,7 @@ async def test_revoking_closes_all_sockets_of_the_user_and_no_other(
 
 
 @wires()
-async def test_a_revocation_that_was_not_answered_in_time_holds_all_the_same(
+async def test_a_revocation_holds_although_its_answer_timed_out(
     house: WiresHouse,
 ) -> None:
     peer = await house.join(6)
@@ -1417,7 +1423,7 @@ async def test_a_revocation_that_was_not_answered_in_time_holds_all_the_same(
 
 @wires()
 @pytest.mark.parametrize("path", ["/api/v1/session", "/api/v1/chats"])
-async def test_who_is_revoked_while_he_sends_a_body_gets_nothing_for_it(
+async def test_a_request_is_refused_if_its_user_is_revoked_before_the_body_is_complete(
     house: WiresHouse, path: str
 ) -> None:
     use = "signin" if path.endswith("session") else None
@@ -1431,7 +1437,7 @@ async def test_who_is_revoked_while_he_sends_a_body_gets_nothing_for_it(
 
 
 @wires(requests=Rate(1, 10))
-async def test_a_large_chat_costs_its_maker_as_many_requests_as_it_has_tens(
+async def test_creating_a_chat_costs_one_request_for_every_ten_members(
     house: WiresHouse,
 ) -> None:
     ids = [*range(1, 301)]
@@ -1444,18 +1450,18 @@ async def test_a_large_chat_costs_its_maker_as_many_requests_as_it_has_tens(
 
 
 @wires()
-async def test_a_token_revoked_during_its_handshake_opens_no_socket(
+async def test_a_token_revoked_during_its_handshake_gets_401_or_4503(
     house: WiresHouse,
 ) -> None:
     service = f"Bearer {house.token(999, scope='service')}"
     house.disk.hold()
-    asked = house.dial()  # a commit to wait behind
+    asked = house.dial()  # a commit that the others wait for
     await asked.send(
         wires_request("POST", "/api/v1/chats", b"{}", Authorization=service)
     )
     await wait_all_tasks_blocked()
     raw, revoke = house.dial(), house.dial()
-    # A name that is new is stored before the 101: the handshake waits for it.
+    # A new name is stored before the 101, so the handshake waits for it.
     target = house.target(token=house.token(6, name="Ann"))
     await raw.send(wires_upgrade(target))
     await wait_all_tasks_blocked()
@@ -1466,7 +1472,7 @@ async def test_a_token_revoked_during_its_handshake_opens_no_socket(
     house.disk.go()
     assert (await revoke.answer()).status == 200
     answer = await raw.answer()
-    if answer.status == 101:  # `connected` may come first
+    if answer.status == 101:  # `connected` may come before the close frame
         await raw.listen()
         *_, (opcode, payload) = wires_frames(raw.data)
         assert (opcode, payload[:2]) == (CLOSE, (4503).to_bytes(2, "big"))
@@ -1474,11 +1480,11 @@ async def test_a_token_revoked_during_its_handshake_opens_no_socket(
         assert (answer.status, answer.code) == (401, "token_invalid")
 
 
-# --- Api -----------------------------------------------------------------------------
+# --- tokens over HTTP ----------------------------------------------------------------
 
 
 @wires()
-async def test_a_sign_in_link_becomes_a_session_token_and_is_good_for_nothing_else(
+async def test_a_sign_in_link_yields_a_session_token_that_cannot_sign_in_again(
     house: WiresHouse,
 ) -> None:
     link = house.token(6, use="signin", name="Ann")
@@ -1494,7 +1500,7 @@ async def test_a_sign_in_link_becomes_a_session_token_and_is_good_for_nothing_el
 
 
 @wires()
-async def test_scopes_open_only_what_they_name(house: WiresHouse) -> None:
+async def test_a_scope_permits_only_the_requests_it_names(house: WiresHouse) -> None:
     stats, revoke = "/api/v1/internal/chat/ws/stats", "/api/v1/internal/chat/revoke"
     for scope, method, path, status in (
         (None, "GET", stats, 403),
@@ -1515,7 +1521,7 @@ async def test_scopes_open_only_what_they_name(house: WiresHouse) -> None:
 
 
 @wires()
-async def test_a_tickets_scopes_are_those_of_the_asking_token(
+async def test_a_ticket_has_the_scopes_of_the_requesting_token(
     house: WiresHouse,
 ) -> None:
     token = house.token(6, scope="service")
@@ -1527,7 +1533,7 @@ async def test_a_tickets_scopes_are_those_of_the_asking_token(
 
 
 @wires()
-async def test_revoking_refuses_a_wrong_user_id_and_knows_users_without_sockets(
+async def test_revoke_refuses_a_bad_user_id_and_works_without_open_connections(
     house: WiresHouse,
 ) -> None:
     token = house.token(999, scope="service")
@@ -1540,11 +1546,11 @@ async def test_revoking_refuses_a_wrong_user_id_and_knows_users_without_sockets(
     assert (await house.ask("GET", "/api/v1/me", user=6)).status == 401
 
 
-# --- identity ------------------------------------------------------------------------
+# --- whole process: identity ---------------------------------------------------------
 
 
-def door_forged(house: DoorServer, user: int) -> dict[str, tuple[str, str]]:
-    """Tokens that must be refused, and the code."""
+def forged_tokens(house: DoorServer, user: int) -> dict[str, tuple[str, str]]:
+    """Tokens that must be refused, each with its error code."""
     now = int(time.time())
     good = house.token(user)
     head, body, mark = good.split(".")
@@ -1565,7 +1571,7 @@ def door_forged(house: DoorServer, user: int) -> dict[str, tuple[str, str]]:
         "exp is text": house.token(user, exp="soon"),
         "not yet": house.token(user, nbf=now + 60),
         "issued in the future": house.token(user, iat=now + 60),
-        "nobody": house.token(),
+        "no user": house.token(),
         "sub is a name": house.token(sub="six"),
         "sub is a float": house.token(sub=6.5),
         "sub is true": house.token(sub=True),
@@ -1585,12 +1591,14 @@ def door_forged(house: DoorServer, user: int) -> dict[str, tuple[str, str]]:
     return codes
 
 
-async def test_a_forged_token_opens_nothing(open_house: DoorServer) -> None:
+async def test_a_forged_token_is_refused_over_http_and_in_the_handshake(
+    open_house: DoorServer,
+) -> None:
     house = open_house
     user = next(door_users)
     async with await house.dial() as stream:
         line = DoorLine(stream)
-        for name, (token, code) in door_forged(house, user).items():
+        for name, (token, code) in forged_tokens(house, user).items():
             answer = await line.ask("GET", "/api/v1/me", token)
             assert (answer.status, answer.code) == (401, code), (name, answer)
             refused = await house.refusal(token)
@@ -1598,7 +1606,7 @@ async def test_a_forged_token_opens_nothing(open_house: DoorServer) -> None:
         for lines in ({}, {"Authorization": "Basic eDp5"}, {"Authorization": "Bearer"}):
             answer = await line.ask("GET", "/api/v1/me", **lines)
             assert (answer.status, answer.code) == (401, "token_invalid"), lines
-        target = f"/api/v1/me?token={house.token(user)}"  # the query is the socket's
+        target = f"/api/v1/me?token={house.token(user)}"  # for /ws/chat only
         assert (await line.ask("GET", target)).status == 401
         now = int(time.time())
         for claims in (
@@ -1614,15 +1622,15 @@ async def test_a_forged_token_opens_nothing(open_house: DoorServer) -> None:
             assert answer.json["user_id"] == user, (claims, answer)
 
 
-async def test_a_bad_auth_changes_nothing_and_nobody_becomes_another(
+async def test_auth_never_changes_the_user_of_a_connection(
     either_house: DoorServer,
 ) -> None:
     house = either_house
     ann, eve = next(door_users), next(door_users)
     chat = await house.chat(ann)
     peer = await house.peer(ann)
-    forged = door_forged(house, ann).values()
-    for token, code in [*forged, *door_forged(house, eve).values()]:
+    forged = forged_tokens(house, ann).values()
+    for token, code in [*forged, *forged_tokens(house, eve).values()]:
         answer = await peer.ask("auth", token=token)
         assert (answer["type"], answer["code"]) == ("error", code), answer
     ack = await peer.ask("send_message", chat_id=chat, content="still me")
@@ -1639,7 +1647,7 @@ async def test_a_bad_auth_changes_nothing_and_nobody_becomes_another(
     assert len(await house.history(chat, ann)) == 1
 
 
-async def test_the_applications_own_keys_are_trusted_but_not_their_scopes(
+async def test_tokens_of_the_backend_are_accepted_but_their_scopes_are_ignored(
     house: DoorServer, tmp_path: Path
 ) -> None:
     rsa_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -1676,11 +1684,11 @@ async def test_the_applications_own_keys_are_trusted_but_not_their_scopes(
         for token in signed(dict(all_scopes)):
             stats = await house.ask("GET", "/api/v1/internal/chat/ws/stats", token)
             assert (stats.status, stats.code) == (403, "forbidden")
-            who = {"user_id": user}
+            body = {"user_id": user}
             revoke = "/api/v1/internal/chat/revoke"
-            answer = await house.ask("POST", revoke, token, who)
+            answer = await house.ask("POST", revoke, token, body)
             assert (answer.status, answer.code) == (403, "forbidden")
-        for kind in ("signin", "ticket"):  # those are chatd's own to sign
+        for kind in ("signin", "ticket"):  # only chatd itself may sign these
             for token in signed({**claims, "use": kind, "jti": "1", "boot": "x"}):
                 answer = await house.ask("POST", "/api/v1/session", token)
                 assert answer.status == 401, kind
@@ -1689,7 +1697,8 @@ async def test_the_applications_own_keys_are_trusted_but_not_their_scopes(
             def b64(data: bytes) -> bytes:
                 return base64.urlsafe_b64encode(data).rstrip(b"=")
 
-            head = b64(b'{"alg":"HS256","typ":"JWT"}')  # the public key as a secret
+            # The public key, used as a shared secret.
+            head = b64(b'{"alg":"HS256","typ":"JWT"}')
             signing = head + b"." + b64(json.dumps(claims).encode())
             mark = b64(hmac.new(pem, signing, hashlib.sha256).digest())
             answer = await house.ask(
@@ -1703,7 +1712,7 @@ async def test_the_applications_own_keys_are_trusted_but_not_their_scopes(
         assert (await house.ask("GET", "/api/v1/me", pss)).status == 401
 
 
-async def test_issuer_and_audience_are_checked_when_given(
+async def test_the_flags_for_issuer_and_audience_are_enforced(
     house: DoorServer, tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
@@ -1727,15 +1736,17 @@ async def test_issuer_and_audience_are_checked_when_given(
             assert answer.status == status, change
         token = house.token(user, key="k" * 32, **both)
         ticket = await house.want(200, "GET /api/v2/ws-token", token)
-        await house.peer(str(ticket["token"]))  # chatd's own need neither
+        await house.peer(str(ticket["token"]))  # chatd's own tokens need neither claim
         link = await door_run("token", user, "--db", house.db, "--link", "http://x")
-        words = link.out.partition("token=")[2].strip()
-        session = await house.want(200, "POST /api/v1/session", words)
+        signin = link.out.partition("token=")[2].strip()
+        session = await house.want(200, "POST /api/v1/session", signin)
         await house.want(200, "GET /api/v1/me", session["token"])
 
 
-async def test_a_close_code_reaches_those_who_keep_talking(house: DoorServer) -> None:
-    """RST would overtake it: the server reads on while it says goodbye."""
+async def test_a_close_code_reaches_a_client_that_keeps_sending(
+    house: DoorServer,
+) -> None:
+    """A RST would discard the close frame, so the server reads on while it closes."""
     codes: list[int] = []
     talk = door_frame(10, b"p" * 125) * 50 + door_frame(9, b"p")
 
@@ -1763,20 +1774,22 @@ async def test_a_close_code_reaches_those_who_keep_talking(house: DoorServer) ->
         assert codes == [4503] * 10
 
 
-async def test_the_operator_may_keep_chats_to_the_service(house: DoorServer) -> None:
+async def test_with_chats_by_service_only_a_service_creates_chats(
+    house: DoorServer,
+) -> None:
     async with house.serving("--chats-by", "service"):
         ann, bob = next(door_users), next(door_users)
         token, body = house.token(ann), {"title": "t", "member_ids": [bob]}
         answer = await house.ask("POST", "/api/v1/chats", token, body)
         assert (answer.status, answer.code) == (403, "forbidden")
         chat = await house.chat(ann)
-        target, who = f"/api/v1/chats/{chat}/members", {"user_id": bob}
-        assert (await house.ask("POST", target, token, who)).status == 403
+        target, member = f"/api/v1/chats/{chat}/members", {"user_id": bob}
+        assert (await house.ask("POST", target, token, member)).status == 403
         assert (await house.ask("GET", "/api/v1/users", token)).status in {403, 404}
-        await house.want(201, f"POST {target}", house.service, who)
+        await house.want(201, f"POST {target}", house.service, member)
 
 
-# --- limits, each at its edge --------------------------------------------------------
+# --- whole process: limits -----------------------------------------------------------
 
 
 async def test_sends_are_limited_per_user_and_repeats_are_free(
@@ -1794,23 +1807,23 @@ async def test_sends_are_limited_per_user_and_repeats_are_free(
         assert over["code"] == "rate_limited"
         assert 0 < over["retry_after"] <= 0.6
         again = await peers[1].ask("send_message", client_id="0", **say)
-        assert again["duplicate"] is True  # known, so it is told, bucket or not
+        assert again["duplicate"] is True  # although the rate is used up
         body = {"content": "x", "client_id": "3"}
         target = f"/api/v1/chats/{chat}/messages"
         by_http = await house.ask("POST", target, house.token(ann), body)
         assert (by_http.status, by_http.code) == (429, "rate_limited")
         assert 0 < by_http.json["error"]["retry_after"] <= 0.6
         assert int(by_http.headers["retry-after"]) == 1
-        for number in range(5):  # the service is outside of users' rates
+        for number in range(5):  # a service is not limited by the rates of users
             await house.post(chat, ann, f"{number}")
-        his = await house.peer(bob)
-        assert (await his.ask("send_message", **say))["type"] == "ack"
+        other = await house.peer(bob)
+        assert (await other.ask("send_message", **say))["type"] == "ack"
         await trio.sleep(over["retry_after"])
         ack = await peers[0].ask("send_message", client_id="2", **say)
         assert ack["duplicate"] is False
 
 
-async def test_many_repeats_at_once_are_all_told_however_empty_the_bucket(
+async def test_many_repeats_at_once_are_all_acked_although_the_rate_is_used_up(
     house: DoorServer,
 ) -> None:
     async with house.serving("--sends", "0.01/70"):
@@ -1828,7 +1841,7 @@ async def test_many_repeats_at_once_are_all_told_however_empty_the_bucket(
         await peer.hears_nothing()
 
 
-async def test_commands_are_limited_per_connection_and_then_it_is_closed(
+async def test_commands_are_limited_per_connection_and_a_flood_closes_it(
     house: DoorServer,
 ) -> None:
     async with house.serving("--commands", "0.1/5"):
@@ -1847,7 +1860,9 @@ async def test_commands_are_limited_per_connection_and_then_it_is_closed(
         await other.hears_nothing()
 
 
-async def test_typing_over_its_rate_is_dropped(house: DoorServer) -> None:
+async def test_the_flag_for_typing_limits_each_chat_separately(
+    house: DoorServer,
+) -> None:
     async with house.serving("--typing", "0.1/2"):
         ann, bob = next(door_users), next(door_users)
         chats = [await house.chat(ann, bob), await house.chat(ann, bob)]
@@ -1871,11 +1886,11 @@ async def test_requests_are_limited_per_user(house: DoorServer) -> None:
         assert 1 <= int(over.headers["retry-after"]) <= 11
         await house.want(200, "GET /api/v1/me", house.token(bob))
         for _ in range(5):
-            await house.chat(ann)  # the service again
+            await house.chat(ann)  # a service, again
         await house.want(200, "GET /healthz")
 
 
-async def test_handshakes_are_limited_per_address_and_so_are_guesses(
+async def test_handshakes_and_bad_tokens_are_limited_per_address(
     house: DoorServer,
 ) -> None:
     async with house.serving("--handshakes", "0.01/3"):
@@ -1897,8 +1912,8 @@ async def test_handshakes_are_limited_per_address_and_so_are_guesses(
         ok = [101, 101, 101, 429]
         assert [await status("203.0.113.1") for _ in range(4)] == ok
         assert [await status("8.8.8.8, 203.0.113.2") for _ in range(4)] == ok
-        assert await status("203.0.113.1, 127.0.0.1") == 429  # a trusted hop
-        assert await status("8.8.8.8") == 101  # the forged one was not counted
+        assert await status("203.0.113.1, 127.0.0.1") == 429  # a trusted proxy
+        assert await status("8.8.8.8") == 101  # the forged entry was not counted
         guesses = [await status("203.0.113.3", "bad") for _ in range(4)]
         assert guesses == [401, 401, 401, 429]
         ipv6 = [f"2001:db8::{i}" for i in range(1, 4)]
@@ -1912,21 +1927,21 @@ async def test_handshakes_are_limited_per_address_and_so_are_guesses(
         over = await house.ask("GET", "/api/v1/me", "bad", **header)
         assert over.status == 429
         own = ["nonsense", "203.0.113.5, nonsense", "999.1.1.1", "also bad"]
-        assert [await status(address) for address in own] == ok  # all one: the peer
+        assert [await status(address) for address in own] == ok  # all count as the peer
         await house.stop()
         await house.begin(*house.flags, "--trusted-proxy", "none")
         believed = [await status(f"203.0.113.{i}") for i in range(4)]
         assert believed == ok
 
 
-async def test_a_user_has_so_many_connections_and_no_more(house: DoorServer) -> None:
+async def test_connections_per_user_are_limited(house: DoorServer) -> None:
     async with house.serving("--connections-per-user", "2"):
         ann, bob = next(door_users), next(door_users)
         peers = [await house.peer(ann) for _ in range(2)]
         head = door_get(house.socket_path(ann), "Host: x", *DOOR_UPGRADE)
         third = await house.knock(head)
         assert isinstance(third, DoorPeer)
-        with pytest.raises(DoorGone) as gone:  # the first thing it hears
+        with pytest.raises(DoorGone) as gone:  # the close frame comes first
             await third.hear()
         assert gone.value.code == 4504
         for peer in peers:
@@ -1934,17 +1949,19 @@ async def test_a_user_has_so_many_connections_and_no_more(house: DoorServer) -> 
         (await house.peer(bob)).drop()
         await peers.pop().leave()
 
-        async def room() -> bool:
+        async def accepted() -> bool:
             got = await house.knock(head)
             assert isinstance(got, DoorPeer)
             with suppress(DoorGone):
                 return bool((await got.hear())["type"] == "connected")
             return False
 
-        await door_until(room)
+        await door_until(accepted)
 
 
-async def test_sizes_are_limited_in_bytes_and_in_characters(house: DoorServer) -> None:
+async def test_messages_are_limited_in_bytes_and_in_characters(
+    house: DoorServer,
+) -> None:
     flags = ("--max-message-bytes", "1000", "--max-content-chars", "10")
     async with house.serving(*flags):
         user = next(door_users)
@@ -1972,17 +1989,17 @@ async def test_sizes_are_limited_in_bytes_and_in_characters(house: DoorServer) -
         assert await peer.ended() == 1009
 
 
-# --- the command line ----------------------------------------------------------------
+# --- whole process: the ready log line -----------------------------------------------
 
 
-async def test_ready_names_each_key_of_the_backend_and_its_kind(
+async def test_the_ready_log_line_names_each_backend_key_and_its_kind(
     house: DoorServer,
 ) -> None:
     keys = {"RS256": "public key", "ES256": "public key", "EdDSA": "public key"}
     for algorithm in keys:
-        (house.home / algorithm).write_bytes(rules_public_pem(algorithm))
+        (house.home / algorithm).write_bytes(public_pem(algorithm))
     keys["HS256"] = "shared secret"
-    (house.home / "HS256").write_bytes(RULES_SHARED)
+    (house.home / "HS256").write_bytes(SHARED_SECRET)
     flags = [word for name in keys for word in ("--jwt-key", str(house.home / name))]
     async with house.serving(*flags):
         pass

@@ -1,4 +1,4 @@
-"""README, docs/, pyproject.toml, the unit file and chatd.py say the same."""
+"""README, docs/, pyproject.toml and the unit file agree with chatd.py."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from tests.harness import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPERS = {
+DOCUMENTS = {
     str(path.relative_to(ROOT)): path.read_text("utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-README = PAPERS["README.md"]
-EMBEDDING = PAPERS["docs/embedding.md"]
-OPERATING = PAPERS["docs/operating.md"]
-PROTOCOL = PAPERS["docs/protocol.md"]
+README = DOCUMENTS["README.md"]
+EMBEDDING = DOCUMENTS["docs/embedding.md"]
+OPERATING = DOCUMENTS["docs/operating.md"]
+PROTOCOL = DOCUMENTS["docs/protocol.md"]
 
 
-def blocks(paper: str, language: str) -> list[str]:
-    """All blocks of a language, in their order."""
-    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", paper)
+def blocks(document: str, language: str) -> list[str]:
+    """All code blocks of a language, in order."""
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", document)
 
 
-def section(paper: str, heading: str) -> str:
-    """What stands under a heading, with the smaller headings below it."""
+def section(document: str, heading: str) -> str:
+    """The text under a heading, with its subsections."""
     level = len(heading.partition(" ")[0])
-    _, _, rest = f"\n{paper}".partition(f"\n{heading}\n")
+    _, _, rest = f"\n{document}".partition(f"\n{heading}\n")
     assert rest, f"there is no {heading}"
     return re.split(rf"(?m)^#{{1,{level}}} ", rest)[0]
 
@@ -57,22 +57,22 @@ def section(paper: str, heading: str) -> str:
 # --- README and docs/ as documents ---------------------------------------------------
 
 
-def test_the_readme_is_short_and_leads_to_every_document() -> None:
+def test_the_readme_is_short_and_links_to_every_document() -> None:
     assert len(README.splitlines()) <= 250
-    for name in PAPERS.keys() - {"README.md"}:
+    for name in DOCUMENTS.keys() - {"README.md"}:
         assert f"]({name}" in README, name
 
 
-def anchors(paper: str) -> set[str]:
-    """The anchors that GitHub gives to the headings of a document."""
-    prose = re.sub(r"(?ms)^```.*?^```$", "", paper)
+def anchors(document: str) -> set[str]:
+    """The anchors that GitHub makes from the headings of a document."""
+    prose = re.sub(r"(?ms)^```.*?^```$", "", document)
     titles = re.findall(r"(?m)^#+ (.+)$", prose)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", PAPERS)
-def test_every_link_leads_somewhere(name: str) -> None:
-    prose = re.sub(r"(?ms)^```.*?^```$", "", PAPERS[name])
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_has_a_target(name: str) -> None:
+    prose = re.sub(r"(?ms)^```.*?^```$", "", DOCUMENTS[name])
     links = re.findall(r"\]\(([^)\s]+)\)", prose)
     assert links
     for link in links:
@@ -83,15 +83,15 @@ def test_every_link_leads_somewhere(name: str) -> None:
             assert anchor in anchors(target.read_text("utf-8")), link
 
 
-def test_the_readme_installs_the_service_as_the_page_on_operating_does() -> None:
+def test_the_readme_installs_the_service_as_operating_md_does() -> None:
     (block,) = (text for text in blocks(README, "sh") if "/opt/chatd" in text)
     assert block in blocks(OPERATING, "sh")
 
 
 def shown_commands() -> Iterator[tuple[str, list[str]]]:
-    """The place and the words of every command line of chatd in a block."""
-    for name, paper in PAPERS.items():
-        for block in (*blocks(paper, "sh"), *blocks(paper, "ini")):
+    """Every command line of chatd in a code block: its document and arguments."""
+    for name, document in DOCUMENTS.items():
+        for block in (*blocks(document, "sh"), *blocks(document, "ini")):
             lines = re.sub(r"\$\([^)]*\)", "X", block.replace("\\\n", " "))
             for part in re.split(r"&&|\|\||[\n|;]", lines):
                 call = re.match(
@@ -101,7 +101,7 @@ def shown_commands() -> Iterator[tuple[str, list[str]]]:
                     yield name, shlex.split(call[1], comments=True)
 
 
-def test_every_command_that_is_shown_exists_with_its_flags() -> None:
+def test_every_command_line_in_the_documents_is_valid() -> None:
     shown, seen = list(shown_commands()), set()
     for _, words in shown:
         seen.add(chatd.make_parser().parse_args(words).command)
@@ -114,7 +114,7 @@ def test_every_command_that_is_shown_exists_with_its_flags() -> None:
 
 
 def json_values(block: str) -> list[Any]:
-    """The JSON values of a block, one after the other, over any number of lines."""
+    """The JSON values of a block, in order; each may span lines."""
     decoder, values, rest = json.JSONDecoder(), [], block.strip()
     while rest:
         value, end = decoder.raw_decode(rest)
@@ -134,7 +134,7 @@ def server_messages() -> dict[str, type[msgspec.Struct]]:
     }
 
 
-def test_every_command_that_is_shown_is_one_and_none_is_missing() -> None:
+def test_every_command_is_documented_and_its_example_is_valid() -> None:
     (block,) = blocks(section(PROTOCOL, "### Commands"), "json")
     shown = json_values(block)
     for value in shown:
@@ -147,12 +147,12 @@ def test_every_command_that_is_shown_is_one_and_none_is_missing() -> None:
     assert sorted(rows) == sorted(tags)
 
 
-def test_every_server_message_that_is_shown_is_one_and_none_is_missing() -> None:
+def test_every_server_message_is_documented_and_its_example_is_valid() -> None:
     (block,) = blocks(section(PROTOCOL, "### Server messages"), "json")
     shown, kinds = json_values(block), server_messages()
     for value in shown:
         message = msgspec.json.decode(json.dumps(value), type=kinds[value["type"]])
-        # What comes back is what was shown: no field is unknown, and none is missing.
+        # It encodes to the example again: no field is unknown, and none is missing.
         assert json.loads(chatd.encode(message)) == value
         if isinstance(message, chatd.ChatAdded):
             chat = msgspec.json.decode(message.chat, type=chatd.Chat)
@@ -160,7 +160,7 @@ def test_every_server_message_that_is_shown_is_one_and_none_is_missing() -> None
     assert sorted(value["type"] for value in shown) == sorted(kinds)
 
 
-def test_the_error_that_is_shown_is_one() -> None:
+def test_the_example_of_an_error_is_valid() -> None:
     (block,) = blocks(section(PROTOCOL, "## Errors"), "json")
     (value,) = json_values(block)
     error = value["error"]
@@ -205,16 +205,16 @@ def test_the_table_of_close_codes_has_every_code_that_chatd_sends() -> None:
         code for name, code in vars(chatd).items()
         if name.startswith("CLOSE_") and isinstance(code, int)
     }  # fmt: skip
-    assert table == ours | {1002, 1007}  # those two are the library's
+    assert table == ours | {1002, 1007}  # the WebSocket library sends those two
 
 
 # --- docs/operating.md ---------------------------------------------------------------
 
 
-def words_said() -> set[tuple[str, str, tuple[str, ...]]]:
-    """Every line of log that chatd.py can write: its level, verb and fields."""
+def log_lines() -> set[tuple[str, str, tuple[str, ...]]]:
+    """Every log line that chatd.py can write: its level, verb and fields."""
     tree = ast.parse(Path(chatd.__file__).read_text("utf-8"))
-    said = set()
+    found = set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -222,12 +222,12 @@ def words_said() -> set[tuple[str, str, tuple[str, ...]]]:
             case "log", [level, ast.Constant(value=verb), *_]:
                 fields = tuple(word.arg or "..." for word in node.keywords)
                 name = ast.unparse(level).removeprefix("logging.").lower()
-                said.add((name, str(verb), fields))
+                found.add((name, str(verb), fields))
             case "log_bug", [ast.Constant(value=verb), *_]:
-                said.add(("error", str(verb), ("error", "at")))
+                found.add(("error", str(verb), ("error", "at")))
             case (("self.warn" | "self.listener.warn"), [ast.Constant(value=verb), *_]):
-                said.add(("warning", str(verb), ("why", "open")))
-    return said
+                found.add(("warning", str(verb), ("why", "open")))
+    return found
 
 
 def test_the_table_of_log_lines_has_every_line_that_chatd_can_write() -> None:
@@ -237,15 +237,15 @@ def test_the_table_of_log_lines_has_every_line_that_chatd_can_write() -> None:
         (level, verb, tuple(re.findall(r"`(.*?)`", fields)))
         for verb, level, fields in rows
     }
-    assert table == words_said()
+    assert table == log_lines()
     assert [row[0] for row in rows] == sorted({row[0] for row in rows})
 
 
-def test_the_table_of_settings_is_the_one_that_chatd_makes() -> None:
+def test_the_table_of_settings_is_the_one_that_chatd_generates() -> None:
     assert chatd.settings_table() in section(OPERATING, "## Settings")
 
 
-def test_the_numbers_of_the_unit_fit_the_settings() -> None:
+def test_the_numbers_in_the_unit_file_fit_the_settings() -> None:
     unit = dict(
         line.split("=", 1)
         for line in (ROOT / "chatd.service").read_text("utf-8").splitlines()
@@ -259,7 +259,7 @@ def test_the_numbers_of_the_unit_fit_the_settings() -> None:
     assert unit["ExecStart"] == "/opt/chatd/bin/chatd serve"
 
 
-def test_inline_metadata_is_that_of_pyproject() -> None:
+def test_the_inline_metadata_matches_pyproject_toml() -> None:
     source = (ROOT / "chatd.py").read_text("utf-8")
     block = re.search(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", source)
     assert block, "chatd.py has lost its PEP 723 block"
@@ -279,7 +279,7 @@ def test_every_refusal_has_a_status_and_a_sentence(code: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["RS256", "ES256", "EdDSA"])
-def test_the_documented_ways_to_make_pem_of_a_key_work(
+def test_the_documented_commands_that_convert_a_key_to_pem_work(
     kind: str, tmp_path: Path
 ) -> None:
     private, path = rules_private(kind), tmp_path / "key.pem"
@@ -311,8 +311,8 @@ def test_the_documented_ways_to_make_pem_of_a_key_work(
 
 
 @pytest.fixture
-def paper_server(tmp_path: Path) -> Iterator[str]:
-    """The server of the sections on backends, and its key, in tmp_path."""
+def example_server(tmp_path: Path) -> Iterator[str]:
+    """The address of a server with the key of the examples, in tmp_path."""
     (tmp_path / "backend.key").write_text("0123456789abcdef" * 4 + "\n")
     command = [sys.executable, "-m", "chatd", "serve", "--jwt-key=backend.key"]
     with subprocess.Popen(
@@ -328,7 +328,7 @@ def paper_server(tmp_path: Path) -> Iterator[str]:
         assert process.wait(20) == 0
 
 
-def paper_run(command: list[str], server: str, folder: Path) -> str:
+def run_example(command: list[str], server: str, folder: Path) -> str:
     run = subprocess.run(
         command,
         cwd=folder,
@@ -342,34 +342,36 @@ def paper_run(command: list[str], server: str, folder: Path) -> str:
     return run.stdout
 
 
-def test_the_python_example_works_as_it_stands(
-    paper_server: str, tmp_path: Path
+def test_the_python_example_works_unchanged(
+    example_server: str, tmp_path: Path
 ) -> None:
     (block,) = blocks(EMBEDDING, "python")
     (tmp_path / "backend.py").write_text(block, "utf-8")
-    out = paper_run([sys.executable, "backend.py"], paper_server, tmp_path)
+    out = run_example([sys.executable, "backend.py"], example_server, tmp_path)
     assert "'content': 'Still for sale?'" in out
     assert "'duplicate': False" in out
 
 
-def test_the_node_example_works_as_it_stands(paper_server: str, tmp_path: Path) -> None:
+def test_the_node_example_works_unchanged(example_server: str, tmp_path: Path) -> None:
     node = door_node()
     (block,) = blocks(EMBEDDING, "js")
     (tmp_path / "backend.mjs").write_text(block, "utf-8")
-    out = paper_run([node, "backend.mjs"], paper_server, tmp_path)
+    out = run_example([node, "backend.mjs"], example_server, tmp_path)
     assert "content: 'Still for sale?'" in out
     assert "duplicate: false" in out
 
 
-def test_the_readme_s_token_is_one_that_chatd_takes(
-    paper_server: str, tmp_path: Path
+def test_chatd_accepts_the_token_of_the_example_in_the_readme(
+    example_server: str, tmp_path: Path
 ) -> None:
     (block,) = blocks(README, "python")
     line = '\nprint(chat_token(6, "Anna"))\n'
     (tmp_path / "signing.py").write_text(block + line, "utf-8")
-    token = paper_run([sys.executable, "signing.py"], paper_server, tmp_path).strip()
+    token = run_example(
+        [sys.executable, "signing.py"], example_server, tmp_path
+    ).strip()
     request = urllib.request.Request(
-        f"{paper_server}/api/v1/me", headers={"Authorization": f"Bearer {token}"}
+        f"{example_server}/api/v1/me", headers={"Authorization": f"Bearer {token}"}
     )
     with urllib.request.urlopen(request, timeout=DOOR_SECONDS) as answer:
         assert json.load(answer) == {"user_id": 6, "name": "Anna"}
@@ -379,8 +381,8 @@ def test_the_readme_s_token_is_one_that_chatd_takes(
 
 
 @pytest.mark.skipif(not (ROOT / "torture").is_dir(), reason="torture/ is not here")
-def test_the_table_of_proofs_has_the_claims_that_the_proofs_make() -> None:
-    _, _, rest = PAPERS["docs/proofs.md"].partition("<!-- torture: begin -->\n")
+def test_the_table_of_proofs_has_the_claim_of_every_proof() -> None:
+    _, _, rest = DOCUMENTS["docs/proofs.md"].partition("<!-- torture: begin -->\n")
     rows = re.findall(
         r"(?m)^\| (.+?) \| .+ \|$", rest.partition("<!-- torture: end")[0]
     )

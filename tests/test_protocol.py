@@ -1,7 +1,7 @@
 """The protocol: commands, bodies, frames, messages and refusals.
 
-Tables are held against tables. Where the protocol has a table, the test has it too,
-copied by hand.
+Where chatd.py has a table, the test has a copy of it, written by hand, and compares
+the two.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REFS = [5, True, "x" * 65, [], {}]
 CLIENT_IDS: list[Any] = [5, True, "", "x" * 65, "é", "a\nb", "\x7f", "a\n", [], {}]
 NAMES_OF_COMMANDS = ("ping", "typing", "mark_read", "send_message", "auth")
 
-# What is right, whole, and for each field what is wrong.
+# For each field a valid value, and invalid ones.
 BODIES: dict[type, dict[str, tuple[object, list[Any]]]] = {
     chatd.Ping: {"ref": ("r", REFS)},
     chatd.Typing: {
@@ -65,14 +65,14 @@ DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
 }
 
 
-def words_parse(struct: type, fields: dict[str, object]) -> Any:
-    """Parse an object as this Struct; a command is told from others by its type."""
+def parse_as(struct: type, fields: dict[str, object]) -> Any:
+    """Parse an object as this Struct; a command gets its `type`."""
     tag = struct.__struct_config__.tag  # type: ignore[attr-defined]
     body = {"type": tag, **fields} if tag else fields
     return chatd.parse(json.dumps(body), DECODERS.get(struct, chatd.COMMANDS))
 
 
-def test_the_table_above_has_every_command_and_every_field() -> None:
+def test_the_table_of_bodies_has_every_command_and_every_field() -> None:
     tags = [struct.__struct_config__.tag for struct in get_args(chatd.COMMANDS.type)]
     assert tuple(tags) == NAMES_OF_COMMANDS
     assert {*BODIES} == {*get_args(chatd.COMMANDS.type), *DECODERS}
@@ -81,9 +81,9 @@ def test_the_table_above_has_every_command_and_every_field() -> None:
 
 
 @pytest.mark.parametrize("struct", BODIES)
-def test_what_is_right_is_taken_and_unknown_fields_are_ignored(struct: type) -> None:
+def test_valid_fields_are_accepted_and_unknown_fields_ignored(struct: type) -> None:
     right = {name: value for name, (value, _) in BODIES[struct].items()}
-    parsed = words_parse(struct, {**right, "colour": {"deep": [1]}})
+    parsed = parse_as(struct, {**right, "colour": {"deep": [1]}})
     assert type(parsed) is struct
     assert {name: getattr(parsed, name) for name in right} == right
 
@@ -97,11 +97,11 @@ def test_what_is_right_is_taken_and_unknown_fields_are_ignored(struct: type) -> 
         for wrong in all_wrong
     ],
 )
-def test_a_wrong_field_is_refused_by_its_name(
+def test_the_refusal_of_a_wrong_field_names_it(
     struct: type, field: str, wrong: object
 ) -> None:
     right = {name: value for name, (value, _) in BODIES[struct].items()}
-    refusal = refusal_of(words_parse, struct, {**right, field: wrong})
+    refusal = refusal_of(parse_as, struct, {**right, field: wrong})
     assert (refusal.code, refusal.status) == ("bad_field", 400)
     assert re.match(rf"{field}(\[0\])?: \S", refusal.message)
 
@@ -115,10 +115,10 @@ def test_a_wrong_field_is_refused_by_its_name(
         if field.required
     ],
 )
-def test_a_missing_field_is_refused_by_its_name(struct: type, field: str) -> None:
+def test_the_refusal_of_a_missing_field_names_it(struct: type, field: str) -> None:
     right = {name: value for name, (value, _) in BODIES[struct].items()}
     del right[field]
-    refusal = refusal_of(words_parse, struct, right)
+    refusal = refusal_of(parse_as, struct, right)
     assert refusal.code == "bad_field"
     assert f"`{field}`" in refusal.message
 
@@ -142,14 +142,16 @@ def test_a_missing_field_is_refused_by_its_name(struct: type, field: str) -> Non
         ("{}", "bad_field"),
     ],
 )
-def test_what_is_no_command_is_told_what_it_is(text: str | bytes, code: str) -> None:
+def test_text_that_is_no_command_is_refused_with_the_right_code(
+    text: str | bytes, code: str
+) -> None:
     refusal = refusal_of(chatd.parse, text, chatd.COMMANDS)
     assert refusal.code == code
     assert code == "bad_json" or "type" in refusal.message
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60))
-def test_any_bytes_are_a_command_or_a_refusal(text: str | bytes) -> None:
+def test_arbitrary_bytes_are_refused(text: str | bytes) -> None:
     assert refusal_of(chatd.parse, text, chatd.COMMANDS).status == 400
 
 
@@ -169,23 +171,23 @@ json_values = st.recursive(
         ),
     )
 )
-def test_any_object_is_a_command_or_a_refusal_that_names_a_field(
+def test_an_arbitrary_object_is_a_command_or_its_refusal_names_a_field(
     body: dict[str, object],
 ) -> None:
-    said = ""
+    refused = ""
     try:
         command = chatd.parse(json.dumps(body), chatd.COMMANDS)
     except Refusal as refusal:
-        said = str(refusal)
+        refused = str(refusal)
     else:
         assert isinstance(command, chatd.Command)
-    assert re.match(r"(bad_json|bad_field|unknown_type): .*[:`]|$", said)
+    assert re.match(r"(bad_json|bad_field|unknown_type): .*[:`]|$", refused)
 
 
 @pytest.mark.parametrize(
     "content", ["x", "Привет!", "a\tb\nc\r\n", "x" * 10, "🎉" * 10, "\u202eabc", " x "]
 )
-def test_a_message_may_say_anything_printable(content: str) -> None:
+def test_a_message_may_contain_any_printable_text(content: str) -> None:
     chatd.check_content(content, Settings(max_content_chars=10))
 
 
@@ -199,7 +201,9 @@ def test_a_message_may_say_anything_printable(content: str) -> None:
         *[(f"a{chr(c)}b", f"U+{c:04X}") for c in (0, 1, 8, 11, 12, 14, 27, 31, 127)],
     ],
 )
-def test_a_message_that_nobody_could_read_is_refused(content: str, why: str) -> None:
+def test_an_empty_too_long_or_unprintable_message_is_refused(
+    content: str, why: str
+) -> None:
     refusal = refusal_of(chatd.check_content, content, Settings(max_content_chars=10))
     assert refusal.code == "bad_field"
     assert refusal.message.startswith("content: ")
@@ -220,11 +224,11 @@ def test_a_timestamp_is_utc_in_whole_seconds(unix_seconds: int, text: str) -> No
     assert type(chatd.now_seconds()) is int
 
 
-# --- frames --------------------------------------------------------------------------
+# --- frames and server messages ------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 65_535, 65_536, 100_000])
-def test_a_frame_is_what_wsproto_would_send_and_hear(size: int) -> None:
+def test_a_frame_is_the_one_that_wsproto_writes_and_reads(size: int) -> None:
     message = chatd.Pong(timestamp="x" * size)
     frame = chatd.text_frame(message)
     text = msgspec.json.encode(message).decode()
@@ -232,7 +236,7 @@ def test_a_frame_is_what_wsproto_would_send_and_hear(size: int) -> None:
     assert words_hear(frame + frame)[1] == (Opcode.TEXT, text)
 
 
-def test_a_close_frame_has_its_code_and_its_reason() -> None:
+def test_a_close_frame_has_a_code_and_a_reason() -> None:
     ((opcode, payload),) = words_hear(chatd.close_frame(4401, "the token has ended"))
     assert (opcode, *payload) == (Opcode.CLOSE, 4401, "the token has ended")
     assert words_hear(chatd.close_frame(1000, "")) == [
@@ -241,7 +245,7 @@ def test_a_close_frame_has_its_code_and_its_reason() -> None:
     assert words_hear(chatd.PING_FRAME) == [(Opcode.PING, b"")]
 
 
-def test_an_error_frame_leaves_out_what_does_not_apply() -> None:
+def test_an_error_frame_omits_fields_that_are_not_set() -> None:
     refusal = Refusal("rate_limited", retry_after=1.23456)
     ((_, text),) = words_hear(chatd.error_frame(refusal, "r1"))
     assert json.loads(text) == {
@@ -254,15 +258,15 @@ def test_an_error_frame_leaves_out_what_does_not_apply() -> None:
     }  # fmt: skip
 
 
-WORDS_MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z", 13)
+MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z", 13)
 
 
-# What the server says, word for word.
+# Server messages and events, byte for byte.
 @pytest.mark.parametrize(
     ("message", "text"),
     [
         (
-            chatd.NewMessage(5120, 3, WORDS_MESSAGE),
+            chatd.NewMessage(5120, 3, MESSAGE),
             '{"type":"new_message","seq":5120,"chat_id":3,"message":{"id":789,"chat_id":3,'
             '"sender_id":5,"content":"Привет!","created_at":"2025-11-21T13:00:00Z","n":13}}',
         ),
@@ -305,14 +309,14 @@ WORDS_MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z"
         (chatd.Bye(2.7), '{"type":"bye","retry_after":2.7}'),
     ],
 )
-def test_a_message_reads_as_the_specification_has_it(
+def test_a_server_message_is_encoded_as_specified(
     message: chatd.ServerMessage | chatd.Event, text: str
 ) -> None:
     assert words_hear(chatd.text_frame(message)) == [(Opcode.TEXT, text)]
 
 
-def test_an_event_builds_its_frame_once_but_keeps_no_large_one() -> None:
-    message = chatd.Entry(chatd.NewMessage(1, 3, WORDS_MESSAGE), to_chat=True)
+def test_an_event_keeps_its_frame_unless_it_is_a_chat_added() -> None:
+    message = chatd.Entry(chatd.NewMessage(1, 3, MESSAGE), to_chat=True)
     added = chatd.Entry(chatd.ChatAdded(2, 3, msgspec.Raw(b"{}")), to_user=5)
     assert message.frame is message.frame
     assert added.frame == added.frame
@@ -320,10 +324,10 @@ def test_an_event_builds_its_frame_once_but_keeps_no_large_one() -> None:
     assert (message.kind, added.kind) == ("new_message", "chat_added")
 
 
-# --- refusals, log, stats ------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------
 
 
-# The codes and their statuses. The proxy's `upstream` may be 504 too.
+# Every code and its status. `upstream`, of the proxy, may also be 504.
 STATUSES = {
     "bad_json": 400, "bad_field": 400, "unknown_type": 400, "token_invalid": 401,
     "token_expired": 401, "token_used": 401, "forbidden": 403, "not_found": 404,
@@ -333,8 +337,8 @@ STATUSES = {
 }  # fmt: skip
 
 
-def words_raised() -> set[str]:
-    """Every code that chatd.py hands to Refusal."""
+def codes_raised() -> set[str]:
+    """Every code that chatd.py passes to Refusal."""
     tree = ast.parse(Path(chatd.__file__).read_text("utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     made = [call for call in calls if ast.unparse(call.func) == "Refusal"]
@@ -344,14 +348,14 @@ def words_raised() -> set[str]:
     return {str(code) for code in codes}
 
 
-def test_the_table_of_refusals_is_the_design_s_and_every_code_is_in_use() -> None:
+def test_the_table_of_refusals_is_as_specified_and_every_code_is_in_use() -> None:
     table = {code: status for code, (status, _) in chatd.REFUSALS.items()}
     assert {code: table.get(code) for code in STATUSES} == STATUSES
-    assert words_raised() <= {*table}
-    assert {*STATUSES} <= words_raised()
+    assert codes_raised() <= {*table}
+    assert {*STATUSES} <= codes_raised()
 
 
-def test_a_refusal_says_what_its_table_says_unless_told_better() -> None:
+def test_a_refusal_has_the_sentence_of_its_table_unless_given_another() -> None:
     usual, better = Refusal("too_large"), Refusal("too_large", "too long", status=431)
     assert (usual.status, usual.message) == (413, "the request is too large")
     assert (better.status, better.message, better.headers) == (431, "too long", [])
@@ -359,10 +363,10 @@ def test_a_refusal_says_what_its_table_says_unless_told_better() -> None:
     assert UsageError("x").status == 1
 
 
-# --- hostile input: one connection's bytes are one connection's matter ---------------
+# --- whole process: wrong commands ---------------------------------------------------
 
 
-async def test_a_wrong_command_is_told_so_and_its_connection_stays(
+async def test_a_wrong_command_gets_an_error_and_the_connection_stays_open(
     either_house: DoorServer,
 ) -> None:
     house = either_house

@@ -1,4 +1,4 @@
-"""Settings and the command line: flags, variables, defaults, wrong use."""
+"""Settings and the command line: flags, variables, defaults, wrong arguments."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ import chatd
 from chatd import Rate, Settings
 from tests.harness import DOOR_SECONDS, DoorRun, DoorServer, door_run, door_users
 
+# --- values and flags ----------------------------------------------------------------
 
-def words_settings(*argv: str) -> Settings:
+
+def serve_settings(*argv: str) -> Settings:
     """The settings of `chatd serve ARGV`."""
     parser = chatd.make_parser()
     return chatd.read_settings(parser, parser.parse_args(["serve", *argv]))
 
 
-def words_flag(name: str) -> str:
+def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def words_parser(name: str) -> Callable[[str], object]:
-    """The parser of that name, or of a flag's unit."""
+def parser_of(name: str) -> Callable[[str], object]:
+    """The parser of that name, or for that unit."""
     parse: Callable[[str], object] = chatd.PARSERS.get(name) or getattr(chatd, name)
     return parse
 
@@ -67,8 +69,10 @@ def words_parser(name: str) -> Callable[[str], object]:
         ("parse_scope", " stats  service ", "stats service"),
     ],
 )
-def test_a_setting_is_read_up_to_its_edge(parse: str, text: str, value: object) -> None:
-    assert words_parser(parse)(text) == value
+def test_a_value_within_its_limits_is_parsed(
+    parse: str, text: str, value: object
+) -> None:
+    assert parser_of(parse)(text) == value
 
 
 @pytest.mark.parametrize(
@@ -113,15 +117,15 @@ def test_a_setting_is_read_up_to_its_edge(parse: str, text: str, value: object) 
         *[("parse_scope", text) for text in ("", "  ", "admin", "service,stats")],
     ],
 )
-def test_a_setting_past_its_edge_is_refused_with_a_sentence(
+def test_a_value_past_its_limits_is_refused_and_the_error_quotes_it(
     parse: str, text: str
 ) -> None:
     with pytest.raises(chatd.WrongText, match=" is not ") as caught:
-        words_parser(parse)(text)
+        parser_of(parse)(text)
     assert str(caught.value).startswith(repr(text))
 
 
-# A good value as it is typed, what it becomes, and a bad one; None: every text is good.
+# For each flag: a valid text, its value, and an invalid text (None: there is none).
 FLAGS: dict[str, tuple[str, object, str | None]] = {
     "listen": ("[::1]:0", "[::1]:0", "8086"),
     "db": ("/srv/chat.db", Path("/srv/chat.db"), None),
@@ -149,21 +153,21 @@ FLAGS: dict[str, tuple[str, object, str | None]] = {
 BAD_FLAGS = [(name, bad) for name, (_, _, bad) in FLAGS.items() if bad is not None]
 
 
-def test_the_table_above_has_every_flag() -> None:
+def test_the_table_of_flags_has_every_flag() -> None:
     assert list(FLAGS) == [field.name for field in chatd.flags()]
 
 
 @pytest.mark.usefixtures("bare_environment")
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_flag_beats_its_variable_and_a_variable_beats_the_default(
+def test_a_flag_overrides_its_variable_and_a_variable_the_default(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, value, _ = FLAGS[name]
-    assert getattr(words_settings(), name) == getattr(Settings(), name) != value
+    assert getattr(serve_settings(), name) == getattr(Settings(), name) != value
     monkeypatch.setenv(f"CHATD_{name.upper()}", text)
-    assert getattr(words_settings(), name) == value
+    assert getattr(serve_settings(), name) == value
     monkeypatch.setenv(f"CHATD_{name.upper()}", str(getattr(Settings(), name) or "/x"))
-    assert getattr(words_settings(words_flag(name), text), name) == value
+    assert getattr(serve_settings(flag_of(name), text), name) == value
 
 
 BLANK = pytest.mark.parametrize("blank", ["", " ", "\t \n"])
@@ -172,19 +176,19 @@ BLANK = pytest.mark.parametrize("blank", ["", " ", "\t \n"])
 @BLANK
 @pytest.mark.usefixtures("bare_environment")
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_blank_variable_is_an_unset_one(
+def test_a_blank_variable_counts_as_unset(
     name: str, blank: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unset = words_settings()
+    unset = serve_settings()
     monkeypatch.setenv(f"CHATD_{name.upper()}", blank)
-    assert words_settings() == unset
+    assert serve_settings() == unset
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/chatd")
-    assert words_settings().db == Path("/var/lib/chatd/chatd.db")
+    assert serve_settings().db == Path("/var/lib/chatd/chatd.db")
 
 
 @BLANK
 @pytest.mark.usefixtures("bare_environment")
-def test_blank_variables_of_systemd_and_of_the_proxy_are_unset_ones(
+def test_a_blank_variable_of_systemd_or_the_proxy_counts_as_unset(
     blank: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("STATE_DIRECTORY", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET"):
@@ -205,20 +209,20 @@ def test_blank_variables_of_systemd_and_of_the_proxy_are_unset_ones(
 
 @pytest.mark.usefixtures("bare_environment")
 @pytest.mark.parametrize(("name", "bad"), BAD_FLAGS)
-def test_a_bad_flag_is_wrong_use_and_is_named(
+def test_a_bad_flag_exits_with_status_2_and_is_named(
     name: str, bad: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        chatd.main(["serve", f"{words_flag(name)}={bad}"])
+        chatd.main(["serve", f"{flag_of(name)}={bad}"])
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert f"argument {words_flag(name)}: " in said
-    assert bad in said
+    output = capsys.readouterr().err
+    assert f"argument {flag_of(name)}: " in output
+    assert bad in output
 
 
 @pytest.mark.usefixtures("bare_environment")
 @pytest.mark.parametrize(("name", "bad"), BAD_FLAGS)
-def test_a_bad_variable_is_wrong_use_and_is_named(
+def test_a_bad_variable_exits_with_status_2_and_is_named(
     name: str,
     bad: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -228,9 +232,9 @@ def test_a_bad_variable_is_wrong_use_and_is_named(
     with pytest.raises(SystemExit) as caught:
         chatd.main(["token", "6"])
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert f"CHATD_{name.upper()}: " in said
-    assert bad in said
+    output = capsys.readouterr().err
+    assert f"CHATD_{name.upper()}: " in output
+    assert bad in output
 
 
 @pytest.mark.usefixtures("bare_environment")
@@ -241,35 +245,35 @@ def test_a_bad_variable_is_wrong_use_and_is_named(
      ["token", "6", "--link", "x"], ["token", "6", "--link", "ftp://x"], ["backup"],
      ["serve", "--demo", "--db", "x"]],
 )  # fmt: skip
-def test_wrong_use_is_exit_status_2(argv: list[str]) -> None:
+def test_wrong_arguments_exit_with_status_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         chatd.main(argv)
     assert caught.value.code == 2
 
 
 @pytest.mark.usefixtures("bare_environment")
-def test_a_flag_of_several_values_takes_them_all(
+def test_a_flag_can_be_repeated_and_its_variable_can_hold_a_list(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    both = words_settings("--jwt-key", "a", "--jwt-key", "b").jwt_key
+    both = serve_settings("--jwt-key", "a", "--jwt-key", "b").jwt_key
     monkeypatch.setenv("CHATD_JWT_KEY", "a b")
-    assert both == words_settings().jwt_key == (Path("a"), Path("b"))
+    assert both == serve_settings().jwt_key == (Path("a"), Path("b"))
 
 
 @pytest.mark.usefixtures("bare_environment")
-def test_the_database_is_in_the_state_directory_unless_somebody_says_where(
+def test_the_database_is_in_the_state_directory_unless_its_path_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert words_settings().db == Path("chatd.db")
+    assert serve_settings().db == Path("chatd.db")
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/chatd:/var/lib/more")
-    assert words_settings().db == Path("/var/lib/chatd/chatd.db")
+    assert serve_settings().db == Path("/var/lib/chatd/chatd.db")
     monkeypatch.setenv("CHATD_DB", "/srv/a.db")
-    assert words_settings().db == Path("/srv/a.db")
-    assert words_settings("--db", "/srv/b.db").db == Path("/srv/b.db")
+    assert serve_settings().db == Path("/srv/a.db")
+    assert serve_settings("--db", "/srv/b.db").db == Path("/srv/b.db")
 
 
 @pytest.mark.usefixtures("bare_environment")
-def test_the_proxy_has_its_own_defaults_and_a_variable_beats_them(
+def test_the_proxy_has_its_own_defaults_and_a_variable_overrides_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def chosen(*argv: str) -> tuple[Settings, str]:
@@ -280,7 +284,7 @@ def test_the_proxy_has_its_own_defaults_and_a_variable_beats_them(
     settings, upstream = chosen()
     assert (settings.listen, upstream) == ("127.0.0.1:3000", "127.0.0.1:8086")
     assert not chatd.Proxies(settings.trusted_proxy).networks
-    assert words_settings().trusted_proxy == ("127.0.0.0/8", "::1")
+    assert serve_settings().trusted_proxy == ("127.0.0.0/8", "::1")
     monkeypatch.setenv("CHATD_LISTEN", "[::1]:1")
     monkeypatch.setenv("CHATD_TRUSTED_PROXY", "10.0.0.0/8")
     monkeypatch.setenv("CHATD_UPSTREAM", "chat.example:2")
@@ -291,36 +295,36 @@ def test_the_proxy_has_its_own_defaults_and_a_variable_beats_them(
     assert (settings.listen, upstream) == ("a:3", "b:4")
     with pytest.raises(SystemExit):
         chatd.main(["proxy", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     for part in ("(default 127.0.0.1:3000)", "(default none)", "--jwt-key FILE"):
-        assert part in said
-    assert "--sends" not in said
+        assert part in output
+    assert "--sends" not in output
 
 
 @pytest.mark.usefixtures("bare_environment")
-def test_help_says_every_flag_its_unit_its_default_and_what_happens_over_it(
+def test_help_shows_the_unit_the_default_and_the_consequence_of_every_flag(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         chatd.main(["serve", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
     for field in chatd.flags():
         meta = field.metadata
-        assert f"{words_flag(field.name)} {meta['unit']} {meta['why']}" in said
-        assert f"over it: {meta['over']}" in said
-        assert f"(default {chatd.shown(field.default)})" in said or not field.default
+        assert f"{flag_of(field.name)} {meta['unit']} {meta['why']}" in output
+        assert f"over it: {meta['over']}" in output
+        assert f"(default {chatd.shown(field.default)})" in output or not field.default
 
 
 def test_the_table_of_settings_has_a_row_for_every_flag() -> None:
     head, line, *rows = chatd.settings_table().split("\n")
     assert (head.count("|"), line) == (5, "|---|---|---|---|")
-    assert [row.split()[1].strip("`") for row in rows] == [*map(words_flag, FLAGS)]
+    assert [row.split()[1].strip("`") for row in rows] == [*map(flag_of, FLAGS)]
     assert all(row.count("|") == 5 for row in rows)
     assert "| `--sends RATE/BURST` | `5/20` | messages a second" in rows[10]
 
 
-# The defaults, as they are typed.
+# The defaults, as text.
 DEFAULTS = {
     "listen": "127.0.0.1:8086", "db": "chatd.db", "chats_by": "user",
     "sends": "5/20", "commands": "30/60", "typing": "1/5", "handshakes": "10/50",
@@ -342,12 +346,12 @@ CONSTANTS = {
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_a_default_is_the_one_that_the_design_names(name: str) -> None:
+def test_a_default_is_the_specified_one(name: str) -> None:
     assert str(getattr(Settings(), name)) == DEFAULTS[name]
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
-def test_a_constant_is_the_one_that_the_design_names(name: str) -> None:
+def test_a_constant_is_the_specified_one(name: str) -> None:
     assert getattr(chatd, name) == CONSTANTS[name]
 
 
@@ -357,10 +361,12 @@ def test_every_setting_has_a_unit_and_a_reason() -> None:
         assert field.metadata["why"], field.name
 
 
-# --- the command line ----------------------------------------------------------------
+# --- whole process: the command line -------------------------------------------------
 
 
-async def test_wrong_use_is_told_with_status_2(tmp_path: Path) -> None:
+async def test_the_program_exits_with_status_2_and_names_the_wrong_argument(
+    tmp_path: Path,
+) -> None:
     db = tmp_path / "chatd.db"
     wrong: list[tuple[str, ...]] = [
         ("nonsense",),
@@ -394,8 +400,8 @@ async def test_wrong_use_is_told_with_status_2(tmp_path: Path) -> None:
     for words, done in runs.items():
         assert done.status == 2, (words, done)
         assert done.out == "", (words, done)
-        said = words[-1].partition("=")
-        assert (said[2] or said[0]).lstrip("-") in done.err, (words, done)
+        wrong_word = words[-1].partition("=")
+        assert (wrong_word[2] or wrong_word[0]).lstrip("-") in done.err, (words, done)
     assert not db.exists()
     by_environment = await door_run("serve", "--db", db, CHATD_SENDS="many")
     assert by_environment.status == 2
@@ -410,7 +416,7 @@ async def test_wrong_use_is_told_with_status_2(tmp_path: Path) -> None:
     assert (version.status, chatd.__version__ in version.out) == (0, True)
 
 
-async def test_a_token_from_the_command_line_is_all_it_prints(
+async def test_chatd_token_prints_nothing_but_a_token_that_works(
     open_house: DoorServer,
 ) -> None:
     house = open_house
@@ -435,7 +441,7 @@ async def test_a_token_from_the_command_line_is_all_it_prints(
         assert run.status == 0
 
 
-async def test_what_cannot_work_is_told_with_status_1(
+async def test_a_command_that_cannot_work_exits_with_status_1_and_names_the_cause(
     house: DoorServer, tmp_path: Path
 ) -> None:
     paths = [tmp_path / name for name in ("newer", "garbage", "open", "short")]
@@ -462,7 +468,7 @@ async def test_what_cannot_work_is_told_with_status_1(
         nowhere = tmp_path / "no" / "such" / "chatd.db"
         before = garbage.read_bytes()
         failures: list[tuple[tuple[object, ...], str]] = [
-            ((*listen, house.db), pid),  # who holds it
+            ((*listen, house.db), pid),  # the process that holds the database
             (("restore", newer, "--db", house.db), pid),
             ((*listen, newer), "999"),
             ((*listen, garbage), str(garbage)),
@@ -482,7 +488,7 @@ async def test_what_cannot_work_is_told_with_status_1(
         ]
         runs: list[tuple[tuple[object, ...], str, DoorRun]] = []
 
-        cores = trio.CapacityLimiter(2)  # more at once only wait for each other
+        cores = trio.CapacityLimiter(2)  # more at once would only wait for each other
 
         async def run(words: tuple[object, ...], named: str) -> None:
             async with cores:
