@@ -932,6 +932,19 @@ def test_an_elliptic_curve_point_that_ends_in_white_space_is_no_secret(
     assert "a point of an elliptic curve" in usage_error_of(chatd.read_secret, path)
 
 
+def test_a_binary_key_that_ends_in_white_space_is_no_secret(tmp_path: Path) -> None:
+    private = ec.derive_private_key(3_813_670_921_486_769_586_176, ec.SECP256R1())
+    point = private.public_key().public_bytes(
+        serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint
+    )
+    assert point.endswith(b" ")
+    path = tmp_path / "key"
+    path.write_bytes(point)
+    path.chmod(0o600)
+    said = usage_error_of(chatd.read_secret, path)
+    assert "a point of an elliptic curve, which is not a shared secret" in said
+
+
 def test_a_random_secret_is_accepted_in_every_usual_encoding(tmp_path: Path) -> None:
     numbers, path = random.Random(1), tmp_path / "key"
     for size in [24, 32, 33, 48, 64, 65, 128] * 60:
