@@ -108,7 +108,7 @@ BOUNDS AND DEADLINES
 Every queue has a bound: jobs for the store (4,096), commands of one connection without
 an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line), the
 tail (16,384 events, 16 MiB). Every wait has a deadline: a request head 10 s, a request
-15 s, a keep-alive 75 s, silence 35 s, output of which the kernel accepts no byte 40 s, a
+15 s, a keep-alive 75 s, silence 35 s, output that the kernel does not accept 40 s, a
 stop 5 s.
 
 GLOSSARY
