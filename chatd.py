@@ -36,28 +36,30 @@ later, at the client's own pace.
 ONE MESSAGE, STEP BY STEP
 
 Two threads take part: Trio's main thread, and the writer's worker thread. Each step is
-a plain `def` unless it says "waits", so no cancellation can leave one half done.
+a plain `def` unless it says "waits", so no cancellation can leave a step half done.
 
     task, thread                step
     the sender's session, main  `WebSocketReader` has read a frame. It calls
                                 `Session._receive`: rate, JSON, `match`. `_send` checks
                                 the content and the sender's bucket, and `_submit` puts
                                 a Job into the store's channel. The reader reads on; it
-                                waits only when 64 of its commands have no answer yet.
-    Store.run, main             `_gather` takes every job that waits (at most 512), as
-                                long as one more turn of the scheduler brings more, and
-                                waits for `_transact`.
+                                waits while 64 of its commands have no answer, while
+                                its outbox is full, and at the pace of --receive-bytes.
+    Store.run, main             `_gather` takes all jobs that wait (at most 512), turn
+                                by turn of the scheduler until a turn brings no more,
+                                and waits for `_transact`.
     Store.run, writer's thread  `_transact`: BEGIN, one savepoint for each job
                                 (`send_message` inserts the message and its event),
                                 COMMIT. Here SQLite calls fsync on the WAL: when COMMIT
                                 has returned, the message is DURABLE.
     Store.run, main             hands the Batch to the hub's channel, which has no
-                                buffer: it waits until the hub takes it. The next jobs
-                                gather meanwhile.
+                                buffer: it waits until the hub takes it. Then the next
+                                transaction runs in its thread.
     Hub.run, main               `publish`: append to the tail; find the live seats of
-                                the chat's members; `Outbox.push` one joined piece of
-                                bytes to each; then the callers: the ack is the last
-                                frame of the sender's piece. No ack precedes its event.
+                                the chat's members; make the answers (`Job.done`);
+                                `Outbox.push` one joined piece of bytes to each seat.
+                                The ack is the last frame of the sender's piece: no ack
+                                precedes its event.
     Hub.run, main               `Outbox.push` writes to the socket at once. The kernel
                                 has the bytes, or the rest is buffered.
     Outbox._flush, main         exists only while bytes are buffered: waits until the
@@ -69,8 +71,8 @@ reads the message in the event log.
 
 THE TASK TREE
 
-A task never outlives the nursery above it. The nurseries end from the inside out: the
-last answer still finds the store and the hub.
+A task never outlives the nursery above it. The nurseries end from the inside out: when
+the last connection ends, the store and the hub still run and can answer it.
 
     trio.run
     `- run_root                         the root
@@ -80,9 +82,9 @@ last answer still finds the store and the hub.
           |- Hub.run                    publishes each batch
           |- Server._sweep              once a second: pings, stalls, ends of tokens
           `- Listener.run
-             |- accepting               (a nursery that ends at the first signal)
-             |  `- Listener._accept     one for each listening socket
              `- connections             (a nursery that ends when the last one has)
+                |- accepting            (a nursery in it that ends at the first signal)
+                |  `- Listener._accept  one for each listening socket
                 `- Listener._connection one for each TCP connection: the bulkhead; first
                    |                    HttpConnection.run, then perhaps Session.run
                    |- Outbox._flush     only while bytes wait for this client
@@ -92,24 +94,27 @@ last answer still finds the store and the hub.
 
 THREADS
 
-There are worker threads, and no lock of our own. The writer's connection is used by one
-call of `_write` at a time, and by the main thread only before and after `Store.run`. A
-reader's connection belongs to one thread while a query runs; idle ones are in a list
-whose `append` and `pop` are atomic under the GIL. Tasks, seats and
+There are worker threads, and no thread lock. One thread at a time writes: `_write` has a
+limiter of 1, and Store.run waits for it. That thread uses the writer's connection,
+`seq`, `failure` and the commit times; the main thread only reads these. At most 4
+threads read, each with a connection of its own; idle connections are in a list whose
+`append` and `pop` are atomic under the GIL. The counts of errors are the one thing that
+several threads change: a count may be lost, and decides nothing. Tasks, seats and
 outboxes are touched on the main thread only.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
 `Listener._connection`). One in Store.run, Hub.run or the sweeper ends the process: acks
-would be lies without them. Callbacks (`Job.done`) run in Hub.run, so they do nothing
-that can fail for a client's input.
+would be lies without them. Callbacks (`Job.done`) run in Hub.run, so no input of a
+client may make them fail.
 
 BOUNDS AND DEADLINES
 
 Every queue has a bound: jobs for the store (4,096), commands of one connection without
 an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line), the
-tail (16,384 events, 16 MiB). Every wait has a deadline: a request head 10 s, a request
-15 s, a keep-alive 75 s, silence 35 s, output that the kernel does not accept 40 s, a
-stop 5 s.
+tail (18,432 events, 16 MiB). Every wait for a client has a deadline: a request head
+10 s, a request 15 s, a keep-alive 75 s, silence 35 s, output that the kernel does not
+accept 40 s, a stop 5 s. The wait for a commit has none here: the service manager ends a
+process whose commit takes over a minute (`Server._sweep`).
 
 GLOSSARY
 
@@ -127,8 +132,8 @@ GLOSSARY
     ticket      a token for one socket, good for a minute
     parked      a connection that waits for a client's bytes
 
-Part I (Server, Connection, Store, Hub, Outbox) is all that a message passes, from the
-root of the task tree down. Part II is what stands around it.
+Part I (Server, Connection, Store, Hub, Outbox) is the way of a message, from the root of
+the task tree down. Part II is what it uses there: the rules, the formats, the edges.
 """
 
 from __future__ import annotations
@@ -215,7 +220,7 @@ MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
 # =====================================================================================
 # SERVER: the task tree, from the root down
 #
-# `serve` opens the database and starts Trio; `_serve` is the root task; below it the
+# `serve` opens the database and starts Trio; `run_root` is the root task; below it the
 # nurseries stand in the order in which they end: first the listening tasks, then the
 # connections, then the sweeper, the store and the hub. One bulkhead stands around each
 # connection (`except Exception`): nothing a client sends ends more than its own.
@@ -260,9 +265,10 @@ async def run_root(
             # Everything that lives now lives on: the collector need not scan it again.
             gc.collect()
             gc.freeze()
-            # With 8,000 sockets a full pass takes 0.56 s, in which all stands still; by
-            # default there were several while they came. A socket leaves 0.8 KB of
-            # reference cycles (wsproto's), so one pass for about 150,000 is enough.
+            # A full collection stops everything; with 8,000 sockets it takes 0.56 s, and
+            # by default it ran several times while they connected. A closed socket
+            # leaves 0.8 KB of reference cycles (wsproto's), so one collection for about
+            # 150,000 closed sockets is enough.
             gc.set_threshold(5000, 10, 20)
             url = url_of(sockets[0])
             log(logging.INFO, "ready", url=url, **about)
@@ -320,12 +326,12 @@ class Server:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve until the listener stops. The last answer still finds store and hub."""
-        # Nothing waits between the two: while a batch is published the next gathers.
-        batches, published = trio.open_memory_channel[Batch](0)
+        """Serve until the listener stops. Store and hub outlive the connections."""
+        # Without a buffer: at most one batch is committed and not yet published.
+        to_hub, from_store = trio.open_memory_channel[Batch](0)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.store.run, batches)
-            nursery.start_soon(self.hub.run, published)
+            nursery.start_soon(self.store.run, to_hub)
+            nursery.start_soon(self.hub.run, from_store)
             sweeping = trio.CancelScope()
             nursery.start_soon(self._sweep, sweeping)
             await self.listener.run(sockets, task_status=task_status)
@@ -351,8 +357,8 @@ class Server:
             while True:
                 await trio.sleep(1)
                 now, since = trio.current_time(), self.store.writing_since
-                if since is None:  # else the writer does, whose disk may be hung
-                    with contextlib.suppress(OSError):  # not seen is not removed
+                if since is None:  # while a commit runs, its thread checks
+                    with contextlib.suppress(OSError):  # the disk fails: see Store
                         self.store.check_file()
                 for session in list(self.sessions):
                     seat = session.seat
@@ -402,7 +408,7 @@ class Server:
 # Serves the rest of a connection after a request: a socket, or an answer of a proxy.
 TakeOver = Callable[[trio.SocketStream], Awaitable[None]]
 
-# Out of descriptors or memory: connections that end free some.
+# The process is out of descriptors or memory. It gets some when a connection ends.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -562,7 +568,7 @@ class ClientFault(Exception):
 class WebSocketReader(WebSocketConnection):
     """trio-websocket's connection, made safe against hostile clients.
 
-    The library alone counts characters instead of bytes and does not count fragments.
+    By itself the library counts characters, not bytes, and does not count fragments.
     It answers pings while it closes, which raises, and it does not answer a protocol
     error. It also hands each message to a second task through a queue. Here its reader
     task handles the message itself. That took a message in a two-person chat from
@@ -574,7 +580,8 @@ class WebSocketReader(WebSocketConnection):
     """
 
     # fmt: off
-    # Beyond 30 attributes an instance's dict is no longer a shared one: 1.2 KB each.
+    # With more than 30 attributes instances no longer share the keys of their dicts,
+    # which costs 1.2 KB for each.
     __slots__ = ("_bytes", "_fragments", "_most_bytes", "_most_fragments",
                  "_on_message", "_outbox", "_parts")
     # fmt: on
@@ -630,7 +637,8 @@ class WebSocketReader(WebSocketConnection):
     async def _handle_close_connection_event(
         self, event: wsproto.events.CloseConnection
     ) -> None:
-        if self._wsproto.state is ConnectionState.OPEN:  # a fault, not a close frame
+        # wsproto reports a protocol error as a close too, but then stays open.
+        if self._wsproto.state is ConnectionState.OPEN:
             raise ClientFault(int(event.code), event.reason or "")
         await super()._handle_close_connection_event(event)
 
@@ -782,7 +790,7 @@ class Session:
     async def _catch_up(self) -> None:
         """Push the events that the seat missed, until it is live.
 
-        Each page waits until the client has read the one before.
+        A page is pushed when the kernel has accepted the one before.
 
         They come from the tail if all of them are there, else from the event log in
         pages.
@@ -977,7 +985,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
     """One kind of event: its JSON, and what it does to the membership of its `to_user`.
 
     To add a kind, write a subclass, and the Store method that records it and decides
-    its audience. No other code names a kind. The fields that a kind adds to its base
+    its audience. The fields that a kind adds to its base
     are stored in the `body` of the event's row. Those of the bases below are never
     copied: they are joined each time the event is read.
     """
@@ -1029,7 +1037,7 @@ class MemberAdded(UserEvent, frozen=True, tag="member_added"):
 
 
 class MemberRemoved(Event, frozen=True, tag="member_removed"):
-    """To the remaining members, and to the removed one: the last event it gets."""
+    """To the remaining members, and to the removed user: its last one of this chat."""
 
     user_id: int
     membership = "leaves"
@@ -1054,14 +1062,14 @@ class Entry(msgspec.Struct, eq=False):
     event: Event
     to_user: int | None = None
     to_chat: bool = False
-    shared_by: int = 1  # so many entries have the Raw of this one
+    shared_by: int = 1  # how many entries share the encoded chat
     seq: int = 0
     chat_id: int = 0
     size: int = 256  # about how many bytes of memory it takes in the tail
     built: bytes | None = None
 
     def __post_init__(self) -> None:
-        """Set what follows from the event."""
+        """Derive the other fields from the event."""
         event = self.event
         self.seq, self.chat_id = event.seq, event.chat_id
         if isinstance(event, MessageEvent):
@@ -1080,7 +1088,7 @@ class Entry(msgspec.Struct, eq=False):
     def frame(self) -> bytes:
         """The event's bytes on the wire, built at the first use.
 
-        Without `to_chat` it has one reader, and may be large: then it is not kept.
+        The frame of an event with one reader, which may be large, is not kept.
         """
         frame = self.built or text_frame(self.event)
         if self.to_chat:
@@ -1281,7 +1289,7 @@ class Store:
             self.epoch: str = query_value(
                 db, "SELECT value FROM meta WHERE key = 'epoch'"
             )
-            # The seq of the last event that was committed and handed to the hub.
+            # The seq of the last event that is known to be committed.
             self.seq: int = query_value(db, "SELECT coalesce(max(seq), 0) FROM event")
             undo.pop_all()
         self._files = self._inodes()
@@ -1348,17 +1356,17 @@ class Store:
         """Take no more jobs. `run` ends when those that wait are done."""
         self._submit.close()
 
-    async def run(self, hub: trio.MemorySendChannel[Batch]) -> None:
+    async def run(self, to_hub: trio.MemorySendChannel[Batch]) -> None:
         """Commit the submitted jobs until `finish`. Closes the hub's channel."""
-        async with hub:
+        async with to_hub:
             async for job in self._inbox:
                 jobs = await self._gather(job)
                 while jobs:
                     batch = await self._write(self._transact, jobs)
                     jobs = jobs[len(batch.answers) :]
-                    await hub.send(batch)
+                    await to_hub.send(batch)
                 while self.degraded:
-                    await self._heal(hub)
+                    await self._heal(to_hub)
 
     async def _gather(self, first: Job) -> list[Job]:
         """Take all jobs that wait, as long as a turn of the scheduler brings more.
@@ -1384,7 +1392,7 @@ class Store:
             self.writing_since = None
         return batch
 
-    async def _heal(self, hub: trio.MemorySendChannel[Batch]) -> None:
+    async def _heal(self, to_hub: trio.MemorySendChannel[Batch]) -> None:
         """After a failure: refuse jobs for 2 s, then try to write again."""
         deadline = trio.current_time() + PROBE_SECONDS
         while True:
@@ -1397,8 +1405,8 @@ class Store:
                     return
             if scope.cancelled_caught:
                 break
-            await hub.send(self._storage_failed([job]))
-        await hub.send(await self._write(self._probe))
+            await to_hub.send(self._storage_failed([job]))
+        await to_hub.send(await self._write(self._probe))
 
     def _storage_failed(self, jobs: list[Job]) -> Batch:
         self.stats.failed += len(jobs)
@@ -1776,7 +1784,7 @@ class Store:
     def events_after(
         self, db: Db, user_id: int, cursor: int, upto: int, limit: int
     ) -> Page:
-        """Read a user's events in (cursor, upto], at most limit, at most 128 KiB.
+        """Read a user's events in (cursor, upto], at most limit, about 128 KiB.
 
         This one query serves the poll, the resume and the slow reader. A page that is
         not cut short by its limits moves the cursor to upto.
@@ -1797,10 +1805,10 @@ class Store:
         return [self._entry(db, row, MAX_ID) for row in rows]
 
     def tail(self) -> Entries:
-        """Read the event log's end at the start, as far back as the hub would hold it.
+        """Read the end of the event log for the hub's tail, at the start.
 
-        It stops after the last event that shows a chat: what such an event shows
-        depends on when it is read, so a query reads it, and the tail has it only live.
+        It goes back to the last event that shows a chat, and not beyond: such an event
+        shows the chat as of the moment it is read, so later readers must query it.
         """
         db, floor = self._writer, max(0, self.seq - self.settings.tail_events)
         sql = f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq DESC"
@@ -1976,8 +1984,9 @@ class Person:
 UNANSWERED = 64  # commands of one connection; reading waits for their answers
 PING_SECONDS = 25.0  # of silence; +-10 %; nginx cuts a socket after 60 s of it
 PONG_SECONDS = 10.0  # of silence after a ping: cut
-# In which the kernel accepts none of the waiting bytes: cut. Behind the receive window
-# that Linux begins with, it accepts some every 26 s from a steady reader of 5 KB/s.
+# A connection is cut when the kernel has accepted none of its waiting bytes for so long.
+# Behind Linux's first receive window a steady reader of 5 KB/s makes it accept some every
+# 26 s.
 STALL_SECONDS = 40.0
 TOKEN_WARNING_SECONDS = 60.0  # before a token's end
 TOKEN_GRACE_SECONDS = 25.0  # after a token's end: 4401
@@ -1987,7 +1996,8 @@ class Seat:
     """A connection as the hub knows it: its user, its cursor and its outbox.
 
     A live seat has been given all up to the hub's head, and its `cursor` means nothing.
-    Another has been given all up to `cursor`; somebody is bringing it the rest.
+    A seat that is not live has been given all events up to `cursor`; its session's
+    `_greet` or `_catch_up` pushes the rest.
     """
 
     # fmt: off
@@ -2071,8 +2081,8 @@ class Seat:
 class Hub:
     """The seats, and the newest end of the event log. It does not know sessions.
 
-    `head` is the seq of the last published event. Every read asks for what is at or
-    below it, and every cursor that a client gets is one it has had.
+    `head` is the seq of the last published event. Every read is bounded by it, so no
+    cursor that a client gets is ahead of it.
     """
 
     def __init__(self, settings: Settings, stats: Stats, store: Store) -> None:
@@ -2163,8 +2173,9 @@ class Hub:
     def publish(self, batch: Batch) -> None:
         """Publish a batch: the tail, memberships, live seats, and then its callers.
 
-        All frames for one connection are joined and written by one call, its answers
-        last: no ack is ahead of its event. Seats with the same events share the bytes.
+        The frames of a live seat with events are joined and written by one call, its
+        answers last: no ack is ahead of its event. Seats with the same events share
+        the bytes.
         """
         before = self.head
         self._append(batch.events)
@@ -2218,7 +2229,7 @@ class Hub:
 
         Events of one chat that stand in a row with the same audience have the same
         readers: a change of membership concerns `to_user`, which is of the audience.
-        They are one list, shared by all seats that get nothing else of the batch.
+        Such events are one list, shared by all seats that get no others of the batch.
         """
         readers = {(entry.chat_id, entry.to_user) for entry in events}
         if len(readers) == 1 and events[0].to_user is None:  # nearly always
@@ -2282,7 +2293,7 @@ class Hub:
         seat.push_held()
 
     def show_typing(self, user_id: int, chat_id: int, is_typing: bool) -> None:
-        """Send a typing sign to the other live seats without waiting output."""
+        """Send a typing sign to the other live seats that have no output waiting."""
         frame = text_frame(TypingSign(chat_id, user_id, is_typing))
         for seat in self.live_seats.get(chat_id, ()):
             if seat.person.user_id != user_id and not seat.outbox.waiting:
@@ -2299,7 +2310,10 @@ class Hub:
 
 
 class Outbox(trio.abc.Stream):
-    """Every byte to one client: chatd's by `push`, the library's by `send_all`.
+    """One client's stream: every byte to it, and what trio-websocket reads from it.
+
+    chatd writes by `push`, the library by `send_all`.
+
 
     push writes to the socket at once and buffers the bytes that the kernel does not
     accept. Only then a task in the connection's nursery waits for the socket; it ends
@@ -2311,7 +2325,6 @@ class Outbox(trio.abc.Stream):
     connection's. That is safe because the stream is closed only after the outbox is
     sealed and its tasks have ended.
 
-    It is also the Stream given to trio-websocket, which reads through it.
     """
 
     # fmt: off
@@ -2357,7 +2370,7 @@ class Outbox(trio.abc.Stream):
         """Write whole frames now, or buffer them. False: full, nothing was taken.
 
         always takes them even if the outbox is full: for answers, whose number is
-        bounded elsewhere, and for pages, which are pushed only to an empty outbox.
+        bounded elsewhere, and for pages, of which one at a time is pushed.
         Never raises: a broken connection takes everything and ends soon.
         """
         if self.sealed:
@@ -2499,7 +2512,8 @@ class Outbox(trio.abc.Stream):
 # =====================================================================================
 # PROTOCOL: refusals, close codes, messages
 #
-# What goes over the wire. These are tables: nothing here waits, and nothing decides.
+# What goes over the wire: tables, and the functions that check and encode. Nothing here
+# waits.
 # =====================================================================================
 
 
@@ -2585,10 +2599,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Command(msgspec.Struct, tag_field="type", frozen=True, kw_only=True):
-    """A command from a client. Its answer repeats ref, if there is one.
-
-    To add a command: a subclass, an arm in `Session._handle`, and the method it calls.
-    """
+    """A command from a client. Its answer repeats ref, if there is one."""
 
     ref: Ref | None = None
 
@@ -2701,7 +2712,7 @@ class MyChat(Chat, frozen=True):
 
 
 class User(msgspec.Struct, frozen=True):
-    """A user whom a token or a member list has named."""
+    """A user that is a member of a chat, has sent a message, or has a name."""
 
     user_id: int
     name: str | None
@@ -2741,7 +2752,7 @@ class TypingSign(ServerMessage, frozen=True, tag="typing"):
 
 
 class Ack(ServerMessage, frozen=True, tag="ack"):
-    """A command is done, and on disk. The fields depend on the command."""
+    """A command is done; what it wrote is on disk. The fields depend on the command."""
 
     ref: str | None = None
     client_id: str | None = None
@@ -2866,8 +2877,8 @@ def error_frame(no: Refusal, ref: str | None = None) -> bytes:
 # AUTH AND LIMITS: buckets, addresses, keys, tokens
 #
 # Identity, and how much each user, address and connection may do. Plain functions and
-# small tables: the time comes in as an argument. Durations use trio.current_time();
-# times that are signed or stored use time.time().
+# small tables. Durations use trio.current_time(); times that are signed or stored use
+# time.time().
 # =====================================================================================
 
 
@@ -2922,8 +2933,8 @@ TABLE_KEYS = 65_536  # in a table that invented keys could fill
 class Buckets:
     """A table of token buckets, one for each key.
 
-    The table is bounded: when it overflows, the oldest key is forgotten, which fills
-    its bucket. So invented keys cannot use up memory.
+    The table is bounded: when it overflows, the key that was used least recently is
+    forgotten, which fills its bucket. So invented keys cannot use up memory.
     """
 
     def __init__(self, rate: Rate, size: int = TABLE_KEYS) -> None:
@@ -3514,8 +3525,8 @@ def refusal_answer(refusal: Refusal) -> Answer:
 
 HEAD_SECONDS = 10.0  # for a request's head to arrive: 408
 REQUEST_SECONDS = 15.0  # for a request to be done: 408
-# Of a keep-alive: longer than the 60 s of common proxies, so that the proxy closes
-# first, and no request meets a connection that has just been closed.
+# A keep-alive lasts longer than the 60 s of common proxies. So the proxy closes first,
+# and no request meets a connection that was just closed.
 IDLE_SECONDS = 75.0
 HEAD_BYTES = 16_384  # in a request's head: 431
 HEADER_LINES = 64  # in a request's head: 431
@@ -3965,12 +3976,12 @@ async def _answer(
 async def _admit(
     server: Server, connection: HttpConnection, request: Request
 ) -> TakeOver:
-    """Accept an upgrade. Everything that can be refused is refused before the 101."""
+    """Accept an upgrade: the last checks that can still be an HTTP answer."""
     claims = socket_claims(server.keyring, request, "socket")
     cursor = request.argument("cursor")
     with trio.move_on_after(REQUEST_SECONDS):
         await store_name(server, claims)
-    # No await from here until the session is counted, so the bound is exact.
+    # No task switch from here until `Server.opened` counts it, so the bound is exact.
     check_capacity(server)
     server.keyring.spend(claims)
     key = request.header("sec-websocket-key")
@@ -4244,7 +4255,7 @@ def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
 
 
 def close_revoked(server: Server, user_id: int, revoked_at: int) -> int:
-    """Refuse a user's tokens from now on; close the user's sockets, count them."""
+    """Refuse all tokens of a user until now; close its sockets, and count them."""
     server.keyring.revoked[user_id] = revoked_at
     theirs = [s for s in server.sessions if s.claims.user_id == user_id]
     log(logging.INFO, "revoked", user=user_id, sockets=len(theirs))
@@ -4547,8 +4558,8 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
 # =====================================================================================
 
 
-# In which nothing moves between the proxy and a request's two ends: 504, or 408. Above
-# REQUEST_SECONDS, so that the server answers first.
+# A request ends with 504 when no byte moves between client, proxy and upstream for so
+# long. Above REQUEST_SECONDS, so that the server answers first.
 UPSTREAM_SECONDS = 20.0
 COPY_BYTES = 16_384  # held for one direction, and no more: nothing queues here
 # Headers of one connection and not of the message (RFC 9110 7.6.1), and those that the
@@ -4698,7 +4709,7 @@ async def _exchange(upstream: trio.SocketStream, question: bytes) -> bytes:
 
 
 class Tunnel:
-    """Two connections joined: the answer goes down, and after a 101 all goes up.
+    """Two connections joined: the answer goes down; after a 101 all bytes go up, too.
 
     An end of one side is passed on as an end, a reset as a reset. When the proxy stops
     it ends its side to the upstream; chatd then writes a close frame, whole and in its
@@ -4929,12 +4940,12 @@ def file_bytes(path: Path) -> int:
 
 
 def sync_wal(wal: Path) -> None:
-    """Put a WAL on the disk, whole, once more. Raises OSError.
+    """Write a WAL to the disk once more, as a whole, and sync it. Raises OSError.
 
-    Who is killed between write and sync leaves rows that can be read, and acked when
-    they are repeated, and that are on no disk. And after a sync that failed Linux takes
-    what was not written for written: only what is written anew gets there, and a hole
-    would take all that comes behind it.
+    A crash between write and fsync can leave rows that are readable but not on disk; a
+    repeated message would be acked from them. After a failed fsync Linux marks the pages
+    clean and never retries, so only pages that are written again reach the disk; and a
+    gap in the WAL would end it for SQLite.
     """
     with contextlib.suppress(FileNotFoundError), wal.open("r+b", buffering=0) as file:
         fd, at = file.fileno(), 0
@@ -5448,8 +5459,8 @@ SANE = {
 # =====================================================================================
 # SETTINGS AND COMMAND LINE
 #
-# Everything that can be set is a field of Settings, with its unit, default, reason and
-# consequence. Flags, variables, `--help` and the table in the documentation are made
+# Everything that can be set, but for the proxy's --upstream, is a field of Settings, with
+# its unit, default, reason and consequence. Flags, variables, `--help` and the table in the documentation are made
 # from it. `main` is the whole program.
 # =====================================================================================
 
@@ -5760,7 +5771,7 @@ def make_parser() -> argparse.ArgumentParser:
     serving.add_argument("--demo", action="store_true", help=demo)
     add_flags(serving)
 
-    before = "be the one door of a chatd that listens elsewhere"
+    before = "check tokens in front of a chatd that listens elsewhere"
     proxying = commands.add_parser("proxy", help=before, epilog=too)
     where, upstream = "where that chatd listens", Settings().listen
     proxying.add_argument(

@@ -5,8 +5,8 @@
 -- transaction together with user_version, so a migration happens whole or not at all.
 -- To change the schema, append a step; never edit one that was released.
 --
--- STRICT tables refuse a text where an integer belongs, foreign keys are on, and every
--- index names the query that it serves.
+-- STRICT tables refuse a text where an integer belongs, and foreign keys are on. A comment
+-- names the query that each index serves.
 
 -- version 1
 
@@ -69,7 +69,7 @@ CREATE TABLE message (
 CREATE UNIQUE INDEX message_client ON message (sender_id, client_id)
     WHERE client_id IS NOT NULL;
 
--- The event log of 1.0. Version 2 replaces it.
+-- The event log as chatd 1.0 had it. Schema version 2, below, replaces this table.
 CREATE TABLE event (
     seq         INTEGER PRIMARY KEY,
     kind        TEXT NOT NULL CHECK (kind IN ('new_message', 'message_read',
