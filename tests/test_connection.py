@@ -125,9 +125,7 @@ async def test_a_client_that_vanishes_ends_only_its_own_connection(
 # --- WebSocketReader: limits and protocol errors -------------------------------------
 
 
-def test_trio_websocket_still_has_the_private_methods_that_the_reader_overrides() -> (
-    None
-):
+def test_trio_websocket_has_the_private_methods_that_the_reader_overrides() -> None:
     library = trio_websocket.WebSocketConnection
     assert trio_websocket.__version__ == "0.12.2"
     replaced = {
@@ -288,7 +286,7 @@ PROTOCOL_ERRORS = {
     "a length in too many bytes": (b"\x81\xfe\0\x05\0\0\0\0hello", 1002),
     "a length with its top bit set": (b"\x81\xff" + b"\xff" * 8 + bytes(4), 1002),
     "a close of one byte": (wires_frame(CLOSE, b"\x03"), 1002),
-    "a close code nobody may send": (wires_close(1005), 1002),
+    "a close code that may not be sent": (wires_close(1005), 1002),
     "a reason that is not UTF-8": (wires_frame(CLOSE, b"\x03\xe8\xff"), 1007),
     "text that is not UTF-8": (wires_frame(TEXT, b'{"a":"\xc3\x28"}'), 1007),
     "text that ends in half a character": (wires_frame(TEXT, b"\xd0"), 1007),
@@ -351,7 +349,7 @@ async def test_a_client_that_pings_during_the_close_still_gets_the_code(
 
 
 @wires()
-async def test_connected_is_the_first_frame_and_holds_the_state_of_the_user(
+async def test_connected_is_the_first_frame_and_has_the_state_of_the_user(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -648,7 +646,7 @@ BAD_COMMANDS: dict[str, tuple[str | bytes, str, str]] = {
     "a number": ("1", "bad_json", ""),
     "null": ("null", "bad_json", ""),
     "deep": ("[" * 30_000, "bad_json", ""),
-    "deep in a field that nobody asked for": (
+    "deep in an unknown field": (
         '{"type":"ping","x":' + "[" * 30_000 + "]" * 30_000 + "}",
         "bad_json",
         "",
@@ -954,13 +952,19 @@ async def test_a_stalled_reader_is_dropped_after_40_s_and_delays_nobody(
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+async def stall(house: WiresHouse, count: int = 20) -> tuple[WiresRaw, int]:
+    """Connect a client that does not read, and post big messages to its chat."""
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * count)
+    return raw, chat
+
+
 @wires(outbox_bytes=4096)
 async def test_a_stalled_reader_is_dropped_while_its_command_waits_for_the_outbox(
     house: WiresHouse,
 ) -> None:
-    chat = await house.chat(6, 7)
-    stalled = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
+    stalled, chat = await stall(house)
     await stalled.send(wires_command("send_message", chat_id=chat, content="hi"))
     await trio.sleep(39)
     assert len(house.server.sessions) == 1
@@ -971,9 +975,7 @@ async def test_a_stalled_reader_is_dropped_while_its_command_waits_for_the_outbo
 
 @wires()
 async def test_a_stalled_reader_that_pings_is_dropped_too(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
+    raw, _ = await stall(house)
     with taking(40, 41.1):
         while house.server.sessions:
             await raw.send(wires_frame(PING), wires_command("ping"))
@@ -999,9 +1001,7 @@ async def test_a_client_that_reads_too_little_for_the_kernel_to_accept_more_is_d
 async def test_a_client_that_reads_a_little_within_40_s_is_not_dropped(
     house: WiresHouse,
 ) -> None:
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
+    raw, _ = await stall(house)
     for _ in range(20):  # the kernel accepts more only when it is nearly empty
         await trio.sleep(19)
         await raw.read(5000)
@@ -1077,9 +1077,7 @@ async def test_a_slow_reader_gets_every_event_once_in_order_and_becomes_live_aga
 async def test_an_ack_waits_for_its_event_when_the_sender_is_behind(
     house: WiresHouse,
 ) -> None:
-    chat = await house.chat(6, 7)
-    slow = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
+    slow, chat = await stall(house)
     await slow.send(wires_command("send_message", chat_id=chat, content="mine"))
     await slow.listen()
     frames = [json.loads(data) for _, data in wires_frames(slow.data)]
@@ -1092,9 +1090,7 @@ async def test_an_ack_waits_for_its_event_when_the_sender_is_behind(
 async def test_a_user_revoked_during_catch_up_gets_whole_frames_and_the_code(
     house: WiresHouse,
 ) -> None:
-    chat = await house.chat(6, 7)
-    slow = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 100)
+    slow, _ = await stall(house, 100)
     await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
     await slow.listen()
     *messages, (opcode, payload) = wires_frames(slow.data)
@@ -1304,9 +1300,7 @@ async def test_an_addition_reaches_the_members_and_starts_events_for_the_new_one
 async def test_a_reader_that_is_behind_gets_its_removal_and_nothing_later(
     house: WiresHouse,
 ) -> None:
-    chat = await house.chat(6, 7)
-    slow = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
+    slow, chat = await stall(house)
     await house.command("DELETE", f"/api/v1/chats/{chat}/members/6")
     await house.post(chat, "after the removal", sender=7)
     await slow.listen()
