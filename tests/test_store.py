@@ -974,14 +974,19 @@ async def test_a_stop_while_storage_fails_does_not_wait(
 
 
 @contextlib.contextmanager
-def no_file_grows(path: Path) -> Iterator[None]:
-    """No file may grow past the size of this one: a real I/O error, for root too."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
+def lowered(limit: int, value: int) -> Iterator[None]:
+    """Lower a resource limit of this process for the length of a block."""
+    soft, hard = resource.getrlimit(limit)
+    resource.setrlimit(limit, (value, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(limit, (soft, hard))
+
+
+def no_file_grows(path: Path) -> contextlib.AbstractContextManager[None]:
+    """No file may grow past the size of this one: a real I/O error, for root too."""
+    return lowered(resource.RLIMIT_FSIZE, path.stat().st_size)
 
 
 def test_after_each_io_error_the_database_is_reopened(memory: Memory) -> None:
@@ -1026,17 +1031,11 @@ async def test_a_long_storage_failure_logs_one_line_and_leaks_no_descriptor(
     memory_is_sound(memory)
 
 
-@contextlib.contextmanager
-def no_free_descriptor() -> Iterator[None]:
+def no_free_descriptor() -> contextlib.AbstractContextManager[None]:
     """No file can be opened: the process has as many as its limit allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return lowered(resource.RLIMIT_NOFILE, lowest)
 
 
 def test_a_database_that_cannot_be_reopened_is_reopened_later(memory: Memory) -> None:
