@@ -94,8 +94,8 @@ the last connection ends, the store and the hub still run and can answer it.
 
 THREADS
 
-There are worker threads, and no thread lock. One thread at a time writes: `_write` has a
-limiter of 1, and Store.run waits for it. That thread uses the writer's connection,
+There are worker threads, and no thread lock. One thread at a time writes: `_write` has
+a limiter of 1, and Store.run waits for it. That thread uses the writer's connection,
 `seq`, `failure` and the commit times; the main thread only reads these. At most 4
 threads read, each with a connection of its own; idle connections are in a list whose
 `append` and `pop` are atomic under the GIL. The counts of errors are the one thing that
@@ -132,8 +132,8 @@ GLOSSARY
     ticket      a token for one socket, good for a minute
     parked      a connection that waits for a client's bytes
 
-Part I (Server, Connection, Store, Hub, Outbox) is the way of a message, from the root of
-the task tree down. Part II is what it uses there: the rules, the formats, the edges.
+Part I (Server, Connection, Store, Hub, Outbox) is the way of a message, from the root
+of the task tree down. Part II is what it uses there: rules, formats, edges.
 """
 
 from __future__ import annotations
@@ -265,10 +265,9 @@ async def run_root(
             # Everything that lives now lives on: the collector need not scan it again.
             gc.collect()
             gc.freeze()
-            # A full collection stops everything; with 8,000 sockets it takes 0.56 s, and
-            # by default it ran several times while they connected. A closed socket
-            # leaves 0.8 KB of reference cycles (wsproto's), so one collection for about
-            # 150,000 closed sockets is enough.
+            # A full collection stops everything: 0.56 s with 8,000 sockets, and by
+            # default it ran several times while they connected. A closed socket leaves
+            # 0.8 KB of reference cycles (wsproto's): once in 150,000 of them is enough.
             gc.set_threshold(5000, 10, 20)
             url = url_of(sockets[0])
             log(logging.INFO, "ready", url=url, **about)
@@ -374,17 +373,6 @@ class Server:
                     sick = "; no writing" if self.store.degraded else ""
                     state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
                     notify(state, wait_seconds=0)
-
-    def parse_cursor(self, text: str | None) -> int | None:
-        """Read a cursor's seq. None: unreadable, of another epoch, or of the future."""
-        epoch, _, seq = (text or "").rpartition(".")
-        if epoch != self.store.epoch or not re.fullmatch("[0-9]{1,16}", seq):
-            return None
-        return int(seq) if int(seq) <= self.hub.head else None
-
-    def write_cursor(self, seq: int) -> str:
-        """Write a cursor."""
-        return f"{self.store.epoch}.{seq}"
 
     def retry_after_seconds(self) -> float:
         """Spread reconnecting clients: 500 a second, none in the first half second."""
@@ -748,7 +736,7 @@ class Session:
     async def _greet(self, upto: int) -> bool:
         """Read the user's chats and send `connected`. False: they cannot be read."""
         store, hub = self.server.store, self.server.hub
-        start, user_id = self.server.parse_cursor(self.cursor), self.claims.user_id
+        start, user_id = parse_cursor(self.server, self.cursor), self.claims.user_id
         since = upto if start is None else start
         try:
             greeting = await store.read(store.greeting, user_id, upto, since)
@@ -770,7 +758,7 @@ class Session:
         connected = Connected(
             user_id=user_id,
             timestamp=timestamp(now_seconds()),
-            cursor=self.server.write_cursor(start),
+            cursor=write_cursor(self.server, start),
             resume=resume,
             expires_in=self.claims.expires_in(),
             chats=greeting.marks,
@@ -1231,12 +1219,6 @@ PAGE = f"""{EVENTS} WHERE e.seq IN
 IS_MEMBER = "SELECT 1 FROM member WHERE chat_id = ? AND user_id = ?"
 SET_READ_N = "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?"
 APPLICATION_ID = 0x63686174  # "chat": says whose file this is
-
-
-def query_value(db: Db, sql: str, *values: Any) -> Any:
-    """Run a query for one value: the first column of the first row, or None."""
-    row = db.execute(sql, values).fetchone()
-    return row[0] if row else None
 
 
 def outcome_of(outcome: T | Refusal) -> T:
@@ -1984,9 +1966,9 @@ class Person:
 UNANSWERED = 64  # commands of one connection; reading waits for their answers
 PING_SECONDS = 25.0  # of silence; +-10 %; nginx cuts a socket after 60 s of it
 PONG_SECONDS = 10.0  # of silence after a ping: cut
-# A connection is cut when the kernel has accepted none of its waiting bytes for so long.
-# Behind Linux's first receive window a steady reader of 5 KB/s makes it accept some every
-# 26 s.
+# A connection is cut when the kernel has accepted none of its waiting bytes for so
+# long. Behind Linux's first receive window, a steady reader of 5 KB/s frees some of it
+# every 26 s.
 STALL_SECONDS = 40.0
 TOKEN_WARNING_SECONDS = 60.0  # before a token's end
 TOKEN_GRACE_SECONDS = 25.0  # after a token's end: 4401
@@ -2825,6 +2807,19 @@ def check_content(content: str, settings: Settings) -> None:
         raise bad_field(f"content: {len(content)} characters; at most {most}")
     if found := CONTROL.search(content):
         raise bad_field(f"content: control character U+{ord(found[0]):04X} in it")
+
+
+def parse_cursor(server: Server, text: str | None) -> int | None:
+    """Read a cursor's seq. None: unreadable, of another epoch, or of the future."""
+    epoch, _, seq = (text or "").rpartition(".")
+    if epoch != server.store.epoch or not re.fullmatch("[0-9]{1,16}", seq):
+        return None
+    return int(seq) if int(seq) <= server.hub.head else None
+
+
+def write_cursor(server: Server, seq: int) -> str:
+    """Write a cursor."""
+    return f"{server.store.epoch}.{seq}"
 
 
 @functools.lru_cache(maxsize=64)  # a batch of messages has one or two different seconds
@@ -4095,7 +4090,7 @@ async def get_chats(server: Server, request: Request) -> Answer:
     """Return the user's chats, and the cursor after which their events follow."""
     upto = server.hub.head
     chats = await server.store.read(server.store.my_chats, request.user_id, upto)
-    return json_answer({"chats": chats, "cursor": server.write_cursor(upto)})
+    return json_answer({"chats": chats, "cursor": write_cursor(server, upto)})
 
 
 async def post_chat(server: Server, request: Request) -> Answer:
@@ -4174,7 +4169,7 @@ async def get_events(server: Server, request: Request) -> Answer:
     limit = request.number("limit", 500) or 100
     given, upto = request.argument("cursor"), server.hub.head
     store, user_id = server.store, request.user_id
-    start = server.parse_cursor(given)
+    start = parse_cursor(server, given)
     resync = given is not None and start is None
     page = Page([], upto, more=False)
     if start is not None and start < upto:
@@ -4184,7 +4179,7 @@ async def get_events(server: Server, request: Request) -> Answer:
     return json_answer(
         {
             "events": [entry.event for entry in page.events],
-            "cursor": server.write_cursor(page.cursor),
+            "cursor": write_cursor(server, page.cursor),
             "more": page.more,
             "resync": resync,
         }
@@ -4882,6 +4877,12 @@ def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
     return dataclasses.replace(settings, max_connections=fewer)
 
 
+def query_value(db: Db, sql: str, *values: Any) -> Any:
+    """Run a query for one value: the first column of the first row, or None."""
+    row = db.execute(sql, values).fetchone()
+    return row[0] if row else None
+
+
 def schema_steps() -> list[str]:
     """Split schema.sql at its "-- version N" lines: step N makes version N."""
     text = (ASSETS / "schema.sql").read_text("utf-8")
@@ -4943,9 +4944,9 @@ def sync_wal(wal: Path) -> None:
     """Write a WAL to the disk once more, as a whole, and sync it. Raises OSError.
 
     A crash between write and fsync can leave rows that are readable but not on disk; a
-    repeated message would be acked from them. After a failed fsync Linux marks the pages
-    clean and never retries, so only pages that are written again reach the disk; and a
-    gap in the WAL would end it for SQLite.
+    repeated message would be acked from them. After a failed fsync Linux marks the
+    pages clean and never retries, so only pages that are written again reach the disk;
+    and SQLite reads a WAL only up to its first gap.
     """
     with contextlib.suppress(FileNotFoundError), wal.open("r+b", buffering=0) as file:
         fd, at = file.fileno(), 0
@@ -5459,9 +5460,9 @@ SANE = {
 # =====================================================================================
 # SETTINGS AND COMMAND LINE
 #
-# Everything that can be set, but for the proxy's --upstream, is a field of Settings, with
-# its unit, default, reason and consequence. Flags, variables, `--help` and the table in the documentation are made
-# from it. `main` is the whole program.
+# Everything that can be set, but for the proxy's --upstream, is a field of Settings,
+# with its unit, default, reason and consequence. Flags, variables, `--help` and the
+# table in the documentation are made from it. `main` is the whole program.
 # =====================================================================================
 
 

@@ -62,11 +62,13 @@ from tests.harness import (
     wires_upgrade,
 )
 
-# --- Outbox --------------------------------------------------------------------------
+# --- connections that begin or end in an odd way -------------------------------------
 
 
 @wires()
-async def test_what_is_sent_behind_the_handshake_is_served(house: WiresHouse) -> None:
+async def test_commands_sent_right_after_the_handshake_are_handled(
+    house: WiresHouse,
+) -> None:
     command = wires_command("ping", ref="first")
     raw = await house.join_raw(6, behind=command + command[:7])
     await raw.send(command[7:])
@@ -75,7 +77,7 @@ async def test_what_is_sent_behind_the_handshake_is_served(house: WiresHouse) ->
 
 
 @wires()
-async def test_a_ping_in_the_segment_of_the_handshake_is_answered_behind_the_101(
+async def test_a_ping_in_the_segment_of_the_handshake_is_answered_after_the_101(
     house: WiresHouse,
 ) -> None:
     raw = house.dial()
@@ -88,7 +90,9 @@ async def test_a_ping_in_the_segment_of_the_handshake_is_answered_behind_the_101
 
 
 @wires()
-async def test_peers_that_close_at_once_leave_nothing_behind(house: WiresHouse) -> None:
+async def test_clients_that_disconnect_at_once_leave_nothing_behind(
+    house: WiresHouse,
+) -> None:
     request = wires_upgrade(house.target(6))
     for sent in (b"", b"G", request[:-2], request, request + wires_close(1000)):
         raw = house.dial()
@@ -105,7 +109,9 @@ async def test_peers_that_close_at_once_leave_nothing_behind(house: WiresHouse) 
 
 
 @wires()
-async def test_a_broken_peer_ends_only_its_own_connection(house: WiresHouse) -> None:
+async def test_a_client_that_vanishes_ends_only_its_own_connection(
+    house: WiresHouse,
+) -> None:
     chat = await house.chat(1, 2)
     gone = await house.join(1)
     stays = await house.join(2)
@@ -116,10 +122,10 @@ async def test_a_broken_peer_ends_only_its_own_connection(house: WiresHouse) -> 
     await stays.hears_nothing()
 
 
-# --- WebSocketReader -----------------------------------------------------------------
+# --- WebSocketReader: limits and protocol errors -------------------------------------
 
 
-def test_trio_websocket_still_has_the_private_parts_that_guard_replaces() -> None:
+def test_trio_websocket_has_the_private_methods_that_the_reader_overrides() -> None:
     library = trio_websocket.WebSocketConnection
     assert trio_websocket.__version__ == "0.12.2"
     replaced = {
@@ -136,7 +142,9 @@ def test_trio_websocket_still_has_the_private_parts_that_guard_replaces() -> Non
 
 
 @wires(max_message_bytes=1000)
-async def test_the_limit_counts_bytes_and_not_characters(house: WiresHouse) -> None:
+async def test_the_message_limit_counts_bytes_and_not_characters(
+    house: WiresHouse,
+) -> None:
     peer = await house.join(6)
     fits = json.dumps({"type": "ping", "x": "й" * 480}, ensure_ascii=False)
     await peer.ws.send_message(fits)
@@ -148,7 +156,7 @@ async def test_the_limit_counts_bytes_and_not_characters(house: WiresHouse) -> N
 
 
 @wires(max_message_bytes=1000)
-async def test_a_message_of_exactly_the_limit_passes_and_one_byte_more_does_not(
+async def test_a_message_at_the_limit_is_accepted_and_one_byte_more_is_not(
     house: WiresHouse,
 ) -> None:
     peer = await house.join(6)
@@ -160,7 +168,7 @@ async def test_a_message_of_exactly_the_limit_passes_and_one_byte_more_does_not(
 
 
 @wires(max_message_bytes=1000)
-async def test_a_message_in_fragments_is_counted_as_one(house: WiresHouse) -> None:
+async def test_the_fragments_of_a_message_count_together(house: WiresHouse) -> None:
     raw = await house.join_raw(6)
     piece = wires_frame(0, b"x" * 400, fin=False)
     await raw.send(wires_frame(TEXT, b"x" * 400, fin=False), piece)
@@ -169,7 +177,9 @@ async def test_a_message_in_fragments_is_counted_as_one(house: WiresHouse) -> No
 
 
 @wires()
-async def test_the_counts_start_anew_with_each_message(house: WiresHouse) -> None:
+async def test_the_count_of_fragments_starts_again_with_each_message(
+    house: WiresHouse,
+) -> None:
     raw = await house.join_raw(6)
     half, rest = b'{"type":"pi', b'ng"}'
     for _ in range(3):
@@ -188,7 +198,7 @@ async def test_a_message_in_65_fragments_is_too_big(house: WiresHouse) -> None:
 
 
 @wires(receive_bytes=OFF)
-async def test_a_frame_that_announces_2_62_bytes_is_cut_at_the_limit(
+async def test_a_frame_that_announces_2_to_the_62_bytes_is_refused_at_the_limit(
     house: WiresHouse,
 ) -> None:
     raw = await house.join_raw(6)
@@ -200,7 +210,9 @@ async def test_a_frame_that_announces_2_62_bytes_is_cut_at_the_limit(
 
 
 @wires()
-async def test_a_flood_of_empty_continuations_is_cut_short(house: WiresHouse) -> None:
+async def test_a_flood_of_empty_continuations_gets_1009_and_delays_nobody(
+    house: WiresHouse,
+) -> None:
     raw = await house.join_raw(6)
     innocent = await house.join(7)
     flood = wires_frame(0, b"", fin=False) * 10_000
@@ -212,7 +224,7 @@ async def test_a_flood_of_empty_continuations_is_cut_short(house: WiresHouse) ->
 
 
 @wires()
-async def test_a_flood_of_pings_meets_tcp_and_disturbs_nobody(
+async def test_a_flood_of_pings_is_slowed_by_tcp_and_delays_nobody(
     house: WiresHouse,
 ) -> None:
     raw = await house.join_raw(6)
@@ -226,13 +238,13 @@ async def test_a_flood_of_pings_meets_tcp_and_disturbs_nobody(
         while pongs < pings:
             assert await raw.frame(60) == (PONG, b"")
             pongs += 1
-    # 134 bytes each, at 64 KiB a second, and half a MiB to start with.
+    # A ping costs 134 bytes. The rate is 64 KiB a second after a burst of 512 KiB.
     seconds = (pings * 134 - 524_288) / 65_536
     assert trio.current_time() - started == pytest.approx(seconds, abs=2)
 
 
 @wires(max_message_bytes=1000)
-async def test_two_messages_too_big_and_a_ping_in_one_segment_get_one_1009(
+async def test_oversized_messages_and_pings_in_one_segment_get_a_single_1009(
     house: WiresHouse,
 ) -> None:
     raw = await house.join_raw(6)
@@ -242,7 +254,7 @@ async def test_two_messages_too_big_and_a_ping_in_one_segment_get_one_1009(
 
 
 @wires(max_message_bytes=1000)
-async def test_what_was_read_before_a_message_too_big_is_still_obeyed(
+async def test_commands_read_before_an_oversized_message_are_still_handled(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -254,13 +266,13 @@ async def test_what_was_read_before_a_message_too_big_is_still_obeyed(
     while (frame := await raw.frame())[0] != CLOSE:
         assert json.loads(frame[1])["type"] in {"new_message", "ack"}
     assert frame[1][:2] == (1009).to_bytes(2, "big")
-    await wait_all_tasks_blocked()  # the last may be on their way to the disk
+    await wait_all_tasks_blocked()  # the last commands may not be on disk yet
     history = await house.ask("GET", f"/api/v1/chats/{chat}/messages", user=7)
     contents = [message["content"] for message in history.json["messages"]]
     assert contents == [str(number) for number in range(9)]
 
 
-WIRES_FAULTS = {
+PROTOCOL_ERRORS = {
     "reserved bits": (b"\xf1\x80\0\0\0\0", 1002),
     "an unknown opcode": (b"\x83\x80\0\0\0\0", 1002),
     "no mask": (wires_frame(TEXT, b"{}", masked=False), 1002),
@@ -274,20 +286,20 @@ WIRES_FAULTS = {
     "a length in too many bytes": (b"\x81\xfe\0\x05\0\0\0\0hello", 1002),
     "a length with its top bit set": (b"\x81\xff" + b"\xff" * 8 + bytes(4), 1002),
     "a close of one byte": (wires_frame(CLOSE, b"\x03"), 1002),
-    "a close code nobody may send": (wires_close(1005), 1002),
+    "a close code that may not be sent": (wires_close(1005), 1002),
     "a reason that is not UTF-8": (wires_frame(CLOSE, b"\x03\xe8\xff"), 1007),
     "text that is not UTF-8": (wires_frame(TEXT, b'{"a":"\xc3\x28"}'), 1007),
     "text that ends in half a character": (wires_frame(TEXT, b"\xd0"), 1007),
 }
 
 
-@pytest.mark.parametrize("fault", WIRES_FAULTS)
+@pytest.mark.parametrize("fault", PROTOCOL_ERRORS)
 @pytest.mark.parametrize("cut", [False, True], ids=["at once", "byte by byte"])
 @wires()
-async def test_a_protocol_error_is_answered_with_its_code(
+async def test_a_protocol_error_gets_its_close_code(
     house: WiresHouse, fault: str, cut: bool
 ) -> None:
-    sent, code = WIRES_FAULTS[fault]
+    sent, code = PROTOCOL_ERRORS[fault]
     raw = await house.join_raw(6)
     if cut:
         for number in range(len(sent)):
@@ -302,22 +314,22 @@ async def test_a_protocol_error_is_answered_with_its_code(
 
 
 @wires()
-async def test_the_peers_close_code_comes_back_and_is_counted(
+async def test_a_close_code_from_the_client_is_echoed_and_counted(
     house: WiresHouse,
 ) -> None:
     for code in (1000, 1001, 3000, 4999):
         raw = await house.join_raw(6)
         await raw.send(wires_close(code), wires_frame(PING), wires_command("ping"))
-        assert await raw.close_code() == code  # and nothing behind it
+        assert await raw.close_code() == code  # and nothing follows it
     raw = await house.join_raw(6)
     await raw.send(wires_frame(CLOSE))
-    assert await raw.close_code() == 1005  # none, and none comes back
+    assert await raw.close_code() == 1005  # no code was sent, and none is echoed
     closed = (await house.stats())["connections"]["closed"]
     assert closed == {"1000": 1, "1001": 1, "3000": 1, "4999": 1, "1005": 1}
 
 
 @wires()
-async def test_a_peer_that_pings_while_it_is_closed_still_gets_the_code(
+async def test_a_client_that_pings_during_the_close_still_gets_the_code(
     house: WiresHouse,
 ) -> None:
     raws = [await house.join_raw(6) for _ in range(20)]
@@ -333,11 +345,11 @@ async def test_a_peer_that_pings_while_it_is_closed_still_gets_the_code(
         assert await raw.ends(1.5) == b""
 
 
-# --- Session: joining ----------------------------------------------------------------
+# --- Session: connecting -------------------------------------------------------------
 
 
 @wires()
-async def test_connected_is_the_first_frame_and_says_where_the_user_stands(
+async def test_connected_is_the_first_frame_and_has_the_state_of_the_user(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -357,12 +369,12 @@ async def test_connected_is_the_first_frame_and_says_where_the_user_stands(
 
 
 @wires(resync_events=5)
-async def test_a_cursor_says_how_a_socket_resumes(house: WiresHouse) -> None:
+async def test_the_cursor_decides_how_a_connection_resumes(house: WiresHouse) -> None:
     chat = await house.chat(6, 7)
     other = await house.chat(7, 8)
     epoch, head = house.store.epoch, house.server.hub.head
     ids = await house.post(chat, *"abcde", sender=7)
-    await house.post(other, *"xyz", sender=7)  # not his: they count for nothing
+    await house.post(other, *"xyz", sender=7)  # another chat: does not count
     now = house.server.hub.head
 
     async def resumes(cursor: str) -> tuple[str, str, list[int]]:
@@ -377,7 +389,7 @@ async def test_a_cursor_says_how_a_socket_resumes(house: WiresHouse) -> None:
 
     fresh = f"{epoch}.{now}"
     assert await resumes(f"{epoch}.{now}") == ("live", fresh, [])
-    # The log has gone on, but with nothing for him.
+    # The event log has grown, but without an event for this user.
     assert await resumes(f"{epoch}.{ids[-1]}") == ("live", f"{epoch}.{ids[-1]}", [])
     assert await resumes(f"{epoch}.{head}") == ("replay", f"{epoch}.{head}", ids)
     assert await resumes(f"{epoch}.{ids[2]}") == (
@@ -393,9 +405,9 @@ async def test_a_cursor_says_how_a_socket_resumes(house: WiresHouse) -> None:
         await peer.hears_nothing()
         await peer.leave()
 
-    await resyncs(f"{epoch}.{head}")  # six events are one more than five
-    await resyncs(f"{epoch}.{now + 1}")  # of the future
-    await resyncs(f"{'0' * len(epoch)}.{now}")  # of another epoch
+    await resyncs(f"{epoch}.{head}")  # six missed events; the limit is five
+    await resyncs(f"{epoch}.{now + 1}")  # in the future
+    await resyncs(f"{'0' * len(epoch)}.{now}")  # from another epoch
     for garbage in ("", ".", epoch, f"{epoch}.", f"{epoch}.-1", f"{epoch}.1e1", "\0",
                     f"{epoch}.{'9' * 30}", f"{epoch}.٣", f" {epoch}.1"):  # fmt: skip
         await resyncs(garbage)
@@ -404,7 +416,7 @@ async def test_a_cursor_says_how_a_socket_resumes(house: WiresHouse) -> None:
 
 
 @wires()
-async def test_after_a_resync_the_events_of_the_new_cursor_follow(
+async def test_after_a_resync_events_follow_from_the_new_cursor(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -415,7 +427,7 @@ async def test_after_a_resync_the_events_of_the_new_cursor_follow(
 
 
 @wires()
-async def test_only_events_carry_a_seq_and_only_the_poll_and_connected_a_cursor(
+async def test_only_events_have_a_seq_and_only_connected_and_the_poll_have_a_cursor(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -431,9 +443,9 @@ async def test_only_events_carry_a_seq_and_only_the_poll_and_connected_a_cursor(
     assert "cursor" not in event
 
 
-@pytest.mark.parametrize("tail_events", [16_384, 3], ids=["the tail", "the log"])
+@pytest.mark.parametrize("tail_events", [16_384, 3], ids=["the tail", "the event log"])
 @pytest.mark.parametrize("page_events", [500, 2])
-async def test_a_replay_gives_every_event_once_and_in_order(
+async def test_a_replay_delivers_every_event_once_and_in_order(
     tmp_path: Path, tail_events: int, page_events: int, autojump_clock: MockClock
 ) -> None:
     settings = {"tail_events": tail_events, "page_events": page_events}
@@ -451,7 +463,7 @@ async def test_a_replay_gives_every_event_once_and_in_order(
 
 
 @wires(connections_per_user=2)
-async def test_one_connection_too_many_is_told_4504_and_frees_itself(
+async def test_one_connection_too_many_gets_4504_and_takes_no_place(
     house: WiresHouse,
 ) -> None:
     first, second = await house.join(6), await house.join(6)
@@ -464,7 +476,7 @@ async def test_one_connection_too_many_is_told_4504_and_frees_itself(
 
 
 class UnreadableStore(chatd.Store):
-    """Its greetings, or its log, cannot be read: with a real error of SQLite."""
+    """A store that cannot read greetings or events: SQLite raises a real error."""
 
     broken = "greeting"
 
@@ -480,7 +492,7 @@ class UnreadableStore(chatd.Store):
 
 
 @wires(store=UnreadableStore)
-async def test_who_cannot_be_greeted_is_told_why_and_to_come_back_later(
+async def test_a_connection_whose_first_read_fails_gets_the_error_and_1013(
     house: WiresHouse,
 ) -> None:
     house.errors = {"OperationalError": 1}
@@ -490,9 +502,7 @@ async def test_who_cannot_be_greeted_is_told_why_and_to_come_back_later(
 
 
 @wires(store=UnreadableStore, tail_events=2)
-async def test_who_cannot_be_given_the_log_is_told_to_come_back_with_his_cursor(
-    house: WiresHouse,
-) -> None:
+async def test_a_replay_that_cannot_be_read_gets_1013(house: WiresHouse) -> None:
     house.errors = {"OperationalError": 1}
     cast("UnreadableStore", house.store).broken = "events_after"
     chat = await house.chat(6, 7)
@@ -506,7 +516,7 @@ async def test_who_cannot_be_given_the_log_is_told_to_come_back_with_his_cursor(
 
 
 @wires()
-async def test_ping_is_answered_by_pong(house: WiresHouse) -> None:
+async def test_the_ping_command_is_answered_by_pong(house: WiresHouse) -> None:
     peer = await house.join(6)
     await peer.say("ping")
     pong = await peer.hear("pong")
@@ -516,7 +526,7 @@ async def test_ping_is_answered_by_pong(house: WiresHouse) -> None:
 
 
 @wires()
-async def test_the_sender_hears_the_message_before_its_ack_and_so_do_his_tabs(
+async def test_a_message_reaches_its_sender_before_the_ack_and_every_other_connection(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -548,9 +558,7 @@ async def test_the_sender_hears_the_message_before_its_ack_and_so_do_his_tabs(
 
 
 @wires(sends=OFF)
-async def test_commands_are_done_and_answered_in_the_order_said(
-    house: WiresHouse,
-) -> None:
+async def test_commands_are_handled_and_answered_in_order(house: WiresHouse) -> None:
     chat = await house.chat(6, 7)
     peer = await house.join(6)
     for number in range(40):
@@ -570,7 +578,7 @@ async def test_commands_are_done_and_answered_in_the_order_said(
 
 
 @wires()
-async def test_mark_read_moves_up_and_is_acked_moved_or_not(house: WiresHouse) -> None:
+async def test_mark_read_only_moves_up_and_is_always_acked(house: WiresHouse) -> None:
     chat = await house.chat(6, 7)
     first, second = await house.post(chat, "one", "two", sender=7)
     peer, friend = await house.join(6), await house.join(7)
@@ -589,7 +597,7 @@ async def test_mark_read_moves_up_and_is_acked_moved_or_not(house: WiresHouse) -
 
 
 @wires()
-async def test_typing_is_shown_to_the_other_members_and_answered_by_nothing(
+async def test_typing_goes_to_the_other_members_and_gets_no_answer(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -605,7 +613,7 @@ async def test_typing_is_shown_to_the_other_members_and_answered_by_nothing(
 
 
 @wires()
-async def test_typing_and_sending_and_reading_need_membership_and_answer_alike(
+async def test_commands_on_a_hidden_chat_and_on_an_unknown_one_are_refused_alike(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -628,7 +636,7 @@ async def test_typing_and_sending_and_reading_need_membership_and_answer_alike(
     await member.hears_nothing()
 
 
-WIRES_BAD_COMMANDS: dict[str, tuple[str | bytes, str, str]] = {
+BAD_COMMANDS: dict[str, tuple[str | bytes, str, str]] = {
     "binary": (b'{"type":"ping"}', "bad_json", ""),
     "no JSON": ("hello", "bad_json", ""),
     "nothing": ("", "bad_json", ""),
@@ -638,7 +646,7 @@ WIRES_BAD_COMMANDS: dict[str, tuple[str | bytes, str, str]] = {
     "a number": ("1", "bad_json", ""),
     "null": ("null", "bad_json", ""),
     "deep": ("[" * 30_000, "bad_json", ""),
-    "deep in a field that nobody asked for": (
+    "deep in an unknown field": (
         '{"type":"ping","x":' + "[" * 30_000 + "]" * 30_000 + "}",
         "bad_json",
         "",
@@ -711,12 +719,12 @@ WIRES_BAD_COMMANDS: dict[str, tuple[str | bytes, str, str]] = {
 
 
 @wires(commands=OFF, receive_bytes=OFF)
-async def test_what_is_wrong_with_a_command_is_told_and_the_connection_stays(
+async def test_a_bad_command_gets_an_error_and_the_connection_stays_open(
     house: WiresHouse,
 ) -> None:
     await house.chat(6, 7)
     peer = await house.join(6)
-    for name, (text, code, field) in WIRES_BAD_COMMANDS.items():
+    for name, (text, code, field) in BAD_COMMANDS.items():
         await peer.ws.send_message(text)
         error = await peer.hear("error")
         assert (error["code"], name) == (code, name)
@@ -727,7 +735,7 @@ async def test_what_is_wrong_with_a_command_is_told_and_the_connection_stays(
 
 
 @wires()
-async def test_an_error_repeats_the_ref_where_it_can_be_read(house: WiresHouse) -> None:
+async def test_an_error_repeats_the_ref_if_it_can_be_read(house: WiresHouse) -> None:
     peer = await house.join(6)
     for text, ref in {
         '{"ref":"r","type":"fly"}': "r",
@@ -751,7 +759,9 @@ async def test_unknown_fields_are_ignored(house: WiresHouse) -> None:
 
 
 @wires()
-async def test_a_repeat_gets_the_same_ack_and_no_event(house: WiresHouse) -> None:
+async def test_a_repeated_send_gets_the_same_ack_and_makes_no_event(
+    house: WiresHouse,
+) -> None:
     chat = await house.chat(6, 7)
     other = await house.chat(6, 8)
     peer, friend = await house.join(6), await house.join(7)
@@ -764,20 +774,18 @@ async def test_a_repeat_gets_the_same_ack_and_no_event(house: WiresHouse) -> Non
     for change in ({"content": "ho"}, {"chat_id": other}):
         error = await peer.refused("send_message", **command | change)
         assert error["code"] == "idempotency_mismatch"
-    # A key is its sender's own.
+    # A client_id belongs to its sender: another user may use the same.
     theirs = await friend.ask("send_message", **command)
     assert theirs["duplicate"] is False
 
 
 @wires()
-async def test_64_commands_may_be_unanswered_then_reading_waits(
-    house: WiresHouse,
-) -> None:
+async def test_reading_pauses_at_64_unanswered_commands(house: WiresHouse) -> None:
     chat = await house.chat(6, 7)
     (message,) = await house.post(chat, "one", sender=7)
     peer, innocent = await house.join(6), await house.join(7)
     house.disk.hold()
-    for _ in range(58):  # the bucket of commands has 60
+    for _ in range(58):  # the command bucket holds 60
         await peer.say("mark_read", message_id=message)
     assert (await peer.ask("ping"))["type"] == "pong"  # reading goes on
     await peer.hears_nothing(1)
@@ -795,15 +803,15 @@ async def test_64_commands_may_be_unanswered_then_reading_waits(
 
 
 @wires(connections_per_user=100, handshakes=OFF, commands=OFF)
-async def test_when_the_stores_channel_is_full_who_commands_waits_and_nobody_else(
+async def test_a_full_channel_to_the_store_delays_only_the_clients_that_write(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
-    (message,) = await house.post(chat, "one", sender=6)  # his own: it is read
+    (message,) = await house.post(chat, "one", sender=6)  # its sender has read it
     innocent = await house.join(7)
     raws = [await house.join_raw(6) for _ in range(80)]
     house.disk.hold()
-    for raw in raws:  # 5,120 commands; the channel has 4,096, a batch 512
+    for raw in raws:  # 5,120 commands; the channel holds 4,096, a batch 512
         await raw.send(wires_command("mark_read", message_id=message) * 64)
     await wait_all_tasks_blocked()
     assert (await innocent.ask("ping"))["type"] == "pong"
@@ -817,7 +825,7 @@ async def test_when_the_stores_channel_is_full_who_commands_waits_and_nobody_els
 
 
 @wires(commands=OFF)
-async def test_at_64_unanswered_a_repeat_over_the_rate_waits_too(
+async def test_a_repeat_over_the_rate_waits_too_at_64_unanswered_commands(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -837,11 +845,11 @@ async def test_at_64_unanswered_a_repeat_over_the_rate_waits_too(
     assert (repeat["client_id"], repeat["n"]) == ("0", 1)
 
 
-# --- Session: life -------------------------------------------------------------------
+# --- Session: deadlines, slow readers, half closes -----------------------------------
 
 
 @wires()
-async def test_a_silent_peer_is_pinged_after_25_s_and_cut_10_s_later(
+async def test_a_silent_client_is_pinged_after_25_s_and_dropped_10_s_later(
     house: WiresHouse,
 ) -> None:
     raw = await house.join_raw(6)
@@ -854,7 +862,7 @@ async def test_a_silent_peer_is_pinged_after_25_s_and_cut_10_s_later(
 
 
 @wires()
-async def test_pings_are_spread(house: WiresHouse) -> None:
+async def test_pings_of_different_connections_are_spread(house: WiresHouse) -> None:
     for _ in range(10):
         await house.join(6)
     spread = {round(s.seat.ping_after, 6) for s in house.server.sessions}
@@ -864,7 +872,9 @@ async def test_pings_are_spread(house: WiresHouse) -> None:
 
 @pytest.mark.parametrize("sign", ["pong", "ping", "command", "half a frame"])
 @wires()
-async def test_any_byte_heard_is_life(house: WiresHouse, sign: str) -> None:
+async def test_any_received_byte_shows_that_the_client_is_alive(
+    house: WiresHouse, sign: str
+) -> None:
     raw = await house.join_raw(6)
     signs = {
         "pong": wires_frame(PONG),
@@ -883,21 +893,21 @@ async def test_any_byte_heard_is_life(house: WiresHouse, sign: str) -> None:
 
 
 @wires()
-async def test_a_peer_that_speaks_is_not_pinged(house: WiresHouse) -> None:
+async def test_an_active_client_is_not_pinged(house: WiresHouse) -> None:
     raw = await house.join_raw(6)
     for _ in range(10):
         await trio.sleep(20)
         await raw.send(wires_command("ping"))
-        await raw.hear("pong")  # and no ping
+        await raw.hear("pong")  # and no ping came
 
 
 @wires(commands=OFF)
-async def test_a_peer_whose_commands_wait_for_a_slow_disk_is_not_cut_as_silent(
+async def test_a_client_whose_commands_wait_for_the_disk_is_not_dropped_as_silent(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
     (message,) = await house.post(chat, "one", sender=6)
-    peer = await house.join(6)  # its library answers pings
+    peer = await house.join(6)  # its library answers pings by itself
     house.disk.hold()
     for _ in range(70):
         await peer.say("mark_read", message_id=message)
@@ -908,7 +918,7 @@ async def test_a_peer_whose_commands_wait_for_a_slow_disk_is_not_cut_as_silent(
 
 
 @wires()
-async def test_a_real_client_that_only_listens_stays_for_hours(
+async def test_a_client_that_only_receives_stays_connected_for_hours(
     house: WiresHouse,
 ) -> None:
     peer = await house.join(6, token=house.token(6, 100_000))
@@ -917,7 +927,7 @@ async def test_a_real_client_that_only_listens_stays_for_hours(
 
 
 @wires()
-async def test_a_stalled_peer_is_cut_after_40_s_and_delays_nobody(
+async def test_a_stalled_reader_is_dropped_after_40_s_and_delays_nobody(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -934,21 +944,27 @@ async def test_a_stalled_peer_is_cut_after_40_s_and_delays_nobody(
     stats = await house.stats()
     assert stats["connections"]["closed"] == {"1006": 1}
     assert stats["broadcast"]["stalls"] == 1
-    # What came is whole frames, in order, up to where the last was torn by the end.
+    # The client receives whole frames, in order. Only the last may be cut.
     await stalled.ends()
     frames = list(wires_frames(stalled.data))
-    assert {opcode for opcode, _ in frames} == {TEXT}  # and it was asked for no pong
+    assert {opcode for opcode, _ in frames} == {TEXT}  # and no ping was sent
     numbers = [json.loads(data)["message"]["n"] for _, data in frames]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+async def stall(house: WiresHouse, count: int = 20) -> tuple[WiresRaw, int]:
+    """Connect a client that does not read, and post big messages to its chat."""
+    chat = await house.chat(6, 7)
+    raw = await house.join_raw(6, small=True)
+    await house.post(chat, *[BIG] * count)
+    return raw, chat
+
+
 @wires(outbox_bytes=4096)
-async def test_a_stalled_peer_is_cut_also_while_a_command_of_his_waits_for_room(
+async def test_a_stalled_reader_is_dropped_while_its_command_waits_for_the_outbox(
     house: WiresHouse,
 ) -> None:
-    chat = await house.chat(6, 7)
-    stalled = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
+    stalled, chat = await stall(house)
     await stalled.send(wires_command("send_message", chat_id=chat, content="hi"))
     await trio.sleep(39)
     assert len(house.server.sessions) == 1
@@ -958,10 +974,8 @@ async def test_a_stalled_peer_is_cut_also_while_a_command_of_his_waits_for_room(
 
 
 @wires()
-async def test_a_stalled_peer_that_pings_is_cut_all_the_same(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
+async def test_a_stalled_reader_that_pings_is_dropped_too(house: WiresHouse) -> None:
+    raw, _ = await stall(house)
     with taking(40, 41.1):
         while house.server.sessions:
             await raw.send(wires_frame(PING), wires_command("ping"))
@@ -970,7 +984,7 @@ async def test_a_stalled_peer_that_pings_is_cut_all_the_same(house: WiresHouse) 
 
 
 @wires()
-async def test_a_peer_that_reads_too_little_for_the_kernel_to_take_more_is_cut(
+async def test_a_client_that_reads_too_little_for_the_kernel_to_accept_more_is_dropped(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -984,13 +998,11 @@ async def test_a_peer_that_reads_too_little_for_the_kernel_to_take_more_is_cut(
 
 
 @wires()
-async def test_a_peer_that_reads_a_little_within_40_s_is_not_cut(
+async def test_a_client_that_reads_a_little_within_40_s_is_not_dropped(
     house: WiresHouse,
 ) -> None:
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
-    for _ in range(20):  # the kernel takes more only when it has given nearly all
+    raw, _ = await stall(house)
+    for _ in range(20):  # the kernel accepts more only when it is nearly empty
         await trio.sleep(19)
         await raw.read(5000)
     assert len(house.server.sessions) == 1
@@ -998,8 +1010,8 @@ async def test_a_peer_that_reads_a_little_within_40_s_is_not_cut(
     assert len(list(wires_frames(raw.data))) == 20
 
 
-async def wires_sip(raw: WiresRaw, most: int) -> bytes:
-    """Read over TCP, whose timers in the kernel know no virtual time: they are real."""
+async def read_over_tcp(raw: WiresRaw, most: int) -> bytes:
+    """Read from TCP: the timers of the kernel run in real time, so wait for data."""
     await wait_all_tasks_blocked()
     select.select([raw.stream.socket.fileno()], [], [], DOOR_SECONDS)
     return await raw.read(most)
@@ -1008,27 +1020,27 @@ async def wires_sip(raw: WiresRaw, most: int) -> bytes:
 @pytest.mark.parametrize("sip", [500, 5000])
 @pytest.mark.parametrize("receive_buffer", [4096, 16_384, 32_768, 65_536])
 @wires()
-async def test_a_steady_reader_of_5_kb_a_second_is_never_cut(
+async def test_a_steady_reader_of_5_kb_a_second_is_never_dropped(
     house: WiresHouse, receive_buffer: int, sip: int
 ) -> None:
-    """Behind a window of 128 KiB the kernel takes more at steps of 26 s."""
+    """With a window of 128 KiB the kernel accepts more data only every 26 s."""
     chat = await house.chat(6, 7)
     raw = await house.join_raw(6, receive_buffer=receive_buffer)
-    await house.post(chat, *[BIG] * 200)  # 800 KB: more than it reads in two minutes
+    await house.post(chat, *[BIG] * 200)  # 800 KB: more than two minutes of reading
     for _ in range(120 * 5000 // sip):
-        await wires_sip(raw, sip)
+        await read_over_tcp(raw, sip)
         await trio.sleep(sip / 5000)
     assert len(house.server.sessions) == 1
     numbers: list[int] = []
     while len(numbers) < 200:
-        assert await wires_sip(raw, 65_536)
+        assert await read_over_tcp(raw, 65_536)
         texts = [data for opcode, data in wires_frames(raw.data) if opcode == TEXT]
         numbers += [json.loads(text)["message"]["n"] for text in texts]
     assert numbers == list(range(1, 201))
 
 
-@pytest.mark.parametrize("tail_events", [16_384, 4], ids=["the tail", "the log"])
-async def test_a_slow_reader_falls_behind_gets_all_once_in_order_and_is_live_again(
+@pytest.mark.parametrize("tail_events", [16_384, 4], ids=["the tail", "the event log"])
+async def test_a_slow_reader_gets_every_event_once_in_order_and_becomes_live_again(
     tmp_path: Path, tail_events: int, autojump_clock: MockClock
 ) -> None:
     settings = {
@@ -1041,11 +1053,11 @@ async def test_a_slow_reader_falls_behind_gets_all_once_in_order_and_is_live_aga
         await house.post(chat, *[BIG] * 40)
         assert (await house.stats())["connections"]["catching_up"] == 1
         seat = house.session(6).seat
-        assert len(seat.outbox.buffer) < 16_384 + 5_000  # the bound, and a batch
+        assert len(seat.outbox.buffer) < 16_384 + 5_000  # the limit and one batch
         heard: list[int] = []
         while len(heard) < 41:
             if len(heard) == 20:
-                await house.post(chat, BIG)  # also while he catches up
+                await house.post(chat, BIG)  # also during the catch-up
             await trio.sleep(0.1)
             await slow.read(3000)
             heard += [json.loads(d)["message"]["n"] for _, d in wires_frames(slow.data)]
@@ -1065,9 +1077,7 @@ async def test_a_slow_reader_falls_behind_gets_all_once_in_order_and_is_live_aga
 async def test_an_ack_waits_for_its_event_when_the_sender_is_behind(
     house: WiresHouse,
 ) -> None:
-    chat = await house.chat(6, 7)
-    slow = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
+    slow, chat = await stall(house)
     await slow.send(wires_command("send_message", chat_id=chat, content="mine"))
     await slow.listen()
     frames = [json.loads(data) for _, data in wires_frames(slow.data)]
@@ -1077,12 +1087,10 @@ async def test_an_ack_waits_for_its_event_when_the_sender_is_behind(
 
 
 @wires()
-async def test_who_is_revoked_while_he_catches_up_gets_whole_frames_and_the_code(
+async def test_a_user_revoked_during_catch_up_gets_whole_frames_and_the_code(
     house: WiresHouse,
 ) -> None:
-    chat = await house.chat(6, 7)
-    slow = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 100)
+    slow, _ = await stall(house, 100)
     await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
     await slow.listen()
     *messages, (opcode, payload) = wires_frames(slow.data)
@@ -1094,7 +1102,7 @@ async def test_who_is_revoked_while_he_catches_up_gets_whole_frames_and_the_code
 
 @pytest.mark.parametrize("code", [4503, 1012])
 @wires()
-async def test_a_socket_that_is_ended_while_it_is_greeted_gets_the_code(
+async def test_a_connection_that_is_ended_before_connected_gets_the_code(
     house: WiresHouse, code: int
 ) -> None:
     house.disk.hold(reads=True)
@@ -1112,7 +1120,9 @@ async def test_a_socket_that_is_ended_while_it_is_greeted_gets_the_code(
 
 
 @wires()
-async def test_typing_is_dropped_for_who_has_bytes_waiting(house: WiresHouse) -> None:
+async def test_typing_is_dropped_for_a_client_with_queued_output(
+    house: WiresHouse,
+) -> None:
     chat = await house.chat(6, 7)
     busy, friend = await house.join_raw(6, small=True), await house.join(7)
     await house.post(chat, *[BIG] * 20)
@@ -1126,7 +1136,7 @@ async def test_typing_is_dropped_for_who_has_bytes_waiting(house: WiresHouse) ->
 
 
 @wires(outbox_bytes=4096)
-async def test_commands_are_not_read_while_the_outbox_is_over_its_bound(
+async def test_commands_are_not_read_while_the_outbox_is_over_its_limit(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -1135,7 +1145,7 @@ async def test_commands_are_not_read_while_the_outbox_is_over_its_bound(
     await house.post(chat, *[BIG] * 20)
     for _ in range(20):
         await friend.hear("new_message")
-    # One may be in hand already; the second is not read.
+    # The first may have been read already; the second is not.
     for n in range(2):
         await raw.send(wires_command("send_message", chat_id=chat, content=f"{n}"))
     with trio.move_on_after(1):
@@ -1147,8 +1157,9 @@ async def test_commands_are_not_read_while_the_outbox_is_over_its_bound(
             pass
 
 
-# In the middle of what a client ends its side; none of it is a close frame.
-ENDS_BEHIND: dict[str, bytes] = {
+# The last bytes of a client before it shuts down its sending side, without a close
+# frame.
+BEFORE_HALF_CLOSE: dict[str, bytes] = {
     "nothing": b"",
     "a frame's first byte": b"\x81",
     "a frame without its last byte": wires_command("ping")[:-1],
@@ -1156,24 +1167,24 @@ ENDS_BEHIND: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("behind", ENDS_BEHIND)
+@pytest.mark.parametrize("last", BEFORE_HALF_CLOSE)
 @wires()
-async def test_a_client_that_ends_its_side_without_a_close_frame_gets_1012(
-    house: WiresHouse, caplog: pytest.LogCaptureFixture, behind: str
+async def test_a_half_close_without_a_close_frame_gets_1012(
+    house: WiresHouse, caplog: pytest.LogCaptureFixture, last: str
 ) -> None:
     caplog.set_level(logging.DEBUG, "chatd")
     raw = await house.join_raw(6)
-    await raw.send(wires_command("ping"), ENDS_BEHIND[behind])
+    await raw.send(wires_command("ping"), BEFORE_HALF_CLOSE[last])
     await raw.stream.send_eof()
     await raw.hear("pong")
     with taking(0):
-        assert await raw.close_code() == 1012  # and no `bye` before it
+        assert await raw.close_code() == 1012  # and no `bye` comes first
     assert (await house.stats())["connections"]["closed"] == {"1006": 1}
     assert "left user=6 code=1006" in caplog.messages
 
 
 @wires()
-async def test_the_close_of_a_client_that_ends_its_side_stands_behind_all_that_waits(
+async def test_after_a_half_close_queued_output_comes_before_the_close_frame(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -1187,9 +1198,7 @@ async def test_the_close_of_a_client_that_ends_its_side_stands_behind_all_that_w
 
 
 @wires()
-async def test_a_client_that_ends_its_side_gets_its_acks_before_1012(
-    house: WiresHouse,
-) -> None:
+async def test_after_a_half_close_the_acks_come_before_1012(house: WiresHouse) -> None:
     chat = await house.chat(6, 7)
     raw = await house.join_raw(6)
     house.disk.hold()
@@ -1211,7 +1220,7 @@ async def test_a_client_that_ends_its_side_gets_its_acks_before_1012(
 
 
 @wires()
-async def test_a_client_that_ends_its_side_waits_at_most_half_a_drain_for_its_acks(
+async def test_after_a_half_close_the_acks_have_half_a_drain_at_most(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -1225,9 +1234,7 @@ async def test_a_client_that_ends_its_side_waits_at_most_half_a_drain_for_its_ac
 
 
 @wires()
-async def test_a_client_that_resets_its_connection_is_counted_as_1006(
-    house: WiresHouse,
-) -> None:
+async def test_a_reset_connection_is_counted_as_1006(house: WiresHouse) -> None:
     raw = house.dial(tcp=True)
     await raw.send(wires_upgrade(house.target(6)))
     assert (await raw.answer()).status == 101
@@ -1242,7 +1249,7 @@ async def test_a_client_that_resets_its_connection_is_counted_as_1006(
 
 
 @wires()
-async def test_a_removal_stops_events_at_once_and_is_the_last_that_he_gets(
+async def test_a_removal_is_the_last_event_of_the_chat_that_the_removed_user_gets(
     house: WiresHouse,
 ) -> None:
     chat, other = await house.chat(6, 7), await house.chat(6, 7)
@@ -1251,7 +1258,7 @@ async def test_a_removal_stops_events_at_once_and_is_the_last_that_he_gets(
     for peer in (removed, tab, stays):
         event = await peer.hear("member_removed")
         assert (event["chat_id"], event["user_id"]) == (chat, 6)
-    await house.post(chat, "behind his back", sender=7)
+    await house.post(chat, "after the removal", sender=7)
     assert (await stays.hear("new_message"))["message"]["n"] == 1
     await stays.say("typing", chat_id=chat, is_typing=True)
     for peer in (removed, tab):
@@ -1264,7 +1271,7 @@ async def test_a_removal_stops_events_at_once_and_is_the_last_that_he_gets(
 
 
 @wires()
-async def test_an_addition_tells_the_members_and_then_starts_events_for_the_new_one(
+async def test_an_addition_reaches_the_members_and_starts_events_for_the_new_one(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6)
@@ -1272,13 +1279,13 @@ async def test_an_addition_tells_the_members_and_then_starts_events_for_the_new_
     await house.join(7, token=house.token(7, name="Bob"))
     member, new = await house.join(6), await house.join(7)
     await house.command("POST", f"/api/v1/chats/{chat}/members", {"user_id": 7})
-    told = await member.hear("member_added")
-    assert told == {
-        "type": "member_added", "seq": told["seq"], "chat_id": chat, "user_id": 7,
+    event = await member.hear("member_added")
+    assert event == {
+        "type": "member_added", "seq": event["seq"], "chat_id": chat, "user_id": 7,
         "name": "Bob",
     }  # fmt: skip
     added = await new.hear("chat_added")
-    assert (added["seq"], added["chat_id"]) == (told["seq"] + 1, chat)
+    assert (added["seq"], added["chat_id"]) == (event["seq"] + 1, chat)
     assert added["chat"]["last_n"] == 1
     assert added["chat"]["last_message"]["content"] == "before"
     members = added["chat"]["members"]
@@ -1290,25 +1297,23 @@ async def test_an_addition_tells_the_members_and_then_starts_events_for_the_new_
 
 
 @wires(outbox_bytes=8192, page_events=2)
-async def test_a_removal_reaches_a_reader_who_is_behind_and_nothing_later(
+async def test_a_reader_that_is_behind_gets_its_removal_and_nothing_later(
     house: WiresHouse,
 ) -> None:
-    chat = await house.chat(6, 7)
-    slow = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * 20)
+    slow, chat = await stall(house)
     await house.command("DELETE", f"/api/v1/chats/{chat}/members/6")
-    await house.post(chat, "behind his back", sender=7)
+    await house.post(chat, "after the removal", sender=7)
     await slow.listen()
     frames = [json.loads(data) for _, data in wires_frames(slow.data)]
     *messages, last = frames
     assert last["type"] == "member_removed"
     numbers = [message["message"]["n"] for message in messages]
-    assert numbers == list(range(1, len(numbers) + 1))  # a prefix: then it was over
+    assert numbers == list(range(1, len(numbers) + 1))  # no gap before the removal
     assert len(numbers) < 20
 
 
 @wires()
-async def test_a_removal_and_an_addition_during_the_greeting_are_not_missed(
+async def test_membership_changes_before_connected_are_not_missed(
     house: WiresHouse,
 ) -> None:
     chat, other = await house.chat(6, 7), await house.chat(7)
@@ -1331,20 +1336,20 @@ async def test_a_removal_and_an_addition_during_the_greeting_are_not_missed(
     await raw.listen()
     events = [json.loads(data) for _, data in wires_frames(raw.data)]
     start = int(hello["cursor"].rpartition(".")[2])
-    # Whatever `connected` saw, it and the events that follow make the truth.
+    # `connected` and the events that follow it are complete together.
     assert [event["seq"] for event in events] == [
         seq for seq in range(start + 1, house.server.hub.head + 1)
         if seq != start + 2 or events[0]["type"] != "member_removed"
     ]  # fmt: skip
 
 
-# --- The bulkhead --------------------------------------------------------------------
+# --- errors stay within their connection ---------------------------------------------
 
 
 @wires(handshakes=OFF)
-async def test_random_bytes_end_no_connection_but_their_own(house: WiresHouse) -> None:
+async def test_random_bytes_end_only_their_own_connection(house: WiresHouse) -> None:
     innocent = await house.join(7)
-    dice = random.Random(7)  # the same bytes in every run
+    dice = random.Random(7)  # the same bytes in each run
     for _ in range(150):
         upgraded = dice.random() < 0.7
         raw = await house.join_raw(6) if upgraded else house.dial()
@@ -1361,10 +1366,10 @@ async def test_random_bytes_end_no_connection_but_their_own(house: WiresHouse) -
     gc.collect()
 
 
-# --- the conversation, word for word -------------------------------------------------
+# --- whole process: replay -----------------------------------------------------------
 
 
-async def test_5000_events_behind_are_replayed_and_5001_are_not(
+async def test_5000_missed_events_are_replayed_and_5001_are_not(
     house: DoorServer,
 ) -> None:
     async with house.serving():
@@ -1382,29 +1387,29 @@ async def test_5000_events_behind_are_replayed_and_5001_are_not(
         await house.post(chat, bob, "one more")
         far = await house.peer(ann, start)
         assert far.hello["resume"] == "resync"
-        other = await house.peer(cy, start)  # those were not his chats
+        other = await house.peer(cy, start)  # the events were in another chat
         assert other.hello["resume"] in {"live", "replay"}
         await other.hears_nothing()
 
 
-# --- the promise ---------------------------------------------------------------------
+# --- whole process: deadlines and half closes ----------------------------------------
 
 
-async def test_patience_ends_where_it_was_promised_to_end(house: DoorServer) -> None:
-    """The long waits, side by side: 40 s of stall, 10 s for a head, 25 s of grace."""
+async def test_long_deadlines_hold_in_real_time(house: DoorServer) -> None:
+    """The long waits in parallel: a stall of 40 s, a head in 10 s, a grace of 25 s."""
     async with house.serving():
         with trio.fail_after(75):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(door_silent_too_long, house)
-                nursery.start_soon(door_slow_but_alive, house)
-                nursery.start_soon(door_slow_head, house)
-                nursery.start_soon(door_silent_head, house)
-                nursery.start_soon(door_slow_body, house)
-                nursery.start_soon(door_token_ends, house)
+                nursery.start_soon(stalled_reader_is_dropped, house)
+                nursery.start_soon(slow_reader_stays, house)
+                nursery.start_soon(slow_head_gets_408, house)
+                nursery.start_soon(missing_head_gets_408, house)
+                nursery.start_soon(slow_body_gets_408, house)
+                nursery.start_soon(expired_token_is_closed, house)
 
 
-async def door_silent_too_long(house: DoorServer) -> None:
-    """Dropped when nothing moves for 40 s; with its cursor it misses nothing."""
+async def stalled_reader_is_dropped(house: DoorServer) -> None:
+    """After 40 s without progress a client is dropped; its cursor recovers the rest."""
     ann, bob, count = next(door_users), next(door_users), 450
     chat = await house.chat(ann, bob)
     peer = await house.peer(ann, receive_buffer=16384)
@@ -1419,7 +1424,7 @@ async def door_silent_too_long(house: DoorServer) -> None:
     assert trio.current_time() - began > 35, "too soon"
     heard: list[DoorFrame] = []
     with suppress(DoorGone):
-        while len(heard) < count:  # what was on its way
+        while len(heard) < count:  # the frames that were in flight
             heard.append(await peer.hear("new_message"))
     assert len(heard) < count
     cursor = f"{epoch}.{heard[-1]['seq']}" if heard else peer.hello["cursor"]
@@ -1430,8 +1435,8 @@ async def door_silent_too_long(house: DoorServer) -> None:
     await peer.hears_nothing()
 
 
-async def door_slow_but_alive(house: DoorServer) -> None:
-    """5 KB a second through a long catch-up, and pings: it stays."""
+async def slow_reader_stays(house: DoorServer) -> None:
+    """A client that reads 5 KB a second and pings stays connected in a catch-up."""
     ann, bob, count = next(door_users), next(door_users), 350
     chat = await house.chat(ann, bob)
     start = await house.cursor(ann)
@@ -1457,7 +1462,7 @@ async def door_slow_but_alive(house: DoorServer) -> None:
     await peer.hears_nothing()
 
 
-async def door_slow_head(house: DoorServer) -> None:
+async def slow_head_gets_408(house: DoorServer) -> None:
     stream = await house.dial()
     began = trio.current_time()
     answer = b""
@@ -1476,7 +1481,7 @@ async def door_slow_head(house: DoorServer) -> None:
     assert not answer or door_answer(answer)[0].status == 408, answer
 
 
-async def door_silent_head(house: DoorServer) -> None:
+async def missing_head_gets_408(house: DoorServer) -> None:
     stream = await house.dial()
     began = trio.current_time()
     answer = await door_rest(stream, 14)
@@ -1484,7 +1489,7 @@ async def door_silent_head(house: DoorServer) -> None:
     assert not answer or door_answer(answer)[0].status == 408, answer
 
 
-async def door_slow_body(house: DoorServer) -> None:
+async def slow_body_gets_408(house: DoorServer) -> None:
     stream = await house.dial()
     began = trio.current_time()
     lines = ["POST /api/v1/chats HTTP/1.1", "Host: x", "Content-Length: 1000"]
@@ -1496,10 +1501,10 @@ async def door_slow_body(house: DoorServer) -> None:
     assert door_answer(answer)[0].code == "timeout"
 
 
-async def door_token_ends(house: DoorServer) -> None:
-    """Told 60 s before its end, closed 25 s after it, unless it is renewed."""
+async def expired_token_is_closed(house: DoorServer) -> None:
+    """Unless renewed, a token is announced 60 s early and closes 25 s after its end."""
     user = next(door_users)
-    ends = int(time.time()) - 3  # within the leeway of 5 s
+    ends = int(time.time()) - 3  # expired, but within the leeway of 5 s
     renewed, ticketed, left = [
         await house.peer(house.token(user, exp=ends)) for _ in range(3)
     ]
@@ -1516,12 +1521,12 @@ async def door_token_ends(house: DoorServer) -> None:
     with trio.fail_after(30):
         assert await left.ended(30) == 4401
     assert 24 <= time.time() - ends < 29
-    await trio.sleep(1.5)  # the sweeper has passed once more
+    await trio.sleep(1.5)  # one more sweep has run
     await renewed.hears_nothing()
     await ticketed.hears_nothing()
 
 
-async def test_a_client_that_ends_its_side_is_told_to_come_back(
+async def test_a_half_close_gets_1012_from_a_real_process(
     either_house: DoorServer,
 ) -> None:
     peer = await either_house.peer(next(door_users))
@@ -1533,11 +1538,11 @@ async def test_a_client_that_ends_its_side_is_told_to_come_back(
     assert gone.value.code == 1012
 
 
-# --- hostile input: one connection's bytes are one connection's matter ---------------
+# --- whole process: hostile input affects only its own connection --------------------
 
 
-def door_hostile_frames() -> dict[str, tuple[bytes, set[int]]]:
-    """What must end a connection, and with which close code."""
+def hostile_frames() -> dict[str, tuple[bytes, set[int]]]:
+    """Frames that end a connection, each with the close codes that are allowed."""
     text, more = 1, 0
     ping = door_frame(9, b"p")
     part = door_frame(text, b"{", first=0)
@@ -1581,20 +1586,20 @@ def door_hostile_frames() -> dict[str, tuple[bytes, set[int]]]:
     }
 
 
-@pytest.mark.parametrize("case", list(door_hostile_frames()))
-async def test_a_hostile_frame_is_answered_with_its_code_and_hurts_nobody(
+@pytest.mark.parametrize("case", list(hostile_frames()))
+async def test_a_hostile_frame_gets_its_close_code_and_affects_nobody_else(
     either_house: DoorServer, case: str
 ) -> None:
     async with door_innocent(either_house):
-        data, codes = door_hostile_frames()[case]
+        data, codes = hostile_frames()[case]
         peer = await either_house.peer(next(door_users))
         with suppress(trio.BrokenResourceError), trio.fail_after(DOOR_SECONDS):
             await peer.stream.send_all(data)
         assert await peer.ended(5) in codes
-        await door_rest(peer.stream, 3)  # and TCP goes too
+        await door_rest(peer.stream, 3)  # TCP ends too
 
 
-async def test_64_parts_are_few_enough(either_house: DoorServer) -> None:
+async def test_a_message_in_64_fragments_is_accepted(either_house: DoorServer) -> None:
     peer = await either_house.peer(next(door_users))
     parts = [door_frame(0, b" ", first=0)] * 62
     message = door_frame(1, b'{"type":', first=0), *parts, door_frame(0, b'"ping"}')
@@ -1605,16 +1610,23 @@ async def test_64_parts_are_few_enough(either_house: DoorServer) -> None:
     assert peer.pongs == [b"between"]
 
 
-async def test_those_who_hang_up_rudely_hurt_nobody(either_house: DoorServer) -> None:
+async def test_clients_that_hang_up_abruptly_affect_nobody_else(
+    either_house: DoorServer,
+) -> None:
     house = either_house
     user = next(door_users)
     whole = door_get(house.socket_path(user), "Host: x", *DOOR_UPGRADE)
-    say = door_frame(1, b'{"type":"ping"}')
-    rude = [b"", b"\x00\xff\r\n\r\n", b"GET", whole[:40], whole[:-2], whole]
-    rude += [whole + say, whole + say[:5], whole + door_frame(8), whole + b"\xff" * 99]
-    rude += [door_get("/healthz", "Host: x"), door_get("/x") + b"y" * 1000]
+    ping = door_frame(1, b'{"type":"ping"}')
+    abrupt = [b"", b"\x00\xff\r\n\r\n", b"GET", whole[:40], whole[:-2], whole]
+    abrupt += [
+        whole + ping,
+        whole + ping[:5],
+        whole + door_frame(8),
+        whole + b"\xff" * 99,
+    ]
+    abrupt += [door_get("/healthz", "Host: x"), door_get("/x") + b"y" * 1000]
     async with door_innocent(house):
-        for data in rude * 3:
+        for data in abrupt * 3:
             for reset in (True, False):
                 stream = await house.dial()
                 if data:
@@ -1624,14 +1636,16 @@ async def test_those_who_hang_up_rudely_hurt_nobody(either_house: DoorServer) ->
                 else:
                     await stream.aclose()
         stream = await house.dial()
-        await stream.send_all(whole + say)  # a client that does not wait for 101
+        await stream.send_all(whole + ping)  # this client does not wait for the 101
         got = b""
         with trio.fail_after(DOOR_SECONDS):
             while b'"pong"' not in got:
                 got += await stream.receive_some(65536)
 
 
-async def test_noise_after_the_handshake_hurts_nobody(either_house: DoorServer) -> None:
+async def test_noise_after_the_handshake_affects_nobody_else(
+    either_house: DoorServer,
+) -> None:
     house, dice = either_house, random.Random(11)
     async with door_innocent(house), trio.open_nursery() as nursery:
 
@@ -1650,10 +1664,12 @@ async def test_noise_after_the_handshake_hurts_nobody(either_house: DoorServer) 
             nursery.start_soon(noisy, dice.randrange(2**32))
 
 
-# --- limits, each at its edge --------------------------------------------------------
+# --- whole process: limits -----------------------------------------------------------
 
 
-async def test_reading_waits_when_bytes_come_too_fast(house: DoorServer) -> None:
+async def test_reading_pauses_for_a_client_that_sends_too_fast(
+    house: DoorServer,
+) -> None:
     async with house.serving("--receive-bytes", "20000/20000"):
         fast, calm = [await house.peer(next(door_users)) for _ in range(2)]
         began = trio.current_time()

@@ -1,4 +1,4 @@
-"""The hub: seats, persons, the tail, deadlines, and any interleaving of them."""
+"""The hub: seats, users, the tail, deadlines, and any interleaving of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from tests.harness import (
 # --- seats ---------------------------------------------------------------------------
 
 
-def test_live_seats_of_all_members_hear_a_message_at_once(memory: Memory) -> None:
+def test_a_message_reaches_the_live_seats_of_all_members_at_once(
+    memory: Memory,
+) -> None:
     chat = memory.chat(1, 2)
     seats = [memory.sit(user) for user in (1, 1, 2, 3)]
     memory.say(chat, 1)
@@ -36,9 +38,7 @@ def test_live_seats_of_all_members_hear_a_message_at_once(memory: Memory) -> Non
     assert seats[0].outbox.taken[0] is seats[2].outbox.taken[0]  # built once
 
 
-def test_a_batch_is_one_write_for_a_seat_and_events_come_in_order(
-    memory: Memory,
-) -> None:
+def test_a_batch_is_one_write_per_seat_with_its_events_in_order(memory: Memory) -> None:
     chats = [memory.chat(1, 2), memory.chat(1, 3)]
     seats = {user: memory.sit(user) for user in (1, 2, 3)}
     works = [memory.sends(chats[i % 2], 1) for i in range(4)]
@@ -47,7 +47,9 @@ def test_a_batch_is_one_write_for_a_seat_and_events_come_in_order(
     assert [len(made.outbox.taken) for made in seats.values()] == [1, 1, 1]
 
 
-def test_membership_changes_where_it_stands_in_a_batch(memory: Memory) -> None:
+def test_a_membership_change_takes_effect_at_its_place_in_the_batch(
+    memory: Memory,
+) -> None:
     chat, store = memory.chat(1, 2), memory.store
     seats = {user: memory.sit(user) for user in (1, 2, 3)}
     send = memory.sends(chat, 1)
@@ -68,8 +70,8 @@ def test_membership_changes_where_it_stands_in_a_batch(memory: Memory) -> None:
     assert memory.hub.live_seats[chat] == {seats[1].seat, seats[2].seat}
 
 
-def memory_asker(made: MemorySeat, work: MemoryWork) -> Job:
-    """A job of this seat, whose answer is an ack with the seq of its event."""
+def job_with_ack(made: MemorySeat, work: MemoryWork) -> Job:
+    """A job of this seat. Its answer is an ack with the seq of its event."""
 
     def done(outcome: Any) -> chatd.Reply:
         seq = outcome.message.id if isinstance(outcome, chatd.Sent) else outcome.seq
@@ -79,34 +81,34 @@ def memory_asker(made: MemorySeat, work: MemoryWork) -> Job:
     return memory_job(*work, done=done, seat=made.seat)
 
 
-def memory_talk(made: MemorySeat) -> list[str]:
-    """What a seat heard, short: an event's seq, an ack as a+seq."""
+def seqs_and_acks(made: MemorySeat) -> list[str]:
+    """What a seat received, in short: the seq of an event, and "a" + seq for an ack."""
     return [
         str(message["seq"]) if "seq" in message else f"a{message['message_id']}"
         for message in made.heard()
     ]
 
 
-def test_a_live_seat_hears_its_event_before_its_ack_in_one_write(
+def test_a_live_seat_gets_its_events_before_their_acks_in_one_write(
     memory: Memory,
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
     made, other = memory.sit(1), memory.sit(1)
-    jobs = [memory_asker(made, memory.sends(chat, 1, "x")) for _ in range(2)]
+    jobs = [job_with_ack(made, memory.sends(chat, 1, "x")) for _ in range(2)]
     assert made.seat.slots.value == chatd.UNANSWERED - 2
     memory.hub.publish(store._transact(jobs))
-    assert memory_talk(made) == ["3", "4", "a3", "a4"]
-    assert (memory_talk(other), len(made.outbox.taken)) == (["3", "4"], 1)
+    assert seqs_and_acks(made) == ["3", "4", "a3", "a4"]
+    assert (seqs_and_acks(other), len(made.outbox.taken)) == (["3", "4"], 1)
     assert made.seat.slots.value == chatd.UNANSWERED
 
 
-def test_an_ack_without_an_event_comes_at_once(memory: Memory) -> None:
+def test_an_ack_without_an_event_is_sent_at_once(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     memory.say(chat, 2)
     made = memory.sit(2)
-    job = memory_asker(made, (store.mark_read, 2, 3))
+    job = job_with_ack(made, (store.mark_read, 2, 3))
     memory.hub.publish(store._transact([job]))
-    assert memory_talk(made) == ["a0"]
+    assert seqs_and_acks(made) == ["a0"]
 
 
 def test_an_ack_waits_for_its_event_on_a_seat_that_is_catching_up(
@@ -116,13 +118,13 @@ def test_an_ack_waits_for_its_event_on_a_seat_that_is_catching_up(
     made = memory.enter(1)
     memory.hub.set_chats(made.seat.person, memory.greeting(1).joined)
     jobs = [
-        memory_asker(made, memory.sends(chat, 1, "x")),
-        memory_asker(made, (store.mark_read, 1, 3)),  # nothing moved: no event
+        job_with_ack(made, memory.sends(chat, 1, "x")),
+        job_with_ack(made, (store.mark_read, 1, 3)),  # the mark does not move: no event
     ]
     memory.hub.publish(store._transact(jobs))
-    assert memory_talk(made) == ["a0"]
+    assert seqs_and_acks(made) == ["a0"]
     memory.catch_up(made)
-    assert memory_talk(made) == ["a0", "3", "a3"]
+    assert seqs_and_acks(made) == ["a0", "3", "a3"]
     assert made.seat.slots.value == chatd.UNANSWERED
     assert made.seat.held == []
 
@@ -132,28 +134,26 @@ def test_an_ack_waits_for_its_event_on_a_seat_that_reads_pages() -> None:
         chat, store = memory.chat(1, 2), memory.store
         made = memory.enter(2)
         memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
-        jobs = [memory_asker(made, memory.sends(chat, 2, str(i))) for i in range(4)]
+        jobs = [job_with_ack(made, memory.sends(chat, 2, str(i))) for i in range(4)]
         memory.hub.publish(store._transact(jobs))
         memory.catch_up(made)
-        assert memory_talk(made) == ["3", "4", "a3", "a4", "5", "6", "a5", "a6"]
+        assert seqs_and_acks(made) == ["3", "4", "a3", "a4", "5", "6", "a5", "a6"]
 
 
-def test_a_full_seat_gets_nothing_of_a_batch_and_all_of_it_later(
-    memory: Memory,
-) -> None:
+def test_a_seat_with_a_full_outbox_gets_the_whole_batch_later(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     slow, fast = memory.sit(2), memory.sit(2)
     slow.outbox.bound, slow.outbox.stuck = 1, True
     memory.say(chat, 1)
     assert (slow.seqs(), slow.seat.live, slow.fell) == ([3], True, 0)
-    job = memory_asker(slow, memory.sends(chat, 2))
+    job = job_with_ack(slow, memory.sends(chat, 2))
     memory.hub.publish(store._transact([job]))
-    assert (memory_talk(slow), slow.seat.live, slow.fell) == (["3"], False, 1)
+    assert (seqs_and_acks(slow), slow.seat.live, slow.fell) == (["3"], False, 1)
     assert slow.seat.cursor == 3
     memory.say(chat, 1)
     slow.outbox.drain()
     memory.catch_up(slow)
-    assert memory_talk(slow) == ["3", "4", "5", "a4"]
+    assert seqs_and_acks(slow) == ["3", "4", "5", "a4"]
     assert (fast.seqs(), slow.fell) == ([3, 4, 5], 1)
     memory.say(chat, 1)
     assert slow.seqs() == fast.seqs() == [3, 4, 5, 6]
@@ -175,7 +175,7 @@ def test_a_seat_behind_the_tail_reads_pages_and_then_the_tail() -> None:
         assert made.seqs()[-1] == 23
 
 
-def test_a_helping_of_the_tail_is_bounded_in_bytes() -> None:
+def test_one_push_from_the_tail_is_bounded_in_bytes() -> None:
     with memory_with(page_bytes=5000) as memory:
         chat = memory.chat(1, 2)
         for _ in range(10):
@@ -189,7 +189,7 @@ def test_a_helping_of_the_tail_is_bounded_in_bytes() -> None:
         assert made.seqs() == [*range(3, 13)]
 
 
-def test_the_tail_is_trimmed_in_events_and_holds_the_newest() -> None:
+def test_the_tail_is_bounded_in_events_and_keeps_the_newest() -> None:
     with memory_with(tail_events=16) as memory:
         chat, hub = memory.chat(1, 2), memory.hub
         for _ in range(60):
@@ -204,7 +204,7 @@ def test_the_tail_is_trimmed_in_events_and_holds_the_newest() -> None:
         assert not hub.in_tail(hub.head - len(hub.tail) - 1)
 
 
-def test_the_tail_is_trimmed_in_bytes_too() -> None:
+def test_the_tail_is_bounded_in_bytes_too() -> None:
     with memory_with(tail_bytes=100_000) as memory:
         chat = memory.chat(1, 2)
         for _ in range(60):
@@ -213,7 +213,7 @@ def test_the_tail_is_trimmed_in_bytes_too() -> None:
         assert 6 <= len(memory.hub.tail) <= 12
 
 
-def test_an_event_in_the_tail_knows_what_it_weighs(memory: Memory) -> None:
+def test_the_size_of_an_event_in_the_tail_covers_its_frame(memory: Memory) -> None:
     chat = memory.chat(*range(1, 500))
     memory.do(memory.store.add_member, chat, 1000, 1)
     memory.say(chat, 1, "x" * 4000)
@@ -221,7 +221,7 @@ def test_an_event_in_the_tail_knows_what_it_weighs(memory: Memory) -> None:
         assert event.size >= len(event.frame), event.kind
 
 
-def test_the_tail_at_a_start_is_the_log_s_end_as_it_was(tmp_path: Path) -> None:
+def test_a_restart_restores_the_tail_from_the_event_log(tmp_path: Path) -> None:
     memory = Memory(tmp_path)
     chat = memory.chat(1, 2)
     memory.do(memory.store.rename, 3, "Carol")
@@ -229,10 +229,10 @@ def test_the_tail_at_a_start_is_the_log_s_end_as_it_was(tmp_path: Path) -> None:
     sent = memory.say(chat, 1, "Привет!", "k")
     memory.do(memory.store.mark_read, 2, sent.message.id)
     memory.do(memory.store.remove_member, chat, 3, 3)
-    told = [event.frame for event in memory.hub.tail]
+    frames = [event.frame for event in memory.hub.tail]
     after = memory.again()
-    # A chat_added is told as the chat is now: that one is read from the log.
-    assert [event.frame for event in after.hub.tail] == told[4:]
+    # chat_added holds the chat as it is now, so those events come from the event log.
+    assert [event.frame for event in after.hub.tail] == frames[4:]
     assert (after.hub.head, after.hub.in_tail(4), after.hub.in_tail(3)) == (
         7,
         True,
@@ -241,18 +241,18 @@ def test_the_tail_at_a_start_is_the_log_s_end_as_it_was(tmp_path: Path) -> None:
     assert after.store.epoch == memory.store.epoch
     assert after.sit(2, cursor=0).seqs() == [2, 3, 5, 6, 7]
     last = after.again(tail_events=2)
-    assert [event.frame for event in last.hub.tail] == told[5:]
+    assert [event.frame for event in last.hub.tail] == frames[5:]
     last.store.close()
 
 
-def test_a_new_database_has_an_empty_log_and_everybody_is_up_to_date(
+def test_a_new_database_has_an_empty_event_log_and_nothing_to_replay(
     memory: Memory,
 ) -> None:
     assert (memory.hub.tail, memory.hub.head, memory.hub.in_tail(0)) == ([], 0, True)
     assert memory.sit(1, cursor=0).heard() == []
 
 
-def test_one_user_s_connections_are_bounded() -> None:
+def test_the_connections_of_one_user_are_bounded() -> None:
     with memory_with(connections_per_user=2) as memory:
         seats = [memory.enter(1), memory.enter(1)]
         refused = MemorySeat().seat
@@ -263,7 +263,7 @@ def test_one_user_s_connections_are_bounded() -> None:
         assert memory.hub.enter(refused, 1, 0)
 
 
-def test_nothing_is_left_of_who_has_left(memory: Memory) -> None:
+def test_a_seat_that_leaves_leaves_nothing_behind(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     seats = [memory.sit(1), memory.sit(1), memory.sit(2)]
     for made in seats:
@@ -273,9 +273,7 @@ def test_nothing_is_left_of_who_has_left(memory: Memory) -> None:
     assert [made.seqs() for made in seats] == [[], [], []]
 
 
-def test_a_page_that_comes_for_who_has_left_puts_him_into_no_room(
-    memory: Memory,
-) -> None:
+def test_a_page_that_is_read_after_the_seat_left_joins_no_room(memory: Memory) -> None:
     memory.chat(1, 2)
     made = memory.enter(2)
     memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
@@ -286,12 +284,12 @@ def test_a_page_that_comes_for_who_has_left_puts_him_into_no_room(
     assert (made.seat.live, memory.hub.live_seats) == (False, {})
 
 
-def test_changes_that_come_while_the_chats_are_read_are_not_missed(
+def test_membership_changes_during_the_read_of_the_chats_are_not_missed(
     memory: Memory,
 ) -> None:
     chats, store = [memory.chat(1, 2), memory.chat(1, 2)], memory.store
     made = memory.enter(2)
-    greeting = memory.greeting(2)  # read, and then the world moves on
+    greeting = memory.greeting(2)  # read before the changes
     memory.do(store.remove_member, chats[0], 2, 2)
     third = memory.chat(1, 2)
     memory.do(store.remove_member, chats[1], 2, 2)
@@ -304,9 +302,7 @@ def test_changes_that_come_while_the_chats_are_read_are_not_missed(
     assert chats[0] not in memory.hub.live_seats
 
 
-def test_a_removal_that_was_read_before_it_is_published_is_no_surprise(
-    memory: Memory,
-) -> None:
+def test_a_removal_may_be_read_before_it_is_published(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     made = memory.enter(2)
     batch = memory.commit((memory.store.remove_member, chat, 2, 2))
@@ -316,30 +312,32 @@ def test_a_removal_that_was_read_before_it_is_published_is_no_surprise(
     assert (made.seqs(), made.seat.person.chats) == ([3], {})
 
 
-def test_the_first_reading_of_a_person_s_chats_counts(memory: Memory) -> None:
+def test_only_the_first_read_of_the_chats_of_a_user_counts(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     seats = [memory.enter(2), memory.enter(2)]
     person = seats[0].seat.person
     memory.hub.set_chats(person, {chat: 2})
     memory.do(memory.store.remove_member, chat, 2, 2)
-    memory.hub.set_chats(person, {chat: 2})  # read before, and late
+    memory.hub.set_chats(person, {chat: 2})  # read before the removal, applied after it
     assert (person.chats, memory.hub.live_seats) == ({}, {})
 
 
-def test_who_has_gone_before_his_chats_were_read_is_in_no_room(memory: Memory) -> None:
+def test_a_seat_that_leaves_before_its_chats_are_read_joins_no_room(
+    memory: Memory,
+) -> None:
     made = memory.enter(2)
     memory.hub.leave(made.seat)
     memory.hub.set_chats(made.seat.person, {memory.chat(1, 2): 2})
     assert (memory.hub.live_seats, memory.hub.people) == ({}, {})
 
 
-def test_a_page_is_filtered_again_when_it_is_given(memory: Memory) -> None:
+def test_a_page_is_filtered_again_when_it_is_pushed(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     memory.say(chat, 1)
     made = memory.enter(2)
     made.seat.cursor = 0
     memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
-    page = memory.page(2)  # read, and then he is removed
+    page = memory.page(2)  # read before the removal
     memory.do(memory.store.remove_member, chat, 2, None)
     memory.hub.push_page(made.seat, page)
     assert (made.seqs(), made.seat.cursor, made.seat.live) == ([2], 3, False)
@@ -347,7 +345,9 @@ def test_a_page_is_filtered_again_when_it_is_given(memory: Memory) -> None:
     assert made.seqs() == [2, 4]
 
 
-def test_typing_is_shown_to_the_other_members_who_are_live(memory: Memory) -> None:
+def test_typing_goes_to_other_members_that_are_live_with_an_empty_outbox(
+    memory: Memory,
+) -> None:
     chat = memory.chat(1, 2, 3)
     own, live, busy = memory.sit(1), memory.sit(2), memory.sit(3)
     behind, stranger = memory.enter(3), memory.sit(4)
@@ -368,13 +368,13 @@ def test_typing_is_shown_to_the_other_members_who_are_live(memory: Memory) -> No
 
 @pytest.fixture
 def swept() -> MemorySeat:
-    """A seat that is asked for a ping after 25 s of silence, to the second."""
+    """A seat that is pinged after exactly 25 s of silence."""
     made = MemorySeat()
     made.seat.ping_after = 25.0
     return made
 
 
-def test_a_ping_asks_who_is_silent_and_has_nothing_to_read(swept: MemorySeat) -> None:
+def test_a_silent_seat_with_an_empty_outbox_is_pinged_once(swept: MemorySeat) -> None:
     assert swept.seat.sweep(25.0) is None
     assert swept.outbox.taken == []
     assert swept.seat.sweep(25.1) is None
@@ -382,59 +382,63 @@ def test_a_ping_asks_who_is_silent_and_has_nothing_to_read(swept: MemorySeat) ->
     assert swept.outbox.taken == [chatd.PING_FRAME]
 
 
-def test_who_does_not_answer_a_ping_is_silent(swept: MemorySeat) -> None:
+def test_a_seat_that_does_not_answer_a_ping_is_silent(swept: MemorySeat) -> None:
     swept.seat.sweep(26.0)
     assert swept.seat.sweep(36.0) is None
     assert swept.seat.sweep(36.1) == "silent"
 
 
-def test_any_byte_heard_answers_a_ping(swept: MemorySeat) -> None:
+def test_any_received_byte_answers_a_ping(swept: MemorySeat) -> None:
     swept.seat.sweep(26.0)
     swept.outbox.received_at = 30.0
     assert [swept.seat.sweep(now) for now in (37.0, 55.0, 55.1)] == [None] * 3
     assert len(swept.outbox.taken) == 2
 
 
-def test_while_bytes_wait_only_a_stall_judges(swept: MemorySeat) -> None:
+def test_while_output_is_queued_only_the_stall_limit_applies(swept: MemorySeat) -> None:
     swept.seat.sweep(26.0)
     swept.outbox.unsent = 1
     swept.outbox.moved_at = 30.0
     assert [swept.seat.sweep(now) for now in (38.0, 70.0)] == [None, None]
     assert swept.seat.sweep(70.1) == "stalled"
-    swept.outbox.received_at = 70.0  # it is there, and does not read
+    swept.outbox.received_at = 70.0  # it sends, but does not read
     assert swept.seat.sweep(70.1) == "stalled"
     swept.outbox.moved_at = 60.0
     assert [swept.seat.sweep(now) for now in (70.1, 100.0)] == [None, None]
     swept.outbox.drain()
     assert swept.seat.sweep(95.0) is None
-    assert len(swept.outbox.taken) == 1  # no ping while bytes waited
+    assert len(swept.outbox.taken) == 1  # no ping while output was queued
 
 
-def test_a_ping_before_bytes_waited_is_forgotten(swept: MemorySeat) -> None:
+def test_an_unanswered_ping_is_forgotten_while_output_is_queued(
+    swept: MemorySeat,
+) -> None:
     swept.seat.sweep(26.0)
     swept.outbox.unsent, swept.outbox.moved_at = 1, 35.0
     swept.seat.sweep(35.0)
     swept.outbox.drain()
-    assert swept.seat.sweep(37.0) is None  # asked anew
+    assert swept.seat.sweep(37.0) is None  # pinged again
     assert len(swept.outbox.taken) == 2
 
 
-def test_who_is_kept_waiting_by_us_is_asked_nothing(swept: MemorySeat) -> None:
+def test_a_seat_is_not_pinged_while_the_server_does_not_read_from_it(
+    swept: MemorySeat,
+) -> None:
     swept.seat.sweep(26.0)
-    swept.outbox.listening = False  # a command of its own takes its time
+    swept.outbox.listening = False  # a command of this client is not finished yet
     assert [swept.seat.sweep(now) for now in (37.0, 90.0)] == [None, None]
     swept.outbox.listening = True
     assert swept.seat.sweep(91.0) is None
     assert len(swept.outbox.taken) == 2
 
 
-def test_pings_are_spread_by_a_tenth() -> None:
+def test_pings_are_spread_by_ten_percent() -> None:
     after = {MemorySeat().seat.ping_after for _ in range(50)}
     assert len(after) > 10
     assert all(22.5 <= seconds <= 27.5 for seconds in after)
 
 
-def test_a_token_s_end_is_told_once_and_closes_after_its_grace(
+def test_the_end_of_a_token_is_announced_once_and_closes_after_the_grace(
     swept: MemorySeat,
 ) -> None:
     swept.seat.token_ends = 1000.0
@@ -446,12 +450,12 @@ def test_a_token_s_end_is_told_once_and_closes_after_its_grace(
     assert [code for code, _ in swept.ended] == [4401]
 
 
-# --- in any interleaving -------------------------------------------------------------
+# --- any interleaving, against a model -----------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryEvent:
-    """An event as the model has it: who may see it."""
+class ModelEvent:
+    """An event of the model, with the users that may see it."""
 
     kind: str
     chat: int
@@ -459,28 +463,28 @@ class MemoryEvent:
     to_user: int | None = None
 
 
-class MemoryModel:
-    """The chat as one would write it naively: lists, and the rule of visibility.
+class Model:
+    """A naive chat server: lists, and the rule of visibility.
 
-    It knows nothing of the store, so the two can disagree.
+    It shares no code with the store, so a mistake in either one shows as a difference.
     """
 
     def __init__(self, large_chat: int = 50) -> None:
         self.large_chat = large_chat
-        self.log: list[MemoryEvent] = []
+        self.log: list[ModelEvent] = []
         self.members: dict[int, dict[int, int]] = {}  # chat: user: joined_seq
         self.read: dict[tuple[int, int], int] = {}  # chat, user: read_n
         self.messages: dict[int, list[int]] = {}  # chat: seqs
-        # What self.members was when the log had so many events.
+        # at[n] is self.members as of the first n events.
         self.at: list[dict[int, dict[int, int]]] = [{}]
 
-    def _log(self, event: MemoryEvent) -> int:
+    def _log(self, event: ModelEvent) -> int:
         self.log.append(event)
         self.at.append({chat: dict(users) for chat, users in self.members.items()})
         return len(self.log)
 
     def sees(self, user: int, seq: int, as_of: int) -> bool:
-        """Is the event of this seq visible to a user, when the log had as_of events?"""
+        """Whether a user may see the event, when the event log had as_of events."""
         event = self.log[seq - 1]
         joined = self.at[as_of].get(event.chat, {}).get(user)
         in_chat = event.to_chat and joined is not None and seq > joined
@@ -490,7 +494,7 @@ class MemoryModel:
         seqs = range(after + 1, upto + 1)
         return [seq for seq in seqs if self.sees(user, seq, upto)]
 
-    # Each returns whether it is allowed.
+    # Each of these methods returns whether the work is allowed.
 
     def create(self, *users: int) -> bool:
         chat = len(self.members) + 1
@@ -498,13 +502,13 @@ class MemoryModel:
         for user in sorted({*users}):
             self.members[chat][user] = len(self.log) + 1
             self.read[chat, user] = 0
-            self._log(MemoryEvent("chat_added", chat, to_chat=False, to_user=user))
+            self._log(ModelEvent("chat_added", chat, to_chat=False, to_user=user))
         return True
 
     def send(self, chat: int, user: int) -> bool:
         if user not in self.members.get(chat, {}):
             return False
-        seq = self._log(MemoryEvent("new_message", chat, to_chat=True))
+        seq = self._log(ModelEvent("new_message", chat, to_chat=True))
         self.messages[chat].append(seq)
         self.read[chat, user] = len(self.messages[chat])
         return True
@@ -520,47 +524,47 @@ class MemoryModel:
             self.read[event.chat, user] = n
             large = len(self.members[event.chat]) > self.large_chat
             to_user = user if large else None
-            self._log(MemoryEvent("message_read", event.chat, not large, to_user))
+            self._log(ModelEvent("message_read", event.chat, not large, to_user))
         return True
 
     def add(self, chat: int, user: int) -> bool:
         if chat not in self.members:
             return False
         if user not in self.members[chat]:
-            self._log(MemoryEvent("member_added", chat, to_chat=True))
+            self._log(ModelEvent("member_added", chat, to_chat=True))
             self.members[chat][user] = len(self.log) + 1
             self.read[chat, user] = len(self.messages[chat])
-            self._log(MemoryEvent("chat_added", chat, to_chat=False, to_user=user))
+            self._log(ModelEvent("chat_added", chat, to_chat=False, to_user=user))
         return True
 
     def remove(self, chat: int, user: int) -> bool:
         if user not in self.members.get(chat, {}):
             return False
         del self.members[chat][user]
-        self._log(MemoryEvent("member_removed", chat, to_chat=True, to_user=user))
+        self._log(ModelEvent("member_removed", chat, to_chat=True, to_user=user))
         return True
 
 
-MEMORY_USERS = (1, 2, 3)
+USERS = (1, 2, 3)
 
-# Words of the plays below: a work is its name and two small numbers.
-memory_works = st.tuples(
+# A work is its name and two small numbers: a chat and a user.
+random_works = st.tuples(
     st.sampled_from(["send"] * 6 + ["mark"] * 3 + ["add", "add", "remove", "remove"]),
     st.integers(1, 3),
     st.integers(1, 3),
 )
 
 
-def memory_work(
-    memory: Memory, model: MemoryModel, word: tuple[str, int, int]
+def work_of(
+    memory: Memory, model: Model, word: tuple[str, int, int]
 ) -> tuple[MemoryWork, bool]:
-    """What the store is to do, and whether the model, which does it, allows it."""
+    """Do a work in the model; return it for the store, and whether it is allowed."""
     name, chat, user = word
     store = memory.store
     match name:
         case "send":
             return memory.sends(chat, user), model.send(chat, user)
-        case "mark":  # the last message of the chat, or the one before
+        case "mark":  # the last message of the chat or the one before it
             seq = [0, *model.messages.get(chat, [])][-1 - len(model.log) % 2 :][0]
             return (store.mark_read, user, seq), model.mark(user, seq)
         case "add":
@@ -569,46 +573,46 @@ def memory_work(
             return (store.remove_member, chat, user, None), model.remove(chat, user)
 
 
-def memory_commit(
-    memory: Memory, model: MemoryModel, words: list[tuple[str, int, int]]
+def commit_both(
+    memory: Memory, model: Model, words: list[tuple[str, int, int]]
 ) -> chatd.Batch:
-    """Do some works in one transaction, and hold its events against the model's."""
+    """Do works in one transaction and in the model; the events must be the same."""
     before = len(model.log)
-    todo = [memory_work(memory, model, word) for word in words]
+    todo = [work_of(memory, model, word) for word in words]
     batch = memory.commit(*[work for work, _ in todo])
     refused = [isinstance(outcome, Refusal) for _, outcome in batch.answers]
     assert refused == [not allowed for _, allowed in todo]
     assert [
-        MemoryEvent(event.kind, event.chat_id, event.to_chat, event.to_user)
+        ModelEvent(event.kind, event.chat_id, event.to_chat, event.to_user)
         for event in batch.events
     ] == model.log[before:]
     return batch
 
 
-memory_property = hypothesis.settings(
+property_settings = hypothesis.settings(
     deadline=None,
     max_examples=int(os.environ.get("CHATD_TEST_EXAMPLES", "60")),
     suppress_health_check=[HealthCheck.too_slow],
 )
 
 
-@memory_property
-@given(st.lists(st.lists(memory_works, max_size=4), max_size=12))
-def test_unread_is_the_last_n_minus_the_read_n_in_any_interleaving(
+@property_settings
+@given(st.lists(st.lists(random_works, max_size=4), max_size=12))
+def test_unread_is_last_n_minus_read_n_in_any_interleaving(
     batches: list[list[tuple[str, int, int]]],
 ) -> None:
     with memory_with() as memory:
-        model = MemoryModel()
+        model = Model()
         for users in ((1, 2), (2, 3)):
             model.create(*users)
             memory.chat(*users)
         for words in batches:
-            batch = memory_commit(memory, model, words)
-            stale = {user: memory.my_chats(user) for user in MEMORY_USERS}
-            for chats in stale.values():  # of before, and still sound
+            batch = commit_both(memory, model, words)
+            stale = {user: memory.my_chats(user) for user in USERS}
+            for chats in stale.values():  # from before the batch, still consistent
                 assert all(0 <= c.unread == c.last_n - c.read_n for c in chats)
             memory.hub.publish(batch)
-            for user in MEMORY_USERS:
+            for user in USERS:
                 marks = {
                     chat: (len(model.messages[chat]), model.read[chat, user])
                     for chat, users in model.members.items()
@@ -624,72 +628,73 @@ def test_unread_is_the_last_n_minus_the_read_n_in_any_interleaving(
                 }
 
 
-class MemoryClient:
-    """A user who keeps a cursor, and hops between sockets and the poll."""
+class PlayClient:
+    """A client that keeps a cursor and switches between a connection and the poll."""
 
     def __init__(self, user: int) -> None:
         self.user = user
-        self.upto = 0  # the head when it took its seat
+        self.upto = 0  # the head when it connected
         self.first: int | None = None  # its first cursor
         self.cursor: int | None = None
         self.seqs: list[int] = []
-        self.sits: MemorySeat | None = None
-        self.greeting: chatd.Greeting | None = None  # read, not given yet
+        self.connection: MemorySeat | None = None
+        self.greeting: chatd.Greeting | None = None  # read, not delivered yet
         self.page: chatd.Page | None = None  # the same
-        self.moments = range(0)  # what the log may have been when it was read
-        self.known = False  # `connected` was said
-        self.heard = 0  # of its outbox
+        # The lengths that the event log may have had at the read.
+        self.moments = range(0)
+        self.known = False  # `connected` was sent
+        self.received = 0  # how much of its outbox
 
 
-class MemoryPlay:
-    """A store, a hub and clients; each method is one step that a scheduler can take.
+class Play:
+    """A store, a hub and clients. Each public method is one step of a schedule.
 
-    After each step: what a client was given just now it may see, as of the hub's head,
-    it comes after all that it had, and no cursor is ahead of the hub.
+    After each step, each event that a client has just received is visible to it as of
+    the hub's head and comes after all earlier ones, and no cursor is ahead of the hub.
     """
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.hub = memory.hub
-        self.model = MemoryModel(memory.settings.large_chat)
+        self.model = Model(memory.settings.large_chat)
         self.waiting: list[chatd.Batch] = []
-        self.clients = [MemoryClient(user) for user in (*MEMORY_USERS, 2)]
+        self.clients = [PlayClient(user) for user in (*USERS, 2)]
         self.before = 0  # the hub's head before this step
         for users in ((1, 2), (1, 2, 3)):
             self.model.create(*users)
             memory.chat(*users)
 
     def commit(self, words: list[tuple[str, int, int]]) -> None:
-        self.waiting.append(memory_commit(self.memory, self.model, words))
+        self.waiting.append(commit_both(self.memory, self.model, words))
 
-    def ask(self, who: int) -> None:
-        """A client on a socket sends; its ack is to come after its event."""
-        client = self.clients[who]
-        if client.sits is None or not client.known:
+    def ask(self, number: int) -> None:
+        """A connected client sends a message; its ack must come after its event."""
+        client = self.clients[number]
+        if client.connection is None or not client.known:
             return
         if not self.model.send(1, client.user):
             return
-        job = memory_asker(client.sits, self.memory.sends(1, client.user))
+        job = job_with_ack(client.connection, self.memory.sends(1, client.user))
         self.waiting.append(self.memory.store._transact([job]))
 
     def publish(self) -> None:
         if self.waiting:
             self.hub.publish(self.waiting.pop(0))
 
-    def sit(self, who: int) -> None:
-        client = self.clients[who]
-        if client.sits is None and client.page is None:
-            client.sits = self.memory.enter(client.user)
-            client.heard, client.known = 0, False
+    def sit(self, number: int) -> None:
+        client = self.clients[number]
+        if client.connection is None and client.page is None:
+            client.connection = self.memory.enter(client.user)
+            client.received, client.known = 0, False
             client.upto = self.hub.head
 
-    def read(self, who: int) -> None:
-        """Begin what is next for this client: its chats, or a page."""
-        client = self.clients[who]
+    def read(self, number: int) -> None:
+        """Begin the next read of this client: its chats, or a page."""
+        client = self.clients[number]
         memory, head = self.memory, self.hub.head
         if client.page is not None or client.greeting is not None:
             return
-        if client.sits is None:  # a poll
+        if client.connection is None:  # a poll
             if client.cursor is None:
                 client.first = client.cursor = head
             client.page = memory.page(client.user, client.cursor, 2)
@@ -699,70 +704,71 @@ class MemoryPlay:
             client.greeting = memory.read(
                 memory.store.greeting, client.user, client.upto, start
             )
-        elif self._hungry(client, in_tail=False):
-            client.page = memory.page(client.user, client.sits.seat.cursor, 2)
+        elif self._is_behind(client, in_tail=False):
+            client.page = memory.page(client.user, client.connection.seat.cursor, 2)
 
-    def give(self, who: int) -> None:
-        """End what was begun; or give a helping of the tail."""
-        client = self.clients[who]
-        sits = client.sits
+    def deliver(self, number: int) -> None:
+        """Deliver the result of the read, or push a part of the tail."""
+        client = self.clients[number]
+        connection = client.connection
         if client.page is not None:
             page, client.page = client.page, None
             assert page.cursor <= self.hub.head
-            if sits is not None:
-                self.hub.push_page(sits.seat, page)
+            if connection is not None:
+                self.hub.push_page(connection.seat, page)
             else:
                 self._take(client, [event.seq for event in page.events], client.moments)
                 client.cursor = page.cursor
-        elif client.greeting is not None and sits is not None:
+        elif client.greeting is not None and connection is not None:
             greeting, client.greeting = client.greeting, None
-            self.hub.set_chats(sits.seat.person, greeting.joined)
+            self.hub.set_chats(connection.seat.person, greeting.joined)
             if client.cursor is None:
                 client.first = client.cursor = client.upto
             assert client.cursor <= self.hub.head
-            sits.seat.cursor, client.known = client.cursor, True
-            if self.hub.in_tail(sits.seat.cursor):
-                self.hub.push_tail(sits.seat)
-        elif sits is not None and self._hungry(client, in_tail=True):
-            self.hub.push_tail(sits.seat)
+            connection.seat.cursor, client.known = client.cursor, True
+            if self.hub.in_tail(connection.seat.cursor):
+                self.hub.push_tail(connection.seat)
+        elif connection is not None and self._is_behind(client, in_tail=True):
+            self.hub.push_tail(connection.seat)
 
-    def _hungry(self, client: MemoryClient, *, in_tail: bool) -> bool:
-        """Is it behind, has it an empty outbox, and is what it lacks in the tail?"""
-        if client.sits is None or not client.known or client.sits.outbox.waiting:
+    def _is_behind(self, client: PlayClient, *, in_tail: bool) -> bool:
+        """Whether its outbox is empty, it is behind, and the tail has what it lacks."""
+        connection = client.connection
+        if connection is None or not client.known or connection.outbox.waiting:
             return False
-        seat = client.sits.seat
+        seat = connection.seat
         return not seat.live and self.hub.in_tail(seat.cursor) is in_tail
 
-    def stick(self, who: int) -> None:
-        """Its peer reads nothing from here on; then it reads all of it."""
-        sits = self.clients[who].sits
-        if sits is not None and sits.outbox.stuck:
-            sits.outbox.drain()
-        elif sits is not None:
-            sits.outbox.stuck, sits.outbox.bound = True, 1
+    def stall(self, number: int) -> None:
+        """The client stops reading; the next call lets it read everything."""
+        connection = self.clients[number].connection
+        if connection is not None and connection.outbox.stuck:
+            connection.outbox.drain()
+        elif connection is not None:
+            connection.outbox.stuck, connection.outbox.bound = True, 1
 
-    def leave(self, who: int) -> None:
-        client = self.clients[who]
-        if client.sits is not None:
-            self.hub.leave(client.sits.seat)
-            client.sits = client.greeting = client.page = None
+    def leave(self, number: int) -> None:
+        client = self.clients[number]
+        if client.connection is not None:
+            self.hub.leave(client.connection.seat)
+            client.connection = client.greeting = client.page = None
 
-    def hop(self, who: int) -> None:
-        """From the socket to the poll, or back."""
-        (self.sit if self.clients[who].sits is None else self.leave)(who)
+    def switch(self, number: int) -> None:
+        """Switch from the connection to the poll, or back."""
+        (self.sit if self.clients[number].connection is None else self.leave)(number)
 
-    def next(self, who: int) -> None:
-        """End what this client began, or begin what is next."""
-        client = self.clients[who]
+    def next(self, number: int) -> None:
+        """Finish the read of this client, or begin the next one."""
+        client = self.clients[number]
         begun = client.page is not None or client.greeting is not None
-        fed = self._hungry(client, in_tail=True)
-        (self.give if begun or fed else self.read)(who)
+        fed = self._is_behind(client, in_tail=True)
+        (self.deliver if begun or fed else self.read)(number)
 
     def step(self, name: str, argument: Any) -> None:
         self.before = self.hub.head
         getattr(self, name)(argument) if name != "publish" else self.publish()
         for client in self.clients:
-            self._listen(client)
+            self._receive(client)
         rooms: dict[int, set[chatd.Seat]] = {}
         for person in self.hub.people.values():
             for seat in person.seats:
@@ -770,63 +776,63 @@ class MemoryPlay:
                     rooms.setdefault(chat, set()).add(seat)
         assert self.hub.live_seats == rooms
 
-    def _listen(self, client: MemoryClient) -> None:
-        """Read what was pushed in this step, and keep the cursor as a client does."""
-        if client.sits is None:
+    def _receive(self, client: PlayClient) -> None:
+        """Read the frames of this step, and keep the cursor as a client does."""
+        if client.connection is None:
             return
-        news = client.sits.outbox.taken[client.heard :]
-        client.heard += len(news)
+        news = client.connection.outbox.taken[client.received :]
+        client.received += len(news)
         for message in (m for data in news for m in memory_frames(data)):
             if "seq" in message:
                 self._take(client, [message["seq"]])
                 client.cursor = message["seq"]
-            else:  # an ack: its event was here, if it is visible at all
+            else:  # an ack: its event came first, if it is visible at all
                 seq = message["message_id"]
                 assert seq in client.seqs or not self.model.sees(
                     client.user, seq, self.hub.head
                 )
 
     def _take(
-        self, client: MemoryClient, seqs: list[int], polled: range = range(0)
+        self, client: PlayClient, seqs: list[int], polled: range = range(0)
     ) -> None:
         for seq in seqs:
             assert seq > max([client.first or 0, *client.seqs[-1:]])
             assert seq <= self.hub.head
-            # As of now; a live event as of itself; a poll as of when it was read.
+            # Visible as of now, a live event as of itself, a poll as of its read.
             live = [seq] if seq > self.before else []
             moments = polled or [self.hub.head, *live]
             assert any(self.model.sees(client.user, seq, at) for at in moments)
             client.seqs.append(seq)
 
     def finish(self) -> None:
-        """Publish the rest, let all read to the end, and look for what is missing."""
+        """Publish the rest, let all clients read to the end; nothing may be missing."""
         while self.waiting:
             self.step("publish", None)
-        for who, client in enumerate(self.clients):
-            if client.sits is not None and client.sits.outbox.stuck:
-                self.step("stick", who)
+        for number, client in enumerate(self.clients):
+            if client.connection is not None and client.connection.outbox.stuck:
+                self.step("stall", number)
             for name in ("next", "sit") * 100:
-                if client.sits is not None and client.sits.seat.live:
+                if client.connection is not None and client.connection.seat.live:
                     break
-                self.step(name, who)
-            assert client.sits is not None
-            assert client.sits.seat.live
-            assert client.sits.seat.held == []
-            assert client.sits.seat.slots.value == chatd.UNANSWERED
+                self.step(name, number)
+            assert client.connection is not None
+            assert client.connection.seat.live
+            assert client.connection.seat.held == []
+            assert client.connection.seat.slots.value == chatd.UNANSWERED
             assert client.first is not None
             missing = {*self.model.visible(client.user, client.first, self.hub.head)}
             assert missing <= {*client.seqs}
 
 
-memory_who = st.integers(0, 3)
-memory_plays = st.lists(
+client_numbers = st.integers(0, 3)
+random_plays = st.lists(
     st.one_of(
-        *[st.tuples(st.just("commit"), st.lists(memory_works, min_size=1, max_size=4))]
+        *[st.tuples(st.just("commit"), st.lists(random_works, min_size=1, max_size=4))]
         * 4,
         *[st.tuples(st.just("publish"), st.none())] * 3,
         *[
-            st.tuples(st.just(name), memory_who)
-            for name in (*["next"] * 4, "hop", "ask", "ask", "stick")
+            st.tuples(st.just(name), client_numbers)
+            for name in (*["next"] * 4, "switch", "ask", "ask", "stall")
         ],
     ),
     min_size=40,
@@ -835,20 +841,17 @@ memory_plays = st.lists(
 
 
 @pytest.mark.parametrize("tail_events", [2, 1000])
-@memory_property
-@given(play=memory_plays)
+@property_settings
+@given(play=random_plays)
 def test_a_client_gets_every_visible_event_once_and_in_order_in_any_interleaving(
     tail_events: int, play: list[tuple[str, Any]]
 ) -> None:
     changes = {"tail_events": tail_events, "large_chat": 2, "page_events": 2}
     with memory_with(**changes, page_bytes=700) as memory:
-        stage = MemoryPlay(memory)
-        for who in (0, 1, 1, 1, 2, 2):  # one has entered, one is live, one is between
-            stage.step("next" if stage.clients[who].sits else "sit", who)
+        stage = Play(memory)
+        for number in (0, 1, 1, 1, 2, 2):  # one entered, one live, one in between
+            stage.step("next" if stage.clients[number].connection else "sit", number)
         for name, argument in play:
             stage.step(name, argument)
         stage.finish()
         memory_is_sound(memory)
-
-
-# --- the promise ---------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The outbox: every byte to a client goes through it, and none waits for another."""
+"""The outbox: every byte to a client goes through it, and no push waits."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.harness import (
     PONG,
     TEXT,
     WiresHouse,
+    WiresRaw,
     taking,
     wires,
     wires_close,
@@ -27,11 +28,11 @@ from tests.harness import (
     wires_frames,
 )
 
-# --- Outbox --------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------
 
 
-def text_of(number: int, size: int = 1000) -> bytes:
-    """A server's frame that says which it is."""
+def numbered_frame(number: int, size: int = 1000) -> bytes:
+    """A frame of the server that holds its number."""
     return bytes(chatd._frames.send_data(f"{number}:".ljust(size, "x")))
 
 
@@ -40,27 +41,41 @@ def numbers_in(data: bytearray) -> list[int]:
     return [int(payload.split(b":")[0]) for payload in frames]
 
 
+async def connect(
+    house: WiresHouse, *, small: bool = False
+) -> tuple[WiresRaw, chatd.Outbox]:
+    """Connect a client that reads only when told. Return it and its outbox."""
+    raw = await house.join_raw(6, small=small)
+    return raw, house.session(6).outbox
+
+
+def fill(box: chatd.Outbox) -> None:
+    """Push frames until the outbox accepts no more."""
+    while box.push(numbered_frame(1)):
+        pass
+
+
 @wires()
-async def test_a_push_is_the_kernels_before_it_returns(house: WiresHouse) -> None:
+async def test_a_push_reaches_the_kernel_before_it_returns(house: WiresHouse) -> None:
     raw = await house.join_raw(6)
     box, tasks = house.session(6).outbox, house.session(6).nursery.child_tasks
     before = len(tasks)
     assert box.push(b"hello")
-    # No await in between: who reads now has it.
+    # No await since the push: the bytes are in the kernel now.
     assert os.read(raw.stream.socket.fileno(), 100) == b"hello"
     assert not box.waiting
     assert len(tasks) == before
 
 
 @wires(outbox_bytes=1_000_000)
-async def test_what_the_kernel_does_not_take_is_kept_and_a_task_exists_only_then(
+async def test_unsent_bytes_are_kept_and_flushed_by_a_task_that_then_ends(
     house: WiresHouse,
 ) -> None:
     raw = await house.join_raw(6, small=True)
     session = house.session(6)
     tasks = len(session.nursery.child_tasks)
     for number in range(100):
-        assert session.outbox.push(text_of(number))
+        assert session.outbox.push(numbered_frame(number))
     assert session.outbox.waiting
     assert len(session.nursery.child_tasks) == tasks + 1
     await raw.listen()
@@ -70,47 +85,43 @@ async def test_what_the_kernel_does_not_take_is_kept_and_a_task_exists_only_then
 
 
 @wires(outbox_bytes=20_000)
-async def test_a_frame_is_taken_whole_or_not_at_all(house: WiresHouse) -> None:
-    raw = await house.join_raw(6, small=True)
-    box = house.session(6).outbox
-    taken = [n for n in range(60) if box.push(text_of(n))]
+async def test_a_frame_is_accepted_whole_or_not_at_all(house: WiresHouse) -> None:
+    raw, box = await connect(house, small=True)
+    taken = [n for n in range(60) if box.push(numbered_frame(n))]
     assert 20 <= len(taken) < 60
     assert box.full
-    assert taken == list(range(len(taken)))  # after the first no there is no yes
+    assert taken == list(range(len(taken)))  # after the first refusal none is accepted
     assert not box.push(b"x")
-    assert box.push(text_of(1000), always=True)
+    assert box.push(numbered_frame(1000), always=True)
     await raw.listen()
     assert numbers_in(raw.data) == [*taken, 1000]
     assert raw.data == b""
 
 
 @wires(outbox_bytes=1_000_000)
-async def test_a_flush_that_is_cancelled_tears_no_frame_but_the_last(
-    house: WiresHouse,
-) -> None:
+async def test_a_cancelled_flush_cuts_no_frame_but_the_last(house: WiresHouse) -> None:
     raw = await house.join_raw(6, small=True)
     session = house.session(6)
     for number in range(60):
-        session.outbox.push(text_of(number, 3333))
+        session.outbox.push(numbered_frame(number, 3333))
     await raw.read(5000)
     await wait_all_tasks_blocked()
     session.nursery.cancel_scope.cancel()
-    session.outbox.push(text_of(1000))
+    session.outbox.push(numbered_frame(1000))
     session.outbox.seal(chatd.close_frame(1000, ""))
     await raw.ends()
     arrived = numbers_in(raw.data)
-    assert arrived == list(range(len(arrived)))  # nothing came out of its place
-    assert len(raw.data) < len(text_of(0, 3333))
+    assert arrived == list(range(len(arrived)))  # in order, without a gap
+    assert len(raw.data) < len(numbered_frame(0, 3333))
 
 
 @wires()
 async def test_the_first_close_frame_is_the_last_frame(house: WiresHouse) -> None:
-    raw = await house.join_raw(6)
-    box = house.session(6).outbox
-    box.push(text_of(1))
+    raw, box = await connect(house)
+    box.push(numbered_frame(1))
     box.seal(chatd.close_frame(4503, "revoked"))
-    assert box.push(text_of(2))
-    assert box.push(text_of(3), always=True)
+    assert box.push(numbered_frame(2))
+    assert box.push(numbered_frame(3), always=True)
     box.seal(chatd.close_frame(1000, ""))
     await raw.send(wires_frame(PING), wires_command("ping"), wires_close(1000))
     await raw.ends()
@@ -118,30 +129,30 @@ async def test_the_first_close_frame_is_the_last_frame(house: WiresHouse) -> Non
 
 
 @wires()
-async def test_a_push_to_a_peer_that_has_gone_does_not_raise(house: WiresHouse) -> None:
-    raw = await house.join_raw(6)
-    box = house.session(6).outbox
+async def test_a_push_to_a_client_that_has_gone_does_not_raise(
+    house: WiresHouse,
+) -> None:
+    raw, box = await connect(house)
     raw.stream.socket.close()
     for number in range(3):
-        assert box.push(text_of(number), always=number == 2)
+        assert box.push(numbered_frame(number), always=number == 2)
     assert box.sealed
     await wait_all_tasks_blocked()
     assert not house.server.sessions
 
 
 @wires()
-async def test_a_push_behind_the_end_hits_nobody_elses_descriptor(
+async def test_a_push_after_the_end_writes_to_no_other_descriptor(
     house: WiresHouse,
 ) -> None:
-    raw = await house.join_raw(6)
-    box = house.session(6).outbox
+    raw, box = await connect(house)
     number = box.stream.socket.fileno()
     raw.stream.socket.close()
     await wait_all_tasks_blocked()
     assert not house.server.listener.open
     strangers = [socket.socketpair() for _ in range(3)]
     ends = [end for pair in strangers for end in pair]
-    assert number in {end.fileno() for end in ends}  # it was given out again
+    assert number in {end.fileno() for end in ends}  # the kernel reused the number
     box.push(b"a secret", always=True)
     box.seal(b"a close")
     for end in ends:
@@ -153,13 +164,12 @@ async def test_a_push_behind_the_end_hits_nobody_elses_descriptor(
 
 
 @wires(outbox_bytes=1_000_000)
-async def test_a_peer_that_goes_in_mid_flush_ends_its_connection(
+async def test_a_client_that_goes_during_a_flush_ends_its_connection(
     house: WiresHouse,
 ) -> None:
-    raw = await house.join_raw(6, small=True)
-    box = house.session(6).outbox
+    raw, box = await connect(house, small=True)
     for number in range(50):
-        box.push(text_of(number))
+        box.push(numbered_frame(number))
     woken = trio.Event()
 
     async def wait() -> None:
@@ -176,18 +186,16 @@ async def test_a_peer_that_goes_in_mid_flush_ends_its_connection(
 
 
 @wires(outbox_bytes=10_000)
-async def test_the_library_waits_while_the_outbox_is_over_its_bound(
+async def test_the_library_waits_while_the_outbox_is_over_its_limit(
     house: WiresHouse,
 ) -> None:
-    raw = await house.join_raw(6, small=True)
-    box = house.session(6).outbox
-    while box.push(text_of(1)):
-        pass
+    raw, box = await connect(house, small=True)
+    fill(box)
     sent = trio.Event()
 
     async def send() -> None:
         await box.wait_send_all_might_not_block()
-        await box.send_all(text_of(2))
+        await box.send_all(numbered_frame(2))
         sent.set()
 
     house.nursery.start_soon(send)
@@ -202,15 +210,11 @@ async def test_the_library_waits_while_the_outbox_is_over_its_bound(
 
 
 @wires(outbox_bytes=10_000)
-async def test_while_it_is_full_only_the_newest_ping_is_owed_a_pong(
-    house: WiresHouse,
-) -> None:
-    raw = await house.join_raw(6, small=True)
-    box = house.session(6).outbox
+async def test_a_full_outbox_answers_only_the_newest_ping(house: WiresHouse) -> None:
+    raw, box = await connect(house, small=True)
     await raw.send(wires_frame(PING, b"before"))
     await wait_all_tasks_blocked()
-    while box.push(text_of(1)):
-        pass
+    fill(box)
     await raw.send(*[wires_frame(PING, payload) for payload in (b"a", b"b", b"c")])
     await wait_all_tasks_blocked()
     await raw.listen()
@@ -220,16 +224,19 @@ async def test_while_it_is_full_only_the_newest_ping_is_owed_a_pong(
     assert pongs == [b"before", b"c", b"after"]
 
 
+# --- reading: the rate of received bytes ---------------------------------------------
+
+
 @wires(receive_bytes=Rate(1000, 5000))
 async def test_received_bytes_are_paced(house: WiresHouse) -> None:
     raw = await house.join_raw(6)
     with taking(15, 15.6):
-        await raw.send(wires_frame(TEXT, b"x" * 19_992))  # and 8 of its head
+        await raw.send(wires_frame(TEXT, b"x" * 19_992))  # and 8 bytes of its header
         await raw.hear("error", within=20)
 
 
 @wires(receive_bytes=Rate(1340, 1340))
-async def test_a_tiny_frame_is_paced_like_128_bytes_more(house: WiresHouse) -> None:
+async def test_a_tiny_frame_counts_128_bytes_extra(house: WiresHouse) -> None:
     raw = await house.join_raw(6)
     with taking(9, 9.2):
         await raw.send(wires_frame(PING) * 100)
@@ -240,14 +247,14 @@ async def test_a_tiny_frame_is_paced_like_128_bytes_more(house: WiresHouse) -> N
 
 
 @wires()
-async def test_who_hangs_up_behind_a_flood_is_not_read_to_its_end(
+async def test_a_flood_is_not_read_to_its_end_after_the_client_hangs_up(
     house: WiresHouse,
 ) -> None:
     raw = await house.join_raw(6)
-    await raw.send(wires_frame(PONG) * 20_000)  # half a minute's reading
+    await raw.send(wires_frame(PONG) * 20_000)  # half a minute of reading
     raw.stream.socket.close()
     with taking(0, 6):
-        while house.server.sessions:  # noqa: ASYNC110 (nothing tells when it ends)
+        while house.server.sessions:  # noqa: ASYNC110 (no event marks its end)
             await trio.sleep(0.1)
 
 
@@ -258,6 +265,3 @@ async def test_a_rate_of_0_paces_nothing(house: WiresHouse) -> None:
         for _ in range(100):
             await raw.send(wires_frame(TEXT, b"x" * 30_000))
             await raw.hear("error")
-
-
-# --- the promise ---------------------------------------------------------------------

@@ -39,7 +39,7 @@ from tests.harness import (
 # --- writing: the works --------------------------------------------------------------
 
 
-def test_a_message_is_the_event_that_announces_it(memory: Memory) -> None:
+def test_the_id_of_a_message_is_the_seq_of_its_event(memory: Memory) -> None:
     chat = memory.chat(5, 6)
     sent = memory.say(chat, 5, "Привет!", "k1")
     assert not sent.duplicate
@@ -55,7 +55,7 @@ def test_a_message_is_the_event_that_announces_it(memory: Memory) -> None:
     ]  # fmt: skip
 
 
-def test_ordinals_of_a_chat_and_seqs_have_no_holes(memory: Memory) -> None:
+def test_message_numbers_and_seqs_have_no_gaps(memory: Memory) -> None:
     chats = [memory.chat(1, 2), memory.chat(2, 3)]
     ordinals = [memory.say(chats[i % 2], 2).message.n for i in range(6)]
     refusal_of(memory.say, chats[0], 3)
@@ -65,17 +65,15 @@ def test_ordinals_of_a_chat_and_seqs_have_no_holes(memory: Memory) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "k"])
-def test_who_is_no_member_is_told_the_same_as_of_a_chat_that_is_none(
+def test_a_chat_of_others_and_an_unknown_chat_are_refused_alike(
     memory: Memory, key: str
 ) -> None:
     chat = memory.chat(1, 2)
-    told = [str(refusal_of(memory.say, to, 3, "hi", key)) for to in (chat, 99)]
-    assert told[0] == told[1] == "not_found: chat_id: there is no such chat for you"
+    refusals = [str(refusal_of(memory.say, to, 3, "hi", key)) for to in (chat, 99)]
+    assert refusals == ["not_found: chat_id: there is no such chat for you"] * 2
 
 
-def test_a_service_sends_for_who_is_no_member_but_not_to_no_chat(
-    memory: Memory,
-) -> None:
+def test_a_service_may_send_for_a_user_outside_the_chat(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     sent = memory.do(*memory.sends(chat, 9, "from the shop", service=True))
     assert sent.message.sender_id == 9
@@ -85,7 +83,9 @@ def test_a_service_sends_for_who_is_no_member_but_not_to_no_chat(
     assert [user.user_id for user in memory.read(memory.store.users)] == [1, 2, 9]
 
 
-def test_a_repeat_is_answered_alike_and_makes_no_event(memory: Memory) -> None:
+def test_a_repeated_send_gets_the_same_message_and_makes_no_event(
+    memory: Memory,
+) -> None:
     chat = memory.chat(1, 2)
     first, second = (memory.say(chat, 1, "hi", "k") for _ in range(2))
     assert (first.duplicate, second.duplicate) == (False, True)
@@ -93,29 +93,32 @@ def test_a_repeat_is_answered_alike_and_makes_no_event(memory: Memory) -> None:
     assert (memory.hub.head, memory.count("message")) == (3, 1)
 
 
-def test_a_repeat_in_the_same_batch_is_one(memory: Memory) -> None:
+def test_repeats_in_one_batch_are_one_message(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     batch = memory.commit(*[memory.sends(chat, 1, "hi", "k")] * 3)
     assert [outcome.duplicate for _, outcome in batch.answers] == [False, True, True]
     assert [event.seq for event in batch.events] == [3]
 
 
-def test_a_repeat_with_another_text_or_chat_is_a_mismatch(memory: Memory) -> None:
+def test_a_repeat_with_another_text_or_chat_is_refused(memory: Memory) -> None:
     chats = [memory.chat(1, 2), memory.chat(1, 2)]
     memory.say(chats[0], 1, "hi", "k")
     for chat, text in ((chats[0], "ho"), (chats[1], "hi"), (99, "hi")):
         refusal = refusal_of(memory.say, chat, 1, text, "k")
         assert (refusal.code, refusal.status) == ("idempotency_mismatch", 409)
         assert "client_id" in refusal.message
-    assert not memory.say(chats[0], 2, "ho", "k").duplicate  # another sender's key
+    # Another sender may use the same client_id.
+    assert not memory.say(chats[0], 2, "ho", "k").duplicate
 
 
-def test_without_a_key_the_same_text_twice_is_two_messages(memory: Memory) -> None:
+def test_without_a_client_id_the_same_text_twice_is_two_messages(
+    memory: Memory,
+) -> None:
     chat = memory.chat(1, 2)
     assert [memory.say(chat, 1).message.n for _ in range(2)] == [1, 2]
 
 
-def test_the_key_is_asked_before_membership(memory: Memory) -> None:
+def test_a_repeat_is_recognised_before_membership_is_checked(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     memory.say(chat, 1, "hi", "k")
     memory.do(memory.store.remove_member, chat, 1, 1)
@@ -123,7 +126,7 @@ def test_the_key_is_asked_before_membership(memory: Memory) -> None:
     assert refusal_of(memory.say, chat, 1, "hi", "k2").code == "not_found"
 
 
-def test_a_repeat_is_found_by_a_reader_too(memory: Memory) -> None:
+def test_a_reader_finds_a_repeat_too(memory: Memory) -> None:
     chat, find = memory.chat(1, 2), memory.store.find_sent
     sent = memory.say(chat, 1, "hi", "k").message
     again = Send(chat, 1, "hi", "k")
@@ -138,7 +141,7 @@ def test_a_repeat_is_found_by_a_reader_too(memory: Memory) -> None:
     assert refusal.code == "idempotency_mismatch"
 
 
-def test_a_mark_moves_up_and_never_down(memory: Memory) -> None:
+def test_a_read_mark_moves_up_and_never_down(memory: Memory) -> None:
     chat, mark = memory.chat(1, 2), memory.store.mark_read
     ids = [memory.say(chat, 1).message.id for _ in range(3)]
     assert memory.do(mark, 2, ids[1]) == (ids[1], chat, 2, 6)
@@ -151,7 +154,9 @@ def test_a_mark_moves_up_and_never_down(memory: Memory) -> None:
     ]  # fmt: skip
 
 
-def test_sending_moves_the_sender_and_tells_nobody(memory: Memory) -> None:
+def test_sending_moves_the_read_mark_of_the_sender_without_an_event(
+    memory: Memory,
+) -> None:
     chat = memory.chat(1, 2)
     memory.say(chat, 2)
     memory.say(chat, 1)
@@ -159,16 +164,16 @@ def test_sending_moves_the_sender_and_tells_nobody(memory: Memory) -> None:
     assert memory.do(memory.store.mark_read, 1, 4).seq == 0
 
 
-def test_a_message_of_another_chat_cannot_be_marked(memory: Memory) -> None:
+def test_a_message_of_another_chat_cannot_be_marked_as_read(memory: Memory) -> None:
     other = memory.say(memory.chat(1, 2), 1).message.id
-    told = {
+    refusals = {
         str(refusal_of(memory.do, memory.store.mark_read, 3, message))
         for message in (other, 99, 2**53 - 1)
     }
-    assert told == {"not_found: message_id: there is no such message for you"}
+    assert refusals == {"not_found: message_id: there is no such message for you"}
 
 
-def test_in_a_large_chat_a_mark_is_the_reader_s_own_business() -> None:
+def test_in_a_large_chat_a_read_mark_goes_only_to_the_reader() -> None:
     with memory_with(large_chat=2) as memory:
         small, large = memory.chat(1, 2), memory.chat(1, 2, 3)
         seats = [memory.sit(user) for user in (1, 2, 2)]
@@ -184,7 +189,7 @@ def test_in_a_large_chat_a_mark_is_the_reader_s_own_business() -> None:
         assert [chat.unread for chat in memory.my_chats(2)] == [0, 0]
 
 
-def test_creating_tells_each_member_once_with_the_whole_chat(memory: Memory) -> None:
+def test_a_new_chat_is_one_event_per_member_with_the_whole_chat(memory: Memory) -> None:
     memory.do(memory.store.rename, 2, "Bob")
     chat = memory.do(memory.store.create_chat, "Sofa", [2, 1, 2])
     (event,) = memory.page(2).events
@@ -203,7 +208,9 @@ def test_creating_tells_each_member_once_with_the_whole_chat(memory: Memory) -> 
     ]  # fmt: skip
 
 
-def test_adding_tells_the_members_and_then_the_new_one(memory: Memory) -> None:
+def test_an_addition_is_an_event_for_the_members_and_one_for_the_new_member(
+    memory: Memory,
+) -> None:
     chat, add = memory.chat(1, 2), memory.store.add_member
     memory.do(memory.store.rename, 3, "Carol")
     memory.say(chat, 1)
@@ -229,7 +236,7 @@ def test_adding_tells_the_members_and_then_the_new_one(memory: Memory) -> None:
     ]  # fmt: skip
 
 
-def test_adding_who_is_there_changes_nothing(memory: Memory) -> None:
+def test_adding_a_member_again_changes_nothing(memory: Memory) -> None:
     chat, add = memory.chat(1, 2), memory.store.add_member
     assert memory.do(add, chat, 2, 1) is False
     assert memory.do(add, chat, 1, None) is False
@@ -239,14 +246,14 @@ def test_adding_who_is_there_changes_nothing(memory: Memory) -> None:
 def test_only_a_member_or_a_service_may_add_and_remove(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     for work in (store.add_member, store.remove_member):
-        told = {str(refusal_of(memory.do, work, *who)) for who in (
+        refusals = {str(refusal_of(memory.do, work, *args)) for args in (
             (chat, 9, 3), (99, 9, 1), (99, 9, None))}  # fmt: skip
-        assert told == {"not_found: chat_id: there is no such chat for you"}
+        assert refusals == {"not_found: chat_id: there is no such chat for you"}
     refusal = refusal_of(memory.do, store.remove_member, chat, 9, None)
     assert str(refusal) == "not_found: user_id: not a member of this chat"
 
 
-def test_a_removal_is_the_last_that_the_removed_gets(memory: Memory) -> None:
+def test_a_removal_is_the_last_event_that_the_removed_user_gets(memory: Memory) -> None:
     chat = memory.chat(1, 2, 3)
     seats = {user: memory.sit(user) for user in (1, 2, 3)}
     memory.do(memory.store.remove_member, chat, 3, 3)
@@ -258,7 +265,7 @@ def test_a_removal_is_the_last_that_the_removed_gets(memory: Memory) -> None:
     assert refusal_of(memory.say, chat, 3).code == "not_found"
 
 
-def test_a_chat_has_a_bound_of_members() -> None:
+def test_the_number_of_members_of_a_chat_is_limited() -> None:
     with memory_with(members=3) as memory:
         refusal = refusal_of(memory.chat, 1, 2, 3, 4)
         assert str(refusal) == "bad_field: member_ids: 4 members; at most 3"
@@ -268,7 +275,7 @@ def test_a_chat_has_a_bound_of_members() -> None:
         assert memory.do(memory.store.add_member, chat, 3, 1) is False
 
 
-def test_names_and_revocations_are_kept_and_are_no_events(memory: Memory) -> None:
+def test_names_and_revocations_are_kept_and_make_no_events(memory: Memory) -> None:
     store = memory.store
     for user, name in ((1, "Ann"), (2, "Bob"), (1, "Anna"), (1, "Anna")):
         memory.do(store.rename, user, name)
@@ -279,7 +286,7 @@ def test_names_and_revocations_are_kept_and_are_no_events(memory: Memory) -> Non
     assert memory.hub.head == 0
 
 
-def test_those_who_are_known_are_listed_by_name_up_to_200(memory: Memory) -> None:
+def test_users_are_listed_by_name_up_to_200(memory: Memory) -> None:
     memory.chat(*range(1, 300))
     memory.do(memory.store.rename, 250, "Zoe")
     memory.do(memory.store.rename, 251, "Ann")
@@ -291,8 +298,8 @@ def test_those_who_are_known_are_listed_by_name_up_to_200(memory: Memory) -> Non
 # --- writing: the transaction --------------------------------------------------------
 
 
-def memory_spoiled(memory: Memory, chat: int) -> MemoryWork:
-    """A work that writes and then thinks better of it."""
+def refused_after_writes(memory: Memory, chat: int) -> MemoryWork:
+    """A work that writes two changes and is then refused."""
 
     def work(db: sqlite3.Connection, events: list[chatd.Entry]) -> None:
         memory.store.send_message(db, events, Send(chat, 1, "spoiled"))
@@ -302,11 +309,13 @@ def memory_spoiled(memory: Memory, chat: int) -> MemoryWork:
     return (work,)
 
 
-def test_a_refused_job_does_not_sink_its_neighbours(memory: Memory) -> None:
+def test_a_refused_job_does_not_affect_the_other_jobs_of_its_batch(
+    memory: Memory,
+) -> None:
     chat = memory.chat(1, 2)
     batch = memory.commit(
         memory.sends(chat, 1),
-        memory_spoiled(memory, chat),
+        refused_after_writes(memory, chat),
         memory.sends(chat, 3),
         memory.sends(chat, 2),
     )
@@ -320,7 +329,7 @@ def test_a_refused_job_does_not_sink_its_neighbours(memory: Memory) -> None:
 
 
 @pytest.mark.parametrize("user_id", [0, 2**63])
-def test_a_broken_rule_of_the_schema_is_our_mistake_and_sinks_nobody(
+def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
     memory: Memory, user_id: int
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
@@ -334,7 +343,7 @@ def test_a_broken_rule_of_the_schema_is_our_mistake_and_sinks_nobody(
     assert not store.degraded
 
 
-def test_a_work_before_the_start_is_done_here_and_now(tmp_path: Path) -> None:
+def test_before_the_start_a_work_is_committed_at_once(tmp_path: Path) -> None:
     store = Store(Settings(db=tmp_path / "a.db"), Stats())
     assert store.commit_now(store.create_chat, None, [1]).id == 1
     refusal = refusal_of(store.commit_now, store.mark_read, 1, 9)
@@ -342,7 +351,7 @@ def test_a_work_before_the_start_is_done_here_and_now(tmp_path: Path) -> None:
     store.close()
 
 
-def test_only_the_writer_writes_and_it_writes_for_good(memory: Memory) -> None:
+def test_only_the_writer_can_write_and_its_commits_are_durable(memory: Memory) -> None:
     memory.chat(1, 2)
     for pragma, writer, reader in (
         ("journal_mode", "wal", "wal"), ("synchronous", 2, 2), ("foreign_keys", 1, 0),
@@ -361,7 +370,7 @@ def test_only_the_writer_writes_and_it_writes_for_good(memory: Memory) -> None:
     assert (refusal.code, memory.count("event")) == ("storage_failed", 2)
 
 
-def test_the_database_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_database_files(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         memory = Memory(tmp_path)
@@ -379,15 +388,13 @@ def test_the_database_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
 # --- reading -------------------------------------------------------------------------
 
 
-def test_who_leaves_sees_nothing_more_and_who_returns_nothing_of_between(
-    memory: Memory,
-) -> None:
+def test_a_user_sees_no_event_from_the_time_outside_the_chat(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     memory.say(chat, 1, "seen")  # 3
     memory.do(store.remove_member, chat, 2, 2)  # 4
     memory.say(chat, 1, "unseen")  # 5
     assert memory.seqs(2) == [2, 4]
-    memory.do(store.add_member, chat, 2, 1)  # 6 to the others, 7 to him
+    memory.do(store.add_member, chat, 2, 1)  # 6 for the others, 7 for user 2
     memory.say(chat, 1, "seen again")  # 8
     assert memory.seqs(2) == [2, 4, 7, 8]
     assert memory.seqs(1) == [1, 3, 4, 5, 6, 8]
@@ -395,7 +402,9 @@ def test_who_leaves_sees_nothing_more_and_who_returns_nothing_of_between(
     assert ([message.n for message in messages], more) == ([1, 2, 3], False)
 
 
-def test_the_log_tells_a_chat_that_one_has_left_as_an_empty_one(memory: Memory) -> None:
+def test_a_chat_that_the_reader_has_left_is_read_as_an_empty_chat(
+    memory: Memory,
+) -> None:
     chat = memory.chat(1, 2, title="Sofa")
     memory.say(chat, 1, "between us")
     memory.do(memory.store.remove_member, chat, 2, 2)
@@ -408,7 +417,9 @@ def test_the_log_tells_a_chat_that_one_has_left_as_an_empty_one(memory: Memory) 
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 10, 11, 100])
-def test_pages_of_any_length_make_the_whole_log(memory: Memory, limit: int) -> None:
+def test_pages_of_any_length_add_up_to_the_whole_event_log(
+    memory: Memory, limit: int
+) -> None:
     chats = [memory.chat(1, 2), memory.chat(2, 3)]
     for i in range(6):
         memory.say(chats[i % 2], 2)
@@ -423,7 +434,7 @@ def test_pages_of_any_length_make_the_whole_log(memory: Memory, limit: int) -> N
     assert memory.page(1, cursor, limit) == ([], 10, False)
 
 
-def test_a_page_ends_at_its_bytes_and_its_cursor_at_its_last_event() -> None:
+def test_a_page_is_limited_in_bytes_and_its_cursor_is_its_last_event() -> None:
     with memory_with(page_bytes=5000) as memory:
         chat = memory.chat(1, 2)
         for _ in range(8):
@@ -437,9 +448,7 @@ def test_a_page_ends_at_its_bytes_and_its_cursor_at_its_last_event() -> None:
         assert [*seqs, *[event.seq for event in page.events]] == [*range(3, 11)]
 
 
-def test_a_page_that_is_not_cut_short_moves_the_cursor_to_its_bound(
-    memory: Memory,
-) -> None:
+def test_a_complete_page_moves_the_cursor_to_its_upper_bound(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     memory.chat(3, 4)
     memory.say(chat, 1)
@@ -450,9 +459,7 @@ def test_a_page_that_is_not_cut_short_moves_the_cursor_to_its_bound(
     assert not full.more
 
 
-def test_a_removal_that_nobody_was_told_of_hides_nothing_that_came_before(
-    memory: Memory,
-) -> None:
+def test_an_unpublished_removal_hides_no_earlier_event(memory: Memory) -> None:
     chat, other = memory.chat(1, 2), memory.chat(2, 3)
     for _ in range(3):
         memory.say(chat, 1)
@@ -468,14 +475,14 @@ def test_a_removal_that_nobody_was_told_of_hides_nothing_that_came_before(
         assert memory.read(store.missed, user, cursor, upto) == len(page.events)
         return [event.seq for event in page.events]
 
-    # On disk, and not published: as of the head he is in the chat.
+    # On disk but not published: as of the head, user 2 is in the chat.
     for work, *words in (
         (store.remove_member, chat, 2, None),
         (store.add_member, chat, 2, None),
         (store.remove_member, chat, 2, None),
-        (store.add_member, other, 2, None),  # he was not in it at the head
+        (store.add_member, other, 2, None),  # user 2 was not a member at the head
         (store.remove_member, other, 2, None),
-        (store.add_member, chat, 9, None),  # nor was he
+        (store.add_member, chat, 9, None),  # nor was user 9
         (store.remove_member, chat, 9, None),
     ):
         store.commit_now(work, *words)
@@ -485,7 +492,7 @@ def test_a_removal_that_nobody_was_told_of_hides_nothing_that_came_before(
     assert seen(1) == [5, 6, 7]
 
 
-def test_what_was_missed_is_counted_up_to_the_bound_of_a_replay() -> None:
+def test_missed_events_are_counted_up_to_the_limit_of_a_replay() -> None:
     with memory_with(resync_events=5) as memory:
         chat = memory.chat(1, 2)
         other = memory.chat(3, 4)
@@ -501,7 +508,7 @@ def test_what_was_missed_is_counted_up_to_the_bound_of_a_replay() -> None:
         assert memory.greeting(1, 6).missed == 5
 
 
-def test_a_greeting_is_absolute_as_of_the_head(memory: Memory) -> None:
+def test_a_greeting_holds_the_state_as_of_the_head(memory: Memory) -> None:
     chats = [memory.chat(1, 2), memory.chat(2, 3)]
     memory.say(chats[0], 1)
     memory.say(chats[0], 2)
@@ -512,7 +519,9 @@ def test_a_greeting_is_absolute_as_of_the_head(memory: Memory) -> None:
     assert memory.greeting(9) == ({}, {}, 0)
 
 
-def test_chats_are_listed_by_their_news_with_what_is_unread(memory: Memory) -> None:
+def test_chats_are_listed_by_their_last_event_with_unread_counts(
+    memory: Memory,
+) -> None:
     chats = [memory.chat(1, 2, title=title) for title in ("a", "b", "c")]
     memory.say(chats[0], 2, "x")
     memory.say(chats[0], 2, "y")
@@ -525,7 +534,7 @@ def test_chats_are_listed_by_their_news_with_what_is_unread(memory: Memory) -> N
     assert (third.last_message, third.unread) == (None, 0)
 
 
-def test_history_is_read_page_by_page_oldest_first(memory: Memory) -> None:
+def test_a_page_of_history_has_its_oldest_message_first(memory: Memory) -> None:
     chat, head = memory.chat(1, 2), 0
     ids = [memory.say(chat, 1, str(i)).message.id for i in range(5)]
     head = memory.hub.head
@@ -543,7 +552,7 @@ def test_history_is_read_page_by_page_oldest_first(memory: Memory) -> None:
     assert history(None, 5) == (["0", "1", "2", "3", "4"], False)
 
 
-def test_history_is_for_members_and_before_is_a_message_of_the_chat(
+def test_history_is_for_members_and_before_names_a_message_of_the_chat(
     memory: Memory,
 ) -> None:
     chat, other = memory.chat(1, 2), memory.chat(3, 4)
@@ -557,9 +566,7 @@ def test_history_is_for_members_and_before_is_a_message_of_the_chat(
         assert str(refusal) == "bad_field: before: not a message of this chat"
 
 
-def test_what_is_committed_and_not_published_does_not_exist_for_readers(
-    memory: Memory,
-) -> None:
+def test_readers_do_not_see_commits_that_are_not_published(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     memory.say(chat, 1, "old")
     batch = memory.commit(
@@ -579,11 +586,11 @@ def test_what_is_committed_and_not_published_does_not_exist_for_readers(
     assert memory.seqs(2) == [2, 3, 4, 6, 7]
 
 
-def test_a_chat_is_told_without_what_is_not_published(memory: Memory) -> None:
+def test_a_chat_is_read_without_unpublished_messages(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     memory.commit(memory.sends(chat, 1, "new"))
-    (told,) = memory_frames(memory.page(2).events[0].frame)
-    assert told["chat"]["last_message"] is None
+    (event,) = memory_frames(memory.page(2).events[0].frame)
+    assert event["chat"]["last_message"] is None
     ((mine,),) = [memory.my_chats(2)]
     assert all(member.read_n <= mine.last_n for member in mine.members)
 
@@ -597,7 +604,7 @@ def test_a_repeat_is_not_found_before_its_event_is_published(memory: Memory) -> 
     assert memory.read(find, again, memory.hub.head) is not None
 
 
-def test_a_query_that_fails_leaves_no_transaction_behind(memory: Memory) -> None:
+def test_a_failed_query_leaves_no_transaction_open(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     for _ in range(6):
         refusal_of(memory.read, memory.store.history, 9, chat, None, 5, 9)
@@ -607,8 +614,8 @@ def test_a_query_that_fails_leaves_no_transaction_behind(memory: Memory) -> None
     assert len(memory.store._idle_readers) == 1
 
 
-def memory_workout(memory: Memory, key: str) -> None:
-    """Every query of the store, once."""
+def run_every_query(memory: Memory, key: str) -> None:
+    """Run every query of the store."""
     store, chat = memory.store, memory.chat(1, 2)
     sent = memory.say(chat, 1, "hi", key)
     memory.say(chat, 1, "hi", key)
@@ -629,26 +636,26 @@ def memory_workout(memory: Memory, key: str) -> None:
     store._probe()
 
 
-def test_no_query_walks_through_a_table_that_grows(memory: Memory) -> None:
-    said: set[str] = set()
-    memory_workout(memory, "k1")
+def test_no_query_scans_a_table_that_grows(memory: Memory) -> None:
+    statements: set[str] = set()
+    run_every_query(memory, "k1")
     for db in (memory.store._writer, *memory.store._idle_readers):
-        db.set_trace_callback(said.add)
-    memory_workout(memory, "k2")
-    # The plan of an INSERT lists what a deferred foreign key would have to look at.
-    queries = {sql for sql in said if re.match(r"\s*(SELECT|UPDATE|DELETE)", sql)}
+        db.set_trace_callback(statements.add)
+    run_every_query(memory, "k2")
+    # No INSERT: its plan lists the tables that a deferred foreign key would check.
+    queries = {sql for sql in statements if re.match(r"\s*(SELECT|UPDATE|DELETE)", sql)}
     assert len(queries) > 25
     for sql in queries:
         plan = memory.store._writer.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall()
         scans = [row[3] for row in plan if row[3].startswith("SCAN")]
-        # A list that was just selected, and the users whose tokens are revoked.
+        # Allowed: rows that were just selected, and the users with revoked tokens.
         lists = r"\(?subquery|mine|CONSTANT"
         right = rf"SCAN ({lists}|user USING (COVERING )?INDEX user_revoked)"
         assert [scan for scan in scans if not re.match(right, scan)] == [], sql
 
 
-def memory_cost(db: sqlite3.Connection, function: Callable[[], object]) -> int:
-    """How many tens of steps SQLite takes for what a function asks of it."""
+def steps_of(db: sqlite3.Connection, function: Callable[[], object]) -> int:
+    """Count the steps that SQLite takes for the queries of a function, in tens."""
     steps: list[int] = []
     db.set_progress_handler(lambda: steps.append(1), 10)
     function()
@@ -656,7 +663,7 @@ def memory_cost(db: sqlite3.Connection, function: Callable[[], object]) -> int:
     return len(steps)
 
 
-def test_nothing_costs_more_because_the_log_is_long(memory: Memory) -> None:
+def test_no_cost_grows_with_the_length_of_the_event_log(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     queries: list[Callable[[], object]] = [
         lambda: memory.page(1, 2, limit=5),
@@ -677,8 +684,8 @@ def test_nothing_costs_more_because_the_log_is_long(memory: Memory) -> None:
         for _ in range(10):
             memory.say(chat, 1)
         (reader,) = store._idle_readers
-        return [memory_cost(reader, query) for query in queries] + [
-            memory_cost(store._writer, work) for work in works
+        return [steps_of(reader, query) for query in queries] + [
+            steps_of(store._writer, work) for work in works
         ]
 
     memory.page(1)
@@ -688,12 +695,12 @@ def test_nothing_costs_more_because_the_log_is_long(memory: Memory) -> None:
         assert cost <= before + 20
 
 
-# --- the tasks -----------------------------------------------------------------------
+# --- the tasks: batches, publication, stopping ---------------------------------------
 
 
 @contextlib.asynccontextmanager
-async def memory_running(memory: Memory) -> AsyncIterator[None]:
-    """The store's and the hub's tasks, as Server has them; stopped as it does."""
+async def running(memory: Memory) -> AsyncIterator[None]:
+    """Run the tasks of the store and the hub, and stop them, as Server does."""
     batches, published = trio.open_memory_channel[chatd.Batch](8)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(memory.store.run, batches)
@@ -702,48 +709,48 @@ async def memory_running(memory: Memory) -> AsyncIterator[None]:
         memory.store.finish()
 
 
-async def memory_code(memory: Memory, work: MemoryWork) -> str:
-    """The code of the Refusal that a work meets, after waiting for its answer."""
+async def refusal_code(memory: Memory, work: MemoryWork) -> str:
+    """Commit a work that is refused. Return the code of its Refusal."""
     with pytest.raises(Refusal) as caught:
         await memory.store.commit(*work)
     return caught.value.code
 
 
-async def test_what_waits_is_one_transaction(memory: Memory) -> None:
+async def test_waiting_jobs_become_one_transaction(memory: Memory) -> None:
     chat, outcomes = memory.chat(1, 2), list[Any]()
     before = memory.stats.commits
     for _ in range(100):
         await memory.store.submit(
             memory_job(*memory.sends(chat, 1), done=outcomes.append)
         )
-    async with memory_running(memory):
+    async with running(memory):
         await trio.testing.wait_all_tasks_blocked()
     assert (memory.stats.commits, memory.stats.batch_max) == (before + 1, 100)
     assert [outcome.message.n for outcome in outcomes] == [*range(1, 101)]
 
 
-async def test_a_transaction_has_a_bound_of_jobs() -> None:
+async def test_the_number_of_jobs_in_a_transaction_is_limited() -> None:
     with memory_with(batch_jobs=10) as memory:
         chat = memory.chat(1, 2)
         for _ in range(25):
             await memory.store.submit(memory_job(*memory.sends(chat, 1)))
-        async with memory_running(memory):
+        async with running(memory):
             await trio.testing.wait_all_tasks_blocked()
         assert (memory.stats.commits, memory.stats.batch_max) == (4, 10)
 
 
-async def test_who_waits_for_a_work_gets_its_outcome_when_it_is_published(
+async def test_the_outcome_of_a_work_arrives_once_it_is_published(
     memory: Memory,
 ) -> None:
     chat = memory.chat(1, 2)
-    async with memory_running(memory):
+    async with running(memory):
         sent = await memory.store.commit(*memory.sends(chat, 1))
         assert memory.hub.head == sent.message.id
-        assert await memory_code(memory, memory.sends(99, 1)) == "not_found"
+        assert await refusal_code(memory, memory.sends(99, 1)) == "not_found"
         assert memory.store.writing_since is None
 
 
-async def test_a_work_is_done_though_its_caller_has_gone(memory: Memory) -> None:
+async def test_a_work_is_done_even_if_its_caller_is_cancelled(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     with trio.CancelScope() as gone:
         async with trio.open_nursery() as nursery:
@@ -751,30 +758,30 @@ async def test_a_work_is_done_though_its_caller_has_gone(memory: Memory) -> None
             nursery.start_soon(sending)
             await trio.testing.wait_all_tasks_blocked()
             gone.cancel()
-    async with memory_running(memory):
+    async with running(memory):
         pass
     assert memory.seqs(2) == [2, 3]
 
 
-async def test_a_stop_finishes_what_was_submitted(memory: Memory) -> None:
+async def test_a_stop_finishes_all_submitted_jobs(memory: Memory) -> None:
     chat, outcomes = memory.chat(1, 2), list[Any]()
     for _ in range(3):
         await memory.store.submit(
             memory_job(*memory.sends(chat, 1), done=outcomes.append)
         )
     memory.store.finish()
-    async with memory_running(memory):
+    async with running(memory):
         pass
     assert len(outcomes) == 3
     with pytest.raises(trio.ClosedResourceError):
         await memory.store.commit(*memory.sends(chat, 1))
 
 
-async def test_it_works_in_threads(tmp_path: Path) -> None:
+async def test_reads_and_writes_work_in_threads(tmp_path: Path) -> None:
     memory = Memory(tmp_path)
     memory.store._run_sync = trio.to_thread.run_sync
     chat = memory.chat(1, 2)
-    async with memory_running(memory), trio.open_nursery() as nursery:
+    async with running(memory), trio.open_nursery() as nursery:
         for _ in range(50):
             sending = functools.partial(memory.store.commit, *memory.sends(chat, 1))
             nursery.start_soon(sending)
@@ -789,14 +796,14 @@ async def test_it_works_in_threads(tmp_path: Path) -> None:
 # --- failures ------------------------------------------------------------------------
 
 
-def memory_all_failed(batch: chatd.Batch) -> bool:
+def all_failed(batch: chatd.Batch) -> bool:
     outcomes = [outcome for _, outcome in batch.answers]
     codes = {getattr(outcome, "code", "done") for outcome in outcomes}
     return batch.events == [] and codes == {"storage_failed"}
 
 
 @pytest.mark.parametrize("position", range(6))
-def test_a_disk_that_is_full_at_any_job_fails_the_whole_batch(
+def test_a_disk_that_fills_up_at_any_job_fails_the_whole_batch(
     memory: Memory, position: int
 ) -> None:
     chat, store, ran = memory.chat(1, 2), memory.store, list[int]()
@@ -811,9 +818,9 @@ def test_a_disk_that_is_full_at_any_job_fails_the_whole_batch(
     (pages,) = store._writer.execute("PRAGMA page_count").fetchone()
     store._writer.execute(f"PRAGMA max_page_count = {pages + 2}")
     batch = memory.commit(*works)
-    assert memory_all_failed(batch)
+    assert all_failed(batch)
     assert {outcome.retry_after for _, outcome in batch.answers} == {2.0}
-    assert ran == [*range(position + 1)]  # nothing more of it was run
+    assert ran == [*range(position + 1)]  # the jobs after it did not run
     memory.hub.publish(batch)
     assert (store.degraded, store._writer.in_transaction) == (True, False)
     assert (made.seqs(), memory.count("message"), memory.stats.failed) == ([], 0, 6)
@@ -825,14 +832,12 @@ def test_a_disk_that_is_full_at_any_job_fails_the_whole_batch(
     memory_is_sound(memory)
 
 
-def test_an_error_at_any_step_of_a_batch_fails_it_whole_and_leaves_nothing(
-    memory: Memory,
-) -> None:
+def test_an_error_at_any_step_of_a_batch_rolls_all_of_it_back(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     works: list[MemoryWork] = [
         memory.sends(chat, 1, "hi", "k"),
         (store.mark_read, 2, 3),
-        memory_spoiled(memory, chat),
+        refused_after_writes(memory, chat),
         (store.create_chat, None, [1, 3]),
         (store.add_member, chat, 3, 1),
         (store.remove_member, chat, 2, None),
@@ -841,7 +846,7 @@ def test_an_error_at_any_step_of_a_batch_fails_it_whole_and_leaves_nothing(
     steps, denied = itertools.count(1), 0
 
     def authorizer(*_: object) -> int:
-        """SQLite asks it at each step of each statement; one is denied."""
+        """SQLite calls this at each step of each statement; one step is denied."""
         return sqlite3.SQLITE_DENY if next(steps) == denied else sqlite3.SQLITE_OK
 
     batch = chatd.Batch([], [])
@@ -851,7 +856,7 @@ def test_an_error_at_any_step_of_a_batch_fails_it_whole_and_leaves_nothing(
         batch = memory.commit(*works)
         store._writer.set_authorizer(None)
         if not batch.events:
-            assert memory_all_failed(batch)
+            assert all_failed(batch)
             assert (store.degraded, store._writer.in_transaction) == (True, False)
             assert store._probe() == ([], [])
             assert (store.seq, store.degraded) == (2, False)
@@ -862,50 +867,50 @@ def test_an_error_at_any_step_of_a_batch_fails_it_whole_and_leaves_nothing(
     memory_is_sound(memory)
 
 
-class MemoryLiar(sqlite3.Connection):
-    """A connection on a disk that fails at the end of a commit that is there.
+class FailingCommit(sqlite3.Connection):
+    """A connection whose COMMIT succeeds and then reports an error.
 
-    What a failed fsync does: the only part of SQLite that a test
-    cannot bring about without a sick disk, so it is said here, after a real COMMIT.
+    A failed fsync has this effect. It is the only part of SQLite that a test cannot
+    provoke without a failing disk, so the error is raised here, after a real COMMIT.
     """
 
-    lie = ""
+    error = ""
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
         cursor = super().execute(sql, parameters)
-        if sql == "COMMIT" and self.lie:
+        if sql == "COMMIT" and self.error:
             error = sqlite3.OperationalError("disk I/O error")
-            error.sqlite_errorname, self.lie = self.lie, ""
+            error.sqlite_errorname, self.error = self.error, ""
             raise error
         return cursor
 
 
-def memory_liar(memory: Memory, lie: str) -> None:
-    """Let the next commit be a failed one that is there all the same."""
+def fail_next_commit(memory: Memory, error: str) -> None:
+    """Let the next commit report an error although its rows are written."""
     made = sqlite3.connect(
         memory.settings.db,
         isolation_level=None,
         check_same_thread=False,
-        factory=MemoryLiar,
+        factory=FailingCommit,
     )
-    made.execute("SELECT count(*) FROM meta")  # it keeps the WAL where it is
-    made.lie = lie
+    made.execute("SELECT count(*) FROM meta")  # an open reader keeps the WAL
+    made.error = error
     memory.store._writer.close()
     memory.store._writer = made
 
 
-@pytest.mark.parametrize("lie", ["SQLITE_FULL", "SQLITE_IOERR_FSYNC"])
-async def test_a_failed_commit_that_is_there_is_published_before_anything_else(
-    memory: Memory, lie: str, autojump_clock: trio.testing.MockClock
+@pytest.mark.parametrize("error", ["SQLITE_FULL", "SQLITE_IOERR_FSYNC"])
+async def test_a_failed_commit_that_is_on_disk_is_published_before_anything_else(
+    memory: Memory, error: str, autojump_clock: trio.testing.MockClock
 ) -> None:
     chat = memory.chat(1, 2)
     made = memory.sit(2)
-    memory_liar(memory, lie)
-    async with memory_running(memory):
+    fail_next_commit(memory, error)
+    async with running(memory):
         work = memory.sends(chat, 1, "once", "k")
-        assert await memory_code(memory, work) == "storage_failed"
+        assert await refusal_code(memory, work) == "storage_failed"
         assert (memory.store.degraded, memory.hub.head, made.seqs()) == (True, 2, [])
-        assert await memory_code(memory, work) == "storage_failed"
+        assert await refusal_code(memory, work) == "storage_failed"
         await trio.sleep(chatd.PROBE_SECONDS + 0.1)
         assert (memory.store.degraded, memory.hub.head, made.seqs()) == (False, 3, [3])
         again = await memory.store.commit(*work)
@@ -915,12 +920,12 @@ async def test_a_failed_commit_that_is_there_is_published_before_anything_else(
     memory_is_sound(memory)
 
 
-async def test_all_kinds_of_events_are_found_after_a_failed_commit(
+async def test_all_kinds_of_events_are_recovered_after_a_failed_commit(
     memory: Memory,
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
     made = memory.sit(2)
-    memory_liar(memory, "SQLITE_FULL")
+    fail_next_commit(memory, "SQLITE_FULL")
     batch = memory.commit(
         memory.sends(chat, 1, "hi", "k"),
         (store.mark_read, 2, 3),
@@ -928,7 +933,7 @@ async def test_all_kinds_of_events_are_found_after_a_failed_commit(
         (store.add_member, chat, 3, 1),
         (store.remove_member, chat, 1, 1),
     )
-    assert memory_all_failed(batch)
+    assert all_failed(batch)
     await trio.lowlevel.checkpoint()
     memory.hub.publish(store._probe())
     assert made.seqs() == [3, 4, 6, 7, 9]
@@ -936,17 +941,17 @@ async def test_all_kinds_of_events_are_found_after_a_failed_commit(
     memory_is_sound(memory)
 
 
-async def test_while_the_disk_is_sick_writes_are_refused_at_once_and_readers_go_on(
+async def test_while_storage_fails_writes_are_refused_at_once_and_reads_go_on(
     memory: Memory, autojump_clock: trio.testing.MockClock
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
     work = memory.sends(chat, 1)
-    async with memory_running(memory):
-        with memory_no_growth(store.wal):
-            assert await memory_code(memory, work) == "storage_failed"
+    async with running(memory):
+        with no_file_grows(store.wal):
+            assert await refusal_code(memory, work) == "storage_failed"
             started = trio.current_time()
             for _ in range(20):
-                assert await memory_code(memory, work) == "storage_failed"
+                assert await refusal_code(memory, work) == "storage_failed"
             assert trio.current_time() == started
             assert await store.read(store.my_chats, 1, memory.hub.head)
             await trio.sleep(60)
@@ -958,41 +963,44 @@ async def test_while_the_disk_is_sick_writes_are_refused_at_once_and_readers_go_
     memory_is_sound(memory)
 
 
-async def test_a_stop_while_the_disk_is_sick_is_a_stop(
+async def test_a_stop_while_storage_fails_does_not_wait(
     memory: Memory, autojump_clock: trio.testing.MockClock
 ) -> None:
     work = memory.sends(memory.chat(1, 2), 1)
-    with memory_no_growth(memory.store.wal):
-        async with memory_running(memory):
-            assert await memory_code(memory, work) == "storage_failed"
+    with no_file_grows(memory.store.wal):
+        async with running(memory):
+            assert await refusal_code(memory, work) == "storage_failed"
     assert trio.current_time() < 5
 
 
 @contextlib.contextmanager
-def memory_no_growth(path: Path) -> Iterator[None]:
-    """No file may grow past the size of this one: a real I/O error, for any user."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
+def lowered(limit: int, value: int) -> Iterator[None]:
+    """Lower a resource limit of this process for the length of a block."""
+    soft, hard = resource.getrlimit(limit)
+    resource.setrlimit(limit, (value, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(limit, (soft, hard))
 
 
-def test_after_an_io_error_the_file_is_opened_anew_however_often(
-    memory: Memory,
-) -> None:
+def no_file_grows(path: Path) -> contextlib.AbstractContextManager[None]:
+    """No file may grow past the size of this one: a real I/O error, for root too."""
+    return lowered(resource.RLIMIT_FSIZE, path.stat().st_size)
+
+
+def test_after_each_io_error_the_database_is_reopened(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     for n in (1, 2):
         store._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        memory_liar(memory, "SQLITE_IOERR_WRITE")
-        assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
-        for _ in range(5):  # the WAL is shorter than what a probe writes
-            sick = store._writer
-            with memory_no_growth(store.wal):
+        fail_next_commit(memory, "SQLITE_IOERR_WRITE")
+        assert all_failed(memory.commit(memory.sends(chat, 1)))
+        for _ in range(5):  # the WAL is shorter than the write of a probe
+            before = store._writer
+            with no_file_grows(store.wal):
                 assert store._probe() == ([], [])
             assert store.degraded
-            assert store._writer is not sick
+            assert store._writer is not before
         found = store._probe()
         assert [event.kind for event in found.events] == ["new_message"]
         memory.hub.publish(found)
@@ -1000,19 +1008,19 @@ def test_after_an_io_error_the_file_is_opened_anew_however_often(
     memory_is_sound(memory)
 
 
-async def test_a_disk_that_is_broken_for_minutes_costs_one_line_and_no_descriptor(
+async def test_a_long_storage_failure_logs_one_line_and_leaks_no_descriptor(
     memory: Memory,
     autojump_clock: trio.testing.MockClock,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
     work, opened = memory.sends(chat, 1), list[int]()
-    async with memory_running(memory):
-        with memory_no_growth(store.wal):
-            assert await memory_code(memory, work) == "storage_failed"
+    async with running(memory):
+        with no_file_grows(store.wal):
+            assert await refusal_code(memory, work) == "storage_failed"
             for _ in range(10):
                 await trio.sleep(30)
-                assert await memory_code(memory, work) == "storage_failed"
+                assert await refusal_code(memory, work) == "storage_failed"
                 assert await store.read(store.my_chats, 1, memory.hub.head)
                 opened.append(len(os.listdir("/proc/self/fd")))
         await trio.sleep(chatd.PROBE_SECONDS + 0.1)
@@ -1023,25 +1031,19 @@ async def test_a_disk_that_is_broken_for_minutes_costs_one_line_and_no_descripto
     memory_is_sound(memory)
 
 
-@contextlib.contextmanager
-def memory_no_descriptor() -> Iterator[None]:
-    """No file can be opened: there are as many as are allowed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def no_free_descriptor() -> contextlib.AbstractContextManager[None]:
+    """No file can be opened: the process has as many as its limit allows."""
     lowest = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return lowered(resource.RLIMIT_NOFILE, lowest)
 
 
-def test_a_file_that_cannot_be_opened_anew_is_opened_later(memory: Memory) -> None:
+def test_a_database_that_cannot_be_reopened_is_reopened_later(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
-    memory_liar(memory, "SQLITE_IOERR_WRITE")
-    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    fail_next_commit(memory, "SQLITE_IOERR_WRITE")
+    assert all_failed(memory.commit(memory.sends(chat, 1)))
     memory.my_chats(1)  # a reader is open
-    with memory_no_descriptor():
+    with no_free_descriptor():
         for _ in range(3):
             assert store._probe() == ([], [])
             assert store.failure == "SQLITE_CANTOPEN"
@@ -1051,13 +1053,13 @@ def test_a_file_that_cannot_be_opened_anew_is_opened_later(memory: Memory) -> No
     assert not store.degraded
 
 
-def test_a_disk_that_is_read_only_is_written_again_when_it_can_be() -> None:
-    """SQLite then opens the file read-only, and such a connection stays so."""
-    with tempfile.TemporaryDirectory() as folder, memory_as_nobody(Path(folder)):
+def test_writes_resume_when_a_read_only_file_is_writable_again() -> None:
+    """SQLite opens such a file read-only, and the connection stays read-only."""
+    with tempfile.TemporaryDirectory() as folder, as_unprivileged_user(Path(folder)):
         memory = Memory(Path(folder))
         chat, store = memory.chat(1, 2), memory.store
-        with memory_no_growth(store.wal):
-            assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+        with no_file_grows(store.wal):
+            assert all_failed(memory.commit(memory.sends(chat, 1)))
         assert store.failure == "SQLITE_IOERR_WRITE"
         memory.settings.db.chmod(0o400)
         assert store._probe() == ([], [])
@@ -1070,7 +1072,7 @@ def test_a_disk_that_is_read_only_is_written_again_when_it_can_be() -> None:
         store.close()
 
 
-def test_a_transaction_that_cannot_be_undone_ends_with_its_connection(
+def test_a_transaction_that_cannot_be_rolled_back_ends_with_its_connection(
     memory: Memory,
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
@@ -1081,7 +1083,7 @@ def test_a_transaction_that_cannot_be_undone_ends_with_its_connection(
         return sqlite3.SQLITE_DENY if denies else sqlite3.SQLITE_OK
 
     store._writer.set_authorizer(authorizer)
-    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    assert all_failed(memory.commit(memory.sends(chat, 1)))
     assert store._writer.in_transaction
     assert store._probe() == ([], [])
     assert (store.degraded, store._writer.in_transaction) == (False, False)
@@ -1089,29 +1091,33 @@ def test_a_transaction_that_cannot_be_undone_ends_with_its_connection(
     memory_is_sound(memory)
 
 
-@pytest.mark.parametrize("suffix", ["", "-wal"])
-@pytest.mark.parametrize("replaced", [False, True])
-@pytest.mark.parametrize("lie", ["SQLITE_FULL", "SQLITE_IOERR_WRITE"])
-def test_a_file_taken_away_while_the_disk_is_sick_ends_it(
-    memory: Memory, lie: str, replaced: bool, suffix: str
-) -> None:
-    chat, store = memory.chat(1, 2), memory.store
-    memory_liar(memory, lie)
-    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
-    path = chatd.beside(memory.settings.db, suffix)
-    copy = path.with_name("copy")
-    copy.write_bytes(path.read_bytes())
+def take_away(path: Path, *, replaced: bool) -> None:
+    """Remove a file, or replace it by a copy of itself."""
     if replaced:
+        copy = path.with_name("copy")
+        copy.write_bytes(path.read_bytes())
         copy.replace(path)
     else:
         path.unlink()
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("error", ["SQLITE_FULL", "SQLITE_IOERR_WRITE"])
+def test_a_file_removed_or_replaced_while_storage_fails_ends_the_server(
+    memory: Memory, error: str, replaced: bool, suffix: str
+) -> None:
+    chat, store = memory.chat(1, 2), memory.store
+    fail_next_commit(memory, error)
+    assert all_failed(memory.commit(memory.sends(chat, 1)))
+    take_away(chatd.beside(memory.settings.db, suffix), replaced=replaced)
     assert "removed or replaced" in usage_error_of(store._probe)
     assert store.degraded
 
 
 @pytest.fixture
 def linked(tmp_path: Path) -> Iterator[Memory]:
-    """A memory whose folder is named by a link."""
+    """A store and a hub whose folder is a symbolic link."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     memory = Memory(tmp_path / "link")
@@ -1119,13 +1125,13 @@ def linked(tmp_path: Path) -> Iterator[Memory]:
     memory.store.close()
 
 
-def test_a_name_that_cannot_be_looked_up_is_a_sick_disk_and_no_removed_file(
+def test_a_path_that_cannot_be_resolved_is_a_storage_failure_and_not_a_removed_file(
     linked: Memory, tmp_path: Path
 ) -> None:
     chat, store, link = linked.chat(1, 2), linked.store, tmp_path / "link"
     link.unlink()
-    link.symlink_to("link")  # to look through it is an OSError
-    assert memory_all_failed(linked.commit(linked.sends(chat, 1)))
+    link.symlink_to("link")  # a loop: to resolve it is an OSError
+    assert all_failed(linked.commit(linked.sends(chat, 1)))
     assert store._probe() == ([], [])
     assert store.failure == "OSError"
     link.unlink()
@@ -1134,35 +1140,33 @@ def test_a_name_that_cannot_be_looked_up_is_a_sick_disk_and_no_removed_file(
     assert not store.degraded
 
 
-def test_the_wal_of_a_database_behind_a_link_is_watched_and_written_anew(
+def test_the_wal_of_a_database_behind_a_link_is_watched_and_rewritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "chatd.db").symlink_to("real/chatd.db")
     memory = Memory(tmp_path)
     chat, store = memory.chat(1, 2), memory.store
-    memory_liar(memory, "SQLITE_IOERR_FSYNC")
-    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    fail_next_commit(memory, "SQLITE_IOERR_FSYNC")
+    assert all_failed(memory.commit(memory.sends(chat, 1)))
     wal = (tmp_path / "real" / "chatd.db-wal").stat()
-    resynced = memory_resynced(monkeypatch)
+    resynced = record_resyncs(monkeypatch)
     memory.hub.publish(store._probe())
     assert resynced == [(wal.st_ino, wal.st_size)]
     assert memory.say(chat, 1).message.n == 2
     assert store.wal_bytes() > 0
     (tmp_path / "real" / "chatd.db-wal").unlink()
-    said = usage_error_of(memory.commit, memory.sends(chat, 1))
-    assert "removed or replaced" in said
+    message = usage_error_of(memory.commit, memory.sends(chat, 1))
+    assert "removed or replaced" in message
     store.close()
 
 
-def test_a_limit_that_sqlite_takes_for_a_sick_disk_is_a_full_one(
-    memory: Memory,
-) -> None:
+def test_a_file_size_limit_is_handled_like_a_full_disk(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     work = memory.sends(chat, 1, "x" * 100_000)
-    with memory_no_growth(memory.settings.db.with_name("chatd.db-wal")):
-        assert memory_all_failed(memory.commit(work))
-        for _ in range(4):  # it does not end, and it does not say that it is well
+    with no_file_grows(memory.settings.db.with_name("chatd.db-wal")):
+        assert all_failed(memory.commit(work))
+        for _ in range(4):  # the store neither ends nor reports a recovery
             assert store._probe() == ([], [])
             assert store.degraded
     assert store._probe() == ([], [])
@@ -1171,17 +1175,7 @@ def test_a_limit_that_sqlite_takes_for_a_sick_disk_is_a_full_one(
     memory_is_sound(memory)
 
 
-@pytest.mark.parametrize("suffix", ["", "-wal"])
-def test_a_file_taken_away_is_noticed_before_the_ack(
-    memory: Memory, suffix: str
-) -> None:
-    chat = memory.chat(1, 2)
-    memory.settings.db.with_name(f"chatd.db{suffix}").unlink()
-    said = usage_error_of(memory.commit, memory.sends(chat, 1))
-    assert "removed or replaced" in said
-
-
-def test_a_large_new_chat_ends_its_transaction_and_the_others_come_next(
+def test_a_large_new_chat_ends_its_transaction_and_the_other_jobs_come_next(
     tmp_path: Path,
 ) -> None:
     memory = Memory(tmp_path, batch_events=3)
@@ -1194,9 +1188,9 @@ def test_a_large_new_chat_ends_its_transaction_and_the_others_come_next(
     memory.store.close()
 
 
-async def test_jobs_behind_a_large_new_chat_are_all_answered(tmp_path: Path) -> None:
+async def test_jobs_after_a_large_new_chat_are_all_answered(tmp_path: Path) -> None:
     memory = Memory(tmp_path, batch_events=3)
-    async with memory_running(memory), trio.open_nursery() as nursery:
+    async with running(memory), trio.open_nursery() as nursery:
         for users in ([1, 2, 3], [1], [2], [4, 5, 6], [7]):
             nursery.start_soon(
                 memory.store.commit, memory.store.create_chat, None, users
@@ -1205,7 +1199,7 @@ async def test_jobs_behind_a_large_new_chat_are_all_answered(tmp_path: Path) -> 
     memory.store.close()
 
 
-def test_a_link_to_a_database_has_the_same_lock(tmp_path: Path) -> None:
+def test_a_link_to_a_database_shares_its_lock(tmp_path: Path) -> None:
     link = tmp_path / "link.db"
     link.symlink_to(tmp_path / "chatd.db")
     with chatd.locked(tmp_path / "chatd.db"):
@@ -1215,19 +1209,19 @@ def test_a_link_to_a_database_has_the_same_lock(tmp_path: Path) -> None:
         )
 
 
-def test_a_missing_folder_is_named_before_the_lock(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported_before_the_lock(tmp_path: Path) -> None:
     context = contextlib.ExitStack()
     missing = chatd.locked(tmp_path / "none" / "chatd.db")
-    said = usage_error_of(context.enter_context, missing)
-    assert f"there is no folder {tmp_path / 'none'}" in said
+    message = usage_error_of(context.enter_context, missing)
+    assert f"there is no folder {tmp_path / 'none'}" in message
 
 
-def test_another_writer_is_a_failure_and_no_harm(memory: Memory) -> None:
+def test_another_writer_is_a_failure_that_passes(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     store._writer.execute("PRAGMA busy_timeout = 0")
     other = sqlite3.connect(memory.settings.db, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    assert all_failed(memory.commit(memory.sends(chat, 1)))
     assert store._probe() == ([], [])
     assert store.degraded
     other.close()
@@ -1236,32 +1230,28 @@ def test_another_writer_is_a_failure_and_no_harm(memory: Memory) -> None:
     memory_is_sound(memory)
 
 
+@pytest.mark.parametrize("suffix", ["", "-wal"])
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_file_that_was_removed_or_replaced_ends_it_before_a_lie(
-    memory: Memory, replaced: bool
+def test_a_removed_or_replaced_file_ends_the_server_before_an_ack(
+    memory: Memory, replaced: bool, suffix: str
 ) -> None:
     chat, db = memory.chat(1, 2), memory.settings.db
-    copy = db.with_name("copy")
-    copy.write_bytes(db.read_bytes())
-    if replaced:
-        copy.replace(db)
-    else:
-        db.unlink()
-    said = usage_error_of(memory.commit, memory.sends(chat, 1))
-    assert said == f"database {db}: removed or replaced under us"
-    said = usage_error_of(memory.store._probe)
-    assert "removed or replaced" in said
+    take_away(chatd.beside(db, suffix), replaced=replaced)
+    message = usage_error_of(memory.commit, memory.sends(chat, 1))
+    assert message == f"database {db}: removed or replaced under us"
+    message = usage_error_of(memory.store._probe)
+    assert "removed or replaced" in message
 
 
-async def test_a_removed_file_ends_the_store_s_task(memory: Memory) -> None:
+async def test_a_removed_file_ends_the_task_of_the_store(memory: Memory) -> None:
     work = memory.sends(memory.chat(1, 2), 1)
     memory.settings.db.unlink()
     with pytest.RaisesGroup(UsageError, flatten_subgroups=True):
-        async with memory_running(memory):
+        async with running(memory):
             await memory.store.commit(*work)
 
 
-def memory_spoil(path: Path, table: str) -> None:
+def overwrite_root_page(path: Path, table: str) -> None:
     """Overwrite the root page of a table or index with garbage."""
     db = sqlite3.connect(path)
     (page,) = db.execute(
@@ -1274,13 +1264,13 @@ def memory_spoil(path: Path, table: str) -> None:
         file.write(b"\xff" * size)
 
 
-def test_a_corrupt_table_refuses_its_readers_and_its_writers(memory: Memory) -> None:
+def test_a_corrupt_table_fails_its_readers_and_its_writers(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     memory.store.close()
-    memory_spoil(memory.settings.db, "member")
+    overwrite_root_page(memory.settings.db, "member")
     after = Memory(memory.settings.db.parent, check_bytes=1)
     assert refusal_of(after.my_chats, 1).code == "storage_failed"
-    assert memory_all_failed(after.commit(after.sends(chat, 1)))
+    assert all_failed(after.commit(after.sends(chat, 1)))
     assert after.store.degraded
     assert after.read(after.store.users) == [chatd.User(1, None), chatd.User(2, None)]
     assert after.stats.errors["DatabaseError"] == 1
@@ -1295,7 +1285,7 @@ def test_a_corrupt_table_refuses_its_readers_and_its_writers(memory: Memory) -> 
         """body = '{"message_id":3,"read_by":2}'""",
     ],
 )  # fmt: skip
-def test_an_event_that_cannot_be_read_refuses_its_readers_and_the_start(
+def test_an_unreadable_event_fails_its_readers_and_the_next_start(
     memory: Memory, change: str
 ) -> None:
     chat = memory.chat(1, 2)
@@ -1309,7 +1299,7 @@ def test_an_event_that_cannot_be_read_refuses_its_readers_and_the_start(
     assert "event 4, a " in usage_error_of(memory.again)
 
 
-def test_without_a_file_there_is_no_reading(memory: Memory) -> None:
+def test_reads_fail_after_the_file_was_removed(memory: Memory) -> None:
     memory.settings.db.unlink()
     assert refusal_of(memory.my_chats, 1).code == "storage_failed"
 
@@ -1317,16 +1307,16 @@ def test_without_a_file_there_is_no_reading(memory: Memory) -> None:
 # --- opening -------------------------------------------------------------------------
 
 
-def memory_open(path: Path, steps: list[str] | None = None) -> Store:
+def open_store(path: Path, steps: list[str] | None = None) -> Store:
     return memory_store(Settings(db=path), Stats(), steps=steps)
 
 
-def memory_steps(*more: str) -> list[str]:
-    """schema.sql's steps, and more of them."""
+def steps_with(*more: str) -> list[str]:
+    """The steps of schema.sql, and more steps."""
     return [*chatd.schema_steps(), *more]
 
 
-def memory_version(path: Path) -> tuple[int, set[str]]:
+def version_and_names(path: Path) -> tuple[int, set[str]]:
     db = sqlite3.connect(path)
     (version,) = db.execute("PRAGMA user_version").fetchone()
     names = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
@@ -1334,20 +1324,20 @@ def memory_version(path: Path) -> tuple[int, set[str]]:
     return version, names
 
 
-def test_an_older_schema_is_brought_up_and_loses_nothing(tmp_path: Path) -> None:
+def test_an_older_schema_is_migrated_and_loses_nothing(tmp_path: Path) -> None:
     memory = Memory(tmp_path)
     chat = memory.chat(1, 2)
     memory.say(chat, 1)
     memory.store.close()
-    steps = memory_steps("CREATE TABLE more (x) STRICT;".replace("x", "x INTEGER"))
-    store = memory_open(memory.settings.db, steps)
+    steps = steps_with("CREATE TABLE more (x) STRICT;".replace("x", "x INTEGER"))
+    store = open_store(memory.settings.db, steps)
     assert (store.seq, store.epoch) == (3, memory.store.epoch)
     store.close()
-    version, names = memory_version(memory.settings.db)
+    version, names = version_and_names(memory.settings.db)
     assert (version, "more" in names) == (3, True)
-    said = usage_error_of(memory_open, memory.settings.db)  # and back is refused
-    assert "newer chatd (schema 3, this one knows 2)" in said
-    assert "install" in said
+    message = usage_error_of(open_store, memory.settings.db)  # a downgrade is refused
+    assert "newer chatd (schema 3, this one knows 2)" in message
+    assert "install" in message
 
 
 @pytest.mark.parametrize(
@@ -1358,66 +1348,60 @@ def test_an_older_schema_is_brought_up_and_loses_nothing(tmp_path: Path) -> None
         "CREATE TABLE more (x INTEGER); INSERT INTO meta VALUES ('epoch', 'x');",
     ],
 )
-def test_a_failing_migration_changes_nothing(tmp_path: Path, step: str) -> None:
+def test_a_failed_migration_changes_nothing(tmp_path: Path, step: str) -> None:
     memory = Memory(tmp_path)
     memory.chat(1, 2)
     memory.store.close()
-    before = memory_version(memory.settings.db)
-    said = usage_error_of(memory_open, memory.settings.db, memory_steps(step))
-    assert str(memory.settings.db) in said
-    assert memory_version(memory.settings.db) == before
+    before = version_and_names(memory.settings.db)
+    message = usage_error_of(open_store, memory.settings.db, steps_with(step))
+    assert str(memory.settings.db) in message
+    assert version_and_names(memory.settings.db) == before
     assert before[0] == 2
-    assert memory_open(memory.settings.db).seq == 2
+    assert open_store(memory.settings.db).seq == 2
 
 
-def test_a_migration_runs_only_the_steps_that_are_missing(tmp_path: Path) -> None:
+def test_a_migration_runs_only_the_missing_steps(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     one, two, three = (f"CREATE TABLE t{i} (x INTEGER);" for i in (1, 2, 3))
-    memory_open(path, memory_steps(one)).close()
-    memory_open(path, memory_steps(one, two, three)).close()
-    assert memory_version(path)[0] == 5
-    assert {"t1", "t2", "t3"} < memory_version(path)[1]
+    open_store(path, steps_with(one)).close()
+    open_store(path, steps_with(one, two, three)).close()
+    assert version_and_names(path)[0] == 5
+    assert {"t1", "t2", "t3"} < version_and_names(path)[1]
 
 
-def test_the_schema_has_one_step_a_version() -> None:
+def test_the_schema_has_one_step_per_version() -> None:
     text = Path(chatd.__file__).with_name("schema.sql").read_text("utf-8")
     versions = re.findall(r"(?m)^-- version (\d+)$", text)
     assert versions == [str(n) for n in range(1, len(chatd.schema_steps()) + 1)]
 
 
-def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other.db"
-    db = sqlite3.connect(path)
-    db.execute("CREATE TABLE notes (x)")
-    db.close()
-    assert "belongs to another program" in usage_error_of(memory_open, path)
-    assert memory_version(path) == (0, {"notes"})
-
-
 @pytest.mark.parametrize("mode", ["delete", "wal"])
-def test_a_file_of_another_program_is_left_as_it_was(tmp_path: Path, mode: str) -> None:
+def test_a_file_of_another_program_is_refused_and_left_unchanged(
+    tmp_path: Path, mode: str
+) -> None:
     path = tmp_path / "other.db"
     db = sqlite3.connect(path)
     db.execute(f"PRAGMA journal_mode = {mode}")
     db.execute("CREATE TABLE notes (x)")
     db.close()
     before = path.read_bytes()
-    usage_error_of(memory_open, path)
+    assert "belongs to another program" in usage_error_of(open_store, path)
     assert path.read_bytes() == before
     assert mode == "wal" or [*tmp_path.iterdir()] == [path]
+    assert version_and_names(path) == (0, {"notes"})
 
 
-def test_a_file_that_is_no_database_is_refused_and_left_as_it_was(
+def test_a_file_that_is_not_a_database_is_refused_and_left_unchanged(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "notes.txt"
     for text in (b"Buy milk.\n" * 500, b"SQLite format 3\0" + b"\xff" * 5000):
         path.write_bytes(text)
-        assert str(path) in usage_error_of(memory_open, path)
+        assert str(path) in usage_error_of(open_store, path)
         assert path.read_bytes() == text
 
 
-def test_a_connection_that_cannot_be_used_is_closed(tmp_path: Path) -> None:
+def test_a_connection_to_an_unusable_file_is_closed(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(b"Buy milk.\n" * 500)
     with pytest.raises(sqlite3.DatabaseError):
@@ -1426,29 +1410,35 @@ def test_a_connection_that_cannot_be_used_is_closed(tmp_path: Path) -> None:
         chatd.open_database(tmp_path / "none", readonly=True)
 
 
-def test_what_a_killed_process_left_in_its_wal_is_read_at_the_start(
+def copy_as_killed(folder: Path) -> Path:
+    """Copy the database and its WAL as a killed process leaves them."""
+    copy = folder / "copy"
+    copy.mkdir()
+    for name in ("chatd.db", "chatd.db-wal"):
+        (copy / name).write_bytes((folder / name).read_bytes())
+    return copy
+
+
+def test_a_start_reads_the_wal_that_a_killed_process_left(
     memory: Memory, tmp_path: Path
 ) -> None:
     chat = memory.chat(1, 2)
     memory.say(chat, 1, "once", "k")
-    (tmp_path / "copy").mkdir()
-    for name in ("chatd.db", "chatd.db-wal"):  # as they are when it is killed
-        (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
-    after = Memory(tmp_path / "copy")
+    after = Memory(copy_as_killed(tmp_path))
     assert (after.hub.head, after.seqs(2)) == (3, [2, 3])
     assert after.say(chat, 1, "once", "k").duplicate
     memory_is_sound(after)
     after.store.close()
 
 
-def memory_resynced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Note of each file that we sync how much of it was written before, anew."""
+def record_resyncs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Record each fsync: the inode, and how many bytes were rewritten before it."""
     written: dict[int, int] = {}
     resynced: list[tuple[int, int]] = []
     pwrite, fsync = os.pwrite, os.fsync
 
     def noted_pwrite(fd: int, data: bytes, at: int) -> int:
-        assert os.pread(fd, len(data), at) == data  # what is there already
+        assert os.pread(fd, len(data), at) == data  # the same bytes as before
         count = pwrite(fd, data, at)
         written[fd] = at + count
         return count
@@ -1462,42 +1452,38 @@ def memory_resynced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return resynced
 
 
-def test_what_a_killed_process_may_not_have_synced_is_synced_at_the_start(
+def test_a_start_syncs_the_wal_that_a_killed_process_left(
     memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory.say(memory.chat(1, 2), 1)
-    (tmp_path / "copy").mkdir()
-    for name in ("chatd.db", "chatd.db-wal"):
-        (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
-    wal = (tmp_path / "copy" / "chatd.db-wal").stat()
-    resynced = memory_resynced(monkeypatch)
-    after = Memory(tmp_path / "copy")
+    copy = copy_as_killed(tmp_path)
+    wal = (copy / "chatd.db-wal").stat()
+    resynced = record_resyncs(monkeypatch)
+    after = Memory(copy)
     assert resynced == [(wal.st_ino, wal.st_size)]
     assert after.hub.head == 3
     after.store.close()
 
 
-def test_after_a_failed_sync_the_whole_log_of_changes_is_written_anew(
+def test_after_a_failed_fsync_the_whole_wal_is_rewritten(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
-    memory_liar(memory, "SQLITE_IOERR_FSYNC")
-    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    fail_next_commit(memory, "SQLITE_IOERR_FSYNC")
+    assert all_failed(memory.commit(memory.sends(chat, 1)))
     wal = store.wal.stat()
-    resynced = memory_resynced(monkeypatch)
+    resynced = record_resyncs(monkeypatch)
     assert len(store._probe().events) == 1
     assert resynced == [(wal.st_ino, wal.st_size)]
 
 
-def test_a_probe_makes_room_by_folding_the_log_of_changes_into_the_file(
-    memory: Memory,
-) -> None:
+def test_a_probe_frees_space_with_a_checkpoint_of_the_wal(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     for _ in range(100):
         memory.say(chat, 1, "x" * 4000)
-    with memory_no_growth(memory.settings.db.with_name("chatd.db-wal")):
+    with no_file_grows(memory.settings.db.with_name("chatd.db-wal")):
         work = memory.sends(chat, 1, "x" * 4000)
-        assert memory_all_failed(memory.commit(work))
+        assert all_failed(memory.commit(work))
         assert store.degraded
         assert store._probe() == ([], [])
         assert not store.degraded
@@ -1505,39 +1491,41 @@ def test_a_probe_makes_room_by_folding_the_log_of_changes_into_the_file(
     memory_is_sound(memory)
 
 
-def test_a_log_of_changes_that_cannot_be_written_anew_is_a_disk_still_sick(
+def test_storage_still_fails_if_the_wal_cannot_be_rewritten(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sick(*_: object) -> int:
+    def failing(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
     chat, store = memory.chat(1, 2), memory.store
-    memory_liar(memory, "SQLITE_IOERR_FSYNC")
-    assert memory_all_failed(memory.commit(memory.sends(chat, 1)))
+    fail_next_commit(memory, "SQLITE_IOERR_FSYNC")
+    assert all_failed(memory.commit(memory.sends(chat, 1)))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", sick)
+        patch.setattr(os, "pwrite", failing)
         assert store._probe() == ([], [])
         assert store.degraded
     assert len(store._probe().events) == 1
     assert not store.degraded
 
 
-def test_a_path_where_no_file_can_be_is_named(tmp_path: Path) -> None:
+def test_an_error_names_a_path_that_cannot_be_a_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none" / "a.db"):
-        assert f"database {path}: " in usage_error_of(memory_open, path)
+        assert f"database {path}: " in usage_error_of(open_store, path)
 
 
-def test_a_corrupt_log_is_refused_at_the_start_with_a_sentence(tmp_path: Path) -> None:
+def test_a_start_with_a_corrupt_event_log_fails_and_names_the_file(
+    tmp_path: Path,
+) -> None:
     memory = Memory(tmp_path)
     memory.chat(1, 2)
     memory.store.close()
-    memory_spoil(memory.settings.db, "event")
-    assert str(memory.settings.db) in usage_error_of(memory_open, memory.settings.db)
+    overwrite_root_page(memory.settings.db, "event")
+    assert str(memory.settings.db) in usage_error_of(open_store, memory.settings.db)
 
 
 @contextlib.contextmanager
-def memory_as_nobody(folder: Path) -> Iterator[None]:
-    """Be a user whom file modes bind: root is not one."""
+def as_unprivileged_user(folder: Path) -> Iterator[None]:
+    """Run as a user that file modes apply to; they do not apply to root."""
     user = os.geteuid()
     if user == 0:
         os.chown(folder, 65534, 65534)
@@ -1548,31 +1536,31 @@ def memory_as_nobody(folder: Path) -> Iterator[None]:
         os.seteuid(user)
 
 
-def test_a_file_that_may_not_be_written_is_refused() -> None:
+def test_a_file_without_write_permission_is_refused() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.db"
-        memory_open(path).close()
+        open_store(path).close()
         path.chmod(0o400)
-        with memory_as_nobody(path.parent):
-            assert "ermission denied" in usage_error_of(memory_open, path)
+        with as_unprivileged_user(path.parent):
+            assert "ermission denied" in usage_error_of(open_store, path)
 
 
-def test_two_new_files_have_two_epochs_and_a_file_keeps_its_own(tmp_path: Path) -> None:
-    one, two = (memory_open(tmp_path / name) for name in ("a.db", "b.db"))
+def test_each_new_file_has_an_epoch_of_its_own_and_keeps_it(tmp_path: Path) -> None:
+    one, two = (open_store(tmp_path / name) for name in ("a.db", "b.db"))
     assert one.epoch != two.epoch
     assert re.fullmatch(r"[0-9a-z]{4,16}", one.epoch)
     for store in (one, two):
         store.close()
-    again = memory_open(tmp_path / "a.db")
+    again = open_store(tmp_path / "a.db")
     assert (again.epoch, again.seq) == (one.epoch, 0)
     again.close()
 
 
-# --- Storage that fails --------------------------------------------------------------
+# --- storage that fails, as a client sees it -----------------------------------------
 
 
 @wires()
-async def test_a_full_disk_is_told_nothing_is_acked_and_it_recovers_by_itself(
+async def test_a_full_disk_is_reported_acks_nothing_and_recovers_without_a_restart(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -1603,7 +1591,7 @@ async def test_a_full_disk_is_told_nothing_is_acked_and_it_recovers_by_itself(
 
 
 @wires()
-async def test_a_database_that_cannot_be_looked_up_for_a_while_ends_no_server(
+async def test_the_server_survives_a_database_path_that_fails_for_a_while(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -1611,7 +1599,7 @@ async def test_a_database_that_cannot_be_looked_up_for_a_while_ends_no_server(
     folder = house.store.path.parent
     aside = folder.with_name(f"{folder.name}-aside")
     folder.rename(aside)
-    folder.symlink_to(folder)  # to look through it is an OSError
+    folder.symlink_to(folder)  # a loop: to resolve it is an OSError
     await trio.sleep(10)
     command = {"chat_id": chat, "content": "hi", "client_id": "k"}
     assert (await peer.refused("send_message", **command))["code"] == "storage_failed"
@@ -1623,6 +1611,3 @@ async def test_a_database_that_cannot_be_looked_up_for_a_while_ends_no_server(
     await trio.sleep(2)
     assert (await house.ask("GET", "/healthz")).status == 200
     assert (await peer.ask("send_message", **command))["duplicate"]
-
-
-# --- the promise ---------------------------------------------------------------------
