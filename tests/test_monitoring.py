@@ -57,9 +57,9 @@ def test_a_bug_that_ends_the_process_is_one_log_line_too(
 
     monkeypatch.setattr(chatd, "print_check", broken)
     assert chatd.main(["check"]) == 1
-    said = capsys.readouterr().err
+    err = capsys.readouterr().err
     where = r"test_monitoring\.py:\d+ broken < chatd\.py:\d+ main"
-    assert re.fullmatch(rf"ERROR crashed error='ValueError' at='{where}'\n", said), said
+    assert re.fullmatch(rf"ERROR crashed error='ValueError' at='{where}'\n", err), err
 
 
 @pytest.mark.parametrize(

@@ -56,27 +56,27 @@ async def test_a_commit_that_hangs_for_60_s_ends_the_watchdog_messages(
         monkeypatch.setenv("NOTIFY_SOCKET", address.replace("\0", "@"))
         systemd.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
 
-        async def told(seconds: float) -> list[bytes]:
-            heard = []
+        async def notifications(seconds: float) -> list[bytes]:
+            received = []
             for _ in range(round(seconds)):
                 await trio.sleep(1)
                 with contextlib.suppress(BlockingIOError):
                     while True:
-                        heard.append(systemd.recv(100))
-            return heard
+                        received.append(systemd.recv(100))
+            return received
 
         alive = b"WATCHDOG=1\nSTATUS=sockets: 0"
-        assert set(await told(10)) == {alive}
+        assert set(await notifications(10)) == {alive}
         house.disk.hold()
         raw = house.dial()
         auth = f"Bearer {house.token(6)}"
         await raw.send(
             wires_request("POST", "/api/v1/chats", b"{}", Authorization=auth)
         )
-        assert 58 <= len(await told(70)) <= 61
-        assert await told(60) == []
+        assert 58 <= len(await notifications(70)) <= 61
+        assert await notifications(60) == []
         house.disk.go()
-        assert set(await told(3)) == {alive}
+        assert set(await notifications(3)) == {alive}
         monkeypatch.delenv("NOTIFY_SOCKET")
 
 
@@ -129,17 +129,17 @@ class ServiceManager:
         self.inbox.bind(self.address)
         self.store: list[tuple[str, socket.socket]] = []
         self.given: list[tuple[str, socket.socket]] = []  # from a socket unit
-        self.heard: list[str] = []  # from the process that runs now
+        self.received: list[str] = []  # from the process that runs now
         self.news = DoorCount()
         self.process: trio.Process | None = None
 
-    async def hear(self) -> None:
+    async def receive(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self.inbox)
             text, fds, _, _ = socket.recv_fds(self.inbox, 4096, 64)
             lines = text.decode().split("\n")
             words = dict(line.split("=", 1) for line in lines)
-            self.heard += lines
+            self.received += lines
             name = words.get("FDNAME", "stored")
             if words.get("FDSTOREREMOVE") == "1":
                 self.drop(name)
@@ -161,7 +161,7 @@ class ServiceManager:
     async def start(self, *flags: object, pid: str = "") -> None:
         """Start chatd, and wait for READY=1."""
         passed = [*self.given, *self.store]
-        self.heard.clear()
+        self.received.clear()
         fds = [sock.fileno() for _, sock in passed]
         with (self.home / "out").open("ab") as out:
             self.process = await trio.lowlevel.open_process(
@@ -180,11 +180,11 @@ class ServiceManager:
                 stderr=out,
                 pass_fds=fds,
             )
-        await self.hears("READY=1")
+        await self.wait_for("READY=1")
 
-    async def hears(self, line: str) -> None:
+    async def wait_for(self, line: str) -> None:
         with trio.fail_after(DOOR_SECONDS):
-            while line not in self.heard:
+            while line not in self.received:
                 await self.news.reaches(self.news.value + 1)
 
     async def stop(self, signum: int = signal.SIGTERM) -> None:
@@ -221,7 +221,7 @@ async def service_manager(
     manager = ServiceManager(home, store_max=store_max)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(manager.hear)
+            nursery.start_soon(manager.receive)
             yield manager
             nursery.cancel_scope.cancel()
     finally:
@@ -246,18 +246,18 @@ async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
         ((host, port),) = manager.kept
         answered = DoorCount()
 
-        async def come() -> None:
+        async def connect() -> None:
             while True:  # a refused connection, or one without an answer, raises
                 assert await health_status(host, port) in (200, 503)
                 answered.add()
 
         for _ in range(3):
-            nursery.start_soon(come)
+            nursery.start_soon(connect)
         for _ in range(10):
             with trio.fail_after(DOOR_SECONDS):
                 await answered.reaches(answered.value + 10)
             await manager.stop()
-            await manager.hears("STOPPING=1")
+            await manager.wait_for("STOPPING=1")
             await manager.start("--listen", "127.0.0.1:0")
             assert manager.kept == [(host, port)]
         await answered.reaches(answered.value + 10)
@@ -276,12 +276,12 @@ async def test_clients_that_connect_between_two_processes_are_answered_by_the_ne
             await manager.stop(signum)
             statuses: list[int] = []
 
-            async def come(told: list[int] = statuses) -> None:
-                told.append(await health_status(host, port))
+            async def connect(found: list[int] = statuses) -> None:
+                found.append(await health_status(host, port))
 
             async with trio.open_nursery() as nursery:
                 for _ in range(50):
-                    nursery.start_soon(come)
+                    nursery.start_soon(connect)
                 await wait_all_tasks_blocked()
                 assert statuses == []
                 await manager.start("--listen", f"{host}:{port}")
@@ -444,7 +444,7 @@ async def test_a_descriptor_that_is_no_listening_tcp_socket_is_refused_at_start(
 
 
 async def test_passed_sockets_are_taken_once_and_not_inherited(tmp_path: Path) -> None:
-    look = """
+    program = """
 import chatd, os
 given, _ = chatd.passed_sockets()
 print(len(given), len(chatd.passed_sockets()[0]))
@@ -455,7 +455,7 @@ print(os.get_inheritable(3), [n for n in os.environ if n.startswith("LISTEN_")])
             done = await trio.run_process(
                 [
                     *(sys.executable, "-c", EXEC_WITH_SOCKETS, str(server.fileno())),
-                    *("-c", f"import os\n{before}\n{look}"),
+                    *("-c", f"import os\n{before}\n{program}"),
                 ],
                 cwd=DOOR_CHECKOUT,
                 env=door_environment(LISTEN_FDS="1"),
@@ -754,7 +754,7 @@ async def test_an_empty_file_beside_a_wal_is_not_a_new_database(
 async def test_a_new_database_has_chatds_application_id_even_without_its_wal(
     house: DoorServer,
 ) -> None:
-    """Without it a file whose -wal is lost would look like a new one."""
+    """Without the id, a damaged -wal would make the database look like a new file."""
     async with house.serving():
         await house.kill()
         with contextlib.suppress(FileNotFoundError):

@@ -1167,8 +1167,8 @@ async def test_nodes_own_websocket_client_works_through_the_proxy(
         [node, flag, "--no-warnings", "-e", NODE_CLIENT, url, str(chat)],
         capture_stdout=True,
     )
-    said = done.stdout.decode().split()
-    assert said == ["open", "connected", "new_message", "ack", "1000"]
+    printed = done.stdout.decode().split()
+    assert printed == ["open", "connected", "new_message", "ack", "1000"]
 
 
 async def test_the_server_sees_the_clients_address_and_no_client_can_forge_it(

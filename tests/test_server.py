@@ -273,8 +273,8 @@ async def test_at_the_connection_limit_the_longest_parked_connection_is_closed(
     await wait_all_tasks_blocked()
     first, second = parked[:2]
     await first.ask("GET", "/healthz")  # now the second one has been parked longest
-    newcomer = house.dial()
-    assert (await newcomer.ask("GET", "/healthz")).status == 200
+    newest = house.dial()
+    assert (await newest.ask("GET", "/healthz")).status == 200
     assert await second.ends() == b""
     assert (await first.ask("GET", "/healthz")).status == 200
     assert house.server.listener.open == 129
@@ -345,9 +345,9 @@ async def test_a_connection_with_a_slow_body_is_closed_for_a_new_one(
     for raw in slow:
         await raw.send(wires_request("POST", "/api/v1/chats", None, **auth))
     await wait_all_tasks_blocked()
-    newcomer = house.dial()
-    await newcomer.send(wires_request("GET", "/healthz"))
-    assert (await newcomer.answer()).status == 200
+    newest = house.dial()
+    await newest.send(wires_request("GET", "/healthz"))
+    assert (await newest.answer()).status == 200
     assert await slow[0].ends() == b""
     await slow[1].send(b"{}")
     assert (await slow[1].answer()).status == 201
@@ -402,7 +402,7 @@ async def test_a_bug_ends_its_own_connection_only_and_is_counted_and_logged(
     caplog.set_level(logging.WARNING, "chatd")
     house.errors = {"ValueError": 2}
     chat = await house.chat(6, 7)
-    innocent = await house.join(7)
+    other = await house.join(7)
     kept = house.dial()
     await kept.ask("GET", "/healthz")
     raw = house.dial()
@@ -416,7 +416,7 @@ async def test_a_bug_ends_its_own_connection_only_and_is_counted_and_logged(
     # A bug in a session's task ends the whole session.
     peer = await house.join(6, cursor=f"{house.store.epoch}.0", hello=False)
     assert await peer.end() == ([], 1006)
-    assert (await innocent.ask("ping"))["type"] == "pong"
+    assert (await other.ask("ping"))["type"] == "pong"
     assert (await kept.ask("GET", "/healthz")).status == 200
     assert [s.claims.user_id for s in house.server.sessions] == [7]
     assert (await house.stats())["errors"] == {"ValueError": 2}
