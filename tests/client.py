@@ -1,4 +1,4 @@
-"""A chatd process and a client of it, as test_chatd.py sees them: from outside."""
+"""A chatd process and a client, both from outside, for test_chatd.py."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Json = dict[str, Any]
 
 
 class Closed(Exception):
-    """The server closed the connection; the code is 1006 if it said none."""
+    """The server closed the connection; the code is 1006 without a close frame."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -54,9 +54,9 @@ class Closed(Exception):
 
 
 class Client:
-    """One open socket. It reads only when it is asked for something.
+    """A WebSocket client. It reads only in the methods that receive.
 
-    The protocol is that of the `websockets` package, which chatd does not use.
+    It uses the `websockets` package, which chatd does not use.
     """
 
     def __init__(self, stream: trio.SocketStream, url: str) -> None:
@@ -97,7 +97,7 @@ class Client:
         return frame
 
     async def receives_nothing(self) -> None:
-        """Nothing was on its way: the next frame answers a ping."""
+        """Claim that nothing was on its way: the next frame answers a ping."""
         await self.send("ping")
         await self.receive("pong")
 
@@ -130,7 +130,7 @@ class Client:
         await self.stream.aclose()
 
     def reset(self) -> None:
-        """Hang up without a word, as a phone does that loses its network."""
+        """Disconnect with RST, without a close frame."""
         linger = struct.pack("ii", 1, 0)
         self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.stream.socket.close()
@@ -180,7 +180,7 @@ class Answer:
 
 
 def environment() -> dict[str, str]:
-    """Our environment without what chatd would read in it."""
+    """Return our environment without the variables that chatd reads."""
     systemd = ("CREDENTIALS_", "JOURNAL_", "LISTEN_", "NOTIFY_", "STATE_", "WATCHDOG_")
     names = [name for name in os.environ if not name.startswith(("CHATD_", *systemd))]
     return {name: os.environ[name] for name in names}
@@ -198,7 +198,7 @@ async def chatd(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 class Server:
-    """A database and the process that serves it, or a proxy before another server."""
+    """A database and its server process, or a proxy in front of another server."""
 
     def __init__(self, home: Path, *command: str, db: Path | None = None) -> None:
         home.mkdir(exist_ok=True)
@@ -213,7 +213,7 @@ class Server:
     # The process
 
     async def start(self) -> None:
-        """Start it, again on the port that it had, and wait until it listens."""
+        """Start the process, again on the same port, and wait until it listens."""
         process = self._start()
         while not (found := re.match(r"listening on \S+:(\d+)$", await self.line())):
             assert process.poll() is None, self.log
@@ -234,7 +234,7 @@ class Server:
         return self.process
 
     async def line(self) -> str:
-        """Return the next line that it prints."""
+        """Return the next line that the process prints."""
         assert self.process is not None
         assert self.process.stdout is not None
         line = await trio.to_thread.run_sync(self.process.stdout.readline)
@@ -242,7 +242,7 @@ class Server:
         return line
 
     async def end(self, signal_: int) -> int:
-        """Send it a signal and return its exit status."""
+        """Send a signal and return the exit status of the process."""
         assert self.process is not None
         self.running = trio.Event()
         self.process.send_signal(signal_)
@@ -256,7 +256,7 @@ class Server:
         await self.end(signal.SIGKILL)
 
     async def stop(self) -> None:
-        """Stop it as an operator does. It must say that all went well."""
+        """Stop the process with SIGTERM. Its status must be 0 and its log clean."""
         self.hang_up()
         assert await self.end(signal.SIGTERM) == 0, self.log
         assert not MISTAKE.search(self.log), self.log
@@ -285,7 +285,7 @@ class Server:
 
     @property
     def memory(self) -> int:
-        """Its resident memory in bytes."""
+        """The resident memory of the process in bytes."""
         assert self.process is not None
         status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
         return int(status.partition("VmRSS:")[2].split()[0]) * 1024
@@ -348,7 +348,7 @@ class Server:
     async def connect(
         self, who: int | str, cursor: str = "", *, receive_buffer: int = 0
     ) -> Client:
-        """Open the socket of a user, or of who has this token."""
+        """Open the socket of a user, or of this token."""
         sock = trio.socket.socket()
         self.sockets.append(sock)
         if receive_buffer:
@@ -372,7 +372,7 @@ class Server:
         answer = await self.ask(target, **{**upgrade, **headers})
         return answer.status, answer.code
 
-    # What most tests begin with
+    # Chats, messages, events
 
     async def create_chat(self, *members: int) -> int:
         body = {"member_ids": members}
@@ -390,7 +390,7 @@ class Server:
         return await self.want(200, f"GET /api/v1/events?{query}", self.token(user))
 
     async def cursor(self, user: int) -> str:
-        """Return a cursor behind everything that has happened."""
+        """Return a cursor after everything that has happened."""
         return str((await self.poll(user))["cursor"])
 
     async def events(self, user: int, cursor: str) -> list[Json]:
@@ -422,7 +422,7 @@ class Server:
 
 
 async def until(true: Callable[[], Awaitable[bool]]) -> None:
-    """Wait for what the server tells only when it is asked."""
+    """Poll until the condition is true: the server does not announce it."""
     with trio.fail_after(SECONDS):
         while True:
             if await true():
@@ -431,7 +431,7 @@ async def until(true: Callable[[], Awaitable[bool]]) -> None:
 
 
 class Sender:
-    """Sends its messages in order, each again and again until it is acked."""
+    """Sends messages in order. Sends again, after a lost connection, until acked."""
 
     def __init__(self, server: Server, user: int, texts: list[tuple[int, str]]) -> None:
         self.server, self.user, name = server, user, secrets.token_hex(4)
@@ -442,7 +442,7 @@ class Sender:
         self.acks: dict[str, Json] = {}  # by client_id
 
     async def send(self, acked: Counter, in_flight: int = 16) -> None:
-        """Send all, over as many connections as it takes."""
+        """Send every message, over as many connections as it takes."""
         while self.left:
             with suppress(OSError, Closed):
                 client = await self.server.connect(self.user)
@@ -453,7 +453,7 @@ class Sender:
     async def send_over(
         self, client: Client, acked: Counter, in_flight: int = 16
     ) -> None:
-        """Send over one connection; if it ends, `left` is what has no ack."""
+        """Send over one connection. If it ends, `left` has what was not acked."""
         sent = 0
         while self.left:
             for message in itertools.islice(self.left, sent, in_flight):

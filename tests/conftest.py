@@ -1,4 +1,4 @@
-"""The fixtures that tests of more than one file ask for."""
+"""Fixtures that the tests of more than one file use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.harness import DOOR_MISTAKE, DOOR_OPEN, STORES, DoorProxy, DoorServer
 
 @pytest.fixture
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of the machine reaches the settings; help lines are not broken."""
+    """Unset the variables that chatd reads; keep lines of `--help` unbroken."""
     for name in [*os.environ]:
         if name.startswith(("CHATD_", "STATE_DIR", "CREDENTIALS_DIR", "JOURNAL_")):
             monkeypatch.delenv(name)
@@ -23,7 +23,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def stores_end() -> Iterator[None]:
-    """Close what a test has opened; from Python 3.13 on it would be an error."""
+    """Close the stores that a test left open: Python 3.13 and later warn of them."""
     yield
     while STORES:
         STORES.pop().close()
@@ -38,7 +38,7 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[DoorServer]:
-    """A server of the test's own: `async with house.serving(...)`."""
+    """A server of the test's own. Start it: `async with house.serving(...)`."""
     server = DoorServer(tmp_path)
     yield server
     server.tidy()
@@ -48,6 +48,7 @@ async def house(tmp_path: Path) -> AsyncIterator[DoorServer]:
 def door_shared_process(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[DoorServer]:
+    """One server process, without rates, for the tests of a file."""
     server = DoorServer(tmp_path_factory.mktemp("door"))
     server.flags = tuple(DOOR_OPEN)
     server.start()
@@ -58,7 +59,7 @@ def door_shared_process(
 
 @pytest.fixture
 async def open_house(door_shared_process: DoorServer) -> AsyncIterator[DoorServer]:
-    """One server for all tests that leave it as it was; rates are off."""
+    """The shared server, for a test that leaves it as it was."""
     server = door_shared_process
     yield server
     for stream in server.streams:
@@ -70,6 +71,7 @@ async def open_house(door_shared_process: DoorServer) -> AsyncIterator[DoorServe
 def door_shared_proxy(
     door_shared_process: DoorServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[DoorServer]:
+    """One proxy process in front of the shared server."""
     server = door_shared_process
     proxy = DoorProxy(tmp_path_factory.mktemp("proxy"), server.port, server.db)
     proxy.flags = (*proxy.open, "--log-level=debug")
@@ -84,7 +86,7 @@ def door_shared_proxy(
 async def either_house(
     request: pytest.FixtureRequest, door_shared_process: DoorServer
 ) -> AsyncIterator[DoorServer]:
-    """The same server, and the proxy before it: nobody can tell."""
+    """The shared server, reached directly and through the proxy."""
     server = door_shared_process
     if request.param == "by proxy":
         server = request.getfixturevalue("door_shared_proxy")

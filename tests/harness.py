@@ -1,12 +1,14 @@
-"""What the tests of more than one file stand on.
+"""What the tests of more than one file share.
 
-Each part belongs to a kind of test, and each kind looks at chatd from further away:
+Each part is for one kind of test. The parts look at chatd from further and further
+outside:
 
 - Memory: a real Store on a real file, a real Hub and real Seats, without a network. A
-  test takes the steps of a batch (transact, publish, page, feed) one by one, as a
-  scheduler could, in whatever order it likes.
+  test runs the steps of a batch (transact, publish, page, push) one by one, in any
+  order that a scheduler could choose.
 - WiresHouse: a real Server behind socket pairs, under virtual time.
-- DoorServer: a real process, a port, signals, real time.
+- ProxyHouse: the same for a Proxy, between a client and an upstream.
+- DoorServer: a real process with a port and signals, in real time.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ V = TypeVar("V")
 
 
 def refusal_of(function: Callable[..., object], *args: object) -> Refusal:
-    """The Refusal that a call raises; that it raises one is part of every test."""
+    """Claim that a call raises a Refusal; return it."""
     with pytest.raises(Refusal) as caught:
         function(*args)
     assert caught.value.message
@@ -66,7 +68,7 @@ def refusal_of(function: Callable[..., object], *args: object) -> Refusal:
 
 
 def usage_error_of(function: Callable[..., object], *args: object) -> str:
-    """The sentence of the UsageError that a call raises: one line."""
+    """Claim that a call raises a UsageError of one line; return that line."""
     with pytest.raises(UsageError) as caught:
         function(*args)
     assert "\n" not in str(caught.value)
@@ -74,7 +76,10 @@ def usage_error_of(function: Callable[..., object], *args: object) -> str:
 
 
 def words_hear(data: bytes) -> list[tuple[Opcode, Any]]:
-    """What a client of wsproto hears: (opcode, payload) of each frame, all whole."""
+    """Read frames with a wsproto client: return (opcode, payload) of each.
+
+    Every frame must be whole.
+    """
     client = FrameProtocol(client=True, extensions=[])
     client.receive_bytes(data)
     frames = [*client.received_frames()]
@@ -84,7 +89,7 @@ def words_hear(data: bytes) -> list[tuple[Opcode, Any]]:
 
 @functools.cache
 def rules_private(kind: str) -> Any:
-    """A private key of a kind; made once, for RSA takes its time."""
+    """Make a private key of a kind. It is made once, because RSA is slow."""
     match kind:
         case "RS256":
             return rsa.generate_private_key(65537, 2048)
@@ -128,7 +133,7 @@ def rules_jwk(private: Any) -> dict[str, Any]:
 
 
 def rules_certificate(private: Any) -> bytes:
-    """A certificate of a key, signed by nobody who matters, in DER."""
+    """Make a certificate of a key, in DER. A throwaway key signs it."""
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "chat.example")])
     year = datetime.timedelta(days=365)
     now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -140,28 +145,28 @@ def rules_certificate(private: Any) -> bytes:
 
 
 # =====================================================================================
-# Memory: the real Store on a real file, the real Hub, real Seats
+# STORE AND HUB: a real Store on a real file, a real Hub, real Seats
 #
-# MemoryOutbox is a sheet of paper that takes what is pushed and has a bound. That is no
-# mock of chatd's own: push, full and waiting are all that Hub and Seat know of an
-# outbox, and test_outbox.py is about what the real one does with bytes.
+# MemoryOutbox stands where the network begins. It keeps what is pushed and has a bound.
+# Hub and Seat use no more of an outbox than its attributes here. test_outbox.py tests
+# the real one.
 # =====================================================================================
 
 
 async def memory_inline(
     function: Callable[..., V], *args: object, limiter: trio.CapacityLimiter | None
 ) -> V:
-    """Store's run_sync without threads: it works under virtual time."""
+    """Run a function of the Store without a thread, so that time can be virtual."""
     await trio.lowlevel.checkpoint()
     return function(*args)
 
 
 def memory_frames(data: bytes) -> list[dict[str, Any]]:
-    """The messages in these bytes, read by wsproto's client."""
+    """Read the JSON messages in these bytes with a wsproto client."""
     return [json.loads(text) for op, text in words_hear(data) if op is Opcode.TEXT]
 
 
-MemoryWork = tuple[Any, ...]  # a work of the store, and what it is to be told
+MemoryWork = tuple[Any, ...]  # a method of the Store for a job, and its arguments
 
 
 def memory_job(
@@ -174,7 +179,7 @@ def memory_job(
 
 
 class MemoryOutbox:
-    """Takes what is pushed. While it is stuck its peer reads nothing."""
+    """Keeps what is pushed. While it is stuck, its client reads nothing."""
 
     def __init__(self) -> None:
         self.taken: list[bytes] = []
@@ -205,7 +210,7 @@ class MemoryOutbox:
 
 
 class MemorySeat:
-    """A real Seat, and what its peer has heard."""
+    """A real Seat, and what its client has received."""
 
     def __init__(self) -> None:
         self.outbox = MemoryOutbox()
@@ -221,13 +226,13 @@ class MemorySeat:
         self.fell += 1
 
     def heard(self) -> list[dict[str, Any]]:
-        """Everything so far."""
+        """Return every message received so far."""
         return [
             message for data in self.outbox.taken for message in memory_frames(data)
         ]
 
     def seqs(self) -> list[int]:
-        """The events among it."""
+        """Return the seqs of the events received so far."""
         return [message["seq"] for message in self.heard() if "seq" in message]
 
 
@@ -235,7 +240,7 @@ STORES: list[Store] = []
 
 
 def memory_store(*args: Any, **more: Any) -> Store:
-    """A store that is closed when its test ends, if not before."""
+    """Open a store. It is closed when its test ends, if not before."""
     STORES.append(Store(*args, **more))
     return STORES[-1]
 
@@ -250,18 +255,18 @@ class Memory:
         self.hub = chatd.Hub(self.settings, self.stats, self.store)
 
     def again(self, **changes: Any) -> Memory:
-        """Stop, and start anew on the same file."""
+        """Close the store and open the same file again."""
         self.store.close()
         return Memory(self.settings.db.parent, **changes)
 
     # --- writing
 
     def commit(self, *works: MemoryWork) -> chatd.Batch:
-        """Run works in one transaction; nothing is published."""
+        """Run jobs in one transaction; publish nothing."""
         return self.store._transact([memory_job(*work) for work in works])
 
     def do(self, work: Callable[..., V], *args: object) -> V:
-        """Run one work of the store, publish, return its outcome or raise it."""
+        """Run one job and publish it. Return its result, or raise its Refusal."""
         batch = self.commit((work, *args))
         self.hub.publish(batch)
         outcome = batch.answers[0][1]
@@ -278,21 +283,21 @@ class Memory:
     def sends(
         self, chat: int, user: int, text: str = "hi", key: str = "", **more: bool
     ) -> MemoryWork:
-        """The work of sending, to be done or committed."""
+        """Return the job that sends a message, for `do` or `commit`."""
         send = Send(chat, user, text, key or None)
         return (self.store.send_message, send, *more.values())
 
     # --- reading
 
     def read(self, query: Callable[..., V], *args: object) -> V:
-        """Ask a reader, as Store.read does in its thread."""
+        """Run a query, as Store.read does in a thread."""
         return self.store._query(query, *args)
 
     def page(self, user: int, cursor: int = 0, limit: int = 500) -> chatd.Page:
         return self.read(self.store.events_after, user, cursor, self.hub.head, limit)
 
     def seqs(self, user: int, cursor: int = 0) -> list[int]:
-        """The seqs of all that a user can read of the log."""
+        """Return the seqs of all events that a user can read after the cursor."""
         return [event.seq for event in self.page(user, cursor).events]
 
     def my_chats(self, user: int) -> list[chatd.MyChat]:
@@ -304,10 +309,10 @@ class Memory:
         ).fetchone()
         return int(count)
 
-    # --- seats: what Session does between its awaits
+    # --- seats: the steps that Session takes
 
     def enter(self, user: int) -> MemorySeat:
-        """Register a seat; its chats are not read yet."""
+        """Enter a seat into the hub. Its user's chats are not read yet."""
         made = MemorySeat()
         assert self.hub.enter(made.seat, user, self.hub.head)
         return made
@@ -318,7 +323,7 @@ class Memory:
         return self.read(self.store.greeting, user, upto, start)
 
     def catch_up(self, made: MemorySeat) -> None:
-        """Bring a seat what it missed, until it is live."""
+        """Push a seat the events that it missed, until it is live."""
         seat = made.seat
         while not seat.live:
             if self.hub.in_tail(seat.cursor):
@@ -329,7 +334,7 @@ class Memory:
                 self.hub.push_page(seat, self.page(user, seat.cursor, limit))
 
     def sit(self, user: int, cursor: int | None = None) -> MemorySeat:
-        """A seat that is live."""
+        """Enter a seat and make it live."""
         made = self.enter(user)
         greeting = self.greeting(user, cursor)
         self.hub.set_chats(made.seat.person, greeting.joined)
@@ -340,7 +345,7 @@ class Memory:
 
 @contextlib.contextmanager
 def memory_with(**changes: Any) -> Iterator[Memory]:
-    """A memory of other settings, or one for each example of a property."""
+    """Make a Memory with these settings; a property test makes one per example."""
     with tempfile.TemporaryDirectory() as folder:
         made = Memory(Path(folder), **changes)
         try:
@@ -350,7 +355,7 @@ def memory_with(**changes: Any) -> Iterator[Memory]:
 
 
 def memory_is_sound(memory: Memory) -> None:
-    """The log and the messages have no holes, and the hub knows all of it."""
+    """Claim that event log and messages have no holes and the hub is up to date."""
     db = memory.store._writer
     seqs = [seq for (seq,) in db.execute("SELECT seq FROM event ORDER BY seq")]
     assert seqs == [*range(1, len(seqs) + 1)]
@@ -364,16 +369,16 @@ def memory_is_sound(memory: Memory) -> None:
 
 
 # =====================================================================================
-# Wires: a real Server behind socket pairs
+# SERVER: a real Server behind socket pairs
 #
-# Its Store works inline, and time is virtual: the clock jumps when every task waits, so
-# a stall of 40 seconds takes none, and every deadline is asserted. @wires makes the
-# house that a test gets, and stops it when the test is over: each test thus also claims
-# that a stop ends everything in time, that no seat is left behind, and that the
-# bulkhead had nothing to catch.
+# The Store runs without threads and time is virtual: the clock jumps when every task
+# waits. A stall of 40 seconds takes no real time, and every deadline can be asserted.
+# @wires starts the server that a test gets and stops it after the test. So each test
+# also claims that a stop ends everything in time, that no seat is left, and that the
+# bulkhead caught no exception.
 #
-# WiresPeer is trio-websocket's own client. WiresRaw speaks in bytes, for what a good
-# client does not do, and for HTTP.
+# WiresPeer is trio-websocket's own client. WiresRaw sends and reads bytes, for HTTP and
+# for clients that misbehave.
 # =====================================================================================
 
 
@@ -381,12 +386,12 @@ P = ParamSpec("P")
 WiresFrame = dict[str, Any]
 WIRES_SECRET = b"0123456789abcdef0123456789abcdef"
 OFF = Rate(0, 0)
-SMALL = 4096  # bytes the kernel is asked to hold; it takes a few thousand more
+SMALL = 4096  # bytes of buffer asked of the kernel; it holds a few thousand more
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
 class WiresDisk:
-    """The Store's run_sync: inline, and slow when told so."""
+    """The Store's run_sync: without threads, and as slow as a test wants."""
 
     def __init__(self) -> None:
         self.turning = trio.Event()
@@ -394,7 +399,7 @@ class WiresDisk:
         self.holds_reads = False
 
     def hold(self, *, reads: bool = False) -> None:
-        """Let no commit, or no read, happen until `go`."""
+        """Delay every commit, or every read, until `go`."""
         self.turning = trio.Event()
         self.holds_reads = reads
 
@@ -415,7 +420,7 @@ class WiresDisk:
 
 
 class WiresListener(trio.abc.Listener[trio.SocketStream]):
-    """Accepts what it is offered: one end of a pair, or the kernel's no."""
+    """Accepts what a test offers: one end of a socket pair, or an OSError."""
 
     def __init__(self) -> None:
         self.offer, self._offered = trio.open_memory_channel[
@@ -444,7 +449,7 @@ class HttpAnswer(NamedTuple):
 
     @property
     def code(self) -> str:
-        """The error's code; its shape and its sentence are checked on the way."""
+        """Return the error's code. The error must have a sentence, too."""
         error = self.json["error"]
         assert isinstance(error["message"], str), error
         assert error["message"], error
@@ -454,7 +459,7 @@ class HttpAnswer(NamedTuple):
 def wires_request(
     method: str, target: str, body: bytes | None = None, /, **headers: str
 ) -> bytes:
-    """One request's bytes. Header names are given with _ for -."""
+    """Return the bytes of a request. `Some_Name` is the header Some-Name."""
     lines = [f"{method} {target} HTTP/1.1"]
     headers = {"Host": "chat.example"} | headers
     if body is not None:
@@ -464,7 +469,7 @@ def wires_request(
 
 
 def wires_upgrade(target: str, **changed: str) -> bytes:
-    """A handshake's bytes; a header that is changed to nothing is left out."""
+    """Return the bytes of a handshake. A header changed to "" is left out."""
     headers = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",
@@ -478,7 +483,7 @@ def wires_upgrade(target: str, **changed: str) -> bytes:
 def wires_frame(
     opcode: int, payload: bytes = b"", *, fin: bool = True, masked: bool = True
 ) -> bytes:
-    """One frame of a client, with a mask of zeros."""
+    """Return the bytes of a client's frame. Its mask is zeros."""
     first, mask, size = opcode | (0x80 if fin else 0), 0x80 if masked else 0, b""
     length = len(payload)
     if length > 125:
@@ -500,7 +505,7 @@ def wires_command(kind: str, **fields: Any) -> bytes:
 
 
 def wires_frames(data: bytearray) -> Iterator[tuple[int, bytes]]:
-    """Take the whole frames of a server off the front of data."""
+    """Remove whole frames of a server from the front of `data`, one by one."""
     while len(data) >= 2:
         assert data[0] & 0x70 == 0, "reserved bits"
         assert data[0] & 0x80, "a fragment"
@@ -527,7 +532,7 @@ def taking(least: float, most: float | None = None) -> Iterator[None]:
 
 
 class WiresPeer:
-    """A real client. Its library reads, answers pings, and keeps what was not heard."""
+    """A trio-websocket client. The library reads, answers pings, and keeps messages."""
 
     def __init__(
         self, ws: trio_websocket.WebSocketConnection, stream: trio.SocketStream
@@ -540,14 +545,14 @@ class WiresPeer:
         await self.ws.send_message(json.dumps({"type": kind, **fields}))
 
     async def hear(self, kind: str, within: float = 1.0) -> WiresFrame:
-        """Get the next message, which must be of this type, and soon."""
+        """Return the next message, which must be of this type and come soon."""
         with trio.fail_after(within):
             heard: WiresFrame = json.loads(await self.ws.get_message())
         assert heard["type"] == kind, heard
         return heard
 
     async def ask(self, kind: str, **fields: Any) -> WiresFrame:
-        """ServerMessage a command and get its answer, past any event."""
+        """Send a command and return its answer. Events before it do not matter."""
         await self.say(kind, ref="ask", **fields)
         while True:
             with trio.fail_after(1):
@@ -556,7 +561,7 @@ class WiresPeer:
                 return heard
 
     async def refused(self, kind: str, **fields: Any) -> WiresFrame:
-        """ServerMessage a command and get the error that it is answered with."""
+        """Send a command that must be refused; return the error."""
         answer = await self.ask(kind, **fields)
         assert answer["type"] == "error", answer
         assert answer["message"]
@@ -567,7 +572,7 @@ class WiresPeer:
             pytest.fail(f"heard {await self.ws.get_message()!r}")
 
     async def end(self, within: float = 1.0) -> tuple[list[WiresFrame], int]:
-        """Hear all that is left, and the close code; then hang up."""
+        """Receive to the end. Return the messages and the close code; disconnect."""
         heard = []
         with trio.fail_after(within):
             with contextlib.suppress(trio_websocket.ConnectionClosed):
@@ -583,7 +588,7 @@ class WiresPeer:
 
 
 class WiresRaw:
-    """One connection, in bytes. It reads only while something is awaited."""
+    """A client's connection in bytes. It reads only in the methods that read."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
@@ -599,7 +604,7 @@ class WiresRaw:
         return data
 
     async def listen(self, seconds: float = 1.0) -> None:
-        """Read what comes in so many seconds."""
+        """Read everything that comes within `seconds`."""
         with trio.move_on_after(seconds):
             while await self.read():
                 pass
@@ -647,26 +652,26 @@ class WiresRaw:
     async def ask(
         self, method: str, target: str, body: Any = None, /, **headers: str
     ) -> HttpAnswer:
-        """Send a request, the body as JSON, and read its answer."""
+        """Send a request, with its body as JSON, and read its answer."""
         encoded = None if body is None else json.dumps(body).encode()
         await self.send(wires_request(method, target, encoded, **headers))
         return await self.answer(method)
 
     async def ends(self, within: float = 1.0) -> bytes:
-        """Read until the other side is at its end; return what came."""
+        """Read until EOF or a reset; return the data."""
         with contextlib.suppress(trio.BrokenResourceError):
             await self.finishes(within)
         return bytes(self.data)
 
     async def finishes(self, within: float = 1.0) -> bytes:
-        """Read until an end of file, which must come, and no reset; return the data."""
+        """Read until EOF; return the data. A reset raises."""
         with trio.fail_after(within):
             while await self.read():
                 pass
         return bytes(self.data)
 
     async def hears(self, size: int, within: float = 1.0) -> bytes:
-        """Read until so many bytes are there; return them, and what came with them."""
+        """Read at least `size` bytes; return everything read so far."""
         with trio.fail_after(within):
             while len(self.data) < size:
                 assert await self.read(), bytes(self.data)
@@ -688,7 +693,7 @@ class WiresRaw:
         return heard
 
     async def close_code(self, within: float = 1.0) -> int:
-        """Read the close frame, and that nothing at all comes behind it; hang up."""
+        """Read the close frame; return its code. Nothing may follow it. Disconnect."""
         opcode, payload = await self.frame(within)
         assert opcode == CLOSE, payload
         assert await self.ends() == b""
@@ -698,7 +703,7 @@ class WiresRaw:
 
 
 class WiresHouse:
-    """A server that runs, and ways in."""
+    """A running Server, and ways to connect to it."""
 
     def __init__(
         self,
@@ -725,18 +730,18 @@ class WiresHouse:
         receive_buffer: int = 0,
         accepted: bool = True,
     ) -> WiresRaw:
-        """Connect; small: the kernel holds little of what the server writes.
+        """Connect. With `small` the kernel buffers little of what the server writes.
 
-        receive_buffer: over TCP, with a buffer, and so a window, of that many bytes.
+        With `receive_buffer` the connection is TCP, with a window of that many bytes.
         """
         if tcp or receive_buffer:
-            with socket.create_server(("127.0.0.1", 0)) as door:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
                 theirs = socket.socket()
                 if receive_buffer:
                     option = (socket.SOL_SOCKET, socket.SO_RCVBUF)
                     theirs.setsockopt(*option, receive_buffer)
-                theirs.connect(door.getsockname())
-                ours, _ = door.accept()
+                theirs.connect(listener.getsockname())
+                ours, _ = listener.accept()
         else:
             ours, theirs = socket.socketpair()
         if small:
@@ -754,14 +759,14 @@ class WiresHouse:
         return WiresRaw(stream)
 
     def token(self, user_id: int, seconds: float = 3600, **claims: Any) -> str:
-        """Sign a token that ends in exactly so many seconds."""
+        """Sign a token that expires in `seconds` from now."""
         exp = time.time() + seconds
         return self.server.keyring.sign(user_id, 0, **{"exp": exp} | claims)
 
     def target(
         self, user_id: int = 1, *, token: str = "", cursor: str | None = None
     ) -> str:
-        """Where a socket is opened."""
+        """Return the request target that opens a user's socket."""
         query = {"token": token or self.token(user_id)}
         return "/ws/chat?" + urlencode(
             query if cursor is None else query | {"cursor": cursor}
@@ -775,7 +780,7 @@ class WiresHouse:
         cursor: str | None = None,
         hello: bool = True,
     ) -> WiresPeer:
-        """Connect a real client, and hear `connected`."""
+        """Connect a trio-websocket client and receive `connected`."""
         raw = self.dial()
         with trio.fail_after(1):
             ws = await trio_websocket.wrap_client_stream(
@@ -799,7 +804,7 @@ class WiresHouse:
         behind: bytes = b"",
         **where: Any,
     ) -> WiresRaw:
-        """Connect and hear `connected`, in bytes. behind: sent with the handshake."""
+        """Connect in bytes and receive `connected`. `behind` follows the handshake."""
         raw = self.dial(small=small, receive_buffer=receive_buffer)
         target = self.target(user_id, **where)
         await raw.send(wires_upgrade(target), behind)
@@ -818,7 +823,7 @@ class WiresHouse:
         token: str = "",
         **headers: str,
     ) -> HttpAnswer:
-        """Ask on a connection of its own, for this user or with this token."""
+        """Send a request on a new connection, for this user or with this token."""
         if user:
             token = self.token(user)
         if token:
@@ -829,7 +834,7 @@ class WiresHouse:
         return answer
 
     async def command(self, method: str, target: str, body: Any = None) -> Any:
-        """Ask as the service, outside all rates; it must succeed."""
+        """Send a request as the service, without rates. It must succeed."""
         token = self.token(999, scope="service stats")
         answer = await self.ask(method, target, body, token=token)
         assert answer.status < 300, answer
@@ -856,12 +861,12 @@ class WiresHouse:
         return ids
 
     def session(self, user_id: int) -> chatd.Session:
-        """The one session of a user, to look at."""
+        """Return the only session of a user."""
         (found,) = [s for s in self.server.sessions if s.claims.user_id == user_id]
         return found
 
     def session_of(self, raw: WiresRaw) -> chatd.Session:
-        """The session at the other end of a connection."""
+        """Return the session at the other end of a connection."""
         place = self.streams.index(raw.stream)
         (found,) = [
             s for s in self.server.sessions if s.outbox.stream is self.ends[place]
@@ -880,7 +885,7 @@ class WiresHouse:
         self.finished.set()
 
     async def stop(self) -> None:
-        """Stop the server, as a signal would; it must be done within the drain."""
+        """Stop the server as a signal does. It must end within the drain."""
         self.server.listener.stopping.set()
         with trio.fail_after(self.server.settings.drain_seconds + 0.1):
             await self.finished.wait()
@@ -900,7 +905,7 @@ class WiresHouse:
 async def wires_house(
     path: Path, store_class: type[chatd.Store], settings: dict[str, Any]
 ) -> AsyncIterator[WiresHouse]:
-    """Open a house for a test, and close it: everything must end by itself."""
+    """Run a server for a test, then stop it: every connection must end by itself."""
     chosen = chatd.Settings(db=path / "chat.db", **settings)
     disk = WiresDisk()
     store = store_class(chosen, chatd.Stats(), run_sync=disk.run_sync)
@@ -923,12 +928,32 @@ async def wires_house(
         store.close()
 
 
+def run_virtual(main: Callable[[], Awaitable[None]]) -> None:
+    """Run it under a clock that jumps. A group of one exception is that exception."""
+    try:
+        trio.run(main, clock=MockClock(autojump_threshold=0))
+    except BaseExceptionGroup as group:
+        errors = list(chatd.leaves(group))
+        raise errors[0] if len(errors) == 1 else group from None
+
+
+def with_fixture(
+    name: str, run: Callable[..., None], test: Callable[..., object]
+) -> Callable[..., None]:
+    """Let pytest call `run` with this fixture in place of the test's first argument."""
+    _, *given = inspect.signature(test).parameters.values()
+    fixture = inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = inspect.Signature([fixture, *given])
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    return run
+
+
 def wires(
     *, store: type[chatd.Store] = chatd.Store, **settings: Any
 ) -> Callable[
     [Callable[Concatenate[WiresHouse, P], Awaitable[None]]], Callable[..., None]
 ]:
-    """Give a test a house with these settings, in a run of Trio whose clock jumps."""
+    """Run a test with a server of these settings, under a clock that jumps."""
 
     def decorate(
         test: Callable[Concatenate[WiresHouse, P], Awaitable[None]],
@@ -939,24 +964,14 @@ def wires(
                 async with wires_house(tmp_path, store, settings) as house:
                     await cast("Callable[..., Awaitable[None]]", test)(house, **given)
 
-            try:
-                trio.run(main, clock=MockClock(autojump_threshold=0))
-            except BaseExceptionGroup as group:
-                errors = list(chatd.leaves(group))
-                raise errors[0] if len(errors) == 1 else group from None
+            run_virtual(main)
 
-        signature = inspect.signature(test)
-        _, *given = signature.parameters.values()
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter("tmp_path", kind), *given]
-        )
-        return run
+        return with_fixture("tmp_path", run, test)
 
     return decorate
 
 
-BIG = "x" * 4000  # some fill the kernel's share and then the outbox
+BIG = "x" * 4000  # a few of these fill the kernel's buffer and then the outbox
 
 WIRES_BAD_HEADS: dict[str, tuple[bytes, int]] = {
     "no HTTP": (b"hello\r\n\r\n", 400),
@@ -998,7 +1013,7 @@ WIRES_BAD_HEADS: dict[str, tuple[bytes, int]] = {
 
 
 class FaultyStore(chatd.Store):
-    """A store with a programmer's mistake in it."""
+    """A store with bugs."""
 
     def history(self, *args: Any) -> Any:
         raise ValueError(f"a mistake of ours: {len(args)}")
@@ -1015,12 +1030,12 @@ class FaultyStore(chatd.Store):
 
 
 # =====================================================================================
-# Proxy
+# PROXY: a real Proxy between socket pairs, under virtual time
 # =====================================================================================
 
 
 class ProxyUp(NamedTuple):
-    """A request as the upstream got it, whole."""
+    """A whole request, as the upstream received it."""
 
     method: str
     target: str
@@ -1029,7 +1044,7 @@ class ProxyUp(NamedTuple):
     body: bytes
 
     def header(self, name: str) -> str:
-        """The header of that name, which must be there once."""
+        """Return the header of that name. It must be there once."""
         (value,) = [value for key, value in self.headers if key == name]
         return value
 
@@ -1039,7 +1054,7 @@ class ProxyUp(NamedTuple):
 
 
 class ProxyHouse:
-    """A proxy that runs, its clients, and the upstream that it dials."""
+    """A running Proxy, its clients, and the upstream that it dials."""
 
     def __init__(
         self, settings: Settings, log: pytest.LogCaptureFixture | None
@@ -1051,8 +1066,8 @@ class ProxyHouse:
         self.finished = trio.Event()  # the proxy's run has returned
         self.dials = 0
         self.fault: OSError | None = None  # what dialling raises
-        self.hanging = False  # dialling takes for ever
-        self.small = False  # the kernel holds little between proxy and upstream
+        self.hanging = False  # dialling never ends
+        self.small = False  # the kernel buffers little between proxy and upstream
         self.errors: dict[str, int] = {}
         self.streams: list[trio.SocketStream] = []
         self._come, self._came = trio.open_memory_channel[WiresRaw](math.inf)
@@ -1061,9 +1076,9 @@ class ProxyHouse:
         self, *, tcp: bool = False, small: bool = False
     ) -> tuple[trio.SocketStream, WiresRaw]:
         if tcp:
-            with socket.create_server(("127.0.0.1", 0)) as door:
-                theirs = socket.create_connection(door.getsockname())
-                ours, _ = door.accept()
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                theirs = socket.create_connection(listener.getsockname())
+                ours, _ = listener.accept()
         else:
             ours, theirs = socket.socketpair()
         for sock in (ours, theirs):
@@ -1089,18 +1104,18 @@ class ProxyHouse:
         return ours
 
     def dial(self, *, small: bool = False, tcp: bool = True) -> WiresRaw:
-        """Connect as a client. TCP has addresses and resets, but also real time."""
+        """Connect as a client. TCP has addresses and resets, but needs real time."""
         ours, raw = self._pair(tcp=tcp and not small, small=small)
         self.listener.offer.send_nowait(ours)
         return raw
 
     async def upstream(self) -> WiresRaw:
-        """The next connection that the proxy made."""
+        """Return the next connection that the proxy has made upstream."""
         with trio.fail_after(1):
             return await self._came.receive()
 
     async def request(self, up: WiresRaw) -> ProxyUp:
-        """Read one whole request as the upstream gets it, and that it is the last."""
+        """Read one whole request as the upstream. What follows it is in `up.data`."""
         side, method, target, version = h11.Connection(h11.SERVER), "", "", ""
         headers: list[tuple[str, str]] = []
         body = b""
@@ -1139,7 +1154,7 @@ class ProxyHouse:
     async def exchange(
         self, sent: bytes, answer: bytes = b"", method: str = "GET"
     ) -> tuple[ProxyUp, HttpAnswer]:
-        """A request all the way up, and its answer down, byte for byte."""
+        """Pass a request up and its answer down. The answer must come unchanged."""
         raw, answer = self.dial(), answer or PROXY_OK
         async with trio.open_nursery() as nursery:
             nursery.start_soon(raw.send, sent)
@@ -1156,7 +1171,7 @@ class ProxyHouse:
     async def socket(
         self, *, said: bytes = b"", heard: bytes = b"", small: bool = False
     ) -> tuple[WiresRaw, WiresRaw]:
-        """Open a socket through it: the client's end and the upstream's."""
+        """Open a socket through the proxy; return the client's and upstream's end."""
         raw = self.dial(small=small)
         await raw.send(wires_upgrade(self.target()), said)
         up = await self.upstream()
@@ -1185,7 +1200,7 @@ def proxy_run(
     log: pytest.LogCaptureFixture | None = None,
     **settings: Any,
 ) -> None:
-    """Give a test a proxy with these settings, in a run of Trio whose clock jumps."""
+    """Run a test with a proxy of these settings, under a clock that jumps."""
     chosen = Settings(**{"trusted_proxy": ("none",)} | settings)
 
     async def main() -> None:
@@ -1203,11 +1218,7 @@ def proxy_run(
                     stream.socket.close()
                 nursery.cancel_scope.cancel()
 
-    try:
-        trio.run(main, clock=MockClock(autojump_threshold=0))
-    except BaseExceptionGroup as group:
-        errors = list(chatd.leaves(group))
-        raise errors[0] if len(errors) == 1 else group from None
+    run_virtual(main)
 
 
 def proxied(
@@ -1215,7 +1226,7 @@ def proxied(
 ) -> Callable[
     [Callable[Concatenate[ProxyHouse, P], Awaitable[None]]], Callable[..., None]
 ]:
-    """Make a test of it; whatever it does, no token may be in the log."""
+    """Run a test with a proxy of these settings. It must log no token."""
 
     def decorate(
         test: Callable[Concatenate[ProxyHouse, P], Awaitable[None]],
@@ -1226,32 +1237,26 @@ def proxied(
             proxy_run(functools.partial(test, **given), caplog, **settings)
             assert "eyJ" not in caplog.text, "a token in the log"
 
-        signature = inspect.signature(test)
-        _, *given = signature.parameters.values()
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter("caplog", kind), *given]
-        )
-        return run
+        return with_fixture("caplog", run, test)
 
     return decorate
 
 
 # =====================================================================================
-# The door: chatd as a stranger meets it
+# PROCESS: chatd from outside
 #
-# A process, a port, signals, real time; nothing here looks inside. DoorServer is one
-# database and the process that serves it, which may be killed and started again.
-# DoorPeer is one WebSocket client, written without the library that the server uses,
-# and it reads only when it is told to: say, hear, hears_nothing, leave. A test waits
-# for an event (a line, a frame, the end of a process), and every wait has an end.
+# A process with a port and signals, in real time. Nothing here looks inside it.
+# DoorServer is a database and the process that serves it; the process can be killed and
+# started again. DoorPeer is a WebSocket client that does not use the server's library.
+# It reads only in `hear` and the methods that call it. A test waits for an event (a
+# line, a frame, the end of a process), and every wait has a deadline.
 # =====================================================================================
 
 
 DOOR_SECONDS = 30.0  # the longest wait for anything that should come at once
 DOOR_MISTAKE = re.compile(r"Traceback|\b(failed|crashed) error=")
 DOOR_CHECKOUT = Path(chatd.__file__).resolve().parent
-DOOR_OPEN = [  # rates off: what the tests of limits are not about
+DOOR_OPEN = [  # no rates: most tests are not about limits
     *("--sends=0", "--commands=0", "--typing=0", "--handshakes=0"),
     *("--requests=0", "--receive-bytes=0", "--drain-seconds=2"),
 ]
@@ -1262,13 +1267,13 @@ DOOR_UPGRADE = (
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
 )
 DOOR_ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3, for the key above
-door_users = itertools.count(1000)  # a test takes users that no other test has
+door_users = itertools.count(1000)  # every test gets users of its own
 
 DoorFrame = dict[str, Any]
 
 
 class DoorGone(Exception):
-    """The server ended the connection: its close code, 1006 for none."""
+    """The server ended the connection; `code` is 1006 without a close frame."""
 
     def __init__(self, code: int, reason: str = "") -> None:
         super().__init__(code, reason)
@@ -1277,7 +1282,7 @@ class DoorGone(Exception):
 
 @dataclass(frozen=True)
 class DoorRun:
-    """How a command ended and what it wrote."""
+    """The exit status of a command and what it wrote."""
 
     status: int
     out: str
@@ -1285,7 +1290,7 @@ class DoorRun:
 
 
 def door_answer(data: bytes, *, bodiless: bool = False) -> tuple[HttpAnswer, bytes]:
-    """The first answer in `data` and what follows it. EOFError: not whole yet."""
+    """Split `data` into the first answer and the rest. EOFError if it is not whole."""
     head, end, rest = data.partition(b"\r\n\r\n")
     if not end:
         raise EOFError
@@ -1301,7 +1306,7 @@ def door_answer(data: bytes, *, bodiless: bool = False) -> tuple[HttpAnswer, byt
 
 
 def door_get(target: str, *lines: str, version: str = "1.1") -> bytes:
-    """The bytes of a GET; `lines` are its headers as they stand."""
+    """Return the bytes of a GET with these header lines."""
     text = "\r\n".join((f"GET {target} HTTP/{version}", *lines, "", ""))
     return text.encode("latin-1")
 
@@ -1309,7 +1314,7 @@ def door_get(target: str, *lines: str, version: str = "1.1") -> bytes:
 def door_frame(
     opcode: int, payload: bytes = b"", *, first: int = 0x80, masked: bool = True
 ) -> bytes:
-    """One client's frame; `first` holds FIN and the reserved bits."""
+    """Return the bytes of a client's frame. `first` has FIN and the reserved bits."""
     size, mask = len(payload), 0x80 if masked else 0
     if size < 126:
         head = struct.pack(">BB", first | opcode, mask | size)
@@ -1321,14 +1326,14 @@ def door_frame(
 
 
 def door_reset(stream: trio.SocketStream) -> None:
-    """Hang up with RST instead of FIN."""
+    """Disconnect with RST instead of FIN."""
     linger = struct.pack("ii", 1, 0)
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     stream.socket.close()
 
 
 async def door_rest(stream: trio.SocketStream, seconds: float = DOOR_SECONDS) -> bytes:
-    """Everything up to the server's end of the connection, which must come."""
+    """Read until the server ends the connection, as it must; return the data."""
     data = b""
     with trio.fail_after(seconds), suppress(trio.BrokenResourceError):
         while more := await stream.receive_some(65536):
@@ -1337,14 +1342,14 @@ async def door_rest(stream: trio.SocketStream, seconds: float = DOOR_SECONDS) ->
 
 
 class DoorPeer:
-    """One WebSocket client. Nothing is read but by hear and its sisters."""
+    """A WebSocket client. It reads only in `hear` and the methods that call it."""
 
     def __init__(self, stream: trio.SocketStream, data: bytes) -> None:
         self.stream = stream
         self.data = bytearray(data)
         self.hello: DoorFrame = {}
         self.pongs: list[bytes] = []
-        self.owed = bytearray()  # pongs and the close, sent before the next read
+        self.owed = bytearray()  # pongs and a close frame, sent before the next read
 
     async def say(self, kind: str, /, **fields: object) -> None:
         await self.utter(json.dumps({"type": kind, **fields}))
@@ -1355,7 +1360,7 @@ class DoorPeer:
             await self.stream.send_all(door_frame(opcode, payload))
 
     async def hear(self, kind: str = "", seconds: float = DOOR_SECONDS) -> DoorFrame:
-        """The next message, which must be of that type. DoorGone: there is none."""
+        """Return the next message, which must be of that type. Raises DoorGone."""
         with trio.fail_after(seconds):
             while (frame := self.heard()) is None:
                 await self.sip(65536)
@@ -1363,19 +1368,19 @@ class DoorPeer:
         return frame
 
     async def find(self, kind: str, seconds: float = DOOR_SECONDS) -> DoorFrame:
-        """The next message of that type; those before it are not looked at."""
+        """Return the next message of that type; messages before it do not matter."""
         with trio.fail_after(seconds):
             while (frame := await self.hear(seconds=seconds))["type"] != kind:
                 pass
         return frame
 
     async def hears_nothing(self) -> None:
-        """Nothing was on its way: a ping is answered before anything else comes."""
+        """Claim that nothing was on its way: the next message answers a ping."""
         await self.say("ping")
         await self.hear("pong")
 
     async def ask(self, kind: str, /, **fields: object) -> DoorFrame:
-        """ServerMessage it and hear what answers it, past anything else."""
+        """Send a command and return its answer; other messages do not matter."""
         ref = os.urandom(8).hex()
         await self.say(kind, ref=ref, **fields)
         while (frame := await self.hear()).get("ref") != ref:
@@ -1383,7 +1388,7 @@ class DoorPeer:
         return frame
 
     async def ended(self, seconds: float = DOOR_SECONDS) -> int:
-        """The code of the server's close, past anything else."""
+        """Receive to the end; return the server's close code."""
         with trio.fail_after(seconds):
             while True:
                 try:
@@ -1392,7 +1397,7 @@ class DoorPeer:
                     return gone.code
 
     async def leave(self) -> None:
-        """Close as the RFC says, and see it answered."""
+        """Close with 1000, and receive the answer (RFC 6455 7.1)."""
         with suppress(trio.BrokenResourceError):
             await self.stream.send_all(door_frame(8, struct.pack(">H", 1000)))
             assert await self.ended() in {1000, 1006}
@@ -1415,7 +1420,7 @@ class DoorPeer:
         self.data += data
 
     def heard(self) -> DoorFrame | None:
-        """The next message of those read, None when there is no whole one."""
+        """Return the next message of the bytes read, or None if it is not whole."""
         while (frame := self._frame()) is not None:
             opcode, payload = frame
             if opcode == 1:
@@ -1435,7 +1440,7 @@ class DoorPeer:
         return None
 
     def _frame(self) -> tuple[int, bytes] | None:
-        """The next whole frame: unmasked, unfragmented, without extensions."""
+        """Return the next whole frame: not masked, no fragment, no extension."""
         if len(self.data) < 2:
             return None
         first, size = self.data[:2]
@@ -1454,7 +1459,7 @@ class DoorPeer:
 
 
 class DoorLine:
-    """One HTTP connection, kept alive."""
+    """A keep-alive HTTP connection."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
@@ -1469,7 +1474,7 @@ class DoorLine:
         /,
         **headers: str,
     ) -> HttpAnswer:
-        """`body` is bytes or will be JSON; `Some_Name` is the header Some-Name."""
+        """Send a request, `body` as it is or as JSON; `Some_Name` is Some-Name."""
         lines = {"Host": "chatd.test", **headers}
         if token:
             lines["Authorization"] = f"Bearer {token}"
@@ -1481,7 +1486,7 @@ class DoorLine:
         head = [f"{name.replace('_', '-')}: {value}" for name, value in lines.items()]
         text = "\r\n".join((f"{method} {target} HTTP/1.1", *head, "", ""))
         with trio.fail_after(DOOR_SECONDS):
-            with suppress(trio.BrokenResourceError):  # it may refuse before the end
+            with suppress(trio.BrokenResourceError):  # the server may refuse early
                 await self.stream.send_all(text.encode("latin-1") + data)
             return await self.answer(bodiless=method == "HEAD")
 
@@ -1499,7 +1504,7 @@ class DoorLine:
 
 
 class DoorServer:
-    """A database and, from begin to stop or kill, the process that serves it."""
+    """A database and, between `begin` and `stop` or `kill`, its server process."""
 
     verb = "serve"
     open = tuple(DOOR_OPEN)
@@ -1511,8 +1516,8 @@ class DoorServer:
         self.serve: tuple[str, ...] = ("--db", str(self.db))
         self.flags: tuple[str, ...] = ()
         self.environment: dict[str, str] = {}
-        self.said = ""  # stdout of all its processes
-        self.up = trio.Event()  # set while it can be reached
+        self.said = ""  # stdout of all processes so far
+        self.up = trio.Event()  # set while the server can be reached
         self.streams: list[trio.SocketStream] = []
         self.process: subprocess.Popen[str] | None = None
         self.listener: threading.Thread | None = None
@@ -1520,7 +1525,7 @@ class DoorServer:
     # ---- the process
 
     def start(self) -> None:
-        """Start it and wait (it blocks) for the line that says it is ready."""
+        """Start the process and block until it prints that it listens."""
         command = [sys.executable, "-m", "chatd", self.verb, *self.serve]
         command += ["--listen", f"127.0.0.1:{self.port}", *self.flags]
         ready = threading.Event()
@@ -1553,7 +1558,7 @@ class DoorServer:
         ready.set()
 
     def end(self, signum: int = 0, seconds: float = DOOR_SECONDS) -> int:
-        """Signal it, if one is given, and wait (it blocks) for its exit status."""
+        """Send a signal, if one is given, and block until the process has ended."""
         assert self.process is not None
         assert self.listener is not None
         if signum:
@@ -1570,7 +1575,7 @@ class DoorServer:
         return status
 
     async def begin(self, *flags: str) -> None:
-        """Start it (again, on the port it had) with these flags (or those it had)."""
+        """Start the process, again on the same port, with these or the same flags."""
         self.flags = flags or self.flags
         await trio.to_thread.run_sync(self.start)
         self.up.set()
@@ -1583,7 +1588,7 @@ class DoorServer:
         await self.ended(signal.SIGKILL)
 
     async def stop(self) -> None:
-        """End it as an operator does; it must say that all went well."""
+        """Stop the process with SIGTERM. Its status must be 0 and its log clean."""
         for stream in self.streams:
             stream.socket.close()
         self.streams.clear()
@@ -1596,14 +1601,14 @@ class DoorServer:
 
     @asynccontextmanager
     async def serving(self, *flags: str) -> AsyncIterator[DoorServer]:
-        """It runs inside the block (rates off, then `flags`) and ends well."""
+        """Serve during the block, without rates but with `flags`, then stop."""
         await self.begin(*self.open, *flags)
         yield self
         if self.process is not None:
             await self.stop()
 
     def tidy(self) -> None:
-        """Leave nothing behind, whatever happened."""
+        """Close the clients' connections and kill the process if it still runs."""
         for stream in self.streams:
             stream.socket.close()
         self.streams.clear()
@@ -1616,7 +1621,7 @@ class DoorServer:
 
     @property
     def rss(self) -> int:
-        """Its resident memory in bytes."""
+        """The resident memory of the process in bytes."""
         assert self.process is not None
         status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
         return int(status.partition("VmRSS:")[2].split()[0]) * 1024
@@ -1633,7 +1638,7 @@ class DoorServer:
         return self.db.with_name("chatd.secret").read_bytes().strip()
 
     def token(self, user: int = 0, /, *, key: Any = None, **claims: object) -> str:
-        """A JWT for an hour; a claim that is None is left out, `key` overrides."""
+        """Sign a token for an hour, with `key` or the secret. None omits a claim."""
         now = int(time.time())
         plain: dict[str, object] = {"iat": now, "exp": now + 3600}
         if user:
@@ -1674,7 +1679,7 @@ class DoorServer:
         /,
         **headers: str,
     ) -> HttpAnswer:
-        """One request on a connection of its own."""
+        """Send a request on a new connection; return the answer."""
         stream = await self.dial()
         async with stream:
             return await DoorLine(stream).ask(method, target, token, body, **headers)
@@ -1688,14 +1693,14 @@ class DoorServer:
         /,
         **headers: str,
     ) -> Any:
-        """The JSON of the answer to `request` ("GET /healthz"), of that status."""
+        """Send a request ("GET /healthz"); return its JSON. Claim its status."""
         method, target = request.split(" ", 1)
         answer = await self.ask(method, target, token, body, **headers)
         assert answer.status == status, (request, body, answer)
         return answer.json if answer.body else None
 
     async def raw(self, data: bytes, seconds: float = DOOR_SECONDS) -> bytes:
-        """What comes back for these bytes until the server hangs up, as it must."""
+        """Send bytes and read until the server disconnects, as it must."""
         stream = await self.dial()
         async with stream:
             with suppress(trio.BrokenResourceError):
@@ -1707,7 +1712,10 @@ class DoorServer:
     async def knock(
         self, data: bytes, *, receive_buffer: int = 0
     ) -> DoorPeer | HttpAnswer:
-        """A handshake of any shape: the peer, or the refusal and its proper end."""
+        """Send a handshake in bytes. Return a client, or the refusal.
+
+        After a refusal the server must disconnect.
+        """
         stream = await self.dial(receive_buffer)
         await stream.send_all(data)
         got = b""
@@ -1722,7 +1730,7 @@ class DoorServer:
             assert answer.headers["sec-websocket-accept"] == DOOR_ACCEPT
             assert "sec-websocket-extensions" not in answer.headers
             return DoorPeer(stream, rest)
-        got += await door_rest(stream, 3)  # we keep our end: the server must hang up
+        got += await door_rest(stream, 3)  # the server must disconnect
         await stream.aclose()
         answer, rest = door_answer(got)
         assert answer.headers["connection"].lower() == "close", answer
@@ -1732,7 +1740,7 @@ class DoorServer:
     async def peer(
         self, who: int | str, cursor: str = "", /, *lines: str, receive_buffer: int = 0
     ) -> DoorPeer:
-        """The socket of a user (a token is signed for him) or of a token."""
+        """Open the socket of a user, or of this token."""
         peer = await self.knock(
             door_get(
                 self.socket_path(who, cursor), "Host: chatd.test", *DOOR_UPGRADE, *lines
@@ -1744,7 +1752,7 @@ class DoorServer:
         return peer
 
     async def refusal(self, who: int | str, /, *lines: str) -> HttpAnswer:
-        """The answer to an upgrade that must be refused."""
+        """Return the answer to an upgrade that must be refused."""
         answer = await self.knock(
             door_get(self.socket_path(who), "Host: chatd.test", *DOOR_UPGRADE, *lines)
         )
@@ -1764,7 +1772,7 @@ class DoorServer:
         return int(got["chat"]["id"])
 
     async def post(self, chat: int, sender: int, content: str) -> DoorFrame:
-        """A message by way of the service; the message as stored."""
+        """Send a message as the service; return it as it is stored."""
         body = {"content": content, "sender_id": sender}
         target = f"POST /api/v1/chats/{chat}/messages"
         message = (await self.want(201, target, self.service, body))["message"]
@@ -1772,13 +1780,13 @@ class DoorServer:
         return message
 
     async def cursor(self, user: int) -> str:
-        """Where the log stands now."""
+        """Return a cursor after everything that has happened."""
         got = await self.want(200, "GET /api/v1/events", self.token(user))
         assert got["events"] == []
         return str(got["cursor"])
 
     async def log(self, user: int, cursor: str) -> list[DoorFrame]:
-        """Every event of this user after the cursor, by the poll."""
+        """Poll every event of this user after the cursor."""
         events: list[DoorFrame] = []
         more = True
         while more:
@@ -1790,7 +1798,7 @@ class DoorServer:
         return events
 
     async def history(self, chat: int, user: int) -> list[DoorFrame]:
-        """Every message of the chat, oldest first; `n` is 1, 2, 3 without holes."""
+        """Return every message of a chat, oldest first. Claim that `n` has no holes."""
         messages: list[DoorFrame] = []
         before, more = "", True
         while more:
@@ -1810,7 +1818,7 @@ class DoorServer:
 
 
 class DoorProxy(DoorServer):
-    """A proxy before a server: whoever dials it is at that server's door."""
+    """A proxy process in front of a server. Its clients reach that server."""
 
     verb = "proxy"
     open = ("--handshakes=0", "--drain-seconds=2")
@@ -1838,7 +1846,10 @@ class DoorCount:
 
 
 def door_environment(**more: str) -> dict[str, str]:
-    """Ours (coverage counts children by it) without what chatd would read in it."""
+    """Return our environment without the variables that chatd reads.
+
+    The rest must stay: coverage measures child processes by it.
+    """
     systemd = ("CREDENTIALS_", "JOURNAL_", "LISTEN_", "NOTIFY_", "STATE_", "WATCHDOG_")
     kept = {
         k: v for k, v in os.environ.items() if not k.startswith(("CHATD_", *systemd))
@@ -1847,7 +1858,7 @@ def door_environment(**more: str) -> dict[str, str]:
 
 
 async def door_run(*words: object, **environment: str) -> DoorRun:
-    """One chatd command, run to its end."""
+    """Run a chatd command to its end."""
     done = await trio.run_process(
         [sys.executable, "-m", "chatd", *map(str, words)],
         capture_stdout=True,
@@ -1864,7 +1875,7 @@ async def door_run(*words: object, **environment: str) -> DoorRun:
 async def door_until(
     true: Callable[[], Awaitable[bool] | bool], seconds: float = DOOR_SECONDS
 ) -> None:
-    """Wait for what the server tells only when it is asked."""
+    """Poll until the condition is true: the server does not announce it."""
     with trio.fail_after(seconds):
         while True:
             answer = true()
@@ -1874,7 +1885,7 @@ async def door_until(
 
 
 class DoorSender:
-    """Sends its messages in order, some in flight, and sends again what was cut."""
+    """Sends messages in order. Sends again, after a lost connection, until acked."""
 
     def __init__(self, house: DoorServer, user: int, texts: list[tuple[int, str]]):
         self.house, self.user = house, user
@@ -1896,7 +1907,7 @@ class DoorSender:
     async def send_over(
         self, peer: DoorPeer, acked: DoorCount, in_flight: int = 16
     ) -> None:
-        """Until all are acked or the connection ends; then what is left is known."""
+        """Send until all are acked, or the connection ends. `left` has no ack yet."""
         waiting = 0
         while self.left:
             for message in list(self.left)[waiting:in_flight]:
@@ -1913,7 +1924,7 @@ DOOR_BULK = "\U0001f600" * 3990  # about 16 KB in UTF-8
 
 
 async def door_load(house: DoorServer, chat: int, user: int, count: int) -> list[str]:
-    """Send so many large messages, eight in flight; what was sent, in order."""
+    """Send `count` large messages, eight in flight; return their texts in order."""
     texts = [f"{i} {DOOR_BULK}" for i in range(count)]
     peer = await house.peer(user)
     sender = DoorSender(house, user, [(chat, text) for text in texts])
@@ -1923,14 +1934,14 @@ async def door_load(house: DoorServer, chat: int, user: int, count: int) -> list
 
 
 async def door_texts(peer: DoorPeer, count: int) -> list[str]:
-    """The contents of the next so many new messages; nothing else may come."""
+    """Return the texts of the next `count` messages, which must be new messages."""
     heard = [await peer.hear("new_message") for _ in range(count)]
     return [frame["message"]["content"] for frame in heard]
 
 
 @asynccontextmanager
 async def door_innocent(house: DoorServer) -> AsyncIterator[None]:
-    """Others are served before, during and after."""
+    """Claim that other clients are served before, during and after the block."""
     ann, bob = next(door_users), next(door_users)
     chat = await house.chat(ann, bob)
     before = await house.peer(ann)
@@ -1945,7 +1956,7 @@ async def door_innocent(house: DoorServer) -> AsyncIterator[None]:
 
 
 def door_node(*flags: str) -> str:
-    """Find a Node that knows these flags. CI never does without it."""
+    """Return the path of a Node that knows these flags. Without one: fail in CI."""
     node = shutil.which("node")
     asked = [node or "", *flags, "-e", ""]
     if node and not subprocess.run(asked, capture_output=True, check=False).returncode:
@@ -1957,6 +1968,6 @@ def door_node(*flags: str) -> str:
 
 
 async def door_shut(house: DoorServer) -> None:
-    """Accepting has stopped."""
+    """Claim that the server accepts no connection any more."""
     with pytest.raises(ConnectionRefusedError):
         await house.dial()

@@ -1,9 +1,8 @@
-"""How much it takes to add an event, a command and a route, and what a gap does.
+"""Adding an event takes two places in chatd.py, a command three, a route three.
 
-An event takes two places in chatd.py, a command three, a route three. The tests insert
-into a copy of chatd.py in these places and no others, and run the copy. Everything else
-follows: the database, the hub, catching up, the poll, the queries about membership, the
-numbers. A place that is forgotten is an error of mypy or an exception.
+The tests insert code into a copy of chatd.py, in these places and no others, and run
+the copy. The rest follows from it: the database, the hub, catching up, the poll, the
+membership queries, the stats. A forgotten place is a mypy error or an exception.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ import chatd
 from tests import harness
 from tests.harness import DOOR_CHECKOUT, DoorPeer, DoorServer, door_run, memory_inline
 
-# An event with fields of its own, and the two that change membership: for each its
-# class, and the Store method that records it.
+# Three events: one with fields of its own, and two that change membership. Each has a
+# class and the Store method that records it.
 EVENT_CLASSES = '''
 class Waved(Event, frozen=True, tag="waved"):
     """To all members."""
@@ -35,14 +34,14 @@ class Waved(Event, frozen=True, tag="waved"):
 
 
 class Invited(UserEvent, frozen=True, tag="invited"):
-    """To all members, and to the one that is a member from here on."""
+    """To all members and to the user that becomes one."""
 
     why: str
     membership = "joins"
 
 
 class Expelled(Event, frozen=True, tag="expelled"):
-    """To the remaining members, and to the one that is none from here on."""
+    """To the remaining members and to the user that was removed."""
 
     user_id: int
     membership = "leaves"
@@ -65,13 +64,13 @@ STORE_METHODS = '''
         self._record(db, events, Entry(event, user_id, to_chat=True))
 
     def expel(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:
-        """Let a user no longer be a member."""
+        """Remove a member."""
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         db.execute(sql, (chat_id, user_id))
         event = Expelled(self._next_seq(events), chat_id, user_id)
         self._record(db, events, Entry(event, user_id, to_chat=True))
 '''
-# A command: its struct, with its name in the union below it; its arm; what it does.
+# A command: its struct and its name in the union; its arm in `match`; its method.
 COMMAND_STRUCT = '''
 class Wave(Command, frozen=True, tag="wave"):
     """Waves to a chat."""
@@ -94,7 +93,7 @@ COMMAND_METHOD = """
             lambda seq, ref: Reply(text_frame(Ack(ref=ref, chat_id=chat_id)), seq),
         )
 """
-# A route: its row, its handler, and its store method (above) or the struct of its body.
+# A route: its row; its handler; the struct of its body, or a Store method (above).
 ROUTE_ROWS = """
     "/api/v1/chats/*/waves": {"POST": Route("user", post_wave)},
     "/api/v1/chats/*/guests": {"POST": Route("service", post_guest)},
@@ -123,12 +122,12 @@ async def post_guest(server: Server, request: Request) -> Answer:
 
 
 async def delete_guest(server: Server, request: Request) -> Answer:
-    """Let a user be no member of a chat."""
+    """Remove a member of a chat."""
     await server.store.commit(server.store.expel, *request.ids)
     return Answer(204)
 
 '''
-# The places in chatd.py, each by the text before which it is.
+# The places in chatd.py. Each piece goes before the text given here.
 PLACES = {
     EVENT_CLASSES: "\n\nBASES = (Event,",
     STORE_METHODS: "\n    def rename(self, db: Db,",
@@ -143,7 +142,7 @@ PLACES = {
 
 
 def extended(folder: Path, *forgotten: str) -> Path:
-    """Make a copy of chatd.py with all of that, but for what was forgotten."""
+    """Copy chatd.py with every piece above inserted, except the forgotten ones."""
     folder.mkdir()
     text = (DOOR_CHECKOUT / "chatd.py").read_text("utf-8")
     for part, before in PLACES.items():
@@ -158,7 +157,7 @@ def extended(folder: Path, *forgotten: str) -> Path:
 
 @contextlib.contextmanager
 def imported(path: Path) -> Iterator[ModuleType]:
-    """Import such a copy, beside the chatd that all other tests use."""
+    """Import such a copy beside the chatd that all other tests use."""
     spec = importlib.util.spec_from_file_location("extended_chatd", path)
     assert spec is not None
     assert spec.loader is not None
@@ -171,6 +170,12 @@ def imported(path: Path) -> Iterator[ModuleType]:
         del sys.modules["extended_chatd"]
 
 
+@pytest.fixture
+def extended_chatd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the harness start a copy with every piece instead of chatd.py itself."""
+    monkeypatch.setattr(harness, "DOOR_CHECKOUT", extended(tmp_path / "copy").parent)
+
+
 async def events_of(peer: DoorPeer, kind: str, count: int) -> list[dict[str, Any]]:
     return [await peer.hear(kind) for _ in range(count)]
 
@@ -179,16 +184,15 @@ def in_chat(chat: int, **fields: object) -> dict[str, object]:
     return {"chat_id": chat, **fields}
 
 
-async def test_an_event_a_command_and_a_route_work_from_their_places_alone(
-    house: DoorServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("extended_chatd")
+async def test_an_event_a_command_and_a_route_need_no_other_place_than_theirs(
+    house: DoorServer,
 ) -> None:
-    copy = extended(tmp_path / "copy")
-    monkeypatch.setattr(harness, "DOOR_CHECKOUT", copy.parent)
     async with house.serving():
         chat = await house.chat(1, 2)
         start = await house.cursor(2)
         one, two = await house.peer(1), await house.peer(2)
-        # The command: acked, stored, and told live, to the sender's socket too.
+        # The command is acked and stored; every live member receives the event.
         await one.say("wave", chat_id=chat, mood="glad", ref="r")
         waved = {"type": "waved", "seq": 3, "user_id": 1, "moods": ["glad", "é"]}
         assert await one.hear("waved") == in_chat(chat, **waved)
@@ -206,35 +210,34 @@ async def test_an_event_a_command_and_a_route_work_from_their_places_alone(
         await house.want(405, f"GET /api/v1/chats/{chat}/waves", token)
         again = in_chat(chat, **waved | {"seq": 4, "user_id": 2, "moods": ["sad", "é"]})
         assert [await peer.hear("waved") for peer in (one, two)] == [again] * 2
-        told = [in_chat(chat, **waved), again]
-        # Replayed from the tail, and polled.
+        both = [in_chat(chat, **waved), again]
+        # The event is replayed from the tail, and polled.
         replaying = await house.peer(2, start)
-        assert await events_of(replaying, "waved", 2) == told
-        assert await house.log(2, start) == told
-        # Counted.
+        assert await events_of(replaying, "waved", 2) == both
+        assert await house.log(2, start) == both
+        # It is counted.
         counted = (await house.stats())["broadcast"]["events"]
         assert counted == {"chat_added": 2, "waved": 2}
         metrics = await house.ask("GET", "/metrics", house.stats_token)
         assert 'chatd_broadcast_events_total{type="waved"} 2.0' in metrics.body.decode()
-        # After a restart the tail goes back to the chat, or to the one after it.
+        # After a restart it is read from the tail; after the next, from the database.
         for _ in range(2):
             await house.stop()
             await house.begin()
             replaying = await house.peer(2, start)
-            assert await events_of(replaying, "waved", 2) == told
-            assert await house.log(2, start) == told
+            assert await events_of(replaying, "waved", 2) == both
+            assert await house.log(2, start) == both
             await house.chat(1)
         await house.stop()
     assert (await door_run("check", "--db", house.db)).status == 0
-    # A chatd that does not know the event says so, and tells no other event.
+    # A chatd that does not know the event reports it as unknown.
     assert "event 3: of the unknown kind waved" in chatd.faults(house.db)
 
 
-async def test_an_event_that_declares_membership_changes_it(
-    house: DoorServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("extended_chatd")
+async def test_an_event_that_declares_a_membership_change_makes_it(
+    house: DoorServer,
 ) -> None:
-    copy = extended(tmp_path / "copy")
-    monkeypatch.setattr(harness, "DOOR_CHECKOUT", copy.parent)
     async with house.serving():
         chat = await house.chat(1, 2)
         three = await house.peer(3)
@@ -254,7 +257,7 @@ async def test_an_event_that_declares_membership_changes_it(
         assert message["message"]["content"] == "meanwhile"
         assert expelled == in_chat(chat, type="expelled", seq=6, user_id=3)
         await three.hears_nothing()
-        # In the tail and, after a restart, in the database.
+        # The same from the tail and, after a restart, from the database.
         for _ in range(2):
             assert await house.log(3, start) == [invited, expelled]
             replaying = await house.peer(3, start)
@@ -274,20 +277,20 @@ def test_a_reader_is_a_member_until_its_removal_is_published(tmp_path: Path) -> 
             chat = store.commit_now(store.create_chat, None, [1]).id
             store.commit_now(store.invite, chat, 2)
             store.commit_now(store.wave, chat, 1, "glad")
-            store.commit_now(store.expel, chat, 2)  # seq 4: not published yet
+            store.commit_now(store.expel, chat, 2)  # seq 4 is not published yet
             page = store._query(store.events_after, 2, 0, 3, 100)
             assert [entry.kind for entry in page.events] == ["invited", "waved"]
             page = store._query(store.events_after, 2, 0, 4, 100)
             assert [entry.kind for entry in page.events] == ["invited", "expelled"]
 
 
-def test_a_command_that_is_not_named_stops_the_import(tmp_path: Path) -> None:
+def test_a_command_missing_from_the_union_stops_the_import(tmp_path: Path) -> None:
     copy = extended(tmp_path / "copy", COMMAND_NAME)
     with pytest.raises(TypeError, match=r"AnyCommand .*\.Wave"), imported(copy):
         pass
 
 
-def test_mypy_reports_a_place_that_was_forgotten(tmp_path: Path) -> None:
+def test_mypy_reports_a_forgotten_place(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     cache = tmp_path / "cache"
     for name, forgotten, report in (

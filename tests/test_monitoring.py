@@ -32,7 +32,7 @@ from tests.harness import (
     wires_upgrade,
 )
 
-# --- refusals, log, stats ------------------------------------------------------------
+# --- log lines -----------------------------------------------------------------------
 
 
 FORGED = "Bob\n<0>left user=1\r\x1b[2J\u202e\u2028\x00\x85 why=fine"
@@ -49,7 +49,7 @@ def test_a_log_line_cannot_be_forged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("bare_environment")
-def test_a_mistake_that_ends_the_process_is_one_line_too(
+def test_a_bug_that_ends_the_process_is_one_log_line_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(_: Path) -> None:
@@ -57,15 +57,15 @@ def test_a_mistake_that_ends_the_process_is_one_line_too(
 
     monkeypatch.setattr(chatd, "print_check", broken)
     assert chatd.main(["check"]) == 1
-    said = capsys.readouterr().err
+    err = capsys.readouterr().err
     where = r"test_monitoring\.py:\d+ broken < chatd\.py:\d+ main"
-    assert re.fullmatch(rf"ERROR crashed error='ValueError' at='{where}'\n", said), said
+    assert re.fullmatch(rf"ERROR crashed error='ValueError' at='{where}'\n", err), err
 
 
 @pytest.mark.parametrize(
     ("level", "prefix"), [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("ERROR", 3)]
 )
-def test_a_level_has_its_priority_and_a_terminal_its_word(
+def test_a_log_level_is_a_priority_in_the_journal_and_a_word_elsewhere(
     level: str, prefix: int
 ) -> None:
     number = logging.getLevelNamesMapping()[level]
@@ -74,9 +74,7 @@ def test_a_level_has_its_priority_and_a_terminal_its_word(
     assert chatd.Formatter(journal=False).format(record) == f"{level} left user=6"
 
 
-def test_commits_are_ranked_over_the_last_1024_and_the_longest_is_never_forgotten() -> (
-    None
-):
+def test_commit_times_are_of_the_last_1024_and_the_maximum_of_all() -> None:
     stats = Stats()
     assert stats.commit_seconds() == {"p50": 0.0, "p99": 0.0, "max": 0.0}
     for i in range(2000):
@@ -85,15 +83,16 @@ def test_commits_are_ranked_over_the_last_1024_and_the_longest_is_never_forgotte
     assert stats.commit_seconds() == {"p50": 1.488, "p99": 1.989, "max": 9.0}
 
 
-# --- Monitoring ----------------------------------------------------------------------
+# --- the stats document, metrics -----------------------------------------------------
 
 
 def shape(part: Any) -> Any:
+    """Replace every value of a JSON document by None; the names stay."""
     return {k: shape(v) for k, v in part.items()} if isinstance(part, dict) else None
 
 
 @wires()
-async def test_the_stats_answer_did_we_lose_anything_and_who_was_cut(
+async def test_the_stats_count_connections_events_messages_and_refusals(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -142,7 +141,7 @@ async def test_the_stats_answer_did_we_lose_anything_and_who_was_cut(
 
 
 @wires()
-async def test_metrics_are_the_same_numbers_for_prometheus(house: WiresHouse) -> None:
+async def test_the_metrics_have_the_numbers_of_the_stats(house: WiresHouse) -> None:
     chat = await house.chat(6, 7)
     peer = await house.join(6)
     await peer.ask("send_message", chat_id=chat, content="hi")
@@ -168,11 +167,11 @@ async def test_metrics_are_the_same_numbers_for_prometheus(house: WiresHouse) ->
     assert ("chatd_store_commit_seconds", "p99") in samples
 
 
-# --- The bulkhead --------------------------------------------------------------------
+# --- bugs and secrets in the log -----------------------------------------------------
 
 
 @wires(store=FaultyStore)
-async def test_a_flood_of_mistakes_does_not_flood_the_log(
+async def test_the_same_bug_50_times_writes_10_log_lines(
     house: WiresHouse, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "chatd")
@@ -188,7 +187,7 @@ async def test_a_flood_of_mistakes_does_not_flood_the_log(
 
 
 @wires(store=FaultyStore)
-async def test_no_token_and_no_text_reaches_the_log_at_any_level(
+async def test_no_token_and_no_message_text_is_logged_at_any_level_even_by_a_bug(
     house: WiresHouse, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "chatd")
@@ -212,10 +211,10 @@ async def test_no_token_and_no_text_reaches_the_log_at_any_level(
         assert secret not in caplog.text
 
 
-# --- HTTP: every row of the table in docs/protocol.md, and more -----------------------
+# --- a process: what it logs ---------------------------------------------------------
 
 
-async def test_tokens_and_texts_reach_no_log_no_error_and_no_metric(
+async def test_tokens_and_texts_are_in_no_log_line_no_error_and_no_metric(
     house: DoorServer,
 ) -> None:
     async with house.serving("--log-level", "debug"):
@@ -265,17 +264,15 @@ async def test_tokens_and_texts_reach_no_log_no_error_and_no_metric(
         assert house.secret.decode() not in seen
 
 
-# --- the log -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("journal", [True, False])
-async def test_each_line_has_its_priority_only_where_it_goes_to_the_journal(
+async def test_log_lines_have_a_priority_only_if_stderr_is_the_journal(
     house: DoorServer, journal: bool
 ) -> None:
     log = house.home / "stderr"
     log.touch()
     there = log.stat()
-    # A process that a unit started, but that writes elsewhere, inherits the variable.
+    # A process inherits JOURNAL_STREAM even if its stderr is another file, so chatd
+    # compares the two.
     stream = f"{there.st_dev}:{there.st_ino + (not journal)}"
     house.environment = {"JOURNAL_STREAM": stream}
     async with house.serving("--log-level=debug"):
@@ -301,7 +298,7 @@ async def test_each_line_has_its_priority_only_where_it_goes_to_the_journal(
     assert last.startswith("<3>chatd: database " if journal else "chatd: database ")
 
 
-async def test_the_log_level_says_how_much(house: DoorServer) -> None:
+async def test_a_higher_log_level_logs_less(house: DoorServer) -> None:
     async with house.serving("--log-level=warning"):
         await (await house.peer(next(door_users))).leave()
     assert (house.home / "stderr").read_text() == ""

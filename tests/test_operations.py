@@ -1,4 +1,4 @@
-"""Operations: systemd, its sockets, backup, restore, check, damage, the demo."""
+"""Operations: systemd, its sockets, backup, restore, check, damaged databases."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from tests.harness import (
     wires_request,
 )
 
-# --- Stop ----------------------------------------------------------------------------
+# --- notifications to systemd --------------------------------------------------------
 
 
 @wires()
-async def test_a_commit_that_hangs_for_60_s_is_no_longer_told_to_the_watchdog(
+async def test_a_commit_that_hangs_for_60_s_ends_the_watchdog_messages(
     house: WiresHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -56,32 +56,32 @@ async def test_a_commit_that_hangs_for_60_s_is_no_longer_told_to_the_watchdog(
         monkeypatch.setenv("NOTIFY_SOCKET", address.replace("\0", "@"))
         systemd.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
 
-        async def told(seconds: float) -> list[bytes]:
-            heard = []
+        async def notifications(seconds: float) -> list[bytes]:
+            received = []
             for _ in range(round(seconds)):
                 await trio.sleep(1)
                 with contextlib.suppress(BlockingIOError):
                     while True:
-                        heard.append(systemd.recv(100))
-            return heard
+                        received.append(systemd.recv(100))
+            return received
 
         alive = b"WATCHDOG=1\nSTATUS=sockets: 0"
-        assert set(await told(10)) == {alive}
+        assert set(await notifications(10)) == {alive}
         house.disk.hold()
         raw = house.dial()
         auth = f"Bearer {house.token(6)}"
         await raw.send(
             wires_request("POST", "/api/v1/chats", b"{}", Authorization=auth)
         )
-        assert 58 <= len(await told(70)) <= 61
-        assert await told(60) == []
+        assert 58 <= len(await notifications(70)) <= 61
+        assert await notifications(60) == []
         house.disk.go()
-        assert set(await told(3)) == {alive}
+        assert set(await notifications(3)) == {alive}
         monkeypatch.delenv("NOTIFY_SOCKET")
 
 
 @wires()
-async def test_a_systemd_that_reads_nothing_holds_nothing_up(
+async def test_a_systemd_that_reads_nothing_delays_nothing(
     house: WiresHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "chatd")
@@ -106,8 +106,9 @@ async def test_a_systemd_that_reads_nothing_holds_nothing_up(
 # --- under a service manager ---------------------------------------------------------
 
 
-# What systemd does before it runs a program: its sockets are 3, 4, ... (sd_listen_fds).
-DOOR_EXEC = """
+# Run a program as systemd does, with the sockets as descriptors 3, 4, ...
+# (sd_listen_fds).
+EXEC_WITH_SOCKETS = """
 import fcntl, os, sys
 fds = [int(word) for word in sys.argv[1].split(",") if word]
 for n, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in fds]):
@@ -117,8 +118,8 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
-class DoorManager:
-    """Stands in for systemd: hears sd_notify(3), keeps sockets, and passes them on."""
+class ServiceManager:
+    """Stands in for systemd: reads sd_notify(3), keeps sockets, and passes them on."""
 
     def __init__(self, home: Path, *, store_max: int = 8) -> None:
         self.home, self.store_max = home, store_max
@@ -127,18 +128,18 @@ class DoorManager:
         self.inbox.setblocking(False)
         self.inbox.bind(self.address)
         self.store: list[tuple[str, socket.socket]] = []
-        self.given: list[tuple[str, socket.socket]] = []  # a socket unit's
-        self.heard: list[str] = []  # of the process that runs now
+        self.given: list[tuple[str, socket.socket]] = []  # from a socket unit
+        self.received: list[str] = []  # from the process that runs now
         self.news = DoorCount()
         self.process: trio.Process | None = None
 
-    async def hear(self) -> None:
+    async def receive(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self.inbox)
             text, fds, _, _ = socket.recv_fds(self.inbox, 4096, 64)
             lines = text.decode().split("\n")
             words = dict(line.split("=", 1) for line in lines)
-            self.heard += lines
+            self.received += lines
             name = words.get("FDNAME", "stored")
             if words.get("FDSTOREREMOVE") == "1":
                 self.drop(name)
@@ -158,14 +159,14 @@ class DoorManager:
         self.store = [(name, sock) for name, sock in self.store if sock.fileno() >= 0]
 
     async def start(self, *flags: object, pid: str = "") -> None:
-        """Start it, and wait until it says that it is ready."""
+        """Start chatd, and wait for READY=1."""
         passed = [*self.given, *self.store]
-        self.heard.clear()
+        self.received.clear()
         fds = [sock.fileno() for _, sock in passed]
         with (self.home / "out").open("ab") as out:
             self.process = await trio.lowlevel.open_process(
                 [
-                    *(sys.executable, "-c", DOOR_EXEC, ",".join(map(str, fds))),
+                    *(sys.executable, "-c", EXEC_WITH_SOCKETS, ",".join(map(str, fds))),
                     *("-m", "chatd", "serve", "--db", str(self.home / "chatd.db")),
                     *map(str, flags),
                 ],
@@ -179,11 +180,11 @@ class DoorManager:
                 stderr=out,
                 pass_fds=fds,
             )
-        await self.hears("READY=1")
+        await self.wait_for("READY=1")
 
-    async def hears(self, line: str) -> None:
+    async def wait_for(self, line: str) -> None:
         with trio.fail_after(DOOR_SECONDS):
-            while line not in self.heard:
+            while line not in self.received:
                 await self.news.reaches(self.news.value + 1)
 
     async def stop(self, signum: int = signal.SIGTERM) -> None:
@@ -199,7 +200,7 @@ class DoorManager:
 
     @property
     def kept(self) -> list[tuple[str, int]]:
-        """Where the sockets in the store listen."""
+        """The addresses at which the sockets in the store listen."""
         return [sock.getsockname()[:2] for _, sock in self.store]
 
     async def kill(self) -> None:
@@ -214,11 +215,13 @@ class DoorManager:
 
 
 @asynccontextmanager
-async def door_manager(home: Path, *, store_max: int = 8) -> AsyncIterator[DoorManager]:
-    manager = DoorManager(home, store_max=store_max)
+async def service_manager(
+    home: Path, *, store_max: int = 8
+) -> AsyncIterator[ServiceManager]:
+    manager = ServiceManager(home, store_max=store_max)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(manager.hear)
+            nursery.start_soon(manager.receive)
             yield manager
             nursery.cancel_scope.cancel()
     finally:
@@ -227,8 +230,8 @@ async def door_manager(home: Path, *, store_max: int = 8) -> AsyncIterator[DoorM
         manager.tidy()
 
 
-async def door_answers(host: str, port: int) -> int:
-    """The status of /healthz there, on a connection of its own."""
+async def health_status(host: str, port: int) -> int:
+    """Ask for /healthz on a new connection; return the status of the answer."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with trio.socket.socket(family) as sock, trio.fail_after(DOOR_SECONDS):
         await sock.connect((host, port))
@@ -238,23 +241,23 @@ async def door_answers(host: str, port: int) -> int:
 async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
     tmp_path: Path,
 ) -> None:
-    async with door_manager(tmp_path) as manager, trio.open_nursery() as nursery:
+    async with service_manager(tmp_path) as manager, trio.open_nursery() as nursery:
         await manager.start("--listen", "127.0.0.1:0")
         ((host, port),) = manager.kept
         answered = DoorCount()
 
-        async def come() -> None:
-            while True:  # a refusal, or an end without an answer, fails the test
-                assert await door_answers(host, port) in (200, 503)
+        async def connect() -> None:
+            while True:  # a refused connection, or one without an answer, raises
+                assert await health_status(host, port) in (200, 503)
                 answered.add()
 
         for _ in range(3):
-            nursery.start_soon(come)
+            nursery.start_soon(connect)
         for _ in range(10):
             with trio.fail_after(DOOR_SECONDS):
                 await answered.reaches(answered.value + 10)
             await manager.stop()
-            await manager.hears("STOPPING=1")
+            await manager.wait_for("STOPPING=1")
             await manager.start("--listen", "127.0.0.1:0")
             assert manager.kept == [(host, port)]
         await answered.reaches(answered.value + 10)
@@ -263,22 +266,22 @@ async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
     assert not DOOR_MISTAKE.search(manager.output)
 
 
-async def test_who_connects_while_nobody_serves_is_answered_by_the_next(
+async def test_clients_that_connect_between_two_processes_are_answered_by_the_next(
     tmp_path: Path,
 ) -> None:
-    async with door_manager(tmp_path) as manager:
+    async with service_manager(tmp_path) as manager:
         await manager.start("--listen", "127.0.0.1:0")
         ((host, port),) = manager.kept
         for signum in (signal.SIGTERM, signal.SIGKILL):
             await manager.stop(signum)
             statuses: list[int] = []
 
-            async def come(told: list[int] = statuses) -> None:
-                told.append(await door_answers(host, port))
+            async def connect(found: list[int] = statuses) -> None:
+                found.append(await health_status(host, port))
 
             async with trio.open_nursery() as nursery:
                 for _ in range(50):
-                    nursery.start_soon(come)
+                    nursery.start_soon(connect)
                 await wait_all_tasks_blocked()
                 assert statuses == []
                 await manager.start("--listen", f"{host}:{port}")
@@ -291,21 +294,21 @@ async def test_a_name_with_two_addresses_listens_at_both_after_a_restart(
 ) -> None:
     found = socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)
     hosts = list(dict.fromkeys(str(address[0]) for *_, address in found))
-    async with door_manager(tmp_path, store_max=store_max) as manager:
-        # Port 0 gives each its own; a port that we know is the same for both.
+    async with service_manager(tmp_path, store_max=store_max) as manager:
+        # Both addresses need the same port, so port 0 does not do.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for _ in range(3):
             await manager.start("--listen", f"localhost:{port}")
             for host in hosts:
-                assert await door_answers(host, port) == 200
+                assert await health_status(host, port) == 200
             assert len(manager.kept) == min(store_max, len(hosts))
             await manager.stop()
 
 
-class DoorResolver(trio.abc.HostnameResolver):
-    """A name with several addresses, whatever this machine calls itself."""
+class Resolver(trio.abc.HostnameResolver):
+    """Resolves every name to the given addresses."""
 
     def __init__(self, *hosts: str) -> None:
         self.hosts = hosts
@@ -323,11 +326,11 @@ class DoorResolver(trio.abc.HostnameResolver):
         raise NotImplementedError
 
 
-async def test_each_address_gets_the_socket_that_was_kept_for_it(
+async def test_each_address_gets_the_socket_that_systemd_kept_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hosts = ["127.0.0.3", "127.0.0.4", "127.0.0.5"]
-    trio.socket.set_custom_hostname_resolver(DoorResolver(*hosts, hosts[0]))
+    trio.socket.set_custom_hostname_resolver(Resolver(*hosts, hosts[0]))
     with contextlib.ExitStack() as stack:
         first = await chatd._listen_at("name.test", 0, [])
         for sock in first:
@@ -345,7 +348,7 @@ async def test_each_address_gets_the_socket_that_was_kept_for_it(
         port = first[0].getsockname()[1] % 65535 + 1
         assert not chatd._is_at(first[0], (hosts[0], port))
 
-        # A family that the kernel does not have is done without, but not all of them.
+        # A family that the kernel lacks is skipped, unless no address is left.
         real = trio.open_tcp_listeners
 
         async def without_ipv6(port: int, *, host: str) -> list[trio.SocketListener]:
@@ -354,49 +357,49 @@ async def test_each_address_gets_the_socket_that_was_kept_for_it(
             return await real(port, host=host)
 
         monkeypatch.setattr(trio, "open_tcp_listeners", without_ipv6)
-        trio.socket.set_custom_hostname_resolver(DoorResolver("::1", hosts[0]))
+        trio.socket.set_custom_hostname_resolver(Resolver("::1", hosts[0]))
         (only,) = await chatd._listen_at("name.test", 0, [])
         stack.callback(only.close)
         assert only.getsockname()[0] == hosts[0]
-        trio.socket.set_custom_hostname_resolver(DoorResolver("::1"))
+        trio.socket.set_custom_hostname_resolver(Resolver("::1"))
         with pytest.raises(UsageError, match=r"--listen name\.test:1: no IPv6"):
             await chatd.open_listeners("name.test:1")
 
 
-async def test_a_kept_socket_at_another_address_is_given_up(tmp_path: Path) -> None:
-    async with door_manager(tmp_path) as manager:
+async def test_a_kept_socket_at_another_address_is_closed(tmp_path: Path) -> None:
+    async with service_manager(tmp_path) as manager:
         await manager.start("--listen", "127.0.0.1:0")
         ((_, port),) = manager.kept
         await manager.stop()
-        # The same port, at addresses that include the old one: it must be free.
+        # The new address includes the old one, so the old socket must be closed first.
         await manager.start("--listen", f"0.0.0.0:{port}")
         assert manager.kept == [("0.0.0.0", port)]
-        assert await door_answers("127.0.0.2", port) == 200
+        assert await health_status("127.0.0.2", port) == 200
         await manager.stop()
         await manager.start("--listen", f"127.0.0.2:{port}")
         assert manager.kept == [("127.0.0.2", port)]
-        assert await door_answers("127.0.0.2", port) == 200
+        assert await health_status("127.0.0.2", port) == 200
         with pytest.raises(ConnectionRefusedError):
-            await door_answers("127.0.0.1", port)
+            await health_status("127.0.0.1", port)
         await manager.stop()
 
 
 async def test_a_kept_socket_that_no_longer_listens_is_replaced(tmp_path: Path) -> None:
-    async with door_manager(tmp_path) as manager:
+    async with service_manager(tmp_path) as manager:
         await manager.start("--listen", "127.0.0.1:0")
         ((_, sock),) = manager.store
         address = sock.getsockname()
         await manager.stop()
         sock.shutdown(socket.SHUT_RDWR)
         await manager.start("--listen", "{}:{}".format(*address))
-        assert await door_answers(*address) == 200
+        assert await health_status(*address) == 200
         await manager.stop()
 
 
 async def test_the_sockets_of_a_socket_unit_are_served_and_not_kept(
     tmp_path: Path,
 ) -> None:
-    async with door_manager(tmp_path) as manager:
+    async with service_manager(tmp_path) as manager:
         await manager.start("--listen", "127.0.0.1:0")
         ((_, old),) = manager.kept
         await manager.stop()
@@ -407,14 +410,16 @@ async def test_the_sockets_of_a_socket_unit_are_served_and_not_kept(
         for _ in range(2):
             await manager.start("--listen", f"127.0.0.1:{old}")
             for host, port in addresses:
-                assert await door_answers(host, port) == 200
+                assert await health_status(host, port) == 200
             assert manager.kept == []
             with pytest.raises(ConnectionRefusedError):
-                await door_answers("127.0.0.1", old)
+                await health_status("127.0.0.1", old)
             await manager.stop()
 
 
-async def test_what_cannot_be_served_from_a_socket_unit_is_told(tmp_path: Path) -> None:
+async def test_a_descriptor_that_is_no_listening_tcp_socket_is_refused_at_start(
+    tmp_path: Path,
+) -> None:
     local, silent = socket.socket(socket.AF_UNIX), socket.socket()
     local.bind(str(tmp_path / "local"))
     local.listen()
@@ -423,7 +428,7 @@ async def test_what_cannot_be_served_from_a_socket_unit_is_told(tmp_path: Path) 
         for fd in (local.fileno(), silent.fileno(), file.fileno()):
             done = await trio.run_process(
                 [
-                    *(sys.executable, "-c", DOOR_EXEC, str(fd)),
+                    *(sys.executable, "-c", EXEC_WITH_SOCKETS, str(fd)),
                     *("-m", "chatd", "serve", "--db", str(tmp_path / "chatd.db")),
                     *("--listen", "127.0.0.1:0"),
                 ],
@@ -438,8 +443,8 @@ async def test_what_cannot_be_served_from_a_socket_unit_is_told(tmp_path: Path) 
             assert not DOOR_MISTAKE.search(done.stderr.decode()), done
 
 
-async def test_sockets_are_passed_once_and_to_nobody_else(tmp_path: Path) -> None:
-    look = """
+async def test_passed_sockets_are_taken_once_and_not_inherited(tmp_path: Path) -> None:
+    program = """
 import chatd, os
 given, _ = chatd.passed_sockets()
 print(len(given), len(chatd.passed_sockets()[0]))
@@ -449,8 +454,8 @@ print(os.get_inheritable(3), [n for n in os.environ if n.startswith("LISTEN_")])
         for before, count in (("", "1"), ("os.environ['LISTEN_PID'] = '1'", "0")):
             done = await trio.run_process(
                 [
-                    *(sys.executable, "-c", DOOR_EXEC, str(server.fileno())),
-                    *("-c", f"import os\n{before}\n{look}"),
+                    *(sys.executable, "-c", EXEC_WITH_SOCKETS, str(server.fileno())),
+                    *("-c", f"import os\n{before}\n{program}"),
                 ],
                 cwd=DOOR_CHECKOUT,
                 env=door_environment(LISTEN_FDS="1"),
@@ -463,10 +468,10 @@ print(os.get_inheritable(3), [n for n in os.environ if n.startswith("LISTEN_")])
             assert count == "0" or second.startswith("False")
 
 
-# --- the command line ----------------------------------------------------------------
+# --- backup, restore, check ----------------------------------------------------------
 
 
-async def test_a_second_serve_and_a_restore_under_one_are_told_what_to_do(
+async def test_serve_and_restore_on_a_served_database_say_what_to_do(
     house: DoorServer, tmp_path: Path
 ) -> None:
     async with house.serving():
@@ -484,7 +489,7 @@ async def test_a_second_serve_and_a_restore_under_one_are_told_what_to_do(
         await house.want(200, "GET /healthz")
 
 
-async def test_a_backup_keeps_the_newest_and_touches_nothing_else(
+async def test_a_backup_keeps_the_newest_copies_and_touches_no_other_file(
     house: DoorServer, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copies"
@@ -504,62 +509,67 @@ async def test_a_backup_keeps_the_newest_and_touches_nothing_else(
         assert re.fullmatch(r"chatd-\d{8}T\d{6}Z\.db", copy.name)
         assert {p.name for p in folder.iterdir()} == {*others, old[-1], copy.name}
         assert (await door_run("check", "--db", copy)).status == 0
-        # What failed removes nothing, and nor does what has room for more.
+        # A backup that fails removes nothing, and --keep 5 keeps all three.
         failed = await door_run(*words[:1], "--keep", "1", folder, "--db", folder)
         assert failed.status == 1
         more = await door_run("backup", "--db", house.db, "--keep", "5", folder)
         copies = {old[-1], copy.name, Path(more.out.strip()).name}
         assert len(copies) == 3
         assert {p.name for p in folder.iterdir()} == {*others, *copies}
-        # Names are by the second; who is quicker waits for the next.
+        # A name has whole seconds, so a second backup waits for the next one.
         for _ in range(2):
             await trio.to_thread.run_sync(chatd.backup, house.db, folder, 9)
         assert len([*folder.glob("chatd-2*Z.db")]) == 5
 
 
-# Ways in which a database file is damaged, each of which `chatd check` finds.
-def door_cut(db: Path) -> None:
+# --- damaged databases ---------------------------------------------------------------
+
+# Each function damages a database file in a way that `chatd check` finds.
+
+
+def execute(db: Path, sql: str) -> None:
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
+        connection.execute(sql)
+
+
+def drop_last_page(db: Path) -> None:
     os.truncate(db, db.stat().st_size // 4096 * 4096 - 4096)
 
 
-def door_cut_within_a_page(db: Path) -> None:
+def cut_within_a_page(db: Path) -> None:
     os.truncate(db, db.stat().st_size - 1000)
 
 
-def door_empty(db: Path) -> None:
+def empty(db: Path) -> None:
     os.truncate(db, 0)
 
 
-def door_zero_page(db: Path) -> None:
+def zero_a_page(db: Path) -> None:
     with db.open("r+b") as file:
         file.seek(4096 * 3)
         file.write(bytes(4096))
 
 
-def door_garbage_head(db: Path) -> None:
+def overwrite_the_header(db: Path) -> None:
     with db.open("r+b") as file:
         file.write(b"garbage")
 
 
-def door_garbage_pages(db: Path) -> None:
+def overwrite_all_but_the_first_page(db: Path) -> None:
     with db.open("r+b") as file:
         file.seek(4096)
         file.write(b"\xa5" * (db.stat().st_size - 4096))
 
 
-def door_hole_in_the_log(db: Path) -> None:
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("DELETE FROM event WHERE seq = 2")
-        connection.commit()
+def delete_an_event(db: Path) -> None:
+    execute(db, "DELETE FROM event WHERE seq = 2")
 
 
-def door_event_of_an_unknown_kind(db: Path) -> None:
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("UPDATE event SET kind = 'strange' WHERE seq = 100")
-        connection.commit()
+def rename_an_event_kind(db: Path) -> None:
+    execute(db, "UPDATE event SET kind = 'strange' WHERE seq = 100")
 
 
-def door_index_that_lies(db: Path) -> None:
+def make_an_index_disagree(db: Path) -> None:
     """Make an index disagree with its table, as a lost write does."""
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.executescript(
@@ -569,55 +579,49 @@ def door_index_that_lies(db: Path) -> None:
         )
 
 
-def door_one_byte_less(db: Path) -> None:
+def cut_one_byte(db: Path) -> None:
     os.truncate(db, db.stat().st_size - 1)
 
 
-def door_one_byte(db: Path) -> None:
+def leave_one_byte(db: Path) -> None:
     db.write_bytes(b"x")
 
 
-def door_version_negative(db: Path) -> None:
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("PRAGMA user_version = -1")
+def set_a_negative_version(db: Path) -> None:
+    execute(db, "PRAGMA user_version = -1")
 
 
-def door_without_an_index(db: Path) -> None:
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("DROP INDEX event_chat")
+def drop_an_index(db: Path) -> None:
+    execute(db, "DROP INDEX event_chat")
 
 
-def door_without_a_table(db: Path) -> None:
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("DROP TABLE meta")
+def drop_a_table(db: Path) -> None:
+    execute(db, "DROP TABLE meta")
 
 
-def door_without_an_epoch(db: Path) -> None:
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("DELETE FROM meta")
-        connection.commit()
+def delete_the_epoch(db: Path) -> None:
+    execute(db, "DELETE FROM meta")
 
 
-def door_version_zero(db: Path) -> None:
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("PRAGMA user_version = 0")
+def set_version_zero(db: Path) -> None:
+    execute(db, "PRAGMA user_version = 0")
 
 
-DOOR_DAMAGE = [
-    door_cut, door_cut_within_a_page, door_empty, door_zero_page, door_garbage_head,
-    door_garbage_pages, door_hole_in_the_log, door_index_that_lies, door_version_zero,
-    door_one_byte_less, door_one_byte, door_version_negative, door_without_an_index,
-    door_without_a_table, door_without_an_epoch, door_event_of_an_unknown_kind,
+DAMAGE = [
+    drop_last_page, cut_within_a_page, empty, zero_a_page, overwrite_the_header,
+    overwrite_all_but_the_first_page, delete_an_event, make_an_index_disagree,
+    set_version_zero, cut_one_byte, leave_one_byte, set_a_negative_version,
+    drop_an_index, drop_a_table, delete_the_epoch, rename_an_event_kind,
 ]  # fmt: skip
-# What the start overlooks, or takes for a new database: `chatd check` looks closer.
-DOOR_SERVED = [
-    door_empty, door_hole_in_the_log, door_index_that_lies, door_without_an_epoch,
+# Damage that does not stop `chatd serve`: only `chatd check` finds it.
+STARTS_ANYWAY = [
+    empty, delete_an_event, make_an_index_disagree, delete_the_epoch,
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def sound_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with some pages in every table."""
+    """A database with several pages in its tables."""
     memory = Memory(tmp_path_factory.mktemp("sound"))
     chat = memory.chat(1, 2)
     for _ in range(20):
@@ -626,8 +630,8 @@ def sound_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return memory.settings.db
 
 
-def door_files(folder: Path) -> dict[str, bytes]:
-    """What is in a folder, without what SQLite makes for every reader of a database."""
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Read the files of a folder, but not those that SQLite makes for each reader."""
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
@@ -635,8 +639,8 @@ def door_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("damage", DOOR_DAMAGE)
-async def test_a_damaged_database_is_no_backup_and_costs_none(
+@pytest.mark.parametrize("damage", DAMAGE)
+async def test_a_damaged_database_is_not_copied_and_no_backup_is_lost(
     damage: Callable[[Path], None], sound_db: Path, tmp_path: Path
 ) -> None:
     db, folder = tmp_path / "chatd.db", tmp_path / "copies"
@@ -645,28 +649,28 @@ async def test_a_damaged_database_is_no_backup_and_costs_none(
     first = await door_run("backup", "--db", db, "--keep", "1", folder)
     assert first.status == 0, first
     damage(db)
-    copies, files = door_files(folder), door_files(tmp_path)
+    copies, files = files_in(folder), files_in(tmp_path)
     assert len(copies) == 1
     for words in (("--keep", "1", folder), (tmp_path / "copy.db",)):
         done = await door_run("backup", "--db", db, *words)
         assert (done.status, done.out) == (1, ""), done
         assert f"database {db}: " in done.err, done
         assert "copy" not in done.err.replace(str(folder), ""), done
-    assert door_files(folder) == copies
-    assert door_files(tmp_path) == files
+    assert files_in(folder) == copies
+    assert files_in(tmp_path) == files
     checked = await door_run("check", "--db", db)
     assert checked.status == 1
-    # Nor does it get into the place of another.
+    # A restore does not put it in place of another database.
     shutil.copy(sound_db, folder / "other.db")
-    before = door_files(folder)
+    before = files_in(folder)
     restored = await door_run("restore", db, "--db", folder / "other.db")
     assert restored.status == 1
     assert f"restore {db}: " in restored.err
-    assert door_files(folder) == before
+    assert files_in(folder) == before
 
 
-@pytest.mark.parametrize("damage", [d for d in DOOR_DAMAGE if d not in DOOR_SERVED])
-async def test_a_damaged_database_is_not_served_and_the_way_out_is_told(
+@pytest.mark.parametrize("damage", [d for d in DAMAGE if d not in STARTS_ANYWAY])
+async def test_a_damaged_database_is_not_served_and_the_error_says_what_to_do(
     damage: Callable[[Path], None], sound_db: Path, house: DoorServer, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy.db"
@@ -685,14 +689,14 @@ async def test_a_damaged_database_is_not_served_and_the_way_out_is_told(
         await house.want(200, "GET /healthz")
 
 
-async def test_an_event_of_an_unknown_kind_is_never_told_as_another(
+async def test_an_event_of_an_unknown_kind_is_never_sent_as_another(
     house: DoorServer, tmp_path: Path
 ) -> None:
     memory = Memory(tmp_path)
     chat = memory.chat(1, 2)
     for _ in range(3):
         memory.say(chat, 1)
-    memory.chat(1, 3)  # a start reads no further back than this
+    memory.chat(1, 3)  # a start reads no event before this one
     memory.store.close()
     with contextlib.closing(sqlite3.connect(house.db)) as db, db:
         db.execute("UPDATE event SET kind = 'strange' WHERE seq = 4")
@@ -716,14 +720,16 @@ async def test_an_event_of_an_unknown_kind_is_never_told_as_another(
     assert "event 4: of the unknown kind strange" in done.out + done.err
 
 
-async def test_an_empty_file_beside_a_wal_is_no_new_database(house: DoorServer) -> None:
+async def test_an_empty_file_beside_a_wal_is_not_a_new_database(
+    house: DoorServer,
+) -> None:
     async with house.serving():
         await house.chat(next(door_users))
         await house.kill()
     wal = house.db.with_name("chatd.db-wal")
     kept = wal.read_bytes()
     assert kept
-    # Beside a link, too, and whatever command looks at it.
+    # The same through a link, and for every command.
     link = house.home / "link.db"
     link.symlink_to(house.db)
     shutil.copy(house.db.with_name("chatd.secret"), house.home / "link.secret")
@@ -733,7 +739,7 @@ async def test_an_empty_file_beside_a_wal_is_no_new_database(house: DoorServer) 
             ("serve", "--listen=127.0.0.1:0", "--db", db), ("check", "--db", db),
             ("backup", other, "--db", db), ("restore", db, "--db", other),
         ):  # fmt: skip
-            door_empty(house.db)
+            empty(house.db)
             done = await door_run(*words)
             assert done.status == 1, done
             assert "damaged: it is empty, and its -wal is not" in done.err, done
@@ -745,10 +751,10 @@ async def test_an_empty_file_beside_a_wal_is_no_new_database(house: DoorServer) 
     assert wal.read_bytes() == kept
 
 
-async def test_a_database_is_known_as_chatds_from_its_first_second(
+async def test_a_new_database_has_chatds_application_id_even_without_its_wal(
     house: DoorServer,
 ) -> None:
-    """Else a damaged -wal would make it look like a new file."""
+    """Without the id, a damaged -wal would make the database look like a new file."""
     async with house.serving():
         await house.kill()
         with contextlib.suppress(FileNotFoundError):
@@ -760,15 +766,15 @@ async def test_a_database_is_known_as_chatds_from_its_first_second(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("verb", ["backup", "restore"])
-def test_a_signal_ends_a_copy_with_a_sentence_and_no_file(
+def test_a_signal_during_a_copy_prints_a_sentence_and_leaves_no_file(
     verb: str, number: int, sound_db: Path, tmp_path: Path
 ) -> None:
     db, path = tmp_path / "chatd.db", tmp_path / "copy.db"
     shutil.copy(sound_db, db)
     if verb == "restore":
         shutil.copy(sound_db, path)
-    before = door_files(tmp_path)
-    # It signals itself in the middle of the copy, when the partial file is there.
+    before = files_in(tmp_path)
+    # The process signals itself in the middle of the copy: the partial file exists.
     program = (
         "import os, sys, chatd; copy = chatd.faults\n"
         f"end = lambda: os.kill(os.getpid(), {int(number)})\n"
@@ -783,14 +789,14 @@ def test_a_signal_ends_a_copy_with_a_sentence_and_no_file(
     name = signal.Signals(number).name
     assert done.returncode == 1, done
     assert done.stderr.endswith(f"chatd: ended by {name}, before it was done\n"), done
-    assert door_files(tmp_path) == before
+    assert files_in(tmp_path) == before
 
 
-async def test_the_start_says_what_it_checked_and_what_it_left_unchecked(
+async def test_the_start_logs_whether_it_checked_the_database(
     house: DoorServer, sound_db: Path
 ) -> None:
     shutil.copy(sound_db, house.db)
-    size = len(door_files(house.home)["chatd.db"])
+    size = len(files_in(house.home)["chatd.db"])
     for limit, verb in ((size, "checked"), (size - 1, "unchecked")):
         async with house.serving(f"--check-bytes={limit}"):
             pass
@@ -802,15 +808,15 @@ async def test_the_start_says_what_it_checked_and_what_it_left_unchecked(
     assert Settings().check_bytes == 32 * 2**20
 
 
-@pytest.mark.parametrize("blocks", [1, 40])  # of 1 KiB: no file may be larger
-async def test_a_copy_that_finds_no_room_leaves_nothing_behind(
+@pytest.mark.parametrize("blocks", [1, 40])  # the largest file, in KiB
+async def test_a_copy_that_runs_out_of_space_leaves_nothing_behind(
     blocks: int, sound_db: Path, tmp_path: Path
 ) -> None:
     db, folder = tmp_path / "chatd.db", tmp_path / "copies"
     shutil.copy(sound_db, db)
     folder.mkdir()
     (folder / "chatd-20260101T000000Z.db").write_bytes(b"old")
-    before = door_files(folder), door_files(tmp_path)
+    before = files_in(folder), files_in(tmp_path)
     for words in (("backup", "--keep", "1", folder), ("restore", sound_db)):
         chatd_at = [sys.executable, "-m", "chatd", *map(str, words), "--db", str(db)]
         done = await trio.run_process(
@@ -822,14 +828,14 @@ async def test_a_copy_that_finds_no_room_leaves_nothing_behind(
         )  # fmt: skip
         assert done.returncode == 1, done
         assert re.search(rb"chatd: \w+ .*(copying failed|disk I/O)", done.stderr), done
-        assert (door_files(folder), door_files(tmp_path)) == before
+        assert (files_in(folder), files_in(tmp_path)) == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-async def test_root_follows_no_link_in_a_folder_of_the_unit_s_user(
+async def test_root_follows_no_link_in_a_folder_of_the_units_user(
     house: DoorServer, tmp_path: Path
 ) -> None:
-    """Who takes over the server must not get root's help to take over the machine."""
+    """An attacker with the unit's rights must not become root through a link."""
     async with house.serving():
         await house.chat(next(door_users))
     copy, prey = tmp_path / "copy.db", tmp_path / "prey"

@@ -1,8 +1,7 @@
 """The proxy, between socket pairs under virtual time, and as a process.
 
-The test is the client on one side and the upstream on the other, both in bytes: what
-the proxy passes is looked at as the other end gets it, and what never reaches the
-other end is asserted too.
+The test plays the client on one side and the upstream on the other, both in bytes. It
+asserts what reaches the other end, and what does not.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from tests.harness import (
     DoorProxy,
     DoorServer,
     ProxyHouse,
+    WiresRaw,
     door_frame,
     door_get,
     door_node,
@@ -54,11 +54,39 @@ from tests.harness import (
     wires_upgrade,
 )
 
-# --- Proxy: what goes up -------------------------------------------------------------
+# --- requests go up ------------------------------------------------------------------
+
+
+async def pass_up(
+    house: ProxyHouse, request: bytes = wires_request("GET", "/"), behind: bytes = b""
+) -> tuple[WiresRaw, WiresRaw]:
+    """Send a request, and bytes behind it; wait until the upstream has read it whole.
+
+    Return the client's connection and the upstream's.
+    """
+    raw = house.dial()
+    await raw.send(request, behind)
+    up = await house.upstream()
+    await house.request(up)
+    return raw, up
+
+
+async def refused(
+    house: ProxyHouse, sent: bytes, status: int, code: str = ""
+) -> WiresRaw:
+    """Send a request; claim that the proxy answers with this status and closes."""
+    raw = house.dial()
+    await raw.send(sent)
+    answer = await raw.answer()
+    assert answer.status == status
+    assert answer.headers["connection"] == "close"
+    assert code in {"", answer.code}
+    assert await raw.ends() == b""
+    return raw
 
 
 @proxied()
-async def test_a_request_is_passed_up_as_it_is_and_its_answer_down(
+async def test_a_request_is_passed_up_and_its_answer_comes_down_unchanged(
     house: ProxyHouse,
 ) -> None:
     sent = wires_request(
@@ -78,7 +106,7 @@ async def test_a_request_is_passed_up_as_it_is_and_its_answer_down(
 
 
 @proxied()
-async def test_a_token_in_the_place_of_a_method_is_passed_and_not_logged(
+async def test_a_token_sent_as_the_method_is_passed_up_and_not_logged(
     house: ProxyHouse,
 ) -> None:
     token = house.proxy.keyring.sign(6, 600)
@@ -86,7 +114,7 @@ async def test_a_token_in_the_place_of_a_method_is_passed_and_not_logged(
     assert got.method == token
 
 
-PROXY_FORGED = {
+FORGED = {
     "X-Forwarded-For": "6.6.6.6", "X-Forwarded-Proto": "https",
     "X-Forwarded-Host": "evil.example", "X-Forwarded-Port": "1",
     "Forwarded": "for=6.6.6.6", "X-Real-IP": "6.6.6.6", "x-FORWARDED-for": "6.6.6.7",
@@ -94,8 +122,8 @@ PROXY_FORGED = {
 
 
 @proxied()
-async def test_no_client_names_its_own_address(house: ProxyHouse) -> None:
-    got, _ = await house.exchange(wires_request("GET", "/", **PROXY_FORGED))
+async def test_a_client_cannot_set_its_own_address(house: ProxyHouse) -> None:
+    got, _ = await house.exchange(wires_request("GET", "/", **FORGED))
     assert got.header("x-forwarded-for") == "127.0.0.1"
     assert got.header("x-forwarded-proto") == "http"
     assert got.header("x-forwarded-host") == "chat.example"
@@ -104,8 +132,10 @@ async def test_no_client_names_its_own_address(house: ProxyHouse) -> None:
 
 
 @proxied(trusted_proxy=("127.0.0.0/8",))
-async def test_a_trusted_proxy_in_front_names_the_client(house: ProxyHouse) -> None:
-    forged = PROXY_FORGED | {
+async def test_a_trusted_proxy_in_front_sets_the_clients_address(
+    house: ProxyHouse,
+) -> None:
+    forged = FORGED | {
         "X-Forwarded-For": "6.6.6.6, 9.9.9.9, 127.0.0.5",
         "X-Forwarded-Host": "chat.example.org",
     }
@@ -118,7 +148,7 @@ async def test_a_trusted_proxy_in_front_names_the_client(house: ProxyHouse) -> N
 
 
 @proxied()
-async def test_what_concerns_one_connection_goes_no_further(house: ProxyHouse) -> None:
+async def test_hop_by_hop_headers_are_not_passed_up(house: ProxyHouse) -> None:
     hop = {
         "Connection": "keep-alive, X-Mine, Host, Content-Length, X-Forwarded-For",
         "Keep-Alive": "5", "TE": "trailers", "Trailer": "x", "Upgrade": "h2c",
@@ -136,7 +166,7 @@ async def test_what_concerns_one_connection_goes_no_further(house: ProxyHouse) -
 
 
 @proxied()
-async def test_the_body_is_passed_up_with_its_length_however_it_came(
+async def test_a_body_goes_up_with_a_content_length_even_if_it_came_in_chunks(
     house: ProxyHouse,
 ) -> None:
     chunks = b"3;x=y\r\nabc\r\n5\r\ndefgh\r\n0\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n"
@@ -159,7 +189,7 @@ async def test_the_request_goes_up_in_the_clients_version_of_http(
     house: ProxyHouse,
 ) -> None:
     old = b"POST / HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nok"
-    got, _ = await house.exchange(old)  # and gets no 100
+    got, _ = await house.exchange(old)  # HTTP/1.0 has no 100
     assert (got.version, got.body) == ("1.0", b"ok")
     assert got.header("host") == "chat.example:8086"
     assert got.header("via") == "1.0 chatd"
@@ -167,7 +197,7 @@ async def test_the_request_goes_up_in_the_clients_version_of_http(
     assert (got.version, got.header("via")) == ("1.1", "1.1 chatd")
 
 
-PROXY_TOO_LARGE: dict[str, bytes] = {
+TOO_LARGE: dict[str, bytes] = {
     "by its length": wires_request("POST", "/", Content_Length="65537"),
     "by its length, expecting 100": wires_request(
         "POST", "/", Content_Length="65537", Expect="100-continue"
@@ -182,23 +212,18 @@ PROXY_TOO_LARGE: dict[str, bytes] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", PROXY_TOO_LARGE)
+@pytest.mark.parametrize("what", TOO_LARGE)
 @proxied()
 async def test_a_body_that_is_too_large_is_413_and_reaches_no_upstream(
     house: ProxyHouse, what: str
 ) -> None:
-    raw = house.dial()
-    await raw.send(PROXY_TOO_LARGE[what])
-    answer = await raw.answer()
-    assert (answer.status, answer.code) == (413, "too_large")
-    assert answer.headers["connection"] == "close"
+    raw = await refused(house, TOO_LARGE[what], 413, "too_large")
     assert raw.informed == []
-    assert await raw.ends() == b""
     assert house.dials == 0
 
 
 @proxied()
-async def test_a_request_in_single_bytes_is_passed_up_like_a_whole_one(
+async def test_a_request_in_single_bytes_goes_up_like_a_whole_one(
     house: ProxyHouse,
 ) -> None:
     raw = house.dial()
@@ -214,7 +239,7 @@ async def test_a_request_in_single_bytes_is_passed_up_like_a_whole_one(
 
 @pytest.mark.parametrize("body", [None, b"body"])
 @proxied()
-async def test_a_second_request_behind_the_first_is_never_passed_on(
+async def test_a_second_request_on_a_connection_is_never_passed_up(
     house: ProxyHouse, body: bytes | None
 ) -> None:
     raw = house.dial()
@@ -227,7 +252,7 @@ async def test_a_second_request_behind_the_first_is_never_passed_on(
     answer = b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nContent-Length: 0\r\n\r\n"
     await up.send(answer)
     assert await raw.hears(len(answer)) == answer
-    await raw.send(second)  # not after the answer either
+    await raw.send(second)  # nor is it passed up after the answer
     await up.listen(1)
     await up.stream.send_eof()
     assert await raw.finishes() == answer
@@ -236,14 +261,11 @@ async def test_a_second_request_behind_the_first_is_never_passed_on(
 
 
 @proxied()
-async def test_an_answer_of_our_own_ends_the_connection_too(house: ProxyHouse) -> None:
+async def test_an_answer_of_the_proxys_own_ends_the_connection_too(
+    house: ProxyHouse,
+) -> None:
     house.fault = ConnectionRefusedError(111, "Connection refused")
-    raw = house.dial()
-    await raw.send(wires_request("GET", "/"), wires_request("GET", "/"))
-    answer = await raw.answer()
-    assert (answer.status, answer.code) == (502, "upstream")
-    assert answer.headers["connection"] == "close"
-    assert await raw.ends() == b""
+    await refused(house, wires_request("GET", "/") * 2, 502, "upstream")
     assert house.dials == 1
 
 
@@ -251,17 +273,12 @@ async def test_an_answer_of_our_own_ends_the_connection_too(house: ProxyHouse) -
 @proxied()
 async def test_a_bad_head_reaches_no_upstream(house: ProxyHouse, fault: str) -> None:
     sent, status = WIRES_BAD_HEADS[fault]
-    raw = house.dial()
-    await raw.send(sent)
-    answer = await raw.answer()
-    assert answer.status == status
-    assert answer.headers["connection"] == "close"
-    assert await raw.ends() == b""
+    await refused(house, sent, status)
     assert house.dials == 0
 
 
-# What has fooled proxies, and what must become of it: refused here, or normal above.
-PROXY_SMUGGLED: dict[str, bytes] = {
+# Requests that have fooled proxies. Each is refused.
+SMUGGLED: dict[str, bytes] = {
     "chunks in HTTP/1.0": (
         b"POST / HTTP/1.0\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     ),
@@ -286,21 +303,17 @@ PROXY_SMUGGLED: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("what", PROXY_SMUGGLED)
+@pytest.mark.parametrize("what", SMUGGLED)
 @proxied()
-async def test_what_two_servers_may_read_in_two_ways_is_refused(
+async def test_a_request_that_two_servers_may_read_differently_is_refused(
     house: ProxyHouse, what: str
 ) -> None:
-    raw = house.dial()
-    await raw.send(PROXY_SMUGGLED[what])
-    answer = await raw.answer()
-    assert (answer.status, answer.code) == (400, "bad_field")
-    assert await raw.ends() == b""
+    await refused(house, SMUGGLED[what], 400, "bad_field")
     assert house.dials == 0
 
 
 @proxied()
-async def test_what_is_only_untidy_is_written_anew(house: ProxyHouse) -> None:
+async def test_an_untidy_but_clear_request_is_written_anew(house: ProxyHouse) -> None:
     untidy = (
         b"GET / HTTP/1.1\nHost: x\nA: b\r\n c\nContent-Length: 2, 2\r\n"
         b"content-length: 2\r\n\r\nok"
@@ -318,7 +331,7 @@ async def test_what_is_only_untidy_is_written_anew(house: ProxyHouse) -> None:
     assert body == b"ok"
 
 
-PROXY_PIECES = (
+PIECES = (
     b"GET / HTTP/1.1\r\n", b"POST /api/v1/chats HTTP/1.1\r\n", b"POST / HTTP/1.0\r\n",
     b"Host: x\r\n", b"Content-Length: 5\r\n", b"Content-Length: 0\r\n",
     b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: identity\r\n",
@@ -333,8 +346,7 @@ PROXY_PIECES = (
 
 @hypothesis.settings(deadline=None)
 @given(
-    st.sampled_from((b"", *PROXY_PIECES[-3:])),
-    st.lists(st.sampled_from(PROXY_PIECES), max_size=9),
+    st.sampled_from((b"", *PIECES[-3:])), st.lists(st.sampled_from(PIECES), max_size=9)
 )
 def test_whatever_a_client_sends_at_most_one_request_goes_up(
     first: bytes, pieces: list[bytes]
@@ -358,7 +370,7 @@ def test_whatever_a_client_sends_at_most_one_request_goes_up(
             assert (b"x-forwarded-for", b"127.0.0.1") in head.headers
             assert (b"connection", b"close") in head.headers
             while side.their_state is h11.SEND_BODY:
-                assert side.next_event() is not h11.NEED_DATA  # it is whole
+                assert side.next_event() is not h11.NEED_DATA  # the body is whole
             assert side.trailing_data[0] == b""
             up.stream.socket.close()
         await raw.ends()
@@ -374,10 +386,8 @@ def test_whatever_a_client_sends_at_most_one_request_goes_up(
 async def test_a_malformed_body_is_400_and_reaches_no_upstream(
     house: ProxyHouse, body: bytes
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("POST", "/", Transfer_Encoding="chunked"), body)
-    assert (await raw.answer()).status == 400
-    assert await raw.ends() == b""
+    sent = wires_request("POST", "/", Transfer_Encoding="chunked")
+    await refused(house, sent + body, 400)
     assert house.dials == 0
 
 
@@ -386,7 +396,7 @@ async def test_a_malformed_body_is_400_and_reaches_no_upstream(
     "frame", [{"Content_Length": "10"}, {"Expect": "100-continue"}]
 )
 @proxied()
-async def test_a_client_that_leaves_in_mid_body_reaches_no_upstream(
+async def test_a_client_that_disconnects_in_mid_body_reaches_no_upstream(
     house: ProxyHouse,
     end: Callable[[trio.SocketStream], Awaitable[None]],
     frame: dict[str, str],
@@ -402,7 +412,7 @@ async def test_a_client_that_leaves_in_mid_body_reaches_no_upstream(
 
 
 @proxied()
-async def test_a_client_that_ends_its_side_still_gets_its_answer(
+async def test_a_client_that_shuts_down_its_side_still_gets_its_answer(
     house: ProxyHouse,
 ) -> None:
     raw = house.dial()
@@ -415,7 +425,7 @@ async def test_a_client_that_ends_its_side_still_gets_its_answer(
 
 
 @proxied()
-async def test_a_client_that_waits_for_100_gets_the_proxys_own(
+async def test_a_client_that_waits_for_100_gets_it_from_the_proxy(
     house: ProxyHouse,
 ) -> None:
     raw = house.dial()
@@ -458,11 +468,11 @@ async def test_a_body_that_takes_more_than_15_s_is_408_and_reaches_no_upstream(
     assert house.dials == 0
 
 
-# --- Proxy: what comes down ----------------------------------------------------------
+# --- answers come down ---------------------------------------------------------------
 
 
-# Each comes down byte for byte: the frame that a client gets is the upstream's.
-PROXY_ANSWERS: dict[str, tuple[str, bytes, int, bytes]] = {
+# Each comes down byte for byte, so the client gets the upstream's own framing.
+ANSWERS: dict[str, tuple[str, bytes, int, bytes]] = {
     "a length": ("GET", PROXY_OK, 200, b"ok"),
     "chunks": (
         "GET",
@@ -492,12 +502,12 @@ PROXY_ANSWERS: dict[str, tuple[str, bytes, int, bytes]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", PROXY_ANSWERS)
+@pytest.mark.parametrize("what", ANSWERS)
 @proxied()
-async def test_an_answer_of_any_frame_comes_down_as_it_is(
+async def test_an_answer_of_any_framing_comes_down_unchanged(
     house: ProxyHouse, what: str
 ) -> None:
-    method, answer, status, body = PROXY_ANSWERS[what]
+    method, answer, status, body = ANSWERS[what]
     got, heard = await house.exchange(wires_request(method, "/"), answer, method)
     assert got.method == method
     assert (heard.status, heard.body) == (status, body)
@@ -507,10 +517,7 @@ async def test_an_answer_of_any_frame_comes_down_as_it_is(
 async def test_an_answer_in_single_bytes_comes_down_like_a_whole_one(
     house: ProxyHouse,
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("GET", "/"))
-    up = await house.upstream()
-    await house.request(up)
+    raw, up = await pass_up(house)
     for number in range(len(PROXY_OK)):
         await up.send(PROXY_OK[number : number + 1])
         await wait_all_tasks_blocked()
@@ -519,7 +526,7 @@ async def test_an_answer_in_single_bytes_comes_down_like_a_whole_one(
     assert await raw.finishes() == b""
 
 
-PROXY_NONSENSE: dict[str, bytes] = {
+NOT_HTTP: dict[str, bytes] = {
     "nothing": b"",
     "half a status line": b"HTTP/1.1 20",
     "no HTTP": b"220 smtp.example ESMTP\r\n" * 10,
@@ -532,25 +539,24 @@ PROXY_NONSENSE: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("asked", ["a request", "an upgrade"])
-@pytest.mark.parametrize("what", PROXY_NONSENSE)
+@pytest.mark.parametrize("what", NOT_HTTP)
 @proxied()
 async def test_an_answer_that_does_not_begin_like_http_is_502(
     house: ProxyHouse, what: str, asked: str
 ) -> None:
     upgrade = wires_upgrade(house.target())
-    raw = house.dial()
-    await raw.send(upgrade if asked == "an upgrade" else wires_request("GET", "/"))
-    up = await house.upstream()
-    await house.request(up)
-    await up.send(PROXY_NONSENSE[what])
+    raw, up = await pass_up(
+        house, upgrade if asked == "an upgrade" else wires_request("GET", "/")
+    )
+    await up.send(NOT_HTTP[what])
     up.stream.socket.close()
     answer = await raw.answer()
     assert (answer.status, answer.code) == (502, "upstream")
     assert await raw.ends() == b""
-    assert house.dials == 1  # it is never asked twice
+    assert house.dials == 1  # the request is never sent twice
 
 
-PROXY_HALVES: dict[str, bytes] = {
+HALVES: dict[str, bytes] = {
     "a head": b"HTTP/1.1 200 OK\r\nContent-Le",
     "a status line": b"HTTP/1.1 200",
     "a length": b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello",
@@ -560,18 +566,15 @@ PROXY_HALVES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("end", ["closes", "resets", "breaks its frame", "hangs"])
-@pytest.mark.parametrize("what", PROXY_HALVES)
+@pytest.mark.parametrize("what", HALVES)
 @proxied()
 async def test_an_answer_that_breaks_off_never_looks_whole(
     house: ProxyHouse, what: str, end: str, version: str
 ) -> None:
     if end == "breaks its frame" and what == "a length":
-        return  # no byte could
-    half = PROXY_HALVES[what]
-    raw = house.dial()
-    await raw.send(f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
-    up = await house.upstream()
-    await house.request(up)
+        return  # no byte can break it
+    half = HALVES[what]
+    raw, up = await pass_up(house, f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
     await up.send(half)
     assert await raw.hears(len(half)) == half
     if end == "breaks its frame":
@@ -594,7 +597,7 @@ async def test_an_answer_that_breaks_off_never_looks_whole(
 
 
 @proxied(max_message_bytes=1_000_000)
-async def test_an_upstream_that_answers_before_it_has_read_all_is_heard(
+async def test_an_answer_that_comes_in_mid_request_reaches_the_client(
     house: ProxyHouse,
 ) -> None:
     house.small = True
@@ -610,7 +613,7 @@ async def test_an_upstream_that_answers_before_it_has_read_all_is_heard(
 
 
 @proxied()
-async def test_a_service_that_is_away_is_502_with_a_sentence_and_one_line_of_log(
+async def test_an_unreachable_upstream_is_502_with_a_sentence_and_one_log_line(
     house: ProxyHouse,
 ) -> None:
     house.fault = ConnectionRefusedError(111, "Connection refused")
@@ -628,7 +631,7 @@ async def test_a_service_that_is_away_is_502_with_a_sentence_and_one_line_of_log
 
 @pytest.mark.parametrize("where", ["dialling", "answering", "reading"])
 @proxied(max_message_bytes=2_000_000)
-async def test_a_service_that_hangs_is_504_after_20_s(
+async def test_an_upstream_that_hangs_is_504_after_20_s(
     house: ProxyHouse, where: str
 ) -> None:
     house.hanging = where == "dialling"
@@ -647,13 +650,10 @@ async def test_a_service_that_hangs_is_504_after_20_s(
 
 
 @proxied()
-async def test_a_service_that_resets_before_its_answer_is_502(
+async def test_an_upstream_that_resets_before_its_answer_is_502(
     house: ProxyHouse,
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("GET", "/"))
-    up = await house.upstream()
-    await house.request(up)
+    raw, up = await pass_up(house)
     door_reset(up.stream)
     answer = await raw.answer()
     assert (answer.status, answer.code) == (502, "upstream")
@@ -662,11 +662,8 @@ async def test_a_service_that_resets_before_its_answer_is_502(
 
 
 @proxied()
-async def test_an_answer_that_still_moves_is_not_cut(house: ProxyHouse) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("GET", "/"))
-    up = await house.upstream()
-    await house.request(up)
+async def test_a_slow_answer_is_not_cut_while_it_moves(house: ProxyHouse) -> None:
+    raw, up = await pass_up(house)
     await trio.sleep(19)
     await up.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
     for _ in range(5):
@@ -676,13 +673,10 @@ async def test_an_answer_that_still_moves_is_not_cut(house: ProxyHouse) -> None:
 
 
 @proxied()
-async def test_an_upstream_that_does_not_end_its_answer_is_cut_after_20_s(
+async def test_an_upstream_that_does_not_close_after_its_answer_is_cut_after_20_s(
     house: ProxyHouse,
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("GET", "/"))
-    up = await house.upstream()
-    await house.request(up)
+    raw, up = await pass_up(house)
     await up.send(PROXY_OK)
     with taking(20):
         assert await up.ends(within=30) == b""
@@ -690,7 +684,7 @@ async def test_an_upstream_that_does_not_end_its_answer_is_cut_after_20_s(
 
 
 @proxied()
-async def test_a_client_that_does_not_take_its_answer_is_cut_after_20_s(
+async def test_a_client_that_does_not_read_its_answer_is_cut_after_20_s(
     house: ProxyHouse,
 ) -> None:
     house.small = True
@@ -703,17 +697,14 @@ async def test_a_client_that_does_not_take_its_answer_is_cut_after_20_s(
         while len(up.data) < 10_000_000:
             await up.send(b"x" * 1000)
             up.data += b"x" * 1000
-    assert len(up.data) < 200_000  # in all buffers together
+    assert len(up.data) < 200_000  # bytes in all buffers together
 
 
 @proxied()
-async def test_a_client_that_resets_in_mid_answer_ends_the_upstreams_work(
+async def test_a_client_that_resets_in_mid_answer_ends_the_upstreams_connection(
     house: ProxyHouse,
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("GET", "/"))
-    up = await house.upstream()
-    await house.request(up)
+    raw, up = await pass_up(house)
     await up.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
     await raw.hears(1)
     door_reset(raw.stream)
@@ -723,7 +714,7 @@ async def test_a_client_that_resets_in_mid_answer_ends_the_upstreams_work(
 
 
 @proxied()
-async def test_the_log_has_a_line_for_each_request_that_is_passed_on(
+async def test_the_log_has_a_line_for_each_request_that_is_passed_up(
     house: ProxyHouse,
 ) -> None:
     no = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
@@ -751,11 +742,11 @@ async def test_the_log_has_a_line_for_each_request_that_is_passed_on(
     ]
 
 
-# --- Proxy: the token of a socket ----------------------------------------------------
+# --- tokens and upgrades -------------------------------------------------------------
 
 
 @proxied()
-async def test_a_socket_needs_a_good_token_before_anybody_is_asked(
+async def test_a_socket_without_a_valid_token_is_refused_without_asking_the_upstream(
     house: ProxyHouse,
 ) -> None:
     good = house.target()
@@ -783,7 +774,7 @@ async def test_a_socket_needs_a_good_token_before_anybody_is_asked(
 
 
 @proxied()
-async def test_a_ticket_of_the_upstream_passes_and_is_not_spent(
+async def test_the_proxy_passes_the_upstreams_ticket_and_does_not_spend_it(
     house: ProxyHouse,
 ) -> None:
     above = Keyring(Settings(), WIRES_SECRET)
@@ -812,7 +803,7 @@ async def test_handshakes_are_counted_at_the_proxy(house: ProxyHouse) -> None:
 
 
 @proxied()
-async def test_an_upgrade_is_passed_up_with_what_a_handshake_needs(
+async def test_an_upgrade_goes_up_with_the_headers_of_the_handshake(
     house: ProxyHouse,
 ) -> None:
     raw = house.dial()
@@ -826,8 +817,8 @@ async def test_an_upgrade_is_passed_up_with_what_a_handshake_needs(
     assert got.header("x-forwarded-for") == "127.0.0.1"
 
 
-# What an upstream may answer to an upgrade that is no 101 in HTTP/1.1.
-PROXY_NO_SOCKET: dict[str, bytes] = {
+# Answers of an upstream to an upgrade that are not HTTP/1.1 101.
+NO_SOCKET: dict[str, bytes] = {
     "503": b"HTTP/1.1 503 Full\r\nContent-Length: 2\r\n\r\nno",
     "401, a used ticket": b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno",
     "200": PROXY_OK,
@@ -839,29 +830,26 @@ PROXY_NO_SOCKET: dict[str, bytes] = {
 @pytest.mark.parametrize(
     "behind", [wires_request("GET", "/api/v1/me"), b"\x81\x80abcd"]
 )
-@pytest.mark.parametrize("what", PROXY_NO_SOCKET)
+@pytest.mark.parametrize("what", NO_SOCKET)
 @proxied()
 async def test_nothing_goes_up_behind_an_upgrade_without_101(
     house: ProxyHouse, what: str, behind: bytes
 ) -> None:
-    answer = PROXY_NO_SOCKET[what]
-    raw = house.dial()
-    await raw.send(wires_upgrade(house.target()), behind)
-    up = await house.upstream()
-    await house.request(up)
+    answer = NO_SOCKET[what]
+    raw, up = await pass_up(house, wires_upgrade(house.target()), behind)
     assert up.data == b""
     await up.send(answer)
     assert await raw.hears(len(answer)) == answer
     await raw.send(behind)
     await up.listen(1)
     await up.stream.send_eof()
-    assert await raw.finishes() == answer  # and the connection ends with it
+    assert await raw.finishes() == answer  # the connection ends after the answer
     assert await up.ends() == b""
     assert house.dials == 1
 
 
 @proxied()
-async def test_nothing_goes_up_behind_a_101_that_no_upgrade_asked_for(
+async def test_nothing_goes_up_behind_a_101_that_answers_no_upgrade(
     house: ProxyHouse,
 ) -> None:
     raw = house.dial()
@@ -877,17 +865,14 @@ async def test_nothing_goes_up_behind_a_101_that_no_upgrade_asked_for(
     assert await up.ends() == b""
 
 
-# --- Tunnel --------------------------------------------------------------------------
+# --- the tunnel ----------------------------------------------------------------------
 
 
 @proxied()
-async def test_bytes_pass_only_behind_the_101_and_then_as_they_are(
+async def test_bytes_pass_only_after_the_101_and_then_unchanged(
     house: ProxyHouse,
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_upgrade(house.target()), b"be")
-    up = await house.upstream()
-    await house.request(up)
+    raw, up = await pass_up(house, wires_upgrade(house.target()), b"be")
     await raw.send(b"hind")
     await up.listen(1)
     assert up.data == b""
@@ -909,13 +894,13 @@ async def test_bytes_pass_only_behind_the_101_and_then_as_they_are(
     assert raw.data == b"greet" + noise[::-1]
 
 
-@pytest.mark.parametrize("who", ["client", "upstream"])
+@pytest.mark.parametrize("side", ["client", "upstream"])
 @proxied()
-async def test_an_end_of_one_side_is_passed_on_and_the_other_may_finish(
-    house: ProxyHouse, who: str
+async def test_eof_from_one_side_is_passed_on_and_the_other_side_may_finish(
+    house: ProxyHouse, side: str
 ) -> None:
     raw, up = await house.socket()
-    one, other = (raw, up) if who == "client" else (up, raw)
+    one, other = (raw, up) if side == "client" else (up, raw)
     await one.send(b"last words")
     await one.stream.send_eof()
     assert await other.ends() == b"last words"
@@ -926,13 +911,13 @@ async def test_an_end_of_one_side_is_passed_on_and_the_other_may_finish(
     assert not house.proxy.listener.open
 
 
-@pytest.mark.parametrize("who", ["client", "upstream"])
+@pytest.mark.parametrize("side", ["client", "upstream"])
 @proxied()
-async def test_a_reset_of_one_side_is_one_for_the_other(
-    house: ProxyHouse, who: str
+async def test_a_reset_by_one_side_resets_the_other(
+    house: ProxyHouse, side: str
 ) -> None:
     raw, up = await house.socket()
-    one, other = (raw, up) if who == "client" else (up, raw)
+    one, other = (raw, up) if side == "client" else (up, raw)
     door_reset(one.stream)
     with pytest.raises(trio.BrokenResourceError), trio.fail_after(1):
         await other.read()
@@ -942,7 +927,7 @@ async def test_a_reset_of_one_side_is_one_for_the_other(
 
 @pytest.mark.parametrize("slow", [False, True])
 @proxied()
-async def test_what_the_upstream_sent_last_reaches_a_client_that_goes_on_sending(
+async def test_the_upstreams_last_bytes_reach_a_client_that_goes_on_sending(
     house: ProxyHouse, slow: bool
 ) -> None:
     house.small = slow
@@ -960,9 +945,7 @@ async def test_what_the_upstream_sent_last_reaches_a_client_that_goes_on_sending
 
 
 @proxied()
-async def test_a_socket_in_which_nothing_moves_is_cut_after_75_s(
-    house: ProxyHouse,
-) -> None:
+async def test_a_silent_socket_is_cut_after_75_s(house: ProxyHouse) -> None:
     raw, up = await house.socket()
     await trio.sleep(70)
     await up.send(b"ping")
@@ -977,7 +960,7 @@ async def test_a_socket_in_which_nothing_moves_is_cut_after_75_s(
 
 
 @proxied()
-async def test_a_side_that_does_not_end_when_the_other_has_is_cut_after_40_s(
+async def test_a_side_that_stays_open_after_the_other_has_ended_is_cut_after_40_s(
     house: ProxyHouse,
 ) -> None:
     raw, up = await house.socket()
@@ -989,7 +972,7 @@ async def test_a_side_that_does_not_end_when_the_other_has_is_cut_after_40_s(
 
 @pytest.mark.parametrize("way", ["up", "down"])
 @proxied()
-async def test_what_one_end_does_not_take_is_not_read_from_the_other(
+async def test_the_proxy_stops_reading_from_one_side_while_the_other_reads_nothing(
     house: ProxyHouse, way: str
 ) -> None:
     house.small = True
@@ -1000,16 +983,16 @@ async def test_what_one_end_does_not_take_is_not_read_from_the_other(
         while True:
             await one.send(bytes(1000))
             sent += 1000
-    assert sent < 200_000  # in all buffers together, the kernel's too
+    assert sent < 200_000  # bytes in all buffers together, the kernel's included
     await one.stream.send_eof()
     assert sent <= len(await other.ends()) < sent + 1000
 
 
-# --- Proxy: its end ------------------------------------------------------------------
+# --- stopping, a full proxy, bugs ----------------------------------------------------
 
 
 @proxied()
-async def test_a_stop_ends_the_upstreams_side_and_passes_down_what_it_answers(
+async def test_a_stop_sends_eof_upstream_and_passes_down_the_answer(
     house: ProxyHouse,
 ) -> None:
     idle, idle_up = await house.socket()
@@ -1020,7 +1003,7 @@ async def test_a_stop_ends_the_upstreams_side_and_passes_down_what_it_answers(
     house.proxy.listener.stopping.set()
     assert await idle_up.finishes() == b""
     assert await busy_up.finishes() == frame[:5]  # the upstream knows where frames end
-    await busy.send(frame[5:])  # nobody reads it any more, and it hurts nobody
+    await busy.send(frame[5:])  # the proxy does not read it; sending it is harmless
     for raw, up in ((idle, idle_up), (busy, busy_up)):
         await up.send(b"pong", wires_close(1012))
         await up.stream.send_eof()
@@ -1031,7 +1014,7 @@ async def test_a_stop_ends_the_upstreams_side_and_passes_down_what_it_answers(
 
 
 @proxied()
-async def test_a_stop_ends_the_upstreams_side_even_if_it_takes_nothing(
+async def test_a_stop_sends_eof_to_an_upstream_that_reads_nothing(
     house: ProxyHouse,
 ) -> None:
     house.small = True
@@ -1053,10 +1036,7 @@ async def test_a_stop_ends_the_upstreams_side_even_if_it_takes_nothing(
 async def test_a_socket_that_opens_during_a_stop_is_ended_too(
     house: ProxyHouse,
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_upgrade(house.target()), b"behind")
-    up = await house.upstream()
-    await house.request(up)
+    raw, up = await pass_up(house, wires_upgrade(house.target()), b"behind")
     house.proxy.listener.stopping.set()
     await wait_all_tasks_blocked()
     await up.send(PROXY_101)
@@ -1068,7 +1048,7 @@ async def test_a_socket_that_opens_during_a_stop_is_ended_too(
 
 
 @proxied()
-async def test_a_stop_lets_a_request_finish_and_ends_a_connection_without_one(
+async def test_a_stop_lets_a_request_finish_and_closes_a_connection_without_one(
     house: ProxyHouse,
 ) -> None:
     silent, raw = house.dial(), house.dial()
@@ -1076,7 +1056,7 @@ async def test_a_stop_lets_a_request_finish_and_ends_a_connection_without_one(
     up = await house.upstream()
     await house.request(up)
     house.proxy.listener.stopping.set()
-    with taking(0, 1):  # it had a second to ask, so as not to be refused
+    with taking(0, 1):  # a client that has connected gets a second to send a request
         assert await silent.ends(within=2) == b""
     await up.send(PROXY_OK)
     up.stream.socket.close()
@@ -1087,7 +1067,7 @@ async def test_a_stop_lets_a_request_finish_and_ends_a_connection_without_one(
 
 
 @proxied(drain_seconds=3.0)
-async def test_what_does_not_end_is_cut_when_the_drain_is_over(
+async def test_a_connection_that_does_not_end_is_cut_when_the_drain_is_over(
     house: ProxyHouse,
 ) -> None:
     raw, _ = await house.socket()
@@ -1103,7 +1083,7 @@ async def test_what_does_not_end_is_cut_when_the_drain_is_over(
 
 
 @proxied(max_connections=1)
-async def test_a_full_proxy_turns_away_at_once(house: ProxyHouse) -> None:
+async def test_a_full_proxy_refuses_at_once(house: ProxyHouse) -> None:
     for _ in range(129):
         raw = house.dial(tcp=False)
         await raw.send(wires_request("GET", "/"))
@@ -1115,7 +1095,7 @@ async def test_a_full_proxy_turns_away_at_once(house: ProxyHouse) -> None:
 
 
 @proxied()
-async def test_a_mistake_of_ours_ends_one_connection_and_is_counted(
+async def test_a_bug_ends_one_connection_and_is_counted(
     house: ProxyHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(house.proxy.listener, "check_handshakes", lambda _: 1 / 0)
@@ -1128,7 +1108,7 @@ async def test_a_mistake_of_ours_ends_one_connection_and_is_counted(
 
 
 @proxied()
-async def test_a_mistake_of_ours_writes_no_answer_into_another(
+async def test_a_bug_writes_no_second_answer_into_an_open_tunnel(
     house: ProxyHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, up = await house.socket()
@@ -1146,19 +1126,19 @@ async def test_a_mistake_of_ours_writes_no_answer_into_another(
 
 
 @pytest.fixture
-async def proxy_house(house: DoorServer, tmp_path: Path) -> AsyncIterator[DoorProxy]:
-    """A proxy of the test's own, in front of `house`, which must serve first."""
+async def proxy(house: DoorServer, tmp_path: Path) -> AsyncIterator[DoorProxy]:
+    """A proxy of the test's own in front of `house`. Start `house` first."""
     home = tmp_path / "proxy"
     home.mkdir()
-    proxy = DoorProxy(home, 0, house.db)
-    yield proxy
-    proxy.tidy()
+    made = DoorProxy(home, 0, house.db)
+    yield made
+    made.tidy()
 
 
 # --- the proxy as a process ----------------------------------------------------------
 
 
-PROXY_NODE = """
+NODE_CLIENT = """
 const socket = new WebSocket(process.argv[1]);
 const end = setTimeout(() => { console.log("too slow"); process.exit(1); }, 15000);
 socket.onopen = () => console.log("open");
@@ -1175,26 +1155,25 @@ socket.onclose = ({ code }) => { clearTimeout(end); console.log(code); };
 """
 
 
-async def test_nodes_own_client_talks_through_the_proxy(
+async def test_nodes_own_websocket_client_works_through_the_proxy(
     door_shared_proxy: DoorServer,
 ) -> None:
-    flag = "--experimental-websocket"  # it needs none since Node 22
+    flag = "--experimental-websocket"  # Node 22 and later need no flag
     house, node = door_shared_proxy, door_node(flag)
     ann = next(door_users)
     chat = await house.chat(ann)
     url = f"ws://127.0.0.1:{house.port}{house.socket_path(ann)}"
     done = await trio.run_process(
-        [node, flag, "--no-warnings", "-e", PROXY_NODE, url, str(chat)],
+        [node, flag, "--no-warnings", "-e", NODE_CLIENT, url, str(chat)],
         capture_stdout=True,
     )
-    said = done.stdout.decode().split()
-    assert said == ["open", "connected", "new_message", "ack", "1000"]
+    printed = done.stdout.decode().split()
+    assert printed == ["open", "connected", "new_message", "ack", "1000"]
 
 
-async def test_the_proxy_names_the_client_and_no_client_can_forge_that(
-    house: DoorServer, proxy_house: DoorProxy
+async def test_the_server_sees_the_clients_address_and_no_client_can_forge_it(
+    house: DoorServer, proxy: DoorProxy
 ) -> None:
-    proxy = proxy_house
     async with house.serving("--handshakes=0.001/2"):
         proxy.serve = DoorProxy(proxy.home, house.port, house.db).serve
         async with proxy.serving():
@@ -1203,7 +1182,7 @@ async def test_the_proxy_names_the_client_and_no_client_can_forge_that(
                 forged = f"X-Forwarded-For: 6.6.6.{number}"
                 bad = door_get("/api/v1/me", "Host: x", forged)
                 statuses.append((await proxy.raw(bad)).split()[1])
-            # One bucket, that of 127.0.0.1, whatever their headers said.
+            # All requests share the bucket of 127.0.0.1, whatever their headers say.
             assert statuses == [b"401", b"401", b"429", b"429"]
             origin = f"Origin: http://127.0.0.1:{proxy.port}"
             page = (origin, f"Host: 127.0.0.1:{proxy.port}")
@@ -1215,23 +1194,22 @@ async def test_the_proxy_names_the_client_and_no_client_can_forge_that(
 
 
 async def test_a_stop_of_the_proxy_closes_its_sockets_with_1012_and_no_others(
-    house: DoorServer, proxy_house: DoorProxy
+    house: DoorServer, proxy: DoorProxy
 ) -> None:
-    proxy = proxy_house
     async with house.serving():
         proxy.serve = DoorProxy(proxy.home, house.port, house.db).serve
         ann = next(door_users)
         straight = await house.peer(ann)
         async with proxy.serving("--drain-seconds=10"):
             peers = [await proxy.peer(ann) for _ in range(5)]
-            await peers[0].stream.send_all(b"\x81")  # in the middle of frames
+            await peers[0].stream.send_all(b"\x81")  # these three are in mid-frame
             await peers[1].stream.send_all(door_frame(TEXT, b"x" * 60_000)[:-1])
             await peers[2].stream.send_all(door_frame(TEXT, b"{", first=0))
             began = trio.current_time()
             proxy.signal(signal.SIGTERM)
             for peer in peers:
                 with pytest.raises(DoorGone) as gone:
-                    await peer.hear()  # its close frame is the first that it gets
+                    await peer.hear()  # the close frame is the first frame
                 assert gone.value.code == 1012
                 assert not peer.data
             for stream in proxy.streams:
@@ -1241,24 +1219,24 @@ async def test_a_stop_of_the_proxy_closes_its_sockets_with_1012_and_no_others(
             await door_shut(proxy)
         await straight.hears_nothing()
         closed = (await house.stats())["connections"]["closed"]
-        assert closed == {"1006": 5}  # chatd has had no close frame
+        assert closed == {"1006": 5}  # chatd received no close frame
 
 
-class ProxySlow:
-    """An upstream and a client that read slowly and write all that they can."""
+class SlowPeers:
+    """An upstream and a client that read slowly and write as fast as they can."""
 
     SIZE = 10_000_000
 
     def __init__(self, proxy: DoorProxy) -> None:
         self.proxy = proxy
-        self.most = 0  # resident bytes, the most that was seen
-        self.done = trio.Event()  # the upstream has written and read all
+        self.most = 0  # the proxy's largest resident size, in bytes
+        self.done = trio.Event()  # the upstream has written and read everything
 
     def look(self) -> None:
         self.most = max(self.most, self.proxy.rss)
 
     async def read(self, stream: trio.SocketStream, size: int) -> None:
-        """Read so many bytes, a little at a time."""
+        """Read `size` bytes, a little at a time."""
         while size:
             data = await stream.receive_some(min(size, 32_768))
             assert data, "it ended too soon"
@@ -1277,7 +1255,7 @@ class ProxySlow:
         return data
 
     async def serve(self, stream: trio.SocketStream) -> None:
-        """Be the upstream of one connection."""
+        """Act as the upstream of one connection."""
         async with stream:
             upgrades = b"Upgrade: websocket" in await self.head(stream)
             length = f"HTTP/1.1 200 OK\r\nContent-Length: {self.SIZE}\r\n\r\n"
@@ -1288,7 +1266,7 @@ class ProxySlow:
     async def both(
         self, stream: trio.SocketStream, *, reads: bool, writes: bool
     ) -> None:
-        """Write all, and read as much at the same time."""
+        """Write `SIZE` bytes and read as many at the same time, if asked to."""
         frame = door_frame(2, bytes(self.SIZE // 100 - 14))
         assert self.SIZE % len(frame) == 0
         async with trio.open_nursery() as nursery:
@@ -1299,16 +1277,16 @@ class ProxySlow:
 
 
 @pytest.mark.parametrize("what", ["a socket", "a request"])
-async def test_10_mb_between_slow_peers_take_no_memory(
-    house: DoorServer, proxy_house: DoorProxy, what: str
+async def test_10_mb_between_slow_peers_use_no_memory(
+    house: DoorServer, proxy: DoorProxy, what: str
 ) -> None:
-    async with house.serving():  # for its secret
+    async with house.serving():  # it makes the secret
         pass
-    proxy, slow = proxy_house, ProxySlow(proxy_house)
+    slow = SlowPeers(proxy)
     async with trio.open_nursery() as nursery:
         serve = functools.partial(trio.serve_tcp, slow.serve, 0, host="127.0.0.1")
-        (door,) = await nursery.start(serve)
-        port = door.socket.getsockname()[1]
+        (listener,) = await nursery.start(serve)
+        port = listener.socket.getsockname()[1]
         proxy.serve = DoorProxy(proxy.home, port, house.db).serve
         async with proxy.serving():
             head = wires_request("GET", "/")

@@ -1,4 +1,7 @@
-"""The server: accepting, a full server, the bulkhead, stopping."""
+"""The server: stopping, accepting, the connection limit, the bulkhead.
+
+Most tests run a Server under virtual time (`@wires`). The last ones start a process.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +48,11 @@ from tests.harness import (
     wires_upgrade,
 )
 
-# --- Stop ----------------------------------------------------------------------------
+# --- stopping ------------------------------------------------------------------------
 
 
 @wires()
-async def test_a_stop_says_bye_and_1012_to_every_socket_at_once(
+async def test_a_stop_sends_bye_and_1012_to_every_socket_at_once(
     house: WiresHouse,
 ) -> None:
     peers = [await house.join(user) for user in (6, 6, 7, 8)]
@@ -64,7 +67,7 @@ async def test_a_stop_says_bye_and_1012_to_every_socket_at_once(
 
 
 @wires()
-async def test_a_stop_with_nobody_there_ends_at_once(house: WiresHouse) -> None:
+async def test_a_stop_without_connections_ends_at_once(house: WiresHouse) -> None:
     with taking(0):
         await house.stop()
 
@@ -95,12 +98,12 @@ async def test_answers_to_commands_in_flight_come_before_bye(house: WiresHouse) 
     assert (kinds[-1], code) == ("bye", 1012)
     answer = await posted.answer()
     assert (answer.status, answer.headers["connection"]) == (201, "close")
-    # Who has nothing in flight is not made to wait.
+    # A client with nothing in flight does not wait for the others.
     assert [frame["type"] for frame in (await friend.end())[0]] == ["bye"]
 
 
 @wires()
-async def test_a_stalled_socket_is_cut_at_the_drain_deadline_and_delays_no_other(
+async def test_a_stalled_socket_is_closed_at_the_drain_deadline_and_delays_no_other(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -117,7 +120,7 @@ async def test_a_stalled_socket_is_cut_at_the_drain_deadline_and_delays_no_other
 
 
 @wires()
-async def test_a_slow_reader_gets_all_of_it_and_bye_if_the_drain_is_long_enough(
+async def test_a_slow_reader_gets_everything_and_bye_if_the_drain_is_long_enough(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -134,13 +137,13 @@ async def test_a_slow_reader_gets_all_of_it_and_bye_if_the_drain_is_long_enough(
 
 
 @wires()
-async def test_while_stopping_healthz_says_so_on_a_connection_still_open(
+async def test_healthz_reports_stopping_on_a_connection_that_is_still_open(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
     kept, parked = house.dial(), house.dial()
     assert (await kept.ask("GET", "/healthz")).json == {"status": "ok"}
-    await house.join_raw(6, small=True)  # this one keeps the server draining
+    await house.join_raw(6, small=True)  # this client keeps the server draining
     await house.post(chat, *[BIG] * 20)
     house.server.listener.stopping.set()
     await trio.sleep(1)
@@ -160,7 +163,7 @@ async def test_while_stopping_healthz_says_so_on_a_connection_still_open(
 
 
 @wires()
-async def test_a_stop_ends_parked_connections_with_the_last_socket(
+async def test_a_stop_closes_parked_connections_within_a_second_of_the_last_socket(
     house: WiresHouse,
 ) -> None:
     answered, silent, half, late, behind = (house.dial() for _ in range(5))
@@ -173,7 +176,8 @@ async def test_a_stop_ends_parked_connections_with_the_last_socket(
     with taking(0):
         await peer.end()
         assert await answered.ends() == b""
-    # Nobody else will answer those who have connected, or begun to ask.
+    # Clients that have connected, or begun a request, still get an answer: no other
+    # process will give them one.
     with taking(0.9):
         await trio.sleep(0.9)
     await behind.send(b"TP/1.1\r\nHost: x\r\n\r\n")
@@ -185,7 +189,7 @@ async def test_a_stop_ends_parked_connections_with_the_last_socket(
 
 
 @wires(drain_seconds=1.0)
-async def test_a_stop_during_every_stage_of_a_connection_hangs_nowhere(
+async def test_a_stop_does_not_hang_at_any_stage_of_a_connection(
     house: WiresHouse,
 ) -> None:
     chat = await house.chat(6, 7)
@@ -203,7 +207,9 @@ async def test_a_stop_during_every_stage_of_a_connection_hangs_nowhere(
 
 
 @wires()
-async def test_a_signal_stops_and_a_second_ends_at_once(house: WiresHouse) -> None:
+async def test_the_first_signal_stops_the_server_and_the_second_cancels_it(
+    house: WiresHouse,
+) -> None:
     root = trio.CancelScope()
     await house.nursery.start(watch_signals, house.server.listener, root)
     peer = await house.join(6)
@@ -217,7 +223,7 @@ async def test_a_signal_stops_and_a_second_ends_at_once(house: WiresHouse) -> No
 
 
 @wires()
-async def test_a_file_that_the_writer_opens_anew_is_not_missed_meanwhile(
+async def test_a_wal_that_the_writer_is_reopening_is_not_reported_missing(
     house: WiresHouse,
 ) -> None:
     db = house.server.settings.db
@@ -226,7 +232,7 @@ async def test_a_file_that_the_writer_opens_anew_is_not_missed_meanwhile(
     house.disk.hold()
     auth = f"Bearer {house.token(6)}"
     await raw.send(wires_request("POST", "/api/v1/chats", b"{}", Authorization=auth))
-    wal.rename(aside)  # as SQLite does after an I/O error, in the writer's thread
+    wal.rename(aside)  # as while the writer reopens the database after an I/O error
     await trio.sleep(3)
     aside.rename(wal)
     house.disk.go()
@@ -234,7 +240,7 @@ async def test_a_file_that_the_writer_opens_anew_is_not_missed_meanwhile(
 
 
 @wires()
-async def test_out_of_descriptors_accepting_waits_and_goes_on(
+async def test_accepting_waits_and_goes_on_when_descriptors_run_out(
     house: WiresHouse, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "chatd")
@@ -243,10 +249,10 @@ async def test_out_of_descriptors_accepting_waits_and_goes_on(
     raw = house.dial()
     with taking(0.4, 0.5):
         assert (await raw.ask("GET", "/healthz")).status == 200
-    assert len(caplog.records) == 1  # not a flood
+    assert len(caplog.records) == 1  # one line, not one for each error
 
 
-def test_any_other_error_of_accepting_ends_the_server(tmp_path: Path) -> None:
+def test_any_other_error_in_accept_ends_the_server(tmp_path: Path) -> None:
     @wires()
     async def serve(house: WiresHouse) -> None:
         house.listener.offer.send_nowait(OSError(errno.EBADF, "Bad file descriptor"))
@@ -256,26 +262,28 @@ def test_any_other_error_of_accepting_ends_the_server(tmp_path: Path) -> None:
         serve(tmp_path)
 
 
-# --- Http: a full house --------------------------------------------------------------
+# --- the connection limit ------------------------------------------------------------
 
 
 @wires(max_connections=1)
-async def test_at_the_limit_of_connections_the_longest_parked_makes_room(
+async def test_at_the_connection_limit_the_longest_parked_connection_is_closed(
     house: WiresHouse,
 ) -> None:
     parked = [house.dial() for _ in range(129)]
     await wait_all_tasks_blocked()
     first, second = parked[:2]
-    await first.ask("GET", "/healthz")  # now the second is parked for longest
-    newcomer = house.dial()
-    assert (await newcomer.ask("GET", "/healthz")).status == 200
+    await first.ask("GET", "/healthz")  # now the second one has been parked longest
+    newest = house.dial()
+    assert (await newest.ask("GET", "/healthz")).status == 200
     assert await second.ends() == b""
     assert (await first.ask("GET", "/healthz")).status == 200
     assert house.server.listener.open == 129
 
 
 @wires(max_connections=1)
-async def test_who_makes_room_in_mid_head_goes_at_once(house: WiresHouse) -> None:
+async def test_a_connection_closed_for_a_newer_one_in_mid_head_ends_at_once(
+    house: WiresHouse,
+) -> None:
     raws = [house.dial() for _ in range(200)]
     for raw in raws:
         await raw.send(b"GET /healthz HT")
@@ -286,7 +294,7 @@ async def test_who_makes_room_in_mid_head_goes_at_once(house: WiresHouse) -> Non
 
 
 @wires()
-async def test_a_peer_that_resets_before_it_is_accepted_is_nobodys_error(
+async def test_a_client_that_resets_before_it_is_accepted_causes_no_error(
     house: WiresHouse,
 ) -> None:
     for sent in (b"", wires_request("GET", "/healthz"), wires_upgrade(house.target(6))):
@@ -301,13 +309,13 @@ async def test_a_peer_that_resets_before_it_is_accepted_is_nobodys_error(
 
 
 @wires(max_connections=1, requests=OFF)
-async def test_if_none_is_parked_a_newcomer_gets_503_at_once_and_the_log_no_flood(
+async def test_without_a_parked_connection_a_new_one_gets_503_at_once_and_one_log_line(
     house: WiresHouse, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "chatd")
     auth = {"Authorization": f"Bearer {house.token(6)}", "Content_Length": "2"}
     busy = [house.dial() for _ in range(129)]
-    house.disk.hold()  # they have said all, and wait for us
+    house.disk.hold()  # the requests are whole and wait for the server
     for raw in busy:
         await raw.send(wires_request("POST", "/api/v1/chats", None, **auth) + b"{}")
     await wait_all_tasks_blocked()
@@ -321,7 +329,7 @@ async def test_if_none_is_parked_a_newcomer_gets_503_at_once_and_the_log_no_floo
                 assert answer.headers["retry-after"] == "5"
                 assert answer.headers["connection"] == "close"
                 assert await raw.ends() == b""
-    house.dial().stream.socket.close()  # nor is it an error if he does not wait
+    house.dial().stream.socket.close()  # a client that does not wait causes no error
     assert len(caplog.records) == 1
     house.disk.go()
     for raw in busy:
@@ -329,22 +337,24 @@ async def test_if_none_is_parked_a_newcomer_gets_503_at_once_and_the_log_no_floo
 
 
 @wires(max_connections=1, requests=OFF)
-async def test_a_slow_body_makes_room_for_a_newcomer(house: WiresHouse) -> None:
+async def test_a_connection_with_a_slow_body_is_closed_for_a_new_one(
+    house: WiresHouse,
+) -> None:
     auth = {"Authorization": f"Bearer {house.token(6)}", "Content_Length": "2"}
     slow = [house.dial() for _ in range(129)]
     for raw in slow:
         await raw.send(wires_request("POST", "/api/v1/chats", None, **auth))
     await wait_all_tasks_blocked()
-    newcomer = house.dial()
-    await newcomer.send(wires_request("GET", "/healthz"))
-    assert (await newcomer.answer()).status == 200
+    newest = house.dial()
+    await newest.send(wires_request("GET", "/healthz"))
+    assert (await newest.answer()).status == 200
     assert await slow[0].ends() == b""
     await slow[1].send(b"{}")
     assert (await slow[1].answer()).status == 201
 
 
 @wires(max_connections=1, requests=OFF)
-async def test_those_turned_away_never_eat_the_descriptors_kept_for_the_database(
+async def test_refused_connections_never_use_the_descriptors_kept_for_the_database(
     house: WiresHouse,
 ) -> None:
     auth = {"Authorization": f"Bearer {house.token(6)}", "Content_Length": "2"}
@@ -353,10 +363,10 @@ async def test_those_turned_away_never_eat_the_descriptors_kept_for_the_database
         request = wires_request("POST", "/api/v1/chats", None, **auth) + b"{}"
         await house.dial().send(request)
     await wait_all_tasks_blocked()
-    for _ in range(300):  # they neither read nor leave
+    for _ in range(300):  # these clients neither read nor disconnect
         house.dial()
     await wait_all_tasks_blocked()
-    # LimitNOFILE is --max-connections + 256, and the rest is for the database.
+    # LimitNOFILE is --max-connections + 256. The last 32 are for the database.
     assert house.server.listener.open <= 1 + 256 - 32
     await trio.sleep(3)
     assert house.server.listener.open == 129
@@ -382,17 +392,17 @@ async def test_retry_after_is_in_whole_seconds_and_not_too_early(
     assert (await raw.ask("GET", "/api/v1/me", **auth)).status == 200
 
 
-# --- The bulkhead --------------------------------------------------------------------
+# --- the bulkhead --------------------------------------------------------------------
 
 
 @wires(store=FaultyStore)
-async def test_a_mistake_ends_its_connection_is_counted_logged_and_ends_no_other(
+async def test_a_bug_ends_its_own_connection_only_and_is_counted_and_logged(
     house: WiresHouse, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "chatd")
     house.errors = {"ValueError": 2}
     chat = await house.chat(6, 7)
-    innocent = await house.join(7)
+    other = await house.join(7)
     kept = house.dial()
     await kept.ask("GET", "/healthz")
     raw = house.dial()
@@ -403,16 +413,17 @@ async def test_a_mistake_ends_its_connection_is_counted_logged_and_ends_no_other
     assert (answer.status, answer.code) == (500, "internal")
     assert "ours" not in answer.body.decode()
     assert await raw.ends() == b""
-    # On a socket, too: the tasks of its nursery go with it.
+    # A bug in a session's task ends the whole session.
     peer = await house.join(6, cursor=f"{house.store.epoch}.0", hello=False)
     assert await peer.end() == ([], 1006)
-    assert (await innocent.ask("ping"))["type"] == "pong"
+    assert (await other.ask("ping"))["type"] == "pong"
     assert (await kept.ask("GET", "/healthz")).status == 200
     assert [s.claims.user_id for s in house.server.sessions] == [7]
     assert (await house.stats())["errors"] == {"ValueError": 2}
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
     for line, where in zip(caplog.messages, ("history", "missed"), strict=True):
-        # What it was and where, in one line; not its text, which may be anybody's.
+        # One line with the error's type and place, without its text, which may be
+        # a client's.
         assert re.fullmatch(
             rf"failed error='ValueError' at='\S+:\d+ {where} < .*'", line
         )
@@ -421,7 +432,7 @@ async def test_a_mistake_ends_its_connection_is_counted_logged_and_ends_no_other
 
 
 @wires(store=FaultyStore, sends=Rate(1, 1))
-async def test_a_key_error_of_ours_is_not_taken_for_an_unknown_event(
+async def test_a_key_error_in_a_query_is_not_mistaken_for_an_unknown_event(
     house: WiresHouse, caplog: pytest.LogCaptureFixture
 ) -> None:
     house.errors = {"RuntimeError": 1}
@@ -436,7 +447,7 @@ async def test_a_key_error_of_ours_is_not_taken_for_an_unknown_event(
 
 
 @wires()
-async def test_two_hundred_connections_parked_in_every_state_all_go_by_themselves(
+async def test_two_hundred_connections_parked_in_every_state_all_time_out(
     house: WiresHouse,
 ) -> None:
     request = wires_request(
@@ -449,20 +460,20 @@ async def test_two_hundred_connections_parked_in_every_state_all_go_by_themselve
     assert house.server.listener.open == 200
     await trio.sleep(16.1)
     assert house.server.listener.open == 20
-    await trio.sleep(24)  # a ping, and nobody answers it
+    await trio.sleep(24)  # the server sends a ping, and no client answers
     assert house.server.listener.open == 0
     house.check_left()
 
 
-# --- hostile input: one connection's bytes are one connection's matter ---------------
+# --- a process: refused clients and the connection limit -----------------------------
 
 
-async def test_those_who_are_refused_leave_nothing_behind(house: DoorServer) -> None:
+async def test_refused_clients_leave_no_descriptor_open(house: DoorServer) -> None:
     async with house.serving():
         await house.want(200, "GET /api/v1/me", house.token(1))
         before = house.descriptors
         for user in itertools.islice(door_users, 30):
-            await house.refusal("bad")  # it keeps its end open; the server does not
+            await house.refusal("bad")  # the client keeps its end open
             assert await house.raw(b"\xff\r\n\r\n")
             peer = await house.peer(user)
             await peer.utter(b"\xff")
@@ -474,10 +485,9 @@ async def test_those_who_are_refused_leave_nothing_behind(house: DoorServer) -> 
         await door_until(gone, 5)
 
 
-# --- limits, each at its edge --------------------------------------------------------
-
-
-async def test_a_full_house_says_so_at_once(house: DoorServer) -> None:
+async def test_a_full_server_refuses_at_once_and_serves_again_when_a_place_is_free(
+    house: DoorServer,
+) -> None:
     async with house.serving("--max-connections", "1"):
         user = next(door_users)
         peer = await house.peer(user)
@@ -489,16 +499,16 @@ async def test_a_full_house_says_so_at_once(house: DoorServer) -> None:
         await peer.hears_nothing()
         await peer.leave()
 
-        async def room() -> bool:
+        async def admitted() -> bool:
             got = await house.knock(
                 door_get(house.socket_path(user), "Host: x", *DOOR_UPGRADE)
             )
             return isinstance(got, DoorPeer)
 
-        await door_until(room)
+        await door_until(admitted)
 
 
-async def test_silent_connections_do_not_fill_the_house(house: DoorServer) -> None:
+async def test_silent_connections_do_not_fill_the_server(house: DoorServer) -> None:
     async with house.serving("--max-connections", "2"):
         user = next(door_users)
         half = door_get("/healthz", "Host: x")[:-2]
@@ -512,11 +522,11 @@ async def test_silent_connections_do_not_fill_the_house(house: DoorServer) -> No
         await peer.leave()
 
 
-# --- stopping ------------------------------------------------------------------------
+# --- a process: stopping -------------------------------------------------------------
 
 
-async def door_bye(peer: DoorPeer) -> DoorFrame:
-    """What a socket hears at the end: bye, then 1012."""
+async def receive_bye(peer: DoorPeer) -> DoorFrame:
+    """Receive the end of a stopped server: return its bye. Then it closes with 1012."""
     bye = await peer.find("bye")
     assert set(bye) == {"type", "retry_after"}
     assert 0 <= bye["retry_after"] < 60
@@ -524,8 +534,8 @@ async def door_bye(peer: DoorPeer) -> DoorFrame:
     return bye
 
 
-async def door_stalled(house: DoorServer, user: int, chat: int) -> DoorPeer:
-    """A peer that has stopped reading, with more on its way than fits."""
+async def stalled_client(house: DoorServer, user: int, chat: int) -> DoorPeer:
+    """Connect a client that does not read, and send it more than all buffers hold."""
     peer = await house.peer(user, receive_buffer=16384)
     writer = next(door_users)
     body = {"user_id": writer}
@@ -535,30 +545,30 @@ async def door_stalled(house: DoorServer, user: int, chat: int) -> DoorPeer:
     return peer
 
 
-async def test_a_second_signal_ends_it_at_once(house: DoorServer) -> None:
+async def test_a_second_signal_ends_the_process_at_once(house: DoorServer) -> None:
     async with house.serving("--drain-seconds", "60"):
         ann, bob = next(door_users), next(door_users)
-        await door_stalled(house, ann, await house.chat(ann))
+        await stalled_client(house, ann, await house.chat(ann))
         witness = await house.peer(bob)
         house.signal(signal.SIGTERM)
-        await door_bye(witness)
+        await receive_bye(witness)
         began = trio.current_time()
         await house.ended(signal.SIGTERM)
         assert trio.current_time() - began < 3
 
 
-async def test_what_is_left_after_the_drain_is_cut(house: DoorServer) -> None:
+async def test_connections_left_after_the_drain_are_closed(house: DoorServer) -> None:
     async with house.serving("--drain-seconds", "1"):
         ann, bob = next(door_users), next(door_users)
-        await door_stalled(house, ann, await house.chat(ann))
+        await stalled_client(house, ann, await house.chat(ann))
         witness = await house.peer(bob)
         async with await house.dial() as stream:
             line = DoorLine(stream)
             assert (await line.ask("GET", "/healthz")).status == 200
             began = trio.current_time()
             house.signal(signal.SIGTERM)
-            await door_bye(witness)
-            with suppress(trio.BrokenResourceError):  # or it is closed already
+            await receive_bye(witness)
+            with suppress(trio.BrokenResourceError):  # it may be closed already
                 assert (await line.ask("GET", "/healthz")).status == 503
             await door_shut(house)
             assert await house.ended() == 0

@@ -1,7 +1,8 @@
 """A database of 1.0: the answers stay the same, and a failed upgrade changes nothing.
 
-tests/data has a database that 1.0.0 wrote, with a WAL that it had not folded in when it
-was killed, and what 1.0.0 answered about it. tests/data/make_1_0.py made both.
+tests/data has a database that 1.0.0 wrote, and the answers that 1.0.0 gave about it.
+1.0.0 was killed before a checkpoint, so a WAL stands beside the database.
+tests/data/make_1_0.py made all of it.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from tests.harness import (
 
 DATA = Path(__file__).parent / "data"
 STEPS = chatd.schema_steps()
-# Version 2, statement by statement. A comment may end a line, but has no semicolon.
+# The step to version 2, statement by statement. Its comments have no semicolon.
 STATEMENTS = re.findall(r"(?s).+?;\n", STEPS[1])
 
 
-def put_1_0(db: Path) -> Path:
-    """Put the database of 1.0.0 there, as the killed process left it."""
+def copy_1_0(db: Path) -> Path:
+    """Copy the database of 1.0.0 there, as the killed process left it."""
     for suffix in ("", "-wal"):
         shutil.copy(DATA / f"v1.sqlite{suffix}", db.with_name(db.name + suffix))
     db.chmod(0o600)
@@ -48,11 +49,11 @@ def put_1_0(db: Path) -> Path:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    return put_1_0(tmp_path / "chatd.db")
+    return copy_1_0(tmp_path / "chatd.db")
 
 
-def recorded(epoch: str = "") -> dict[str, Any]:
-    """What 1.0.0 answered; with another epoch, as after a restore."""
+def recorded_answers(epoch: str = "") -> dict[str, Any]:
+    """Return the answers of 1.0.0, with another epoch if one is given."""
     text = (DATA / "v1.json").read_text("utf-8")
     found = re.search(r'"cursor": "(\w+)\.\d+"', text)
     assert found
@@ -61,35 +62,37 @@ def recorded(epoch: str = "") -> dict[str, Any]:
     return answers
 
 
-def assert_says(now: Any, before: Any, at: str) -> None:
-    """Hold an answer against one of 1.0: a field may be new, none may change."""
+def assert_extends(now: Any, before: Any, at: str) -> None:
+    """Claim that an answer has every field of the one before, unchanged."""
     if isinstance(before, dict):
         assert isinstance(now, dict), at
         for name, part in before.items():
-            assert_says(now.get(name, "(no such field)"), part, f"{at}: {name}")
+            assert_extends(now.get(name, "(no such field)"), part, f"{at}: {name}")
     elif isinstance(before, list):
         assert (type(now), len(now)) == (list, len(before)), at
         for part, was in zip(now, before, strict=True):
-            assert_says(part, was, at)
+            assert_extends(part, was, at)
     else:
         assert now == before, at
 
 
-async def assert_answers(house: DoorServer, before: dict[str, Any]) -> None:
+async def assert_answers_like_1_0(house: DoorServer, before: dict[str, Any]) -> None:
     now = await trio.to_thread.run_sync(of_1_0.answers, of_1_0.Server(house.port))
     assert now.keys() == before.keys()
     for question, answer in before.items():
-        assert_says(now[question], answer, question)
+        assert_extends(now[question], answer, question)
 
 
 def contents(db: Path) -> tuple[int, list[str]]:
-    """Everything in a database, and its version."""
+    """Return a database's version, and everything in it as SQL."""
     with contextlib.closing(chatd.open_database(db, readonly=True)) as reader:
         _, version = chatd.database_version(reader)
         return version, [*reader.iterdump()]
 
 
-def test_the_database_of_1_0_has_all_that_an_upgrade_must_keep(old: Path) -> None:
+def test_the_database_of_1_0_has_everything_that_an_upgrade_must_keep(
+    old: Path,
+) -> None:
     with contextlib.closing(chatd.open_database(old, readonly=True)) as db:
 
         def number(sql: str) -> int:
@@ -110,11 +113,11 @@ def test_the_database_of_1_0_has_all_that_an_upgrade_must_keep(old: Path) -> Non
 
 
 async def test_an_upgraded_server_answers_as_1_0_did(house: DoorServer) -> None:
-    put_1_0(house.db)
+    copy_1_0(house.db)
     house.db.with_name("chatd.secret").write_bytes(of_1_0.SECRET)
     house.db.with_name("chatd.secret").chmod(0o600)
     async with house.serving():
-        await assert_answers(house, recorded())
+        await assert_answers_like_1_0(house, recorded_answers())
     done = await door_run("check", "--db", house.db)
     assert done.status == 0, done
     assert contents(house.db)[0] == len(STEPS)
@@ -149,8 +152,10 @@ async def test_a_backup_of_1_0_is_restored_and_then_upgraded(
     try:
         async with other.serving():
             cursor = await other.cursor(of_1_0.ANN)
-            await assert_answers(other, recorded(cursor.partition(".")[0]))
-            old_cursor = recorded()["user 1: poll by 500"][0]
+            await assert_answers_like_1_0(
+                other, recorded_answers(cursor.partition(".")[0])
+            )
+            old_cursor = recorded_answers()["user 1: poll by 500"][0]
             hello = (await other.peer(of_1_0.ANN, old_cursor)).hello
             assert hello["resume"] == "resync"
     finally:
@@ -162,7 +167,7 @@ def upgrade(db: Path, *steps: str) -> None:
     memory_store(Settings(db=db), Stats(), steps=[*steps] or None).close()
 
 
-def test_the_event_s_own_fields_are_in_its_row(old: Path) -> None:
+def test_an_upgrade_writes_an_events_own_fields_into_its_row(old: Path) -> None:
     with contextlib.closing(chatd.open_database(old, readonly=True)) as db:
         n = dict(db.execute("SELECT id, n FROM message"))
         before = db.execute(
@@ -205,8 +210,8 @@ def test_an_upgraded_database_has_the_schema_of_a_new_one(
 def test_an_upgrade_that_fails_anywhere_changes_nothing(old: Path, done: int) -> None:
     before = contents(old)
     half = "".join(STATEMENTS[:done])
-    said = usage_error_of(upgrade, old, STEPS[0], f"{half} SELECT * FROM what;")
-    assert f"database {old}: no such table: what" in said
+    error = usage_error_of(upgrade, old, STEPS[0], f"{half} SELECT * FROM what;")
+    assert f"database {old}: no such table: what" in error
     assert contents(old) == before
     upgrade(old)
     assert contents(old)[0] == len(STEPS)
@@ -217,7 +222,7 @@ def test_an_upgrade_that_is_killed_anywhere_changes_nothing(
     old: Path, done: int
 ) -> None:
     before = contents(old)
-    # With a cache of one page SQLite writes to the WAL before there is a COMMIT.
+    # With a cache of one page SQLite writes to the WAL before the COMMIT.
     program = """if True:
         import os, signal, sys, chatd
         from pathlib import Path
