@@ -205,7 +205,7 @@ from wsproto.frame_protocol import FrameProtocol
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-__version__ = "1.0.1"
+__version__ = "1.1.0.dev0"
 
 HERE = Path(__file__).resolve().parent
 # Beside this file in a checkout; in an installed wheel in chatd_assets/ beside it.

@@ -1,12 +1,12 @@
-"""The Autobahn cases over chatd's own wire code: none fails, and errors are named.
+"""No Autobahn case fails on chatd's own code, and errors get the right close code.
 
-`kosoku` drives the Autobahn case files against an echo server that is chatd up to the
-last step: its accept loop, its request head and handshake, a real token, its Outbox,
-its Guard around the library, its way to close. Only what a Session does with a message
-is another: it sends it back. The limits that the cases would meet (16 MiB messages,
-65,536 fragments) are out of the way here; the proof `attacks` has them.
+`kosoku` runs the Autobahn cases against an echo server that is chatd but for the last
+step. It uses chatd's accept loop, request head, handshake, tokens, Outbox, Guard and
+way to close. Only its Session differs: it sends each message back. The limits are
+raised above the largest cases (16 MiB messages, 65,536 fragments); proof `attacks`
+tests the limits.
 
-Groups 12 and 13 are about compression, which chatd never negotiates: left out.
+Groups 12 and 13 are left out: they are about compression, which chatd never negotiates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OFF = chatd.Rate(0, 0)
 
 
 class Echo(chatd.Session):
-    """A session that says back what it hears, and nothing else."""
+    """A session that sends each message back, and does nothing else."""
 
     async def _greet(self, upto: int) -> bool:
         return True
@@ -41,7 +41,7 @@ class Echo(chatd.Session):
 
 
 async def run_cases(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Run all cases; their reports, and what the echo server's bulkhead caught."""
+    """Run all cases; return their reports and the exceptions in the echo server."""
     settings = chatd.Settings(
         listen="127.0.0.1:0",
         db=folder / "chatd.db",
@@ -52,7 +52,7 @@ async def run_cases(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]
         fragments=2**20,
     )
     store = chatd.Store(settings, chatd.Stats())
-    keyring = chatd.Keyring(settings, b"no secret of anybody, but 32 bytes")
+    keyring = chatd.Keyring(settings, b"a secret of at least 32 bytes, for this run")
     server = chatd.Server(settings, store, keyring)
     listeners = await chatd.open_listeners(settings.listen)
     where = chatd.url_of(listeners[0]).replace("http:", "ws:")
@@ -76,7 +76,7 @@ async def run_cases(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]
 
 
 def prove(full: bool) -> Figures:
-    """Run the cases once; the full form is no longer."""
+    """Run the cases once, in both forms."""
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         reports, errors = run_trio(run_cases, Path(folder), seconds=300)
     assert len(reports) == CASES, f"{len(reports)} cases ran, not {CASES}"
@@ -88,7 +88,7 @@ def prove(full: bool) -> Figures:
     ]
     assert not bad, f"{len(bad)} cases failed: {bad[:5]}"
     assert not errors, f"exceptions in the echo server: {errors}"
-    # Where the case is not the one to close, the server has to fail the connection.
+    # The case does not close these connections: the server must.
     broken = [r for r in reports if not r["expectedClose"]["closedByMe"]]
     silent = [r["id"] for r in broken if r["remoteCloseCode"] not in (1002, 1007)]
     assert broken, "no case broke the protocol"

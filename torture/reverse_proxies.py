@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""chatd behind nginx, Caddy and `chatd proxy`, as docs/operating.md has them.
+"""chatd behind nginx, Caddy and `chatd proxy`, as in docs/operating.md.
 
     .venv/bin/python torture/reverse_proxies.py           # half a minute
     .venv/bin/python torture/reverse_proxies.py --full    # and the real 60 seconds
 
-Status 0: all held, 1: not. It wants Debian's nginx-light and caddy, and the packages
-of `pip install -e '.[test]'`. The configurations are cut out of that page; what is
-changed in them are ports, addresses of this machine, and folders: all runs in a
-temporary one, on free ports of 127.0.0.1, with its own TLS, and ends with the script.
+The exit status is 1 if a check fails. The script needs Debian's nginx-light and caddy,
+and the packages of `pip install -e '.[test]'`. It takes the configurations from that
+page, and changes only ports, addresses and folders. Everything runs in a temporary
+folder, on free ports of 127.0.0.1, with a certificate of its own, and ends with the
+script.
 
-nginx cuts what is silent for 60 s. Without --full both that limit and chatd's ping are
-a twelfth of what they are.
+nginx cuts a connection that is silent for 60 s. Without --full that limit and chatd's
+ping interval are a twelfth of their values.
 """
 
 from __future__ import annotations
@@ -44,77 +45,75 @@ from websockets.typing import Origin
 CHECKOUT = Path(__file__).resolve().parent.parent
 PAGE = (CHECKOUT / "docs/operating.md").read_text("utf-8")
 NAME = "chat.example.org"
-PATIENCE = 20.0  # seconds, for what should come at once
+TIMEOUT_SECONDS = 20.0  # the longest wait for an answer that should come at once
 ADDRESSES = itertools.cycle(range(1, 255))
 
-# chatd with another ping_seconds, which is no flag.
+# Runs chatd with another ping_seconds, which has no flag.
 LAUNCH = """
-import dataclasses, sys, chatd
-old = chatd.Settings.__dataclass_fields__["ping_seconds"]
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(chatd.Settings):
-    ping_seconds: float = dataclasses.field(
-        default=float(sys.argv.pop(1)), metadata=old.metadata)
-chatd.Settings = Settings
+import sys, chatd
+chatd.PING_SECONDS = float(sys.argv.pop(1))
 sys.exit(chatd.main())
 """
 
 
 class Failed(Exception):
-    """Something does not hold: what."""
+    """A check failed: a sentence about it."""
 
 
-def claim(true: object, sentence: str) -> None:
-    """Go on if it holds."""
-    if not true:
-        raise Failed(sentence)
+def check(condition: object, failure: str) -> None:
+    """Raise Failed with this sentence unless the condition holds."""
+    if not condition:
+        raise Failed(failure)
 
 
 def page_block(language: str) -> str:
-    """Cut the only block of a language out of docs/operating.md."""
+    """The only block of this language in docs/operating.md."""
     (block,) = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", PAGE)
     return str(block)
 
 
 def free_port() -> int:
+    """A port on which no program listens."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port: int = sock.getsockname()[1]
         return port
 
 
-def swap(text: str, *changes: tuple[str, str]) -> str:
-    """Change what must be there."""
+def replace(text: str, *changes: tuple[str, str]) -> str:
+    """Replace texts, each of which must be there."""
     for old, new in changes:
-        claim(old in text, f"docs/operating.md has no {old!r} any more")
+        check(old in text, f"docs/operating.md has no {old!r} any more")
         text = text.replace(old, new)
     return text
 
 
 @contextlib.contextmanager
 def running(command: list[str], log: Path, **options: Any) -> Iterator[None]:
-    """Run a program inside the block."""
+    """Run a program during the block; it must not end before."""
     with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, **options)
     try:
         yield
-        claim(process.poll() is None, f"{command[0]} ended: {log.read_text()}")
+        check(process.poll() is None, f"{command[0]} ended: {log.read_text()}")
     finally:
         process.terminate()
         try:
-            process.wait(PATIENCE)
+            process.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
 def wait_for(port: int, log: Path) -> None:
-    """Wait until somebody listens."""
-    end = time.monotonic() + PATIENCE
+    """Wait until a program listens on the port."""
+    end = time.monotonic() + TIMEOUT_SECONDS
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
         except OSError:
-            claim(time.monotonic() < end, f"nobody listens: {log.read_text()}")
+            check(
+                time.monotonic() < end, f"nothing listens on {port}: {log.read_text()}"
+            )
             time.sleep(0.05)
         else:
             return
@@ -137,12 +136,14 @@ class Chatd:
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
+        """Run the server during the block."""
         log = self.folder / "logs" / "serve"
         with running(self.command, log, cwd=CHECKOUT):
             wait_for(self.port, log)
             yield
 
     def token(self, user_id: int, **claims: object) -> str:
+        """Sign a token, as `chatd token` does."""
         secret = self.db.with_name("chatd.secret").read_text("ascii").strip()
         now = int(time.time())
         return jwt.encode(
@@ -153,12 +154,12 @@ class Chatd:
 
 
 @dataclasses.dataclass
-class Front:
-    """What stands before chatd: where, and how to speak TLS to it."""
+class Endpoint:
+    """A port that leads to chatd: a reverse proxy's, or chatd's own."""
 
     name: str
     port: int
-    root: Path | None = None  # the certificate that signed its own
+    root: Path | None = None  # with TLS: the root of the certificate
 
     @property
     def host(self) -> str:
@@ -168,16 +169,18 @@ class Front:
     def origin(self) -> str:
         return f"http{'s' if self.root else ''}://{self.host}"
 
-    def dial(self, address: str) -> socket.socket:
-        """Connect from one of this machine's addresses; verify who answers."""
+    def connect(self, address: str) -> socket.socket:
+        """Connect from one of this machine's addresses; verify the certificate."""
         where = ("127.0.0.1", self.port)
-        sock = socket.create_connection(where, PATIENCE, source_address=(address, 0))
+        sock = socket.create_connection(
+            where, TIMEOUT_SECONDS, source_address=(address, 0)
+        )
         if self.root is None:
             return sock
         context = ssl.create_default_context(cafile=str(self.root))
         return context.wrap_socket(sock, server_hostname=NAME)
 
-    def ask(
+    def request(
         self,
         target: str,
         token: str = "",
@@ -185,9 +188,9 @@ class Front:
         address: str = "127.0.0.9",
         **headers: str,
     ) -> tuple[int, bytes]:
-        """Send one request; its status and body."""
-        line = http.client.HTTPConnection(NAME, self.port, timeout=PATIENCE)
-        line.sock = self.dial(address)
+        """Send one request; return the status and body of the answer."""
+        line = http.client.HTTPConnection(NAME, self.port, timeout=TIMEOUT_SECONDS)
+        line.sock = self.connect(address)
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
         if token:
             fields["Authorization"] = f"Bearer {token}"
@@ -198,33 +201,34 @@ class Front:
             return answer.status, answer.read()
 
     def socket(self, token: str, cursor: str = "") -> ClientConnection:
-        """Open a socket with a page's Origin, from an address of its own."""
+        """Open a WebSocket with the page's Origin, from another address each time."""
         query = f"token={token}" + (f"&cursor={cursor}" if cursor else "")
         return connect(
             f"ws://{self.host}/ws/chat?{query}",
-            sock=self.dial(f"127.0.1.{next(ADDRESSES)}"),
+            sock=self.connect(f"127.0.1.{next(ADDRESSES)}"),
             origin=Origin(self.origin),
             proxy=None,
-            open_timeout=PATIENCE,
-            ping_interval=None,  # only chatd pings
+            open_timeout=TIMEOUT_SECONDS,
+            ping_interval=None,  # only chatd sends pings
         )
 
 
-def hear(peer: ClientConnection, kind: str) -> dict[str, Any]:
-    """Get the next message of a type, past any others."""
+def receive(peer: ClientConnection, kind: str) -> dict[str, Any]:
+    """Receive the next message of a type; skip others."""
     while True:
-        message: dict[str, Any] = json.loads(peer.recv(PATIENCE))
+        message: dict[str, Any] = json.loads(peer.recv(TIMEOUT_SECONDS))
         if message["type"] == kind:
             return message
 
 
-# --- the three of them ---------------------------------------------------------------
+# --- the three proxies ---------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def behind_nginx(folder: Path, chatd: Chatd, limit: int) -> Iterator[Front]:
+def behind_nginx(folder: Path, chatd: Chatd, limit: int) -> Iterator[Endpoint]:
+    """Run nginx in front of chatd. limit: its proxy_read_timeout, in seconds."""
     nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    claim(nginx, "there is no nginx: apt-get install nginx-light")
+    check(nginx, "there is no nginx: apt-get install nginx-light")
     port, logs = free_port(), folder / "logs"
     key, root = folder / "privkey.pem", folder / "fullchain.pem"
     subprocess.run(
@@ -233,7 +237,7 @@ def behind_nginx(folder: Path, chatd: Chatd, limit: int) -> Iterator[Front]:
          "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", key, "-out", root],
         check=True, capture_output=True,
     )  # fmt: skip
-    site = swap(
+    site = replace(
         page_block("nginx"),
         ("listen 443", f"listen 127.0.0.1:{port}"),
         ("127.0.0.1:8086", f"127.0.0.1:{chatd.port}"),
@@ -253,20 +257,21 @@ def behind_nginx(folder: Path, chatd: Chatd, limit: int) -> Iterator[Front]:
     command = [str(nginx), "-p", str(folder), "-c", str(config), "-e", f"{logs}/nginx"]
     with running(command, logs / "nginx.out"):
         wait_for(port, logs / "nginx.out")
-        yield Front("nginx", port, root)
+        yield Endpoint("nginx", port, root)
 
 
 @contextlib.contextmanager
-def behind_caddy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Front]:
+def behind_caddy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Endpoint]:
+    """Run Caddy in front of chatd."""
     caddy = shutil.which("caddy")
-    claim(caddy, "there is no Caddy: apt-get install caddy")
+    check(caddy, "there is no Caddy: apt-get install caddy")
     port, logs = free_port(), folder / "logs"
     own = (
         "admin off\n\tlocal_certs\n\tskip_install_trust\n\tdefault_bind 127.0.0.1\n\t"
         f"auto_https disable_redirects\n\tstorage file_system {folder}/caddy\n"
     )
     config = folder / "Caddyfile"
-    text = swap(
+    text = replace(
         page_block("caddy"),
         (f"\n{NAME} {{", f"\nhttps://{NAME}:{port} {{"),
         ("127.0.0.1:8086", f"127.0.0.1:{chatd.port}"),
@@ -279,17 +284,18 @@ def behind_caddy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Front]:
     with running(command, log, env={**os.environ, **home}):
         wait_for(port, log)
         root = folder / "caddy/pki/authorities/local/root.crt"
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT_SECONDS
         while not (root.exists() and "certificate obtained" in log.read_text()):
-            claim(
+            check(
                 time.monotonic() < end, f"Caddy has no certificate: {log.read_text()}"
             )
             time.sleep(0.05)
-        yield Front("Caddy", port, root)
+        yield Endpoint("Caddy", port, root)
 
 
 @contextlib.contextmanager
-def behind_proxy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Front]:
+def behind_proxy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Endpoint]:
+    """Run `chatd proxy` in front of chatd."""
     port, log = free_port(), folder / "logs/proxy"
     command = [
         *(sys.executable, "-m", "chatd", "proxy", "--listen", f"127.0.0.1:{port}"),
@@ -298,136 +304,139 @@ def behind_proxy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Front]:
     ]
     with running(command, log, cwd=CHECKOUT):
         wait_for(port, log)
-        yield Front("chatd proxy", port)
+        yield Endpoint("chatd proxy", port)
 
 
-# --- what must hold ------------------------------------------------------------------
+# --- the checks ----------------------------------------------------------------------
+# Each returns a sentence about what it found.
 
 
-def page(front: Front, chatd: Chatd) -> str:
-    """The page loads, and its own Origin passes; another does not."""
+def page(proxy: Endpoint, chatd: Chatd) -> str:
+    """The page loads. Its own Origin is accepted, and another is refused."""
     size = 0
     for target in ("/", "/web/app.js", "/web/chat-websocket.js", "/web/style.css"):
-        status, body = front.ask(target, Origin=front.origin)
-        claim(status == 200, f"GET {target}: {status}")
+        status, body = proxy.request(target, Origin=proxy.origin)
+        check(status == 200, f"GET {target}: {status}")
         size += len(body)
-    status, _ = front.ask("/api/v1/me", chatd.token(6), Origin=front.origin)
-    claim(status == 200, f"the page's own Origin: {status}")
+    status, _ = proxy.request("/api/v1/me", chatd.token(6), Origin=proxy.origin)
+    check(status == 200, f"the page's own Origin: {status}")
     forged = {"Origin": "https://evil.example", "X_Forwarded_Host": "evil.example"}
-    status, _ = front.ask("/api/v1/me", chatd.token(6), **forged)
-    claim(status == 403, f"another Origin: {status}")
-    return f"the page, {size} bytes, with its own Origin only"
+    status, _ = proxy.request("/api/v1/me", chatd.token(6), **forged)
+    check(status == 403, f"another Origin: {status}")
+    return f"the page, {size} bytes; only its own Origin is accepted"
 
 
-def conversation(front: Front, chatd: Chatd) -> str:
-    """A ticket, a socket, a message; and how long a round trip takes."""
+def conversation(proxy: Endpoint, chatd: Chatd) -> str:
+    """Get a ticket, open sockets, send a message; measure a round trip."""
     body = {"title": "T", "member_ids": [6, 7]}
     service = chatd.token(1, scope="service")
-    status, made = front.ask("/api/v1/chats", service, body)
-    claim(status == 201, f"POST /api/v1/chats: {status} {made!r}")
+    status, made = proxy.request("/api/v1/chats", service, body)
+    check(status == 201, f"POST /api/v1/chats: {status} {made!r}")
     chat = json.loads(made)["chat"]["id"]
-    _, ticket = front.ask("/api/v2/ws-token", chatd.token(6))
-    straight = Front("straight", chatd.port)
+    _, ticket = proxy.request("/api/v2/ws-token", chatd.token(6))
+    direct = Endpoint("direct", chatd.port)
     trips = {}
-    with front.socket(chatd.token(7)) as other:
-        hear(other, "connected")
-        with front.socket(json.loads(ticket)["token"]) as peer:
-            hear(peer, "connected")
-            say = {"type": "send_message", "chat_id": chat, "content": "Привет!"}
-            peer.send(json.dumps(say))
-            hear(peer, "ack")
-            heard = hear(other, "new_message")["message"]["content"]
-            claim(heard == "Привет!", f"heard {heard!r}")
-    for where in (straight, front):
-        with where.socket(chatd.token(6)) as peer:
-            hear(peer, "connected")
+    with proxy.socket(chatd.token(7)) as other:
+        receive(other, "connected")
+        with proxy.socket(json.loads(ticket)["token"]) as peer:
+            receive(peer, "connected")
+            command = {"type": "send_message", "chat_id": chat, "content": "Привет!"}
+            peer.send(json.dumps(command))
+            receive(peer, "ack")
+            content = receive(other, "new_message")["message"]["content"]
+            check(content == "Привет!", f"received {content!r}")
+    for endpoint in (direct, proxy):
+        with endpoint.socket(chatd.token(6)) as peer:
+            receive(peer, "connected")
             taken = []
             for _ in range(300):
                 began = time.perf_counter()
                 peer.send('{"type": "ping"}')
-                hear(peer, "pong")
+                receive(peer, "pong")
                 taken.append(time.perf_counter() - began)
-            trips[where.name] = statistics.median(taken) * 1e6
-    trip, shortest = trips[front.name], trips[straight.name]
+            trips[endpoint.name] = statistics.median(taken) * 1e6
+    trip, shortest = trips[proxy.name], trips[direct.name]
     return (
         f"a ticket, two sockets, a message; a round trip of {trip:.0f} us, "
         f"{shortest:.0f} without it"
     )
 
 
-def addresses(front: Front, _chatd: Chatd) -> str:
-    """Each client has a bucket of its own, whatever he says he is."""
+def addresses(proxy: Endpoint, _chatd: Chatd) -> str:
+    """Each client has a rate limit of its own, whatever headers it forges."""
     got: dict[str, list[int]] = {"127.0.0.2": [], "127.0.0.3": []}
     for number in range(5):
         for address, statuses in got.items():
             forged = {"X_Forwarded_For": f"6.6.6.{number}", "Forwarded": "for=6.6.6.6"}
-            statuses.append(front.ask("/api/v1/me", address=address, **forged)[0])
-    claim(
+            statuses.append(proxy.request("/api/v1/me", address=address, **forged)[0])
+    check(
         all(found == [401, 401, 401, 429, 429] for found in got.values()),
-        f"two clients and their 401s: {got}",
+        f"the statuses of two clients: {got}",
     )
-    return "two clients have a bucket each, and forging no more"
+    return "two clients have a rate limit each, and forged headers change nothing"
 
 
-def restart(front: Front, chatd: Chatd, serving: contextlib.ExitStack) -> str:
-    """chatd restarts behind it: 1012, 502 meanwhile, and the cursor goes on."""
-    with front.socket(chatd.token(6)) as peer:
-        cursor = hear(peer, "connected")["cursor"]
+def restart(proxy: Endpoint, chatd: Chatd, serving: contextlib.ExitStack) -> str:
+    """Restart chatd: 1012, 502 meanwhile, and then the cursor still counts."""
+    with proxy.socket(chatd.token(6)) as peer:
+        cursor = receive(peer, "connected")["cursor"]
         serving.close()
         with contextlib.suppress(ConnectionClosed):
-            hear(peer, "the end")
-        claim(peer.close_code == 1012, f"a restart closed a socket: {peer.close_code}")
-    status, _ = front.ask("/healthz")
-    claim(status == 502, f"chatd is away: {status}")
-    try:  # what is said of this in the log must not have the token
-        with front.socket(chatd.token(6)):
-            raise Failed("a socket opened, and chatd is away")
-    except InvalidStatus as no:
-        claim(no.response.status_code == 502, f"a socket meanwhile: {no}")
+            receive(peer, "the end")
+        check(peer.close_code == 1012, f"a restart closed a socket: {peer.close_code}")
+    status, _ = proxy.request("/healthz")
+    check(status == 502, f"while chatd is stopped: {status}")
+    try:  # the proxy's log line about this must not have the token
+        with proxy.socket(chatd.token(6)):
+            raise Failed("a socket opened while chatd was stopped")
+    except InvalidStatus as refusal:
+        status = refusal.response.status_code
+        check(status == 502, f"a socket while chatd is stopped: {refusal}")
     began = time.monotonic()
     serving.enter_context(chatd.serving())
-    with front.socket(chatd.token(6), cursor) as again:
-        resume = hear(again, "connected")["resume"]
-        claim(resume == "live", f"resume after a restart: {resume}")
+    with proxy.socket(chatd.token(6), cursor) as again:
+        resume = receive(again, "connected")["resume"]
+        check(resume == "live", f"resume after a restart: {resume}")
     took = time.monotonic() - began
-    return f"a restart: 1012, then 502, then live again {took:.1f} s after its start"
+    return f"a restart: 1012, then 502, then live {took:.1f} s after the start"
 
 
-def silence(front: Front, chatd: Chatd, began: float, limit: int) -> str:
-    """Nothing is cut that only listens."""
-    with front.socket(chatd.token(6)) as peer:
-        hear(peer, "connected")
+def silence(proxy: Endpoint, chatd: Chatd, began: float, limit: int) -> str:
+    """Nothing cuts a client that sends nothing."""
+    with proxy.socket(chatd.token(6)) as peer:
+        receive(peer, "connected")
         time.sleep(max(0.0, 2.2 * limit - (time.monotonic() - began)))
         peer.send('{"type": "ping"}')
-        hear(peer, "pong")
-    return f"a silent socket outlived the limit of {limit} s by chatd's ping"
+        receive(peer, "pong")
+    return f"chatd's pings keep a silent socket open beyond the limit of {limit} s"
 
 
-def cut(front: Front, chatd: Chatd, limit: int) -> str:
-    """The limit is real: without a ping nginx cuts."""
-    with front.socket(chatd.token(6)) as peer:
-        hear(peer, "connected")
+def cut(proxy: Endpoint, chatd: Chatd, limit: int) -> str:
+    """Without chatd's pings nginx cuts the connection at its limit."""
+    with proxy.socket(chatd.token(6)) as peer:
+        receive(peer, "connected")
         began = time.monotonic()
         with contextlib.suppress(ConnectionClosed):
             peer.recv(3 * limit)
         took = time.monotonic() - began
-    claim(limit - 1 < took < 2 * limit, f"without a ping nginx cut after {took:.1f} s")
-    return f"and without a ping it is cut after {took:.1f} s"
+    check(limit - 1 < took < 2 * limit, f"without a ping nginx cut after {took:.1f} s")
+    return f"without pings nginx cuts the socket after {took:.1f} s"
 
 
 def logs(folder: Path) -> str:
-    """No token in any log, and the path in one."""
+    """The logs have the path of the socket, and no token."""
     lines = 0
     for path in sorted(folder.iterdir()):
         text = path.read_text("utf-8", "replace")
         found = re.search(r".*(eyJ\S{0,9}).*", text)
-        claim(not found, f"a token in {path.name}: {found and found[0][:300]}")
+        check(not found, f"a token in {path.name}: {found and found[0][:300]}")
         lines += text.count("/ws/chat")
-    claim(lines > 3, "no log tells of /ws/chat")
+    check(lines > 3, "no log has /ws/chat")
     return f"{lines} log lines about sockets, none with a token"
 
 
 def main() -> int:
+    """Run all checks behind each proxy; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--full", action="store_true", help="60 s and 25 s as they are")
     full = parser.parse_args().full
@@ -441,21 +450,21 @@ def main() -> int:
             try:
                 with contextlib.ExitStack() as serving:
                     serving.enter_context(chatd.serving())
-                    with behind(folder, chatd, limit) as front:
+                    with behind(folder, chatd, limit) as proxy:
                         for found in (
-                            page(front, chatd),
-                            conversation(front, chatd),
-                            addresses(front, chatd),
-                            silence(front, chatd, time.monotonic(), limit),
-                            restart(front, chatd, serving),
+                            page(proxy, chatd),
+                            conversation(proxy, chatd),
+                            addresses(proxy, chatd),
+                            silence(proxy, chatd, time.monotonic(), limit),
+                            restart(proxy, chatd, serving),
                         ):
                             print(f"{name}: {found}", flush=True)
                     if behind is behind_nginx:
                         serving.close()
-                        mute = Chatd(folder, 3600.0)
-                        serving.enter_context(mute.serving())
-                        with behind(folder, mute, limit) as front:
-                            print(f"{name}: {cut(front, mute, limit)}")
+                        no_pings = Chatd(folder, 3600.0)
+                        serving.enter_context(no_pings.serving())
+                        with behind(folder, no_pings, limit) as proxy:
+                            print(f"{name}: {cut(proxy, no_pings, limit)}")
                 print(f"{name}: {logs(folder / 'logs')}", flush=True)
             except Failed as error:
                 print(f"{name}: FAILED: {error}", flush=True)

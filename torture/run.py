@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Run the proofs, one after the other, and print what they found.
+"""Run the proofs and print what they found.
 
     python torture/run.py                      the quick form, as CI runs it
     python torture/run.py --full --json FILE   the full form, and its figures as JSON
-    python torture/run.py --report FILE        put those figures into docs/proofs.md
+    python torture/run.py --report FILE        write those figures into docs/proofs.md
     python torture/run.py --only kill9 --seed 7
 
-A proof is a module beside this file: its docstring states the claim, its function
-`prove(full: bool) -> Figures` tries to break it, and raises AssertionError with a
-sentence when it succeeds. Each runs in a process of its own. Exit status 1 when any
-claim is false.
+A proof is a module beside this file. Its docstring states the claim. Its function
+`prove(full: bool) -> Figures` tries to break the claim, and raises AssertionError with
+a sentence if it can. Each proof runs in a process of its own. The exit status is 1 if
+any claim is false.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs/proofs.md"
 BEGIN, END = "<!-- torture: begin -->", "<!-- torture: end -->"
 
-# In the order of the table in docs/proofs.md. Those TOGETHER mostly wait, so they share
-# the processors with others of them; each of the rest has the machine for itself.
+# In the order of the table in docs/proofs.md. The proofs in TOGETHER mostly wait, so
+# they run at the same time. Each other proof has the machine to itself.
 PROOFS = (
     "conformance",
     "attacks",
@@ -53,14 +53,14 @@ PROOFS = (
     "flood",
     "stop",
     "revocation",
-    "secrecy",  # the last: it looks through what all the others made the servers say
+    "secrecy",  # the last: it searches the logs and answers of all the others
 )
 TOGETHER = frozenset(("conformance", "kill9", "power_cut", "disk", "revocation"))
 
 
 @dataclasses.dataclass
 class Result:
-    """One proof's outcome. error is empty if the claim held."""
+    """The result of one proof. error is empty if the claim holds."""
 
     name: str
     seconds: float
@@ -88,7 +88,7 @@ def run_one(name: str, full: bool) -> Result:
 
 
 def run_all(names: list[str], full: bool, jobs: int) -> Iterator[Result]:
-    """Run proofs, each in a process of its own; what it found, as each ends."""
+    """Run proofs, each in a process of its own; yield each result as its proof ends."""
     context = multiprocessing.get_context("spawn")
     together = [name for name in names if name in TOGETHER and jobs > 1]
     groups = [together, *([name] for name in names if name not in together)]
@@ -109,7 +109,7 @@ def run_all(names: list[str], full: bool, jobs: int) -> Iterator[Result]:
 
 
 def copy_program(folder: Path) -> str:
-    """Copy chatd, so that an editor does not change what is being proved."""
+    """Copy chatd, so that an edit during the run does not change what is tested."""
     for name in ("chatd.py", "schema.sql", "web"):
         source, target = HERE.parent / name, folder / name
         target.parent.mkdir(exist_ok=True)
@@ -117,8 +117,8 @@ def copy_program(folder: Path) -> str:
     return str(folder / "chatd.py")
 
 
-def machine() -> dict[str, Any]:
-    """Say what this ran on."""
+def describe_machine() -> dict[str, Any]:
+    """The machine that this runs on."""
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -133,8 +133,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Say what ran."""
+def describe_versions() -> dict[str, str]:
+    """The versions of chatd and of what is under it."""
     found = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
     for name in ("chatd", "trio", "trio-websocket", "wsproto", "h11"):
         found[name] = importlib.metadata.version(name)
@@ -142,8 +142,8 @@ def versions() -> dict[str, str]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Make the table of docs/proofs.md of a report."""
-    box, made = report["machine"], report["versions"]
+    """Make the table of docs/proofs.md from a report."""
+    machine, versions = report["machine"], report["versions"]
     lines = ["| claim | what was found |", "|---|---|"]
     for proof in report["proofs"]:
         figure = (
@@ -154,15 +154,16 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"The {report['form']} form, {report['date']}, in "
-        f"{report['seconds'] / 60:.0f} minutes on {box['cores']} cores of "
-        f"{box['cpu']}, {box['memory_gib']} GiB, Linux {box['kernel']}, "
-        f"Python {made['python']}, SQLite {made['sqlite']}, trio {made['trio']}.",
+        f"{report['seconds'] / 60:.0f} minutes on {machine['cores']} cores of "
+        f"{machine['cpu']}, {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
+        f"Python {versions['python']}, SQLite {versions['sqlite']}, "
+        f"trio {versions['trio']}.",
     ]
     return "\n".join(lines)
 
 
 def write_report(path: Path) -> None:
-    """Put a report's table between the markers of docs/proofs.md."""
+    """Write a report's table between the markers in docs/proofs.md."""
     text = PAGE.read_text("utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -173,17 +174,27 @@ def write_report(path: Path) -> None:
 
 
 def main() -> int:
-    """Run the command line. The exit status is 1 when a claim is false."""
+    """Run the command line. The exit status is 1 if a claim is false."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--quick", action="store_true", help="as CI does (the default)")
     form.add_argument("--full", action="store_true", help="longer, larger, more often")
     add("--only", nargs="+", metavar="NAME", choices=PROOFS, help=", ".join(PROOFS))
-    add("--seed", type=int, help="repeat the chance of an earlier run")
-    add("--jobs", type=int, default=2, help="proofs that mostly wait, at once (2)")
-    add("--json", type=Path, metavar="FILE", help="write what was found")
-    add("--report", type=Path, metavar="FILE", help="put it into docs/proofs.md")
+    add("--seed", type=int, help="repeat the random numbers of an earlier run")
+    add(
+        "--jobs",
+        type=int,
+        default=2,
+        help="how many run at a time, of those that wait (2)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the results to a file")
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write such a file into docs/proofs.md",
+    )
     options = parser.parse_args()
     if options.report is not None:
         write_report(options.report)
@@ -204,8 +215,8 @@ def main() -> int:
     results = []
     for result in run_all(names, options.full, options.jobs):
         results.append(result)
-        what = "FALSE" if result.error else "holds"
-        print(f"{result.name:12} {what} {result.seconds:6.1f} s  {result.claim}")
+        verdict = "FALSE" if result.error else "holds"
+        print(f"{result.name:12} {verdict} {result.seconds:6.1f} s  {result.claim}")
         print(f"{'':12} {result.error or result.figure}", flush=True)
     results.sort(key=lambda result: PROOFS.index(result.name))
     seconds = time.monotonic() - started
@@ -219,8 +230,8 @@ def main() -> int:
             "form": "full" if options.full else "quick",
             "seed": seed,
             "seconds": round(seconds, 1),
-            "machine": machine(),
-            "versions": versions(),
+            "machine": describe_machine(),
+            "versions": describe_versions(),
             "proofs": [dataclasses.asdict(result) for result in results],
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")

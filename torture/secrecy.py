@@ -1,10 +1,11 @@
-"""No token, no secret and no message text is in any log, error, metric or stats.
+"""No token, secret or message text is in any log, error, metric or stats document.
 
-All tokens and texts of all proofs carry a mark. Here a server that logs all it can, and
-a proxy before it, get marks in every place where they do not belong: in methods, paths,
-headers, frames, closes and bodies, with a sick disk besides. Then all that the servers
-of this whole run have logged, measured and answered as errors is searched for the mark,
-in clear and in base64, and for anything that looks like a token.
+All tokens and texts of all proofs carry a mark. This proof sends marks to a server with
+the log level debug, and to a proxy in front of it, in every place where they do not
+belong: in methods, paths, headers, frames, close reasons and bodies, and also while the
+disk fails. Then it searches the logs, metrics, stats documents and error answers of all
+servers of the run for the mark, in clear and in base64, and for anything that looks
+like a token.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from faults import File, Op, Shim
 from harness import (
     BINARY,
     CLOSE,
+    DISCONNECTED,
     MARK,
     PING,
     TEXT,
     Chatd,
     Client,
-    Closed,
     Figures,
     Http,
     Proxy,
-    Refused,
     client_frame,
     evidence_folder,
     http,
+    revoke,
     run_trio,
     save_evidence,
     text,
@@ -44,25 +45,24 @@ from harness import (
 
 REF = re.compile(rb'"ref": ?"(?:[^"\\\\]|\\\\.)*"')
 KINDS = ("log", "error", "stats", "metrics")
-GONE = (OSError, trio.BrokenResourceError, Closed, Refused)
 
 
 def patterns() -> list[re.Pattern[bytes]]:
-    """What no evidence may contain."""
-    found = [MARK.encode()]
-    for shift in range(3):  # the mark in base64, wherever it begins in a token
+    """The patterns that no evidence may contain."""
+    marks = [MARK.encode()]
+    for shift in range(3):  # the mark in base64, at each place that it can have
         encoded = base64.urlsafe_b64encode(b"x" * shift + MARK.encode())
-        found.append(encoded[4 if shift else 0 : -4])
-    words = [re.compile(re.escape(word)) for word in found]
-    # Every JSON object in base64 begins so; and three parts with points are a JWT.
+        marks.append(encoded[4 if shift else 0 : -4])
+    words = [re.compile(re.escape(mark)) for mark in marks]
+    # Every JSON object in base64 begins with eyJ. A JWT has three parts with dots.
     return [*words, re.compile(rb"eyJ[\w-]{8}"), re.compile(rb"([\w-]{16,}\.){2}[\w-]")]
 
 
 def search(files: list[Path]) -> Iterator[str]:
-    """Find what should not be there: a sentence each, without the secret."""
+    """Find the patterns: a sentence for each place, without the secret."""
     for file in files:
         data = file.read_bytes()
-        if file.suffix == ".error":  # a ref is the asker's own, and meant to come back
+        if file.suffix == ".error":  # an error repeats the client's own ref
             data = REF.sub(b"", data)
         for pattern in patterns():
             for match in pattern.finditer(data):
@@ -71,9 +71,9 @@ def search(files: list[Path]) -> Iterator[str]:
                 yield f"{file.name}, line {line}, behind {before!r}: {what!r}"
 
 
-async def throw(chatd: Chatd, data: bytes) -> None:
-    """Send bytes, read what comes back, and keep it as evidence."""
-    with contextlib.suppress(*GONE), trio.move_on_after(10):
+async def send_raw(chatd: Chatd, data: bytes) -> None:
+    """Send bytes, read the answer, and save it as evidence if it is an error."""
+    with contextlib.suppress(*DISCONNECTED), trio.move_on_after(10):
         stream = await trio.open_tcp_stream("127.0.0.1", chatd.port)
         async with stream:
             await stream.send_all(data)
@@ -81,13 +81,13 @@ async def throw(chatd: Chatd, data: bytes) -> None:
             answer = b""
             while more := await stream.receive_some(65536):
                 answer += more
-            # What is asked for is no error, and a ticket is meant to be told.
+            # A good answer may have messages that were asked for, or a ticket.
             if not answer.startswith((b"HTTP/1.1 2", b"HTTP/1.1 101")):
                 save_evidence("error", answer)
 
 
 def bad_requests(token: str, host: str) -> Iterator[bytes]:
-    """Put a token or a mark where none belongs."""
+    """Requests with a token or a mark where none belongs."""
 
     def request(line: str, *headers: str, body: str = "") -> bytes:
         length = [f"Content-Length: {len(body)}"] if body else []
@@ -151,7 +151,7 @@ def bad_requests(token: str, host: str) -> Iterator[bytes]:
 
 
 def bad_frames(token: str, other: str) -> Iterator[bytes]:
-    """Put a mark into every kind of frame that is wrong."""
+    """Invalid frames of every kind, each with a mark."""
     send = {"type": "send_message", "chat_id": 1, "content": MARK}
     commands = (
         {"type": MARK},
@@ -178,7 +178,7 @@ def bad_frames(token: str, other: str) -> Iterator[bytes]:
     yield client_frame(TEXT, f'"{MARK}"'.encode())
     yield client_frame(BINARY, MARK.encode())
     yield client_frame(PING, MARK.encode())
-    # Each of these ends its socket.
+    # Each of these ends the socket.
     yield client_frame(TEXT, json.dumps({"type": "auth", "token": other}).encode())
     yield client_frame(TEXT, MARK.encode() + b"\xff")
     yield client_frame(TEXT, MARK.encode() * 20000)
@@ -191,16 +191,16 @@ def bad_frames(token: str, other: str) -> Iterator[bytes]:
 
 
 async def make_noise(chatd: Chatd) -> int:
-    """Do all that is wrong; how many things it were."""
+    """Send all invalid requests, frames and tokens; return how many."""
     body = {"title": f"chat {MARK}", "member_ids": [1, 2]}
     await http(chatd, "POST", "/api/v1/chats", chatd.service_token(), body)
     token, other = chatd.token(1, name=f"Anna {MARK}"), chatd.token(2)
     count = 0
     for data in bad_requests(token, f"127.0.0.1:{chatd.port}"):
-        await throw(chatd, data)
+        await send_raw(chatd, data)
         count += 1
     for data in bad_frames(token, other):
-        with contextlib.suppress(*GONE):
+        with contextlib.suppress(*DISCONNECTED):
             async with Client(chatd, 1, token=token) as client:
                 assert client.websocket is not None
                 await client.websocket.send(data)
@@ -208,19 +208,19 @@ async def make_noise(chatd: Chatd) -> int:
         count += 1
     bad_tokens = (f"{token}x", token[:-4], chatd.token(1, -60), chatd.token(0), MARK)
     for bad in bad_tokens:
-        with contextlib.suppress(*GONE):
+        with contextlib.suppress(*DISCONNECTED):
             await Client(chatd, 1, token=bad).connect()
         await http(chatd, "GET", "/api/v1/me", bad)
         count += 1
     return count
 
 
-async def fall_ill(chatd: Chatd, shim: Shim) -> None:
-    """Send, post and read while the disk is sick; then revoke somebody."""
+async def use_failing_disk(chatd: Chatd, shim: Shim) -> None:
+    """Send over a socket and HTTP while the disk fails; then revoke a user."""
     async with Client(chatd, 1, token=chatd.token(1)) as client:
         for op, error in ((Op.WRITE, errno.ENOSPC), (Op.SYNC, errno.EIO)):
             shim.arm(op, File.ALL, error, times=1)
-            await client.send(1, text("on a sick disk"))
+            await client.send(1, text("on a failing disk"))
             for _ in range(100):
                 frame = await client.receive()
                 if frame["type"] == "ack":
@@ -234,12 +234,11 @@ async def fall_ill(chatd: Chatd, shim: Shim) -> None:
             )
             await connection.aclose()
             shim.disarm()
-    path, body = "/api/v1/internal/chat/revoke", {"user_id": 2}
-    await http(chatd, "POST", path, chatd.service_token(), body)
+    await revoke(chatd, 2)
 
 
-def commands_keep_quiet(chatd: Chatd) -> int:
-    """Let commands fail on files with secrets in them; keep what they print."""
+def run_failing_commands(chatd: Chatd) -> int:
+    """Run commands that fail on files with secrets; save their output as evidence."""
     short, pem = chatd.folder / "short", chatd.folder / "pem"
     short.write_text(MARK)
     short.chmod(0o600)
@@ -250,7 +249,7 @@ def commands_keep_quiet(chatd: Chatd) -> int:
     commands = (
         ("serve", f"--secret-file={short}"),
         ("serve", f"--db={short}"),
-        ("serve", db),  # it is locked
+        ("serve", db),  # the running server has locked it
         ("token", "1", f"--secret-file={short}"),
         ("serve", f"--jwt-key={pem}", f"--db={chatd.folder / 'other.db'}"),
         ("serve", f"--jwt-key={short}", f"--db={chatd.folder / 'other.db'}"),
@@ -267,7 +266,7 @@ def commands_keep_quiet(chatd: Chatd) -> int:
 
 
 def prove(full: bool) -> Figures:
-    """Make noise at every log level; then search all evidence of this run."""
+    """Send marks to servers; then search all evidence of this run."""
     count = 0
     for level in ("debug", "info") if full else ("debug",):
         chatd = Chatd(log_level=level)
@@ -278,22 +277,22 @@ def prove(full: bool) -> Figures:
             with Proxy(chatd, level) as proxy:
                 count += run_trio(make_noise, proxy)
                 chatd.kill()
-                count += run_trio(make_noise, proxy)  # with nobody behind it
+                count += run_trio(make_noise, proxy)  # without its upstream
                 chatd.start()
-            run_trio(fall_ill, chatd, shim)
-            count += commands_keep_quiet(chatd)
+            run_trio(use_failing_disk, chatd, shim)
+            count += run_failing_commands(chatd)
         shim.remove()
     planted = evidence_folder() / f"{os.getpid()}.planted"
     with Chatd() as chatd:
         planted.write_text(f"joined {chatd.token(1)}\nsaid {text()}\n")
     finds = {find.rpartition(":")[2] for find in search([planted])}
     planted.unlink()
-    assert len(finds) >= 3, f"the search is blind: {finds}"
+    assert len(finds) >= 3, f"the search missed planted secrets: {finds}"
     files = [f for f in evidence_folder().iterdir() if f.suffix[1:] in KINDS]
     for kind in KINDS:
-        assert any(file.suffix == f".{kind}" for file in files), f"no {kind} was kept"
+        assert any(file.suffix == f".{kind}" for file in files), f"no {kind} was saved"
     found = list(search(files))
-    assert not found, f"{len(found)} secrets were told, the first: {found[0]}"
+    assert not found, f"{len(found)} secrets were found, the first: {found[0]}"
     size = sum(file.stat().st_size for file in files)
     return Figures(
         "no token, secret or message text is in any log (level debug), error, metric "

@@ -1,21 +1,22 @@
 #!/usr/bin/env python3
-"""chatd as a service, under a real systemd that is booted for the purpose.
+"""chatd as a service under a real systemd, which this script boots in a container.
 
-    sudo torture/systemd.py          # about a minute; status 0: all held, 1: not
-    sudo torture/systemd.py --root TREE         # another system than this machine's
+    sudo torture/systemd.py                     # about a minute
+    sudo torture/systemd.py --root TREE         # on another system than this machine's
 
-A container (systemd-nspawn) over this machine's own root, or over a TREE: an overlay in
-memory takes what is written, so neither changes, and nothing is downloaded but what
-`pip install .` fetches. The commands and units are those of docs/operating.md: what is
-printed there is what runs here. Each step prints what it found. This makes a TREE of
-Debian 13 (or 12: bookworm):
+The exit status is 1 if a step fails. The container (systemd-nspawn) uses this machine's
+own root, or a TREE. An overlay in memory keeps all writes, so neither changes, and only
+`pip install .` downloads anything. The commands and units come from docs/operating.md:
+this script runs the text of that page. Each step prints what it found. These commands
+make a TREE of Debian 13 (or 12: bookworm):
 
     packages=systemd,systemd-sysv,dbus,iproute2,python3-venv,ca-certificates
     sudo debootstrap --variant=minbase --include=$packages trixie TREE
 
-It needs root, the right to mount, and Debian's packages systemd-container, iproute2
-and python3-venv. Where it lacks one of them it says "cannot run here" and why, with
-status 0, or 1 if a TREE was named. It installs nothing on the machine.
+The script needs root, the right to mount, and Debian's packages systemd-container,
+iproute2 and python3-venv. Without one of them it prints "cannot run here" and the
+reason; the exit status is 0, or 1 if a TREE was named. It installs nothing on the
+machine.
 """
 
 from __future__ import annotations
@@ -48,21 +49,21 @@ BIN = "/opt/chatd/bin/chatd"
 UNITS = "/etc/systemd/system"
 DROP_INS = f"{UNITS}/chatd.service.d"
 PORT = 8086
-TIMEOUT = 60.0
-# What pip may need to find its index as it does outside.
+TIMEOUT = 60.0  # seconds
+# The variables with which pip finds its index inside the container, too.
 PIP_VARIABLES = re.compile(r"PIP_|SSL_CERT|REQUESTS_CA|(?i:https?_proxy|no_proxy)")
 CLONE_NEWNET = 0x40000000
 
 
 class CannotRun(Exception):
-    """This machine boots no systemd, and why."""
+    """This machine cannot boot a systemd: the reason."""
 
 
 # --- docs/operating.md ---------------------------------------------------------------
 
 
 def commands(needle: str) -> str:
-    """Find the one block of shell that contains this."""
+    """The only block of shell on the page that contains this."""
     (block,) = (
         text for text in re.findall(r"(?s)```sh\n(.*?)```", PAGE) if needle in text
     )
@@ -70,14 +71,14 @@ def commands(needle: str) -> str:
 
 
 def unit_files() -> dict[str, str]:
-    """Collect the files that the page says to write, by path."""
+    """The files that the page says to write, by path."""
     blocks = re.findall(r"(?s)```ini\n# (/\S+)\n(.*?)```", PAGE)
     assert len(dict(blocks)) == len(blocks), "two blocks for one file"
     return dict(blocks)
 
 
 def printed_status() -> list[str]:
-    """Find what the page shows of `systemctl status`, without what is never twice."""
+    """The lines of `systemctl status` on the page, without times and numbers."""
     (block,) = re.findall(r"(?s)```\n(● chatd\.service.*?)```", PAGE)
     return [
         re.sub(r" since .*| \d+ .*", "", line).strip() for line in block.split("\n")
@@ -88,9 +89,9 @@ def printed_status() -> list[str]:
 
 
 class Machine:
-    """A booted systemd; `with` ends it and takes everything away again.
+    """A booted systemd. The end of the `with` block stops it and removes everything.
 
-    tree is the system that is booted, "/" or a folder. It is only read.
+    tree is the system to boot, "/" or a folder. It is only read.
     """
 
     def __init__(self, tree: Path) -> None:
@@ -98,20 +99,20 @@ class Machine:
         self.leader = 0
         self.folder = Path(tempfile.mkdtemp(prefix="chatd-systemd-"))
         self.root = self.folder / "root"
-        self.undo = contextlib.ExitStack()
-        self.undo.callback(shutil.rmtree, self.folder)
+        self.cleanup = contextlib.ExitStack()
+        self.cleanup.callback(shutil.rmtree, self.folder)
 
     def __enter__(self) -> Machine:
         try:
             self._mount()
             self._boot()
         except BaseException:
-            self.undo.close()
+            self.cleanup.close()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.undo.close()
+        self.cleanup.close()
 
     def _mount(self) -> None:
         if os.geteuid() != 0:
@@ -132,19 +133,19 @@ class Machine:
         upper, work = self.folder / "upper", self.folder / "work"
         layers = f"lowerdir={self.tree},upperdir={upper},workdir={work}"
         self._mounted("-t", "overlay", "overlay", "-o", layers, self.root)
-        # A machine that has chatd already is not what the page begins with.
+        # The page begins on a machine without chatd.
         for name in (
             "opt/chatd", "etc/chatd", "var/lib/chatd*", "var/lib/private/chatd*",
             "etc/systemd/system/chatd*", "etc/systemd/system/*.wants/chatd*",
         ):  # fmt: skip
             for path in self.root.glob(name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        # The clone, with what git would bring.
+        # The files that a clone would have.
         clone = self.root / "root" / "chatd"
         shutil.rmtree(clone, ignore_errors=True)
         skip = shutil.ignore_patterns(".*", "__pycache__", "*.db*")
         shutil.copytree(CHECKOUT, clone, ignore=skip)
-        # What `pip install` needs to find its index as it does on this machine.
+        # `pip install` needs these files to find its index as on this machine.
         for name in ("resolv.conf", "pip.conf", "ssl/certs/ca-certificates.crt"):
             source, target = Path("/etc", name), self.root / "etc" / name
             if self.tree != Path("/") and source.exists():
@@ -169,15 +170,15 @@ class Machine:
         if done.returncode:
             raise CannotRun(done.stderr.strip())
         command = ["umount", "--lazy", str(words[-1])]
-        self.undo.callback(subprocess.check_call, command)
+        self.cleanup.callback(subprocess.check_call, command)
 
     def _boot(self) -> None:
-        # So that IPAddressDeny= is obeyed: it is a BPF program of a cgroup.
+        # IPAddressDeny= needs these: it is a BPF program of a control group.
         bpf = (
             "--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON",
             "--system-call-filter=bpf",
         )
-        self.undo.callback(remove_cgroups)
+        self.cleanup.callback(remove_cgroups)
         with (self.folder / "console").open("wb") as console:
             nspawn = subprocess.Popen(
                 [
@@ -190,7 +191,7 @@ class Machine:
                 stdin=subprocess.DEVNULL, stdout=console, stderr=console,
                 env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
             )  # fmt: skip
-        self.undo.callback(self._halt, nspawn)
+        self.cleanup.callback(self._halt, nspawn)
         children = Path(f"/proc/{nspawn.pid}/task/{nspawn.pid}/children")
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline and nspawn.poll() is None:
@@ -202,7 +203,7 @@ class Machine:
                 return
             time.sleep(0.05)
         text = (self.folder / "console").read_text("utf-8", "replace")
-        raise CannotRun(f"systemd did not boot: {text[-2000:].strip() or 'no word'}")
+        raise CannotRun(f"systemd did not boot: {text[-2000:].strip() or 'no output'}")
 
     def _halt(self, nspawn: subprocess.Popen[bytes]) -> None:
         nspawn.terminate()
@@ -213,7 +214,11 @@ class Machine:
             nspawn.wait()
 
     def run(self, script: str, *, check: bool = True, online: bool = False) -> str:
-        """Run a script in the container; what it printed. online: in our network."""
+        """Run a script in the container; return its output.
+
+        online: use this machine's network. check=False: the status may be other than 0,
+        and the output includes stderr.
+        """
         spaces = ["-m", "-p", "-u", "-i", "-C"] + ([] if online else ["-n"])
         environment = {
             "PATH": "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
@@ -233,14 +238,14 @@ class Machine:
         return (done.stdout + ("" if check else done.stderr)).strip()
 
     def write(self, path: str, text: str) -> None:
-        """Write a file as an administrator does, and let systemd read it."""
+        """Write a file as an administrator does, and let systemd load it."""
         target = self.root / path.lstrip("/")
         self.run(f"mkdir -p {Path(path).parent}")
         target.write_text(text, "utf-8")
         self.run("systemctl daemon-reload")
 
     def drop_in(self, *lines: str) -> contextlib.AbstractContextManager[None]:
-        """Add these lines to [Service] for a while; the restarts are the caller's."""
+        """Add these lines to [Service] during the block; the caller restarts chatd."""
         path = f"{DROP_INS}/torture.conf"
 
         @contextlib.contextmanager
@@ -256,7 +261,7 @@ class Machine:
         return self.run(f"systemctl show {unit} -p {name} --value")
 
     def becomes(self, name: str, *values: str) -> float:
-        """Wait until a property has one of these values: how many seconds it took."""
+        """Wait until a property has one of these values; return the seconds it took."""
         began = time.monotonic()
         while (now := self.show(name)) not in values:
             waited = time.monotonic() - began
@@ -265,17 +270,17 @@ class Machine:
         return time.monotonic() - began
 
     def journal(self, needle: str) -> str:
-        """Wait for a line in the unit's journal."""
+        """Wait until the unit's journal has this text; return the journal."""
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline:
             text = self.run("journalctl -u chatd --no-pager -o cat")
             if needle in text:
                 return text
             time.sleep(0.1)
-        raise AssertionError(f"the journal never said {needle!r}")
+        raise AssertionError(f"the journal has no {needle!r}")
 
     def enter_network(self) -> None:
-        """Put the calling thread into the container's network."""
+        """Move the calling thread to the container's network."""
         libc = ctypes.CDLL(None, use_errno=True)
         with open(f"/proc/{self.leader}/ns/net", "rb") as network:
             if libc.setns(network.fileno(), CLONE_NEWNET):
@@ -283,11 +288,11 @@ class Machine:
 
 
 def remove_cgroups() -> None:
-    """Remove the control groups that systemd-nspawn leaves, from the leaves up."""
+    """Remove the control groups that systemd-nspawn leaves, the innermost first."""
     found = [folder for folder, _, _ in os.walk("/sys/fs/cgroup")]
     for folder in sorted(found, reverse=True):
         if re.search(r"/(payload|supervisor)(/|$)", folder):
-            with contextlib.suppress(OSError):  # another container's, in use
+            with contextlib.suppress(OSError):  # another container uses it
                 os.rmdir(folder)
 
 
@@ -295,16 +300,16 @@ def remove_cgroups() -> None:
 
 
 class Clients:
-    """What people do to the server, in the container's network.
+    """Clients of the server, in the container's network.
 
-    Each call takes a connection of its own, as a page that is opened does.
+    Each request has a connection of its own.
     """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.threads = ThreadPoolExecutor(8, initializer=machine.enter_network)
 
-    def ask(
+    def request(
         self,
         method: str,
         path: str,
@@ -314,30 +319,27 @@ class Clients:
         at: tuple[str, int] = ("127.0.0.1", PORT),
         timeout: float = TIMEOUT,
     ) -> tuple[int, Any]:
-        """Ask one thing; the status and the JSON."""
-
-        def exchange() -> tuple[int, Any]:
-            return request(method, path, token, body, at, timeout)
-
-        return self.threads.submit(exchange).result()
+        """Send one request; return the status and the JSON of the answer."""
+        arguments = method, path, token, body, at, timeout
+        return self.threads.submit(request, *arguments).result()
 
     def refused(self, at: tuple[str, int] = ("127.0.0.1", PORT)) -> bool:
-        """Does nobody listen there?"""
+        """Whether a connection to this address is refused."""
         try:
-            self.ask("GET", "/healthz", at=at)
+            self.request("GET", "/healthz", at=at)
         except ConnectionRefusedError:
             return True
         return False
 
-    def token(self, words: str) -> str:
-        """Make a token as root does."""
-        return self.machine.run(f"{BIN} token {words}")
+    def token(self, arguments: str) -> str:
+        """Run `chatd token` as root."""
+        return self.machine.run(f"{BIN} token {arguments}")
 
     @contextlib.contextmanager
-    def coming(self, at: tuple[str, int] = ("127.0.0.1", PORT)) -> Iterator[Load]:
-        """While the block runs, clients come in a loop, and one sends messages."""
+    def load(self, at: tuple[str, int] = ("127.0.0.1", PORT)) -> Iterator[Load]:
+        """During the block, clients connect in a loop, and one sends messages."""
         load = Load(at, self)
-        tasks = [self.threads.submit(load.come) for _ in range(2)]
+        tasks = [self.threads.submit(load.connect) for _ in range(2)]
         if load.sends:
             tasks.append(self.threads.submit(load.send))
         try:
@@ -356,7 +358,7 @@ def request(
     at: tuple[str, int],
     timeout: float,
 ) -> tuple[int, Any]:
-    """Ask one thing on a new connection, in the calling thread's network."""
+    """Send one request on a new connection, in the calling thread's network."""
     connection = http.client.HTTPConnection(*at, timeout=timeout)
     with contextlib.closing(connection):
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -368,62 +370,65 @@ def request(
 
 
 class Load:
-    """Counts what happened to those who came, and what was promised to one sender."""
+    """Counts the results of connections, and records the acks of one sender."""
 
     def __init__(self, at: tuple[str, int], clients: Clients) -> None:
         self.at = at
         self.over = threading.Event()
-        self.came: Counter[str] = Counter()
-        self.worst = 0.0
+        self.results: Counter[str] = Counter()
+        self.longest = 0.0  # seconds that a client waited for its result
         self.acked: dict[str, int] = {}
         self.sends = at[1] == PORT
         if self.sends:
             self.service = clients.token(f"1 --scope service --db {DB}")
             chat = {"member_ids": [6], "title": "load"}
-            _, made = clients.ask("POST", "/api/v1/chats", self.service, chat)
+            _, made = clients.request("POST", "/api/v1/chats", self.service, chat)
             self.chat: int = made["chat"]["id"]
 
-    def come(self) -> None:
-        """Connect, ask, leave, and again."""
+    def connect(self) -> None:
+        """Connect, send a request, and disconnect, again and again."""
         while not self.over.is_set():
             began = time.monotonic()
             try:
                 request("GET", "/healthz", "", None, self.at, TIMEOUT)
-                self.came["answered"] += 1
+                self.results["answered"] += 1
             except ConnectionRefusedError:
-                self.came["refused"] += 1
+                self.results["refused"] += 1
             except (OSError, http.client.HTTPException):
-                self.came["dropped"] += 1
-            self.worst = max(self.worst, time.monotonic() - began)
+                self.results["dropped"] += 1
+            self.longest = max(self.longest, time.monotonic() - began)
 
     def send(self) -> None:
-        """Send messages; each again with its key, until it is acked."""
+        """Send messages; repeat each with its client_id until it is acked."""
         path = f"/api/v1/chats/{self.chat}/messages"
         while not self.over.is_set():
             key = f"{self.chat}-{len(self.acked)}"
             body = {"content": key, "client_id": key, "sender_id": 6}
             with contextlib.suppress(OSError, http.client.HTTPException):
-                status, said = request(
+                status, answer = request(
                     "POST", path, self.service, body, self.at, TIMEOUT
                 )
                 if status in (200, 201):
-                    self.acked[key] = said["message"]["id"]
+                    self.acked[key] = answer["message"]["id"]
 
     def __str__(self) -> str:
-        counts = [f"{self.came[k]} {k}" for k in ("refused", "answered", "dropped")]
+        counts = [f"{self.results[k]} {k}" for k in ("refused", "answered", "dropped")]
         counts.append(f"{len(self.acked)} messages acked" if self.sends else "")
-        return ", ".join([*filter(None, counts), f"longest wait {self.worst:.2f} s"])
+        return ", ".join([*filter(None, counts), f"longest wait {self.longest:.2f} s"])
 
-    def nobody_was_refused(self, *, dropped: bool = False) -> str:
-        """Check, and say. dropped: connections may have died with their process."""
-        assert self.came["refused"] == 0, self
-        assert self.came["answered"] > 0, self
-        assert dropped or self.came["dropped"] == 0, self
+    def verify_none_refused(self, *, may_drop: bool = False) -> str:
+        """Verify the results; return a sentence about them.
+
+        may_drop: connections may have ended together with their process.
+        """
+        assert self.results["refused"] == 0, self
+        assert self.results["answered"] > 0, self
+        assert may_drop or self.results["dropped"] == 0, self
         return str(self)
 
 
 def stored(machine: Machine, db: str = DB) -> dict[str, int]:
-    """Read the keys and ids of the messages in a database, each once."""
+    """Read the client_ids and ids of the messages in a database."""
     script = (
         "import sqlite3, json, sys; "
         "db = sqlite3.connect(f'file:{sys.argv[1]}?mode=ro', uri=True); "
@@ -435,31 +440,40 @@ def stored(machine: Machine, db: str = DB) -> dict[str, int]:
     return dict(rows)
 
 
-def kept_promise(machine: Machine, load: Load) -> None:
-    """Check that everything that was acked is there, as it was acked."""
+def verify_acks(machine: Machine, load: Load) -> None:
+    """Verify that every acked message is stored with the id of its ack."""
     rows = stored(machine)
     lost = {key: at for key, at in load.acked.items() if rows.get(key) != at}
-    assert load.acked, "nothing was sent"
+    assert load.acked, "no message was acked"
     assert not lost, f"lost: {lost}"
 
 
+def exposure(machine: Machine, unit: str = "chatd") -> str:
+    """The last line of `systemd-analyze security` for a unit."""
+    return machine.run(f"systemd-analyze security --no-pager {unit} | tail -n 1")
+
+
+def verify_units(machine: Machine, *paths: str) -> None:
+    """Verify that `systemd-analyze verify` has no warning about these units."""
+    command = f"systemd-analyze verify {' '.join(paths)} 2>&1"
+    warnings = machine.run(command, check=False)
+    assert warnings == "", warnings
+
+
 # --- the steps -----------------------------------------------------------------------
-# Each is called with the machine and its clients, in this order, and returns what it
-# found, in one line.
+# main() calls each with the machine and its clients, in the order of STEPS. A step
+# returns one line about what it found.
 
 
 def install(machine: Machine, _clients: Clients) -> str:
-    """Install as the page says; the status is the one it shows."""
+    """Install as on the page; `systemctl status` prints what the page shows."""
     block = commands("python3 -m venv /opt/chatd &&").split("\n")
     machine.run(block[0], online=True)
     machine.run(block[1])
     status = machine.run(block[2])
     for line in printed_status():
         assert line in status, (line, status)
-    warnings = machine.run(
-        f"systemd-analyze verify {UNITS}/chatd.service 2>&1", check=False
-    )
-    assert warnings == "", warnings
+    verify_units(machine, f"{UNITS}/chatd.service")
     seconds = int(machine.show("ActiveEnterTimestampMonotonic")) - int(
         machine.show("InactiveExitTimestampMonotonic")
     )
@@ -467,8 +481,8 @@ def install(machine: Machine, _clients: Clients) -> str:
 
 
 def sandbox(machine: Machine, clients: Clients) -> str:
-    """What the process is and owns, and what the page's sign-in link opens."""
-    score = machine.run("systemd-analyze security --no-pager chatd | tail -n 1")
+    """Look at the process, its rights and its files; use the page's sign-in link."""
+    score = exposure(machine)
     assert float(re.findall(r"[\d.]+", score)[-1]) <= 1.0, score
     pid = machine.show("MainPID")
     status = machine.run(f"cat /proc/{pid}/status")
@@ -482,42 +496,42 @@ def sandbox(machine: Machine, clients: Clients) -> str:
     assert set(modes.split("\n")) == {f"700 {user}", f"600 {user}"}, modes
     assert machine.show("NFileDescriptorStore") == "1"
     link = machine.run(commands("chatd token 1 --name Anna --link https"))
-    status_code, session = clients.ask(
+    status_code, session = clients.request(
         "POST", "/api/v1/session", link.partition("#token=")[2]
     )
     assert (status_code, session["name"]) == (200, "Anna"), session
-    exposure = re.findall("[0-9.]+", score)[-1]
-    return f"exposure {exposure}, user {user}, no capability, no shell"
+    number = re.findall("[0-9.]+", score)[-1]
+    return f"exposure {number}, user {user}, no capability, no shell"
 
 
 def restarts(machine: Machine, clients: Clients) -> str:
-    """Ten restarts while clients come."""
-    with clients.coming() as load:
+    """Restart ten times while clients connect."""
+    with clients.load() as load:
         for _ in range(10):
             machine.run("systemctl restart chatd")
-    kept_promise(machine, load)
-    return load.nobody_was_refused()
+    verify_acks(machine, load)
+    return load.verify_none_refused()
 
 
 def killed(machine: Machine, clients: Clients) -> str:
-    """kill -9: the backlog outlives the process."""
-    with clients.coming() as load:
+    """kill -9: connections in the listen backlog survive the process."""
+    with clients.load() as load:
         before = machine.show("MainPID")
         machine.run("systemctl kill -s KILL chatd")
         machine.becomes("NRestarts", "1")
         seconds = machine.becomes("ActiveState", "active")
         assert machine.show("MainPID") != before
-        clients.ask("GET", "/healthz")
-    kept_promise(machine, load)
+        clients.request("GET", "/healthz")
+    verify_acks(machine, load)
     assert seconds < TIMEOUT
-    return load.nobody_was_refused(dropped=True)
+    return load.verify_none_refused(may_drop=True)
 
 
 def hung(machine: Machine, clients: Clients) -> str:
-    """The event loop stands still: the watchdog sees it, and the journal says where."""
+    """The process hangs: the watchdog ends it, and the journal has a stack trace."""
     with machine.drop_in("WatchdogSec=3"):
         machine.run("systemctl restart chatd")
-        with clients.coming() as load:
+        with clients.load() as load:
             machine.run("systemctl kill -s STOP chatd")
             began = time.monotonic()
             machine.becomes("NRestarts", "1")
@@ -526,16 +540,16 @@ def hung(machine: Machine, clients: Clients) -> str:
         text = machine.journal("Watchdog timeout")
         assert "Fatal Python error: Aborted" in text
         assert "most recent call first" in text
-        kept_promise(machine, load)
+        verify_acks(machine, load)
     machine.run("systemctl restart chatd")
-    return f"back after {seconds:.1f} s; {load.nobody_was_refused(dropped=True)}"
+    return f"back after {seconds:.1f} s; {load.verify_none_refused(may_drop=True)}"
 
 
 def crash_loop(machine: Machine, clients: Clients) -> str:
-    """What cannot start is tried until it can; who comes meanwhile waits."""
+    """chatd cannot start: systemd tries until it can, and clients wait meanwhile."""
     secret = "/var/lib/chatd/chatd.secret"
     with machine.drop_in("RestartSec=100ms"):
-        with clients.coming() as load:
+        with clients.load() as load:
             machine.run(f"chmod 0644 {secret}")
             machine.run("systemctl restart chatd", check=False)
             deadline = time.monotonic() + TIMEOUT
@@ -545,24 +559,24 @@ def crash_loop(machine: Machine, clients: Clients) -> str:
             machine.run(f"chmod 0600 {secret}")
             machine.becomes("SubState", "running")
         machine.journal(f"secret {secret}")
-        kept_promise(machine, load)
+        verify_acks(machine, load)
     machine.run("systemctl restart chatd")
-    return f"{crashes} crashes, then well; {load.nobody_was_refused()}"
+    return f"{crashes} crashes, then started; {load.verify_none_refused()}"
 
 
 def wrong_use(machine: Machine, _clients: Clients) -> str:
-    """A wrong setting is told once, and not tried again."""
+    """A wrong setting is reported once, and systemd does not try again."""
     with machine.drop_in("Environment=CHATD_SENDS=many"):
         machine.run("systemctl restart chatd", check=False)
         machine.becomes("ActiveState", "failed")
         assert machine.show("ExecMainStatus") == "2"
         machine.journal("CHATD_SENDS: 'many' is not RATE/BURST")
     machine.run("systemctl start chatd")
-    return "failed at once, with its sentence"
+    return "failed at once, with an error that names the setting"
 
 
 def settings(machine: Machine, _clients: Clients) -> str:
-    """The page's drop-in counts, and too few descriptors are told."""
+    """The page's drop-in takes effect; the log reports too few descriptors."""
     (path,) = (p for p in unit_files() if p.endswith("settings.conf"))
     machine.write(path, unit_files()[path])
     machine.run("systemctl restart chatd")
@@ -574,16 +588,14 @@ def settings(machine: Machine, _clients: Clients) -> str:
     machine.run(f"rm {path}; systemctl daemon-reload; systemctl restart chatd")
     assert text.count("fewer_connections") == 1, text
     warned = machine.run("journalctl -u chatd -p warning --no-pager -o cat")
-    # The prefix is the priority, and no part of the line.
+    # The journal removes the prefix with the priority.
     assert re.search("(?m)^fewer_connections ", warned), warned
     assert "ready url=" not in warned, warned
-    return (
-        "15,000 connections with their descriptors; without them 10,000, and it says so"
-    )
+    return "15,000 connections; with too few descriptors 10,000, which the log reports"
 
 
 def addresses(machine: Machine, clients: Clients) -> str:
-    """Another --listen takes a restart; a name with two addresses keeps both."""
+    """A restart applies another --listen; a name with two addresses keeps both."""
     found = []
     for listen, at, count in (
         ("127.0.0.1:8087", ("127.0.0.1", 8087), "1"),
@@ -596,34 +608,34 @@ def addresses(machine: Machine, clients: Clients) -> str:
             machine.run("systemctl restart chatd")
             assert machine.show("NFileDescriptorStore") == count, listen
             assert clients.refused(), "the old socket still listens"
-            with clients.coming(at) as load:
+            with clients.load(at) as load:
                 for _ in range(2):
                     machine.run("systemctl restart chatd")
-            found.append(f"{listen} {load.came['answered']} answered")
-            load.nobody_was_refused()
+            found.append(f"{listen} {load.results['answered']} answered")
+            load.verify_none_refused()
     machine.run("systemctl restart chatd")
     assert not clients.refused()
     return f"0 refused, {', '.join(found)}"
 
 
 def firewall(machine: Machine, clients: Clients) -> str:
-    """Only this machine gets through IPAddressAllow=localhost."""
+    """IPAddressAllow=localhost accepts only localhost."""
     with machine.drop_in("Environment=CHATD_LISTEN=0.0.0.0:8086"):
         machine.run("systemctl stop chatd && systemctl start chatd")
-        assert clients.ask("GET", "/healthz")[0] == 200
+        assert clients.request("GET", "/healthz")[0] == 200
         try:
-            clients.ask("GET", "/healthz", at=("10.9.9.2", PORT), timeout=1.0)
-            found = "not enforced here: this kernel, or container, has no BPF for it"
+            clients.request("GET", "/healthz", at=("10.9.9.2", PORT), timeout=1.0)
+            found = "not enforced here: this kernel or container has no BPF for it"
         except TimeoutError:
-            found = "127.0.0.1 is answered, another address is not heard"
+            found = "127.0.0.1 is answered, another address gets no answer"
     machine.run("systemctl restart chatd")
     return found
 
 
 def credential(machine: Machine, clients: Clients) -> str:
-    """Without the secret's file it does not start; with it, by itself.
+    """chatd does not start without the file of the secret, and by itself with it.
 
-    The lines for a key of the backend, which are comments on the page, count here.
+    The page has the lines for a key of the backend as comments; here they take effect.
     """
     (path,) = (p for p in unit_files() if p.endswith("secret.conf"))
     machine.write(path, re.sub(r"(?m)^#(?=\w+=)", "", unit_files()[path]))
@@ -633,28 +645,28 @@ def credential(machine: Machine, clients: Clients) -> str:
     machine.run("cp /etc/chatd/chatd.secret /etc/chatd/backend.key")
     seconds = machine.becomes("SubState", "running")
     token = clients.token("1 --secret-file /etc/chatd/chatd.secret")
-    assert clients.ask("GET", "/api/v1/me", token)[0] == 200
+    assert clients.request("GET", "/api/v1/me", token)[0] == 200
     provided = "/run/credentials/chatd.service"
     machine.journal(f"jwt_keys='{provided}/backend.key (HS256, shared secret)'")
     mode = machine.run(f"stat -c %a {provided}/chatd.secret")
     machine.run("systemctl restart chatd")
-    assert clients.ask("GET", "/api/v1/me", token)[0] == 200
+    assert clients.request("GET", "/api/v1/me", token)[0] == 200
     machine.run(f"rm -r {path} /etc/chatd; systemctl daemon-reload")
     machine.run("systemctl restart chatd")
     return f"mode {mode}; started {seconds:.1f} s after the file was there"
 
 
 def administration(machine: Machine, clients: Clients) -> str:
-    """Root looks, copies and restores; the unit starts afterwards, clients resync."""
+    """Root checks, backs up and restores; then the unit starts, and clients resync."""
     token = clients.token(f"6 --db {DB}")
     machine.run(f"rm -f /root/copy.db; {BIN} backup /root/copy.db --db {DB}")
-    _, after = clients.ask("GET", "/api/v1/events", token)
+    _, after = clients.request("GET", "/api/v1/events", token)
     for command in (f"restore /root/copy.db --db {DB}", f"serve --db {DB}"):
-        told = machine.run(f"{BIN} {command}", check=False)
-        assert machine.show("MainPID") in told, told
-        assert "systemctl stop chatd" in told, told
+        error = machine.run(f"{BIN} {command}", check=False)
+        assert machine.show("MainPID") in error, error
+        assert "systemctl stop chatd" in error, error
     machine.run("systemctl stop chatd")
-    # Also with what a reader of root's makes when nobody else has it open.
+    # Also with the files that root's reader creates when no other process has it open.
     for path in (DB, "/root/copy.db"):
         assert machine.run(f"{BIN} check --db {path}").endswith("ok")
     machine.run(f"{BIN} restore /root/copy.db --db {DB}")
@@ -662,29 +674,26 @@ def administration(machine: Machine, clients: Clients) -> str:
     owners = machine.run("stat -L -c '%u' /var/lib/chatd /var/lib/chatd/*").split("\n")
     assert len(set(owners)) == 1, owners
     assert owners[0] != "0", owners
-    _, poll = clients.ask("GET", f"/api/v1/events?cursor={after['cursor']}", token)
+    _, poll = clients.request("GET", f"/api/v1/events?cursor={after['cursor']}", token)
     assert poll["resync"] is True, poll
-    with clients.coming() as load:
+    with clients.load() as load:
         while len(load.acked) < 5:
             time.sleep(0.05)
-    kept_promise(machine, load)
+    verify_acks(machine, load)
     return f"check, backup and restore as root; then {len(load.acked)} messages stored"
 
 
 def backups(machine: Machine, clients: Clients) -> str:
-    """The page's timer: it keeps so many, each whole, and can do nothing else."""
+    """Run the page's timer: it keeps the newest backups, and leaves other files."""
     written = {p: t for p, t in unit_files().items() if "chatd-backup" in p}
     for path, text in written.items():
         machine.write(path, text.replace("--keep 48", "--keep 2"))
     service, timer = sorted(written)
-    warnings = machine.run(
-        f"systemd-analyze verify {service} {timer} 2>&1", check=False
-    )
-    assert warnings == "", warnings
+    verify_units(machine, service, timer)
     machine.run("mkdir -p /var/lib/private/chatd-backup; touch "
                 "/var/lib/private/chatd-backup/{mine.db,chatd-20200101T000000Z.db,"
                 "chatd-20200101T000001Z.db.0123abcd.partial}")  # fmt: skip
-    with clients.coming() as load:
+    with clients.load() as load:
         machine.run(commands("enable --now chatd-backup.timer"))
         before = dict(load.acked)
         machine.run("sleep 1; systemctl start chatd-backup")
@@ -694,70 +703,67 @@ def backups(machine: Machine, clients: Clients) -> str:
     newest = f"/var/lib/chatd-backup/{sorted(names)[-2]}"
     assert machine.run(f"{BIN} check --db {newest}").endswith("ok")
     rows = stored(machine, newest)
-    assert before, "nothing was sent"
+    assert before, "no message was acked"
     assert all(rows.get(key) == at for key, at in before.items())
-    kept_promise(machine, load)
+    verify_acks(machine, load)
     assert machine.show("ActiveState", "chatd-backup.timer") == "active"
-    score = machine.run("systemd-analyze security --no-pager chatd-backup | tail -n 1")
-    # While chatd is stopped, too; and back to the newest, as the page says.
+    score = exposure(machine, "chatd-backup")
+    # Back up while chatd is stopped, too; then restore the newest, as on the page.
     machine.run("systemctl stop chatd; systemctl start chatd-backup; sleep 1")
     machine.run("systemctl start chatd")
     machine.run(commands("copy=$(sudo find"))
-    assert clients.ask("GET", "/healthz")[0] == 200
+    assert clients.request("GET", "/healthz")[0] == 200
     owners = machine.run("stat -L -c '%u' /var/lib/chatd/chatd.*").split("\n")
     assert len(set(owners)) == 1, owners
-    return f"{len(before)} messages acked before, all in it; {score.strip('→ ')}"
+    return (
+        f"{len(before)} messages acked before, all in the backup; {score.strip('→ ')}"
+    )
 
 
 def socket_unit(machine: Machine, clients: Clients) -> str:
-    """With the page's socket unit: no network, and no refusal either."""
+    """Use the page's socket unit: chatd has no network, and no client is refused."""
     suffixes = ("chatd.socket", "/socket.conf")
     files = {p: t for p, t in unit_files().items() if p.endswith(suffixes)}
     for path, text in files.items():
         machine.write(path, text)
     machine.run(commands("enable --now chatd.socket"))
-    warnings = machine.run(
-        f"systemd-analyze verify {UNITS}/chatd.service {UNITS}/chatd.socket 2>&1",
-        check=False,
-    )
-    assert warnings == "", warnings
-    score = machine.run("systemd-analyze security --no-pager chatd | tail -n 1")
+    verify_units(machine, f"{UNITS}/chatd.service", f"{UNITS}/chatd.socket")
+    score = exposure(machine)
     assert float(re.findall(r"[\d.]+", score)[-1]) <= 0.2, score
     network = machine.run(f"nsenter -t {machine.show('MainPID')} -n ip -brief address")
     assert len(network.split("\n")) == 1, network
     assert network.startswith("lo "), network
-    with clients.coming() as load:
+    with clients.load() as load:
         for _ in range(3):
             machine.run("systemctl restart chatd")
         machine.run("systemctl kill -s KILL chatd")
         machine.becomes("SubState", "running")
-    kept_promise(machine, load)
+    verify_acks(machine, load)
     assert machine.show("NFileDescriptorStore") == "0"
     machine.run(f"systemctl disable --now chatd.socket chatd; rm {' '.join(files)}")
     machine.run("systemctl daemon-reload; systemctl enable --now chatd")
-    return f"exposure {re.findall('[0-9.]+', score)[-1]}; " + load.nobody_was_refused(
-        dropped=True
-    )
+    found = load.verify_none_refused(may_drop=True)
+    return f"exposure {re.findall('[0-9.]+', score)[-1]}; {found}"
 
 
 def upgrade(machine: Machine, clients: Clients) -> str:
-    """Upgrade as the page says, while clients come."""
-    with clients.coming() as load:
+    """Upgrade as on the page, while clients connect."""
+    with clients.load() as load:
         *steps, restart, _ = commands("git pull").split("\n")
         machine.run("\n".join(steps), online=True)
         machine.run(restart)
-    kept_promise(machine, load)
+    verify_acks(machine, load)
     version = machine.run(f"{BIN} --version")
     assert version.startswith("chatd 999."), version
     stats = clients.token(f"1 --scope stats --db {DB}")
-    _, told = clients.ask("GET", "/api/v1/internal/chat/ws/stats", stats)
-    assert f"chatd {told['version']}" == version
+    _, document = clients.request("GET", "/api/v1/internal/chat/ws/stats", stats)
+    assert f"chatd {document['version']}" == version
     assert machine.run(f"{BIN} check --db chatd-20*.db").endswith("ok")
-    return load.nobody_was_refused()
+    return load.verify_none_refused()
 
 
 def stop(machine: Machine, clients: Clients) -> str:
-    """A stop ends well, and gives everything up."""
+    """Stop: exit status 0, no listening socket and no WAL are left."""
     began = time.monotonic()
     machine.run("systemctl stop chatd")
     seconds = time.monotonic() - began
@@ -771,7 +777,7 @@ def stop(machine: Machine, clients: Clients) -> str:
 
 
 def removal(machine: Machine, clients: Clients) -> str:
-    """Remove as the page says: nothing is left."""
+    """Remove as on the page: nothing is left."""
     machine.run(commands("systemctl clean"))
     machine.run(
         f"systemctl disable --now chatd-backup.timer; rm {UNITS}/chatd-backup.*"
@@ -792,7 +798,7 @@ STEPS: list[Callable[[Machine, Clients], str]] = [
 
 
 def main() -> int:
-    """Boot, take the steps, clean up."""
+    """Boot, run the steps, and clean up; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", metavar="TREE", type=Path, default=Path("/"))
     tree = parser.parse_args().root.resolve()
@@ -820,7 +826,7 @@ def main() -> int:
     except CannotRun as why:
         print(f"cannot run here: {why}")
         return 0 if tree == Path("/") else 1
-    print(f"{len(STEPS)} steps held, in {time.monotonic() - began:.0f} s")
+    print(f"{len(STEPS)} steps passed, in {time.monotonic() - began:.0f} s")
     return 0
 
 
