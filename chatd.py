@@ -293,7 +293,8 @@ async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
             listener.stopping.set()
 
 
-# A commit that takes longer is hung: systemd hears no more from us, and restarts us.
+# A commit that takes longer is hung: the watchdog is no longer fed, so systemd restarts
+# chatd.
 COMMIT_SECONDS = 60.0
 
 
@@ -430,7 +431,7 @@ class Listener:
         self.parked: dict[trio.CancelScope, bool] = {}
         self.stopping = trio.Event()
         self.warnings = Bucket(Rate(0.1, 1))  # log lines about a full server
-        self.bugs = Bucket(Rate(1, 10))  # log lines about mistakes of our own
+        self.bugs = Bucket(Rate(1, 10))  # log lines about bugs of chatd
 
     async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
         self,
@@ -1392,8 +1393,8 @@ class Store:
 
     def _storage_failed(self, jobs: list[Job]) -> Batch:
         self.stats.failed += len(jobs)
-        no = Refusal("storage_failed", retry_after=PROBE_SECONDS)
-        return Batch([], [(job, no) for job in jobs])
+        refusal = Refusal("storage_failed", retry_after=PROBE_SECONDS)
+        return Batch([], [(job, refusal) for job in jobs])
 
     # --- writing: in the writer's thread ---------------------------------------------
 
@@ -1502,7 +1503,9 @@ class Store:
         The check costs 4 us a commit. Raises OSError if the disk cannot tell.
         """
         if self._inodes() != self._files:
-            raise UsageError(f"database {self.path}: removed or replaced under us")
+            raise UsageError(
+                f"database {self.path}: removed or replaced while it is served"
+            )
 
     def _inodes(self) -> list[int]:
         """Return the inodes of the database and its WAL, which has the newest rows."""
@@ -2786,7 +2789,7 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
             raise Refusal("unknown_type") from None
         raise bad_field(f"{field}: {what}") from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        # Deep nesting is a RecursionError even in a field that nobody asked for.
+        # Deep nesting is a RecursionError even in a field that chatd ignores.
         raise Refusal("bad_json", f"not JSON: {error}") from None
 
 
@@ -2833,8 +2836,8 @@ def now_seconds() -> int:
     return int(time.time())
 
 
-# wsproto's own encoder. Frames to clients are unmasked (RFC 6455 5.1) and we negotiate
-# no extension, so the bytes of a frame are the same for everybody who gets it.
+# wsproto's own encoder. Frames to clients are unmasked (RFC 6455 5.1) and chatd
+# negotiates no extension, so a frame has the same bytes for each client.
 _frames = FrameProtocol(client=False, extensions=[])
 PING_FRAME = bytes(_frames.ping())
 
@@ -2863,9 +2866,11 @@ def sent_reply(sent: Sent, ref: str | None) -> Reply:
     return Reply(text_frame(ack), message.id)
 
 
-def error_frame(no: Refusal, ref: str | None = None) -> bytes:
+def error_frame(refusal: Refusal, ref: str | None = None) -> bytes:
     """Encode a Refusal as an answer on the socket."""
-    return text_frame(ErrorFrame(no.code, no.message, ref, no.retry_after))
+    return text_frame(
+        ErrorFrame(refusal.code, refusal.message, ref, refusal.retry_after)
+    )
 
 
 # =====================================================================================
@@ -4620,7 +4625,7 @@ class Proxy:
             failed = refusal.code
             raise
         finally:
-            # A path or a method that nobody knows may be a token.
+            # An unknown path or method may contain a token, so it is not logged.
             path = request.path if NUMBER.sub("*", request.path) in ROUTES else "?"
             known = request.method in http.HTTPMethod.__members__
             log(logging.DEBUG, "passed", method=request.method if known else "?",
@@ -4843,7 +4848,7 @@ def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> N
     """Notify systemd (sd_notify(3)) and pass it descriptors. Without systemd: nothing.
 
     The process waits until systemd accepts the message: a systemd that hangs must not
-    hang us for longer than that.
+    hang chatd for longer than wait_seconds.
     """
     address = variable("NOTIFY_SOCKET")
     if not address:
@@ -5182,8 +5187,8 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
 async def open_listeners(listen: str) -> list[trio.SocketListener]:
     """Listen on the socket unit's sockets, else on HOST:PORT. Raises UsageError.
 
-    A name may have several addresses: each has a socket. The sockets of the process
-    before us are used again where they still fit, and ours are kept for the next.
+    A name may have several addresses: each has a socket. The last process's sockets are
+    used again where they fit; all sockets are kept for the next one.
     """
     given, kept = passed_sockets()
     host, _, port = listen.rpartition(":")
@@ -5481,29 +5486,30 @@ class Settings:
 
     # fmt: off
     listen: str = setting("127.0.0.1:8086", "HOST:PORT",
-        "where to listen; port 0 picks a free one")
+        "where to listen; port 0: any free port")
     db: Path = setting(Path("chatd.db"), "FILE",
         "the database; under systemd $STATE_DIRECTORY/chatd.db")
     secret_file: Path | None = setting(None, "FILE",
         "chatd's own signing secret; else the credential chatd.secret of systemd, "
-        "else chatd.secret beside the database")
+        "else the file chatd.secret beside the database")
     jwt_key: tuple[Path, ...] = setting((), "FILE",
         "also trust tokens signed with this key: a PEM public key (RS256, ES256, "
         "EdDSA), otherwise a shared secret (HS256); may be given several times")
     issuer: str | None = setting(None, "ISS",
-        "tokens of a --jwt-key must have this iss", "token_invalid")
+        "the iss that tokens signed with a --jwt-key must have", "token_invalid")
     audience: str | None = setting(None, "AUD",
-        "tokens of a --jwt-key must have this aud", "token_invalid")
+        "the aud that tokens signed with a --jwt-key must have", "token_invalid")
     origin: tuple[str, ...] = setting((), "ORIGIN",
         "pages of this origin may use chatd too; may be given several times", "403")
     trusted_proxy: tuple[str, ...] = setting(("127.0.0.0/8", "::1"), "CIDR",
-        "whose X-Forwarded-For is believed, or none; may be given several times")
+        "proxies whose X-Forwarded-For is trusted, or none; may be given several "
+        "times")
     chats_by: str = setting("user", "WHO",
         "who may create chats and add members: user or service", "forbidden")
     log_level: str = setting("info", "LEVEL",
         "what to log: debug, info, warning or error")
     sends: Rate = setting(Rate(5, 20), "RATE/BURST",
-        "messages a second per user, so that nobody floods a chat", "rate_limited")
+        "messages a second per user, so that no user floods a chat", "rate_limited")
     commands: Rate = setting(Rate(30, 60), "RATE/BURST",
         "commands a second per connection",
         "rate_limited; 4008 after 100 refused in a row")
@@ -5517,38 +5523,38 @@ class Settings:
         "bytes a second per connection, so that a flood meets TCP, not the CPU",
         "reading waits")
     max_connections: int = setting(10_000, "COUNT",
-        "sockets in all; the limit of open files must be this + 256",
-        "503 overloaded at once, closed")
+        "open sockets; raise the limit of open files to this plus 256",
+        "503 overloaded")
     connections_per_user: int = setting(20, "COUNT",
-        "sockets per user, so that no page eats them all", "4504")
+        "open sockets per user, so that one page cannot use up all", "4504")
     max_message_bytes: int = setting(65_536, "BYTES",
-        "a message of a socket, a body of a request", "1009, 413")
+        "the size of a message on a socket, or of a request's body", "1009, 413")
     max_content_chars: int = setting(4_000, "CHARACTERS",
-        "the content of a message", "bad_field")
+        "the length of a message's content", "bad_field")
     drain_seconds: float = setting(5.0, "SECONDS",
-        "how long a stop may take", "what is left is cut")
+        "the time that a stop may take", "open connections are cut")
     check_bytes: int = setting(33_554_432, "BYTES",
-        "the largest database that is checked for damage at the start",
-        "the start does not wait for it; the log says so, and chatd check looks")
+        "the size of a database that is checked for damage at the start",
+        "not checked, and the log says so; run chatd check")
 
-    # Not flags: nobody should have to think of them. Tests set them.
+    # Not flags: an operator should not have to think of them. Tests set them.
     outbox_bytes: int = setting(262_144, "bytes",
-        "one connection's unsent bytes, before the batch that crosses it",
-        "no longer live: it reads the log when it can take more")
-    fragments: int = setting(64, "frames", "a message may come in", "1009")
+        "unsent bytes of one connection, before the batch that crosses this line",
+        "no longer live: the seat reads the event log when its outbox is empty")
+    fragments: int = setting(64, "frames", "fragments of one message", "1009")
     resync_events: int = setting(5_000, "events",
-        "of one user to replay; more costs more than a fresh look", "resync")
-    page_events: int = setting(500, "events", "a page of the log")
-    page_bytes: int = setting(131_072, "bytes", "a page, or a helping of the tail")
-    tail_events: int = setting(16_384, "events", "the log's end held in memory")
-    tail_bytes: int = setting(16_777_216, "bytes", "the same")
-    batch_jobs: int = setting(512, "jobs", "a transaction, so that none takes long")
-    batch_events: int = setting(2_000, "events", "the same, for large new chats")
+        "missed events of one user; loading the chats anew is then cheaper", "resync")
+    page_events: int = setting(500, "events", "a page of the event log")
+    page_bytes: int = setting(131_072, "bytes", "a page of events")
+    tail_events: int = setting(16_384, "events", "the tail")
+    tail_bytes: int = setting(16_777_216, "bytes", "the tail")
+    batch_jobs: int = setting(512, "jobs", "one transaction, so that none takes long")
+    batch_events: int = setting(2_000, "events", "one transaction")
     members: int = setting(5_000, "users",
-        "a chat; a new one is told to each, with all of them", "bad_field")
+        "members of a chat; each new member gets an event with all", "bad_field")
     large_chat: int = setting(50, "users",
-        "above it a read mark is told to its reader only")
-    known_tokens: int = setting(4_096, "tokens", "verified once", "forgotten")
+        "members of a chat whose read marks go to all", "to the reader only")
+    known_tokens: int = setting(4_096, "tokens", "verified tokens kept", "forgotten")
 
 
 class WrongText(ValueError, argparse.ArgumentTypeError):

@@ -1238,7 +1238,7 @@ def test_a_removed_or_replaced_file_ends_the_server_before_an_ack(
     chat, db = memory.chat(1, 2), memory.settings.db
     take_away(chatd.beside(db, suffix), replaced=replaced)
     message = usage_error_of(memory.commit, memory.sends(chat, 1))
-    assert message == f"database {db}: removed or replaced under us"
+    assert message == f"database {db}: removed or replaced while it is served"
     message = usage_error_of(memory.store._probe)
     assert "removed or replaced" in message
 
