@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import trio
 from harness import DISCONNECTED, Chatd, Client, Frame, Http, seeded_rng, text, until
 
-# What ends one attempt: the client tries again.
+# These exceptions end one attempt, and the client tries again.
 RETRIED = (*DISCONNECTED, trio.ClosedResourceError, trio.TooSlowError)
 
 

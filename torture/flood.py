@@ -43,7 +43,7 @@ CROWD = 10_400  # more than --max-connections and the connections that wait besi
 
 
 class Cost(NamedTuple):
-    """What a flood cost the server."""
+    """The cost of a flood to the server."""
 
     name: str
     sent_bytes: int  # that the kernel accepted from the attackers

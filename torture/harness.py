@@ -1,4 +1,4 @@
-"""What all proofs use: a real `chatd serve`, clients, measurements, figures.
+"""The base of all proofs: a real `chatd serve`, clients, measurements, figures.
 
 Everything here works from outside of chatd: with a subprocess on a port that the kernel
 picks, a temporary folder, and bytes on sockets. Only proof `conformance` imports chatd.
