@@ -1,12 +1,11 @@
 """No Autobahn case fails on chatd's own code, and errors get the right close code.
 
 `kosoku` runs the Autobahn cases against an echo server that is chatd but for the last
-step. It uses chatd's accept loop, request head, handshake, tokens, Outbox, Guard and
-way to close. Only its Session differs: it sends each message back. The limits are
-raised above the largest cases (16 MiB messages, 65,536 fragments); proof `attacks`
-tests the limits.
-
-Groups 12 and 13 are left out: they are about compression, which chatd never negotiates.
+step. It uses chatd's accept loop, request head, handshake, tokens, Outbox,
+WebSocketReader and way to close. Only its Session differs: it sends each message back.
+The limits are raised above the largest cases (16 MiB messages, 65,536 fragments); proof
+`attacks` tests the limits. Groups 12 and 13 are left out: they are about compression,
+which chatd never negotiates.
 """
 
 from __future__ import annotations

@@ -482,8 +482,3 @@ def verify_events(
         f"user {user_id} received {len(received)}, not {visible}"
     )
     return visible
-
-
-# The former names; disk.py uses them.
-LOG, MESSAGES, Row = EVENTS_SQL, MESSAGES_SQL, StoredEvent
-look_into, judge_history = open_read_only, verify_events

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import trio
-from crowd import LOG, MESSAGES, Row, judge_history, look_into
+from crowd import EVENTS_SQL, MESSAGES_SQL, StoredEvent, open_read_only, verify_events
 from faults import File, Op, Shim
 from harness import (
     Chatd,
@@ -68,7 +68,7 @@ class Table:
     async def seated(self) -> AsyncIterator[None]:
         """Serve, and let everybody write and listen, until the block ends."""
         try:
-            await self.chatd.start_soon()
+            await self.chatd.start_in_thread()
             users = [*WRITERS, *LISTENERS, POSTER]
             self.chat_id = await make_chat(self.chatd, users)
             async with trio.open_nursery() as nursery:
@@ -93,7 +93,7 @@ class Table:
             shutil.rmtree(self.chatd.folder, ignore_errors=True)
 
     async def _listen(self, client: Client) -> None:
-        self._ended(await client.hear_all())
+        self._ended(await client.receive_until_closed())
 
     def _ended(self, why: Exception) -> None:
         if not self.may_end:
@@ -107,7 +107,7 @@ class Table:
                 self.sent_at[content] = trio.current_time()
                 client_id = await client.send(self.chat_id, content)
                 while client_id in client.unacked:
-                    frame = await client.hear()
+                    frame = await client.receive()
                     if frame["type"] == "error":
                         assert frame["code"] == FAILED, f"a send was answered {frame}"
                         self.refused += 1
@@ -115,7 +115,7 @@ class Table:
                         await client.repeat()
                 self.acks[content] = client.acked[client_id]
                 self.count[client.user_id] += 1
-            await client.hear_all()
+            await client.receive_until_closed()
         except (Closed, OSError, trio.BrokenResourceError) as end:
             self._ended(end)
 
@@ -128,14 +128,14 @@ class Table:
                 content = text("y" * self.length)
                 self.sent_at[content] = trio.current_time()
                 body = {"content": content, "client_id": content[:64]}
-                reply = await connection.ask("POST", path, token, body)
+                reply = await connection.request("POST", path, token, body)
                 while reply.status not in (200, 201):
                     error = reply.json["error"]
                     assert error["code"] == FAILED, f"a post was answered {error}"
                     assert reply.headers["retry-after"], "no Retry-After"
                     self.refused += 1
                     await trio.sleep(0.2)
-                    reply = await connection.ask("POST", path, token, body)
+                    reply = await connection.request("POST", path, token, body)
                 message = reply.json["message"]
                 self.acks[content] = message | {"message_id": message["id"]}
                 self.count[POSTER] += 1
@@ -155,7 +155,7 @@ class Table:
             lambda: all(self.count[user] >= most for user, most in least.items()),
             seconds,
         )
-        assert again, f"no acks within {seconds} s: {self.chatd.last_words()}"
+        assert again, f"no acks within {seconds} s: {self.chatd.log_tail()}"
 
     async def refuses(self, before: int, seconds: float) -> bool:
         """Wait until somebody is refused; False: nobody was."""
@@ -197,9 +197,9 @@ class Table:
 
     def judge(self) -> int:
         """Hold everybody against the file; how many messages were acked."""
-        with contextlib.closing(look_into(self.chatd.db)) as db:
-            log = [Row(*row) for row in db.execute(LOG)]
-            messages = {row[0]: row[1:] for row in db.execute(MESSAGES)}
+        with contextlib.closing(open_read_only(self.chatd.db)) as db:
+            log = [StoredEvent(*row) for row in db.execute(EVENTS_SQL)]
+            messages = {row[0]: row[1:] for row in db.execute(MESSAGES_SQL)}
         stored = {row[3]: (key, row[1]) for key, row in messages.items()}
         assert len(stored) == len(messages), "a message is stored twice"
         for content, ack in self.acks.items():
@@ -208,7 +208,7 @@ class Table:
         for place, row in enumerate(log, 1):
             assert row.seq == place, f"seq {row.seq} stands at place {place}"
         for client in self.listeners:
-            judge_history(client, log, messages)
+            verify_events(client, log, messages)
         self.chatd.check()
         return len(self.acks)
 
@@ -340,7 +340,7 @@ async def broken_for_long(error: int, found: Counter[str]) -> None:
         assert await table.refuses(refused, 30), "nobody was refused"
         table.chatd.kill()
     table.shim.disarm()
-    await table.chatd.start_soon()
+    await table.chatd.start_in_thread()
     for client in table.listeners:
         await client.connect()
         while await client.poll():
@@ -445,7 +445,7 @@ async def taken_away(
         taken_at = trio.current_time()
         status = await table.chatd.ended(30)
         assert status == 1, f"{act.__doc__} It ended with {status}"
-        last = table.chatd.last_words()
+        last = table.chatd.log_tail()
         assert "removed or replaced" in last, f"{act.__doc__} Its last words: {last}"
         await trio.sleep(0.2)  # the last frames are heard
     late = [c for c in table.acks if table.sent_at[c] > taken_at]

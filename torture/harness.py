@@ -106,9 +106,6 @@ def quantile(share: float, values: Sequence[float]) -> float:
     return ranked[min(len(ranked) - 1, math.ceil(share * len(ranked)) - 1)]
 
 
-at = quantile  # the former name; slow.py uses it
-
-
 def raise_file_limit() -> None:
     """Let this process open as many files as it may, up to 65,536."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -235,8 +232,6 @@ class Chatd:
         """Like `wait`, without blocking other tasks."""
         return await trio.to_thread.run_sync(self.wait, seconds)
 
-    start_soon = start_in_thread  # the former name; disk.py uses it
-
     def stop(self, seconds: float = 30) -> int:
         """Stop it with SIGTERM, as systemd does; return the exit status."""
         self.signal(signal.SIGTERM)
@@ -255,8 +250,6 @@ class Chatd:
         log = self.log.read_text(errors="replace")
         assert "Traceback" not in log, f"the log: {log[-2000:]}"
         return log
-
-    last_words = log_tail  # the former name; disk.py uses it
 
     def __enter__(self) -> Self:
         return self.start()
@@ -461,8 +454,6 @@ class Http:
         if self.stream is not None:
             stream, self.stream = self.stream, None
             await trio.aclose_forcefully(stream)
-
-    ask = request  # the former name; disk.py uses it
 
 
 async def http(
@@ -695,11 +686,6 @@ class WebSocket:
         """Close the TCP connection at once, without a close frame."""
         self.stream.socket.close()
 
-    _take = parse_frame  # the former name; slow.py uses it
-
-
-Wire = WebSocket  # the former name; slow.py uses it
-
 
 class Client:
     """One device of a user: a socket, a cursor, and a record of what it received.
@@ -863,14 +849,6 @@ class Client:
         if self.websocket is not None:
             self.websocket.cut()
             self.websocket = None
-
-    # The former names; disk.py and slow.py use them.
-    hear, hear_all, take = receive, receive_until_closed, handle
-
-    @property
-    def wire(self) -> WebSocket | None:
-        """The former name; slow.py uses it."""
-        return self.websocket
 
     async def __aenter__(self) -> Self:
         await self.connect()

@@ -26,11 +26,11 @@ from harness import (
     Client,
     Closed,
     Figures,
-    Wire,
-    at,
+    WebSocket,
     client_frame,
     http,
     make_chat,
+    quantile,
     run_trio,
     text,
     until,
@@ -69,7 +69,7 @@ class Peer:
             with contextlib.suppress(Closed):
                 while True:
                     await self.gate.wait()
-                    frame = await self.client.hear(seconds=120)
+                    frame = await self.client.receive(seconds=120)
                     if frame["type"] == "new_message":
                         message = frame["message"]
                         self.heard.append(message["n"])
@@ -110,7 +110,7 @@ class Room:
         self.chat = await make_chat(self.chatd, [1, *range(1000, 1000 + ROOM)])
         await self.sender.connect()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.sender.hear_all)
+            nursery.start_soon(self.sender.receive_until_closed)
             for peer in self.peers:
                 nursery.start_soon(peer.run)
             assert await until(lambda: all(peer.sockets for peer in self.peers), 60)
@@ -163,7 +163,7 @@ class Room:
             peer.late.clear()
         await self.say(int(PER_SECOND * ROUND_SECONDS))
         await self.caught_up(self.others)
-        return at(0.99, [late for peer in self.others for late in peer.late])
+        return quantile(0.99, [late for peer in self.others for late in peer.late])
 
     async def caught_up(self, peers: list[Peer]) -> None:
         """Wait until they have heard everything."""
@@ -224,7 +224,7 @@ class Steady:
             last = (await http(chatd, "GET", history, token)).json["messages"][0]["n"]
             try:
                 while self.heard() < last:
-                    await self.client.hear(seconds=60)
+                    await self.client.receive(seconds=60)
                 break
             except Closed:
                 await self.back()
@@ -240,22 +240,22 @@ class Steady:
 
     async def read(self) -> None:
         """Take a sip."""
-        wire = self.client.wire
-        assert wire is not None
+        websocket = self.client.websocket
+        assert websocket is not None
         data = b""
         with contextlib.suppress(trio.BrokenResourceError):
-            data = await wire.stream.receive_some(self.sip)
+            data = await websocket.stream.receive_some(self.sip)
         if not data:
             await self.back()
             return
         self.bytes += len(data)
-        wire.buffer += data
-        while frame := wire._take():
+        websocket.buffer += data
+        while frame := websocket.parse_frame():
             opcode, payload = frame
             if opcode == TEXT:
-                self.client.take(json.loads(payload))
+                self.client.handle(json.loads(payload))
             elif opcode == PING:
-                await wire.send(client_frame(PONG, payload))
+                await websocket.send(client_frame(PONG, payload))
 
     async def back(self) -> None:
         """Come back with the cursor after a cut."""
@@ -396,7 +396,7 @@ class CarPark:
             target = f"/ws/chat?token={token}"
             target += f"&cursor={self.cursor}" if state.behind else ""
             port = self.chatd.port
-            stream = (await Wire.open(port, target, receive_buffer=buffer)).stream
+            stream = (await WebSocket.open(port, target, receive_buffer=buffer)).stream
         else:
             sock = trio.socket.socket()
             if buffer is not None:
@@ -474,7 +474,7 @@ async def make_backlog(chatd: Chatd, count: int) -> tuple[int, str]:
             if number % 50 == 49:
                 await writer.ask("ping")
         while writer.unacked:
-            await writer.hear()
+            await writer.receive()
     return chat, str(cursor)
 
 
