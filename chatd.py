@@ -15,9 +15,9 @@
 THE PROMISE
 
 An ack means the message is on disk. A client that keeps its cursor sees every event of
-its chats exactly once and in order, over the socket, over the poll, or over any mix of
-the two, across lost connections and server restarts, or is told to `resync`. Only
-typing is best effort.
+its chats exactly once and in order: over the socket, over the poll, or over any mix of
+the two, across lost connections and server restarts. A client that missed too much is
+told so (`resync`). Only typing is best effort.
 
 ONE IDEA
 
@@ -30,13 +30,13 @@ cut for clients that are up to date:
                  |                                      ^
                  +------ the event log, in pages -------+   only for a seat far behind
 
-Nothing queues for a slow client: its seat stops being live and reads the event log
-later, at the client's own pace.
+A slow client's queue does not grow beyond its bound: its seat stops being live and
+reads the event log later, at the client's own pace.
 
 ONE MESSAGE, STEP BY STEP
 
 Two threads take part: Trio's main thread, and the writer's worker thread. Each step is
-a plain `def` unless it says "waits", so no cancellation can leave a step half done.
+a plain `def` where it does not wait, so no cancellation can leave it half done.
 
     task, thread                step
     the sender's session, main  `WebSocketReader` has read a frame. It calls
@@ -44,7 +44,7 @@ a plain `def` unless it says "waits", so no cancellation can leave a step half d
                                 the content and the sender's bucket, and `_submit` puts
                                 a Job into the store's channel. The reader reads on; it
                                 waits while 64 of its commands have no answer, while
-                                its outbox is full, and at the pace of --receive-bytes.
+                                its outbox is full, and for --receive-bytes.
     Store.run, main             `_gather` takes all jobs that wait (at most 512), turn
                                 by turn of the scheduler until a turn brings no more,
                                 and waits for `_transact`.
@@ -54,7 +54,7 @@ a plain `def` unless it says "waits", so no cancellation can leave a step half d
                                 has returned, the message is DURABLE.
     Store.run, main             hands the Batch to the hub's channel, which has no
                                 buffer: it waits until the hub takes it. Then the next
-                                transaction runs in its thread.
+                                transaction starts in the writer's thread.
     Hub.run, main               `publish`: append to the tail; find the live seats of
                                 the chat's members; make the answers (`Job.done`);
                                 `Outbox.push` one joined piece of bytes to each seat.
@@ -76,17 +76,18 @@ the last connection ends, the store and the hub still run and can answer it.
 
     trio.run
     `- run_root                         the root
-       |- watch_signals                 SIGTERM, SIGINT: the first stops, a second ends
+       |- watch_signals                 SIGTERM, SIGINT: one stops, the next cancels
        `- Server.run
           |- Store.run                  commits, one batch after another
           |- Hub.run                    publishes each batch
-          |- Server._sweep              once a second: pings, stalls, ends of tokens
+          |- Server._sweep              once a second: deadlines, the file, watchdog
           `- Listener.run
-             `- connections             (a nursery that ends when the last one has)
-                |- accepting            (a nursery in it that ends at the first signal)
+             `- connections             (a nursery: ends with its last connection)
+                |- accepting            (a nursery: ends at the first signal)
                 |  `- Listener._accept  one for each listening socket
                 `- Listener._connection one for each TCP connection: the bulkhead; first
-                   |                    HttpConnection.run, then perhaps Session.run
+                   |                    HttpConnection.run, then perhaps
+                   |                    Server.serve_socket, with a nursery of its own:
                    |- Outbox._flush     only while bytes wait for this client
                    `- Session._catch_up only while this client catches up
 
@@ -96,16 +97,17 @@ THREADS
 
 There are worker threads, and no thread lock. One thread at a time writes: `_write` has
 a limiter of 1, and Store.run waits for it. That thread uses the writer's connection,
-`seq`, `failure` and the commit times; the main thread only reads these. At most 4
-threads read, each with a connection of its own; idle connections are in a list whose
-`append` and `pop` are atomic under the GIL. The counts of errors are the one thing that
-several threads change: a count may be lost, and decides nothing. Tasks, seats and
-outboxes are touched on the main thread only.
+`seq`, `failure` and the commit times; while it runs, the main thread only reads these.
+At most 4 threads read, each with a connection of its own. What all threads share is
+safe under the GIL: the list of idle connections (`append` and `pop` are atomic), the
+JSON encoder, the cache of `timestamp`, and the counts in Stats, where one may be lost;
+nothing is decided by them. Tasks, seats and outboxes are the main thread's alone.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
 `Listener._connection`). One in Store.run, Hub.run or the sweeper ends the process: acks
-would be lies without them. Callbacks (`Job.done`) run in Hub.run, so no input of a
-client may make them fail.
+would be lies without them. Only what SQLite or the disk reports is an answer
+(`Store._transact`). Callbacks (`Job.done`) run in Hub.run, so no input of a client may
+make them fail.
 
 BOUNDS AND DEADLINES
 
@@ -113,8 +115,8 @@ Every queue has a bound: jobs for the store (4,096), commands of one connection 
 an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line), the
 tail (18,432 events, 16 MiB). Every wait for a client has a deadline: a request head
 10 s, a request 15 s, a keep-alive 75 s, silence 35 s, output that the kernel does not
-accept 40 s, a stop 5 s. The wait for a commit has none here: the service manager ends a
-process whose commit takes over a minute (`Server._sweep`).
+accept 40 s, a stop 5 s. A commit cannot be cut short, by a second signal either: the
+service manager ends a process whose commit takes over a minute (`Server._sweep`).
 
 GLOSSARY
 
@@ -133,7 +135,8 @@ GLOSSARY
     parked      a connection that waits for a client's bytes
 
 Part I (Server, Connection, Store, Hub, Outbox) is the way of a message, from the root
-of the task tree down. Part II is what it uses there: rules, formats, edges.
+of the task tree down. Part II, from PROTOCOL on, is what it uses there: rules, formats
+and edges.
 """
 
 from __future__ import annotations
@@ -220,10 +223,10 @@ MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
 # =====================================================================================
 # SERVER: the task tree, from the root down
 #
-# `serve` opens the database and starts Trio; `run_root` is the root task; below it the
-# nurseries stand in the order in which they end: first the listening tasks, then the
-# connections, then the sweeper, the store and the hub. One bulkhead stands around each
-# connection (`except Exception`): nothing a client sends ends more than its own.
+# `serve` opens the database and starts Trio; `run_root` is the root task. At a stop the
+# tasks below it end in this order: the listening tasks, the connections, the sweeper,
+# the store, the hub. One bulkhead stands around each connection (`except* Exception`):
+# nothing a client sends ends any connection but its own.
 # =====================================================================================
 
 
@@ -262,7 +265,7 @@ async def run_root(
         await root.start(watch_signals, listener, root.cancel_scope)
         async with trio.open_nursery() as serving:
             await serving.start(run, sockets)
-            # Everything that lives now lives on: the collector need not scan it again.
+            # What exists now is needed to the end: the collector need not scan it.
             gc.collect()
             gc.freeze()
             # A full collection stops everything: 0.56 s with 8,000 sockets, and by
@@ -279,7 +282,7 @@ async def run_root(
 async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
     listener: Listener, root: trio.CancelScope, *, task_status: trio.TaskStatus[None]
 ) -> None:
-    """Stop at the first SIGTERM or SIGINT; cancel everything at the second."""
+    """Stop at the first SIGTERM or SIGINT; cancel every task at the second."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
@@ -352,7 +355,7 @@ class Server:
                 cut()
 
     async def _sweep(self, sweeping: trio.CancelScope) -> None:
-        """Once a second check every seat's deadlines, and the database file."""
+        """Once a second check deadlines and the database file; feed the watchdog."""
         with sweeping:
             while True:
                 await trio.sleep(1)
@@ -397,7 +400,7 @@ class Server:
 # Serves the rest of a connection after a request: a socket, or an answer of a proxy.
 TakeOver = Callable[[trio.SocketStream], Awaitable[None]]
 
-# The process is out of descriptors or memory. It gets some when a connection ends.
+# The process has no descriptor or memory left, until a connection ends.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -473,7 +476,7 @@ class Listener:
                 connections.start_soon(self._connection, stream)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
-        """Serve one connection. The bulkhead: nothing in it ends anything but it."""
+        """Serve one connection. The bulkhead: what fails in it ends only this one."""
         self.open += 1
         http: HttpConnection | None = None
         try:
@@ -558,8 +561,9 @@ class WebSocketReader(WebSocketConnection):
     """trio-websocket's connection, made safe against hostile clients.
 
     By itself the library counts characters, not bytes, and does not count fragments.
-    It answers pings while it closes, which raises, and it does not answer a protocol
-    error. It also hands each message to a second task through a queue. Here its reader
+    It answers a ping also after its close frame, which raises an exception, and it
+    does not answer a protocol error. It hands each message to a second task through a
+    queue. Here its reader
     task handles the message itself. That took a message in a two-person chat from
     160 us to 105 us and an idle connection from 31 KB to 18 KB, and while a command
     waits, nothing is read.
@@ -595,7 +599,7 @@ class WebSocketReader(WebSocketConnection):
             outbox,
             opened,  # type: ignore[arg-type]  # the open half of a WSConnection
             message_queue_size=0,
-            max_message_size=sys.maxsize,
+            max_message_size=sys.maxsize,  # _handle_message_event counts bytes itself
             receive_buffer_size=8192,
         )
         self._connection_proposal = None
@@ -779,10 +783,8 @@ class Session:
     async def _catch_up(self) -> None:
         """Push the events that the seat missed, until it is live.
 
-        A page is pushed when the kernel has accepted the one before.
-
         They come from the tail if all of them are there, else from the event log in
-        pages.
+        pages. A page is pushed when the kernel has accepted the one before.
         """
         store, hub, seat = self.server.store, self.server.hub, self.seat
         user_id, limit = self.claims.user_id, self.server.settings.page_events
@@ -974,9 +976,9 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
     """One kind of event: its JSON, and what it does to the membership of its `to_user`.
 
     To add a kind, write a subclass, and the Store method that records it and decides
-    its audience. The fields that a kind adds to its base
-    are stored in the `body` of the event's row. Those of the bases below are never
-    copied: they are joined each time the event is read.
+    its audience. The fields that a kind adds to its base are stored in the `body` of
+    the event's row. Those of the bases below are never copied: they are joined each
+    time the event is read.
     """
 
     seq: int
@@ -991,7 +993,7 @@ class MessageEvent(Event, frozen=True):
 
 
 class ChatEvent(Event, frozen=True):
-    """An event that shows its `to_user` the chat: as of the `upto` of the read."""
+    """An event that shows its `to_user` the chat: as of the head of the read."""
 
     chat: msgspec.Raw  # a Chat, encoded once for all who get it
 
@@ -1026,7 +1028,7 @@ class MemberAdded(UserEvent, frozen=True, tag="member_added"):
 
 
 class MemberRemoved(Event, frozen=True, tag="member_removed"):
-    """To the remaining members, and to the removed user: its last one of this chat."""
+    """To the remaining members, and to the removed user, as the chat's last event."""
 
     user_id: int
     membership = "leaves"
@@ -1146,7 +1148,7 @@ class Job(NamedTuple):
     """A write, and the callback that answers its caller.
 
     write runs in the writer's thread, inside the transaction; it appends the events
-    that it makes. done runs on the main thread when the hub has published them; it gets
+    that it makes. done runs on the main thread while the hub publishes them; it gets
     the result of write, or the Refusal that write raised.
     """
 
@@ -1174,9 +1176,9 @@ JOINS, LEAVES = (
 # the user alone. Each chat gives at most :limit rows by index, so the cost of a page
 # depends neither on the length of the event log nor on how far behind the reader is.
 #
-# Membership is as of :upto too. A removal that is on disk and not yet published has
-# deleted the member's row. Without the second half of MINE a reader of that moment
-# would skip earlier events of the chat, and then get later ones live.
+# Membership is as of :upto too. When a removal is on disk and not yet published, the
+# member's row is gone, but events up to :upto are still for the user. The second half
+# of MINE finds these chats: without it a reader of that moment would skip such events.
 MINE = f"""
     SELECT chat_id, joined_seq FROM member WHERE user_id = :user
     UNION
@@ -1436,7 +1438,7 @@ class Store:
             if isinstance(error, Refusal):
                 return error
             self.stats.errors[type(error).__name__] += 1
-            why = "a broken rule of the schema"
+            why = "it broke a rule of the schema, or a number was too large"
             log(logging.ERROR, "refused", why=why, error=error)
             return Refusal("internal")
         db.execute("RELEASE job")
@@ -1458,7 +1460,7 @@ class Store:
                 self._writer.execute("ROLLBACK")
 
     def _probe(self) -> Batch:
-        """Write as much as a message needs; then publish what the event log has more.
+        """Write as much as a message needs; then publish events that are unpublished.
 
         A one-row probe could succeed where no message fits, so it writes 64 KB.
         """
@@ -1487,9 +1489,9 @@ class Store:
     def _open_anew(self) -> None:
         """Replace the writer's connection; put the WAL on the disk once more.
 
-        The old connection may hold pages that were never written, or be read-only:
-        SQLite opens a file so while its disk is. The new one is opened before the old
-        one is closed, because the last connection that closes removes the WAL.
+        The old connection may hold pages that were never written, or be read-only, if
+        its disk was when it was opened. The new one is opened before the old one is
+        closed, because the last connection that closes removes the WAL.
         """
         self.check_file()
         before, self._writer = self._writer, open_database(self.path, readonly=False)
@@ -1603,7 +1605,7 @@ class Store:
         if n <= read_n:
             return Marked(message_id, chat_id, n, 0)
         db.execute(SET_READ_N, (n, chat_id, user_id))
-        # In a large chat every mark to every member would grow as the square.
+        # Every mark to every member costs members squared: in a large chat, too much.
         most = self.settings.large_chat
         members = "SELECT 1 FROM member WHERE chat_id = ? LIMIT ?"
         large = (
@@ -1640,9 +1642,8 @@ class Store:
     ) -> bool:
         """Add a member: an event to the members, then one to the new one.
 
-        Returns False if the user is a member already.
-
-        by is the member who adds; None: a service. Raises Refusal not_found.
+        by is the member who adds; None: a service. Returns False if the user is a
+        member already. Raises Refusal not_found.
         """
         self._find_chat(db, chat_id, by)
         if query_value(db, IS_MEMBER, chat_id, user_id):
@@ -1818,7 +1819,7 @@ class Store:
             return dict(self._writer.execute(sql))
 
     def _entry(self, db: Db, row: tuple[Any, ...], upto: int) -> Entry:
-        """Make the entry of a row of EVENTS. Of an unknown kind: DatabaseError."""
+        """Make the entry of a row of EVENTS. Unknown kind: raises DatabaseError."""
         seq, kind, chat_id, to_chat, to_user, user_id, name, body, *message = row
         joined: tuple[object, ...] = ()
         try:
@@ -1970,8 +1971,8 @@ UNANSWERED = 64  # commands of one connection; reading waits for their answers
 PING_SECONDS = 25.0  # of silence; +-10 %; nginx cuts a socket after 60 s of it
 PONG_SECONDS = 10.0  # of silence after a ping: cut
 # A connection is cut when the kernel has accepted none of its waiting bytes for so
-# long. Behind Linux's first receive window, a steady reader of 5 KB/s frees some of it
-# every 26 s.
+# long. A client that steadily reads 5 KB/s frees part of Linux's first receive window
+# every 26 s, and is not cut.
 STALL_SECONDS = 40.0
 TOKEN_WARNING_SECONDS = 60.0  # before a token's end
 TOKEN_GRACE_SECONDS = 25.0  # after a token's end: 4401
@@ -2012,7 +2013,7 @@ class Seat:
         self.warned = False
 
     def fall_behind(self, cursor: int) -> None:
-        """Stop being live: every event up to cursor was pushed."""
+        """Begin to catch up from cursor, now that the seat is not live."""
         self.cursor = cursor
         self.behind()
 
@@ -2044,7 +2045,7 @@ class Seat:
         if not outbox.listening or (self.pinged_at or 0.0) <= outbox.received_at:
             self.pinged_at = None
         if not outbox.listening:
-            return None  # its own command keeps it waiting: silence says nothing
+            return None  # chatd is busy with its command, and reads nothing
         if self.pinged_at is not None:
             return "silent" if now - self.pinged_at > PONG_SECONDS else None
         if now - outbox.received_at > self.ping_after:
@@ -2094,7 +2095,7 @@ class Hub:
     # --- seats -----------------------------------------------------------------------
 
     def enter(self, seat: Seat, user_id: int, cursor: int) -> bool:
-        """Register a seat, catching up. False: this user has too many."""
+        """Register a seat that is to catch up. False: this user has too many."""
         person = self.people.setdefault(user_id, Person(user_id))
         if len(person.seats) >= self.settings.connections_per_user:
             return False
@@ -2156,7 +2157,7 @@ class Hub:
     # --- publishing ------------------------------------------------------------------
 
     def publish(self, batch: Batch) -> None:
-        """Publish a batch: the tail, memberships, live seats, and then its callers.
+        """Publish a batch: the tail, memberships, its jobs' answers, live seats.
 
         The frames of a live seat with events are joined and written by one call, its
         answers last: no ack is ahead of its event. Seats with the same events share
@@ -2212,8 +2213,8 @@ class Hub:
     def _deliveries(self, events: Entries) -> list[tuple[Collection[Seat], Entries]]:
         """Find which live seats get which events, and apply changes of membership.
 
-        Events of one chat that stand in a row with the same audience have the same
-        readers: a change of membership concerns `to_user`, which is of the audience.
+        Consecutive events of one chat with the same `to_chat` and `to_user` have the
+        same readers, because an event changes the membership of its `to_user` only.
         Such events are one list, shared by all seats that get no others of the batch.
         """
         readers = {(entry.chat_id, entry.to_user) for entry in events}
@@ -2248,8 +2249,8 @@ class Hub:
     def push_tail(self, seat: Seat) -> None:
         """Push a page of the tail to a seat; at the end of the tail it is live.
 
-        Between the last event given and `live` nothing can be published: this is a
-        plain def. That is why a seat becomes live under any load.
+        This is a plain def: nothing is published between the last event given and
+        `live`. So a seat that reads fast enough becomes live, however busy the hub is.
         """
         start = seat.cursor - (self.head - len(self.tail))
         frames: list[bytes] = []
@@ -2286,11 +2287,11 @@ class Hub:
 
 
 # =====================================================================================
-# OUTBOX: every byte to a client
+# OUTBOX: every byte of a WebSocket
 #
 # Writing never waits. A frame goes to the kernel at once, or into a bounded buffer, or
-# the seat stops being live and reads the event log later. So a slow client costs the
-# others nothing.
+# the seat stops being live and reads the event log later. So no client waits for a
+# slow one.
 # =====================================================================================
 
 
@@ -2298,7 +2299,6 @@ class Outbox(trio.abc.Stream):
     """One client's stream: every byte to it, and what trio-websocket reads from it.
 
     chatd writes by `push`, the library by `send_all`.
-
 
     push writes to the socket at once and buffers the bytes that the kernel does not
     accept. Only then a task in the connection's nursery waits for the socket; it ends
@@ -2309,7 +2309,6 @@ class Outbox(trio.abc.Stream):
     It keeps the number of the socket's descriptor, which could later be another
     connection's. That is safe because the stream is closed only after the outbox is
     sealed and its tasks have ended.
-
     """
 
     # fmt: off
@@ -2354,8 +2353,8 @@ class Outbox(trio.abc.Stream):
     def push(self, frames: bytes, always: bool = False) -> bool:
         """Write whole frames now, or buffer them. False: full, nothing was taken.
 
-        always takes them even if the outbox is full: for answers, whose number is
-        bounded elsewhere, and for pages, of which one at a time is pushed.
+        With always they are taken even if the outbox is full: for answers, whose number
+        is bounded elsewhere, and for pages, of which one at a time is pushed.
         Never raises: a broken connection takes everything and ends soon.
         """
         if self.sealed:
@@ -2505,8 +2504,9 @@ class Outbox(trio.abc.Stream):
 class Refusal(Exception):
     """A refused command or request: a code of REFUSALS, a sentence, when to retry.
 
-    It is the only exception whose text is sent to a client, as an error frame or as an
-    HTTP answer. The sentence begins with the field that is wrong, if one is.
+    Its text is sent to the client, as an error frame or as an HTTP answer. (Of other
+    exceptions only a ClientFault's reason is, in the close frame.) The sentence begins
+    with the field that is wrong, if one is.
     """
 
     def __init__(
@@ -2534,7 +2534,7 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "unknown_type": (400, "type: there is no such command"),
     "token_invalid": (401, "this token is not valid: sign in again"),
     "token_expired": (401, "this token has expired: get a new one"),
-    "token_used": (401, "this ticket was used already: get a new one"),
+    "token_used": (401, "a used ticket, or one from before a restart: get a new one"),
     "forbidden": (403, "this token may not do that"),
     "not_found": (404, "there is nothing here, or it is not yours to see"),
     "method_not_allowed": (405, "this path does not take that method"),
@@ -2780,7 +2780,7 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
         return decoder.decode(text)
     except msgspec.ValidationError as error:
         what, at, field = str(error).rpartition(" - at `$.")
-        if not at:  # nothing below the top is wrong: it is the top, or it lacks a field
+        if not at:  # not an object, or an object without a required field
             if str(error).startswith("Expected `object`"):
                 raise Refusal("bad_json", f"not a JSON object: {error}") from None
             raise bad_field(str(error)) from None
@@ -3075,10 +3075,10 @@ PEM = re.compile(
     rb"(?i)-{2,} ?(?:BEGIN|END) |\b(?:BEGIN|END) [A-Z0-9 ]*(?:KEY|CERTIFICATE)\b"
 )
 
-# How DER begins that is a key or a certificate (X.690 8.1; RFC 5208, 5280, 5915, 8017),
-# and, anywhere, the names of the algorithms of public keys (RFC 3279, 8410). It may be
-# cut short: the rest of a public key is no secret either. About one in 50 million
-# random secrets looks like it.
+# The first bytes of a key or certificate in DER (X.690 8.1; RFC 5208, 5280, 5915, 8017)
+# and, anywhere, the names of the algorithms of public keys (RFC 3279, 8410). A part of
+# a public key is refused too: the rest is public as well. About one in 50 million
+# random secrets looks like one.
 DER = rb"""(?xs) \A\x30
     (?: LENGTH \x30 LENGTH \x06                      # public; encrypted private keys
       | LONG (?: [\x30\x02] LONG                    # certificates; PKCS 1
@@ -3267,7 +3267,7 @@ def unwrapped(text: str) -> Iterator[bytes]:
         )
     words = re.findall("[A-Za-z0-9+/_-]+", re.sub(r"\\[nrt]", " ", text))
     for word in words:
-        # Other characters may stand right before the key, or its first ones be lost.
+        # Other characters may stand right before the key, or its first may be missing.
         for first in range(4 if len(word) >= 40 else 1):
             yield unbase64(word[first:])
     for start in range(min(len(words), 64)):
@@ -3381,7 +3381,7 @@ class Keyring:
         """Remember a verified token: a client that polls sends the same one each time.
 
         Keys do not change while the process runs; expiry and revocation are checked
-        each time. This saves a sixth of a post. A ticket comes only once.
+        each time. A post takes a sixth less time so. A ticket comes only once.
         """
         if claims.use != "ticket":
             if len(self._known) >= self.settings.known_tokens:
@@ -3396,7 +3396,7 @@ class Keyring:
         return claims.iat is None or claims.iat <= revoked_at + self.LEEWAY_SECONDS
 
     def spend(self, claims: Claims) -> None:
-        """Use up a ticket; other tokens are not. Raises Refusal token_used."""
+        """Use up a ticket; leave other tokens alone. Raises Refusal token_used."""
         if claims.use != "ticket":
             return
         if claims.jti in self.spent:

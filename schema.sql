@@ -18,7 +18,7 @@ CREATE TABLE meta (
     value   TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 
--- Every user that a token or a member list has named. A token says which user it is for.
+-- Every user that is or was a member, or has a name. A token says which user it is for.
 -- This table keeps what other users see (name), and what a token cannot say: tokens older
 -- than revoked_at (Unix seconds) are refused.
 CREATE TABLE user (
