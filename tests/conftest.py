@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import DOOR_MISTAKE, DOOR_OPEN, STORES, DoorProxy, DoorServer, Memory
+from tests.harness import MISTAKE, NO_RATES, STORES, Memory, ProxyProcess, ServerProcess
 
 
 @pytest.fixture
@@ -37,30 +37,32 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[DoorServer]:
-    """A server of the test's own. Start it: `async with house.serving(...)`."""
-    server = DoorServer(tmp_path)
+async def server(tmp_path: Path) -> AsyncIterator[ServerProcess]:
+    """A server of the test's own. Start it: `async with server.serving(...)`."""
+    server = ServerProcess(tmp_path)
     yield server
     server.tidy()
 
 
 @pytest.fixture(scope="module")
-def door_shared_process(
+def shared_server_process(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[DoorServer]:
+) -> Iterator[ServerProcess]:
     """One server process, without rates, for the tests of a file."""
-    server = DoorServer(tmp_path_factory.mktemp("door"))
-    server.flags = tuple(DOOR_OPEN)
+    server = ServerProcess(tmp_path_factory.mktemp("door"))
+    server.flags = tuple(NO_RATES)
     server.start()
     yield server
     assert server.end(signal.SIGTERM) == 0, server.output
-    assert not DOOR_MISTAKE.search(server.output), server.output
+    assert not MISTAKE.search(server.output), server.output
 
 
 @pytest.fixture
-async def open_house(door_shared_process: DoorServer) -> AsyncIterator[DoorServer]:
+async def shared_server(
+    shared_server_process: ServerProcess,
+) -> AsyncIterator[ServerProcess]:
     """The shared server, for a test that leaves it as it was."""
-    server = door_shared_process
+    server = shared_server_process
     yield server
     for stream in server.streams:
         stream.socket.close()
@@ -68,28 +70,28 @@ async def open_house(door_shared_process: DoorServer) -> AsyncIterator[DoorServe
 
 
 @pytest.fixture(scope="module")
-def door_shared_proxy(
-    door_shared_process: DoorServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[DoorServer]:
+def shared_proxy_process(
+    shared_server_process: ServerProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
     """One proxy process in front of the shared server."""
-    server = door_shared_process
-    proxy = DoorProxy(tmp_path_factory.mktemp("proxy"), server.port, server.db)
+    server = shared_server_process
+    proxy = ProxyProcess(tmp_path_factory.mktemp("proxy"), server.port, server.db)
     proxy.flags = (*proxy.open, "--log-level=debug")
     proxy.start()
     yield proxy
     assert proxy.end(signal.SIGTERM) == 0, proxy.output
-    assert not DOOR_MISTAKE.search(proxy.output), proxy.output
+    assert not MISTAKE.search(proxy.output), proxy.output
     assert "eyJ" not in proxy.output, "a token in the log"
 
 
 @pytest.fixture(params=["straight", "by proxy"])
-async def either_house(
-    request: pytest.FixtureRequest, door_shared_process: DoorServer
-) -> AsyncIterator[DoorServer]:
+async def either_server(
+    request: pytest.FixtureRequest, shared_server_process: ServerProcess
+) -> AsyncIterator[ServerProcess]:
     """The shared server, reached directly and through the proxy."""
-    server = door_shared_process
+    server = shared_server_process
     if request.param == "by proxy":
-        server = request.getfixturevalue("door_shared_proxy")
+        server = request.getfixturevalue("shared_proxy_process")
     yield server
     for stream in server.streams:
         stream.socket.close()

@@ -6,9 +6,9 @@ outside:
 - Memory: a real Store on a real file, a real Hub and real Seats, without a network. A
   test runs the steps of a batch (transact, publish, page, push) one by one, in any
   order that a scheduler could choose.
-- WiresHouse: a real Server behind socket pairs, under virtual time.
-- ProxyHouse: the same for a Proxy, between a client and an upstream.
-- DoorServer: a real process with a port and signals, in real time.
+- VirtualServer: a real Server behind socket pairs, under virtual time.
+- VirtualProxy: the same for a Proxy, between a client and an upstream.
+- ServerProcess: a real process with a port and signals, in real time.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def words_hear(data: bytes) -> list[tuple[Opcode, Any]]:
 
 
 @functools.cache
-def rules_private(kind: str) -> Any:
+def new_private_key(kind: str) -> Any:
     """Make a private key of a kind. It is made once, because RSA is slow."""
     match kind:
         case "RS256":
@@ -121,7 +121,7 @@ KEY_PARTS = {
 }
 
 
-def rules_jwk(private: Any) -> dict[str, Any]:
+def jwk_of(private: Any) -> dict[str, Any]:
     algorithms: dict[type, Any] = {
         rsa.RSAPrivateKey: jwt.algorithms.RSAAlgorithm,
         ec.EllipticCurvePrivateKey: jwt.algorithms.ECAlgorithm,
@@ -132,14 +132,14 @@ def rules_jwk(private: Any) -> dict[str, Any]:
     return jwk
 
 
-def rules_certificate(private: Any) -> bytes:
+def certificate_of(private: Any) -> bytes:
     """Make a certificate of a key, in DER. A throwaway key signs it."""
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "chat.example")])
     year = datetime.timedelta(days=365)
     now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
     certificate = (
         x509.CertificateBuilder(name, name, private.public_key(), 1, now, now + year)
-        .sign(rules_private("ES256"), hashes.SHA256())
+        .sign(new_private_key("ES256"), hashes.SHA256())
     )  # fmt: skip
     return certificate.public_bytes(serialization.Encoding.DER)
 
@@ -153,7 +153,7 @@ def rules_certificate(private: Any) -> bytes:
 # =====================================================================================
 
 
-async def memory_inline(
+async def run_inline(
     function: Callable[..., V], *args: object, limiter: trio.CapacityLimiter | None
 ) -> V:
     """Run a function of the Store without a thread, so that time can be virtual."""
@@ -225,7 +225,7 @@ class MemorySeat:
     def _behind(self) -> None:
         self.fell += 1
 
-    def heard(self) -> list[dict[str, Any]]:
+    def received(self) -> list[dict[str, Any]]:
         """Return every message received so far."""
         return [
             message for data in self.outbox.taken for message in memory_frames(data)
@@ -233,7 +233,7 @@ class MemorySeat:
 
     def seqs(self) -> list[int]:
         """Return the seqs of the events received so far."""
-        return [message["seq"] for message in self.heard() if "seq" in message]
+        return [message["seq"] for message in self.received() if "seq" in message]
 
 
 STORES: list[Store] = []
@@ -251,7 +251,7 @@ class Memory:
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.settings = Settings(db=folder / "chatd.db", **changes)
         self.stats = Stats()
-        self.store = memory_store(self.settings, self.stats, run_sync=memory_inline)
+        self.store = memory_store(self.settings, self.stats, run_sync=run_inline)
         self.hub = chatd.Hub(self.settings, self.stats, self.store)
 
     def again(self, **changes: Any) -> Memory:
@@ -277,7 +277,7 @@ class Memory:
     def chat(self, *users: int, title: str | None = None) -> int:
         return self.do(self.store.create_chat, title, users).id
 
-    def say(self, chat: int, user: int, text: str = "hi", key: str = "") -> chatd.Sent:
+    def send(self, chat: int, user: int, text: str = "hi", key: str = "") -> chatd.Sent:
         return cast(chatd.Sent, self.do(*self.sends(chat, user, text, key)))
 
     def sends(
@@ -373,24 +373,24 @@ def memory_is_sound(memory: Memory) -> None:
 #
 # The Store runs without threads and time is virtual: the clock jumps when every task
 # waits. A stall of 40 seconds takes no real time, and every deadline can be asserted.
-# @wires starts the server that a test gets and stops it after the test. So each test
-# also claims that a stop ends everything in time, that no seat is left, and that the
-# bulkhead caught no exception.
+# @with_server starts the server that a test gets and stops it after the test. So each
+# test also claims that a stop ends everything in time, that no seat is left, and that
+# the bulkhead caught no exception.
 #
-# WiresPeer is trio-websocket's own client. WiresRaw sends and reads bytes, for HTTP and
-# for clients that misbehave.
+# LibraryClient is trio-websocket's own client. RawClient sends and reads bytes, for
+# HTTP and for clients that misbehave.
 # =====================================================================================
 
 
 P = ParamSpec("P")
-WiresFrame = dict[str, Any]
-WIRES_SECRET = b"0123456789abcdef0123456789abcdef"
+Frame = dict[str, Any]
+TEST_SECRET = b"0123456789abcdef0123456789abcdef"
 OFF = Rate(0, 0)
 SMALL = 4096  # bytes of buffer asked of the kernel; it holds a few thousand more
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
-class WiresDisk:
+class VirtualDisk:
     """The Store's run_sync: without threads, and as slow as a test wants."""
 
     def __init__(self) -> None:
@@ -419,7 +419,7 @@ class WiresDisk:
         return function(*args)
 
 
-class WiresListener(trio.abc.Listener[trio.SocketStream]):
+class PairListener(trio.abc.Listener[trio.SocketStream]):
     """Accepts what a test offers: one end of a socket pair, or an OSError."""
 
     def __init__(self) -> None:
@@ -456,7 +456,7 @@ class HttpAnswer(NamedTuple):
         return str(error["code"])
 
 
-def wires_request(
+def request_bytes(
     method: str, target: str, body: bytes | None = None, /, **headers: str
 ) -> bytes:
     """Return the bytes of a request. `Some_Name` is the header Some-Name."""
@@ -468,7 +468,7 @@ def wires_request(
     return "\r\n".join((*lines, "", "")).encode("latin-1") + (body or b"")
 
 
-def wires_upgrade(target: str, **changed: str) -> bytes:
+def upgrade_bytes(target: str, **changed: str) -> bytes:
     """Return the bytes of a handshake. A header changed to "" is left out."""
     headers = {
         "Upgrade": "websocket",
@@ -477,10 +477,10 @@ def wires_upgrade(target: str, **changed: str) -> bytes:
         "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
     } | changed
     given = {name: value for name, value in headers.items() if value}
-    return wires_request("GET", target, None, **given)
+    return request_bytes("GET", target, None, **given)
 
 
-def wires_frame(
+def frame_bytes(
     opcode: int, payload: bytes = b"", *, fin: bool = True, masked: bool = True
 ) -> bytes:
     """Return the bytes of a client's frame. Its mask is zeros."""
@@ -496,15 +496,15 @@ def wires_frame(
     return bytes((first, mask | length)) + size + mask_key + payload
 
 
-def wires_close(code: int) -> bytes:
-    return wires_frame(CLOSE, struct.pack("!H", code))
+def close_bytes(code: int) -> bytes:
+    return frame_bytes(CLOSE, struct.pack("!H", code))
 
 
-def wires_command(kind: str, **fields: Any) -> bytes:
-    return wires_frame(TEXT, json.dumps({"type": kind, **fields}).encode())
+def command_bytes(kind: str, **fields: Any) -> bytes:
+    return frame_bytes(TEXT, json.dumps({"type": kind, **fields}).encode())
 
 
-def wires_frames(data: bytearray) -> Iterator[tuple[int, bytes]]:
+def take_frames(data: bytearray) -> Iterator[tuple[int, bytes]]:
     """Remove whole frames of a server from the front of `data`, one by one."""
     while len(data) >= 2:
         assert data[0] & 0x70 == 0, "reserved bits"
@@ -531,7 +531,7 @@ def taking(least: float, most: float | None = None) -> Iterator[None]:
     assert least - 1e-6 <= took <= (least if most is None else most) + 1e-6
 
 
-class WiresPeer:
+class LibraryClient:
     """A trio-websocket client. The library reads, answers pings, and keeps messages."""
 
     def __init__(
@@ -539,55 +539,55 @@ class WiresPeer:
     ) -> None:
         self.ws = ws
         self.stream = stream
-        self.hello: WiresFrame = {}
+        self.hello: Frame = {}
 
-    async def say(self, kind: str, **fields: Any) -> None:
+    async def send_command(self, kind: str, **fields: Any) -> None:
         await self.ws.send_message(json.dumps({"type": kind, **fields}))
 
-    async def hear(self, kind: str, within: float = 1.0) -> WiresFrame:
+    async def receive(self, kind: str, within: float = 1.0) -> Frame:
         """Return the next message, which must be of this type and come soon."""
         with trio.fail_after(within):
-            heard: WiresFrame = json.loads(await self.ws.get_message())
-        assert heard["type"] == kind, heard
-        return heard
+            received: Frame = json.loads(await self.ws.get_message())
+        assert received["type"] == kind, received
+        return received
 
-    async def ask(self, kind: str, **fields: Any) -> WiresFrame:
+    async def ask(self, kind: str, **fields: Any) -> Frame:
         """Send a command and return its answer. Events before it do not matter."""
-        await self.say(kind, ref="ask", **fields)
+        await self.send_command(kind, ref="ask", **fields)
         while True:
             with trio.fail_after(1):
-                heard: WiresFrame = json.loads(await self.ws.get_message())
-            if heard.get("ref") == "ask":
-                return heard
+                received: Frame = json.loads(await self.ws.get_message())
+            if received.get("ref") == "ask":
+                return received
 
-    async def refused(self, kind: str, **fields: Any) -> WiresFrame:
+    async def refused(self, kind: str, **fields: Any) -> Frame:
         """Send a command that must be refused; return the error."""
         answer = await self.ask(kind, **fields)
         assert answer["type"] == "error", answer
         assert answer["message"]
         return answer
 
-    async def hears_nothing(self, seconds: float = 1.0) -> None:
+    async def receives_nothing(self, seconds: float = 1.0) -> None:
         with trio.move_on_after(seconds):
-            pytest.fail(f"heard {await self.ws.get_message()!r}")
+            pytest.fail(f"received {await self.ws.get_message()!r}")
 
-    async def end(self, within: float = 1.0) -> tuple[list[WiresFrame], int]:
+    async def end(self, within: float = 1.0) -> tuple[list[Frame], int]:
         """Receive to the end. Return the messages and the close code; disconnect."""
-        heard = []
+        received = []
         with trio.fail_after(within):
             with contextlib.suppress(trio_websocket.ConnectionClosed):
                 while True:
-                    heard.append(json.loads(await self.ws.get_message()))
+                    received.append(json.loads(await self.ws.get_message()))
         assert self.ws.closed is not None
         self.stream.socket.close()
         await wait_all_tasks_blocked()
-        return heard, self.ws.closed.code
+        return received, self.ws.closed.code
 
     async def leave(self, code: int = 1000) -> None:
         await self.ws.aclose(code)
 
 
-class WiresRaw:
+class RawClient:
     """A client's connection in bytes. It reads only in the methods that read."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
@@ -654,7 +654,7 @@ class WiresRaw:
     ) -> HttpAnswer:
         """Send a request, with its body as JSON, and read its answer."""
         encoded = None if body is None else json.dumps(body).encode()
-        await self.send(wires_request(method, target, encoded, **headers))
+        await self.send(request_bytes(method, target, encoded, **headers))
         return await self.answer(method)
 
     async def ends(self, within: float = 1.0) -> bytes:
@@ -670,7 +670,7 @@ class WiresRaw:
                 pass
         return bytes(self.data)
 
-    async def hears(self, size: int, within: float = 1.0) -> bytes:
+    async def receives(self, size: int, within: float = 1.0) -> bytes:
         """Read at least `size` bytes; return everything read so far."""
         with trio.fail_after(within):
             while len(self.data) < size:
@@ -682,15 +682,15 @@ class WiresRaw:
     async def frame(self, within: float = 1.0) -> tuple[int, bytes]:
         with trio.fail_after(within):
             while True:
-                for frame in wires_frames(self.data):
+                for frame in take_frames(self.data):
                     return frame
                 assert await self.read(), "the connection has ended"
 
-    async def hear(self, kind: str, within: float = 1.0) -> WiresFrame:
+    async def receive(self, kind: str, within: float = 1.0) -> Frame:
         opcode, payload = await self.frame(within)
-        heard: WiresFrame = json.loads(payload)
-        assert (opcode, heard["type"]) == (TEXT, kind), heard
-        return heard
+        received: Frame = json.loads(payload)
+        assert (opcode, received["type"]) == (TEXT, kind), received
+        return received
 
     async def close_code(self, within: float = 1.0) -> int:
         """Read the close frame; return its code. Nothing may follow it. Disconnect."""
@@ -702,18 +702,18 @@ class WiresRaw:
         return int.from_bytes(payload[:2], "big") if payload else 1005
 
 
-class WiresHouse:
+class VirtualServer:
     """A running Server, and ways to connect to it."""
 
     def __init__(
         self,
-        server: chatd.Server,
-        listener: WiresListener,
-        disk: WiresDisk,
+        app: chatd.Server,
+        listener: PairListener,
+        disk: VirtualDisk,
         nursery: trio.Nursery,
     ) -> None:
-        self.server = server
-        self.store = server.store
+        self.app = app
+        self.store = app.store
         self.listener = listener
         self.finished = trio.Event()  # the server's run has returned
         self.disk = disk
@@ -729,7 +729,7 @@ class WiresHouse:
         tcp: bool = False,
         receive_buffer: int = 0,
         accepted: bool = True,
-    ) -> WiresRaw:
+    ) -> RawClient:
         """Connect. With `small` the kernel buffers little of what the server writes.
 
         With `receive_buffer` the connection is TCP, with a window of that many bytes.
@@ -756,12 +756,12 @@ class WiresHouse:
         except trio.BrokenResourceError:
             assert not accepted, "the server does not accept"
             ours.close()
-        return WiresRaw(stream)
+        return RawClient(stream)
 
     def token(self, user_id: int, seconds: float = 3600, **claims: Any) -> str:
         """Sign a token that expires in `seconds` from now."""
         exp = time.time() + seconds
-        return self.server.keyring.sign(user_id, 0, **{"exp": exp} | claims)
+        return self.app.keyring.sign(user_id, 0, **{"exp": exp} | claims)
 
     def target(
         self, user_id: int = 1, *, token: str = "", cursor: str | None = None
@@ -779,7 +779,7 @@ class WiresHouse:
         token: str = "",
         cursor: str | None = None,
         hello: bool = True,
-    ) -> WiresPeer:
+    ) -> LibraryClient:
         """Connect a trio-websocket client and receive `connected`."""
         raw = self.dial()
         with trio.fail_after(1):
@@ -790,9 +790,9 @@ class WiresHouse:
                 self.target(user_id, token=token, cursor=cursor),
                 message_queue_size=10_000,
             )
-        peer = WiresPeer(ws, raw.stream)
+        peer = LibraryClient(ws, raw.stream)
         if hello:
-            peer.hello = await peer.hear("connected")
+            peer.hello = await peer.receive("connected")
         return peer
 
     async def join_raw(
@@ -803,13 +803,13 @@ class WiresHouse:
         receive_buffer: int = 0,
         behind: bytes = b"",
         **where: Any,
-    ) -> WiresRaw:
+    ) -> RawClient:
         """Connect in bytes and receive `connected`. `behind` follows the handshake."""
         raw = self.dial(small=small, receive_buffer=receive_buffer)
         target = self.target(user_id, **where)
-        await raw.send(wires_upgrade(target), behind)
+        await raw.send(upgrade_bytes(target), behind)
         assert (await raw.answer()).status == 101
-        await raw.hear("connected")
+        await raw.receive("connected")
         return raw
 
     async def ask(
@@ -862,15 +862,13 @@ class WiresHouse:
 
     def session(self, user_id: int) -> chatd.Session:
         """Return the only session of a user."""
-        (found,) = [s for s in self.server.sessions if s.claims.user_id == user_id]
+        (found,) = [s for s in self.app.sessions if s.claims.user_id == user_id]
         return found
 
-    def session_of(self, raw: WiresRaw) -> chatd.Session:
+    def session_of(self, raw: RawClient) -> chatd.Session:
         """Return the session at the other end of a connection."""
         place = self.streams.index(raw.stream)
-        (found,) = [
-            s for s in self.server.sessions if s.outbox.stream is self.ends[place]
-        ]
+        (found,) = [s for s in self.app.sessions if s.outbox.stream is self.ends[place]]
         return found
 
     async def stats(self) -> Any:
@@ -881,47 +879,47 @@ class WiresHouse:
     ) -> None:
         """Run the server to its end."""
         sockets = [cast("trio.SocketListener", self.listener)]
-        await self.server.run(sockets, task_status=task_status)
+        await self.app.run(sockets, task_status=task_status)
         self.finished.set()
 
     async def stop(self) -> None:
         """Stop the server as a signal does. It must end within the drain."""
-        self.server.listener.stopping.set()
-        with trio.fail_after(self.server.settings.drain_seconds + 0.1):
+        self.app.listener.stopping.set()
+        with trio.fail_after(self.app.settings.drain_seconds + 0.1):
             await self.finished.wait()
 
     def check_left(self) -> None:
         """Claim that nothing is left of any connection."""
-        server, hub = self.server, self.server.hub
-        listener = server.listener
-        assert (listener.open, len(server.sessions), hub.seats) == (0, 0, 0)
+        app, hub = self.app, self.app.hub
+        listener = app.listener
+        assert (listener.open, len(app.sessions), hub.seats) == (0, 0, 0)
         assert not listener.parked
         assert not hub.people
         assert not hub.live_seats
-        assert dict(server.stats.errors) == self.errors
+        assert dict(app.stats.errors) == self.errors
 
 
 @contextlib.asynccontextmanager
-async def wires_house(
+async def virtual_server(
     path: Path, store_class: type[chatd.Store], settings: dict[str, Any]
-) -> AsyncIterator[WiresHouse]:
+) -> AsyncIterator[VirtualServer]:
     """Run a server for a test, then stop it: every connection must end by itself."""
     chosen = chatd.Settings(db=path / "chat.db", **settings)
-    disk = WiresDisk()
+    disk = VirtualDisk()
     store = store_class(chosen, chatd.Stats(), run_sync=disk.run_sync)
     try:
-        server = chatd.Server(chosen, store, chatd.Keyring(chosen, WIRES_SECRET))
-        listener = WiresListener()
+        app = chatd.Server(chosen, store, chatd.Keyring(chosen, TEST_SECRET))
+        listener = PairListener()
         async with trio.open_nursery() as nursery:
-            house = WiresHouse(server, listener, disk, nursery)
-            await nursery.start(house.run)
+            server = VirtualServer(app, listener, disk, nursery)
+            await nursery.start(server.run)
             try:
-                yield house
-                if not house.finished.is_set():
-                    await house.stop()
-                house.check_left()
+                yield server
+                if not server.finished.is_set():
+                    await server.stop()
+                server.check_left()
             finally:
-                for stream in house.streams:
+                for stream in server.streams:
                     stream.socket.close()
                 nursery.cancel_scope.cancel()
     finally:
@@ -948,21 +946,21 @@ def with_fixture(
     return run
 
 
-def wires(
+def with_server(
     *, store: type[chatd.Store] = chatd.Store, **settings: Any
 ) -> Callable[
-    [Callable[Concatenate[WiresHouse, P], Awaitable[None]]], Callable[..., None]
+    [Callable[Concatenate[VirtualServer, P], Awaitable[None]]], Callable[..., None]
 ]:
     """Run a test with a server of these settings, under a clock that jumps."""
 
     def decorate(
-        test: Callable[Concatenate[WiresHouse, P], Awaitable[None]],
+        test: Callable[Concatenate[VirtualServer, P], Awaitable[None]],
     ) -> Callable[..., None]:
         @functools.wraps(test)
         def run(tmp_path: Path, **given: Any) -> None:
             async def main() -> None:
-                async with wires_house(tmp_path, store, settings) as house:
-                    await cast("Callable[..., Awaitable[None]]", test)(house, **given)
+                async with virtual_server(tmp_path, store, settings) as server:
+                    await cast("Callable[..., Awaitable[None]]", test)(server, **given)
 
             run_virtual(main)
 
@@ -973,42 +971,42 @@ def wires(
 
 BIG = "x" * 4000  # a few of these fill the kernel's buffer and then the outbox
 
-WIRES_BAD_HEADS: dict[str, tuple[bytes, int]] = {
+BAD_HEADS: dict[str, tuple[bytes, int]] = {
     "no HTTP": (b"hello\r\n\r\n", 400),
     "a TLS hello": (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n", 400),
-    "two slashes": (wires_request("GET", "//evil.example/healthz"), 400),
-    "an absolute target": (wires_request("GET", "http://x.example/healthz"), 400),
-    "an authority": (wires_request("CONNECT", "x.example:443"), 400),
-    "an asterisk": (wires_request("OPTIONS", "*"), 400),
-    "no slash": (wires_request("GET", "healthz"), 400),
+    "two slashes": (request_bytes("GET", "//evil.example/healthz"), 400),
+    "an absolute target": (request_bytes("GET", "http://x.example/healthz"), 400),
+    "an authority": (request_bytes("CONNECT", "x.example:443"), 400),
+    "an asterisk": (request_bytes("OPTIONS", "*"), 400),
+    "no slash": (request_bytes("GET", "healthz"), 400),
     "a control character in the target": (
         b"GET /\x01 HTTP/1.1\r\nHost: x\r\n\r\n", 400,
     ),
     "a length and chunks": (
-        wires_request("POST", "/healthz", b"0\r\n\r\n", Transfer_Encoding="chunked"),
+        request_bytes("POST", "/healthz", b"0\r\n\r\n", Transfer_Encoding="chunked"),
         400,
     ),
     "two lengths": (
-        wires_request("POST", "/api/v1/chats", b"{}", content_length="3"), 400,
+        request_bytes("POST", "/api/v1/chats", b"{}", content_length="3"), 400,
     ),
-    "a length of -1": (wires_request("POST", "/healthz", Content_Length="-1"), 400),
+    "a length of -1": (request_bytes("POST", "/healthz", Content_Length="-1"), 400),
     "another HTTP": (b"GET /healthz HTTP/1.2\r\nHost: x\r\n\r\n", 400),
     "no Host": (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
     "two Hosts": (b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
-    "a Host that is not ASCII": (wires_request("GET", "/healthz", Host="caf\xe9"), 400),
+    "a Host that is not ASCII": (request_bytes("GET", "/healthz", Host="caf\xe9"), 400),
     "an Origin that is not ASCII": (
-        wires_request("GET", "/healthz", Origin="http://caf\xe9"), 400,
+        request_bytes("GET", "/healthz", Origin="http://caf\xe9"), 400,
     ),
     "a Connection that is not ASCII": (
-        wires_request("GET", "/healthz", Connection="clos\xe9"), 400,
+        request_bytes("GET", "/healthz", Connection="clos\xe9"), 400,
     ),
-    "a query that is not UTF-8": (wires_request("GET", "/healthz?a=%ff"), 400),
-    "a query of 17 fields": (wires_request("GET", "/?" + "a=1&" * 16 + "a=1"), 400),
+    "a query that is not UTF-8": (request_bytes("GET", "/healthz?a=%ff"), 400),
+    "a query of 17 fields": (request_bytes("GET", "/?" + "a=1&" * 16 + "a=1"), 400),
     "65 header lines": (
         b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 64 + b"\r\n", 431,
     ),
-    "a head of 40 KB": (wires_request("GET", "/healthz", X="x" * 40_000), 431),
-    "a target of 40 KB": (wires_request("GET", "/" + "x" * 40_000), 431),
+    "a head of 40 KB": (request_bytes("GET", "/healthz", X="x" * 40_000), 431),
+    "a target of 40 KB": (request_bytes("GET", "/" + "x" * 40_000), 431),
 }  # fmt: skip
 
 
@@ -1053,16 +1051,16 @@ class ProxyUp(NamedTuple):
         return {name for name, _ in self.headers}
 
 
-class ProxyHouse:
+class VirtualProxy:
     """A running Proxy, its clients, and the upstream that it dials."""
 
     def __init__(
         self, settings: Settings, log: pytest.LogCaptureFixture | None
     ) -> None:
-        keyring = Keyring(settings, WIRES_SECRET)
+        keyring = Keyring(settings, TEST_SECRET)
         self.log = log
-        self.proxy = chatd.Proxy(settings, keyring, "chat.example:8086", self._dial)
-        self.listener = WiresListener()
+        self.app = chatd.Proxy(settings, keyring, "chat.example:8086", self._dial)
+        self.listener = PairListener()
         self.finished = trio.Event()  # the proxy's run has returned
         self.dials = 0
         self.fault: OSError | None = None  # what dialling raises
@@ -1070,11 +1068,11 @@ class ProxyHouse:
         self.small = False  # the kernel buffers little between proxy and upstream
         self.errors: dict[str, int] = {}
         self.streams: list[trio.SocketStream] = []
-        self._come, self._came = trio.open_memory_channel[WiresRaw](math.inf)
+        self._come, self._came = trio.open_memory_channel[RawClient](math.inf)
 
     def _pair(
         self, *, tcp: bool = False, small: bool = False
-    ) -> tuple[trio.SocketStream, WiresRaw]:
+    ) -> tuple[trio.SocketStream, RawClient]:
         if tcp:
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 theirs = socket.create_connection(listener.getsockname())
@@ -1090,7 +1088,7 @@ class ProxyHouse:
             trio.SocketStream(trio.socket.from_stdlib_socket(s)) for s in (ours, theirs)
         ]
         self.streams.append(streams[1])
-        return streams[0], WiresRaw(streams[1])
+        return streams[0], RawClient(streams[1])
 
     async def _dial(self) -> trio.SocketStream:
         self.dials += 1
@@ -1103,18 +1101,18 @@ class ProxyHouse:
         self._come.send_nowait(theirs)
         return ours
 
-    def dial(self, *, small: bool = False, tcp: bool = True) -> WiresRaw:
+    def dial(self, *, small: bool = False, tcp: bool = True) -> RawClient:
         """Connect as a client. TCP has addresses and resets, but needs real time."""
         ours, raw = self._pair(tcp=tcp and not small, small=small)
         self.listener.offer.send_nowait(ours)
         return raw
 
-    async def upstream(self) -> WiresRaw:
+    async def upstream(self) -> RawClient:
         """Return the next connection that the proxy has made upstream."""
         with trio.fail_after(1):
             return await self._came.receive()
 
-    async def request(self, up: WiresRaw) -> ProxyUp:
+    async def request(self, up: RawClient) -> ProxyUp:
         """Read one whole request as the upstream. What follows it is in `up.data`."""
         side, method, target, version = h11.Connection(h11.SERVER), "", "", ""
         headers: list[tuple[str, str]] = []
@@ -1144,11 +1142,11 @@ class ProxyHouse:
     ) -> None:
         """Run the proxy to its end."""
         sockets = [cast("trio.SocketListener", self.listener)]
-        await self.proxy.listener.run(sockets, task_status=task_status)
+        await self.app.listener.run(sockets, task_status=task_status)
         self.finished.set()
 
     def target(self, user_id: int = 6, **claims: Any) -> str:
-        token = self.proxy.keyring.sign(user_id, 600, **claims)
+        token = self.app.keyring.sign(user_id, 600, **claims)
         return "/ws/chat?" + urlencode({"token": token})
 
     async def exchange(
@@ -1169,20 +1167,20 @@ class ProxyHouse:
         return got, await raw.answer(method)
 
     async def socket(
-        self, *, said: bytes = b"", heard: bytes = b"", small: bool = False
-    ) -> tuple[WiresRaw, WiresRaw]:
+        self, *, said: bytes = b"", received: bytes = b"", small: bool = False
+    ) -> tuple[RawClient, RawClient]:
         """Open a socket through the proxy; return the client's and upstream's end."""
         raw = self.dial(small=small)
-        await raw.send(wires_upgrade(self.target()), said)
+        await raw.send(upgrade_bytes(self.target()), said)
         up = await self.upstream()
         await self.request(up)
-        await up.send(PROXY_101, heard)
+        await up.send(PROXY_101, received)
         assert (await raw.answer()).status == 101
         return raw, up
 
     def check_left(self) -> None:
         """Claim that nothing is left of any connection."""
-        proxy = self.proxy
+        proxy = self.app
         listener = proxy.listener
         assert (listener.open, len(proxy.sessions), listener.parked) == (0, 0, {})
         assert dict(listener.stats.errors) == self.errors
@@ -1196,7 +1194,7 @@ PROXY_101 = (
 
 
 def proxy_run(
-    test: Callable[[ProxyHouse], Awaitable[None]],
+    test: Callable[[VirtualProxy], Awaitable[None]],
     log: pytest.LogCaptureFixture | None = None,
     **settings: Any,
 ) -> None:
@@ -1205,16 +1203,16 @@ def proxy_run(
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            house = ProxyHouse(chosen, log)
-            await nursery.start(house.run)
+            proxy = VirtualProxy(chosen, log)
+            await nursery.start(proxy.run)
             try:
-                await test(house)
-                house.proxy.listener.stopping.set()
+                await test(proxy)
+                proxy.app.listener.stopping.set()
                 with trio.fail_after(chosen.drain_seconds + 0.1):
-                    await house.finished.wait()
-                house.check_left()
+                    await proxy.finished.wait()
+                proxy.check_left()
             finally:
-                for stream in house.streams:
+                for stream in proxy.streams:
                     stream.socket.close()
                 nursery.cancel_scope.cancel()
 
@@ -1224,12 +1222,12 @@ def proxy_run(
 def proxied(
     **settings: Any,
 ) -> Callable[
-    [Callable[Concatenate[ProxyHouse, P], Awaitable[None]]], Callable[..., None]
+    [Callable[Concatenate[VirtualProxy, P], Awaitable[None]]], Callable[..., None]
 ]:
     """Run a test with a proxy of these settings. It must log no token."""
 
     def decorate(
-        test: Callable[Concatenate[ProxyHouse, P], Awaitable[None]],
+        test: Callable[Concatenate[VirtualProxy, P], Awaitable[None]],
     ) -> Callable[..., None]:
         @functools.wraps(test)
         def run(caplog: pytest.LogCaptureFixture, **given: Any) -> None:
@@ -1246,33 +1244,31 @@ def proxied(
 # PROCESS: chatd from outside
 #
 # A process with a port and signals, in real time. Nothing here looks inside it.
-# DoorServer is a database and the process that serves it; the process can be killed and
-# started again. DoorPeer is a WebSocket client that does not use the server's library.
-# It reads only in `hear` and the methods that call it. A test waits for an event (a
-# line, a frame, the end of a process), and every wait has a deadline.
+# ServerProcess is a database and the process that serves it; the process can be killed
+# and started again. SocketClient is a WebSocket client that does not use the server's
+# library. It reads only in `receive` and the methods that call it. A test waits for an
+# event (a line, a frame, the end of a process), and every wait has a deadline.
 # =====================================================================================
 
 
-DOOR_SECONDS = 30.0  # the longest wait for anything that should come at once
-DOOR_MISTAKE = re.compile(r"Traceback|\b(failed|crashed) error=")
-DOOR_CHECKOUT = Path(chatd.__file__).resolve().parent
-DOOR_OPEN = [  # no rates: most tests are not about limits
+WAIT_SECONDS = 30.0  # the longest wait for anything that should come at once
+MISTAKE = re.compile(r"Traceback|\b(failed|crashed) error=")
+CHECKOUT = Path(chatd.__file__).resolve().parent
+NO_RATES = [  # no rates: most tests are not about limits
     *("--sends=0", "--commands=0", "--typing=0", "--handshakes=0"),
     *("--requests=0", "--receive-bytes=0", "--drain-seconds=2"),
 ]
-DOOR_UPGRADE = (
+UPGRADE_LINES = (
     "Upgrade: websocket",
     "Connection: Upgrade",
     "Sec-WebSocket-Version: 13",
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
 )
-DOOR_ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3, for the key above
-door_users = itertools.count(1000)  # every test gets users of its own
-
-DoorFrame = dict[str, Any]
+ACCEPT_KEY = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3, for the key above
+new_users = itertools.count(1000)  # every test gets users of its own
 
 
-class DoorGone(Exception):
+class Disconnected(Exception):
     """The server ended the connection; `code` is 1006 without a close frame."""
 
     def __init__(self, code: int, reason: str = "") -> None:
@@ -1281,7 +1277,7 @@ class DoorGone(Exception):
 
 
 @dataclass(frozen=True)
-class DoorRun:
+class CommandResult:
     """The exit status of a command and what it wrote."""
 
     status: int
@@ -1289,7 +1285,7 @@ class DoorRun:
     err: str
 
 
-def door_answer(data: bytes, *, bodiless: bool = False) -> tuple[HttpAnswer, bytes]:
+def split_answer(data: bytes, *, bodiless: bool = False) -> tuple[HttpAnswer, bytes]:
     """Split `data` into the first answer and the rest. EOFError if it is not whole."""
     head, end, rest = data.partition(b"\r\n\r\n")
     if not end:
@@ -1305,13 +1301,13 @@ def door_answer(data: bytes, *, bodiless: bool = False) -> tuple[HttpAnswer, byt
     return HttpAnswer(status, headers, rest[:size]), rest[size:]
 
 
-def door_get(target: str, *lines: str, version: str = "1.1") -> bytes:
+def get_bytes(target: str, *lines: str, version: str = "1.1") -> bytes:
     """Return the bytes of a GET with these header lines."""
     text = "\r\n".join((f"GET {target} HTTP/{version}", *lines, "", ""))
     return text.encode("latin-1")
 
 
-def door_frame(
+def client_frame(
     opcode: int, payload: bytes = b"", *, first: int = 0x80, masked: bool = True
 ) -> bytes:
     """Return the bytes of a client's frame. `first` has FIN and the reserved bits."""
@@ -1325,14 +1321,14 @@ def door_frame(
     return head + (bytes(4) if masked else b"") + payload  # a mask of zeros
 
 
-def door_reset(stream: trio.SocketStream) -> None:
+def reset(stream: trio.SocketStream) -> None:
     """Disconnect with RST instead of FIN."""
     linger = struct.pack("ii", 1, 0)
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     stream.socket.close()
 
 
-async def door_rest(stream: trio.SocketStream, seconds: float = DOOR_SECONDS) -> bytes:
+async def read_rest(stream: trio.SocketStream, seconds: float = WAIT_SECONDS) -> bytes:
     """Read until the server ends the connection, as it must; return the data."""
     data = b""
     with trio.fail_after(seconds), suppress(trio.BrokenResourceError):
@@ -1341,70 +1337,70 @@ async def door_rest(stream: trio.SocketStream, seconds: float = DOOR_SECONDS) ->
     return data
 
 
-class DoorPeer:
-    """A WebSocket client. It reads only in `hear` and the methods that call it."""
+class SocketClient:
+    """A WebSocket client. It reads only in `receive` and the methods that call it."""
 
     def __init__(self, stream: trio.SocketStream, data: bytes) -> None:
         self.stream = stream
         self.data = bytearray(data)
-        self.hello: DoorFrame = {}
+        self.hello: Frame = {}
         self.pongs: list[bytes] = []
         self.owed = bytearray()  # pongs and a close frame, sent before the next read
 
-    async def say(self, kind: str, /, **fields: object) -> None:
-        await self.utter(json.dumps({"type": kind, **fields}))
+    async def send_command(self, kind: str, /, **fields: object) -> None:
+        await self.send_frame(json.dumps({"type": kind, **fields}))
 
-    async def utter(self, text: str | bytes, opcode: int = 1) -> None:
+    async def send_frame(self, text: str | bytes, opcode: int = 1) -> None:
         payload = text.encode() if isinstance(text, str) else text
-        with trio.fail_after(DOOR_SECONDS):
-            await self.stream.send_all(door_frame(opcode, payload))
+        with trio.fail_after(WAIT_SECONDS):
+            await self.stream.send_all(client_frame(opcode, payload))
 
-    async def hear(self, kind: str = "", seconds: float = DOOR_SECONDS) -> DoorFrame:
-        """Return the next message, which must be of that type. Raises DoorGone."""
+    async def receive(self, kind: str = "", seconds: float = WAIT_SECONDS) -> Frame:
+        """Return the next message, which must be of that type. Raises Disconnected."""
         with trio.fail_after(seconds):
-            while (frame := self.heard()) is None:
+            while (frame := self.received()) is None:
                 await self.sip(65536)
         assert kind in {"", frame["type"]}, frame
         return frame
 
-    async def find(self, kind: str, seconds: float = DOOR_SECONDS) -> DoorFrame:
+    async def find(self, kind: str, seconds: float = WAIT_SECONDS) -> Frame:
         """Return the next message of that type; messages before it do not matter."""
         with trio.fail_after(seconds):
-            while (frame := await self.hear(seconds=seconds))["type"] != kind:
+            while (frame := await self.receive(seconds=seconds))["type"] != kind:
                 pass
         return frame
 
-    async def hears_nothing(self) -> None:
+    async def receives_nothing(self) -> None:
         """Claim that nothing was on its way: the next message answers a ping."""
-        await self.say("ping")
-        await self.hear("pong")
+        await self.send_command("ping")
+        await self.receive("pong")
 
-    async def ask(self, kind: str, /, **fields: object) -> DoorFrame:
+    async def ask(self, kind: str, /, **fields: object) -> Frame:
         """Send a command and return its answer; other messages do not matter."""
         ref = os.urandom(8).hex()
-        await self.say(kind, ref=ref, **fields)
-        while (frame := await self.hear()).get("ref") != ref:
+        await self.send_command(kind, ref=ref, **fields)
+        while (frame := await self.receive()).get("ref") != ref:
             pass
         return frame
 
-    async def ended(self, seconds: float = DOOR_SECONDS) -> int:
+    async def ended(self, seconds: float = WAIT_SECONDS) -> int:
         """Receive to the end; return the server's close code."""
         with trio.fail_after(seconds):
             while True:
                 try:
-                    await self.hear(seconds=seconds)
-                except DoorGone as gone:
+                    await self.receive(seconds=seconds)
+                except Disconnected as gone:
                     return gone.code
 
     async def leave(self) -> None:
         """Close with 1000, and receive the answer (RFC 6455 7.1)."""
         with suppress(trio.BrokenResourceError):
-            await self.stream.send_all(door_frame(8, struct.pack(">H", 1000)))
+            await self.stream.send_all(client_frame(8, struct.pack(">H", 1000)))
             assert await self.ended() in {1000, 1006}
         await self.stream.aclose()
 
     def drop(self) -> None:
-        door_reset(self.stream)
+        reset(self.stream)
 
     async def sip(self, size: int) -> None:
         """Read at most `size` bytes."""
@@ -1414,12 +1410,12 @@ class DoorPeer:
                 self.owed.clear()
             data = await self.stream.receive_some(size)
         except trio.BrokenResourceError:
-            raise DoorGone(1006) from None
+            raise Disconnected(1006) from None
         if not data:
-            raise DoorGone(1006)
+            raise Disconnected(1006)
         self.data += data
 
-    def heard(self) -> DoorFrame | None:
+    def received(self) -> Frame | None:
         """Return the next message of the bytes read, or None if it is not whole."""
         while (frame := self._frame()) is not None:
             opcode, payload = frame
@@ -1429,11 +1425,11 @@ class DoorPeer:
                 return message
             if opcode == 8:
                 with suppress(trio.BrokenResourceError):
-                    self.owed += door_frame(8, payload[:2])
+                    self.owed += client_frame(8, payload[:2])
                 code = struct.unpack(">H", payload[:2])[0] if payload else 1005
-                raise DoorGone(code, payload[2:].decode())
+                raise Disconnected(code, payload[2:].decode())
             if opcode == 9:
-                self.owed += door_frame(10, payload)
+                self.owed += client_frame(10, payload)
             else:
                 assert opcode == 10, frame
                 self.pongs.append(payload)
@@ -1458,7 +1454,7 @@ class DoorPeer:
         return first & 0x0F, payload
 
 
-class DoorLine:
+class HttpClient:
     """A keep-alive HTTP connection."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
@@ -1485,7 +1481,7 @@ class DoorLine:
             lines.setdefault("Content-Type", "application/json")
         head = [f"{name.replace('_', '-')}: {value}" for name, value in lines.items()]
         text = "\r\n".join((f"{method} {target} HTTP/1.1", *head, "", ""))
-        with trio.fail_after(DOOR_SECONDS):
+        with trio.fail_after(WAIT_SECONDS):
             with suppress(trio.BrokenResourceError):  # the server may refuse early
                 await self.stream.send_all(text.encode("latin-1") + data)
             return await self.answer(bodiless=method == "HEAD")
@@ -1493,7 +1489,7 @@ class DoorLine:
     async def answer(self, *, bodiless: bool = False) -> HttpAnswer:
         while True:
             with suppress(EOFError):
-                answer, self.data = door_answer(self.data, bodiless=bodiless)
+                answer, self.data = split_answer(self.data, bodiless=bodiless)
                 if answer.status != 100:
                     return answer
                 continue
@@ -1503,11 +1499,11 @@ class DoorLine:
             self.data += more
 
 
-class DoorServer:
+class ServerProcess:
     """A database and, between `begin` and `stop` or `kill`, its server process."""
 
     verb = "serve"
-    open = tuple(DOOR_OPEN)
+    open = tuple(NO_RATES)
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -1532,8 +1528,8 @@ class DoorServer:
         with (self.home / "stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
                 command,
-                cwd=DOOR_CHECKOUT,
-                env=door_environment(TMPDIR=str(self.home), **self.environment),
+                cwd=CHECKOUT,
+                env=clean_environment(TMPDIR=str(self.home), **self.environment),
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
@@ -1542,7 +1538,7 @@ class DoorServer:
             target=self._listen, args=(self.process.stdout, ready)
         )
         self.listener.start()
-        ready.wait(DOOR_SECONDS)
+        ready.wait(WAIT_SECONDS)
         found = re.findall(r"(?m)^listening on http://127\.0\.0\.1:(\d+)$", self.said)
         if not found or self.process.poll() is not None:
             self.end(signal.SIGKILL)
@@ -1557,7 +1553,7 @@ class DoorServer:
                     ready.set()
         ready.set()
 
-    def end(self, signum: int = 0, seconds: float = DOOR_SECONDS) -> int:
+    def end(self, signum: int = 0, seconds: float = WAIT_SECONDS) -> int:
         """Send a signal, if one is given, and block until the process has ended."""
         assert self.process is not None
         assert self.listener is not None
@@ -1580,7 +1576,7 @@ class DoorServer:
         await trio.to_thread.run_sync(self.start)
         self.up.set()
 
-    async def ended(self, signum: int = 0, seconds: float = DOOR_SECONDS) -> int:
+    async def ended(self, signum: int = 0, seconds: float = WAIT_SECONDS) -> int:
         self.up = trio.Event()
         return await trio.to_thread.run_sync(self.end, signum, seconds)
 
@@ -1593,14 +1589,14 @@ class DoorServer:
             stream.socket.close()
         self.streams.clear()
         assert await self.ended(signal.SIGTERM) == 0, self.output
-        assert not DOOR_MISTAKE.search(self.output), self.output
+        assert not MISTAKE.search(self.output), self.output
 
     def signal(self, signum: int) -> None:
         assert self.process is not None
         self.process.send_signal(signum)
 
     @asynccontextmanager
-    async def serving(self, *flags: str) -> AsyncIterator[DoorServer]:
+    async def serving(self, *flags: str) -> AsyncIterator[ServerProcess]:
         """Serve during the block, without rates but with `flags`, then stop."""
         await self.begin(*self.open, *flags)
         yield self
@@ -1661,7 +1657,7 @@ class DoorServer:
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
-            with trio.fail_after(DOOR_SECONDS):
+            with trio.fail_after(WAIT_SECONDS):
                 await sock.connect(("127.0.0.1", self.port))
             stream = trio.SocketStream(sock)
         except BaseException:
@@ -1682,7 +1678,7 @@ class DoorServer:
         """Send a request on a new connection; return the answer."""
         stream = await self.dial()
         async with stream:
-            return await DoorLine(stream).ask(method, target, token, body, **headers)
+            return await HttpClient(stream).ask(method, target, token, body, **headers)
 
     async def want(
         self,
@@ -1699,19 +1695,19 @@ class DoorServer:
         assert answer.status == status, (request, body, answer)
         return answer.json if answer.body else None
 
-    async def raw(self, data: bytes, seconds: float = DOOR_SECONDS) -> bytes:
+    async def raw(self, data: bytes, seconds: float = WAIT_SECONDS) -> bytes:
         """Send bytes and read until the server disconnects, as it must."""
         stream = await self.dial()
         async with stream:
             with suppress(trio.BrokenResourceError):
                 await stream.send_all(data)
-            return await door_rest(stream, seconds)
+            return await read_rest(stream, seconds)
 
     # ---- WebSocket
 
     async def knock(
         self, data: bytes, *, receive_buffer: int = 0
-    ) -> DoorPeer | HttpAnswer:
+    ) -> SocketClient | HttpAnswer:
         """Send a handshake in bytes. Return a client, or the refusal.
 
         After a refusal the server must disconnect.
@@ -1719,42 +1715,45 @@ class DoorServer:
         stream = await self.dial(receive_buffer)
         await stream.send_all(data)
         got = b""
-        with trio.fail_after(DOOR_SECONDS):
+        with trio.fail_after(WAIT_SECONDS):
             while b"\r\n\r\n" not in got:
                 more = await stream.receive_some(65536)
                 if not more:
                     raise trio.BrokenResourceError(got)
                 got += more
         if got.startswith(b"HTTP/1.1 101 "):
-            answer, rest = door_answer(got)
-            assert answer.headers["sec-websocket-accept"] == DOOR_ACCEPT
+            answer, rest = split_answer(got)
+            assert answer.headers["sec-websocket-accept"] == ACCEPT_KEY
             assert "sec-websocket-extensions" not in answer.headers
-            return DoorPeer(stream, rest)
-        got += await door_rest(stream, 3)  # the server must disconnect
+            return SocketClient(stream, rest)
+        got += await read_rest(stream, 3)  # the server must disconnect
         await stream.aclose()
-        answer, rest = door_answer(got)
+        answer, rest = split_answer(got)
         assert answer.headers["connection"].lower() == "close", answer
         assert not rest
         return answer
 
     async def peer(
         self, who: int | str, cursor: str = "", /, *lines: str, receive_buffer: int = 0
-    ) -> DoorPeer:
+    ) -> SocketClient:
         """Open the socket of a user, or of this token."""
         peer = await self.knock(
-            door_get(
-                self.socket_path(who, cursor), "Host: chatd.test", *DOOR_UPGRADE, *lines
+            get_bytes(
+                self.socket_path(who, cursor),
+                "Host: chatd.test",
+                *UPGRADE_LINES,
+                *lines,
             ),
             receive_buffer=receive_buffer,
         )
-        assert isinstance(peer, DoorPeer), peer
-        peer.hello = await peer.hear("connected")
+        assert isinstance(peer, SocketClient), peer
+        peer.hello = await peer.receive("connected")
         return peer
 
     async def refusal(self, who: int | str, /, *lines: str) -> HttpAnswer:
         """Return the answer to an upgrade that must be refused."""
         answer = await self.knock(
-            door_get(self.socket_path(who), "Host: chatd.test", *DOOR_UPGRADE, *lines)
+            get_bytes(self.socket_path(who), "Host: chatd.test", *UPGRADE_LINES, *lines)
         )
         assert isinstance(answer, HttpAnswer)
         return answer
@@ -1771,7 +1770,7 @@ class DoorServer:
         got = await self.want(201, "POST /api/v1/chats", self.service, body)
         return int(got["chat"]["id"])
 
-    async def post(self, chat: int, sender: int, content: str) -> DoorFrame:
+    async def post(self, chat: int, sender: int, content: str) -> Frame:
         """Send a message as the service; return it as it is stored."""
         body = {"content": content, "sender_id": sender}
         target = f"POST /api/v1/chats/{chat}/messages"
@@ -1785,9 +1784,9 @@ class DoorServer:
         assert got["events"] == []
         return str(got["cursor"])
 
-    async def log(self, user: int, cursor: str) -> list[DoorFrame]:
+    async def log(self, user: int, cursor: str) -> list[Frame]:
         """Poll every event of this user after the cursor."""
-        events: list[DoorFrame] = []
+        events: list[Frame] = []
         more = True
         while more:
             target = f"GET /api/v1/events?limit=500&cursor={cursor}"
@@ -1797,9 +1796,9 @@ class DoorServer:
             cursor, more = got["cursor"], got["more"]
         return events
 
-    async def history(self, chat: int, user: int) -> list[DoorFrame]:
+    async def history(self, chat: int, user: int) -> list[Frame]:
         """Return every message of a chat, oldest first. Claim that `n` has no holes."""
-        messages: list[DoorFrame] = []
+        messages: list[Frame] = []
         before, more = "", True
         while more:
             target = f"GET /api/v1/chats/{chat}/messages?limit=100{before}"
@@ -1817,7 +1816,7 @@ class DoorServer:
         return await self.want(200, target, self.stats_token)
 
 
-class DoorProxy(DoorServer):
+class ProxyProcess(ServerProcess):
     """A proxy process in front of a server. Its clients reach that server."""
 
     verb = "proxy"
@@ -1829,7 +1828,7 @@ class DoorProxy(DoorServer):
         self.serve = ("--db", str(db), "--upstream", f"127.0.0.1:{port}")
 
 
-class DoorCount:
+class Progress:
     """A number that tasks wait for."""
 
     def __init__(self) -> None:
@@ -1845,7 +1844,7 @@ class DoorCount:
             await self.waiting.park()
 
 
-def door_environment(**more: str) -> dict[str, str]:
+def clean_environment(**more: str) -> dict[str, str]:
     """Return our environment without the variables that chatd reads.
 
     The rest must stay: coverage measures child processes by it.
@@ -1857,23 +1856,23 @@ def door_environment(**more: str) -> dict[str, str]:
     return {**kept, **more}
 
 
-async def door_run(*words: object, **environment: str) -> DoorRun:
+async def run_chatd(*words: object, **environment: str) -> CommandResult:
     """Run a chatd command to its end."""
     done = await trio.run_process(
         [sys.executable, "-m", "chatd", *map(str, words)],
         capture_stdout=True,
         capture_stderr=True,
         check=False,
-        cwd=DOOR_CHECKOUT,
-        env=door_environment(**environment),
+        cwd=CHECKOUT,
+        env=clean_environment(**environment),
     )
-    run = DoorRun(done.returncode, done.stdout.decode(), done.stderr.decode())
-    assert not DOOR_MISTAKE.search(run.err), run
+    run = CommandResult(done.returncode, done.stdout.decode(), done.stderr.decode())
+    assert not MISTAKE.search(run.err), run
     return run
 
 
-async def door_until(
-    true: Callable[[], Awaitable[bool] | bool], seconds: float = DOOR_SECONDS
+async def wait_until(
+    true: Callable[[], Awaitable[bool] | bool], seconds: float = WAIT_SECONDS
 ) -> None:
     """Poll until the condition is true: the server does not announce it."""
     with trio.fail_after(seconds):
@@ -1884,34 +1883,34 @@ async def door_until(
             await trio.sleep(0.02)
 
 
-class DoorSender:
+class RepeatingSender:
     """Sends messages in order. Sends again, after a lost connection, until acked."""
 
-    def __init__(self, house: DoorServer, user: int, texts: list[tuple[int, str]]):
-        self.house, self.user = house, user
-        name = f"{user}-{next(door_users)}"
+    def __init__(self, server: ServerProcess, user: int, texts: list[tuple[int, str]]):
+        self.server, self.user = server, user
+        name = f"{user}-{next(new_users)}"
         self.left = deque(
             {"chat_id": chat, "content": text, "client_id": f"{name}-{number}"}
             for number, (chat, text) in enumerate(texts)
         )
-        self.acks: dict[str, DoorFrame] = {}
+        self.acks: dict[str, Frame] = {}
 
-    async def send(self, acked: DoorCount, in_flight: int = 16) -> None:
+    async def send(self, acked: Progress, in_flight: int = 16) -> None:
         while self.left:
-            with suppress(OSError, DoorGone, trio.BrokenResourceError):
-                peer = await self.house.peer(self.user)
+            with suppress(OSError, Disconnected, trio.BrokenResourceError):
+                peer = await self.server.peer(self.user)
                 await self.send_over(peer, acked, in_flight)
                 await peer.leave()
-            await self.house.up.wait()
+            await self.server.up.wait()
 
     async def send_over(
-        self, peer: DoorPeer, acked: DoorCount, in_flight: int = 16
+        self, peer: SocketClient, acked: Progress, in_flight: int = 16
     ) -> None:
         """Send until all are acked, or the connection ends. `left` has no ack yet."""
         waiting = 0
         while self.left:
             for message in list(self.left)[waiting:in_flight]:
-                await peer.say("send_message", **message)
+                await peer.send_command("send_message", **message)
                 waiting += 1
             ack = await peer.find("ack")
             assert ack["client_id"] == self.left.popleft()["client_id"]
@@ -1920,42 +1919,44 @@ class DoorSender:
             acked.add()
 
 
-DOOR_BULK = "\U0001f600" * 3990  # about 16 KB in UTF-8
+BULK = "\U0001f600" * 3990  # about 16 KB in UTF-8
 
 
-async def door_load(house: DoorServer, chat: int, user: int, count: int) -> list[str]:
+async def send_bulk(
+    server: ServerProcess, chat: int, user: int, count: int
+) -> list[str]:
     """Send `count` large messages, eight in flight; return their texts in order."""
-    texts = [f"{i} {DOOR_BULK}" for i in range(count)]
-    peer = await house.peer(user)
-    sender = DoorSender(house, user, [(chat, text) for text in texts])
-    await sender.send_over(peer, DoorCount(), 8)
+    texts = [f"{i} {BULK}" for i in range(count)]
+    peer = await server.peer(user)
+    sender = RepeatingSender(server, user, [(chat, text) for text in texts])
+    await sender.send_over(peer, Progress(), 8)
     await peer.leave()
     return texts
 
 
-async def door_texts(peer: DoorPeer, count: int) -> list[str]:
+async def receive_texts(peer: SocketClient, count: int) -> list[str]:
     """Return the texts of the next `count` messages, which must be new messages."""
-    heard = [await peer.hear("new_message") for _ in range(count)]
-    return [frame["message"]["content"] for frame in heard]
+    received = [await peer.receive("new_message") for _ in range(count)]
+    return [frame["message"]["content"] for frame in received]
 
 
 @asynccontextmanager
-async def door_innocent(house: DoorServer) -> AsyncIterator[None]:
+async def others_are_served(server: ServerProcess) -> AsyncIterator[None]:
     """Claim that other clients are served before, during and after the block."""
-    ann, bob = next(door_users), next(door_users)
-    chat = await house.chat(ann, bob)
-    before = await house.peer(ann)
+    ann, bob = next(new_users), next(new_users)
+    chat = await server.chat(ann, bob)
+    before = await server.peer(ann)
     yield
-    await before.hears_nothing()
-    after = await house.peer(bob)
-    await after.say("send_message", chat_id=chat, content="still here")
-    assert (await before.hear("new_message"))["message"]["content"] == "still here"
+    await before.receives_nothing()
+    after = await server.peer(bob)
+    await after.send_command("send_message", chat_id=chat, content="still here")
+    assert (await before.receive("new_message"))["message"]["content"] == "still here"
     await after.find("ack")
     before.drop()
     after.drop()
 
 
-def door_node(*flags: str) -> str:
+def node_path(*flags: str) -> str:
     """Return the path of a Node that knows these flags. Without one: fail in CI."""
     node = shutil.which("node")
     asked = [node or "", *flags, "-e", ""]
@@ -1967,7 +1968,7 @@ def door_node(*flags: str) -> str:
     pytest.skip(why)
 
 
-async def door_shut(house: DoorServer) -> None:
+async def refuses_connections(server: ServerProcess) -> None:
     """Claim that the server accepts no connection any more."""
     with pytest.raises(ConnectionRefusedError):
-        await house.dial()
+        await server.dial()

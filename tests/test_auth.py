@@ -40,31 +40,31 @@ import chatd
 from chatd import Keyring, Rate, Refusal, Settings, UsageError
 from tests.harness import (
     CLOSE,
-    DOOR_OPEN,
-    DOOR_UPGRADE,
     KEY_PARTS,
+    NO_RATES,
     TEXT,
-    DoorGone,
-    DoorLine,
-    DoorPeer,
-    DoorServer,
-    WiresHouse,
-    door_frame,
-    door_get,
-    door_run,
-    door_until,
-    door_users,
+    UPGRADE_LINES,
+    Disconnected,
+    HttpClient,
+    ServerProcess,
+    SocketClient,
+    VirtualServer,
+    certificate_of,
+    client_frame,
+    command_bytes,
+    get_bytes,
+    jwk_of,
+    new_private_key,
+    new_users,
     refusal_of,
-    rules_certificate,
-    rules_jwk,
-    rules_private,
+    request_bytes,
+    run_chatd,
+    take_frames,
     taking,
+    upgrade_bytes,
     usage_error_of,
-    wires,
-    wires_command,
-    wires_frames,
-    wires_request,
-    wires_upgrade,
+    wait_until,
+    with_server,
 )
 
 # --- buckets -------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def shared_key(tmp_path: Path) -> Path:
 
 
 def public_pem(kind: str) -> bytes:
-    pem: bytes = rules_private(kind).public_key().public_bytes(
+    pem: bytes = new_private_key(kind).public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )  # fmt: skip
     return pem
@@ -509,14 +509,14 @@ def test_a_public_key_verifies_its_own_algorithm_and_no_other(
     body: dict[str, object] = {"user_id": 6, "exp": time_in()}
     ring = keyring_of(path)
     assert chatd.read_jwt_key(path).algorithm == algorithm
-    token = jwt.encode(body, rules_private(algorithm), algorithm)
+    token = jwt.encode(body, new_private_key(algorithm), algorithm)
     assert ring.verify(token).user_id == 6
     # CVE-2022-29217: the public key, which anyone has, used as a shared secret.
     for pem in (path.read_bytes(), path.read_bytes().strip()):
         for alg in ("HS256", algorithm, "none"):
             refusal_of(ring.verify, forge({"alg": alg}, body, pem))
     if algorithm == "RS256":
-        other = jwt.encode(body, rules_private(algorithm), "PS256")
+        other = jwt.encode(body, new_private_key(algorithm), "PS256")
         assert refusal_of(ring.verify, other).code == "token_invalid"
 
 
@@ -529,7 +529,7 @@ def test_with_several_keys_a_token_of_any_of_them_is_accepted(
     body = {"user_id": 6, "exp": time_in()}
     for secret in (SECRET, SHARED_SECRET, b"n" * 32):
         assert ring.verify(make_token(secret)).user_id == 6
-    assert ring.verify(jwt.encode(body, rules_private("ES256"), "ES256")).user_id == 6
+    assert ring.verify(jwt.encode(body, new_private_key("ES256"), "ES256")).user_id == 6
     expired = make_token(b"n" * 32, exp=time_in(-60))
     assert refusal_of(ring.verify, expired).code == "token_expired"
     assert refusal_of(ring.verify, make_token(b"x" * 32)).code == "token_invalid"
@@ -854,7 +854,7 @@ def public_key_forms(private: Any) -> dict[str, bytes]:
     for part, (encoding, form) in KEY_PARTS.items():
         with suppress(ValueError, TypeError):
             forms[part] = public.public_bytes(encoding, form)
-    binary = {**forms, "a certificate": rules_certificate(private)}
+    binary = {**forms, "a certificate": certificate_of(private)}
     forms = {}
     if line := binary.pop("OpenSSH", b""):  # OpenSSH has no secp256k1
         binary["an OpenSSH blob"] = base64.b64decode(line.split()[1])
@@ -862,7 +862,7 @@ def public_key_forms(private: Any) -> dict[str, bytes]:
     for part, der in binary.items():
         for name, write in KEY_ENCODINGS.items():
             forms[f"{part}, {name}"] = write(der)
-    jwk = json.dumps(rules_jwk(private))
+    jwk = json.dumps(jwk_of(private))
     pem = public.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
@@ -885,7 +885,7 @@ def draw_private_key(draw: Callable[[Any], Any]) -> Any:
     curves = [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1(), ec.SECP256K1()]
     match draw(st.sampled_from(["RSA", "EC", "Ed25519"])):
         case "RSA":
-            return rules_private(draw(st.sampled_from(["RS256", "RSA 3072"])))
+            return new_private_key(draw(st.sampled_from(["RS256", "RSA 3072"])))
         case "EC":
             number = draw(st.integers(1, 2**250))
             return ec.derive_private_key(number, draw(st.sampled_from(curves)))
@@ -1000,7 +1000,7 @@ def test_a_pem_file_may_have_text_around_the_key_and_any_line_ends(
 ) -> None:
     path, pem = tmp_path / "public.pem", public_pem(algorithm)
     token = jwt.encode(
-        {"user_id": 6, "exp": time_in()}, rules_private(algorithm), algorithm
+        {"user_id": 6, "exp": time_in()}, new_private_key(algorithm), algorithm
     )
     for text in (
         pem.strip(), b"\xef\xbb\xbf" + pem, pem.replace(b"\n", b"\r\n"),
@@ -1034,7 +1034,7 @@ def test_a_private_key_is_refused_because_chatd_needs_only_the_public_one(
 ) -> None:
     path = tmp_path / "private.pem"
     path.write_bytes(
-        rules_private("ES256").private_bytes(
+        new_private_key("ES256").private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
@@ -1119,11 +1119,11 @@ def test_cleaning_a_name_twice_changes_nothing(name: str) -> None:
 # --- rates of a connection -----------------------------------------------------------
 
 
-@wires()
+@with_server()
 async def test_a_connection_may_send_60_commands_at_once_and_then_30_a_second(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6)
+    peer = await server.join(6)
     for _ in range(60):
         assert (await peer.ask("ping"))["type"] == "pong"
     error = await peer.refused("ping")
@@ -1132,32 +1132,32 @@ async def test_a_connection_may_send_60_commands_at_once_and_then_30_a_second(
     for _ in range(30):
         assert (await peer.ask("ping"))["type"] == "pong"
     assert (await peer.refused("ping"))["code"] == "rate_limited"
-    assert (await house.stats())["rate_limited"] == {"commands": 2}
+    assert (await server.stats())["rate_limited"] == {"commands": 2}
 
 
-@wires()
+@with_server()
 async def test_100_refused_commands_in_a_row_close_the_connection_with_4008(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6)
+    peer = await server.join(6)
     for _ in range(60 + 99):
-        await peer.say("ping")
+        await peer.send_command("ping")
     for kind, number in (("pong", 60), ("error", 99)):
         for _ in range(number):
-            await peer.hear(kind)
-    await peer.hears_nothing(0.01)
-    await peer.say("ping")
-    heard, code = await peer.end()
-    assert [frame["code"] for frame in heard] == ["rate_limited"]
+            await peer.receive(kind)
+    await peer.receives_nothing(0.01)
+    await peer.send_command("ping")
+    received, code = await peer.end()
+    assert [frame["code"] for frame in received] == ["rate_limited"]
     assert code == 4008
 
 
-@wires()
+@with_server()
 async def test_after_4008_no_further_command_of_a_flood_is_handled(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = await house.join_raw(6)
-    await raw.send(wires_command("ping") * 250)  # one segment
+    raw = await server.join_raw(6)
+    await raw.send(command_bytes("ping") * 250)  # one segment
     kinds = []
     while (frame := await raw.frame())[0] == TEXT:
         kinds.append(json.loads(frame[1])["type"])
@@ -1165,36 +1165,36 @@ async def test_after_4008_no_further_command_of_a_flood_is_handled(
     assert kinds == ["pong"] * 60 + ["error"] * 100
 
 
-@wires()
+@with_server()
 async def test_an_accepted_command_resets_the_count_of_refused_ones(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6)
+    peer = await server.join(6)
     for _ in range(5):
         for _ in range(60 + 99):
-            await peer.say("ping")
+            await peer.send_command("ping")
         for _ in range(60 + 99):
             await peer.ws.get_message()
         await trio.sleep(2)
     assert (await peer.ask("ping"))["type"] == "pong"
 
 
-@wires()
-async def test_a_bad_command_counts_against_the_rate_too(house: WiresHouse) -> None:
-    peer = await house.join(6)
+@with_server()
+async def test_a_bad_command_counts_against_the_rate_too(server: VirtualServer) -> None:
+    peer = await server.join(6)
     for _ in range(60):
         await peer.ws.send_message("nonsense")
-        assert (await peer.hear("error"))["code"] == "bad_json"
+        assert (await peer.receive("error"))["code"] == "bad_json"
     await peer.ws.send_message("nonsense")
-    assert (await peer.hear("error"))["code"] == "rate_limited"
+    assert (await peer.receive("error"))["code"] == "rate_limited"
 
 
-@wires()
+@with_server()
 async def test_the_21st_message_at_once_is_refused_with_the_seconds_to_wait(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer, tab = await house.join(6), await house.join(6)
+    chat = await server.chat(6, 7)
+    peer, tab = await server.join(6), await server.join(6)
     for number in range(20):
         sender = (peer, tab)[number % 2]  # one user, one bucket
         answer = await sender.ask("send_message", chat_id=chat, content=str(number))
@@ -1205,15 +1205,15 @@ async def test_the_21st_message_at_once_is_refused_with_the_seconds_to_wait(
     for sender, kind in ((tab, "ack"), (peer, "error")):
         answer = await sender.ask("send_message", chat_id=chat, content="x")
         assert answer["type"] == kind
-    assert (await house.stats())["rate_limited"] == {"sends": 2}
+    assert (await server.stats())["rate_limited"] == {"sends": 2}
 
 
-@wires()
+@with_server()
 async def test_a_repeated_message_does_not_count_against_the_rate(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer = await house.join(6)
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
     for number in range(19):
         await peer.ask(
             "send_message", chat_id=chat, content=str(number), client_id=str(number)
@@ -1229,17 +1229,17 @@ async def test_a_repeated_message_does_not_count_against_the_rate(
     assert error["code"] == "rate_limited"
 
 
-@wires()
+@with_server()
 async def test_over_the_rate_a_repeated_message_is_still_acked(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer, friend = await house.join(6), await house.join(7)
+    chat = await server.chat(6, 7)
+    peer, friend = await server.join(6), await server.join(7)
     for number in range(20):
         first = await peer.ask(
             "send_message", chat_id=chat, content=str(number), client_id=str(number)
         )
-    await friend.hear("new_message")
+    await friend.receive("new_message")
     repeat = {"chat_id": chat, "content": "19", "client_id": "19"}
     answer = await peer.ask("send_message", **repeat)
     assert answer == first | {"duplicate": True}
@@ -1249,129 +1249,135 @@ async def test_over_the_rate_a_repeated_message_is_still_acked(
     assert unknown["code"] == "rate_limited"
     without = await peer.refused("send_message", chat_id=chat, content="19")
     assert without["code"] == "rate_limited"
-    over_http = await house.ask(
+    over_http = await server.ask(
         "POST", f"/api/v1/chats/{chat}/messages",
         {"content": "19", "client_id": "19"}, user=6,
     )  # fmt: skip
     assert (over_http.status, over_http.json["duplicate"]) == (200, True)
 
 
-@wires()
-async def test_a_service_is_not_limited_by_the_rate_of_users(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    peer = await house.join(6, token=house.token(6, scope="service"))
+@with_server()
+async def test_a_service_is_not_limited_by_the_rate_of_users(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6, token=server.token(6, scope="service"))
     for number in range(30):
         answer = await peer.ask("send_message", chat_id=chat, content=str(number))
         assert answer["type"] == "ack"
 
 
-@wires()
+@with_server()
 async def test_typing_over_the_rate_is_dropped_without_an_error(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat, other = await house.chat(6, 7), await house.chat(6, 7)
-    peer, friend = await house.join(6), await house.join(7)
+    chat, other = await server.chat(6, 7), await server.chat(6, 7)
+    peer, friend = await server.join(6), await server.join(7)
     for _ in range(8):
-        await peer.say("typing", chat_id=chat, is_typing=True)
+        await peer.send_command("typing", chat_id=chat, is_typing=True)
     for _ in range(5):
-        await friend.hear("typing")
-    await friend.hears_nothing(0.1)
-    await peer.say("typing", chat_id=other, is_typing=True)  # another bucket
-    assert (await friend.hear("typing"))["chat_id"] == other
+        await friend.receive("typing")
+    await friend.receives_nothing(0.1)
+    await peer.send_command("typing", chat_id=other, is_typing=True)  # another bucket
+    assert (await friend.receive("typing"))["chat_id"] == other
     await trio.sleep(1)
     for _ in range(2):
-        await peer.say("typing", chat_id=chat, is_typing=True)
-    await friend.hear("typing")
-    await friend.hears_nothing(0.1)
-    await peer.hears_nothing(0.1)
-    assert (await house.stats())["rate_limited"] == {"typing": 4}
+        await peer.send_command("typing", chat_id=chat, is_typing=True)
+    await friend.receive("typing")
+    await friend.receives_nothing(0.1)
+    await peer.receives_nothing(0.1)
+    assert (await server.stats())["rate_limited"] == {"typing": 4}
 
 
 # --- tokens of an open connection ----------------------------------------------------
 
 
-@wires()
+@with_server()
 async def test_token_expiring_comes_60_s_before_the_token_ends_and_4401_25_s_after(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     # Tokens are signed by the real clock, so a little tolerance is needed.
-    peer = await house.join(6, token=house.token(6, 200))
+    peer = await server.join(6, token=server.token(6, 200))
     assert 190 <= peer.hello["expires_in"] < 200
     with taking(130, 142):
-        warning = await peer.hear("token_expiring", within=300)
+        warning = await peer.receive("token_expiring", within=300)
     assert 58 <= warning["expires_in"] <= 60
     with taking(83.9, 86.1):
         assert await peer.end(within=300) == ([], 4401)
-    assert (await house.stats())["connections"]["closed"] == {"4401": 1}
+    assert (await server.stats())["connections"]["closed"] == {"4401": 1}
 
 
-@wires()
+@with_server()
 async def test_a_token_that_ends_within_a_minute_is_warned_about_at_once(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6, token=house.token(6, 30))
-    assert 20 <= (await peer.hear("token_expiring", within=1.1))["expires_in"] <= 30
+    peer = await server.join(6, token=server.token(6, 30))
+    assert 20 <= (await peer.receive("token_expiring", within=1.1))["expires_in"] <= 30
     with taking(44, 56):
         assert await peer.end(within=60) == ([], 4401)
 
 
-@wires()
+@with_server()
 async def test_token_expiring_follows_connected_however_long_that_takes(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    house.disk.hold(reads=True)
-    raw = house.dial()
-    await raw.send(wires_upgrade(house.target(6, token=house.token(6, 30))))
+    server.disk.hold(reads=True)
+    raw = server.dial()
+    await raw.send(upgrade_bytes(server.target(6, token=server.token(6, 30))))
     assert (await raw.answer()).status == 101
     await trio.sleep(3)  # the sweeper has run
-    house.disk.go()
+    server.disk.go()
     await raw.listen(2)
-    frames = [json.loads(data) for _, data in wires_frames(raw.data)]
+    frames = [json.loads(data) for _, data in take_frames(raw.data)]
     assert [frame["type"] for frame in frames] == ["connected", "token_expiring"]
 
 
-@wires()
+@with_server()
 async def test_auth_with_a_jwt_or_a_ticket_extends_the_connection(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6, token=house.token(6, 100))
-    await peer.hear("token_expiring", within=45)
-    ack = await peer.ask("auth", token=house.token(6, 400))
+    peer = await server.join(6, token=server.token(6, 100))
+    await peer.receive("token_expiring", within=45)
+    ack = await peer.ask("auth", token=server.token(6, 400))
     assert 390 <= ack.pop("expires_in") < 400
     assert ack == {"type": "ack", "ref": "ask"}
-    await peer.hears_nothing(330)  # the old token has ended, without 4401
-    await peer.hear("token_expiring", within=20)  # a second warning, for the new token
-    asked = await house.ask("GET", "/api/v2/ws-token", token=house.token(6, 900))
+    await peer.receives_nothing(330)  # the old token has ended, without 4401
+    await peer.receive(
+        "token_expiring", within=20
+    )  # a second warning, for the new token
+    asked = await server.ask("GET", "/api/v2/ws-token", token=server.token(6, 900))
     assert asked.json["expires_in"] == 60
     ack = await peer.ask("auth", token=asked.json["token"])
     assert 890 <= ack["expires_in"] <= 900  # as long as the requesting token
-    await peer.hears_nothing(800)
+    await peer.receives_nothing(800)
     again = await peer.refused("auth", token=asked.json["token"])
     assert again["code"] == "token_used"
 
 
-@wires()
+@with_server()
 async def test_auth_within_25_s_after_the_end_of_the_token_is_in_time(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6, token=house.token(6, 4))
-    await peer.hear("token_expiring", within=2)
+    peer = await server.join(6, token=server.token(6, 4))
+    await peer.receive("token_expiring", within=2)
     await trio.sleep(23)
-    assert (await peer.ask("auth", token=house.token(6, 500)))["type"] == "ack"
-    await peer.hears_nothing(100)
+    assert (await peer.ask("auth", token=server.token(6, 500)))["type"] == "ack"
+    await peer.receives_nothing(100)
 
 
-@wires()
-async def test_after_a_bad_auth_the_old_token_still_counts(house: WiresHouse) -> None:
-    peer = await house.join(6, token=house.token(6, 100))
-    ring = house.server.keyring
+@with_server()
+async def test_after_a_bad_auth_the_old_token_still_counts(
+    server: VirtualServer,
+) -> None:
+    peer = await server.join(6, token=server.token(6, 100))
+    ring = server.app.keyring
     for token, code in {
         "": "token_invalid",
         "nonsense": "token_invalid",
         "x" * 5000: "token_invalid",
-        house.token(6, 900) + "x": "token_invalid",
-        house.token(6, -60): "token_expired",
-        house.token(6, 900, use="signin"): "token_invalid",
+        server.token(6, 900) + "x": "token_invalid",
+        server.token(6, -60): "token_expired",
+        server.token(6, 900, use="signin"): "token_invalid",
         ring.sign(6, 60, use="ticket", jti="j", boot="another", until=1e11): (
             "token_used"
         ),
@@ -1379,115 +1385,120 @@ async def test_after_a_bad_auth_the_old_token_still_counts(house: WiresHouse) ->
         error = await peer.refused("auth", token=token)
         assert error["code"] == code
         assert token == "" or token not in error["message"]
-    assert await peer.hear("token_expiring", within=45)
+    assert await peer.receive("token_expiring", within=45)
     with taking(84, 87):
         assert await peer.end(within=100) == ([], 4401)  # when the old token ends
 
 
-@wires()
+@with_server()
 async def test_auth_as_another_user_is_forbidden_and_closes_with_4503(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6)
-    await peer.say("auth", token=house.token(7), ref="a")
+    peer = await server.join(6)
+    await peer.send_command("auth", token=server.token(7), ref="a")
     ((error,), code) = await peer.end()
     assert (error["type"], error["code"], error["ref"]) == ("error", "forbidden", "a")
     assert code == 4503
 
 
-@wires()
+@with_server()
 async def test_revoking_a_user_closes_all_of_its_connections_and_no_other(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    theirs = [await house.join(6) for _ in range(3)]
-    other = await house.join(7)
-    old = house.token(6)
-    revoke = await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    theirs = [await server.join(6) for _ in range(3)]
+    other = await server.join(7)
+    old = server.token(6)
+    revoke = await server.command(
+        "POST", "/api/v1/internal/chat/revoke", {"user_id": 6}
+    )
     assert revoke == {"user_id": 6, "closed": 3}
     for peer in theirs:
         assert await peer.end() == ([], 4503)
     assert (await other.ask("ping"))["type"] == "pong"
     # Tokens issued before, or within the leeway after, are refused everywhere.
-    for token in (old, house.token(6), house.token(6, iat=None)):
-        answer = await house.ask("GET", "/api/v1/me", token=token)
+    for token in (old, server.token(6), server.token(6, iat=None)):
+        answer = await server.ask("GET", "/api/v1/me", token=token)
         assert (answer.status, answer.code) == (401, "token_invalid")
-    raw = house.dial()
-    await raw.send(wires_upgrade(house.target(6)))
+    raw = server.dial()
+    await raw.send(upgrade_bytes(server.target(6)))
     assert (await raw.answer()).code == "token_invalid"
-    later = house.token(6, iat=time.time() + 5)
-    again = await house.join(6, token=later)
+    later = server.token(6, iat=time.time() + 5)
+    again = await server.join(6, token=later)
     assert (await again.refused("auth", token=old))["code"] == "token_invalid"
 
 
-@wires()
+@with_server()
 async def test_a_revocation_holds_although_its_answer_timed_out(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6)
-    house.disk.hold()
-    raw, auth = house.dial(), f"Bearer {house.token(1, scope='service')}"
+    peer = await server.join(6)
+    server.disk.hold()
+    raw, auth = server.dial(), f"Bearer {server.token(1, scope='service')}"
     path, body = "/api/v1/internal/chat/revoke", b'{"user_id":6}'
-    await raw.send(wires_request("POST", path, body, Authorization=auth))
+    await raw.send(request_bytes("POST", path, body, Authorization=auth))
     assert (await raw.answer(within=16)).status == 408
-    house.disk.go()
+    server.disk.go()
     assert await peer.end() == ([], 4503)
-    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 401
+    assert (await server.ask("GET", "/api/v1/me", user=6)).status == 401
 
 
-@wires()
+@with_server()
 @pytest.mark.parametrize("path", ["/api/v1/session", "/api/v1/chats"])
 async def test_a_request_is_refused_if_its_user_is_revoked_before_the_body_is_complete(
-    house: WiresHouse, path: str
+    server: VirtualServer, path: str
 ) -> None:
     use = "signin" if path.endswith("session") else None
-    auth = {"Authorization": f"Bearer {house.token(6, use=use)}", "Content_Length": "2"}
-    slow = house.dial()
-    await slow.send(wires_request("POST", path, None, **auth))
+    auth = {
+        "Authorization": f"Bearer {server.token(6, use=use)}",
+        "Content_Length": "2",
+    }
+    slow = server.dial()
+    await slow.send(request_bytes("POST", path, None, **auth))
     await wait_all_tasks_blocked()
-    await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    await server.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
     await slow.send(b"{}")
     assert (await slow.answer()).code == "token_invalid"
 
 
-@wires(requests=Rate(1, 10))
+@with_server(requests=Rate(1, 10))
 async def test_creating_a_chat_costs_one_request_for_every_ten_members(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     ids = [*range(1, 301)]
-    made = await house.ask("POST", "/api/v1/chats", {"member_ids": ids}, user=6)
+    made = await server.ask("POST", "/api/v1/chats", {"member_ids": ids}, user=6)
     assert made.status == 201
-    late = await house.ask("GET", "/api/v1/me", user=6)
+    late = await server.ask("GET", "/api/v1/me", user=6)
     assert (late.status, late.code) == (429, "rate_limited")
     await trio.sleep(float(late.json["error"]["retry_after"]) + 0.01)
-    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 200
+    assert (await server.ask("GET", "/api/v1/me", user=6)).status == 200
 
 
-@wires()
+@with_server()
 async def test_a_token_revoked_during_its_handshake_gets_401_or_4503(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    service = f"Bearer {house.token(999, scope='service')}"
-    house.disk.hold()
-    asked = house.dial()  # a commit that the others wait for
+    service = f"Bearer {server.token(999, scope='service')}"
+    server.disk.hold()
+    asked = server.dial()  # a commit that the others wait for
     await asked.send(
-        wires_request("POST", "/api/v1/chats", b"{}", Authorization=service)
+        request_bytes("POST", "/api/v1/chats", b"{}", Authorization=service)
     )
     await wait_all_tasks_blocked()
-    raw, revoke = house.dial(), house.dial()
+    raw, revoke = server.dial(), server.dial()
     # A new name is stored before the 101, so the handshake waits for it.
-    target = house.target(token=house.token(6, name="Ann"))
-    await raw.send(wires_upgrade(target))
+    target = server.target(token=server.token(6, name="Ann"))
+    await raw.send(upgrade_bytes(target))
     await wait_all_tasks_blocked()
     body = b'{"user_id": 6}'
     path = "/api/v1/internal/chat/revoke"
-    await revoke.send(wires_request("POST", path, body, Authorization=service))
+    await revoke.send(request_bytes("POST", path, body, Authorization=service))
     await wait_all_tasks_blocked()
-    house.disk.go()
+    server.disk.go()
     assert (await revoke.answer()).status == 200
     answer = await raw.answer()
     if answer.status == 101:  # `connected` may come before the close frame
         await raw.listen()
-        *_, (opcode, payload) = wires_frames(raw.data)
+        *_, (opcode, payload) = take_frames(raw.data)
         assert (opcode, payload[:2]) == (CLOSE, (4503).to_bytes(2, "big"))
     else:
         assert (answer.status, answer.code) == (401, "token_invalid")
@@ -1496,24 +1507,26 @@ async def test_a_token_revoked_during_its_handshake_gets_401_or_4503(
 # --- tokens over HTTP ----------------------------------------------------------------
 
 
-@wires()
+@with_server()
 async def test_a_sign_in_link_yields_a_session_token_that_cannot_sign_in_again(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    link = house.token(6, use="signin", name="Ann")
-    answer = await house.ask("POST", "/api/v1/session", token=link)
+    link = server.token(6, use="signin", name="Ann")
+    answer = await server.ask("POST", "/api/v1/session", token=link)
     assert answer.status == 200
     session = answer.json
     token = session.pop("token")
     assert session == {"user_id": 6, "name": "Ann", "expires_in": 30 * 86_400}
-    assert (await house.ask("GET", "/api/v1/me", token=token)).json["name"] == "Ann"
-    assert (await house.join(6, token=token)).hello["user_id"] == 6
-    wrong = await house.ask("POST", "/api/v1/session", token=token)
+    assert (await server.ask("GET", "/api/v1/me", token=token)).json["name"] == "Ann"
+    assert (await server.join(6, token=token)).hello["user_id"] == 6
+    wrong = await server.ask("POST", "/api/v1/session", token=token)
     assert (wrong.status, wrong.code) == (401, "token_invalid")
 
 
-@wires()
-async def test_a_scope_permits_only_the_requests_it_names(house: WiresHouse) -> None:
+@with_server()
+async def test_a_scope_permits_only_the_requests_it_names(
+    server: VirtualServer,
+) -> None:
     stats, revoke = "/api/v1/internal/chat/ws/stats", "/api/v1/internal/chat/revoke"
     for scope, method, path, status in (
         (None, "GET", stats, 403),
@@ -1526,48 +1539,48 @@ async def test_a_scope_permits_only_the_requests_it_names(house: WiresHouse) -> 
         ("stats service", "POST", revoke, 200),
     ):
         body = {"user_id": 50} if method == "POST" else None
-        token = house.token(6, scope=scope)
-        answer = await house.ask(method, path, body, token=token)
+        token = server.token(6, scope=scope)
+        answer = await server.ask(method, path, body, token=token)
         assert answer.status == status, (scope, path)
     for path in (stats, "/metrics"):
-        assert (await house.ask("GET", path)).status == 401
+        assert (await server.ask("GET", path)).status == 401
 
 
-@wires()
+@with_server()
 async def test_a_ticket_has_the_scopes_of_the_requesting_token(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    token = house.token(6, scope="service")
-    ticket = (await house.ask("GET", "/api/v2/ws-token", token=token)).json["token"]
-    chat = await house.chat(7)
-    peer = await house.join(6, token=ticket)
+    token = server.token(6, scope="service")
+    ticket = (await server.ask("GET", "/api/v2/ws-token", token=token)).json["token"]
+    chat = await server.chat(7)
+    peer = await server.join(6, token=ticket)
     answer = await peer.ask("send_message", chat_id=chat, content="hi")
     assert answer["type"] == "ack"
 
 
-@wires()
+@with_server()
 async def test_revoke_refuses_a_bad_user_id_and_works_without_open_connections(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    token = house.token(999, scope="service")
+    token = server.token(999, scope="service")
     path = "/api/v1/internal/chat/revoke"
     for body in ({}, {"user_id": "6"}, {"user_id": 0}):
-        answer = await house.ask("POST", path, body, token=token)
+        answer = await server.ask("POST", path, body, token=token)
         assert (answer.status, answer.code) == (400, "bad_field")
-    answer = await house.ask("POST", path, {"user_id": 6}, token=token)
+    answer = await server.ask("POST", path, {"user_id": 6}, token=token)
     assert answer.json == {"user_id": 6, "closed": 0}
-    assert (await house.ask("GET", "/api/v1/me", user=6)).status == 401
+    assert (await server.ask("GET", "/api/v1/me", user=6)).status == 401
 
 
 # --- whole process: identity ---------------------------------------------------------
 
 
-def forged_tokens(house: DoorServer, user: int) -> dict[str, tuple[str, str]]:
+def forged_tokens(server: ServerProcess, user: int) -> dict[str, tuple[str, str]]:
     """Tokens that must be refused, each with its error code."""
     now = int(time.time())
-    good = house.token(user)
+    good = server.token(user)
     head, body, mark = good.split(".")
-    admin = house.token(user, scope="service").split(".")[1]
+    admin = server.token(user, scope="service").split(".")[1]
     claims = {"sub": str(user), "iat": now, "exp": now + 3600}
     unsigned = jwt.encode(claims, "", algorithm="none")
     invalid = {
@@ -1577,49 +1590,49 @@ def forged_tokens(house: DoorServer, user: int) -> dict[str, tuple[str, str]]:
         "alg none, our mark": f"{unsigned.split('.')[0]}.{body}.{mark}",
         "another body": f"{head}.{admin}.{mark}",
         "no mark": f"{head}.{body}.",
-        "another key": house.token(user, key=b"k" * 32),
-        "another algorithm": jwt.encode(claims, house.secret * 2, algorithm="HS512"),
-        "a critical header": jwt.encode(claims, house.secret, headers={"crit": ["x"]}),
-        "no exp": house.token(user, exp=None),
-        "exp is text": house.token(user, exp="soon"),
-        "not yet": house.token(user, nbf=now + 60),
-        "issued in the future": house.token(user, iat=now + 60),
-        "no user": house.token(),
-        "sub is a name": house.token(sub="six"),
-        "sub is a float": house.token(sub=6.5),
-        "sub is true": house.token(sub=True),
-        "user_id is true": house.token(user_id=True),
-        "user_id is a float": house.token(user_id=6.5),
-        "user_id is 0": house.token(user_id=0),
-        "user_id is negative": house.token(user_id=-6),
-        "user_id is too large": house.token(user_id=2**53),
-        "sub is too large": house.token(sub=str(2**53)),
-        "sub is much too large": house.token(sub="9" * 1000),
-        "over 4 KiB": house.token(user, x="x" * 4096),
-        "a sign-in link's": house.token(user, use="signin"),
+        "another key": server.token(user, key=b"k" * 32),
+        "another algorithm": jwt.encode(claims, server.secret * 2, algorithm="HS512"),
+        "a critical header": jwt.encode(claims, server.secret, headers={"crit": ["x"]}),
+        "no exp": server.token(user, exp=None),
+        "exp is text": server.token(user, exp="soon"),
+        "not yet": server.token(user, nbf=now + 60),
+        "issued in the future": server.token(user, iat=now + 60),
+        "no user": server.token(),
+        "sub is a name": server.token(sub="six"),
+        "sub is a float": server.token(sub=6.5),
+        "sub is true": server.token(sub=True),
+        "user_id is true": server.token(user_id=True),
+        "user_id is a float": server.token(user_id=6.5),
+        "user_id is 0": server.token(user_id=0),
+        "user_id is negative": server.token(user_id=-6),
+        "user_id is too large": server.token(user_id=2**53),
+        "sub is too large": server.token(sub=str(2**53)),
+        "sub is much too large": server.token(sub="9" * 1000),
+        "over 4 KiB": server.token(user, x="x" * 4096),
+        "a sign-in link's": server.token(user, use="signin"),
     }
     codes = {name: (token, "token_invalid") for name, token in invalid.items()}
-    codes["expired"] = (house.token(user, exp=now - 8), "token_expired")
-    codes["expired long ago"] = (house.token(user, exp=1), "token_expired")
+    codes["expired"] = (server.token(user, exp=now - 8), "token_expired")
+    codes["expired long ago"] = (server.token(user, exp=1), "token_expired")
     return codes
 
 
 async def test_a_forged_token_is_refused_over_http_and_in_the_handshake(
-    open_house: DoorServer,
+    shared_server: ServerProcess,
 ) -> None:
-    house = open_house
-    user = next(door_users)
-    async with await house.dial() as stream:
-        line = DoorLine(stream)
-        for name, (token, code) in forged_tokens(house, user).items():
+    server = shared_server
+    user = next(new_users)
+    async with await server.dial() as stream:
+        line = HttpClient(stream)
+        for name, (token, code) in forged_tokens(server, user).items():
             answer = await line.ask("GET", "/api/v1/me", token)
             assert (answer.status, answer.code) == (401, code), (name, answer)
-            refused = await house.refusal(token)
+            refused = await server.refusal(token)
             assert (refused.status, refused.code) == (401, code), (name, refused)
         for lines in ({}, {"Authorization": "Basic eDp5"}, {"Authorization": "Bearer"}):
             answer = await line.ask("GET", "/api/v1/me", **lines)
             assert (answer.status, answer.code) == (401, "token_invalid"), lines
-        target = f"/api/v1/me?token={house.token(user)}"  # for /ws/chat only
+        target = f"/api/v1/me?token={server.token(user)}"  # for /ws/chat only
         assert (await line.ask("GET", target)).status == 401
         now = int(time.time())
         for claims in (
@@ -1631,37 +1644,37 @@ async def test_a_forged_token_is_refused_over_http_and_in_the_handshake(
             {"user_id": user, "exp": now - 2},  # within the leeway
             {"user_id": user, "iat": None},
         ):
-            answer = await line.ask("GET", "/api/v1/me", house.token(**claims))
+            answer = await line.ask("GET", "/api/v1/me", server.token(**claims))
             assert answer.json["user_id"] == user, (claims, answer)
 
 
 async def test_auth_never_changes_the_user_of_a_connection(
-    either_house: DoorServer,
+    either_server: ServerProcess,
 ) -> None:
-    house = either_house
-    ann, eve = next(door_users), next(door_users)
-    chat = await house.chat(ann)
-    peer = await house.peer(ann)
-    forged = forged_tokens(house, ann).values()
-    for token, code in [*forged, *forged_tokens(house, eve).values()]:
+    server = either_server
+    ann, eve = next(new_users), next(new_users)
+    chat = await server.chat(ann)
+    peer = await server.peer(ann)
+    forged = forged_tokens(server, ann).values()
+    for token, code in [*forged, *forged_tokens(server, eve).values()]:
         answer = await peer.ask("auth", token=token)
         assert (answer["type"], answer["code"]) == ("error", code), answer
     ack = await peer.ask("send_message", chat_id=chat, content="still me")
     assert ack["type"] == "ack"
-    assert (await house.history(chat, ann))[0]["sender_id"] == ann
-    ack = await peer.ask("auth", token=house.token(ann, exp=int(time.time()) + 100))
+    assert (await server.history(chat, ann))[0]["sender_id"] == ann
+    ack = await peer.ask("auth", token=server.token(ann, exp=int(time.time()) + 100))
     assert 95 < ack["expires_in"] <= 100
-    ticket = await house.want(200, "GET /api/v2/ws-token", house.token(eve))
-    for token in (house.token(eve), str(ticket["token"])):
-        peer = await house.peer(ann)
-        await peer.say("auth", token=token)
-        await peer.say("send_message", chat_id=chat, content="who am I?")
+    ticket = await server.want(200, "GET /api/v2/ws-token", server.token(eve))
+    for token in (server.token(eve), str(ticket["token"])):
+        peer = await server.peer(ann)
+        await peer.send_command("auth", token=token)
+        await peer.send_command("send_message", chat_id=chat, content="who am I?")
         assert await peer.ended() == 4503
-    assert len(await house.history(chat, ann)) == 1
+    assert len(await server.history(chat, ann)) == 1
 
 
 async def test_tokens_of_the_backend_are_accepted_but_their_scopes_are_ignored(
-    house: DoorServer, tmp_path: Path
+    server: ServerProcess, tmp_path: Path
 ) -> None:
     rsa_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     pairs: dict[str, Any] = {
@@ -1681,8 +1694,8 @@ async def test_tokens_of_the_backend_are_accepted_but_their_scopes_are_ignored(
     shared = tmp_path / "shared"
     shared.write_text("an application's secret of 32 bytes or more\n", "ascii")
     shared.chmod(0o600)
-    async with house.serving(*flags, "--jwt-key", str(shared)):
-        user, now = next(door_users), int(time.time())
+    async with server.serving(*flags, "--jwt-key", str(shared)):
+        user, now = next(new_users), int(time.time())
         claims = {"sub": str(user), "iat": now, "exp": now + 60}
         all_scopes = {**claims, "scope": "service stats"}
 
@@ -1692,18 +1705,20 @@ async def test_tokens_of_the_backend_are_accepted_but_their_scopes_are_ignored(
             return [*tokens, jwt.encode(content, key, algorithm="HS256")]
 
         for token in signed(dict(claims)):
-            assert (await house.ask("GET", "/api/v1/me", token)).json["user_id"] == user
-            (await house.peer(token)).drop()
+            assert (await server.ask("GET", "/api/v1/me", token)).json[
+                "user_id"
+            ] == user
+            (await server.peer(token)).drop()
         for token in signed(dict(all_scopes)):
-            stats = await house.ask("GET", "/api/v1/internal/chat/ws/stats", token)
+            stats = await server.ask("GET", "/api/v1/internal/chat/ws/stats", token)
             assert (stats.status, stats.code) == (403, "forbidden")
             body = {"user_id": user}
             revoke = "/api/v1/internal/chat/revoke"
-            answer = await house.ask("POST", revoke, token, body)
+            answer = await server.ask("POST", revoke, token, body)
             assert (answer.status, answer.code) == (403, "forbidden")
         for kind in ("signin", "ticket"):  # only chatd itself may sign these
             for token in signed({**claims, "use": kind, "jti": "1", "boot": "x"}):
-                answer = await house.ask("POST", "/api/v1/session", token)
+                answer = await server.ask("POST", "/api/v1/session", token)
                 assert answer.status == 401, kind
         for pem in (p for public in publics for p in (public, public.strip())):
 
@@ -1714,26 +1729,26 @@ async def test_tokens_of_the_backend_are_accepted_but_their_scopes_are_ignored(
             head = b64(b'{"alg":"HS256","typ":"JWT"}')
             signing = head + b"." + b64(json.dumps(claims).encode())
             mark = b64(hmac.new(pem, signing, hashlib.sha256).digest())
-            answer = await house.ask(
+            answer = await server.ask(
                 "GET", "/api/v1/me", (signing + b"." + mark).decode()
             )
             assert (answer.status, answer.code) == (401, "token_invalid")
         strange = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         token = jwt.encode(claims, strange, algorithm="RS256")
-        assert (await house.ask("GET", "/api/v1/me", token)).status == 401
+        assert (await server.ask("GET", "/api/v1/me", token)).status == 401
         pss = jwt.encode(claims, rsa_key, algorithm="PS256")
-        assert (await house.ask("GET", "/api/v1/me", pss)).status == 401
+        assert (await server.ask("GET", "/api/v1/me", pss)).status == 401
 
 
 async def test_the_flags_for_issuer_and_audience_are_enforced(
-    house: DoorServer, tmp_path: Path
+    server: ServerProcess, tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
     shared.write_text("k" * 32, "ascii")
     shared.chmod(0o600)
     flags = ("--issuer", "the-app", "--audience", "chat", "--jwt-key", str(shared))
-    async with house.serving(*flags):
-        user = next(door_users)
+    async with server.serving(*flags):
+        user = next(new_users)
         both: dict[str, object] = {"iss": "the-app", "aud": "chat"}
         changes: list[tuple[dict[str, object], int]] = [
             ({}, 200),
@@ -1744,74 +1759,74 @@ async def test_the_flags_for_issuer_and_audience_are_enforced(
             ({"aud": None}, 401),
         ]
         for change, status in changes:
-            token = house.token(user, key="k" * 32, **{**both, **change})
-            answer = await house.ask("GET", "/api/v1/me", token)
+            token = server.token(user, key="k" * 32, **{**both, **change})
+            answer = await server.ask("GET", "/api/v1/me", token)
             assert answer.status == status, change
-        token = house.token(user, key="k" * 32, **both)
-        ticket = await house.want(200, "GET /api/v2/ws-token", token)
-        await house.peer(str(ticket["token"]))  # chatd's own tokens need neither claim
-        link = await door_run("token", user, "--db", house.db, "--link", "http://x")
+        token = server.token(user, key="k" * 32, **both)
+        ticket = await server.want(200, "GET /api/v2/ws-token", token)
+        await server.peer(str(ticket["token"]))  # chatd's own tokens need neither claim
+        link = await run_chatd("token", user, "--db", server.db, "--link", "http://x")
         signin = link.out.partition("token=")[2].strip()
-        session = await house.want(200, "POST /api/v1/session", signin)
-        await house.want(200, "GET /api/v1/me", session["token"])
+        session = await server.want(200, "POST /api/v1/session", signin)
+        await server.want(200, "GET /api/v1/me", session["token"])
 
 
 async def test_a_close_code_reaches_a_client_that_keeps_sending(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
     """A RST would discard the close frame, so the server reads on while it closes."""
     codes: list[int] = []
-    talk = door_frame(10, b"p" * 125) * 50 + door_frame(9, b"p")
+    talk = client_frame(10, b"p" * 125) * 50 + client_frame(9, b"p")
 
-    async def chatter(peer: DoorPeer) -> None:
+    async def chatter(peer: SocketClient) -> None:
         with suppress(trio.BrokenResourceError):
             while True:
                 await peer.stream.send_all(talk)
 
-    async def listen(peer: DoorPeer) -> None:
+    async def listen(peer: SocketClient) -> None:
         async with trio.open_nursery() as talking:
             talking.start_soon(chatter, peer)
             codes.append(await peer.ended())
             assert await peer.stream.receive_some(1) == b"", "RST instead of an end"
             talking.cancel_scope.cancel()
 
-    async with house.serving("--receive-bytes", "65536/65536"):
-        user = next(door_users)
+    async with server.serving("--receive-bytes", "65536/65536"):
+        user = next(new_users)
         async with trio.open_nursery() as nursery:
             for _ in range(10):
-                peer = await house.peer(user)
+                peer = await server.peer(user)
                 nursery.start_soon(listen, peer)
             target, body = "POST /api/v1/internal/chat/revoke", {"user_id": user}
-            revoked = await house.want(200, target, house.service, body)
+            revoked = await server.want(200, target, server.service, body)
             assert revoked["closed"] == 10
         assert codes == [4503] * 10
 
 
 async def test_with_chats_by_service_only_a_service_creates_chats(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving("--chats-by", "service"):
-        ann, bob = next(door_users), next(door_users)
-        token, body = house.token(ann), {"title": "t", "member_ids": [bob]}
-        answer = await house.ask("POST", "/api/v1/chats", token, body)
+    async with server.serving("--chats-by", "service"):
+        ann, bob = next(new_users), next(new_users)
+        token, body = server.token(ann), {"title": "t", "member_ids": [bob]}
+        answer = await server.ask("POST", "/api/v1/chats", token, body)
         assert (answer.status, answer.code) == (403, "forbidden")
-        chat = await house.chat(ann)
+        chat = await server.chat(ann)
         target, member = f"/api/v1/chats/{chat}/members", {"user_id": bob}
-        assert (await house.ask("POST", target, token, member)).status == 403
-        assert (await house.ask("GET", "/api/v1/users", token)).status in {403, 404}
-        await house.want(201, f"POST {target}", house.service, member)
+        assert (await server.ask("POST", target, token, member)).status == 403
+        assert (await server.ask("GET", "/api/v1/users", token)).status in {403, 404}
+        await server.want(201, f"POST {target}", server.service, member)
 
 
 # --- whole process: limits -----------------------------------------------------------
 
 
 async def test_sends_are_limited_per_user_and_repeats_are_free(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving("--sends", "2/2"):
-        ann, bob = next(door_users), next(door_users)
-        chat = await house.chat(ann, bob)
-        peers = [await house.peer(ann), await house.peer(ann)]
+    async with server.serving("--sends", "2/2"):
+        ann, bob = next(new_users), next(new_users)
+        chat = await server.chat(ann, bob)
+        peers = [await server.peer(ann), await server.peer(ann)]
         say = {"chat_id": chat, "content": "x"}
         for number, peer in enumerate(peers):
             ack = await peer.ask("send_message", client_id=f"{number}", **say)
@@ -1823,13 +1838,13 @@ async def test_sends_are_limited_per_user_and_repeats_are_free(
         assert again["duplicate"] is True  # although the rate is used up
         body = {"content": "x", "client_id": "3"}
         target = f"/api/v1/chats/{chat}/messages"
-        by_http = await house.ask("POST", target, house.token(ann), body)
+        by_http = await server.ask("POST", target, server.token(ann), body)
         assert (by_http.status, by_http.code) == (429, "rate_limited")
         assert 0 < by_http.json["error"]["retry_after"] <= 0.6
         assert int(by_http.headers["retry-after"]) == 1
         for number in range(5):  # a service is not limited by the rates of users
-            await house.post(chat, ann, f"{number}")
-        other = await house.peer(bob)
+            await server.post(chat, ann, f"{number}")
+        other = await server.peer(bob)
         assert (await other.ask("send_message", **say))["type"] == "ack"
         await trio.sleep(over["retry_after"])
         ack = await peers[0].ask("send_message", client_id="2", **say)
@@ -1837,84 +1852,84 @@ async def test_sends_are_limited_per_user_and_repeats_are_free(
 
 
 async def test_many_repeats_at_once_are_all_acked_although_the_rate_is_used_up(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving("--sends", "0.01/70"):
-        user = next(door_users)
-        chat, peer = await house.chat(user), await house.peer(user)
+    async with server.serving("--sends", "0.01/70"):
+        user = next(new_users)
+        chat, peer = await server.chat(user), await server.peer(user)
         keys = [*(str(number) for number in range(70)), *["0"] * 200]
         say = {"type": "send_message", "chat_id": chat, "content": "x"}
         texts = [json.dumps({**say, "client_id": key}).encode() for key in keys]
-        await peer.stream.send_all(b"".join(door_frame(1, text) for text in texts))
+        await peer.stream.send_all(b"".join(client_frame(1, text) for text in texts))
         acks = [await peer.find("ack") for _ in keys]
         assert sorted(ack["client_id"] for ack in acks) == sorted(keys)
         new = [ack["client_id"] for ack in acks if not ack["duplicate"]]
         assert new == keys[:70]
         assert len({ack["message_id"] for ack in acks if ack["client_id"] == "0"}) == 1
-        await peer.hears_nothing()
+        await peer.receives_nothing()
 
 
 async def test_commands_are_limited_per_connection_and_a_flood_closes_it(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving("--commands", "0.1/5"):
-        user = next(door_users)
-        peer, other = await house.peer(user), await house.peer(user)
+    async with server.serving("--commands", "0.1/5"):
+        user = next(new_users)
+        peer, other = await server.peer(user), await server.peer(user)
         for _ in range(5):
-            await peer.hears_nothing()
+            await peer.receives_nothing()
         for number in range(100):
-            await peer.say("ping", ref=str(number))
-            error = await peer.hear("error")
+            await peer.send_command("ping", ref=str(number))
+            error = await peer.receive("error")
             assert error["code"] == "rate_limited"
             assert error["ref"] == str(number)
             assert error["retry_after"] > 0
-        await peer.say("ping")
+        await peer.send_command("ping")
         assert await peer.ended() == 4008
-        await other.hears_nothing()
+        await other.receives_nothing()
 
 
 async def test_the_flag_for_typing_limits_each_chat_separately(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving("--typing", "0.1/2"):
-        ann, bob = next(door_users), next(door_users)
-        chats = [await house.chat(ann, bob), await house.chat(ann, bob)]
-        a, b = await house.peer(ann), await house.peer(bob)
+    async with server.serving("--typing", "0.1/2"):
+        ann, bob = next(new_users), next(new_users)
+        chats = [await server.chat(ann, bob), await server.chat(ann, bob)]
+        a, b = await server.peer(ann), await server.peer(bob)
         for _ in range(5):
             for chat in chats:
-                await a.say("typing", chat_id=chat, is_typing=True)
-        await a.hears_nothing()
+                await a.send_command("typing", chat_id=chat, is_typing=True)
+        await a.receives_nothing()
         for chat in chats * 2:
-            assert (await b.hear("typing"))["chat_id"] == chat
-        await b.hears_nothing()
+            assert (await b.receive("typing"))["chat_id"] == chat
+        await b.receives_nothing()
 
 
-async def test_requests_are_limited_per_user(house: DoorServer) -> None:
-    async with house.serving("--requests", "0.1/3"):
-        ann, bob = next(door_users), next(door_users)
+async def test_requests_are_limited_per_user(server: ServerProcess) -> None:
+    async with server.serving("--requests", "0.1/3"):
+        ann, bob = next(new_users), next(new_users)
         for _ in range(3):
-            await house.want(200, "GET /api/v1/me", house.token(ann))
-        over = await house.ask("GET", "/api/v1/me", house.token(ann))
+            await server.want(200, "GET /api/v1/me", server.token(ann))
+        over = await server.ask("GET", "/api/v1/me", server.token(ann))
         assert (over.status, over.code) == (429, "rate_limited")
         assert 1 <= int(over.headers["retry-after"]) <= 11
-        await house.want(200, "GET /api/v1/me", house.token(bob))
+        await server.want(200, "GET /api/v1/me", server.token(bob))
         for _ in range(5):
-            await house.chat(ann)  # a service, again
-        await house.want(200, "GET /healthz")
+            await server.chat(ann)  # a service, again
+        await server.want(200, "GET /healthz")
 
 
 async def test_handshakes_and_bad_tokens_are_limited_per_address(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving("--handshakes", "0.01/3"):
-        user = next(door_users)
+    async with server.serving("--handshakes", "0.01/3"):
+        user = next(new_users)
 
         async def status(address: str, token: str = "") -> int:
             line = f"X-Forwarded-For: {address}"
-            head = (door_get(house.socket_path(token or user), "Host: x", line))[:-2]
-            upgrade = "\r\n".join((*DOOR_UPGRADE, "", "")).encode()
-            got = await house.knock(head + upgrade)
-            if isinstance(got, DoorPeer):
+            head = (get_bytes(server.socket_path(token or user), "Host: x", line))[:-2]
+            upgrade = "\r\n".join((*UPGRADE_LINES, "", "")).encode()
+            got = await server.knock(head + upgrade)
+            if isinstance(got, SocketClient):
                 got.drop()
                 return 101
             if got.status == 429:
@@ -1935,70 +1950,72 @@ async def test_handshakes_and_bad_tokens_are_limited_per_address(
         wrong = [("203.0.113.4", "bad")] * 3
         for address, token in wrong:
             header = {"X_Forwarded_For": address}
-            assert (await house.ask("GET", "/api/v1/me", token, **header)).status == 401
+            assert (
+                await server.ask("GET", "/api/v1/me", token, **header)
+            ).status == 401
         header = {"X_Forwarded_For": "203.0.113.4"}
-        over = await house.ask("GET", "/api/v1/me", "bad", **header)
+        over = await server.ask("GET", "/api/v1/me", "bad", **header)
         assert over.status == 429
         own = ["nonsense", "203.0.113.5, nonsense", "999.1.1.1", "also bad"]
         assert [await status(address) for address in own] == ok  # all count as the peer
-        await house.stop()
-        await house.begin(*house.flags, "--trusted-proxy", "none")
+        await server.stop()
+        await server.begin(*server.flags, "--trusted-proxy", "none")
         believed = [await status(f"203.0.113.{i}") for i in range(4)]
         assert believed == ok
 
 
-async def test_connections_per_user_are_limited(house: DoorServer) -> None:
-    async with house.serving("--connections-per-user", "2"):
-        ann, bob = next(door_users), next(door_users)
-        peers = [await house.peer(ann) for _ in range(2)]
-        head = door_get(house.socket_path(ann), "Host: x", *DOOR_UPGRADE)
-        third = await house.knock(head)
-        assert isinstance(third, DoorPeer)
-        with pytest.raises(DoorGone) as gone:  # the close frame comes first
-            await third.hear()
+async def test_connections_per_user_are_limited(server: ServerProcess) -> None:
+    async with server.serving("--connections-per-user", "2"):
+        ann, bob = next(new_users), next(new_users)
+        peers = [await server.peer(ann) for _ in range(2)]
+        head = get_bytes(server.socket_path(ann), "Host: x", *UPGRADE_LINES)
+        third = await server.knock(head)
+        assert isinstance(third, SocketClient)
+        with pytest.raises(Disconnected) as gone:  # the close frame comes first
+            await third.receive()
         assert gone.value.code == 4504
         for peer in peers:
-            await peer.hears_nothing()
-        (await house.peer(bob)).drop()
+            await peer.receives_nothing()
+        (await server.peer(bob)).drop()
         await peers.pop().leave()
 
         async def accepted() -> bool:
-            got = await house.knock(head)
-            assert isinstance(got, DoorPeer)
-            with suppress(DoorGone):
-                return bool((await got.hear())["type"] == "connected")
+            got = await server.knock(head)
+            assert isinstance(got, SocketClient)
+            with suppress(Disconnected):
+                return bool((await got.receive())["type"] == "connected")
             return False
 
-        await door_until(accepted)
+        await wait_until(accepted)
 
 
 async def test_messages_are_limited_in_bytes_and_in_characters(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
     flags = ("--max-message-bytes", "1000", "--max-content-chars", "10")
-    async with house.serving(*flags):
-        user = next(door_users)
-        chat, peer = await house.chat(user), await house.peer(user)
+    async with server.serving(*flags):
+        user = next(new_users)
+        chat, peer = await server.chat(user), await server.peer(user)
         edge = await peer.ask("send_message", chat_id=chat, content="🙂" * 10)
         assert edge["type"] == "ack"
         over = await peer.ask("send_message", chat_id=chat, content="🙂" * 11)
         assert over["code"] == "bad_field"
         assert "content" in over["message"]
         target = f"/api/v1/chats/{chat}/messages"
-        token, body = house.token(user), b'{"content":"c"}'
-        answer = await house.ask("POST", target, token, {"content": "x" * 11})
+        token, body = server.token(user), b'{"content":"c"}'
+        answer = await server.ask("POST", target, token, {"content": "x" * 11})
         assert (answer.status, answer.code) == (400, "bad_field")
-        await house.want(201, f"POST {target}", token, body.ljust(1000))
-        await peer.hear("new_message")
-        answer = await house.ask("POST", target, token, body.ljust(1001))
+        await server.want(201, f"POST {target}", token, body.ljust(1000))
+        await peer.receive("new_message")
+        answer = await server.ask("POST", target, token, body.ljust(1001))
         assert (answer.status, answer.code) == (413, "too_large")
-        await peer.utter('{"type":"ping"}'.ljust(1000))
-        await peer.hear("pong")
+        await peer.send_frame('{"type":"ping"}'.ljust(1000))
+        await peer.receive("pong")
         umlauts = '{"type":"ping","x":"' + "é" * 489 + '"}'
         assert len(umlauts.encode()) == 1000
-        await peer.utter(umlauts)
-        await peer.hear("pong")
-        await peer.utter(umlauts + " ")  # 1001 bytes, 512 characters
+        await peer.send_frame(umlauts)
+        await peer.receive("pong")
+        await peer.send_frame(umlauts + " ")  # 1001 bytes, 512 characters
         assert await peer.ended() == 1009
 
 
@@ -2006,19 +2023,19 @@ async def test_messages_are_limited_in_bytes_and_in_characters(
 
 
 async def test_the_ready_log_line_names_each_backend_key_and_its_kind(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
     keys = {"RS256": "public key", "ES256": "public key", "EdDSA": "public key"}
     for algorithm in keys:
-        (house.home / algorithm).write_bytes(public_pem(algorithm))
+        (server.home / algorithm).write_bytes(public_pem(algorithm))
     keys["HS256"] = "shared secret"
-    (house.home / "HS256").write_bytes(SHARED_SECRET)
-    flags = [word for name in keys for word in ("--jwt-key", str(house.home / name))]
-    async with house.serving(*flags):
+    (server.home / "HS256").write_bytes(SHARED_SECRET)
+    flags = [word for name in keys for word in ("--jwt-key", str(server.home / name))]
+    async with server.serving(*flags):
         pass
-    named = ", ".join(f"{house.home / n} ({n}, {kind})" for n, kind in keys.items())
-    (line,) = re.findall("(?m)^INFO ready .*", house.output)
+    named = ", ".join(f"{server.home / n} ({n}, {kind})" for n, kind in keys.items())
+    (line,) = re.findall("(?m)^INFO ready .*", server.output)
     assert line.endswith(f" jwt_keys='{named}'"), line
-    async with house.serving(*DOOR_OPEN):
+    async with server.serving(*NO_RATES):
         pass
-    assert "jwt_keys" not in re.findall("(?m)^INFO ready .*", house.output)[1]
+    assert "jwt_keys" not in re.findall("(?m)^INFO ready .*", server.output)[1]

@@ -27,99 +27,98 @@ import chatd
 from tests.harness import (
     BIG,
     CLOSE,
-    DOOR_SECONDS,
-    DOOR_UPGRADE,
     OFF,
     PING,
     PONG,
     TEXT,
-    DoorCount,
-    DoorFrame,
-    DoorGone,
-    DoorSender,
-    DoorServer,
-    WiresFrame,
-    WiresHouse,
-    WiresRaw,
-    door_answer,
-    door_frame,
-    door_get,
-    door_innocent,
-    door_load,
-    door_reset,
-    door_rest,
-    door_texts,
-    door_until,
-    door_users,
+    UPGRADE_LINES,
+    WAIT_SECONDS,
+    Disconnected,
+    Frame,
+    Progress,
+    RawClient,
+    RepeatingSender,
+    ServerProcess,
+    VirtualServer,
+    client_frame,
+    close_bytes,
+    command_bytes,
+    frame_bytes,
+    get_bytes,
+    new_users,
+    others_are_served,
+    read_rest,
+    receive_texts,
+    request_bytes,
+    reset,
+    send_bulk,
+    split_answer,
+    take_frames,
     taking,
-    wires,
-    wires_close,
-    wires_command,
-    wires_frame,
-    wires_frames,
-    wires_house,
-    wires_request,
-    wires_upgrade,
+    upgrade_bytes,
+    virtual_server,
+    wait_until,
+    with_server,
 )
 
 # --- connections that begin or end in an odd way -------------------------------------
 
 
-@wires()
+@with_server()
 async def test_commands_sent_right_after_the_handshake_are_handled(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    command = wires_command("ping", ref="first")
-    raw = await house.join_raw(6, behind=command + command[:7])
+    command = command_bytes("ping", ref="first")
+    raw = await server.join_raw(6, behind=command + command[:7])
     await raw.send(command[7:])
-    assert (await raw.hear("pong"))["ref"] == "first"
-    assert (await raw.hear("pong"))["ref"] == "first"
+    assert (await raw.receive("pong"))["ref"] == "first"
+    assert (await raw.receive("pong"))["ref"] == "first"
 
 
-@wires()
+@with_server()
 async def test_a_ping_in_the_segment_of_the_handshake_is_answered_after_the_101(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = house.dial()
-    request = wires_upgrade(house.target(6))
-    await raw.send(request, wires_frame(PING, b"early"))
+    raw = server.dial()
+    request = upgrade_bytes(server.target(6))
+    await raw.send(request, frame_bytes(PING, b"early"))
     assert (await raw.answer()).status == 101
-    heard = [await raw.frame(), await raw.frame()]
-    assert (PONG, b"early") in heard
-    assert any(b'"connected"' in payload for _, payload in heard)
+    received = [await raw.frame(), await raw.frame()]
+    assert (PONG, b"early") in received
+    assert any(b'"connected"' in payload for _, payload in received)
 
 
-@wires()
+@with_server()
 async def test_clients_that_disconnect_at_once_leave_nothing_behind(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    request = wires_upgrade(house.target(6))
-    for sent in (b"", b"G", request[:-2], request, request + wires_close(1000)):
-        raw = house.dial()
+    request = upgrade_bytes(server.target(6))
+    for sent in (b"", b"G", request[:-2], request, request + close_bytes(1000)):
+        raw = server.dial()
         if sent:
             await raw.send(sent)
         raw.stream.socket.close()
-    for sent in (request, request + wires_command("ping") * 50):
-        raw = house.dial()
+    for sent in (request, request + command_bytes("ping") * 50):
+        raw = server.dial()
         await raw.send(sent)
         await raw.stream.send_eof()
         await raw.ends(2)
     await trio.sleep(2)
-    house.check_left()
+    server.check_left()
 
 
-@wires()
+@with_server()
 async def test_a_client_that_vanishes_ends_only_its_own_connection(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(1, 2)
-    gone = await house.join(1)
-    stays = await house.join(2)
+    chat = await server.chat(1, 2)
+    gone = await server.join(1)
+    stays = await server.join(2)
     gone.stream.socket.close()
-    await house.post(chat, "hi")
-    assert (await stays.hear("new_message"))["message"]["content"] == "hi"
-    assert [s.claims.user_id for s in house.server.sessions] == [2]
-    await stays.hears_nothing()
+    await server.post(chat, "hi")
+    assert (await stays.receive("new_message"))["message"]["content"] == "hi"
+    assert [s.claims.user_id for s in server.app.sessions] == [2]
+    await stays.receives_nothing()
 
 
 # --- WebSocketReader: limits and protocol errors -------------------------------------
@@ -141,97 +140,97 @@ def test_trio_websocket_has_the_private_methods_that_the_reader_overrides() -> N
         assert [*inspect.signature(ours).parameters] == ["self", "event"], name
 
 
-@wires(max_message_bytes=1000)
+@with_server(max_message_bytes=1000)
 async def test_the_message_limit_counts_bytes_and_not_characters(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6)
+    peer = await server.join(6)
     fits = json.dumps({"type": "ping", "x": "й" * 480}, ensure_ascii=False)
     await peer.ws.send_message(fits)
-    await peer.hear("pong")
+    await peer.receive("pong")
     too_big = fits.replace("й" * 480, "й" * 490)
     assert len(too_big) < 1000 < len(too_big.encode())
     await peer.ws.send_message(too_big)
     assert await peer.end() == ([], 1009)
 
 
-@wires(max_message_bytes=1000)
+@with_server(max_message_bytes=1000)
 async def test_a_message_at_the_limit_is_accepted_and_one_byte_more_is_not(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6)
+    peer = await server.join(6)
     command = json.dumps({"type": "ping", "x": ""})
     await peer.ws.send_message(command[:-2] + "x" * (1000 - len(command)) + '"}')
-    await peer.hear("pong")
+    await peer.receive("pong")
     await peer.ws.send_message(command[:-2] + "x" * (1001 - len(command)) + '"}')
     assert await peer.end() == ([], 1009)
 
 
-@wires(max_message_bytes=1000)
-async def test_the_fragments_of_a_message_count_together(house: WiresHouse) -> None:
-    raw = await house.join_raw(6)
-    piece = wires_frame(0, b"x" * 400, fin=False)
-    await raw.send(wires_frame(TEXT, b"x" * 400, fin=False), piece)
+@with_server(max_message_bytes=1000)
+async def test_the_fragments_of_a_message_count_together(server: VirtualServer) -> None:
+    raw = await server.join_raw(6)
+    piece = frame_bytes(0, b"x" * 400, fin=False)
+    await raw.send(frame_bytes(TEXT, b"x" * 400, fin=False), piece)
     await raw.send(piece)
     assert await raw.close_code() == 1009
 
 
-@wires()
+@with_server()
 async def test_the_count_of_fragments_starts_again_with_each_message(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = await house.join_raw(6)
+    raw = await server.join_raw(6)
     half, rest = b'{"type":"pi', b'ng"}'
     for _ in range(3):
-        await raw.send(wires_frame(TEXT, half, fin=False))
-        await raw.send(*[wires_frame(0, b"", fin=False)] * 62)
-        await raw.send(wires_frame(0, rest))
-        await raw.hear("pong")
+        await raw.send(frame_bytes(TEXT, half, fin=False))
+        await raw.send(*[frame_bytes(0, b"", fin=False)] * 62)
+        await raw.send(frame_bytes(0, rest))
+        await raw.receive("pong")
 
 
-@wires()
-async def test_a_message_in_65_fragments_is_too_big(house: WiresHouse) -> None:
-    raw = await house.join_raw(6)
-    await raw.send(wires_frame(TEXT, b"", fin=False))
-    await raw.send(*[wires_frame(0, b"", fin=False)] * 64)
+@with_server()
+async def test_a_message_in_65_fragments_is_too_big(server: VirtualServer) -> None:
+    raw = await server.join_raw(6)
+    await raw.send(frame_bytes(TEXT, b"", fin=False))
+    await raw.send(*[frame_bytes(0, b"", fin=False)] * 64)
     assert await raw.close_code() == 1009
 
 
-@wires(receive_bytes=OFF)
+@with_server(receive_bytes=OFF)
 async def test_a_frame_that_announces_2_to_the_62_bytes_is_refused_at_the_limit(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = await house.join_raw(6)
+    raw = await server.join_raw(6)
     await raw.send(b"\x81\xff" + struct.pack("!Q", 2**62) + bytes(4) + b"x" * 65_536)
     await trio.sleep(5)
-    assert len(house.server.sessions) == 1
+    assert len(server.app.sessions) == 1
     await raw.send(b"x")
     assert await raw.close_code() == 1009
 
 
-@wires()
+@with_server()
 async def test_a_flood_of_empty_continuations_gets_1009_and_delays_nobody(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = await house.join_raw(6)
-    innocent = await house.join(7)
-    flood = wires_frame(0, b"", fin=False) * 10_000
-    await raw.send(wires_frame(TEXT, b"", fin=False))
+    raw = await server.join_raw(6)
+    innocent = await server.join(7)
+    flood = frame_bytes(0, b"", fin=False) * 10_000
+    await raw.send(frame_bytes(TEXT, b"", fin=False))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(raw.send, flood)
         assert (await innocent.ask("ping"))["type"] == "pong"
         assert await raw.close_code() == 1009
 
 
-@wires()
+@with_server()
 async def test_a_flood_of_pings_is_slowed_by_tcp_and_delays_nobody(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = await house.join_raw(6)
-    innocent = await house.join(7)
+    raw = await server.join_raw(6)
+    innocent = await server.join(7)
     pings = 20_000
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(raw.send, wires_frame(PING) * pings)
+        nursery.start_soon(raw.send, frame_bytes(PING) * pings)
         for _ in range(5):
             assert (await innocent.ask("ping"))["type"] == "pong"
         started, pongs = trio.current_time(), 0
@@ -243,31 +242,31 @@ async def test_a_flood_of_pings_is_slowed_by_tcp_and_delays_nobody(
     assert trio.current_time() - started == pytest.approx(seconds, abs=2)
 
 
-@wires(max_message_bytes=1000)
+@with_server(max_message_bytes=1000)
 async def test_oversized_messages_and_pings_in_one_segment_get_a_single_1009(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = await house.join_raw(6)
-    big = wires_frame(TEXT, b"x" * 1001)
-    await raw.send(big, wires_frame(PING), big, wires_frame(PING))
+    raw = await server.join_raw(6)
+    big = frame_bytes(TEXT, b"x" * 1001)
+    await raw.send(big, frame_bytes(PING), big, frame_bytes(PING))
     assert await raw.close_code() == 1009
 
 
-@wires(max_message_bytes=1000)
+@with_server(max_message_bytes=1000)
 async def test_commands_read_before_an_oversized_message_are_still_handled(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6)
+    chat = await server.chat(6, 7)
+    raw = await server.join_raw(6)
     sends = [
-        wires_command("send_message", chat_id=chat, content=str(n)) for n in range(9)
+        command_bytes("send_message", chat_id=chat, content=str(n)) for n in range(9)
     ]
-    await raw.send(*sends, wires_frame(TEXT, b"x" * 1001))
+    await raw.send(*sends, frame_bytes(TEXT, b"x" * 1001))
     while (frame := await raw.frame())[0] != CLOSE:
         assert json.loads(frame[1])["type"] in {"new_message", "ack"}
     assert frame[1][:2] == (1009).to_bytes(2, "big")
     await wait_all_tasks_blocked()  # the last commands may not be on disk yet
-    history = await house.ask("GET", f"/api/v1/chats/{chat}/messages", user=7)
+    history = await server.ask("GET", f"/api/v1/chats/{chat}/messages", user=7)
     contents = [message["content"] for message in history.json["messages"]]
     assert contents == [str(number) for number in range(9)]
 
@@ -275,32 +274,32 @@ async def test_commands_read_before_an_oversized_message_are_still_handled(
 PROTOCOL_ERRORS = {
     "reserved bits": (b"\xf1\x80\0\0\0\0", 1002),
     "an unknown opcode": (b"\x83\x80\0\0\0\0", 1002),
-    "no mask": (wires_frame(TEXT, b"{}", masked=False), 1002),
-    "a continuation of nothing": (wires_frame(0, b"x"), 1002),
+    "no mask": (frame_bytes(TEXT, b"{}", masked=False), 1002),
+    "a continuation of nothing": (frame_bytes(0, b"x"), 1002),
     "a text within a text": (
-        wires_frame(TEXT, b"x", fin=False) + wires_frame(TEXT, b"x"),
+        frame_bytes(TEXT, b"x", fin=False) + frame_bytes(TEXT, b"x"),
         1002,
     ),
-    "a fragmented ping": (wires_frame(PING, fin=False), 1002),
-    "a long ping": (wires_frame(PING, bytes(126)), 1002),
+    "a fragmented ping": (frame_bytes(PING, fin=False), 1002),
+    "a long ping": (frame_bytes(PING, bytes(126)), 1002),
     "a length in too many bytes": (b"\x81\xfe\0\x05\0\0\0\0hello", 1002),
     "a length with its top bit set": (b"\x81\xff" + b"\xff" * 8 + bytes(4), 1002),
-    "a close of one byte": (wires_frame(CLOSE, b"\x03"), 1002),
-    "a close code that may not be sent": (wires_close(1005), 1002),
-    "a reason that is not UTF-8": (wires_frame(CLOSE, b"\x03\xe8\xff"), 1007),
-    "text that is not UTF-8": (wires_frame(TEXT, b'{"a":"\xc3\x28"}'), 1007),
-    "text that ends in half a character": (wires_frame(TEXT, b"\xd0"), 1007),
+    "a close of one byte": (frame_bytes(CLOSE, b"\x03"), 1002),
+    "a close code that may not be sent": (close_bytes(1005), 1002),
+    "a reason that is not UTF-8": (frame_bytes(CLOSE, b"\x03\xe8\xff"), 1007),
+    "text that is not UTF-8": (frame_bytes(TEXT, b'{"a":"\xc3\x28"}'), 1007),
+    "text that ends in half a character": (frame_bytes(TEXT, b"\xd0"), 1007),
 }
 
 
 @pytest.mark.parametrize("fault", PROTOCOL_ERRORS)
 @pytest.mark.parametrize("cut", [False, True], ids=["at once", "byte by byte"])
-@wires()
+@with_server()
 async def test_a_protocol_error_gets_its_close_code(
-    house: WiresHouse, fault: str, cut: bool
+    server: VirtualServer, fault: str, cut: bool
 ) -> None:
     sent, code = PROTOCOL_ERRORS[fault]
-    raw = await house.join_raw(6)
+    raw = await server.join_raw(6)
     if cut:
         for number in range(len(sent)):
             with contextlib.suppress(trio.BrokenResourceError):
@@ -309,36 +308,36 @@ async def test_a_protocol_error_gets_its_close_code(
     else:
         await raw.send(sent)
     assert await raw.close_code() == code
-    stats = await house.stats()
+    stats = await server.stats()
     assert stats["connections"]["closed"] == {str(code): 1}
 
 
-@wires()
+@with_server()
 async def test_a_close_code_from_the_client_is_echoed_and_counted(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     for code in (1000, 1001, 3000, 4999):
-        raw = await house.join_raw(6)
-        await raw.send(wires_close(code), wires_frame(PING), wires_command("ping"))
+        raw = await server.join_raw(6)
+        await raw.send(close_bytes(code), frame_bytes(PING), command_bytes("ping"))
         assert await raw.close_code() == code  # and nothing follows it
-    raw = await house.join_raw(6)
-    await raw.send(wires_frame(CLOSE))
+    raw = await server.join_raw(6)
+    await raw.send(frame_bytes(CLOSE))
     assert await raw.close_code() == 1005  # no code was sent, and none is echoed
-    closed = (await house.stats())["connections"]["closed"]
+    closed = (await server.stats())["connections"]["closed"]
     assert closed == {"1000": 1, "1001": 1, "3000": 1, "4999": 1, "1005": 1}
 
 
-@wires()
+@with_server()
 async def test_a_client_that_pings_during_the_close_still_gets_the_code(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raws = [await house.join_raw(6) for _ in range(20)]
+    raws = [await server.join_raw(6) for _ in range(20)]
     for raw in raws:
-        await raw.send(wires_frame(PING) * 5)
-    await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+        await raw.send(frame_bytes(PING) * 5)
+    await server.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
     for raw in raws:
         with contextlib.suppress(trio.BrokenResourceError):
-            await raw.send(wires_frame(PING) * 5)
+            await raw.send(frame_bytes(PING) * 5)
         while (frame := await raw.frame())[0] == PONG:
             pass
         assert frame == (CLOSE, b"\x11\x97revoked: sign in again")
@@ -348,44 +347,46 @@ async def test_a_client_that_pings_during_the_close_still_gets_the_code(
 # --- Session: connecting -------------------------------------------------------------
 
 
-@wires()
+@with_server()
 async def test_connected_is_the_first_frame_and_has_the_state_of_the_user(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    await house.post(chat, "one", "two", sender=7)
-    peer = await house.join(6, token=house.token(6, 1000))
+    chat = await server.chat(6, 7)
+    await server.post(chat, "one", "two", sender=7)
+    peer = await server.join(6, token=server.token(6, 1000))
     hello = peer.hello
     assert 990 <= hello.pop("expires_in") < 1000
     assert hello.pop("timestamp").endswith("Z")
     assert hello == {
         "type": "connected",
         "user_id": 6,
-        "cursor": f"{house.store.epoch}.{house.server.hub.head}",
+        "cursor": f"{server.store.epoch}.{server.app.hub.head}",
         "resume": "fresh",
         "chats": {str(chat): {"last_n": 2, "read_n": 0}},
     }
-    await peer.hears_nothing()
+    await peer.receives_nothing()
 
 
-@wires(resync_events=5)
-async def test_the_cursor_decides_how_a_connection_resumes(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    other = await house.chat(7, 8)
-    epoch, head = house.store.epoch, house.server.hub.head
-    ids = await house.post(chat, *"abcde", sender=7)
-    await house.post(other, *"xyz", sender=7)  # another chat: does not count
-    now = house.server.hub.head
+@with_server(resync_events=5)
+async def test_the_cursor_decides_how_a_connection_resumes(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    other = await server.chat(7, 8)
+    epoch, head = server.store.epoch, server.app.hub.head
+    ids = await server.post(chat, *"abcde", sender=7)
+    await server.post(other, *"xyz", sender=7)  # another chat: does not count
+    now = server.app.hub.head
 
     async def resumes(cursor: str) -> tuple[str, str, list[int]]:
-        peer = await house.join(6, cursor=cursor)
+        peer = await server.join(6, cursor=cursor)
         with trio.move_on_after(0.1):
-            heard = []
+            received = []
             while True:
-                heard.append((await peer.hear("new_message"))["seq"])
+                received.append((await peer.receive("new_message"))["seq"])
         assert peer.hello["chats"] == {str(chat): {"last_n": 5, "read_n": 0}}
         await peer.leave()
-        return peer.hello["resume"], peer.hello["cursor"], heard
+        return peer.hello["resume"], peer.hello["cursor"], received
 
     fresh = f"{epoch}.{now}"
     assert await resumes(f"{epoch}.{now}") == ("live", fresh, [])
@@ -395,14 +396,14 @@ async def test_the_cursor_decides_how_a_connection_resumes(house: WiresHouse) ->
     assert await resumes(f"{epoch}.{ids[2]}") == (
         "replay", f"{epoch}.{ids[2]}", ids[3:],
     )  # fmt: skip
-    await house.post(chat, "f", sender=7)
+    await server.post(chat, "f", sender=7)
     now += 1
     fresh = f"{epoch}.{now}"
 
     async def resyncs(cursor: str) -> None:
-        peer = await house.join(6, cursor=cursor)
+        peer = await server.join(6, cursor=cursor)
         assert (peer.hello["resume"], peer.hello["cursor"]) == ("resync", fresh)
-        await peer.hears_nothing()
+        await peer.receives_nothing()
         await peer.leave()
 
     await resyncs(f"{epoch}.{head}")  # six missed events; the limit is five
@@ -411,33 +412,33 @@ async def test_the_cursor_decides_how_a_connection_resumes(house: WiresHouse) ->
     for garbage in ("", ".", epoch, f"{epoch}.", f"{epoch}.-1", f"{epoch}.1e1", "\0",
                     f"{epoch}.{'9' * 30}", f"{epoch}.٣", f" {epoch}.1"):  # fmt: skip
         await resyncs(garbage)
-    resumed = (await house.stats())["resumes"]
+    resumed = (await server.stats())["resumes"]
     assert resumed == {"fresh": 0, "live": 2, "replay": 2, "resync": 13}
 
 
-@wires()
+@with_server()
 async def test_after_a_resync_events_follow_from_the_new_cursor(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer = await house.join(6, cursor="nonsense")
-    (seq,) = await house.post(chat, "hi", sender=7)
-    assert (await peer.hear("new_message"))["seq"] == seq
-    assert peer.hello["cursor"] == f"{house.store.epoch}.{seq - 1}"
+    chat = await server.chat(6, 7)
+    peer = await server.join(6, cursor="nonsense")
+    (seq,) = await server.post(chat, "hi", sender=7)
+    assert (await peer.receive("new_message"))["seq"] == seq
+    assert peer.hello["cursor"] == f"{server.store.epoch}.{seq - 1}"
 
 
-@wires()
+@with_server()
 async def test_only_events_have_a_seq_and_only_connected_and_the_poll_have_a_cursor(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer, friend = await house.join(6), await house.join(7)
-    await peer.say("send_message", chat_id=chat, content="hi")
-    event = await peer.hear("new_message")
+    chat = await server.chat(6, 7)
+    peer, friend = await server.join(6), await server.join(7)
+    await peer.send_command("send_message", chat_id=chat, content="hi")
+    event = await peer.receive("new_message")
     assert event["seq"] == event["message"]["id"]
-    ack = await peer.hear("ack")
-    await friend.say("typing", chat_id=chat, is_typing=True)
-    for frame in (ack, await peer.hear("typing"), await peer.ask("ping")):
+    ack = await peer.receive("ack")
+    await friend.send_command("typing", chat_id=chat, is_typing=True)
+    for frame in (ack, await peer.receive("typing"), await peer.ask("ping")):
         assert "seq" not in frame
         assert "cursor" not in frame
     assert "cursor" not in event
@@ -449,29 +450,29 @@ async def test_a_replay_delivers_every_event_once_and_in_order(
     tmp_path: Path, tail_events: int, page_events: int, autojump_clock: MockClock
 ) -> None:
     settings = {"tail_events": tail_events, "page_events": page_events}
-    async with wires_house(tmp_path, chatd.Store, settings) as house:
-        chat = await house.chat(6, 7)
-        cursor = f"{house.store.epoch}.{house.server.hub.head}"
-        ids = await house.post(chat, *map(str, range(20)), sender=7)
-        peer = await house.join(6, cursor=cursor)
+    async with virtual_server(tmp_path, chatd.Store, settings) as server:
+        chat = await server.chat(6, 7)
+        cursor = f"{server.store.epoch}.{server.app.hub.head}"
+        ids = await server.post(chat, *map(str, range(20)), sender=7)
+        peer = await server.join(6, cursor=cursor)
         assert peer.hello["resume"] == "replay"
         for seq in ids:
-            assert (await peer.hear("new_message"))["seq"] == seq
-        (seq,) = await house.post(chat, "live", sender=7)
-        assert (await peer.hear("new_message"))["seq"] == seq
-        await peer.hears_nothing()
+            assert (await peer.receive("new_message"))["seq"] == seq
+        (seq,) = await server.post(chat, "live", sender=7)
+        assert (await peer.receive("new_message"))["seq"] == seq
+        await peer.receives_nothing()
 
 
-@wires(connections_per_user=2)
+@with_server(connections_per_user=2)
 async def test_one_connection_too_many_gets_4504_and_takes_no_place(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    first, second = await house.join(6), await house.join(6)
-    third = await house.join(6, hello=False)
+    first, second = await server.join(6), await server.join(6)
+    third = await server.join(6, hello=False)
     assert await third.end() == ([], 4504)
-    assert (await house.join(7)).hello["resume"] == "fresh"
+    assert (await server.join(7)).hello["resume"] == "fresh"
     await first.leave()
-    assert (await house.join(6)).hello["resume"] == "fresh"
+    assert (await server.join(6)).hello["resume"] == "fresh"
     assert (await second.ask("ping"))["type"] == "pong"
 
 
@@ -491,50 +492,50 @@ class UnreadableStore(chatd.Store):
         return super().events_after(db, *args)
 
 
-@wires(store=UnreadableStore)
+@with_server(store=UnreadableStore)
 async def test_a_connection_whose_first_read_fails_gets_the_error_and_1013(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    house.errors = {"OperationalError": 1}
-    peer = await house.join(6, hello=False)
+    server.errors = {"OperationalError": 1}
+    peer = await server.join(6, hello=False)
     ((error,), code) = await peer.end()
     assert (error["type"], error["code"], code) == ("error", "storage_failed", 1013)
 
 
-@wires(store=UnreadableStore, tail_events=2)
-async def test_a_replay_that_cannot_be_read_gets_1013(house: WiresHouse) -> None:
-    house.errors = {"OperationalError": 1}
-    cast("UnreadableStore", house.store).broken = "events_after"
-    chat = await house.chat(6, 7)
-    cursor = f"{house.store.epoch}.{house.server.hub.head}"
-    await house.post(chat, *"abcde", sender=7)
-    peer = await house.join(6, cursor=cursor)
+@with_server(store=UnreadableStore, tail_events=2)
+async def test_a_replay_that_cannot_be_read_gets_1013(server: VirtualServer) -> None:
+    server.errors = {"OperationalError": 1}
+    cast("UnreadableStore", server.store).broken = "events_after"
+    chat = await server.chat(6, 7)
+    cursor = f"{server.store.epoch}.{server.app.hub.head}"
+    await server.post(chat, *"abcde", sender=7)
+    peer = await server.join(6, cursor=cursor)
     assert await peer.end() == ([], 1013)
 
 
 # --- Session: commands ---------------------------------------------------------------
 
 
-@wires()
-async def test_the_ping_command_is_answered_by_pong(house: WiresHouse) -> None:
-    peer = await house.join(6)
-    await peer.say("ping")
-    pong = await peer.hear("pong")
+@with_server()
+async def test_the_ping_command_is_answered_by_pong(server: VirtualServer) -> None:
+    peer = await server.join(6)
+    await peer.send_command("ping")
+    pong = await peer.receive("pong")
     assert set(pong) == {"type", "timestamp"}
-    await peer.say("ping", ref="r" * 64)
-    assert (await peer.hear("pong"))["ref"] == "r" * 64
+    await peer.send_command("ping", ref="r" * 64)
+    assert (await peer.receive("pong"))["ref"] == "r" * 64
 
 
-@wires()
+@with_server()
 async def test_a_message_reaches_its_sender_before_the_ack_and_every_other_connection(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer, tab, friend = [await house.join(user) for user in (6, 6, 7)]
-    await peer.say(
+    chat = await server.chat(6, 7)
+    peer, tab, friend = [await server.join(user) for user in (6, 6, 7)]
+    await peer.send_command(
         "send_message", chat_id=chat, content="Привет!", client_id="k1", ref="a"
     )
-    event = await peer.hear("new_message")
+    event = await peer.receive("new_message")
     message = event["message"]
     assert event == {
         "type": "new_message",
@@ -547,28 +548,32 @@ async def test_a_message_reaches_its_sender_before_the_ack_and_every_other_conne
         "id": message["id"], "chat_id": chat, "sender_id": 6, "content": "Привет!",
         "created_at": created, "n": 1, "client_id": "k1",
     }  # fmt: skip
-    assert await peer.hear("ack") == {
+    assert await peer.receive("ack") == {
         "type": "ack", "ref": "a", "client_id": "k1", "message_id": message["id"],
         "chat_id": chat, "n": 1, "created_at": created, "duplicate": False,
     }  # fmt: skip
-    assert await tab.hear("new_message") == event
-    assert await friend.hear("new_message") == event
+    assert await tab.receive("new_message") == event
+    assert await friend.receive("new_message") == event
     for other in (peer, tab, friend):
-        await other.hears_nothing()
+        await other.receives_nothing()
 
 
-@wires(sends=OFF)
-async def test_commands_are_handled_and_answered_in_order(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    peer = await house.join(6)
+@with_server(sends=OFF)
+async def test_commands_are_handled_and_answered_in_order(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
     for number in range(40):
-        await peer.say("send_message", chat_id=chat, content=str(number), ref="r")
-    acks: list[WiresFrame] = []
-    events: list[WiresFrame] = []
+        await peer.send_command(
+            "send_message", chat_id=chat, content=str(number), ref="r"
+        )
+    acks: list[Frame] = []
+    events: list[Frame] = []
     for _ in range(80):
         with trio.fail_after(1):
-            heard = json.loads(await peer.ws.get_message())
-        (events if heard["type"] == "new_message" else acks).append(heard)
+            received = json.loads(await peer.ws.get_message())
+        (events if received["type"] == "new_message" else acks).append(received)
         assert len(acks) <= len(events)
     assert [event["message"]["content"] for event in events] == [
         str(number) for number in range(40)
@@ -577,48 +582,50 @@ async def test_commands_are_handled_and_answered_in_order(house: WiresHouse) -> 
     assert [ack["n"] for ack in acks] == list(range(1, 41))
 
 
-@wires()
-async def test_mark_read_only_moves_up_and_is_always_acked(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    first, second = await house.post(chat, "one", "two", sender=7)
-    peer, friend = await house.join(6), await house.join(7)
-    await peer.say("mark_read", message_id=second, ref="a")
-    event = await peer.hear("message_read")
+@with_server()
+async def test_mark_read_only_moves_up_and_is_always_acked(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    first, second = await server.post(chat, "one", "two", sender=7)
+    peer, friend = await server.join(6), await server.join(7)
+    await peer.send_command("mark_read", message_id=second, ref="a")
+    event = await peer.receive("message_read")
     assert event == {
         "type": "message_read", "seq": event["seq"], "message_id": second,
         "chat_id": chat, "read_by": 6, "n": 2,
     }  # fmt: skip
-    assert await peer.hear("ack") == {"type": "ack", "ref": "a"}
-    assert await friend.hear("message_read") == event
+    assert await peer.receive("ack") == {"type": "ack", "ref": "a"}
+    assert await friend.receive("message_read") == event
     for message_id in (first, second):
-        await peer.say("mark_read", message_id=message_id)
-        assert await peer.hear("ack") == {"type": "ack"}
-    await friend.hears_nothing()
+        await peer.send_command("mark_read", message_id=message_id)
+        assert await peer.receive("ack") == {"type": "ack"}
+    await friend.receives_nothing()
 
 
-@wires()
+@with_server()
 async def test_typing_goes_to_the_other_members_and_gets_no_answer(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer, tab, friend, stranger = [await house.join(u) for u in (6, 6, 7, 8)]
-    await peer.say("typing", chat_id=chat, is_typing=True, ref="a")
-    assert await friend.hear("typing") == {
+    chat = await server.chat(6, 7)
+    peer, tab, friend, stranger = [await server.join(u) for u in (6, 6, 7, 8)]
+    await peer.send_command("typing", chat_id=chat, is_typing=True, ref="a")
+    assert await friend.receive("typing") == {
         "type": "typing", "chat_id": chat, "user_id": 6, "is_typing": True,
     }  # fmt: skip
-    await peer.say("typing", chat_id=chat, is_typing=False)
-    assert (await friend.hear("typing"))["is_typing"] is False
+    await peer.send_command("typing", chat_id=chat, is_typing=False)
+    assert (await friend.receive("typing"))["is_typing"] is False
     for other in (peer, tab, stranger):
-        await other.hears_nothing()
+        await other.receives_nothing()
 
 
-@wires()
+@with_server()
 async def test_commands_on_a_hidden_chat_and_on_an_unknown_one_are_refused_alike(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    (message,) = await house.post(chat, "secret", sender=6)
-    stranger, member = await house.join(8), await house.join(7)
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "secret", sender=6)
+    stranger, member = await server.join(8), await server.join(7)
     for hidden, unknown in ((chat, 12_345), (message, 54_321)):
         if hidden == chat:
             commands: list[tuple[str, str, dict[str, Any]]] = [
@@ -633,7 +640,7 @@ async def test_commands_on_a_hidden_chat_and_on_an_unknown_one_are_refused_alike
             assert mine == none
             assert mine["code"] == "not_found"
             assert field in mine["message"]
-    await member.hears_nothing()
+    await member.receives_nothing()
 
 
 BAD_COMMANDS: dict[str, tuple[str | bytes, str, str]] = {
@@ -718,15 +725,15 @@ BAD_COMMANDS: dict[str, tuple[str | bytes, str, str]] = {
 }  # fmt: skip
 
 
-@wires(commands=OFF, receive_bytes=OFF)
+@with_server(commands=OFF, receive_bytes=OFF)
 async def test_a_bad_command_gets_an_error_and_the_connection_stays_open(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    await house.chat(6, 7)
-    peer = await house.join(6)
+    await server.chat(6, 7)
+    peer = await server.join(6)
     for name, (text, code, field) in BAD_COMMANDS.items():
         await peer.ws.send_message(text)
-        error = await peer.hear("error")
+        error = await peer.receive("error")
         assert (error["code"], name) == (code, name)
         assert field in error["message"], name
         assert error["message"], name
@@ -734,9 +741,11 @@ async def test_a_bad_command_gets_an_error_and_the_connection_stays_open(
     assert (await peer.ask("ping"))["type"] == "pong"
 
 
-@wires()
-async def test_an_error_repeats_the_ref_if_it_can_be_read(house: WiresHouse) -> None:
-    peer = await house.join(6)
+@with_server()
+async def test_an_error_repeats_the_ref_if_it_can_be_read(
+    server: VirtualServer,
+) -> None:
+    peer = await server.join(6)
     for text, ref in {
         '{"ref":"r","type":"fly"}': "r",
         '{"type":"typing","ref":"й"}': "й",
@@ -746,31 +755,31 @@ async def test_an_error_repeats_the_ref_if_it_can_be_read(house: WiresHouse) -> 
         '{"ref":"r"': None,
     }.items():
         await peer.ws.send_message(text)
-        assert (await peer.hear("error")).get("ref") == ref
+        assert (await peer.receive("error")).get("ref") == ref
     await peer.ws.send_message(b'{"type":"ping","ref":"in binary"}')
-    assert (await peer.hear("error"))["code"] == "bad_json"
+    assert (await peer.receive("error"))["code"] == "bad_json"
 
 
-@wires()
-async def test_unknown_fields_are_ignored(house: WiresHouse) -> None:
-    peer = await house.join(6)
-    await peer.say("ping", colour="green", ref="a")
-    assert (await peer.hear("pong"))["ref"] == "a"
+@with_server()
+async def test_unknown_fields_are_ignored(server: VirtualServer) -> None:
+    peer = await server.join(6)
+    await peer.send_command("ping", colour="green", ref="a")
+    assert (await peer.receive("pong"))["ref"] == "a"
 
 
-@wires()
+@with_server()
 async def test_a_repeated_send_gets_the_same_ack_and_makes_no_event(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    other = await house.chat(6, 8)
-    peer, friend = await house.join(6), await house.join(7)
+    chat = await server.chat(6, 7)
+    other = await server.chat(6, 8)
+    peer, friend = await server.join(6), await server.join(7)
     command: dict[str, Any] = {"chat_id": chat, "content": "hi", "client_id": "k"}
     ack = await peer.ask("send_message", **command)
-    await friend.hear("new_message")
+    await friend.receive("new_message")
     again = await peer.ask("send_message", **command)
     assert again == ack | {"duplicate": True}
-    await friend.hears_nothing()
+    await friend.receives_nothing()
     for change in ({"content": "ho"}, {"chat_id": other}):
         error = await peer.refused("send_message", **command | change)
         assert error["code"] == "idempotency_mismatch"
@@ -779,107 +788,107 @@ async def test_a_repeated_send_gets_the_same_ack_and_makes_no_event(
     assert theirs["duplicate"] is False
 
 
-@wires()
-async def test_reading_pauses_at_64_unanswered_commands(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    (message,) = await house.post(chat, "one", sender=7)
-    peer, innocent = await house.join(6), await house.join(7)
-    house.disk.hold()
+@with_server()
+async def test_reading_pauses_at_64_unanswered_commands(server: VirtualServer) -> None:
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "one", sender=7)
+    peer, innocent = await server.join(6), await server.join(7)
+    server.disk.hold()
     for _ in range(58):  # the command bucket holds 60
-        await peer.say("mark_read", message_id=message)
+        await peer.send_command("mark_read", message_id=message)
     assert (await peer.ask("ping"))["type"] == "pong"  # reading goes on
-    await peer.hears_nothing(1)
+    await peer.receives_nothing(1)
     for _ in range(6):
-        await peer.say("mark_read", message_id=message)
+        await peer.send_command("mark_read", message_id=message)
     assert (await peer.ask("ping"))["type"] == "pong"
-    await peer.say("mark_read", message_id=message)  # the 65th
-    await peer.say("ping")
-    await peer.hears_nothing(5)
+    await peer.send_command("mark_read", message_id=message)  # the 65th
+    await peer.send_command("ping")
+    await peer.receives_nothing(5)
     assert (await innocent.ask("ping"))["type"] == "pong"
-    house.disk.go()
-    heard = [json.loads(await peer.ws.get_message())["type"] for _ in range(67)]
-    assert sorted(heard) == ["ack"] * 65 + ["message_read", "pong"]
-    assert heard[0] == "message_read"
+    server.disk.go()
+    received = [json.loads(await peer.ws.get_message())["type"] for _ in range(67)]
+    assert sorted(received) == ["ack"] * 65 + ["message_read", "pong"]
+    assert received[0] == "message_read"
 
 
-@wires(connections_per_user=100, handshakes=OFF, commands=OFF)
+@with_server(connections_per_user=100, handshakes=OFF, commands=OFF)
 async def test_a_full_channel_to_the_store_delays_only_the_clients_that_write(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    (message,) = await house.post(chat, "one", sender=6)  # its sender has read it
-    innocent = await house.join(7)
-    raws = [await house.join_raw(6) for _ in range(80)]
-    house.disk.hold()
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "one", sender=6)  # its sender has read it
+    innocent = await server.join(7)
+    raws = [await server.join_raw(6) for _ in range(80)]
+    server.disk.hold()
     for raw in raws:  # 5,120 commands; the channel holds 4,096, a batch 512
-        await raw.send(wires_command("mark_read", message_id=message) * 64)
+        await raw.send(command_bytes("mark_read", message_id=message) * 64)
     await wait_all_tasks_blocked()
     assert (await innocent.ask("ping"))["type"] == "pong"
-    ended = house.session_of(raws[-1])  # while its command waits
+    ended = server.session_of(raws[-1])  # while its command waits
     ended.end(4503, "revoked")
     assert await raws[-1].close_code() == 4503
-    house.disk.go()
+    server.disk.go()
     for raw in raws[:-1]:
         for _ in range(64):
-            assert await raw.hear("ack") == {"type": "ack"}
+            assert await raw.receive("ack") == {"type": "ack"}
 
 
-@wires(commands=OFF)
+@with_server(commands=OFF)
 async def test_a_repeat_over_the_rate_waits_too_at_64_unanswered_commands(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer = await house.join(6)
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
     for number in range(20):
         ack = await peer.ask(
             "send_message", chat_id=chat, content=str(number), client_id=str(number)
         )
-    house.disk.hold()
+    server.disk.hold()
     for _ in range(64):
-        await peer.say("mark_read", message_id=ack["message_id"])
-    await peer.say("send_message", chat_id=chat, content="0", client_id="0")
-    await peer.hears_nothing(0.1)
-    house.disk.go()
-    heard = [json.loads(await peer.ws.get_message()) for _ in range(65)]
-    (repeat,) = [frame for frame in heard if frame.get("duplicate")]
+        await peer.send_command("mark_read", message_id=ack["message_id"])
+    await peer.send_command("send_message", chat_id=chat, content="0", client_id="0")
+    await peer.receives_nothing(0.1)
+    server.disk.go()
+    received = [json.loads(await peer.ws.get_message()) for _ in range(65)]
+    (repeat,) = [frame for frame in received if frame.get("duplicate")]
     assert (repeat["client_id"], repeat["n"]) == ("0", 1)
 
 
 # --- Session: deadlines, slow readers, half closes -----------------------------------
 
 
-@wires()
+@with_server()
 async def test_a_silent_client_is_pinged_after_25_s_and_dropped_10_s_later(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = await house.join_raw(6)
+    raw = await server.join_raw(6)
     with taking(22.5, 28.6):
         assert await raw.frame(within=30) == (PING, b"")
     with taking(10, 11.1):
         assert await raw.ends(within=20) == b""
-    closed = (await house.stats())["connections"]["closed"]
+    closed = (await server.stats())["connections"]["closed"]
     assert closed == {"1006": 1}
 
 
-@wires()
-async def test_pings_of_different_connections_are_spread(house: WiresHouse) -> None:
+@with_server()
+async def test_pings_of_different_connections_are_spread(server: VirtualServer) -> None:
     for _ in range(10):
-        await house.join(6)
-    spread = {round(s.seat.ping_after, 6) for s in house.server.sessions}
+        await server.join(6)
+    spread = {round(s.seat.ping_after, 6) for s in server.app.sessions}
     assert len(spread) > 5
     assert all(22.5 <= seconds <= 27.5 for seconds in spread)
 
 
 @pytest.mark.parametrize("sign", ["pong", "ping", "command", "half a frame"])
-@wires()
+@with_server()
 async def test_any_received_byte_shows_that_the_client_is_alive(
-    house: WiresHouse, sign: str
+    server: VirtualServer, sign: str
 ) -> None:
-    raw = await house.join_raw(6)
+    raw = await server.join_raw(6)
     signs = {
-        "pong": wires_frame(PONG),
-        "ping": wires_frame(PING),
-        "command": wires_command("ping"),
+        "pong": frame_bytes(PONG),
+        "ping": frame_bytes(PING),
+        "command": command_bytes("ping"),
         "half a frame": b"\x81",
     }
     for _ in range(3 if sign != "half a frame" else 1):
@@ -892,149 +901,151 @@ async def test_any_received_byte_shows_that_the_client_is_alive(
             pass
 
 
-@wires()
-async def test_an_active_client_is_not_pinged(house: WiresHouse) -> None:
-    raw = await house.join_raw(6)
+@with_server()
+async def test_an_active_client_is_not_pinged(server: VirtualServer) -> None:
+    raw = await server.join_raw(6)
     for _ in range(10):
         await trio.sleep(20)
-        await raw.send(wires_command("ping"))
-        await raw.hear("pong")  # and no ping came
+        await raw.send(command_bytes("ping"))
+        await raw.receive("pong")  # and no ping came
 
 
-@wires(commands=OFF)
+@with_server(commands=OFF)
 async def test_a_client_whose_commands_wait_for_the_disk_is_not_dropped_as_silent(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    (message,) = await house.post(chat, "one", sender=6)
-    peer = await house.join(6)  # its library answers pings by itself
-    house.disk.hold()
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "one", sender=6)
+    peer = await server.join(6)  # its library answers pings by itself
+    server.disk.hold()
     for _ in range(70):
-        await peer.say("mark_read", message_id=message)
-    await peer.hears_nothing(50)
-    house.disk.go()
+        await peer.send_command("mark_read", message_id=message)
+    await peer.receives_nothing(50)
+    server.disk.go()
     for _ in range(70):
-        await peer.hear("ack")
+        await peer.receive("ack")
 
 
-@wires()
+@with_server()
 async def test_a_client_that_only_receives_stays_connected_for_hours(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    peer = await house.join(6, token=house.token(6, 100_000))
-    await peer.hears_nothing(3 * 3600)
+    peer = await server.join(6, token=server.token(6, 100_000))
+    await peer.receives_nothing(3 * 3600)
     assert (await peer.ask("ping"))["type"] == "pong"
 
 
-@wires()
+@with_server()
 async def test_a_stalled_reader_is_dropped_after_40_s_and_delays_nobody(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    stalled = await house.join_raw(6, small=True)
-    innocent = await house.join(7)
+    chat = await server.chat(6, 7)
+    stalled = await server.join_raw(6, small=True)
+    innocent = await server.join(7)
     with taking(0):
-        await house.post(chat, *[BIG] * 20)
+        await server.post(chat, *[BIG] * 20)
         for _ in range(20):
-            await innocent.hear("new_message")
+            await innocent.receive("new_message")
     with taking(40, 41.1):
-        while len(house.server.sessions) == 2:
-            await innocent.hears_nothing(0.1)
+        while len(server.app.sessions) == 2:
+            await innocent.receives_nothing(0.1)
     assert (await innocent.ask("ping"))["type"] == "pong"
-    stats = await house.stats()
+    stats = await server.stats()
     assert stats["connections"]["closed"] == {"1006": 1}
     assert stats["broadcast"]["stalls"] == 1
     # The client receives whole frames, in order. Only the last may be cut.
     await stalled.ends()
-    frames = list(wires_frames(stalled.data))
+    frames = list(take_frames(stalled.data))
     assert {opcode for opcode, _ in frames} == {TEXT}  # and no ping was sent
     numbers = [json.loads(data)["message"]["n"] for _, data in frames]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
-async def stall(house: WiresHouse, count: int = 20) -> tuple[WiresRaw, int]:
+async def stall(server: VirtualServer, count: int = 20) -> tuple[RawClient, int]:
     """Connect a client that does not read, and post big messages to its chat."""
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6, small=True)
-    await house.post(chat, *[BIG] * count)
+    chat = await server.chat(6, 7)
+    raw = await server.join_raw(6, small=True)
+    await server.post(chat, *[BIG] * count)
     return raw, chat
 
 
-@wires(outbox_bytes=4096)
+@with_server(outbox_bytes=4096)
 async def test_a_stalled_reader_is_dropped_while_its_command_waits_for_the_outbox(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    stalled, chat = await stall(house)
-    await stalled.send(wires_command("send_message", chat_id=chat, content="hi"))
+    stalled, chat = await stall(server)
+    await stalled.send(command_bytes("send_message", chat_id=chat, content="hi"))
     await trio.sleep(39)
-    assert len(house.server.sessions) == 1
+    assert len(server.app.sessions) == 1
     await trio.sleep(2.5)
-    assert not house.server.sessions
-    assert (await house.stats())["broadcast"]["stalls"] == 1
+    assert not server.app.sessions
+    assert (await server.stats())["broadcast"]["stalls"] == 1
 
 
-@wires()
-async def test_a_stalled_reader_that_pings_is_dropped_too(house: WiresHouse) -> None:
-    raw, _ = await stall(house)
-    with taking(40, 41.1):
-        while house.server.sessions:
-            await raw.send(wires_frame(PING), wires_command("ping"))
-            await trio.sleep(0.1)
-    assert (await house.stats())["broadcast"]["stalls"] == 1
-
-
-@wires()
-async def test_a_client_that_reads_too_little_for_the_kernel_to_accept_more_is_dropped(
-    house: WiresHouse,
+@with_server()
+async def test_a_stalled_reader_that_pings_is_dropped_too(
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6, receive_buffer=65_536)
-    await house.post(chat, *[BIG] * 80)
+    raw, _ = await stall(server)
     with taking(40, 41.1):
-        while house.server.sessions:
+        while server.app.sessions:
+            await raw.send(frame_bytes(PING), command_bytes("ping"))
+            await trio.sleep(0.1)
+    assert (await server.stats())["broadcast"]["stalls"] == 1
+
+
+@with_server()
+async def test_a_client_that_reads_too_little_for_the_kernel_to_accept_more_is_dropped(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    raw = await server.join_raw(6, receive_buffer=65_536)
+    await server.post(chat, *[BIG] * 80)
+    with taking(40, 41.1):
+        while server.app.sessions:
             await raw.read(100)
             await trio.sleep(0.1)
-    assert (await house.stats())["broadcast"]["stalls"] == 1
+    assert (await server.stats())["broadcast"]["stalls"] == 1
 
 
-@wires()
+@with_server()
 async def test_a_client_that_reads_a_little_within_40_s_is_not_dropped(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw, _ = await stall(house)
+    raw, _ = await stall(server)
     for _ in range(20):  # the kernel accepts more only when it is nearly empty
         await trio.sleep(19)
         await raw.read(5000)
-    assert len(house.server.sessions) == 1
+    assert len(server.app.sessions) == 1
     await raw.listen()
-    assert len(list(wires_frames(raw.data))) == 20
+    assert len(list(take_frames(raw.data))) == 20
 
 
-async def read_over_tcp(raw: WiresRaw, most: int) -> bytes:
+async def read_over_tcp(raw: RawClient, most: int) -> bytes:
     """Read from TCP: the timers of the kernel run in real time, so wait for data."""
     await wait_all_tasks_blocked()
-    select.select([raw.stream.socket.fileno()], [], [], DOOR_SECONDS)
+    select.select([raw.stream.socket.fileno()], [], [], WAIT_SECONDS)
     return await raw.read(most)
 
 
 @pytest.mark.parametrize("sip", [500, 5000])
 @pytest.mark.parametrize("receive_buffer", [4096, 16_384, 32_768, 65_536])
-@wires()
+@with_server()
 async def test_a_steady_reader_of_5_kb_a_second_is_never_dropped(
-    house: WiresHouse, receive_buffer: int, sip: int
+    server: VirtualServer, receive_buffer: int, sip: int
 ) -> None:
     """With a window of 128 KiB the kernel accepts more data only every 26 s."""
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6, receive_buffer=receive_buffer)
-    await house.post(chat, *[BIG] * 200)  # 800 KB: more than two minutes of reading
+    chat = await server.chat(6, 7)
+    raw = await server.join_raw(6, receive_buffer=receive_buffer)
+    await server.post(chat, *[BIG] * 200)  # 800 KB: more than two minutes of reading
     for _ in range(120 * 5000 // sip):
         await read_over_tcp(raw, sip)
         await trio.sleep(sip / 5000)
-    assert len(house.server.sessions) == 1
+    assert len(server.app.sessions) == 1
     numbers: list[int] = []
     while len(numbers) < 200:
         assert await read_over_tcp(raw, 65_536)
-        texts = [data for opcode, data in wires_frames(raw.data) if opcode == TEXT]
+        texts = [data for opcode, data in take_frames(raw.data) if opcode == TEXT]
         numbers += [json.loads(text)["message"]["n"] for text in texts]
     assert numbers == list(range(1, 201))
 
@@ -1046,54 +1057,56 @@ async def test_a_slow_reader_gets_every_event_once_in_order_and_becomes_live_aga
     settings = {
         "tail_events": tail_events, "outbox_bytes": 16_384, "page_bytes": 10_000,
     }  # fmt: skip
-    async with wires_house(tmp_path, chatd.Store, settings) as house:
-        chat = await house.chat(6, 7)
-        slow = await house.join_raw(6, small=True)
-        fast = await house.join(7)
-        await house.post(chat, *[BIG] * 40)
-        assert (await house.stats())["connections"]["catching_up"] == 1
-        seat = house.session(6).seat
+    async with virtual_server(tmp_path, chatd.Store, settings) as server:
+        chat = await server.chat(6, 7)
+        slow = await server.join_raw(6, small=True)
+        fast = await server.join(7)
+        await server.post(chat, *[BIG] * 40)
+        assert (await server.stats())["connections"]["catching_up"] == 1
+        seat = server.session(6).seat
         assert len(seat.outbox.buffer) < 16_384 + 5_000  # the limit and one batch
-        heard: list[int] = []
-        while len(heard) < 41:
-            if len(heard) == 20:
-                await house.post(chat, BIG)  # also during the catch-up
+        received: list[int] = []
+        while len(received) < 41:
+            if len(received) == 20:
+                await server.post(chat, BIG)  # also during the catch-up
             await trio.sleep(0.1)
             await slow.read(3000)
-            heard += [json.loads(d)["message"]["n"] for _, d in wires_frames(slow.data)]
+            received += [
+                json.loads(d)["message"]["n"] for _, d in take_frames(slow.data)
+            ]
             assert len(seat.outbox.buffer) < 16_384 + 10_000 + 5_000
-        assert heard == list(range(1, 42))
-        stats = await house.stats()
+        assert received == list(range(1, 42))
+        stats = await server.stats()
         assert stats["connections"]["catching_up"] == 0
         assert stats["broadcast"]["catch_ups"] >= 1
-        await house.post(chat, "live")
-        assert (await slow.hear("new_message"))["message"]["n"] == 42
+        await server.post(chat, "live")
+        assert (await slow.receive("new_message"))["message"]["n"] == 42
         for n in range(1, 43):
-            assert (await fast.hear("new_message"))["message"]["n"] == n
+            assert (await fast.receive("new_message"))["message"]["n"] == n
         assert stats["broadcast"]["stalls"] == 0
 
 
-@wires(outbox_bytes=8192)
+@with_server(outbox_bytes=8192)
 async def test_an_ack_waits_for_its_event_when_the_sender_is_behind(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    slow, chat = await stall(house)
-    await slow.send(wires_command("send_message", chat_id=chat, content="mine"))
+    slow, chat = await stall(server)
+    await slow.send(command_bytes("send_message", chat_id=chat, content="mine"))
     await slow.listen()
-    frames = [json.loads(data) for _, data in wires_frames(slow.data)]
+    frames = [json.loads(data) for _, data in take_frames(slow.data)]
     assert [frame["type"] for frame in frames] == ["new_message"] * 21 + ["ack"]
     assert frames[-2]["message"]["content"] == "mine"
     assert frames[-1]["message_id"] == frames[-2]["seq"]
 
 
-@wires()
+@with_server()
 async def test_a_user_revoked_during_catch_up_gets_whole_frames_and_the_code(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    slow, _ = await stall(house, 100)
-    await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    slow, _ = await stall(server, 100)
+    await server.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
     await slow.listen()
-    *messages, (opcode, payload) = wires_frames(slow.data)
+    *messages, (opcode, payload) = take_frames(slow.data)
     assert (opcode, payload[:2]) == (CLOSE, (4503).to_bytes(2, "big"))
     numbers = [json.loads(message)["message"]["n"] for _, message in messages]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -1101,59 +1114,59 @@ async def test_a_user_revoked_during_catch_up_gets_whole_frames_and_the_code(
 
 
 @pytest.mark.parametrize("code", [4503, 1012])
-@wires()
+@with_server()
 async def test_a_connection_that_is_ended_before_connected_gets_the_code(
-    house: WiresHouse, code: int
+    server: VirtualServer, code: int
 ) -> None:
-    house.disk.hold(reads=True)
-    raw = house.dial()
-    await raw.send(wires_upgrade(house.target(6)))
+    server.disk.hold(reads=True)
+    raw = server.dial()
+    await raw.send(upgrade_bytes(server.target(6)))
     assert (await raw.answer()).status == 101
     if code == 4503:
-        await house.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+        await server.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
     else:
-        house.server.listener.stopping.set()
-    house.disk.go()
+        server.app.listener.stopping.set()
+    server.disk.go()
     await raw.ends()
-    *_, (opcode, payload) = wires_frames(raw.data)
+    *_, (opcode, payload) = take_frames(raw.data)
     assert (opcode, payload[:2]) == (CLOSE, code.to_bytes(2, "big"))
 
 
-@wires()
+@with_server()
 async def test_typing_is_dropped_for_a_client_with_queued_output(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    busy, friend = await house.join_raw(6, small=True), await house.join(7)
-    await house.post(chat, *[BIG] * 20)
-    await friend.say("typing", chat_id=chat, is_typing=True)
+    chat = await server.chat(6, 7)
+    busy, friend = await server.join_raw(6, small=True), await server.join(7)
+    await server.post(chat, *[BIG] * 20)
+    await friend.send_command("typing", chat_id=chat, is_typing=True)
     await trio.sleep(0.1)
     await busy.listen()
-    kinds = {json.loads(data)["type"] for _, data in wires_frames(busy.data)}
+    kinds = {json.loads(data)["type"] for _, data in take_frames(busy.data)}
     assert kinds == {"new_message"}
-    await friend.say("typing", chat_id=chat, is_typing=False)
-    await busy.hear("typing")
+    await friend.send_command("typing", chat_id=chat, is_typing=False)
+    await busy.receive("typing")
 
 
-@wires(outbox_bytes=4096)
+@with_server(outbox_bytes=4096)
 async def test_commands_are_not_read_while_the_outbox_is_over_its_limit(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6, small=True)
-    friend = await house.join(7)
-    await house.post(chat, *[BIG] * 20)
+    chat = await server.chat(6, 7)
+    raw = await server.join_raw(6, small=True)
+    friend = await server.join(7)
+    await server.post(chat, *[BIG] * 20)
     for _ in range(20):
-        await friend.hear("new_message")
+        await friend.receive("new_message")
     # The first may have been read already; the second is not.
     for n in range(2):
-        await raw.send(wires_command("send_message", chat_id=chat, content=f"{n}"))
+        await raw.send(command_bytes("send_message", chat_id=chat, content=f"{n}"))
     with trio.move_on_after(1):
-        await friend.hear("new_message")
-    await friend.hears_nothing(5)
+        await friend.receive("new_message")
+    await friend.receives_nothing(5)
     await raw.listen()
     with trio.fail_after(1):
-        while (await friend.hear("new_message"))["message"]["content"] != "1":
+        while (await friend.receive("new_message"))["message"]["content"] != "1":
             pass
 
 
@@ -1162,54 +1175,56 @@ async def test_commands_are_not_read_while_the_outbox_is_over_its_limit(
 BEFORE_HALF_CLOSE: dict[str, bytes] = {
     "nothing": b"",
     "a frame's first byte": b"\x81",
-    "a frame without its last byte": wires_command("ping")[:-1],
-    "a message without its last frame": wires_frame(TEXT, b"{", fin=False),
+    "a frame without its last byte": command_bytes("ping")[:-1],
+    "a message without its last frame": frame_bytes(TEXT, b"{", fin=False),
 }
 
 
 @pytest.mark.parametrize("last", BEFORE_HALF_CLOSE)
-@wires()
+@with_server()
 async def test_a_half_close_without_a_close_frame_gets_1012(
-    house: WiresHouse, caplog: pytest.LogCaptureFixture, last: str
+    server: VirtualServer, caplog: pytest.LogCaptureFixture, last: str
 ) -> None:
     caplog.set_level(logging.DEBUG, "chatd")
-    raw = await house.join_raw(6)
-    await raw.send(wires_command("ping"), BEFORE_HALF_CLOSE[last])
+    raw = await server.join_raw(6)
+    await raw.send(command_bytes("ping"), BEFORE_HALF_CLOSE[last])
     await raw.stream.send_eof()
-    await raw.hear("pong")
+    await raw.receive("pong")
     with taking(0):
         assert await raw.close_code() == 1012  # and no `bye` comes first
-    assert (await house.stats())["connections"]["closed"] == {"1006": 1}
+    assert (await server.stats())["connections"]["closed"] == {"1006": 1}
     assert "left user=6 code=1006" in caplog.messages
 
 
-@wires()
+@with_server()
 async def test_after_a_half_close_queued_output_comes_before_the_close_frame(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6, small=True)
-    numbers = await house.post(chat, *[BIG] * 10)
+    chat = await server.chat(6, 7)
+    raw = await server.join_raw(6, small=True)
+    numbers = await server.post(chat, *[BIG] * 10)
     await raw.stream.send_eof()
     for number in numbers:
-        assert (await raw.hear("new_message"))["message"]["id"] == number
+        assert (await raw.receive("new_message"))["message"]["id"] == number
     assert await raw.close_code() == 1012
-    assert (await house.stats())["connections"]["closed"] == {"1006": 1}
+    assert (await server.stats())["connections"]["closed"] == {"1006": 1}
 
 
-@wires()
-async def test_after_a_half_close_the_acks_come_before_1012(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6)
-    house.disk.hold()
+@with_server()
+async def test_after_a_half_close_the_acks_come_before_1012(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    raw = await server.join_raw(6)
+    server.disk.hold()
     for number in range(3):
-        await raw.send(wires_command("send_message", chat_id=chat, content=str(number)))
+        await raw.send(command_bytes("send_message", chat_id=chat, content=str(number)))
     await raw.stream.send_eof()
     await wait_all_tasks_blocked()
-    house.disk.go()
-    heard = [json.loads((await raw.frame())[1]) for _ in range(6)]
+    server.disk.go()
+    received = [json.loads((await raw.frame())[1]) for _ in range(6)]
     by_type = {
-        kind: [frame for frame in heard if frame["type"] == kind]
+        kind: [frame for frame in received if frame["type"] == kind]
         for kind in ("new_message", "ack")
     }
     assert [ack["message_id"] for ack in by_type["ack"]] == [
@@ -1219,92 +1234,92 @@ async def test_after_a_half_close_the_acks_come_before_1012(house: WiresHouse) -
     assert await raw.close_code() == 1012
 
 
-@wires()
+@with_server()
 async def test_after_a_half_close_the_acks_have_half_a_drain_at_most(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    raw = await house.join_raw(6)
-    house.disk.hold()
-    await raw.send(wires_command("send_message", chat_id=chat, content="a"))
+    chat = await server.chat(6, 7)
+    raw = await server.join_raw(6)
+    server.disk.hold()
+    await raw.send(command_bytes("send_message", chat_id=chat, content="a"))
     await raw.stream.send_eof()
     with taking(2.5):
         assert await raw.close_code(within=5) == 1012
-    house.disk.go()
+    server.disk.go()
 
 
-@wires()
-async def test_a_reset_connection_is_counted_as_1006(house: WiresHouse) -> None:
-    raw = house.dial(tcp=True)
-    await raw.send(wires_upgrade(house.target(6)))
+@with_server()
+async def test_a_reset_connection_is_counted_as_1006(server: VirtualServer) -> None:
+    raw = server.dial(tcp=True)
+    await raw.send(upgrade_bytes(server.target(6)))
     assert (await raw.answer()).status == 101
-    await raw.hear("connected")
-    door_reset(raw.stream)
+    await raw.receive("connected")
+    reset(raw.stream)
     await wait_all_tasks_blocked()
-    assert not house.server.sessions
-    assert (await house.stats())["connections"]["closed"] == {"1006": 1}
+    assert not server.app.sessions
+    assert (await server.stats())["connections"]["closed"] == {"1006": 1}
 
 
 # --- Session: membership -------------------------------------------------------------
 
 
-@wires()
+@with_server()
 async def test_a_removal_is_the_last_event_of_the_chat_that_the_removed_user_gets(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat, other = await house.chat(6, 7), await house.chat(6, 7)
-    removed, tab, stays = [await house.join(user) for user in (6, 6, 7)]
-    await house.command("DELETE", f"/api/v1/chats/{chat}/members/6")
+    chat, other = await server.chat(6, 7), await server.chat(6, 7)
+    removed, tab, stays = [await server.join(user) for user in (6, 6, 7)]
+    await server.command("DELETE", f"/api/v1/chats/{chat}/members/6")
     for peer in (removed, tab, stays):
-        event = await peer.hear("member_removed")
+        event = await peer.receive("member_removed")
         assert (event["chat_id"], event["user_id"]) == (chat, 6)
-    await house.post(chat, "after the removal", sender=7)
-    assert (await stays.hear("new_message"))["message"]["n"] == 1
-    await stays.say("typing", chat_id=chat, is_typing=True)
+    await server.post(chat, "after the removal", sender=7)
+    assert (await stays.receive("new_message"))["message"]["n"] == 1
+    await stays.send_command("typing", chat_id=chat, is_typing=True)
     for peer in (removed, tab):
-        await peer.hears_nothing()
+        await peer.receives_nothing()
     sent = await removed.refused("send_message", chat_id=chat, content="hi")
     typed = await removed.refused("typing", chat_id=chat, is_typing=True)
     assert (sent["code"], typed["code"]) == ("not_found", "not_found")
-    await house.post(other, "elsewhere", sender=7)
-    assert (await removed.hear("new_message"))["chat_id"] == other
+    await server.post(other, "elsewhere", sender=7)
+    assert (await removed.receive("new_message"))["chat_id"] == other
 
 
-@wires()
+@with_server()
 async def test_an_addition_reaches_the_members_and_starts_events_for_the_new_one(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6)
-    await house.post(chat, "before", sender=6)
-    await house.join(7, token=house.token(7, name="Bob"))
-    member, new = await house.join(6), await house.join(7)
-    await house.command("POST", f"/api/v1/chats/{chat}/members", {"user_id": 7})
-    event = await member.hear("member_added")
+    chat = await server.chat(6)
+    await server.post(chat, "before", sender=6)
+    await server.join(7, token=server.token(7, name="Bob"))
+    member, new = await server.join(6), await server.join(7)
+    await server.command("POST", f"/api/v1/chats/{chat}/members", {"user_id": 7})
+    event = await member.receive("member_added")
     assert event == {
         "type": "member_added", "seq": event["seq"], "chat_id": chat, "user_id": 7,
         "name": "Bob",
     }  # fmt: skip
-    added = await new.hear("chat_added")
+    added = await new.receive("chat_added")
     assert (added["seq"], added["chat_id"]) == (event["seq"] + 1, chat)
     assert added["chat"]["last_n"] == 1
     assert added["chat"]["last_message"]["content"] == "before"
     members = added["chat"]["members"]
     assert {member["user_id"]: member["read_n"] for member in members} == {6: 1, 7: 1}
-    await house.post(chat, "after", sender=6)
+    await server.post(chat, "after", sender=6)
     for peer in (member, new):
-        assert (await peer.hear("new_message"))["message"]["content"] == "after"
-        await peer.hears_nothing()
+        assert (await peer.receive("new_message"))["message"]["content"] == "after"
+        await peer.receives_nothing()
 
 
-@wires(outbox_bytes=8192, page_events=2)
+@with_server(outbox_bytes=8192, page_events=2)
 async def test_a_reader_that_is_behind_gets_its_removal_and_nothing_later(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    slow, chat = await stall(house)
-    await house.command("DELETE", f"/api/v1/chats/{chat}/members/6")
-    await house.post(chat, "after the removal", sender=7)
+    slow, chat = await stall(server)
+    await server.command("DELETE", f"/api/v1/chats/{chat}/members/6")
+    await server.post(chat, "after the removal", sender=7)
     await slow.listen()
-    frames = [json.loads(data) for _, data in wires_frames(slow.data)]
+    frames = [json.loads(data) for _, data in take_frames(slow.data)]
     *messages, last = frames
     assert last["type"] == "member_removed"
     numbers = [message["message"]["n"] for message in messages]
@@ -1312,33 +1327,33 @@ async def test_a_reader_that_is_behind_gets_its_removal_and_nothing_later(
     assert len(numbers) < 20
 
 
-@wires()
+@with_server()
 async def test_membership_changes_before_connected_are_not_missed(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat, other = await house.chat(6, 7), await house.chat(7)
-    house.disk.hold()
-    changes = [house.dial() for _ in range(3)]
-    service = f"Bearer {house.token(999, scope='service')}"
+    chat, other = await server.chat(6, 7), await server.chat(7)
+    server.disk.hold()
+    changes = [server.dial() for _ in range(3)]
+    service = f"Bearer {server.token(999, scope='service')}"
     for raw, method, path, body in (
         (changes[0], "DELETE", f"/api/v1/chats/{chat}/members/6", None),
         (changes[1], "POST", f"/api/v1/chats/{other}/members", b'{"user_id":6}'),
         (changes[2], "POST", f"/api/v1/chats/{other}/messages",
          b'{"content":"hi","sender_id":7}'),
     ):  # fmt: skip
-        await raw.send(wires_request(method, path, body, Authorization=service))
+        await raw.send(request_bytes(method, path, body, Authorization=service))
     await wait_all_tasks_blocked()
-    raw = house.dial()
-    await raw.send(wires_upgrade(house.target(6)))
-    house.disk.go()
+    raw = server.dial()
+    await raw.send(upgrade_bytes(server.target(6)))
+    server.disk.go()
     assert (await raw.answer()).status == 101
-    hello = await raw.hear("connected")
+    hello = await raw.receive("connected")
     await raw.listen()
-    events = [json.loads(data) for _, data in wires_frames(raw.data)]
+    events = [json.loads(data) for _, data in take_frames(raw.data)]
     start = int(hello["cursor"].rpartition(".")[2])
     # `connected` and the events that follow it are complete together.
     assert [event["seq"] for event in events] == [
-        seq for seq in range(start + 1, house.server.hub.head + 1)
+        seq for seq in range(start + 1, server.app.hub.head + 1)
         if seq != start + 2 or events[0]["type"] != "member_removed"
     ]  # fmt: skip
 
@@ -1346,13 +1361,15 @@ async def test_membership_changes_before_connected_are_not_missed(
 # --- errors stay within their connection ---------------------------------------------
 
 
-@wires(handshakes=OFF)
-async def test_random_bytes_end_only_their_own_connection(house: WiresHouse) -> None:
-    innocent = await house.join(7)
+@with_server(handshakes=OFF)
+async def test_random_bytes_end_only_their_own_connection(
+    server: VirtualServer,
+) -> None:
+    innocent = await server.join(7)
     dice = random.Random(7)  # the same bytes in each run
     for _ in range(150):
         upgraded = dice.random() < 0.7
-        raw = await house.join_raw(6) if upgraded else house.dial()
+        raw = await server.join_raw(6) if upgraded else server.dial()
         noise = dice.randbytes(dice.randrange(1, 300))
         with contextlib.suppress(trio.BrokenResourceError):
             await raw.send(noise)
@@ -1362,7 +1379,7 @@ async def test_random_bytes_end_only_their_own_connection(house: WiresHouse) -> 
         raw.stream.socket.close()
     await trio.sleep(2)
     assert (await innocent.ask("ping"))["type"] == "pong"
-    assert len(house.server.sessions) == 1
+    assert len(server.app.sessions) == 1
     gc.collect()
 
 
@@ -1370,151 +1387,153 @@ async def test_random_bytes_end_only_their_own_connection(house: WiresHouse) -> 
 
 
 async def test_5000_missed_events_are_replayed_and_5001_are_not(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving():
-        ann, bob, cy = (next(door_users) for _ in range(3))
-        chat = await house.chat(ann, bob)
-        await house.chat(cy)
-        start = await house.cursor(ann)
-        sender = DoorSender(house, bob, [(chat, "x")] * 5000)
-        await sender.send_over(await house.peer(bob), DoorCount(), 64)
-        peer = await house.peer(ann, start)
+    async with server.serving():
+        ann, bob, cy = (next(new_users) for _ in range(3))
+        chat = await server.chat(ann, bob)
+        await server.chat(cy)
+        start = await server.cursor(ann)
+        sender = RepeatingSender(server, bob, [(chat, "x")] * 5000)
+        await sender.send_over(await server.peer(bob), Progress(), 64)
+        peer = await server.peer(ann, start)
         assert peer.hello["resume"] == "replay"
-        heard = [(await peer.hear("new_message"))["message"]["n"] for _ in range(5000)]
-        assert heard == list(range(1, 5001))
-        await peer.hears_nothing()
-        await house.post(chat, bob, "one more")
-        far = await house.peer(ann, start)
+        received = [
+            (await peer.receive("new_message"))["message"]["n"] for _ in range(5000)
+        ]
+        assert received == list(range(1, 5001))
+        await peer.receives_nothing()
+        await server.post(chat, bob, "one more")
+        far = await server.peer(ann, start)
         assert far.hello["resume"] == "resync"
-        other = await house.peer(cy, start)  # the events were in another chat
+        other = await server.peer(cy, start)  # the events were in another chat
         assert other.hello["resume"] in {"live", "replay"}
-        await other.hears_nothing()
+        await other.receives_nothing()
 
 
 # --- whole process: deadlines and half closes ----------------------------------------
 
 
-async def test_long_deadlines_hold_in_real_time(house: DoorServer) -> None:
+async def test_long_deadlines_hold_in_real_time(server: ServerProcess) -> None:
     """The long waits in parallel: a stall of 40 s, a head in 10 s, a grace of 25 s."""
-    async with house.serving():
+    async with server.serving():
         with trio.fail_after(75):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(stalled_reader_is_dropped, house)
-                nursery.start_soon(slow_reader_stays, house)
-                nursery.start_soon(slow_head_gets_408, house)
-                nursery.start_soon(missing_head_gets_408, house)
-                nursery.start_soon(slow_body_gets_408, house)
-                nursery.start_soon(expired_token_is_closed, house)
+                nursery.start_soon(stalled_reader_is_dropped, server)
+                nursery.start_soon(slow_reader_stays, server)
+                nursery.start_soon(slow_head_gets_408, server)
+                nursery.start_soon(missing_head_gets_408, server)
+                nursery.start_soon(slow_body_gets_408, server)
+                nursery.start_soon(expired_token_is_closed, server)
 
 
-async def stalled_reader_is_dropped(house: DoorServer) -> None:
+async def stalled_reader_is_dropped(server: ServerProcess) -> None:
     """After 40 s without progress a client is dropped; its cursor recovers the rest."""
-    ann, bob, count = next(door_users), next(door_users), 450
-    chat = await house.chat(ann, bob)
-    peer = await house.peer(ann, receive_buffer=16384)
+    ann, bob, count = next(new_users), next(new_users), 450
+    chat = await server.chat(ann, bob)
+    peer = await server.peer(ann, receive_buffer=16384)
     epoch = peer.hello["cursor"].partition(".")[0]
-    texts = await door_load(house, chat, bob, count)
+    texts = await send_bulk(server, chat, bob, count)
     began = trio.current_time()
 
     async def dropped() -> bool:
-        return bool((await house.stats())["broadcast"]["stalls"] > 0)
+        return bool((await server.stats())["broadcast"]["stalls"] > 0)
 
-    await door_until(dropped, 50)
+    await wait_until(dropped, 50)
     assert trio.current_time() - began > 35, "too soon"
-    heard: list[DoorFrame] = []
-    with suppress(DoorGone):
-        while len(heard) < count:  # the frames that were in flight
-            heard.append(await peer.hear("new_message"))
-    assert len(heard) < count
-    cursor = f"{epoch}.{heard[-1]['seq']}" if heard else peer.hello["cursor"]
-    peer = await house.peer(ann, cursor)
+    received: list[Frame] = []
+    with suppress(Disconnected):
+        while len(received) < count:  # the frames that were in flight
+            received.append(await peer.receive("new_message"))
+    assert len(received) < count
+    cursor = f"{epoch}.{received[-1]['seq']}" if received else peer.hello["cursor"]
+    peer = await server.peer(ann, cursor)
     assert peer.hello["resume"] == "replay"
-    rest = await door_texts(peer, count - len(heard))
-    assert [e["message"]["content"] for e in heard] + rest == texts
-    await peer.hears_nothing()
+    rest = await receive_texts(peer, count - len(received))
+    assert [e["message"]["content"] for e in received] + rest == texts
+    await peer.receives_nothing()
 
 
-async def slow_reader_stays(house: DoorServer) -> None:
+async def slow_reader_stays(server: ServerProcess) -> None:
     """A client that reads 5 KB a second and pings stays connected in a catch-up."""
-    ann, bob, count = next(door_users), next(door_users), 350
-    chat = await house.chat(ann, bob)
-    start = await house.cursor(ann)
-    texts = await door_load(house, chat, bob, count)
-    peer = await house.peer(ann, start, receive_buffer=16384)
+    ann, bob, count = next(new_users), next(new_users), 350
+    chat = await server.chat(ann, bob)
+    start = await server.cursor(ann)
+    texts = await send_bulk(server, chat, bob, count)
+    peer = await server.peer(ann, start, receive_buffer=16384)
     assert peer.hello["resume"] == "replay"
     pings = 0
     for second in range(15):
         await peer.sip(5000)
         if second % 2:
-            await peer.say("ping")
+            await peer.send_command("ping")
             pings += 1
         await trio.sleep(1)
     peer.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-    heard: list[str] = []
-    while len(heard) < count or pings:
-        frame = await peer.hear()
+    received: list[str] = []
+    while len(received) < count or pings:
+        frame = await peer.receive()
         if frame["type"] == "pong":
             pings -= 1
         else:
-            heard.append(frame["message"]["content"])
-    assert heard == texts
-    await peer.hears_nothing()
+            received.append(frame["message"]["content"])
+    assert received == texts
+    await peer.receives_nothing()
 
 
-async def slow_head_gets_408(house: DoorServer) -> None:
-    stream = await house.dial()
+async def slow_head_gets_408(server: ServerProcess) -> None:
+    stream = await server.dial()
     began = trio.current_time()
     answer = b""
     async with trio.open_nursery() as nursery:
 
         async def drip() -> None:
             with suppress(trio.BrokenResourceError):
-                for byte in door_get("/healthz", "Host: x", "X-Slow: " + "y" * 99):
+                for byte in get_bytes("/healthz", "Host: x", "X-Slow: " + "y" * 99):
                     await stream.send_all(bytes([byte]))
                     await trio.sleep(0.5)
 
         nursery.start_soon(drip)
-        answer = await door_rest(stream, 14)
+        answer = await read_rest(stream, 14)
         nursery.cancel_scope.cancel()
     assert 8 < trio.current_time() - began < 13
-    assert not answer or door_answer(answer)[0].status == 408, answer
+    assert not answer or split_answer(answer)[0].status == 408, answer
 
 
-async def missing_head_gets_408(house: DoorServer) -> None:
-    stream = await house.dial()
+async def missing_head_gets_408(server: ServerProcess) -> None:
+    stream = await server.dial()
     began = trio.current_time()
-    answer = await door_rest(stream, 14)
+    answer = await read_rest(stream, 14)
     assert 8 < trio.current_time() - began < 13
-    assert not answer or door_answer(answer)[0].status == 408, answer
+    assert not answer or split_answer(answer)[0].status == 408, answer
 
 
-async def slow_body_gets_408(house: DoorServer) -> None:
-    stream = await house.dial()
+async def slow_body_gets_408(server: ServerProcess) -> None:
+    stream = await server.dial()
     began = trio.current_time()
     lines = ["POST /api/v1/chats HTTP/1.1", "Host: x", "Content-Length: 1000"]
-    lines += [f"Authorization: Bearer {house.token(1)}", "", "{"]
+    lines += [f"Authorization: Bearer {server.token(1)}", "", "{"]
     await stream.send_all("\r\n".join(lines).encode())
-    answer = await door_rest(stream, 20)
+    answer = await read_rest(stream, 20)
     assert 8 < trio.current_time() - began < 19
-    assert door_answer(answer)[0].status == 408, answer
-    assert door_answer(answer)[0].code == "timeout"
+    assert split_answer(answer)[0].status == 408, answer
+    assert split_answer(answer)[0].code == "timeout"
 
 
-async def expired_token_is_closed(house: DoorServer) -> None:
+async def expired_token_is_closed(server: ServerProcess) -> None:
     """Unless renewed, a token is announced 60 s early and closes 25 s after its end."""
-    user = next(door_users)
+    user = next(new_users)
     ends = int(time.time()) - 3  # expired, but within the leeway of 5 s
     renewed, ticketed, left = [
-        await house.peer(house.token(user, exp=ends)) for _ in range(3)
+        await server.peer(server.token(user, exp=ends)) for _ in range(3)
     ]
     for peer in (renewed, ticketed, left):
-        expiring = await peer.hear("token_expiring")
+        expiring = await peer.receive("token_expiring")
         assert expiring["expires_in"] <= 60
-    ack = await renewed.ask("auth", token=house.token(user))
+    ack = await renewed.ask("auth", token=server.token(user))
     assert ack["type"] == "ack"
     assert 3500 < ack["expires_in"] <= 3600
-    got = await house.want(200, "GET /api/v2/ws-token", house.token(user))
+    got = await server.want(200, "GET /api/v2/ws-token", server.token(user))
     ack = await ticketed.ask("auth", token=got["token"])
     assert ack["type"] == "ack"
     assert 3500 < ack["expires_in"] <= 3600
@@ -1522,19 +1541,19 @@ async def expired_token_is_closed(house: DoorServer) -> None:
         assert await left.ended(30) == 4401
     assert 24 <= time.time() - ends < 29
     await trio.sleep(1.5)  # one more sweep has run
-    await renewed.hears_nothing()
-    await ticketed.hears_nothing()
+    await renewed.receives_nothing()
+    await ticketed.receives_nothing()
 
 
 async def test_a_half_close_gets_1012_from_a_real_process(
-    either_house: DoorServer,
+    either_server: ServerProcess,
 ) -> None:
-    peer = await either_house.peer(next(door_users))
-    await peer.say("ping")
+    peer = await either_server.peer(next(new_users))
+    await peer.send_command("ping")
     await peer.stream.send_eof()
-    await peer.hear("pong")
-    with pytest.raises(DoorGone) as gone:
-        await peer.hear()
+    await peer.receive("pong")
+    with pytest.raises(Disconnected) as gone:
+        await peer.receive()
     assert gone.value.code == 1012
 
 
@@ -1544,119 +1563,124 @@ async def test_a_half_close_gets_1012_from_a_real_process(
 def hostile_frames() -> dict[str, tuple[bytes, set[int]]]:
     """Frames that end a connection, each with the close codes that are allowed."""
     text, more = 1, 0
-    ping = door_frame(9, b"p")
-    part = door_frame(text, b"{", first=0)
+    ping = client_frame(9, b"p")
+    part = client_frame(text, b"{", first=0)
     return {
-        "an unmasked frame": (door_frame(text, b"{}", masked=False), {1002}),
-        "reserved opcode 3": (door_frame(3), {1002}),
-        "reserved opcode 11": (door_frame(11), {1002}),
-        "a reserved bit": (door_frame(text, b"{}", first=0xC0), {1002}),
-        "a ping in two": (door_frame(9, b"", first=0), {1002}),
-        "a ping of 126 bytes": (door_frame(9, b"x" * 126), {1002}),
-        "a continuation of nothing": (door_frame(more, b"x"), {1002}),
-        "a message inside a message": (part + door_frame(text, b"{}"), {1002}),
-        "a close of one byte": (door_frame(8, b"\x03"), {1002}),
-        "a close with code 1005": (door_frame(8, b"\x03\xed"), {1002}),
-        "a close with code 999": (door_frame(8, b"\x03\xe7"), {1002}),
-        "a close with bad UTF-8": (door_frame(8, b"\x03\xe8\xff"), {1007}),
-        "bad UTF-8": (door_frame(text, b'{"type":"\xff"}'), {1007}),
-        "a surrogate in UTF-8": (door_frame(text, b"\xed\xa0\x80"), {1007}),
-        "UTF-8 cut short": (door_frame(text, b'"\xf0\x9f\x98'), {1007}),
-        "bad UTF-8 in a part": (part + door_frame(more, b"\xff", first=0), {1007}),
-        "one byte too many": (door_frame(text, b"x" * 65537), {1009}),
+        "an unmasked frame": (client_frame(text, b"{}", masked=False), {1002}),
+        "reserved opcode 3": (client_frame(3), {1002}),
+        "reserved opcode 11": (client_frame(11), {1002}),
+        "a reserved bit": (client_frame(text, b"{}", first=0xC0), {1002}),
+        "a ping in two": (client_frame(9, b"", first=0), {1002}),
+        "a ping of 126 bytes": (client_frame(9, b"x" * 126), {1002}),
+        "a continuation of nothing": (client_frame(more, b"x"), {1002}),
+        "a message inside a message": (part + client_frame(text, b"{}"), {1002}),
+        "a close of one byte": (client_frame(8, b"\x03"), {1002}),
+        "a close with code 1005": (client_frame(8, b"\x03\xed"), {1002}),
+        "a close with code 999": (client_frame(8, b"\x03\xe7"), {1002}),
+        "a close with bad UTF-8": (client_frame(8, b"\x03\xe8\xff"), {1007}),
+        "bad UTF-8": (client_frame(text, b'{"type":"\xff"}'), {1007}),
+        "a surrogate in UTF-8": (client_frame(text, b"\xed\xa0\x80"), {1007}),
+        "UTF-8 cut short": (client_frame(text, b'"\xf0\x9f\x98'), {1007}),
+        "bad UTF-8 in a part": (part + client_frame(more, b"\xff", first=0), {1007}),
+        "one byte too many": (client_frame(text, b"x" * 65537), {1009}),
         "too many bytes in parts": (
-            part + door_frame(more, b"x" * 40000, first=0) * 2,
+            part + client_frame(more, b"x" * 40000, first=0) * 2,
             {1009},
         ),
-        "too many bytes, then a ping": (door_frame(text, b"x" * 65537) + ping, {1009}),
-        "too many bytes, twice": (door_frame(text, b"x" * 65537) * 2, {1009}),
+        "too many bytes, then a ping": (
+            client_frame(text, b"x" * 65537) + ping,
+            {1009},
+        ),
+        "too many bytes, twice": (client_frame(text, b"x" * 65537) * 2, {1009}),
         "a length of 2**40": (
             b"\x81\xff" + (2**40).to_bytes(8, "big") + bytes(70_000),
             {1009},
         ),
         "a length of 2**63": (b"\x81\xff" + (2**63).to_bytes(8, "big"), {1002, 1009}),
         "a length longer than it need be": (b"\x81\xfe\x00\x01\0\0\0\0x", {1002}),
-        "65 parts": (part + door_frame(more, b"", first=0) * 64, {1002, 1008, 1009}),
+        "65 parts": (part + client_frame(more, b"", first=0) * 64, {1002, 1008, 1009}),
         "many empty parts": (
-            part + door_frame(more, b"", first=0) * 100_000,
+            part + client_frame(more, b"", first=0) * 100_000,
             {1002, 1008, 1009},
         ),
-        "two closes and a ping": (door_frame(8, b"\x03\xe8") * 2 + ping, {1000}),
-        "a close without a code": (door_frame(8), {1000, 1005}),
+        "two closes and a ping": (client_frame(8, b"\x03\xe8") * 2 + ping, {1000}),
+        "a close without a code": (client_frame(8), {1000, 1005}),
     }
 
 
 @pytest.mark.parametrize("case", list(hostile_frames()))
 async def test_a_hostile_frame_gets_its_close_code_and_affects_nobody_else(
-    either_house: DoorServer, case: str
+    either_server: ServerProcess, case: str
 ) -> None:
-    async with door_innocent(either_house):
+    async with others_are_served(either_server):
         data, codes = hostile_frames()[case]
-        peer = await either_house.peer(next(door_users))
-        with suppress(trio.BrokenResourceError), trio.fail_after(DOOR_SECONDS):
+        peer = await either_server.peer(next(new_users))
+        with suppress(trio.BrokenResourceError), trio.fail_after(WAIT_SECONDS):
             await peer.stream.send_all(data)
         assert await peer.ended(5) in codes
-        await door_rest(peer.stream, 3)  # TCP ends too
+        await read_rest(peer.stream, 3)  # TCP ends too
 
 
-async def test_a_message_in_64_fragments_is_accepted(either_house: DoorServer) -> None:
-    peer = await either_house.peer(next(door_users))
-    parts = [door_frame(0, b" ", first=0)] * 62
-    message = door_frame(1, b'{"type":', first=0), *parts, door_frame(0, b'"ping"}')
+async def test_a_message_in_64_fragments_is_accepted(
+    either_server: ServerProcess,
+) -> None:
+    peer = await either_server.peer(next(new_users))
+    parts = [client_frame(0, b" ", first=0)] * 62
+    message = client_frame(1, b'{"type":', first=0), *parts, client_frame(0, b'"ping"}')
     await peer.stream.send_all(b"".join(message))
-    await peer.hear("pong")
-    await peer.stream.send_all(door_frame(9, b"between"))
-    await peer.hears_nothing()
+    await peer.receive("pong")
+    await peer.stream.send_all(client_frame(9, b"between"))
+    await peer.receives_nothing()
     assert peer.pongs == [b"between"]
 
 
 async def test_clients_that_hang_up_abruptly_affect_nobody_else(
-    either_house: DoorServer,
+    either_server: ServerProcess,
 ) -> None:
-    house = either_house
-    user = next(door_users)
-    whole = door_get(house.socket_path(user), "Host: x", *DOOR_UPGRADE)
-    ping = door_frame(1, b'{"type":"ping"}')
+    server = either_server
+    user = next(new_users)
+    whole = get_bytes(server.socket_path(user), "Host: x", *UPGRADE_LINES)
+    ping = client_frame(1, b'{"type":"ping"}')
     abrupt = [b"", b"\x00\xff\r\n\r\n", b"GET", whole[:40], whole[:-2], whole]
     abrupt += [
         whole + ping,
         whole + ping[:5],
-        whole + door_frame(8),
+        whole + client_frame(8),
         whole + b"\xff" * 99,
     ]
-    abrupt += [door_get("/healthz", "Host: x"), door_get("/x") + b"y" * 1000]
-    async with door_innocent(house):
+    abrupt += [get_bytes("/healthz", "Host: x"), get_bytes("/x") + b"y" * 1000]
+    async with others_are_served(server):
         for data in abrupt * 3:
-            for reset in (True, False):
-                stream = await house.dial()
+            for with_reset in (True, False):
+                stream = await server.dial()
                 if data:
                     await stream.send_all(data)
-                if reset:
-                    door_reset(stream)
+                if with_reset:
+                    reset(stream)
                 else:
                     await stream.aclose()
-        stream = await house.dial()
+        stream = await server.dial()
         await stream.send_all(whole + ping)  # this client does not wait for the 101
         got = b""
-        with trio.fail_after(DOOR_SECONDS):
+        with trio.fail_after(WAIT_SECONDS):
             while b'"pong"' not in got:
                 got += await stream.receive_some(65536)
 
 
 async def test_noise_after_the_handshake_affects_nobody_else(
-    either_house: DoorServer,
+    either_server: ServerProcess,
 ) -> None:
-    house, dice = either_house, random.Random(11)
-    async with door_innocent(house), trio.open_nursery() as nursery:
+    server, dice = either_server, random.Random(11)
+    async with others_are_served(server), trio.open_nursery() as nursery:
 
         async def noisy(seed: int) -> None:
-            peer = await house.peer(next(door_users))
+            peer = await server.peer(next(new_users))
             noise = random.Random(seed)
             with suppress(trio.BrokenResourceError):
                 for _ in range(20):
                     first = noise.choice([0, 0x80, 0x80, 0x80, noise.randrange(256)])
                     data = noise.randbytes(noise.choice([0, 5, 125, 126, 3000]))
-                    frame = door_frame(noise.randrange(16), data, first=first & 0xF0)
+                    frame = client_frame(noise.randrange(16), data, first=first & 0xF0)
                     await peer.stream.send_all(frame[: noise.choice([3, 9999])])
             peer.drop()
 
@@ -1668,15 +1692,15 @@ async def test_noise_after_the_handshake_affects_nobody_else(
 
 
 async def test_reading_pauses_for_a_client_that_sends_too_fast(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving("--receive-bytes", "20000/20000"):
-        fast, calm = [await house.peer(next(door_users)) for _ in range(2)]
+    async with server.serving("--receive-bytes", "20000/20000"):
+        fast, calm = [await server.peer(next(new_users)) for _ in range(2)]
         began = trio.current_time()
         for _ in range(5):
-            await fast.say("ping", padding="x" * 10000)
-        await calm.hears_nothing()
+            await fast.send_command("ping", padding="x" * 10000)
+        await calm.receives_nothing()
         assert trio.current_time() - began < 1
         for _ in range(5):
-            await fast.hear("pong")
+            await fast.receive("pong")
         assert 1 < trio.current_time() - began < 5

@@ -22,12 +22,12 @@ import pytest
 import chatd
 from chatd import Settings
 from tests.harness import (
-    DOOR_SECONDS,
     KEY_PARTS,
-    door_node,
-    rules_certificate,
-    rules_jwk,
-    rules_private,
+    WAIT_SECONDS,
+    certificate_of,
+    jwk_of,
+    new_private_key,
+    node_path,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -282,7 +282,7 @@ def test_every_refusal_has_a_status_and_a_sentence(code: str) -> None:
 def test_the_documented_commands_that_convert_a_key_to_pem_work(
     kind: str, tmp_path: Path
 ) -> None:
-    private, path = rules_private(kind), tmp_path / "key.pem"
+    private, path = new_private_key(kind), tmp_path / "key.pem"
     public = private.public_key()
     der, line = (public.public_bytes(*KEY_PARTS[part]) for part in (
         "SubjectPublicKeyInfo", "OpenSSH"
@@ -293,19 +293,19 @@ def test_the_documented_commands_that_convert_a_key_to_pem_work(
     assert len(commands) == 2
     first, last = b"-----BEGIN PUBLIC KEY-----\n", b"\n-----END PUBLIC KEY-----"
     ways: list[tuple[str, bytes]] = [
-        (block, json.dumps(rules_jwk(private)).encode()), (block, line),
+        (block, json.dumps(jwk_of(private)).encode()), (block, line),
         ("cat key.txt > key.pem", first + base64.b64encode(der) + last),
     ]  # fmt: skip
     for command in (command.replace("FILE", "key.txt") for command in commands):
         if "x509" in command:
-            ways.append((f"{command} -inform DER", rules_certificate(private)))
+            ways.append((f"{command} -inform DER", certificate_of(private)))
         else:
             ways.append((command, der))
     for command, text in ways:
         path.unlink(missing_ok=True)
         (tmp_path / "key.txt").write_bytes(text)
         subprocess.run(
-            ["bash", "-euc", command], cwd=tmp_path, check=True, timeout=DOOR_SECONDS
+            ["bash", "-euc", command], cwd=tmp_path, check=True, timeout=WAIT_SECONDS
         )
         assert chatd.read_jwt_key(path).algorithm == kind, command
 
@@ -353,7 +353,7 @@ def test_the_python_example_works_unchanged(
 
 
 def test_the_node_example_works_unchanged(example_server: str, tmp_path: Path) -> None:
-    node = door_node()
+    node = node_path()
     (block,) = blocks(EMBEDDING, "js")
     (tmp_path / "backend.mjs").write_text(block, "utf-8")
     out = run_example([node, "backend.mjs"], example_server, tmp_path)
@@ -373,7 +373,7 @@ def test_chatd_accepts_the_token_of_the_example_in_the_readme(
     request = urllib.request.Request(
         f"{example_server}/api/v1/me", headers={"Authorization": f"Bearer {token}"}
     )
-    with urllib.request.urlopen(request, timeout=DOOR_SECONDS) as answer:
+    with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as answer:
         assert json.load(answer) == {"user_id": 6, "name": "Anna"}
 
 

@@ -21,7 +21,7 @@ import pytest
 
 import chatd
 from tests import harness
-from tests.harness import DOOR_CHECKOUT, DoorPeer, DoorServer, door_run, memory_inline
+from tests.harness import CHECKOUT, ServerProcess, SocketClient, run_chatd, run_inline
 
 # Three events: one with fields of its own, and two that change membership. Each has a
 # class and the Store method that records it.
@@ -144,14 +144,14 @@ PLACES = {
 def extended(folder: Path, *forgotten: str) -> Path:
     """Copy chatd.py with every piece above inserted, except the forgotten ones."""
     folder.mkdir()
-    text = (DOOR_CHECKOUT / "chatd.py").read_text("utf-8")
+    text = (CHECKOUT / "chatd.py").read_text("utf-8")
     for part, before in PLACES.items():
         assert text.count(before) == 1, before
         if part not in forgotten:
             text = text.replace(before, part + before)
     (folder / "chatd.py").write_text(text, "utf-8")
     for name in ("schema.sql", "web"):
-        (folder / name).symlink_to(DOOR_CHECKOUT / name)
+        (folder / name).symlink_to(CHECKOUT / name)
     return folder / "chatd.py"
 
 
@@ -173,11 +173,11 @@ def imported(path: Path) -> Iterator[ModuleType]:
 @pytest.fixture
 def extended_chatd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the harness start a copy with every piece instead of chatd.py itself."""
-    monkeypatch.setattr(harness, "DOOR_CHECKOUT", extended(tmp_path / "copy").parent)
+    monkeypatch.setattr(harness, "CHECKOUT", extended(tmp_path / "copy").parent)
 
 
-async def events_of(peer: DoorPeer, kind: str, count: int) -> list[dict[str, Any]]:
-    return [await peer.hear(kind) for _ in range(count)]
+async def events_of(peer: SocketClient, kind: str, count: int) -> list[dict[str, Any]]:
+    return [await peer.receive(kind) for _ in range(count)]
 
 
 def in_chat(chat: int, **fields: object) -> dict[str, object]:
@@ -186,93 +186,93 @@ def in_chat(chat: int, **fields: object) -> dict[str, object]:
 
 @pytest.mark.usefixtures("extended_chatd")
 async def test_an_event_a_command_and_a_route_need_no_other_place_than_theirs(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving():
-        chat = await house.chat(1, 2)
-        start = await house.cursor(2)
-        one, two = await house.peer(1), await house.peer(2)
+    async with server.serving():
+        chat = await server.chat(1, 2)
+        start = await server.cursor(2)
+        one, two = await server.peer(1), await server.peer(2)
         # The command is acked and stored; every live member receives the event.
-        await one.say("wave", chat_id=chat, mood="glad", ref="r")
+        await one.send_command("wave", chat_id=chat, mood="glad", ref="r")
         waved = {"type": "waved", "seq": 3, "user_id": 1, "moods": ["glad", "é"]}
-        assert await one.hear("waved") == in_chat(chat, **waved)
-        assert await one.hear("ack") == in_chat(chat, type="ack", ref="r")
-        assert await two.hear("waved") == in_chat(chat, **waved)
+        assert await one.receive("waved") == in_chat(chat, **waved)
+        assert await one.receive("ack") == in_chat(chat, type="ack", ref="r")
+        assert await two.receive("waved") == in_chat(chat, **waved)
         refused = await two.ask("wave", chat_id=chat + 1, mood="lost")
         assert (refused["type"], refused["code"]) == ("error", "not_found")
         refused = await two.ask("wave", chat_id=chat, mood=7)
         assert refused["code"] == "bad_field"
         # The route.
-        target, token = f"POST /api/v1/chats/{chat}/waves", house.token(2)
-        assert await house.want(201, target, token, {"mood": "sad"}) == {"seq": 4}
-        await house.want(400, target, token, {"mood": ""})
-        await house.want(401, target, "", {"mood": "sad"})
-        await house.want(405, f"GET /api/v1/chats/{chat}/waves", token)
+        target, token = f"POST /api/v1/chats/{chat}/waves", server.token(2)
+        assert await server.want(201, target, token, {"mood": "sad"}) == {"seq": 4}
+        await server.want(400, target, token, {"mood": ""})
+        await server.want(401, target, "", {"mood": "sad"})
+        await server.want(405, f"GET /api/v1/chats/{chat}/waves", token)
         again = in_chat(chat, **waved | {"seq": 4, "user_id": 2, "moods": ["sad", "é"]})
-        assert [await peer.hear("waved") for peer in (one, two)] == [again] * 2
+        assert [await peer.receive("waved") for peer in (one, two)] == [again] * 2
         both = [in_chat(chat, **waved), again]
         # The event is replayed from the tail, and polled.
-        replaying = await house.peer(2, start)
+        replaying = await server.peer(2, start)
         assert await events_of(replaying, "waved", 2) == both
-        assert await house.log(2, start) == both
+        assert await server.log(2, start) == both
         # It is counted.
-        counted = (await house.stats())["broadcast"]["events"]
+        counted = (await server.stats())["broadcast"]["events"]
         assert counted == {"chat_added": 2, "waved": 2}
-        metrics = await house.ask("GET", "/metrics", house.stats_token)
+        metrics = await server.ask("GET", "/metrics", server.stats_token)
         assert 'chatd_broadcast_events_total{type="waved"} 2.0' in metrics.body.decode()
         # After a restart it is read from the tail; after the next, from the database.
         for _ in range(2):
-            await house.stop()
-            await house.begin()
-            replaying = await house.peer(2, start)
+            await server.stop()
+            await server.begin()
+            replaying = await server.peer(2, start)
             assert await events_of(replaying, "waved", 2) == both
-            assert await house.log(2, start) == both
-            await house.chat(1)
-        await house.stop()
-    assert (await door_run("check", "--db", house.db)).status == 0
+            assert await server.log(2, start) == both
+            await server.chat(1)
+        await server.stop()
+    assert (await run_chatd("check", "--db", server.db)).status == 0
     # A chatd that does not know the event reports it as unknown.
-    assert "event 3: of the unknown kind waved" in chatd.faults(house.db)
+    assert "event 3: of the unknown kind waved" in chatd.faults(server.db)
 
 
 @pytest.mark.usefixtures("extended_chatd")
 async def test_an_event_that_declares_a_membership_change_makes_it(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving():
-        chat = await house.chat(1, 2)
-        three = await house.peer(3)
-        start = await house.cursor(3)
+    async with server.serving():
+        chat = await server.chat(1, 2)
+        three = await server.peer(3)
+        start = await server.cursor(3)
         guests = f"/api/v1/chats/{chat}/guests"
-        await house.post(chat, 1, "before")
-        await house.want(204, f"POST {guests}", house.service, {"user_id": 3})
-        await house.post(chat, 1, "meanwhile")
-        await three.say("typing", chat_id=chat, is_typing=True)
-        await house.want(204, f"DELETE {guests}/3", house.service)
-        await house.post(chat, 1, "after")
-        invited, message, expelled = [await three.hear() for _ in range(3)]
+        await server.post(chat, 1, "before")
+        await server.want(204, f"POST {guests}", server.service, {"user_id": 3})
+        await server.post(chat, 1, "meanwhile")
+        await three.send_command("typing", chat_id=chat, is_typing=True)
+        await server.want(204, f"DELETE {guests}/3", server.service)
+        await server.post(chat, 1, "after")
+        invited, message, expelled = [await three.receive() for _ in range(3)]
         assert invited == {
             "type": "invited", "seq": 4, "chat_id": chat, "user_id": 3, "name": None,
             "why": "a friend",
         }  # fmt: skip
         assert message["message"]["content"] == "meanwhile"
         assert expelled == in_chat(chat, type="expelled", seq=6, user_id=3)
-        await three.hears_nothing()
+        await three.receives_nothing()
         # The same from the tail and, after a restart, from the database.
         for _ in range(2):
-            assert await house.log(3, start) == [invited, expelled]
-            replaying = await house.peer(3, start)
-            assert [await replaying.hear() for _ in range(2)] == [invited, expelled]
-            await replaying.hears_nothing()
+            assert await server.log(3, start) == [invited, expelled]
+            replaying = await server.peer(3, start)
+            assert [await replaying.receive() for _ in range(2)] == [invited, expelled]
+            await replaying.receives_nothing()
             assert replaying.hello["chats"] == {}
-            await house.chat(1)
-            await house.stop()
-            await house.begin()
+            await server.chat(1)
+            await server.stop()
+            await server.begin()
 
 
 def test_a_reader_is_a_member_until_its_removal_is_published(tmp_path: Path) -> None:
     with imported(extended(tmp_path / "copy")) as more:
         settings = more.Settings(db=tmp_path / "chatd.db")
-        store = more.Store(settings, more.Stats(), run_sync=memory_inline)
+        store = more.Store(settings, more.Stats(), run_sync=run_inline)
         with contextlib.closing(store):
             chat = store.commit_now(store.create_chat, None, [1]).id
             store.commit_now(store.invite, chat, 2)

@@ -14,33 +14,33 @@ from trio.testing import wait_all_tasks_blocked
 import chatd
 from chatd import Rate
 from tests.harness import (
+    BAD_HEADS,
     BIG,
-    DOOR_OPEN,
-    DOOR_UPGRADE,
+    NO_RATES,
     PING,
-    WIRES_BAD_HEADS,
-    DoorLine,
-    DoorPeer,
-    DoorServer,
+    UPGRADE_LINES,
     HttpAnswer,
-    WiresHouse,
-    WiresRaw,
-    door_answer,
-    door_get,
-    door_innocent,
-    door_users,
+    HttpClient,
+    RawClient,
+    ServerProcess,
+    SocketClient,
+    VirtualServer,
+    close_bytes,
+    frame_bytes,
+    get_bytes,
+    new_users,
+    others_are_served,
+    request_bytes,
+    split_answer,
     taking,
-    wires,
-    wires_close,
-    wires_frame,
-    wires_request,
-    wires_upgrade,
+    upgrade_bytes,
+    with_server,
 )
 
 # --- helpers -------------------------------------------------------------------------
 
 
-async def last_answer(raw: WiresRaw, within: float = 1.0) -> HttpAnswer:
+async def last_answer(raw: RawClient, within: float = 1.0) -> HttpAnswer:
     """Read an answer with `Connection: close`, and the end of the connection."""
     answer = await raw.answer(within=within)
     assert answer.headers["connection"] == "close"
@@ -49,20 +49,22 @@ async def last_answer(raw: WiresRaw, within: float = 1.0) -> HttpAnswer:
 
 
 async def handshake(
-    house: WiresHouse, target: str, **changed: str
-) -> tuple[WiresRaw, HttpAnswer]:
+    server: VirtualServer, target: str, **changed: str
+) -> tuple[RawClient, HttpAnswer]:
     """Ask for an upgrade on a new connection; return it with the answer."""
-    raw = house.dial()
-    await raw.send(wires_upgrade(target, **changed))
+    raw = server.dial()
+    await raw.send(upgrade_bytes(target, **changed))
     return raw, await raw.answer()
 
 
 # --- requests and their connections --------------------------------------------------
 
 
-@wires()
-async def test_a_connection_stays_open_for_the_next_request(house: WiresHouse) -> None:
-    raw = house.dial()
+@with_server()
+async def test_a_connection_stays_open_for_the_next_request(
+    server: VirtualServer,
+) -> None:
+    raw = server.dial()
     for _ in range(3):
         answer = await raw.ask("GET", "/healthz")
         assert (answer.status, answer.json) == (200, {"status": "ok"})
@@ -70,18 +72,18 @@ async def test_a_connection_stays_open_for_the_next_request(house: WiresHouse) -
         await trio.sleep(70)
 
 
-@wires()
-async def test_pipelined_requests_are_answered_in_order(house: WiresHouse) -> None:
-    raw = house.dial()
-    chat = await house.chat(6, 7)
-    auth = {"Authorization": f"Bearer {house.token(6)}"}
+@with_server()
+async def test_pipelined_requests_are_answered_in_order(server: VirtualServer) -> None:
+    raw = server.dial()
+    chat = await server.chat(6, 7)
+    auth = {"Authorization": f"Bearer {server.token(6)}"}
     path = f"/api/v1/chats/{chat}/messages"
     await raw.send(
-        wires_request("POST", path, b'{"content":"a"}', **auth),
-        wires_request("POST", path, b'{"content":"b"}', **auth),
-        wires_request("HEAD", "/healthz"),
-        wires_request("GET", path, None, **auth),
-        wires_upgrade(house.target(6)),
+        request_bytes("POST", path, b'{"content":"a"}', **auth),
+        request_bytes("POST", path, b'{"content":"b"}', **auth),
+        request_bytes("HEAD", "/healthz"),
+        request_bytes("GET", path, None, **auth),
+        upgrade_bytes(server.target(6)),
     )
     for n in (1, 2):
         answer = await raw.answer()
@@ -89,16 +91,18 @@ async def test_pipelined_requests_are_answered_in_order(house: WiresHouse) -> No
     assert (await raw.answer("HEAD")).status == 200
     assert len((await raw.answer()).json["messages"]) == 2
     assert (await raw.answer()).status == 101
-    assert (await raw.hear("connected"))["user_id"] == 6
+    assert (await raw.receive("connected"))["user_id"] == 6
 
 
-@wires()
-async def test_a_request_that_arrives_byte_by_byte_is_served(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    raw = house.dial()
-    request = wires_request(
+@with_server()
+async def test_a_request_that_arrives_byte_by_byte_is_served(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    raw = server.dial()
+    request = request_bytes(
         "POST", f"/api/v1/chats/{chat}/messages", b'{"content":"a"}',
-        Authorization=f"Bearer {house.token(6)}",
+        Authorization=f"Bearer {server.token(6)}",
     )  # fmt: skip
     for number in range(len(request)):
         await raw.send(request[number : number + 1])
@@ -106,16 +110,16 @@ async def test_a_request_that_arrives_byte_by_byte_is_served(house: WiresHouse) 
     assert (await raw.answer()).status == 201
 
 
-@wires()
+@with_server()
 async def test_head_returns_the_headers_of_get_without_the_body(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     for path, headers in {
         "/": {},
-        "/api/v1/me": {"Authorization": f"Bearer {house.token(6)}"},
+        "/api/v1/me": {"Authorization": f"Bearer {server.token(6)}"},
         "/api/v1/nothing": {},
     }.items():
-        raw = house.dial()
+        raw = server.dial()
         got = await raw.ask("GET", path, **headers)
         head = await raw.ask("HEAD", path, **headers)
         assert (head.status, head.body) == (got.status, b"")
@@ -123,34 +127,34 @@ async def test_head_returns_the_headers_of_get_without_the_body(
         assert head.headers["content-type"] == got.headers["content-type"]
 
 
-@wires()
-async def test_options_lists_the_methods_of_a_path(house: WiresHouse) -> None:
+@with_server()
+async def test_options_lists_the_methods_of_a_path(server: VirtualServer) -> None:
     for path, allow in {
         "/healthz": "GET, HEAD, OPTIONS",
         "/api/v1/chats": "GET, POST, HEAD, OPTIONS",
         "/api/v1/chats/5/members": "POST, OPTIONS",
         "/api/v1/chats/5/members/6": "DELETE, OPTIONS",
     }.items():
-        answer = await house.ask("OPTIONS", path)
+        answer = await server.ask("OPTIONS", path)
         assert (answer.status, answer.body) == (204, b"")
         assert answer.headers["allow"] == allow
         assert "content-length" not in answer.headers
-    assert (await house.ask("OPTIONS", "/nothing")).status == 404
+    assert (await server.ask("OPTIONS", "/nothing")).status == 404
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "BREW"])
-@wires()
+@with_server()
 async def test_an_unsupported_method_gets_405_with_allow(
-    house: WiresHouse, method: str
+    server: VirtualServer, method: str
 ) -> None:
     for path in ("/healthz", "/", "/api/v1/me", "/ws/chat"):
-        answer = await house.ask(method, path, user=6)
+        answer = await server.ask(method, path, user=6)
         assert (answer.status, answer.code) == (405, "method_not_allowed")
         assert answer.headers["allow"] == "GET, HEAD, OPTIONS"
 
 
-@wires()
-async def test_an_unknown_path_gets_404(house: WiresHouse) -> None:
+@with_server()
+async def test_an_unknown_path_gets_404(server: VirtualServer) -> None:
     for path in (
         "/nothing", "/web/", "/web/../chatd.py", "/web/%2e%2e/chatd.py", "/web/app.js/",
         "/healthz/", "/HEALTHZ", "/api/v1/chats/0/messages", "/api/v1/chats/x/messages",
@@ -158,35 +162,39 @@ async def test_an_unknown_path_gets_404(house: WiresHouse) -> None:
         "/api/v1/chats/99999999999999999999/messages", "/api/v1/chats//messages",
         "/api/v1/chats/*/messages", "/api/v1/messages/1", "/*",
     ):  # fmt: skip
-        answer = await house.ask("GET", path, user=6)
+        answer = await server.ask("GET", path, user=6)
         assert (answer.status, answer.code) == (404, "not_found"), path
 
 
-@pytest.mark.parametrize("fault", WIRES_BAD_HEADS)
-@wires()
+@pytest.mark.parametrize("fault", BAD_HEADS)
+@with_server()
 async def test_a_bad_head_gets_one_complete_answer_and_a_close(
-    house: WiresHouse, fault: str
+    server: VirtualServer, fault: str
 ) -> None:
-    sent, status = WIRES_BAD_HEADS[fault]
-    raw = house.dial()
+    sent, status = BAD_HEADS[fault]
+    raw = server.dial()
     await raw.send(sent)
     answer = await last_answer(raw)
     assert answer.status == status
     assert answer.code == ("too_large" if status == 431 else "bad_field")
     await trio.sleep(1.01)  # closed by now, even if the client keeps its end open
-    assert house.server.listener.open == 0
+    assert server.app.listener.open == 0
 
 
-@wires()
-async def test_a_request_with_64_header_lines_is_accepted(house: WiresHouse) -> None:
-    raw = house.dial()
+@with_server()
+async def test_a_request_with_64_header_lines_is_accepted(
+    server: VirtualServer,
+) -> None:
+    raw = server.dial()
     await raw.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 63 + b"\r\n")
     assert (await raw.answer()).status == 200
 
 
-@wires()
-async def test_a_head_that_is_incomplete_after_10_s_gets_408(house: WiresHouse) -> None:
-    raw = house.dial()
+@with_server()
+async def test_a_head_that_is_incomplete_after_10_s_gets_408(
+    server: VirtualServer,
+) -> None:
+    raw = server.dial()
     with taking(10):
         for byte in b"GET / HTTP":
             await raw.send(bytes((byte,)))
@@ -195,28 +203,30 @@ async def test_a_head_that_is_incomplete_after_10_s_gets_408(house: WiresHouse) 
     assert (answer.status, answer.code) == (408, "timeout")
 
 
-@wires()
+@with_server()
 async def test_a_client_that_sends_nothing_is_closed_after_10_s_without_an_answer(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = house.dial()
+    raw = server.dial()
     with taking(10):
         assert await raw.ends(within=11) == b""
 
 
-@wires()
+@with_server()
 async def test_an_idle_connection_is_closed_75_s_after_its_last_request(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = house.dial()
+    raw = server.dial()
     await raw.ask("GET", "/healthz")
     with taking(75):
         assert await raw.ends(within=80) == b""
 
 
-@wires()
-async def test_the_head_of_a_later_request_may_take_10_s_too(house: WiresHouse) -> None:
-    raw = house.dial()
+@with_server()
+async def test_the_head_of_a_later_request_may_take_10_s_too(
+    server: VirtualServer,
+) -> None:
+    raw = server.dial()
     await raw.ask("GET", "/healthz")
     await trio.sleep(60)
     await raw.send(b"GET")
@@ -224,11 +234,13 @@ async def test_the_head_of_a_later_request_may_take_10_s_too(house: WiresHouse) 
         assert (await raw.answer(within=11)).status == 408
 
 
-@wires()
-async def test_a_body_that_is_incomplete_after_15_s_gets_408(house: WiresHouse) -> None:
-    raw = house.dial()
-    request = wires_request(
-        "POST", "/api/v1/chats", b"{}", Authorization=f"Bearer {house.token(6)}"
+@with_server()
+async def test_a_body_that_is_incomplete_after_15_s_gets_408(
+    server: VirtualServer,
+) -> None:
+    raw = server.dial()
+    request = request_bytes(
+        "POST", "/api/v1/chats", b"{}", Authorization=f"Bearer {server.token(6)}"
     )
     await raw.send(request[:-1])
     with taking(15):
@@ -236,44 +248,44 @@ async def test_a_body_that_is_incomplete_after_15_s_gets_408(house: WiresHouse) 
     assert (answer.status, answer.code) == (408, "timeout")
 
 
-@wires()
+@with_server()
 async def test_a_client_that_disconnects_in_mid_body_causes_no_error(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = house.dial()
-    request = wires_request(
+    raw = server.dial()
+    request = request_bytes(
         "POST", "/api/v1/chats", b'{"title":"x"}', Authorization="Bearer x"
-    ).replace(b"Bearer x", f"Bearer {house.token(6)}".encode())
+    ).replace(b"Bearer x", f"Bearer {server.token(6)}".encode())
     await raw.send(request[:-5])
     await raw.stream.send_eof()
     assert await raw.ends() == b""
 
 
-@wires()
+@with_server()
 async def test_a_client_that_does_not_read_its_answer_is_disconnected_after_15_s(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    await house.post(chat, *[BIG] * 50)
-    raw = house.dial(small=True)
+    chat = await server.chat(6, 7)
+    await server.post(chat, *[BIG] * 50)
+    raw = server.dial(small=True)
     path = f"/api/v1/chats/{chat}/messages?limit=50"
-    auth = f"Bearer {house.token(6)}"
-    await raw.send(wires_request("GET", path, None, Authorization=auth))
+    auth = f"Bearer {server.token(6)}"
+    await raw.send(request_bytes("GET", path, None, Authorization=auth))
     await trio.sleep(14.9)
-    assert house.server.listener.open == 1
+    assert server.app.listener.open == 1
     await trio.sleep(0.2)
-    assert house.server.listener.open == 0
+    assert server.app.listener.open == 0
 
 
-@wires()
+@with_server()
 async def test_100_continue_is_sent_to_a_client_that_expects_it(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    raw = house.dial()
-    request = wires_request(
+    chat = await server.chat(6, 7)
+    raw = server.dial()
+    request = request_bytes(
         "POST", f"/api/v1/chats/{chat}/messages", b'{"content":"a"}',
-        Authorization=f"Bearer {house.token(6)}", Expect="100-continue",
+        Authorization=f"Bearer {server.token(6)}", Expect="100-continue",
     )  # fmt: skip
     head, _, body = request.partition(b"\r\n\r\n")
     await raw.send(head, b"\r\n\r\n")
@@ -285,59 +297,59 @@ async def test_100_continue_is_sent_to_a_client_that_expects_it(
     assert (await raw.ask("GET", "/healthz")).status == 200  # the connection stays open
 
 
-@wires()
-async def test_a_refused_request_gets_no_100_continue(house: WiresHouse) -> None:
-    raw = house.dial()
-    request = wires_request("POST", "/api/v1/chats", b"{}", Expect="100-continue")
+@with_server()
+async def test_a_refused_request_gets_no_100_continue(server: VirtualServer) -> None:
+    raw = server.dial()
+    request = request_bytes("POST", "/api/v1/chats", b"{}", Expect="100-continue")
     await raw.send(request[:-2])
     answer = await raw.answer()
     assert (answer.status, raw.informed) == (401, [])
     assert answer.headers["connection"] == "close"
 
 
-@wires(max_message_bytes=1000)
+@with_server(max_message_bytes=1000)
 async def test_a_body_over_the_limit_gets_413_with_a_length_and_in_chunks(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    auth = {"Authorization": f"Bearer {house.token(6)}"}
+    auth = {"Authorization": f"Bearer {server.token(6)}"}
     body = json.dumps({"title": "x", "pad": "x" * 2000}).encode()
     chunk = b"%x\r\n%b\r\n" % (len(body), body)
-    by_length = wires_request("POST", "/api/v1/chats", body, **auth)
-    by_chunks = wires_request(
+    by_length = request_bytes("POST", "/api/v1/chats", body, **auth)
+    by_chunks = request_bytes(
         "POST", "/api/v1/chats", None, Transfer_Encoding="chunked", **auth
     )
     for request in (by_length, by_chunks + chunk, by_chunks + chunk[:1500]):
-        raw = house.dial()
+        raw = server.dial()
         await raw.send(request)
         answer = await last_answer(raw)
         assert (answer.status, answer.code) == (413, "too_large")
 
 
-@wires(max_message_bytes=1000)
+@with_server(max_message_bytes=1000)
 async def test_a_content_length_over_the_limit_gets_413_before_the_body(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = house.dial()
-    auth = {"Authorization": f"Bearer {house.token(6)}", "Expect": "100-continue"}
+    raw = server.dial()
+    auth = {"Authorization": f"Bearer {server.token(6)}", "Expect": "100-continue"}
     await raw.send(
-        wires_request("POST", "/api/v1/chats", None, Content_Length="1001", **auth)
+        request_bytes("POST", "/api/v1/chats", None, Content_Length="1001", **auth)
     )
     answer = await raw.answer()
     assert (answer.status, raw.informed) == (413, [])
 
 
-@wires(max_message_bytes=1000)
+@with_server(max_message_bytes=1000)
 async def test_a_body_of_exactly_the_limit_is_accepted_with_a_length_and_in_chunks(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    auth = {"Authorization": f"Bearer {house.token(6)}"}
+    auth = {"Authorization": f"Bearer {server.token(6)}"}
     body = b'{"title":"x"}'.ljust(1000)
-    raw = house.dial()
-    await raw.send(wires_request("POST", "/api/v1/chats", body, **auth))
+    raw = server.dial()
+    await raw.send(request_bytes("POST", "/api/v1/chats", body, **auth))
     assert (await raw.answer()).status == 201
     pieces = b"".join(b"64\r\n%b\r\n" % body[n : n + 100] for n in range(0, 1000, 100))
     await raw.send(
-        wires_request(
+        request_bytes(
             "POST", "/api/v1/chats", None, Transfer_Encoding="chunked", **auth
         ),
         pieces + b"0\r\n\r\n",
@@ -346,17 +358,17 @@ async def test_a_body_of_exactly_the_limit_is_accepted_with_a_length_and_in_chun
     assert (await raw.ask("GET", "/healthz")).status == 200
 
 
-@wires()
+@with_server()
 async def test_a_body_in_1024_chunks_is_accepted_and_in_1025_gets_413(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     body = b'{"title":"x"}'.ljust(1025)
-    auth = {"Authorization": f"Bearer {house.token(6)}"}
+    auth = {"Authorization": f"Bearer {server.token(6)}"}
     for size, status in ((1024, 201), (1025, 413)):
         chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body[:size])
-        raw = house.dial()
+        raw = server.dial()
         await raw.send(
-            wires_request(
+            request_bytes(
                 "POST", "/api/v1/chats", None, Transfer_Encoding="chunked", **auth
             ),
             chunks + b"0\r\n\r\n",
@@ -364,12 +376,12 @@ async def test_a_body_in_1024_chunks_is_accepted_and_in_1025_gets_413(
         assert (await raw.answer()).status == status
 
 
-@wires()
-async def test_a_bad_chunk_gets_400_and_a_close(house: WiresHouse) -> None:
-    raw = house.dial()
-    auth = f"Bearer {house.token(6)}"
+@with_server()
+async def test_a_bad_chunk_gets_400_and_a_close(server: VirtualServer) -> None:
+    raw = server.dial()
+    auth = f"Bearer {server.token(6)}"
     await raw.send(
-        wires_request(
+        request_bytes(
             "POST", "/api/v1/chats", None, Transfer_Encoding="chunked",
             Authorization=auth,
         ),
@@ -378,12 +390,12 @@ async def test_a_bad_chunk_gets_400_and_a_close(house: WiresHouse) -> None:
     assert (await last_answer(raw)).status == 400
 
 
-@wires()
+@with_server()
 async def test_a_body_where_none_is_expected_is_read_or_the_connection_closes(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("GET", "/healthz", b"x" * 1000))
+    raw = server.dial()
+    await raw.send(request_bytes("GET", "/healthz", b"x" * 1000))
     answer = await raw.answer()
     assert answer.status == 200
     # The body was read and the connection stays open, or the connection closes.
@@ -393,27 +405,27 @@ async def test_a_body_where_none_is_expected_is_read_or_the_connection_closes(
         assert (await raw.ask("GET", "/healthz")).status == 200
 
 
-@wires()
+@with_server()
 async def test_connection_close_and_http_1_0_close_after_one_answer(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     for request in (
-        wires_request("GET", "/healthz", None, Connection="close"),
+        request_bytes("GET", "/healthz", None, Connection="close"),
         b"GET /healthz HTTP/1.0\r\n\r\n",
     ):
-        raw = house.dial()
+        raw = server.dial()
         await raw.send(request)
         assert (await raw.answer()).status == 200
         assert await raw.ends() == b""
 
 
-@wires()
-async def test_every_answer_has_the_security_headers(house: WiresHouse) -> None:
+@with_server()
+async def test_every_answer_has_the_security_headers(server: VirtualServer) -> None:
     for method, path in (
         ("GET", "/"), ("GET", "/healthz"), ("GET", "/nothing"), ("GET", "/api/v1/me"),
         ("OPTIONS", "/healthz"), ("GET", "/ws/chat"), ("POST", "/healthz"),
     ):  # fmt: skip
-        headers = (await house.ask(method, path)).headers
+        headers = (await server.ask(method, path)).headers
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["referrer-policy"] == "no-referrer"
         assert headers["date"].endswith("GMT")
@@ -422,11 +434,11 @@ async def test_every_answer_has_the_security_headers(house: WiresHouse) -> None:
         assert "set-cookie" not in headers
 
 
-@wires()
+@with_server()
 async def test_the_page_files_have_a_content_security_policy_and_an_etag(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = house.dial()
+    raw = server.dial()
     for path, kind in {
         "/": "text/html", "/web/index.html": "text/html", "/web/style.css": "text/css",
         "/web/app.js": "text/javascript", "/web/chat-websocket.js": "text/javascript",
@@ -449,73 +461,75 @@ async def test_the_page_files_have_a_content_security_policy_and_an_etag(
 # --- the WebSocket handshake ---------------------------------------------------------
 
 
-@wires()
+@with_server()
 async def test_a_get_of_the_socket_path_without_upgrade_gets_426(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     for changed in (
         {"Upgrade": ""}, {"Connection": ""}, {"Upgrade": "h2c"},
         {"Connection": "keep-alive"},
     ):  # fmt: skip
-        _, answer = await handshake(house, house.target(6), **changed)
+        _, answer = await handshake(server, server.target(6), **changed)
         assert (answer.status, answer.code) == (426, "upgrade_required")
         assert answer.headers["upgrade"] == "websocket"
         assert "upgrade" in answer.headers["connection"].lower()
 
 
-@wires()
-async def test_head_of_the_socket_path_gets_426_too(house: WiresHouse) -> None:
-    answer = await house.ask("HEAD", "/ws/chat", user=6)
+@with_server()
+async def test_head_of_the_socket_path_gets_426_too(server: VirtualServer) -> None:
+    answer = await server.ask("HEAD", "/ws/chat", user=6)
     assert (answer.status, answer.body) == (426, b"")
 
 
-@wires()
-async def test_an_upgrade_with_a_body_is_refused(house: WiresHouse) -> None:
+@with_server()
+async def test_an_upgrade_with_a_body_is_refused(server: VirtualServer) -> None:
     for headers in ({"Content_Length": "5"}, {"Transfer_Encoding": "chunked"}):
-        raw = house.dial()
-        await raw.send(wires_upgrade(house.target(6), **headers), b"5\r\nhello")
+        raw = server.dial()
+        await raw.send(upgrade_bytes(server.target(6), **headers), b"5\r\nhello")
         answer = await raw.answer()
         assert (answer.status, answer.headers["connection"]) == (400, "close")
 
 
-@wires()
+@with_server()
 async def test_a_websocket_version_other_than_13_gets_426_with_the_right_one(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     for version in ("8", "14", "13, 8", ""):
         _, answer = await handshake(
-            house, house.target(6), Sec_WebSocket_Version=version
+            server, server.target(6), Sec_WebSocket_Version=version
         )
         assert (answer.status, answer.code) == (426, "upgrade_required")
         assert answer.headers["sec-websocket-version"] == "13"
 
 
-@wires()
-async def test_a_websocket_key_that_is_not_16_bytes_gets_400(house: WiresHouse) -> None:
+@with_server()
+async def test_a_websocket_key_that_is_not_16_bytes_gets_400(
+    server: VirtualServer,
+) -> None:
     for key in ("", "x", "dGhlIHNhbXBsZSBub25j", "dGhlIHNhbXBsZSBub25jZR==",
                 "dGhlIHNhbXBsZSBub25jZQ==" * 2, "!" * 24):  # fmt: skip
-        _, answer = await handshake(house, house.target(6), Sec_WebSocket_Key=key)
+        _, answer = await handshake(server, server.target(6), Sec_WebSocket_Key=key)
         assert (answer.status, answer.code) == (400, "bad_field")
         assert "Sec-WebSocket-Key" in answer.json["error"]["message"]
 
 
-@wires()
-async def test_an_upgrade_over_http_1_0_is_refused(house: WiresHouse) -> None:
-    raw = house.dial()
-    await raw.send(wires_upgrade(house.target(6)).replace(b"HTTP/1.1", b"HTTP/1.0"))
+@with_server()
+async def test_an_upgrade_over_http_1_0_is_refused(server: VirtualServer) -> None:
+    raw = server.dial()
+    await raw.send(upgrade_bytes(server.target(6)).replace(b"HTTP/1.1", b"HTTP/1.0"))
     answer = await raw.answer()
     assert answer.status in {400, 426}
     assert await raw.ends() == b""
 
 
-@wires()
+@with_server()
 async def test_the_handshake_is_answered_as_in_rfc_6455_section_1_3(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = house.dial()
+    raw = server.dial()
     await raw.send(
-        wires_upgrade(
-            house.target(6), Connection="keep-alive, Upgrade", Upgrade="WebSocket",
+        upgrade_bytes(
+            server.target(6), Connection="keep-alive, Upgrade", Upgrade="WebSocket",
             Sec_WebSocket_Protocol="chat",
             Sec_WebSocket_Extensions="permessage-deflate",
         )
@@ -525,37 +539,37 @@ async def test_the_handshake_is_answered_as_in_rfc_6455_section_1_3(
     assert answer.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
     assert "sec-websocket-extensions" not in answer.headers  # no zip bombs
     assert "sec-websocket-protocol" not in answer.headers
-    await raw.hear("connected")
+    await raw.receive("connected")
 
 
-@wires()
+@with_server()
 async def test_an_upgrade_may_follow_other_requests_on_a_connection(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = house.dial()
+    raw = server.dial()
     assert (await raw.ask("GET", "/healthz")).status == 200
-    await raw.send(wires_upgrade(house.target(6)))
+    await raw.send(upgrade_bytes(server.target(6)))
     assert (await raw.answer()).status == 101
-    await raw.hear("connected")
+    await raw.receive("connected")
 
 
-@wires(max_connections=1, handshakes=Rate(1, 4))
+@with_server(max_connections=1, handshakes=Rate(1, 4))
 async def test_an_upgrade_is_checked_for_rate_then_origin_then_token_then_capacity(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     async def refused(target: str, **changed: str) -> HttpAnswer:
-        raw = house.dial()
-        await raw.send(wires_upgrade(target, **changed), wires_frame(PING))
+        raw = server.dial()
+        await raw.send(upgrade_bytes(target, **changed), frame_bytes(PING))
         answer = await raw.answer()
         assert answer.headers["connection"] == "close"
         await trio.sleep(1.01)  # closed, although the client keeps its end open
-        assert house.server.listener.open == before
+        assert server.app.listener.open == before
         return answer
 
-    first = await house.join_raw(1)
+    first = await server.join_raw(1)
     await trio.sleep(5)
-    good, foreign = house.target(6), {"Origin": "https://evil.example"}
-    before = house.server.listener.open
+    good, foreign = server.target(6), {"Origin": "https://evil.example"}
+    before = server.app.listener.open
 
     answers = [
         await refused("/ws/chat?token=bad", **foreign),
@@ -567,85 +581,85 @@ async def test_an_upgrade_is_checked_for_rate_then_origin_then_token_then_capaci
     ]  # fmt: skip
     assert int(answers[2].headers["retry-after"]) >= 1
     for _ in range(4):  # once the bucket is empty, the rate comes first
-        _, last = await handshake(house, "/ws/chat?token=bad", **foreign)
+        _, last = await handshake(server, "/ws/chat?token=bad", **foreign)
     last = await refused("/ws/chat?token=bad", **foreign)
     assert (last.status, last.code) == (429, "rate_limited")
     assert last.headers["retry-after"] == "1"
-    refusals = (await house.stats())["connections"]["refused"]
+    refusals = (await server.stats())["connections"]["refused"]
     assert refusals["overloaded"] == 1
     assert (await first.frame(30)) == (PING, b"")
 
 
-@wires(max_connections=2)
+@with_server(max_connections=2)
 async def test_max_connections_holds_however_many_clients_connect_at_once(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raws = [house.dial() for _ in range(6)]
+    raws = [server.dial() for _ in range(6)]
     for user, raw in enumerate(raws, 1):
-        await raw.send(wires_upgrade(house.target(user)))
+        await raw.send(upgrade_bytes(server.target(user)))
     answers = sorted([(await raw.answer()).status for raw in raws])
     assert answers == [101, 101, 503, 503, 503, 503]
 
 
-@wires(max_connections=1)
-async def test_a_ticket_is_not_spent_on_a_full_server(house: WiresHouse) -> None:
-    ticket = (await house.ask("GET", "/api/v2/ws-token", user=6)).json["token"]
-    full = await house.join(7)
-    target = house.target(token=ticket)
-    _, answer = await handshake(house, target)
+@with_server(max_connections=1)
+async def test_a_ticket_is_not_spent_on_a_full_server(server: VirtualServer) -> None:
+    ticket = (await server.ask("GET", "/api/v2/ws-token", user=6)).json["token"]
+    full = await server.join(7)
+    target = server.target(token=ticket)
+    _, answer = await handshake(server, target)
     assert answer.status == 503
     await full.leave()
     await wait_all_tasks_blocked()
-    raw, answer = await handshake(house, target)
+    raw, answer = await handshake(server, target)
     assert answer.status == 101
-    await raw.hear("connected")
-    await raw.send(wires_close(1000))
+    await raw.receive("connected")
+    await raw.send(close_bytes(1000))
     await raw.close_code()
-    _, answer = await handshake(house, target)
+    _, answer = await handshake(server, target)
     assert (answer.status, answer.code) == (401, "token_used")
 
 
-@wires()
+@with_server()
 async def test_one_ticket_opens_one_socket_however_many_clients_race(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    ticket = (await house.ask("GET", "/api/v2/ws-token", user=6)).json["token"]
-    raws = [house.dial() for _ in range(5)]
+    ticket = (await server.ask("GET", "/api/v2/ws-token", user=6)).json["token"]
+    raws = [server.dial() for _ in range(5)]
     for raw in raws:
-        await raw.send(wires_upgrade(house.target(token=ticket)))
+        await raw.send(upgrade_bytes(server.target(token=ticket)))
     answers = sorted([(await raw.answer()).status for raw in raws])
     assert answers == [101, 401, 401, 401, 401]
 
 
-@wires()
+@with_server()
 async def test_an_upgrade_needs_exactly_one_token_in_the_query(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    token = house.token(6)
+    token = server.token(6)
     for target, status, code in (
         ("/ws/chat", 401, "token_invalid"),
         ("/ws/chat?token=", 401, "token_invalid"),
         (f"/ws/chat?token={token}&token={token}", 400, "bad_field"),
         (f"/ws/chat?token={token}&cursor=a&cursor=b", 400, "bad_field"),
-        (house.target(token=house.token(6, -60)), 401, "token_expired"),
-        (house.target(token=house.token(6, use="signin")), 401, "token_invalid"),
+        (server.target(token=server.token(6, -60)), 401, "token_expired"),
+        (server.target(token=server.token(6, use="signin")), 401, "token_invalid"),
     ):
-        _, answer = await handshake(house, target)
+        _, answer = await handshake(server, target)
         assert (answer.status, answer.code) == (status, code)
         assert token not in answer.body.decode()
 
 
-@wires(handshakes=Rate(1, 3))
+@with_server(handshakes=Rate(1, 3))
 async def test_handshakes_and_401s_count_for_the_address_that_a_trusted_proxy_names(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     async def status(address: str, upgrade: bool) -> int:
-        raw = house.dial(tcp=True)
+        raw = server.dial(tcp=True)
         if upgrade:
-            await raw.send(wires_upgrade("/ws/chat", X_Forwarded_For=address))
+            await raw.send(upgrade_bytes("/ws/chat", X_Forwarded_For=address))
         else:
             await raw.send(
-                wires_request("GET", "/api/v1/me", None, X_Forwarded_For=address)
+                request_bytes("GET", "/api/v1/me", None, X_Forwarded_For=address)
             )
         answer = await raw.answer()
         raw.stream.socket.close()
@@ -666,17 +680,17 @@ async def test_handshakes_and_401s_count_for_the_address_that_a_trusted_proxy_na
     assert await status("203.0.113.1", False) == 401
 
 
-@wires(handshakes=Rate(1, 3))
+@with_server(handshakes=Rate(1, 3))
 async def test_a_request_with_a_valid_token_does_not_count_for_its_address(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     for _ in range(10):
-        assert (await house.ask("GET", "/api/v1/me", user=6)).status == 200
-    await house.join(6)
+        assert (await server.ask("GET", "/api/v1/me", user=6)).status == 200
+    await server.join(6)
 
 
-@wires(origin=("https://shop.example",))
-async def test_origin_is_checked_on_every_request(house: WiresHouse) -> None:
+@with_server(origin=("https://shop.example",))
+async def test_origin_is_checked_on_every_request(server: VirtualServer) -> None:
     for origin, status in {
         "": 200,
         "http://chat.example": 200,
@@ -692,29 +706,29 @@ async def test_origin_is_checked_on_every_request(house: WiresHouse) -> None:
     }.items():
         headers = {"Origin": origin} if origin else {}
         for method in ("GET", "OPTIONS"):
-            answer = await house.dial().ask(method, "/healthz", **headers)
+            answer = await server.dial().ask(method, "/healthz", **headers)
             assert answer.status == (204 if (method, status) == ("OPTIONS", 200)
                                      else status), origin  # fmt: skip
-        raw, answer = await handshake(house, house.target(6), **headers)
+        raw, answer = await handshake(server, server.target(6), **headers)
         assert answer.status == (101 if status == 200 else 403)
         raw.stream.socket.close()
 
 
-@wires()
+@with_server()
 async def test_the_forwarded_host_is_believed_only_from_a_trusted_proxy(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     headers = {"Origin": "https://site.example", "X_Forwarded_Host": "site.example"}
-    trusted = house.dial(tcp=True)  # from loopback, which is trusted
+    trusted = server.dial(tcp=True)  # from loopback, which is trusted
     assert (await trusted.ask("GET", "/healthz", **headers)).status == 200
-    assert (await house.dial().ask("GET", "/healthz", **headers)).status == 403
+    assert (await server.dial().ask("GET", "/healthz", **headers)).status == 403
 
 
-@wires(origin=("https://shop.example",))
+@with_server(origin=("https://shop.example",))
 async def test_a_listed_origin_gets_cors_headers_but_never_credentials(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    preflight = await house.ask(
+    preflight = await server.ask(
         "OPTIONS", "/api/v1/chats", Origin="https://shop.example",
         Access_Control_Request_Method="POST",
     )  # fmt: skip
@@ -725,12 +739,12 @@ async def test_a_listed_origin_gets_cors_headers_but_never_credentials(
         "authorization", "content-type", "idempotency-key",
     }  # fmt: skip
     for path in ("/api/v1/me", "/nothing"):  # errors too: the page must read them
-        answer = await house.ask("GET", path, Origin="https://shop.example")
+        answer = await server.ask("GET", path, Origin="https://shop.example")
         for headers in (answer.headers, preflight.headers):
             assert headers["access-control-allow-origin"] == "https://shop.example"
             assert headers["vary"] == "Origin"
             assert "access-control-allow-credentials" not in headers
-    own = await house.ask("GET", "/healthz", Origin="http://chat.example")
+    own = await server.ask("GET", "/healthz", Origin="http://chat.example")
     assert "access-control-allow-origin" not in own.headers
     assert own.headers["vary"] == "Origin"
 
@@ -738,11 +752,11 @@ async def test_a_listed_origin_gets_cors_headers_but_never_credentials(
 # --- the routes ----------------------------------------------------------------------
 
 
-@wires()
+@with_server()
 async def test_a_request_without_a_valid_token_gets_401_and_www_authenticate(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    ticket = (await house.ask("GET", "/api/v2/ws-token", user=6)).json["token"]
+    ticket = (await server.ask("GET", "/api/v2/ws-token", user=6)).json["token"]
     for authorization, code in {
         "": "token_invalid",
         "Basic dXNlcjpwYXNz": "token_invalid",
@@ -750,90 +764,90 @@ async def test_a_request_without_a_valid_token_gets_401_and_www_authenticate(
         "Bearer ": "token_invalid",
         "Bearer nonsense": "token_invalid",
         f"Bearer {ticket}": "token_invalid",
-        f"Bearer {house.token(6, use='signin')}": "token_invalid",
-        f"Bearer {house.token(6, -60)}": "token_expired",
-        f"Bearer {house.token(6)} x": "token_invalid",
+        f"Bearer {server.token(6, use='signin')}": "token_invalid",
+        f"Bearer {server.token(6, -60)}": "token_expired",
+        f"Bearer {server.token(6)} x": "token_invalid",
     }.items():
         headers = {"Authorization": authorization} if authorization else {}
-        answer = await house.dial().ask("GET", "/api/v1/me", None, **headers)
+        answer = await server.dial().ask("GET", "/api/v1/me", None, **headers)
         assert (answer.status, answer.code) == (401, code), authorization
         assert answer.headers["www-authenticate"] == "Bearer"
-    good = f"bearer  {house.token(6)}"
-    assert (await house.ask("GET", "/api/v1/me", Authorization=good)).status == 200
+    good = f"bearer  {server.token(6)}"
+    assert (await server.ask("GET", "/api/v1/me", Authorization=good)).status == 200
 
 
-@wires()
+@with_server()
 async def test_a_token_in_the_query_is_accepted_only_by_the_socket_path(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    answer = await house.ask("GET", f"/api/v1/me?token={house.token(6)}")
+    answer = await server.ask("GET", f"/api/v1/me?token={server.token(6)}")
     assert answer.status == 401
 
 
-@wires()
+@with_server()
 async def test_me_has_the_name_from_the_last_token_with_a_name(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    assert (await house.ask("GET", "/api/v1/me", user=6)).json == {
+    assert (await server.ask("GET", "/api/v1/me", user=6)).json == {
         "user_id": 6,
         "name": None,
     }
     for name in ("Ann", "Anna"):
-        named = house.token(6, name=name)
+        named = server.token(6, name=name)
         expected = {"user_id": 6, "name": name}
-        assert (await house.ask("GET", "/api/v1/me", token=named)).json == expected
+        assert (await server.ask("GET", "/api/v1/me", token=named)).json == expected
         # The name was stored, so the next token may leave it out.
-        assert (await house.ask("GET", "/api/v1/me", user=6)).json == expected
+        assert (await server.ask("GET", "/api/v1/me", user=6)).json == expected
 
 
-@wires()
+@with_server()
 async def test_a_name_is_stored_although_the_table_of_names_is_bounded(
-    house: WiresHouse, monkeypatch: pytest.MonkeyPatch
+    server: VirtualServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chatd, "TABLE_KEYS", 2)
     for _ in range(2):
         for user in (6, 7, 8):
-            token = house.token(user, name=f"N{user}")
-            await house.ask("GET", "/api/v1/me", token=token)
-            assert len(house.server.names) <= 2
-    users = (await house.ask("GET", "/api/v1/users", user=6)).json["users"]
+            token = server.token(user, name=f"N{user}")
+            await server.ask("GET", "/api/v1/me", token=token)
+            assert len(server.app.names) <= 2
+    users = (await server.ask("GET", "/api/v1/users", user=6)).json["users"]
     assert users == [{"user_id": u, "name": f"N{u}"} for u in (6, 7, 8)]
 
 
-@wires()
+@with_server()
 async def test_the_list_of_users_has_all_known_users_and_those_with_names_first(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    await house.chat(9, 8)
-    await house.ask("GET", "/api/v1/me", token=house.token(8, name="Zoe"))
-    answer = await house.ask("GET", "/api/v1/users", user=6)
+    await server.chat(9, 8)
+    await server.ask("GET", "/api/v1/me", token=server.token(8, name="Zoe"))
+    answer = await server.ask("GET", "/api/v1/users", user=6)
     assert answer.json == {
         "users": [{"user_id": 8, "name": "Zoe"}, {"user_id": 9, "name": None}]
     }
 
 
-@wires(chats_by="service")
+@with_server(chats_by="service")
 async def test_with_chats_by_service_a_user_may_not_create_chats_or_list_users(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6)
+    chat = await server.chat(6)
     for method, path, body in (
         ("GET", "/api/v1/users", None),
         ("POST", "/api/v1/chats", {"member_ids": [7]}),
         ("POST", f"/api/v1/chats/{chat}/members", {"user_id": 7}),
     ):
-        answer = await house.ask(method, path, body, user=6)
+        answer = await server.ask(method, path, body, user=6)
         assert (answer.status, answer.code) == (403, "forbidden")
-        await house.command(method, path, body)
-    left = await house.ask("DELETE", f"/api/v1/chats/{chat}/members/6", user=6)
+        await server.command(method, path, body)
+    left = await server.ask("DELETE", f"/api/v1/chats/{chat}/members/6", user=6)
     assert left.status == 204
 
 
-@wires()
+@with_server()
 async def test_a_user_is_a_member_of_the_chat_it_creates_and_a_service_is_not(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    made = await house.ask(
+    made = await server.ask(
         "POST", "/api/v1/chats", {"title": "Tea", "member_ids": [7, 7, 6]}, user=6
     )
     assert made.status == 201
@@ -845,16 +859,16 @@ async def test_a_user_is_a_member_of_the_chat_it_creates_and_a_service_is_not(
             {"user_id": 7, "name": None, "read_n": 0},
         ],
     }  # fmt: skip
-    alone = await house.ask("POST", "/api/v1/chats", {}, user=6)
+    alone = await server.ask("POST", "/api/v1/chats", {}, user=6)
     assert [m["user_id"] for m in alone.json["chat"]["members"]] == [6]
     assert alone.json["chat"]["title"] is None
-    service = await house.command("POST", "/api/v1/chats", {"member_ids": [7]})
+    service = await server.command("POST", "/api/v1/chats", {"member_ids": [7]})
     assert [m["user_id"] for m in service["chat"]["members"]] == [7]
 
 
-@wires(members=3)
+@with_server(members=3)
 async def test_the_refusal_of_a_new_chat_names_the_wrong_field(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
     for body, code, field in (
         ([], "bad_json", ""),
@@ -870,21 +884,21 @@ async def test_the_refusal_of_a_new_chat_names_the_wrong_field(
         ({"member_ids": [0]}, "bad_field", "member_ids"),
         ({"member_ids": [7, 8, 9]}, "bad_field", "member_ids"),
     ):
-        answer = await house.ask("POST", "/api/v1/chats", body, user=6)
+        answer = await server.ask("POST", "/api/v1/chats", body, user=6)
         assert (answer.status, answer.code, body) == (400, code, body)
         assert field in answer.json["error"]["message"]
 
 
-@wires()
+@with_server()
 async def test_the_list_of_chats_counts_unread_and_has_the_latest_message_first(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    old, new = await house.chat(6, 7), await house.chat(6, 8)
-    await house.chat(7, 8)  # user 6 is not a member
-    ids = await house.post(old, "a", "b", "c", sender=7)
-    await house.ask("POST", f"/api/v1/messages/{ids[0]}/read", user=6)
-    answer = (await house.ask("GET", "/api/v1/chats", user=6)).json
-    assert answer["cursor"] == f"{house.store.epoch}.{house.server.hub.head}"
+    old, new = await server.chat(6, 7), await server.chat(6, 8)
+    await server.chat(7, 8)  # user 6 is not a member
+    ids = await server.post(old, "a", "b", "c", sender=7)
+    await server.ask("POST", f"/api/v1/messages/{ids[0]}/read", user=6)
+    answer = (await server.ask("GET", "/api/v1/chats", user=6)).json
+    assert answer["cursor"] == f"{server.store.epoch}.{server.app.hub.head}"
     first, second = answer["chats"]
     assert (first["id"], first["last_n"], first["read_n"], first["unread"]) == (
         old, 3, 1, 2,
@@ -893,57 +907,57 @@ async def test_the_list_of_chats_counts_unread_and_has_the_latest_message_first(
     assert (second["id"], second["unread"], second["last_message"]) == (new, 0, None)
 
 
-@wires()
-async def test_adding_a_member_returns_201_and_again_200(house: WiresHouse) -> None:
-    chat = await house.chat(6)
+@with_server()
+async def test_adding_a_member_returns_201_and_again_200(server: VirtualServer) -> None:
+    chat = await server.chat(6)
     path = f"/api/v1/chats/{chat}/members"
     for status in (201, 200):
-        answer = await house.ask("POST", path, {"user_id": 7}, user=6)
+        answer = await server.ask("POST", path, {"user_id": 7}, user=6)
         assert answer.status == status
         assert answer.json == {"chat_id": chat, "user_id": 7}
     for user in (8, 9):  # user 8 is not a member and may add nobody
-        hidden = await house.ask("POST", path, {"user_id": user}, user=8)
-        unknown = await house.ask(
+        hidden = await server.ask("POST", path, {"user_id": user}, user=8)
+        unknown = await server.ask(
             "POST", "/api/v1/chats/999/members", {"user_id": user}, user=8
         )
         assert (hidden.status, hidden.body) == (404, unknown.body)
-    bad = await house.ask("POST", path, {"user_id": "8"}, user=6)
+    bad = await server.ask("POST", path, {"user_id": "8"}, user=6)
     assert (bad.status, bad.code) == (400, "bad_field")
     assert "user_id" in bad.json["error"]["message"]
 
 
-@wires()
+@with_server()
 async def test_a_user_may_leave_and_only_a_service_may_remove_others(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7, 8)
+    chat = await server.chat(6, 7, 8)
     path = f"/api/v1/chats/{chat}/members"
-    other = await house.ask("DELETE", f"{path}/7", user=6)
+    other = await server.ask("DELETE", f"{path}/7", user=6)
     assert (other.status, other.code) == (403, "forbidden")
-    left = await house.ask("DELETE", f"{path}/6", user=6)
+    left = await server.ask("DELETE", f"{path}/6", user=6)
     assert (left.status, left.body) == (204, b"")
-    again = await house.ask("DELETE", f"{path}/6", user=6)
+    again = await server.ask("DELETE", f"{path}/6", user=6)
     assert (again.status, again.code) == (404, "not_found")
-    await house.command("DELETE", f"{path}/7")
-    token = house.token(999, scope="service")
+    await server.command("DELETE", f"{path}/7")
+    token = server.token(999, scope="service")
     for missing in (f"{path}/7", "/api/v1/chats/999/members/7"):
-        answer = await house.ask("DELETE", missing, token=token)
+        answer = await server.ask("DELETE", missing, token=token)
         assert (answer.status, answer.code) == (404, "not_found")
-    (mine,) = (await house.ask("GET", "/api/v1/chats", user=8)).json["chats"]
+    (mine,) = (await server.ask("GET", "/api/v1/chats", user=8)).json["chats"]
     assert [member["user_id"] for member in mine["members"]] == [8]
 
 
-@wires()
+@with_server()
 async def test_each_page_of_history_has_its_oldest_message_first(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat, other = await house.chat(6, 7), await house.chat(6, 7)
-    ids = await house.post(chat, *map(str, range(7)))
-    (foreign,) = await house.post(other, "x")
+    chat, other = await server.chat(6, 7), await server.chat(6, 7)
+    ids = await server.post(chat, *map(str, range(7)))
+    (foreign,) = await server.post(other, "x")
     path = f"/api/v1/chats/{chat}/messages"
 
     async def page(query: str) -> tuple[list[int], bool]:
-        answer = (await house.ask("GET", path + query, user=6)).json
+        answer = (await server.ask("GET", path + query, user=6)).json
         return [message["id"] for message in answer["messages"]], answer["more"]
 
     assert await page("") == (ids, False)
@@ -960,42 +974,42 @@ async def test_each_page_of_history_has_its_oldest_message_first(
         "before=999": "before",
     }.items():  # fmt: skip
         target = f"{path}?{query}".replace("٣", "%D9%A3")
-        answer = await house.ask("GET", target, user=6)
+        answer = await server.ask("GET", target, user=6)
         assert (answer.status, answer.code, query) == (400, "bad_field", query)
         assert field in answer.json["error"]["message"]
-    stranger = await house.ask("GET", path, user=8)
-    unknown = await house.ask("GET", "/api/v1/chats/999/messages", user=8)
+    stranger = await server.ask("GET", path, user=8)
+    unknown = await server.ask("GET", "/api/v1/chats/999/messages", user=8)
     assert (stranger.status, stranger.body) == (404, unknown.body)
 
 
-@wires()
+@with_server()
 async def test_a_message_returns_201_and_a_repeat_200_and_other_content_409(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    listener = await house.join(7)
+    chat = await server.chat(6, 7)
+    listener = await server.join(7)
     path = f"/api/v1/chats/{chat}/messages"
     body = {"content": "hi", "client_id": "k"}
-    first = await house.ask("POST", path, body, user=6)
+    first = await server.ask("POST", path, body, user=6)
     assert (first.status, first.json["duplicate"]) == (201, False)
-    assert (await listener.hear("new_message"))["message"] == first.json["message"]
+    assert (await listener.receive("new_message"))["message"] == first.json["message"]
     for again in (
-        await house.ask("POST", path, body, user=6),
-        await house.ask("POST", path, {"content": "hi"}, user=6, Idempotency_Key="k"),
-        await house.ask("POST", path, body, user=6, Idempotency_Key="k"),
+        await server.ask("POST", path, body, user=6),
+        await server.ask("POST", path, {"content": "hi"}, user=6, Idempotency_Key="k"),
+        await server.ask("POST", path, body, user=6, Idempotency_Key="k"),
     ):
         assert (again.status, again.json["duplicate"]) == (200, True)
         assert again.json["message"] == first.json["message"]
-    other = await house.ask("POST", path, body | {"content": "ho"}, user=6)
+    other = await server.ask("POST", path, body | {"content": "ho"}, user=6)
     assert (other.status, other.code) == (409, "idempotency_mismatch")
-    await listener.hears_nothing()
+    await listener.receives_nothing()
 
 
-@wires()
+@with_server()
 async def test_the_refusal_of_a_message_names_the_wrong_field(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
+    chat = await server.chat(6, 7)
     path = f"/api/v1/chats/{chat}/messages"
     for body, key, status, code, field in (
         ({}, "", 400, "bad_field", "content"),
@@ -1010,14 +1024,14 @@ async def test_the_refusal_of_a_message_names_the_wrong_field(
         ({"content": "x", "sender_id": 7}, "", 403, "forbidden", "sender_id"),
         ([], "", 400, "bad_json", ""),
     ):
-        headers = {"Authorization": f"Bearer {house.token(6)}"}
+        headers = {"Authorization": f"Bearer {server.token(6)}"}
         if key:
             headers["Idempotency_Key"] = key
-        answer = await house.dial().ask("POST", path, body, **headers)
+        answer = await server.dial().ask("POST", path, body, **headers)
         assert (answer.status, answer.code, body) == (status, code, body)
         assert field in answer.json["error"]["message"]
-    raw = house.dial()
-    auth = f"Bearer {house.token(6)}"
+    raw = server.dial()
+    auth = f"Bearer {server.token(6)}"
     for text in (
         b"",
         b"{",
@@ -1025,37 +1039,39 @@ async def test_the_refusal_of_a_message_names_the_wrong_field(
         b'{"content":"\\ud800"}',
         b"[" * 60_000,
     ):
-        await raw.send(wires_request("POST", path, text, Authorization=auth))
+        await raw.send(request_bytes("POST", path, text, Authorization=auth))
         assert (await raw.answer()).code == "bad_json"
-    own = await house.ask("POST", path, {"content": "x", "sender_id": 6}, user=6)
+    own = await server.ask("POST", path, {"content": "x", "sender_id": 6}, user=6)
     assert own.status == 201
-    stranger = await house.ask("POST", path, {"content": "x"}, user=8)
+    stranger = await server.ask("POST", path, {"content": "x"}, user=8)
     assert (stranger.status, stranger.code) == (404, "not_found")
 
 
-@wires()
-async def test_a_service_may_send_as_any_user_to_any_chat(house: WiresHouse) -> None:
-    chat = await house.chat(6)
+@with_server()
+async def test_a_service_may_send_as_any_user_to_any_chat(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6)
     body = {"content": "Your order", "sender_id": 50}
     path = f"/api/v1/chats/{chat}/messages"
-    sent = await house.command("POST", path, body)
+    sent = await server.command("POST", path, body)
     assert sent["message"]["sender_id"] == 50
-    token = house.token(999, scope="service")
-    unknown = await house.ask("POST", "/api/v1/chats/77/messages", body, token=token)
+    token = server.token(999, scope="service")
+    unknown = await server.ask("POST", "/api/v1/chats/77/messages", body, token=token)
     assert (unknown.status, unknown.code) == (404, "not_found")
 
 
-@wires(sends=Rate(1, 2))
+@with_server(sends=Rate(1, 2))
 async def test_messages_over_http_and_over_the_socket_share_one_rate(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer = await house.join(6)
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
     path = f"/api/v1/chats/{chat}/messages"
     assert (await peer.ask("send_message", chat_id=chat, content="a"))["n"] == 1
-    sent = await house.ask("POST", path, {"content": "b"}, user=6)
+    sent = await server.ask("POST", path, {"content": "b"}, user=6)
     assert sent.status == 201
-    over = await house.ask("POST", path, {"content": "c"}, user=6)
+    over = await server.ask("POST", path, {"content": "c"}, user=6)
     assert (over.status, over.code) == (429, "rate_limited")
     assert over.headers["retry-after"] == "1"
     assert (await peer.refused("send_message", chat_id=chat, content="c"))["code"] == (
@@ -1063,40 +1079,40 @@ async def test_messages_over_http_and_over_the_socket_share_one_rate(
     )
 
 
-@wires()
+@with_server()
 async def test_marking_read_over_http_is_sent_to_open_sockets(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    first, second = await house.post(chat, "a", "b", sender=7)
-    friend = await house.join(7)
-    marked = await house.ask("POST", f"/api/v1/messages/{second}/read", user=6)
+    chat = await server.chat(6, 7)
+    first, second = await server.post(chat, "a", "b", sender=7)
+    friend = await server.join(7)
+    marked = await server.ask("POST", f"/api/v1/messages/{second}/read", user=6)
     assert marked.json == {"message_id": second, "chat_id": chat, "n": 2}
-    assert (await friend.hear("message_read"))["read_by"] == 6
-    back = await house.ask("POST", f"/api/v1/messages/{first}/read", user=6)
+    assert (await friend.receive("message_read"))["read_by"] == 6
+    back = await server.ask("POST", f"/api/v1/messages/{first}/read", user=6)
     assert (back.status, back.json["n"]) == (200, 1)
-    await friend.hears_nothing()
+    await friend.receives_nothing()
     for user, message in ((8, first), (6, 999)):
-        answer = await house.ask("POST", f"/api/v1/messages/{message}/read", user=user)
+        answer = await server.ask("POST", f"/api/v1/messages/{message}/read", user=user)
         assert (answer.status, answer.code) == (404, "not_found")
 
 
-@wires(resync_events=5, tail_events=2)
+@with_server(resync_events=5, tail_events=2)
 async def test_the_poll_returns_the_events_that_a_socket_receives(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer = await house.join(6)
-    epoch = house.store.epoch
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    epoch = server.store.epoch
 
     async def poll(query: str = "") -> Any:
-        return (await house.ask("GET", f"/api/v1/events{query}", user=6)).json
+        return (await server.ask("GET", f"/api/v1/events{query}", user=6)).json
 
     start = await poll()
     cursor = peer.hello["cursor"]
     assert start == {"events": [], "cursor": cursor, "more": False, "resync": False}
-    ids = await house.post(chat, *"abcd", sender=7)
-    sent = [await peer.hear("new_message") for _ in ids]
+    ids = await server.post(chat, *"abcd", sender=7)
+    sent = [await peer.receive("new_message") for _ in ids]
     got = await poll(f"?cursor={cursor}&limit=3")
     assert got == {
         "events": sent[:3], "cursor": f"{epoch}.{ids[2]}", "more": True,
@@ -1106,18 +1122,18 @@ async def test_the_poll_returns_the_events_that_a_socket_receives(
     end = f"{epoch}.{ids[3]}"
     assert got == {"events": sent[3:], "cursor": end, "more": False, "resync": False}
     # A cursor moves to the head, past events that are not for this user.
-    await house.chat(7, 8)
-    head = f"{epoch}.{house.server.hub.head}"
+    await server.chat(7, 8)
+    head = f"{epoch}.{server.app.hub.head}"
     empty = {"events": [], "cursor": head, "more": False}
     assert await poll(f"?cursor={end}") == empty | {"resync": False}
     for bad in (f"?cursor={epoch}.9999", "?cursor=", "?cursor=x", f"?cursor=f{end}"):
         assert await poll(bad) == empty | {"resync": True}
-    await house.post(chat, *"ef", sender=7)
-    head = f"{epoch}.{house.server.hub.head}"
+    await server.post(chat, *"ef", sender=7)
+    head = f"{epoch}.{server.app.hub.head}"
     got = await poll(f"?cursor={cursor}")  # six events behind
     assert got == empty | {"resync": True, "cursor": head}
     for query in ("limit=0", "limit=501", "limit=x"):
-        answer = await house.ask("GET", f"/api/v1/events?{query}", user=6)
+        answer = await server.ask("GET", f"/api/v1/events?{query}", user=6)
         assert (answer.status, answer.code) == (400, "bad_field")
 
 
@@ -1125,65 +1141,67 @@ async def test_the_poll_returns_the_events_that_a_socket_receives(
 
 
 async def test_every_request_of_the_documented_table_is_answered(
-    either_house: DoorServer,
+    either_server: ServerProcess,
 ) -> None:
-    house = either_house
-    ann, bob, cy = (next(door_users) for _ in range(3))
-    token = house.token(ann, name="Ann")
-    start = await house.cursor(ann)
-    assert (await house.ask("GET", "/healthz")).status == 200
-    me = await house.want(200, "GET /api/v1/me", token)
+    server = either_server
+    ann, bob, cy = (next(new_users) for _ in range(3))
+    token = server.token(ann, name="Ann")
+    start = await server.cursor(ann)
+    assert (await server.ask("GET", "/healthz")).status == 200
+    me = await server.want(200, "GET /api/v1/me", token)
     assert me == {"user_id": ann, "name": "Ann"}
-    nameless = await house.want(200, "GET /api/v1/me", house.token(cy))
+    nameless = await server.want(200, "GET /api/v1/me", server.token(cy))
     assert nameless == {"user_id": cy, "name": None}
-    users = await house.want(200, "GET /api/v1/users", token)
+    users = await server.want(200, "GET /api/v1/users", token)
     assert {"user_id": ann, "name": "Ann"} in users["users"]
 
     body: dict[str, object] = {"title": "t", "member_ids": [bob]}
-    chat = (await house.want(201, "POST /api/v1/chats", token, body))["chat"]
+    chat = (await server.want(201, "POST /api/v1/chats", token, body))["chat"]
     members = [(m["user_id"], m["name"], m["read_n"]) for m in chat.pop("members")]
     assert sorted(members) == [(ann, "Ann", 0), (bob, None, 0)]
     number = chat.pop("id")
     assert chat == {"title": "t", "last_n": 0, "last_message": None}
     member: dict[str, object]
     more, member = f"/api/v1/chats/{number}/members", {"user_id": cy}
-    assert await house.want(201, f"POST {more}", token, member) == {
+    assert await server.want(201, f"POST {more}", token, member) == {
         "chat_id": number,
         "user_id": cy,
     }
-    await house.want(200, f"POST {more}", house.service, member)
-    for stranger in (token, house.token(next(door_users))):
+    await server.want(200, f"POST {more}", server.service, member)
+    for stranger in (token, server.token(next(new_users))):
         targets = [f"/api/v1/chats/{n}/members/{cy}" for n in (number, 2**53 - 1)]
-        answers = [await house.ask("DELETE", target, stranger) for target in targets]
+        answers = [await server.ask("DELETE", target, stranger) for target in targets]
         statuses = {answer.status for answer in answers}
         assert statuses in ({403}, {404})  # the same, whether the chat exists or not
-    await house.want(404, f"DELETE /api/v1/chats/{2**53 - 1}/members/{ann}", token)
-    gone = await house.ask("DELETE", f"{more}/{cy}", house.service)
+    await server.want(404, f"DELETE /api/v1/chats/{2**53 - 1}/members/{ann}", token)
+    gone = await server.ask("DELETE", f"{more}/{cy}", server.service)
     assert (gone.status, gone.body) == (204, b"")
 
     messages, say = f"/api/v1/chats/{number}/messages", {"content": "one"}
-    sent = await house.want(201, f"POST {messages}", token, say)
+    sent = await server.want(201, f"POST {messages}", token, say)
     assert sent["duplicate"] is False
     one = sent["message"]
     assert one["sender_id"] == ann
     say = {"content": "two", "client_id": "two"}
-    two = (await house.want(201, f"POST {messages}", house.token(bob), say))["message"]
-    three = await house.post(number, bob, "three")
+    two = (await server.want(201, f"POST {messages}", server.token(bob), say))[
+        "message"
+    ]
+    three = await server.post(number, bob, "three")
     assert three["sender_id"] == bob
     all_three = {"messages": [one, two, three], "more": False}
-    assert await house.want(200, f"GET {messages}", token) == all_three
-    page = await house.want(200, f"GET {messages}?limit=2", token)
+    assert await server.want(200, f"GET {messages}", token) == all_three
+    page = await server.want(200, f"GET {messages}?limit=2", token)
     assert page == {"messages": [two, three], "more": True}
-    page = await house.want(200, f"GET {messages}?limit=2&before={two['id']}", token)
+    page = await server.want(200, f"GET {messages}?limit=2&before={two['id']}", token)
     assert page == {"messages": [one], "more": False}
-    read = await house.want(200, f"POST /api/v1/messages/{two['id']}/read", token)
+    read = await server.want(200, f"POST /api/v1/messages/{two['id']}/read", token)
     assert read == {"message_id": two["id"], "chat_id": number, "n": 2}
 
-    chats = await house.want(200, "GET /api/v1/chats", token)
+    chats = await server.want(200, "GET /api/v1/chats", token)
     (mine,) = chats["chats"]
     assert (mine["last_n"], mine["read_n"], mine["unread"]) == (3, 2, 1)
     assert mine["last_message"] == three
-    poll = await house.want(200, f"GET /api/v1/events?cursor={start}&limit=500", token)
+    poll = await server.want(200, f"GET /api/v1/events?cursor={start}&limit=500", token)
     kinds = [event["type"] for event in poll["events"]]
     expected = ["chat_added", "member_added", "member_removed"]
     expected += ["new_message"] * 3
@@ -1192,26 +1210,26 @@ async def test_every_request_of_the_documented_table_is_answered(
     assert poll["cursor"].partition(".")[0] == start.partition(".")[0]
     seq = poll["events"][2]["seq"]
     epoch = start.partition(".")[0]
-    page = await house.want(200, f"GET /api/v1/events?cursor={start}&limit=3", token)
+    page = await server.want(200, f"GET /api/v1/events?cursor={start}&limit=3", token)
     assert (page["more"], page["cursor"]) == (True, f"{epoch}.{seq}")
 
-    ticket = await house.want(200, "GET /api/v2/ws-token", token)
+    ticket = await server.want(200, "GET /api/v2/ws-token", token)
     assert ticket["expires_in"] == 60
-    assert (await house.ask("GET", "/ws/chat")).code == "upgrade_required"
-    assert (await house.ask("GET", "/ws/chat")).status == 426
+    assert (await server.ask("GET", "/ws/chat")).code == "upgrade_required"
+    assert (await server.ask("GET", "/ws/chat")).status == 426
     revoked = {"user_id": cy}
-    answer = await house.want(
-        200, "POST /api/v1/internal/chat/revoke", house.service, revoked
+    answer = await server.want(
+        200, "POST /api/v1/internal/chat/revoke", server.service, revoked
     )
     assert answer == {"user_id": cy, "closed": 0}
 
 
 async def test_the_error_of_a_bad_request_names_the_wrong_field(
-    open_house: DoorServer,
+    shared_server: ServerProcess,
 ) -> None:
-    house = open_house
-    ann = next(door_users)
-    chat, token = await house.chat(ann), house.token(ann)
+    server = shared_server
+    ann = next(new_users)
+    chat, token = await server.chat(ann), server.token(ann)
     messages = f"/api/v1/chats/{chat}/messages"
     ids: list[object] = ["3", 1.5, True, None, [], {}, 0, -1, 2**53]
     wrong: list[tuple[str, str, list[object]]] = [
@@ -1223,19 +1241,19 @@ async def test_the_error_of_a_bad_request_names_the_wrong_field(
         ("/api/v1/internal/chat/revoke", "user_id", ids),
     ]
     whole = {"title": "t", "member_ids": [], "user_id": ann, "content": "c"}
-    async with await house.dial() as stream:
-        line = DoorLine(stream)  # a refused body does not close the connection
+    async with await server.dial() as stream:
+        line = HttpClient(stream)  # a refused body does not close the connection
         for target, name, values in wrong:
             for value in values:
                 body = {**whole, name: value}
-                right = house.service if "internal" in target else token
+                right = server.service if "internal" in target else token
                 answer = await line.ask("POST", target, right, body)
                 seen = (target, body, answer)
                 assert (answer.status, answer.code) == (400, "bad_field"), seen
                 assert name in answer.json["error"]["message"], seen
         for value in (value for value in ids if value is not None):
             body = {"content": "c", "sender_id": value}
-            answer = await line.ask("POST", messages, house.service, body)
+            answer = await line.ask("POST", messages, server.service, body)
             assert (answer.status, answer.code) == (400, "bad_field"), (body, answer)
             assert "sender_id" in answer.json["error"]["message"], answer
         queries = [f"{messages}?limit={v}" for v in ("0", "101", "x", "-1", "1.5")]
@@ -1270,20 +1288,20 @@ async def test_the_error_of_a_bad_request_names_the_wrong_field(
         for part in ("0", "x", str(2**53), str(10**30), "-1", "%31", ""):
             answer = await line.ask("GET", f"/api/v1/chats/{part}/messages", token)
             assert answer.status in {400, 404}, (part, answer)
-    assert await house.history(chat, ann) == []
+    assert await server.history(chat, ann) == []
 
 
 async def test_head_and_unknown_methods_are_answered_correctly(
-    open_house: DoorServer,
+    shared_server: ServerProcess,
 ) -> None:
-    house = open_house
-    user = next(door_users)
+    server = shared_server
+    user = next(new_users)
     targets = ["/healthz", "/api/v1/me", "/api/v1/chats", "/", "/nothing", "/ws/chat"]
-    async with await house.dial() as stream:
-        line = DoorLine(stream)  # a body after HEAD would spoil the next answer
+    async with await server.dial() as stream:
+        line = HttpClient(stream)  # a body after HEAD would spoil the next answer
         for target in targets:
-            get = await line.ask("GET", target, house.token(user))
-            head = await line.ask("HEAD", target, house.token(user))
+            get = await line.ask("GET", target, server.token(user))
+            head = await line.ask("HEAD", target, server.token(user))
             assert head.status == get.status, target
             same = ("content-length", "content-type")
             assert [head.headers[k] for k in same] == [get.headers[k] for k in same]
@@ -1295,82 +1313,84 @@ async def test_head_and_unknown_methods_are_answered_correctly(
         }
         for target, methods in allowed.items():
             for method in ("BREW", "PATCH"):
-                answer = await line.ask(method, target, house.token(user))
+                answer = await line.ask(method, target, server.token(user))
                 assert (answer.status, answer.code) == (405, "method_not_allowed")
                 allow = {word.strip() for word in answer.headers["allow"].split(",")}
                 assert methods <= allow <= methods | {"OPTIONS"}, (target, answer)
-        answer = await line.ask("BREW", "/nothing", house.token(user))
+        answer = await line.ask("BREW", "/nothing", server.token(user))
         assert (answer.status, answer.code) == (404, "not_found")
-    answer = await house.ask("POST", "/ws/chat", house.token(user), {})
+    answer = await server.ask("POST", "/ws/chat", server.token(user), {})
     assert answer.status == 405
 
 
-async def test_one_connection_serves_many_requests(open_house: DoorServer) -> None:
-    house = open_house
-    user = next(door_users)
-    async with await house.dial() as stream:
-        line = DoorLine(stream)
+async def test_one_connection_serves_many_requests(
+    shared_server: ServerProcess,
+) -> None:
+    server = shared_server
+    user = next(new_users)
+    async with await server.dial() as stream:
+        line = HttpClient(stream)
         for _ in range(20):
-            answer = await line.ask("GET", "/api/v1/me", house.token(user))
+            answer = await line.ask("GET", "/api/v1/me", server.token(user))
             assert answer.json["user_id"] == user
             assert (await line.ask("GET", "/nothing")).status == 404
             assert (await line.ask("GET", "/api/v1/me")).status == 401
-        ask = door_get("/healthz", "Host: x")
+        ask = get_bytes("/healthz", "Host: x")
         await stream.send_all(ask * 10)  # ten at once, answered in order
         for _ in range(10):
             assert (await line.answer()).status == 200
         chunked = "POST /api/v1/chats HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked"
-        chunked += f"\r\nAuthorization: Bearer {house.token(user)}\r\n\r\n"
+        chunked += f"\r\nAuthorization: Bearer {server.token(user)}\r\n\r\n"
         body = '9\r\n{"title":\r\n17\r\n"é", "member_ids": []}\r\n0\r\n\r\n'
         await stream.send_all((chunked + body).encode())
         answer = await line.answer()
         assert (answer.status, answer.json["chat"]["title"]) == (201, "é")
-        upgrade = door_get(house.socket_path(user), "Host: x", *DOOR_UPGRADE)
+        upgrade = get_bytes(server.socket_path(user), "Host: x", *UPGRADE_LINES)
         await stream.send_all(upgrade)  # as reverse proxies do
         assert (await line.answer()).status == 101
-        peer = DoorPeer(stream, line.data)
-        await peer.hear("connected")
+        peer = SocketClient(stream, line.data)
+        await peer.receive("connected")
         await peer.leave()
-    close = await house.raw(door_get("/healthz", "Host: x", "Connection: close"))
-    assert door_answer(close)[0].status == 200
-    old = await house.raw(door_get("/healthz", version="1.0"))
+    close = await server.raw(get_bytes("/healthz", "Host: x", "Connection: close"))
+    assert split_answer(close)[0].status == 200
+    old = await server.raw(get_bytes("/healthz", version="1.0"))
     assert old.startswith(b"HTTP/1.1 ")
 
 
 async def test_a_body_over_the_limit_is_refused_before_it_is_read(
-    either_house: DoorServer,
+    either_server: ServerProcess,
 ) -> None:
-    house = either_house
-    token = house.token(next(door_users))
-    answer = await house.ask("POST", "/api/v1/chats", token, b"x" * 65537)
+    server = either_server
+    token = server.token(next(new_users))
+    answer = await server.ask("POST", "/api/v1/chats", token, b"x" * 65537)
     assert (answer.status, answer.code) == (413, "too_large")
     lines = ["POST /api/v1/chats HTTP/1.1", "Host: x", f"Authorization: Bearer {token}"]
     declared = [*lines, "Content-Length: 999999999", "", ""]
-    got = await house.raw("\r\n".join(declared).encode(), 5)
-    assert door_answer(got)[0].code == "too_large"
+    got = await server.raw("\r\n".join(declared).encode(), 5)
+    assert split_answer(got)[0].code == "too_large"
     chunks = "10000\r\n" + "x" * 65536 + "\r\n1\r\nx\r\n0\r\n\r\n"
     chunked = [*lines, "Transfer-Encoding: chunked", "", chunks]
-    got = await house.raw("\r\n".join(chunked).encode(), 5)
-    assert door_answer(got)[0].code == "too_large"
+    got = await server.raw("\r\n".join(chunked).encode(), 5)
+    assert split_answer(got)[0].code == "too_large"
 
 
 async def test_only_a_listed_origin_may_send_cross_origin_requests(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
     ours, theirs = "https://app.example", "https://evil.example"
-    async with house.serving("--origin", ours):
-        user = next(door_users)
-        token = house.token(user)
-        answer = await house.ask("GET", "/api/v1/me", token, Origin=ours)
+    async with server.serving("--origin", ours):
+        user = next(new_users)
+        token = server.token(user)
+        answer = await server.ask("GET", "/api/v1/me", token, Origin=ours)
         assert answer.status == 200
         assert answer.headers["access-control-allow-origin"] == ours
         assert "access-control-allow-credentials" not in answer.headers
         assert "origin" in answer.headers["vary"].lower()
-        unauthorised = await house.ask("GET", "/api/v1/me", Origin=ours)
+        unauthorised = await server.ask("GET", "/api/v1/me", Origin=ours)
         assert unauthorised.status == 401
         assert unauthorised.headers["access-control-allow-origin"] == ours
         asks = {"Access_Control_Request_Method": "POST", "Origin": ours}
-        answer = await house.ask("OPTIONS", "/api/v1/chats", **asks)
+        answer = await server.ask("OPTIONS", "/api/v1/chats", **asks)
         assert answer.status == 204
         allowed = answer.headers["access-control-allow-headers"].lower()
         assert {word.strip() for word in allowed.split(",")} == {
@@ -1380,23 +1400,23 @@ async def test_only_a_listed_origin_may_send_cross_origin_requests(
         }
         assert "POST" in answer.headers["access-control-allow-methods"]
         assert answer.headers["access-control-allow-origin"] == ours
-        same = await house.ask("GET", "/api/v1/me", token, Origin="http://chatd.test")
+        same = await server.ask("GET", "/api/v1/me", token, Origin="http://chatd.test")
         assert same.status == 200
         proxied = {"Origin": "https://chat.example", "X_Forwarded_Host": "chat.example"}
-        assert (await house.ask("GET", "/api/v1/me", token, **proxied)).status == 200
+        assert (await server.ask("GET", "/api/v1/me", token, **proxied)).status == 200
         for origin in (theirs, "null", "http://chatd.test.evil.example", f"{ours}."):
             for target in ("/api/v1/me", "/", "/healthz"):
-                answer = await house.ask("GET", target, token, Origin=origin)
+                answer = await server.ask("GET", target, token, Origin=origin)
                 assert (answer.status, answer.code) == (403, "forbidden"), origin
                 assert "access-control-allow-origin" not in answer.headers
-            refused = await house.refusal(user, f"Origin: {origin}")
+            refused = await server.refusal(user, f"Origin: {origin}")
             assert (refused.status, refused.code) == (403, "forbidden"), origin
-        peer = await house.peer(user, "", f"Origin: {ours}")
-        await peer.hears_nothing()
-        await house.stop()
-        await house.begin(*DOOR_OPEN, "--trusted-proxy", "none")
-        token = house.token(user)
-        assert (await house.ask("GET", "/api/v1/me", token, **proxied)).status == 403
+        peer = await server.peer(user, "", f"Origin: {ours}")
+        await peer.receives_nothing()
+        await server.stop()
+        await server.begin(*NO_RATES, "--trusted-proxy", "none")
+        token = server.token(user)
+        assert (await server.ask("GET", "/api/v1/me", token, **proxied)).status == 403
 
 
 # --- whole process: hostile requests -------------------------------------------------
@@ -1407,7 +1427,7 @@ def hostile_requests(ws: str) -> dict[str, tuple[bytes, set[int]]]:
 
     ws: a target that would open a socket.
     """
-    up = list(DOOR_UPGRADE)
+    up = list(UPGRADE_LINES)
     host, key = "Host: chatd.test", up.pop()
     good = [host, *up, key]
     token = ws.partition("=")[2]
@@ -1422,53 +1442,53 @@ def hostile_requests(ws: str) -> dict[str, tuple[bytes, set[int]]]:
         "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
         "another protocol": (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", {400}),
         "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\n", {400, 505}),
-        "no Host": (door_get(ws, *up, key), {400}),
-        "two Hosts": (door_get(ws, host, host, *up, key), {400}),
-        "byte 255 in Host": (door_get(ws, "Host: \xff", *up, key), {400}),
-        "byte 255 in Connection": (door_get(ws, *good, "Connection: \xff"), {400}),
-        "byte 255 in Upgrade": (door_get(ws, *good, "Upgrade: \xff"), {400}),
+        "no Host": (get_bytes(ws, *up, key), {400}),
+        "two Hosts": (get_bytes(ws, host, host, *up, key), {400}),
+        "byte 255 in Host": (get_bytes(ws, "Host: \xff", *up, key), {400}),
+        "byte 255 in Connection": (get_bytes(ws, *good, "Connection: \xff"), {400}),
+        "byte 255 in Upgrade": (get_bytes(ws, *good, "Upgrade: \xff"), {400}),
         "byte 255 in the key": (
-            door_get(ws, host, *up, "Sec-WebSocket-Key: \xff"),
+            get_bytes(ws, host, *up, "Sec-WebSocket-Key: \xff"),
             {400},
         ),
         "byte 255 in the protocol": (
-            door_get(ws, *good, "Sec-WebSocket-Protocol: \xff"),
+            get_bytes(ws, *good, "Sec-WebSocket-Protocol: \xff"),
             {400},
         ),
         "byte 255 in the extensions": (
-            door_get(ws, *good, "Sec-WebSocket-Extensions: \xff"),
+            get_bytes(ws, *good, "Sec-WebSocket-Extensions: \xff"),
             {400},
         ),
         "byte 255 in the version": (
-            door_get(ws, *good, "Sec-WebSocket-Version: \xff"),
+            get_bytes(ws, *good, "Sec-WebSocket-Version: \xff"),
             {400, 426},
         ),
-        "byte 255 in the target": (door_get(ws + "\xff", *good), {400}),
-        "a bad key": (door_get(ws, host, *up, "Sec-WebSocket-Key: zz"), {400}),
+        "byte 255 in the target": (get_bytes(ws + "\xff", *good), {400}),
+        "a bad key": (get_bytes(ws, host, *up, "Sec-WebSocket-Key: zz"), {400}),
         "a key of 15 bytes": (
-            door_get(ws, host, *up, "Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1"),
+            get_bytes(ws, host, *up, "Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1"),
             {400},
         ),
-        "two keys": (door_get(ws, *good, key), {400}),
-        "no key": (door_get(ws, host, *up), {400}),
+        "two keys": (get_bytes(ws, *good, key), {400}),
+        "no key": (get_bytes(ws, host, *up), {400}),
         "version 12": (
-            door_get(ws, host, *up[:2], "Sec-WebSocket-Version: 12", key),
+            get_bytes(ws, host, *up[:2], "Sec-WebSocket-Version: 12", key),
             {400, 426},
         ),
-        "HTTP/1.0": (door_get(ws, *good, version="1.0"), {400, 426, 505}),
-        "two tokens": (door_get(f"{ws}&token={token}", *good), {400, 401}),
-        "no token": (door_get("/ws/chat", *good), {401}),
-        "an empty token": (door_get("/ws/chat?token=", *good), {401}),
-        "two slashes": (door_get("/" + ws, *good), {400, 404}),
-        "two slashes and a bracket": (door_get("//[::1" + ws, *good), {400, 404}),
-        "a whole URL": (door_get("http://chatd.test" + ws, *good), {400, 404}),
-        "no slash": (door_get("*", *good), {400, 404}),
+        "HTTP/1.0": (get_bytes(ws, *good, version="1.0"), {400, 426, 505}),
+        "two tokens": (get_bytes(f"{ws}&token={token}", *good), {400, 401}),
+        "no token": (get_bytes("/ws/chat", *good), {401}),
+        "an empty token": (get_bytes("/ws/chat?token=", *good), {401}),
+        "two slashes": (get_bytes("/" + ws, *good), {400, 404}),
+        "two slashes and a bracket": (get_bytes("//[::1" + ws, *good), {400, 404}),
+        "a whole URL": (get_bytes("http://chatd.test" + ws, *good), {400, 404}),
+        "no slash": (get_bytes("*", *good), {400, 404}),
         "an upgrade with a body": (
-            door_get(ws, *good, "Content-Length: 5") + b"hello",
+            get_bytes(ws, *good, "Content-Length: 5") + b"hello",
             {400},
         ),
         "an upgrade with a length beside chunks": (
-            door_get(ws, *good, "Content-Length: 4", "Transfer-Encoding: chunked"),
+            get_bytes(ws, *good, "Content-Length: 4", "Transfer-Encoding: chunked"),
             {400},
         ),
         "length beside chunks": (smuggle.encode(), {400}),
@@ -1485,24 +1505,24 @@ def hostile_requests(ws: str) -> dict[str, tuple[bytes, set[int]]]:
             f"{plain}{post}\r\nTransfer-Encoding: gzip\r\n\r\n".encode(),
             {400, 501},
         ),
-        "a huge header": (door_get(ws, *good, "X: " + "y" * 100_000), {431}),
-        "a huge target": (door_get(ws + "&x=" + "y" * 100_000, *good), {414, 431}),
-        "65 header lines": (door_get(ws, *good, *xs[: 65 - len(good)]), {431}),
-        "a space before the colon": (door_get(ws, *good, "X : y"), {400}),
-        "a bare CR": (door_get(ws, *good, "X: y\rz"), {400}),
-        "a NUL": (door_get(ws, *good, "X: y\0z"), {400}),
+        "a huge header": (get_bytes(ws, *good, "X: " + "y" * 100_000), {431}),
+        "a huge target": (get_bytes(ws + "&x=" + "y" * 100_000, *good), {414, 431}),
+        "65 header lines": (get_bytes(ws, *good, *xs[: 65 - len(good)]), {431}),
+        "a space before the colon": (get_bytes(ws, *good, "X : y"), {400}),
+        "a bare CR": (get_bytes(ws, *good, "X: y\rz"), {400}),
+        "a NUL": (get_bytes(ws, *good, "X: y\0z"), {400}),
     }
 
 
 @pytest.mark.parametrize("case", list(hostile_requests("")))
 async def test_a_hostile_request_is_refused_and_harms_no_other_client(
-    either_house: DoorServer, case: str
+    either_server: ServerProcess, case: str
 ) -> None:
-    async with door_innocent(either_house):
-        ws = either_house.socket_path(next(door_users))
+    async with others_are_served(either_server):
+        ws = either_server.socket_path(next(new_users))
         data, statuses = hostile_requests(ws)[case]
-        got = await either_house.raw(data, 4)
-        answer, rest = door_answer(got)
+        got = await either_server.raw(data, 4)
+        answer, rest = split_answer(got)
         assert answer.status in statuses, answer
         assert answer.headers["connection"].lower() == "close"
         assert answer.code
@@ -1510,8 +1530,8 @@ async def test_a_hostile_request_is_refused_and_harms_no_other_client(
 
 
 async def test_a_handshake_with_64_header_lines_is_accepted(
-    open_house: DoorServer,
+    shared_server: ServerProcess,
 ) -> None:
-    more = [f"X-{i}: y" for i in range(64 - 1 - len(DOOR_UPGRADE))]
-    peer = await open_house.peer(next(door_users), "", *more)
-    await peer.hears_nothing()
+    more = [f"X-{i}: y" for i in range(64 - 1 - len(UPGRADE_LINES))]
+    peer = await shared_server.peer(next(new_users), "", *more)
+    await peer.receives_nothing()

@@ -32,7 +32,7 @@ def test_a_message_reaches_the_live_seats_of_all_members_at_once(
 ) -> None:
     chat = memory.chat(1, 2)
     seats = [memory.sit(user) for user in (1, 1, 2, 3)]
-    memory.say(chat, 1)
+    memory.send(chat, 1)
     assert [made.seqs() for made in seats] == [[3], [3], [3], []]
     assert memory.stats.deliveries == 3
     assert seats[0].outbox.taken[0] is seats[2].outbox.taken[0]  # built once
@@ -85,7 +85,7 @@ def seqs_and_acks(made: MemorySeat) -> list[str]:
     """What a seat received, in short: the seq of an event, and "a" + seq for an ack."""
     return [
         str(message["seq"]) if "seq" in message else f"a{message['message_id']}"
-        for message in made.heard()
+        for message in made.received()
     ]
 
 
@@ -104,7 +104,7 @@ def test_a_live_seat_gets_its_events_before_their_acks_in_one_write(
 
 def test_an_ack_without_an_event_is_sent_at_once(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
-    memory.say(chat, 2)
+    memory.send(chat, 2)
     made = memory.sit(2)
     job = job_with_ack(made, (store.mark_read, 2, 3))
     memory.hub.publish(store._transact([job]))
@@ -144,18 +144,18 @@ def test_a_seat_with_a_full_outbox_gets_the_whole_batch_later(memory: Memory) ->
     chat, store = memory.chat(1, 2), memory.store
     slow, fast = memory.sit(2), memory.sit(2)
     slow.outbox.bound, slow.outbox.stuck = 1, True
-    memory.say(chat, 1)
+    memory.send(chat, 1)
     assert (slow.seqs(), slow.seat.live, slow.fell) == ([3], True, 0)
     job = job_with_ack(slow, memory.sends(chat, 2))
     memory.hub.publish(store._transact([job]))
     assert (seqs_and_acks(slow), slow.seat.live, slow.fell) == (["3"], False, 1)
     assert slow.seat.cursor == 3
-    memory.say(chat, 1)
+    memory.send(chat, 1)
     slow.outbox.drain()
     memory.catch_up(slow)
     assert seqs_and_acks(slow) == ["3", "4", "5", "a4"]
     assert (fast.seqs(), slow.fell) == ([3, 4, 5], 1)
-    memory.say(chat, 1)
+    memory.send(chat, 1)
     assert slow.seqs() == fast.seqs() == [3, 4, 5, 6]
 
 
@@ -163,7 +163,7 @@ def test_a_seat_behind_the_tail_reads_pages_and_then_the_tail() -> None:
     with memory_with(tail_events=4, page_events=3) as memory:
         chat = memory.chat(1, 2)
         for _ in range(20):
-            memory.say(chat, 1)
+            memory.send(chat, 1)
         made = memory.enter(2)
         made.seat.cursor = 0
         memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
@@ -171,7 +171,7 @@ def test_a_seat_behind_the_tail_reads_pages_and_then_the_tail() -> None:
         memory.catch_up(made)
         assert made.seqs() == [2, *range(3, 23)]
         assert len(made.outbox.taken) > 5
-        memory.say(chat, 1)
+        memory.send(chat, 1)
         assert made.seqs()[-1] == 23
 
 
@@ -179,7 +179,7 @@ def test_one_push_from_the_tail_is_bounded_in_bytes() -> None:
     with memory_with(page_bytes=5000) as memory:
         chat = memory.chat(1, 2)
         for _ in range(10):
-            memory.say(chat, 1, "x" * 2000)
+            memory.send(chat, 1, "x" * 2000)
         made = memory.enter(2)
         made.seat.cursor = 2
         memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
@@ -193,7 +193,7 @@ def test_the_tail_is_bounded_in_events_and_keeps_the_newest() -> None:
     with memory_with(tail_events=16) as memory:
         chat, hub = memory.chat(1, 2), memory.hub
         for _ in range(60):
-            memory.say(chat, 1)
+            memory.send(chat, 1)
             assert [event.seq for event in hub.tail] == [
                 *range(hub.head - len(hub.tail) + 1, hub.head + 1)
             ]
@@ -208,7 +208,7 @@ def test_the_tail_is_bounded_in_bytes_too() -> None:
     with memory_with(tail_bytes=100_000) as memory:
         chat = memory.chat(1, 2)
         for _ in range(60):
-            memory.say(chat, 1, "x" * 4000)
+            memory.send(chat, 1, "x" * 4000)
         assert memory.hub.tail_size <= 100_000
         assert 6 <= len(memory.hub.tail) <= 12
 
@@ -216,7 +216,7 @@ def test_the_tail_is_bounded_in_bytes_too() -> None:
 def test_the_size_of_an_event_in_the_tail_covers_its_frame(memory: Memory) -> None:
     chat = memory.chat(*range(1, 500))
     memory.do(memory.store.add_member, chat, 1000, 1)
-    memory.say(chat, 1, "x" * 4000)
+    memory.send(chat, 1, "x" * 4000)
     for event in memory.hub.tail[-2:]:
         assert event.size >= len(event.frame), event.kind
 
@@ -226,7 +226,7 @@ def test_a_restart_restores_the_tail_from_the_event_log(tmp_path: Path) -> None:
     chat = memory.chat(1, 2)
     memory.do(memory.store.rename, 3, "Carol")
     memory.do(memory.store.add_member, chat, 3, 1)
-    sent = memory.say(chat, 1, "Привет!", "k")
+    sent = memory.send(chat, 1, "Привет!", "k")
     memory.do(memory.store.mark_read, 2, sent.message.id)
     memory.do(memory.store.remove_member, chat, 3, 3)
     frames = [event.frame for event in memory.hub.tail]
@@ -249,7 +249,7 @@ def test_a_new_database_has_an_empty_event_log_and_nothing_to_replay(
     memory: Memory,
 ) -> None:
     assert (memory.hub.tail, memory.hub.head, memory.hub.in_tail(0)) == ([], 0, True)
-    assert memory.sit(1, cursor=0).heard() == []
+    assert memory.sit(1, cursor=0).received() == []
 
 
 def test_the_connections_of_one_user_are_bounded() -> None:
@@ -268,7 +268,7 @@ def test_a_seat_that_leaves_leaves_nothing_behind(memory: Memory) -> None:
     seats = [memory.sit(1), memory.sit(1), memory.sit(2)]
     for made in seats:
         memory.hub.leave(made.seat)
-    memory.say(chat, 1)
+    memory.send(chat, 1)
     assert (memory.hub.people, memory.hub.live_seats, memory.hub.seats) == ({}, {}, 0)
     assert [made.seqs() for made in seats] == [[], [], []]
 
@@ -333,7 +333,7 @@ def test_a_seat_that_leaves_before_its_chats_are_read_joins_no_room(
 
 def test_a_page_is_filtered_again_when_it_is_pushed(memory: Memory) -> None:
     chat = memory.chat(1, 2)
-    memory.say(chat, 1)
+    memory.send(chat, 1)
     made = memory.enter(2)
     made.seat.cursor = 0
     memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
@@ -356,10 +356,10 @@ def test_typing_goes_to_other_members_that_are_live_with_an_empty_outbox(
     busy.outbox.unsent = 1
     memory.hub.show_typing(1, chat, is_typing=True)
     memory.hub.show_typing(1, 99, is_typing=True)
-    assert live.heard() == [
+    assert live.received() == [
         {"type": "typing", "chat_id": chat, "user_id": 1, "is_typing": True}
     ]
-    assert not any(made.heard() for made in (own, busy, behind, stranger))
+    assert not any(made.received() for made in (own, busy, behind, stranger))
     assert memory.count("event") == 3
 
 
@@ -444,7 +444,7 @@ def test_the_end_of_a_token_is_announced_once_and_closes_after_the_grace(
     swept.seat.token_ends = 1000.0
     for now in (939.9, 940.0, 950.0, 1000.0, 1024.9):
         swept.seat.sweep_token(now)
-    assert swept.heard() == [{"type": "token_expiring", "expires_in": 60}]
+    assert swept.received() == [{"type": "token_expiring", "expires_in": 60}]
     assert swept.ended == []
     swept.seat.sweep_token(1025.0)
     assert [code for code, _ in swept.ended] == [4401]

@@ -19,17 +19,17 @@ from trio.testing import wait_all_tasks_blocked
 import chatd
 from chatd import Stats
 from tests.harness import (
-    DOOR_CHECKOUT,
-    DOOR_UPGRADE,
-    DoorServer,
+    CHECKOUT,
+    UPGRADE_LINES,
     FaultyStore,
-    WiresHouse,
-    door_environment,
-    door_get,
-    door_users,
-    wires,
-    wires_request,
-    wires_upgrade,
+    ServerProcess,
+    VirtualServer,
+    clean_environment,
+    get_bytes,
+    new_users,
+    request_bytes,
+    upgrade_bytes,
+    with_server,
 )
 
 # --- log lines -----------------------------------------------------------------------
@@ -91,22 +91,22 @@ def shape(part: Any) -> Any:
     return {k: shape(v) for k, v in part.items()} if isinstance(part, dict) else None
 
 
-@wires()
+@with_server()
 async def test_the_stats_count_connections_events_messages_and_refusals(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer, friend, tab = [await house.join(u) for u in (6, 7, 7)]
+    chat = await server.chat(6, 7)
+    peer, friend, tab = [await server.join(u) for u in (6, 7, 7)]
     command = {"chat_id": chat, "content": "hi", "client_id": "k"}
     for _ in range(2):
         await peer.ask("send_message", **command)
     await peer.leave()
     await tab.leave(1001)
     await wait_all_tasks_blocked()
-    refused = house.dial()
-    await refused.send(wires_upgrade("/ws/chat"))
+    refused = server.dial()
+    await refused.send(upgrade_bytes("/ws/chat"))
     assert (await refused.answer()).status == 401
-    stats = await house.stats()
+    stats = await server.stats()
     assert shape(stats) == {
         "version": None, "uptime_seconds": None,
         "connections": {
@@ -137,16 +137,16 @@ async def test_the_stats_count_connections_events_messages_and_refusals(
     assert (stats["store"]["failed"], stats["store"]["degraded"]) == (0, False)
     assert stats["store"]["commits"] == 3
     assert stats["resumes"]["fresh"] == 3
-    assert (await friend.hear("new_message"))["message"]["n"] == 1
+    assert (await friend.receive("new_message"))["message"]["n"] == 1
 
 
-@wires()
-async def test_the_metrics_have_the_numbers_of_the_stats(house: WiresHouse) -> None:
-    chat = await house.chat(6, 7)
-    peer = await house.join(6)
+@with_server()
+async def test_the_metrics_have_the_numbers_of_the_stats(server: VirtualServer) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
     await peer.ask("send_message", chat_id=chat, content="hi")
-    answer = await house.ask(
-        "GET", "/metrics", token=house.token(999, scope="stats service")
+    answer = await server.ask(
+        "GET", "/metrics", token=server.token(999, scope="stats service")
     )
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     samples = {
@@ -170,42 +170,42 @@ async def test_the_metrics_have_the_numbers_of_the_stats(house: WiresHouse) -> N
 # --- bugs and secrets in the log -----------------------------------------------------
 
 
-@wires(store=FaultyStore)
+@with_server(store=FaultyStore)
 async def test_the_same_bug_50_times_writes_10_log_lines(
-    house: WiresHouse, caplog: pytest.LogCaptureFixture
+    server: VirtualServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "chatd")
-    chat = await house.chat(6, 7)
-    house.errors = {"ValueError": 50}
+    chat = await server.chat(6, 7)
+    server.errors = {"ValueError": 50}
     for _ in range(50):
-        raw = house.dial()
-        auth = f"Bearer {house.token(6)}"
+        raw = server.dial()
+        auth = f"Bearer {server.token(6)}"
         path = f"/api/v1/chats/{chat}/messages"
-        await raw.send(wires_request("GET", path, None, Authorization=auth))
+        await raw.send(request_bytes("GET", path, None, Authorization=auth))
         await raw.ends()
     assert len(caplog.records) == 10
 
 
-@wires(store=FaultyStore)
+@with_server(store=FaultyStore)
 async def test_no_token_and_no_message_text_is_logged_at_any_level_even_by_a_bug(
-    house: WiresHouse, caplog: pytest.LogCaptureFixture
+    server: VirtualServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "chatd")
-    house.errors = {"ValueError": 1}
-    chat = await house.chat(6, 7)
-    secrets = [house.token(6), house.token(6) + "x", "n0nsense", house.token(7)]
-    peer = await house.join(6, token=secrets[0])
+    server.errors = {"ValueError": 1}
+    chat = await server.chat(6, 7)
+    secrets = [server.token(6), server.token(6) + "x", "n0nsense", server.token(7)]
+    peer = await server.join(6, token=secrets[0])
     await peer.ask("send_message", chat_id=chat, content="s3cret text")
     await peer.ask("send_message", chat_id=0, content="s3cret text")
     for token in secrets[1:]:
-        raw = house.dial()
-        await raw.send(wires_upgrade(f"/ws/chat?token={token}&cursor=s3cret%ff"))
+        raw = server.dial()
+        await raw.send(upgrade_bytes(f"/ws/chat?token={token}&cursor=s3cret%ff"))
         await raw.answer()
-        await peer.say("auth", token=token)
+        await peer.send_command("auth", token=token)
     assert (await peer.end())[1] == 4503
     for path in (f"/api/v1/chats/{chat}/messages", f"//{secrets[0]}", "/s3cret"):
         auth = f"Bearer {secrets[0]}"
-        await house.dial().ask("GET", path, None, Authorization=auth)
+        await server.dial().ask("GET", path, None, Authorization=auth)
     assert "joined" in caplog.text
     for secret in (*secrets, "s3cret"):
         assert secret not in caplog.text
@@ -215,71 +215,73 @@ async def test_no_token_and_no_message_text_is_logged_at_any_level_even_by_a_bug
 
 
 async def test_tokens_and_texts_are_in_no_log_line_no_error_and_no_metric(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving("--log-level", "debug"):
+    async with server.serving("--log-level", "debug"):
         mark = "Zx9marker"
-        user = next(door_users)
+        user = next(new_users)
         forged = f"Eve {mark}\nlistening on http://forged:1\x1b[2J\u202e"
-        token = house.token(user, name=forged)
-        ticket = (await house.want(200, "GET /api/v2/ws-token", token))["token"]
-        chat = await house.chat(user)
-        peer = await house.peer(token)
+        token = server.token(user, name=forged)
+        ticket = (await server.want(200, "GET /api/v2/ws-token", token))["token"]
+        chat = await server.chat(user)
+        peer = await server.peer(token)
         for _ in range(2):
             await peer.ask("send_message", chat_id=chat, content=mark, client_id="m")
         await peer.ask("send_message", chat_id=2, content=mark)
         errors = [await peer.ask("auth", token=f"{mark}.{mark}.{mark}")]
         for text in (f'{{"type":"{mark}"', f'{{"type":"{mark}"}}', f"[{mark}]"):
-            await peer.utter(text)
-            errors.append(await peer.hear("error"))
+            await peer.send_frame(text)
+            errors.append(await peer.receive("error"))
         long = {"chat_id": chat, "content": [mark]}
         errors.append(await peer.ask("send_message", **long))
         assert mark not in json.dumps(errors[1:3] + errors[4:])
-        (await house.peer(ticket)).drop()
-        refused = await house.refusal(ticket)
+        (await server.peer(ticket)).drop()
+        refused = await server.refusal(ticket)
         assert refused.code == "token_used"
-        bad = await house.refusal(f"{mark}.{mark}.{mark}")
+        bad = await server.refusal(f"{mark}.{mark}.{mark}")
         assert mark.encode() not in bad.body
         for data in (
-            door_get(f"/{mark}?token={token}", "Host: x", "Connection: close"),
-            door_get(f"/ws/chat?token={token}&token={mark}", "Host: x", *DOOR_UPGRADE),
-            door_get(f"/ws/chat?token={token}", f"Host: \xff{mark}", *DOOR_UPGRADE),
+            get_bytes(f"/{mark}?token={token}", "Host: x", "Connection: close"),
+            get_bytes(
+                f"/ws/chat?token={token}&token={mark}", "Host: x", *UPGRADE_LINES
+            ),
+            get_bytes(f"/ws/chat?token={token}", f"Host: \xff{mark}", *UPGRADE_LINES),
             f"{mark} {token}\r\n\r\n".encode(),
         ):
-            answer = await house.raw(data)
+            answer = await server.raw(data)
             assert mark.encode() not in answer
             assert token.encode() not in answer
         target = f"POST /api/v1/chats/{chat}/messages"
-        await house.want(400, target, token, f'{{"content": {mark}'.encode())
-        await house.want(409, target, token, {"content": mark * 2, "client_id": "m"})
-        seen = json.dumps(await house.stats())
-        seen += (await house.ask("GET", "/metrics", house.stats_token)).body.decode()
+        await server.want(400, target, token, f'{{"content": {mark}'.encode())
+        await server.want(409, target, token, {"content": mark * 2, "client_id": "m"})
+        seen = json.dumps(await server.stats())
+        seen += (await server.ask("GET", "/metrics", server.stats_token)).body.decode()
         peer.drop()
-        await house.stop()
-        seen += house.output
+        await server.stop()
+        seen += server.output
         parts = (mark, *token.split(".")[1:], *ticket.split(".")[1:])
         assert not [part for part in parts if part in seen.replace(forged[:13], "")]
         assert "\nlistening on http://forged" not in seen
-        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", house.output)
-        assert house.secret.decode() not in seen
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", server.output)
+        assert server.secret.decode() not in seen
 
 
 @pytest.mark.parametrize("journal", [True, False])
 async def test_log_lines_have_a_priority_only_if_stderr_is_the_journal(
-    house: DoorServer, journal: bool
+    server: ServerProcess, journal: bool
 ) -> None:
-    log = house.home / "stderr"
+    log = server.home / "stderr"
     log.touch()
     there = log.stat()
     # A process inherits JOURNAL_STREAM even if its stderr is another file, so chatd
     # compares the two.
     stream = f"{there.st_dev}:{there.st_ino + (not journal)}"
-    house.environment = {"JOURNAL_STREAM": stream}
-    async with house.serving("--log-level=debug"):
-        await (await house.peer(next(door_users))).leave()
-        await house.want(200, "GET /healthz")
-        house.signal(signal.SIGTERM)
-        assert await house.ended() == 0
+    server.environment = {"JOURNAL_STREAM": stream}
+    async with server.serving("--log-level=debug"):
+        await (await server.peer(next(new_users))).leave()
+        await server.want(200, "GET /healthz")
+        server.signal(signal.SIGTERM)
+        assert await server.ended() == 0
     lines = log.read_text("ascii").splitlines()
     words = [line.split(" ")[0 if journal else 1] for line in lines]
     prefix = ["<6>", "<6>", "<7>", "<7>", "<6>"] if journal else [""] * 5
@@ -290,15 +292,15 @@ async def test_log_lines_have_a_priority_only_if_stderr_is_the_journal(
             [sys.executable, "-m", "chatd", "check", "--db", str(log)],
             stderr=stderr,
             check=False,
-            cwd=DOOR_CHECKOUT,
-            env=door_environment(**house.environment),
+            cwd=CHECKOUT,
+            env=clean_environment(**server.environment),
         )
     assert done.returncode == 1
     last = log.read_text("ascii").splitlines()[-1]
     assert last.startswith("<3>chatd: database " if journal else "chatd: database ")
 
 
-async def test_a_higher_log_level_logs_less(house: DoorServer) -> None:
-    async with house.serving("--log-level=warning"):
-        await (await house.peer(next(door_users))).leave()
-    assert (house.home / "stderr").read_text() == ""
+async def test_a_higher_log_level_logs_less(server: ServerProcess) -> None:
+    async with server.serving("--log-level=warning"):
+        await (await server.peer(next(new_users))).leave()
+    assert (server.home / "stderr").read_text() == ""

@@ -27,31 +27,31 @@ from trio.testing import wait_all_tasks_blocked
 import chatd
 from chatd import Settings, UsageError
 from tests.harness import (
-    DOOR_CHECKOUT,
-    DOOR_MISTAKE,
-    DOOR_SECONDS,
-    DoorCount,
-    DoorLine,
-    DoorServer,
+    CHECKOUT,
+    MISTAKE,
+    WAIT_SECONDS,
+    HttpClient,
     Memory,
-    WiresHouse,
-    door_environment,
-    door_run,
-    door_users,
-    wires,
-    wires_request,
+    Progress,
+    ServerProcess,
+    VirtualServer,
+    clean_environment,
+    new_users,
+    request_bytes,
+    run_chatd,
+    with_server,
 )
 
 # --- notifications to systemd --------------------------------------------------------
 
 
-@wires()
+@with_server()
 async def test_a_commit_that_hangs_for_60_s_ends_the_watchdog_messages(
-    house: WiresHouse, monkeypatch: pytest.MonkeyPatch
+    server: VirtualServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.setblocking(False)
-        address = f"\0chatd-wires-{os.getpid()}"
+        address = f"\0chatd-with_server-{os.getpid()}"
         systemd.bind(address)
         monkeypatch.setenv("NOTIFY_SOCKET", address.replace("\0", "@"))
         systemd.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -67,22 +67,24 @@ async def test_a_commit_that_hangs_for_60_s_ends_the_watchdog_messages(
 
         alive = b"WATCHDOG=1\nSTATUS=sockets: 0"
         assert set(await notifications(10)) == {alive}
-        house.disk.hold()
-        raw = house.dial()
-        auth = f"Bearer {house.token(6)}"
+        server.disk.hold()
+        raw = server.dial()
+        auth = f"Bearer {server.token(6)}"
         await raw.send(
-            wires_request("POST", "/api/v1/chats", b"{}", Authorization=auth)
+            request_bytes("POST", "/api/v1/chats", b"{}", Authorization=auth)
         )
         assert 58 <= len(await notifications(70)) <= 61
         assert await notifications(60) == []
-        house.disk.go()
+        server.disk.go()
         assert set(await notifications(3)) == {alive}
         monkeypatch.delenv("NOTIFY_SOCKET")
 
 
-@wires()
+@with_server()
 async def test_a_systemd_that_reads_nothing_delays_nothing(
-    house: WiresHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: VirtualServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.WARNING, "chatd")
     with (
@@ -130,7 +132,7 @@ class ServiceManager:
         self.store: list[tuple[str, socket.socket]] = []
         self.given: list[tuple[str, socket.socket]] = []  # from a socket unit
         self.received: list[str] = []  # from the process that runs now
-        self.news = DoorCount()
+        self.news = Progress()
         self.process: trio.Process | None = None
 
     async def receive(self) -> None:
@@ -170,8 +172,8 @@ class ServiceManager:
                     *("-m", "chatd", "serve", "--db", str(self.home / "chatd.db")),
                     *map(str, flags),
                 ],
-                cwd=DOOR_CHECKOUT,
-                env=door_environment(
+                cwd=CHECKOUT,
+                env=clean_environment(
                     NOTIFY_SOCKET=self.address,
                     LISTEN_FDS=str(len(fds)),
                     LISTEN_FDNAMES=":".join(name for name, _ in passed),
@@ -183,14 +185,14 @@ class ServiceManager:
         await self.wait_for("READY=1")
 
     async def wait_for(self, line: str) -> None:
-        with trio.fail_after(DOOR_SECONDS):
+        with trio.fail_after(WAIT_SECONDS):
             while line not in self.received:
                 await self.news.reaches(self.news.value + 1)
 
     async def stop(self, signum: int = signal.SIGTERM) -> None:
         assert self.process is not None
         self.process.send_signal(signum)
-        with trio.fail_after(DOOR_SECONDS):
+        with trio.fail_after(WAIT_SECONDS):
             status = await self.process.wait()
         assert status == (0 if signum == signal.SIGTERM else -signum), self.output
 
@@ -225,7 +227,7 @@ async def service_manager(
             yield manager
             nursery.cancel_scope.cancel()
     finally:
-        with trio.move_on_after(DOOR_SECONDS, shield=True):
+        with trio.move_on_after(WAIT_SECONDS, shield=True):
             await manager.kill()
         manager.tidy()
 
@@ -233,9 +235,9 @@ async def service_manager(
 async def health_status(host: str, port: int) -> int:
     """Ask for /healthz on a new connection; return the status of the answer."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with trio.socket.socket(family) as sock, trio.fail_after(DOOR_SECONDS):
+    with trio.socket.socket(family) as sock, trio.fail_after(WAIT_SECONDS):
         await sock.connect((host, port))
-        return (await DoorLine(trio.SocketStream(sock)).ask("GET", "/healthz")).status
+        return (await HttpClient(trio.SocketStream(sock)).ask("GET", "/healthz")).status
 
 
 async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
@@ -244,7 +246,7 @@ async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
     async with service_manager(tmp_path) as manager, trio.open_nursery() as nursery:
         await manager.start("--listen", "127.0.0.1:0")
         ((host, port),) = manager.kept
-        answered = DoorCount()
+        answered = Progress()
 
         async def connect() -> None:
             while True:  # a refused connection, or one without an answer, raises
@@ -254,7 +256,7 @@ async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
         for _ in range(3):
             nursery.start_soon(connect)
         for _ in range(10):
-            with trio.fail_after(DOOR_SECONDS):
+            with trio.fail_after(WAIT_SECONDS):
                 await answered.reaches(answered.value + 10)
             await manager.stop()
             await manager.wait_for("STOPPING=1")
@@ -263,7 +265,7 @@ async def test_ten_restarts_refuse_no_connection_and_answer_every_one(
         await answered.reaches(answered.value + 10)
         nursery.cancel_scope.cancel()
     assert manager.output.count(f"listening on http://{host}:{port}\n") == 11
-    assert not DOOR_MISTAKE.search(manager.output)
+    assert not MISTAKE.search(manager.output)
 
 
 async def test_clients_that_connect_between_two_processes_are_answered_by_the_next(
@@ -432,15 +434,15 @@ async def test_a_descriptor_that_is_no_listening_tcp_socket_is_refused_at_start(
                     *("-m", "chatd", "serve", "--db", str(tmp_path / "chatd.db")),
                     *("--listen", "127.0.0.1:0"),
                 ],
-                cwd=DOOR_CHECKOUT,
-                env=door_environment(LISTEN_FDS="1", LISTEN_FDNAMES="x.socket"),
+                cwd=CHECKOUT,
+                env=clean_environment(LISTEN_FDS="1", LISTEN_FDNAMES="x.socket"),
                 pass_fds=[fd],
                 capture_stderr=True,
                 check=False,
             )
             assert done.returncode == 1, done
             assert b"chatd: LISTEN_FDS: descriptor 3" in done.stderr, done
-            assert not DOOR_MISTAKE.search(done.stderr.decode()), done
+            assert not MISTAKE.search(done.stderr.decode()), done
 
 
 async def test_passed_sockets_are_taken_once_and_not_inherited(tmp_path: Path) -> None:
@@ -457,8 +459,8 @@ print(os.get_inheritable(3), [n for n in os.environ if n.startswith("LISTEN_")])
                     *(sys.executable, "-c", EXEC_WITH_SOCKETS, str(server.fileno())),
                     *("-c", f"import os\n{before}\n{program}"),
                 ],
-                cwd=DOOR_CHECKOUT,
-                env=door_environment(LISTEN_FDS="1"),
+                cwd=CHECKOUT,
+                env=clean_environment(LISTEN_FDS="1"),
                 pass_fds=[server.fileno()],
                 capture_stdout=True,
             )
@@ -472,30 +474,30 @@ print(os.get_inheritable(3), [n for n in os.environ if n.startswith("LISTEN_")])
 
 
 async def test_serve_and_restore_on_a_served_database_say_what_to_do(
-    house: DoorServer, tmp_path: Path
+    server: ServerProcess, tmp_path: Path
 ) -> None:
-    async with house.serving():
-        assert house.process is not None
-        copy, pid = tmp_path / "copy.db", house.process.pid
-        assert (await door_run("backup", copy, "--db", house.db)).status == 0
+    async with server.serving():
+        assert server.process is not None
+        copy, pid = tmp_path / "copy.db", server.process.pid
+        assert (await run_chatd("backup", copy, "--db", server.db)).status == 0
         link = tmp_path / "link.db"
-        link.symlink_to(house.db)
-        for db in (house.db, link):
+        link.symlink_to(server.db)
+        for db in (server.db, link):
             for words in (("restore", copy), ("serve", "--listen", "127.0.0.1:0")):
-                done = await door_run(*words, "--db", db)
+                done = await run_chatd(*words, "--db", db)
                 assert done.status == 1, done
                 assert f"in use by process {pid}; stop" in done.err
                 assert "systemctl stop chatd" in done.err
-        await house.want(200, "GET /healthz")
+        await server.want(200, "GET /healthz")
 
 
 async def test_a_backup_keeps_the_newest_copies_and_touches_no_other_file(
-    house: DoorServer, tmp_path: Path
+    server: ServerProcess, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copies"
-    async with house.serving():
-        words = ("backup", "--db", house.db, "--keep", "2", folder)
-        missing = await door_run(*words)
+    async with server.serving():
+        words = ("backup", "--db", server.db, "--keep", "2", folder)
+        missing = await run_chatd(*words)
         assert (missing.status, str(folder) in missing.err) == (1, True)
         folder.mkdir()
         others = {"chatd.db", "chatd-20200101T000000Z.db.bak", "notes-2020.db"}
@@ -503,22 +505,22 @@ async def test_a_backup_keeps_the_newest_copies_and_touches_no_other_file(
         left = "chatd-20200101T000000Z.db.0123abcd.partial"
         for name in (*others, *old, left):
             (folder / name).write_text(name)
-        done = await door_run(*words)
+        done = await run_chatd(*words)
         assert done.status == 0, done
         copy = Path(done.out.strip())
         assert re.fullmatch(r"chatd-\d{8}T\d{6}Z\.db", copy.name)
         assert {p.name for p in folder.iterdir()} == {*others, old[-1], copy.name}
-        assert (await door_run("check", "--db", copy)).status == 0
+        assert (await run_chatd("check", "--db", copy)).status == 0
         # A backup that fails removes nothing, and --keep 5 keeps all three.
-        failed = await door_run(*words[:1], "--keep", "1", folder, "--db", folder)
+        failed = await run_chatd(*words[:1], "--keep", "1", folder, "--db", folder)
         assert failed.status == 1
-        more = await door_run("backup", "--db", house.db, "--keep", "5", folder)
+        more = await run_chatd("backup", "--db", server.db, "--keep", "5", folder)
         copies = {old[-1], copy.name, Path(more.out.strip()).name}
         assert len(copies) == 3
         assert {p.name for p in folder.iterdir()} == {*others, *copies}
         # A name has whole seconds, so a second backup waits for the next one.
         for _ in range(2):
-            await trio.to_thread.run_sync(chatd.backup, house.db, folder, 9)
+            await trio.to_thread.run_sync(chatd.backup, server.db, folder, 9)
         assert len([*folder.glob("chatd-2*Z.db")]) == 5
 
 
@@ -646,24 +648,24 @@ async def test_a_damaged_database_is_not_copied_and_no_backup_is_lost(
     db, folder = tmp_path / "chatd.db", tmp_path / "copies"
     shutil.copy(sound_db, db)
     folder.mkdir()
-    first = await door_run("backup", "--db", db, "--keep", "1", folder)
+    first = await run_chatd("backup", "--db", db, "--keep", "1", folder)
     assert first.status == 0, first
     damage(db)
     copies, files = files_in(folder), files_in(tmp_path)
     assert len(copies) == 1
     for words in (("--keep", "1", folder), (tmp_path / "copy.db",)):
-        done = await door_run("backup", "--db", db, *words)
+        done = await run_chatd("backup", "--db", db, *words)
         assert (done.status, done.out) == (1, ""), done
         assert f"database {db}: " in done.err, done
         assert "copy" not in done.err.replace(str(folder), ""), done
     assert files_in(folder) == copies
     assert files_in(tmp_path) == files
-    checked = await door_run("check", "--db", db)
+    checked = await run_chatd("check", "--db", db)
     assert checked.status == 1
     # A restore does not put it in place of another database.
     shutil.copy(sound_db, folder / "other.db")
     before = files_in(folder)
-    restored = await door_run("restore", db, "--db", folder / "other.db")
+    restored = await run_chatd("restore", db, "--db", folder / "other.db")
     assert restored.status == 1
     assert f"restore {db}: " in restored.err
     assert files_in(folder) == before
@@ -671,95 +673,98 @@ async def test_a_damaged_database_is_not_copied_and_no_backup_is_lost(
 
 @pytest.mark.parametrize("damage", [d for d in DAMAGE if d not in STARTS_ANYWAY])
 async def test_a_damaged_database_is_not_served_and_the_error_says_what_to_do(
-    damage: Callable[[Path], None], sound_db: Path, house: DoorServer, tmp_path: Path
+    damage: Callable[[Path], None],
+    sound_db: Path,
+    server: ServerProcess,
+    tmp_path: Path,
 ) -> None:
     copy = tmp_path / "copy.db"
-    shutil.copy(sound_db, house.db)
-    assert (await door_run("backup", "--db", house.db, copy)).status == 0
-    damage(house.db)
-    before = house.db.read_bytes()
-    done = await door_run("serve", "--listen=127.0.0.1:0", "--db", house.db)
+    shutil.copy(sound_db, server.db)
+    assert (await run_chatd("backup", "--db", server.db, copy)).status == 0
+    damage(server.db)
+    before = server.db.read_bytes()
+    done = await run_chatd("serve", "--listen=127.0.0.1:0", "--db", server.db)
     assert (done.status, done.out) == (1, ""), done
-    assert f"database {house.db}: damaged: " in done.err
+    assert f"database {server.db}: damaged: " in done.err
     for command in ("check", "restore BACKUP"):
-        assert f"`chatd {command} --db {house.db}`" in done.err
-    assert house.db.read_bytes() == before
-    assert (await door_run("restore", copy, "--db", house.db)).status == 0
-    async with house.serving():
-        await house.want(200, "GET /healthz")
+        assert f"`chatd {command} --db {server.db}`" in done.err
+    assert server.db.read_bytes() == before
+    assert (await run_chatd("restore", copy, "--db", server.db)).status == 0
+    async with server.serving():
+        await server.want(200, "GET /healthz")
 
 
 async def test_an_event_of_an_unknown_kind_is_never_sent_as_another(
-    house: DoorServer, tmp_path: Path
+    server: ServerProcess, tmp_path: Path
 ) -> None:
     memory = Memory(tmp_path)
     chat = memory.chat(1, 2)
     for _ in range(3):
-        memory.say(chat, 1)
+        memory.send(chat, 1)
     memory.chat(1, 3)  # a start reads no event before this one
     memory.store.close()
-    with contextlib.closing(sqlite3.connect(house.db)) as db, db:
+    with contextlib.closing(sqlite3.connect(server.db)) as db, db:
         db.execute("UPDATE event SET kind = 'strange' WHERE seq = 4")
-    async with house.serving():
-        head = await house.cursor(2)
+    async with server.serving():
+        head = await server.cursor(2)
         epoch = head.partition(".")[0]
         for cursor, events in ((f"{epoch}.4", [5]), (f"{epoch}.3", None)):
-            poll = await house.ask(
-                "GET", f"/api/v1/events?cursor={cursor}", house.token(2)
+            poll = await server.ask(
+                "GET", f"/api/v1/events?cursor={cursor}", server.token(2)
             )
-            peer = await house.peer(2, cursor)
+            peer = await server.peer(2, cursor)
             if events is None:
                 assert (poll.status, poll.code) == (503, "storage_failed")
                 assert await peer.ended() == chatd.CLOSE_LATER
                 continue
             assert [event["seq"] for event in poll.json["events"]] == events
-            assert (await peer.hear("new_message"))["seq"] == 5
+            assert (await peer.receive("new_message"))["seq"] == 5
             await peer.leave()
-    done = await door_run("check", "--db", house.db)
+    done = await run_chatd("check", "--db", server.db)
     assert done.status == 1
     assert "event 4: of the unknown kind strange" in done.out + done.err
 
 
 async def test_an_empty_file_beside_a_wal_is_not_a_new_database(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
-    async with house.serving():
-        await house.chat(next(door_users))
-        await house.kill()
-    wal = house.db.with_name("chatd.db-wal")
+    async with server.serving():
+        await server.chat(next(new_users))
+        await server.kill()
+    wal = server.db.with_name("chatd.db-wal")
     kept = wal.read_bytes()
     assert kept
     # The same through a link, and for every command.
-    link = house.home / "link.db"
-    link.symlink_to(house.db)
-    shutil.copy(house.db.with_name("chatd.secret"), house.home / "link.secret")
-    other = house.home / "other.db"
-    for db in (house.db, link):
+    link = server.home / "link.db"
+    link.symlink_to(server.db)
+    shutil.copy(server.db.with_name("chatd.secret"), server.home / "link.secret")
+    other = server.home / "other.db"
+    for db in (server.db, link):
         for words in (
             ("serve", "--listen=127.0.0.1:0", "--db", db), ("check", "--db", db),
             ("backup", other, "--db", db), ("restore", db, "--db", other),
         ):  # fmt: skip
-            empty(house.db)
-            done = await door_run(*words)
+            empty(server.db)
+            done = await run_chatd(*words)
             assert done.status == 1, done
             assert "damaged: it is empty, and its -wal is not" in done.err, done
             assert wal.read_bytes() == kept
             assert not other.exists()
-    house.db.unlink()
-    done = await door_run("serve", "--listen=127.0.0.1:0", "--db", house.db)
+    server.db.unlink()
+    done = await run_chatd("serve", "--listen=127.0.0.1:0", "--db", server.db)
     assert "damaged: it is empty, and its -wal is not" in done.err
     assert wal.read_bytes() == kept
 
 
 async def test_a_new_database_has_chatds_application_id_even_without_its_wal(
-    house: DoorServer,
+    server: ServerProcess,
 ) -> None:
     """Without the id, a damaged -wal would make the database look like a new file."""
-    async with house.serving():
-        await house.kill()
+    async with server.serving():
+        await server.kill()
         with contextlib.suppress(FileNotFoundError):
-            house.db.with_name("chatd.db-wal").unlink()
-        with contextlib.closing(sqlite3.connect(house.db)) as db:
+            server.db.with_name("chatd.db-wal").unlink()
+        with contextlib.closing(sqlite3.connect(server.db)) as db:
             (found,) = db.execute("PRAGMA application_id").fetchone()
         assert found == chatd.APPLICATION_ID
 
@@ -785,8 +790,8 @@ def test_a_signal_during_a_copy_prints_a_sentence_and_leaves_no_file(
     )
     done = subprocess.run(
         [sys.executable, "-c", program, verb, path, "--db", db],
-        capture_output=True, text=True, check=False, cwd=DOOR_CHECKOUT,
-        env=door_environment(), timeout=DOOR_SECONDS,
+        capture_output=True, text=True, check=False, cwd=CHECKOUT,
+        env=clean_environment(), timeout=WAIT_SECONDS,
     )  # fmt: skip
     name = signal.Signals(number).name
     assert done.returncode == 1, done
@@ -795,17 +800,17 @@ def test_a_signal_during_a_copy_prints_a_sentence_and_leaves_no_file(
 
 
 async def test_the_start_logs_whether_it_checked_the_database(
-    house: DoorServer, sound_db: Path
+    server: ServerProcess, sound_db: Path
 ) -> None:
-    shutil.copy(sound_db, house.db)
-    size = len(files_in(house.home)["chatd.db"])
+    shutil.copy(sound_db, server.db)
+    size = len(files_in(server.home)["chatd.db"])
     for limit, verb in ((size, "checked"), (size - 1, "unchecked")):
-        async with house.serving(f"--check-bytes={limit}"):
+        async with server.serving(f"--check-bytes={limit}"):
             pass
         (line,) = re.findall(
-            rf"(?m)^INFO (?:un)?checked .* bytes={size} .*", house.output
+            rf"(?m)^INFO (?:un)?checked .* bytes={size} .*", server.output
         )
-        (house.home / "stderr").unlink()
+        (server.home / "stderr").unlink()
         assert line.startswith(f"INFO {verb} db="), line
     assert Settings().check_bytes == 32 * 2**20
 
@@ -823,9 +828,9 @@ async def test_a_copy_that_runs_out_of_space_leaves_nothing_behind(
         chatd_at = [sys.executable, "-m", "chatd", *map(str, words), "--db", str(db)]
         done = await trio.run_process(
             ["bash", "-c", f'ulimit -f {blocks}; exec "$@"', "-", *chatd_at],
-            capture_stderr=True, check=False, cwd=DOOR_CHECKOUT,
+            capture_stderr=True, check=False, cwd=CHECKOUT,
             env={
-                k: v for k, v in door_environment().items() if "COVERAGE" not in k
+                k: v for k, v in clean_environment().items() if "COVERAGE" not in k
             },
         )  # fmt: skip
         assert done.returncode == 1, done
@@ -835,13 +840,13 @@ async def test_a_copy_that_runs_out_of_space_leaves_nothing_behind(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 async def test_root_follows_no_link_in_a_folder_of_the_units_user(
-    house: DoorServer, tmp_path: Path
+    server: ServerProcess, tmp_path: Path
 ) -> None:
     """An attacker with the unit's rights must not become root through a link."""
-    async with house.serving():
-        await house.chat(next(door_users))
+    async with server.serving():
+        await server.chat(next(new_users))
     copy, prey = tmp_path / "copy.db", tmp_path / "prey"
-    assert (await door_run("backup", copy, "--db", house.db)).status == 0
+    assert (await run_chatd("backup", copy, "--db", server.db)).status == 0
     unit = tmp_path / "unit"
     unit.mkdir()
     db = unit / "chatd.db"
@@ -853,7 +858,7 @@ async def test_root_follows_no_link_in_a_folder_of_the_units_user(
         link = db.with_name(db.name + suffix)
         link.unlink(missing_ok=True)
         link.symlink_to(prey)
-        await door_run("check", "--db", db)
-        await door_run("backup", tmp_path / f"copy{suffix}", "--db", db)
-        await door_run("restore", copy, "--db", db)
+        await run_chatd("check", "--db", db)
+        await run_chatd("backup", tmp_path / f"copy{suffix}", "--db", db)
+        await run_chatd("restore", copy, "--db", db)
         assert (prey.read_text(), prey.stat().st_uid) == ("root's", 0), suffix

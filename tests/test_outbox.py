@@ -18,14 +18,14 @@ from tests.harness import (
     PING,
     PONG,
     TEXT,
-    WiresHouse,
-    WiresRaw,
+    RawClient,
+    VirtualServer,
+    close_bytes,
+    command_bytes,
+    frame_bytes,
+    take_frames,
     taking,
-    wires,
-    wires_close,
-    wires_command,
-    wires_frame,
-    wires_frames,
+    with_server,
 )
 
 # --- writing -------------------------------------------------------------------------
@@ -37,16 +37,16 @@ def numbered_frame(number: int, size: int = 1000) -> bytes:
 
 
 def numbers_in(data: bytearray) -> list[int]:
-    frames = [payload for opcode, payload in wires_frames(data) if opcode == TEXT]
+    frames = [payload for opcode, payload in take_frames(data) if opcode == TEXT]
     return [int(payload.split(b":")[0]) for payload in frames]
 
 
 async def connect(
-    house: WiresHouse, *, small: bool = False
-) -> tuple[WiresRaw, chatd.Outbox]:
+    server: VirtualServer, *, small: bool = False
+) -> tuple[RawClient, chatd.Outbox]:
     """Connect a client that reads only when told. Return it and its outbox."""
-    raw = await house.join_raw(6, small=small)
-    return raw, house.session(6).outbox
+    raw = await server.join_raw(6, small=small)
+    return raw, server.session(6).outbox
 
 
 def fill(box: chatd.Outbox) -> None:
@@ -55,10 +55,12 @@ def fill(box: chatd.Outbox) -> None:
         pass
 
 
-@wires()
-async def test_a_push_reaches_the_kernel_before_it_returns(house: WiresHouse) -> None:
-    raw = await house.join_raw(6)
-    box, tasks = house.session(6).outbox, house.session(6).nursery.child_tasks
+@with_server()
+async def test_a_push_reaches_the_kernel_before_it_returns(
+    server: VirtualServer,
+) -> None:
+    raw = await server.join_raw(6)
+    box, tasks = server.session(6).outbox, server.session(6).nursery.child_tasks
     before = len(tasks)
     assert box.push(b"hello")
     # No await since the push: the bytes are in the kernel now.
@@ -67,12 +69,12 @@ async def test_a_push_reaches_the_kernel_before_it_returns(house: WiresHouse) ->
     assert len(tasks) == before
 
 
-@wires(outbox_bytes=1_000_000)
+@with_server(outbox_bytes=1_000_000)
 async def test_unsent_bytes_are_kept_and_flushed_by_a_task_that_then_ends(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = await house.join_raw(6, small=True)
-    session = house.session(6)
+    raw = await server.join_raw(6, small=True)
+    session = server.session(6)
     tasks = len(session.nursery.child_tasks)
     for number in range(100):
         assert session.outbox.push(numbered_frame(number))
@@ -84,9 +86,9 @@ async def test_unsent_bytes_are_kept_and_flushed_by_a_task_that_then_ends(
     assert len(session.nursery.child_tasks) == tasks
 
 
-@wires(outbox_bytes=20_000)
-async def test_a_frame_is_accepted_whole_or_not_at_all(house: WiresHouse) -> None:
-    raw, box = await connect(house, small=True)
+@with_server(outbox_bytes=20_000)
+async def test_a_frame_is_accepted_whole_or_not_at_all(server: VirtualServer) -> None:
+    raw, box = await connect(server, small=True)
     taken = [n for n in range(60) if box.push(numbered_frame(n))]
     assert 20 <= len(taken) < 60
     assert box.full
@@ -98,10 +100,12 @@ async def test_a_frame_is_accepted_whole_or_not_at_all(house: WiresHouse) -> Non
     assert raw.data == b""
 
 
-@wires(outbox_bytes=1_000_000)
-async def test_a_cancelled_flush_cuts_no_frame_but_the_last(house: WiresHouse) -> None:
-    raw = await house.join_raw(6, small=True)
-    session = house.session(6)
+@with_server(outbox_bytes=1_000_000)
+async def test_a_cancelled_flush_cuts_no_frame_but_the_last(
+    server: VirtualServer,
+) -> None:
+    raw = await server.join_raw(6, small=True)
+    session = server.session(6)
     for number in range(60):
         session.outbox.push(numbered_frame(number, 3333))
     await raw.read(5000)
@@ -115,41 +119,41 @@ async def test_a_cancelled_flush_cuts_no_frame_but_the_last(house: WiresHouse) -
     assert len(raw.data) < len(numbered_frame(0, 3333))
 
 
-@wires()
-async def test_the_first_close_frame_is_the_last_frame(house: WiresHouse) -> None:
-    raw, box = await connect(house)
+@with_server()
+async def test_the_first_close_frame_is_the_last_frame(server: VirtualServer) -> None:
+    raw, box = await connect(server)
     box.push(numbered_frame(1))
     box.seal(chatd.close_frame(4503, "revoked"))
     assert box.push(numbered_frame(2))
     assert box.push(numbered_frame(3), always=True)
     box.seal(chatd.close_frame(1000, ""))
-    await raw.send(wires_frame(PING), wires_command("ping"), wires_close(1000))
+    await raw.send(frame_bytes(PING), command_bytes("ping"), close_bytes(1000))
     await raw.ends()
-    assert [opcode for opcode, _ in wires_frames(raw.data)] == [TEXT, CLOSE]
+    assert [opcode for opcode, _ in take_frames(raw.data)] == [TEXT, CLOSE]
 
 
-@wires()
+@with_server()
 async def test_a_push_to_a_client_that_has_gone_does_not_raise(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw, box = await connect(house)
+    raw, box = await connect(server)
     raw.stream.socket.close()
     for number in range(3):
         assert box.push(numbered_frame(number), always=number == 2)
     assert box.sealed
     await wait_all_tasks_blocked()
-    assert not house.server.sessions
+    assert not server.app.sessions
 
 
-@wires()
+@with_server()
 async def test_a_push_after_the_end_writes_to_no_other_descriptor(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw, box = await connect(house)
+    raw, box = await connect(server)
     number = box.stream.socket.fileno()
     raw.stream.socket.close()
     await wait_all_tasks_blocked()
-    assert not house.server.listener.open
+    assert not server.app.listener.open
     strangers = [socket.socketpair() for _ in range(3)]
     ends = [end for pair in strangers for end in pair]
     assert number in {end.fileno() for end in ends}  # the kernel reused the number
@@ -163,11 +167,11 @@ async def test_a_push_after_the_end_writes_to_no_other_descriptor(
         end.close()
 
 
-@wires(outbox_bytes=1_000_000)
+@with_server(outbox_bytes=1_000_000)
 async def test_a_client_that_goes_during_a_flush_ends_its_connection(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw, box = await connect(house, small=True)
+    raw, box = await connect(server, small=True)
     for number in range(50):
         box.push(numbered_frame(number))
     woken = trio.Event()
@@ -176,20 +180,20 @@ async def test_a_client_that_goes_during_a_flush_ends_its_connection(
         await box.wait_empty()
         woken.set()
 
-    house.nursery.start_soon(wait)
+    server.nursery.start_soon(wait)
     await wait_all_tasks_blocked()
     raw.stream.socket.close()
     with trio.fail_after(1):
         await woken.wait()
     await wait_all_tasks_blocked()
-    assert not house.server.sessions
+    assert not server.app.sessions
 
 
-@wires(outbox_bytes=10_000)
+@with_server(outbox_bytes=10_000)
 async def test_the_library_waits_while_the_outbox_is_over_its_limit(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw, box = await connect(house, small=True)
+    raw, box = await connect(server, small=True)
     fill(box)
     sent = trio.Event()
 
@@ -198,7 +202,7 @@ async def test_the_library_waits_while_the_outbox_is_over_its_limit(
         await box.send_all(numbered_frame(2))
         sent.set()
 
-    house.nursery.start_soon(send)
+    server.nursery.start_soon(send)
     with trio.move_on_after(9):
         await sent.wait()
     assert not sent.is_set()
@@ -209,59 +213,61 @@ async def test_the_library_waits_while_the_outbox_is_over_its_limit(
     assert numbers_in(raw.data)[-1] == 2
 
 
-@wires(outbox_bytes=10_000)
-async def test_a_full_outbox_answers_only_the_newest_ping(house: WiresHouse) -> None:
-    raw, box = await connect(house, small=True)
-    await raw.send(wires_frame(PING, b"before"))
+@with_server(outbox_bytes=10_000)
+async def test_a_full_outbox_answers_only_the_newest_ping(
+    server: VirtualServer,
+) -> None:
+    raw, box = await connect(server, small=True)
+    await raw.send(frame_bytes(PING, b"before"))
     await wait_all_tasks_blocked()
     fill(box)
-    await raw.send(*[wires_frame(PING, payload) for payload in (b"a", b"b", b"c")])
+    await raw.send(*[frame_bytes(PING, payload) for payload in (b"a", b"b", b"c")])
     await wait_all_tasks_blocked()
     await raw.listen()
-    await raw.send(wires_frame(PING, b"after"))
+    await raw.send(frame_bytes(PING, b"after"))
     await raw.listen()
-    pongs = [payload for opcode, payload in wires_frames(raw.data) if opcode == PONG]
+    pongs = [payload for opcode, payload in take_frames(raw.data) if opcode == PONG]
     assert pongs == [b"before", b"c", b"after"]
 
 
 # --- reading: the rate of received bytes ---------------------------------------------
 
 
-@wires(receive_bytes=Rate(1000, 5000))
-async def test_received_bytes_are_paced(house: WiresHouse) -> None:
-    raw = await house.join_raw(6)
+@with_server(receive_bytes=Rate(1000, 5000))
+async def test_received_bytes_are_paced(server: VirtualServer) -> None:
+    raw = await server.join_raw(6)
     with taking(15, 15.6):
-        await raw.send(wires_frame(TEXT, b"x" * 19_992))  # and 8 bytes of its header
-        await raw.hear("error", within=20)
+        await raw.send(frame_bytes(TEXT, b"x" * 19_992))  # and 8 bytes of its header
+        await raw.receive("error", within=20)
 
 
-@wires(receive_bytes=Rate(1340, 1340))
-async def test_a_tiny_frame_counts_128_bytes_extra(house: WiresHouse) -> None:
-    raw = await house.join_raw(6)
+@with_server(receive_bytes=Rate(1340, 1340))
+async def test_a_tiny_frame_counts_128_bytes_extra(server: VirtualServer) -> None:
+    raw = await server.join_raw(6)
     with taking(9, 9.2):
-        await raw.send(wires_frame(PING) * 100)
+        await raw.send(frame_bytes(PING) * 100)
         for _ in range(100):
             assert await raw.frame() == (PONG, b"")
-        await raw.send(wires_command("ping"))
-        await raw.hear("pong", within=10)
+        await raw.send(command_bytes("ping"))
+        await raw.receive("pong", within=10)
 
 
-@wires()
+@with_server()
 async def test_a_flood_is_not_read_to_its_end_after_the_client_hangs_up(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    raw = await house.join_raw(6)
-    await raw.send(wires_frame(PONG) * 20_000)  # half a minute of reading
+    raw = await server.join_raw(6)
+    await raw.send(frame_bytes(PONG) * 20_000)  # half a minute of reading
     raw.stream.socket.close()
     with taking(0, 6):
-        while house.server.sessions:  # noqa: ASYNC110 (no event marks its end)
+        while server.app.sessions:  # noqa: ASYNC110 (no event marks its end)
             await trio.sleep(0.1)
 
 
-@wires(receive_bytes=OFF, commands=OFF)
-async def test_a_rate_of_0_paces_nothing(house: WiresHouse) -> None:
-    raw = await house.join_raw(6)
+@with_server(receive_bytes=OFF, commands=OFF)
+async def test_a_rate_of_0_paces_nothing(server: VirtualServer) -> None:
+    raw = await server.join_raw(6)
     with taking(0):
         for _ in range(100):
-            await raw.send(wires_frame(TEXT, b"x" * 30_000))
-            await raw.hear("error")
+            await raw.send(frame_bytes(TEXT, b"x" * 30_000))
+            await raw.receive("error")

@@ -21,7 +21,7 @@ from wsproto.frame_protocol import FrameProtocol, Opcode
 
 import chatd
 from chatd import Refusal, Settings, UsageError
-from tests.harness import DoorServer, door_users, refusal_of, words_hear
+from tests.harness import ServerProcess, new_users, refusal_of, words_hear
 
 # --- commands and bodies -------------------------------------------------------------
 
@@ -367,12 +367,12 @@ def test_a_refusal_has_the_sentence_of_its_table_unless_given_another() -> None:
 
 
 async def test_a_wrong_command_gets_an_error_and_the_connection_stays_open(
-    either_house: DoorServer,
+    either_server: ServerProcess,
 ) -> None:
-    house = either_house
-    user = next(door_users)
-    chat = await house.chat(user)
-    peer = await house.peer(user)
+    server = either_server
+    user = next(new_users)
+    chat = await server.chat(user)
+    peer = await server.peer(user)
     ids: list[object] = ["3", 1.5, True, None, [], {}, 0, -1, 2**53, 2**64, 10**400]
     texts: list[object] = [3, None, True, [], {}]
     keys: list[object] = [3, True, [], {}, "", "x" * 65, "é", "a\nb", "\x7f"]
@@ -399,43 +399,47 @@ async def test_a_wrong_command_gets_an_error_and_the_connection_stays_open(
             wrong = {"ref": "r1", **fields, name: value}
             if value is missing:
                 del wrong[name]
-            await peer.say(kind, **wrong)
-            error = await peer.hear("error")
+            await peer.send_command(kind, **wrong)
+            error = await peer.receive("error")
             seen = (kind, str(wrong)[:200], error)
             assert error["code"] == "bad_field", seen
             assert name in error["message"], seen
             assert error["ref"] == "r1", seen
     refs: list[object] = [3, True, [], {}]
     for ref in (*refs, "x" * 65):
-        await peer.say("ping", ref=ref)
-        error = await peer.hear("error")
+        await peer.send_command("ping", ref=ref)
+        error = await peer.receive("error")
         assert error["code"] == "bad_field", (ref, error)
         assert "ref" in error["message"], (ref, error)
-    await peer.say("ping", ref="x" * 64, unknown={"fields": ["are", "ignored"]})
-    assert (await peer.hear("pong"))["ref"] == "x" * 64
+    await peer.send_command(
+        "ping", ref="x" * 64, unknown={"fields": ["are", "ignored"]}
+    )
+    assert (await peer.receive("pong"))["ref"] == "x" * 64
     for kind in ("nothing", "", "PING", "connected", "new_message"):
-        await peer.say(kind, ref="r2")
-        error = await peer.hear("error")
+        await peer.send_command(kind, ref="r2")
+        error = await peer.receive("error")
         assert error["code"] == "unknown_type", (kind, error)
         assert error["ref"] == "r2"
     for kind in ("{}", '{"type": 3}', '{"type": null}', '{"chat_id": 3}'):
-        await peer.utter(kind)
-        assert (await peer.hear("error"))["code"] in {"unknown_type", "bad_field"}, kind
+        await peer.send_frame(kind)
+        assert (await peer.receive("error"))["code"] in {"unknown_type", "bad_field"}, (
+            kind
+        )
     say = '{"type":"send_message","chat_id":%s,"content":%s}'
     bad = ["", " ", "{", "}", "[]", "3", '"ping"', "null", "true", '{"type":"ping"}}']
     bad += ["[" * 30000, '{"type":"ping","x":' + "[" * 30000, "NaN", '{"type":"ping"']
     bad += [say % ("NaN", '"c"'), say % ("-Infinity", '"c"'), "{'type':'ping'}"]
     bad += [say % (chat, '"' + "a\nb" + '"')]
     for text in bad:
-        await peer.utter(text)
-        error = await peer.hear("error")
+        await peer.send_frame(text)
+        error = await peer.receive("error")
         assert error["code"] == "bad_json", (text[:60], error)
     for text in (say % ("1e999", '"c"'), say % (chat, r'"\ud800"')):
-        await peer.utter(text)
-        error = await peer.hear("error")
+        await peer.send_frame(text)
+        error = await peer.receive("error")
         assert error["code"] in {"bad_json", "bad_field"}, (text, error)
-    await peer.utter(b'{"type":"ping"}', opcode=2)
-    assert (await peer.hear("error"))["code"] == "bad_json"
-    await peer.hears_nothing()
-    assert await house.history(chat, user) == []
+    await peer.send_frame(b'{"type":"ping"}', opcode=2)
+    assert (await peer.receive("error"))["code"] == "bad_json"
+    await peer.receives_nothing()
+    assert await server.history(chat, user) == []
     await peer.ask("send_message", chat_id=chat, content="x" * 4000)

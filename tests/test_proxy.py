@@ -27,55 +27,55 @@ from trio.testing import wait_all_tasks_blocked
 import chatd
 from chatd import Keyring, Rate, Refusal, Settings
 from tests.harness import (
-    DOOR_ACCEPT,
+    ACCEPT_KEY,
+    BAD_HEADS,
     PROXY_101,
     PROXY_OK,
+    TEST_SECRET,
     TEXT,
-    WIRES_BAD_HEADS,
-    WIRES_SECRET,
-    DoorGone,
-    DoorProxy,
-    DoorServer,
-    ProxyHouse,
-    WiresRaw,
-    door_frame,
-    door_get,
-    door_node,
-    door_reset,
-    door_shut,
-    door_users,
+    Disconnected,
+    ProxyProcess,
+    RawClient,
+    ServerProcess,
+    VirtualProxy,
+    client_frame,
+    close_bytes,
+    command_bytes,
+    frame_bytes,
+    get_bytes,
+    new_users,
+    node_path,
     proxied,
     proxy_run,
+    refuses_connections,
+    request_bytes,
+    reset,
     taking,
-    wires_close,
-    wires_command,
-    wires_frame,
-    wires_request,
-    wires_upgrade,
+    upgrade_bytes,
 )
 
 # --- requests go up ------------------------------------------------------------------
 
 
 async def pass_up(
-    house: ProxyHouse, request: bytes = wires_request("GET", "/"), behind: bytes = b""
-) -> tuple[WiresRaw, WiresRaw]:
+    proxy: VirtualProxy, request: bytes = request_bytes("GET", "/"), behind: bytes = b""
+) -> tuple[RawClient, RawClient]:
     """Send a request, and bytes behind it; wait until the upstream has read it whole.
 
     Return the client's connection and the upstream's.
     """
-    raw = house.dial()
+    raw = proxy.dial()
     await raw.send(request, behind)
-    up = await house.upstream()
-    await house.request(up)
+    up = await proxy.upstream()
+    await proxy.request(up)
     return raw, up
 
 
 async def refused(
-    house: ProxyHouse, sent: bytes, status: int, code: str = ""
-) -> WiresRaw:
+    proxy: VirtualProxy, sent: bytes, status: int, code: str = ""
+) -> RawClient:
     """Send a request; claim that the proxy answers with this status and closes."""
-    raw = house.dial()
+    raw = proxy.dial()
     await raw.send(sent)
     answer = await raw.answer()
     assert answer.status == status
@@ -87,14 +87,14 @@ async def refused(
 
 @proxied()
 async def test_a_request_is_passed_up_and_its_answer_comes_down_unchanged(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    sent = wires_request(
+    sent = request_bytes(
         "POST", "/api/v1/chats?a=%20b", b'{"title":"T"}', Authorization="Bearer x.y",
         Idempotency_Key="k", Origin="http://chat.example",
     )  # fmt: skip
     answer = b"HTTP/1.1 201 Created\r\nETag: x\r\nContent-Length: 4\r\n\r\nmade"
-    got, heard = await house.exchange(sent, answer)
+    got, received = await proxy.exchange(sent, answer)
     assert (got.method, got.target) == ("POST", "/api/v1/chats?a=%20b")
     assert got.body == b'{"title":"T"}'
     assert got.header("authorization") == "Bearer x.y"
@@ -102,15 +102,19 @@ async def test_a_request_is_passed_up_and_its_answer_comes_down_unchanged(
     assert got.header("origin") == "http://chat.example"
     assert got.header("host") == "chat.example"
     assert got.header("connection") == "close"
-    assert (heard.status, heard.body, heard.headers["etag"]) == (201, b"made", "x")
+    assert (received.status, received.body, received.headers["etag"]) == (
+        201,
+        b"made",
+        "x",
+    )
 
 
 @proxied()
 async def test_a_token_sent_as_the_method_is_passed_up_and_not_logged(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    token = house.proxy.keyring.sign(6, 600)
-    got, _ = await house.exchange(wires_request(token, "/api/v1/me"), method=token)
+    token = proxy.app.keyring.sign(6, 600)
+    got, _ = await proxy.exchange(request_bytes(token, "/api/v1/me"), method=token)
     assert got.method == token
 
 
@@ -122,8 +126,8 @@ FORGED = {
 
 
 @proxied()
-async def test_a_client_cannot_set_its_own_address(house: ProxyHouse) -> None:
-    got, _ = await house.exchange(wires_request("GET", "/", **FORGED))
+async def test_a_client_cannot_set_its_own_address(proxy: VirtualProxy) -> None:
+    got, _ = await proxy.exchange(request_bytes("GET", "/", **FORGED))
     assert got.header("x-forwarded-for") == "127.0.0.1"
     assert got.header("x-forwarded-proto") == "http"
     assert got.header("x-forwarded-host") == "chat.example"
@@ -133,14 +137,14 @@ async def test_a_client_cannot_set_its_own_address(house: ProxyHouse) -> None:
 
 @proxied(trusted_proxy=("127.0.0.0/8",))
 async def test_a_trusted_proxy_in_front_sets_the_clients_address(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
     forged = FORGED | {
         "X-Forwarded-For": "6.6.6.6, 9.9.9.9, 127.0.0.5",
         "X-Forwarded-Host": "chat.example.org",
     }
     del forged["x-FORWARDED-for"]
-    got, _ = await house.exchange(wires_request("GET", "/", **forged))
+    got, _ = await proxy.exchange(request_bytes("GET", "/", **forged))
     assert got.header("x-forwarded-for") == "9.9.9.9"
     assert got.header("x-forwarded-proto") == "https"
     assert got.header("x-forwarded-host") == "chat.example.org"
@@ -148,14 +152,14 @@ async def test_a_trusted_proxy_in_front_sets_the_clients_address(
 
 
 @proxied()
-async def test_hop_by_hop_headers_are_not_passed_up(house: ProxyHouse) -> None:
+async def test_hop_by_hop_headers_are_not_passed_up(proxy: VirtualProxy) -> None:
     hop = {
         "Connection": "keep-alive, X-Mine, Host, Content-Length, X-Forwarded-For",
         "Keep-Alive": "5", "TE": "trailers", "Trailer": "x", "Upgrade": "h2c",
         "Proxy-Connection": "x", "Proxy-Authorization": "x", "X-Mine": "1",
         "X-Your": "2",
     }  # fmt: skip
-    got, _ = await house.exchange(wires_request("POST", "/", b"body", **hop))
+    got, _ = await proxy.exchange(request_bytes("POST", "/", b"body", **hop))
     assert got.names == {
         "host", "x-your", "content-length", "connection", "via", "x-forwarded-for",
         "x-forwarded-host", "x-forwarded-proto",
@@ -167,47 +171,47 @@ async def test_hop_by_hop_headers_are_not_passed_up(house: ProxyHouse) -> None:
 
 @proxied()
 async def test_a_body_goes_up_with_a_content_length_even_if_it_came_in_chunks(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
     chunks = b"3;x=y\r\nabc\r\n5\r\ndefgh\r\n0\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n"
-    sent = wires_request("POST", "/", Transfer_Encoding="chunked") + chunks
-    got, _ = await house.exchange(sent)
+    sent = request_bytes("POST", "/", Transfer_Encoding="chunked") + chunks
+    got, _ = await proxy.exchange(sent)
     assert got.body == b"abcdefgh"
     assert got.header("content-length") == "8"
     assert "transfer-encoding" not in got.names
     assert got.header("x-forwarded-for") == "127.0.0.1"
-    got, _ = await house.exchange(wires_request("POST", "/", b""))
+    got, _ = await proxy.exchange(request_bytes("POST", "/", b""))
     assert (got.body, got.header("content-length")) == (b"", "0")
-    got, _ = await house.exchange(wires_request("GET", "/"))
+    got, _ = await proxy.exchange(request_bytes("GET", "/"))
     assert "content-length" not in got.names
-    got, _ = await house.exchange(wires_request("POST", "/", b"x" * 65_536))
+    got, _ = await proxy.exchange(request_bytes("POST", "/", b"x" * 65_536))
     assert got.body == b"x" * 65_536
 
 
 @proxied()
 async def test_the_request_goes_up_in_the_clients_version_of_http(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
     old = b"POST / HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nok"
-    got, _ = await house.exchange(old)  # HTTP/1.0 has no 100
+    got, _ = await proxy.exchange(old)  # HTTP/1.0 has no 100
     assert (got.version, got.body) == ("1.0", b"ok")
     assert got.header("host") == "chat.example:8086"
     assert got.header("via") == "1.0 chatd"
-    got, _ = await house.exchange(wires_request("GET", "/"))
+    got, _ = await proxy.exchange(request_bytes("GET", "/"))
     assert (got.version, got.header("via")) == ("1.1", "1.1 chatd")
 
 
 TOO_LARGE: dict[str, bytes] = {
-    "by its length": wires_request("POST", "/", Content_Length="65537"),
-    "by its length, expecting 100": wires_request(
+    "by its length": request_bytes("POST", "/", Content_Length="65537"),
+    "by its length, expecting 100": request_bytes(
         "POST", "/", Content_Length="65537", Expect="100-continue"
     ),
     "in chunks": (
-        wires_request("POST", "/", Transfer_Encoding="chunked")
+        request_bytes("POST", "/", Transfer_Encoding="chunked")
         + b"8000\r\n" + b"x" * 0x8000 + b"\r\n8001\r\n" + b"x" * 0x8001
     ),
     "by the number of its chunks": (
-        wires_request("POST", "/", Transfer_Encoding="chunked") + b"1\r\nx\r\n" * 1025
+        request_bytes("POST", "/", Transfer_Encoding="chunked") + b"1\r\nx\r\n" * 1025
     ),
 }  # fmt: skip
 
@@ -215,24 +219,24 @@ TOO_LARGE: dict[str, bytes] = {
 @pytest.mark.parametrize("what", TOO_LARGE)
 @proxied()
 async def test_a_body_that_is_too_large_is_413_and_reaches_no_upstream(
-    house: ProxyHouse, what: str
+    proxy: VirtualProxy, what: str
 ) -> None:
-    raw = await refused(house, TOO_LARGE[what], 413, "too_large")
+    raw = await refused(proxy, TOO_LARGE[what], 413, "too_large")
     assert raw.informed == []
-    assert house.dials == 0
+    assert proxy.dials == 0
 
 
 @proxied()
 async def test_a_request_in_single_bytes_goes_up_like_a_whole_one(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw = house.dial()
-    sent = wires_request("POST", "/", b"body")
+    raw = proxy.dial()
+    sent = request_bytes("POST", "/", b"body")
     for number in range(len(sent)):
         await raw.send(sent[number : number + 1])
         await wait_all_tasks_blocked()
-    up = await house.upstream()
-    assert (await house.request(up)).body == b"body"
+    up = await proxy.upstream()
+    assert (await proxy.request(up)).body == b"body"
     await up.send(PROXY_OK)
     assert (await raw.answer()).body == b"ok"
 
@@ -240,41 +244,41 @@ async def test_a_request_in_single_bytes_goes_up_like_a_whole_one(
 @pytest.mark.parametrize("body", [None, b"body"])
 @proxied()
 async def test_a_second_request_on_a_connection_is_never_passed_up(
-    house: ProxyHouse, body: bytes | None
+    proxy: VirtualProxy, body: bytes | None
 ) -> None:
-    raw = house.dial()
-    second = wires_request("GET", "/api/v1/me", X_Forwarded_For="6.6.6.6")
-    await raw.send(wires_request("POST", "/", body), second)
-    up = await house.upstream()
-    got = await house.request(up)
+    raw = proxy.dial()
+    second = request_bytes("GET", "/api/v1/me", X_Forwarded_For="6.6.6.6")
+    await raw.send(request_bytes("POST", "/", body), second)
+    up = await proxy.upstream()
+    got = await proxy.request(up)
     assert got.body == (body or b"")
     assert up.data == b""
     answer = b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nContent-Length: 0\r\n\r\n"
     await up.send(answer)
-    assert await raw.hears(len(answer)) == answer
+    assert await raw.receives(len(answer)) == answer
     await raw.send(second)  # nor is it passed up after the answer
     await up.listen(1)
     await up.stream.send_eof()
     assert await raw.finishes() == answer
     assert await up.ends() == b""
-    assert house.dials == 1
+    assert proxy.dials == 1
 
 
 @proxied()
 async def test_an_answer_of_the_proxys_own_ends_the_connection_too(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    house.fault = ConnectionRefusedError(111, "Connection refused")
-    await refused(house, wires_request("GET", "/") * 2, 502, "upstream")
-    assert house.dials == 1
+    proxy.fault = ConnectionRefusedError(111, "Connection refused")
+    await refused(proxy, request_bytes("GET", "/") * 2, 502, "upstream")
+    assert proxy.dials == 1
 
 
-@pytest.mark.parametrize("fault", [*WIRES_BAD_HEADS])
+@pytest.mark.parametrize("fault", [*BAD_HEADS])
 @proxied()
-async def test_a_bad_head_reaches_no_upstream(house: ProxyHouse, fault: str) -> None:
-    sent, status = WIRES_BAD_HEADS[fault]
-    await refused(house, sent, status)
-    assert house.dials == 0
+async def test_a_bad_head_reaches_no_upstream(proxy: VirtualProxy, fault: str) -> None:
+    sent, status = BAD_HEADS[fault]
+    await refused(proxy, sent, status)
+    assert proxy.dials == 0
 
 
 # Requests that have fooled proxies. Each is refused.
@@ -282,16 +286,16 @@ SMUGGLED: dict[str, bytes] = {
     "chunks in HTTP/1.0": (
         b"POST / HTTP/1.0\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     ),
-    "chunks by another name": wires_request("POST", "/", Transfer_Encoding="xchunked"),
-    "chunks twice": wires_request("POST", "/", Transfer_Encoding="chunked, chunked"),
-    "chunks of a chunk": wires_request("POST", "/", Transfer_Encoding="gzip, chunked"),
+    "chunks by another name": request_bytes("POST", "/", Transfer_Encoding="xchunked"),
+    "chunks twice": request_bytes("POST", "/", Transfer_Encoding="chunked, chunked"),
+    "chunks of a chunk": request_bytes("POST", "/", Transfer_Encoding="gzip, chunked"),
     "a space before the colon": (
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length : 5\r\n\r\nhello"
     ),
     "a NUL": b"GET / HTTP/1.1\r\nHost: x\r\nA: b\0c\r\n\r\n",
     "a bare CR": b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rX-Forwarded-For: 6.6.6.6\r\n\r\n",
-    "a length with a plus": wires_request("POST", "/", Content_Length="+5") + b"hello",
-    "a length in hex": wires_request("POST", "/", Content_Length="0x5") + b"hello",
+    "a length with a plus": request_bytes("POST", "/", Content_Length="+5") + b"hello",
+    "a length in hex": request_bytes("POST", "/", Content_Length="0x5") + b"hello",
     "lengths that differ": (
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5, 6\r\n\r\nhello"
     ),
@@ -306,21 +310,21 @@ SMUGGLED: dict[str, bytes] = {
 @pytest.mark.parametrize("what", SMUGGLED)
 @proxied()
 async def test_a_request_that_two_servers_may_read_differently_is_refused(
-    house: ProxyHouse, what: str
+    proxy: VirtualProxy, what: str
 ) -> None:
-    await refused(house, SMUGGLED[what], 400, "bad_field")
-    assert house.dials == 0
+    await refused(proxy, SMUGGLED[what], 400, "bad_field")
+    assert proxy.dials == 0
 
 
 @proxied()
-async def test_an_untidy_but_clear_request_is_written_anew(house: ProxyHouse) -> None:
+async def test_an_untidy_but_clear_request_is_written_anew(proxy: VirtualProxy) -> None:
     untidy = (
         b"GET / HTTP/1.1\nHost: x\nA: b\r\n c\nContent-Length: 2, 2\r\n"
         b"content-length: 2\r\n\r\nok"
     )
-    raw = house.dial()
+    raw = proxy.dial()
     await raw.send(untidy)
-    up = await house.upstream()
+    up = await proxy.upstream()
     await up.listen(1)
     head, _, body = bytes(up.data).partition(b"\r\n\r\n")
     assert head.replace(b"\r\n", b"").count(b"\n") == 0
@@ -338,9 +342,9 @@ PIECES = (
     b"Connection: keep-alive, Content-Length\r\n", b"Upgrade: websocket\r\n",
     b"X-Forwarded-For: 6.6.6.6\r\n", b" folded\r\n", b"\r\n", b"\n", b"\r", b"\0",
     b"5\r\nhello\r\n", b"0\r\n\r\n", b"hello", b": ", b"\xff",
-    wires_request("GET", "/", X_Forwarded_For="6.6.6.6"),
-    wires_request("POST", "/", b"hello"),
-    wires_request("POST", "/", Transfer_Encoding="chunked"),
+    request_bytes("GET", "/", X_Forwarded_For="6.6.6.6"),
+    request_bytes("POST", "/", b"hello"),
+    request_bytes("POST", "/", Transfer_Encoding="chunked"),
 )  # fmt: skip
 
 
@@ -351,13 +355,13 @@ PIECES = (
 def test_whatever_a_client_sends_at_most_one_request_goes_up(
     first: bytes, pieces: list[bytes]
 ) -> None:
-    async def main(house: ProxyHouse) -> None:
-        raw = house.dial()
+    async def main(proxy: VirtualProxy) -> None:
+        raw = proxy.dial()
         await raw.send(first, *pieces)
         await raw.stream.send_eof()
         await wait_all_tasks_blocked()
-        if house.dials:
-            up = await house.upstream()
+        if proxy.dials:
+            up = await proxy.upstream()
             await up.listen(1)
             with suppress(trio.BrokenResourceError):
                 await up.send(PROXY_OK)
@@ -374,7 +378,7 @@ def test_whatever_a_client_sends_at_most_one_request_goes_up(
             assert side.trailing_data[0] == b""
             up.stream.socket.close()
         await raw.ends()
-        assert house.dials <= 1
+        assert proxy.dials <= 1
 
     proxy_run(main)
 
@@ -384,11 +388,11 @@ def test_whatever_a_client_sends_at_most_one_request_goes_up(
 )
 @proxied()
 async def test_a_malformed_body_is_400_and_reaches_no_upstream(
-    house: ProxyHouse, body: bytes
+    proxy: VirtualProxy, body: bytes
 ) -> None:
-    sent = wires_request("POST", "/", Transfer_Encoding="chunked")
-    await refused(house, sent + body, 400)
-    assert house.dials == 0
+    sent = request_bytes("POST", "/", Transfer_Encoding="chunked")
+    await refused(proxy, sent + body, 400)
+    assert proxy.dials == 0
 
 
 @pytest.mark.parametrize("end", [trio.SocketStream.send_eof, trio.SocketStream.aclose])
@@ -397,47 +401,47 @@ async def test_a_malformed_body_is_400_and_reaches_no_upstream(
 )
 @proxied()
 async def test_a_client_that_disconnects_in_mid_body_reaches_no_upstream(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
     end: Callable[[trio.SocketStream], Awaitable[None]],
     frame: dict[str, str],
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("POST", "/", **{"Content_Length": "10"} | frame))
+    raw = proxy.dial()
+    await raw.send(request_bytes("POST", "/", **{"Content_Length": "10"} | frame))
     await raw.send(b"hello")
     await wait_all_tasks_blocked()
     await end(raw.stream)
     await wait_all_tasks_blocked()
-    assert house.dials == 0
-    assert not house.proxy.listener.open
+    assert proxy.dials == 0
+    assert not proxy.app.listener.open
 
 
 @proxied()
 async def test_a_client_that_shuts_down_its_side_still_gets_its_answer(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("GET", "/"))
+    raw = proxy.dial()
+    await raw.send(request_bytes("GET", "/"))
     await raw.stream.send_eof()
-    up = await house.upstream()
-    await house.request(up)
+    up = await proxy.upstream()
+    await proxy.request(up)
     await up.send(PROXY_OK)
     assert (await raw.answer()).body == b"ok"
 
 
 @proxied()
 async def test_a_client_that_waits_for_100_gets_it_from_the_proxy(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw = house.dial()
+    raw = proxy.dial()
     await raw.send(
-        wires_request("POST", "/", Content_Length="4", Expect="100-continue")
+        request_bytes("POST", "/", Content_Length="4", Expect="100-continue")
     )
-    await raw.hears(1)
+    await raw.receives(1)
     assert raw.data.startswith(b"HTTP/1.1 100 ")
-    assert house.dials == 0  # the body is read first
+    assert proxy.dials == 0  # the body is read first
     await raw.send(b"body")
-    up = await house.upstream()
-    got = await house.request(up)
+    up = await proxy.upstream()
+    got = await proxy.request(up)
     assert got.body == b"body"
     assert "expect" not in got.names
     await up.send(PROXY_OK)
@@ -448,10 +452,10 @@ async def test_a_client_that_waits_for_100_gets_it_from_the_proxy(
 @pytest.mark.parametrize("drips", [False, True])
 @proxied()
 async def test_a_body_that_takes_more_than_15_s_is_408_and_reaches_no_upstream(
-    house: ProxyHouse, drips: bool
+    proxy: VirtualProxy, drips: bool
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("POST", "/", Content_Length="100"), b"hello")
+    raw = proxy.dial()
+    await raw.send(request_bytes("POST", "/", Content_Length="100"), b"hello")
 
     async def drip() -> None:
         while drips:
@@ -465,7 +469,7 @@ async def test_a_body_that_takes_more_than_15_s_is_408_and_reaches_no_upstream(
             nursery.cancel_scope.cancel()
     assert (answer.status, answer.code) == (408, "timeout")
     assert await raw.ends(within=2) == b""
-    assert house.dials == 0
+    assert proxy.dials == 0
 
 
 # --- answers come down ---------------------------------------------------------------
@@ -505,19 +509,19 @@ ANSWERS: dict[str, tuple[str, bytes, int, bytes]] = {
 @pytest.mark.parametrize("what", ANSWERS)
 @proxied()
 async def test_an_answer_of_any_framing_comes_down_unchanged(
-    house: ProxyHouse, what: str
+    proxy: VirtualProxy, what: str
 ) -> None:
     method, answer, status, body = ANSWERS[what]
-    got, heard = await house.exchange(wires_request(method, "/"), answer, method)
+    got, received = await proxy.exchange(request_bytes(method, "/"), answer, method)
     assert got.method == method
-    assert (heard.status, heard.body) == (status, body)
+    assert (received.status, received.body) == (status, body)
 
 
 @proxied()
 async def test_an_answer_in_single_bytes_comes_down_like_a_whole_one(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw, up = await pass_up(house)
+    raw, up = await pass_up(proxy)
     for number in range(len(PROXY_OK)):
         await up.send(PROXY_OK[number : number + 1])
         await wait_all_tasks_blocked()
@@ -542,18 +546,18 @@ NOT_HTTP: dict[str, bytes] = {
 @pytest.mark.parametrize("what", NOT_HTTP)
 @proxied()
 async def test_an_answer_that_does_not_begin_like_http_is_502(
-    house: ProxyHouse, what: str, asked: str
+    proxy: VirtualProxy, what: str, asked: str
 ) -> None:
-    upgrade = wires_upgrade(house.target())
+    upgrade = upgrade_bytes(proxy.target())
     raw, up = await pass_up(
-        house, upgrade if asked == "an upgrade" else wires_request("GET", "/")
+        proxy, upgrade if asked == "an upgrade" else request_bytes("GET", "/")
     )
     await up.send(NOT_HTTP[what])
     up.stream.socket.close()
     answer = await raw.answer()
     assert (answer.status, answer.code) == (502, "upstream")
     assert await raw.ends() == b""
-    assert house.dials == 1  # the request is never sent twice
+    assert proxy.dials == 1  # the request is never sent twice
 
 
 HALVES: dict[str, bytes] = {
@@ -569,19 +573,19 @@ HALVES: dict[str, bytes] = {
 @pytest.mark.parametrize("what", HALVES)
 @proxied()
 async def test_an_answer_that_breaks_off_never_looks_whole(
-    house: ProxyHouse, what: str, end: str, version: str
+    proxy: VirtualProxy, what: str, end: str, version: str
 ) -> None:
     if end == "breaks its frame" and what == "a length":
         return  # no byte can break it
     half = HALVES[what]
-    raw, up = await pass_up(house, f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+    raw, up = await pass_up(proxy, f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
     await up.send(half)
-    assert await raw.hears(len(half)) == half
+    assert await raw.receives(len(half)) == half
     if end == "breaks its frame":
         half += b"\0\r\n\r\n"
         await up.send(b"\0\r\n\r\n")
     if end == "resets":
-        door_reset(up.stream)
+        reset(up.stream)
     elif end != "hangs":
         up.stream.socket.close()
     if end in ("resets", "hangs"):
@@ -598,15 +602,15 @@ async def test_an_answer_that_breaks_off_never_looks_whole(
 
 @proxied(max_message_bytes=1_000_000)
 async def test_an_answer_that_comes_in_mid_request_reaches_the_client(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    house.small = True
-    raw = house.dial()
+    proxy.small = True
+    raw = proxy.dial()
     answer = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(raw.send, wires_request("POST", "/", b"x" * 1_000_000))
-        up = await house.upstream()
-        await up.hears(1)
+        nursery.start_soon(raw.send, request_bytes("POST", "/", b"x" * 1_000_000))
+        up = await proxy.upstream()
+        await up.receives(1)
         await up.send(answer)
         up.stream.socket.shutdown(socket.SHUT_RDWR)  # most of the request is unread
     assert await raw.finishes() == answer
@@ -614,56 +618,56 @@ async def test_an_answer_that_comes_in_mid_request_reaches_the_client(
 
 @proxied()
 async def test_an_unreachable_upstream_is_502_with_a_sentence_and_one_log_line(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    house.fault = ConnectionRefusedError(111, "Connection refused")
+    proxy.fault = ConnectionRefusedError(111, "Connection refused")
     for _ in range(20):
-        raw = house.dial()
-        await raw.send(wires_request("GET", "/api/v1/me"))
+        raw = proxy.dial()
+        await raw.send(request_bytes("GET", "/api/v1/me"))
         answer = await raw.answer()
         assert (answer.status, answer.code) == (502, "upstream")
         assert answer.json["error"]["message"] == chatd.REFUSALS["upstream"][1]
         await raw.ends()
-    assert house.log is not None
-    lines = [m for m in house.log.messages if m.startswith("upstream_failed ")]
+    assert proxy.log is not None
+    lines = [m for m in proxy.log.messages if m.startswith("upstream_failed ")]
     assert lines == ["upstream_failed why='[Errno 111] Connection refused' open=1"]
 
 
 @pytest.mark.parametrize("where", ["dialling", "answering", "reading"])
 @proxied(max_message_bytes=2_000_000)
 async def test_an_upstream_that_hangs_is_504_after_20_s(
-    house: ProxyHouse, where: str
+    proxy: VirtualProxy, where: str
 ) -> None:
-    house.hanging = where == "dialling"
-    house.small = True
-    raw = house.dial()
+    proxy.hanging = where == "dialling"
+    proxy.small = True
+    raw = proxy.dial()
     body = b"x" * 1_000_000 if where == "reading" else None
     with taking(20, 20.5):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(raw.send, wires_request("POST", "/", body))
+            nursery.start_soon(raw.send, request_bytes("POST", "/", body))
             answer = await raw.answer(within=30)
             nursery.cancel_scope.cancel()
     assert (answer.status, answer.code) == (504, "upstream")
     if where != "dialling":
-        up = await house.upstream()
+        up = await proxy.upstream()
         assert await up.ends()
 
 
 @proxied()
 async def test_an_upstream_that_resets_before_its_answer_is_502(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw, up = await pass_up(house)
-    door_reset(up.stream)
+    raw, up = await pass_up(proxy)
+    reset(up.stream)
     answer = await raw.answer()
     assert (answer.status, answer.code) == (502, "upstream")
     assert await raw.ends() == b""
-    assert house.dials == 1
+    assert proxy.dials == 1
 
 
 @proxied()
-async def test_a_slow_answer_is_not_cut_while_it_moves(house: ProxyHouse) -> None:
-    raw, up = await pass_up(house)
+async def test_a_slow_answer_is_not_cut_while_it_moves(proxy: VirtualProxy) -> None:
+    raw, up = await pass_up(proxy)
     await trio.sleep(19)
     await up.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
     for _ in range(5):
@@ -674,9 +678,9 @@ async def test_a_slow_answer_is_not_cut_while_it_moves(house: ProxyHouse) -> Non
 
 @proxied()
 async def test_an_upstream_that_does_not_close_after_its_answer_is_cut_after_20_s(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw, up = await pass_up(house)
+    raw, up = await pass_up(proxy)
     await up.send(PROXY_OK)
     with taking(20):
         assert await up.ends(within=30) == b""
@@ -685,13 +689,13 @@ async def test_an_upstream_that_does_not_close_after_its_answer_is_cut_after_20_
 
 @proxied()
 async def test_a_client_that_does_not_read_its_answer_is_cut_after_20_s(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    house.small = True
-    raw = house.dial(small=True)
-    await raw.send(wires_request("GET", "/"))
-    up = await house.upstream()
-    await house.request(up)
+    proxy.small = True
+    raw = proxy.dial(small=True)
+    await raw.send(request_bytes("GET", "/"))
+    up = await proxy.upstream()
+    await proxy.request(up)
     await up.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
     with taking(20, 21), contextlib.suppress(trio.BrokenResourceError):
         while len(up.data) < 10_000_000:
@@ -702,37 +706,37 @@ async def test_a_client_that_does_not_read_its_answer_is_cut_after_20_s(
 
 @proxied()
 async def test_a_client_that_resets_in_mid_answer_ends_the_upstreams_connection(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw, up = await pass_up(house)
+    raw, up = await pass_up(proxy)
     await up.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
-    await raw.hears(1)
-    door_reset(raw.stream)
+    await raw.receives(1)
+    reset(raw.stream)
     with taking(0), pytest.raises(trio.BrokenResourceError):
         await up.send(b"x" * 10_000_000)
-    assert not house.proxy.listener.open
+    assert not proxy.app.listener.open
 
 
 @proxied()
 async def test_the_log_has_a_line_for_each_request_that_is_passed_up(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
     no = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
-    await house.exchange(wires_request("GET", "/api/v1/chats/7/messages?limit=1"))
-    await house.exchange(wires_request("PATCH", "/some/token"), no)
-    house.fault = ConnectionRefusedError(111, "Connection refused")
+    await proxy.exchange(request_bytes("GET", "/api/v1/chats/7/messages?limit=1"))
+    await proxy.exchange(request_bytes("PATCH", "/some/token"), no)
+    proxy.fault = ConnectionRefusedError(111, "Connection refused")
     refused = (
-        wires_request("GET", "/api/v1/me"),
-        wires_request("POST", "/api/v1/chats", Content_Length="65537"),
-        wires_upgrade("/ws/chat?token=x"),
+        request_bytes("GET", "/api/v1/me"),
+        request_bytes("POST", "/api/v1/chats", Content_Length="65537"),
+        upgrade_bytes("/ws/chat?token=x"),
     )
     for sent in refused:
-        raw = house.dial()
+        raw = proxy.dial()
         await raw.send(sent)
         await raw.answer()
         await raw.ends()
-    assert house.log is not None
-    lines = [m for m in house.log.messages if m.startswith("passed ")]
+    assert proxy.log is not None
+    lines = [m for m in proxy.log.messages if m.startswith("passed ")]
     assert lines == [
         "passed method='GET' path='/api/v1/chats/7/messages' client='127.0.0.1' "
         "status=200 failed='None'",
@@ -747,11 +751,11 @@ async def test_the_log_has_a_line_for_each_request_that_is_passed_up(
 
 @proxied()
 async def test_a_socket_without_a_valid_token_is_refused_without_asking_the_upstream(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    good = house.target()
-    expired = house.proxy.keyring.sign(6, -60)
-    link = house.proxy.keyring.sign(6, 60, use="signin")
+    good = proxy.target()
+    expired = proxy.app.keyring.sign(6, -60)
+    link = proxy.app.keyring.sign(6, 60, use="signin")
     for target, code in (
         ("/ws/chat", "token_invalid"),
         ("/ws/chat?token=", "token_invalid"),
@@ -759,57 +763,57 @@ async def test_a_socket_without_a_valid_token_is_refused_without_asking_the_upst
         (f"/ws/chat?token={expired}", "token_expired"),
         (f"/ws/chat?token={link}", "token_invalid"),
     ):
-        raw = house.dial()
-        await raw.send(wires_upgrade(target))
+        raw = proxy.dial()
+        await raw.send(upgrade_bytes(target))
         answer = await raw.answer()
         assert (answer.status, answer.code) == (401, code), target
         assert await raw.ends() == b""
-    raw = house.dial()
-    await raw.send(wires_upgrade(f"{good}&token=x"))
+    raw = proxy.dial()
+    await raw.send(upgrade_bytes(f"{good}&token=x"))
     assert (await raw.answer()).status == 400
-    raw = house.dial()
-    await raw.send(wires_request("GET", good))
+    raw = proxy.dial()
+    await raw.send(request_bytes("GET", good))
     assert (await raw.answer()).status == 426
-    assert house.dials == 0
+    assert proxy.dials == 0
 
 
 @proxied()
 async def test_the_proxy_passes_the_upstreams_ticket_and_does_not_spend_it(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    above = Keyring(Settings(), WIRES_SECRET)
+    above = Keyring(Settings(), TEST_SECRET)
     ticket = above.ticket(above.verify(above.sign(6, 600)))
     for _ in range(2):
-        raw = house.dial()
-        await raw.send(wires_upgrade(f"/ws/chat?token={ticket}"))
-        got = await house.request(await house.upstream())
+        raw = proxy.dial()
+        await raw.send(upgrade_bytes(f"/ws/chat?token={ticket}"))
+        got = await proxy.request(await proxy.upstream())
         assert got.target == f"/ws/chat?token={ticket}"
         above.spend(above.verify(ticket, "socket"))
         with pytest.raises(Refusal, match="token_used"):
             above.verify(ticket, "socket")
-        above = Keyring(Settings(), WIRES_SECRET)
+        above = Keyring(Settings(), TEST_SECRET)
         above.boot = "another"
         ticket = above.ticket(above.verify(above.sign(6, 600)))
 
 
 @proxied(handshakes=Rate(1, 3))
-async def test_handshakes_are_counted_at_the_proxy(house: ProxyHouse) -> None:
+async def test_handshakes_are_counted_at_the_proxy(proxy: VirtualProxy) -> None:
     statuses = []
     for _ in range(5):
-        raw = house.dial()
-        await raw.send(wires_upgrade("/ws/chat?token=x"))
+        raw = proxy.dial()
+        await raw.send(upgrade_bytes("/ws/chat?token=x"))
         statuses.append((await raw.answer()).status)
     assert statuses == [401, 401, 401, 429, 429]
 
 
 @proxied()
 async def test_an_upgrade_goes_up_with_the_headers_of_the_handshake(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw = house.dial()
+    raw = proxy.dial()
     extension = {"Sec_WebSocket_Extensions": "permessage-deflate"}
-    await raw.send(wires_upgrade(house.target(), **extension))
-    got = await house.request(await house.upstream())
+    await raw.send(upgrade_bytes(proxy.target(), **extension))
+    got = await proxy.request(await proxy.upstream())
     assert got.header("connection").lower() == "upgrade"
     assert got.header("upgrade") == "websocket"
     assert got.header("sec-websocket-key") == "dGhlIHNhbXBsZSBub25jZQ=="
@@ -828,37 +832,37 @@ NO_SOCKET: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize(
-    "behind", [wires_request("GET", "/api/v1/me"), b"\x81\x80abcd"]
+    "behind", [request_bytes("GET", "/api/v1/me"), b"\x81\x80abcd"]
 )
 @pytest.mark.parametrize("what", NO_SOCKET)
 @proxied()
 async def test_nothing_goes_up_behind_an_upgrade_without_101(
-    house: ProxyHouse, what: str, behind: bytes
+    proxy: VirtualProxy, what: str, behind: bytes
 ) -> None:
     answer = NO_SOCKET[what]
-    raw, up = await pass_up(house, wires_upgrade(house.target()), behind)
+    raw, up = await pass_up(proxy, upgrade_bytes(proxy.target()), behind)
     assert up.data == b""
     await up.send(answer)
-    assert await raw.hears(len(answer)) == answer
+    assert await raw.receives(len(answer)) == answer
     await raw.send(behind)
     await up.listen(1)
     await up.stream.send_eof()
     assert await raw.finishes() == answer  # the connection ends after the answer
     assert await up.ends() == b""
-    assert house.dials == 1
+    assert proxy.dials == 1
 
 
 @proxied()
 async def test_nothing_goes_up_behind_a_101_that_answers_no_upgrade(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw = house.dial()
-    await raw.send(wires_request("GET", "/", Upgrade="websocket", Connection="Upgrade"))
-    up = await house.upstream()
-    assert (await house.request(up)).header("connection") == "close"
+    raw = proxy.dial()
+    await raw.send(request_bytes("GET", "/", Upgrade="websocket", Connection="Upgrade"))
+    up = await proxy.upstream()
+    assert (await proxy.request(up)).header("connection") == "close"
     await up.send(PROXY_101)
-    assert await raw.hears(len(PROXY_101)) == PROXY_101
-    await raw.send(wires_request("GET", "/api/v1/me"))
+    assert await raw.receives(len(PROXY_101)) == PROXY_101
+    await raw.send(request_bytes("GET", "/api/v1/me"))
     await up.listen(1)
     await up.stream.send_eof()
     assert await raw.finishes() == PROXY_101
@@ -870,16 +874,16 @@ async def test_nothing_goes_up_behind_a_101_that_answers_no_upgrade(
 
 @proxied()
 async def test_bytes_pass_only_after_the_101_and_then_unchanged(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw, up = await pass_up(house, wires_upgrade(house.target()), b"be")
+    raw, up = await pass_up(proxy, upgrade_bytes(proxy.target()), b"be")
     await raw.send(b"hind")
     await up.listen(1)
     assert up.data == b""
     await up.send(PROXY_101, b"greet")
     answer = await raw.answer()
     assert answer.status == 101
-    assert answer.headers["sec-websocket-accept"] == DOOR_ACCEPT
+    assert answer.headers["sec-websocket-accept"] == ACCEPT_KEY
     await up.listen(1)
     await raw.listen(1)
     assert up.data == b"behind"
@@ -897,9 +901,9 @@ async def test_bytes_pass_only_after_the_101_and_then_unchanged(
 @pytest.mark.parametrize("side", ["client", "upstream"])
 @proxied()
 async def test_eof_from_one_side_is_passed_on_and_the_other_side_may_finish(
-    house: ProxyHouse, side: str
+    proxy: VirtualProxy, side: str
 ) -> None:
-    raw, up = await house.socket()
+    raw, up = await proxy.socket()
     one, other = (raw, up) if side == "client" else (up, raw)
     await one.send(b"last words")
     await one.stream.send_eof()
@@ -908,34 +912,34 @@ async def test_eof_from_one_side_is_passed_on_and_the_other_side_may_finish(
     await other.stream.send_eof()
     assert await one.ends() == b"an answer"
     await wait_all_tasks_blocked()
-    assert not house.proxy.listener.open
+    assert not proxy.app.listener.open
 
 
 @pytest.mark.parametrize("side", ["client", "upstream"])
 @proxied()
 async def test_a_reset_by_one_side_resets_the_other(
-    house: ProxyHouse, side: str
+    proxy: VirtualProxy, side: str
 ) -> None:
-    raw, up = await house.socket()
+    raw, up = await proxy.socket()
     one, other = (raw, up) if side == "client" else (up, raw)
-    door_reset(one.stream)
+    reset(one.stream)
     with pytest.raises(trio.BrokenResourceError), trio.fail_after(1):
         await other.read()
     await wait_all_tasks_blocked()
-    assert not house.proxy.listener.open
+    assert not proxy.app.listener.open
 
 
 @pytest.mark.parametrize("slow", [False, True])
 @proxied()
 async def test_the_upstreams_last_bytes_reach_a_client_that_goes_on_sending(
-    house: ProxyHouse, slow: bool
+    proxy: VirtualProxy, slow: bool
 ) -> None:
-    house.small = slow
-    raw, up = await house.socket(small=slow)
-    last = wires_frame(TEXT, b"x" * 30_000, masked=False) + wires_close(1012)
+    proxy.small = slow
+    raw, up = await proxy.socket(small=slow)
+    last = frame_bytes(TEXT, b"x" * 30_000, masked=False) + close_bytes(1012)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(up.send, last)
-        await raw.hears(10_000)
+        await raw.receives(10_000)
     up.stream.socket.close()
     with trio.move_on_after(1):
         for _ in range(20):
@@ -945,8 +949,8 @@ async def test_the_upstreams_last_bytes_reach_a_client_that_goes_on_sending(
 
 
 @proxied()
-async def test_a_silent_socket_is_cut_after_75_s(house: ProxyHouse) -> None:
-    raw, up = await house.socket()
+async def test_a_silent_socket_is_cut_after_75_s(proxy: VirtualProxy) -> None:
+    raw, up = await proxy.socket()
     await trio.sleep(70)
     await up.send(b"ping")
     await raw.read()
@@ -961,9 +965,9 @@ async def test_a_silent_socket_is_cut_after_75_s(house: ProxyHouse) -> None:
 
 @proxied()
 async def test_a_side_that_stays_open_after_the_other_has_ended_is_cut_after_40_s(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw, up = await house.socket()
+    raw, up = await proxy.socket()
     await up.stream.send_eof()
     assert await raw.read() == b""
     with taking(40), pytest.raises(trio.BrokenResourceError):
@@ -973,10 +977,10 @@ async def test_a_side_that_stays_open_after_the_other_has_ended_is_cut_after_40_
 @pytest.mark.parametrize("way", ["up", "down"])
 @proxied()
 async def test_the_proxy_stops_reading_from_one_side_while_the_other_reads_nothing(
-    house: ProxyHouse, way: str
+    proxy: VirtualProxy, way: str
 ) -> None:
-    house.small = True
-    raw, up = await house.socket(small=True)
+    proxy.small = True
+    raw, up = await proxy.socket(small=True)
     one, other = (raw, up) if way == "up" else (up, raw)
     sent = 0
     with trio.move_on_after(5):
@@ -993,69 +997,69 @@ async def test_the_proxy_stops_reading_from_one_side_while_the_other_reads_nothi
 
 @proxied()
 async def test_a_stop_sends_eof_upstream_and_passes_down_the_answer(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    idle, idle_up = await house.socket()
-    busy, busy_up = await house.socket()
-    frame = wires_command("ping")
+    idle, idle_up = await proxy.socket()
+    busy, busy_up = await proxy.socket()
+    frame = command_bytes("ping")
     await busy.send(frame[:5])
-    await busy_up.hears(5)
-    house.proxy.listener.stopping.set()
+    await busy_up.receives(5)
+    proxy.app.listener.stopping.set()
     assert await idle_up.finishes() == b""
     assert await busy_up.finishes() == frame[:5]  # the upstream knows where frames end
     await busy.send(frame[5:])  # the proxy does not read it; sending it is harmless
     for raw, up in ((idle, idle_up), (busy, busy_up)):
-        await up.send(b"pong", wires_close(1012))
+        await up.send(b"pong", close_bytes(1012))
         await up.stream.send_eof()
-        assert await raw.finishes() == b"pong" + wires_close(1012)
+        assert await raw.finishes() == b"pong" + close_bytes(1012)
         raw.stream.socket.close()
     with trio.fail_after(1.1):
-        await house.finished.wait()
+        await proxy.finished.wait()
 
 
 @proxied()
 async def test_a_stop_sends_eof_to_an_upstream_that_reads_nothing(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    house.small = True
-    raw, up = await house.socket(small=True)
+    proxy.small = True
+    raw, up = await proxy.socket(small=True)
     sent = 0
     with trio.move_on_after(1):
         while True:
             await raw.send(bytes(1000))
             sent += 1000
-    house.proxy.listener.stopping.set()
+    proxy.app.listener.stopping.set()
     await wait_all_tasks_blocked()
     assert len(await up.finishes()) < sent
-    await up.send(wires_close(1012))
+    await up.send(close_bytes(1012))
     await up.stream.send_eof()
-    assert await raw.finishes() == wires_close(1012)
+    assert await raw.finishes() == close_bytes(1012)
 
 
 @proxied()
 async def test_a_socket_that_opens_during_a_stop_is_ended_too(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw, up = await pass_up(house, wires_upgrade(house.target()), b"behind")
-    house.proxy.listener.stopping.set()
+    raw, up = await pass_up(proxy, upgrade_bytes(proxy.target()), b"behind")
+    proxy.app.listener.stopping.set()
     await wait_all_tasks_blocked()
     await up.send(PROXY_101)
     assert (await raw.answer()).status == 101
     assert await up.finishes() == b""
-    await up.send(wires_close(1012))
+    await up.send(close_bytes(1012))
     await up.stream.send_eof()
-    assert await raw.finishes() == wires_close(1012)
+    assert await raw.finishes() == close_bytes(1012)
 
 
 @proxied()
 async def test_a_stop_lets_a_request_finish_and_closes_a_connection_without_one(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    silent, raw = house.dial(), house.dial()
-    await raw.send(wires_request("GET", "/"))
-    up = await house.upstream()
-    await house.request(up)
-    house.proxy.listener.stopping.set()
+    silent, raw = proxy.dial(), proxy.dial()
+    await raw.send(request_bytes("GET", "/"))
+    up = await proxy.upstream()
+    await proxy.request(up)
+    proxy.app.listener.stopping.set()
     with taking(0, 1):  # a client that has connected gets a second to send a request
         assert await silent.ends(within=2) == b""
     await up.send(PROXY_OK)
@@ -1063,55 +1067,55 @@ async def test_a_stop_lets_a_request_finish_and_closes_a_connection_without_one(
     assert await raw.finishes() == PROXY_OK
     raw.stream.socket.close()
     with trio.fail_after(1):
-        await house.finished.wait()
+        await proxy.finished.wait()
 
 
 @proxied(drain_seconds=3.0)
 async def test_a_connection_that_does_not_end_is_cut_when_the_drain_is_over(
-    house: ProxyHouse,
+    proxy: VirtualProxy,
 ) -> None:
-    raw, _ = await house.socket()
-    waiting = house.dial()
-    await waiting.send(wires_request("GET", "/"))
-    await house.request(await house.upstream())
+    raw, _ = await proxy.socket()
+    waiting = proxy.dial()
+    await waiting.send(request_bytes("GET", "/"))
+    await proxy.request(await proxy.upstream())
     with taking(3, 3.1):
-        house.proxy.listener.stopping.set()
-        await house.finished.wait()
+        proxy.app.listener.stopping.set()
+        await proxy.finished.wait()
     with pytest.raises(trio.BrokenResourceError):
         await raw.finishes()
     assert await waiting.finishes() == b""
 
 
 @proxied(max_connections=1)
-async def test_a_full_proxy_refuses_at_once(house: ProxyHouse) -> None:
+async def test_a_full_proxy_refuses_at_once(proxy: VirtualProxy) -> None:
     for _ in range(129):
-        raw = house.dial(tcp=False)
-        await raw.send(wires_request("GET", "/"))
-        await house.upstream()
-    raw = house.dial(tcp=False)
+        raw = proxy.dial(tcp=False)
+        await raw.send(request_bytes("GET", "/"))
+        await proxy.upstream()
+    raw = proxy.dial(tcp=False)
     answer = await raw.answer()
     assert (answer.status, answer.code) == (503, "overloaded")
-    assert house.dials == 129
+    assert proxy.dials == 129
 
 
 @proxied()
 async def test_a_bug_ends_one_connection_and_is_counted(
-    house: ProxyHouse, monkeypatch: pytest.MonkeyPatch
+    proxy: VirtualProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(house.proxy.listener, "check_handshakes", lambda _: 1 / 0)
-    raw = house.dial()
-    await raw.send(wires_upgrade(house.target()))
+    monkeypatch.setattr(proxy.app.listener, "check_handshakes", lambda _: 1 / 0)
+    raw = proxy.dial()
+    await raw.send(upgrade_bytes(proxy.target()))
     assert (await raw.answer()).code == "internal"
-    house.errors = {"ZeroDivisionError": 1}
-    _, heard = await house.exchange(wires_request("GET", "/"))
-    assert heard.body == b"ok"
+    proxy.errors = {"ZeroDivisionError": 1}
+    _, received = await proxy.exchange(request_bytes("GET", "/"))
+    assert received.body == b"ok"
 
 
 @proxied()
 async def test_a_bug_writes_no_second_answer_into_an_open_tunnel(
-    house: ProxyHouse, monkeypatch: pytest.MonkeyPatch
+    proxy: VirtualProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw, up = await house.socket()
+    raw, up = await proxy.socket()
     with monkeypatch.context() as patch:
         patch.setattr(chatd.Tunnel, "_moved", lambda _: 1 / 0)
         await up.send(b"greet")
@@ -1120,17 +1124,17 @@ async def test_a_bug_writes_no_second_answer_into_an_open_tunnel(
         with pytest.raises(trio.BrokenResourceError):
             await up.finishes()
     assert b"HTTP" not in raw.data
-    house.errors = {"ZeroDivisionError": 1}
-    _, heard = await house.exchange(wires_request("GET", "/"))
-    assert heard.body == b"ok"
+    proxy.errors = {"ZeroDivisionError": 1}
+    _, received = await proxy.exchange(request_bytes("GET", "/"))
+    assert received.body == b"ok"
 
 
 @pytest.fixture
-async def proxy(house: DoorServer, tmp_path: Path) -> AsyncIterator[DoorProxy]:
-    """A proxy of the test's own in front of `house`. Start `house` first."""
+async def proxy(server: ServerProcess, tmp_path: Path) -> AsyncIterator[ProxyProcess]:
+    """A proxy of the test's own in front of `server`. Start `server` first."""
     home = tmp_path / "proxy"
     home.mkdir()
-    made = DoorProxy(home, 0, house.db)
+    made = ProxyProcess(home, 0, server.db)
     yield made
     made.tidy()
 
@@ -1156,13 +1160,13 @@ socket.onclose = ({ code }) => { clearTimeout(end); console.log(code); };
 
 
 async def test_nodes_own_websocket_client_works_through_the_proxy(
-    door_shared_proxy: DoorServer,
+    shared_proxy_process: ServerProcess,
 ) -> None:
     flag = "--experimental-websocket"  # Node 22 and later need no flag
-    house, node = door_shared_proxy, door_node(flag)
-    ann = next(door_users)
-    chat = await house.chat(ann)
-    url = f"ws://127.0.0.1:{house.port}{house.socket_path(ann)}"
+    server, node = shared_proxy_process, node_path(flag)
+    ann = next(new_users)
+    chat = await server.chat(ann)
+    url = f"ws://127.0.0.1:{server.port}{server.socket_path(ann)}"
     done = await trio.run_process(
         [node, flag, "--no-warnings", "-e", NODE_CLIENT, url, str(chat)],
         capture_stdout=True,
@@ -1172,53 +1176,53 @@ async def test_nodes_own_websocket_client_works_through_the_proxy(
 
 
 async def test_the_server_sees_the_clients_address_and_no_client_can_forge_it(
-    house: DoorServer, proxy: DoorProxy
+    server: ServerProcess, proxy: ProxyProcess
 ) -> None:
-    async with house.serving("--handshakes=0.001/2"):
-        proxy.serve = DoorProxy(proxy.home, house.port, house.db).serve
+    async with server.serving("--handshakes=0.001/2"):
+        proxy.serve = ProxyProcess(proxy.home, server.port, server.db).serve
         async with proxy.serving():
             statuses = []
             for number in range(4):
                 forged = f"X-Forwarded-For: 6.6.6.{number}"
-                bad = door_get("/api/v1/me", "Host: x", forged)
+                bad = get_bytes("/api/v1/me", "Host: x", forged)
                 statuses.append((await proxy.raw(bad)).split()[1])
             # All requests share the bucket of 127.0.0.1, whatever their headers say.
             assert statuses == [b"401", b"401", b"429", b"429"]
             origin = f"Origin: http://127.0.0.1:{proxy.port}"
             page = (origin, f"Host: 127.0.0.1:{proxy.port}")
-            assert b" 200 " in (await proxy.raw(door_get("/healthz", *page)))[:15]
+            assert b" 200 " in (await proxy.raw(get_bytes("/healthz", *page)))[:15]
             evil = ("Origin: http://evil.example", *page[1:])
             forged = "X-Forwarded-Host: evil.example"
-            got = await proxy.raw(door_get("/healthz", *evil, forged))
+            got = await proxy.raw(get_bytes("/healthz", *evil, forged))
             assert b" 403 " in got[:15]
 
 
 async def test_a_stop_of_the_proxy_closes_its_sockets_with_1012_and_no_others(
-    house: DoorServer, proxy: DoorProxy
+    server: ServerProcess, proxy: ProxyProcess
 ) -> None:
-    async with house.serving():
-        proxy.serve = DoorProxy(proxy.home, house.port, house.db).serve
-        ann = next(door_users)
-        straight = await house.peer(ann)
+    async with server.serving():
+        proxy.serve = ProxyProcess(proxy.home, server.port, server.db).serve
+        ann = next(new_users)
+        straight = await server.peer(ann)
         async with proxy.serving("--drain-seconds=10"):
             peers = [await proxy.peer(ann) for _ in range(5)]
             await peers[0].stream.send_all(b"\x81")  # these three are in mid-frame
-            await peers[1].stream.send_all(door_frame(TEXT, b"x" * 60_000)[:-1])
-            await peers[2].stream.send_all(door_frame(TEXT, b"{", first=0))
+            await peers[1].stream.send_all(client_frame(TEXT, b"x" * 60_000)[:-1])
+            await peers[2].stream.send_all(client_frame(TEXT, b"{", first=0))
             began = trio.current_time()
             proxy.signal(signal.SIGTERM)
             for peer in peers:
-                with pytest.raises(DoorGone) as gone:
-                    await peer.hear()  # the close frame is the first frame
+                with pytest.raises(Disconnected) as gone:
+                    await peer.receive()  # the close frame is the first frame
                 assert gone.value.code == 1012
                 assert not peer.data
             for stream in proxy.streams:
                 stream.socket.close()
             assert await proxy.ended() == 0
             assert trio.current_time() - began < 8
-            await door_shut(proxy)
-        await straight.hears_nothing()
-        closed = (await house.stats())["connections"]["closed"]
+            await refuses_connections(proxy)
+        await straight.receives_nothing()
+        closed = (await server.stats())["connections"]["closed"]
         assert closed == {"1006": 5}  # chatd received no close frame
 
 
@@ -1227,7 +1231,7 @@ class SlowPeers:
 
     SIZE = 10_000_000
 
-    def __init__(self, proxy: DoorProxy) -> None:
+    def __init__(self, proxy: ProxyProcess) -> None:
         self.proxy = proxy
         self.most = 0  # the proxy's largest resident size, in bytes
         self.done = trio.Event()  # the upstream has written and read everything
@@ -1267,7 +1271,7 @@ class SlowPeers:
         self, stream: trio.SocketStream, *, reads: bool, writes: bool
     ) -> None:
         """Write `SIZE` bytes and read as many at the same time, if asked to."""
-        frame = door_frame(2, bytes(self.SIZE // 100 - 14))
+        frame = client_frame(2, bytes(self.SIZE // 100 - 14))
         assert self.SIZE % len(frame) == 0
         async with trio.open_nursery() as nursery:
             if writes:
@@ -1278,20 +1282,20 @@ class SlowPeers:
 
 @pytest.mark.parametrize("what", ["a socket", "a request"])
 async def test_10_mb_between_slow_peers_use_no_memory(
-    house: DoorServer, proxy: DoorProxy, what: str
+    server: ServerProcess, proxy: ProxyProcess, what: str
 ) -> None:
-    async with house.serving():  # it makes the secret
+    async with server.serving():  # it makes the secret
         pass
     slow = SlowPeers(proxy)
     async with trio.open_nursery() as nursery:
         serve = functools.partial(trio.serve_tcp, slow.serve, 0, host="127.0.0.1")
         (listener,) = await nursery.start(serve)
         port = listener.socket.getsockname()[1]
-        proxy.serve = DoorProxy(proxy.home, port, house.db).serve
+        proxy.serve = ProxyProcess(proxy.home, port, server.db).serve
         async with proxy.serving():
-            head = wires_request("GET", "/")
+            head = request_bytes("GET", "/")
             if what == "a socket":
-                head = wires_upgrade(proxy.socket_path(6))
+                head = upgrade_bytes(proxy.socket_path(6))
             stream = await proxy.dial()
             with trio.fail_after(60):
                 await stream.send_all(head)

@@ -17,7 +17,13 @@ import trio.testing
 
 import chatd
 from chatd import Rate, Settings
-from tests.harness import DOOR_SECONDS, DoorRun, DoorServer, door_run, door_users
+from tests.harness import (
+    WAIT_SECONDS,
+    CommandResult,
+    ServerProcess,
+    new_users,
+    run_chatd,
+)
 
 # --- values and flags ----------------------------------------------------------------
 
@@ -388,11 +394,11 @@ async def test_the_program_exits_with_status_2_and_names_the_wrong_argument(
         ("backup",),
         ("restore",),
     ]
-    runs: dict[tuple[str, ...], DoorRun] = {}
+    runs: dict[tuple[str, ...], CommandResult] = {}
 
     async def run(words: tuple[str, ...]) -> None:
         end = () if words[0] == "nonsense" else ("--db", db)
-        runs[words] = await door_run(*words, *end)
+        runs[words] = await run_chatd(*words, *end)
 
     async with trio.open_nursery() as nursery:
         for words in wrong:
@@ -403,46 +409,46 @@ async def test_the_program_exits_with_status_2_and_names_the_wrong_argument(
         wrong_word = words[-1].partition("=")
         assert (wrong_word[2] or wrong_word[0]).lstrip("-") in done.err, (words, done)
     assert not db.exists()
-    by_environment = await door_run("serve", "--db", db, CHATD_SENDS="many")
+    by_environment = await run_chatd("serve", "--db", db, CHATD_SENDS="many")
     assert by_environment.status == 2
     assert "CHATD_SENDS" in by_environment.err
-    misspelt = await door_run("check", "--db", db, CHATD_SENDZ="5/20")
+    misspelt = await run_chatd("check", "--db", db, CHATD_SENDZ="5/20")
     assert "WARNING unknown_variable name='CHATD_SENDZ'" in misspelt.err
-    helped = await door_run("--help")
+    helped = await run_chatd("--help")
     assert helped.status == 0
     for word in ("serve", "proxy", "token", "backup", "restore", "check"):
         assert word in helped.out
-    version = await door_run("--version")
+    version = await run_chatd("--version")
     assert (version.status, chatd.__version__ in version.out) == (0, True)
 
 
 async def test_chatd_token_prints_nothing_but_a_token_that_works(
-    open_house: DoorServer,
+    shared_server: ServerProcess,
 ) -> None:
-    house = open_house
-    user = next(door_users)
-    words = ("token", user, "--db", house.db)
-    secret = ("--secret-file", house.db.with_name("chatd.secret"))
-    plain = await door_run(*words, "--name", "Ann", "--ttl", "90s")
+    server = shared_server
+    user = next(new_users)
+    words = ("token", user, "--db", server.db)
+    secret = ("--secret-file", server.db.with_name("chatd.secret"))
+    plain = await run_chatd(*words, "--name", "Ann", "--ttl", "90s")
     claims = jwt.decode(plain.out.strip(), options={"verify_signature": False})
     assert 80 < claims["exp"] - time.time() <= 91
     assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", plain.out)
-    me = await house.want(200, "GET /api/v1/me", plain.out.strip())
+    me = await server.want(200, "GET /api/v1/me", plain.out.strip())
     assert me == {"user_id": user, "name": "Ann"}
-    stats = await door_run("token", user, *secret, "--scope", "stats")
+    stats = await run_chatd("token", user, *secret, "--scope", "stats")
     target = "GET /api/v1/internal/chat/ws/stats"
-    await house.want(200, target, stats.out.strip())
-    link = await door_run(*words, "--link")
+    await server.want(200, target, stats.out.strip())
+    link = await run_chatd(*words, "--link")
     assert re.fullmatch(r"http://127\.0\.0\.1:8086/#token=\S+\n", link.out), link
-    credentials = {"CREDENTIALS_DIRECTORY": str(house.home)}
-    systemd = await door_run("token", user, **credentials)
-    await house.want(200, "GET /api/v1/me", systemd.out.strip())
+    credentials = {"CREDENTIALS_DIRECTORY": str(server.home)}
+    systemd = await run_chatd("token", user, **credentials)
+    await server.want(200, "GET /api/v1/me", systemd.out.strip())
     for run in (plain, stats, link, systemd):
         assert run.status == 0
 
 
 async def test_a_command_that_cannot_work_exits_with_status_1_and_names_the_cause(
-    house: DoorServer, tmp_path: Path
+    server: ServerProcess, tmp_path: Path
 ) -> None:
     paths = [tmp_path / name for name in ("newer", "garbage", "open", "short")]
     newer, garbage, readable, short = (path / "chatd.db" for path in paths)
@@ -453,47 +459,47 @@ async def test_a_command_that_cannot_work_exits_with_status_1_and_names_the_caus
         secret = db.with_name("chatd.secret")
         secret.write_text(text, "ascii")
         secret.chmod(mode)
-    async with house.serving():
-        pid = str(house.process.pid) if house.process else ""
-        assert (await door_run("backup", newer, "--db", house.db)).status == 0
+    async with server.serving():
+        pid = str(server.process.pid) if server.process else ""
+        assert (await run_chatd("backup", newer, "--db", server.db)).status == 0
         with sqlite3.connect(newer) as connection:
             connection.execute("PRAGMA user_version = 999")
         connection.close()
-        secret = house.db.with_name("chatd.secret")
+        secret = server.db.with_name("chatd.secret")
         assert stat.S_IMODE(secret.stat().st_mode) == 0o600
         newer.with_name("chatd.secret").write_bytes(secret.read_bytes())
         newer.with_name("chatd.secret").chmod(0o600)
         listen = ("serve", "--listen", "127.0.0.1:0", "--db")
-        taken = ("serve", "--listen", f"127.0.0.1:{house.port}", "--db")
+        taken = ("serve", "--listen", f"127.0.0.1:{server.port}", "--db")
         nowhere = tmp_path / "no" / "such" / "chatd.db"
         before = garbage.read_bytes()
         failures: list[tuple[tuple[object, ...], str]] = [
-            ((*listen, house.db), pid),  # the process that holds the database
-            (("restore", newer, "--db", house.db), pid),
+            ((*listen, server.db), pid),  # the process that holds the database
+            (("restore", newer, "--db", server.db), pid),
             ((*listen, newer), "999"),
             ((*listen, garbage), str(garbage)),
             (("check", "--db", garbage), str(garbage)),
             (("restore", garbage, "--db", tmp_path / "x.db"), str(garbage)),
             ((*listen, readable), str(readable.with_name("chatd.secret"))),
             ((*listen, short), "32"),
-            ((*taken, tmp_path / "other.db"), str(house.port)),
+            ((*taken, tmp_path / "other.db"), str(server.port)),
             ((*listen, nowhere), str(nowhere.parent)),
             (("token", "6", "--db", nowhere), "secret"),
             (("proxy", *listen[1:], nowhere), "secret"),
-            (("proxy", *taken[1:], house.db), str(house.port)),
+            (("proxy", *taken[1:], server.db), str(server.port)),
             (("check", "--db", nowhere), str(nowhere)),
             (("backup", tmp_path / "copy", "--db", nowhere), str(nowhere)),
             (("restore", tmp_path / "none", "--db", tmp_path / "o.db"), "none"),
             ((*listen, tmp_path / "o.db", "--jwt-key", tmp_path / "none"), "none"),
         ]
-        runs: list[tuple[tuple[object, ...], str, DoorRun]] = []
+        runs: list[tuple[tuple[object, ...], str, CommandResult]] = []
 
         cores = trio.CapacityLimiter(2)  # more at once would only wait for each other
 
         async def run(words: tuple[object, ...], named: str) -> None:
             async with cores:
-                with trio.fail_after(DOOR_SECONDS):
-                    runs.append((words, named, await door_run(*words)))
+                with trio.fail_after(WAIT_SECONDS):
+                    runs.append((words, named, await run_chatd(*words)))
 
         async with trio.open_nursery() as nursery:
             for words, named in failures:
@@ -504,4 +510,4 @@ async def test_a_command_that_cannot_work_exits_with_status_1_and_names_the_caus
             assert "listening" not in done.out, (words, done)
         assert garbage.read_bytes() == before
         assert not nowhere.parent.exists()
-        await house.want(200, "GET /healthz")
+        await server.want(200, "GET /healthz")

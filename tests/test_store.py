@@ -25,7 +25,7 @@ from chatd import Refusal, Send, Settings, Stats, Store, UsageError
 from tests.harness import (
     Memory,
     MemoryWork,
-    WiresHouse,
+    VirtualServer,
     memory_frames,
     memory_is_sound,
     memory_job,
@@ -33,7 +33,7 @@ from tests.harness import (
     memory_with,
     refusal_of,
     usage_error_of,
-    wires,
+    with_server,
 )
 
 # --- writing: the works --------------------------------------------------------------
@@ -41,7 +41,7 @@ from tests.harness import (
 
 def test_the_id_of_a_message_is_the_seq_of_its_event(memory: Memory) -> None:
     chat = memory.chat(5, 6)
-    sent = memory.say(chat, 5, "Привет!", "k1")
+    sent = memory.send(chat, 5, "Привет!", "k1")
     assert not sent.duplicate
     (event,) = memory.page(6, 2).events
     assert memory_frames(event.frame) == [
@@ -57,10 +57,10 @@ def test_the_id_of_a_message_is_the_seq_of_its_event(memory: Memory) -> None:
 
 def test_message_numbers_and_seqs_have_no_gaps(memory: Memory) -> None:
     chats = [memory.chat(1, 2), memory.chat(2, 3)]
-    ordinals = [memory.say(chats[i % 2], 2).message.n for i in range(6)]
-    refusal_of(memory.say, chats[0], 3)
+    ordinals = [memory.send(chats[i % 2], 2).message.n for i in range(6)]
+    refusal_of(memory.send, chats[0], 3)
     assert ordinals == [1, 1, 2, 2, 3, 3]
-    assert memory.say(chats[0], 1).message.n == 4
+    assert memory.send(chats[0], 1).message.n == 4
     assert memory.seqs(2) == [2, 3, *range(5, 12)]
 
 
@@ -69,7 +69,7 @@ def test_a_chat_of_others_and_an_unknown_chat_are_refused_alike(
     memory: Memory, key: str
 ) -> None:
     chat = memory.chat(1, 2)
-    refusals = [str(refusal_of(memory.say, to, 3, "hi", key)) for to in (chat, 99)]
+    refusals = [str(refusal_of(memory.send, to, 3, "hi", key)) for to in (chat, 99)]
     assert refusals == ["not_found: chat_id: there is no such chat for you"] * 2
 
 
@@ -87,7 +87,7 @@ def test_a_repeated_send_gets_the_same_message_and_makes_no_event(
     memory: Memory,
 ) -> None:
     chat = memory.chat(1, 2)
-    first, second = (memory.say(chat, 1, "hi", "k") for _ in range(2))
+    first, second = (memory.send(chat, 1, "hi", "k") for _ in range(2))
     assert (first.duplicate, second.duplicate) == (False, True)
     assert first.message == second.message
     assert (memory.hub.head, memory.count("message")) == (3, 1)
@@ -102,33 +102,33 @@ def test_repeats_in_one_batch_are_one_message(memory: Memory) -> None:
 
 def test_a_repeat_with_another_text_or_chat_is_refused(memory: Memory) -> None:
     chats = [memory.chat(1, 2), memory.chat(1, 2)]
-    memory.say(chats[0], 1, "hi", "k")
+    memory.send(chats[0], 1, "hi", "k")
     for chat, text in ((chats[0], "ho"), (chats[1], "hi"), (99, "hi")):
-        refusal = refusal_of(memory.say, chat, 1, text, "k")
+        refusal = refusal_of(memory.send, chat, 1, text, "k")
         assert (refusal.code, refusal.status) == ("idempotency_mismatch", 409)
         assert "client_id" in refusal.message
     # Another sender may use the same client_id.
-    assert not memory.say(chats[0], 2, "ho", "k").duplicate
+    assert not memory.send(chats[0], 2, "ho", "k").duplicate
 
 
 def test_without_a_client_id_the_same_text_twice_is_two_messages(
     memory: Memory,
 ) -> None:
     chat = memory.chat(1, 2)
-    assert [memory.say(chat, 1).message.n for _ in range(2)] == [1, 2]
+    assert [memory.send(chat, 1).message.n for _ in range(2)] == [1, 2]
 
 
 def test_a_repeat_is_recognised_before_membership_is_checked(memory: Memory) -> None:
     chat = memory.chat(1, 2)
-    memory.say(chat, 1, "hi", "k")
+    memory.send(chat, 1, "hi", "k")
     memory.do(memory.store.remove_member, chat, 1, 1)
-    assert memory.say(chat, 1, "hi", "k").duplicate
-    assert refusal_of(memory.say, chat, 1, "hi", "k2").code == "not_found"
+    assert memory.send(chat, 1, "hi", "k").duplicate
+    assert refusal_of(memory.send, chat, 1, "hi", "k2").code == "not_found"
 
 
 def test_a_reader_finds_a_repeat_too(memory: Memory) -> None:
     chat, find = memory.chat(1, 2), memory.store.find_sent
-    sent = memory.say(chat, 1, "hi", "k").message
+    sent = memory.send(chat, 1, "hi", "k").message
     again = Send(chat, 1, "hi", "k")
     assert memory.read(find, again) == chatd.Sent(sent, duplicate=True)
     for other in (
@@ -143,7 +143,7 @@ def test_a_reader_finds_a_repeat_too(memory: Memory) -> None:
 
 def test_a_read_mark_moves_up_and_never_down(memory: Memory) -> None:
     chat, mark = memory.chat(1, 2), memory.store.mark_read
-    ids = [memory.say(chat, 1).message.id for _ in range(3)]
+    ids = [memory.send(chat, 1).message.id for _ in range(3)]
     assert memory.do(mark, 2, ids[1]) == (ids[1], chat, 2, 6)
     assert memory.do(mark, 2, ids[0]) == (ids[0], chat, 1, 0)
     assert memory.do(mark, 2, ids[1]) == (ids[1], chat, 2, 0)
@@ -158,14 +158,14 @@ def test_sending_moves_the_read_mark_of_the_sender_without_an_event(
     memory: Memory,
 ) -> None:
     chat = memory.chat(1, 2)
-    memory.say(chat, 2)
-    memory.say(chat, 1)
+    memory.send(chat, 2)
+    memory.send(chat, 1)
     assert [mine.unread for user in (1, 2) for mine in memory.my_chats(user)] == [0, 1]
     assert memory.do(memory.store.mark_read, 1, 4).seq == 0
 
 
 def test_a_message_of_another_chat_cannot_be_marked_as_read(memory: Memory) -> None:
-    other = memory.say(memory.chat(1, 2), 1).message.id
+    other = memory.send(memory.chat(1, 2), 1).message.id
     refusals = {
         str(refusal_of(memory.do, memory.store.mark_read, 3, message))
         for message in (other, 99, 2**53 - 1)
@@ -178,7 +178,7 @@ def test_in_a_large_chat_a_read_mark_goes_only_to_the_reader() -> None:
         small, large = memory.chat(1, 2), memory.chat(1, 2, 3)
         seats = [memory.sit(user) for user in (1, 2, 2)]
         for chat in (small, large):
-            sent = memory.say(chat, 1)
+            sent = memory.send(chat, 1)
             memory.do(memory.store.mark_read, 2, sent.message.id)
         assert [made.seqs() for made in seats] == [[6, 7, 8], *[[6, 7, 8, 9]] * 2]
         assert [memory.seqs(user, 5) for user in (1, 2, 3)] == [
@@ -213,10 +213,10 @@ def test_an_addition_is_an_event_for_the_members_and_one_for_the_new_member(
 ) -> None:
     chat, add = memory.chat(1, 2), memory.store.add_member
     memory.do(memory.store.rename, 3, "Carol")
-    memory.say(chat, 1)
+    memory.send(chat, 1)
     seats = [memory.sit(user) for user in (1, 3)]
     assert memory.do(add, chat, 3, 1) is True
-    assert seats[0].heard() == [
+    assert seats[0].received() == [
         {
             "type": "member_added",
             "seq": 4,
@@ -225,7 +225,7 @@ def test_an_addition_is_an_event_for_the_members_and_one_for_the_new_member(
             "name": "Carol",
         }
     ]
-    (added,) = seats[1].heard()
+    (added,) = seats[1].received()
     assert (added["type"], added["seq"], added["chat"]["last_n"]) == (
         "chat_added",
         5,
@@ -257,12 +257,12 @@ def test_a_removal_is_the_last_event_that_the_removed_user_gets(memory: Memory) 
     chat = memory.chat(1, 2, 3)
     seats = {user: memory.sit(user) for user in (1, 2, 3)}
     memory.do(memory.store.remove_member, chat, 3, 3)
-    memory.say(chat, 1)
-    assert seats[3].heard() == [
+    memory.send(chat, 1)
+    assert seats[3].received() == [
         {"type": "member_removed", "seq": 4, "chat_id": chat, "user_id": 3}
     ]
     assert seats[1].seqs() == seats[2].seqs() == [4, 5]
-    assert refusal_of(memory.say, chat, 3).code == "not_found"
+    assert refusal_of(memory.send, chat, 3).code == "not_found"
 
 
 def test_the_number_of_members_of_a_chat_is_limited() -> None:
@@ -390,12 +390,12 @@ def test_only_the_owner_can_read_the_database_files(tmp_path: Path) -> None:
 
 def test_a_user_sees_no_event_from_the_time_outside_the_chat(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
-    memory.say(chat, 1, "seen")  # 3
+    memory.send(chat, 1, "seen")  # 3
     memory.do(store.remove_member, chat, 2, 2)  # 4
-    memory.say(chat, 1, "unseen")  # 5
+    memory.send(chat, 1, "unseen")  # 5
     assert memory.seqs(2) == [2, 4]
     memory.do(store.add_member, chat, 2, 1)  # 6 for the others, 7 for user 2
-    memory.say(chat, 1, "seen again")  # 8
+    memory.send(chat, 1, "seen again")  # 8
     assert memory.seqs(2) == [2, 4, 7, 8]
     assert memory.seqs(1) == [1, 3, 4, 5, 6, 8]
     messages, more = memory.read(store.history, 2, chat, None, 50, memory.hub.head)
@@ -406,7 +406,7 @@ def test_a_chat_that_the_reader_has_left_is_read_as_an_empty_chat(
     memory: Memory,
 ) -> None:
     chat = memory.chat(1, 2, title="Sofa")
-    memory.say(chat, 1, "between us")
+    memory.send(chat, 1, "between us")
     memory.do(memory.store.remove_member, chat, 2, 2)
     (message,) = memory_frames(memory.page(2).events[0].frame)
     assert message["chat"] == {
@@ -422,7 +422,7 @@ def test_pages_of_any_length_add_up_to_the_whole_event_log(
 ) -> None:
     chats = [memory.chat(1, 2), memory.chat(2, 3)]
     for i in range(6):
-        memory.say(chats[i % 2], 2)
+        memory.send(chats[i % 2], 2)
     found, cursor, more = list[int](), 0, True
     while more:
         page = memory.page(1, cursor, limit)
@@ -438,7 +438,7 @@ def test_a_page_is_limited_in_bytes_and_its_cursor_is_its_last_event() -> None:
     with memory_with(page_bytes=5000) as memory:
         chat = memory.chat(1, 2)
         for _ in range(8):
-            memory.say(chat, 1, "x" * 1000)
+            memory.send(chat, 1, "x" * 1000)
         seqs, page = list[int](), memory.page(2, 2)
         while page.more:
             assert page.cursor == page.events[-1].seq
@@ -451,7 +451,7 @@ def test_a_page_is_limited_in_bytes_and_its_cursor_is_its_last_event() -> None:
 def test_a_complete_page_moves_the_cursor_to_its_upper_bound(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     memory.chat(3, 4)
-    memory.say(chat, 1)
+    memory.send(chat, 1)
     assert memory.page(1, 1)[1:] == (5, False)
     assert memory.page(9, 0) == ([], 5, False)
     full = memory.page(1, 0, limit=2)
@@ -462,9 +462,9 @@ def test_a_complete_page_moves_the_cursor_to_its_upper_bound(memory: Memory) -> 
 def test_an_unpublished_removal_hides_no_earlier_event(memory: Memory) -> None:
     chat, other = memory.chat(1, 2), memory.chat(2, 3)
     for _ in range(3):
-        memory.say(chat, 1)
+        memory.send(chat, 1)
     memory.do(memory.store.remove_member, other, 2, 2)
-    memory.say(other, 3)
+    memory.send(other, 3)
     upto, store = memory.hub.head, memory.store
     before = [event.seq for event in memory.page(2, 4).events]
     assert before == [5, 6, 7, 8]
@@ -497,8 +497,8 @@ def test_missed_events_are_counted_up_to_the_limit_of_a_replay() -> None:
         chat = memory.chat(1, 2)
         other = memory.chat(3, 4)
         for _ in range(6):
-            memory.say(chat, 1)
-            memory.say(other, 3)
+            memory.send(chat, 1)
+            memory.send(other, 3)
         missed = functools.partial(memory.read, memory.store.missed, 1)
         assert [missed(cursor, 16) for cursor in (16, 15, 14, 6, 5, 4, 0)] == [
             0, 0, 1, 5, 5, None, None,
@@ -510,8 +510,8 @@ def test_missed_events_are_counted_up_to_the_limit_of_a_replay() -> None:
 
 def test_a_greeting_holds_the_state_as_of_the_head(memory: Memory) -> None:
     chats = [memory.chat(1, 2), memory.chat(2, 3)]
-    memory.say(chats[0], 1)
-    memory.say(chats[0], 2)
+    memory.send(chats[0], 1)
+    memory.send(chats[0], 2)
     assert memory.greeting(1) == (
         {chats[0]: 1}, {str(chats[0]): chatd.Marks(last_n=2, read_n=1)}, 0,
     )  # fmt: skip
@@ -523,8 +523,8 @@ def test_chats_are_listed_by_their_last_event_with_unread_counts(
     memory: Memory,
 ) -> None:
     chats = [memory.chat(1, 2, title=title) for title in ("a", "b", "c")]
-    memory.say(chats[0], 2, "x")
-    memory.say(chats[0], 2, "y")
+    memory.send(chats[0], 2, "x")
+    memory.send(chats[0], 2, "y")
     memory.do(memory.store.mark_read, 1, 7)
     first, second, third = memory.my_chats(1)
     assert [chat.title for chat in (first, second, third)] == ["a", "c", "b"]
@@ -536,7 +536,7 @@ def test_chats_are_listed_by_their_last_event_with_unread_counts(
 
 def test_a_page_of_history_has_its_oldest_message_first(memory: Memory) -> None:
     chat, head = memory.chat(1, 2), 0
-    ids = [memory.say(chat, 1, str(i)).message.id for i in range(5)]
+    ids = [memory.send(chat, 1, str(i)).message.id for i in range(5)]
     head = memory.hub.head
 
     def history(before: int | None, limit: int) -> tuple[list[str], bool]:
@@ -556,7 +556,7 @@ def test_history_is_for_members_and_before_names_a_message_of_the_chat(
     memory: Memory,
 ) -> None:
     chat, other = memory.chat(1, 2), memory.chat(3, 4)
-    foreign, history = memory.say(other, 3).message.id, memory.store.history
+    foreign, history = memory.send(other, 3).message.id, memory.store.history
     for chat_id in (other, 99):
         assert (
             refusal_of(memory.read, history, 1, chat_id, None, 5, 9).code == "not_found"
@@ -568,7 +568,7 @@ def test_history_is_for_members_and_before_names_a_message_of_the_chat(
 
 def test_readers_do_not_see_commits_that_are_not_published(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
-    memory.say(chat, 1, "old")
+    memory.send(chat, 1, "old")
     batch = memory.commit(
         memory.sends(chat, 1, "new", "k"),
         (store.create_chat, None, [1, 2]),
@@ -617,8 +617,8 @@ def test_a_failed_query_leaves_no_transaction_open(memory: Memory) -> None:
 def run_every_query(memory: Memory, key: str) -> None:
     """Run every query of the store."""
     store, chat = memory.store, memory.chat(1, 2)
-    sent = memory.say(chat, 1, "hi", key)
-    memory.say(chat, 1, "hi", key)
+    sent = memory.send(chat, 1, "hi", key)
+    memory.send(chat, 1, "hi", key)
     memory.do(store.mark_read, 2, sent.message.id)
     memory.do(store.add_member, chat, 3, 1)
     memory.do(store.remove_member, chat, 3, 3)
@@ -673,7 +673,7 @@ def test_no_cost_grows_with_the_length_of_the_event_log(memory: Memory) -> None:
         lambda: memory.read(store.history, 2, chat, None, 5, memory.hub.head),
     ]
     works: list[Callable[[], object]] = [
-        lambda: memory.say(chat, 1, "x", f"k{memory.hub.head}"),
+        lambda: memory.send(chat, 1, "x", f"k{memory.hub.head}"),
         lambda: memory.do(store.mark_read, 2, memory.hub.head - 3),
         lambda: memory.chat(1, 2),
         lambda: memory.do(store.add_member, chat, 3, 1),
@@ -682,7 +682,7 @@ def test_no_cost_grows_with_the_length_of_the_event_log(memory: Memory) -> None:
 
     def costs() -> list[int]:
         for _ in range(10):
-            memory.say(chat, 1)
+            memory.send(chat, 1)
         (reader,) = store._idle_readers
         return [steps_of(reader, query) for query in queries] + [
             steps_of(store._writer, work) for work in works
@@ -788,7 +788,7 @@ async def test_reads_and_writes_work_in_threads(tmp_path: Path) -> None:
         for _ in range(50):
             query = memory.store.my_chats
             nursery.start_soon(memory.store.read, query, 1, memory.hub.head)
-    assert memory.say(chat, 1).message.n == 51
+    assert memory.send(chat, 1).message.n == 51
     assert 1 <= len(memory.store._idle_readers) <= 4
     memory.store.close()
 
@@ -916,7 +916,10 @@ async def test_a_failed_commit_that_is_on_disk_is_published_before_anything_else
         again = await memory.store.commit(*work)
         assert (again.duplicate, again.message.id) == (True, 3)
         assert (await memory.store.commit(*memory.sends(chat, 1))).message.n == 2
-    assert [message["message"]["content"] for message in made.heard()] == ["once", "hi"]
+    assert [message["message"]["content"] for message in made.received()] == [
+        "once",
+        "hi",
+    ]
     memory_is_sound(memory)
 
 
@@ -1067,7 +1070,7 @@ def test_writes_resume_when_a_read_only_file_is_writable_again() -> None:
         memory.settings.db.chmod(0o600)
         assert store._probe() == ([], [])
         assert not store.degraded
-        assert memory.say(chat, 1).message.n == 1
+        assert memory.send(chat, 1).message.n == 1
         memory_is_sound(memory)
         store.close()
 
@@ -1087,7 +1090,7 @@ def test_a_transaction_that_cannot_be_rolled_back_ends_with_its_connection(
     assert store._writer.in_transaction
     assert store._probe() == ([], [])
     assert (store.degraded, store._writer.in_transaction) == (False, False)
-    assert memory.say(chat, 1).message.n == 1
+    assert memory.send(chat, 1).message.n == 1
     memory_is_sound(memory)
 
 
@@ -1153,7 +1156,7 @@ def test_the_wal_of_a_database_behind_a_link_is_watched_and_rewritten(
     resynced = record_resyncs(monkeypatch)
     memory.hub.publish(store._probe())
     assert resynced == [(wal.st_ino, wal.st_size)]
-    assert memory.say(chat, 1).message.n == 2
+    assert memory.send(chat, 1).message.n == 2
     assert store.wal_bytes() > 0
     (tmp_path / "real" / "chatd.db-wal").unlink()
     message = usage_error_of(memory.commit, memory.sends(chat, 1))
@@ -1226,7 +1229,7 @@ def test_another_writer_is_a_failure_that_passes(memory: Memory) -> None:
     assert store.degraded
     other.close()
     assert store._probe() == ([], [])
-    assert memory.say(chat, 1).message.n == 1
+    assert memory.send(chat, 1).message.n == 1
     memory_is_sound(memory)
 
 
@@ -1289,7 +1292,7 @@ def test_an_unreadable_event_fails_its_readers_and_the_next_start(
     memory: Memory, change: str
 ) -> None:
     chat = memory.chat(1, 2)
-    memory.say(chat, 1)
+    memory.send(chat, 1)
     memory.do(memory.store.mark_read, 2, 3)
     assert memory.seqs(2) == [2, 3, 4]
     memory.store._writer.execute(f"UPDATE event SET {change} WHERE seq = 4")
@@ -1327,7 +1330,7 @@ def version_and_names(path: Path) -> tuple[int, set[str]]:
 def test_an_older_schema_is_migrated_and_loses_nothing(tmp_path: Path) -> None:
     memory = Memory(tmp_path)
     chat = memory.chat(1, 2)
-    memory.say(chat, 1)
+    memory.send(chat, 1)
     memory.store.close()
     steps = steps_with("CREATE TABLE more (x) STRICT;".replace("x", "x INTEGER"))
     store = open_store(memory.settings.db, steps)
@@ -1423,10 +1426,10 @@ def test_a_start_reads_the_wal_that_a_killed_process_left(
     memory: Memory, tmp_path: Path
 ) -> None:
     chat = memory.chat(1, 2)
-    memory.say(chat, 1, "once", "k")
+    memory.send(chat, 1, "once", "k")
     after = Memory(copy_as_killed(tmp_path))
     assert (after.hub.head, after.seqs(2)) == (3, [2, 3])
-    assert after.say(chat, 1, "once", "k").duplicate
+    assert after.send(chat, 1, "once", "k").duplicate
     memory_is_sound(after)
     after.store.close()
 
@@ -1455,7 +1458,7 @@ def record_resyncs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_a_start_syncs_the_wal_that_a_killed_process_left(
     memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory.say(memory.chat(1, 2), 1)
+    memory.send(memory.chat(1, 2), 1)
     copy = copy_as_killed(tmp_path)
     wal = (copy / "chatd.db-wal").stat()
     resynced = record_resyncs(monkeypatch)
@@ -1480,7 +1483,7 @@ def test_after_a_failed_fsync_the_whole_wal_is_rewritten(
 def test_a_probe_frees_space_with_a_checkpoint_of_the_wal(memory: Memory) -> None:
     chat, store = memory.chat(1, 2), memory.store
     for _ in range(100):
-        memory.say(chat, 1, "x" * 4000)
+        memory.send(chat, 1, "x" * 4000)
     with no_file_grows(memory.settings.db.with_name("chatd.db-wal")):
         work = memory.sends(chat, 1, "x" * 4000)
         assert all_failed(memory.commit(work))
@@ -1559,55 +1562,55 @@ def test_each_new_file_has_an_epoch_of_its_own_and_keeps_it(tmp_path: Path) -> N
 # --- storage that fails, as a client sees it -----------------------------------------
 
 
-@wires()
+@with_server()
 async def test_a_full_disk_is_reported_acks_nothing_and_recovers_without_a_restart(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer, friend = await house.join(6), await house.join(7)
-    db = house.store._writer
+    chat = await server.chat(6, 7)
+    peer, friend = await server.join(6), await server.join(7)
+    db = server.store._writer
     (pages,) = db.execute("PRAGMA page_count").fetchone()
     db.execute(f"PRAGMA max_page_count = {pages}")
     command = {"chat_id": chat, "content": "й" * 4000, "client_id": "k"}
     error = await peer.refused("send_message", **command)
     assert (error["code"], error["retry_after"]) == ("storage_failed", 2)
-    over_http = await house.ask(
+    over_http = await server.ask(
         "POST", f"/api/v1/chats/{chat}/messages", {"content": "й" * 4000}, user=7
     )
     assert (over_http.status, over_http.code) == (503, "storage_failed")
     assert over_http.headers["retry-after"] == "2"
-    health = await house.ask("GET", "/healthz")
+    health = await server.ask("GET", "/healthz")
     assert (health.status, health.json) == (503, {"status": "degraded"})
-    reading = await house.ask("GET", "/api/v1/chats", user=7)
+    reading = await server.ask("GET", "/api/v1/chats", user=7)
     assert reading.status == 200
-    assert (await house.stats())["store"]["degraded"] is True
-    await friend.hears_nothing()
+    assert (await server.stats())["store"]["degraded"] is True
+    await friend.receives_nothing()
     db.execute("PRAGMA max_page_count = 1000000")
     await trio.sleep(2)
-    assert (await house.ask("GET", "/healthz")).status == 200
+    assert (await server.ask("GET", "/healthz")).status == 200
     ack = await peer.ask("send_message", **command)
     assert (ack["n"], ack["duplicate"]) == (1, False)
-    assert (await friend.hear("new_message"))["message"]["n"] == 1
+    assert (await friend.receive("new_message"))["message"]["n"] == 1
 
 
-@wires()
+@with_server()
 async def test_the_server_survives_a_database_path_that_fails_for_a_while(
-    house: WiresHouse,
+    server: VirtualServer,
 ) -> None:
-    chat = await house.chat(6, 7)
-    peer = await house.join(6)
-    folder = house.store.path.parent
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    folder = server.store.path.parent
     aside = folder.with_name(f"{folder.name}-aside")
     folder.rename(aside)
     folder.symlink_to(folder)  # a loop: to resolve it is an OSError
     await trio.sleep(10)
     command = {"chat_id": chat, "content": "hi", "client_id": "k"}
     assert (await peer.refused("send_message", **command))["code"] == "storage_failed"
-    assert (await house.ask("GET", "/api/v1/chats", user=7)).status == 200
+    assert (await server.ask("GET", "/api/v1/chats", user=7)).status == 200
     await trio.sleep(10)
-    assert (await house.ask("GET", "/healthz")).status == 503
+    assert (await server.ask("GET", "/healthz")).status == 503
     folder.unlink()
     aside.rename(folder)
     await trio.sleep(2)
-    assert (await house.ask("GET", "/healthz")).status == 200
+    assert (await server.ask("GET", "/healthz")).status == 200
     assert (await peer.ask("send_message", **command))["duplicate"]

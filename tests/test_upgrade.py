@@ -25,11 +25,11 @@ import chatd
 from chatd import Settings, Stats
 from tests.data import make_1_0 as of_1_0
 from tests.harness import (
-    DOOR_CHECKOUT,
-    DoorServer,
-    door_environment,
-    door_run,
+    CHECKOUT,
+    ServerProcess,
+    clean_environment,
     memory_store,
+    run_chatd,
     usage_error_of,
 )
 
@@ -76,8 +76,10 @@ def assert_extends(now: Any, before: Any, at: str) -> None:
         assert now == before, at
 
 
-async def assert_answers_like_1_0(house: DoorServer, before: dict[str, Any]) -> None:
-    now = await trio.to_thread.run_sync(of_1_0.answers, of_1_0.Server(house.port))
+async def assert_answers_like_1_0(
+    server: ServerProcess, before: dict[str, Any]
+) -> None:
+    now = await trio.to_thread.run_sync(of_1_0.answers, of_1_0.Server(server.port))
     assert now.keys() == before.keys()
     for question, answer in before.items():
         assert_extends(now[question], answer, question)
@@ -112,15 +114,15 @@ def test_the_database_of_1_0_has_everything_that_an_upgrade_must_keep(
         assert 0 < chatd.query_value(db, "SELECT count(*) FROM event") < with_wal
 
 
-async def test_an_upgraded_server_answers_as_1_0_did(house: DoorServer) -> None:
-    copy_1_0(house.db)
-    house.db.with_name("chatd.secret").write_bytes(of_1_0.SECRET)
-    house.db.with_name("chatd.secret").chmod(0o600)
-    async with house.serving():
-        await assert_answers_like_1_0(house, recorded_answers())
-    done = await door_run("check", "--db", house.db)
+async def test_an_upgraded_server_answers_as_1_0_did(server: ServerProcess) -> None:
+    copy_1_0(server.db)
+    server.db.with_name("chatd.secret").write_bytes(of_1_0.SECRET)
+    server.db.with_name("chatd.secret").chmod(0o600)
+    async with server.serving():
+        await assert_answers_like_1_0(server, recorded_answers())
+    done = await run_chatd("check", "--db", server.db)
     assert done.status == 0, done
-    assert contents(house.db)[0] == len(STEPS)
+    assert contents(server.db)[0] == len(STEPS)
 
 
 async def test_a_database_of_1_0_can_be_checked_and_copied_before_the_upgrade(
@@ -128,23 +130,23 @@ async def test_a_database_of_1_0_can_be_checked_and_copied_before_the_upgrade(
 ) -> None:
     before, copy = contents(old), tmp_path / "copy.db"
     for words in (("check",), ("backup", copy)):
-        done = await door_run(*words, "--db", old)
+        done = await run_chatd(*words, "--db", old)
         assert done.status == 0, done
     assert contents(old) == contents(copy) == before
     assert before[0] == 1
     with contextlib.closing(sqlite3.connect(copy)) as db, db:
         db.execute("DELETE FROM event WHERE seq = 2")
-    done = await door_run("check", "--db", copy)
+    done = await run_chatd("check", "--db", copy)
     assert (done.status, "seq: 84 events" in done.out + done.err) == (1, True), done
 
 
 async def test_a_backup_of_1_0_is_restored_and_then_upgraded(
-    house: DoorServer, old: Path, tmp_path: Path
+    server: ServerProcess, old: Path, tmp_path: Path
 ) -> None:
-    copy, other = tmp_path / "copy.db", DoorServer(tmp_path / "other")
+    copy, other = tmp_path / "copy.db", ServerProcess(tmp_path / "other")
     other.home.mkdir()
     for words in (("backup", copy, "--db", old), ("restore", copy, "--db", other.db)):
-        done = await door_run(*words)
+        done = await run_chatd(*words)
         assert done.status == 0, done
     assert contents(other.db)[0] == 1
     other.db.with_name("chatd.secret").write_bytes(of_1_0.SECRET)
@@ -241,8 +243,8 @@ def test_an_upgrade_that_is_killed_anywhere_changes_nothing(
     """
     ended = subprocess.run(
         [sys.executable, "-c", program, old, str(done)],
-        cwd=DOOR_CHECKOUT,
-        env=door_environment(),
+        cwd=CHECKOUT,
+        env=clean_environment(),
         check=False,
     )
     assert ended.returncode == -signal.SIGKILL
