@@ -688,7 +688,7 @@ class Session:
         self.close_with: tuple[int, str] | None = None  # code and reason, once known
         self.bucket = Bucket(server.settings.commands)
         self.refused = 0  # commands in a row over the rate
-        self.seat = Seat(outbox, behind=self._behind, end=self.end)
+        self.seat = Seat(outbox, catch_up=self._start_catch_up, end=self.end)
         self._set_token(claims)
         self.seat.warned = True  # no `token_expiring` before `connected`
 
@@ -723,7 +723,7 @@ class Session:
             server.left(self)
             # Break the reference cycle between session and seat: all of this is then
             # freed at once and does not wait for a full pass of the collector.
-            del self.seat.behind, self.seat.end
+            del self.seat.catch_up, self.seat.end
 
     def end(self, code: int, reason: str) -> None:
         """Close this connection, from any task. The first call decides the code.
@@ -773,10 +773,10 @@ class Session:
         if hub.in_tail(start):
             hub.push_tail(self.seat)
         if not self.seat.live:
-            self._behind()
+            self._start_catch_up()
         return True
 
-    def _behind(self) -> None:
+    def _start_catch_up(self) -> None:
         self.server.stats.catch_ups += 1
         self.nursery.start_soon(self._catch_up)
 
@@ -1987,7 +1987,7 @@ class Seat:
     """
 
     # fmt: off
-    __slots__ = ("behind", "cursor", "end", "held", "live", "outbox", "person",
+    __slots__ = ("catch_up", "cursor", "end", "held", "live", "outbox", "person",
                  "ping_after", "pinged_at", "slots", "token_ends", "warned")
     # fmt: on
 
@@ -1997,11 +1997,11 @@ class Seat:
         self,
         outbox: Outbox,
         *,
-        behind: Callable[[], None],
+        catch_up: Callable[[], None],
         end: Callable[[int, str], None],
     ) -> None:
         self.outbox = outbox
-        self.behind = behind  # called when the seat is no longer live
+        self.catch_up = catch_up  # called when the seat is no longer live
         self.end = end  # called with a close code and a reason to end the connection
         self.cursor = 0
         self.live = False
@@ -2015,7 +2015,7 @@ class Seat:
     def fall_behind(self, cursor: int) -> None:
         """Begin to catch up from cursor, now that the seat is not live."""
         self.cursor = cursor
-        self.behind()
+        self.catch_up()
 
     def reply(self, reply: Reply) -> None:
         """Write an answer, but never before its event."""
@@ -2166,7 +2166,7 @@ class Hub:
         before = self.head
         self._append(batch.events)
         deliveries = self._deliveries(batch.events)
-        full: list[Seat] = []
+        behind: list[Seat] = []
         replies: dict[Seat, list[Reply]] = {}
         for job, outcome in batch.answers:
             reply = job.done(outcome)
@@ -2174,7 +2174,7 @@ class Hub:
                 replies.setdefault(job.seat, []).append(reply)
         for seats, events in deliveries:
             joined = b"".join([entry.frame for entry in events])
-            missed = len(full)
+            missed = len(behind)
             for seat in seats:
                 if seat in replies:
                     frames = joined + b"".join([reply.frame for reply in replies[seat]])
@@ -2184,11 +2184,11 @@ class Hub:
                         continue
                 elif seat.outbox.push(joined):
                     continue
-                full.append(seat)  # it gets the events, and they are counted, later
-            written = len(seats) - (len(full) - missed)
+                behind.append(seat)  # it gets the events, and they are counted, later
+            written = len(seats) - (len(behind) - missed)
             self.stats.deliveries += written * len(events)
             self.stats.writes += written
-        for seat in full:
+        for seat in behind:
             self._set_live(seat, False)
             seat.fall_behind(before)
         for seat, rest in replies.items():
@@ -2312,8 +2312,8 @@ class Outbox(trio.abc.Stream):
     """
 
     # fmt: off
-    __slots__ = ("_broke", "_ended", "_fd", "_nursery", "_owed_pong", "_pace",
-                 "_parked", "_settings", "buffer", "listening", "moved_at",
+    __slots__ = ("_blocked", "_broke", "_ended", "_fd", "_nursery", "_owed_pong",
+                 "_pace", "_settings", "buffer", "listening", "moved_at",
                  "received_at", "sealed", "stream")
     # fmt: on
 
@@ -2336,7 +2336,7 @@ class Outbox(trio.abc.Stream):
         self.listening = False  # waiting for the client, not busy with its command
         self._ended = False  # the library reads no more
         self._pace = Bucket(settings.receive_bytes)
-        self._parked = trio.lowlevel.ParkingLot()
+        self._blocked = trio.lowlevel.ParkingLot()
         self._owed_pong = b""
         self._broke = broke
 
@@ -2397,7 +2397,7 @@ class Outbox(trio.abc.Stream):
     def _break(self) -> None:
         self.sealed = True
         self.buffer = b""
-        self._parked.unpark_all()
+        self._blocked.unpark_all()
         self._broke()
 
     async def _flush(self) -> None:
@@ -2413,7 +2413,7 @@ class Outbox(trio.abc.Stream):
                 return
             self.buffer = self.buffer[sent:] or b""
             self.moved_at = trio.current_time()
-            self._parked.unpark_all()
+            self._blocked.unpark_all()
         if self._owed_pong:
             pong, self._owed_pong = self._owed_pong, b""
             self.push(pong)
@@ -2421,12 +2421,12 @@ class Outbox(trio.abc.Stream):
     async def wait_not_full(self) -> None:
         """Wait until the buffer is below its bound. The sweeper bounds the wait."""
         while self.full:
-            await self._parked.park()
+            await self._blocked.park()
 
     async def wait_empty(self) -> None:
         """Wait until the kernel has accepted every byte."""
         while self.buffer:
-            await self._parked.park()
+            await self._blocked.park()
 
     async def finish(self) -> None:
         """End the write side, then read and discard, so that the last bytes arrive.

@@ -218,7 +218,7 @@ class MemorySeat:
         self.ended: list[tuple[int, str]] = []
         self.seat = chatd.Seat(
             cast(chatd.Outbox, self.outbox),
-            behind=self._behind,
+            catch_up=self._behind,
             end=lambda code, reason: self.ended.append((code, reason)),
         )
 
