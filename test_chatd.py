@@ -39,15 +39,15 @@ from tests.client import (
     EVE,
     HERE,
     MISTAKE,
-    SECONDS,
+    WAIT_SECONDS,
     Client,
     Closed,
-    Counter,
     Json,
+    Progress,
     Sender,
     Server,
     chatd,
-    until,
+    wait_until,
 )
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -88,7 +88,7 @@ def without_chats(events: list[Json]) -> list[Json]:
 async def test_a_message_with_an_ack_survives_kill_9_and_none_is_stored_twice(
     server: Server,
 ) -> None:
-    users, kills, each, acked = [ANNA, BEN, CLARA, DORA], 5, 200, Counter()
+    users, kills, each, acked = [ANNA, BEN, CLARA, DORA], 5, 200, Progress()
     chats = [await server.create_chat(*users) for _ in range(2)]
     texts = [(chats[number % 2], str(number)) for number in range(each)]
     senders = [Sender(server, user, texts) for user in users]
@@ -178,7 +178,7 @@ async def test_a_client_that_mixes_socket_and_poll_gets_every_event_once_and_in_
     server: Server, seed: int
 ) -> None:
     users, writers, kills, each = [ANNA, BEN, CLARA, DORA], [BEN, CLARA, DORA], 5, 150
-    acked, finished = Counter(), trio.Event()
+    acked, finished = Progress(), trio.Event()
     chats = [await server.create_chat(*users), await server.create_chat(ANNA, BEN)]
     start = await server.cursor(ANNA)
     readers = [Reader(server, ANNA, start, seed + number) for number in range(2)]
@@ -381,7 +381,7 @@ async def test_a_backup_is_made_while_it_serves_and_after_a_restore_clients_resy
 async def test_a_backup_under_load_has_every_message_that_was_acked_before(
     server: Server, tmp_path: Path
 ) -> None:
-    users, acked = [ANNA, BEN, CLARA], Counter()
+    users, acked = [ANNA, BEN, CLARA], Progress()
     chat = await server.create_chat(*users)
     senders = [Sender(server, user, [(chat, "hello")] * 100_000) for user in users]
 
@@ -548,7 +548,7 @@ async def test_a_revoked_user_is_out_at_once_and_stays_out_after_kill_9(
         new = server.token(ANNA, iat=revoked_at + 7)  # clocks may differ by 5 s
         return (await server.ask("GET /api/v1/me", new)).status == 200
 
-    await until(a_new_token_works)
+    await wait_until(a_new_token_works)
     await server.connect(server.token(ANNA, iat=revoked_at + 7))
     await all_are_refused()
 
@@ -771,19 +771,19 @@ async def test_clients_that_the_project_did_not_write_talk_to_it(host: Server) -
 
     def by_websockets() -> list[Json]:
         with websockets_connect(url, proxy=None) as socket_:
-            assert socket_.ping().wait(SECONDS)
-            connected = json.loads(socket_.recv(SECONDS))
+            assert socket_.ping().wait(WAIT_SECONDS)
+            connected = json.loads(socket_.recv(WAIT_SECONDS))
             send = {"type": "send_message", "chat_id": chat, "content": "🙂" * 3000}
             text = json.dumps(send, ensure_ascii=False)
             socket_.send([text[:50], text[50:]])  # in two fragments
-            rest = [json.loads(socket_.recv(SECONDS)) for _ in range(2)]
+            rest = [json.loads(socket_.recv(WAIT_SECONDS)) for _ in range(2)]
         assert socket_.close_code == 1000
         return [connected, *rest]
 
     frames = await trio.to_thread.run_sync(by_websockets)
     assert [frame["type"] for frame in frames] == ["connected", "new_message", "ack"]
     assert frames[1]["message"]["content"] == "🙂" * 3000
-    with trio.fail_after(SECONDS):
+    with trio.fail_after(WAIT_SECONDS):
         async with trio_websocket.open_websocket_url(url) as ws:
             connected = json.loads(await ws.get_message())
             assert connected["chats"] == {str(chat): {"last_n": 1, "read_n": 1}}
@@ -813,7 +813,7 @@ async def test_the_stats_and_metrics_count_and_need_a_token_of_their_own(
     async def two_are_open() -> bool:
         return bool((await server.stats())["connections"]["active"] == 2)
 
-    await until(two_are_open)
+    await wait_until(two_are_open)
     _, version = (await chatd("--version")).stdout.split()
     got = await server.stats()
     assert got["uptime_seconds"] >= 0
@@ -877,7 +877,7 @@ async def test_a_full_disk_refuses_messages_and_chatd_goes_on_when_there_is_spac
     async def is_well() -> bool:
         return (await server.ask("GET /healthz")).status == 200
 
-    await until(is_well)
+    await wait_until(is_well)
     assert (await anna.ask("send_message", **send))["type"] == "ack"
     last = (await ben.receive("new_message"))["message"]
     assert await server.history(chat, BEN) == [*before, last]
@@ -895,7 +895,7 @@ async def test_a_slow_reader_delays_nobody_costs_no_memory_and_misses_nothing(
     async def write() -> None:
         sender = Sender(server, ANNA, [(chat, text) for text in texts])
         client = await server.connect(ANNA)
-        await sender.send_over(client, Counter(), 8)
+        await sender.send_over(client, Progress(), 8)
         await client.close()
 
     async def read(client: Client) -> float:
@@ -939,7 +939,7 @@ async def test_a_slow_reader_delays_nobody_costs_no_memory_and_misses_nothing(
 async def test_a_stop_says_bye_and_1012_loses_no_ack_and_ends_with_status_0(
     server: Server, signal_: int
 ) -> None:
-    writers, acked = [ANNA, BEN, CLARA], Counter()
+    writers, acked = [ANNA, BEN, CLARA], Progress()
     chat = await server.create_chat(*writers, DORA)
     texts = [(chat, str(number)) for number in range(100_000)]
     senders = [Sender(server, user, texts) for user in writers]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import http.client
 import itertools
@@ -21,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import jwt
@@ -34,7 +33,7 @@ from websockets.uri import parse_uri
 ANNA, BEN, CLARA, DORA, EVE = 5, 6, 7, 8, 9
 
 HERE = Path(__file__).resolve().parents[1]  # of the checkout
-SECONDS = 30.0  # the longest wait for anything that should come at once
+WAIT_SECONDS = 30.0  # the longest wait for anything that should come at once
 NO_RATES = [f"--{of}=0" for of in ("sends", "commands", "typing", "requests")]
 NO_RATES += ["--receive-bytes=0", "--handshakes=0", "--drain-seconds=2"]
 MISTAKE = re.compile(r"Traceback|\b(failed|crashed) error=")  # in the log
@@ -68,7 +67,7 @@ class Client:
     async def open(self) -> None:
         """Shake hands. Raises websockets.InvalidStatus if the server refuses."""
         self.protocol.send_request(self.protocol.connect())
-        with trio.fail_after(SECONDS):
+        with trio.fail_after(WAIT_SECONDS):
             await self._write()
             while self.protocol.state is websockets.State.CONNECTING:
                 if self.protocol.handshake_exc:
@@ -82,12 +81,12 @@ class Client:
     async def send_text(self, text: str) -> None:
         if not self.protocol.close_rcvd:  # else it is lost, and `receive` says so
             self.protocol.send_text(text.encode())
-        with trio.fail_after(SECONDS):
+        with trio.fail_after(WAIT_SECONDS):
             await self._write()
 
     async def receive(self, kind: str = "") -> Json:
         """Return the next frame, which must be of that type. Raises Closed."""
-        with trio.fail_after(SECONDS):
+        with trio.fail_after(WAIT_SECONDS):
             while not self.received:
                 if close := self.protocol.close_rcvd:
                     raise Closed(close.code)
@@ -162,8 +161,7 @@ class Client:
 # --- a server ------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
+class HttpAnswer(NamedTuple):
     """An answer to an HTTP request."""
 
     status: int
@@ -176,7 +174,11 @@ class Answer:
 
     @property
     def code(self) -> str:
-        return str(self.json["error"]["code"])
+        """Return the error's code. The error must have a sentence, too."""
+        error = self.json["error"]
+        assert isinstance(error["message"], str), error
+        assert error["message"], error
+        return str(error["code"])
 
 
 def environment() -> dict[str, str]:
@@ -246,7 +248,7 @@ class Server:
         assert self.process is not None
         self.running = trio.Event()
         self.process.send_signal(signal_)
-        status = await trio.to_thread.run_sync(self.process.wait, SECONDS)
+        status = await trio.to_thread.run_sync(self.process.wait, WAIT_SECONDS)
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.process = None
@@ -311,26 +313,28 @@ class Server:
 
     async def ask(
         self, request: str, token: str = "", body: object = None, **headers: str
-    ) -> Answer:
+    ) -> HttpAnswer:
         """Send a request such as "GET /healthz"; Some_Name is the header Some-Name."""
         send = functools.partial(self._ask, request, token, body, headers)
         return await trio.to_thread.run_sync(send)
 
     def _ask(
         self, request: str, token: str, body: object, headers: dict[str, str]
-    ) -> Answer:
+    ) -> HttpAnswer:
         method, target = request.split(" ", 1)
         lines = {name.replace("_", "-"): value for name, value in headers.items()}
         if token:
             lines["Authorization"] = f"Bearer {token}"
         text = None if body is None else json.dumps(body)
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self.port, timeout=WAIT_SECONDS
+        )
         with contextlib.closing(connection):
             try:
                 connection.request(method, target, text, lines)
                 got = connection.getresponse()
                 names = {name.lower(): value for name, value in got.getheaders()}
-                return Answer(got.status, names, got.read())
+                return HttpAnswer(got.status, names, got.read())
             except http.client.HTTPException as error:
                 raise ConnectionResetError(*error.args) from error
 
@@ -421,11 +425,14 @@ class Server:
         return await self.want(200, target, self.token(1, scope="stats"))
 
 
-async def until(true: Callable[[], Awaitable[bool]]) -> None:
+async def wait_until(
+    true: Callable[[], Awaitable[bool] | bool], seconds: float = WAIT_SECONDS
+) -> None:
     """Poll until the condition is true: the server does not announce it."""
-    with trio.fail_after(SECONDS):
+    with trio.fail_after(seconds):
         while True:
-            if await true():
+            answer = true()
+            if answer if isinstance(answer, bool) else await answer:
                 return
             await trio.sleep(0.02)
 
@@ -441,7 +448,7 @@ class Sender:
         )
         self.acks: dict[str, Json] = {}  # by client_id
 
-    async def send(self, acked: Counter, in_flight: int = 16) -> None:
+    async def send(self, acked: Progress, in_flight: int = 16) -> None:
         """Send every message, over as many connections as it takes."""
         while self.left:
             with suppress(OSError, Closed):
@@ -451,7 +458,7 @@ class Sender:
             await self.server.running.wait()
 
     async def send_over(
-        self, client: Client, acked: Counter, in_flight: int = 16
+        self, client: Client, acked: Progress, in_flight: int = 16
     ) -> None:
         """Send over one connection. If it ends, `left` has what was not acked."""
         sent = 0
@@ -466,7 +473,7 @@ class Sender:
             acked.add()
 
 
-class Counter:
+class Progress:
     """A number that tasks wait for."""
 
     def __init__(self) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MISTAKE, NO_RATES, STORES, Memory, ProxyProcess, ServerProcess
+from tests.client import MISTAKE, NO_RATES
+from tests.harness import STORES, Memory, ProxyProcess, ServerProcess
 
 
 @pytest.fixture

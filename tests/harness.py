@@ -55,6 +55,7 @@ from wsproto.frame_protocol import FrameProtocol, Opcode
 
 import chatd
 from chatd import Job, Keyring, Rate, Refusal, Send, Settings, Stats, Store, UsageError
+from tests.client import MISTAKE, NO_RATES, WAIT_SECONDS, HttpAnswer, Progress
 
 V = TypeVar("V")
 
@@ -436,24 +437,6 @@ class PairListener(trio.abc.Listener[trio.SocketStream]):
     async def aclose(self) -> None:
         self._offered.close()
         await trio.lowlevel.checkpoint()
-
-
-class HttpAnswer(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def code(self) -> str:
-        """Return the error's code. The error must have a sentence, too."""
-        error = self.json["error"]
-        assert isinstance(error["message"], str), error
-        assert error["message"], error
-        return str(error["code"])
 
 
 def request_bytes(
@@ -1255,13 +1238,7 @@ def proxied(
 # =====================================================================================
 
 
-WAIT_SECONDS = 30.0  # the longest wait for anything that should come at once
-MISTAKE = re.compile(r"Traceback|\b(failed|crashed) error=")
 CHECKOUT = Path(chatd.__file__).resolve().parent
-NO_RATES = [  # no rates: most tests are not about limits
-    *("--sends=0", "--commands=0", "--typing=0", "--handshakes=0"),
-    *("--requests=0", "--receive-bytes=0", "--drain-seconds=2"),
-]
 UPGRADE_LINES = (
     "Upgrade: websocket",
     "Connection: Upgrade",
@@ -1832,22 +1809,6 @@ class ProxyProcess(ServerProcess):
         self.serve = ("--db", str(db), "--upstream", f"127.0.0.1:{port}")
 
 
-class Progress:
-    """A number that tasks wait for."""
-
-    def __init__(self) -> None:
-        self.value = 0
-        self.waiting = trio.lowlevel.ParkingLot()
-
-    def add(self) -> None:
-        self.value += 1
-        self.waiting.unpark_all()
-
-    async def reaches(self, value: int) -> None:
-        while self.value < value:
-            await self.waiting.park()
-
-
 def clean_environment(**more: str) -> dict[str, str]:
     """Return our environment without the variables that chatd reads.
 
@@ -1873,18 +1834,6 @@ async def run_chatd(*words: object, **environment: str) -> CommandResult:
     run = CommandResult(done.returncode, done.stdout.decode(), done.stderr.decode())
     assert not MISTAKE.search(run.err), run
     return run
-
-
-async def wait_until(
-    true: Callable[[], Awaitable[bool] | bool], seconds: float = WAIT_SECONDS
-) -> None:
-    """Poll until the condition is true: the server does not announce it."""
-    with trio.fail_after(seconds):
-        while True:
-            answer = true()
-            if answer if isinstance(answer, bool) else await answer:
-                return
-            await trio.sleep(0.02)
 
 
 class RepeatingSender:

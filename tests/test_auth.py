@@ -38,10 +38,10 @@ from trio.testing import wait_all_tasks_blocked
 
 import chatd
 from chatd import Keyring, Rate, Refusal, Settings, UsageError
+from tests.client import NO_RATES, wait_until
 from tests.harness import (
     CLOSE,
     KEY_PARTS,
-    NO_RATES,
     TEXT,
     UPGRADE_LINES,
     Disconnected,
@@ -63,7 +63,6 @@ from tests.harness import (
     taking,
     upgrade_bytes,
     usage_error_of,
-    wait_until,
     with_server,
 )
 

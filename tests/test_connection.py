@@ -24,6 +24,7 @@ import trio_websocket
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import chatd
+from tests.client import WAIT_SECONDS, Progress, wait_until
 from tests.harness import (
     BIG,
     CLOSE,
@@ -32,10 +33,8 @@ from tests.harness import (
     PONG,
     TEXT,
     UPGRADE_LINES,
-    WAIT_SECONDS,
     Disconnected,
     Frame,
-    Progress,
     RawClient,
     RepeatingSender,
     ServerProcess,
@@ -57,7 +56,6 @@ from tests.harness import (
     taking,
     upgrade_bytes,
     virtual_server,
-    wait_until,
     with_server,
 )
 

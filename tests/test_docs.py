@@ -21,14 +21,8 @@ import pytest
 
 import chatd
 from chatd import Settings
-from tests.harness import (
-    KEY_PARTS,
-    WAIT_SECONDS,
-    certificate_of,
-    jwk_of,
-    new_private_key,
-    node_path,
-)
+from tests.client import WAIT_SECONDS
+from tests.harness import KEY_PARTS, certificate_of, jwk_of, new_private_key, node_path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = {

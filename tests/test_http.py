@@ -13,13 +13,12 @@ from trio.testing import wait_all_tasks_blocked
 
 import chatd
 from chatd import Rate
+from tests.client import NO_RATES, HttpAnswer
 from tests.harness import (
     BAD_HEADS,
     BIG,
-    NO_RATES,
     PING,
     UPGRADE_LINES,
-    HttpAnswer,
     HttpClient,
     RawClient,
     ServerProcess,

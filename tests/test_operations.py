@@ -26,13 +26,11 @@ from trio.testing import wait_all_tasks_blocked
 
 import chatd
 from chatd import Settings, UsageError
+from tests.client import MISTAKE, WAIT_SECONDS, Progress
 from tests.harness import (
     CHECKOUT,
-    MISTAKE,
-    WAIT_SECONDS,
     HttpClient,
     Memory,
-    Progress,
     ServerProcess,
     VirtualServer,
     clean_environment,

@@ -22,10 +22,10 @@ import trio.testing
 from trio.testing import wait_all_tasks_blocked
 
 from chatd import Rate, watch_signals
+from tests.client import MISTAKE, wait_until
 from tests.harness import (
     BIG,
     CLOSE,
-    MISTAKE,
     OFF,
     TEXT,
     UPGRADE_LINES,
@@ -44,7 +44,6 @@ from tests.harness import (
     take_frames,
     taking,
     upgrade_bytes,
-    wait_until,
     with_server,
 )
 
