@@ -98,10 +98,10 @@ THREADS
 There are worker threads, and no thread lock. One thread at a time writes: `_write` has
 a limiter of 1, and Store.run waits for it. That thread uses the writer's connection,
 `seq`, `failure` and the commit times; while it runs, the main thread only reads these.
-At most 4 threads read, each with a connection of its own. What all threads share is
-safe under the GIL: the list of idle connections (`append` and `pop` are atomic), the
-JSON encoder, the cache of `timestamp`, and the counts in Stats, where one may be lost;
-nothing is decided by them. Tasks, seats and outboxes are the main thread's alone.
+At most 4 threads read, each with a connection of its own. All threads share the list of
+idle connections (`append` and `pop` are atomic), the JSON encoder, the cache of
+`timestamp`, and the counts in Stats, where one may be lost; nothing is decided by them.
+The GIL makes that safe. Tasks, seats and outboxes are the main thread's alone.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
 `Listener._connection`). One in Store.run, Hub.run or the sweeper ends the process: acks
@@ -265,7 +265,7 @@ async def run_root(
         await root.start(watch_signals, listener, root.cancel_scope)
         async with trio.open_nursery() as serving:
             await serving.start(run, sockets)
-            # What exists now is needed to the end: the collector need not scan it.
+            # All objects that exist now stay to the end: nothing to collect there.
             gc.collect()
             gc.freeze()
             # A full collection stops everything: 0.56 s with 8,000 sockets, and by
@@ -3155,7 +3155,6 @@ def check_secret(what: str, path: Path, data: bytes) -> bytes:
     if not form:
         form, remedy = key_form(secret)
     if form:
-        remedy = remedy.format(path=path)
         why = f"it holds {form}, which is not a shared secret; {remedy}"
     elif len(secret) < 32:
         why = f"{len(secret)} bytes; it must have at least 32: openssl rand -hex 32"
@@ -3262,9 +3261,7 @@ def unwrapped(text: str) -> Iterator[bytes]:
         yield urllib.parse.unquote_to_bytes(text)
     # Hex in any style: 3082, 30:82, 0x30, \\x30; with text around it.
     for run in re.findall(r"(?:(?:0[xX]|\\x)?[0-9a-fA-F]{2}[\s:,;._|-]*){16,}", text):
-        yield bytes.fromhex(
-            "".join(re.findall("[0-9a-fA-F]{2}", run.replace("0x", "")))
-        )
+        yield bytes.fromhex("".join(re.findall("[0-9a-fA-F]{2}", run)))
     words = re.findall("[A-Za-z0-9+/_-]+", re.sub(r"\\[nrt]", " ", text))
     for word in words:
         # Other characters may stand right before the key, or its first may be missing.
@@ -4986,13 +4983,16 @@ def check_not_cut(db: Db, path: Path, what: str = "database") -> int:
     return size
 
 
-def missing_parts(db: Db, version: int) -> list[str]:
-    """Name the tables and indexes that a database of this version has to have."""
+def schema_fault(db: Db, version: int) -> str:
+    """Say what a database lacks of the schema of its version. "" if nothing."""
+    if version < 1:
+        return f"its schema has version {version}"
     names = "SELECT type || ' ' || name FROM sqlite_schema WHERE sql IS NOT NULL"
     with contextlib.closing(sqlite3.connect(":memory:")) as model:
         model.executescript("".join(schema_steps()[:version]))
         wanted = {name for (name,) in model.execute(names)}
-    return sorted(wanted - {name for (name,) in db.execute(names)})
+    missing = sorted(wanted - {name for (name,) in db.execute(names)})
+    return f"without {', '.join(missing)}" if missing else ""
 
 
 def refuse_newer(what: str, path: Path, version: int, known: int) -> None:
@@ -5036,12 +5036,10 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
             if not mine and query_value(look, "SELECT count(*) FROM sqlite_schema"):
                 raise UsageError(f"database {path}: it belongs to another program")
             refuse_newer("database", path, version, len(steps))
-            if mine and version < 1:
-                raise damaged(path, f"its schema has version {version}")
             if mine:
                 check_at_start(look, path, check_bytes)
-            if mine and (missing := missing_parts(look, version)):
-                raise damaged(path, f"without {', '.join(missing)}")
+                if fault := schema_fault(look, version):
+                    raise damaged(path, fault)
         sync_wal(wal_of(path))  # its last writer may have been killed
         db = open_database(path, readonly=False)
         try:
@@ -5410,7 +5408,7 @@ def restore(db: Path, source: Path) -> None:
         copy_database(source, partial, "restore", epoch)
         keep_owner(db.parent, partial)
         # The old WAL must not meet the new file. Closing a sound old database folds its
-        # WAL in; of a damaged one nothing is wanted.
+        # WAL in; that of a damaged one is lost with it.
         with contextlib.suppress(sqlite3.Error):
             if db.exists():
                 open_database(db, readonly=False).close()
@@ -5424,10 +5422,8 @@ def faults(path: Path) -> list[str]:
     """Return what is wrong with a database, a sentence each; empty if it is sound."""
     with reading("database", path) as db:
         _, version = database_version(db)
-        if version < 1:
-            return [f"its schema has version {version}"]
-        if missing := missing_parts(db, version):
-            return [f"without {', '.join(missing)}"]
+        if fault := schema_fault(db, version):
+            return [fault]
         try:
             return [
                 " ".join(sentence.format(*row).split())
