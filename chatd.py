@@ -688,7 +688,8 @@ class Session:
         self.close_with: tuple[int, str] | None = None  # code and reason, once known
         self.bucket = Bucket(server.settings.commands)
         self.refused = 0  # commands in a row over the rate
-        self.seat = Seat(outbox, catch_up=self._start_catch_up, end=self.end)
+        person = Person(claims.user_id)  # until Hub.enter: there may be one already
+        self.seat = Seat(person, outbox, self._start_catch_up, self.end)
         self._set_token(claims)
         self.seat.warned = True  # no `token_expiring` before `connected`
 
@@ -703,7 +704,7 @@ class Session:
             self.end(CLOSE_SIGN_IN, "revoked: sign in again")
         upto = server.hub.head
         # Register first, read second: no event that is published meanwhile is missed.
-        entered = server.hub.enter(self.seat, self.claims.user_id, upto)
+        entered = server.hub.enter(self.seat, upto)
         reader = WebSocketReader(self.outbox, server.settings, trailing, self._receive)
         try:
             try:
@@ -1134,7 +1135,6 @@ class Page(NamedTuple):
 
     events: Entries
     cursor: int
-    more: bool
 
 
 class Reply(NamedTuple):
@@ -1606,12 +1606,8 @@ class Store:
             return Marked(message_id, chat_id, n, 0)
         db.execute(SET_READ_N, (n, chat_id, user_id))
         # Every mark to every member costs members squared: in a large chat, too much.
-        most = self.settings.large_chat
-        members = "SELECT 1 FROM member WHERE chat_id = ? LIMIT ?"
-        large = (
-            query_value(db, f"SELECT count(*) FROM ({members})", chat_id, most + 1)
-            > most
-        )
+        sql = "SELECT 1 FROM member WHERE chat_id = ? LIMIT 1 OFFSET ?"
+        large = query_value(db, sql, chat_id, self.settings.large_chat)
         seq = self._next_seq(events)
         event = MessageRead(seq, chat_id, message_id, user_id, n)
         entry = Entry(event, user_id) if large else Entry(event, to_chat=True)
@@ -1782,8 +1778,8 @@ class Store:
             events.append(self._entry(db, row, upto))
             size += events[-1].size
             if size >= self.settings.page_bytes or len(events) >= limit:
-                return Page(events, events[-1].seq, more=events[-1].seq < upto)
-        return Page(events, max(cursor, upto), more=False)
+                return Page(events, events[-1].seq)
+        return Page(events, max(cursor, upto))
 
     def _above(self, db: Db, seq: int) -> Entries:
         """Read the whole event log above seq."""
@@ -1942,22 +1938,19 @@ def message_of(row: Sequence[Any]) -> Message:
 # =====================================================================================
 
 
-class Person:
+class Person(msgspec.Struct, eq=False):
     """A user with at least one seat, and its chats as of the hub's head.
 
     Until `known` the chats are being read from disk, and changes that are published
     meanwhile wait in `changes`: register first, read second, and none is missed.
     """
 
-    __slots__ = ("changes", "chats", "known", "replaying", "seats", "user_id")
-
-    def __init__(self, user_id: int) -> None:
-        self.user_id = user_id
-        self.seats: list[Seat] = []
-        self.chats: dict[int, int] = {}  # chat -> joined_seq
-        self.known = False
-        self.changes: list[tuple[int, int | None]] = []
-        self.replaying: trio.Lock | None = None  # one replay of a user at a time
+    user_id: int
+    seats: list[Seat] = []
+    chats: dict[int, int] = {}  # chat -> joined_seq
+    known: bool = False
+    changes: list[tuple[int, int | None]] = []
+    replaying: trio.Lock | None = None  # one replay of a user at a time
 
     def sees(self, entry: Entry) -> bool:
         """Is this event for the user?"""
@@ -1978,7 +1971,7 @@ TOKEN_WARNING_SECONDS = 60.0  # before a token's end
 TOKEN_GRACE_SECONDS = 25.0  # after a token's end: 4401
 
 
-class Seat:
+class Seat(msgspec.Struct, eq=False):
     """A connection as the hub knows it: its user, its cursor and its outbox.
 
     A live seat has been given all up to the hub's head, and its `cursor` means nothing.
@@ -1986,31 +1979,24 @@ class Seat:
     `_greet` or `_catch_up` pushes the rest.
     """
 
-    # fmt: off
-    __slots__ = ("catch_up", "cursor", "end", "held", "live", "outbox", "person",
-                 "ping_after", "pinged_at", "slots", "token_ends", "warned")
-    # fmt: on
-
-    person: Person  # from Hub.enter on
-
-    def __init__(
-        self,
-        outbox: Outbox,
-        *,
-        catch_up: Callable[[], None],
-        end: Callable[[int, str], None],
-    ) -> None:
-        self.outbox = outbox
-        self.catch_up = catch_up  # called when the seat is no longer live
-        self.end = end  # called with a close code and a reason to end the connection
-        self.cursor = 0
-        self.live = False
-        self.held: list[Reply] = []  # answers that wait until their event is written
-        self.slots = trio.Semaphore(UNANSWERED)
-        self.ping_after = PING_SECONDS * random.uniform(0.9, 1.1)
-        self.pinged_at: float | None = None
-        self.token_ends = math.inf  # in trio's time
-        self.warned = False
+    person: Person
+    outbox: Outbox
+    catch_up: Callable[[], None]  # called when the seat is no longer live
+    end: Callable[[int, str], None]  # called with a close code and a reason
+    cursor: int = 0
+    live: bool = False
+    held: list[Reply] = []  # answers that wait until their event is written
+    # One for each command without an answer: the session takes it before it queues the
+    # command, and the hub gives it back when it writes the answer.
+    slots: trio.Semaphore = msgspec.field(
+        default_factory=lambda: trio.Semaphore(UNANSWERED)
+    )
+    ping_after: float = msgspec.field(
+        default_factory=lambda: PING_SECONDS * random.uniform(0.9, 1.1)
+    )
+    pinged_at: float | None = None
+    token_ends: float = math.inf  # in trio's time
+    warned: bool = False
 
     def fall_behind(self, cursor: int) -> None:
         """Begin to catch up from cursor, now that the seat is not live."""
@@ -2084,7 +2070,6 @@ class Hub:
         # subtraction: tail[i].seq == tail[0].seq + i.
         self.tail = store.tail()
         self.tail_size = sum(entry.size for entry in self.tail)
-        self.seats = 0
 
     async def run(self, batches: trio.MemoryReceiveChannel[Batch]) -> None:
         """Publish batches, until the store closes the channel."""
@@ -2094,15 +2079,14 @@ class Hub:
 
     # --- seats -----------------------------------------------------------------------
 
-    def enter(self, seat: Seat, user_id: int, cursor: int) -> bool:
+    def enter(self, seat: Seat, cursor: int) -> bool:
         """Register a seat that is to catch up. False: this user has too many."""
-        person = self.people.setdefault(user_id, Person(user_id))
+        person = self.people.setdefault(seat.person.user_id, seat.person)
         if len(person.seats) >= self.settings.connections_per_user:
             return False
         seat.person = person
         seat.cursor = cursor
         person.seats.append(seat)
-        self.seats += 1
         return True
 
     def leave(self, seat: Seat) -> None:
@@ -2110,7 +2094,6 @@ class Hub:
         self._set_live(seat, False)
         person = seat.person
         person.seats.remove(seat)
-        self.seats -= 1
         if not person.seats:
             del self.people[person.user_id]
 
@@ -4173,7 +4156,7 @@ async def get_events(server: Server, request: Request) -> Answer:
     store, user_id = server.store, request.user_id
     start = parse_cursor(server, given)
     resync = given is not None and start is None
-    page = Page([], upto, more=False)
+    page = Page([], upto)
     if start is not None and start < upto:
         resync = await store.read(store.missed, user_id, start, upto) is None
         if not resync:
@@ -4182,7 +4165,7 @@ async def get_events(server: Server, request: Request) -> Answer:
         {
             "events": [entry.event for entry in page.events],
             "cursor": write_cursor(server, page.cursor),
-            "more": page.more,
+            "more": page.cursor < upto,
             "resync": resync,
         }
     )

@@ -213,11 +213,12 @@ class MemoryOutbox:
 class MemorySeat:
     """A real Seat, and what its client has received."""
 
-    def __init__(self) -> None:
+    def __init__(self, user: int = 1) -> None:
         self.outbox = MemoryOutbox()
         self.fell = 0
         self.ended: list[tuple[int, str]] = []
         self.seat = chatd.Seat(
+            chatd.Person(user),
             cast(chatd.Outbox, self.outbox),
             catch_up=self._behind,
             end=lambda code, reason: self.ended.append((code, reason)),
@@ -314,8 +315,8 @@ class Memory:
 
     def enter(self, user: int) -> MemorySeat:
         """Enter a seat into the hub. Its user's chats are not read yet."""
-        made = MemorySeat()
-        assert self.hub.enter(made.seat, user, self.hub.head)
+        made = MemorySeat(user)
+        assert self.hub.enter(made.seat, self.hub.head)
         return made
 
     def greeting(self, user: int, cursor: int | None = None) -> chatd.Greeting:
@@ -875,7 +876,7 @@ class VirtualServer:
         """Claim that nothing is left of any connection."""
         app, hub = self.app, self.app.hub
         listener = app.listener
-        assert (listener.open, len(app.sessions), hub.seats) == (0, 0, 0)
+        assert (listener.open, len(app.sessions)) == (0, 0)
         assert not listener.parked
         assert not hub.people
         assert not hub.live_seats

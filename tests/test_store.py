@@ -423,15 +423,15 @@ def test_pages_of_any_length_add_up_to_the_whole_event_log(
     chats = [memory.chat(1, 2), memory.chat(2, 3)]
     for i in range(6):
         memory.send(chats[i % 2], 2)
-    found, cursor, more = list[int](), 0, True
-    while more:
+    found, cursor = list[int](), 0
+    while cursor < memory.hub.head:
         page = memory.page(1, cursor, limit)
         found += [event.seq for event in page.events]
         assert len(page.events) <= limit
-        cursor, more = page.cursor, page.more
+        cursor = page.cursor
     assert found == [1, 5, 7, 9]
     assert cursor == memory.hub.head == 10
-    assert memory.page(1, cursor, limit) == ([], 10, False)
+    assert memory.page(1, cursor, limit) == ([], 10)
 
 
 def test_a_page_is_limited_in_bytes_and_its_cursor_is_its_last_event() -> None:
@@ -440,7 +440,7 @@ def test_a_page_is_limited_in_bytes_and_its_cursor_is_its_last_event() -> None:
         for _ in range(8):
             memory.send(chat, 1, "x" * 1000)
         seqs, page = list[int](), memory.page(2, 2)
-        while page.more:
+        while page.cursor < memory.hub.head:
             assert page.cursor == page.events[-1].seq
             assert 1 <= len(page.events) <= 5
             seqs += [event.seq for event in page.events]
@@ -452,11 +452,10 @@ def test_a_complete_page_moves_the_cursor_to_its_upper_bound(memory: Memory) -> 
     chat = memory.chat(1, 2)
     memory.chat(3, 4)
     memory.send(chat, 1)
-    assert memory.page(1, 1)[1:] == (5, False)
-    assert memory.page(9, 0) == ([], 5, False)
+    assert memory.page(1, 1).cursor == 5
+    assert memory.page(9, 0) == ([], 5)
     full = memory.page(1, 0, limit=2)
     assert ([event.seq for event in full.events], full.cursor) == ([1, 5], 5)
-    assert not full.more
 
 
 def test_an_unpublished_removal_hides_no_earlier_event(memory: Memory) -> None:
@@ -576,7 +575,7 @@ def test_readers_do_not_see_commits_that_are_not_published(memory: Memory) -> No
     )
     assert (store.seq, memory.hub.head) == (7, 3)
     assert memory.seqs(2) == [2, 3]
-    assert memory.page(2)[1:] == (3, False)
+    assert memory.page(2).cursor == 3
     assert memory.greeting(2).marks == {str(chat): chatd.Marks(1, 1)}
     ((mine,),) = [memory.my_chats(2)]
     assert (mine.id, mine.last_n, mine.read_n, mine.unread) == (chat, 1, 1, 0)
