@@ -113,7 +113,7 @@ BOUNDS AND DEADLINES
 
 Every queue has a bound: jobs for the store (4,096), commands of one connection without
 an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line), the
-tail (18,432 events, 16 MiB). Every wait for a client has a deadline: a request head
+tail (16,384 events, 16 MiB). Every wait for a client has a deadline: a request head
 10 s, a request 15 s, a keep-alive 75 s, silence 35 s, output that the kernel does not
 accept 40 s, a stop 5 s. A commit cannot be cut short, by a second signal either: the
 service manager ends a process whose commit takes over a minute (`Server._sweep`).
@@ -236,9 +236,9 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
     with locked(settings.db):
         make_secret(secret_path(settings))
         keyring = read_keyring(settings)
-        store = Store(settings, Stats())
+        store = Store(settings)
         try:
-            server = Server(settings, store, keyring)
+            server = Server(store, keyring)
             about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
             about |= keyring.about()
             trio.run(run_root, server.listener, server.run, about, ready)
@@ -307,12 +307,12 @@ class Server:
     Owns the store's and the hub's tasks, and the listener.
     """
 
-    def __init__(self, settings: Settings, store: Store, keyring: Keyring) -> None:
-        self.settings = settings
+    def __init__(self, store: Store, keyring: Keyring) -> None:
+        self.settings = settings = store.settings
         self.stats = store.stats
         self.keyring = keyring
         self.store = store
-        self.hub = Hub(settings, self.stats, store)
+        self.hub = Hub(store)
         keyring.revoked = store.revoked()
         self.pages = page_answers()
         self.sends = Buckets(settings.sends)
@@ -664,6 +664,7 @@ class WebSocketReader(WebSocketConnection):
 REFUSED_IN_A_ROW = 100  # commands over the rate: then 4008
 
 
+@dataclasses.dataclass(eq=False)
 class Session:
     """One WebSocket after its 101: greet, handle commands, close. Owns its seat.
 
@@ -671,26 +672,21 @@ class Session:
     come back as calls of a plain `def`. So an idle connection has one task.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        outbox: Outbox,
-        nursery: trio.Nursery,
-        claims: Claims,
-        cursor: str | None,
-    ) -> None:
-        self.server = server
-        self.outbox = outbox
-        self.nursery = nursery
-        self.claims = claims
-        self.cursor = cursor
+    server: Server
+    outbox: Outbox
+    nursery: trio.Nursery
+    claims: Claims
+    cursor: str | None
+    close_with: tuple[int, str] | None = None  # code and reason, once known
+    refused: int = 0  # commands in a row over the rate
+
+    def __post_init__(self) -> None:
+        """Make the seat, which the hub does not know yet."""
         self.reading = trio.CancelScope()
-        self.close_with: tuple[int, str] | None = None  # code and reason, once known
-        self.bucket = Bucket(server.settings.commands)
-        self.refused = 0  # commands in a row over the rate
-        person = Person(claims.user_id)  # until Hub.enter: there may be one already
-        self.seat = Seat(person, outbox, self._start_catch_up, self.end)
-        self._set_token(claims)
+        self.bucket = Bucket(self.server.settings.commands)
+        person = Person(self.claims.user_id)  # until Hub.enter: there may be one
+        self.seat = Seat(person, self.outbox, self._start_catch_up, self.end)
+        self._set_token(self.claims)
         self.seat.warned = True  # no `token_expiring` before `connected`
 
     async def run(self, trailing: bytes) -> None:
@@ -862,22 +858,26 @@ class Session:
     async def _submit(
         self,
         ref: str | None,
-        write: Callable[[Db, Entries], T],
-        reply: Callable[[T, str | None], Reply],
+        reply: Callable[[T], Reply],
+        write: Callable[..., T],
+        *args: Any,
     ) -> None:
-        """Queue a write; at most 64 of this connection are without an answer."""
+        """Queue write(db, events, *args); reply makes the answer from its result.
+
+        At most 64 commands of this connection are without an answer.
+        """
 
         def done(outcome: T | Refusal) -> Reply:
             if isinstance(outcome, Refusal):
                 return Reply(error_frame(outcome, ref), 0)
-            return reply(outcome, ref)
+            return reply(outcome)
 
         try:
             self.seat.slots.acquire_nowait()  # costs no turn: see Store.submit
         except trio.WouldBlock:
             await self.seat.slots.acquire()
         try:
-            await self.server.store.submit(Job(write, done, self.seat))
+            await self.server.store.submit(Job(write, args, done, self.seat))
         except trio.Cancelled:
             self.seat.slots.release()  # it was not queued: no answer will come
             raise
@@ -890,25 +890,23 @@ class Session:
             await self.seat.slots.acquire()
             self.seat.reply(sent_reply(sent, command.ref))
             return
-        service = self.claims.service
 
-        def reply(sent: Sent, ref: str | None) -> Reply:
+        def reply(sent: Sent) -> Reply:
             count_sent(server, sent, user_id)
-            return sent_reply(sent, ref)
+            return sent_reply(sent, command.ref)
 
         await self._submit(
-            command.ref,
-            lambda db, events: server.store.send_message(db, events, send, service),
-            reply,
+            command.ref, reply, server.store.send_message, send, self.claims.service
         )
 
     async def _mark_read(self, command: MarkRead) -> None:
-        store, user_id = self.server.store, self.claims.user_id
-        await self._submit(
-            command.ref,
-            lambda db, events: store.mark_read(db, events, user_id, command.message_id),
-            lambda marked, ref: Reply(text_frame(Ack(ref=ref)), marked.seq),
-        )
+        mark_read, user_id = self.server.store.mark_read, self.claims.user_id
+        ack = text_frame(Ack(ref=command.ref))
+
+        def reply(marked: Marked) -> Reply:
+            return Reply(ack, marked.seq)
+
+        await self._submit(command.ref, reply, mark_read, user_id, command.message_id)
 
     def _type(self, command: Typing) -> None:
         user_id, chat_id = self.claims.user_id, command.chat_id
@@ -1145,14 +1143,15 @@ class Reply(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A write, and the callback that answers its caller.
+    """A write with its arguments, and the callback that answers its caller.
 
-    write runs in the writer's thread, inside the transaction; it appends the events
-    that it makes. done runs on the main thread while the hub publishes them; it gets
-    the result of write, or the Refusal that write raised.
+    write(db, events, *args) runs in the writer's thread, inside the transaction; it
+    appends the events that it makes. done runs on the main thread while the hub
+    publishes them; it gets the result of write, or the Refusal that write raised.
     """
 
-    write: Callable[[Db, Entries], Any]
+    write: Callable[..., Any]
+    args: tuple[Any, ...]
     done: Callable[[Any], Reply | None]
     seat: Seat | None = None
 
@@ -1250,13 +1249,12 @@ class Store:
     def __init__(
         self,
         settings: Settings,
-        stats: Stats,
         *,
         run_sync: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync,
         steps: Sequence[str] | None = None,
     ) -> None:
         self.settings = settings
-        self.stats = stats
+        self.stats = Stats()
         self.path = settings.db
         self.wal = wal_of(self.path)
         self.failure = ""  # why writes are refused: a code of SQLite
@@ -1269,14 +1267,12 @@ class Store:
         self._writer = db = prepare_database(
             self.path, steps or schema_steps(), settings.check_bytes
         )
-        with file_errors("database", self.path), contextlib.ExitStack() as undo:
-            undo.callback(db.close)
+        with file_errors("database", self.path):
             self.epoch: str = query_value(
                 db, "SELECT value FROM meta WHERE key = 'epoch'"
             )
             # The seq of the last event that is known to be committed.
             self.seq: int = query_value(db, "SELECT coalesce(max(seq), 0) FROM event")
-            undo.pop_all()
         self._files = self._inodes()
 
     def close(self) -> None:
@@ -1327,13 +1323,13 @@ class Store:
             outcomes.append(outcome)
             answered.set()
 
-        await self.submit(Job(lambda db, events: write(db, events, *args), done))
+        await self.submit(Job(write, args, done))
         await answered.wait()
         return outcome_of(outcomes[0])
 
     def commit_now(self, write: Callable[..., T], *args: Any) -> T:
         """Run and commit write(db, events, *args) at once. Only before `run`."""
-        job = Job(lambda db, events: write(db, events, *args), lambda _: None)
+        job = Job(write, args, lambda _: None)
         outcome: T | Refusal = self._transact([job]).answers[0][1]
         return outcome_of(outcome)
 
@@ -1430,7 +1426,7 @@ class Store:
         db, before = self._writer, len(events)
         db.execute("SAVEPOINT job")
         try:
-            outcome = job.write(db, events)
+            outcome = job.write(db, events, *job.args)
         except (Refusal, sqlite3.IntegrityError, OverflowError) as error:
             db.execute("ROLLBACK TO job")
             db.execute("RELEASE job")
@@ -2057,9 +2053,9 @@ class Hub:
     cursor that a client gets is ahead of it.
     """
 
-    def __init__(self, settings: Settings, stats: Stats, store: Store) -> None:
-        self.settings = settings
-        self.stats = stats
+    def __init__(self, store: Store) -> None:
+        self.settings = store.settings
+        self.stats = store.stats
         self.head = store.seq
         self.people: dict[int, Person] = {}
         # chat -> the live seats of its members. Kept, because finding them for each
@@ -2068,7 +2064,7 @@ class Hub:
         self.live_seats: dict[int, set[Seat]] = {}
         # The last published events. seq is dense, so the entry of a seq is found by
         # subtraction: tail[i].seq == tail[0].seq + i.
-        self.tail = store.tail()
+        self.tail = deque(store.tail())
         self.tail_size = sum(entry.size for entry in self.tail)
 
     async def run(self, batches: trio.MemoryReceiveChannel[Batch]) -> None:
@@ -2184,14 +2180,9 @@ class Hub:
             self.tail_size += entry.size
         self.tail += events
         self.head += len(events)
-        # Trimmed in strides: deleting at the front of a list moves all the rest.
-        length, most = len(self.tail), self.settings.tail_events
-        if length > most * 9 // 8 or self.tail_size > self.settings.tail_bytes:
-            cut, least = 0, max(length // 8, length - most)
-            while cut < least or self.tail_size > self.settings.tail_bytes:
-                self.tail_size -= self.tail[cut].size
-                cut += 1
-            del self.tail[:cut]
+        most, most_bytes = self.settings.tail_events, self.settings.tail_bytes
+        while len(self.tail) > most or self.tail_size > most_bytes:
+            self.tail_size -= self.tail.popleft().size
 
     def _deliveries(self, events: Entries) -> list[tuple[Collection[Seat], Entries]]:
         """Find which live seats get which events, and apply changes of membership.
@@ -5244,7 +5235,7 @@ def serve_demo(settings: Settings) -> None:
             settings, db=Path(folder) / "chatd.db", secret_file=None
         )
         people = {1: "Anna", 2: "Ben"}
-        store = Store(settings, Stats())
+        store = Store(settings)
         for user_id, name in people.items():
             store.commit_now(store.rename, user_id, name)
         store.commit_now(store.create_chat, "Demo", people)

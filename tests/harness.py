@@ -54,7 +54,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from wsproto.frame_protocol import FrameProtocol, Opcode
 
 import chatd
-from chatd import Job, Keyring, Rate, Refusal, Send, Settings, Stats, Store, UsageError
+from chatd import Job, Keyring, Rate, Refusal, Send, Settings, Store, UsageError
 from tests.client import MISTAKE, NO_RATES, WAIT_SECONDS, HttpAnswer, Progress
 
 V = TypeVar("V")
@@ -176,7 +176,7 @@ def memory_job(
     done: Callable[[Any], chatd.Reply | None] = lambda _: None,
     seat: chatd.Seat | None = None,
 ) -> Job:
-    return Job(lambda db, log: work(db, log, *args), done, seat)
+    return Job(work, args, done, seat)
 
 
 class MemoryOutbox:
@@ -252,9 +252,9 @@ class Memory:
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.settings = Settings(db=folder / "chatd.db", **changes)
-        self.stats = Stats()
-        self.store = memory_store(self.settings, self.stats, run_sync=run_inline)
-        self.hub = chatd.Hub(self.settings, self.stats, self.store)
+        self.store = memory_store(self.settings, run_sync=run_inline)
+        self.stats = self.store.stats
+        self.hub = chatd.Hub(self.store)
 
     def again(self, **changes: Any) -> Memory:
         """Close the store and open the same file again."""
@@ -890,9 +890,9 @@ async def virtual_server(
     """Run a server for a test, then stop it: every connection must end by itself."""
     chosen = chatd.Settings(db=path / "chat.db", **settings)
     disk = VirtualDisk()
-    store = store_class(chosen, chatd.Stats(), run_sync=disk.run_sync)
+    store = store_class(chosen, run_sync=disk.run_sync)
     try:
-        app = chatd.Server(chosen, store, chatd.Keyring(chosen, TEST_SECRET))
+        app = chatd.Server(store, chatd.Keyring(chosen, TEST_SECRET))
         listener = PairListener()
         async with trio.open_nursery() as nursery:
             server = VirtualServer(app, listener, disk, nursery)

@@ -85,12 +85,15 @@ COMMAND_ARM = """
                 await self._wave(command)"""
 COMMAND_METHOD = """
     async def _wave(self, command: Wave) -> None:
-        store, chat_id = self.server.store, command.chat_id
-        user_id, mood = self.claims.user_id, command.mood
+        chat_id, user_id = command.chat_id, self.claims.user_id
+        ack = text_frame(Ack(ref=command.ref, chat_id=chat_id))
         await self._submit(
             command.ref,
-            lambda db, events: store.wave(db, events, chat_id, user_id, mood),
-            lambda seq, ref: Reply(text_frame(Ack(ref=ref, chat_id=chat_id)), seq),
+            lambda seq: Reply(ack, seq),
+            self.server.store.wave,
+            chat_id,
+            user_id,
+            command.mood,
         )
 """
 # A route: its row; its handler; the struct of its body, or a Store method (above).
@@ -272,7 +275,7 @@ async def test_an_event_that_declares_a_membership_change_makes_it(
 def test_a_reader_is_a_member_until_its_removal_is_published(tmp_path: Path) -> None:
     with imported(extended(tmp_path / "copy")) as more:
         settings = more.Settings(db=tmp_path / "chatd.db")
-        store = more.Store(settings, more.Stats(), run_sync=run_inline)
+        store = more.Store(settings, run_sync=run_inline)
         with contextlib.closing(store):
             chat = store.commit_now(store.create_chat, None, [1]).id
             store.commit_now(store.invite, chat, 2)

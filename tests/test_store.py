@@ -21,7 +21,7 @@ import trio
 import trio.testing
 
 import chatd
-from chatd import Refusal, Send, Settings, Stats, Store, UsageError
+from chatd import Refusal, Send, Settings, Store, UsageError
 from tests.harness import (
     Memory,
     MemoryWork,
@@ -344,7 +344,7 @@ def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
 
 
 def test_before_the_start_a_work_is_committed_at_once(tmp_path: Path) -> None:
-    store = Store(Settings(db=tmp_path / "a.db"), Stats())
+    store = Store(Settings(db=tmp_path / "a.db"))
     assert store.commit_now(store.create_chat, None, [1]).id == 1
     refusal = refusal_of(store.commit_now, store.mark_read, 1, 9)
     assert (refusal.code, store.seq) == ("not_found", 1)
@@ -1310,7 +1310,7 @@ def test_reads_fail_after_the_file_was_removed(memory: Memory) -> None:
 
 
 def open_store(path: Path, steps: list[str] | None = None) -> Store:
-    return memory_store(Settings(db=path), Stats(), steps=steps)
+    return memory_store(Settings(db=path), steps=steps)
 
 
 def steps_with(*more: str) -> list[str]:

@@ -22,7 +22,7 @@ import pytest
 import trio
 
 import chatd
-from chatd import Settings, Stats
+from chatd import Settings
 from tests.data import make_1_0 as of_1_0
 from tests.harness import (
     CHECKOUT,
@@ -166,7 +166,7 @@ async def test_a_backup_of_1_0_is_restored_and_then_upgraded(
 
 
 def upgrade(db: Path, *steps: str) -> None:
-    memory_store(Settings(db=db), Stats(), steps=[*steps] or None).close()
+    memory_store(Settings(db=db), steps=[*steps] or None).close()
 
 
 def test_an_upgrade_writes_an_events_own_fields_into_its_row(old: Path) -> None:
@@ -239,7 +239,7 @@ def test_an_upgrade_that_is_killed_anywhere_changes_nothing(
         from tests.test_upgrade import STATEMENTS, STEPS
         half = "".join(STATEMENTS[:done])
         settings = chatd.Settings(db=path)
-        chatd.Store(settings, chatd.Stats(), steps=[STEPS[0], half + "SELECT die();"])
+        chatd.Store(settings, steps=[STEPS[0], half + "SELECT die();"])
     """
     ended = subprocess.run(
         [sys.executable, "-c", program, old, str(done)],

@@ -50,9 +50,9 @@ async def run_cases(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]
         outbox_bytes=2**25,
         fragments=2**20,
     )
-    store = chatd.Store(settings, chatd.Stats())
+    store = chatd.Store(settings)
     keyring = chatd.Keyring(settings, b"a secret of at least 32 bytes, for this run")
-    server = chatd.Server(settings, store, keyring)
+    server = chatd.Server(store, keyring)
     listeners = await chatd.open_listeners(settings.listen)
     where = chatd.url_of(listeners[0]).replace("http:", "ws:")
     command = [str(Path(sys.executable).with_name("kosoku")), "-m", "fuzzingclient"]
