@@ -132,6 +132,9 @@ GLOSSARY
     live        a seat that has been given everything up to the head
     batch       the events of one transaction, and the callers to answer
     ticket      a token for one socket, good for a minute
+    answer      what a command or a request gets back: ack, pong or error; over HTTP an
+                Answer. A Reply is a command's answer that may have to wait for its
+                event
     parked      a connection that waits for a client's bytes
 
 Part I (Server, Connection, Store, Hub, Outbox) is the way of a message, from the root
@@ -687,7 +690,6 @@ class Session:
         person = Person(self.claims.user_id)  # until Hub.enter: there may be one
         self.seat = Seat(person, self.outbox, self._start_catch_up, self.end)
         self._set_token(self.claims)
-        self.seat.warned = True  # no `token_expiring` before `connected`
 
     async def run(self, trailing: bytes) -> None:
         """Serve the connection to its end. The caller then cancels its nursery.
@@ -710,7 +712,7 @@ class Session:
                     elif await self._greet(upto):
                         await reader.read()
             except ClientFault as fault:
-                self.close_with = self.close_with or fault.args
+                self.end(*fault.args)
             if reader.closed is not None and self.close_with is None:
                 self.close_with = (reader.closed.code, reader.closed.reason or "")
             await self._close()
@@ -738,23 +740,21 @@ class Session:
     async def _greet(self, upto: int) -> bool:
         """Read the user's chats and send `connected`. False: they cannot be read."""
         store, hub = self.server.store, self.server.hub
-        start, user_id = parse_cursor(self.server, self.cursor), self.claims.user_id
-        since = upto if start is None else start
+        given, user_id = parse_cursor(self.server, self.cursor), self.claims.user_id
+        start = upto if given is None else given
         try:
-            greeting = await store.read(store.greeting, user_id, upto, since)
+            greeting = await store.read(store.greeting, user_id, upto, start)
         except Refusal as refusal:
             self.outbox.push(error_frame(refusal))
             self.end(CLOSE_LATER, "the database cannot be read: come back later")
             return False
         if self.cursor is None:
             resume = "fresh"
-        elif start is None or greeting.missed is None:
-            resume = "resync"
+        elif given is None or greeting.missed is None:
+            resume, start = "resync", upto
         else:
             resume = "replay" if greeting.missed else "live"
         self.server.stats.resumes[resume] += 1
-        if start is None or resume == "resync":
-            start = upto
         hub.set_chats(self.seat.person, greeting.joined)
         self.seat.cursor = start
         connected = Connected(
@@ -816,14 +816,9 @@ class Session:
             self._check_rate()
             if isinstance(text, bytes):
                 raise Refusal("bad_json", "a binary message; send JSON as text")
-            command = parse(text, COMMANDS)
+            await self._handle(parse(text, COMMANDS))
         except Refusal as refusal:
             self._answer(error_frame(refusal, ref_of(text)))
-            return
-        try:
-            await self._handle(command)
-        except Refusal as refusal:
-            self._answer(error_frame(refusal, command.ref))
 
     def _check_rate(self) -> None:
         wait = self.bucket.take(trio.current_time())
@@ -925,12 +920,12 @@ class Session:
             raise Refusal("forbidden", "token: it is another user's")
         self.server.keyring.spend(claims)
         self._set_token(claims)
+        self.seat.warned = False
         self._answer(text_frame(Ack(ref=command.ref, expires_in=claims.expires_in())))
 
     def _set_token(self, claims: Claims) -> None:
         self.claims = claims
         self.seat.token_ends = trio.current_time() + claims.ends - time.time()
-        self.seat.warned = False
 
     # --- closing ---------------------------------------------------------------------
 
@@ -1160,7 +1155,7 @@ class Batch(NamedTuple):
     """The events of one transaction, and its jobs with their outcomes."""
 
     events: Entries
-    answers: list[tuple[Job, Any]]
+    outcomes: list[tuple[Job, Any]]
 
 
 # --- queries -------------------------------------------------------------------------
@@ -1330,7 +1325,7 @@ class Store:
     def commit_now(self, write: Callable[..., T], *args: Any) -> T:
         """Run and commit write(db, events, *args) at once. Only before `run`."""
         job = Job(write, args, lambda _: None)
-        outcome: T | Refusal = self._transact([job]).answers[0][1]
+        outcome: T | Refusal = self._transact([job]).outcomes[0][1]
         return outcome_of(outcome)
 
     def finish(self) -> None:
@@ -1344,7 +1339,7 @@ class Store:
                 jobs = await self._gather(job)
                 while jobs:
                     batch = await self._write(self._transact, jobs)
-                    jobs = jobs[len(batch.answers) :]
+                    jobs = jobs[len(batch.outcomes) :]
                     await to_hub.send(batch)
                 while self.degraded:
                     await self._heal(to_hub)
@@ -1408,9 +1403,9 @@ class Store:
         events: Entries = []
         try:
             self._writer.execute("BEGIN IMMEDIATE")
-            answers = []
+            outcomes = []
             for job in jobs:
-                answers.append((job, self._run_one(job, events)))
+                outcomes.append((job, self._run_one(job, events)))
                 if len(events) >= self.settings.batch_events:
                     break  # a large chat was created: the other jobs come next
             self._writer.execute("COMMIT")
@@ -1419,7 +1414,7 @@ class Store:
             self._failed(error)
             return self._storage_failed(jobs)
         self.stats.committed(time.perf_counter() - started, len(jobs))
-        return Batch(events, answers)
+        return Batch(events, outcomes)
 
     def _run_one(self, job: Job, events: Entries) -> Any:
         """Run one job in a savepoint: a refused job does not undo its neighbours."""
@@ -1992,7 +1987,7 @@ class Seat(msgspec.Struct, eq=False):
     )
     pinged_at: float | None = None
     token_ends: float = math.inf  # in trio's time
-    warned: bool = False
+    warned: bool = True  # of its token's end; not before `connected`
 
     def fall_behind(self, cursor: int) -> None:
         """Begin to catch up from cursor, now that the seat is not live."""
@@ -2147,7 +2142,7 @@ class Hub:
         deliveries = self._deliveries(batch.events)
         behind: list[Seat] = []
         replies: dict[Seat, list[Reply]] = {}
-        for job, outcome in batch.answers:
+        for job, outcome in batch.outcomes:
             reply = job.done(outcome)
             if reply is not None and job.seat is not None:
                 replies.setdefault(job.seat, []).append(reply)
@@ -2624,7 +2619,7 @@ class PostMessage(msgspec.Struct, frozen=True):
 
 
 class OnlyRef(msgspec.Struct):
-    """The part of a faulty command that its error repeats."""
+    """The part of a refused command that its error repeats."""
 
     ref: Ref | None = None
 
@@ -2768,7 +2763,7 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def ref_of(text: str | bytes) -> str | None:
-    """Read the ref of a command that is wrong, if it can be read."""
+    """Read the ref of a command that was refused, if it can be read."""
     try:
         return ONLY_REF.decode(text).ref
     except (msgspec.MsgspecError, RecursionError, UnicodeError):

@@ -271,7 +271,7 @@ class Memory:
         """Run one job and publish it. Return its result, or raise its Refusal."""
         batch = self.commit((work, *args))
         self.hub.publish(batch)
-        outcome = batch.answers[0][1]
+        outcome = batch.outcomes[0][1]
         if isinstance(outcome, Refusal):
             raise outcome
         return cast(V, outcome)

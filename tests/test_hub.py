@@ -443,6 +443,7 @@ def test_the_end_of_a_token_is_announced_once_and_closes_after_the_grace(
     swept: MemorySeat,
 ) -> None:
     swept.seat.token_ends = 1000.0
+    swept.seat.warned = False  # as of `connected`
     for now in (939.9, 940.0, 950.0, 1000.0, 1024.9):
         swept.seat.sweep_token(now)
     assert swept.received() == [{"type": "token_expiring", "expires_in": 60}]
@@ -581,7 +582,7 @@ def commit_both(
     before = len(model.log)
     todo = [work_of(memory, model, word) for word in words]
     batch = memory.commit(*[work for work, _ in todo])
-    refused = [isinstance(outcome, Refusal) for _, outcome in batch.answers]
+    refused = [isinstance(outcome, Refusal) for _, outcome in batch.outcomes]
     assert refused == [not allowed for _, allowed in todo]
     assert [
         ModelEvent(event.kind, event.chat_id, event.to_chat, event.to_user)

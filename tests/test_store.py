@@ -96,7 +96,7 @@ def test_a_repeated_send_gets_the_same_message_and_makes_no_event(
 def test_repeats_in_one_batch_are_one_message(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     batch = memory.commit(*[memory.sends(chat, 1, "hi", "k")] * 3)
-    assert [outcome.duplicate for _, outcome in batch.answers] == [False, True, True]
+    assert [outcome.duplicate for _, outcome in batch.outcomes] == [False, True, True]
     assert [event.seq for event in batch.events] == [3]
 
 
@@ -319,7 +319,7 @@ def test_a_refused_job_does_not_affect_the_other_jobs_of_its_batch(
         memory.sends(chat, 3),
         memory.sends(chat, 2),
     )
-    codes = [getattr(outcome, "code", "") for _, outcome in batch.answers]
+    codes = [getattr(outcome, "code", "") for _, outcome in batch.outcomes]
     assert codes == ["", "forbidden", "not_found", ""]
     assert [(entry.seq, entry.event.seq) for entry in batch.events] == [(3, 3), (4, 4)]
     assert (memory.count("message"), memory.count("chat"), memory.count("event")) == (
@@ -336,8 +336,8 @@ def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
     batch = memory.commit(
         (store.create_chat, None, [1, user_id]), memory.sends(chat, 1)
     )
-    assert batch.answers[0][1].code == "internal"
-    assert batch.answers[1][1].message.n == 1
+    assert batch.outcomes[0][1].code == "internal"
+    assert batch.outcomes[1][1].message.n == 1
     assert [event.seq for event in batch.events] == [3]
     assert sum(memory.stats.errors.values()) == 1
     assert not store.degraded
@@ -796,7 +796,7 @@ async def test_reads_and_writes_work_in_threads(tmp_path: Path) -> None:
 
 
 def all_failed(batch: chatd.Batch) -> bool:
-    outcomes = [outcome for _, outcome in batch.answers]
+    outcomes = [outcome for _, outcome in batch.outcomes]
     codes = {getattr(outcome, "code", "done") for outcome in outcomes}
     return batch.events == [] and codes == {"storage_failed"}
 
@@ -818,7 +818,7 @@ def test_a_disk_that_fills_up_at_any_job_fails_the_whole_batch(
     store._writer.execute(f"PRAGMA max_page_count = {pages + 2}")
     batch = memory.commit(*works)
     assert all_failed(batch)
-    assert {outcome.retry_after for _, outcome in batch.answers} == {2.0}
+    assert {outcome.retry_after for _, outcome in batch.outcomes} == {2.0}
     assert ran == [*range(position + 1)]  # the jobs after it did not run
     memory.hub.publish(batch)
     assert (store.degraded, store._writer.in_transaction) == (True, False)
@@ -1184,9 +1184,9 @@ def test_a_large_new_chat_ends_its_transaction_and_the_other_jobs_come_next(
     create = memory.store.create_chat
     works = [(create, None, [1, 2, 3]), (create, None, [1]), (create, None, [2])]
     batch = memory.commit(*works)
-    assert (len(batch.answers), len(batch.events)) == (1, 3)
+    assert (len(batch.outcomes), len(batch.events)) == (1, 3)
     memory.hub.publish(batch)
-    assert len(memory.commit(*works[1:]).answers) == 2
+    assert len(memory.commit(*works[1:]).outcomes) == 2
     memory.store.close()
 
 
