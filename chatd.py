@@ -179,6 +179,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Hashable,
     Iterable,
     Iterator,
     Sequence,
@@ -315,9 +316,9 @@ class Server:
         self.hub = Hub(settings, self.stats, store)
         keyring.revoked = store.revoked()
         self.pages = page_answers()
-        self.sends = Buckets(settings.sends)
-        self.typing = Buckets(settings.typing)
-        self.requests = Buckets(settings.requests)
+        self.sends = bucket_table(settings.sends)
+        self.typing = bucket_table(settings.typing)
+        self.requests = bucket_table(settings.requests)
         self.names: dict[int, str] = {}  # what the store already knows
         self.sessions: set[Session] = set()
         answer = functools.partial(answer_request, self)
@@ -427,7 +428,7 @@ class Listener:
         self.answer = answer
         self.keeps_alive = keeps_alive
         self.proxies = Proxies(settings.trusted_proxy)
-        self.handshakes = Buckets(settings.handshakes)
+        self.handshakes = bucket_table(settings.handshakes)
         self.open = 0  # TCP connections
         # Connections that wait for a client's bytes, the oldest first. True: it is idle
         # between two requests.
@@ -541,7 +542,7 @@ class Listener:
 
     def check_handshakes(self, address: Address | None) -> None:
         """Take a token of the address's bucket. Raises Refusal rate_limited."""
-        charge(self.stats, "handshakes", self.handshakes, address_key(address))
+        charge(self.stats, "handshakes", self.handshakes(address_key(address)))
 
 
 # =====================================================================================
@@ -913,7 +914,7 @@ class Session:
         user_id, chat_id = self.claims.user_id, command.chat_id
         if chat_id not in self.seat.person.chats:
             raise no_chat()
-        if self.server.typing.take((user_id, chat_id), trio.current_time()):
+        if self.server.typing((user_id, chat_id)).take(trio.current_time()):
             self.server.stats.rate_limited["typing"] += 1
             return
         self.server.hub.show_typing(user_id, chat_id, command.is_typing)
@@ -2914,50 +2915,32 @@ class Bucket:
         return 0.0
 
     def spend(self, now: float, amount: float) -> float:
-        """Take an amount, even into debt. Returns the seconds until nothing is owed."""
+        """Take an amount, even into debt. Returns the seconds until nothing is owed.
+
+        A negative amount is given back.
+        """
         per_second, burst = self.rate
         if not per_second:
             return 0.0
         self.full_at = max(self.full_at, now) + amount / per_second
         return max(0.0, self.full_at - now - burst / per_second)
 
-    def give_back(self) -> None:
-        """Undo one take."""
-        if self.rate.per_second:
-            self.full_at -= 1 / self.rate.per_second
-
 
 TABLE_KEYS = 65_536  # in a table that invented keys could fill
 
 
-class Buckets:
-    """A table of token buckets, one for each key.
+def bucket_table(rate: Rate) -> Callable[[Hashable], Bucket]:
+    """Make a table of token buckets: a function that returns the bucket of a key.
 
     The table is bounded: when it overflows, the key that was used least recently is
     forgotten, which fills its bucket. So invented keys cannot use up memory.
     """
-
-    def __init__(self, rate: Rate, size: int = TABLE_KEYS) -> None:
-        self.rate = rate
-        self.size = size
-        self.table: OrderedDict[object, Bucket] = OrderedDict()
-
-    def of(self, key: object) -> Bucket:
-        """Return the bucket of a key; a new one is full."""
-        bucket = self.table.setdefault(key, Bucket(self.rate))
-        self.table.move_to_end(key)
-        if len(self.table) > self.size:
-            self.table.popitem(last=False)
-        return bucket
-
-    def take(self, key: object, now: float) -> float:
-        """Take one token. Returns 0.0, or else the seconds until there is one."""
-        return self.of(key).take(now) if self.rate.per_second else 0.0
+    return functools.lru_cache(TABLE_KEYS)(lambda _key: Bucket(rate))
 
 
-def charge(stats: Stats, limit: str, buckets: Buckets, key: object) -> None:
+def charge(stats: Stats, limit: str, bucket: Bucket) -> None:
     """Take a token of a bucket. Raises Refusal rate_limited, and counts it."""
-    if wait := buckets.take(key, trio.current_time()):
+    if wait := bucket.take(trio.current_time()):
         stats.rate_limited[limit] += 1
         raise Refusal("rate_limited", retry_after=wait)
 
@@ -4027,7 +4010,7 @@ def authorize(server: Server, request: Request, who: str) -> None:
     if who in ("service", "stats") and who not in claims.scopes:
         raise Refusal("forbidden", f"the token must have scope {who}")
     if not claims.service:
-        charge(server.stats, "requests", server.requests, claims.user_id)
+        charge(server.stats, "requests", server.requests(claims.user_id))
 
 
 def socket_claims(keyring: Keyring, request: Request, use: str) -> Claims:
@@ -4106,7 +4089,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
     if not request.claims.service:
         # Every member gets an event with all members: charge one request for ten.
         now, tokens = trio.current_time(), len(members) // 10
-        server.requests.of(request.user_id).spend(now, tokens)
+        server.requests(request.user_id).spend(now, tokens)
     chat = await server.store.commit(server.store.create_chat, new.title, members)
     return json_answer({"chat": chat}, 201)
 
@@ -4228,7 +4211,7 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
     """
     if claims.service:
         return None
-    wait = server.sends.take(send.sender_id, trio.current_time())
+    wait = server.sends(send.sender_id).take(trio.current_time())
     if not wait:
         return None
     if send.client_id is not None:
@@ -4246,7 +4229,7 @@ def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
     """Count an outcome; a repeat gets its token back."""
     if sent.duplicate:
         server.stats.duplicates += 1
-        server.sends.of(sender_id).give_back()
+        server.sends(sender_id).spend(trio.current_time(), -1)
     else:
         server.stats.messages += 1
 

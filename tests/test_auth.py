@@ -84,12 +84,12 @@ def test_an_idle_bucket_fills_up_to_its_burst_and_no_further() -> None:
 
 
 def test_a_rate_of_0_means_no_limit() -> None:
-    bucket, buckets = chatd.Bucket(Rate(0, 0)), chatd.Buckets(Rate(0, 0), 1)
+    bucket, buckets = chatd.Bucket(Rate(0, 0)), chatd.bucket_table(Rate(0, 0))
     assert not any(bucket.take(0.0) for _ in range(1000))
-    assert not any(buckets.take(key, 0.0) for key in range(1000))
-    buckets.of(0).give_back()
+    assert not any(buckets(key).take(0.0) for key in [*range(1000), *[0] * 1000])
+    assert bucket.spend(0.0, -1) == 0
     assert bucket.spend(0.0, 1e12) == 0
-    assert not any(buckets.take(0, 0.0) for _ in range(1000))
+    assert not any(bucket.take(0.0) for _ in range(1000))
 
 
 @given(
@@ -120,27 +120,28 @@ def copy_of(bucket: chatd.Bucket) -> chatd.Bucket:
 
 
 def test_each_key_has_its_own_bucket() -> None:
-    buckets = chatd.Buckets(Rate(1, 1), 10)
-    assert [buckets.take(key, 5.0) for key in "aab"] == pytest.approx([0, 1, 0])
+    buckets = chatd.bucket_table(Rate(1, 1))
+    assert [buckets(key).take(5.0) for key in "aab"] == pytest.approx([0, 1, 0])
 
 
 def test_a_bucket_token_that_is_given_back_can_be_taken_once_more() -> None:
-    buckets = chatd.Buckets(Rate(1, 2), 10)
-    assert [buckets.take("a", 5.0) for _ in range(3)] == pytest.approx([0, 0, 1])
-    buckets.of("a").give_back()
-    buckets.of("unknown").give_back()
-    assert [buckets.take("a", 5.0) for _ in range(2)] == pytest.approx([0, 1])
-    taken = [buckets.take("unknown", 5.0) for _ in range(3)]
-    assert taken == pytest.approx([0, 0, 1])
+    used, full = chatd.Bucket(Rate(1, 2)), chatd.Bucket(Rate(1, 2))
+    assert [used.take(5.0) for _ in range(3)] == pytest.approx([0, 0, 1])
+    used.spend(5.0, -1)
+    full.spend(5.0, -1)
+    assert [used.take(5.0) for _ in range(2)] == pytest.approx([0, 1])
+    assert [full.take(5.0) for _ in range(3)] == pytest.approx([0, 0, 1])
 
 
-def test_a_table_of_buckets_is_bounded_and_drops_the_least_recently_used() -> None:
-    buckets = chatd.Buckets(Rate(1, 1), 3)
+def test_a_table_of_buckets_is_bounded_and_drops_the_least_recently_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chatd, "TABLE_KEYS", 3)
+    buckets = chatd.bucket_table(Rate(1, 1))
     for key in ("a", "b", "c", "a", "d"):
-        buckets.take(key, 0.0)
-    assert [*buckets.table] == ["c", "a", "d"]
-    assert buckets.take("a", 0.0) == pytest.approx(1)
-    assert buckets.take("b", 0.0) == 0  # it was dropped, so its new bucket is full
+        buckets(key).spend(0.0, 1)
+    assert [buckets(key).take(0.0) for key in "cad"] == pytest.approx([1, 2, 1])
+    assert buckets("b").take(0.0) == 0  # it was dropped, so its new bucket is full
 
 
 def test_spend_may_overdraw_and_returns_the_seconds_until_the_debt_is_paid() -> None:
@@ -159,14 +160,6 @@ def test_a_refused_take_costs_nothing_and_an_overdraft_delays_the_next_take() ->
     assert bucket.spend(0.0, 3) == pytest.approx(3)
     assert bucket.take(3.0) == pytest.approx(1)
     assert bucket.take(4.0) == 0
-
-
-def test_spend_by_key_drops_the_least_recently_used_key_too() -> None:
-    buckets = chatd.Buckets(Rate(1, 1), 2)
-    for key in "abac":
-        buckets.of(key).spend(0.0, 5)
-    assert [*buckets.table] == ["a", "c"]
-    assert buckets.take("a", 0.0) == pytest.approx(10)
 
 
 # --- addresses and origins -----------------------------------------------------------
