@@ -700,8 +700,6 @@ class Session:
         """
         server = self.server
         server.opened(self)
-        if server.keyring.is_revoked(self.claims):  # since the token was checked
-            self.end(CLOSE_SIGN_IN, "revoked: sign in again")
         upto = server.hub.head
         # Register first, read second: no event that is published meanwhile is missed.
         entered = server.hub.enter(self.seat, self.claims.user_id, upto)
@@ -3003,15 +3001,18 @@ def same_origin(origin: str, hosts: Iterable[str]) -> bool:
     return host.removesuffix(usual) in {h.lower().removesuffix(usual) for h in hosts}
 
 
-class Claims(msgspec.Struct, frozen=True, kw_only=True):
-    """The claims of a verified token. Times are Unix seconds."""
+UnixSeconds = Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
 
-    user_id: int
+
+class Claims(msgspec.Struct, frozen=True, kw_only=True):
+    """The claims of a verified token. Only chatd's own tokens have those after iat."""
+
+    user_id: Id
     name: str | None = None
-    exp: float
-    iat: float | None = None
+    exp: UnixSeconds
+    iat: UnixSeconds = 0.0  # 0: it does not say when it was signed
     scopes: frozenset[str] = frozenset()
-    use: str | None = None  # of chatd's own tokens: signin, ticket, session or None
+    use: Literal["signin", "ticket", "session"] | None = None
     jti: str = ""  # of a ticket
     boot: str = ""  # of a ticket: the process that signed it
     until: float = 0.0  # of a ticket: when its socket has to end
@@ -3037,11 +3038,6 @@ class Key(NamedTuple):
     algorithm: str
     key: Any  # what PyJWT takes: bytes, or a public key of `cryptography`
     path: Path | None = None  # of a --jwt-key; None: chatd's own secret
-
-    @property
-    def ours(self) -> bool:
-        """Is it chatd's own, whose tokens may have scopes?"""
-        return self.path is None
 
     def __str__(self) -> str:
         kind = "shared secret" if self.algorithm == "HS256" else "public key"
@@ -3296,20 +3292,22 @@ class Keyring:
         self.keys = [Key("HS256", secret)]
         self.keys += [read_jwt_key(path) for path in settings.jwt_key]
         self.boot = secrets.token_urlsafe(9)
-        self._known: dict[str, Claims] = {}  # tokens whose signature was right
+        # A client that polls sends the same token each time: so a post takes a sixth
+        # less time. Keys do not change while the process runs; expiry and revocation
+        # are checked each time.
+        self._known = functools.lru_cache(settings.known_tokens)(self._claims_of)
         self.spent: dict[str, float] = {}  # jti of a used ticket: when to forget it
         self.revoked: dict[int, int] = {}  # user: revoked_at
 
     def about(self) -> dict[str, str]:
         """Name each --jwt-key and its kind, for the log."""
-        names = ", ".join(str(key) for key in self.keys if not key.ours)
+        names = ", ".join(str(key) for key in self.keys[1:])
         return {"jwt_keys": names} if names else {}
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
-        """Sign a token with chatd's own secret. Claims that are None are left out."""
+        """Sign a token with chatd's own secret. A claim may be None: not there."""
         now = now_seconds()
         body = {"user_id": user_id, "iat": now, "exp": now + seconds} | claims
-        body = {name: value for name, value in body.items() if value is not None}
         return jwt.encode(body, self.secret, "HS256")
 
     def ticket(self, claims: Claims) -> str:
@@ -3321,91 +3319,68 @@ class Keyring:
             jti=secrets.token_urlsafe(12),
             boot=self.boot,
             until=claims.exp,
-            scope=" ".join(sorted(claims.scopes)) or None,
+            scope=" ".join(sorted(claims.scopes)),
         )
 
     def verify(self, token: str, use: str | None = None) -> Claims:
-        """Return a token's claims. Raises Refusal token_invalid, _expired or _used.
+        """Return a token's claims. Raises Refusal token_invalid or token_expired.
 
         use is the purpose: None for a request; "signin" for a sign-in link; "socket"
-        for an upgrade, which takes a plain token or a ticket. "edge" is like "socket",
-        but a proxy cannot check `boot` or `spent`.
+        for an upgrade, which takes a plain token or a ticket.
         """
         if len(token) > self.LONGEST:
             raise bad_token(f"token: longer than {self.LONGEST} bytes")
-        claims = self._known.get(token)
-        if claims is None:
-            claims = self._claims(*self._signed_by(token))
-            self._keep(token, claims)
-        elif claims.exp + self.LEEWAY_SECONDS <= time.time():
+        claims = self._known(token)
+        if claims.exp + self.LEEWAY_SECONDS <= time.time():
             raise Refusal("token_expired")
-        if claims.use == "ticket":
-            if use not in ("socket", "edge"):
-                raise bad_token("a ticket only opens a socket")
-            used = claims.boot != self.boot or claims.jti in self.spent
-            if used and use == "socket":
-                raise Refusal("token_used")
-        if claims.use == "signin" and use != "signin":
-            raise bad_token("a sign-in link is only good for POST /api/v1/session")
-        if claims.use != "signin" and use == "signin":
-            raise bad_token("this token is not a sign-in link's")
+        if claims.use == "ticket" and use != "socket":
+            raise bad_token("a ticket only opens a socket")
+        if (claims.use == "signin") != (use == "signin"):
+            raise bad_token("POST /api/v1/session, and only it, takes a sign-in link")
         self.refuse_revoked(claims)
         return claims
 
     def refuse_revoked(self, claims: Claims) -> None:
-        """Raise Refusal if the user was revoked since the token was signed."""
-        if self.is_revoked(claims):
+        """Refuse a token signed before, or just after, its user was revoked."""
+        revoked_at = self.revoked.get(claims.user_id)
+        if revoked_at is not None and claims.iat <= revoked_at + self.LEEWAY_SECONDS:
             raise bad_token("this token was revoked: sign in again")
 
-    def _keep(self, token: str, claims: Claims) -> None:
-        """Remember a verified token: a client that polls sends the same one each time.
-
-        Keys do not change while the process runs; expiry and revocation are checked
-        each time. A post takes a sixth less time so. A ticket comes only once.
-        """
-        if claims.use != "ticket":
-            if len(self._known) >= self.settings.known_tokens:
-                self._known.pop(next(iter(self._known)))  # the oldest
-            self._known[token] = claims
-
-    def is_revoked(self, claims: Claims) -> bool:
-        """Was the token signed before, or just after, its user was revoked?"""
-        revoked_at = self.revoked.get(claims.user_id)
-        if revoked_at is None:
-            return False
-        return claims.iat is None or claims.iat <= revoked_at + self.LEEWAY_SECONDS
-
     def spend(self, claims: Claims) -> None:
-        """Use up a ticket; leave other tokens alone. Raises Refusal token_used."""
+        """Let a verified token open a socket, and use it up if it is a ticket.
+
+        Raises Refusal token_used, or token_invalid if the user was revoked since the
+        token was verified. A proxy does not call this: only the process that signed a
+        ticket knows whether it was used.
+        """
+        self.refuse_revoked(claims)
         if claims.use != "ticket":
             return
-        if claims.jti in self.spent:
+        if claims.boot != self.boot or claims.jti in self.spent:
             raise Refusal("token_used")
-        oldest = list(itertools.islice(self.spent.items(), 8))
-        for jti, end in oldest:
-            if end < time.time():  # up to 8 go for each that comes: it stays small
+        for jti in list(itertools.islice(self.spent, 8)):  # the oldest
+            if self.spent[jti] < time.time():  # up to 8 go for each that comes
                 del self.spent[jti]
         self.spent[claims.jti] = claims.exp + self.LEEWAY_SECONDS
 
-    def _signed_by(self, token: str) -> tuple[Key, dict[str, Any]]:
-        """Find the key that signed this token. Returns it with the token's body."""
+    def _claims_of(self, token: str) -> Claims:
+        """Check a token's signature, times and claims. Raises Refusal."""
         for key in self.keys:
-            foreign = not key.ours
+            foreign = key.path is not None
             try:
-                return key, jwt.decode(
+                body = jwt.decode(
                     token,
                     key.key,
                     algorithms=[key.algorithm],
                     leeway=self.LEEWAY_SECONDS,
-                    issuer=self.settings.issuer if foreign else None,
-                    audience=self.settings.audience if foreign else None,
+                    issuer=self.settings.issuer,
+                    audience=self.settings.audience,
                     options={
-                        "require": ["exp"],
                         # chatd accepts an integer sub (PyJWT wants text), and checks
                         # the audience only if --audience is given.
                         "verify_sub": False,
+                        "verify_iss": foreign,
                         "verify_aud": foreign and self.settings.audience is not None,
-                        "enforce_minimum_key_length": True,
                     },
                 )
             except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError):
@@ -3415,49 +3390,36 @@ class Keyring:
             except (jwt.PyJWTError, ValueError, RecursionError) as error:
                 # The sentence is made of the error's class: its text may quote the
                 # token.
-                raise bad_token(_token_fault(error)) from None
+                raise bad_token(TOKEN_FAULTS.get(type(error), "")) from None
+            return read_claims(body, foreign)
         raise bad_token()
 
-    def _claims(self, key: Key, body: dict[str, Any]) -> Claims:
-        user_id = body.get("user_id", body.get("sub"))
-        if "user_id" not in body and isinstance(user_id, str):
-            # A decimal string, as RFC 7519 4.1.2 has it. No id has 20 digits.
-            user_id = int(user_id) if re.fullmatch("[0-9]{1,20}", user_id) else None
-        if type(user_id) is not int or not 1 <= user_id <= MAX_ID:
-            raise bad_token("token: user_id, or else sub, must be a user's number")
-        exp, iat = body["exp"], body.get("iat", 0)
-        for seconds in (exp, iat):
-            if type(seconds) not in (int, float) or not 0 <= seconds < 1e12:
-                raise bad_token("token: exp and iat must be Unix seconds")
-        own = body if key.ours else {}  # claims that count only in chatd's own tokens
-        use, scope = own.get("use"), own.get("scope")
-        if use not in (None, "session", "signin", "ticket"):
-            raise bad_token("token: its use is unknown")
-        return Claims(
-            user_id=user_id,
-            name=clean_name(body.get("name")),
-            exp=exp,
-            iat=iat if "iat" in body else None,
-            scopes=frozenset(scope.split() if isinstance(scope, str) else ()),
-            use=use,
-            jti=own.get("jti", ""),
-            boot=own.get("boot", ""),
-            until=own.get("until", 0.0),
-        )
+
+# What PyJWT finds wrong with a token that has the right signature.
+TOKEN_FAULTS: dict[type[Exception], str] = {
+    jwt.MissingRequiredClaimError: "token: it lacks the iss or aud that chatd asks for",
+    jwt.InvalidIssuerError: "token: another iss than --issuer",
+    jwt.InvalidAudienceError: "token: another aud than --audience",
+    jwt.ImmatureSignatureError: "token: not valid yet; are the clocks right?",
+}
 
 
-def _token_fault(error: Exception) -> str:
-    match error:
-        case jwt.MissingRequiredClaimError():
-            return f"token: it has no {error.claim}"
-        case jwt.InvalidIssuerError():
-            return "token: another iss than --issuer"
-        case jwt.InvalidAudienceError():
-            return "token: another aud than --audience"
-        case jwt.ImmatureSignatureError():
-            return "token: not valid yet; are the clocks right?"
-        case _:
-            return REFUSALS["token_invalid"][1]
+def read_claims(body: dict[str, Any], foreign: bool) -> Claims:
+    """Read the claims of a token whose signature is right. Raises Refusal."""
+    sub, scope = body.get("sub"), body.get("scope")
+    if isinstance(sub, str) and re.fullmatch("[0-9]{1,20}", sub):
+        sub = int(sub)  # a decimal string, as RFC 7519 4.1.2 has it
+    scopes = scope.split() if isinstance(scope, str) else []
+    cleaned = {"name": clean_name(body.get("name")), "scopes": scopes}
+    body = {"user_id": sub} | body | cleaned
+    if foreign:
+        believed = {"user_id", "name", "exp", "iat"}
+        body = {name: body[name] for name in believed & body.keys()}
+    try:
+        return msgspec.convert(body, Claims)
+    except msgspec.ValidationError as error:
+        # It names the claim. It quotes no value but a `use` that chatd has signed.
+        raise bad_token(f"token: {error}") from None
 
 
 def clean_name(name: object) -> str | None:
@@ -3957,7 +3919,7 @@ async def _admit(
     server: Server, connection: HttpConnection, request: Request
 ) -> TakeOver:
     """Accept an upgrade: the last checks that can still be an HTTP answer."""
-    claims = socket_claims(server.keyring, request, "socket")
+    claims = socket_claims(server.keyring, request)
     cursor = request.argument("cursor")
     with trio.move_on_after(REQUEST_SECONDS):
         await store_name(server, claims)
@@ -4013,12 +3975,12 @@ def authorize(server: Server, request: Request, who: str) -> None:
         charge(server.stats, "requests", server.requests(claims.user_id))
 
 
-def socket_claims(keyring: Keyring, request: Request, use: str) -> Claims:
+def socket_claims(keyring: Keyring, request: Request) -> Claims:
     """Check the token of an upgrade. Raises Refusal."""
     token = request.argument("token")
     if not token:
         raise bad_token("token: it is missing in the query")
-    return keyring.verify(token, use)
+    return keyring.verify(token, "socket")
 
 
 def get_page(server: Server, request: Request) -> Answer:
@@ -4592,7 +4554,7 @@ class Proxy:
         if request.upgrades:
             self.listener.check_handshakes(request.address)
             check_upgrade(request)
-            socket_claims(self.keyring, request, "edge")
+            socket_claims(self.keyring, request)
         with trio.move_on_after(REQUEST_SECONDS) as scope:
             body = await connection.read_body(request)
         if scope.cancelled_caught:
