@@ -202,6 +202,9 @@ import jwt
 import msgspec
 import trio
 import wsproto
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from trio_websocket import WebSocketConnection
 from wsproto.connection import Connection, ConnectionState, ConnectionType
 from wsproto.frame_protocol import FrameProtocol
@@ -3050,9 +3053,20 @@ SESSION_SECONDS = 30 * 86_400  # a session token's life
 KEY_FILE_BYTES = 65_536
 
 # A file that contains this is meant as PEM, in whatever state it is.
-PEM = re.compile(
-    rb"(?i)-{2,} ?(?:BEGIN|END) |\b(?:BEGIN|END) [A-Z0-9 ]*(?:KEY|CERTIFICATE)\b"
-)
+PEM = rb"(?i)-{2,} ?(?:BEGIN|END) |\b(?:BEGIN|END) [A-Z0-9 ]*(?:KEY|CERTIFICATE)\b"
+
+# What a PEM file (RFC 7468) of a --jwt-key must not hold.
+PEM_FAULTS = {
+    rb"-----(BEGIN|END) [^\r\n-]*PRIVATE KEY": (
+        "a private key; give chatd the public one: openssl pkey -pubout"
+    ),
+    rb"-----(BEGIN|END) [^\r\n-]*CERTIFICATE": (
+        "a certificate; give its key: openssl x509 -pubkey -noout -in FILE"
+    ),
+    rb"(?s)(-----BEGIN [^\r\n-]*KEY-----.*){2}": (
+        "at least 2 keys in one file; give each a file and a --jwt-key"
+    ),
+}
 
 # The first bytes of a key or certificate in DER (X.690 8.1; RFC 5208, 5280, 5915, 8017)
 # and, anywhere, the names of the algorithms of public keys (RFC 3279, 8410). A part of
@@ -3070,30 +3084,28 @@ DER = rb"""(?xs) \A\x30
 DER = DER.replace(b"LENGTH", rb"(?:[\x00-\x7f]|LONG)")
 DER = DER.replace(b"LONG", rb"(?:\x81.|\x82..|\x83...)")
 
-# The other forms of an asymmetric key: how to recognise each, and what to do then.
+# The other forms of an asymmetric key: how to recognise each, its name, and what to do.
 KEY_FORMS = {
-    "a key or certificate in DER": (
-        re.compile(DER),
+    DER: (
+        "a key or certificate in DER",
         "give a public key as PEM: its base64 between the lines -----BEGIN PUBLIC "
         "KEY----- and -----END PUBLIC KEY-----; docs/embedding.md says how",
     ),
-    "an OpenSSH key": (
-        re.compile(rb"(?s)\A\x00\x00\x00.(?:ssh|ecdsa|sk|rsa)-|openssh-key-v1\x00"),
+    rb"(?s)\A\x00\x00\x00.(?:ssh|ecdsa|sk|rsa)-|openssh-key-v1\x00": (
+        "an OpenSSH key",
         "make it PEM; docs/embedding.md says how",
     ),
-    "a PEM block": (
-        PEM,
+    PEM: (
+        "a PEM block",
         "a --jwt-key file has the PEM block as it is, not encoded again",
     ),
-    "the description of a key (JWK, XML, text)": (
-        re.compile(
-            rb"(?mi)(?<![a-z])kty\W{1,8}(?:rsa|ec|okp|oct)\b|<(?:modulus|rsakeyvalue)>"
-            rb"|^[ \t]*modulus *[:=]|\bpublic[ -]key\b.*:|\bk[1-4]\.public\."
-        ),
+    rb"(?mi)(?<![a-z])kty\W{1,8}(?:rsa|ec|okp|oct)\b|<(?:modulus|rsakeyvalue)>"
+    rb"|^[ \t]*modulus *[:=]|\bpublic[ -]key\b.*:|\bk[1-4]\.public\.": (
+        "the description of a key (JWK, XML, text)",
         "make it PEM; docs/embedding.md says how",
     ),
-    "a URL": (
-        re.compile(rb"(?i)\A[a-z][a-z0-9+.-]*://\S*\Z|\Adata:\S*\Z|/\.well-known/"),
+    rb"(?i)\A[a-z][a-z0-9+.-]*://\S*\Z|\Adata:\S*\Z|/\.well-known/": (
+        "a URL",
         "chatd fetches no keys: download it, and give it as PEM",
     ),
 }
@@ -3130,11 +3142,9 @@ def check_secret(what: str, path: Path, data: bytes) -> bytes:
     user. So an asymmetric key is refused in any form that can be recognised.
     """
     secret = data.strip()
-    form, remedy = key_form(data)  # the last byte of a binary key may be white space
-    if not form:
-        form, remedy = key_form(secret)
-    if form:
-        why = f"it holds {form}, which is not a shared secret; {remedy}"
+    # The last byte of a binary key may be white space.
+    if form := key_form(data) or key_form(secret):
+        why = f"it holds {form[0]}, which is not a shared secret; {form[1]}"
     elif len(secret) < 32:
         why = f"{len(secret)} bytes; it must have at least 32: openssl rand -hex 32"
     else:
@@ -3150,7 +3160,7 @@ def read_secret(path: Path) -> bytes:
 def read_jwt_key(path: Path) -> Key:
     """Read a key of the site's backend. The kind of key decides the algorithm."""
     data = read_key_file("--jwt-key", path, private=False).removeprefix(codecs.BOM_UTF8)
-    if PEM.search(data):
+    if re.search(PEM, data):
         return read_public_pem(path, data)
     secret = check_secret("--jwt-key", path, data)
     if plain_text(secret) is None:
@@ -3162,24 +3172,10 @@ def read_jwt_key(path: Path) -> Key:
 
 
 def read_public_pem(path: Path, data: bytes) -> Key:
-    """Read the one public key of a PEM file (RFC 7468). Raises UsageError."""
-    # Imported here: it takes longer to import than everything else.
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-
-    ends = re.findall(rb"-----(BEGIN|END) ([^\r\n]*?)-----", data)
-    labels = {label for _, label in ends}
-    blocks = sum(begin == b"BEGIN" and label.endswith(b"KEY") for begin, label in ends)
-    wrong = ""
-    if any(b"PRIVATE KEY" in label for label in labels):
-        wrong = "a private key; give chatd the public one: openssl pkey -pubout"
-    elif any(b"CERTIFICATE" in label for label in labels):
-        wrong = f"a certificate; give its key: openssl x509 -pubkey -noout -in {path}"
-    elif blocks > 1:
-        wrong = f"{blocks} keys in one file; give each a file and a --jwt-key"
-    if wrong:
-        raise UsageError(f"--jwt-key {path}: {wrong}")
+    """Read the one public key of a PEM file. Raises UsageError."""
+    for pattern, why in PEM_FAULTS.items():
+        if re.search(pattern, data):
+            raise UsageError(f"--jwt-key {path}: {why}")
     try:
         key = serialization.load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm) as error:
@@ -3211,27 +3207,25 @@ def plain_text(data: bytes) -> str | None:
     return None if CONTROL.search(text) else text
 
 
-def key_form(data: bytes, layers: int = 3) -> tuple[str, str]:
+def key_form(data: bytes, layers: int = 3) -> tuple[str, str] | None:
     """Name the form of a key that these bytes have, and what to do about it.
 
-    Two empty strings: they may be a secret. It looks below `layers` layers of base64,
-    base64url, hex and percent encoding. It cannot tell 32 random bytes from a bare
-    Ed25519 key.
+    None: they may be a secret. It looks below `layers` layers of base64, base64url, hex
+    and percent encoding. It cannot tell 32 random bytes from a bare Ed25519 key.
     """
-    for form, (pattern, remedy) in KEY_FORMS.items():
-        if pattern.search(data):
-            return form, remedy
+    for pattern, form in KEY_FORMS.items():
+        if re.search(pattern, data):
+            return form
     if is_curve_point(data):
         return "a point of an elliptic curve", "give the whole key as PEM"
     text = plain_text(data)
     if text is None:
-        return "", ""
+        return None
     with contextlib.suppress(msgspec.DecodeError):
-        if isinstance(msgspec.json.decode(text), dict | list | str):
-            return "JSON", "write the key alone, a public one as PEM"
+        msgspec.json.decode(text, type=dict | list | str)
+        return "JSON", "write the key alone, a public one as PEM"
     inner = unwrapped(text) if layers else ()
-    found = (key_form(one, layers - 1) for one in inner)
-    return next((form for form in found if form[0]), ("", ""))
+    return next(filter(None, (key_form(one, layers - 1) for one in inner)), None)
 
 
 def unwrapped(text: str) -> Iterator[bytes]:
@@ -3241,28 +3235,23 @@ def unwrapped(text: str) -> Iterator[bytes]:
     # Hex in any style: 3082, 30:82, 0x30, \\x30; with text around it.
     for run in re.findall(r"(?:(?:0[xX]|\\x)?[0-9a-fA-F]{2}[\s:,;._|-]*){16,}", text):
         yield bytes.fromhex("".join(re.findall("[0-9a-fA-F]{2}", run)))
-    words = re.findall("[A-Za-z0-9+/_-]+", re.sub(r"\\[nrt]", " ", text))
-    for word in words:
+    # Base64 of either alphabet (RFC 4648 4 and 5).
+    text = re.sub(r"\\[nrt]", " ", text).replace("-", "+").replace("_", "/")
+    words = re.findall("[A-Za-z0-9+/]+", text)
+    joined = ["".join(words[start:]) for start in range(min(len(words), 64))]
+    for run in words + joined:  # a key of several lines is in one of these
         # Other characters may stand right before the key, or its first may be missing.
-        for first in range(4 if len(word) >= 40 else 1):
-            yield unbase64(word[first:])
-    for start in range(min(len(words), 64)):
-        yield unbase64("".join(words[start:]))  # a key of several lines
-
-
-def unbase64(text: str) -> bytes:
-    """Decode base64 of either alphabet (RFC 4648 4 and 5), even if it is cut short."""
-    text = text.replace("+", "-").replace("/", "_")
-    whole = text[:-1] if len(text) % 4 == 1 else text
-    return base64.urlsafe_b64decode(whole + "==")
+        for first in range(4 if len(run) >= 40 else 1):
+            digits = run[first:]
+            if len(digits) % 4 == 1:  # it is cut short
+                digits = digits[:-1]
+            yield base64.b64decode(digits + "==")
 
 
 def is_curve_point(data: bytes) -> bool:
     """Are these bytes an uncompressed point (SEC 1, 2.3.3) of a common curve?"""
-    if len(data) not in (65, 97, 133) or data[0] != 4:
+    if data[:1] != b"\x04":
         return False
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     for curve in (ec.SECP256R1(), ec.SECP256K1(), ec.SECP384R1(), ec.SECP521R1()):
         with contextlib.suppress(ValueError):
             ec.EllipticCurvePublicKey.from_encoded_point(curve, data)
