@@ -2781,15 +2781,14 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(text)
     except msgspec.ValidationError as error:
-        what, at, field = str(error).rpartition(" - at `$.")
-        if not at:  # not an object, or an object without a required field
-            if str(error).startswith("Expected `object`"):
-                raise Refusal("bad_json", f"not a JSON object: {error}") from None
-            raise bad_field(str(error)) from None
-        field = field.rstrip("`")
-        if field == "type" and what.startswith("Invalid value"):
+        sentence = str(error)
+        if sentence.startswith("Invalid value"):  # msgspec says so of a tag only
             raise Refusal("unknown_type") from None
-        raise bad_field(f"{field}: {what}") from None
+        if sentence.startswith("Expected `object`"):
+            raise Refusal("bad_json", f"not a JSON object: {sentence}") from None
+        what, at, field = sentence.rpartition(" - at `$.")
+        # Without a place it is about a field that is missing, and names it.
+        raise bad_field(f"{field[:-1]}: {what}" if at else sentence) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         # Deep nesting is a RecursionError even in a field that chatd ignores.
         raise Refusal("bad_json", f"not JSON: {error}") from None
@@ -2798,8 +2797,8 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
 def ref_of(text: str | bytes) -> str | None:
     """Read the ref of a command that is wrong, if it can be read."""
     try:
-        return ONLY_REF.decode(text).ref
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return parse(text, ONLY_REF).ref
+    except Refusal:
         return None
 
 
@@ -2977,21 +2976,18 @@ class Proxies:
         address that is not one of them is the client; the client itself may have
         written the entries to its left. If an entry is not an address, the peer counts.
         """
-        if not self.trust(peer):
-            return peer
-        hops = [parse_address(hop) for hop in ",".join(forwarded).split(",")]
-        for hop in reversed(hops):
-            if hop is None:
-                return peer
-            if not self.trust(hop):
-                return hop
-        return hops[0]
+        client = peer
+        for hop in reversed(",".join(forwarded).split(",")):
+            if not self.trust(client):
+                break
+            client = parse_address(hop)
+        return client or peer
 
 
 def address_key(address: Address | None) -> str:
     """Name the bucket of an address: of IPv6 the /64, which one host has as a whole."""
     if isinstance(address, ipaddress.IPv6Address):
-        return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+        return str(ipaddress.IPv6Network((address, 64), strict=False))
     return str(address)
 
 
