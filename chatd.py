@@ -2896,14 +2896,12 @@ class Rate(NamedTuple):
         return f"{self.per_second:g}/{self.burst:g}" if self.per_second else "0"
 
 
+@dataclasses.dataclass(slots=True)
 class Bucket:
     """A token bucket (GCRA, ITU-T I.371). Its only state: when it is full again."""
 
-    __slots__ = ("full_at", "rate")
-
-    def __init__(self, rate: Rate) -> None:
-        self.rate = rate
-        self.full_at = 0.0
+    rate: Rate
+    full_at: float = 0.0
 
     def take(self, now: float) -> float:
         """Take one token. Returns 0.0, or else the seconds until there is one."""
@@ -2993,11 +2991,11 @@ def address_key(address: Address | None) -> str:
 
 def same_origin(origin: str, hosts: Iterable[str]) -> bool:
     """Does the page's Origin name the host that the request is for?"""
-    scheme, _, host = origin.lower().partition("://")
-    usual = {"http": ":80", "https": ":443"}.get(scheme)
-    if usual is None:
-        return False
-    return host.removesuffix(usual) in {h.lower().removesuffix(usual) for h in hosts}
+    return any(
+        origin.lower().removesuffix(port) == scheme + host.lower().removesuffix(port)
+        for scheme, port in (("http://", ":80"), ("https://", ":443"))
+        for host in hosts
+    )
 
 
 UnixSeconds = Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
@@ -3024,7 +3022,7 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def ends(self) -> float:
         """When a socket that was opened with this token ends."""
-        return self.until if self.use == "ticket" else self.exp
+        return self.until or self.exp
 
     def expires_in(self) -> int:
         """Whole seconds until then."""
@@ -3107,23 +3105,10 @@ KEY_FORMS = {
 }
 
 
-def read_key_file(what: str, path: Path, *, private: bool) -> bytes:
-    """Read the file of a key. Raises UsageError.
-
-    private: no other user may be able to read it. That applies to files that chatd
-    owns. Files in $CREDENTIALS_DIRECTORY come from the service manager, which protects
-    them (systemd.exec(5)); their mode means little: it is 0440 when there is an ACL for
-    the unit's user, as systemd 254 and newer make one.
-    """
+def read_key_file(what: str, path: Path) -> bytes:
+    """Read the file of a key. Raises UsageError."""
     with file_errors(what, path), path.open("rb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         data = file.read(KEY_FILE_BYTES + 1)
-        where = path.resolve()
-    credentials = variable("CREDENTIALS_DIRECTORY")
-    provided = credentials and where.is_relative_to(Path(credentials).resolve())
-    if private and mode & 0o077 and not provided:
-        why = f"others can read it (mode {mode:04o}): chmod 600 {path}"
-        raise UsageError(f"{what} {path}: {why}")
     if len(data) > KEY_FILE_BYTES:
         raise UsageError(
             f"{what} {path}: over {KEY_FILE_BYTES} bytes; no key is so long"
@@ -3149,13 +3134,27 @@ def check_secret(what: str, path: Path, data: bytes) -> bytes:
 
 
 def read_secret(path: Path) -> bytes:
-    """Read chatd's own secret. Raises UsageError."""
-    return check_secret("secret", path, read_key_file("secret", path, private=True))
+    """Read chatd's own secret, which no other user may be able to read.
+
+    Files in $CREDENTIALS_DIRECTORY come from the service manager, which protects them
+    (systemd.exec(5)); their mode means little: it is 0440 when there is an ACL for the
+    unit's user, as systemd 254 and newer make one. Raises UsageError.
+    """
+    data = read_key_file("secret", path)
+    with file_errors("secret", path):
+        mode, where = stat.S_IMODE(path.stat().st_mode), path.resolve()
+    credentials = variable("CREDENTIALS_DIRECTORY")
+    provided = credentials and where.is_relative_to(Path(credentials).resolve())
+    if mode & 0o077 and not provided:
+        raise UsageError(
+            f"secret {path}: others can read it (mode {mode:04o}): chmod 600 {path}"
+        )
+    return check_secret("secret", path, data)
 
 
 def read_jwt_key(path: Path) -> Key:
     """Read a key of the site's backend. The kind of key decides the algorithm."""
-    data = read_key_file("--jwt-key", path, private=False).removeprefix(codecs.BOM_UTF8)
+    data = read_key_file("--jwt-key", path).removeprefix(codecs.BOM_UTF8)
     if re.search(PEM, data):
         return read_public_pem(path, data)
     secret = check_secret("--jwt-key", path, data)
