@@ -3289,7 +3289,7 @@ class Keyring:
         return {"jwt_keys": names} if names else {}
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
-        """Sign a token with chatd's own secret. A claim may be None: not there."""
+        """Sign a token with chatd's own secret. A claim that is None does not count."""
         now = now_seconds()
         body = {"user_id": user_id, "iat": now, "exp": now + seconds} | claims
         return jwt.encode(body, self.secret, "HS256")
@@ -3325,7 +3325,7 @@ class Keyring:
         return claims
 
     def refuse_revoked(self, claims: Claims) -> None:
-        """Refuse a token signed before, or just after, its user was revoked."""
+        """Raise Refusal if the token is from before, or just after, a revocation."""
         revoked_at = self.revoked.get(claims.user_id)
         if revoked_at is not None and claims.iat <= revoked_at + self.LEEWAY_SECONDS:
             raise bad_token("this token was revoked: sign in again")
@@ -3396,7 +3396,7 @@ def read_claims(body: dict[str, Any], foreign: bool) -> Claims:
     scopes = scope.split() if isinstance(scope, str) else []
     cleaned = {"name": clean_name(body.get("name")), "scopes": scopes}
     body = {"user_id": sub} | body | cleaned
-    if foreign:
+    if foreign:  # the other claims count only in chatd's own tokens
         believed = {"user_id", "name", "exp", "iat"}
         body = {name: body[name] for name in believed & body.keys()}
     try:
