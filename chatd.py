@@ -182,6 +182,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Hashable,
     Iterable,
     Iterator,
     Sequence,
@@ -204,6 +205,9 @@ import jwt
 import msgspec
 import trio
 import wsproto
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from trio_websocket import WebSocketConnection
 from wsproto.connection import Connection, ConnectionState, ConnectionType
 from wsproto.frame_protocol import FrameProtocol
@@ -318,9 +322,9 @@ class Server:
         self.hub = Hub(store)
         keyring.revoked = store.revoked()
         self.pages = page_answers()
-        self.sends = Buckets(settings.sends)
-        self.typing = Buckets(settings.typing)
-        self.requests = Buckets(settings.requests)
+        self.sends = bucket_table(settings.sends)
+        self.typing = bucket_table(settings.typing)
+        self.requests = bucket_table(settings.requests)
         self.names: dict[int, str] = {}  # what the store already knows
         self.sessions: set[Session] = set()
         answer = functools.partial(answer_request, self)
@@ -430,7 +434,7 @@ class Listener:
         self.answer = answer
         self.keeps_alive = keeps_alive
         self.proxies = Proxies(settings.trusted_proxy)
-        self.handshakes = Buckets(settings.handshakes)
+        self.handshakes = bucket_table(settings.handshakes)
         self.open = 0  # TCP connections
         # Connections that wait for a client's bytes, the oldest first. True: it is idle
         # between two requests.
@@ -544,7 +548,7 @@ class Listener:
 
     def check_handshakes(self, address: Address | None) -> None:
         """Take a token of the address's bucket. Raises Refusal rate_limited."""
-        charge(self.stats, "handshakes", self.handshakes, address_key(address))
+        charge(self.stats, "handshakes", self.handshakes(address_key(address)))
 
 
 # =====================================================================================
@@ -698,8 +702,6 @@ class Session:
         """
         server = self.server
         server.opened(self)
-        if server.keyring.is_revoked(self.claims):  # since the token was checked
-            self.end(CLOSE_SIGN_IN, "revoked: sign in again")
         upto = server.hub.head
         # Register first, read second: no event that is published meanwhile is missed.
         entered = server.hub.enter(self.seat, upto)
@@ -907,7 +909,7 @@ class Session:
         user_id, chat_id = self.claims.user_id, command.chat_id
         if chat_id not in self.seat.person.chats:
             raise no_chat()
-        if self.server.typing.take((user_id, chat_id), trio.current_time()):
+        if self.server.typing((user_id, chat_id)).take(trio.current_time()):
             self.server.stats.rate_limited["typing"] += 1
             return
         self.server.hub.show_typing(user_id, chat_id, command.is_typing)
@@ -2748,15 +2750,14 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(text)
     except msgspec.ValidationError as error:
-        what, at, field = str(error).rpartition(" - at `$.")
-        if not at:  # not an object, or an object without a required field
-            if str(error).startswith("Expected `object`"):
-                raise Refusal("bad_json", f"not a JSON object: {error}") from None
-            raise bad_field(str(error)) from None
-        field = field.rstrip("`")
-        if field == "type" and what.startswith("Invalid value"):
+        sentence = str(error)
+        if sentence.startswith("Invalid value"):  # msgspec says so of a tag only
             raise Refusal("unknown_type") from None
-        raise bad_field(f"{field}: {what}") from None
+        if sentence.startswith("Expected `object`"):
+            raise Refusal("bad_json", f"not a JSON object: {sentence}") from None
+        what, at, field = sentence.rpartition(" - at `$.")
+        # Without a place it is about a field that is missing, and names it.
+        raise bad_field(f"{field[:-1]}: {what}" if at else sentence) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         # Deep nesting is a RecursionError even in a field that chatd ignores.
         raise Refusal("bad_json", f"not JSON: {error}") from None
@@ -2765,8 +2766,8 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
 def ref_of(text: str | bytes) -> str | None:
     """Read the ref of a command that was refused, if it can be read."""
     try:
-        return ONLY_REF.decode(text).ref
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return parse(text, ONLY_REF).ref
+    except Refusal:
         return None
 
 
@@ -2864,14 +2865,12 @@ class Rate(NamedTuple):
         return f"{self.per_second:g}/{self.burst:g}" if self.per_second else "0"
 
 
+@dataclasses.dataclass(slots=True)
 class Bucket:
     """A token bucket (GCRA, ITU-T I.371). Its only state: when it is full again."""
 
-    __slots__ = ("full_at", "rate")
-
-    def __init__(self, rate: Rate) -> None:
-        self.rate = rate
-        self.full_at = 0.0
+    rate: Rate
+    full_at: float = 0.0
 
     def take(self, now: float) -> float:
         """Take one token. Returns 0.0, or else the seconds until there is one."""
@@ -2883,50 +2882,32 @@ class Bucket:
         return 0.0
 
     def spend(self, now: float, amount: float) -> float:
-        """Take an amount, even into debt. Returns the seconds until nothing is owed."""
+        """Take an amount, even into debt. Returns the seconds until nothing is owed.
+
+        A negative amount is given back.
+        """
         per_second, burst = self.rate
         if not per_second:
             return 0.0
         self.full_at = max(self.full_at, now) + amount / per_second
         return max(0.0, self.full_at - now - burst / per_second)
 
-    def give_back(self) -> None:
-        """Undo one take."""
-        if self.rate.per_second:
-            self.full_at -= 1 / self.rate.per_second
-
 
 TABLE_KEYS = 65_536  # in a table that invented keys could fill
 
 
-class Buckets:
-    """A table of token buckets, one for each key.
+def bucket_table(rate: Rate) -> Callable[[Hashable], Bucket]:
+    """Make a table of token buckets: a function that returns the bucket of a key.
 
     The table is bounded: when it overflows, the key that was used least recently is
     forgotten, which fills its bucket. So invented keys cannot use up memory.
     """
-
-    def __init__(self, rate: Rate, size: int = TABLE_KEYS) -> None:
-        self.rate = rate
-        self.size = size
-        self.table: OrderedDict[object, Bucket] = OrderedDict()
-
-    def of(self, key: object) -> Bucket:
-        """Return the bucket of a key; a new one is full."""
-        bucket = self.table.setdefault(key, Bucket(self.rate))
-        self.table.move_to_end(key)
-        if len(self.table) > self.size:
-            self.table.popitem(last=False)
-        return bucket
-
-    def take(self, key: object, now: float) -> float:
-        """Take one token. Returns 0.0, or else the seconds until there is one."""
-        return self.of(key).take(now) if self.rate.per_second else 0.0
+    return functools.lru_cache(TABLE_KEYS)(lambda _key: Bucket(rate))
 
 
-def charge(stats: Stats, limit: str, buckets: Buckets, key: object) -> None:
+def charge(stats: Stats, limit: str, bucket: Bucket) -> None:
     """Take a token of a bucket. Raises Refusal rate_limited, and counts it."""
-    if wait := buckets.take(key, trio.current_time()):
+    if wait := bucket.take(trio.current_time()):
         stats.rate_limited[limit] += 1
         raise Refusal("rate_limited", retry_after=wait)
 
@@ -2962,42 +2943,42 @@ class Proxies:
         address that is not one of them is the client; the client itself may have
         written the entries to its left. If an entry is not an address, the peer counts.
         """
-        if not self.trust(peer):
-            return peer
-        hops = [parse_address(hop) for hop in ",".join(forwarded).split(",")]
-        for hop in reversed(hops):
-            if hop is None:
-                return peer
-            if not self.trust(hop):
-                return hop
-        return hops[0]
+        client = peer
+        for hop in reversed(",".join(forwarded).split(",")):
+            if not self.trust(client):
+                break
+            client = parse_address(hop)
+        return client or peer
 
 
 def address_key(address: Address | None) -> str:
     """Name the bucket of an address: of IPv6 the /64, which one host has as a whole."""
     if isinstance(address, ipaddress.IPv6Address):
-        return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+        return str(ipaddress.IPv6Network((address, 64), strict=False))
     return str(address)
 
 
 def same_origin(origin: str, hosts: Iterable[str]) -> bool:
     """Does the page's Origin name the host that the request is for?"""
-    scheme, _, host = origin.lower().partition("://")
-    usual = {"http": ":80", "https": ":443"}.get(scheme)
-    if usual is None:
-        return False
-    return host.removesuffix(usual) in {h.lower().removesuffix(usual) for h in hosts}
+    return any(
+        origin.lower().removesuffix(port) == scheme + host.lower().removesuffix(port)
+        for scheme, port in (("http://", ":80"), ("https://", ":443"))
+        for host in hosts
+    )
+
+
+UnixSeconds = Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
 
 
 class Claims(msgspec.Struct, frozen=True, kw_only=True):
-    """The claims of a verified token. Times are Unix seconds."""
+    """The claims of a verified token. Only chatd's own tokens have those after iat."""
 
-    user_id: int
+    user_id: Id
     name: str | None = None
-    exp: float
-    iat: float | None = None
+    exp: UnixSeconds
+    iat: UnixSeconds = 0.0  # 0: it does not say when it was signed
     scopes: frozenset[str] = frozenset()
-    use: str | None = None  # of chatd's own tokens: signin, ticket, session or None
+    use: Literal["signin", "ticket", "session"] | None = None
     jti: str = ""  # of a ticket
     boot: str = ""  # of a ticket: the process that signed it
     until: float = 0.0  # of a ticket: when its socket has to end
@@ -3010,7 +2991,7 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def ends(self) -> float:
         """When a socket that was opened with this token ends."""
-        return self.until if self.use == "ticket" else self.exp
+        return self.until or self.exp
 
     def expires_in(self) -> int:
         """Whole seconds until then."""
@@ -3024,11 +3005,6 @@ class Key(NamedTuple):
     key: Any  # what PyJWT takes: bytes, or a public key of `cryptography`
     path: Path | None = None  # of a --jwt-key; None: chatd's own secret
 
-    @property
-    def ours(self) -> bool:
-        """Is it chatd's own, whose tokens may have scopes?"""
-        return self.path is None
-
     def __str__(self) -> str:
         kind = "shared secret" if self.algorithm == "HS256" else "public key"
         return f"{self.path} ({self.algorithm}, {kind})"
@@ -3040,9 +3016,20 @@ SESSION_SECONDS = 30 * 86_400  # a session token's life
 KEY_FILE_BYTES = 65_536
 
 # A file that contains this is meant as PEM, in whatever state it is.
-PEM = re.compile(
-    rb"(?i)-{2,} ?(?:BEGIN|END) |\b(?:BEGIN|END) [A-Z0-9 ]*(?:KEY|CERTIFICATE)\b"
-)
+PEM = rb"(?i)-{2,} ?(?:BEGIN|END) |\b(?:BEGIN|END) [A-Z0-9 ]*(?:KEY|CERTIFICATE)\b"
+
+# What a PEM file (RFC 7468) of a --jwt-key must not hold.
+PEM_FAULTS = {
+    rb"-----(BEGIN|END) [^\r\n-]*PRIVATE KEY": (
+        "a private key; give chatd the public one: openssl pkey -pubout"
+    ),
+    rb"-----(BEGIN|END) [^\r\n-]*CERTIFICATE": (
+        "a certificate; give its key: openssl x509 -pubkey -noout -in FILE"
+    ),
+    rb"(?s)(-----BEGIN [^\r\n-]*KEY-----.*){2}": (
+        "at least 2 keys in one file; give each a file and a --jwt-key"
+    ),
+}
 
 # The first bytes of a key or certificate in DER (X.690 8.1; RFC 5208, 5280, 5915, 8017)
 # and, anywhere, the names of the algorithms of public keys (RFC 3279, 8410). A part of
@@ -3060,52 +3047,37 @@ DER = rb"""(?xs) \A\x30
 DER = DER.replace(b"LENGTH", rb"(?:[\x00-\x7f]|LONG)")
 DER = DER.replace(b"LONG", rb"(?:\x81.|\x82..|\x83...)")
 
-# The other forms of an asymmetric key: how to recognise each, and what to do then.
+# The other forms of an asymmetric key: how to recognise each, its name, and what to do.
 KEY_FORMS = {
-    "a key or certificate in DER": (
-        re.compile(DER),
+    DER: (
+        "a key or certificate in DER",
         "give a public key as PEM: its base64 between the lines -----BEGIN PUBLIC "
         "KEY----- and -----END PUBLIC KEY-----; docs/embedding.md says how",
     ),
-    "an OpenSSH key": (
-        re.compile(rb"(?s)\A\x00\x00\x00.(?:ssh|ecdsa|sk|rsa)-|openssh-key-v1\x00"),
+    rb"(?s)\A\x00\x00\x00.(?:ssh|ecdsa|sk|rsa)-|openssh-key-v1\x00": (
+        "an OpenSSH key",
         "make it PEM; docs/embedding.md says how",
     ),
-    "a PEM block": (
-        PEM,
+    PEM: (
+        "a PEM block",
         "a --jwt-key file has the PEM block as it is, not encoded again",
     ),
-    "the description of a key (JWK, XML, text)": (
-        re.compile(
-            rb"(?mi)(?<![a-z])kty\W{1,8}(?:rsa|ec|okp|oct)\b|<(?:modulus|rsakeyvalue)>"
-            rb"|^[ \t]*modulus *[:=]|\bpublic[ -]key\b.*:|\bk[1-4]\.public\."
-        ),
+    rb"(?mi)(?<![a-z])kty\W{1,8}(?:rsa|ec|okp|oct)\b|<(?:modulus|rsakeyvalue)>"
+    rb"|^[ \t]*modulus *[:=]|\bpublic[ -]key\b.*:|\bk[1-4]\.public\.": (
+        "the description of a key (JWK, XML, text)",
         "make it PEM; docs/embedding.md says how",
     ),
-    "a URL": (
-        re.compile(rb"(?i)\A[a-z][a-z0-9+.-]*://\S*\Z|\Adata:\S*\Z|/\.well-known/"),
+    rb"(?i)\A[a-z][a-z0-9+.-]*://\S*\Z|\Adata:\S*\Z|/\.well-known/": (
+        "a URL",
         "chatd fetches no keys: download it, and give it as PEM",
     ),
 }
 
 
-def read_key_file(what: str, path: Path, *, private: bool) -> bytes:
-    """Read the file of a key. Raises UsageError.
-
-    private: no other user may be able to read it. That applies to files that chatd
-    owns. Files in $CREDENTIALS_DIRECTORY come from the service manager, which protects
-    them (systemd.exec(5)); their mode means little: it is 0440 when there is an ACL for
-    the unit's user, as systemd 254 and newer make one.
-    """
+def read_key_file(what: str, path: Path) -> bytes:
+    """Read the file of a key. Raises UsageError."""
     with file_errors(what, path), path.open("rb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         data = file.read(KEY_FILE_BYTES + 1)
-        where = path.resolve()
-    credentials = variable("CREDENTIALS_DIRECTORY")
-    provided = credentials and where.is_relative_to(Path(credentials).resolve())
-    if private and mode & 0o077 and not provided:
-        why = f"others can read it (mode {mode:04o}): chmod 600 {path}"
-        raise UsageError(f"{what} {path}: {why}")
     if len(data) > KEY_FILE_BYTES:
         raise UsageError(
             f"{what} {path}: over {KEY_FILE_BYTES} bytes; no key is so long"
@@ -3120,11 +3092,9 @@ def check_secret(what: str, path: Path, data: bytes) -> bytes:
     user. So an asymmetric key is refused in any form that can be recognised.
     """
     secret = data.strip()
-    form, remedy = key_form(data)  # the last byte of a binary key may be white space
-    if not form:
-        form, remedy = key_form(secret)
-    if form:
-        why = f"it holds {form}, which is not a shared secret; {remedy}"
+    # The last byte of a binary key may be white space.
+    if form := key_form(data) or key_form(secret):
+        why = f"it holds {form[0]}, which is not a shared secret; {form[1]}"
     elif len(secret) < 32:
         why = f"{len(secret)} bytes; it must have at least 32: openssl rand -hex 32"
     else:
@@ -3133,14 +3103,28 @@ def check_secret(what: str, path: Path, data: bytes) -> bytes:
 
 
 def read_secret(path: Path) -> bytes:
-    """Read chatd's own secret. Raises UsageError."""
-    return check_secret("secret", path, read_key_file("secret", path, private=True))
+    """Read chatd's own secret, which no other user may be able to read.
+
+    Files in $CREDENTIALS_DIRECTORY come from the service manager, which protects them
+    (systemd.exec(5)); their mode means little: it is 0440 when there is an ACL for the
+    unit's user, as systemd 254 and newer make one. Raises UsageError.
+    """
+    data = read_key_file("secret", path)
+    with file_errors("secret", path):
+        mode, where = stat.S_IMODE(path.stat().st_mode), path.resolve()
+    credentials = variable("CREDENTIALS_DIRECTORY")
+    provided = credentials and where.is_relative_to(Path(credentials).resolve())
+    if mode & 0o077 and not provided:
+        raise UsageError(
+            f"secret {path}: others can read it (mode {mode:04o}): chmod 600 {path}"
+        )
+    return check_secret("secret", path, data)
 
 
 def read_jwt_key(path: Path) -> Key:
     """Read a key of the site's backend. The kind of key decides the algorithm."""
-    data = read_key_file("--jwt-key", path, private=False).removeprefix(codecs.BOM_UTF8)
-    if PEM.search(data):
+    data = read_key_file("--jwt-key", path).removeprefix(codecs.BOM_UTF8)
+    if re.search(PEM, data):
         return read_public_pem(path, data)
     secret = check_secret("--jwt-key", path, data)
     if plain_text(secret) is None:
@@ -3152,24 +3136,10 @@ def read_jwt_key(path: Path) -> Key:
 
 
 def read_public_pem(path: Path, data: bytes) -> Key:
-    """Read the one public key of a PEM file (RFC 7468). Raises UsageError."""
-    # Imported here: it takes longer to import than everything else.
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-
-    ends = re.findall(rb"-----(BEGIN|END) ([^\r\n]*?)-----", data)
-    labels = {label for _, label in ends}
-    blocks = sum(begin == b"BEGIN" and label.endswith(b"KEY") for begin, label in ends)
-    wrong = ""
-    if any(b"PRIVATE KEY" in label for label in labels):
-        wrong = "a private key; give chatd the public one: openssl pkey -pubout"
-    elif any(b"CERTIFICATE" in label for label in labels):
-        wrong = f"a certificate; give its key: openssl x509 -pubkey -noout -in {path}"
-    elif blocks > 1:
-        wrong = f"{blocks} keys in one file; give each a file and a --jwt-key"
-    if wrong:
-        raise UsageError(f"--jwt-key {path}: {wrong}")
+    """Read the one public key of a PEM file. Raises UsageError."""
+    for pattern, why in PEM_FAULTS.items():
+        if re.search(pattern, data):
+            raise UsageError(f"--jwt-key {path}: {why}")
     try:
         key = serialization.load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm) as error:
@@ -3201,27 +3171,25 @@ def plain_text(data: bytes) -> str | None:
     return None if CONTROL.search(text) else text
 
 
-def key_form(data: bytes, layers: int = 3) -> tuple[str, str]:
+def key_form(data: bytes, layers: int = 3) -> tuple[str, str] | None:
     """Name the form of a key that these bytes have, and what to do about it.
 
-    Two empty strings: they may be a secret. It looks below `layers` layers of base64,
-    base64url, hex and percent encoding. It cannot tell 32 random bytes from a bare
-    Ed25519 key.
+    None: they may be a secret. It looks below `layers` layers of base64, base64url, hex
+    and percent encoding. It cannot tell 32 random bytes from a bare Ed25519 key.
     """
-    for form, (pattern, remedy) in KEY_FORMS.items():
-        if pattern.search(data):
-            return form, remedy
+    for pattern, form in KEY_FORMS.items():
+        if re.search(pattern, data):
+            return form
     if is_curve_point(data):
         return "a point of an elliptic curve", "give the whole key as PEM"
     text = plain_text(data)
     if text is None:
-        return "", ""
+        return None
     with contextlib.suppress(msgspec.DecodeError):
-        if isinstance(msgspec.json.decode(text), dict | list | str):
-            return "JSON", "write the key alone, a public one as PEM"
+        msgspec.json.decode(text, type=dict | list | str)
+        return "JSON", "write the key alone, a public one as PEM"
     inner = unwrapped(text) if layers else ()
-    found = (key_form(one, layers - 1) for one in inner)
-    return next((form for form in found if form[0]), ("", ""))
+    return next(filter(None, (key_form(one, layers - 1) for one in inner)), None)
 
 
 def unwrapped(text: str) -> Iterator[bytes]:
@@ -3231,28 +3199,23 @@ def unwrapped(text: str) -> Iterator[bytes]:
     # Hex in any style: 3082, 30:82, 0x30, \\x30; with text around it.
     for run in re.findall(r"(?:(?:0[xX]|\\x)?[0-9a-fA-F]{2}[\s:,;._|-]*){16,}", text):
         yield bytes.fromhex("".join(re.findall("[0-9a-fA-F]{2}", run)))
-    words = re.findall("[A-Za-z0-9+/_-]+", re.sub(r"\\[nrt]", " ", text))
-    for word in words:
+    # Base64 of either alphabet (RFC 4648 4 and 5).
+    text = re.sub(r"\\[nrt]", " ", text).replace("-", "+").replace("_", "/")
+    words = re.findall("[A-Za-z0-9+/]+", text)
+    joined = ["".join(words[start:]) for start in range(min(len(words), 64))]
+    for run in words + joined:  # a key of several lines is in one of these
         # Other characters may stand right before the key, or its first may be missing.
-        for first in range(4 if len(word) >= 40 else 1):
-            yield unbase64(word[first:])
-    for start in range(min(len(words), 64)):
-        yield unbase64("".join(words[start:]))  # a key of several lines
-
-
-def unbase64(text: str) -> bytes:
-    """Decode base64 of either alphabet (RFC 4648 4 and 5), even if it is cut short."""
-    text = text.replace("+", "-").replace("/", "_")
-    whole = text[:-1] if len(text) % 4 == 1 else text
-    return base64.urlsafe_b64decode(whole + "==")
+        for first in range(4 if len(run) >= 40 else 1):
+            digits = run[first:]
+            if len(digits) % 4 == 1:  # it is cut short
+                digits = digits[:-1]
+            yield base64.b64decode(digits + "==")
 
 
 def is_curve_point(data: bytes) -> bool:
     """Are these bytes an uncompressed point (SEC 1, 2.3.3) of a common curve?"""
-    if len(data) not in (65, 97, 133) or data[0] != 4:
+    if data[:1] != b"\x04":
         return False
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     for curve in (ec.SECP256R1(), ec.SECP256K1(), ec.SECP384R1(), ec.SECP521R1()):
         with contextlib.suppress(ValueError):
             ec.EllipticCurvePublicKey.from_encoded_point(curve, data)
@@ -3282,20 +3245,22 @@ class Keyring:
         self.keys = [Key("HS256", secret)]
         self.keys += [read_jwt_key(path) for path in settings.jwt_key]
         self.boot = secrets.token_urlsafe(9)
-        self._known: dict[str, Claims] = {}  # tokens whose signature was right
+        # A client that polls sends the same token each time: so a post takes a sixth
+        # less time. Keys do not change while the process runs; expiry and revocation
+        # are checked each time.
+        self._known = functools.lru_cache(settings.known_tokens)(self._claims_of)
         self.spent: dict[str, float] = {}  # jti of a used ticket: when to forget it
         self.revoked: dict[int, int] = {}  # user: revoked_at
 
     def about(self) -> dict[str, str]:
         """Name each --jwt-key and its kind, for the log."""
-        names = ", ".join(str(key) for key in self.keys if not key.ours)
+        names = ", ".join(str(key) for key in self.keys[1:])
         return {"jwt_keys": names} if names else {}
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
-        """Sign a token with chatd's own secret. Claims that are None are left out."""
+        """Sign a token with chatd's own secret. A claim that is None does not count."""
         now = now_seconds()
         body = {"user_id": user_id, "iat": now, "exp": now + seconds} | claims
-        body = {name: value for name, value in body.items() if value is not None}
         return jwt.encode(body, self.secret, "HS256")
 
     def ticket(self, claims: Claims) -> str:
@@ -3307,91 +3272,68 @@ class Keyring:
             jti=secrets.token_urlsafe(12),
             boot=self.boot,
             until=claims.exp,
-            scope=" ".join(sorted(claims.scopes)) or None,
+            scope=" ".join(sorted(claims.scopes)),
         )
 
     def verify(self, token: str, use: str | None = None) -> Claims:
-        """Return a token's claims. Raises Refusal token_invalid, _expired or _used.
+        """Return a token's claims. Raises Refusal token_invalid or token_expired.
 
         use is the purpose: None for a request; "signin" for a sign-in link; "socket"
-        for an upgrade, which takes a plain token or a ticket. "edge" is like "socket",
-        but a proxy cannot check `boot` or `spent`.
+        for an upgrade, which takes a plain token or a ticket.
         """
         if len(token) > self.LONGEST:
             raise bad_token(f"token: longer than {self.LONGEST} bytes")
-        claims = self._known.get(token)
-        if claims is None:
-            claims = self._claims(*self._signed_by(token))
-            self._keep(token, claims)
-        elif claims.exp + self.LEEWAY_SECONDS <= time.time():
+        claims = self._known(token)
+        if claims.exp + self.LEEWAY_SECONDS <= time.time():
             raise Refusal("token_expired")
-        if claims.use == "ticket":
-            if use not in ("socket", "edge"):
-                raise bad_token("a ticket only opens a socket")
-            used = claims.boot != self.boot or claims.jti in self.spent
-            if used and use == "socket":
-                raise Refusal("token_used")
-        if claims.use == "signin" and use != "signin":
-            raise bad_token("a sign-in link is only good for POST /api/v1/session")
-        if claims.use != "signin" and use == "signin":
-            raise bad_token("this token is not a sign-in link's")
+        if claims.use == "ticket" and use != "socket":
+            raise bad_token("a ticket only opens a socket")
+        if (claims.use == "signin") != (use == "signin"):
+            raise bad_token("POST /api/v1/session, and only it, takes a sign-in link")
         self.refuse_revoked(claims)
         return claims
 
     def refuse_revoked(self, claims: Claims) -> None:
-        """Raise Refusal if the user was revoked since the token was signed."""
-        if self.is_revoked(claims):
+        """Raise Refusal if the token is from before, or just after, a revocation."""
+        revoked_at = self.revoked.get(claims.user_id)
+        if revoked_at is not None and claims.iat <= revoked_at + self.LEEWAY_SECONDS:
             raise bad_token("this token was revoked: sign in again")
 
-    def _keep(self, token: str, claims: Claims) -> None:
-        """Remember a verified token: a client that polls sends the same one each time.
-
-        Keys do not change while the process runs; expiry and revocation are checked
-        each time. A post takes a sixth less time so. A ticket comes only once.
-        """
-        if claims.use != "ticket":
-            if len(self._known) >= self.settings.known_tokens:
-                self._known.pop(next(iter(self._known)))  # the oldest
-            self._known[token] = claims
-
-    def is_revoked(self, claims: Claims) -> bool:
-        """Was the token signed before, or just after, its user was revoked?"""
-        revoked_at = self.revoked.get(claims.user_id)
-        if revoked_at is None:
-            return False
-        return claims.iat is None or claims.iat <= revoked_at + self.LEEWAY_SECONDS
-
     def spend(self, claims: Claims) -> None:
-        """Use up a ticket; leave other tokens alone. Raises Refusal token_used."""
+        """Let a verified token open a socket, and use it up if it is a ticket.
+
+        Raises Refusal token_used, or token_invalid if the user was revoked since the
+        token was verified. A proxy does not call this: only the process that signed a
+        ticket knows whether it was used.
+        """
+        self.refuse_revoked(claims)
         if claims.use != "ticket":
             return
-        if claims.jti in self.spent:
+        if claims.boot != self.boot or claims.jti in self.spent:
             raise Refusal("token_used")
-        oldest = list(itertools.islice(self.spent.items(), 8))
-        for jti, end in oldest:
-            if end < time.time():  # up to 8 go for each that comes: it stays small
+        for jti in list(itertools.islice(self.spent, 8)):  # the oldest
+            if self.spent[jti] < time.time():  # up to 8 go for each that comes
                 del self.spent[jti]
         self.spent[claims.jti] = claims.exp + self.LEEWAY_SECONDS
 
-    def _signed_by(self, token: str) -> tuple[Key, dict[str, Any]]:
-        """Find the key that signed this token. Returns it with the token's body."""
+    def _claims_of(self, token: str) -> Claims:
+        """Check a token's signature, times and claims. Raises Refusal."""
         for key in self.keys:
-            foreign = not key.ours
+            foreign = key.path is not None
             try:
-                return key, jwt.decode(
+                body = jwt.decode(
                     token,
                     key.key,
                     algorithms=[key.algorithm],
                     leeway=self.LEEWAY_SECONDS,
-                    issuer=self.settings.issuer if foreign else None,
-                    audience=self.settings.audience if foreign else None,
+                    issuer=self.settings.issuer,
+                    audience=self.settings.audience,
                     options={
-                        "require": ["exp"],
                         # chatd accepts an integer sub (PyJWT wants text), and checks
                         # the audience only if --audience is given.
                         "verify_sub": False,
+                        "verify_iss": foreign,
                         "verify_aud": foreign and self.settings.audience is not None,
-                        "enforce_minimum_key_length": True,
                     },
                 )
             except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError):
@@ -3401,49 +3343,36 @@ class Keyring:
             except (jwt.PyJWTError, ValueError, RecursionError) as error:
                 # The sentence is made of the error's class: its text may quote the
                 # token.
-                raise bad_token(_token_fault(error)) from None
+                raise bad_token(TOKEN_FAULTS.get(type(error), "")) from None
+            return read_claims(body, foreign)
         raise bad_token()
 
-    def _claims(self, key: Key, body: dict[str, Any]) -> Claims:
-        user_id = body.get("user_id", body.get("sub"))
-        if "user_id" not in body and isinstance(user_id, str):
-            # A decimal string, as RFC 7519 4.1.2 has it. No id has 20 digits.
-            user_id = int(user_id) if re.fullmatch("[0-9]{1,20}", user_id) else None
-        if type(user_id) is not int or not 1 <= user_id <= MAX_ID:
-            raise bad_token("token: user_id, or else sub, must be a user's number")
-        exp, iat = body["exp"], body.get("iat", 0)
-        for seconds in (exp, iat):
-            if type(seconds) not in (int, float) or not 0 <= seconds < 1e12:
-                raise bad_token("token: exp and iat must be Unix seconds")
-        own = body if key.ours else {}  # claims that count only in chatd's own tokens
-        use, scope = own.get("use"), own.get("scope")
-        if use not in (None, "session", "signin", "ticket"):
-            raise bad_token("token: its use is unknown")
-        return Claims(
-            user_id=user_id,
-            name=clean_name(body.get("name")),
-            exp=exp,
-            iat=iat if "iat" in body else None,
-            scopes=frozenset(scope.split() if isinstance(scope, str) else ()),
-            use=use,
-            jti=own.get("jti", ""),
-            boot=own.get("boot", ""),
-            until=own.get("until", 0.0),
-        )
+
+# What PyJWT finds wrong with a token that has the right signature.
+TOKEN_FAULTS: dict[type[Exception], str] = {
+    jwt.MissingRequiredClaimError: "token: it lacks the iss or aud that chatd asks for",
+    jwt.InvalidIssuerError: "token: another iss than --issuer",
+    jwt.InvalidAudienceError: "token: another aud than --audience",
+    jwt.ImmatureSignatureError: "token: not valid yet; are the clocks right?",
+}
 
 
-def _token_fault(error: Exception) -> str:
-    match error:
-        case jwt.MissingRequiredClaimError():
-            return f"token: it has no {error.claim}"
-        case jwt.InvalidIssuerError():
-            return "token: another iss than --issuer"
-        case jwt.InvalidAudienceError():
-            return "token: another aud than --audience"
-        case jwt.ImmatureSignatureError():
-            return "token: not valid yet; are the clocks right?"
-        case _:
-            return REFUSALS["token_invalid"][1]
+def read_claims(body: dict[str, Any], foreign: bool) -> Claims:
+    """Read the claims of a token whose signature is right. Raises Refusal."""
+    sub, scope = body.get("sub"), body.get("scope")
+    if isinstance(sub, str) and re.fullmatch("[0-9]{1,20}", sub):
+        sub = int(sub)  # a decimal string, as RFC 7519 4.1.2 has it
+    scopes = scope.split() if isinstance(scope, str) else []
+    cleaned = {"name": clean_name(body.get("name")), "scopes": scopes}
+    body = {"user_id": sub} | body | cleaned
+    if foreign:  # the other claims count only in chatd's own tokens
+        believed = {"user_id", "name", "exp", "iat"}
+        body = {name: body[name] for name in believed & body.keys()}
+    try:
+        return msgspec.convert(body, Claims)
+    except msgspec.ValidationError as error:
+        # It names the claim. It quotes no value but a `use` that chatd has signed.
+        raise bad_token(f"token: {error}") from None
 
 
 def clean_name(name: object) -> str | None:
@@ -3943,7 +3872,7 @@ async def _admit(
     server: Server, connection: HttpConnection, request: Request
 ) -> TakeOver:
     """Accept an upgrade: the last checks that can still be an HTTP answer."""
-    claims = socket_claims(server.keyring, request, "socket")
+    claims = socket_claims(server.keyring, request)
     cursor = request.argument("cursor")
     with trio.move_on_after(REQUEST_SECONDS):
         await store_name(server, claims)
@@ -3996,15 +3925,15 @@ def authorize(server: Server, request: Request, who: str) -> None:
     if who in ("service", "stats") and who not in claims.scopes:
         raise Refusal("forbidden", f"the token must have scope {who}")
     if not claims.service:
-        charge(server.stats, "requests", server.requests, claims.user_id)
+        charge(server.stats, "requests", server.requests(claims.user_id))
 
 
-def socket_claims(keyring: Keyring, request: Request, use: str) -> Claims:
+def socket_claims(keyring: Keyring, request: Request) -> Claims:
     """Check the token of an upgrade. Raises Refusal."""
     token = request.argument("token")
     if not token:
         raise bad_token("token: it is missing in the query")
-    return keyring.verify(token, use)
+    return keyring.verify(token, "socket")
 
 
 def get_page(server: Server, request: Request) -> Answer:
@@ -4075,7 +4004,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
     if not request.claims.service:
         # Every member gets an event with all members: charge one request for ten.
         now, tokens = trio.current_time(), len(members) // 10
-        server.requests.of(request.user_id).spend(now, tokens)
+        server.requests(request.user_id).spend(now, tokens)
     chat = await server.store.commit(server.store.create_chat, new.title, members)
     return json_answer({"chat": chat}, 201)
 
@@ -4197,7 +4126,7 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
     """
     if claims.service:
         return None
-    wait = server.sends.take(send.sender_id, trio.current_time())
+    wait = server.sends(send.sender_id).take(trio.current_time())
     if not wait:
         return None
     if send.client_id is not None:
@@ -4215,7 +4144,7 @@ def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
     """Count an outcome; a repeat gets its token back."""
     if sent.duplicate:
         server.stats.duplicates += 1
-        server.sends.of(sender_id).give_back()
+        server.sends(sender_id).spend(trio.current_time(), -1)
     else:
         server.stats.messages += 1
 
@@ -4578,7 +4507,7 @@ class Proxy:
         if request.upgrades:
             self.listener.check_handshakes(request.address)
             check_upgrade(request)
-            socket_claims(self.keyring, request, "edge")
+            socket_claims(self.keyring, request)
         with trio.move_on_after(REQUEST_SECONDS) as scope:
             body = await connection.read_body(request)
         if scope.cancelled_caught:
