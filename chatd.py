@@ -3258,9 +3258,10 @@ class Keyring:
         return {"jwt_keys": names} if names else {}
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
-        """Sign a token with chatd's own secret. A claim that is None does not count."""
+        """Sign a token with chatd's own secret. Claims that are None are left out."""
         now = now_seconds()
         body = {"user_id": user_id, "iat": now, "exp": now + seconds} | claims
+        body = {name: value for name, value in body.items() if value is not None}
         return jwt.encode(body, self.secret, "HS256")
 
     def ticket(self, claims: Claims) -> str:
@@ -3372,7 +3373,10 @@ def read_claims(body: dict[str, Any], foreign: bool) -> Claims:
         return msgspec.convert(body, Claims)
     except msgspec.ValidationError as error:
         # It names the claim. It quotes no value but a `use` that chatd has signed.
-        raise bad_token(f"token: {error}") from None
+        raise bad_token(
+            f"token: {error} (user_id, or else sub, is a user's number; exp and iat "
+            "are Unix seconds)"
+        ) from None
 
 
 def clean_name(name: object) -> str | None:
