@@ -4408,25 +4408,21 @@ def in_journal() -> bool:
     return False
 
 
-class Formatter(logging.Formatter):
-    """Writes a log line; for the journal with a priority as in sd-daemon(3)."""
+class JournalFormatter(logging.Formatter):
+    """Writes a log line for the journal: with a priority as in sd-daemon(3)."""
 
     PRIORITIES: ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
 
-    def __init__(self, *, journal: bool) -> None:
-        super().__init__("%(message)s" if journal else "%(levelname)s %(message)s")
-        self.journal = journal
-
     def format(self, record: logging.LogRecord) -> str:
         """Write a record."""
-        priority = f"<{self.PRIORITIES[record.levelname]}>" if self.journal else ""
-        return priority + super().format(record)
+        return f"<{self.PRIORITIES[record.levelname]}>{record.getMessage()}"
 
 
 def set_up_log(level: str) -> None:
     """Log to stderr. trio-websocket's own logger is off: it would log every frame."""
+    words = logging.Formatter("%(levelname)s %(message)s")
     handler = logging.StreamHandler()
-    handler.setFormatter(Formatter(journal=in_journal()))
+    handler.setFormatter(JournalFormatter() if in_journal() else words)
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logging.getLogger("trio-websocket").setLevel(logging.CRITICAL)
@@ -4493,11 +4489,7 @@ def stats_document(server: Server) -> dict[str, Any]:
 
 
 # The numbers of the stats document that only grow; all others are gauges.
-COUNTERS = frozenset(
-    {"total", "closed", "refused", "events", "deliveries", "writes", "catch_ups",
-     "stalls", "commits", "messages", "duplicates", "failed", "resumes",
-     "rate_limited", "errors"}
-)  # fmt: skip
+COUNTERS = vars(Stats()).keys() - {"batch_max"}
 
 LABELS = {
     "closed": "code", "refused": "code", "events": "type", "resumes": "kind",
@@ -4514,7 +4506,7 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    class Collector:
+    class Document(CollectorRegistry):
         def collect(self) -> Iterator[Metric]:
             return families("chatd", document)
 
@@ -4535,9 +4527,7 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
             else:
                 yield family(f"{prefix}_{name}", name, value=float(value))
 
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Collector())
-    return generate_latest(registry)
+    return generate_latest(Document())
 
 
 # =====================================================================================
@@ -4805,11 +4795,7 @@ class Tunnel:
 
 
 class UsageError(Exception):
-    """The person who runs chatd has to change something: exit status 1 or 2."""
-
-    def __init__(self, message: str, *, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
+    """The person who runs chatd has to change something: exit status 1."""
 
 
 @contextlib.contextmanager
@@ -4820,8 +4806,8 @@ def file_errors(what: str, path: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"{what} {path}: {error.strerror or error}") from error
     except sqlite3.Error as error:
-        if what == "database" and is_damage(error):
-            raise damaged(path, str(error)) from error
+        if is_damage(error):
+            raise damaged(what, path, str(error)) from error
         raise UsageError(f"{what} {path}: {error}") from error
 
 
@@ -4831,14 +4817,13 @@ def is_damage(error: Exception) -> bool:
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def damaged(path: Path, why: str, what: str = "database") -> UsageError:
-    """Make the error about a damaged database, which says what to do."""
-    if what != "database":
-        return UsageError(f"{what} {path}: damaged: {' '.join(why.split())}")
-    return UsageError(
-        f"database {path}: damaged: {' '.join(why.split())}; `chatd check --db {path}` "
-        f"lists what is wrong, `chatd restore BACKUP --db {path}` puts a backup there"
-    )
+def damaged(what: str, path: Path, why: str) -> UsageError:
+    """Make the error about a damaged database; of the served one it says what to do."""
+    sentence = f"{what} {path}: damaged: {' '.join(why.split())}"
+    if what == "database":
+        sentence += f"; `chatd check --db {path}` lists what is wrong, "
+        sentence += f"`chatd restore BACKUP --db {path}` puts a backup there"
+    return UsageError(sentence)
 
 
 def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> None:
@@ -4868,14 +4853,13 @@ def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
     """
     wanted = (settings.max_connections + 256) * each
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        soft = max(soft, top)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft >= wanted:
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed == wanted:
         return settings
-    fewer = max(1, soft // each - 256)
-    log(logging.WARNING, "fewer_connections", max_connections=fewer, open_files=soft)
+    fewer = max(1, allowed // each - 256)
+    log(logging.WARNING, "fewer_connections", max_connections=fewer, open_files=allowed)
     return dataclasses.replace(settings, max_connections=fewer)
 
 
@@ -4902,20 +4886,20 @@ def open_database(path: Path, *, readonly: bool) -> Db:
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
     )
     try:
-        db.execute("PRAGMA trusted_schema = OFF")
-        db.execute("PRAGMA temp_store = MEMORY")
+        db.executescript("PRAGMA trusted_schema = OFF; PRAGMA temp_store = MEMORY")
         if readonly:
-            db.execute("PRAGMA query_only = ON")
-            db.execute("PRAGMA wal_autocheckpoint = 0")
+            db.executescript("PRAGMA query_only = ON; PRAGMA wal_autocheckpoint = 0")
             return db
         mode = query_value(db, "PRAGMA journal_mode = WAL")
         if mode != "wal":
             raise sqlite3.OperationalError(f"journal_mode is {mode}, not wal")
-        db.execute("PRAGMA synchronous = FULL")  # an ack survives a power cut
-        db.execute("PRAGMA foreign_keys = ON")
-        db.execute("PRAGMA secure_delete = ON")
-        db.execute("PRAGMA cell_size_check = ON")
-        db.execute("PRAGMA journal_size_limit = 67108864")
+        db.executescript(
+            """PRAGMA synchronous = FULL;  -- an ack survives a power cut
+            PRAGMA foreign_keys = ON;
+            PRAGMA secure_delete = ON;
+            PRAGMA cell_size_check = ON;
+            PRAGMA journal_size_limit = 67108864"""
+        )
     except BaseException:
         db.close()
         raise
@@ -4930,11 +4914,6 @@ def beside(path: Path, suffix: str) -> Path:
 def wal_of(path: Path) -> Path:
     """Name the WAL of a database: SQLite puts it beside the file, not beside a link."""
     return beside(path.resolve(), "-wal")
-
-
-def partial_name(path: Path) -> Path:
-    """Name a file to write first, and then to rename to path."""
-    return beside(path, f".{secrets.token_hex(4)}.partial")
 
 
 def file_bytes(path: Path) -> int:
@@ -4957,51 +4936,57 @@ def sync_wal(wal: Path) -> None:
         os.fsync(fd)
 
 
-def check_not_emptied(path: Path, what: str = "database") -> None:
+def check_not_emptied(what: str, path: Path) -> None:
     """Raise UsageError for a file that SQLite would take for a new database.
 
     SQLite would then remove the -wal, which may hold all there is. A database is at
     least as long as its header.
     """
-    size, wal = file_bytes(path), file_bytes(wal_of(path))
+    size = file_bytes(path)
     if 0 < size < 100:
-        raise damaged(path, f"it has only {size} bytes", what)
-    if not size and wal:
-        raise damaged(path, "it is empty, and its -wal is not", what)
+        raise damaged(what, path, f"it has only {size} bytes")
+    if not size and file_bytes(wal_of(path)):
+        raise damaged(what, path, "it is empty, and its -wal is not")
 
 
-def check_not_cut(db: Db, path: Path, what: str = "database") -> int:
-    """Raise UsageError for a file that has lost its end. Returns its size in bytes.
+# What the file of a database should have, if nothing is left in the WAL.
+DATABASE_BYTES = (
+    "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+)
 
-    With a -wal that is not empty, the missing pages may be there.
+
+def examine(what: str, path: Path, db: Db, steps: Sequence[str]) -> int:
+    """Return the version of a database's schema: 0 if there is nothing in it yet.
+
+    Raises UsageError if it is not chatd's, if a newer chatd made it, and if its end or
+    a part of its schema is lost.
     """
-    size: int = query_value(db, "PRAGMA page_count") * query_value(
-        db, "PRAGMA page_size"
-    )
-    if not file_bytes(wal_of(path)) and file_bytes(path) < size:
-        raise damaged(path, f"{file_bytes(path)} bytes are left of {size}", what)
-    return size
-
-
-def schema_fault(db: Db, version: int) -> str:
-    """Say what a database lacks of the schema of its version. "" if nothing."""
-    if version < 1:
-        return f"its schema has version {version}"
-    names = "SELECT type || ' ' || name FROM sqlite_schema WHERE sql IS NOT NULL"
-    with contextlib.closing(sqlite3.connect(":memory:")) as model:
-        model.executescript("".join(schema_steps()[:version]))
-        wanted = {name for (name,) in model.execute(names)}
-    missing = sorted(wanted - {name for (name,) in db.execute(names)})
-    return f"without {', '.join(missing)}" if missing else ""
-
-
-def refuse_newer(what: str, path: Path, version: int, known: int) -> None:
-    """Raise UsageError for a database that a newer chatd made."""
-    if version > known:
+    version: int = query_value(db, "PRAGMA user_version")
+    if query_value(db, "PRAGMA application_id") != APPLICATION_ID:
+        if schema_names(db):
+            raise UsageError(f"{what} {path}: it belongs to another program")
+        return 0
+    if version > len(steps):
         raise UsageError(
             f"{what} {path}: made by a newer chatd (schema {version}, this one knows "
-            f"{known}): install that version, or restore an older backup"
+            f"{len(steps)}): install that version, or restore an older backup"
         )
+    size, left = query_value(db, DATABASE_BYTES), file_bytes(path)
+    if left < size and not file_bytes(wal_of(path)):  # the WAL may have the rest
+        raise damaged(what, path, f"{left} bytes are left of {size}")
+    if version < 1:
+        raise damaged(what, path, f"its schema has version {version}")
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript("".join(steps[:version]))
+        if missing := schema_names(model) - schema_names(db):
+            raise damaged(what, path, f"without {', '.join(sorted(missing))}")
+    return version
+
+
+def schema_names(db: Db) -> set[str]:
+    """Return the tables, indexes and triggers of a database: "table meta"."""
+    names = "SELECT type || ' ' || name FROM sqlite_schema WHERE sql IS NOT NULL"
+    return {name for (name,) in db.execute(names)}
 
 
 def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
@@ -5010,16 +4995,20 @@ def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
     Raises UsageError. quick_check reads each page once (measured: 27 MB in 32 ms); it
     does not compare indexes with their tables, as `chatd check` does.
     """
-    size = check_not_cut(db, path)
+    size = query_value(db, DATABASE_BYTES)
     if size > check_bytes:
         log(logging.INFO, "unchecked", db=path, bytes=size, check_bytes=check_bytes)
         return
     began = time.monotonic()
     found = query_value(db, "PRAGMA quick_check(1)")
     if found != "ok":
-        raise damaged(path, found)
+        raise damaged("database", path, found)
     seconds = round(time.monotonic() - began, 3)
     log(logging.INFO, "checked", db=path, bytes=size, seconds=seconds)
+
+
+# SQL for the random half of cursors.
+NEW_EPOCH = "lower(hex(randomblob(4)))"
 
 
 def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
@@ -5028,18 +5017,13 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
     Raises UsageError with a sentence for the person, and then changes nothing.
     """
     with file_errors("database", path):
-        check_not_emptied(path)
+        check_not_emptied("database", path)
         # SQLite would make the file readable by all. -wal and -shm get its mode.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         with contextlib.closing(open_database(path, readonly=True)) as look:
-            mine, version = database_version(look)
-            if not mine and query_value(look, "SELECT count(*) FROM sqlite_schema"):
-                raise UsageError(f"database {path}: it belongs to another program")
-            refuse_newer("database", path, version, len(steps))
-            if mine:
+            version = examine("database", path, look, steps)
+            if version:
                 check_at_start(look, path, check_bytes)
-                if fault := schema_fault(look, version):
-                    raise damaged(path, fault)
         sync_wal(wal_of(path))  # its last writer may have been killed
         db = open_database(path, readonly=False)
         try:
@@ -5048,7 +5032,7 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
                     f"""BEGIN IMMEDIATE; {"".join(steps[version:])}
                     PRAGMA application_id = {APPLICATION_ID};
                     PRAGMA user_version = {len(steps)};
-                    INSERT OR IGNORE INTO meta VALUES ('epoch', '{new_epoch()}');
+                    INSERT OR IGNORE INTO meta VALUES ('epoch', {NEW_EPOCH});
                     COMMIT"""
                 )
                 # Now the file itself, not only its WAL, shows that it is chatd's.
@@ -5057,17 +5041,6 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
             db.close()
             raise
     return db
-
-
-def database_version(db: Db) -> tuple[bool, int]:
-    """Is this a database of chatd, and of which schema version?"""
-    mine = query_value(db, "PRAGMA application_id") == APPLICATION_ID
-    return mine, query_value(db, "PRAGMA user_version")
-
-
-def new_epoch() -> str:
-    """Make a random epoch, the first half of cursors."""
-    return secrets.token_hex(4)
 
 
 @contextlib.contextmanager
@@ -5102,9 +5075,9 @@ def keep_owner(like: Path, *paths: Path) -> None:
     """Give files that root made to the owner of `like`: the unit must write them."""
     if os.geteuid() != 0:
         return
-    owner = like.stat()
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
+            owner = like.stat()
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
@@ -5112,10 +5085,10 @@ def secret_path(settings: Settings) -> Path:
     """Find chatd's own secret: flag, systemd credential, or beside the database."""
     if settings.secret_file is not None:
         return settings.secret_file
-    credentials = variable("CREDENTIALS_DIRECTORY")
-    if credentials and (Path(credentials) / "chatd.secret").exists():
-        return Path(credentials) / "chatd.secret"
-    return settings.db.with_name("chatd.secret")
+    beside_db = settings.db.with_name("chatd.secret")
+    folder = Path(variable("CREDENTIALS_DIRECTORY") or beside_db.parent)
+    credential = folder / beside_db.name
+    return credential if credential.exists() else beside_db
 
 
 def read_keyring(settings: Settings) -> Keyring:
@@ -5134,13 +5107,9 @@ def make_secret(path: Path) -> None:
     if path.exists():
         return
     # A full disk must not leave an empty secret.
-    with file_errors("secret", path), partial_file(path) as partial:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(secrets.token_urlsafe(48) + "\n")
-            file.flush()
-            os.fsync(fd)
-        partial.rename(path)
+    with file_errors("secret", path), new_file(path) as partial:
+        partial.write_text(secrets.token_urlsafe(48) + "\n", "ascii")
+        sync(partial)
     log(logging.INFO, "made_secret", path=path)
 
 
@@ -5162,7 +5131,7 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
     kept: list[socket.socket] = []
     if pid != str(os.getpid()) or not count.isdigit():
         return given, kept
-    fd_names = itertools.chain(called.split(":"), itertools.repeat(""))
+    fd_names = [*called.split(":"), *[""] * int(count)]
     for fd, name in zip(range(3, 3 + int(count)), fd_names, strict=False):
         try:
             os.set_inheritable(fd, False)
@@ -5210,13 +5179,13 @@ async def _listen_at(
     found = await trio.socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
-    addresses: dict[tuple[Any, ...], None] = {address: None for *_, address in found}
+    addresses = dict.fromkeys(address for *_, address in found)
     again = {at: sock for at in addresses for sock in kept if _is_at(sock, at)}
     _forget([sock for sock in kept if sock not in again.values()])
     problem = OSError(errno.EADDRNOTAVAIL, "it has no address")
     for at in addresses.keys() - again.keys():
         try:
-            (listener,) = await trio.open_tcp_listeners(at[1], host=at[0])
+            (listener,) = await trio.open_tcp_listeners(port, host=str(at[0]))
         except OSError as error:
             if error.errno != errno.EAFNOSUPPORT:  # localhost, without IPv6
                 raise
@@ -5230,9 +5199,10 @@ async def _listen_at(
 
 def _is_at(sock: socket.socket, address: tuple[Any, ...]) -> bool:
     """Does the socket listen at this address? Port 0 means any port."""
-    name, listens = sock.getsockname(), (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    same = name[:1] + name[2:] == address[:1] + address[2:]
-    return same and address[1] in (0, name[1]) and bool(sock.getsockopt(*listens))
+    host, port, *more = address
+    name = sock.getsockname()
+    same: bool = name == (host, port or name[1], *more)
+    return same and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
 
 
 def _forget(kept: Sequence[socket.socket]) -> None:
@@ -5300,28 +5270,22 @@ def announce(url: str) -> None:
 @contextlib.contextmanager
 def reading(what: str, path: Path) -> Iterator[Db]:
     """Open a database of chatd for reading. Any error is a UsageError."""
-    with file_errors(what, path):
-        if not path.is_file():
-            raise UsageError(f"{what} {path}: there is no such file")
-        check_not_emptied(path, what)
     try:
-        with (
-            file_errors(what, path),
-            contextlib.closing(open_database(path, readonly=True)) as db,
-        ):
-            mine, version = database_version(db)
-            if not mine:
-                raise UsageError(f"{what} {path}: not a database of chatd")
-            refuse_newer(what, path, version, len(schema_steps()))
-            check_not_cut(db, path, what)
-            yield db
+        with file_errors(what, path):
+            if not path.is_file():
+                raise UsageError(f"{what} {path}: there is no such file")
+            check_not_emptied(what, path)
+            with contextlib.closing(open_database(path, readonly=True)) as db:
+                if not examine(what, path, db, schema_steps()):
+                    raise UsageError(f"{what} {path}: it is empty")
+                yield db
     finally:
         # Reading as root may have made these; the unit must be able to write them.
         keep_owner(path, beside(path, "-wal"), beside(path, "-shm"))
 
 
-def copy_database(source: Path, target: Path, what: str, change: str = "") -> None:
-    """Copy a database, as of one moment, into one new file that is on disk.
+def copy_database(what: str, source: Path, target: Path, change: str = "") -> None:
+    """Copy a database, as of one moment, into a new file, and sync it.
 
     change is SQL to run on the copy. The copy is checked, as `chatd check` would, so a
     damaged source never becomes a backup. Raises UsageError; the caller removes the
@@ -5329,37 +5293,43 @@ def copy_database(source: Path, target: Path, what: str, change: str = "") -> No
     """
     with reading(what, source) as db:
         try:
-            os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             connect = sqlite3.connect(target, isolation_level=None)
             with contextlib.closing(connect) as to:
                 db.backup(to)
                 to.execute("PRAGMA journal_mode = DELETE")
                 to.executescript(change)
-            with target.open("rb") as file:
-                os.fsync(file.fileno())
-            found = faults(target)
+            sync(target)
+            with contextlib.closing(open_database(target, readonly=True)) as copy:
+                found = faults(copy)
         except (sqlite3.Error, OSError) as error:
-            if what == "database" and is_damage(error):
+            if is_damage(error):
                 raise
             raise UsageError(f"{what} {source}: copying failed: {error}") from error
     if found:
-        raise damaged(source, found[0], what)
+        raise damaged(what, source, found[0])
 
 
 @contextlib.contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
-    """Name a file to write and then rename to path; remove it if it is still there."""
-    partial = partial_name(path)
+def new_file(path: Path) -> Iterator[Path]:
+    """Make a file, for this user alone, that gets the name path when it is complete.
+
+    Yields its name until then. It is removed if there is an error before.
+    """
+    partial = beside(path, f".{secrets.token_hex(4)}.partial")
     try:
+        partial.touch(0o600, exist_ok=False)
         yield partial
+        sync(path.parent)  # if that fails, then before the file has its name
+        partial.rename(path)
+        sync(path.parent)
     finally:
         for suffix in ("", "-journal", "-wal", "-shm"):
             beside(partial, suffix).unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put a file on the disk, or what a folder says of its files."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -5375,8 +5345,6 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
     """
     older: list[Path] = []
     if keep:
-        if not dest.is_dir():
-            raise UsageError(f"backup {dest}: --keep wants a folder that exists")
         for left in dest.glob("chatd-*Z.db.*.partial*"):
             with contextlib.suppress(OSError):
                 left.unlink()  # of a backup that was killed
@@ -5386,15 +5354,12 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
             time.sleep(0.1)  # there is a copy of this second
     if not dest.parent.is_dir():
         raise UsageError(f"backup {dest}: there is no folder {dest.parent}; make it")
-    if dest.is_dir():
-        raise UsageError(f"backup {dest}: a folder; give --keep COUNT, or name a file")
     if dest.exists():
-        raise UsageError(f"backup {dest}: it exists; remove it, or choose another name")
-    with file_errors("backup", dest), partial_file(dest) as partial:
-        copy_database(db, partial, "database")
-        sync_folder(dest.parent)  # if that fails, then before the copy has its name
-        partial.rename(dest)
-        sync_folder(dest.parent)
+        raise UsageError(
+            f"backup {dest}: it exists; name a new file, or a folder with --keep COUNT"
+        )
+    with file_errors("backup", dest), new_file(dest) as partial:
+        copy_database("database", db, partial)
     print(dest)
     for path in older[max(0, keep - 1) :]:
         with file_errors("backup", path):
@@ -5403,9 +5368,9 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
 
 def restore(db: Path, source: Path) -> None:
     """Put a backup in the database's place, with a new epoch: clients resync."""
-    with locked(db), file_errors("restore", source), partial_file(db) as partial:
-        epoch = f"UPDATE meta SET value = '{new_epoch()}' WHERE key = 'epoch';"
-        copy_database(source, partial, "restore", epoch)
+    with locked(db), file_errors("restore", source), new_file(db) as partial:
+        epoch = f"UPDATE meta SET value = {NEW_EPOCH} WHERE key = 'epoch'"
+        copy_database("restore", source, partial, epoch)
         keep_owner(db.parent, partial)
         # The old WAL must not meet the new file. Closing a sound old database folds its
         # WAL in; that of a damaged one is lost with it.
@@ -5414,25 +5379,16 @@ def restore(db: Path, source: Path) -> None:
                 open_database(db, readonly=False).close()
         for suffix in ("-wal", "-shm"):
             beside(db, suffix).unlink(missing_ok=True)
-        partial.rename(db)
-        sync_folder(db.parent)
 
 
-def faults(path: Path) -> list[str]:
-    """Return what is wrong with a database, a sentence each; empty if it is sound."""
-    with reading("database", path) as db:
-        _, version = database_version(db)
-        if fault := schema_fault(db, version):
-            return [fault]
-        try:
-            return [
-                " ".join(sentence.format(*row).split())
-                for sql, sentence in SANE.items()
-                for row in db.execute(sql)
-                if row[0] != "ok"
-            ]
-        except sqlite3.Error as error:
-            return [str(error)]
+def faults(db: Db) -> list[str]:
+    """Return what is wrong in a database, a sentence each; empty if it is sound."""
+    return [
+        " ".join(sentence.format(*row).split())
+        for sql, sentence in SANE.items()
+        for row in db.execute(sql)
+        if row[0] != "ok"
+    ]
 
 
 # The rules that every database of chatd obeys: a query for the rows that break a rule,
@@ -5823,8 +5779,6 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     if options.link is None:
         seconds = ttl or SESSION_SECONDS
         print(keyring.sign(user_id, seconds, name=name, scope=options.scope))
-    elif options.scope:
-        raise UsageError("--scope: a sign-in link has no scopes", status=2)
     else:
         print(sign_in_link(keyring, options.link, user_id, name, ttl))
 
@@ -5840,12 +5794,13 @@ def end_with_a_sentence() -> None:
             signal.signal(number, end)
 
 
-def print_check(db: Path) -> None:
+def print_check(path: Path) -> None:
     """Print that a database is sound, or raise UsageError with all that is wrong."""
-    found = faults(db)
+    with reading("database", path) as db:
+        found = faults(db)
     if found:
-        raise UsageError("\n       ".join([f"database {db}:", *found]))
-    print(f"{db}: ok")
+        raise UsageError("\n       ".join([f"database {path}:", *found]))
+    print(f"{path}: ok")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5877,11 +5832,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "check":
                 print_check(settings.db)
     except* UsageError as group:
-        start = "<3>" if in_journal() else ""  # the priority, as in Formatter
+        start = "<3>" if in_journal() else ""  # the priority, as in JournalFormatter
         for error in leaves(group):
             sentence = f"{start}chatd: {error}".replace("\n", f"\n{start}")
             print(sentence, file=sys.stderr)
-            status = getattr(error, "status", 1)
+        status = 1
     except* Exception as group:  # a bug in what all connections share
         for error in leaves(group):
             log_bug("crashed", error)
