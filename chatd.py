@@ -5257,8 +5257,7 @@ def sign_in_link(
     keyring: Keyring, base: str, user_id: int, name: str | None, seconds: int = 0
 ) -> str:
     """Make a URL that signs a user in, any number of times until it expires."""
-    seconds = seconds or LINK_SECONDS
-    token = keyring.sign(user_id, seconds, use="signin", name=name)
+    token = keyring.sign(user_id, seconds or LINK_SECONDS, use="signin", name=name)
     return f"{base.rstrip('/')}/#token={token}"
 
 
@@ -5433,7 +5432,7 @@ def setting(default: Any, unit: str, why: str, over: str = "") -> Any:
 class Settings:
     """Everything that can be set, with its unit, its reason and its consequence.
 
-    `--help`, the CHATD_... variables and docs/operating.md's table are made from it.
+    `--help` and the CHATD_... variables are made from it.
     """
 
     # fmt: off
@@ -5532,13 +5531,13 @@ def parser(
 
 
 def _rate(text: str) -> Rate:
-    rate, slash, burst = text.partition("/")
-    parsed = Rate(float(rate), float(burst) if slash else 0.0)
-    if parsed.per_second == 0:
+    rate, _, burst = text.partition("/")
+    per_second, at_once = float(rate), float(burst or 0)
+    if per_second == 0:
         return Rate(0, 0)
-    if not (0 < parsed.per_second < math.inf and 1 <= parsed.burst < math.inf):
-        raise ValueError
-    return parsed
+    if 0 < per_second < math.inf and 1 <= at_once < math.inf:
+        return Rate(per_second, at_once)
+    raise ValueError
 
 
 def _at_most(most: float, read: Callable[[str], float]) -> Callable[[str], float]:
@@ -5552,9 +5551,9 @@ def _at_most(most: float, read: Callable[[str], float]) -> Callable[[str], float
 
 
 def _ttl(text: str) -> int:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    seconds = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
     number = text.rstrip("smhd")
-    return int(number) * units.get(text[len(number) :], 1)
+    return int(number) * seconds[text[len(number) :]]
 
 
 def _network(text: str) -> str:
@@ -5569,23 +5568,15 @@ def _listen(text: str) -> str:
 
 
 COUNT = "0*[1-9][0-9]{0,15}"
-parse_rate = parser("RATE/BURST, such as 5/20, or 0 for no limit", read=_rate)
 parse_count = parser("a whole number above 0", COUNT, int)
+parse_listen = parser("HOST:PORT, such as 127.0.0.1:8086", ".+:[0-9]+", _listen)
 parse_user = parser(
     f"a user's id, a number from 1 to {MAX_ID}", COUNT, _at_most(MAX_ID, int)
-)
-parse_seconds = parser(
-    "a number of seconds, 0 or more", read=_at_most(sys.float_info.max, float)
 )
 parse_ttl = parser(
     "a time of at most 100 years, such as 30d, 12h, 15m or 90s",
     "0*[1-9][0-9]{0,9}[smhd]?",
     _at_most(100 * 366 * 86400, _ttl),
-)
-parse_listen = parser("HOST:PORT, such as 127.0.0.1:8086", ".+:[0-9]+", _listen)
-parse_network = parser("a network, such as 10.0.0.0/8, or none", read=_network)
-parse_origin = parser(
-    "an origin, such as https://example.org", r"https?://[^/?#\s@]+", str.lower
 )
 parse_base = parser(
     "the page's address, such as https://chat.example.org",
@@ -5597,7 +5588,6 @@ parse_scope = parser(
     lambda text: " ".join(text.split()),
 )
 
-
 # The parser of a flag's text, by the setting's unit. Settings of other units are not
 # flags.
 PARSERS: dict[str, Callable[[str], Any]] = {
@@ -5605,15 +5595,19 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "FILE": Path,
     "ISS": str,
     "AUD": str,
-    "ORIGIN": parse_origin,
-    "CIDR": parse_network,
+    "ORIGIN": parser(
+        "an origin, such as https://example.org", r"https?://[^/?#\s@]+", str.lower
+    ),
+    "CIDR": parser("a network, such as 10.0.0.0/8, or none", read=_network),
     "WHO": parser("one of user, service", "user|service"),
     "LEVEL": parser("one of debug, info, warning, error", "debug|info|warning|error"),
-    "RATE/BURST": parse_rate,
+    "RATE/BURST": parser("RATE/BURST, such as 5/20, or 0 for no limit", read=_rate),
     "COUNT": parse_count,
     "BYTES": parse_count,
     "CHARACTERS": parse_count,
-    "SECONDS": parse_seconds,
+    "SECONDS": parser(
+        "a number of seconds, 0 or more", read=_at_most(sys.float_info.max, float)
+    ),
 }
 
 
@@ -5624,26 +5618,7 @@ def flags() -> Iterator[dataclasses.Field[Any]]:
 
 def shown(value: object) -> str:
     """Write a default value as a person would type it."""
-    if type(value) is tuple:
-        return " ".join(map(str, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "" if value is None else str(value)
-
-
-def settings_table() -> str:
-    """Make the table of settings in docs/operating.md."""
-    rows = ["| flag | default | what it is for | when over |", "|---|---|---|---|"]
-    for field in flags():
-        unit, why, over = field.metadata.values()
-        default = f"`{shown(field.default)}`" if shown(field.default) else ""
-        rows.append(f"| `{flag(field)} {unit}` | {default} | {why} | {over} |")
-    return "\n".join(rows)
-
-
-def flag(field: dataclasses.Field[Any]) -> str:
-    """Return the name of a setting's flag."""
-    return f"--{field.name.replace('_', '-')}"
+    return " ".join(map(str, value)) if type(value) is tuple else str(value or "")
 
 
 def variable_name(field: dataclasses.Field[Any]) -> str:
@@ -5671,7 +5646,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) 
         default = shown(defaults.get(field.name, field.default))
         default = f" (default {default})" if default else ""
         parser.add_argument(
-            flag(field),
+            f"--{field.name.replace('_', '-')}",
             metavar=unit,
             type=PARSERS[unit],
             action="append" if type(field.default) is tuple else "store",
@@ -5726,19 +5701,19 @@ def make_parser() -> argparse.ArgumentParser:
 
     too = "Each flag can be given as CHATD_NAME in the environment too."
     serving = commands.add_parser("serve", help="serve the chat", epilog=too)
-    demo = "try it: two users, a chat, no traces"
-    serving.add_argument("--demo", action="store_true", help=demo)
+    serving.add_argument(
+        "--demo", action="store_true", help="try it: two users, a chat, no traces"
+    )
     add_flags(serving)
 
     before = "check tokens in front of a chatd that listens elsewhere"
     proxying = commands.add_parser("proxy", help=before, epilog=too)
-    where, upstream = "where that chatd listens", Settings().listen
     proxying.add_argument(
         "--upstream",
         metavar="HOST:PORT",
         type=parse_listen,
-        default=variable("CHATD_UPSTREAM") or upstream,
-        help=f"{where} (default {upstream})",
+        default=variable("CHATD_UPSTREAM") or Settings.listen,
+        help=f"where that chatd listens (default {Settings.listen})",
     )
     add_flags(proxying, *PROXY_FLAGS, **PROXY_DEFAULTS)
 
@@ -5748,8 +5723,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--name", help="what others see")
     how_long = "how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)"
     add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
+    # A sign-in link has no scopes.
+    add = token.add_mutually_exclusive_group().add_argument
     add("--scope", metavar="SCOPE", type=parse_scope, help="service, stats")
-    page = "http://127.0.0.1:8086"
+    page = f"http://{Settings.listen}"
     link = f"a sign-in link to the page at BASE (default {page})"
     add("--link", metavar="BASE", nargs="?", const=page, type=parse_base, help=link)
     add_flags(token, "db", "secret_file")
