@@ -4449,6 +4449,7 @@ class Stats:
         """Count one commit and the time it took."""
         self.commits += 1
         self.batch_max = max(self.batch_max, jobs)
+        seconds = round(seconds, 6)
         self.commit_times.append(seconds)
         self.commit_max = max(self.commit_max, seconds)
 
@@ -4456,8 +4457,7 @@ class Stats:
         """p50 and p99 of the last 1,024 commits, and the longest of all."""
         ranked = sorted(self.commit_times) or [0.0]
         p50, p99 = (ranked[len(ranked) * part // 100] for part in (50, 99))
-        seconds = {"p50": p50, "p99": p99, "max": self.commit_max}
-        return {name: round(value, 6) for name, value in seconds.items()}
+        return {"p50": p50, "p99": p99, "max": self.commit_max}
 
 
 def stats_document(server: Server) -> dict[str, Any]:
@@ -4504,7 +4504,11 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
     """
     # Imported at the first scrape: it would take a tenth of the time to start.
     from prometheus_client import CollectorRegistry, generate_latest
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        InfoMetricFamily,
+    )
 
     class Document(CollectorRegistry):
         def collect(self) -> Iterator[Metric]:
@@ -4514,9 +4518,7 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
         for name, value in part.items():
             family = CounterMetricFamily if name in COUNTERS else GaugeMetricFamily
             if isinstance(value, str):
-                info = GaugeMetricFamily(f"{prefix}_{name}_info", name, labels=[name])
-                info.add_metric([value], 1)
-                yield info
+                yield InfoMetricFamily(f"{prefix}_{name}", name, value={name: value})
             elif name in LABELS:
                 metric = family(f"{prefix}_{name}", name, labels=[LABELS[name]])
                 for label, number in value.items():
@@ -4906,14 +4908,9 @@ def open_database(path: Path, *, readonly: bool) -> Db:
     return db
 
 
-def beside(path: Path, suffix: str) -> Path:
-    """Name a file that belongs to a database: -wal, -shm, .lock."""
-    return path.with_name(path.name + suffix)
-
-
 def wal_of(path: Path) -> Path:
     """Name the WAL of a database: SQLite puts it beside the file, not beside a link."""
-    return beside(path.resolve(), "-wal")
+    return Path(f"{path.resolve()}-wal")
 
 
 def file_bytes(path: Path) -> int:
@@ -5046,7 +5043,7 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
 @contextlib.contextmanager
 def locked(db: Path) -> Iterator[None]:
     """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
-    path = beside(db.resolve(), ".lock")  # a link leads to the same database
+    path = Path(f"{db.resolve()}.lock")  # a link leads to the same database
     if not path.parent.is_dir():
         raise UsageError(
             f"database {db}: there is no folder {path.parent}; make it, or name "
@@ -5054,8 +5051,7 @@ def locked(db: Path) -> Iterator[None]:
         )
     with file_errors("lock", path):
         # Root does this too, in a folder of the unit's user: follow no link there.
-        how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path, how, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     with open(fd, "r+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -5085,10 +5081,10 @@ def secret_path(settings: Settings) -> Path:
     """Find chatd's own secret: flag, systemd credential, or beside the database."""
     if settings.secret_file is not None:
         return settings.secret_file
-    beside_db = settings.db.with_name("chatd.secret")
-    folder = Path(variable("CREDENTIALS_DIRECTORY") or beside_db.parent)
-    credential = folder / beside_db.name
-    return credential if credential.exists() else beside_db
+    folder = variable("CREDENTIALS_DIRECTORY")
+    if folder and (credential := Path(folder, "chatd.secret")).exists():
+        return credential
+    return settings.db.with_name("chatd.secret")
 
 
 def read_keyring(settings: Settings) -> Keyring:
@@ -5129,7 +5125,7 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
     pid, count, called = (os.environ.pop(name, "") for name in names)
     given: list[socket.socket] = []
     kept: list[socket.socket] = []
-    if pid != str(os.getpid()) or not count.isdigit():
+    if pid != str(os.getpid()):
         return given, kept
     fd_names = [*called.split(":"), *[""] * int(count)]
     for fd, name in zip(range(3, 3 + int(count)), fd_names, strict=False):
@@ -5243,12 +5239,14 @@ def serve_demo(settings: Settings) -> None:
             for user_id, name in people.items():
                 link = sign_in_link(keyring, url, user_id, name)
                 print(f"{name + ':':6}{link}")
-            secret, upstream = secret_path(settings), url.removeprefix("http://")
-            last = f"""\
+            upstream = url.removeprefix("http://")
+            print(
+                f"""\
 Open each link in a tab of its own. Ctrl-C ends the demo and removes
 its files. With the proxy between, the links work at its port too:
-chatd proxy --upstream {upstream} --secret-file {secret}"""
-            print(last, flush=True)
+chatd proxy --upstream {upstream} --secret-file {secret_path(settings)}""",
+                flush=True,
+            )
 
         serve(settings, ready)
 
@@ -5280,7 +5278,7 @@ def reading(what: str, path: Path) -> Iterator[Db]:
                 yield db
     finally:
         # Reading as root may have made these; the unit must be able to write them.
-        keep_owner(path, beside(path, "-wal"), beside(path, "-shm"))
+        keep_owner(path, Path(f"{path}-wal"), Path(f"{path}-shm"))
 
 
 def copy_database(what: str, source: Path, target: Path, change: str = "") -> None:
@@ -5314,7 +5312,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
     Yields its name until then. It is removed if there is an error before.
     """
-    partial = beside(path, f".{secrets.token_hex(4)}.partial")
+    partial = Path(f"{path}.{secrets.token_hex(4)}.partial")
     try:
         partial.touch(0o600, exist_ok=False)
         yield partial
@@ -5323,7 +5321,7 @@ def new_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         for suffix in ("", "-journal", "-wal", "-shm"):
-            beside(partial, suffix).unlink(missing_ok=True)
+            Path(f"{partial}{suffix}").unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -5360,7 +5358,7 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
     with file_errors("backup", dest), new_file(dest) as partial:
         copy_database("database", db, partial)
     print(dest)
-    for path in older[max(0, keep - 1) :]:
+    for path in older[keep - 1 :]:
         with file_errors("backup", path):
             path.unlink()
 
@@ -5374,10 +5372,9 @@ def restore(db: Path, source: Path) -> None:
         # The old WAL must not meet the new file. Closing a sound old database folds its
         # WAL in; that of a damaged one is lost with it.
         with contextlib.suppress(sqlite3.Error):
-            if db.exists():
-                open_database(db, readonly=False).close()
+            open_database(db, readonly=False).close()
         for suffix in ("-wal", "-shm"):
-            beside(db, suffix).unlink(missing_ok=True)
+            Path(f"{db}{suffix}").unlink(missing_ok=True)
 
 
 def faults(db: Db) -> list[str]:
@@ -5418,7 +5415,7 @@ SANE = {
 #
 # Everything that can be set, but for the proxy's --upstream, is a field of Settings,
 # with its unit, default, reason and consequence. Flags, variables, `--help` and the
-# table in the documentation are made from it. `main` is the whole program.
+# table in the documentation come from it. `main` is the whole program.
 # =====================================================================================
 
 
@@ -5508,24 +5505,25 @@ class Settings:
     known_tokens: int = setting(4_096, "tokens", "verified tokens kept", "forgotten")
 
 
-class WrongText(ValueError, argparse.ArgumentTypeError):
-    """The text of a flag is wrong: a sentence, which argparse prints as it is."""
-
-
 def parser(
-    what: str, pattern: str = ".*", read: Callable[[str], Any] = str
+    what: str,
+    pattern: str = ".*",
+    read: Callable[[str], Any] = str,
+    most: float | None = None,
 ) -> Callable[[str], Any]:
     """Make a function that reads the text of a flag.
 
-    The text has to match the pattern, and read may raise ValueError; either way the
-    error says what was wanted.
+    The text has to match the pattern, read may raise ValueError, and a number has to be
+    from 0 to most; the error says what was wanted.
     """
 
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
             if re.fullmatch(pattern, text):
-                return read(text)
-        raise WrongText(f"{text!r} is not {what}")
+                value = read(text)
+                if most is None or 0 <= value <= most:
+                    return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return parse
 
@@ -5538,16 +5536,6 @@ def _rate(text: str) -> Rate:
     if 0 < per_second < math.inf and 1 <= at_once < math.inf:
         return Rate(per_second, at_once)
     raise ValueError
-
-
-def _at_most(most: float, read: Callable[[str], float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        number = read(text)
-        if not 0 <= number <= most:
-            raise ValueError
-        return number
-
-    return parse
 
 
 def _ttl(text: str) -> int:
@@ -5563,20 +5551,20 @@ def _network(text: str) -> str:
 
 
 def _listen(text: str) -> str:
-    _at_most(65535, int)(text.rpartition(":")[2])
+    if int(text.rpartition(":")[2]) > 65535:
+        raise ValueError
     return text
 
 
 COUNT = "0*[1-9][0-9]{0,15}"
 parse_count = parser("a whole number above 0", COUNT, int)
 parse_listen = parser("HOST:PORT, such as 127.0.0.1:8086", ".+:[0-9]+", _listen)
-parse_user = parser(
-    f"a user's id, a number from 1 to {MAX_ID}", COUNT, _at_most(MAX_ID, int)
-)
+parse_user = parser(f"a user's id, a number from 1 to {MAX_ID}", COUNT, int, MAX_ID)
 parse_ttl = parser(
     "a time of at most 100 years, such as 30d, 12h, 15m or 90s",
     "0*[1-9][0-9]{0,9}[smhd]?",
-    _at_most(100 * 366 * 86400, _ttl),
+    _ttl,
+    100 * 366 * 86400,
 )
 parse_base = parser(
     "the page's address, such as https://chat.example.org",
@@ -5606,7 +5594,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "BYTES": parse_count,
     "CHARACTERS": parse_count,
     "SECONDS": parser(
-        "a number of seconds, 0 or more", read=_at_most(sys.float_info.max, float)
+        "a number of seconds, 0 or more", read=float, most=sys.float_info.max
     ),
 }
 
@@ -5669,7 +5657,7 @@ def read_settings(
             read = PARSERS[field.metadata["unit"]]
             try:
                 value = [read(word) for word in text.split()] if several else read(text)
-            except ValueError as error:
+            except argparse.ArgumentTypeError as error:
                 parser.error(f"environment {name}: {error}")
         if value is not None:
             chosen[field.name] = tuple(value) if several else value
@@ -5725,7 +5713,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
     # A sign-in link has no scopes.
     add = token.add_mutually_exclusive_group().add_argument
-    add("--scope", metavar="SCOPE", type=parse_scope, help="service, stats")
+    add("--scope", type=parse_scope, help="service, stats")
     page = f"http://{Settings.listen}"
     link = f"a sign-in link to the page at BASE (default {page})"
     add("--link", metavar="BASE", nargs="?", const=page, type=parse_base, help=link)

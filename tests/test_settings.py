@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import sqlite3
@@ -121,7 +122,7 @@ def test_a_value_within_its_limits_is_parsed(
 def test_a_value_past_its_limits_is_refused_and_the_error_quotes_it(
     parse: str, text: str
 ) -> None:
-    with pytest.raises(chatd.WrongText, match=" is not ") as caught:
+    with pytest.raises(argparse.ArgumentTypeError, match=" is not ") as caught:
         parser_of(parse)(text)
     assert str(caught.value).startswith(repr(text))
 
