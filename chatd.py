@@ -1253,7 +1253,6 @@ class Store:
         stats: Stats,
         *,
         run_sync: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync,
-        steps: Sequence[str] | None = None,
     ) -> None:
         self.settings = settings
         self.stats = stats
@@ -1266,9 +1265,7 @@ class Store:
         self._read_limiter = trio.CapacityLimiter(READERS)
         self._write_limiter = trio.CapacityLimiter(1)
         self._submit, self._inbox = trio.open_memory_channel[Job](4096)
-        self._writer = db = prepare_database(
-            self.path, steps or schema_steps(), settings.check_bytes
-        )
+        self._writer = db = prepare_database(self.path, settings.check_bytes)
         with file_errors("database", self.path), contextlib.ExitStack() as undo:
             undo.callback(db.close)
             self.epoch: str = query_value(
@@ -4527,7 +4524,7 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
             elif isinstance(value, dict):
                 yield from families(f"{prefix}_{name}", value)
             else:
-                yield family(f"{prefix}_{name}", name, value=float(value))
+                yield family(f"{prefix}_{name}", name, value=value)
 
     return generate_latest(Document())
 
@@ -4952,13 +4949,14 @@ DATABASE_BYTES = (
 )
 
 
-def examine(what: str, path: Path, db: Db, steps: Sequence[str]) -> int:
+def examine(what: str, path: Path, db: Db) -> int:
     """Return the version of a database's schema: 0 if there is nothing in it yet.
 
     Raises UsageError if it is not chatd's, if a newer chatd made it, and if its end or
     a part of its schema is lost.
     """
     version: int = query_value(db, "PRAGMA user_version")
+    steps = schema_steps()
     if query_value(db, "PRAGMA application_id") != APPLICATION_ID:
         if schema_names(db):
             raise UsageError(f"{what} {path}: it belongs to another program")
@@ -5008,17 +5006,18 @@ def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
 NEW_EPOCH = "lower(hex(randomblob(4)))"
 
 
-def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
+def prepare_database(path: Path, check_bytes: int) -> Db:
     """Open the writer's connection; create the schema, or migrate an older one.
 
     Raises UsageError with a sentence for the person, and then changes nothing.
     """
+    steps = schema_steps()
     with file_errors("database", path):
         check_not_emptied("database", path)
         # SQLite would make the file readable by all. -wal and -shm get its mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         with contextlib.closing(open_database(path, readonly=True)) as look:
-            version = examine("database", path, look, steps)
+            version = examine("database", path, look)
             if version:
                 check_at_start(look, path, check_bytes)
         sync_wal(wal_of(path))  # its last writer may have been killed
@@ -5273,7 +5272,7 @@ def reading(what: str, path: Path) -> Iterator[Db]:
                 raise UsageError(f"{what} {path}: there is no such file")
             check_not_emptied(what, path)
             with contextlib.closing(open_database(path, readonly=True)) as db:
-                if not examine(what, path, db, schema_steps()):
+                if not examine(what, path, db):
                     raise UsageError(f"{what} {path}: it is empty")
                 yield db
     finally:
@@ -5413,96 +5412,96 @@ SANE = {
 # =====================================================================================
 # SETTINGS AND COMMAND LINE
 #
-# Everything that can be set, but for the proxy's --upstream, is a field of Settings,
-# with its unit, default, reason and consequence. Flags, variables, `--help` and the
+# Everything that can be set, but for the proxy's --upstream, is a field of Settings. A
+# flag has a unit, default, reason and consequence there: variables, `--help` and the
 # table in the documentation come from it. `main` is the whole program.
 # =====================================================================================
 
 
-def setting(default: Any, unit: str, why: str, over: str = "") -> Any:
-    """Make a field of Settings: its unit, what it limits, and what happens then."""
+def flag(default: Any, unit: str, why: str, over: str = "") -> Any:
+    """Make a setting a flag: its unit, what it limits, and what happens then."""
     metadata = {"unit": unit, "why": why, "over": over}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that can be set, with its unit, its reason and its consequence.
+    """Everything that can be set.
 
     `--help` and the CHATD_... variables are made from it.
     """
 
     # fmt: off
-    listen: str = setting("127.0.0.1:8086", "HOST:PORT",
+    listen: str = flag("127.0.0.1:8086", "HOST:PORT",
         "where to listen; port 0: any free port")
-    db: Path = setting(Path("chatd.db"), "FILE",
+    db: Path = flag(Path("chatd.db"), "FILE",
         "the database; under systemd $STATE_DIRECTORY/chatd.db")
-    secret_file: Path | None = setting(None, "FILE",
+    secret_file: Path | None = flag(None, "FILE",
         "chatd's own signing secret; else the credential chatd.secret of systemd, "
         "else the file chatd.secret beside the database")
-    jwt_key: tuple[Path, ...] = setting((), "FILE",
+    jwt_key: tuple[Path, ...] = flag((), "FILE",
         "also trust tokens signed with this key: a PEM public key (RS256, ES256, "
         "EdDSA), otherwise a shared secret (HS256); may be given several times")
-    issuer: str | None = setting(None, "ISS",
+    issuer: str | None = flag(None, "ISS",
         "the iss that tokens signed with a --jwt-key must have", "token_invalid")
-    audience: str | None = setting(None, "AUD",
+    audience: str | None = flag(None, "AUD",
         "the aud that tokens signed with a --jwt-key must have", "token_invalid")
-    origin: tuple[str, ...] = setting((), "ORIGIN",
+    origin: tuple[str, ...] = flag((), "ORIGIN",
         "pages of this origin may use chatd too; may be given several times", "403")
-    trusted_proxy: tuple[str, ...] = setting(("127.0.0.0/8", "::1"), "CIDR",
+    trusted_proxy: tuple[str, ...] = flag(("127.0.0.0/8", "::1"), "CIDR",
         "proxies whose X-Forwarded-For is trusted, or none; may be given several "
         "times")
-    chats_by: str = setting("user", "WHO",
+    chats_by: str = flag("user", "WHO",
         "who may create chats and add members: user or service", "forbidden")
-    log_level: str = setting("info", "LEVEL",
+    log_level: str = flag("info", "LEVEL",
         "what to log: debug, info, warning or error")
-    sends: Rate = setting(Rate(5, 20), "RATE/BURST",
+    sends: Rate = flag(Rate(5, 20), "RATE/BURST",
         "messages a second per user, so that no user floods a chat", "rate_limited")
-    commands: Rate = setting(Rate(30, 60), "RATE/BURST",
+    commands: Rate = flag(Rate(30, 60), "RATE/BURST",
         "commands a second per connection",
         "rate_limited; 4008 after 100 refused in a row")
-    typing: Rate = setting(Rate(1, 5), "RATE/BURST",
+    typing: Rate = flag(Rate(1, 5), "RATE/BURST",
         "typing signs a second per user and chat", "dropped")
-    handshakes: Rate = setting(Rate(10, 50), "RATE/BURST",
+    handshakes: Rate = flag(Rate(10, 50), "RATE/BURST",
         "upgrades and 401s a second per address (IPv6: per /64)", "429")
-    requests: Rate = setting(Rate(20, 100), "RATE/BURST",
+    requests: Rate = flag(Rate(20, 100), "RATE/BURST",
         "HTTP requests a second per user", "429")
-    receive_bytes: Rate = setting(Rate(65536, 524288), "RATE/BURST",
+    receive_bytes: Rate = flag(Rate(65536, 524288), "RATE/BURST",
         "bytes a second per connection, so that a flood meets TCP, not the CPU",
         "reading waits")
-    max_connections: int = setting(10_000, "COUNT",
+    max_connections: int = flag(10_000, "COUNT",
         "open sockets; raise the limit of open files to this plus 256",
         "503 overloaded")
-    connections_per_user: int = setting(20, "COUNT",
+    connections_per_user: int = flag(20, "COUNT",
         "open sockets per user, so that one page cannot use up all", "4504")
-    max_message_bytes: int = setting(65_536, "BYTES",
+    max_message_bytes: int = flag(65_536, "BYTES",
         "the size of a message on a socket, or of a request's body", "1009, 413")
-    max_content_chars: int = setting(4_000, "CHARACTERS",
+    max_content_chars: int = flag(4_000, "CHARACTERS",
         "the length of a message's content", "bad_field")
-    drain_seconds: float = setting(5.0, "SECONDS",
+    drain_seconds: float = flag(5.0, "SECONDS",
         "the time that a stop may take", "open connections are cut")
-    check_bytes: int = setting(33_554_432, "BYTES",
+    check_bytes: int = flag(33_554_432, "BYTES",
         "the size of a database that is checked for damage at the start",
         "not checked, and the log says so; run chatd check")
 
     # Not flags: an operator should not have to think of them. Tests set them.
-    outbox_bytes: int = setting(262_144, "bytes",
-        "unsent bytes of one connection, before the batch that crosses this line",
-        "no longer live: the seat reads the event log when its outbox is empty")
-    fragments: int = setting(64, "frames", "fragments of one message", "1009")
-    resync_events: int = setting(5_000, "events",
-        "missed events of one user; loading the chats anew is then cheaper", "resync")
-    page_events: int = setting(500, "events", "a page of the event log")
-    page_bytes: int = setting(131_072, "bytes", "a page of events")
-    tail_events: int = setting(16_384, "events", "the tail")
-    tail_bytes: int = setting(16_777_216, "bytes", "the tail")
-    batch_jobs: int = setting(512, "jobs", "one transaction, so that none takes long")
-    batch_events: int = setting(2_000, "events", "one transaction")
-    members: int = setting(5_000, "users",
-        "members of a chat; each new member gets an event with all", "bad_field")
-    large_chat: int = setting(50, "users",
-        "members of a chat whose read marks go to all", "to the reader only")
-    known_tokens: int = setting(4_096, "tokens", "verified tokens kept", "forgotten")
+
+    # Unsent bytes of one connection, before the batch that crosses this line. Over it
+    # the seat is no longer live: it reads the event log when its outbox is empty.
+    outbox_bytes: int = 262_144
+    fragments: int = 64  # of one message; over it: 1009
+    # Missed events of one user. Over it, loading the chats anew is cheaper: resync.
+    resync_events: int = 5_000
+    page_events: int = 500  # in a page of the event log
+    page_bytes: int = 131_072
+    tail_events: int = 16_384
+    tail_bytes: int = 16_777_216
+    batch_jobs: int = 512  # in one transaction, so that none takes long
+    batch_events: int = 2_000  # in one transaction
+    # Members of a chat: each new member gets an event with all. Over it: bad_field.
+    members: int = 5_000
+    large_chat: int = 50  # members; over it the read marks go to the reader only
+    known_tokens: int = 4_096  # that were verified; over it the oldest is forgotten
 
 
 def parser(
@@ -5576,8 +5575,7 @@ parse_scope = parser(
     lambda text: " ".join(text.split()),
 )
 
-# The parser of a flag's text, by the setting's unit. Settings of other units are not
-# flags.
+# The parser of a flag's text, by the flag's unit.
 PARSERS: dict[str, Callable[[str], Any]] = {
     "HOST:PORT": parse_listen,
     "FILE": Path,
@@ -5601,7 +5599,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 
 def flags() -> Iterator[dataclasses.Field[Any]]:
     """Return the settings that are flags."""
-    return (f for f in dataclasses.fields(Settings) if f.metadata["unit"] in PARSERS)
+    return (field for field in dataclasses.fields(Settings) if field.metadata)
 
 
 def shown(value: object) -> str:
@@ -5614,13 +5612,12 @@ def variable_name(field: dataclasses.Field[Any]) -> str:
     return f"CHATD_{field.name.upper()}"
 
 
-def variable(name: str) -> str | None:
-    """Read an environment variable. A blank one counts as unset.
+def variable(name: str) -> str:
+    """Read an environment variable. A blank one counts as unset, and both are "".
 
     Compose files and scripts write `NAME=${NAME:-}`, which sets it to nothing.
     """
-    text = os.environ.get(name, "")
-    return text if text.strip() else None
+    return os.environ.get(name, "").strip()
 
 
 def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
@@ -5796,16 +5793,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 restore(settings.db, options.path)
             case "check":
                 print_check(settings.db)
-    except* UsageError as group:
+    except* Exception as group:
+        status = 1
         start = "<3>" if in_journal() else ""  # the priority, as in JournalFormatter
         for error in leaves(group):
-            sentence = f"{start}chatd: {error}".replace("\n", f"\n{start}")
-            print(sentence, file=sys.stderr)
-        status = 1
-    except* Exception as group:  # a bug in what all connections share
-        for error in leaves(group):
-            log_bug("crashed", error)
-        status = 1
+            if isinstance(error, UsageError):
+                sentence = f"{start}chatd: {error}".replace("\n", f"\n{start}")
+                print(sentence, file=sys.stderr)
+            else:  # a bug in what all connections share
+                log_bug("crashed", error)
     return status
 
 

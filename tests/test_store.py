@@ -1311,7 +1311,10 @@ def test_reads_fail_after_the_file_was_removed(memory: Memory) -> None:
 
 
 def open_store(path: Path, steps: list[str] | None = None) -> Store:
-    return memory_store(Settings(db=path), Stats(), steps=steps)
+    with pytest.MonkeyPatch.context() as patch:
+        if steps:
+            patch.setattr(chatd, "schema_steps", lambda: steps)
+        return memory_store(Settings(db=path), Stats())
 
 
 def steps_with(*more: str) -> list[str]:

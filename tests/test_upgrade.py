@@ -167,7 +167,10 @@ async def test_a_backup_of_1_0_is_restored_and_then_upgraded(
 
 
 def upgrade(db: Path, *steps: str) -> None:
-    memory_store(Settings(db=db), Stats(), steps=[*steps] or None).close()
+    with pytest.MonkeyPatch.context() as patch:
+        if steps:
+            patch.setattr(chatd, "schema_steps", lambda: [*steps])
+        memory_store(Settings(db=db), Stats()).close()
 
 
 def test_an_upgrade_writes_an_events_own_fields_into_its_row(old: Path) -> None:
@@ -239,8 +242,8 @@ def test_an_upgrade_that_is_killed_anywhere_changes_nothing(
         chatd.open_database = open_database
         from tests.test_upgrade import STATEMENTS, STEPS
         half = "".join(STATEMENTS[:done])
-        settings = chatd.Settings(db=path)
-        chatd.Store(settings, chatd.Stats(), steps=[STEPS[0], half + "SELECT die();"])
+        chatd.schema_steps = lambda: [STEPS[0], half + "SELECT die();"]
+        chatd.Store(chatd.Settings(db=path), chatd.Stats())
     """
     ended = subprocess.run(
         [sys.executable, "-c", program, old, str(done)],
