@@ -4433,13 +4433,13 @@ class Stats:
         self.total = self.deliveries = self.writes = self.catch_ups = self.stalls = 0
         self.commits = self.messages = self.batch_max = self.duplicates = 0
         self.failed = 0
-        self.closed: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
-        self.events: Counter[str] = Counter()
-        self.rate_limited: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
-        self.resumes: Counter[str] = Counter(fresh=0, live=0, replay=0, resync=0)
-        self.commit_times: deque[float] = deque(maxlen=1024)
+        self.closed = Counter[str]()
+        self.refused = Counter[str]()
+        self.events = Counter[str]()
+        self.rate_limited = Counter[str]()
+        self.errors = Counter[str]()
+        self.resumes = Counter[str](fresh=0, live=0, replay=0, resync=0)
+        self.commit_times = deque[float](maxlen=1024)
         self.commit_max = 0.0
 
     def committed(self, seconds: float, jobs: int) -> None:
@@ -4802,12 +4802,11 @@ def file_errors(what: str, path: Path) -> Iterator[None]:
     """Turn the OSError or sqlite3.Error of a file into a UsageError that names it."""
     try:
         yield
-    except OSError as error:
-        raise UsageError(f"{what} {path}: {error.strerror or error}") from error
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:
         if is_damage(error):
             raise damaged(what, path, str(error)) from error
-        raise UsageError(f"{what} {path}: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"{what} {path}: {why}") from error
 
 
 def is_damage(error: Exception) -> bool:
@@ -4834,12 +4833,10 @@ def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> N
     address = variable("NOTIFY_SOCKET")
     if not address:
         return
-    if address.startswith("@"):
-        address = "\0" + address[1:]  # a name in the abstract namespace
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(wait_seconds)
-            sock.connect(address)
+            sock.connect(re.sub("^@", "\0", address))  # @: in the abstract namespace
             socket.send_fds(sock, [state.encode()], fds)
     except OSError as error:
         log(logging.WARNING, "notify_failed", error=error)
@@ -5126,8 +5123,9 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
     kept: list[socket.socket] = []
     if pid != str(os.getpid()):
         return given, kept
-    fd_names = [*called.split(":"), *[""] * int(count)]
-    for fd, name in zip(range(3, 3 + int(count)), fd_names, strict=False):
+    fd_names = dict(enumerate(called.split(":"), 3))
+    for fd in range(3, 3 + int(count)):
+        name = fd_names.get(fd, "")
         try:
             os.set_inheritable(fd, False)
             sock = socket.socket(fileno=fd)
@@ -5177,7 +5175,7 @@ async def _listen_at(
     addresses = dict.fromkeys(address for *_, address in found)
     again = {at: sock for at in addresses for sock in kept if _is_at(sock, at)}
     _forget([sock for sock in kept if sock not in again.values()])
-    problem = OSError(errno.EADDRNOTAVAIL, "it has no address")
+    problem = OSError("it has no address")
     for at in addresses.keys() - again.keys():
         try:
             (listener,) = await trio.open_tcp_listeners(port, host=str(at[0]))
@@ -5627,9 +5625,9 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) 
         if names and field.name not in names:
             continue
         unit, why, over = field.metadata.values()
-        over = f"; over it: {over}" if over else ""
+        over = over and f"; over it: {over}"
         default = shown(defaults.get(field.name, field.default))
-        default = f" (default {default})" if default else ""
+        default = default and f" (default {default})"
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             metavar=unit,
@@ -5669,9 +5667,6 @@ def tell_unknown_variables() -> None:
             log(logging.WARNING, "unknown_variable", name=name)
 
 
-# The proxy trusts no X-Forwarded-For header, unless it is told of a proxy before it.
-PROXY_DEFAULTS = {"listen": "127.0.0.1:3000", "trusted_proxy": ("none",)}
-
 PROXY_FLAGS = (
     "listen", "db", "secret_file", "jwt_key", "issuer", "audience", "trusted_proxy",
     "log_level", "handshakes", "max_connections", "drain_seconds",
@@ -5700,7 +5695,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=variable("CHATD_UPSTREAM") or Settings.listen,
         help=f"where that chatd listens (default {Settings.listen})",
     )
-    add_flags(proxying, *PROXY_FLAGS, **PROXY_DEFAULTS)
+    # It trusts no X-Forwarded-For header, unless it is told of a proxy before it.
+    trusted = ("none",)
+    add_flags(proxying, *PROXY_FLAGS, listen="127.0.0.1:3000", trusted_proxy=trusted)
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
@@ -5738,11 +5735,11 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     """Print a token, and nothing else."""
     keyring = read_keyring(settings)
     user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
-    if options.link is None:
+    if options.link:
+        print(sign_in_link(keyring, options.link, user_id, name, ttl))
+    else:
         seconds = ttl or SESSION_SECONDS
         print(keyring.sign(user_id, seconds, name=name, scope=options.scope))
-    else:
-        print(sign_in_link(keyring, options.link, user_id, name, ttl))
 
 
 def end_with_a_sentence() -> None:
