@@ -5682,7 +5682,7 @@ def make_parser() -> argparse.ArgumentParser:
     too = "Each flag can be given as CHATD_NAME in the environment too."
     serving = commands.add_parser("serve", help="serve the chat", epilog=too)
     serving.add_argument(
-        "--demo", action="store_true", help="try it: two users, a chat, no traces"
+        "--demo", action="store_true", help="try it: two users, a chat"
     )
     add_flags(serving)
 
@@ -5705,29 +5705,26 @@ def make_parser() -> argparse.ArgumentParser:
     add("--name", help="what others see")
     how_long = "how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)"
     add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
-    # A sign-in link has no scopes.
-    add = token.add_mutually_exclusive_group().add_argument
+    add = token.add_mutually_exclusive_group().add_argument  # a link has no scopes
     add("--scope", type=parse_scope, help="service, stats")
     page = f"http://{Settings.listen}"
     link = f"a sign-in link to the page at BASE (default {page})"
     add("--link", metavar="BASE", nargs="?", const=page, type=parse_base, help=link)
     add_flags(token, "db", "secret_file")
 
-    copy = "copy the database into a new file, while it serves"
-    put = "put a backup in the database's place; stop chatd before"
-    look = "look whether the database is sound"
-    for name, path, what in (
-        ("backup", "DEST", copy), ("restore", "SRC", put), ("check", "", look)
-    ):  # fmt: skip
-        command = commands.add_parser(name, help=what)
-        if path:
-            command.add_argument("path", type=Path, metavar=path)
-        if name == "backup":
-            kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
-            command.add_argument(
-                "--keep", metavar="COUNT", type=parse_count, default=0, help=kept
-            )
-        add_flags(command, "db")
+    copy = commands.add_parser("backup", help="copy the database, also while it serves")
+    copy.add_argument("path", type=Path, metavar="DEST")
+    kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
+    copy.add_argument("--keep", metavar="COUNT", type=parse_count, default=0, help=kept)
+    add_flags(copy, "db")
+
+    there = "put a backup in the database's place; stop chatd before"
+    put = commands.add_parser("restore", help=there)
+    put.add_argument("path", type=Path, metavar="SRC")
+    add_flags(put, "db")
+
+    look = commands.add_parser("check", help="look whether the database is sound")
+    add_flags(look, "db")
     return parser
 
 
