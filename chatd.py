@@ -4805,7 +4805,9 @@ def file_errors(what: str, path: Path) -> Iterator[None]:
     except (OSError, sqlite3.Error) as error:
         if is_damage(error):
             raise damaged(what, path, str(error)) from error
-        why = getattr(error, "strerror", None) or error
+        why = str(getattr(error, "strerror", None) or error)
+        if not path.parent.is_dir():
+            why = f"there is no folder {path.parent}; make it, or name another"
         raise UsageError(f"{what} {path}: {why}") from error
 
 
@@ -5040,11 +5042,6 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
 def locked(db: Path) -> Iterator[None]:
     """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
     path = Path(f"{db.resolve()}.lock")  # a link leads to the same database
-    if not path.parent.is_dir():
-        raise UsageError(
-            f"database {db}: there is no folder {path.parent}; make it, or name "
-            "another database with --db"
-        )
     with file_errors("lock", path):
         # Root does this too, in a folder of the unit's user: follow no link there.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -5068,7 +5065,7 @@ def keep_owner(like: Path, *paths: Path) -> None:
     if os.geteuid() != 0:
         return
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             owner = like.stat()
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
@@ -5161,8 +5158,9 @@ async def open_listeners(listen: str) -> list[trio.SocketListener]:
         _forget(kept)
     else:
         notify(f"FDSTORE=1\nFDNAME={KEPT}", [sock.fileno() for sock in sockets])
-    from_socket = trio.socket.from_stdlib_socket
-    return [trio.SocketListener(from_socket(sock)) for sock in sockets]
+    return [
+        trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets
+    ]
 
 
 async def _listen_at(
@@ -5293,6 +5291,7 @@ def copy_database(what: str, source: Path, target: Path, change: str = "") -> No
                 to.execute("PRAGMA journal_mode = DELETE")
                 to.executescript(change)
             sync(target)
+            sync(target.parent)  # if that fails, then before the copy has its name
             with contextlib.closing(open_database(target, readonly=True)) as copy:
                 found = faults(copy)
         except (sqlite3.Error, OSError) as error:
@@ -5313,7 +5312,6 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         partial.touch(0o600, exist_ok=False)
         yield partial
-        sync(path.parent)  # if that fails, then before the file has its name
         partial.rename(path)
         sync(path.parent)
     finally:
@@ -5346,8 +5344,6 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
         folder, name = dest, "chatd-%Y%m%dT%H%M%SZ.db"
         while (dest := folder / time.strftime(name, time.gmtime())).exists():
             time.sleep(0.1)  # there is a copy of this second
-    if not dest.parent.is_dir():
-        raise UsageError(f"backup {dest}: there is no folder {dest.parent}; make it")
     if dest.exists():
         raise UsageError(
             f"backup {dest}: it exists; name a new file, or a folder with --keep COUNT"
@@ -5681,9 +5677,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     too = "Each flag can be given as CHATD_NAME in the environment too."
     serving = commands.add_parser("serve", help="serve the chat", epilog=too)
-    serving.add_argument(
-        "--demo", action="store_true", help="try it: two users, a chat"
-    )
+    demo = "try it: two users, a chat, no traces"
+    serving.add_argument("--demo", action="store_true", help=demo)
     add_flags(serving)
 
     before = "check tokens in front of a chatd that listens elsewhere"
