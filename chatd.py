@@ -4422,7 +4422,7 @@ def set_up_log(level: str) -> None:
     handler.setFormatter(JournalFormatter() if in_journal() else words)
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
-    logging.getLogger("trio-websocket").setLevel(logging.CRITICAL)
+    logging.getLogger("trio-websocket").disabled = True
 
 
 class Stats:
@@ -5285,8 +5285,7 @@ def copy_database(what: str, source: Path, target: Path, change: str = "") -> No
     """
     with reading(what, source) as db:
         try:
-            connect = sqlite3.connect(target, isolation_level=None)
-            with contextlib.closing(connect) as to:
+            with contextlib.closing(sqlite3.connect(target)) as to:
                 db.backup(to)
                 to.execute("PRAGMA journal_mode = DELETE")
                 to.executescript(change)
