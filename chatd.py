@@ -1248,7 +1248,6 @@ class Store:
         settings: Settings,
         *,
         run_sync: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync,
-        steps: Sequence[str] | None = None,
     ) -> None:
         self.settings = settings
         self.stats = Stats()
@@ -1261,9 +1260,7 @@ class Store:
         self._read_limiter = trio.CapacityLimiter(READERS)
         self._write_limiter = trio.CapacityLimiter(1)
         self._submit, self._inbox = trio.open_memory_channel[Job](4096)
-        self._writer = db = prepare_database(
-            self.path, steps or schema_steps(), settings.check_bytes
-        )
+        self._writer = db = prepare_database(self.path, settings.check_bytes)
         with file_errors("database", self.path):
             self.epoch: str = query_value(
                 db, "SELECT value FROM meta WHERE key = 'epoch'"
@@ -4310,28 +4307,24 @@ def in_journal() -> bool:
     return False
 
 
-class Formatter(logging.Formatter):
-    """Writes a log line; for the journal with a priority as in sd-daemon(3)."""
+class JournalFormatter(logging.Formatter):
+    """Writes a log line for the journal: with a priority as in sd-daemon(3)."""
 
     PRIORITIES: ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
 
-    def __init__(self, *, journal: bool) -> None:
-        super().__init__("%(message)s" if journal else "%(levelname)s %(message)s")
-        self.journal = journal
-
     def format(self, record: logging.LogRecord) -> str:
         """Write a record."""
-        priority = f"<{self.PRIORITIES[record.levelname]}>" if self.journal else ""
-        return priority + super().format(record)
+        return f"<{self.PRIORITIES[record.levelname]}>{record.getMessage()}"
 
 
 def set_up_log(level: str) -> None:
     """Log to stderr. trio-websocket's own logger is off: it would log every frame."""
+    words = logging.Formatter("%(levelname)s %(message)s")
     handler = logging.StreamHandler()
-    handler.setFormatter(Formatter(journal=in_journal()))
+    handler.setFormatter(JournalFormatter() if in_journal() else words)
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
-    logging.getLogger("trio-websocket").setLevel(logging.CRITICAL)
+    logging.getLogger("trio-websocket").disabled = True
 
 
 class Stats:
@@ -4342,19 +4335,20 @@ class Stats:
         self.total = self.deliveries = self.writes = self.catch_ups = self.stalls = 0
         self.commits = self.messages = self.batch_max = self.duplicates = 0
         self.failed = 0
-        self.closed: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
-        self.events: Counter[str] = Counter()
-        self.rate_limited: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
-        self.resumes: Counter[str] = Counter(fresh=0, live=0, replay=0, resync=0)
-        self.commit_times: deque[float] = deque(maxlen=1024)
+        self.closed = Counter[str]()
+        self.refused = Counter[str]()
+        self.events = Counter[str]()
+        self.rate_limited = Counter[str]()
+        self.errors = Counter[str]()
+        self.resumes = Counter[str](fresh=0, live=0, replay=0, resync=0)
+        self.commit_times = deque[float](maxlen=1024)
         self.commit_max = 0.0
 
     def committed(self, seconds: float, jobs: int) -> None:
         """Count one commit and the time it took."""
         self.commits += 1
         self.batch_max = max(self.batch_max, jobs)
+        seconds = round(seconds, 6)
         self.commit_times.append(seconds)
         self.commit_max = max(self.commit_max, seconds)
 
@@ -4362,8 +4356,7 @@ class Stats:
         """p50 and p99 of the last 1,024 commits, and the longest of all."""
         ranked = sorted(self.commit_times) or [0.0]
         p50, p99 = (ranked[len(ranked) * part // 100] for part in (50, 99))
-        seconds = {"p50": p50, "p99": p99, "max": self.commit_max}
-        return {name: round(value, 6) for name, value in seconds.items()}
+        return {"p50": p50, "p99": p99, "max": self.commit_max}
 
 
 def stats_document(server: Server) -> dict[str, Any]:
@@ -4395,11 +4388,7 @@ def stats_document(server: Server) -> dict[str, Any]:
 
 
 # The numbers of the stats document that only grow; all others are gauges.
-COUNTERS = frozenset(
-    {"total", "closed", "refused", "events", "deliveries", "writes", "catch_ups",
-     "stalls", "commits", "messages", "duplicates", "failed", "resumes",
-     "rate_limited", "errors"}
-)  # fmt: skip
+COUNTERS = vars(Stats()).keys() - {"batch_max"}
 
 LABELS = {
     "closed": "code", "refused": "code", "events": "type", "resumes": "kind",
@@ -4414,9 +4403,13 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
     """
     # Imported at the first scrape: it would take a tenth of the time to start.
     from prometheus_client import CollectorRegistry, generate_latest
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        InfoMetricFamily,
+    )
 
-    class Collector:
+    class Document(CollectorRegistry):
         def collect(self) -> Iterator[Metric]:
             return families("chatd", document)
 
@@ -4424,9 +4417,7 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
         for name, value in part.items():
             family = CounterMetricFamily if name in COUNTERS else GaugeMetricFamily
             if isinstance(value, str):
-                info = GaugeMetricFamily(f"{prefix}_{name}_info", name, labels=[name])
-                info.add_metric([value], 1)
-                yield info
+                yield InfoMetricFamily(f"{prefix}_{name}", name, value={name: value})
             elif name in LABELS:
                 metric = family(f"{prefix}_{name}", name, labels=[LABELS[name]])
                 for label, number in value.items():
@@ -4435,11 +4426,9 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
             elif isinstance(value, dict):
                 yield from families(f"{prefix}_{name}", value)
             else:
-                yield family(f"{prefix}_{name}", name, value=float(value))
+                yield family(f"{prefix}_{name}", name, value=value)
 
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Collector())
-    return generate_latest(registry)
+    return generate_latest(Document())
 
 
 # =====================================================================================
@@ -4707,11 +4696,7 @@ class Tunnel:
 
 
 class UsageError(Exception):
-    """The person who runs chatd has to change something: exit status 1 or 2."""
-
-    def __init__(self, message: str, *, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
+    """The person who runs chatd has to change something: exit status 1."""
 
 
 @contextlib.contextmanager
@@ -4719,12 +4704,13 @@ def file_errors(what: str, path: Path) -> Iterator[None]:
     """Turn the OSError or sqlite3.Error of a file into a UsageError that names it."""
     try:
         yield
-    except OSError as error:
-        raise UsageError(f"{what} {path}: {error.strerror or error}") from error
-    except sqlite3.Error as error:
-        if what == "database" and is_damage(error):
-            raise damaged(path, str(error)) from error
-        raise UsageError(f"{what} {path}: {error}") from error
+    except (OSError, sqlite3.Error) as error:
+        if is_damage(error):
+            raise damaged(what, path, str(error)) from error
+        why = str(getattr(error, "strerror", None) or error)
+        if not path.parent.is_dir():
+            why = f"there is no folder {path.parent}; make it, or name another"
+        raise UsageError(f"{what} {path}: {why}") from error
 
 
 def is_damage(error: Exception) -> bool:
@@ -4733,14 +4719,13 @@ def is_damage(error: Exception) -> bool:
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def damaged(path: Path, why: str, what: str = "database") -> UsageError:
-    """Make the error about a damaged database, which says what to do."""
-    if what != "database":
-        return UsageError(f"{what} {path}: damaged: {' '.join(why.split())}")
-    return UsageError(
-        f"database {path}: damaged: {' '.join(why.split())}; `chatd check --db {path}` "
-        f"lists what is wrong, `chatd restore BACKUP --db {path}` puts a backup there"
-    )
+def damaged(what: str, path: Path, why: str) -> UsageError:
+    """Make the error about a damaged database; of the served one it says what to do."""
+    sentence = f"{what} {path}: damaged: {' '.join(why.split())}"
+    if what == "database":
+        sentence += f"; `chatd check --db {path}` lists what is wrong, "
+        sentence += f"`chatd restore BACKUP --db {path}` puts a backup there"
+    return UsageError(sentence)
 
 
 def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> None:
@@ -4752,12 +4737,10 @@ def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> N
     address = variable("NOTIFY_SOCKET")
     if not address:
         return
-    if address.startswith("@"):
-        address = "\0" + address[1:]  # a name in the abstract namespace
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(wait_seconds)
-            sock.connect(address)
+            sock.connect(re.sub("^@", "\0", address))  # @: in the abstract namespace
             socket.send_fds(sock, [state.encode()], fds)
     except OSError as error:
         log(logging.WARNING, "notify_failed", error=error)
@@ -4770,14 +4753,13 @@ def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
     """
     wanted = (settings.max_connections + 256) * each
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        soft = max(soft, top)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft >= wanted:
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed == wanted:
         return settings
-    fewer = max(1, soft // each - 256)
-    log(logging.WARNING, "fewer_connections", max_connections=fewer, open_files=soft)
+    fewer = max(1, allowed // each - 256)
+    log(logging.WARNING, "fewer_connections", max_connections=fewer, open_files=allowed)
     return dataclasses.replace(settings, max_connections=fewer)
 
 
@@ -4804,39 +4786,29 @@ def open_database(path: Path, *, readonly: bool) -> Db:
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
     )
     try:
-        db.execute("PRAGMA trusted_schema = OFF")
-        db.execute("PRAGMA temp_store = MEMORY")
+        db.executescript("PRAGMA trusted_schema = OFF; PRAGMA temp_store = MEMORY")
         if readonly:
-            db.execute("PRAGMA query_only = ON")
-            db.execute("PRAGMA wal_autocheckpoint = 0")
+            db.executescript("PRAGMA query_only = ON; PRAGMA wal_autocheckpoint = 0")
             return db
         mode = query_value(db, "PRAGMA journal_mode = WAL")
         if mode != "wal":
             raise sqlite3.OperationalError(f"journal_mode is {mode}, not wal")
-        db.execute("PRAGMA synchronous = FULL")  # an ack survives a power cut
-        db.execute("PRAGMA foreign_keys = ON")
-        db.execute("PRAGMA secure_delete = ON")
-        db.execute("PRAGMA cell_size_check = ON")
-        db.execute("PRAGMA journal_size_limit = 67108864")
+        db.executescript(
+            """PRAGMA synchronous = FULL;  -- an ack survives a power cut
+            PRAGMA foreign_keys = ON;
+            PRAGMA secure_delete = ON;
+            PRAGMA cell_size_check = ON;
+            PRAGMA journal_size_limit = 67108864"""
+        )
     except BaseException:
         db.close()
         raise
     return db
 
 
-def beside(path: Path, suffix: str) -> Path:
-    """Name a file that belongs to a database: -wal, -shm, .lock."""
-    return path.with_name(path.name + suffix)
-
-
 def wal_of(path: Path) -> Path:
     """Name the WAL of a database: SQLite puts it beside the file, not beside a link."""
-    return beside(path.resolve(), "-wal")
-
-
-def partial_name(path: Path) -> Path:
-    """Name a file to write first, and then to rename to path."""
-    return beside(path, f".{secrets.token_hex(4)}.partial")
+    return Path(f"{path.resolve()}-wal")
 
 
 def file_bytes(path: Path) -> int:
@@ -4859,51 +4831,58 @@ def sync_wal(wal: Path) -> None:
         os.fsync(fd)
 
 
-def check_not_emptied(path: Path, what: str = "database") -> None:
+def check_not_emptied(what: str, path: Path) -> None:
     """Raise UsageError for a file that SQLite would take for a new database.
 
     SQLite would then remove the -wal, which may hold all there is. A database is at
     least as long as its header.
     """
-    size, wal = file_bytes(path), file_bytes(wal_of(path))
+    size = file_bytes(path)
     if 0 < size < 100:
-        raise damaged(path, f"it has only {size} bytes", what)
-    if not size and wal:
-        raise damaged(path, "it is empty, and its -wal is not", what)
+        raise damaged(what, path, f"it has only {size} bytes")
+    if not size and file_bytes(wal_of(path)):
+        raise damaged(what, path, "it is empty, and its -wal is not")
 
 
-def check_not_cut(db: Db, path: Path, what: str = "database") -> int:
-    """Raise UsageError for a file that has lost its end. Returns its size in bytes.
+# What the file of a database should have, if nothing is left in the WAL.
+DATABASE_BYTES = (
+    "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+)
 
-    With a -wal that is not empty, the missing pages may be there.
+
+def examine(what: str, path: Path, db: Db) -> int:
+    """Return the version of a database's schema: 0 if there is nothing in it yet.
+
+    Raises UsageError if it is not chatd's, if a newer chatd made it, and if its end or
+    a part of its schema is lost.
     """
-    size: int = query_value(db, "PRAGMA page_count") * query_value(
-        db, "PRAGMA page_size"
-    )
-    if not file_bytes(wal_of(path)) and file_bytes(path) < size:
-        raise damaged(path, f"{file_bytes(path)} bytes are left of {size}", what)
-    return size
-
-
-def schema_fault(db: Db, version: int) -> str:
-    """Say what a database lacks of the schema of its version. "" if nothing."""
-    if version < 1:
-        return f"its schema has version {version}"
-    names = "SELECT type || ' ' || name FROM sqlite_schema WHERE sql IS NOT NULL"
-    with contextlib.closing(sqlite3.connect(":memory:")) as model:
-        model.executescript("".join(schema_steps()[:version]))
-        wanted = {name for (name,) in model.execute(names)}
-    missing = sorted(wanted - {name for (name,) in db.execute(names)})
-    return f"without {', '.join(missing)}" if missing else ""
-
-
-def refuse_newer(what: str, path: Path, version: int, known: int) -> None:
-    """Raise UsageError for a database that a newer chatd made."""
-    if version > known:
+    version: int = query_value(db, "PRAGMA user_version")
+    steps = schema_steps()
+    if query_value(db, "PRAGMA application_id") != APPLICATION_ID:
+        if schema_names(db):
+            raise UsageError(f"{what} {path}: it belongs to another program")
+        return 0
+    if version > len(steps):
         raise UsageError(
             f"{what} {path}: made by a newer chatd (schema {version}, this one knows "
-            f"{known}): install that version, or restore an older backup"
+            f"{len(steps)}): install that version, or restore an older backup"
         )
+    size, left = query_value(db, DATABASE_BYTES), file_bytes(path)
+    if left < size and not file_bytes(wal_of(path)):  # the WAL may have the rest
+        raise damaged(what, path, f"{left} bytes are left of {size}")
+    if version < 1:
+        raise damaged(what, path, f"its schema has version {version}")
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript("".join(steps[:version]))
+        if missing := schema_names(model) - schema_names(db):
+            raise damaged(what, path, f"without {', '.join(sorted(missing))}")
+    return version
+
+
+def schema_names(db: Db) -> set[str]:
+    """Return the tables, indexes and triggers of a database: "table meta"."""
+    names = "SELECT type || ' ' || name FROM sqlite_schema WHERE sql IS NOT NULL"
+    return {name for (name,) in db.execute(names)}
 
 
 def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
@@ -4912,36 +4891,36 @@ def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
     Raises UsageError. quick_check reads each page once (measured: 27 MB in 32 ms); it
     does not compare indexes with their tables, as `chatd check` does.
     """
-    size = check_not_cut(db, path)
+    size = query_value(db, DATABASE_BYTES)
     if size > check_bytes:
         log(logging.INFO, "unchecked", db=path, bytes=size, check_bytes=check_bytes)
         return
     began = time.monotonic()
     found = query_value(db, "PRAGMA quick_check(1)")
     if found != "ok":
-        raise damaged(path, found)
+        raise damaged("database", path, found)
     seconds = round(time.monotonic() - began, 3)
     log(logging.INFO, "checked", db=path, bytes=size, seconds=seconds)
 
 
-def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
+# SQL for the random half of cursors.
+NEW_EPOCH = "lower(hex(randomblob(4)))"
+
+
+def prepare_database(path: Path, check_bytes: int) -> Db:
     """Open the writer's connection; create the schema, or migrate an older one.
 
     Raises UsageError with a sentence for the person, and then changes nothing.
     """
+    steps = schema_steps()
     with file_errors("database", path):
-        check_not_emptied(path)
+        check_not_emptied("database", path)
         # SQLite would make the file readable by all. -wal and -shm get its mode.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         with contextlib.closing(open_database(path, readonly=True)) as look:
-            mine, version = database_version(look)
-            if not mine and query_value(look, "SELECT count(*) FROM sqlite_schema"):
-                raise UsageError(f"database {path}: it belongs to another program")
-            refuse_newer("database", path, version, len(steps))
-            if mine:
+            version = examine("database", path, look)
+            if version:
                 check_at_start(look, path, check_bytes)
-                if fault := schema_fault(look, version):
-                    raise damaged(path, fault)
         sync_wal(wal_of(path))  # its last writer may have been killed
         db = open_database(path, readonly=False)
         try:
@@ -4950,7 +4929,7 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
                     f"""BEGIN IMMEDIATE; {"".join(steps[version:])}
                     PRAGMA application_id = {APPLICATION_ID};
                     PRAGMA user_version = {len(steps)};
-                    INSERT OR IGNORE INTO meta VALUES ('epoch', '{new_epoch()}');
+                    INSERT OR IGNORE INTO meta VALUES ('epoch', {NEW_EPOCH});
                     COMMIT"""
                 )
                 # Now the file itself, not only its WAL, shows that it is chatd's.
@@ -4961,30 +4940,13 @@ def prepare_database(path: Path, steps: Sequence[str], check_bytes: int) -> Db:
     return db
 
 
-def database_version(db: Db) -> tuple[bool, int]:
-    """Is this a database of chatd, and of which schema version?"""
-    mine = query_value(db, "PRAGMA application_id") == APPLICATION_ID
-    return mine, query_value(db, "PRAGMA user_version")
-
-
-def new_epoch() -> str:
-    """Make a random epoch, the first half of cursors."""
-    return secrets.token_hex(4)
-
-
 @contextlib.contextmanager
 def locked(db: Path) -> Iterator[None]:
     """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
-    path = beside(db.resolve(), ".lock")  # a link leads to the same database
-    if not path.parent.is_dir():
-        raise UsageError(
-            f"database {db}: there is no folder {path.parent}; make it, or name "
-            "another database with --db"
-        )
+    path = Path(f"{db.resolve()}.lock")  # a link leads to the same database
     with file_errors("lock", path):
         # Root does this too, in a folder of the unit's user: follow no link there.
-        how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path, how, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     with open(fd, "r+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -5004,9 +4966,9 @@ def keep_owner(like: Path, *paths: Path) -> None:
     """Give files that root made to the owner of `like`: the unit must write them."""
     if os.geteuid() != 0:
         return
-    owner = like.stat()
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            owner = like.stat()
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
@@ -5014,9 +4976,9 @@ def secret_path(settings: Settings) -> Path:
     """Find chatd's own secret: flag, systemd credential, or beside the database."""
     if settings.secret_file is not None:
         return settings.secret_file
-    credentials = variable("CREDENTIALS_DIRECTORY")
-    if credentials and (Path(credentials) / "chatd.secret").exists():
-        return Path(credentials) / "chatd.secret"
+    folder = variable("CREDENTIALS_DIRECTORY")
+    if folder and (credential := Path(folder, "chatd.secret")).exists():
+        return credential
     return settings.db.with_name("chatd.secret")
 
 
@@ -5036,13 +4998,9 @@ def make_secret(path: Path) -> None:
     if path.exists():
         return
     # A full disk must not leave an empty secret.
-    with file_errors("secret", path), partial_file(path) as partial:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(secrets.token_urlsafe(48) + "\n")
-            file.flush()
-            os.fsync(fd)
-        partial.rename(path)
+    with file_errors("secret", path), new_file(path) as partial:
+        partial.write_text(secrets.token_urlsafe(48) + "\n", "ascii")
+        sync(partial)
     log(logging.INFO, "made_secret", path=path)
 
 
@@ -5062,10 +5020,11 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
     pid, count, called = (os.environ.pop(name, "") for name in names)
     given: list[socket.socket] = []
     kept: list[socket.socket] = []
-    if pid != str(os.getpid()) or not count.isdigit():
+    if pid != str(os.getpid()):
         return given, kept
-    fd_names = itertools.chain(called.split(":"), itertools.repeat(""))
-    for fd, name in zip(range(3, 3 + int(count)), fd_names, strict=False):
+    fd_names = dict(enumerate(called.split(":"), 3))
+    for fd in range(3, 3 + int(count)):
+        name = fd_names.get(fd, "")
         try:
             os.set_inheritable(fd, False)
             sock = socket.socket(fileno=fd)
@@ -5101,8 +5060,9 @@ async def open_listeners(listen: str) -> list[trio.SocketListener]:
         _forget(kept)
     else:
         notify(f"FDSTORE=1\nFDNAME={KEPT}", [sock.fileno() for sock in sockets])
-    from_socket = trio.socket.from_stdlib_socket
-    return [trio.SocketListener(from_socket(sock)) for sock in sockets]
+    return [
+        trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets
+    ]
 
 
 async def _listen_at(
@@ -5112,13 +5072,13 @@ async def _listen_at(
     found = await trio.socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
-    addresses: dict[tuple[Any, ...], None] = {address: None for *_, address in found}
+    addresses = dict.fromkeys(address for *_, address in found)
     again = {at: sock for at in addresses for sock in kept if _is_at(sock, at)}
     _forget([sock for sock in kept if sock not in again.values()])
-    problem = OSError(errno.EADDRNOTAVAIL, "it has no address")
+    problem = OSError("it has no address")
     for at in addresses.keys() - again.keys():
         try:
-            (listener,) = await trio.open_tcp_listeners(at[1], host=at[0])
+            (listener,) = await trio.open_tcp_listeners(port, host=str(at[0]))
         except OSError as error:
             if error.errno != errno.EAFNOSUPPORT:  # localhost, without IPv6
                 raise
@@ -5132,9 +5092,10 @@ async def _listen_at(
 
 def _is_at(sock: socket.socket, address: tuple[Any, ...]) -> bool:
     """Does the socket listen at this address? Port 0 means any port."""
-    name, listens = sock.getsockname(), (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    same = name[:1] + name[2:] == address[:1] + address[2:]
-    return same and address[1] in (0, name[1]) and bool(sock.getsockopt(*listens))
+    host, port, *more = address
+    name = sock.getsockname()
+    same: bool = name == (host, port or name[1], *more)
+    return same and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
 
 
 def _forget(kept: Sequence[socket.socket]) -> None:
@@ -5175,12 +5136,14 @@ def serve_demo(settings: Settings) -> None:
             for user_id, name in people.items():
                 link = sign_in_link(keyring, url, user_id, name)
                 print(f"{name + ':':6}{link}")
-            secret, upstream = secret_path(settings), url.removeprefix("http://")
-            last = f"""\
+            upstream = url.removeprefix("http://")
+            print(
+                f"""\
 Open each link in a tab of its own. Ctrl-C ends the demo and removes
 its files. With the proxy between, the links work at its port too:
-chatd proxy --upstream {upstream} --secret-file {secret}"""
-            print(last, flush=True)
+chatd proxy --upstream {upstream} --secret-file {secret_path(settings)}""",
+                flush=True,
+            )
 
         serve(settings, ready)
 
@@ -5189,8 +5152,7 @@ def sign_in_link(
     keyring: Keyring, base: str, user_id: int, name: str | None, seconds: int = 0
 ) -> str:
     """Make a URL that signs a user in, any number of times until it expires."""
-    seconds = seconds or LINK_SECONDS
-    token = keyring.sign(user_id, seconds, use="signin", name=name)
+    token = keyring.sign(user_id, seconds or LINK_SECONDS, use="signin", name=name)
     return f"{base.rstrip('/')}/#token={token}"
 
 
@@ -5202,28 +5164,22 @@ def announce(url: str) -> None:
 @contextlib.contextmanager
 def reading(what: str, path: Path) -> Iterator[Db]:
     """Open a database of chatd for reading. Any error is a UsageError."""
-    with file_errors(what, path):
-        if not path.is_file():
-            raise UsageError(f"{what} {path}: there is no such file")
-        check_not_emptied(path, what)
     try:
-        with (
-            file_errors(what, path),
-            contextlib.closing(open_database(path, readonly=True)) as db,
-        ):
-            mine, version = database_version(db)
-            if not mine:
-                raise UsageError(f"{what} {path}: not a database of chatd")
-            refuse_newer(what, path, version, len(schema_steps()))
-            check_not_cut(db, path, what)
-            yield db
+        with file_errors(what, path):
+            if not path.is_file():
+                raise UsageError(f"{what} {path}: there is no such file")
+            check_not_emptied(what, path)
+            with contextlib.closing(open_database(path, readonly=True)) as db:
+                if not examine(what, path, db):
+                    raise UsageError(f"{what} {path}: it is empty")
+                yield db
     finally:
         # Reading as root may have made these; the unit must be able to write them.
-        keep_owner(path, beside(path, "-wal"), beside(path, "-shm"))
+        keep_owner(path, Path(f"{path}-wal"), Path(f"{path}-shm"))
 
 
-def copy_database(source: Path, target: Path, what: str, change: str = "") -> None:
-    """Copy a database, as of one moment, into one new file that is on disk.
+def copy_database(what: str, source: Path, target: Path, change: str = "") -> None:
+    """Copy a database, as of one moment, into a new file, and sync it.
 
     change is SQL to run on the copy. The copy is checked, as `chatd check` would, so a
     damaged source never becomes a backup. Raises UsageError; the caller removes the
@@ -5231,37 +5187,42 @@ def copy_database(source: Path, target: Path, what: str, change: str = "") -> No
     """
     with reading(what, source) as db:
         try:
-            os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            connect = sqlite3.connect(target, isolation_level=None)
-            with contextlib.closing(connect) as to:
+            with contextlib.closing(sqlite3.connect(target)) as to:
                 db.backup(to)
                 to.execute("PRAGMA journal_mode = DELETE")
                 to.executescript(change)
-            with target.open("rb") as file:
-                os.fsync(file.fileno())
-            found = faults(target)
+            sync(target)
+            sync(target.parent)  # if that fails, then before the copy has its name
+            with contextlib.closing(open_database(target, readonly=True)) as copy:
+                found = faults(copy)
         except (sqlite3.Error, OSError) as error:
-            if what == "database" and is_damage(error):
+            if is_damage(error):
                 raise
             raise UsageError(f"{what} {source}: copying failed: {error}") from error
     if found:
-        raise damaged(source, found[0], what)
+        raise damaged(what, source, found[0])
 
 
 @contextlib.contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
-    """Name a file to write and then rename to path; remove it if it is still there."""
-    partial = partial_name(path)
+def new_file(path: Path) -> Iterator[Path]:
+    """Make a file, for this user alone, that gets the name path when it is complete.
+
+    Yields its name until then. It is removed if there is an error before.
+    """
+    partial = Path(f"{path}.{secrets.token_hex(4)}.partial")
     try:
+        partial.touch(0o600, exist_ok=False)
         yield partial
+        partial.rename(path)
+        sync(path.parent)
     finally:
         for suffix in ("", "-journal", "-wal", "-shm"):
-            beside(partial, suffix).unlink(missing_ok=True)
+            Path(f"{partial}{suffix}").unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put a file on the disk, or what a folder says of its files."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -5277,8 +5238,6 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
     """
     older: list[Path] = []
     if keep:
-        if not dest.is_dir():
-            raise UsageError(f"backup {dest}: --keep wants a folder that exists")
         for left in dest.glob("chatd-*Z.db.*.partial*"):
             with contextlib.suppress(OSError):
                 left.unlink()  # of a backup that was killed
@@ -5286,55 +5245,40 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
         folder, name = dest, "chatd-%Y%m%dT%H%M%SZ.db"
         while (dest := folder / time.strftime(name, time.gmtime())).exists():
             time.sleep(0.1)  # there is a copy of this second
-    if not dest.parent.is_dir():
-        raise UsageError(f"backup {dest}: there is no folder {dest.parent}; make it")
-    if dest.is_dir():
-        raise UsageError(f"backup {dest}: a folder; give --keep COUNT, or name a file")
     if dest.exists():
-        raise UsageError(f"backup {dest}: it exists; remove it, or choose another name")
-    with file_errors("backup", dest), partial_file(dest) as partial:
-        copy_database(db, partial, "database")
-        sync_folder(dest.parent)  # if that fails, then before the copy has its name
-        partial.rename(dest)
-        sync_folder(dest.parent)
+        raise UsageError(
+            f"backup {dest}: it exists; name a new file, or a folder with --keep COUNT"
+        )
+    with file_errors("backup", dest), new_file(dest) as partial:
+        copy_database("database", db, partial)
     print(dest)
-    for path in older[max(0, keep - 1) :]:
+    for path in older[keep - 1 :]:
         with file_errors("backup", path):
             path.unlink()
 
 
 def restore(db: Path, source: Path) -> None:
     """Put a backup in the database's place, with a new epoch: clients resync."""
-    with locked(db), file_errors("restore", source), partial_file(db) as partial:
-        epoch = f"UPDATE meta SET value = '{new_epoch()}' WHERE key = 'epoch';"
-        copy_database(source, partial, "restore", epoch)
+    with locked(db), file_errors("restore", source), new_file(db) as partial:
+        epoch = f"UPDATE meta SET value = {NEW_EPOCH} WHERE key = 'epoch'"
+        copy_database("restore", source, partial, epoch)
         keep_owner(db.parent, partial)
         # The old WAL must not meet the new file. Closing a sound old database folds its
         # WAL in; that of a damaged one is lost with it.
         with contextlib.suppress(sqlite3.Error):
-            if db.exists():
-                open_database(db, readonly=False).close()
+            open_database(db, readonly=False).close()
         for suffix in ("-wal", "-shm"):
-            beside(db, suffix).unlink(missing_ok=True)
-        partial.rename(db)
-        sync_folder(db.parent)
+            Path(f"{db}{suffix}").unlink(missing_ok=True)
 
 
-def faults(path: Path) -> list[str]:
-    """Return what is wrong with a database, a sentence each; empty if it is sound."""
-    with reading("database", path) as db:
-        _, version = database_version(db)
-        if fault := schema_fault(db, version):
-            return [fault]
-        try:
-            return [
-                " ".join(sentence.format(*row).split())
-                for sql, sentence in SANE.items()
-                for row in db.execute(sql)
-                if row[0] != "ok"
-            ]
-        except sqlite3.Error as error:
-            return [str(error)]
+def faults(db: Db) -> list[str]:
+    """Return what is wrong in a database, a sentence each; empty if it is sound."""
+    return [
+        " ".join(sentence.format(*row).split())
+        for sql, sentence in SANE.items()
+        for row in db.execute(sql)
+        if row[0] != "ok"
+    ]
 
 
 # The rules that every database of chatd obeys: a query for the rows that break a rule,
@@ -5363,144 +5307,135 @@ SANE = {
 # =====================================================================================
 # SETTINGS AND COMMAND LINE
 #
-# Everything that can be set, but for the proxy's --upstream, is a field of Settings,
-# with its unit, default, reason and consequence. Flags, variables, `--help` and the
-# table in the documentation are made from it. `main` is the whole program.
+# Everything that can be set, but for the proxy's --upstream, is a field of Settings. A
+# flag has a unit, default, reason and consequence there: variables, `--help` and the
+# table in the documentation come from it. `main` is the whole program.
 # =====================================================================================
 
 
-def setting(default: Any, unit: str, why: str, over: str = "") -> Any:
-    """Make a field of Settings: its unit, what it limits, and what happens then."""
+def flag(default: Any, unit: str, why: str, over: str = "") -> Any:
+    """Make a setting a flag: its unit, what it limits, and what happens then."""
     metadata = {"unit": unit, "why": why, "over": over}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that can be set, with its unit, its reason and its consequence.
+    """Everything that can be set.
 
-    `--help`, the CHATD_... variables and docs/operating.md's table are made from it.
+    `--help` and the CHATD_... variables are made from it.
     """
 
     # fmt: off
-    listen: str = setting("127.0.0.1:8086", "HOST:PORT",
+    listen: str = flag("127.0.0.1:8086", "HOST:PORT",
         "where to listen; port 0: any free port")
-    db: Path = setting(Path("chatd.db"), "FILE",
+    db: Path = flag(Path("chatd.db"), "FILE",
         "the database; under systemd $STATE_DIRECTORY/chatd.db")
-    secret_file: Path | None = setting(None, "FILE",
+    secret_file: Path | None = flag(None, "FILE",
         "chatd's own signing secret; else the credential chatd.secret of systemd, "
         "else the file chatd.secret beside the database")
-    jwt_key: tuple[Path, ...] = setting((), "FILE",
+    jwt_key: tuple[Path, ...] = flag((), "FILE",
         "also trust tokens signed with this key: a PEM public key (RS256, ES256, "
         "EdDSA), otherwise a shared secret (HS256); may be given several times")
-    issuer: str | None = setting(None, "ISS",
+    issuer: str | None = flag(None, "ISS",
         "the iss that tokens signed with a --jwt-key must have", "token_invalid")
-    audience: str | None = setting(None, "AUD",
+    audience: str | None = flag(None, "AUD",
         "the aud that tokens signed with a --jwt-key must have", "token_invalid")
-    origin: tuple[str, ...] = setting((), "ORIGIN",
+    origin: tuple[str, ...] = flag((), "ORIGIN",
         "pages of this origin may use chatd too; may be given several times", "403")
-    trusted_proxy: tuple[str, ...] = setting(("127.0.0.0/8", "::1"), "CIDR",
+    trusted_proxy: tuple[str, ...] = flag(("127.0.0.0/8", "::1"), "CIDR",
         "proxies whose X-Forwarded-For is trusted, or none; may be given several "
         "times")
-    chats_by: str = setting("user", "WHO",
+    chats_by: str = flag("user", "WHO",
         "who may create chats and add members: user or service", "forbidden")
-    log_level: str = setting("info", "LEVEL",
+    log_level: str = flag("info", "LEVEL",
         "what to log: debug, info, warning or error")
-    sends: Rate = setting(Rate(5, 20), "RATE/BURST",
+    sends: Rate = flag(Rate(5, 20), "RATE/BURST",
         "messages a second per user, so that no user floods a chat", "rate_limited")
-    commands: Rate = setting(Rate(30, 60), "RATE/BURST",
+    commands: Rate = flag(Rate(30, 60), "RATE/BURST",
         "commands a second per connection",
         "rate_limited; 4008 after 100 refused in a row")
-    typing: Rate = setting(Rate(1, 5), "RATE/BURST",
+    typing: Rate = flag(Rate(1, 5), "RATE/BURST",
         "typing signs a second per user and chat", "dropped")
-    handshakes: Rate = setting(Rate(10, 50), "RATE/BURST",
+    handshakes: Rate = flag(Rate(10, 50), "RATE/BURST",
         "upgrades and 401s a second per address (IPv6: per /64)", "429")
-    requests: Rate = setting(Rate(20, 100), "RATE/BURST",
+    requests: Rate = flag(Rate(20, 100), "RATE/BURST",
         "HTTP requests a second per user", "429")
-    receive_bytes: Rate = setting(Rate(65536, 524288), "RATE/BURST",
+    receive_bytes: Rate = flag(Rate(65536, 524288), "RATE/BURST",
         "bytes a second per connection, so that a flood meets TCP, not the CPU",
         "reading waits")
-    max_connections: int = setting(10_000, "COUNT",
+    max_connections: int = flag(10_000, "COUNT",
         "open sockets; raise the limit of open files to this plus 256",
         "503 overloaded")
-    connections_per_user: int = setting(20, "COUNT",
+    connections_per_user: int = flag(20, "COUNT",
         "open sockets per user, so that one page cannot use up all", "4504")
-    max_message_bytes: int = setting(65_536, "BYTES",
+    max_message_bytes: int = flag(65_536, "BYTES",
         "the size of a message on a socket, or of a request's body", "1009, 413")
-    max_content_chars: int = setting(4_000, "CHARACTERS",
+    max_content_chars: int = flag(4_000, "CHARACTERS",
         "the length of a message's content", "bad_field")
-    drain_seconds: float = setting(5.0, "SECONDS",
+    drain_seconds: float = flag(5.0, "SECONDS",
         "the time that a stop may take", "open connections are cut")
-    check_bytes: int = setting(33_554_432, "BYTES",
+    check_bytes: int = flag(33_554_432, "BYTES",
         "the size of a database that is checked for damage at the start",
         "not checked, and the log says so; run chatd check")
 
     # Not flags: an operator should not have to think of them. Tests set them.
-    outbox_bytes: int = setting(262_144, "bytes",
-        "unsent bytes of one connection, before the batch that crosses this line",
-        "no longer live: the seat reads the event log when its outbox is empty")
-    fragments: int = setting(64, "frames", "fragments of one message", "1009")
-    resync_events: int = setting(5_000, "events",
-        "missed events of one user; loading the chats anew is then cheaper", "resync")
-    page_events: int = setting(500, "events", "a page of the event log")
-    page_bytes: int = setting(131_072, "bytes", "a page of events")
-    tail_events: int = setting(16_384, "events", "the tail")
-    tail_bytes: int = setting(16_777_216, "bytes", "the tail")
-    batch_jobs: int = setting(512, "jobs", "one transaction, so that none takes long")
-    batch_events: int = setting(2_000, "events", "one transaction")
-    members: int = setting(5_000, "users",
-        "members of a chat; each new member gets an event with all", "bad_field")
-    large_chat: int = setting(50, "users",
-        "members of a chat whose read marks go to all", "to the reader only")
-    known_tokens: int = setting(4_096, "tokens", "verified tokens kept", "forgotten")
 
-
-class WrongText(ValueError, argparse.ArgumentTypeError):
-    """The text of a flag is wrong: a sentence, which argparse prints as it is."""
+    # Unsent bytes of one connection, before the batch that crosses this line. Over it
+    # the seat is no longer live: it reads the event log when its outbox is empty.
+    outbox_bytes: int = 262_144
+    fragments: int = 64  # of one message; over it: 1009
+    # Missed events of one user. Over it, loading the chats anew is cheaper: resync.
+    resync_events: int = 5_000
+    page_events: int = 500  # in a page of the event log
+    page_bytes: int = 131_072
+    tail_events: int = 16_384
+    tail_bytes: int = 16_777_216
+    batch_jobs: int = 512  # in one transaction, so that none takes long
+    batch_events: int = 2_000  # in one transaction
+    # Members of a chat: each new member gets an event with all. Over it: bad_field.
+    members: int = 5_000
+    large_chat: int = 50  # members; over it the read marks go to the reader only
+    known_tokens: int = 4_096  # that were verified; over it the oldest is forgotten
 
 
 def parser(
-    what: str, pattern: str = ".*", read: Callable[[str], Any] = str
+    what: str,
+    pattern: str = ".*",
+    read: Callable[[str], Any] = str,
+    most: float | None = None,
 ) -> Callable[[str], Any]:
     """Make a function that reads the text of a flag.
 
-    The text has to match the pattern, and read may raise ValueError; either way the
-    error says what was wanted.
+    The text has to match the pattern, read may raise ValueError, and a number has to be
+    from 0 to most; the error says what was wanted.
     """
 
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
             if re.fullmatch(pattern, text):
-                return read(text)
-        raise WrongText(f"{text!r} is not {what}")
+                value = read(text)
+                if most is None or 0 <= value <= most:
+                    return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return parse
 
 
 def _rate(text: str) -> Rate:
-    rate, slash, burst = text.partition("/")
-    parsed = Rate(float(rate), float(burst) if slash else 0.0)
-    if parsed.per_second == 0:
+    rate, _, burst = text.partition("/")
+    per_second, at_once = float(rate), float(burst or 0)
+    if per_second == 0:
         return Rate(0, 0)
-    if not (0 < parsed.per_second < math.inf and 1 <= parsed.burst < math.inf):
-        raise ValueError
-    return parsed
-
-
-def _at_most(most: float, read: Callable[[str], float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        number = read(text)
-        if not 0 <= number <= most:
-            raise ValueError
-        return number
-
-    return parse
+    if 0 < per_second < math.inf and 1 <= at_once < math.inf:
+        return Rate(per_second, at_once)
+    raise ValueError
 
 
 def _ttl(text: str) -> int:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    seconds = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
     number = text.rstrip("smhd")
-    return int(number) * units.get(text[len(number) :], 1)
+    return int(number) * seconds[text[len(number) :]]
 
 
 def _network(text: str) -> str:
@@ -5510,28 +5445,20 @@ def _network(text: str) -> str:
 
 
 def _listen(text: str) -> str:
-    _at_most(65535, int)(text.rpartition(":")[2])
+    if int(text.rpartition(":")[2]) > 65535:
+        raise ValueError
     return text
 
 
 COUNT = "0*[1-9][0-9]{0,15}"
-parse_rate = parser("RATE/BURST, such as 5/20, or 0 for no limit", read=_rate)
 parse_count = parser("a whole number above 0", COUNT, int)
-parse_user = parser(
-    f"a user's id, a number from 1 to {MAX_ID}", COUNT, _at_most(MAX_ID, int)
-)
-parse_seconds = parser(
-    "a number of seconds, 0 or more", read=_at_most(sys.float_info.max, float)
-)
+parse_listen = parser("HOST:PORT, such as 127.0.0.1:8086", ".+:[0-9]+", _listen)
+parse_user = parser(f"a user's id, a number from 1 to {MAX_ID}", COUNT, int, MAX_ID)
 parse_ttl = parser(
     "a time of at most 100 years, such as 30d, 12h, 15m or 90s",
     "0*[1-9][0-9]{0,9}[smhd]?",
-    _at_most(100 * 366 * 86400, _ttl),
-)
-parse_listen = parser("HOST:PORT, such as 127.0.0.1:8086", ".+:[0-9]+", _listen)
-parse_network = parser("a network, such as 10.0.0.0/8, or none", read=_network)
-parse_origin = parser(
-    "an origin, such as https://example.org", r"https?://[^/?#\s@]+", str.lower
+    _ttl,
+    100 * 366 * 86400,
 )
 parse_base = parser(
     "the page's address, such as https://chat.example.org",
@@ -5543,53 +5470,36 @@ parse_scope = parser(
     lambda text: " ".join(text.split()),
 )
 
-
-# The parser of a flag's text, by the setting's unit. Settings of other units are not
-# flags.
+# The parser of a flag's text, by the flag's unit.
 PARSERS: dict[str, Callable[[str], Any]] = {
     "HOST:PORT": parse_listen,
     "FILE": Path,
     "ISS": str,
     "AUD": str,
-    "ORIGIN": parse_origin,
-    "CIDR": parse_network,
+    "ORIGIN": parser(
+        "an origin, such as https://example.org", r"https?://[^/?#\s@]+", str.lower
+    ),
+    "CIDR": parser("a network, such as 10.0.0.0/8, or none", read=_network),
     "WHO": parser("one of user, service", "user|service"),
     "LEVEL": parser("one of debug, info, warning, error", "debug|info|warning|error"),
-    "RATE/BURST": parse_rate,
+    "RATE/BURST": parser("RATE/BURST, such as 5/20, or 0 for no limit", read=_rate),
     "COUNT": parse_count,
     "BYTES": parse_count,
     "CHARACTERS": parse_count,
-    "SECONDS": parse_seconds,
+    "SECONDS": parser(
+        "a number of seconds, 0 or more", read=float, most=sys.float_info.max
+    ),
 }
 
 
 def flags() -> Iterator[dataclasses.Field[Any]]:
     """Return the settings that are flags."""
-    return (f for f in dataclasses.fields(Settings) if f.metadata["unit"] in PARSERS)
+    return (field for field in dataclasses.fields(Settings) if field.metadata)
 
 
 def shown(value: object) -> str:
     """Write a default value as a person would type it."""
-    if type(value) is tuple:
-        return " ".join(map(str, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "" if value is None else str(value)
-
-
-def settings_table() -> str:
-    """Make the table of settings in docs/operating.md."""
-    rows = ["| flag | default | what it is for | when over |", "|---|---|---|---|"]
-    for field in flags():
-        unit, why, over = field.metadata.values()
-        default = f"`{shown(field.default)}`" if shown(field.default) else ""
-        rows.append(f"| `{flag(field)} {unit}` | {default} | {why} | {over} |")
-    return "\n".join(rows)
-
-
-def flag(field: dataclasses.Field[Any]) -> str:
-    """Return the name of a setting's flag."""
-    return f"--{field.name.replace('_', '-')}"
+    return " ".join(map(str, value)) if type(value) is tuple else str(value or "")
 
 
 def variable_name(field: dataclasses.Field[Any]) -> str:
@@ -5597,13 +5507,12 @@ def variable_name(field: dataclasses.Field[Any]) -> str:
     return f"CHATD_{field.name.upper()}"
 
 
-def variable(name: str) -> str | None:
-    """Read an environment variable. A blank one counts as unset.
+def variable(name: str) -> str:
+    """Read an environment variable. A blank one counts as unset, and both are "".
 
     Compose files and scripts write `NAME=${NAME:-}`, which sets it to nothing.
     """
-    text = os.environ.get(name, "")
-    return text if text.strip() else None
+    return os.environ.get(name, "").strip()
 
 
 def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
@@ -5613,11 +5522,11 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) 
         if names and field.name not in names:
             continue
         unit, why, over = field.metadata.values()
-        over = f"; over it: {over}" if over else ""
+        over = over and f"; over it: {over}"
         default = shown(defaults.get(field.name, field.default))
-        default = f" (default {default})" if default else ""
+        default = default and f" (default {default})"
         parser.add_argument(
-            flag(field),
+            f"--{field.name.replace('_', '-')}",
             metavar=unit,
             type=PARSERS[unit],
             action="append" if type(field.default) is tuple else "store",
@@ -5640,7 +5549,7 @@ def read_settings(
             read = PARSERS[field.metadata["unit"]]
             try:
                 value = [read(word) for word in text.split()] if several else read(text)
-            except ValueError as error:
+            except argparse.ArgumentTypeError as error:
                 parser.error(f"environment {name}: {error}")
         if value is not None:
             chosen[field.name] = tuple(value) if several else value
@@ -5654,9 +5563,6 @@ def tell_unknown_variables() -> None:
         if name.startswith("CHATD_") and variable(name):
             log(logging.WARNING, "unknown_variable", name=name)
 
-
-# The proxy trusts no X-Forwarded-For header, unless it is told of a proxy before it.
-PROXY_DEFAULTS = {"listen": "127.0.0.1:3000", "trusted_proxy": ("none",)}
 
 PROXY_FLAGS = (
     "listen", "db", "secret_file", "jwt_key", "issuer", "audience", "trusted_proxy",
@@ -5678,15 +5584,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     before = "check tokens in front of a chatd that listens elsewhere"
     proxying = commands.add_parser("proxy", help=before, epilog=too)
-    where, upstream = "where that chatd listens", Settings().listen
     proxying.add_argument(
         "--upstream",
         metavar="HOST:PORT",
         type=parse_listen,
-        default=variable("CHATD_UPSTREAM") or upstream,
-        help=f"{where} (default {upstream})",
+        default=variable("CHATD_UPSTREAM") or Settings.listen,
+        help=f"where that chatd listens (default {Settings.listen})",
     )
-    add_flags(proxying, *PROXY_FLAGS, **PROXY_DEFAULTS)
+    # It trusts no X-Forwarded-For header, unless it is told of a proxy before it.
+    trusted = ("none",)
+    add_flags(proxying, *PROXY_FLAGS, listen="127.0.0.1:3000", trusted_proxy=trusted)
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
@@ -5694,27 +5601,26 @@ def make_parser() -> argparse.ArgumentParser:
     add("--name", help="what others see")
     how_long = "how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)"
     add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
-    add("--scope", metavar="SCOPE", type=parse_scope, help="service, stats")
-    page = "http://127.0.0.1:8086"
+    add = token.add_mutually_exclusive_group().add_argument  # a link has no scopes
+    add("--scope", type=parse_scope, help="service, stats")
+    page = f"http://{Settings.listen}"
     link = f"a sign-in link to the page at BASE (default {page})"
     add("--link", metavar="BASE", nargs="?", const=page, type=parse_base, help=link)
     add_flags(token, "db", "secret_file")
 
-    copy = "copy the database into a new file, while it serves"
-    put = "put a backup in the database's place; stop chatd before"
-    look = "look whether the database is sound"
-    for name, path, what in (
-        ("backup", "DEST", copy), ("restore", "SRC", put), ("check", "", look)
-    ):  # fmt: skip
-        command = commands.add_parser(name, help=what)
-        if path:
-            command.add_argument("path", type=Path, metavar=path)
-        if name == "backup":
-            kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
-            command.add_argument(
-                "--keep", metavar="COUNT", type=parse_count, default=0, help=kept
-            )
-        add_flags(command, "db")
+    copy = commands.add_parser("backup", help="copy the database, also while it serves")
+    copy.add_argument("path", type=Path, metavar="DEST")
+    kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
+    copy.add_argument("--keep", metavar="COUNT", type=parse_count, default=0, help=kept)
+    add_flags(copy, "db")
+
+    there = "put a backup in the database's place; stop chatd before"
+    put = commands.add_parser("restore", help=there)
+    put.add_argument("path", type=Path, metavar="SRC")
+    add_flags(put, "db")
+
+    look = commands.add_parser("check", help="look whether the database is sound")
+    add_flags(look, "db")
     return parser
 
 
@@ -5722,13 +5628,11 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     """Print a token, and nothing else."""
     keyring = read_keyring(settings)
     user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
-    if options.link is None:
+    if options.link:
+        print(sign_in_link(keyring, options.link, user_id, name, ttl))
+    else:
         seconds = ttl or SESSION_SECONDS
         print(keyring.sign(user_id, seconds, name=name, scope=options.scope))
-    elif options.scope:
-        raise UsageError("--scope: a sign-in link has no scopes", status=2)
-    else:
-        print(sign_in_link(keyring, options.link, user_id, name, ttl))
 
 
 def end_with_a_sentence() -> None:
@@ -5742,12 +5646,13 @@ def end_with_a_sentence() -> None:
             signal.signal(number, end)
 
 
-def print_check(db: Path) -> None:
+def print_check(path: Path) -> None:
     """Print that a database is sound, or raise UsageError with all that is wrong."""
-    found = faults(db)
+    with reading("database", path) as db:
+        found = faults(db)
     if found:
-        raise UsageError("\n       ".join([f"database {db}:", *found]))
-    print(f"{db}: ok")
+        raise UsageError("\n       ".join([f"database {path}:", *found]))
+    print(f"{path}: ok")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5778,16 +5683,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 restore(settings.db, options.path)
             case "check":
                 print_check(settings.db)
-    except* UsageError as group:
-        start = "<3>" if in_journal() else ""  # the priority, as in Formatter
-        for error in leaves(group):
-            sentence = f"{start}chatd: {error}".replace("\n", f"\n{start}")
-            print(sentence, file=sys.stderr)
-            status = getattr(error, "status", 1)
-    except* Exception as group:  # a bug in what all connections share
-        for error in leaves(group):
-            log_bug("crashed", error)
+    except* Exception as group:
         status = 1
+        start = "<3>" if in_journal() else ""  # the priority, as in JournalFormatter
+        for error in leaves(group):
+            if isinstance(error, UsageError):
+                sentence = f"{start}chatd: {error}".replace("\n", f"\n{start}")
+                print(sentence, file=sys.stderr)
+            else:  # a bug in what all connections share
+                log_bug("crashed", error)
     return status
 
 

@@ -235,8 +235,20 @@ def test_the_table_of_log_lines_has_every_line_that_chatd_can_write() -> None:
     assert [row[0] for row in rows] == sorted({row[0] for row in rows})
 
 
-def test_the_table_of_settings_is_the_one_that_chatd_generates() -> None:
-    assert chatd.settings_table() in section(OPERATING, "## Settings")
+def settings_table() -> str:
+    """Make the table of settings from Settings."""
+    rows = ["| flag | default | what it is for | when over |", "|---|---|---|---|"]
+    for field in chatd.flags():
+        unit, why, over = field.metadata.values()
+        flag = f"--{field.name.replace('_', '-')} {unit}"
+        default = chatd.shown(field.default)
+        rows.append(f"| `{flag}` | {default and f'`{default}`'} | {why} | {over} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_settings_has_a_row_for_every_flag() -> None:
+    assert "\n| `--sends RATE/BURST` | `5/20` | messages a second" in settings_table()
+    assert settings_table() in section(OPERATING, "## Settings")
 
 
 def test_the_numbers_in_the_unit_file_fit_the_settings() -> None:

@@ -234,7 +234,8 @@ async def test_an_event_a_command_and_a_route_need_no_other_place_than_theirs(
         await server.stop()
     assert (await run_chatd("check", "--db", server.db)).status == 0
     # A chatd that does not know the event reports it as unknown.
-    assert "event 3: of the unknown kind waved" in chatd.faults(server.db)
+    with chatd.reading("database", server.db) as db:
+        assert "event 3: of the unknown kind waved" in chatd.faults(db)
 
 
 @pytest.mark.usefixtures("extended_chatd")

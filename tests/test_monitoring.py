@@ -62,6 +62,7 @@ def test_a_bug_that_ends_the_process_is_one_log_line_too(
     assert re.fullmatch(rf"ERROR crashed error='ValueError' at='{where}'\n", err), err
 
 
+@pytest.mark.usefixtures("bare_environment")
 @pytest.mark.parametrize(
     ("level", "prefix"), [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("ERROR", 3)]
 )
@@ -70,8 +71,10 @@ def test_a_log_level_is_a_priority_in_the_journal_and_a_word_elsewhere(
 ) -> None:
     number = logging.getLevelNamesMapping()[level]
     record = logging.LogRecord("chatd", number, "", 0, "left user=6", None, None)
-    assert chatd.Formatter(journal=True).format(record) == f"<{prefix}>left user=6"
-    assert chatd.Formatter(journal=False).format(record) == f"{level} left user=6"
+    assert chatd.JournalFormatter().format(record) == f"<{prefix}>left user=6"
+    chatd.set_up_log("info")
+    (handler,) = chatd.logger.handlers
+    assert handler.format(record) == f"{level} left user=6"
 
 
 def test_commit_times_are_of_the_last_1024_and_the_maximum_of_all() -> None:

@@ -1112,7 +1112,7 @@ def test_a_file_removed_or_replaced_while_storage_fails_ends_the_server(
     chat, store = memory.chat(1, 2), memory.store
     fail_next_commit(memory, error)
     assert all_failed(memory.commit(memory.sends(chat, 1)))
-    take_away(chatd.beside(memory.settings.db, suffix), replaced=replaced)
+    take_away(Path(f"{memory.settings.db}{suffix}"), replaced=replaced)
     assert "removed or replaced" in usage_error_of(store._probe)
     assert store.degraded
 
@@ -1238,7 +1238,7 @@ def test_a_removed_or_replaced_file_ends_the_server_before_an_ack(
     memory: Memory, replaced: bool, suffix: str
 ) -> None:
     chat, db = memory.chat(1, 2), memory.settings.db
-    take_away(chatd.beside(db, suffix), replaced=replaced)
+    take_away(Path(f"{db}{suffix}"), replaced=replaced)
     message = usage_error_of(memory.commit, memory.sends(chat, 1))
     assert message == f"database {db}: removed or replaced while it is served"
     message = usage_error_of(memory.store._probe)
@@ -1310,7 +1310,10 @@ def test_reads_fail_after_the_file_was_removed(memory: Memory) -> None:
 
 
 def open_store(path: Path, steps: list[str] | None = None) -> Store:
-    return memory_store(Settings(db=path), steps=steps)
+    with pytest.MonkeyPatch.context() as patch:
+        if steps:
+            patch.setattr(chatd, "schema_steps", lambda: steps)
+        return memory_store(Settings(db=path))
 
 
 def steps_with(*more: str) -> list[str]:

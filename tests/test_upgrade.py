@@ -88,7 +88,7 @@ async def assert_answers_like_1_0(
 def contents(db: Path) -> tuple[int, list[str]]:
     """Return a database's version, and everything in it as SQL."""
     with contextlib.closing(chatd.open_database(db, readonly=True)) as reader:
-        _, version = chatd.database_version(reader)
+        version = chatd.query_value(reader, "PRAGMA user_version")
         return version, [*reader.iterdump()]
 
 
@@ -100,7 +100,8 @@ def test_the_database_of_1_0_has_everything_that_an_upgrade_must_keep(
         def number(sql: str) -> int:
             return int(chatd.query_value(db, f"SELECT count(*) FROM {sql}"))
 
-        assert chatd.database_version(db) == (True, 1)
+        assert chatd.query_value(db, "PRAGMA application_id") == chatd.APPLICATION_ID
+        assert chatd.query_value(db, "PRAGMA user_version") == 1
         assert number("(SELECT DISTINCT kind FROM event)") == 5
         assert number("event WHERE kind = 'message_read' AND to_chat = 0") == 1
         assert number("message WHERE client_id IS NOT NULL") == len(of_1_0.SENT)
@@ -166,7 +167,10 @@ async def test_a_backup_of_1_0_is_restored_and_then_upgraded(
 
 
 def upgrade(db: Path, *steps: str) -> None:
-    memory_store(Settings(db=db), steps=[*steps] or None).close()
+    with pytest.MonkeyPatch.context() as patch:
+        if steps:
+            patch.setattr(chatd, "schema_steps", lambda: [*steps])
+        memory_store(Settings(db=db)).close()
 
 
 def test_an_upgrade_writes_an_events_own_fields_into_its_row(old: Path) -> None:
@@ -238,8 +242,8 @@ def test_an_upgrade_that_is_killed_anywhere_changes_nothing(
         chatd.open_database = open_database
         from tests.test_upgrade import STATEMENTS, STEPS
         half = "".join(STATEMENTS[:done])
-        settings = chatd.Settings(db=path)
-        chatd.Store(settings, steps=[STEPS[0], half + "SELECT die();"])
+        chatd.schema_steps = lambda: [STEPS[0], half + "SELECT die();"]
+        chatd.Store(chatd.Settings(db=path))
     """
     ended = subprocess.run(
         [sys.executable, "-c", program, old, str(done)],
