@@ -45,6 +45,7 @@ from tests.client import (
     ServerProcess,
     SocketClient,
     run_chatd,
+    send_bulk,
     wait_until,
 )
 
@@ -908,12 +909,6 @@ async def test_a_slow_reader_delays_nobody_costs_no_memory_and_misses_nothing(
     chat = await server.chat(ANNA, BEN, *slow)
     texts = [f"{number} {BULK}" for number in range(count)]
 
-    async def write() -> None:
-        sender = Sender(server, ANNA, [(chat, text) for text in texts])
-        client = await server.peer(ANNA)
-        await sender.send_over(client, Progress(), 8)
-        await client.leave()
-
     async def read(client: SocketClient) -> float:
         """Receive all of it; return the longest wait for a message."""
         waits = []
@@ -927,7 +922,7 @@ async def test_a_slow_reader_delays_nobody_costs_no_memory_and_misses_nothing(
     ben = await server.peer(BEN)
     memory = server.rss
     async with trio.open_nursery() as nursery:  # what it costs when all read
-        nursery.start_soon(write)
+        nursery.start_soon(send_bulk, server, chat, ANNA, count)
         await read(ben)
     usual, memory = server.rss - memory, server.rss
 
@@ -935,7 +930,7 @@ async def test_a_slow_reader_delays_nobody_costs_no_memory_and_misses_nothing(
     began = trio.current_time()
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(write)
+            nursery.start_soon(send_bulk, server, chat, ANNA, count)
             assert await read(ben) < 1.5
         load = sum(len(text.encode()) for text in texts)
         assert server.rss - memory < usual + load  # not once for each of ten

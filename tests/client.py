@@ -7,7 +7,8 @@ database and what it prints. Every wait has a deadline.
 - SocketClient is an open socket that sends commands and receives messages. It answers
   pings and closes. It reads only in `receive` and the methods that call it.
 - ServerProcess is a database and the process that serves it, which can be killed and
-  started again. ProxyProcess stands in front of one.
+  started again. ProxyProcess stands in front of one. Process is what a test without
+  Trio needs of them.
 - Sender keeps sending its messages over such sockets until all are acked.
 """
 
@@ -17,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -45,7 +47,7 @@ NO_RATES += ["--receive-bytes=0", "--handshakes=0", "--drain-seconds=2"]
 MISTAKE = re.compile(r"Traceback|\b(failed|crashed) error=")  # in the log
 
 Frame = dict[str, Any]
-TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 UPGRADE = {
     "Upgrade": "websocket",
     "Connection": "Upgrade",
@@ -417,6 +419,25 @@ class SocketClient:
 # --- processes -----------------------------------------------------------------------
 
 
+def find_program(names: tuple[str | None, ...], remedy: str, *trial: str) -> str:
+    """Find a program that can run `trial`. Without it: fail in CI, skip elsewhere."""
+    for name in names:
+        path = shutil.which(name or "")
+        if path and not (
+            trial and subprocess.run([path, *trial], check=False).returncode
+        ):
+            return path
+    if os.environ.get("CI"):
+        pytest.fail(remedy)
+    pytest.skip(remedy)
+
+
+def node_path(*flags: str) -> str:
+    """Find a Node that knows these flags."""
+    why = f"no Node on PATH that knows {flags or 'anything'}: install Node 20 or newer"
+    return find_program(("node",), why, *flags, "-e", "")
+
+
 @dataclass(frozen=True)
 class CommandResult:
     """The exit status of a command and what it wrote."""
@@ -453,8 +474,8 @@ async def run_chatd(*words: object, **environment: str) -> CommandResult:
     return run
 
 
-class ServerProcess:
-    """A database and, between `begin` and `stop` or `kill`, its server process."""
+class Process:
+    """A database and, between `start` and `end`, the process that serves it."""
 
     def __init__(self, home: Path, *command: str) -> None:
         home.mkdir(exist_ok=True)
@@ -462,16 +483,11 @@ class ServerProcess:
         self.db = home / "chatd.db"
         self.port = 0
         self.command = command or ("serve", "--db", str(self.db))
-        self.open = () if command else tuple(NO_RATES)  # flags that `serving` adds
         self.flags: tuple[str, ...] = ()
         self.environment: dict[str, str] = {}
         self.said = ""  # stdout of all processes so far
-        self.up = trio.Event()  # set while the server can be reached
-        self.streams: list[trio.SocketStream] = []
         self.process: subprocess.Popen[str] | None = None
         self.listener: threading.Thread | None = None
-
-    # The process
 
     def start(self) -> None:
         """Start the process and block until it prints that it listens."""
@@ -523,51 +539,13 @@ class ServerProcess:
         self.process = None
         return status
 
-    async def begin(self, *flags: str) -> None:
-        """Start the process, again on the same port, with these or the same flags."""
-        self.flags = flags or self.flags
-        await trio.to_thread.run_sync(self.start)
-        self.up.set()
-
-    async def ended(self, signum: int = 0, seconds: float = WAIT_SECONDS) -> int:
-        self.up = trio.Event()
-        return await trio.to_thread.run_sync(self.end, signum, seconds)
-
-    async def kill(self) -> None:
-        await self.ended(signal.SIGKILL)
-
-    async def stop(self) -> None:
-        """Stop the process with SIGTERM. Its status must be 0 and its log clean."""
-        self.hang_up()
-        assert await self.ended(signal.SIGTERM) == 0, self.output
-        assert not MISTAKE.search(self.output), self.output
-
     def signal(self, signum: int) -> None:
         assert self.process is not None
         self.process.send_signal(signum)
 
-    @asynccontextmanager
-    async def serving(self, *flags: str) -> AsyncIterator[ServerProcess]:
-        """Serve during the block, without rates but with `flags`, then stop."""
-        try:
-            await self.begin(*self.open, *flags)
-            yield self
-            if self.process is not None:
-                await self.stop()
-        finally:
-            self.tidy()
-
-    def tidy(self) -> None:
-        """Close the clients' connections and kill the process if it still runs."""
-        self.hang_up()
-        if self.process is not None:
-            self.end(signal.SIGKILL)
-
-    def hang_up(self) -> None:
-        """Close the clients' connections."""
-        for stream in self.streams:
-            stream.socket.close()
-        self.streams.clear()
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def output(self) -> str:
@@ -607,6 +585,61 @@ class ServerProcess:
     @property
     def stats_token(self) -> str:
         return self.token(1, scope="stats")
+
+
+class ServerProcess(Process):
+    """A database, its server process, and clients that use it.
+
+    It serves between `begin` and `stop` or `kill`.
+    """
+
+    def __init__(self, home: Path, *command: str) -> None:
+        super().__init__(home, *command)
+        self.open = () if command else tuple(NO_RATES)  # flags that `serving` adds
+        self.up = trio.Event()  # set while the server can be reached
+        self.streams: list[trio.SocketStream] = []
+
+    async def begin(self, *flags: str) -> None:
+        """Start the process, again on the same port, with these or the same flags."""
+        self.flags = flags or self.flags
+        await trio.to_thread.run_sync(self.start)
+        self.up.set()
+
+    async def ended(self, signum: int = 0, seconds: float = WAIT_SECONDS) -> int:
+        self.up = trio.Event()
+        return await trio.to_thread.run_sync(self.end, signum, seconds)
+
+    async def kill(self) -> None:
+        await self.ended(signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """Stop the process with SIGTERM. Its status must be 0 and its log clean."""
+        self.hang_up()
+        assert await self.ended(signal.SIGTERM) == 0, self.output
+        assert not MISTAKE.search(self.output), self.output
+
+    @asynccontextmanager
+    async def serving(self, *flags: str) -> AsyncIterator[ServerProcess]:
+        """Serve during the block, without rates but with `flags`, then stop."""
+        try:
+            await self.begin(*self.open, *flags)
+            yield self
+            if self.process is not None:
+                await self.stop()
+        finally:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Close the clients' connections and kill the process if it still runs."""
+        self.hang_up()
+        if self.process is not None:
+            self.end(signal.SIGKILL)
+
+    def hang_up(self) -> None:
+        """Close the clients' connections."""
+        for stream in self.streams:
+            stream.socket.close()
+        self.streams.clear()
 
     # HTTP
 
@@ -872,9 +905,3 @@ async def send_bulk(
     await sender.send_over(peer, Progress(), 8)
     await peer.leave()
     return texts
-
-
-async def receive_texts(peer: SocketClient, count: int) -> list[str]:
-    """Return the texts of the next `count` messages, which must be new messages."""
-    received = [await peer.receive("new_message") for _ in range(count)]
-    return [frame["message"]["content"] for frame in received]

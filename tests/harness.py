@@ -21,11 +21,8 @@ import inspect
 import json
 import logging
 import math
-import os
-import shutil
 import socket
 import sqlite3
-import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -136,18 +133,6 @@ def certificate_of(private: Any) -> bytes:
         .sign(new_private_key("ES256"), hashes.SHA256())
     )  # fmt: skip
     return certificate.public_bytes(serialization.Encoding.DER)
-
-
-def node_path(*flags: str) -> str:
-    """Return the path of a Node that knows these flags. Without one: fail in CI."""
-    node = shutil.which("node")
-    asked = [node or "", *flags, "-e", ""]
-    if node and not subprocess.run(asked, capture_output=True, check=False).returncode:
-        return node
-    why = f"no Node on PATH that knows {flags or 'anything'}: install Node 20 or newer"
-    if os.environ.get("CI"):
-        pytest.fail(why)
-    pytest.skip(why)
 
 
 # =====================================================================================
