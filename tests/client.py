@@ -31,7 +31,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Self
 from urllib.parse import quote, urlencode
 
 import h11
@@ -42,8 +42,10 @@ from trio.testing import wait_all_tasks_blocked
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 WAIT_SECONDS = 30.0  # the longest wait for anything that should come at once
-NO_RATES = [f"--{of}=0" for of in ("sends", "commands", "typing", "requests")]
-NO_RATES += ["--receive-bytes=0", "--handshakes=0", "--drain-seconds=2"]
+NO_RATES = (
+    *(f"--{of}=0" for of in ("sends", "commands", "typing", "requests")),
+    *("--receive-bytes=0", "--handshakes=0", "--drain-seconds=2"),
+)
 MISTAKE = re.compile(r"Traceback|\b(failed|crashed) error=")  # in the log
 
 Frame = dict[str, Any]
@@ -216,6 +218,12 @@ class RawClient:
         self.data = bytearray()
         self.informed: list[int] = []
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stream.aclose()
+
     async def send(self, *parts: bytes) -> None:
         await self.stream.send_all(b"".join(parts))
 
@@ -333,18 +341,18 @@ class SocketClient:
         with trio.fail_after(WAIT_SECONDS):
             await self.stream.send_all(frame_bytes(opcode, payload))
 
-    async def receive(self, kind: str = "", seconds: float = WAIT_SECONDS) -> Frame:
+    async def receive(self, kind: str = "", within: float = WAIT_SECONDS) -> Frame:
         """Return the next message, which must be of that type. Raises Disconnected."""
-        with trio.fail_after(seconds):
+        with trio.fail_after(within):
             while (message := self.received()) is None:
                 await self.sip(65536)
         assert kind in {"", message["type"]}, message
         return message
 
-    async def find(self, kind: str, seconds: float = WAIT_SECONDS) -> Frame:
+    async def find(self, kind: str, within: float = WAIT_SECONDS) -> Frame:
         """Return the next message of that type; messages before it do not matter."""
-        with trio.fail_after(seconds):
-            while (message := await self.receive(seconds=seconds))["type"] != kind:
+        with trio.fail_after(within):
+            while (message := await self.receive(within=within))["type"] != kind:
                 pass
         return message
 
@@ -361,12 +369,12 @@ class SocketClient:
             pass
         return message
 
-    async def ended(self, seconds: float = WAIT_SECONDS) -> int:
+    async def ended(self, within: float = WAIT_SECONDS) -> int:
         """Receive to the end; return the server's close code."""
-        with trio.fail_after(seconds):
+        with trio.fail_after(within):
             while True:
                 try:
-                    await self.receive(seconds=seconds)
+                    await self.receive(within=within)
                 except Disconnected as gone:
                     return gone.code
 
@@ -595,7 +603,7 @@ class ServerProcess(Process):
 
     def __init__(self, home: Path, *command: str) -> None:
         super().__init__(home, *command)
-        self.open = () if command else tuple(NO_RATES)  # flags that `serving` adds
+        self.open = () if command else NO_RATES  # flags that `serving` adds
         self.up = trio.Event()  # set while the server can be reached
         self.streams: list[trio.SocketStream] = []
 
@@ -643,7 +651,7 @@ class ServerProcess(Process):
 
     # HTTP
 
-    async def dial(self, receive_buffer: int = 0) -> trio.SocketStream:
+    async def dial(self, receive_buffer: int = 0) -> RawClient:
         sock = trio.socket.socket()
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -655,7 +663,7 @@ class ServerProcess(Process):
             sock.close()
             raise
         self.streams.append(stream)
-        return stream
+        return RawClient(stream)
 
     async def ask(
         self,
@@ -667,9 +675,10 @@ class ServerProcess(Process):
         **headers: str,
     ) -> HttpAnswer:
         """Send a request on a new connection; return the answer."""
-        async with await self.dial() as stream:
-            line = RawClient(stream)
-            return await line.ask(method, target, body, token=token, **headers)
+        async with await self.dial() as line:
+            answer = await line.ask(method, target, body, token=token, **headers)
+        assert answer.status in {204, 304} or "content-length" in answer.headers
+        return answer
 
     async def want(
         self,
@@ -688,10 +697,10 @@ class ServerProcess(Process):
 
     async def raw(self, data: bytes, seconds: float = WAIT_SECONDS) -> bytes:
         """Send bytes and read until the server disconnects, as it must."""
-        async with await self.dial() as stream:
+        async with await self.dial() as line:
             with suppress(trio.BrokenResourceError):
-                await stream.send_all(data)
-            return await RawClient(stream).ends(seconds)
+                await line.send(data)
+            return await line.ends(seconds)
 
     # WebSocket
 
@@ -702,7 +711,7 @@ class ServerProcess(Process):
 
         After a refusal the server must disconnect.
         """
-        line = RawClient(await self.dial(receive_buffer))
+        line = await self.dial(receive_buffer)
         await line.send(data)
         answer = await line.answer()
         if answer.status == 101:

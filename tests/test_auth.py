@@ -43,7 +43,6 @@ from tests.client import (
     NO_RATES,
     TEXT,
     Disconnected,
-    RawClient,
     ServerProcess,
     SocketClient,
     command_bytes,
@@ -1622,8 +1621,7 @@ async def test_a_forged_token_is_refused_over_http_and_in_the_handshake(
 ) -> None:
     server = shared_server
     user = next(new_users)
-    async with await server.dial() as stream:
-        line = RawClient(stream)
+    async with await server.dial() as line:
         for name, (token, code) in forged_tokens(server, user).items():
             answer = await line.ask("GET", "/api/v1/me", token=token)
             assert (answer.status, answer.code) == (401, code), (name, answer)

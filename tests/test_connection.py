@@ -1473,7 +1473,7 @@ async def slow_reader_stays(server: ServerProcess) -> None:
 
 
 async def slow_head_gets_408(server: ServerProcess) -> None:
-    stream = await server.dial()
+    line = await server.dial()
     began = trio.current_time()
     answer = b""
     async with trio.open_nursery() as nursery:
@@ -1481,31 +1481,31 @@ async def slow_head_gets_408(server: ServerProcess) -> None:
         async def drip() -> None:
             with suppress(trio.BrokenResourceError):
                 for byte in get_bytes("/healthz", "Host: x", "X-Slow: " + "y" * 99):
-                    await stream.send_all(bytes([byte]))
+                    await line.send(bytes([byte]))
                     await trio.sleep(0.5)
 
         nursery.start_soon(drip)
-        answer = await RawClient(stream).ends(14)
+        answer = await line.ends(14)
         nursery.cancel_scope.cancel()
     assert 8 < trio.current_time() - began < 13
     assert not answer or split_answer(answer)[0].status == 408, answer
 
 
 async def missing_head_gets_408(server: ServerProcess) -> None:
-    stream = await server.dial()
+    line = await server.dial()
     began = trio.current_time()
-    answer = await RawClient(stream).ends(14)
+    answer = await line.ends(14)
     assert 8 < trio.current_time() - began < 13
     assert not answer or split_answer(answer)[0].status == 408, answer
 
 
 async def slow_body_gets_408(server: ServerProcess) -> None:
-    stream = await server.dial()
+    line = await server.dial()
     began = trio.current_time()
     lines = ["POST /api/v1/chats HTTP/1.1", "Host: x", "Content-Length: 1000"]
     lines += [f"Authorization: Bearer {server.token(1)}", "", "{"]
-    await stream.send_all("\r\n".join(lines).encode())
-    answer = await RawClient(stream).ends(20)
+    await line.send("\r\n".join(lines).encode())
+    answer = await line.ends(20)
     assert 8 < trio.current_time() - began < 19
     assert split_answer(answer)[0].status == 408, answer
     assert split_answer(answer)[0].code == "timeout"
@@ -1640,19 +1640,18 @@ async def test_clients_that_hang_up_abruptly_affect_nobody_else(
     async with others_are_served(server):
         for data in abrupt * 3:
             for with_reset in (True, False):
-                stream = await server.dial()
+                raw = await server.dial()
                 if data:
-                    await stream.send_all(data)
+                    await raw.send(data)
                 if with_reset:
-                    reset(stream)
+                    reset(raw.stream)
                 else:
-                    await stream.aclose()
-        stream = await server.dial()
-        await stream.send_all(whole + ping)  # this client does not wait for the 101
-        got = b""
+                    await raw.stream.aclose()
+        raw = await server.dial()
+        await raw.send(whole + ping)  # this client does not wait for the 101
         with trio.fail_after(WAIT_SECONDS):
-            while b'"pong"' not in got:
-                got += await stream.receive_some(65536)
+            while b'"pong"' not in raw.data:
+                assert await raw.read()
 
 
 async def test_noise_after_the_handshake_affects_nobody_else(

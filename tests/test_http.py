@@ -1236,8 +1236,7 @@ async def test_the_error_of_a_bad_request_names_the_wrong_field(
         ("/api/v1/internal/chat/revoke", "user_id", ids),
     ]
     whole = {"title": "t", "member_ids": [], "user_id": ann, "content": "c"}
-    async with await server.dial() as stream:
-        line = RawClient(stream)  # a refused body does not close the connection
+    async with await server.dial() as line:  # a refused body must not close it
         for target, name, values in wrong:
             for value in values:
                 body = {**whole, name: value}
@@ -1294,8 +1293,7 @@ async def test_head_and_unknown_methods_are_answered_correctly(
     server = shared_server
     user = next(new_users)
     targets = ["/healthz", "/api/v1/me", "/api/v1/chats", "/", "/nothing", "/ws/chat"]
-    async with await server.dial() as stream:
-        line = RawClient(stream)  # a body after HEAD would spoil the next answer
+    async with await server.dial() as line:  # a body after HEAD would be an answer
         for target in targets:
             get = await line.ask("GET", target, token=server.token(user))
             head = await line.ask("HEAD", target, token=server.token(user))
@@ -1325,27 +1323,26 @@ async def test_one_connection_serves_many_requests(
 ) -> None:
     server = shared_server
     user = next(new_users)
-    async with await server.dial() as stream:
-        line = RawClient(stream)
+    async with await server.dial() as line:
         for _ in range(20):
             answer = await line.ask("GET", "/api/v1/me", token=server.token(user))
             assert answer.json["user_id"] == user
             assert (await line.ask("GET", "/nothing")).status == 404
             assert (await line.ask("GET", "/api/v1/me")).status == 401
         ask = get_bytes("/healthz", "Host: x")
-        await stream.send_all(ask * 10)  # ten at once, answered in order
+        await line.send(ask * 10)  # ten at once, answered in order
         for _ in range(10):
             assert (await line.answer()).status == 200
         chunked = "POST /api/v1/chats HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked"
         chunked += f"\r\nAuthorization: Bearer {server.token(user)}\r\n\r\n"
         body = '9\r\n{"title":\r\n17\r\n"é", "member_ids": []}\r\n0\r\n\r\n'
-        await stream.send_all((chunked + body).encode())
+        await line.send((chunked + body).encode())
         answer = await line.answer()
         assert (answer.status, answer.json["chat"]["title"]) == (201, "é")
         upgrade = upgrade_bytes(server.socket_path(user))
-        await stream.send_all(upgrade)  # as reverse proxies do
+        await line.send(upgrade)  # as reverse proxies do
         assert (await line.answer()).status == 101
-        peer = SocketClient(stream, line.data)
+        peer = SocketClient(line.stream, line.data)
         await peer.receive("connected")
         await peer.leave()
     close = await server.raw(get_bytes("/healthz", "Host: x", "Connection: close"))

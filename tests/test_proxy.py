@@ -1297,7 +1297,7 @@ async def test_10_mb_between_slow_peers_use_no_memory(
             head = request_bytes("GET", "/")
             if what == "a socket":
                 head = upgrade_bytes(proxy.socket_path(6))
-            stream = await proxy.dial()
+            stream = (await proxy.dial()).stream
             with trio.fail_after(60):
                 await stream.send_all(head)
                 if what == "a socket":
