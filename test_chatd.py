@@ -1,10 +1,10 @@
 """The promises of README.md, in its order, kept by a real `chatd serve`.
 
 Nothing here looks inside. Each test starts the program as an operator does, on a free
-port and with an empty database, and talks to it as a client does: a `Server` of
-tests/client.py is the process, and a `Client` is one open socket, which can `send`,
-`receive`, `receives_nothing` and `close`. `tests/` has the exhaustive tests, section by
-section.
+port and with an empty database, and talks to it as a client does: a `ServerProcess` of
+tests/client.py is the process, and its `peer` is one open socket, which can
+`send_command`, `receive`, `receives_nothing` and `leave`. `tests/` has the exhaustive
+tests, section by section.
 """
 
 from __future__ import annotations
@@ -32,43 +32,42 @@ from prometheus_client.parser import text_string_to_metric_families
 from websockets.sync.client import connect as websockets_connect
 
 from tests.client import (
-    ANNA,
-    BEN,
-    CLARA,
-    DORA,
-    EVE,
-    HERE,
+    BULK,
+    CHECKOUT,
+    LOST,
     MISTAKE,
     WAIT_SECONDS,
-    Client,
-    Closed,
-    Json,
+    Disconnected,
+    Frame,
     Progress,
+    ProxyProcess,
     Sender,
-    Server,
-    chatd,
+    ServerProcess,
+    SocketClient,
+    run_chatd,
+    send_bulk,
     wait_until,
 )
 
+ANNA, BEN, CLARA, DORA, EVE = 5, 6, 7, 8, 9
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-LARGE = "😀" * 3990  # about 16 KB of text, and just within --max-content-chars
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Server]:
-    async with Server(tmp_path / "server").serving() as server:
+async def server(tmp_path: Path) -> AsyncIterator[ServerProcess]:
+    async with ServerProcess(tmp_path / "server").serving() as server:
         yield server
 
 
-def proxy_of(server: Server) -> Server:
+def proxy_of(server: ServerProcess) -> ProxyProcess:
     """A `chatd proxy` before a server."""
-    command = ("proxy", "--upstream", f"127.0.0.1:{server.port}")
-    flags = ("--db", str(server.db), "--handshakes=0", "--drain-seconds=2")
-    return Server(server.home.with_name("proxy"), *command, *flags, db=server.db)
+    return ProxyProcess(server.home.with_name("proxy"), server.port, server.db)
 
 
 @pytest.fixture(params=["directly", "through chatd proxy"])
-async def host(request: pytest.FixtureRequest, server: Server) -> AsyncIterator[Server]:
+async def host(
+    request: pytest.FixtureRequest, server: ServerProcess
+) -> AsyncIterator[ServerProcess]:
     """The server, or the proxy before it: a client cannot tell which."""
     if request.param == "directly":
         yield server
@@ -77,7 +76,13 @@ async def host(request: pytest.FixtureRequest, server: Server) -> AsyncIterator[
             yield proxy
 
 
-def without_chats(events: list[Json]) -> list[Json]:
+async def refuses(server: ServerProcess, token: str, **headers: str) -> tuple[int, str]:
+    """Open a socket that must be refused; return the status and the code."""
+    answer = await server.refusal(token, **headers)
+    return answer.status, answer.code
+
+
+def without_chats(events: list[Frame]) -> list[Frame]:
     """Events as they were. (`chat` of chat_added shows a chat as it is now.)"""
     return [{k: v for k, v in event.items() if k != "chat"} for event in events]
 
@@ -86,10 +91,10 @@ def without_chats(events: list[Json]) -> list[Json]:
 
 
 async def test_a_message_with_an_ack_survives_kill_9_and_none_is_stored_twice(
-    server: Server,
+    server: ServerProcess,
 ) -> None:
     users, kills, each, acked = [ANNA, BEN, CLARA, DORA], 5, 200, Progress()
-    chats = [await server.create_chat(*users) for _ in range(2)]
+    chats = [await server.chat(*users) for _ in range(2)]
     texts = [(chats[number % 2], str(number)) for number in range(each)]
     senders = [Sender(server, user, texts) for user in users]
     with trio.fail_after(60):
@@ -99,7 +104,7 @@ async def test_a_message_with_an_ack_survives_kill_9_and_none_is_stored_twice(
             for number in range(1, kills + 1):
                 await acked.reaches(number * each * len(users) // (kills + 1))
                 await server.kill()
-                await server.start()
+                await server.begin()
 
     stored = [m for chat in chats for m in await server.history(chat, ANNA)]
     by_client_id = {message["client_id"]: message for message in stored}
@@ -117,11 +122,11 @@ async def test_a_message_with_an_ack_survives_kill_9_and_none_is_stored_twice(
             assert sent == sorted(sent)
 
     last = {key: stored[-1][key] for key in ("chat_id", "content", "client_id")}
-    client = await server.connect(stored[-1]["sender_id"])
+    client = await server.peer(stored[-1]["sender_id"])
     assert (await client.ask("send_message", **last))["duplicate"] is True
     await client.receives_nothing()
     await server.stop()
-    assert (await chatd("check", "--db", server.db)).returncode == 0
+    assert (await run_chatd("check", "--db", server.db)).status == 0
 
 
 # --- the promise: every event exactly once and in order, or `resync` -----------------
@@ -130,11 +135,13 @@ async def test_a_message_with_an_ack_survives_kill_9_and_none_is_stored_twice(
 class Reader:
     """A client that keeps its cursor and mixes socket and poll at random."""
 
-    def __init__(self, server: Server, user: int, cursor: str, seed: int) -> None:
+    def __init__(
+        self, server: ServerProcess, user: int, cursor: str, seed: int
+    ) -> None:
         self.server, self.user, self.cursor = server, user, cursor
         self.epoch = cursor.partition(".")[0]
         self.dice = random.Random(seed)
-        self.events: list[Json] = []
+        self.events: list[Frame] = []
         self.ways = collections.Counter[str]()
 
     async def read(self, finished: trio.Event) -> None:
@@ -146,8 +153,8 @@ class Reader:
                     await self.poll()
                 else:
                     await self.listen()
-            except (OSError, Closed):
-                await self.server.running.wait()
+            except LOST:
+                await self.server.up.wait()
                 continue
             if last and len(self.events) == before:
                 return
@@ -160,26 +167,26 @@ class Reader:
         self.ways["poll"] += 1
 
     async def listen(self) -> None:
-        client = await self.server.connect(self.user, self.cursor)
-        assert client.connected["cursor"] == self.cursor
-        assert client.connected["resume"] in {"live", "replay"}
-        self.ways[client.connected["resume"]] += 1
+        client = await self.server.peer(self.user, self.cursor)
+        assert client.hello["cursor"] == self.cursor
+        assert client.hello["resume"] in {"live", "replay"}
+        self.ways[client.hello["resume"]] += 1
         with trio.move_on_after(self.dice.random() / 2):
             for _ in range(self.dice.randint(1, 60)):
                 frame = await client.receive()
                 if "seq" in frame:  # only events move a cursor
                     self.events.append(frame)
                     self.cursor = f"{self.epoch}.{frame['seq']}"
-        client.reset()
+        client.drop()
 
 
 @pytest.mark.parametrize("seed", [20251121, 6])
 async def test_a_client_that_mixes_socket_and_poll_gets_every_event_once_and_in_order(
-    server: Server, seed: int
+    server: ServerProcess, seed: int
 ) -> None:
     users, writers, kills, each = [ANNA, BEN, CLARA, DORA], [BEN, CLARA, DORA], 5, 150
     acked, finished = Progress(), trio.Event()
-    chats = [await server.create_chat(*users), await server.create_chat(ANNA, BEN)]
+    chats = [await server.chat(*users), await server.chat(ANNA, BEN)]
     start = await server.cursor(ANNA)
     readers = [Reader(server, ANNA, start, seed + number) for number in range(2)]
     texts = [(chats[0], f"{number} é\n\t😀 \u2028") for number in range(each)]
@@ -192,11 +199,11 @@ async def test_a_client_that_mixes_socket_and_poll_gets_every_event_once_and_in_
             for number in range(1, kills + 1):
                 await acked.reaches(number * each * len(writers) // (kills + 1))
                 await server.kill()
-                await server.start()
+                await server.begin()
                 read = (await server.post(chats[1], BEN, "Read this."))["id"]
                 target = f"POST /api/v1/messages/{read}/read"
                 await server.want(200, target, server.token(ANNA))
-                chats.append(await server.create_chat(*users))
+                chats.append(await server.chat(*users))
                 await server.post(chats[-1], CLARA, "in a new chat")
         finished.set()
 
@@ -227,54 +234,54 @@ async def test_a_client_that_mixes_socket_and_poll_gets_every_event_once_and_in_
         assert received == await server.history(chat, ANNA)
 
 
-async def test_a_socket_resumes_behind_its_cursor(host: Server) -> None:
-    chat = await host.create_chat(ANNA, BEN)
+async def test_a_socket_resumes_behind_its_cursor(host: ServerProcess) -> None:
+    chat = await host.chat(ANNA, BEN)
     start = await host.cursor(ANNA)
-    anna = await host.connect(ANNA, start)
-    assert (anna.connected["resume"], anna.connected["cursor"]) == ("live", start)
-    await anna.close()
+    anna = await host.peer(ANNA, start)
+    assert (anna.hello["resume"], anna.hello["cursor"]) == ("live", start)
+    await anna.leave()
 
     sent = [await host.post(chat, BEN, text) for text in ("one", "two", "three")]
-    anna = await host.connect(ANNA, start)
-    assert (anna.connected["resume"], anna.connected["cursor"]) == ("replay", start)
-    assert anna.connected["chats"] == {str(chat): {"last_n": 3, "read_n": 0}}
+    anna = await host.peer(ANNA, start)
+    assert (anna.hello["resume"], anna.hello["cursor"]) == ("replay", start)
+    assert anna.hello["chats"] == {str(chat): {"last_n": 3, "read_n": 0}}
     events = [await anna.receive("new_message") for _ in sent]
     assert [event["message"] for event in events] == sent
     await anna.receives_nothing()
 
     epoch = start.partition(".")[0]
-    anna = await host.connect(ANNA, f"{epoch}.{events[1]['seq']}")
-    assert anna.connected["resume"] == "replay"
+    anna = await host.peer(ANNA, f"{epoch}.{events[1]['seq']}")
+    assert anna.hello["resume"] == "replay"
     assert await anna.receive() == events[2]
     await anna.receives_nothing()
 
 
 async def test_a_cursor_that_chatd_cannot_honour_is_told_to_resync(
-    host: Server,
+    host: ServerProcess,
 ) -> None:
-    await host.create_chat(ANNA, BEN)
+    await host.chat(ANNA, BEN)
     epoch = (await host.cursor(ANNA)).partition(".")[0]
     other = "other" if epoch != "other" else "another"
     bad = [f"{other}.1", f"{epoch}.{10**12}", "x", f"{epoch}.", f"{epoch}.-1", "é.1"]
     bad += [f"{epoch}.{10**30}", f"{epoch}.1.1", "." * 300]
     for cursor in bad:
-        anna = await host.connect(ANNA, cursor)
-        assert anna.connected["resume"] == "resync", cursor
-        assert anna.connected["cursor"].startswith(f"{epoch}."), cursor
+        anna = await host.peer(ANNA, cursor)
+        assert anna.hello["resume"] == "resync", cursor
+        assert anna.hello["cursor"].startswith(f"{epoch}."), cursor
         await anna.receives_nothing()
         got = await host.poll(ANNA, cursor)
         assert (got["resync"], got["events"]) == (True, []), cursor
 
 
-async def test_typing_is_shown_at_once_and_never_replayed(host: Server) -> None:
-    chat = await host.create_chat(ANNA, BEN)
+async def test_typing_is_shown_at_once_and_never_replayed(host: ServerProcess) -> None:
+    chat = await host.chat(ANNA, BEN)
     start = await host.cursor(BEN)
-    anna, ben = await host.connect(ANNA), await host.connect(BEN)
-    await anna.send("typing", chat_id=chat, is_typing=True)
+    anna, ben = await host.peer(ANNA), await host.peer(BEN)
+    await anna.send_command("typing", chat_id=chat, is_typing=True)
     typing = {"type": "typing", "chat_id": chat, "user_id": ANNA, "is_typing": True}
     assert await ben.receive() == typing
     await anna.receives_nothing()  # neither an answer nor an echo
-    ben = await host.connect(BEN, start)
+    ben = await host.peer(BEN, start)
     await ben.receives_nothing()
 
 
@@ -284,47 +291,50 @@ async def test_typing_is_shown_at_once_and_never_replayed(host: Server) -> None:
 async def test_the_demo_prints_two_links_that_talk_and_leaves_no_files(
     tmp_path: Path,
 ) -> None:
-    demo = Server(tmp_path / "demo", "serve", "--demo")
+    demo = ServerProcess(tmp_path / "demo", "serve", "--demo")
     async with demo.serving():
-        while "chatd proxy" not in await demo.line():
-            pass
+        await wait_until(lambda: "chatd proxy" in demo.said)
         base = re.escape(f"http://127.0.0.1:{demo.port}")
-        links = re.findall(base + r"/#token=(\S+)", demo.printed)
-        assert len(links) == 2, demo.printed
+        links = re.findall(base + r"/#token=(\S+)", demo.said)
+        assert len(links) == 2, demo.said
         sessions = [
             await demo.want(200, "POST /api/v1/session", link) for link in links
         ]
         assert sessions[0]["user_id"] != sessions[1]["user_id"]
         assert all(session["name"] for session in sessions)
-        anna, ben = [await demo.connect(session["token"]) for session in sessions]
+        anna, ben = [await demo.peer(session["token"]) for session in sessions]
         chats = await demo.want(200, "GET /api/v1/chats", sessions[0]["token"])
         (chat,) = chats["chats"]
         ack = await anna.ask("send_message", chat_id=chat["id"], content="hello")
-        event = await ben.skip_to("new_message")
+        event = await ben.find("new_message")
         assert event["message"]["id"] == ack["message_id"]
 
         line = re.search(
-            r"(?m)^chatd (proxy --upstream \S+ --secret-file \S+)$", demo.printed
+            r"(?m)^chatd (proxy --upstream \S+ --secret-file \S+)$", demo.said
         )
-        assert line, demo.printed
-        async with Server(tmp_path / "proxy", *line[1].split()).serving() as proxy:
+        assert line, demo.said
+        async with ServerProcess(
+            tmp_path / "proxy", *line[1].split()
+        ).serving() as proxy:
             session = await proxy.want(200, "POST /api/v1/session", links[0])
             assert session["name"]
-            anna = await proxy.connect(sessions[0]["token"])
-            assert anna.connected["resume"] == "fresh"
-    assert os.listdir(demo.home) == ["log"]
+            anna = await proxy.peer(sessions[0]["token"])
+            assert anna.hello["resume"] == "fresh"
+    assert os.listdir(demo.home) == ["stderr"]
 
 
 # --- run it --------------------------------------------------------------------------
 
 
 async def test_a_sign_in_link_is_good_for_a_session_and_for_nothing_else(
-    host: Server,
+    host: ServerProcess,
 ) -> None:
     base = f"http://127.0.0.1:{host.port}"
-    run = await chatd("token", ANNA, "--db", host.db, "--name", "Zoë", "--link", base)
-    assert run.returncode == 0, run
-    match = re.fullmatch(re.escape(base) + r"/#token=(\S+)\n", run.stdout)
+    run = await run_chatd(
+        "token", ANNA, "--db", host.db, "--name", "Zoë", "--link", base
+    )
+    assert run.status == 0, run
+    match = re.fullmatch(re.escape(base) + r"/#token=(\S+)\n", run.out)
     assert match, run
     link = match[1]
     claims = jwt.decode(link, options={"verify_signature": False})
@@ -333,56 +343,56 @@ async def test_a_sign_in_link_is_good_for_a_session_and_for_nothing_else(
 
     for target in ("/api/v1/me", "/api/v2/ws-token", "/api/v1/chats"):
         await host.want(401, f"GET {target}", link)
-    assert await host.refuses(link) == (401, "token_invalid")
+    assert await refuses(host, link) == (401, "token_invalid")
     session = await host.want(200, "POST /api/v1/session", link)
     assert (session["user_id"], session["name"]) == (ANNA, "Zoë")
     assert session["expires_in"] > 0
     me = await host.want(200, "GET /api/v1/me", session["token"])
     assert me == {"user_id": ANNA, "name": "Zoë"}
-    assert (await host.connect(session["token"])).connected["user_id"] == ANNA
+    assert (await host.peer(session["token"])).hello["user_id"] == ANNA
     await host.want(401, "POST /api/v1/session", session["token"])
     await host.want(401, "POST /api/v1/session", host.token(ANNA))
 
 
 async def test_a_backup_is_made_while_it_serves_and_after_a_restore_clients_resync(
-    server: Server, tmp_path: Path
+    server: ServerProcess, tmp_path: Path
 ) -> None:
-    chat, copy = await server.create_chat(ANNA, BEN), tmp_path / "copy.db"
-    anna = await server.connect(ANNA)
+    chat, copy = await server.chat(ANNA, BEN), tmp_path / "copy.db"
+    anna = await server.peer(ANNA)
     kept = [
         await anna.ask("send_message", chat_id=chat, content=text) for text in "012"
     ]
     seen = await server.cursor(BEN)
-    assert (await chatd("backup", copy, "--db", server.db)).returncode == 0
+    assert (await run_chatd("backup", copy, "--db", server.db)).status == 0
     for db in (copy, server.db):
-        assert (await chatd("check", "--db", db)).returncode == 0
+        assert (await run_chatd("check", "--db", db)).status == 0
     await server.post(chat, ANNA, "after the backup")
     later = await server.cursor(BEN)
 
     await server.stop()
-    assert (await chatd("restore", copy, "--db", server.db)).returncode == 0
-    assert (await chatd("check", "--db", server.db)).returncode == 0
-    await server.start()
+    assert (await run_chatd("restore", copy, "--db", server.db)).status == 0
+    assert (await run_chatd("check", "--db", server.db)).status == 0
+    await server.begin()
     messages = await server.history(chat, BEN)
     assert [m["id"] for m in messages] == [ack["message_id"] for ack in kept]
     for cursor in (seen, later):
-        ben = await server.connect(BEN, cursor)
-        assert ben.connected["resume"] == "resync"
-        now = ben.connected["cursor"]
+        ben = await server.peer(BEN, cursor)
+        assert ben.hello["resume"] == "resync"
+        now = ben.hello["cursor"]
         assert now.partition(".")[0] != cursor.partition(".")[0]
         assert (await server.poll(BEN, cursor))["resync"] is True
-    ben = await server.connect(BEN, (await server.poll(BEN, seen))["cursor"])
-    assert ben.connected["resume"] == "live"
+    ben = await server.peer(BEN, (await server.poll(BEN, seen))["cursor"])
+    assert ben.hello["resume"] == "live"
     sent = await server.post(chat, ANNA, "after the restore")
     assert sent["n"] == 4
     assert (await ben.receive("new_message"))["message"] == sent
 
 
 async def test_a_backup_under_load_has_every_message_that_was_acked_before(
-    server: Server, tmp_path: Path
+    server: ServerProcess, tmp_path: Path
 ) -> None:
     users, acked = [ANNA, BEN, CLARA], Progress()
-    chat = await server.create_chat(*users)
+    chat = await server.chat(*users)
     senders = [Sender(server, user, [(chat, "hello")] * 100_000) for user in users]
 
     def acks() -> dict[str, int]:
@@ -395,11 +405,11 @@ async def test_a_backup_under_load_has_every_message_that_was_acked_before(
             for number in range(2):
                 await acked.reaches(acked.value + 300)
                 before, copy = acks(), tmp_path / f"copy-{number}.db"
-                done = await chatd("backup", copy, "--db", server.db)
-                assert (done.returncode, done.stdout) == (0, f"{copy}\n"), done
+                done = await run_chatd("backup", copy, "--db", server.db)
+                assert (done.status, done.out) == (0, f"{copy}\n"), done
                 assert len(acks()) > len(before)  # meanwhile it served on
                 assert stat.S_IMODE(copy.stat().st_mode) == 0o600
-                assert (await chatd("check", "--db", copy)).returncode == 0
+                assert (await run_chatd("check", "--db", copy)).status == 0
                 with contextlib.closing(sqlite3.connect(copy)) as db:
                     rows = dict(db.execute("SELECT client_id, id FROM message"))
                 assert before.items() <= rows.items()
@@ -407,25 +417,25 @@ async def test_a_backup_under_load_has_every_message_that_was_acked_before(
 
 
 async def test_after_a_restore_no_client_keeps_what_was_lost(
-    server: Server, tmp_path: Path
+    server: ServerProcess, tmp_path: Path
 ) -> None:
-    chat, copy = await server.create_chat(ANNA, BEN), tmp_path / "copy.db"
+    chat, copy = await server.chat(ANNA, BEN), tmp_path / "copy.db"
     cursors = [await server.cursor(BEN)]
     await server.post(chat, ANNA, "kept")
-    assert (await chatd("backup", copy, "--db", server.db)).returncode == 0
+    assert (await run_chatd("backup", copy, "--db", server.db)).status == 0
     cursors.append(await server.cursor(BEN))
     for number in range(3):
         await server.post(chat, ANNA, f"lost {number}")
         cursors.append(await server.cursor(BEN))
     for _ in range(2):  # the same copy a second time, too
         await server.stop()
-        assert (await chatd("restore", copy, "--db", server.db)).returncode == 0
-        await server.start()
+        assert (await run_chatd("restore", copy, "--db", server.db)).status == 0
+        await server.begin()
         for number in range(3):  # the seqs of what was lost are used again
             await server.post(chat, ANNA, f"new {number}")
         for cursor in cursors:
-            ben = await server.connect(BEN, cursor)
-            assert ben.connected["resume"] == "resync", cursor
+            ben = await server.peer(BEN, cursor)
+            assert ben.hello["resume"] == "resync", cursor
             got = await server.poll(BEN, cursor)
             assert (got["resync"], got["events"]) == (True, []), cursor
         cursors.append(await server.cursor(BEN))
@@ -436,21 +446,23 @@ async def test_after_a_restore_no_client_keeps_what_was_lost(
 # --- behind `chatd proxy` ------------------------------------------------------------
 
 
-async def test_the_proxy_outlives_the_server_and_finds_it_again(server: Server) -> None:
+async def test_the_proxy_outlives_the_server_and_finds_it_again(
+    server: ServerProcess,
+) -> None:
     async with proxy_of(server).serving() as proxy:
-        chat = await proxy.create_chat(ANNA)
-        anna = await proxy.connect(ANNA)
+        chat = await proxy.chat(ANNA)
+        anna = await proxy.peer(ANNA)
         sent = await proxy.post(chat, ANNA, "before")
-        cursor = f"{anna.connected['cursor'].partition('.')[0]}.{sent['id']}"
+        cursor = f"{anna.hello['cursor'].partition('.')[0]}.{sent['id']}"
         await anna.receive("new_message")
         await server.kill()
-        assert await anna.code() == 1006
-        answer = await proxy.ask("GET /healthz")
+        assert await anna.ended() == 1006
+        answer = await proxy.ask("GET", "/healthz")
         assert (answer.status, answer.code) == (502, "upstream")
-        assert await proxy.refuses(proxy.token(ANNA)) == (502, "upstream")
-        await server.start()
-        anna = await proxy.connect(ANNA, cursor)
-        assert anna.connected["resume"] == "live"
+        assert await refuses(proxy, proxy.token(ANNA)) == (502, "upstream")
+        await server.begin()
+        anna = await proxy.peer(ANNA, cursor)
+        assert anna.hello["resume"] == "live"
         await proxy.post(chat, ANNA, "after")
         assert (await anna.receive("new_message"))["message"]["n"] == 2
 
@@ -459,7 +471,7 @@ async def test_the_proxy_outlives_the_server_and_finds_it_again(server: Server) 
 
 
 async def test_a_user_is_who_the_token_says_and_a_wrong_token_opens_nothing(
-    host: Server,
+    host: ServerProcess,
 ) -> None:
     for claims in ({"user_id": ANNA}, {"user_id": ANNA, "sub": "somebody"}):
         me = await host.want(200, "GET /api/v1/me", host.token(ANNA, **claims))
@@ -477,14 +489,14 @@ async def test_a_user_is_who_the_token_says_and_a_wrong_token_opens_nothing(
     expired = host.token(ANNA, exp=int(time.time()) - 8)
     refused = [(token, "token_invalid") for token in wrong.values()]
     for token, code in [*refused, (expired, "token_expired")]:
-        answer = await host.ask("GET /api/v1/me", token)
+        answer = await host.ask("GET", "/api/v1/me", token)
         assert (answer.status, answer.code) == (401, code)
-        assert await host.refuses(token) == (401, code)
+        assert await refuses(host, token) == (401, code)
     await host.want(403, "GET /metrics", host.token(ANNA))  # a token without the scope
 
 
 async def test_a_ticket_works_once_in_one_process_and_for_the_socket_only(
-    server: Server,
+    server: ServerProcess,
 ) -> None:
     short = server.token(ANNA, exp=int(time.time()) + 300)
 
@@ -493,85 +505,83 @@ async def test_a_ticket_works_once_in_one_process_and_for_the_socket_only(
         return str(got["token"])
 
     one = await ticket()
-    assert (await server.refuses(one, Sec_WebSocket_Key="short"))[0] == 400
-    assert (await server.refuses(one, Origin="http://elsewhere"))[0] == 403
-    anna = await server.connect(one)  # those two have not used it
-    assert 290 < anna.connected["expires_in"] <= 300  # as long as the asking token
-    assert await server.refuses(one) == (401, "token_used")
+    assert (await refuses(server, one, Sec_WebSocket_Key="short"))[0] == 400
+    assert (await refuses(server, one, Origin="http://elsewhere"))[0] == 403
+    anna = await server.peer(one)  # those two have not used it
+    assert 290 < anna.hello["expires_in"] <= 300  # as long as the asking token
+    assert await refuses(server, one) == (401, "token_used")
     assert (await anna.ask("auth", token=one))["code"] == "token_used"
 
     two = await ticket()
-    for request in ("GET /api/v1/me", "GET /api/v2/ws-token", "POST /api/v1/session"):
-        answer = await server.ask(request, two)
-        assert (answer.status, answer.code) == (401, "token_invalid"), request
+    for target in ("/api/v1/me", "/api/v2/ws-token", "/api/v1/session"):
+        method = "POST" if target == "/api/v1/session" else "GET"
+        answer = await server.ask(method, target, two)
+        assert (answer.status, answer.code) == (401, "token_invalid"), target
     assert (await anna.ask("auth", token=two))["type"] == "ack"
-    assert await server.refuses(two) == (401, "token_used")
+    assert await refuses(server, two) == (401, "token_used")
 
     three = await ticket()
     await server.stop()
-    await server.start()
-    assert await server.refuses(three) == (401, "token_used")
+    await server.begin()
+    assert await refuses(server, three) == (401, "token_used")
     for _ in range(2):  # any other token works again and again
-        await server.connect(short)
+        await server.peer(short)
 
 
 async def test_a_revoked_user_is_out_at_once_and_stays_out_after_kill_9(
-    server: Server,
+    server: ServerProcess,
 ) -> None:
     token, revoke = server.token(ANNA), "POST /api/v1/internal/chat/revoke"
     got = await server.want(200, "GET /api/v2/ws-token", token)
     ticket, no_iat = str(got["token"]), server.token(ANNA, iat=None)
-    tabs, ben = (
-        [await server.connect(token) for _ in range(3)],
-        await server.connect(BEN),
-    )
+    tabs, ben = ([await server.peer(token) for _ in range(3)], await server.peer(BEN))
     await server.want(403, revoke, server.token(BEN), {"user_id": ANNA})
     got = await server.want(200, revoke, server.service, {"user_id": ANNA})
     assert got == {"user_id": ANNA, "closed": 3}
     revoked_at = int(time.time())
-    assert [await tab.code() for tab in tabs] == [4503] * 3
+    assert [await tab.ended() for tab in tabs] == [4503] * 3
     await ben.receives_nothing()
 
     async def all_are_refused() -> None:
         for old in (token, no_iat, ticket):
-            status, code = await server.refuses(old)
+            status, code = await refuses(server, old)
             assert (status, code[:6]) == (401, "token_"), code
         for old in (token, no_iat):
             await server.want(401, "GET /api/v1/me", old)
 
     await all_are_refused()
     await server.kill()
-    await server.start()
+    await server.begin()
     await all_are_refused()
 
     async def a_new_token_works() -> bool:
         new = server.token(ANNA, iat=revoked_at + 7)  # clocks may differ by 5 s
-        return (await server.ask("GET /api/v1/me", new)).status == 200
+        return (await server.ask("GET", "/api/v1/me", new)).status == 200
 
     await wait_until(a_new_token_works)
-    await server.connect(server.token(ANNA, iat=revoked_at + 7))
+    await server.peer(server.token(ANNA, iat=revoked_at + 7))
     await all_are_refused()
 
 
 # --- in your own page ----------------------------------------------------------------
 
 
-async def test_the_page_is_served_and_no_other_file(host: Server) -> None:
-    page = await host.ask("GET /")
+async def test_the_page_is_served_and_no_other_file(host: ServerProcess) -> None:
+    page = await host.ask("GET", "/")
     assert page.status == 200
     assert page.headers["content-type"].startswith("text/html")
     for target in ("/web/../chatd.py", "/web/..%2fchatd.py", "/web//etc/passwd", "/x"):
-        assert (await host.ask(f"GET {target}")).status in {400, 404}, target
-    assert (await host.ask("GET /web/nothing.js")).code == "not_found"
+        assert (await host.ask("GET", target)).status in {400, 404}, target
+    assert (await host.ask("GET", "/web/nothing.js")).code == "not_found"
 
 
 # --- the protocol --------------------------------------------------------------------
 
 
-def documented() -> dict[str, Json]:
+def documented() -> dict[str, Frame]:
     """The frames of the documentation, by their type: what chatd sends."""
-    frames: dict[str, Json] = {}
-    for page in [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]:
+    frames: dict[str, Frame] = {}
+    for page in [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]:
         blocks = re.findall(r"(?s)```json\n(.*?)```", page.read_text("utf-8"))
         for text in blocks:
             start = 0
@@ -581,24 +591,24 @@ def documented() -> dict[str, Json]:
     return frames
 
 
-def shape(frame: Json) -> dict[str, type]:
+def shape(frame: Frame) -> dict[str, type]:
     return {name: type(value) for name, value in frame.items()}
 
 
-async def test_the_frames_are_those_of_the_documentation(host: Server) -> None:
-    chat = await host.create_chat(ANNA, BEN)
-    anna, ben = await host.connect(ANNA), await host.connect(BEN)
-    frames = [anna.connected]
+async def test_the_frames_are_those_of_the_documentation(host: ServerProcess) -> None:
+    chat = await host.chat(ANNA, BEN)
+    anna, ben = await host.peer(ANNA), await host.peer(BEN)
+    frames = [anna.hello]
     send = {"chat_id": chat, "content": "hi", "client_id": "01J8", "ref": "r1"}
-    await anna.send("send_message", **send)
+    await anna.send_command("send_message", **send)
     frames += [await anna.receive("new_message"), await anna.receive("ack")]
-    await ben.send("mark_read", message_id=frames[-1]["message_id"])
+    await ben.send_command("mark_read", message_id=frames[-1]["message_id"])
     frames.append(await anna.receive("message_read"))
-    await ben.send("typing", chat_id=chat, is_typing=True)
+    await ben.send_command("typing", chat_id=chat, is_typing=True)
     frames.append(await anna.receive("typing"))
-    await anna.send("ping")
+    await anna.send_command("ping")
     frames.append(await anna.receive("pong"))
-    await host.create_chat(ANNA)
+    await host.chat(ANNA)
     frames.append(await anna.receive("chat_added"))
     members = f"/api/v1/chats/{chat}/members"
     eve = host.token(EVE, name="Eve")
@@ -612,24 +622,28 @@ async def test_the_frames_are_those_of_the_documentation(host: Server) -> None:
         assert shape(frame) == shape(example), frame
         if "message" in frame:
             assert shape(frame["message"]) == shape(example["message"]), frame
-    await anna.send("ping", ref=5)
+    await anna.send_command("ping", ref=5)
     error = await anna.receive("error")
     assert shape(error).items() <= shape(documented()["error"]).items(), error
 
 
-async def test_a_conversation_reads_word_for_word_like_this(host: Server) -> None:
-    chat = await host.create_chat(ANNA, BEN)
-    anna, ben = await host.connect(ANNA), await host.connect(BEN)
-    connected = anna.connected
+async def test_a_conversation_reads_word_for_word_like_this(
+    host: ServerProcess,
+) -> None:
+    chat = await host.chat(ANNA, BEN)
+    anna, ben = await host.peer(ANNA), await host.peer(BEN)
+    connected = anna.hello
     assert (connected["user_id"], connected["resume"]) == (ANNA, "fresh")
     assert TIMESTAMP.fullmatch(connected["timestamp"])
     assert 3500 < connected["expires_in"] <= 3600
     assert connected["chats"] == {str(chat): {"last_n": 0, "read_n": 0}}
 
-    await anna.send("ping")
+    await anna.send_command("ping")
     assert TIMESTAMP.fullmatch((await anna.receive("pong"))["timestamp"])
 
-    await anna.send("send_message", chat_id=chat, content="Привет!", client_id="1")
+    await anna.send_command(
+        "send_message", chat_id=chat, content="Привет!", client_id="1"
+    )
     event, ack = await anna.receive("new_message"), await anna.receive("ack")
     assert await ben.receive() == event
     message, seq = event["message"], event["seq"]
@@ -648,7 +662,7 @@ async def test_a_conversation_reads_word_for_word_like_this(host: Server) -> Non
         "n": 1, "created_at": created_at, "duplicate": False,
     }  # fmt: skip
 
-    await ben.send("mark_read", message_id=number, ref="r")
+    await ben.send_command("mark_read", message_id=number, ref="r")
     read = await ben.receive("message_read")
     assert (await ben.receive("ack"))["ref"] == "r"
     assert await anna.receive() == read
@@ -657,23 +671,23 @@ async def test_a_conversation_reads_word_for_word_like_this(host: Server) -> Non
         "type": "message_read", "seq": read["seq"], "message_id": number,
         "chat_id": chat, "read_by": BEN, "n": 1,
     }  # fmt: skip
-    await ben.send("mark_read", message_id=number, ref="again")
+    await ben.send_command("mark_read", message_id=number, ref="again")
     assert (await ben.receive("ack"))["ref"] == "again"  # nothing moved: no event
     await anna.receives_nothing()
-    await anna.close()
-    await ben.close()
+    await anna.leave()
+    await ben.leave()
 
 
 async def test_every_tab_of_a_member_gets_the_chat_and_a_stranger_learns_nothing(
-    host: Server,
+    host: ServerProcess,
 ) -> None:
-    chat = await host.create_chat(ANNA, BEN)
-    tabs = [await host.connect(ANNA) for _ in range(3)]
-    ben, eve = await host.connect(BEN), await host.connect(EVE)
-    await ben.send("send_message", chat_id=chat, content="for all of you")
+    chat = await host.chat(ANNA, BEN)
+    tabs = [await host.peer(ANNA) for _ in range(3)]
+    ben, eve = await host.peer(BEN), await host.peer(EVE)
+    await ben.send_command("send_message", chat_id=chat, content="for all of you")
     events = [await tab.receive("new_message") for tab in tabs]
     assert events[0] == events[1] == events[2]
-    await ben.skip_to("ack")
+    await ben.find("ack")
 
     send = {"content": "for me too?"}
     forbidden = await eve.ask("send_message", chat_id=chat, **send)
@@ -690,9 +704,11 @@ async def test_every_tab_of_a_member_gets_the_chat_and_a_stranger_learns_nothing
     await eve.receives_nothing()
 
 
-async def test_membership_takes_effect_at_once_on_open_sockets(host: Server) -> None:
-    anna, ben = await host.connect(ANNA), await host.connect(BEN)
-    chat = await host.create_chat(ANNA)
+async def test_membership_takes_effect_at_once_on_open_sockets(
+    host: ServerProcess,
+) -> None:
+    anna, ben = await host.peer(ANNA), await host.peer(BEN)
+    chat = await host.chat(ANNA)
     added = await anna.receive("chat_added")
     assert added["chat_id"] == added["chat"]["id"] == chat
     first = await host.post(chat, ANNA, "before Ben came")
@@ -714,9 +730,9 @@ async def test_membership_takes_effect_at_once_on_open_sockets(host: Server) -> 
     assert [message["id"] for message in history] == [first["id"]]
     chats = (await host.want(200, "GET /api/v1/chats", host.token(BEN)))["chats"]
     assert [(chat["read_n"], chat["unread"]) for chat in chats] == [(1, 0)]
-    await ben.send("send_message", chat_id=chat, content="hello")
+    await ben.send_command("send_message", chat_id=chat, content="hello")
     assert (await anna.receive("new_message"))["message"]["n"] == 2
-    await ben.skip_to("ack")
+    await ben.find("ack")
 
     await host.want(204, f"DELETE {members}/{BEN}", host.token(BEN))
     removed = await ben.receive("member_removed")
@@ -727,13 +743,13 @@ async def test_membership_takes_effect_at_once_on_open_sockets(host: Server) -> 
     refused = await ben.ask("send_message", chat_id=chat, content="still here?")
     assert refused["code"] == "not_found"
     await host.want(404, f"GET /api/v1/chats/{chat}/messages", host.token(BEN))
-    events = await host.events(BEN, ben.connected["cursor"])
+    events = await host.events(BEN, ben.hello["cursor"])
     assert without_chats(events) == without_chats([welcome, removed])
 
 
-async def test_a_message_that_is_sent_again_is_stored_once(host: Server) -> None:
-    chat, other = await host.create_chat(ANNA, BEN), await host.create_chat(ANNA)
-    anna, token, key = await host.connect(ANNA), host.token(ANNA), "k" * 64
+async def test_a_message_that_is_sent_again_is_stored_once(host: ServerProcess) -> None:
+    chat, other = await host.chat(ANNA, BEN), await host.chat(ANNA)
+    anna, token, key = await host.peer(ANNA), host.token(ANNA), "k" * 64
     send = {"chat_id": chat, "content": "once", "client_id": key}
     first = await anna.ask("send_message", **send)
     again = await anna.ask("send_message", **send)
@@ -742,34 +758,36 @@ async def test_a_message_that_is_sent_again_is_stored_once(host: Server) -> None
         assert first[name] == again[name]
     await anna.receives_nothing()  # no second event
 
-    post, body = f"POST /api/v1/chats/{chat}/messages", {"content": "once"}
-    by_field = await host.want(200, post, token, {**body, "client_id": key})
+    path, body = f"/api/v1/chats/{chat}/messages", {"content": "once"}
+    by_field = await host.want(200, f"POST {path}", token, {**body, "client_id": key})
     assert by_field["duplicate"] is True
     assert by_field["message"]["id"] == first["message_id"]
-    by_header = await host.want(200, post, token, body, Idempotency_Key=key)
+    by_header = await host.want(200, f"POST {path}", token, body, Idempotency_Key=key)
     assert by_header == by_field
     both = await host.ask(
-        post, token, {**body, "client_id": "another"}, Idempotency_Key=key
+        "POST", path, token, {**body, "client_id": "another"}, Idempotency_Key=key
     )
     assert (both.status, both.code) == (400, "bad_field")
 
     for change in ({"content": "twice"}, {"chat_id": other}):
         error = await anna.ask("send_message", **{**send, **change})
         assert error["code"] == "idempotency_mismatch"
-    answer = await host.ask(post, token, {"content": "twice", "client_id": key})
+    answer = await host.ask("POST", path, token, {"content": "twice", "client_id": key})
     assert (answer.status, answer.code) == (409, "idempotency_mismatch")
-    ben = await host.connect(BEN)
+    ben = await host.peer(BEN)
     ack = await ben.ask("send_message", **send)  # another sender's key is another key
     assert ack["duplicate"] is False
     texts = [message["content"] for message in await host.history(chat, ANNA)]
     assert texts == ["once", "once"]
 
 
-async def test_clients_that_the_project_did_not_write_talk_to_it(host: Server) -> None:
-    chat = await host.create_chat(ANNA, BEN)
+async def test_clients_that_the_project_did_not_write_talk_to_it(
+    host: ServerProcess,
+) -> None:
+    chat = await host.chat(ANNA, BEN)
     url = f"ws://127.0.0.1:{host.port}{host.socket_path(ANNA)}"
 
-    def by_websockets() -> list[Json]:
+    def by_websockets() -> list[Frame]:
         with websockets_connect(url, proxy=None) as socket_:
             assert socket_.ping().wait(WAIT_SECONDS)
             connected = json.loads(socket_.recv(WAIT_SECONDS))
@@ -793,28 +811,27 @@ async def test_clients_that_the_project_did_not_write_talk_to_it(host: Server) -
 
 
 async def test_the_stats_and_metrics_count_and_need_a_token_of_their_own(
-    server: Server,
+    server: ServerProcess,
 ) -> None:
-    stats, metrics = "GET /api/v1/internal/chat/ws/stats", "GET /metrics"
-    for target in (stats, metrics):
-        await server.want(401, target)
-        answer = await server.ask(target, server.token(ANNA))
+    for target in ("/api/v1/internal/chat/ws/stats", "/metrics"):
+        await server.want(401, f"GET {target}")
+        answer = await server.ask("GET", target, server.token(ANNA))
         assert (answer.status, answer.code) == (403, "forbidden")
-    chat = await server.create_chat(ANNA, BEN)
-    anna, ben, tab = [await server.connect(user) for user in (ANNA, BEN, BEN)]
+    chat = await server.chat(ANNA, BEN)
+    anna, ben, tab = [await server.peer(user) for user in (ANNA, BEN, BEN)]
     for _ in range(2):
         await anna.ask("send_message", chat_id=chat, content="x", client_id="1")
     await ben.receive("new_message")
-    await tab.close()
-    assert (await server.refuses("no.such.token"))[0] == 401
-    await anna.send_text("{")
+    await tab.leave()
+    assert (await refuses(server, "no.such.token"))[0] == 401
+    await anna.send_frame("{")
     await anna.receive("error")
 
     async def two_are_open() -> bool:
         return bool((await server.stats())["connections"]["active"] == 2)
 
     await wait_until(two_are_open)
-    _, version = (await chatd("--version")).stdout.split()
+    _, version = (await run_chatd("--version")).out.split()
     got = await server.stats()
     assert got["uptime_seconds"] >= 0
     assert got["version"] == version
@@ -835,7 +852,7 @@ async def test_the_stats_and_metrics_count_and_need_a_token_of_their_own(
     assert {**resumes, **got["resumes"]} == resumes
     assert isinstance(got["errors"], dict)
 
-    answer = await server.ask(metrics, server.token(1, scope="stats"))
+    answer = await server.ask("GET", "/metrics", server.stats_token)
     assert answer.headers["content-type"].startswith("text/plain")
     families = list(text_string_to_metric_families(answer.body.decode()))
     for family in families:
@@ -848,23 +865,23 @@ async def test_the_stats_and_metrics_count_and_need_a_token_of_their_own(
 
 
 async def test_a_full_disk_refuses_messages_and_chatd_goes_on_when_there_is_space(
-    server: Server,
+    server: ServerProcess,
 ) -> None:
     """A limit on the size of its files stands for the full disk."""
     assert server.process is not None
     pid, (soft, hard) = server.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)
-    chat = await server.create_chat(ANNA, BEN)
-    before = [await server.post(chat, BEN, LARGE) for _ in range(8)]
-    anna, ben = await server.connect(ANNA), await server.connect(BEN)
+    chat = await server.chat(ANNA, BEN)
+    before = [await server.post(chat, BEN, BULK) for _ in range(8)]
+    anna, ben = await server.peer(ANNA), await server.peer(BEN)
     size = server.db.with_name("chatd.db-wal").stat().st_size
     assert size > 100_000
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
 
-    send = {"chat_id": chat, "content": LARGE, "client_id": "1"}
+    send = {"chat_id": chat, "content": BULK, "client_id": "1"}
     for _ in range(2):
         assert (await anna.ask("send_message", **send))["code"] == "storage_failed"
-    post = f"POST /api/v1/chats/{chat}/messages"
-    answer = await server.ask(post, server.token(ANNA), {"content": LARGE})
+    path, body = f"/api/v1/chats/{chat}/messages", {"content": BULK}
+    answer = await server.ask("POST", path, server.token(ANNA), body)
     assert (answer.status, answer.code) == (503, "storage_failed")
     assert int(answer.headers["retry-after"]) >= 1
     await server.want(503, "GET /healthz")
@@ -875,7 +892,7 @@ async def test_a_full_disk_refuses_messages_and_chatd_goes_on_when_there_is_spac
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
 
     async def is_well() -> bool:
-        return (await server.ask("GET /healthz")).status == 200
+        return (await server.ask("GET", "/healthz")).status == 200
 
     await wait_until(is_well)
     assert (await anna.ask("send_message", **send))["type"] == "ack"
@@ -886,19 +903,13 @@ async def test_a_full_disk_refuses_messages_and_chatd_goes_on_when_there_is_spac
 
 
 async def test_a_slow_reader_delays_nobody_costs_no_memory_and_misses_nothing(
-    server: Server,
+    server: ServerProcess,
 ) -> None:
     slow, count = range(10, 20), 400
-    chat = await server.create_chat(ANNA, BEN, *slow)
-    texts = [f"{number} {LARGE}" for number in range(count)]
+    chat = await server.chat(ANNA, BEN, *slow)
+    texts = [f"{number} {BULK}" for number in range(count)]
 
-    async def write() -> None:
-        sender = Sender(server, ANNA, [(chat, text) for text in texts])
-        client = await server.connect(ANNA)
-        await sender.send_over(client, Progress(), 8)
-        await client.close()
-
-    async def read(client: Client) -> float:
+    async def read(client: SocketClient) -> float:
         """Receive all of it; return the longest wait for a message."""
         waits = []
         for text in texts:
@@ -908,21 +919,21 @@ async def test_a_slow_reader_delays_nobody_costs_no_memory_and_misses_nothing(
             waits.append(trio.current_time() - began)
         return max(waits)
 
-    ben = await server.connect(BEN)
-    memory = server.memory
+    ben = await server.peer(BEN)
+    memory = server.rss
     async with trio.open_nursery() as nursery:  # what it costs when all read
-        nursery.start_soon(write)
+        nursery.start_soon(send_bulk, server, chat, ANNA, count)
         await read(ben)
-    usual, memory = server.memory - memory, server.memory
+    usual, memory = server.rss - memory, server.rss
 
-    clients = [await server.connect(user, receive_buffer=16384) for user in slow]
+    clients = [await server.peer(user, receive_buffer=16384) for user in slow]
     began = trio.current_time()
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(write)
+            nursery.start_soon(send_bulk, server, chat, ANNA, count)
             assert await read(ben) < 1.5
         load = sum(len(text.encode()) for text in texts)
-        assert server.memory - memory < usual + load  # not once for each of ten
+        assert server.rss - memory < usual + load  # not once for each of ten
         stats = await server.stats()
         assert stats["connections"]["catching_up"] > 0, stats
         await trio.sleep_until(began + 3)  # less than the limit, which is 10 s
@@ -937,40 +948,40 @@ async def test_a_slow_reader_delays_nobody_costs_no_memory_and_misses_nothing(
 
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
 async def test_a_stop_says_bye_and_1012_loses_no_ack_and_ends_with_status_0(
-    server: Server, signal_: int
+    server: ServerProcess, signal_: int
 ) -> None:
     writers, acked = [ANNA, BEN, CLARA], Progress()
-    chat = await server.create_chat(*writers, DORA)
+    chat = await server.chat(*writers, DORA)
     texts = [(chat, str(number)) for number in range(100_000)]
     senders = [Sender(server, user, texts) for user in writers]
-    tabs = [await server.connect(DORA) for _ in range(3)]
+    tabs = [await server.peer(DORA) for _ in range(3)]
 
-    async def write(sender: Sender, client: Client) -> None:
-        with pytest.raises(Closed) as closed:
+    async def write(sender: Sender, client: SocketClient) -> None:
+        with pytest.raises(Disconnected) as closed:
             await sender.send_over(client, acked)
         assert closed.value.code == 1012
 
-    async def say_goodbye(tab: Client) -> None:
-        bye = await tab.skip_to("bye")
+    async def say_goodbye(tab: SocketClient) -> None:
+        bye = await tab.find("bye")
         assert set(bye) == {"type", "retry_after"}
         assert 0 <= bye["retry_after"] < 60
-        assert await tab.code() == 1012
+        assert await tab.ended() == 1012
 
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             for sender in senders:
-                nursery.start_soon(write, sender, await server.connect(sender.user))
+                nursery.start_soon(write, sender, await server.peer(sender.user))
             await acked.reaches(300)
             began = trio.current_time()
             for tab in tabs:
                 nursery.start_soon(say_goodbye, tab)
-            assert await server.end(signal_) == 0
+            assert await server.ended(signal_) == 0
     assert trio.current_time() - began < 5
-    assert not MISTAKE.search(server.log)
+    assert not MISTAKE.search(server.output)
     with pytest.raises(ConnectionRefusedError):
-        await server.connect(ANNA)
+        await server.peer(ANNA)
 
-    await server.start()
+    await server.begin()
     stored = await server.history(chat, ANNA)
     ids = {message["client_id"]: message["id"] for message in stored}
     for sender in senders:

@@ -1,6 +1,7 @@
 """The tests of chatd, one file for each section of chatd.py and one for its page.
 
-harness.py holds what several of them need, conftest.py their fixtures.
+client.py holds what sees chatd from outside: processes and clients, also for
+test_chatd.py. harness.py holds what looks inside, conftest.py the fixtures.
 """
 
 import pytest

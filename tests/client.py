@@ -1,164 +1,135 @@
-"""A chatd process and a client, both from outside, for test_chatd.py."""
+"""A chatd process and its clients, all from outside.
+
+Nothing here imports chatd or looks inside a process: a server is a command, a port, a
+database and what it prints. Every wait has a deadline.
+
+- RawClient is a connection in bytes, with requests and frames. It does nothing alone.
+- SocketClient is an open socket that sends commands and receives messages. It answers
+  pings and closes. It reads only in `receive` and the methods that call it.
+- ServerProcess is a database and the process that serves it, which can be killed and
+  started again. ProxyProcess stands in front of one. Process is what a test without
+  Trio needs of them.
+- Sender keeps sending its messages over such sockets until all are acked.
+"""
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import functools
-import http.client
 import itertools
 import json
 import os
 import re
-import secrets
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, Self
 from urllib.parse import quote, urlencode
 
+import h11
 import jwt
+import pytest
 import trio
-import websockets
-from websockets.client import ClientProtocol
-from websockets.frames import Frame, Opcode
-from websockets.uri import parse_uri
+from trio.testing import wait_all_tasks_blocked
 
-ANNA, BEN, CLARA, DORA, EVE = 5, 6, 7, 8, 9
-
-HERE = Path(__file__).resolve().parents[1]  # of the checkout
+CHECKOUT = Path(__file__).resolve().parents[1]
 WAIT_SECONDS = 30.0  # the longest wait for anything that should come at once
-NO_RATES = [f"--{of}=0" for of in ("sends", "commands", "typing", "requests")]
-NO_RATES += ["--receive-bytes=0", "--handshakes=0", "--drain-seconds=2"]
+NO_RATES = (
+    *(f"--{of}=0" for of in ("sends", "commands", "typing", "requests")),
+    *("--receive-bytes=0", "--handshakes=0", "--drain-seconds=2"),
+)
 MISTAKE = re.compile(r"Traceback|\b(failed|crashed) error=")  # in the log
 
-Json = dict[str, Any]
+Frame = dict[str, Any]
+TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
+UPGRADE = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec_WebSocket_Version": "13",
+    "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+UPGRADE_LINES = [f"{name.replace('_', '-')}: {is_}" for name, is_ in UPGRADE.items()]
+ACCEPT_KEY = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3, for the key above
+new_users = itertools.count(1000)  # every test gets users of its own
 
 
-# --- a client ------------------------------------------------------------------------
+# --- bytes ---------------------------------------------------------------------------
 
 
-class Closed(Exception):
-    """The server closed the connection; the code is 1006 without a close frame."""
+def request_bytes(
+    method: str, target: str, body: bytes | None = None, /, **headers: str
+) -> bytes:
+    """Return the bytes of a request. `Some_Name` is the header Some-Name."""
+    lines = [f"{method} {target} HTTP/1.1"]
+    headers = {"Host": "chat.example"} | headers
+    if body is not None:
+        headers["Content-Length"] = str(len(body))
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join((*lines, "", "")).encode("latin-1") + (body or b"")
 
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
+
+def get_bytes(target: str, *lines: str, version: str = "1.1") -> bytes:
+    """Return the bytes of a GET with exactly these header lines."""
+    text = "\r\n".join((f"GET {target} HTTP/{version}", *lines, "", ""))
+    return text.encode("latin-1")
 
 
-class Client:
-    """A WebSocket client. It reads only in the methods that receive.
+def upgrade_bytes(target: str, **changed: str) -> bytes:
+    """Return the bytes of a handshake. A header changed to "" is left out."""
+    given = {name: value for name, value in (UPGRADE | changed).items() if value}
+    return request_bytes("GET", target, None, **given)
 
-    It uses the `websockets` package, which chatd does not use.
+
+def frame_bytes(
+    opcode: int, payload: bytes = b"", *, fin: bool = True, masked: bool = True
+) -> bytes:
+    """Return the bytes of a client's frame. Its mask is zeros.
+
+    The opcode may have reserved bits, such as 0x40.
     """
-
-    def __init__(self, stream: trio.SocketStream, url: str) -> None:
-        self.stream = stream
-        self.protocol = ClientProtocol(parse_uri(url))
-        self.received: collections.deque[Json] = collections.deque()
-        self.connected: Json = {}  # the first frame
-
-    async def open(self) -> None:
-        """Shake hands. Raises websockets.InvalidStatus if the server refuses."""
-        self.protocol.send_request(self.protocol.connect())
-        with trio.fail_after(WAIT_SECONDS):
-            await self._write()
-            while self.protocol.state is websockets.State.CONNECTING:
-                if self.protocol.handshake_exc:
-                    raise self.protocol.handshake_exc
-                await self._read()
-        self.connected = await self.receive("connected")
-
-    async def send(self, kind: str, /, **fields: object) -> None:
-        await self.send_text(json.dumps({"type": kind, **fields}))
-
-    async def send_text(self, text: str) -> None:
-        if not self.protocol.close_rcvd:  # else it is lost, and `receive` says so
-            self.protocol.send_text(text.encode())
-        with trio.fail_after(WAIT_SECONDS):
-            await self._write()
-
-    async def receive(self, kind: str = "") -> Json:
-        """Return the next frame, which must be of that type. Raises Closed."""
-        with trio.fail_after(WAIT_SECONDS):
-            while not self.received:
-                if close := self.protocol.close_rcvd:
-                    raise Closed(close.code)
-                await self._read()
-        frame = self.received.popleft()
-        assert kind in {"", frame["type"]}, frame
-        return frame
-
-    async def receives_nothing(self) -> None:
-        """Claim that nothing was on its way: the next frame answers a ping."""
-        await self.send("ping")
-        await self.receive("pong")
-
-    async def skip_to(self, kind: str) -> Json:
-        """Return the next frame of that type; the frames before it do not matter."""
-        while (frame := await self.receive())["type"] != kind:
-            pass
-        return frame
-
-    async def ask(self, kind: str, /, **fields: object) -> Json:
-        """Send a command and return its answer; other frames do not matter."""
-        ref = secrets.token_hex(8)
-        await self.send(kind, ref=ref, **fields)
-        while (frame := await self.receive()).get("ref") != ref:
-            pass
-        return frame
-
-    async def code(self) -> int:
-        """Return the code with which the server closes the connection."""
-        while True:
-            try:
-                await self.receive()
-            except Closed as closed:
-                return closed.code
-
-    async def close(self) -> None:
-        self.protocol.send_close(1000)
-        await self._write()
-        assert await self.code() in {1000, 1006}
-        await self.stream.aclose()
-
-    def reset(self) -> None:
-        """Disconnect with RST, without a close frame."""
-        linger = struct.pack("ii", 1, 0)
-        self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.stream.socket.close()
-
-    def read_faster(self) -> None:
-        self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-
-    async def _write(self) -> None:
-        """Write what waits: a handshake, a frame, a pong, the answer to a close."""
-        with suppress(trio.BrokenResourceError):  # then `_read` has the reason
-            for data in self.protocol.data_to_send():
-                if data:
-                    await self.stream.send_all(data)
-
-    async def _read(self) -> None:
-        try:
-            data = await self.stream.receive_some(65536)
-        except trio.BrokenResourceError:
-            data = b""
-        if not data:
-            raise Closed(1006)
-        self.protocol.receive_data(data)
-        await self._write()
-        for event in self.protocol.events_received():
-            if isinstance(event, Frame) and event.opcode is Opcode.TEXT:
-                self.received.append(json.loads(bytes(event.data)))
+    first, mask = opcode | (0x80 if fin else 0), 0x80 if masked else 0
+    size = len(payload)
+    if size < 126:
+        head = struct.pack("!BB", first, mask | size)
+    elif size < 65536:
+        head = struct.pack("!BBH", first, mask | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, mask | 127, size)
+    return head + (bytes(4) if masked else b"") + payload
 
 
-# --- a server ------------------------------------------------------------------------
+def close_bytes(code: int) -> bytes:
+    return frame_bytes(CLOSE, struct.pack("!H", code))
+
+
+def command_bytes(kind: str, /, **fields: object) -> bytes:
+    return frame_bytes(TEXT, json.dumps({"type": kind, **fields}).encode())
+
+
+def take_frames(data: bytearray) -> Iterator[tuple[int, bytes]]:
+    """Remove whole frames of a server from the front of `data`, one by one."""
+    while len(data) >= 2:
+        assert data[0] & 0x70 == 0, "reserved bits"
+        assert data[0] & 0x80, "a fragment"
+        assert data[1] < 128, "a server's frame is not masked"
+        size, start = data[1], 2
+        if size == 126:
+            (size,), start = struct.unpack_from("!H", data, 2), 4
+        elif size == 127:
+            (size,), start = struct.unpack_from("!Q", data, 2), 10
+        if len(data) < start + size:
+            return
+        opcode, payload = data[0] & 15, bytes(data[start : start + size])
+        del data[: start + size]
+        yield opcode, payload
 
 
 class HttpAnswer(NamedTuple):
@@ -181,116 +152,424 @@ class HttpAnswer(NamedTuple):
         return str(error["code"])
 
 
-def environment() -> dict[str, str]:
-    """Return our environment without the variables that chatd reads."""
+def split_answer(
+    data: bytes, method: str = "GET", *, ended: bool = False
+) -> tuple[HttpAnswer, bytes]:
+    """Split `data` into the first answer and the rest. EOFError if it is not whole."""
+    client = h11.Connection(h11.CLIENT)
+    upgrade = [("Host", "x"), ("Upgrade", "x"), ("Connection", "upgrade")]
+    client.send(h11.Request(method=method, target="/", headers=upgrade))
+    client.send(h11.EndOfMessage())
+    if data:
+        client.receive_data(data)
+    if ended:
+        client.receive_data(b"")
+    status, headers, body = 0, dict[str, str](), b""
+    while True:
+        try:
+            event = client.next_event()
+        except h11.RemoteProtocolError:
+            if not ended:
+                raise
+            event = h11.NEED_DATA
+        if event is h11.NEED_DATA:
+            raise EOFError(data)
+        if isinstance(event, h11.Data):
+            body += event.data
+        elif isinstance(event, h11.Response | h11.InformationalResponse):
+            status = event.status_code
+            for name, value in event.headers:  # RFC 9110 5.3
+                had, line = headers.get(name.decode()), value.decode()
+                headers[name.decode()] = f"{had}, {line}" if had else line
+        if isinstance(event, h11.EndOfMessage | h11.InformationalResponse):
+            return HttpAnswer(status, headers, body), client.trailing_data[0]
+
+
+# --- clients -------------------------------------------------------------------------
+
+
+class Disconnected(Exception):
+    """The server ended the connection; `code` is 1006 without a close frame."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+LOST = (OSError, Disconnected, trio.BrokenResourceError)  # with a killed server
+
+
+def reset(stream: trio.SocketStream) -> None:
+    """Disconnect with RST instead of FIN."""
+    linger = struct.pack("ii", 1, 0)
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    stream.socket.close()
+
+
+class RawClient:
+    """A client's connection in bytes. It reads only in the methods that read.
+
+    They wait for `soon` seconds: so soon must come what they read.
+    """
+
+    def __init__(self, stream: trio.SocketStream, soon: float = WAIT_SECONDS) -> None:
+        self.stream = stream
+        self.soon = soon
+        self.data = bytearray()
+        self.informed: list[int] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stream.aclose()
+
+    async def send(self, *parts: bytes) -> None:
+        await self.stream.send_all(b"".join(parts))
+
+    async def read(self, most: int = 65536) -> bytes:
+        data = bytes(await self.stream.receive_some(most))
+        self.data += data
+        return data
+
+    async def listen(self, seconds: float = 1.0) -> None:
+        """Read everything that comes within `seconds`."""
+        with trio.move_on_after(seconds):
+            while await self.read():
+                pass
+
+    async def finishes(self, within: float = 0) -> bytes:
+        """Read until EOF; return the data. A reset raises."""
+        with trio.fail_after(within or self.soon):
+            while await self.read():
+                pass
+        return bytes(self.data)
+
+    async def ends(self, within: float = 0) -> bytes:
+        """Read until EOF or a reset; return the data."""
+        with suppress(trio.BrokenResourceError):
+            await self.finishes(within)
+        return bytes(self.data)
+
+    async def receives(self, size: int, within: float = 0) -> bytes:
+        """Read at least `size` bytes; return everything read so far."""
+        with trio.fail_after(within or self.soon):
+            while len(self.data) < size:
+                assert await self.read(), bytes(self.data)
+        return bytes(self.data)
+
+    # HTTP
+
+    async def answer(self, method: str = "GET", within: float = 0) -> HttpAnswer:
+        """Read one whole answer to a request of this method."""
+        ended = False
+        with trio.fail_after(within or self.soon):
+            while True:
+                try:
+                    got, rest = split_answer(bytes(self.data), method, ended=ended)
+                except EOFError:
+                    if ended:
+                        raise trio.BrokenResourceError(bytes(self.data)) from None
+                    ended = not await self.read()
+                    continue
+                self.data = bytearray(rest)
+                if got.status != 100:
+                    return got
+                self.informed.append(got.status)
+
+    async def ask(
+        self,
+        method: str,
+        target: str,
+        body: object = None,
+        /,
+        *,
+        token: str = "",
+        **headers: str,
+    ) -> HttpAnswer:
+        """Send a request, with its body as it is or as JSON, and read its answer."""
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        if not isinstance(body, bytes | None):
+            body = json.dumps(body).encode()
+        with trio.fail_after(self.soon), suppress(trio.BrokenResourceError):
+            await self.send(request_bytes(method, target, body, **headers))
+        return await self.answer(method)  # it may come before the request is sent
+
+    # The socket
+
+    async def frame(self, within: float = 0) -> tuple[int, bytes]:
+        with trio.fail_after(within or self.soon):
+            while True:
+                for frame in take_frames(self.data):
+                    return frame
+                assert await self.read(), "the connection has ended"
+
+    async def receive(self, kind: str, within: float = 0) -> Frame:
+        opcode, payload = await self.frame(within)
+        received: Frame = json.loads(payload)
+        assert (opcode, received["type"]) == (TEXT, kind), received
+        return received
+
+    async def close_code(self, within: float = 0) -> int:
+        """Read the close frame; return its code. Nothing may follow it. Disconnect."""
+        opcode, payload = await self.frame(within)
+        assert opcode == CLOSE, payload
+        assert await self.ends() == b""
+        self.stream.socket.close()
+        await wait_all_tasks_blocked()
+        return int.from_bytes(payload[:2], "big") if payload else 1005
+
+
+class SocketClient:
+    """A WebSocket client. It reads only in `receive` and the methods that call it."""
+
+    def __init__(
+        self, stream: trio.SocketStream, data: bytes | bytearray = b""
+    ) -> None:
+        self.stream = stream
+        self.data = bytearray(data)
+        self.hello: Frame = {}  # the first message
+        self.pongs: list[bytes] = []
+        self.owed = bytearray()  # pongs and a close frame, sent before the next read
+
+    async def send_command(self, kind: str, /, **fields: object) -> None:
+        await self.send_frame(json.dumps({"type": kind, **fields}))
+
+    async def send_frame(self, text: str | bytes, opcode: int = TEXT) -> None:
+        payload = text.encode() if isinstance(text, str) else text
+        with trio.fail_after(WAIT_SECONDS):
+            await self.stream.send_all(frame_bytes(opcode, payload))
+
+    async def receive(self, kind: str = "", within: float = WAIT_SECONDS) -> Frame:
+        """Return the next message, which must be of that type. Raises Disconnected."""
+        with trio.fail_after(within):
+            while (message := self.received()) is None:
+                await self.sip(65536)
+        assert kind in {"", message["type"]}, message
+        return message
+
+    async def find(self, kind: str, within: float = WAIT_SECONDS) -> Frame:
+        """Return the next message of that type; messages before it do not matter."""
+        with trio.fail_after(within):
+            while (message := await self.receive(within=within))["type"] != kind:
+                pass
+        return message
+
+    async def receives_nothing(self) -> None:
+        """Claim that nothing was on its way: the next message answers a ping."""
+        await self.send_command("ping")
+        await self.receive("pong")
+
+    async def ask(self, kind: str, /, **fields: object) -> Frame:
+        """Send a command and return its answer; other messages do not matter."""
+        ref = os.urandom(8).hex()
+        await self.send_command(kind, ref=ref, **fields)
+        while (message := await self.receive()).get("ref") != ref:
+            pass
+        return message
+
+    async def ended(self, within: float = WAIT_SECONDS) -> int:
+        """Receive to the end; return the server's close code."""
+        with trio.fail_after(within):
+            while True:
+                try:
+                    await self.receive(within=within)
+                except Disconnected as gone:
+                    return gone.code
+
+    async def leave(self) -> None:
+        """Close with 1000, and receive the answer (RFC 6455 7.1)."""
+        with suppress(trio.BrokenResourceError):
+            await self.stream.send_all(close_bytes(1000))
+            assert await self.ended() in {1000, 1006}
+        await self.stream.aclose()
+
+    def drop(self) -> None:
+        reset(self.stream)
+
+    def read_faster(self) -> None:
+        self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+
+    async def sip(self, size: int) -> None:
+        """Read at most `size` bytes."""
+        try:
+            if self.owed:
+                await self.stream.send_all(bytes(self.owed))
+                self.owed.clear()
+            data = await self.stream.receive_some(size)
+        except trio.BrokenResourceError:
+            raise Disconnected(1006) from None
+        if not data:
+            raise Disconnected(1006)
+        self.data += data
+
+    def received(self) -> Frame | None:
+        """Return the next message of the bytes read, or None if it is not whole."""
+        for opcode, payload in take_frames(self.data):
+            if opcode == TEXT:
+                message = json.loads(payload)
+                assert isinstance(message, dict)
+                return message
+            if opcode == CLOSE:
+                payload[2:].decode()  # a reason is UTF-8
+                self.owed += frame_bytes(CLOSE, payload[:2])
+                code = int.from_bytes(payload[:2], "big") if payload else 1005
+                raise Disconnected(code)
+            if opcode == PING:
+                self.owed += frame_bytes(PONG, payload)
+            else:
+                assert opcode == PONG, (opcode, payload)
+                self.pongs.append(payload)
+        return None
+
+
+# --- processes -----------------------------------------------------------------------
+
+
+def find_program(names: tuple[str | None, ...], remedy: str, *trial: str) -> str:
+    """Find a program that can run `trial`. Without it: fail in CI, skip elsewhere."""
+    for name in names:
+        path = shutil.which(name or "")
+        if path and not (
+            trial and subprocess.run([path, *trial], check=False).returncode
+        ):
+            return path
+    if os.environ.get("CI"):
+        pytest.fail(remedy)
+    pytest.skip(remedy)
+
+
+def node_path(*flags: str) -> str:
+    """Find a Node that knows these flags."""
+    why = f"no Node on PATH that knows {flags or 'anything'}: install Node 20 or newer"
+    return find_program(("node",), why, *flags, "-e", "")
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """The exit status of a command and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """Return our environment without the variables that chatd reads.
+
+    The rest must stay: coverage measures child processes by it.
+    """
     systemd = ("CREDENTIALS_", "JOURNAL_", "LISTEN_", "NOTIFY_", "STATE_", "WATCHDOG_")
-    names = [name for name in os.environ if not name.startswith(("CHATD_", *systemd))]
-    return {name: os.environ[name] for name in names}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("CHATD_", *systemd))
+    }
+    return {**kept, **more}
 
 
-async def chatd(*words: object) -> subprocess.CompletedProcess[str]:
-    """Run a command of chatd to its end."""
-    command = [sys.executable, "-m", "chatd", *map(str, words)]
-    run = functools.partial(
-        subprocess.run, cwd=HERE, env=environment(), capture_output=True, text=True
+async def run_chatd(*words: object, **environment: str) -> CommandResult:
+    """Run a chatd command to its end."""
+    done = await trio.run_process(
+        [sys.executable, "-m", "chatd", *map(str, words)],
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+        cwd=CHECKOUT,
+        env=clean_environment(**environment),
     )
-    done: subprocess.CompletedProcess[str] = await trio.to_thread.run_sync(run, command)
-    assert not MISTAKE.search(done.stderr), done
-    return done
+    run = CommandResult(done.returncode, done.stdout.decode(), done.stderr.decode())
+    assert not MISTAKE.search(run.err), run
+    return run
 
 
-class Server:
-    """A database and its server process, or a proxy in front of another server."""
+class Process:
+    """A database and, between `start` and `end`, the process that serves it."""
 
-    def __init__(self, home: Path, *command: str, db: Path | None = None) -> None:
+    def __init__(self, home: Path, *command: str) -> None:
         home.mkdir(exist_ok=True)
-        self.home, self.db = home, db or home / "chatd.db"
-        self.command = command or ("serve", "--db", str(self.db), *NO_RATES)
+        self.home = home
+        self.db = home / "chatd.db"
         self.port = 0
-        self.printed = ""
-        self.running = trio.Event()
-        self.sockets: list[trio.socket.SocketType] = []
+        self.command = command or ("serve", "--db", str(self.db))
+        self.flags: tuple[str, ...] = ()
+        self.environment: dict[str, str] = {}
+        self.said = ""  # stdout of all processes so far
         self.process: subprocess.Popen[str] | None = None
+        self.listener: threading.Thread | None = None
 
-    # The process
-
-    async def start(self) -> None:
-        """Start the process, again on the same port, and wait until it listens."""
-        process = self._start()
-        while not (found := re.match(r"listening on \S+:(\d+)$", await self.line())):
-            assert process.poll() is None, self.log
-        self.port = int(found[1])
-        self.running.set()
-
-    def _start(self) -> subprocess.Popen[str]:
-        words = [*self.command, "--listen", f"127.0.0.1:{self.port}"]
-        with (self.home / "log").open("ab") as log:
+    def start(self) -> None:
+        """Start the process and block until it prints that it listens."""
+        command = [sys.executable, "-m", "chatd", *self.command]
+        command += ["--listen", f"127.0.0.1:{self.port}", *self.flags]
+        ready = threading.Event()
+        with (self.home / "stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "chatd", *words],
-                cwd=HERE,
-                env={**environment(), "TMPDIR": str(self.home)},
+                command,
+                cwd=CHECKOUT,
+                env=clean_environment(TMPDIR=str(self.home), **self.environment),
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=stderr,
                 text=True,
             )
-        return self.process
+        self.listener = threading.Thread(
+            target=self._listen, args=(self.process.stdout, ready)
+        )
+        self.listener.start()
+        ready.wait(WAIT_SECONDS)
+        found = re.findall(r"(?m)^listening on http://127\.0\.0\.1:(\d+)$", self.said)
+        if not found or self.process.poll() is not None:
+            self.end(signal.SIGKILL)
+            pytest.fail(f"it did not start: {self.output}")
+        self.port = int(found[-1])
 
-    async def line(self) -> str:
-        """Return the next line that the process prints."""
-        assert self.process is not None
-        assert self.process.stdout is not None
-        line = await trio.to_thread.run_sync(self.process.stdout.readline)
-        self.printed += line
-        return line
+    def _listen(self, stdout: IO[str], ready: threading.Event) -> None:
+        with stdout:
+            for line in stdout:
+                self.said += line
+                if line.startswith("listening on "):
+                    ready.set()
+        ready.set()
 
-    async def end(self, signal_: int) -> int:
-        """Send a signal and return the exit status of the process."""
+    def end(self, signum: int = 0, seconds: float = WAIT_SECONDS) -> int:
+        """Send a signal, if one is given, and block until the process has ended."""
         assert self.process is not None
-        self.running = trio.Event()
-        self.process.send_signal(signal_)
-        status = await trio.to_thread.run_sync(self.process.wait, WAIT_SECONDS)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        assert self.listener is not None
+        if signum:
+            self.process.send_signal(signum)
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            self.listener.join()
+            pytest.fail(f"it did not end: {self.output}")
+        self.listener.join()
         self.process = None
         return status
 
-    async def kill(self) -> None:
-        await self.end(signal.SIGKILL)
-
-    async def stop(self) -> None:
-        """Stop the process with SIGTERM. Its status must be 0 and its log clean."""
-        self.hang_up()
-        assert await self.end(signal.SIGTERM) == 0, self.log
-        assert not MISTAKE.search(self.log), self.log
-
-    @asynccontextmanager
-    async def serving(self) -> AsyncIterator[Server]:
-        await self.start()
-        try:
-            yield self
-            if self.process:
-                await self.stop()
-        finally:
-            self.hang_up()
-            if self.process:
-                self.process.kill()
-                self.process.communicate()
-
-    def hang_up(self) -> None:
-        for sock in self.sockets:
-            sock.close()
-        self.sockets.clear()
+    def signal(self, signum: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(signum)
 
     @property
-    def log(self) -> str:
-        return (self.home / "log").read_text("utf-8", "replace")
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     @property
-    def memory(self) -> int:
+    def output(self) -> str:
+        return self.said + (self.home / "stderr").read_text("utf-8", "replace")
+
+    @property
+    def rss(self) -> int:
         """The resident memory of the process in bytes."""
         assert self.process is not None
         status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
         return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+    @property
+    def descriptors(self) -> int:
+        assert self.process is not None
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     # Tokens
 
@@ -298,93 +577,188 @@ class Server:
     def secret(self) -> bytes:
         return self.db.with_name("chatd.secret").read_bytes().strip()
 
-    def token(self, user: int, /, **claims: object) -> str:
-        """Sign a token for an hour. A claim that is None is left out."""
+    def token(self, user: int = 0, /, *, key: Any = None, **claims: object) -> str:
+        """Sign a token for an hour, with `key` or the secret. None omits a claim."""
         now = int(time.time())
-        claims = {"sub": str(user), "iat": now, "exp": now + 3600, **claims}
-        kept = {name: value for name, value in claims.items() if value is not None}
-        return jwt.encode(kept, self.secret, algorithm="HS256")
+        plain: dict[str, object] = {"iat": now, "exp": now + 3600}
+        if user:
+            plain["sub"] = str(user)
+        plain = {k: v for k, v in {**plain, **claims}.items() if v is not None}
+        return jwt.encode(plain, key or self.secret, algorithm="HS256")
 
     @property
     def service(self) -> str:
         return self.token(1, scope="service")
 
+    @property
+    def stats_token(self) -> str:
+        return self.token(1, scope="stats")
+
+
+class ServerProcess(Process):
+    """A database, its server process, and clients that use it.
+
+    It serves between `begin` and `stop` or `kill`.
+    """
+
+    def __init__(self, home: Path, *command: str) -> None:
+        super().__init__(home, *command)
+        self.open = () if command else NO_RATES  # flags that `serving` adds
+        self.up = trio.Event()  # set while the server can be reached
+        self.streams: list[trio.SocketStream] = []
+
+    async def begin(self, *flags: str) -> None:
+        """Start the process, again on the same port, with these or the same flags."""
+        self.flags = flags or self.flags
+        await trio.to_thread.run_sync(self.start)
+        self.up.set()
+
+    async def ended(self, signum: int = 0, seconds: float = WAIT_SECONDS) -> int:
+        self.up = trio.Event()
+        return await trio.to_thread.run_sync(self.end, signum, seconds)
+
+    async def kill(self) -> None:
+        await self.ended(signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """Stop the process with SIGTERM. Its status must be 0 and its log clean."""
+        self.hang_up()
+        assert await self.ended(signal.SIGTERM) == 0, self.output
+        assert not MISTAKE.search(self.output), self.output
+
+    @asynccontextmanager
+    async def serving(self, *flags: str) -> AsyncIterator[ServerProcess]:
+        """Serve during the block, without rates but with `flags`, then stop."""
+        try:
+            await self.begin(*self.open, *flags)
+            yield self
+            if self.process is not None:
+                await self.stop()
+        finally:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Close the clients' connections and kill the process if it still runs."""
+        self.hang_up()
+        if self.process is not None:
+            self.end(signal.SIGKILL)
+
+    def hang_up(self) -> None:
+        """Close the clients' connections."""
+        for stream in self.streams:
+            stream.socket.close()
+        self.streams.clear()
+
     # HTTP
 
-    async def ask(
-        self, request: str, token: str = "", body: object = None, **headers: str
-    ) -> HttpAnswer:
-        """Send a request such as "GET /healthz"; Some_Name is the header Some-Name."""
-        send = functools.partial(self._ask, request, token, body, headers)
-        return await trio.to_thread.run_sync(send)
+    async def dial(self, receive_buffer: int = 0) -> RawClient:
+        sock = trio.socket.socket()
+        if receive_buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        try:
+            with trio.fail_after(WAIT_SECONDS):
+                await sock.connect(("127.0.0.1", self.port))
+            stream = trio.SocketStream(sock)
+        except BaseException:
+            sock.close()
+            raise
+        self.streams.append(stream)
+        return RawClient(stream)
 
-    def _ask(
-        self, request: str, token: str, body: object, headers: dict[str, str]
+    async def ask(
+        self,
+        method: str,
+        target: str,
+        token: str = "",
+        body: object = None,
+        /,
+        **headers: str,
     ) -> HttpAnswer:
-        method, target = request.split(" ", 1)
-        lines = {name.replace("_", "-"): value for name, value in headers.items()}
-        if token:
-            lines["Authorization"] = f"Bearer {token}"
-        text = None if body is None else json.dumps(body)
-        connection = http.client.HTTPConnection(
-            "127.0.0.1", self.port, timeout=WAIT_SECONDS
-        )
-        with contextlib.closing(connection):
-            try:
-                connection.request(method, target, text, lines)
-                got = connection.getresponse()
-                names = {name.lower(): value for name, value in got.getheaders()}
-                return HttpAnswer(got.status, names, got.read())
-            except http.client.HTTPException as error:
-                raise ConnectionResetError(*error.args) from error
+        """Send a request on a new connection; return the answer."""
+        async with await self.dial() as line:
+            answer = await line.ask(method, target, body, token=token, **headers)
+        assert answer.status in {204, 304} or "content-length" in answer.headers
+        return answer
 
     async def want(
-        self, status: int, request: str, token: str = "", body: object = None, /,
+        self,
+        status: int,
+        request: str,
+        token: str = "",
+        body: object = None,
+        /,
         **headers: str,
-    ) -> Any:  # fmt: skip
-        """Return the JSON of an answer, which must have that status."""
-        answer = await self.ask(request, token, body, **headers)
+    ) -> Any:
+        """Send a request ("GET /healthz"); return its JSON. Claim its status."""
+        method, target = request.split(" ", 1)
+        answer = await self.ask(method, target, token, body, **headers)
         assert answer.status == status, (request, body, answer)
         return answer.json if answer.body else None
 
-    # The socket
+    async def raw(self, data: bytes, seconds: float = WAIT_SECONDS) -> bytes:
+        """Send bytes and read until the server disconnects, as it must."""
+        async with await self.dial() as line:
+            with suppress(trio.BrokenResourceError):
+                await line.send(data)
+            return await line.ends(seconds)
 
-    async def connect(
-        self, who: int | str, cursor: str = "", *, receive_buffer: int = 0
-    ) -> Client:
+    # WebSocket
+
+    async def knock(
+        self, data: bytes, *, receive_buffer: int = 0
+    ) -> SocketClient | HttpAnswer:
+        """Send a handshake in bytes. Return a client, or the refusal.
+
+        After a refusal the server must disconnect.
+        """
+        line = await self.dial(receive_buffer)
+        await line.send(data)
+        answer = await line.answer()
+        if answer.status == 101:
+            assert answer.headers["sec-websocket-accept"] == ACCEPT_KEY
+            assert "sec-websocket-extensions" not in answer.headers
+            return SocketClient(line.stream, line.data)
+        assert answer.headers["connection"].lower() == "close", answer
+        assert not await line.ends(3)
+        await line.stream.aclose()
+        return answer
+
+    async def peer(
+        self,
+        who: int | str,
+        cursor: str = "",
+        /,
+        *,
+        receive_buffer: int = 0,
+        **headers: str,
+    ) -> SocketClient:
         """Open the socket of a user, or of this token."""
-        sock = trio.socket.socket()
-        self.sockets.append(sock)
-        if receive_buffer:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        await sock.connect(("127.0.0.1", self.port))
-        url = f"ws://127.0.0.1:{self.port}{self.socket_path(who, cursor)}"
-        client = Client(trio.SocketStream(sock), url)
-        await client.open()
-        return client
+        handshake = upgrade_bytes(self.socket_path(who, cursor), **headers)
+        peer = await self.knock(handshake, receive_buffer=receive_buffer)
+        assert isinstance(peer, SocketClient), peer
+        peer.hello = await peer.receive("connected")
+        return peer
+
+    async def refusal(self, who: int | str, /, **headers: str) -> HttpAnswer:
+        """Return the answer to an upgrade that must be refused."""
+        answer = await self.knock(upgrade_bytes(self.socket_path(who), **headers))
+        assert isinstance(answer, HttpAnswer)
+        return answer
 
     def socket_path(self, who: int | str, cursor: str = "") -> str:
-        query = {"token": self.token(who) if isinstance(who, int) else who}
-        return f"/ws/chat?{urlencode(query | ({'cursor': cursor} if cursor else {}))}"
+        token = self.token(who) if isinstance(who, int) else who
+        query = {"token": token, "cursor": cursor} if cursor else {"token": token}
+        return f"/ws/chat?{urlencode(query)}"
 
-    async def refuses(self, token: str, **headers: str) -> tuple[int, str]:
-        """Open a socket that must be refused; return the status and the code."""
-        upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
-        upgrade |= {"Sec_WebSocket_Version": "13"}
-        upgrade |= {"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ=="}
-        target = f"GET {self.socket_path(token)}"
-        answer = await self.ask(target, **{**upgrade, **headers})
-        return answer.status, answer.code
+    # What most tests begin with
 
-    # Chats, messages, events
-
-    async def create_chat(self, *members: int) -> int:
-        body = {"member_ids": members}
+    async def chat(self, *members: int, title: str | None = None) -> int:
+        body = {"title": title, "member_ids": members}
         got = await self.want(201, "POST /api/v1/chats", self.service, body)
         return int(got["chat"]["id"])
 
-    async def post(self, chat: int, sender: int, content: str) -> Json:
-        """Send a message by HTTP; return it as it is stored."""
+    async def post(self, chat: int, sender: int, content: str) -> Frame:
+        """Send a message as the service; return it as it is stored."""
         body = {"content": content, "sender_id": sender}
         target = f"POST /api/v1/chats/{chat}/messages"
         return dict((await self.want(201, target, self.service, body))["message"])
@@ -395,22 +769,24 @@ class Server:
 
     async def cursor(self, user: int) -> str:
         """Return a cursor after everything that has happened."""
-        return str((await self.poll(user))["cursor"])
+        got = await self.poll(user)
+        assert got["events"] == []
+        return str(got["cursor"])
 
-    async def events(self, user: int, cursor: str) -> list[Json]:
-        """Return all events of a user after the cursor."""
-        events: list[Json] = []
+    async def events(self, user: int, cursor: str) -> list[Frame]:
+        """Return every event of this user after the cursor."""
+        events: list[Frame] = []
         more = True
         while more:
             got = await self.poll(user, cursor)
-            cursor, more = got["cursor"], got["more"]
             assert not got["resync"], got
             events += got["events"]
+            cursor, more = got["cursor"], got["more"]
         return events
 
-    async def history(self, chat: int, user: int) -> list[Json]:
-        """Return all messages of a chat, oldest first."""
-        messages: list[Json] = []
+    async def history(self, chat: int, user: int) -> list[Frame]:
+        """Return every message of a chat, oldest first. Claim that `n` has no holes."""
+        messages: list[Frame] = []
         before, more = "", True
         while more:
             target = f"GET /api/v1/chats/{chat}/messages?limit=100{before}"
@@ -422,7 +798,58 @@ class Server:
 
     async def stats(self) -> Any:
         target = "GET /api/v1/internal/chat/ws/stats"
-        return await self.want(200, target, self.token(1, scope="stats"))
+        return await self.want(200, target, self.stats_token)
+
+
+class ProxyProcess(ServerProcess):
+    """A proxy process in front of a server. Its clients reach that server."""
+
+    def __init__(self, home: Path, port: int, db: Path) -> None:
+        upstream = f"127.0.0.1:{port}"
+        super().__init__(home, "proxy", "--db", str(db), "--upstream", upstream)
+        self.db = db
+        self.open = ("--handshakes=0", "--drain-seconds=2")
+
+
+async def refuses_connections(server: ServerProcess) -> None:
+    """Claim that the server accepts no connection any more."""
+    with pytest.raises(ConnectionRefusedError):
+        await server.dial()
+
+
+@asynccontextmanager
+async def others_are_served(server: ServerProcess) -> AsyncIterator[None]:
+    """Claim that other clients are served before, during and after the block."""
+    ann, bob = next(new_users), next(new_users)
+    chat = await server.chat(ann, bob)
+    before = await server.peer(ann)
+    yield
+    await before.receives_nothing()
+    after = await server.peer(bob)
+    await after.send_command("send_message", chat_id=chat, content="still here")
+    assert (await before.receive("new_message"))["message"]["content"] == "still here"
+    await after.find("ack")
+    before.drop()
+    after.drop()
+
+
+# --- much is sent --------------------------------------------------------------------
+
+
+class Progress:
+    """A number that tasks wait for."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self.waiting = trio.lowlevel.ParkingLot()
+
+    def add(self) -> None:
+        self.value += 1
+        self.waiting.unpark_all()
+
+    async def reaches(self, value: int) -> None:
+        while self.value < value:
+            await self.waiting.park()
 
 
 async def wait_until(
@@ -440,50 +867,50 @@ async def wait_until(
 class Sender:
     """Sends messages in order. Sends again, after a lost connection, until acked."""
 
-    def __init__(self, server: Server, user: int, texts: list[tuple[int, str]]) -> None:
-        self.server, self.user, name = server, user, secrets.token_hex(4)
-        self.left = collections.deque(
+    def __init__(self, server: ServerProcess, user: int, texts: list[tuple[int, str]]):
+        self.server, self.user = server, user
+        name = f"{user}-{next(new_users)}"
+        self.left = deque(
             {"chat_id": chat, "content": text, "client_id": f"{name}-{number}"}
             for number, (chat, text) in enumerate(texts)
         )
-        self.acks: dict[str, Json] = {}  # by client_id
+        self.acks: dict[str, Frame] = {}  # by client_id
 
     async def send(self, acked: Progress, in_flight: int = 16) -> None:
         """Send every message, over as many connections as it takes."""
         while self.left:
-            with suppress(OSError, Closed):
-                client = await self.server.connect(self.user)
-                await self.send_over(client, acked, in_flight)
-                await client.close()
-            await self.server.running.wait()
+            with suppress(*LOST):
+                peer = await self.server.peer(self.user)
+                await self.send_over(peer, acked, in_flight)
+                await peer.leave()
+            await self.server.up.wait()
 
     async def send_over(
-        self, client: Client, acked: Progress, in_flight: int = 16
+        self, peer: SocketClient, acked: Progress, in_flight: int = 16
     ) -> None:
         """Send over one connection. If it ends, `left` has what was not acked."""
-        sent = 0
+        waiting = 0
         while self.left:
-            for message in itertools.islice(self.left, sent, in_flight):
-                await client.send("send_message", **message)
-                sent += 1
-            ack = await client.skip_to("ack")
+            for message in itertools.islice(self.left, waiting, in_flight):
+                await peer.send_command("send_message", **message)
+                waiting += 1
+            ack = await peer.find("ack")
             assert ack["client_id"] == self.left.popleft()["client_id"]
             self.acks[ack["client_id"]] = ack
-            sent -= 1
+            waiting -= 1
             acked.add()
 
 
-class Progress:
-    """A number that tasks wait for."""
+BULK = "\U0001f600" * 3990  # about 16 KB in UTF-8, within --max-content-chars
 
-    def __init__(self) -> None:
-        self.value = 0
-        self.waiting = trio.lowlevel.ParkingLot()
 
-    def add(self) -> None:
-        self.value += 1
-        self.waiting.unpark_all()
-
-    async def reaches(self, value: int) -> None:
-        while self.value < value:
-            await self.waiting.park()
+async def send_bulk(
+    server: ServerProcess, chat: int, user: int, count: int
+) -> list[str]:
+    """Send `count` large messages, eight in flight; return their texts in order."""
+    texts = [f"{i} {BULK}" for i in range(count)]
+    peer = await server.peer(user)
+    sender = Sender(server, user, [(chat, text) for text in texts])
+    await sender.send_over(peer, Progress(), 8)
+    await peer.leave()
+    return texts

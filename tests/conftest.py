@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.client import MISTAKE, NO_RATES
-from tests.harness import STORES, Memory, ProxyProcess, ServerProcess
+from tests.client import MISTAKE, ProxyProcess, ServerProcess
+from tests.harness import STORES, Memory
 
 
 @pytest.fixture
@@ -38,11 +38,9 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[ServerProcess]:
+def server(tmp_path: Path) -> ServerProcess:
     """A server of the test's own. Start it: `async with server.serving(...)`."""
-    server = ServerProcess(tmp_path)
-    yield server
-    server.tidy()
+    return ServerProcess(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def shared_server_process(
 ) -> Iterator[ServerProcess]:
     """One server process, without rates, for the tests of a file."""
     server = ServerProcess(tmp_path_factory.mktemp("door"))
-    server.flags = tuple(NO_RATES)
+    server.flags = server.open
     server.start()
     yield server
     assert server.end(signal.SIGTERM) == 0, server.output
@@ -65,9 +63,7 @@ async def shared_server(
     """The shared server, for a test that leaves it as it was."""
     server = shared_server_process
     yield server
-    for stream in server.streams:
-        stream.socket.close()
-    server.streams.clear()
+    server.hang_up()
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +90,4 @@ async def either_server(
     if request.param == "by proxy":
         server = request.getfixturevalue("shared_proxy_process")
     yield server
-    for stream in server.streams:
-        stream.socket.close()
-    server.streams.clear()
+    server.hang_up()

@@ -38,30 +38,30 @@ from trio.testing import wait_all_tasks_blocked
 
 import chatd
 from chatd import Keyring, Rate, Refusal, Settings, UsageError
-from tests.client import NO_RATES, wait_until
-from tests.harness import (
+from tests.client import (
     CLOSE,
-    KEY_PARTS,
+    NO_RATES,
     TEXT,
-    UPGRADE_LINES,
     Disconnected,
-    HttpClient,
     ServerProcess,
     SocketClient,
-    VirtualServer,
-    certificate_of,
-    client_frame,
     command_bytes,
-    get_bytes,
-    jwk_of,
-    new_private_key,
+    frame_bytes,
     new_users,
-    refusal_of,
     request_bytes,
     run_chatd,
     take_frames,
-    taking,
     upgrade_bytes,
+    wait_until,
+)
+from tests.harness import (
+    KEY_PARTS,
+    VirtualServer,
+    certificate_of,
+    jwk_of,
+    new_private_key,
+    refusal_of,
+    taking,
     usage_error_of,
     with_server,
 )
@@ -1622,10 +1622,9 @@ async def test_a_forged_token_is_refused_over_http_and_in_the_handshake(
 ) -> None:
     server = shared_server
     user = next(new_users)
-    async with await server.dial() as stream:
-        line = HttpClient(stream)
+    async with await server.dial() as line:
         for name, (token, code) in forged_tokens(server, user).items():
-            answer = await line.ask("GET", "/api/v1/me", token)
+            answer = await line.ask("GET", "/api/v1/me", token=token)
             assert (answer.status, answer.code) == (401, code), (name, answer)
             refused = await server.refusal(token)
             assert (refused.status, refused.code) == (401, code), (name, refused)
@@ -1644,7 +1643,7 @@ async def test_a_forged_token_is_refused_over_http_and_in_the_handshake(
             {"user_id": user, "exp": now - 2},  # within the leeway
             {"user_id": user, "iat": None},
         ):
-            answer = await line.ask("GET", "/api/v1/me", server.token(**claims))
+            answer = await line.ask("GET", "/api/v1/me", token=server.token(**claims))
             assert answer.json["user_id"] == user, (claims, answer)
 
 
@@ -1776,7 +1775,7 @@ async def test_a_close_code_reaches_a_client_that_keeps_sending(
 ) -> None:
     """A RST would discard the close frame, so the server reads on while it closes."""
     codes: list[int] = []
-    talk = client_frame(10, b"p" * 125) * 50 + client_frame(9, b"p")
+    talk = frame_bytes(10, b"p" * 125) * 50 + frame_bytes(9, b"p")
 
     async def chatter(peer: SocketClient) -> None:
         with suppress(trio.BrokenResourceError):
@@ -1860,7 +1859,7 @@ async def test_many_repeats_at_once_are_all_acked_although_the_rate_is_used_up(
         keys = [*(str(number) for number in range(70)), *["0"] * 200]
         say = {"type": "send_message", "chat_id": chat, "content": "x"}
         texts = [json.dumps({**say, "client_id": key}).encode() for key in keys]
-        await peer.stream.send_all(b"".join(client_frame(1, text) for text in texts))
+        await peer.stream.send_all(b"".join(frame_bytes(1, text) for text in texts))
         acks = [await peer.find("ack") for _ in keys]
         assert sorted(ack["client_id"] for ack in acks) == sorted(keys)
         new = [ack["client_id"] for ack in acks if not ack["duplicate"]]
@@ -1925,10 +1924,8 @@ async def test_handshakes_and_bad_tokens_are_limited_per_address(
         user = next(new_users)
 
         async def status(address: str, token: str = "") -> int:
-            line = f"X-Forwarded-For: {address}"
-            head = (get_bytes(server.socket_path(token or user), "Host: x", line))[:-2]
-            upgrade = "\r\n".join((*UPGRADE_LINES, "", "")).encode()
-            got = await server.knock(head + upgrade)
+            path = server.socket_path(token or user)
+            got = await server.knock(upgrade_bytes(path, X_Forwarded_For=address))
             if isinstance(got, SocketClient):
                 got.drop()
                 return 101
@@ -1968,7 +1965,7 @@ async def test_connections_per_user_are_limited(server: ServerProcess) -> None:
     async with server.serving("--connections-per-user", "2"):
         ann, bob = next(new_users), next(new_users)
         peers = [await server.peer(ann) for _ in range(2)]
-        head = get_bytes(server.socket_path(ann), "Host: x", *UPGRADE_LINES)
+        head = upgrade_bytes(server.socket_path(ann))
         third = await server.knock(head)
         assert isinstance(third, SocketClient)
         with pytest.raises(Disconnected) as gone:  # the close frame comes first

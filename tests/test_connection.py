@@ -9,7 +9,6 @@ import json
 import logging
 import random
 import select
-import socket
 import sqlite3
 import struct
 import time
@@ -24,40 +23,33 @@ import trio_websocket
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import chatd
-from tests.client import WAIT_SECONDS, Progress, wait_until
-from tests.harness import (
-    BIG,
+from tests.client import (
     CLOSE,
-    OFF,
     PING,
     PONG,
     TEXT,
-    UPGRADE_LINES,
+    WAIT_SECONDS,
     Disconnected,
     Frame,
+    Progress,
     RawClient,
-    RepeatingSender,
+    Sender,
     ServerProcess,
-    VirtualServer,
-    client_frame,
     close_bytes,
     command_bytes,
     frame_bytes,
     get_bytes,
     new_users,
     others_are_served,
-    read_rest,
-    receive_texts,
     request_bytes,
     reset,
     send_bulk,
     split_answer,
     take_frames,
-    taking,
     upgrade_bytes,
-    virtual_server,
-    with_server,
+    wait_until,
 )
+from tests.harness import BIG, OFF, VirtualServer, taking, virtual_server, with_server
 
 # --- connections that begin or end in an odd way -------------------------------------
 
@@ -1392,7 +1384,7 @@ async def test_5000_missed_events_are_replayed_and_5001_are_not(
         chat = await server.chat(ann, bob)
         await server.chat(cy)
         start = await server.cursor(ann)
-        sender = RepeatingSender(server, bob, [(chat, "x")] * 5000)
+        sender = Sender(server, bob, [(chat, "x")] * 5000)
         await sender.send_over(await server.peer(bob), Progress(), 64)
         peer = await server.peer(ann, start)
         assert peer.hello["resume"] == "replay"
@@ -1447,8 +1439,9 @@ async def stalled_reader_is_dropped(server: ServerProcess) -> None:
     cursor = f"{epoch}.{received[-1]['seq']}" if received else peer.hello["cursor"]
     peer = await server.peer(ann, cursor)
     assert peer.hello["resume"] == "replay"
-    rest = await receive_texts(peer, count - len(received))
-    assert [e["message"]["content"] for e in received] + rest == texts
+    while len(received) < count:
+        received.append(await peer.receive("new_message"))
+    assert [event["message"]["content"] for event in received] == texts
     await peer.receives_nothing()
 
 
@@ -1467,7 +1460,7 @@ async def slow_reader_stays(server: ServerProcess) -> None:
             await peer.send_command("ping")
             pings += 1
         await trio.sleep(1)
-    peer.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    peer.read_faster()
     received: list[str] = []
     while len(received) < count or pings:
         frame = await peer.receive()
@@ -1480,7 +1473,7 @@ async def slow_reader_stays(server: ServerProcess) -> None:
 
 
 async def slow_head_gets_408(server: ServerProcess) -> None:
-    stream = await server.dial()
+    line = await server.dial()
     began = trio.current_time()
     answer = b""
     async with trio.open_nursery() as nursery:
@@ -1488,31 +1481,31 @@ async def slow_head_gets_408(server: ServerProcess) -> None:
         async def drip() -> None:
             with suppress(trio.BrokenResourceError):
                 for byte in get_bytes("/healthz", "Host: x", "X-Slow: " + "y" * 99):
-                    await stream.send_all(bytes([byte]))
+                    await line.send(bytes([byte]))
                     await trio.sleep(0.5)
 
         nursery.start_soon(drip)
-        answer = await read_rest(stream, 14)
+        answer = await line.ends(14)
         nursery.cancel_scope.cancel()
     assert 8 < trio.current_time() - began < 13
     assert not answer or split_answer(answer)[0].status == 408, answer
 
 
 async def missing_head_gets_408(server: ServerProcess) -> None:
-    stream = await server.dial()
+    line = await server.dial()
     began = trio.current_time()
-    answer = await read_rest(stream, 14)
+    answer = await line.ends(14)
     assert 8 < trio.current_time() - began < 13
     assert not answer or split_answer(answer)[0].status == 408, answer
 
 
 async def slow_body_gets_408(server: ServerProcess) -> None:
-    stream = await server.dial()
+    line = await server.dial()
     began = trio.current_time()
     lines = ["POST /api/v1/chats HTTP/1.1", "Host: x", "Content-Length: 1000"]
     lines += [f"Authorization: Bearer {server.token(1)}", "", "{"]
-    await stream.send_all("\r\n".join(lines).encode())
-    answer = await read_rest(stream, 20)
+    await line.send("\r\n".join(lines).encode())
+    answer = await line.ends(20)
     assert 8 < trio.current_time() - began < 19
     assert split_answer(answer)[0].status == 408, answer
     assert split_answer(answer)[0].code == "timeout"
@@ -1561,48 +1554,45 @@ async def test_a_half_close_gets_1012_from_a_real_process(
 def hostile_frames() -> dict[str, tuple[bytes, set[int]]]:
     """Frames that end a connection, each with the close codes that are allowed."""
     text, more = 1, 0
-    ping = client_frame(9, b"p")
-    part = client_frame(text, b"{", first=0)
+    ping = frame_bytes(9, b"p")
+    part = frame_bytes(text, b"{", fin=False)
     return {
-        "an unmasked frame": (client_frame(text, b"{}", masked=False), {1002}),
-        "reserved opcode 3": (client_frame(3), {1002}),
-        "reserved opcode 11": (client_frame(11), {1002}),
-        "a reserved bit": (client_frame(text, b"{}", first=0xC0), {1002}),
-        "a ping in two": (client_frame(9, b"", first=0), {1002}),
-        "a ping of 126 bytes": (client_frame(9, b"x" * 126), {1002}),
-        "a continuation of nothing": (client_frame(more, b"x"), {1002}),
-        "a message inside a message": (part + client_frame(text, b"{}"), {1002}),
-        "a close of one byte": (client_frame(8, b"\x03"), {1002}),
-        "a close with code 1005": (client_frame(8, b"\x03\xed"), {1002}),
-        "a close with code 999": (client_frame(8, b"\x03\xe7"), {1002}),
-        "a close with bad UTF-8": (client_frame(8, b"\x03\xe8\xff"), {1007}),
-        "bad UTF-8": (client_frame(text, b'{"type":"\xff"}'), {1007}),
-        "a surrogate in UTF-8": (client_frame(text, b"\xed\xa0\x80"), {1007}),
-        "UTF-8 cut short": (client_frame(text, b'"\xf0\x9f\x98'), {1007}),
-        "bad UTF-8 in a part": (part + client_frame(more, b"\xff", first=0), {1007}),
-        "one byte too many": (client_frame(text, b"x" * 65537), {1009}),
+        "an unmasked frame": (frame_bytes(text, b"{}", masked=False), {1002}),
+        "reserved opcode 3": (frame_bytes(3), {1002}),
+        "reserved opcode 11": (frame_bytes(11), {1002}),
+        "a reserved bit": (frame_bytes(text | 0x40, b"{}"), {1002}),
+        "a ping in two": (frame_bytes(9, b"", fin=False), {1002}),
+        "a ping of 126 bytes": (frame_bytes(9, b"x" * 126), {1002}),
+        "a continuation of nothing": (frame_bytes(more, b"x"), {1002}),
+        "a message inside a message": (part + frame_bytes(text, b"{}"), {1002}),
+        "a close of one byte": (frame_bytes(8, b"\x03"), {1002}),
+        "a close with code 1005": (frame_bytes(8, b"\x03\xed"), {1002}),
+        "a close with code 999": (frame_bytes(8, b"\x03\xe7"), {1002}),
+        "a close with bad UTF-8": (frame_bytes(8, b"\x03\xe8\xff"), {1007}),
+        "bad UTF-8": (frame_bytes(text, b'{"type":"\xff"}'), {1007}),
+        "a surrogate in UTF-8": (frame_bytes(text, b"\xed\xa0\x80"), {1007}),
+        "UTF-8 cut short": (frame_bytes(text, b'"\xf0\x9f\x98'), {1007}),
+        "bad UTF-8 in a part": (part + frame_bytes(more, b"\xff", fin=False), {1007}),
+        "one byte too many": (frame_bytes(text, b"x" * 65537), {1009}),
         "too many bytes in parts": (
-            part + client_frame(more, b"x" * 40000, first=0) * 2,
+            part + frame_bytes(more, b"x" * 40000, fin=False) * 2,
             {1009},
         ),
-        "too many bytes, then a ping": (
-            client_frame(text, b"x" * 65537) + ping,
-            {1009},
-        ),
-        "too many bytes, twice": (client_frame(text, b"x" * 65537) * 2, {1009}),
+        "too many bytes, then a ping": (frame_bytes(text, b"x" * 65537) + ping, {1009}),
+        "too many bytes, twice": (frame_bytes(text, b"x" * 65537) * 2, {1009}),
         "a length of 2**40": (
             b"\x81\xff" + (2**40).to_bytes(8, "big") + bytes(70_000),
             {1009},
         ),
         "a length of 2**63": (b"\x81\xff" + (2**63).to_bytes(8, "big"), {1002, 1009}),
         "a length longer than it need be": (b"\x81\xfe\x00\x01\0\0\0\0x", {1002}),
-        "65 parts": (part + client_frame(more, b"", first=0) * 64, {1002, 1008, 1009}),
+        "65 parts": (part + frame_bytes(more, b"", fin=False) * 64, {1002, 1008, 1009}),
         "many empty parts": (
-            part + client_frame(more, b"", first=0) * 100_000,
+            part + frame_bytes(more, b"", fin=False) * 100_000,
             {1002, 1008, 1009},
         ),
-        "two closes and a ping": (client_frame(8, b"\x03\xe8") * 2 + ping, {1000}),
-        "a close without a code": (client_frame(8), {1000, 1005}),
+        "two closes and a ping": (frame_bytes(8, b"\x03\xe8") * 2 + ping, {1000}),
+        "a close without a code": (frame_bytes(8), {1000, 1005}),
     }
 
 
@@ -1616,18 +1606,18 @@ async def test_a_hostile_frame_gets_its_close_code_and_affects_nobody_else(
         with suppress(trio.BrokenResourceError), trio.fail_after(WAIT_SECONDS):
             await peer.stream.send_all(data)
         assert await peer.ended(5) in codes
-        await read_rest(peer.stream, 3)  # TCP ends too
+        await RawClient(peer.stream).ends(3)  # TCP ends too
 
 
 async def test_a_message_in_64_fragments_is_accepted(
     either_server: ServerProcess,
 ) -> None:
     peer = await either_server.peer(next(new_users))
-    parts = [client_frame(0, b" ", first=0)] * 62
-    message = client_frame(1, b'{"type":', first=0), *parts, client_frame(0, b'"ping"}')
+    parts = [frame_bytes(0, b" ", fin=False)] * 62
+    message = frame_bytes(1, b'{"type":', fin=False), *parts, frame_bytes(0, b'"ping"}')
     await peer.stream.send_all(b"".join(message))
     await peer.receive("pong")
-    await peer.stream.send_all(client_frame(9, b"between"))
+    await peer.stream.send_all(frame_bytes(9, b"between"))
     await peer.receives_nothing()
     assert peer.pongs == [b"between"]
 
@@ -1637,32 +1627,31 @@ async def test_clients_that_hang_up_abruptly_affect_nobody_else(
 ) -> None:
     server = either_server
     user = next(new_users)
-    whole = get_bytes(server.socket_path(user), "Host: x", *UPGRADE_LINES)
-    ping = client_frame(1, b'{"type":"ping"}')
+    whole = upgrade_bytes(server.socket_path(user))
+    ping = frame_bytes(1, b'{"type":"ping"}')
     abrupt = [b"", b"\x00\xff\r\n\r\n", b"GET", whole[:40], whole[:-2], whole]
     abrupt += [
         whole + ping,
         whole + ping[:5],
-        whole + client_frame(8),
+        whole + frame_bytes(8),
         whole + b"\xff" * 99,
     ]
     abrupt += [get_bytes("/healthz", "Host: x"), get_bytes("/x") + b"y" * 1000]
     async with others_are_served(server):
         for data in abrupt * 3:
             for with_reset in (True, False):
-                stream = await server.dial()
+                raw = await server.dial()
                 if data:
-                    await stream.send_all(data)
+                    await raw.send(data)
                 if with_reset:
-                    reset(stream)
+                    reset(raw.stream)
                 else:
-                    await stream.aclose()
-        stream = await server.dial()
-        await stream.send_all(whole + ping)  # this client does not wait for the 101
-        got = b""
+                    await raw.stream.aclose()
+        raw = await server.dial()
+        await raw.send(whole + ping)  # this client does not wait for the 101
         with trio.fail_after(WAIT_SECONDS):
-            while b'"pong"' not in got:
-                got += await stream.receive_some(65536)
+            while b'"pong"' not in raw.data:
+                assert await raw.read()
 
 
 async def test_noise_after_the_handshake_affects_nobody_else(
@@ -1678,7 +1667,8 @@ async def test_noise_after_the_handshake_affects_nobody_else(
                 for _ in range(20):
                     first = noise.choice([0, 0x80, 0x80, 0x80, noise.randrange(256)])
                     data = noise.randbytes(noise.choice([0, 5, 125, 126, 3000]))
-                    frame = client_frame(noise.randrange(16), data, first=first & 0xF0)
+                    opcode = noise.randrange(16) | first & 0x70
+                    frame = frame_bytes(opcode, data, fin=bool(first & 0x80))
                     await peer.stream.send_all(frame[: noise.choice([3, 9999])])
             peer.drop()
 

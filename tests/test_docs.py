@@ -21,8 +21,8 @@ import pytest
 
 import chatd
 from chatd import Settings
-from tests.client import WAIT_SECONDS
-from tests.harness import KEY_PARTS, certificate_of, jwk_of, new_private_key, node_path
+from tests.client import WAIT_SECONDS, node_path
+from tests.harness import KEY_PARTS, certificate_of, jwk_of, new_private_key
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = {

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 import chatd
-from tests import harness
-from tests.harness import CHECKOUT, ServerProcess, SocketClient, run_chatd, run_inline
+from tests import client
+from tests.client import CHECKOUT, ServerProcess, SocketClient, run_chatd
+from tests.harness import run_inline
 
 # Three events: one with fields of its own, and two that change membership. Each has a
 # class and the Store method that records it.
@@ -176,7 +177,7 @@ def imported(path: Path) -> Iterator[ModuleType]:
 @pytest.fixture
 def extended_chatd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the harness start a copy with every piece instead of chatd.py itself."""
-    monkeypatch.setattr(harness, "CHECKOUT", extended(tmp_path / "copy").parent)
+    monkeypatch.setattr(client, "CHECKOUT", extended(tmp_path / "copy").parent)
 
 
 async def events_of(peer: SocketClient, kind: str, count: int) -> list[dict[str, Any]]:
@@ -217,7 +218,7 @@ async def test_an_event_a_command_and_a_route_need_no_other_place_than_theirs(
         # The event is replayed from the tail, and polled.
         replaying = await server.peer(2, start)
         assert await events_of(replaying, "waved", 2) == both
-        assert await server.log(2, start) == both
+        assert await server.events(2, start) == both
         # It is counted.
         counted = (await server.stats())["broadcast"]["events"]
         assert counted == {"chat_added": 2, "waved": 2}
@@ -229,7 +230,7 @@ async def test_an_event_a_command_and_a_route_need_no_other_place_than_theirs(
             await server.begin()
             replaying = await server.peer(2, start)
             assert await events_of(replaying, "waved", 2) == both
-            assert await server.log(2, start) == both
+            assert await server.events(2, start) == both
             await server.chat(1)
         await server.stop()
     assert (await run_chatd("check", "--db", server.db)).status == 0
@@ -263,7 +264,7 @@ async def test_an_event_that_declares_a_membership_change_makes_it(
         await three.receives_nothing()
         # The same from the tail and, after a restart, from the database.
         for _ in range(2):
-            assert await server.log(3, start) == [invited, expelled]
+            assert await server.events(3, start) == [invited, expelled]
             replaying = await server.peer(3, start)
             assert [await replaying.receive() for _ in range(2)] == [invited, expelled]
             await replaying.receives_nothing()

@@ -18,19 +18,16 @@ from trio.testing import wait_all_tasks_blocked
 
 import chatd
 from chatd import Stats
-from tests.harness import (
+from tests.client import (
     CHECKOUT,
-    UPGRADE_LINES,
-    FaultyStore,
     ServerProcess,
-    VirtualServer,
     clean_environment,
     get_bytes,
     new_users,
     request_bytes,
     upgrade_bytes,
-    with_server,
 )
+from tests.harness import FaultyStore, VirtualServer, with_server
 
 # --- log lines -----------------------------------------------------------------------
 
@@ -245,10 +242,8 @@ async def test_tokens_and_texts_are_in_no_log_line_no_error_and_no_metric(
         assert mark.encode() not in bad.body
         for data in (
             get_bytes(f"/{mark}?token={token}", "Host: x", "Connection: close"),
-            get_bytes(
-                f"/ws/chat?token={token}&token={mark}", "Host: x", *UPGRADE_LINES
-            ),
-            get_bytes(f"/ws/chat?token={token}", f"Host: \xff{mark}", *UPGRADE_LINES),
+            upgrade_bytes(f"/ws/chat?token={token}&token={mark}"),
+            upgrade_bytes(f"/ws/chat?token={token}", Host=f"\xff{mark}"),
             f"{mark} {token}\r\n\r\n".encode(),
         ):
             answer = await server.raw(data)

@@ -26,19 +26,19 @@ from trio.testing import wait_all_tasks_blocked
 
 import chatd
 from chatd import Settings, UsageError
-from tests.client import MISTAKE, WAIT_SECONDS, Progress
-from tests.harness import (
+from tests.client import (
     CHECKOUT,
-    HttpClient,
-    Memory,
+    MISTAKE,
+    WAIT_SECONDS,
+    Progress,
+    RawClient,
     ServerProcess,
-    VirtualServer,
     clean_environment,
     new_users,
     request_bytes,
     run_chatd,
-    with_server,
 )
+from tests.harness import Memory, VirtualServer, with_server
 
 # --- notifications to systemd --------------------------------------------------------
 
@@ -235,7 +235,7 @@ async def health_status(host: str, port: int) -> int:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with trio.socket.socket(family) as sock, trio.fail_after(WAIT_SECONDS):
         await sock.connect((host, port))
-        return (await HttpClient(trio.SocketStream(sock)).ask("GET", "/healthz")).status
+        return (await RawClient(trio.SocketStream(sock)).ask("GET", "/healthz")).status
 
 
 async def test_ten_restarts_refuse_no_connection_and_answer_every_one(

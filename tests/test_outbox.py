@@ -12,21 +12,18 @@ from trio.testing import wait_all_tasks_blocked
 
 import chatd
 from chatd import Rate
-from tests.harness import (
+from tests.client import (
     CLOSE,
-    OFF,
     PING,
     PONG,
     TEXT,
     RawClient,
-    VirtualServer,
     close_bytes,
     command_bytes,
     frame_bytes,
     take_frames,
-    taking,
-    with_server,
 )
+from tests.harness import OFF, VirtualServer, taking, with_server
 
 # --- writing -------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ from wsproto.frame_protocol import FrameProtocol, Opcode
 
 import chatd
 from chatd import Refusal, Settings
-from tests.harness import ServerProcess, new_users, refusal_of, words_hear
+from tests.client import ServerProcess, new_users
+from tests.harness import refusal_of, words_hear
 
 # --- commands and bodies -------------------------------------------------------------
 

@@ -26,32 +26,33 @@ from trio.testing import wait_all_tasks_blocked
 
 import chatd
 from chatd import Keyring, Rate, Refusal, Settings
-from tests.harness import (
+from tests.client import (
     ACCEPT_KEY,
-    BAD_HEADS,
-    PROXY_101,
-    PROXY_OK,
-    TEST_SECRET,
     TEXT,
     Disconnected,
     ProxyProcess,
     RawClient,
     ServerProcess,
-    VirtualProxy,
-    client_frame,
     close_bytes,
     command_bytes,
     frame_bytes,
     get_bytes,
     new_users,
     node_path,
-    proxied,
-    proxy_run,
     refuses_connections,
     request_bytes,
     reset,
-    taking,
     upgrade_bytes,
+)
+from tests.harness import (
+    BAD_HEADS,
+    PROXY_101,
+    PROXY_OK,
+    TEST_SECRET,
+    VirtualProxy,
+    proxied,
+    proxy_run,
+    taking,
 )
 
 # --- requests go up ------------------------------------------------------------------
@@ -1180,7 +1181,7 @@ async def test_the_server_sees_the_clients_address_and_no_client_can_forge_it(
     server: ServerProcess, proxy: ProxyProcess
 ) -> None:
     async with server.serving("--handshakes=0.001/2"):
-        proxy.serve = ProxyProcess(proxy.home, server.port, server.db).serve
+        proxy.command = ProxyProcess(proxy.home, server.port, server.db).command
         async with proxy.serving():
             statuses = []
             for number in range(4):
@@ -1202,14 +1203,14 @@ async def test_a_stop_of_the_proxy_closes_its_sockets_with_1012_and_no_others(
     server: ServerProcess, proxy: ProxyProcess
 ) -> None:
     async with server.serving():
-        proxy.serve = ProxyProcess(proxy.home, server.port, server.db).serve
+        proxy.command = ProxyProcess(proxy.home, server.port, server.db).command
         ann = next(new_users)
         straight = await server.peer(ann)
         async with proxy.serving("--drain-seconds=10"):
             peers = [await proxy.peer(ann) for _ in range(5)]
             await peers[0].stream.send_all(b"\x81")  # these three are in mid-frame
-            await peers[1].stream.send_all(client_frame(TEXT, b"x" * 60_000)[:-1])
-            await peers[2].stream.send_all(client_frame(TEXT, b"{", first=0))
+            await peers[1].stream.send_all(frame_bytes(TEXT, b"x" * 60_000)[:-1])
+            await peers[2].stream.send_all(frame_bytes(TEXT, b"{", fin=False))
             began = trio.current_time()
             proxy.signal(signal.SIGTERM)
             for peer in peers:
@@ -1272,7 +1273,7 @@ class SlowPeers:
         self, stream: trio.SocketStream, *, reads: bool, writes: bool
     ) -> None:
         """Write `SIZE` bytes and read as many at the same time, if asked to."""
-        frame = client_frame(2, bytes(self.SIZE // 100 - 14))
+        frame = frame_bytes(2, bytes(self.SIZE // 100 - 14))
         assert self.SIZE % len(frame) == 0
         async with trio.open_nursery() as nursery:
             if writes:
@@ -1292,12 +1293,12 @@ async def test_10_mb_between_slow_peers_use_no_memory(
         serve = functools.partial(trio.serve_tcp, slow.serve, 0, host="127.0.0.1")
         (listener,) = await nursery.start(serve)
         port = listener.socket.getsockname()[1]
-        proxy.serve = ProxyProcess(proxy.home, port, server.db).serve
+        proxy.command = ProxyProcess(proxy.home, port, server.db).command
         async with proxy.serving():
             head = request_bytes("GET", "/")
             if what == "a socket":
                 head = upgrade_bytes(proxy.socket_path(6))
-            stream = await proxy.dial()
+            stream = (await proxy.dial()).stream
             with trio.fail_after(60):
                 await stream.send_all(head)
                 if what == "a socket":

@@ -22,19 +22,13 @@ import trio.testing
 from trio.testing import wait_all_tasks_blocked
 
 from chatd import Rate, watch_signals
-from tests.client import MISTAKE, wait_until
-from tests.harness import (
-    BIG,
+from tests.client import (
     CLOSE,
-    OFF,
+    MISTAKE,
     TEXT,
-    UPGRADE_LINES,
-    FaultyStore,
     Frame,
-    HttpClient,
     ServerProcess,
     SocketClient,
-    VirtualServer,
     close_bytes,
     get_bytes,
     new_users,
@@ -42,10 +36,10 @@ from tests.harness import (
     request_bytes,
     send_bulk,
     take_frames,
-    taking,
     upgrade_bytes,
-    with_server,
+    wait_until,
 )
+from tests.harness import BIG, OFF, FaultyStore, VirtualServer, taking, with_server
 
 # --- stopping ------------------------------------------------------------------------
 
@@ -260,7 +254,7 @@ def test_any_other_error_in_accept_ends_the_server(tmp_path: Path) -> None:
         await trio.sleep_forever()
 
     with pytest.raises(OSError, match="Bad file descriptor"):
-        serve(tmp_path)
+        serve(tmp_path=tmp_path)
 
 
 # --- the connection limit ------------------------------------------------------------
@@ -505,9 +499,7 @@ async def test_a_full_server_refuses_at_once_and_serves_again_when_a_place_is_fr
         await peer.leave()
 
         async def admitted() -> bool:
-            got = await server.knock(
-                get_bytes(server.socket_path(user), "Host: x", *UPGRADE_LINES)
-            )
+            got = await server.knock(upgrade_bytes(server.socket_path(user)))
             return isinstance(got, SocketClient)
 
         await wait_until(admitted)
@@ -518,9 +510,9 @@ async def test_silent_connections_do_not_fill_the_server(server: ServerProcess) 
         user = next(new_users)
         half = get_bytes("/healthz", "Host: x")[:-2]
         for number in range(300):
-            stream = await server.dial()
+            raw = await server.dial()
             if number % 2:
-                await stream.send_all(half)
+                await raw.send(half)
         peer = await server.peer(user)
         await peer.receives_nothing()
         await server.want(200, "GET /healthz")
@@ -569,8 +561,7 @@ async def test_connections_left_after_the_drain_are_closed(
         ann, bob = next(new_users), next(new_users)
         await stalled_client(server, ann, await server.chat(ann))
         witness = await server.peer(bob)
-        async with await server.dial() as stream:
-            line = HttpClient(stream)
+        async with await server.dial() as line:
             assert (await line.ask("GET", "/healthz")).status == 200
             began = trio.current_time()
             server.signal(signal.SIGTERM)

@@ -17,8 +17,13 @@ import trio.testing
 
 import chatd
 from chatd import Rate, Settings
-from tests.client import WAIT_SECONDS
-from tests.harness import CommandResult, ServerProcess, new_users, run_chatd
+from tests.client import (
+    WAIT_SECONDS,
+    CommandResult,
+    ServerProcess,
+    new_users,
+    run_chatd,
+)
 
 # --- values and flags ----------------------------------------------------------------
 

@@ -23,15 +23,9 @@ import trio
 
 import chatd
 from chatd import Settings
+from tests.client import CHECKOUT, ServerProcess, clean_environment, run_chatd
 from tests.data import make_1_0 as of_1_0
-from tests.harness import (
-    CHECKOUT,
-    ServerProcess,
-    clean_environment,
-    memory_store,
-    run_chatd,
-    usage_error_of,
-)
+from tests.harness import memory_store, usage_error_of
 
 DATA = Path(__file__).parent / "data"
 STEPS = chatd.schema_steps()
@@ -145,24 +139,18 @@ async def test_a_backup_of_1_0_is_restored_and_then_upgraded(
     server: ServerProcess, old: Path, tmp_path: Path
 ) -> None:
     copy, other = tmp_path / "copy.db", ServerProcess(tmp_path / "other")
-    other.home.mkdir()
     for words in (("backup", copy, "--db", old), ("restore", copy, "--db", other.db)):
         done = await run_chatd(*words)
         assert done.status == 0, done
     assert contents(other.db)[0] == 1
     other.db.with_name("chatd.secret").write_bytes(of_1_0.SECRET)
     other.db.with_name("chatd.secret").chmod(0o600)
-    try:
-        async with other.serving():
-            cursor = await other.cursor(of_1_0.ANN)
-            await assert_answers_like_1_0(
-                other, recorded_answers(cursor.partition(".")[0])
-            )
-            old_cursor = recorded_answers()["user 1: poll by 500"][0]
-            hello = (await other.peer(of_1_0.ANN, old_cursor)).hello
-            assert hello["resume"] == "resync"
-    finally:
-        other.tidy()
+    async with other.serving():
+        cursor = await other.cursor(of_1_0.ANN)
+        await assert_answers_like_1_0(other, recorded_answers(cursor.partition(".")[0]))
+        old_cursor = recorded_answers()["user 1: poll by 500"][0]
+        hello = (await other.peer(of_1_0.ANN, old_cursor)).hello
+        assert hello["resume"] == "resync"
     assert contents(copy)[0] == 1
 
 

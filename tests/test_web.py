@@ -1,7 +1,7 @@
 """The page and ChatWebSocket in a real Chromium, against a real `chatd serve`.
 
 Each test has its own users, so most tests share one server. Every wait has a deadline
-(DEADLINE_SECONDS), and no test sleeps: the waits of 5 s and 30 s run on the browser's
+(WAIT_SECONDS), and no test sleeps: the waits of 5 s and 30 s run on the browser's
 fake clock. An error on a page fails the test, above all a violation of the content
 security policy. Only errors of the network are ignored, because tests cut it.
 
@@ -19,7 +19,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,10 +30,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jwt
 import pytest
 
-HERE = Path(__file__).resolve().parents[1]
+from tests.client import (
+    CHECKOUT,
+    WAIT_SECONDS,
+    Frame,
+    Process,
+    ProxyProcess,
+    find_program,
+)
+
 CI = bool(os.environ.get("CI"))
 pytestmark = pytest.mark.browser
 
@@ -46,27 +52,12 @@ expect = sync_api.expect
 
 Page = sync_api.Page
 Context = sync_api.BrowserContext
-Json = dict[str, Any]
-
 users = itertools.count(1)
-
-# No test needs this long, unless the machine is busy with other work.
-DEADLINE_SECONDS = 30
-
-
-def find_program(names: tuple[str | None, ...], remedy: str) -> str:
-    """Find a program. Without it, the test fails in CI and is skipped elsewhere."""
-    for name in names:
-        if name and (path := shutil.which(name)):
-            return path
-    if CI:
-        pytest.fail(remedy)
-    pytest.skip(remedy)
 
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for what no page reports. Routes run only while a test calls Playwright."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -75,70 +66,25 @@ def until(condition: Callable[[], bool]) -> None:
 # --- chatd, and a page of another site -----------------------------------------------
 
 
-class Process:
-    """A `chatd serve` or a `chatd proxy`."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self.process: subprocess.Popen[str] | None = None
-
-    def run(self, *command: str) -> str:
-        """Start the process and return the address that it prints."""
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "chatd", *command],
-                cwd=HERE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith("listening on "), self.log.read_text()
-        return line.split()[-1]
-
-    def end(self, signal_: signal.Signals = signal.SIGTERM) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal_)
-            self.process.communicate(timeout=30)
-            self.process = None
-
-
 class Server(Process):
     """A `chatd serve` on a free port. It has the same port when it starts again."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        super().__init__(folder / "log")
-        self.db = folder / "chatd.db"
-        self.secret_file = folder / "chatd.secret"
+        super().__init__(folder)
         # All tests share one address, and they send more requests than people do.
         self.flags = ("--requests", "0", "--handshakes", "0", *flags)
-        self.url = ""
         self.start()
-        self.secret = self.secret_file.read_text().strip()
 
-    def start(self) -> None:
-        listen = self.url.removeprefix("http://") or "127.0.0.1:0"
-        self.url = self.run(
-            "serve", "--listen", listen, "--db", str(self.db), *self.flags
-        )
-
-    def command(self, name: str, file: Path) -> None:
+    def run(self, name: str, file: Path) -> None:
         """Run `chatd backup` or `chatd restore` on the database."""
         command = [sys.executable, "-m", "chatd", name, str(file), "--db", str(self.db)]
-        subprocess.run(command, cwd=HERE, check=True, capture_output=True)
-
-    def token(self, user: int, **claims: Any) -> str:
-        now = int(time.time())
-        body = {"user_id": user, "iat": now, "exp": now + 3600, **claims}
-        return jwt.encode(body, self.secret, "HS256")
+        subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
 
     def link(self, user: int) -> str:
         return f"{self.url}/#token={self.token(user, use='signin')}"
 
     def request(
-        self, method: str, path: str, body: Json | None = None, **claims: Any
+        self, method: str, path: str, body: Frame | None = None, **claims: Any
     ) -> Any:
         """Send a request over HTTP, as a service unless `claims` name a user."""
         claims = claims or {"user_id": 2**40, "scope": "service"}
@@ -148,7 +94,7 @@ class Server(Process):
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {self.token(0, **claims)}"},
         )
-        with urllib.request.urlopen(request, timeout=DEADLINE_SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 
@@ -163,15 +109,15 @@ class Server(Process):
         chat_id: int = self.request("POST", "/api/v1/chats", body)["chat"]["id"]
         return chat_id
 
-    def post(self, chat: int, sender: int, content: str) -> Json:
+    def post(self, chat: int, sender: int, content: str) -> Frame:
         body = {"content": content, "sender_id": sender}
         path = f"/api/v1/chats/{chat}/messages"
-        message: Json = self.request("POST", path, body)["message"]
+        message: Frame = self.request("POST", path, body)["message"]
         return message
 
-    def stats(self) -> Json:
+    def stats(self) -> Frame:
         path = "/api/v1/internal/chat/ws/stats"
-        document: Json = self.request("GET", path, user_id=1, scope="stats")
+        document: Frame = self.request("GET", path, user_id=1, scope="stats")
         return document
 
     def texts(self, chat: int, reader: int) -> list[str]:
@@ -226,7 +172,7 @@ def server(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     """The server that most tests share. It accepts the origin of the other site."""
     server = Server(tmp_path_factory.mktemp("chatd"), "--origin", site.url)
     yield server
-    server.end()
+    server.end(signal.SIGTERM)
 
 
 @pytest.fixture
@@ -240,7 +186,8 @@ def make_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     yield make
     for server in made:
-        server.end()
+        if server.process is not None:
+            server.end(signal.SIGTERM)
 
 
 # --- Chromium ------------------------------------------------------------------------
@@ -262,7 +209,7 @@ class Chromium:
         """Make a browser profile. Its tabs share storage; other profiles do not."""
         options.setdefault("viewport", {"width": 1100, "height": 700})
         context = self.browser.new_context(**options)
-        context.set_default_timeout(DEADLINE_SECONDS * 1000)
+        context.set_default_timeout(WAIT_SECONDS * 1000)
         context.on("console", self._record)
         context.on("weberror", lambda e: self.errors.append(str(e.error)))
         self.contexts.append(context)
@@ -295,7 +242,7 @@ def browser() -> Iterator[sync_api.Browser]:
 
 @pytest.fixture
 def chromium(browser: sync_api.Browser) -> Iterator[Chromium]:
-    expect.set_options(timeout=DEADLINE_SECONDS * 1000)
+    expect.set_options(timeout=WAIT_SECONDS * 1000)
     chromium = Chromium(browser)
     yield chromium
     for context in chromium.contexts:
@@ -358,7 +305,7 @@ class Relay:
     def __init__(self, page: Page) -> None:
         self.refusal_code: int | None = None
         self.sockets: list[sync_api.WebSocketRoute] = []
-        self.received: list[Json] = []
+        self.received: list[Frame] = []
         page.route_web_socket(re.compile("/ws/chat"), self._open)
 
     @classmethod
@@ -482,17 +429,18 @@ def test_signing_out_ends_the_session_in_all_tabs_of_that_user(
 
 
 @pytest.fixture(params=["direct", "proxy"])
-def entry_url(request: pytest.FixtureRequest, server: Server) -> Iterator[str]:
+def entry_url(
+    request: pytest.FixtureRequest, server: Server, tmp_path: Path
+) -> Iterator[str]:
     """The address that pages connect to: of the server, or of a proxy before it."""
     if request.param == "direct":
         yield server.url
         return
-    proxy = Process(server.log)
-    upstream = server.url.removeprefix("http://")
-    keys = ("--secret-file", str(server.secret_file))
-    addresses = ("--listen", "127.0.0.1:0", "--upstream", upstream)
-    yield proxy.run("proxy", *addresses, *keys, "--handshakes", "0")
-    proxy.end()
+    proxy = ProxyProcess(tmp_path, server.port, server.db)
+    proxy.flags = proxy.open
+    proxy.start()
+    yield proxy.url
+    proxy.end(signal.SIGTERM)
 
 
 def test_two_tabs_of_one_browser_can_be_two_users(
@@ -1077,7 +1025,7 @@ def test_a_message_written_during_a_restart_is_sent_after_it(
     anna, _, chat = pair(server)
     page = chromium.page()
     relay = Relay.connected(page, server.link(anna), chat)
-    server.end()  # bye, then 1012
+    server.end(signal.SIGTERM)  # bye, then 1012
     write(page, "During the restart")
     server.start()
     expect(ticks(page)).to_have_text("Sent")
@@ -1137,11 +1085,11 @@ def test_after_a_restore_the_page_shows_the_restored_messages(
     page = sign_in(chromium.context(), server.link(anna), chat)
     write(page, "Before")
     expect(ticks(page)).to_have_text("Sent")
-    server.command("backup", tmp_path / "backup.db")
+    server.run("backup", tmp_path / "backup.db")
     write(page, "Lost")
     expect(ticks(page)).to_have_text(["Sent", "Sent"])
     server.end(signal.SIGKILL)
-    server.command("restore", tmp_path / "backup.db")  # a new epoch: a resync
+    server.run("restore", tmp_path / "backup.db")  # a new epoch: a resync
     server.start()
     server.post(chat, ben, "While you were away")
     expect(bubbles(page)).to_have_text(["Before", "While you were away"])
@@ -1228,7 +1176,8 @@ def test_a_page_of_another_origin_cannot_use_the_client(
 
 def example(document: str, language: str, server: Server) -> str:
     """Return a document's last block of a language, with the address of the server."""
-    blocks = re.findall(rf"(?s)```{language}\n(.*?)```", (HERE / document).read_text())
+    text = (CHECKOUT / document).read_text()
+    blocks = re.findall(rf"(?s)```{language}\n(.*?)```", text)
     return str(blocks[-1]).replace("https://chat.example.org", server.url)
 
 
@@ -1398,7 +1347,7 @@ def test_the_typescript_client_of_the_specification_works(
     server: Server, site: Site, chromium: Chromium, tmp_path: Path
 ) -> None:
     tsc = find_program(
-        (str(HERE / ".venv/node_modules/.bin/tsc"), "tsc"),
+        (str(CHECKOUT / ".venv/node_modules/.bin/tsc"), "tsc"),
         "no tsc: npm install --prefix .venv typescript",
     )
     source = tmp_path / "example.ts"
