@@ -2516,14 +2516,14 @@ class Refusal(Exception):
         *,
         retry_after: float | None = None,
         status: int | None = None,
-        headers: Sequence[tuple[str, str]] = (),
+        headers: dict[str, str] | None = None,
     ) -> None:
         usual_status, usual_message = REFUSALS[code]
         self.code = code
         self.message = message or usual_message
         self.status = status or usual_status
         self.retry_after = None if retry_after is None else round(retry_after, 3)
-        self.headers = list(headers)
+        self.headers = headers or {}
         super().__init__(f"{code}: {self.message}")
 
 
@@ -3500,7 +3500,7 @@ class Answer(msgspec.Struct, frozen=True):
     status: int
     body: bytes = b""
     content_type: str = "application/json"
-    headers: Sequence[tuple[str, str]] = ()
+    headers: dict[str, str] = {}
 
 
 def json_answer(body: object, status: int = 200) -> Answer:
@@ -3511,13 +3511,22 @@ def json_answer(body: object, status: int = 200) -> Answer:
 def refusal_answer(refusal: Refusal) -> Answer:
     """Make an HTTP answer of a Refusal. Retry-After has whole seconds (RFC 9110)."""
     error: dict[str, object] = {"code": refusal.code, "message": refusal.message}
-    headers = refusal.headers
+    headers = STATUS_HEADERS.get(refusal.status, {}) | refusal.headers
     if refusal.retry_after is not None:
         error["retry_after"] = refusal.retry_after
-        headers = [*headers, ("Retry-After", str(math.ceil(refusal.retry_after)))]
-    if refusal.status == 401:
-        headers = [*headers, ("WWW-Authenticate", "Bearer")]
+        headers["Retry-After"] = str(math.ceil(refusal.retry_after))
     return Answer(refusal.status, encode({"error": error}), headers=headers)
+
+
+# What a client needs to do better: RFC 9110 15.5.2 and 15.5.22, RFC 6455 4.4.
+STATUS_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    426: {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+    },
+}
 
 
 HEAD_SECONDS = 10.0  # for a request's head to arrive: 408
@@ -3528,8 +3537,6 @@ IDLE_SECONDS = 75.0
 HEAD_BYTES = 16_384  # in a request's head: 431
 HEADER_LINES = 64  # in a request's head: 431
 CHUNKS = 1024  # a body may come in: 413
-
-UPGRADE = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
 
 # The headers that chatd or a library decodes or compares.
 ASCII_FIELDS = frozenset(
@@ -3788,31 +3795,31 @@ class HttpConnection:
         """
         if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
-        headers = [
-            ("Date", http_date(now_seconds())),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            *answer.headers,
-        ]
-        if answer.body:
-            headers.append(("Content-Type", answer.content_type))
+        headers = {
+            "Date": http_date(now_seconds()),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+            **answer.headers,
+        }
+        body = answer.body
+        if body:
+            headers["Content-Type"] = answer.content_type
         if answer.status not in (204, 304):
-            headers.append(("Content-Length", str(len(answer.body))))
-        if not any(name == "Cache-Control" for name, _ in answer.headers):
-            headers.append(("Cache-Control", "no-store"))
+            headers["Content-Length"] = str(len(body))
         if request is not None:
-            headers += cors_headers(self.settings, request)
+            headers |= cors_headers(self.settings, request)
+            if request.method == "HEAD":
+                body = b""
+        lines = list(headers.items())
+        # Behind an Upgrade h11 is not DONE either, whatever the header proposes.
         unread = self.h11.their_state is not h11.DONE
-        last = request is None or request.has("upgrade", "websocket")
-        last = last or not self.listener.keeps_alive
-        if unread or last or self.listener.stopping.is_set():
-            headers.append(("Connection", "close"))
+        ends = self.listener.stopping.is_set() or not self.listener.keeps_alive
+        if request is None or unread or ends:
+            lines.append(("Connection", "close"))  # a 426 has one more Connection
         reason = http.HTTPStatus(answer.status).phrase.encode("ascii")
-        head = h11.Response(status_code=answer.status, headers=headers, reason=reason)
-        parts = [head, h11.EndOfMessage()]
-        if answer.body and not (request is not None and request.method == "HEAD"):
-            parts.insert(1, h11.Data(data=answer.body))
-        await self._send(*parts)
+        head = h11.Response(status_code=answer.status, headers=lines, reason=reason)
+        await self._send(head, h11.Data(data=body), h11.EndOfMessage())
 
     async def _send(self, *events: h11.Event) -> None:
         await self.stream.send_all(b"".join(self.h11.send(e) or b"" for e in events))
@@ -3834,15 +3841,15 @@ async def linger(stream: trio.SocketStream, seconds: float) -> None:
             pass
 
 
-def cors_headers(settings: Settings, request: Request) -> list[tuple[str, str]]:
+def cors_headers(settings: Settings, request: Request) -> dict[str, str]:
     """Tell a browser that a page of --origin may read the answer."""
     if not settings.origin:
-        return []
-    headers = [("Vary", "Origin")]
+        return {}
+    headers = {"Vary": "Origin"}
     origin = request.header("origin")
     if origin.lower() in settings.origin:
-        headers.append(("Access-Control-Allow-Origin", origin))
-        headers.append(("Access-Control-Expose-Headers", "Retry-After"))
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = "Retry-After"
     return headers
 
 
@@ -3870,12 +3877,11 @@ def check_upgrade(request: Request) -> None:
     """Check a handshake as RFC 6455 4.2.1 asks. Raises Refusal."""
     asked = request.has("upgrade", "websocket") and request.has("connection", "upgrade")
     if not asked:
-        raise Refusal("upgrade_required", headers=UPGRADE)
+        raise Refusal("upgrade_required")
     if request.version != b"1.1":
-        raise Refusal("upgrade_required", headers=UPGRADE[:1])
+        raise Refusal("upgrade_required", headers={"Connection": "close"})
     if request.header("sec-websocket-version") != "13":
-        why, known = "Sec-WebSocket-Version: must be 13", "Sec-WebSocket-Version"
-        raise Refusal("upgrade_required", why, headers=[(known, "13")])
+        raise Refusal("upgrade_required", "Sec-WebSocket-Version: must be 13")
     length = request.header("content-length")
     if length not in ("", "0") or "transfer-encoding" in request.fields:
         raise bad_field("Content-Length: an upgrade has no body")
@@ -3919,11 +3925,11 @@ def page_answers() -> dict[str, Answer]:
     answers = {}
     for path, (name, content_type) in PAGE_FILES.items():
         body = (ASSETS / "web" / name).read_bytes()
-        headers = [
-            ("Content-Security-Policy", CSP),
-            ("Cache-Control", "no-cache"),
-            ("ETag", f'"{hashlib.sha256(body).hexdigest()[:32]}"'),
-        ]
+        headers = {
+            "Content-Security-Policy": CSP,
+            "Cache-Control": "no-cache",
+            "ETag": f'"{hashlib.sha256(body).hexdigest()[:32]}"',
+        }
         answers[path] = Answer(200, body, content_type, headers)
     return answers
 
@@ -4041,14 +4047,14 @@ def socket_claims(keyring: Keyring, request: Request, use: str) -> Claims:
 def get_page(server: Server, request: Request) -> Answer:
     """Return a file of the page, or 304 if the browser has it."""
     answer = server.pages[request.path]
-    if request.header("if-none-match") == dict(answer.headers)["ETag"]:
+    if request.header("if-none-match") == answer.headers["ETag"]:
         return Answer(304, headers=answer.headers)
     return answer
 
 
 def get_socket(server: Server, request: Request) -> Answer:
     """Answer HEAD: a GET upgrades, or is refused, before its route is looked up."""
-    raise Refusal("upgrade_required", headers=UPGRADE)
+    raise Refusal("upgrade_required")
 
 
 def get_ws_token(server: Server, request: Request) -> Answer:
@@ -4323,7 +4329,7 @@ def find_route(request: Request, methods: dict[str, Route]) -> Route:
     """Find a request's route. HEAD is GET without the body (RFC 9110 9.3.2)."""
     route = methods.get("GET" if request.method == "HEAD" else request.method)
     if route is None:
-        allow = [("Allow", allowed_methods(methods))]
+        allow = {"Allow": allowed_methods(methods)}
         raise Refusal("method_not_allowed", headers=allow)
     return route
 
@@ -4338,12 +4344,12 @@ def preflight(methods: Iterable[str]) -> Answer:
     """Answer OPTIONS, which a browser sends before a request from another origin."""
     allow = allowed_methods(methods)
     fields = "authorization, content-type, idempotency-key"
-    headers = [
-        ("Allow", allow),
-        ("Access-Control-Allow-Methods", allow),
-        ("Access-Control-Allow-Headers", fields),
-        ("Access-Control-Max-Age", "600"),
-    ]
+    headers = {
+        "Allow": allow,
+        "Access-Control-Allow-Methods": allow,
+        "Access-Control-Allow-Headers": fields,
+        "Access-Control-Max-Age": "600",
+    }
     return Answer(204, headers=headers)
 
 
