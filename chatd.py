@@ -3533,7 +3533,7 @@ REQUEST_SECONDS = 15.0  # for a request to be done: 408
 IDLE_SECONDS = 75.0
 HEAD_BYTES = 16_384  # in a request's head: 431
 HEADER_LINES = 64  # in a request's head: 431
-CHUNKS = 1024  # a body may come in: 413
+CHUNKS = 1024  # a body may come in: 413. Each costs as much CPU as 1 KB
 
 # The headers that chatd or a library decodes or compares.
 ASCII_FIELDS = (
@@ -3573,11 +3573,12 @@ class Request:
         for name in ASCII_FIELDS:
             if not self.header(name).isascii():
                 raise bad_field(f"{name}: only ASCII may be in it")
-        if "transfer-encoding" in self.fields:
-            if "content-length" in self.fields:  # request smuggling (RFC 9112 6.1)
-                raise bad_field("Content-Length beside Transfer-Encoding")
-            if head.http_version != b"1.1":
-                raise bad_field("Transfer-Encoding: not in HTTP/1.0")
+        in_chunks = "transfer-encoding" in self.fields
+        if in_chunks and (
+            "content-length" in self.fields or head.http_version != b"1.1"
+        ):
+            # Two servers may read it differently: request smuggling (RFC 9112 6.1).
+            raise bad_field("Transfer-Encoding: only in HTTP/1.1, without a length")
         target = head.target.decode("ascii")
         if not target.startswith("/") or target.startswith("//"):
             raise bad_field("target: it must start with exactly one slash")
@@ -3631,10 +3632,10 @@ class Request:
 
     def bearer(self) -> str:
         """Read the token of Authorization: Bearer. Raises Refusal token_invalid."""
-        scheme, _, token = self.header("authorization").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            raise bad_token("Authorization: Bearer TOKEN is missing")
-        return token.strip()
+        match self.header("authorization").split():
+            case [scheme, token] if scheme.lower() == "bearer":
+                return token
+        raise bad_token("Authorization: Bearer TOKEN is missing")
 
     def words(self, name: str) -> set[str]:
         """Read a header that is a list, such as Connection."""
@@ -3655,6 +3656,7 @@ class Upgrade(NamedTuple):
     trailing: bytes  # sent right behind the request
 
 
+@dataclasses.dataclass
 class HttpConnection:
     """One TCP connection: requests one after another (h11), until one upgrades.
 
@@ -3663,10 +3665,11 @@ class HttpConnection:
     refused upgrade the connection ends.
     """
 
-    def __init__(self, listener: Listener, stream: trio.SocketStream) -> None:
-        self.listener = listener
-        self.stream = stream
-        self.peer = peer_address(stream)
+    listener: Listener
+    stream: trio.SocketStream
+
+    def __post_init__(self) -> None:
+        self.peer = peer_address(self.stream)
         self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         self.kept = False  # a keep-alive: it has had an answer
 
@@ -3707,7 +3710,10 @@ class HttpConnection:
         return False
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Answer without a request, or after a bug, unless an answer has begun."""
+        """Answer without a request, or after a bug.
+
+        Once an answer has begun, h11 does not begin another.
+        """
         with (
             trio.move_on_after(LINGER_SECONDS),
             contextlib.suppress(trio.BrokenResourceError, h11.LocalProtocolError),
@@ -3751,10 +3757,9 @@ class HttpConnection:
         declared = int(request.header("content-length") or 0)  # h11 checked: digits
         body, chunks = bytearray(), 0
         while self.h11.their_state is h11.SEND_BODY:
-            if max(declared, len(body)) > most:
-                raise Refusal("too_large", f"a body of more than {most} bytes")
-            if chunks > CHUNKS:  # each costs as much CPU as 1 KB
-                raise Refusal("too_large", f"a body in more than {CHUNKS} chunks")
+            if max(declared, len(body)) > most or chunks > CHUNKS:
+                why = f"a body of more than {most} bytes, or {CHUNKS} chunks"
+                raise Refusal("too_large", why)
             event = self.h11.next_event()
             if isinstance(event, h11.Data):
                 body += event.data
@@ -3772,8 +3777,6 @@ class HttpConnection:
         The connection ends with it after a malformed head, a refused upgrade, with any
         byte of the request left unread, and with every answer of a proxy.
         """
-        if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            return
         headers = {
             "Date": http_date(now_seconds()),
             "X-Content-Type-Options": "nosniff",
@@ -3784,7 +3787,6 @@ class HttpConnection:
         body = answer.body
         if body:
             headers["Content-Type"] = answer.content_type
-        if answer.status not in (204, 304):
             headers["Content-Length"] = str(len(body))
         if request is not None:
             headers |= cors_headers(self.listener.settings, request)
@@ -3848,8 +3850,8 @@ def switching_protocols(key: str) -> bytes:
     )
 
 
-def check_upgrade(request: Request) -> None:
-    """Check a handshake as RFC 6455 4.2.1 asks. Raises Refusal."""
+def check_upgrade(request: Request, keyring: Keyring, use: str) -> Claims:
+    """Check a handshake as RFC 6455 4.2.1 asks, and its token. Raises Refusal."""
     asked = "websocket" in request.words("upgrade")
     if not asked or "upgrade" not in request.words("connection"):
         raise Refusal("upgrade_required")
@@ -3864,6 +3866,10 @@ def check_upgrade(request: Request) -> None:
     # 16 bytes in base64 are 22 characters and two =, the last with 4 unused bits.
     if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key):
         raise bad_field("Sec-WebSocket-Key: must be 16 bytes in base64")
+    token = request.argument("token")
+    if not token:
+        raise bad_token("token: it is missing in the query")
+    return keyring.verify(token, use)
 
 
 def peer_address(stream: trio.SocketStream) -> Address | None:
@@ -3917,7 +3923,6 @@ async def answer_request(
         server.listener.check_handshakes(request.address)
     check_origin(server, request)
     if request.upgrades:
-        check_upgrade(request)
         return await _admit(server, connection, request)
     with trio.fail_after(REQUEST_SECONDS):
         route = find_route(request)
@@ -3936,7 +3941,7 @@ async def _admit(
     server: Server, connection: HttpConnection, request: Request
 ) -> TakeOver:
     """Accept an upgrade: the last checks that can still be an HTTP answer."""
-    claims = socket_claims(server.keyring, request, "socket")
+    claims = check_upgrade(request, server.keyring, "socket")
     cursor = request.argument("cursor")
     with trio.move_on_after(REQUEST_SECONDS):
         await store_name(server, claims)
@@ -3988,14 +3993,6 @@ def authorize(server: Server, request: Request, who: str) -> None:
         charge(server.stats, "requests", server.requests, claims.user_id)
 
 
-def socket_claims(keyring: Keyring, request: Request, use: str) -> Claims:
-    """Check the token of an upgrade. Raises Refusal."""
-    token = request.argument("token")
-    if not token:
-        raise bad_token("token: it is missing in the query")
-    return keyring.verify(token, use)
-
-
 def get_page(server: Server, request: Request) -> Answer:
     """Return a file of the page, or 304 if the browser has it."""
     answer = server.pages[request.path]
@@ -4017,12 +4014,10 @@ def get_ws_token(server: Server, request: Request) -> Answer:
 
 async def post_session(server: Server, request: Request) -> Answer:
     """Exchange a sign-in link's token for a session token."""
-    user_id, seconds = request.user_id, SESSION_SECONDS
-    name = await _name(server, request)
-    token = server.keyring.sign(user_id, seconds, use="session", name=name)
-    return json_answer(
-        {"token": token, "expires_in": seconds, "user_id": user_id, "name": name}
-    )
+    user_id, name = request.user_id, await _name(server, request)
+    token = server.keyring.sign(user_id, SESSION_SECONDS, use="session", name=name)
+    body = {"token": token, "expires_in": SESSION_SECONDS}
+    return json_answer(body | {"user_id": user_id, "name": name})
 
 
 async def get_me(server: Server, request: Request) -> Answer:
@@ -4057,8 +4052,9 @@ async def post_chat(server: Server, request: Request) -> Answer:
     """Create a chat. A user is always a member of the chats it creates."""
     _check_may_change_chats(server, request)
     new = request.parse(NewChat)
-    members = {*new.member_ids} | ({request.by} if request.by else set())
-    if not request.claims.service:
+    members = {*new.member_ids}
+    if request.by is not None:
+        members.add(request.by)
         # Every member gets an event with all members: charge one request for ten.
         bucket = server.requests.of(request.user_id)
         bucket.spend(trio.current_time(), len(members) // 10)
@@ -4284,7 +4280,7 @@ def find_route(request: Request) -> Route:
     if request.method not in methods:
         allow = {"Allow": ", ".join(methods)}
         raise Refusal("method_not_allowed", headers=allow)
-    request.ids = tuple(int(number) for number in NUMBER.findall(request.path))
+    request.ids = tuple(map(int, NUMBER.findall(request.path)))
     return methods[request.method]
 
 
@@ -4538,8 +4534,7 @@ class Proxy:
             raise bad_field("method: CONNECT is not passed on")
         if request.upgrades:
             self.listener.check_handshakes(request.address)
-            check_upgrade(request)
-            socket_claims(self.keyring, request, "edge")
+            check_upgrade(request, self.keyring, "edge")
         with trio.fail_after(REQUEST_SECONDS):
             body = await connection.read_body(request)
         status, failed = 0, None
@@ -4618,10 +4613,7 @@ async def _exchange(upstream: trio.SocketStream, question: bytes) -> bytes:
     with contextlib.suppress(trio.BrokenResourceError):
         await upstream.send_all(question)
     begun = b""
-    while len(begun) < 12:
-        data = await upstream.receive_some(12 - len(begun))
-        if not data:
-            break
+    while len(begun) < 12 and (data := await upstream.receive_some(12 - len(begun))):
         begun += data
     if not ANSWER_BEGINS.match(begun):
         raise OSError(errno.EPROTO, "an answer that is not HTTP/1")
