@@ -3859,8 +3859,7 @@ def check_upgrade(request: Request, keyring: Keyring, use: str) -> Claims:
         raise Refusal("upgrade_required", headers={"Connection": "close"})
     if request.header("sec-websocket-version") != "13":
         raise Refusal("upgrade_required", "Sec-WebSocket-Version: must be 13")
-    length = request.header("content-length")
-    if length not in ("", "0") or "transfer-encoding" in request.fields:
+    if request.has_body and request.header("content-length") != "0":
         raise bad_field("Content-Length: an upgrade has no body")
     key = request.header("sec-websocket-key")
     # 16 bytes in base64 are 22 characters and two =, the last with 4 unused bits.
@@ -4008,8 +4007,8 @@ def get_socket(server: Server, request: Request) -> Answer:
 
 def get_ws_token(server: Server, request: Request) -> Answer:
     """Return a ticket, so that the page need not put its token into a URL."""
-    ticket = server.keyring.ticket(request.claims)
-    return json_answer({"token": ticket, "expires_in": TICKET_SECONDS})
+    token = server.keyring.ticket(request.claims)
+    return json_answer({"token": token, "expires_in": TICKET_SECONDS})
 
 
 async def post_session(server: Server, request: Request) -> Answer:
@@ -4070,8 +4069,8 @@ async def post_member(server: Server, request: Request) -> Answer:
     added = await server.store.commit(
         server.store.add_member, chat_id, user_id, request.by
     )
-    body = {"chat_id": chat_id, "user_id": user_id}
-    return json_answer(body, 201 if added else 200)
+    status = 201 if added else 200
+    return json_answer({"chat_id": chat_id, "user_id": user_id}, status)
 
 
 async def delete_member(server: Server, request: Request) -> Answer:
@@ -4097,7 +4096,7 @@ async def post_message(server: Server, request: Request) -> Answer:
     claims, (chat_id,) = request.claims, request.ids
     post = request.parse(PostMessage)
     check_content(post.content, server.settings)
-    if post.sender_id not in (None, claims.user_id) and not claims.service:
+    if request.by and post.sender_id not in (None, request.by):
         raise Refusal("forbidden", "sender_id: only a service may send for others")
     sender_id = post.sender_id or claims.user_id
     send = Send(chat_id, sender_id, post.content, _idempotency_key(request, post))
@@ -4189,8 +4188,7 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
         return None
     if send.client_id is not None:
         # As of the head: a message that is not published yet is not answered yet.
-        head = server.hub.head
-        sent = await server.store.read(server.store.find_sent, send, head)
+        sent = await server.store.read(server.store.find_sent, send, server.hub.head)
         if sent is not None:
             server.stats.duplicates += 1
             return sent
@@ -4659,8 +4657,10 @@ class Tunnel:
                 self._moved()
                 async with trio.open_nursery() as nursery:
                     if self.sent is not None:
-                        nursery.start_soon(self._copy_up, client, self.sent)
-                    await self._copy_down(client, self.begun)
+                        up = (client, self.upstream, self.sent, self.reading)
+                        nursery.start_soon(self._copy, *up)
+                    down = trio.CancelScope()  # only the upstream's end ends it
+                    await self._copy(self.upstream, client, self.begun, down)
                 self.upstream.socket.close()
                 await linger(client)
                 broken = False
@@ -4676,31 +4676,27 @@ class Tunnel:
     def _moved(self) -> None:
         self.idle.deadline = trio.current_time() + self.seconds
 
-    async def _copy_up(self, client: trio.SocketStream, data: bytes) -> None:
-        """Copy until the client ends its side or the proxy stops."""
-        with self.reading:
-            while data := data or await client.receive_some(COPY_BYTES):
+    async def _copy(
+        self,
+        source: trio.SocketStream,
+        target: trio.SocketStream,
+        data: bytes,
+        reading: trio.CancelScope,
+    ) -> None:
+        """Copy data, and then all until the source ends; pass its end on."""
+        with reading:
+            while data := data or await source.receive_some(COPY_BYTES):
                 try:
-                    await self.upstream.send_all(data)
+                    await target.send_all(data)
                 except trio.BrokenResourceError:
+                    if target is not self.upstream:
+                        raise
                     break  # it has gone; what it sent before that still goes down
                 self._moved()
                 data = b""
-        await self._pass_end(self.upstream)
-
-    async def _copy_down(self, client: trio.SocketStream, data: bytes) -> None:
-        """Copy until the upstream ends its side."""
-        while data := data or await self.upstream.receive_some(COPY_BYTES):
-            await client.send_all(data)
-            self._moved()
-            data = b""
-        await self._pass_end(client)
-
-    async def _pass_end(self, stream: trio.SocketStream) -> None:
-        """Pass on that one side has ended; the other has not much longer to do so."""
         with contextlib.suppress(trio.BrokenResourceError):  # it has gone
-            await stream.send_eof()
-        self.seconds = STALL_SECONDS
+            await target.send_eof()
+        self.seconds = STALL_SECONDS  # the other side has not much longer to end
         self._moved()
 
 
