@@ -341,15 +341,25 @@ class Server:
             sweeping.cancel()
             self.store.finish()
 
-    async def serve_socket(self, upgrade: Upgrade, stream: trio.SocketStream) -> None:
-        """Serve a WebSocket from its 101 to its end."""
+    async def serve_socket(
+        self,
+        claims: Claims,
+        cursor: str | None,
+        key: str,
+        trailing: bytes,
+        stream: trio.SocketStream,
+    ) -> None:
+        """Serve a WebSocket from its 101 to its end.
+
+        trailing holds the bytes that the client sent right behind its handshake.
+        """
         async with trio.open_nursery() as nursery:
             cut = nursery.cancel_scope.cancel
             outbox = Outbox(stream, nursery, self.settings, cut)
-            outbox.push(switching_protocols(upgrade.key))
-            session = Session(self, outbox, nursery, upgrade.claims, upgrade.cursor)
+            outbox.push(switching_protocols(key))
+            session = Session(self, outbox, nursery, claims, cursor)
             try:
-                await session.run(upgrade.trailing)
+                await session.run(trailing)
             finally:
                 outbox.sealed = True  # nothing is written once the stream is closed
                 cut()
@@ -3556,16 +3566,16 @@ class Request:
         if len(head.headers) > HEADER_LINES:
             why = f"{len(head.headers)} header lines; at most {HEADER_LINES}"
             raise Refusal("too_large", why, status=431)
-        self.head = head
-        if head.http_version not in (b"1.0", b"1.1"):
+        self.version = head.http_version.decode("ascii")
+        if self.version not in ("1.0", "1.1"):
             raise bad_field("version: this server speaks HTTP/1.1")
         self.method = head.method.decode("ascii")
         # The lines of a header are joined (RFC 9110 5.3). What is said about whom a
         # request is forwarded for is dropped, unless a trusted proxy says it.
         self.fields: dict[str, str] = {}
         trusted = proxies.trust(peer)
-        for line in head.headers:
-            name, value = line[0].decode("ascii"), line[1].decode("latin-1")
+        for raw_name, raw_value in head.headers:
+            name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
             if name in self.fields:
                 self.fields[name] += f", {value}"
             elif trusted or not name.startswith("x-forwarded"):
@@ -3574,15 +3584,13 @@ class Request:
             if not self.header(name).isascii():
                 raise bad_field(f"{name}: only ASCII may be in it")
         in_chunks = "transfer-encoding" in self.fields
-        if in_chunks and (
-            "content-length" in self.fields or head.http_version != b"1.1"
-        ):
+        if in_chunks and ("content-length" in self.fields or self.version != "1.1"):
             # Two servers may read it differently: request smuggling (RFC 9112 6.1).
             raise bad_field("Transfer-Encoding: only in HTTP/1.1, without a length")
-        target = head.target.decode("ascii")
-        if not target.startswith("/") or target.startswith("//"):
+        self.target = head.target.decode("ascii")
+        if not self.target.startswith("/") or self.target.startswith("//"):
             raise bad_field("target: it must start with exactly one slash")
-        self.path, _, query = target.partition("?")
+        self.path, _, query = self.target.partition("?")
         try:
             self.query = urllib.parse.parse_qs(
                 query, keep_blank_values=True, errors="strict", max_num_fields=16
@@ -3645,15 +3653,6 @@ class Request:
     def has_body(self) -> bool:
         """Does it announce a body, even an empty one?"""
         return "content-length" in self.fields or "transfer-encoding" in self.fields
-
-
-class Upgrade(NamedTuple):
-    """An accepted handshake: what the session needs of the request."""
-
-    claims: Claims
-    cursor: str | None
-    key: str
-    trailing: bytes  # sent right behind the request
 
 
 @dataclasses.dataclass
@@ -3778,7 +3777,7 @@ class HttpConnection:
         byte of the request left unread, and with every answer of a proxy.
         """
         headers = {
-            "Date": http_date(now_seconds()),
+            "Date": email.utils.formatdate(usegmt=True),
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-store",
@@ -3798,7 +3797,7 @@ class HttpConnection:
         ends = self.listener.stopping.is_set() or not self.listener.keeps_alive
         if request is None or unread or ends:
             lines.append(("Connection", "close"))  # a 426 has one more Connection
-        reason = http.HTTPStatus(answer.status).phrase.encode("ascii")
+        reason = http.HTTPStatus(answer.status).phrase
         head = h11.Response(status_code=answer.status, headers=lines, reason=reason)
         await self._send(head, h11.Data(data=body), h11.EndOfMessage())
 
@@ -3855,7 +3854,7 @@ def check_upgrade(request: Request, keyring: Keyring, use: str) -> Claims:
     asked = "websocket" in request.words("upgrade")
     if not asked or "upgrade" not in request.words("connection"):
         raise Refusal("upgrade_required")
-    if request.head.http_version != b"1.1":
+    if request.version != "1.1":
         raise Refusal("upgrade_required", headers={"Connection": "close"})
     if request.header("sec-websocket-version") != "13":
         raise Refusal("upgrade_required", "Sec-WebSocket-Version: must be 13")
@@ -3878,12 +3877,6 @@ def peer_address(stream: trio.SocketStream) -> Address | None:
     except OSError:
         return None
     return parse_address(name[0].partition("%")[0]) if isinstance(name, tuple) else None
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(unix_seconds: int) -> str:
-    """Write the Date header (RFC 9110 6.6.1)."""
-    return email.utils.formatdate(unix_seconds, usegmt=True)
 
 
 CSP = (
@@ -3952,9 +3945,8 @@ async def _admit(
     if server.listener.stopping.is_set():
         raise Refusal("overloaded", "the server restarts", retry_after=later)
     server.keyring.spend(claims)
-    key = request.header("sec-websocket-key")
-    upgrade = Upgrade(claims, cursor, key, connection.h11.trailing_data[0])
-    return functools.partial(server.serve_socket, upgrade)
+    key, trailing = request.header("sec-websocket-key"), connection.h11.trailing_data[0]
+    return functools.partial(server.serve_socket, claims, cursor, key, trailing)
 
 
 async def store_name(server: Server, claims: Claims) -> None:
@@ -4015,8 +4007,14 @@ async def post_session(server: Server, request: Request) -> Answer:
     """Exchange a sign-in link's token for a session token."""
     user_id, name = request.user_id, await _name(server, request)
     token = server.keyring.sign(user_id, SESSION_SECONDS, use="session", name=name)
-    body = {"token": token, "expires_in": SESSION_SECONDS}
-    return json_answer(body | {"user_id": user_id, "name": name})
+    return json_answer(
+        {
+            "token": token,
+            "expires_in": SESSION_SECONDS,
+            "user_id": user_id,
+            "name": name,
+        }
+    )
 
 
 async def get_me(server: Server, request: Request) -> Answer:
@@ -4025,8 +4023,9 @@ async def get_me(server: Server, request: Request) -> Answer:
 
 
 async def _name(server: Server, request: Request) -> str | None:
-    told = request.claims.name
-    return told or await server.store.read(server.store.name, request.user_id)
+    return request.claims.name or await server.store.read(
+        server.store.name, request.user_id
+    )
 
 
 async def get_users(server: Server, request: Request) -> Answer:
@@ -4146,8 +4145,8 @@ def get_stats(server: Server, request: Request) -> Answer:
 
 def get_metrics(server: Server, request: Request) -> Answer:
     """Return the same numbers for Prometheus."""
-    text = prometheus_text(stats_document(server))
-    return Answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return Answer(200, prometheus_text(stats_document(server)), kind)
 
 
 async def post_revoke(server: Server, request: Request) -> Answer:
@@ -4276,8 +4275,7 @@ def find_route(request: Request) -> Route:
         raise Refusal("not_found", "there is nothing at this path")
     methods = ROUTES[path]
     if request.method not in methods:
-        allow = {"Allow": ", ".join(methods)}
-        raise Refusal("method_not_allowed", headers=allow)
+        raise Refusal("method_not_allowed", headers={"Allow": ", ".join(methods)})
     request.ids = tuple(map(int, NUMBER.findall(request.path)))
     return methods[request.method]
 
@@ -4586,12 +4584,11 @@ class Proxy:
             if name not in ours_alone and not name.startswith("x-forwarded")
         }
         host = request.header("host") or self.upstream
-        version = request.head.http_version.decode("ascii")
         fields |= {
             "host": host,
             "x-forwarded-host": request.fields.get("x-forwarded-host", host),
             "x-forwarded-proto": request.fields.get("x-forwarded-proto", "http"),
-            "via": f"{version} chatd",
+            "via": f"{request.version} chatd",
             "connection": "close",
         }
         if request.address is not None:
@@ -4600,7 +4597,7 @@ class Proxy:
             fields |= {"connection": "Upgrade", "upgrade": "websocket"}
         elif request.has_body:
             fields["content-length"] = str(len(body))
-        first = f"{request.method} {request.head.target.decode('ascii')} HTTP/{version}"
+        first = f"{request.method} {request.target} HTTP/{request.version}"
         lines = [first, *(f"{name}: {value}" for name, value in fields.items()), "", ""]
         return "\r\n".join(lines).encode("latin-1")
 
@@ -4657,8 +4654,9 @@ class Tunnel:
                 self._moved()
                 async with trio.open_nursery() as nursery:
                     if self.sent is not None:
-                        up = (client, self.upstream, self.sent, self.reading)
-                        nursery.start_soon(self._copy, *up)
+                        nursery.start_soon(
+                            self._copy, client, self.upstream, self.sent, self.reading
+                        )
                     down = trio.CancelScope()  # only the upstream's end ends it
                     await self._copy(self.upstream, client, self.begun, down)
                 self.upstream.socket.close()
