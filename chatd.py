@@ -348,15 +348,25 @@ class Server:
             sweeping.cancel()
             self.store.finish()
 
-    async def serve_socket(self, upgrade: Upgrade, stream: trio.SocketStream) -> None:
-        """Serve a WebSocket from its 101 to its end."""
+    async def serve_socket(
+        self,
+        claims: Claims,
+        cursor: str | None,
+        key: str,
+        trailing: bytes,
+        stream: trio.SocketStream,
+    ) -> None:
+        """Serve a WebSocket from its 101 to its end.
+
+        trailing holds the bytes that the client sent right behind its handshake.
+        """
         async with trio.open_nursery() as nursery:
             cut = nursery.cancel_scope.cancel
             outbox = Outbox(stream, nursery, self.settings, cut)
-            outbox.push(switching_protocols(upgrade.key))
-            session = Session(self, outbox, nursery, upgrade.claims, upgrade.cursor)
+            outbox.push(switching_protocols(key))
+            session = Session(self, outbox, nursery, claims, cursor)
             try:
-                await session.run(upgrade.trailing)
+                await session.run(trailing)
             finally:
                 outbox.sealed = True  # nothing is written once the stream is closed
                 cut()
@@ -487,10 +497,10 @@ class Listener:
         self.open += 1
         http: HttpConnection | None = None
         try:
-            if self.open > self.settings.max_connections + 128 and not self._evict():
-                await self._turn_away(stream)
-                return
             http = HttpConnection(self, stream)
+            if self.open > self.settings.max_connections + 128 and not self._evict():
+                await self._turn_away(http)
+                return
             take_over = await http.run()
             http = None  # a socket does not need its 6 KB
             if take_over is not None:
@@ -503,18 +513,17 @@ class Listener:
                 if not self.bugs.take(trio.current_time()):
                     log_bug("failed", error)
             if http is not None:
-                await http.answer_internal_error()
+                await http.refuse(Refusal("internal"))
         finally:
             self.open -= 1
             stream.socket.close()
 
-    async def _turn_away(self, stream: trio.SocketStream) -> None:
+    async def _turn_away(self, http: HttpConnection) -> None:
         """Answer 503, with a graceful end while there are descriptors for it."""
         self.warn("full", "connections")
-        with contextlib.suppress(OSError):
-            os.write(stream.socket.fileno(), FULL_ANSWER)  # a new socket takes it all
+        await http.refuse(Refusal("overloaded", retry_after=5))
         if self.open <= self.settings.max_connections + 192:
-            await linger(stream, LINGER_SECONDS)
+            await linger(http.stream)
 
     def _evict(self) -> bool:
         """End the connection that has waited longest for bytes, if one waits."""
@@ -524,21 +533,16 @@ class Listener:
             return True
         return False
 
-    def park(self, scope: trio.CancelScope, *, idle: bool) -> None:
-        """Note a connection that waits for bytes, until it is taken out of `parked`."""
-        self.parked[scope] = idle
-        self.end_parked(scope)
-
-    def end_parked(self, *scopes: trio.CancelScope) -> None:
+    def end_parked(self) -> None:
         """At a stop, once no socket is left, end the connections that only wait.
 
         A connection that was accepted but not yet answered gets one second to send a
         request: the next process cannot serve it any more.
         """
         if self.stopping.is_set() and not self.sessions:
-            now, linger = trio.current_time(), LINGER_SECONDS
-            for scope in scopes or self.parked:
-                end = now if self.parked[scope] else now + linger
+            now = trio.current_time()
+            for scope, idle in self.parked.items():
+                end = now if idle else now + LINGER_SECONDS
                 scope.deadline = min(scope.deadline, end)
 
     def warn(self, verb: str, why: object) -> None:
@@ -2404,7 +2408,7 @@ class Outbox(trio.abc.Stream):
         """
         with trio.move_on_after(self._settings.drain_seconds):
             await self.wait_empty()
-        await linger(self.stream, LINGER_SECONDS)
+        await linger(self.stream)
 
     # --- the Stream given to trio-websocket ------------------------------------------
 
@@ -2484,14 +2488,14 @@ class Refusal(Exception):
         *,
         retry_after: float | None = None,
         status: int | None = None,
-        headers: Sequence[tuple[str, str]] = (),
+        headers: dict[str, str] | None = None,
     ) -> None:
         usual_status, usual_message = REFUSALS[code]
         self.code = code
         self.message = message or usual_message
         self.status = status or usual_status
         self.retry_after = None if retry_after is None else round(retry_after, 3)
-        self.headers = list(headers)
+        self.headers = headers or {}
         super().__init__(f"{code}: {self.message}")
 
 
@@ -3276,8 +3280,8 @@ class Keyring:
     def verify(self, token: str, use: str | None = None) -> Claims:
         """Return a token's claims. Raises Refusal token_invalid or token_expired.
 
-        use is the purpose: None for a request; "signin" for a sign-in link; "socket"
-        for an upgrade, which takes a plain token or a ticket.
+        use is the purpose: "signin" for a sign-in link; "socket" for an upgrade, which
+        takes a plain token or a ticket; any other for a request.
         """
         if len(token) > self.LONGEST:
             raise bad_token(f"token: longer than {self.LONGEST} bytes")
@@ -3297,6 +3301,12 @@ class Keyring:
         if revoked_at is not None and claims.iat <= revoked_at + self.LEEWAY_SECONDS:
             raise bad_token("this token was revoked: sign in again")
 
+    def refuse_used(self, claims: Claims) -> None:
+        """Refuse a ticket that was used, or that another process signed."""
+        used = claims.boot != self.boot or claims.jti in self.spent
+        if claims.use == "ticket" and used:
+            raise Refusal("token_used")
+
     def spend(self, claims: Claims) -> None:
         """Let a verified token open a socket, and use it up if it is a ticket.
 
@@ -3305,10 +3315,9 @@ class Keyring:
         ticket knows whether it was used.
         """
         self.refuse_revoked(claims)
+        self.refuse_used(claims)
         if claims.use != "ticket":
             return
-        if claims.boot != self.boot or claims.jti in self.spent:
-            raise Refusal("token_used")
         for jti in list(itertools.islice(self.spent, 8)):  # the oldest
             if self.spent[jti] < time.time():  # up to 8 go for each that comes
                 del self.spent[jti]
@@ -3399,7 +3408,7 @@ class Answer(msgspec.Struct, frozen=True):
     status: int
     body: bytes = b""
     content_type: str = "application/json"
-    headers: Sequence[tuple[str, str]] = ()
+    headers: dict[str, str] = {}
 
 
 def json_answer(body: object, status: int = 200) -> Answer:
@@ -3410,13 +3419,22 @@ def json_answer(body: object, status: int = 200) -> Answer:
 def refusal_answer(refusal: Refusal) -> Answer:
     """Make an HTTP answer of a Refusal. Retry-After has whole seconds (RFC 9110)."""
     error: dict[str, object] = {"code": refusal.code, "message": refusal.message}
-    headers = refusal.headers
+    headers = STATUS_HEADERS.get(refusal.status, {}) | refusal.headers
     if refusal.retry_after is not None:
         error["retry_after"] = refusal.retry_after
-        headers = [*headers, ("Retry-After", str(math.ceil(refusal.retry_after)))]
-    if refusal.status == 401:
-        headers = [*headers, ("WWW-Authenticate", "Bearer")]
+        headers["Retry-After"] = str(math.ceil(refusal.retry_after))
     return Answer(refusal.status, encode({"error": error}), headers=headers)
+
+
+# What a client needs to do better: RFC 9110 15.5.2 and 15.5.22, RFC 6455 4.4.
+STATUS_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    426: {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+    },
+}
 
 
 HEAD_SECONDS = 10.0  # for a request's head to arrive: 408
@@ -3426,68 +3444,61 @@ REQUEST_SECONDS = 15.0  # for a request to be done: 408
 IDLE_SECONDS = 75.0
 HEAD_BYTES = 16_384  # in a request's head: 431
 HEADER_LINES = 64  # in a request's head: 431
-CHUNKS = 1024  # a body may come in: 413
-
-UPGRADE = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
+CHUNKS = 1024  # a body may come in: 413. Each costs as much CPU as 1 KB
 
 # The headers that chatd or a library decodes or compares.
-ASCII_FIELDS = frozenset(
-    ("host", "connection", "upgrade", "origin", "sec-websocket-key",
-     "sec-websocket-version", "sec-websocket-protocol", "sec-websocket-extensions")
+ASCII_FIELDS = (
+    "host", "connection", "upgrade", "origin", "sec-websocket-key",
+    "sec-websocket-version", "sec-websocket-protocol", "sec-websocket-extensions",
 )  # fmt: skip
 
 
 class Request:
     """The head of one request, checked; then its claims and body."""
 
-    __slots__ = ("address", "body", "claims", "fields", "head", "ids", "method",
-                 "path", "peer", "query", "version")  # fmt: skip
-
     claims: Claims  # set when the route asks for a token
     ids: tuple[int, ...]  # the numbers in the path
     body: bytes
 
     def __init__(
-        self,
-        head: h11.Request,
-        peer: Address | None,
-        proxies: Proxies,
-        settings: Settings,
+        self, head: h11.Request, peer: Address | None, proxies: Proxies
     ) -> None:
         """Check what h11 accepts but chatd does not. Raises Refusal."""
-        lines, most = len(head.headers), HEADER_LINES
-        if lines > most:
-            why = f"{lines} header lines; at most {most}"
+        if len(head.headers) > HEADER_LINES:
+            why = f"{len(head.headers)} header lines; at most {HEADER_LINES}"
             raise Refusal("too_large", why, status=431)
-        self.head = head
-        self.version = head.http_version
-        if self.version not in (b"1.0", b"1.1"):
+        self.version = head.http_version.decode("ascii")
+        if self.version not in ("1.0", "1.1"):
             raise bad_field("version: this server speaks HTTP/1.1")
         self.method = head.method.decode("ascii")
-        self.fields: dict[str, list[str]] = {}
-        for name, value in head.headers:
-            lines_of = self.fields.setdefault(name.decode("ascii"), [])
-            lines_of.append(value.decode("latin-1"))
-        for field in self.fields:
-            if field in ASCII_FIELDS and not self.header(field).isascii():
-                raise bad_field(f"{field}: only ASCII may be in it")
-        if "transfer-encoding" in self.fields:
-            if "content-length" in self.fields:  # request smuggling (RFC 9112 6.1)
-                raise bad_field("Content-Length beside Transfer-Encoding")
-            if self.version != b"1.1":
-                raise bad_field("Transfer-Encoding: not in HTTP/1.0")
-        target = head.target.decode("ascii")
-        if not target.startswith("/") or target.startswith("//"):
+        # The lines of a header are joined (RFC 9110 5.3). What is said about whom a
+        # request is forwarded for is dropped, unless a trusted proxy says it.
+        self.fields: dict[str, str] = {}
+        trusted = proxies.trust(peer)
+        for raw_name, raw_value in head.headers:
+            name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
+            if name in self.fields:
+                self.fields[name] += f", {value}"
+            elif trusted or not name.startswith("x-forwarded"):
+                self.fields[name] = value
+        for name in ASCII_FIELDS:
+            if not self.header(name).isascii():
+                raise bad_field(f"{name}: only ASCII may be in it")
+        in_chunks = "transfer-encoding" in self.fields
+        if in_chunks and ("content-length" in self.fields or self.version != "1.1"):
+            # Two servers may read it differently: request smuggling (RFC 9112 6.1).
+            raise bad_field("Transfer-Encoding: only in HTTP/1.1, without a length")
+        self.target = head.target.decode("ascii")
+        if not self.target.startswith("/") or self.target.startswith("//"):
             raise bad_field("target: it must start with exactly one slash")
-        self.path, _, query = target.partition("?")
+        self.path, _, query = self.target.partition("?")
         try:
             self.query = urllib.parse.parse_qs(
                 query, keep_blank_values=True, errors="strict", max_num_fields=16
             )
         except ValueError as error:
             raise bad_field(f"query: {error}") from None
-        self.peer = peer
-        self.address = proxies.client(peer, self.fields.get("x-forwarded-for", []))
+        self.address = proxies.client(peer, [self.header("x-forwarded-for")])
 
     @property
     def user_id(self) -> int:
@@ -3505,8 +3516,8 @@ class Request:
         return self.path == "/ws/chat" and self.method == "GET"
 
     def header(self, name: str) -> str:
-        """Return a header, its lines joined (RFC 9110 5.3); "" if there is none."""
-        return ", ".join(self.fields.get(name, ()))
+        """Return a header; "" if there is none."""
+        return self.fields.get(name, "")
 
     def argument(self, name: str) -> str | None:
         """Read a query parameter, given at most once. Raises Refusal bad_field."""
@@ -3530,25 +3541,22 @@ class Request:
 
     def bearer(self) -> str:
         """Read the token of Authorization: Bearer. Raises Refusal token_invalid."""
-        scheme, _, token = self.header("authorization").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            raise bad_token("Authorization: Bearer TOKEN is missing")
-        return token.strip()
+        match self.header("authorization").split():
+            case [scheme, token] if scheme.lower() == "bearer":
+                return token
+        raise bad_token("Authorization: Bearer TOKEN is missing")
 
-    def has(self, name: str, word: str) -> bool:
-        """Does a header that is a list, such as Connection, contain the word?"""
-        return word in {part.strip().lower() for part in self.header(name).split(",")}
+    def words(self, name: str) -> set[str]:
+        """Read a header that is a list, such as Connection."""
+        return {part.strip() for part in self.header(name).lower().split(",")}
 
-
-class Upgrade(NamedTuple):
-    """An accepted handshake: what the session needs of the request."""
-
-    claims: Claims
-    cursor: str | None
-    key: str
-    trailing: bytes  # sent right behind the request
+    @property
+    def has_body(self) -> bool:
+        """Does it announce a body, even an empty one?"""
+        return "content-length" in self.fields or "transfer-encoding" in self.fields
 
 
+@dataclasses.dataclass
 class HttpConnection:
     """One TCP connection: requests one after another (h11), until one upgrades.
 
@@ -3557,34 +3565,31 @@ class HttpConnection:
     refused upgrade the connection ends.
     """
 
-    def __init__(self, listener: Listener, stream: trio.SocketStream) -> None:
-        self.listener = listener
-        self.settings = listener.settings
-        self.stream = stream
-        self.peer = peer_address(stream)
+    listener: Listener
+    stream: trio.SocketStream
+
+    def __post_init__(self) -> None:
+        self.peer = peer_address(self.stream)
         self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         self.kept = False  # a keep-alive: it has had an answer
 
     async def run(self) -> TakeOver | None:
         """Serve requests until the connection ends; or return what takes it over.
 
-        The caller closes the stream.
+        Raises BrokenResourceError if the client has gone or is not waited for. The
+        caller closes the stream.
         """
-        try:
-            while (outcome := await self._serve_one()) is True:
-                self.kept = True
-        except trio.BrokenResourceError:
-            return None  # the client has gone
+        while (outcome := await self._serve_one()) is True:
+            self.kept = True
         return outcome or None
 
     async def _serve_one(self) -> TakeOver | bool:
         """Serve one request. False: the connection is at its end."""
         request: Request | None = None
         try:
-            head = await self._head()
-            if head is None:
-                return False
-            request = Request(head, self.peer, self.listener.proxies, self.settings)
+            request = Request(await self._head(), self.peer, self.listener.proxies)
+            if not request.has_body:
+                self.h11.next_event()  # its end
             answer = await self.listener.answer(self, request)
             if not isinstance(answer, Answer):
                 return answer
@@ -3592,6 +3597,8 @@ class HttpConnection:
             if request is not None and request.upgrades:
                 self.listener.stats.refused[refusal.code] += 1
             answer = refusal_answer(refusal)
+        except trio.TooSlowError:
+            answer = refusal_answer(Refusal("timeout"))
         except h11.RemoteProtocolError as error:
             answer = refusal_answer(_protocol_refusal(error))
         with trio.move_on_after(REQUEST_SECONDS):
@@ -3599,85 +3606,70 @@ class HttpConnection:
             if self.h11.our_state is h11.DONE and self.h11.their_state is h11.DONE:
                 self.h11.start_next_cycle()
                 return True
-            await linger(self.stream, LINGER_SECONDS)
+            await linger(self.stream)
         return False
 
-    async def answer_internal_error(self) -> None:
-        """Answer `internal` after a bug of chatd, unless an answer has begun."""
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer without a request, or after a bug.
+
+        Once an answer has begun, h11 does not begin another.
+        """
         with (
             trio.move_on_after(LINGER_SECONDS),
             contextlib.suppress(trio.BrokenResourceError, h11.LocalProtocolError),
         ):
-            await self._respond(None, refusal_answer(Refusal("internal")))
+            await self._respond(None, refusal_answer(refusal))
 
-    async def _head(self) -> h11.Request | None:
-        """Read a request's head. None: no more requests. Raises Refusal timeout.
-
-        While the head is not whole the connection is parked: when the server is full,
-        the connection parked longest is ended at once and without an answer.
-        """
+    async def _head(self) -> h11.Request:
+        """Read a request's head. Raises TooSlowError once a part of it has arrived."""
         begun = bool(self.h11.trailing_data[0])
-        idle = self.kept and not begun
-        wait = IDLE_SECONDS if idle else HEAD_SECONDS
-        with trio.move_on_after(wait) as scope:
-            self.listener.park(scope, idle=idle)
-            try:
-                while True:
-                    event = self.h11.next_event()
-                    if isinstance(event, h11.Request):
-                        if not _has_body(event):
-                            self.h11.next_event()  # the end of a request without body
-                        return event
-                    if event is not h11.NEED_DATA:
-                        return None
-                    data = await self.stream.receive_some(8192)
-                    if not data:
-                        return None
-                    if not begun:
-                        begun = True
-                        scope.deadline = trio.current_time() + HEAD_SECONDS
-                        self.listener.park(scope, idle=False)
-                    self.h11.receive_data(data)
-            finally:
-                evicted = self.listener.parked.pop(scope, None) is None
-        if begun and not evicted:
-            raise Refusal("timeout", "the request head took too long")
-        return None
+        wait = IDLE_SECONDS if self.kept and not begun else HEAD_SECONDS
+        deadline = trio.current_time() + wait
+        while not isinstance(event := self.h11.next_event(), h11.Request):
+            await self._receive(deadline, begun=begun)
+            if not begun:
+                begun, deadline = True, trio.current_time() + HEAD_SECONDS
+        return event
 
-    async def read_body(self, request: Request) -> bytes:
-        """Read the body, at most as long as a message. Raises Refusal too_large."""
-        most = self.settings.max_message_bytes
-        too_large = Refusal("too_large", f"a body of more than {most} bytes")
-        if int(request.header("content-length") or 0) > most:  # h11 checked: digits
-            raise too_large
-        if self.h11.they_are_waiting_for_100_continue:
-            await self._send(h11.InformationalResponse(status_code=100, headers=[]))
-        body, chunks = bytearray(), 0
-        while self.h11.their_state is h11.SEND_BODY:
-            event = self.h11.next_event()
-            if event is h11.NEED_DATA:
-                await self._more_body()
-            elif isinstance(event, h11.Data):
-                body += event.data
-                chunks += event.chunk_start
-                if len(body) > most:
-                    raise too_large
-                if chunks > CHUNKS:  # each costs as much CPU as 1 KB
-                    why = f"a body in more than {CHUNKS} chunks"
-                    raise Refusal("too_large", why)
-        return bytes(body)
+    async def _receive(self, deadline: float = math.inf, *, begun: bool = True) -> None:
+        """Read on, parked: a full server ends the connection parked longest.
 
-    async def _more_body(self) -> None:
-        """Read on, parked: a full server does not wait for slow bodies."""
-        with trio.CancelScope() as scope:
-            self.listener.park(scope, idle=False)
+        Raises BrokenResourceError if that happens, or when the client has ended its
+        side, or when the time is over and no part of a request has begun to arrive.
+        Raises TooSlowError if one has.
+        """
+        with trio.CancelScope(deadline=deadline) as scope:
+            self.listener.parked[scope] = self.kept and not begun
+            self.listener.end_parked()
             try:
-                data = await self.stream.receive_some(16384)
+                data = await self.stream.receive_some(8192)
             finally:
                 self.listener.parked.pop(scope, None)
+        if scope.cancelled_caught and begun and trio.current_time() >= scope.deadline:
+            raise trio.TooSlowError
         if scope.cancelled_caught or not data:
             raise trio.BrokenResourceError
         self.h11.receive_data(data)
+
+    async def read_body(self, request: Request) -> bytes:
+        """Read the body, at most as long as a message. Raises Refusal too_large."""
+        most = self.listener.settings.max_message_bytes
+        declared = int(request.header("content-length") or 0)  # h11 checked: digits
+        body, chunks = bytearray(), 0
+        while self.h11.their_state is h11.SEND_BODY:
+            if max(declared, len(body)) > most or chunks > CHUNKS:
+                why = f"a body of more than {most} bytes, or {CHUNKS} chunks"
+                raise Refusal("too_large", why)
+            event = self.h11.next_event()
+            if isinstance(event, h11.Data):
+                body += event.data
+                chunks += event.chunk_start
+            elif event is h11.NEED_DATA:
+                if self.h11.they_are_waiting_for_100_continue:
+                    go_on = h11.InformationalResponse(status_code=100, headers=[])
+                    await self._send(go_on)
+                await self._receive()
+        return bytes(body)
 
     async def _respond(self, request: Request | None, answer: Answer) -> None:
         """Write an answer.
@@ -3685,33 +3677,30 @@ class HttpConnection:
         The connection ends with it after a malformed head, a refused upgrade, with any
         byte of the request left unread, and with every answer of a proxy.
         """
-        if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            return
-        headers = [
-            ("Date", http_date(now_seconds())),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            *answer.headers,
-        ]
-        if answer.body:
-            headers.append(("Content-Type", answer.content_type))
-        if answer.status not in (204, 304):
-            headers.append(("Content-Length", str(len(answer.body))))
-        if not any(name == "Cache-Control" for name, _ in answer.headers):
-            headers.append(("Cache-Control", "no-store"))
+        headers = {
+            "Date": email.utils.formatdate(usegmt=True),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+            **answer.headers,
+        }
+        body = answer.body
+        if body:
+            headers["Content-Type"] = answer.content_type
+            headers["Content-Length"] = str(len(body))
         if request is not None:
-            headers += cors_headers(self.settings, request)
+            headers |= cors_headers(self.listener.settings, request)
+            if request.method == "HEAD":
+                body = b""
+        lines = list(headers.items())
+        # Behind an Upgrade h11 is not DONE either, whatever the header proposes.
         unread = self.h11.their_state is not h11.DONE
-        last = request is None or request.has("upgrade", "websocket")
-        last = last or not self.listener.keeps_alive
-        if unread or last or self.listener.stopping.is_set():
-            headers.append(("Connection", "close"))
-        reason = http.HTTPStatus(answer.status).phrase.encode("ascii")
-        head = h11.Response(status_code=answer.status, headers=headers, reason=reason)
-        parts = [head, h11.EndOfMessage()]
-        if answer.body and not (request is not None and request.method == "HEAD"):
-            parts.insert(1, h11.Data(data=answer.body))
-        await self._send(*parts)
+        ends = self.listener.stopping.is_set() or not self.listener.keeps_alive
+        if request is None or unread or ends:
+            lines.append(("Connection", "close"))  # a 426 has one more Connection
+        reason = http.HTTPStatus(answer.status).phrase
+        head = h11.Response(status_code=answer.status, headers=lines, reason=reason)
+        await self._send(head, h11.Data(data=body), h11.EndOfMessage())
 
     async def _send(self, *events: h11.Event) -> None:
         await self.stream.send_all(b"".join(self.h11.send(e) or b"" for e in events))
@@ -3722,10 +3711,10 @@ class HttpConnection:
 LINGER_SECONDS = 1.0
 
 
-async def linger(stream: trio.SocketStream, seconds: float) -> None:
+async def linger(stream: trio.SocketStream) -> None:
     """End the write side, then read and discard until the client ends its own."""
     with (
-        trio.move_on_after(seconds),
+        trio.move_on_after(LINGER_SECONDS),
         contextlib.suppress(OSError, trio.BrokenResourceError),
     ):
         stream.socket.shutdown(socket.SHUT_WR)
@@ -3733,20 +3722,16 @@ async def linger(stream: trio.SocketStream, seconds: float) -> None:
             pass
 
 
-def cors_headers(settings: Settings, request: Request) -> list[tuple[str, str]]:
+def cors_headers(settings: Settings, request: Request) -> dict[str, str]:
     """Tell a browser that a page of --origin may read the answer."""
     if not settings.origin:
-        return []
-    headers = [("Vary", "Origin")]
+        return {}
+    headers = {"Vary": "Origin"}
     origin = request.header("origin")
     if origin.lower() in settings.origin:
-        headers.append(("Access-Control-Allow-Origin", origin))
-        headers.append(("Access-Control-Expose-Headers", "Retry-After"))
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = "Retry-After"
     return headers
-
-
-def _has_body(head: h11.Request) -> bool:
-    return any(n in (b"content-length", b"transfer-encoding") for n, _ in head.headers)
 
 
 def _protocol_refusal(error: h11.RemoteProtocolError) -> Refusal:
@@ -3765,23 +3750,25 @@ def switching_protocols(key: str) -> bytes:
     )
 
 
-def check_upgrade(request: Request) -> None:
-    """Check a handshake as RFC 6455 4.2.1 asks. Raises Refusal."""
-    asked = request.has("upgrade", "websocket") and request.has("connection", "upgrade")
-    if not asked:
-        raise Refusal("upgrade_required", headers=UPGRADE)
-    if request.version != b"1.1":
-        raise Refusal("upgrade_required", headers=UPGRADE[:1])
+def check_upgrade(request: Request, keyring: Keyring) -> Claims:
+    """Check a handshake as RFC 6455 4.2.1 asks, and its token. Raises Refusal."""
+    asked = "websocket" in request.words("upgrade")
+    if not asked or "upgrade" not in request.words("connection"):
+        raise Refusal("upgrade_required")
+    if request.version != "1.1":
+        raise Refusal("upgrade_required", headers={"Connection": "close"})
     if request.header("sec-websocket-version") != "13":
-        why, known = "Sec-WebSocket-Version: must be 13", "Sec-WebSocket-Version"
-        raise Refusal("upgrade_required", why, headers=[(known, "13")])
-    length = request.header("content-length")
-    if length not in ("", "0") or "transfer-encoding" in request.fields:
+        raise Refusal("upgrade_required", "Sec-WebSocket-Version: must be 13")
+    if request.has_body and request.header("content-length") != "0":
         raise bad_field("Content-Length: an upgrade has no body")
     key = request.header("sec-websocket-key")
     # 16 bytes in base64 are 22 characters and two =, the last with 4 unused bits.
-    if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key, re.ASCII):
+    if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key):
         raise bad_field("Sec-WebSocket-Key: must be 16 bytes in base64")
+    token = request.argument("token")
+    if not token:
+        raise bad_token("token: it is missing in the query")
+    return keyring.verify(token, "socket")
 
 
 def peer_address(stream: trio.SocketStream) -> Address | None:
@@ -3791,12 +3778,6 @@ def peer_address(stream: trio.SocketStream) -> Address | None:
     except OSError:
         return None
     return parse_address(name[0].partition("%")[0]) if isinstance(name, tuple) else None
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(unix_seconds: int) -> str:
-    """Write the Date header (RFC 9110 6.6.1)."""
-    return email.utils.formatdate(unix_seconds, usegmt=True)
 
 
 CSP = (
@@ -3818,11 +3799,11 @@ def page_answers() -> dict[str, Answer]:
     answers = {}
     for path, (name, content_type) in PAGE_FILES.items():
         body = (ASSETS / "web" / name).read_bytes()
-        headers = [
-            ("Content-Security-Policy", CSP),
-            ("Cache-Control", "no-cache"),
-            ("ETag", f'"{hashlib.sha256(body).hexdigest()[:32]}"'),
-        ]
+        headers = {
+            "Content-Security-Policy": CSP,
+            "Cache-Control": "no-cache",
+            "ETag": f'"{hashlib.sha256(body).hexdigest()[:32]}"',
+        }
         answers[path] = Answer(200, body, content_type, headers)
     return answers
 
@@ -3830,69 +3811,44 @@ def page_answers() -> dict[str, Answer]:
 async def answer_request(
     server: Server, connection: HttpConnection, request: Request
 ) -> Answer | TakeOver:
-    """Answer a request, or let a socket in. Raises Refusal."""
-    with trio.move_on_after(REQUEST_SECONDS) as scope:
-        answer = await _answer(server, connection, request)
-    if scope.cancelled_caught:
-        raise Refusal("timeout")
-    return answer or await _admit(server, connection, request)
-
-
-async def _answer(
-    server: Server, connection: HttpConnection, request: Request
-) -> Answer | None:
-    """Find the route, check the token, call the handler. None: it is an upgrade."""
-    listener = server.listener
+    """Answer a request, or let a socket in. Raises Refusal, or TooSlowError."""
     if request.upgrades:
-        listener.check_handshakes(request.address)
+        server.listener.check_handshakes(request.address)
     check_origin(server, request)
     if request.upgrades:
-        check_upgrade(request)
-        return None
-    methods = find_methods(request)
-    if request.method == "OPTIONS":
-        return preflight(methods)
-    route = find_route(request, methods)
-    if route.who != "anyone":
-        try:
+        return await _admit(server, connection, request)
+    with trio.fail_after(REQUEST_SECONDS):
+        route = find_route(request)
+        if route.who != "anyone":
             authorize(server, request, route.who)
-        except Refusal as refusal:
-            if refusal.status == 401:
-                listener.check_handshakes(request.address)
-            raise
-        await store_name(server, request.claims)
-    request.body = await connection.read_body(request)
-    if route.who != "anyone":
-        # The body may have taken long: the user may have been revoked meanwhile.
-        server.keyring.refuse_revoked(request.claims)
-    answer = route.handler(server, request)
-    return answer if isinstance(answer, Answer) else await answer
+            await store_name(server, request.claims)
+        request.body = await connection.read_body(request)
+        if route.who != "anyone":
+            # The body may have taken long: the user may have been revoked meanwhile.
+            server.keyring.refuse_revoked(request.claims)
+        answer = route.handler(server, request)
+        return answer if isinstance(answer, Answer) else await answer
 
 
 async def _admit(
     server: Server, connection: HttpConnection, request: Request
 ) -> TakeOver:
     """Accept an upgrade: the last checks that can still be an HTTP answer."""
-    claims = socket_claims(server.keyring, request)
+    claims = check_upgrade(request, server.keyring)
+    server.keyring.refuse_used(claims)
     cursor = request.argument("cursor")
     with trio.move_on_after(REQUEST_SECONDS):
         await store_name(server, claims)
     # No task switch from here until `Server.opened` counts it, so the bound is exact.
-    check_capacity(server)
-    server.keyring.spend(claims)
-    key = request.header("sec-websocket-key")
-    upgrade = Upgrade(claims, cursor, key, connection.h11.trailing_data[0])
-    return functools.partial(server.serve_socket, upgrade)
-
-
-def check_capacity(server: Server) -> None:
-    """Refuse a socket that is one too many. Raises Refusal overloaded."""
     later = server.retry_after_seconds()
     if len(server.sessions) >= server.settings.max_connections:
         server.listener.warn("full", "sockets")
         raise Refusal("overloaded", retry_after=later)
     if server.listener.stopping.is_set():
         raise Refusal("overloaded", "the server restarts", retry_after=later)
+    server.keyring.spend(claims)
+    key, trailing = request.header("sec-websocket-key"), connection.h11.trailing_data[0]
+    return functools.partial(server.serve_socket, claims, cursor, key, trailing)
 
 
 async def store_name(server: Server, claims: Claims) -> None:
@@ -3912,57 +3868,54 @@ def check_origin(server: Server, request: Request) -> None:
     origin = request.header("origin")
     if not origin or origin.lower() in server.settings.origin:
         return
-    hosts = [request.header("host")]
-    if server.listener.proxies.trust(request.peer):
-        hosts += request.fields.get("x-forwarded-host", [])
+    hosts = {request.header("host"), *request.words("x-forwarded-host")}
     if not same_origin(origin, hosts):
         raise Refusal("forbidden", "Origin: pages of this origin may not use chatd")
 
 
 def authorize(server: Server, request: Request, who: str) -> None:
     """Check that a request's token fits its route; set its claims. Raises Refusal."""
-    use = "signin" if who == "signin" else None
-    request.claims = claims = server.keyring.verify(request.bearer(), use)
+    try:
+        request.claims = claims = server.keyring.verify(request.bearer(), who)
+    except Refusal:  # a guess: it counts for the address
+        server.listener.check_handshakes(request.address)
+        raise
     if who in ("service", "stats") and who not in claims.scopes:
         raise Refusal("forbidden", f"the token must have scope {who}")
     if not claims.service:
         charge(server.stats, "requests", server.requests(claims.user_id))
 
 
-def socket_claims(keyring: Keyring, request: Request) -> Claims:
-    """Check the token of an upgrade. Raises Refusal."""
-    token = request.argument("token")
-    if not token:
-        raise bad_token("token: it is missing in the query")
-    return keyring.verify(token, "socket")
-
-
 def get_page(server: Server, request: Request) -> Answer:
     """Return a file of the page, or 304 if the browser has it."""
     answer = server.pages[request.path]
-    if request.header("if-none-match") == dict(answer.headers)["ETag"]:
+    if request.header("if-none-match") == answer.headers["ETag"]:
         return Answer(304, headers=answer.headers)
     return answer
 
 
 def get_socket(server: Server, request: Request) -> Answer:
     """Answer HEAD: a GET upgrades, or is refused, before its route is looked up."""
-    raise Refusal("upgrade_required", headers=UPGRADE)
+    raise Refusal("upgrade_required")
 
 
 def get_ws_token(server: Server, request: Request) -> Answer:
     """Return a ticket, so that the page need not put its token into a URL."""
-    ticket = server.keyring.ticket(request.claims)
-    return json_answer({"token": ticket, "expires_in": TICKET_SECONDS})
+    token = server.keyring.ticket(request.claims)
+    return json_answer({"token": token, "expires_in": TICKET_SECONDS})
 
 
 async def post_session(server: Server, request: Request) -> Answer:
     """Exchange a sign-in link's token for a session token."""
-    user_id, seconds = request.user_id, SESSION_SECONDS
-    name = await _name(server, request)
-    token = server.keyring.sign(user_id, seconds, use="session", name=name)
+    user_id, name = request.user_id, await _name(server, request)
+    token = server.keyring.sign(user_id, SESSION_SECONDS, use="session", name=name)
     return json_answer(
-        {"token": token, "expires_in": seconds, "user_id": user_id, "name": name}
+        {
+            "token": token,
+            "expires_in": SESSION_SECONDS,
+            "user_id": user_id,
+            "name": name,
+        }
     )
 
 
@@ -3972,8 +3925,9 @@ async def get_me(server: Server, request: Request) -> Answer:
 
 
 async def _name(server: Server, request: Request) -> str | None:
-    told = request.claims.name
-    return told or await server.store.read(server.store.name, request.user_id)
+    return request.claims.name or await server.store.read(
+        server.store.name, request.user_id
+    )
 
 
 async def get_users(server: Server, request: Request) -> Answer:
@@ -4001,11 +3955,12 @@ async def post_chat(server: Server, request: Request) -> Answer:
     title = new.title or ""
     if title.isspace() or re.search(r"[\0-\x1f\x7f]", title):
         raise bad_field("title: it is empty or has a control character")
-    members = {*new.member_ids} | ({request.by} if request.by else set())
-    if not request.claims.service:
+    members = {*new.member_ids}
+    if request.by is not None:
+        members.add(request.by)
         # Every member gets an event with all members: charge one request for ten.
-        now, tokens = trio.current_time(), len(members) // 10
-        server.requests(request.user_id).spend(now, tokens)
+        bucket = server.requests(request.user_id)
+        bucket.spend(trio.current_time(), len(members) // 10)
     chat = await server.store.commit(server.store.create_chat, new.title, members)
     return json_answer({"chat": chat}, 201)
 
@@ -4015,10 +3970,11 @@ async def post_member(server: Server, request: Request) -> Answer:
     _check_may_change_chats(server, request)
     (chat_id,) = request.ids
     user_id = request.parse(UserBody).user_id
-    add = server.store.add_member
-    added = await server.store.commit(add, chat_id, user_id, request.by)
-    body = {"chat_id": chat_id, "user_id": user_id}
-    return json_answer(body, 201 if added else 200)
+    added = await server.store.commit(
+        server.store.add_member, chat_id, user_id, request.by
+    )
+    status = 201 if added else 200
+    return json_answer({"chat_id": chat_id, "user_id": user_id}, status)
 
 
 async def delete_member(server: Server, request: Request) -> Answer:
@@ -4026,8 +3982,7 @@ async def delete_member(server: Server, request: Request) -> Answer:
     chat_id, user_id = request.ids
     if request.by not in (None, user_id):
         raise Refusal("forbidden", "only the member or a service may do that")
-    remove = server.store.remove_member
-    await server.store.commit(remove, chat_id, user_id, request.by)
+    await server.store.commit(server.store.remove_member, chat_id, user_id, request.by)
     return Answer(204)
 
 
@@ -4045,23 +4000,24 @@ async def post_message(server: Server, request: Request) -> Answer:
     claims, (chat_id,) = request.claims, request.ids
     post = request.parse(PostMessage)
     check_content(post.content, server.settings)
-    if post.sender_id not in (None, claims.user_id) and not claims.service:
+    if request.by and post.sender_id not in (None, request.by):
         raise Refusal("forbidden", "sender_id: only a service may send for others")
     sender_id = post.sender_id or claims.user_id
     send = Send(chat_id, sender_id, post.content, _idempotency_key(request, post))
     sent = await allow_send(server, claims, send)
     if sent is None:
-        work = server.store.send_message
-        sent = await server.store.commit(work, send, claims.service)
+        sent = await server.store.commit(
+            server.store.send_message, send, claims.service
+        )
         count_sent(server, sent, sender_id)
     return json_answer(sent._asdict(), 200 if sent.duplicate else 201)
 
 
 async def post_read(server: Server, request: Request) -> Answer:
     """Mark messages as read up to this one (SPEC.md, MarkMessageAsRead)."""
-    mark = server.store.mark_read
-    marked = await server.store.commit(mark, request.user_id, *request.ids)
-    message_id, chat_id, n, _ = marked
+    message_id, chat_id, n, _seq = await server.store.commit(
+        server.store.mark_read, request.user_id, *request.ids
+    )
     return json_answer({"message_id": message_id, "chat_id": chat_id, "n": n})
 
 
@@ -4094,20 +4050,24 @@ def get_stats(server: Server, request: Request) -> Answer:
 
 def get_metrics(server: Server, request: Request) -> Answer:
     """Return the same numbers for Prometheus."""
-    text = prometheus_text(stats_document(server))
-    return Answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return Answer(200, prometheus_text(stats_document(server)), kind)
 
 
 async def post_revoke(server: Server, request: Request) -> Answer:
     """Refuse all tokens of a user so far, and close the user's sockets."""
-    user_id, closed = request.parse(UserBody).user_id, 0
+    user_id = request.parse(UserBody).user_id
+    theirs: list[Session] = []
 
     def close(revoked_at: int) -> None:
-        nonlocal closed
-        closed = close_revoked(server, user_id, revoked_at)
+        server.keyring.revoked[user_id] = revoked_at
+        theirs.extend(s for s in server.sessions if s.claims.user_id == user_id)
+        log(logging.INFO, "revoked", user=user_id, sockets=len(theirs))
+        for session in theirs:
+            session.end(CLOSE_SIGN_IN, "revoked: sign in again")
 
     await server.store.commit(server.store.revoke, user_id, then=close)
-    return json_answer({"user_id": user_id, "closed": closed})
+    return json_answer({"user_id": user_id, "closed": len(theirs)})
 
 
 def get_health(server: Server, request: Request) -> Answer:
@@ -4132,8 +4092,7 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
         return None
     if send.client_id is not None:
         # As of the head: a message that is not published yet is not answered yet.
-        head = server.hub.head
-        sent = await server.store.read(server.store.find_sent, send, head)
+        sent = await server.store.read(server.store.find_sent, send, server.hub.head)
         if sent is not None:
             server.stats.duplicates += 1
             return sent
@@ -4150,16 +4109,6 @@ def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
         server.stats.messages += 1
 
 
-def close_revoked(server: Server, user_id: int, revoked_at: int) -> int:
-    """Refuse all tokens of a user until now; close its sockets, and count them."""
-    server.keyring.revoked[user_id] = revoked_at
-    theirs = [s for s in server.sessions if s.claims.user_id == user_id]
-    log(logging.INFO, "revoked", user=user_id, sockets=len(theirs))
-    for session in theirs:
-        session.end(CLOSE_SIGN_IN, "revoked: sign in again")
-    return len(theirs)
-
-
 def _idempotency_key(request: Request, post: PostMessage) -> str | None:
     """Read client_id or Idempotency-Key, which mean the same. Raises Refusal."""
     if "idempotency-key" not in request.fields:
@@ -4170,6 +4119,18 @@ def _idempotency_key(request: Request, post: PostMessage) -> str | None:
     if post.client_id not in (None, key):
         raise bad_field("client_id: differs from Idempotency-Key")
     return key
+
+
+def preflight(server: Server, request: Request) -> Answer:
+    """Answer OPTIONS, which a browser sends before a request from another origin."""
+    allow = ", ".join(ROUTES[NUMBER.sub("*", request.path)])
+    headers = {
+        "Allow": allow,
+        "Access-Control-Allow-Methods": allow,
+        "Access-Control-Allow-Headers": "authorization, content-type, idempotency-key",
+        "Access-Control-Max-Age": "600",
+    }
+    return Answer(204, headers=headers)
 
 
 class Route(NamedTuple):
@@ -4205,53 +4166,24 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/api/v1/internal/chat/revoke": {"POST": Route("service", post_revoke)},
     "/healthz": {"GET": Route("anyone", get_health)},
 }
-NUMBER = re.compile(r"(?<=/)[0-9]{1,16}(?=/|\Z)", re.ASCII)
+for methods in ROUTES.values():
+    if "GET" in methods:
+        methods["HEAD"] = methods["GET"]  # without the body (RFC 9110 9.3.2)
+    methods["OPTIONS"] = Route("anyone", preflight)
+NUMBER = re.compile(r"(?<=/)[1-9][0-9]{0,15}(?=/|\Z)")
 
 
-def find_methods(request: Request) -> dict[str, Route]:
-    """Find a path's methods, and the numbers in it. Raises Refusal not_found."""
-    request.ids = tuple(int(number) for number in NUMBER.findall(request.path))
-    methods = ROUTES.get(NUMBER.sub("*", request.path))
-    known = methods and "*" not in request.path
-    if not methods or not known or not all(1 <= n <= MAX_ID for n in request.ids):
+def find_route(request: Request) -> Route:
+    """Find a request's route, and the numbers in its path. Raises Refusal."""
+    path = NUMBER.sub("*", request.path)
+    if path not in ROUTES or "*" in request.path:
         raise Refusal("not_found", "there is nothing at this path")
-    return methods
+    methods = ROUTES[path]
+    if request.method not in methods:
+        raise Refusal("method_not_allowed", headers={"Allow": ", ".join(methods)})
+    request.ids = tuple(map(int, NUMBER.findall(request.path)))
+    return methods[request.method]
 
-
-def find_route(request: Request, methods: dict[str, Route]) -> Route:
-    """Find a request's route. HEAD is GET without the body (RFC 9110 9.3.2)."""
-    route = methods.get("GET" if request.method == "HEAD" else request.method)
-    if route is None:
-        allow = [("Allow", allowed_methods(methods))]
-        raise Refusal("method_not_allowed", headers=allow)
-    return route
-
-
-def allowed_methods(methods: Iterable[str]) -> str:
-    """List a path's methods for Allow."""
-    extra = ["HEAD"] if "GET" in methods else []
-    return ", ".join([*methods, *extra, "OPTIONS"])
-
-
-def preflight(methods: Iterable[str]) -> Answer:
-    """Answer OPTIONS, which a browser sends before a request from another origin."""
-    allow = allowed_methods(methods)
-    fields = "authorization, content-type, idempotency-key"
-    headers = [
-        ("Allow", allow),
-        ("Access-Control-Allow-Methods", allow),
-        ("Access-Control-Allow-Headers", fields),
-        ("Access-Control-Max-Age", "600"),
-    ]
-    return Answer(204, headers=headers)
-
-
-_FULL = encode({"error": {"code": "overloaded", "message": REFUSALS["overloaded"][1]}})
-
-FULL_ANSWER = (
-    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-    f"Content-Length: {len(_FULL)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-).encode("ascii") + _FULL
 
 # =====================================================================================
 # MONITORING: log lines, stats, metrics
@@ -4453,9 +4385,9 @@ COPY_BYTES = 16_384  # held for one direction, and no more: nothing queues here
 # Headers of one connection and not of the message (RFC 9110 7.6.1), and those that the
 # proxy writes itself.
 NOT_PASSED_ON = frozenset(
-    (b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate",
-     b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade",
-     b"expect", b"host", b"content-length", b"forwarded", b"x-real-ip")
+    ("connection", "keep-alive", "proxy-connection", "proxy-authenticate",
+     "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "expect",
+     "host", "content-length", "forwarded", "x-real-ip")
 )  # fmt: skip
 ANSWER_BEGINS = re.compile(rb"HTTP/1\.[01] [1-9][0-9]{2}")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time: a close is a reset
@@ -4472,23 +4404,19 @@ def proxy(settings: Settings, upstream: str) -> None:
     trio.run(run_root, listener, listener.run, about, announce)
 
 
+@dataclasses.dataclass
 class Proxy:
     """One proxy. dial opens a connection to the upstream: the seam for tests."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        keyring: Keyring,
-        upstream: str,
-        dial: Callable[[], Awaitable[trio.SocketStream]],
-    ) -> None:
-        self.settings = settings
-        self.keyring = keyring
-        self.upstream = upstream
-        self.dial = dial
+    settings: Settings
+    keyring: Keyring
+    upstream: str
+    dial: Callable[[], Awaitable[trio.SocketStream]]
+
+    def __post_init__(self) -> None:
         self.sessions: set[Tunnel] = set()
         self.listener = Listener(
-            settings, Stats(), self.sessions, self.pass_request, keeps_alive=False
+            self.settings, Stats(), self.sessions, self.pass_request, keeps_alive=False
         )
 
     async def pass_request(
@@ -4499,12 +4427,9 @@ class Proxy:
             raise bad_field("method: CONNECT is not passed on")
         if request.upgrades:
             self.listener.check_handshakes(request.address)
-            check_upgrade(request)
-            socket_claims(self.keyring, request)
-        with trio.move_on_after(REQUEST_SECONDS) as scope:
+            check_upgrade(request, self.keyring)
+        with trio.fail_after(REQUEST_SECONDS):
             body = await connection.read_body(request)
-        if scope.cancelled_caught:
-            raise Refusal("timeout")
         status, failed = 0, None
         try:
             upstream, begun = await self._ask(self._head_up(request, body) + body)
@@ -4549,35 +4474,29 @@ class Proxy:
 
         It has the client's version of HTTP, so that the answer suits the client.
         """
-        named = {
-            part.strip() for part in request.header("connection").lower().split(",")
+        ours_alone = NOT_PASSED_ON | request.words("connection")
+        fields = {
+            name: value
+            for name, value in request.fields.items()
+            if name not in ours_alone and not name.startswith("x-forwarded")
         }
-        passed = [
-            name + b": " + value
-            for name, value in request.head.headers
-            if name not in NOT_PASSED_ON
-            and not name.startswith(b"x-forwarded")
-            and name.decode("ascii") not in named
-        ]
-        told = request.fields if self.listener.proxies.trust(request.peer) else {}
         host = request.header("host") or self.upstream
-        ours = {
-            "Host": host,
-            "X-Forwarded-Host": ", ".join(told.get("x-forwarded-host", [host])),
-            "X-Forwarded-Proto": ", ".join(told.get("x-forwarded-proto", ["http"])),
-            "Via": f"{request.version.decode('ascii')} chatd",
-            "Connection": "Upgrade" if request.upgrades else "close",
+        fields |= {
+            "host": host,
+            "x-forwarded-host": request.fields.get("x-forwarded-host", host),
+            "x-forwarded-proto": request.fields.get("x-forwarded-proto", "http"),
+            "via": f"{request.version} chatd",
+            "connection": "close",
         }
         if request.address is not None:
-            ours["X-Forwarded-For"] = str(request.address)
+            fields["x-forwarded-for"] = str(request.address)
         if request.upgrades:
-            ours["Upgrade"] = "websocket"
-        elif _has_body(request.head):
-            ours["Content-Length"] = str(len(body))
-        head = request.head
-        first = b"%s %s HTTP/%s" % (head.method, head.target, request.version)
-        last = [f"{name}: {value}".encode("latin-1") for name, value in ours.items()]
-        return b"\r\n".join([first, *passed, *last, b"", b""])
+            fields |= {"connection": "Upgrade", "upgrade": "websocket"}
+        elif request.has_body:
+            fields["content-length"] = str(len(body))
+        first = f"{request.method} {request.target} HTTP/{request.version}"
+        lines = [first, *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+        return "\r\n".join(lines).encode("latin-1")
 
 
 async def _exchange(upstream: trio.SocketStream, question: bytes) -> bytes:
@@ -4586,16 +4505,14 @@ async def _exchange(upstream: trio.SocketStream, question: bytes) -> bytes:
     with contextlib.suppress(trio.BrokenResourceError):
         await upstream.send_all(question)
     begun = b""
-    while len(begun) < 12:
-        data = await upstream.receive_some(12 - len(begun))
-        if not data:
-            break
+    while len(begun) < 12 and (data := await upstream.receive_some(12 - len(begun))):
         begun += data
     if not ANSWER_BEGINS.match(begun):
         raise OSError(errno.EPROTO, "an answer that is not HTTP/1")
     return begun
 
 
+@dataclasses.dataclass(eq=False)
 class Tunnel:
     """Two connections joined: the answer goes down; after a 101 all bytes go up, too.
 
@@ -4607,18 +4524,12 @@ class Tunnel:
     upgrade; None: this is no socket, and nothing of the client goes up.
     """
 
-    def __init__(
-        self,
-        proxy: Proxy,
-        upstream: trio.SocketStream,
-        sent: bytes | None,
-        begun: bytes,
-    ) -> None:
-        self.proxy = proxy
-        self.settings = proxy.settings
-        self.upstream = upstream
-        self.sent = sent
-        self.begun = begun
+    proxy: Proxy
+    upstream: trio.SocketStream
+    sent: bytes | None
+    begun: bytes
+
+    def __post_init__(self) -> None:
         self.seconds = UPSTREAM_SECONDS  # without a byte in between
         self.idle = trio.CancelScope()
         self.reading = trio.CancelScope()  # the client
@@ -4640,13 +4551,14 @@ class Tunnel:
                 self._moved()
                 async with trio.open_nursery() as nursery:
                     if self.sent is not None:
-                        nursery.start_soon(self._copy_up, client, self.sent)
-                    await self._copy_down(client, self.begun)
+                        nursery.start_soon(
+                            self._copy, client, self.upstream, self.sent, self.reading
+                        )
+                    down = trio.CancelScope()  # only the upstream's end ends it
+                    await self._copy(self.upstream, client, self.begun, down)
                 self.upstream.socket.close()
-                await linger(client, LINGER_SECONDS)
+                await linger(client)
                 broken = False
-        except* trio.BrokenResourceError:
-            pass
         finally:
             self.proxy.sessions.discard(self)
             self.proxy.listener.end_parked()
@@ -4659,31 +4571,27 @@ class Tunnel:
     def _moved(self) -> None:
         self.idle.deadline = trio.current_time() + self.seconds
 
-    async def _copy_up(self, client: trio.SocketStream, data: bytes) -> None:
-        """Copy until the client ends its side or the proxy stops."""
-        with self.reading:
-            while data := data or await client.receive_some(COPY_BYTES):
+    async def _copy(
+        self,
+        source: trio.SocketStream,
+        target: trio.SocketStream,
+        data: bytes,
+        reading: trio.CancelScope,
+    ) -> None:
+        """Copy data, and then all until the source ends; pass its end on."""
+        with reading:
+            while data := data or await source.receive_some(COPY_BYTES):
                 try:
-                    await self.upstream.send_all(data)
+                    await target.send_all(data)
                 except trio.BrokenResourceError:
+                    if target is not self.upstream:
+                        raise
                     break  # it has gone; what it sent before that still goes down
                 self._moved()
                 data = b""
-        await self._pass_end(self.upstream)
-
-    async def _copy_down(self, client: trio.SocketStream, data: bytes) -> None:
-        """Copy until the upstream ends its side."""
-        while data := data or await self.upstream.receive_some(COPY_BYTES):
-            await client.send_all(data)
-            self._moved()
-            data = b""
-        await self._pass_end(client)
-
-    async def _pass_end(self, stream: trio.SocketStream) -> None:
-        """Pass on that one side has ended; the other has not much longer to do so."""
         with contextlib.suppress(trio.BrokenResourceError):  # it has gone
-            await stream.send_eof()
-        self.seconds = STALL_SECONDS
+            await target.send_eof()
+        self.seconds = STALL_SECONDS  # the other side has not much longer to end
         self._moved()
 
 

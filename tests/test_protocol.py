@@ -359,7 +359,7 @@ def test_the_table_of_refusals_is_as_specified_and_every_code_is_in_use() -> Non
 def test_a_refusal_has_the_sentence_of_its_table_unless_given_another() -> None:
     usual, better = Refusal("too_large"), Refusal("too_large", "too long", status=431)
     assert (usual.status, usual.message) == (413, "the request is too large")
-    assert (better.status, better.message, better.headers) == (431, "too long", [])
+    assert (better.status, better.message, better.headers) == (431, "too long", {})
     assert str(better) == "too_large: too long"
 
 
