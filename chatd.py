@@ -147,12 +147,10 @@ from __future__ import annotations
 import argparse
 import base64
 import codecs
-import contextlib
 import dataclasses
 import email.utils
 import errno
 import fcntl
-import functools
 import gc
 import hashlib
 import http
@@ -187,9 +185,11 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
+from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import lru_cache, partial
+from logging import DEBUG, ERROR, INFO, WARNING
 from pathlib import Path
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     ClassVar,
@@ -211,9 +211,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from trio_websocket import WebSocketConnection
 from wsproto.connection import Connection, ConnectionState, ConnectionType
 from wsproto.frame_protocol import FrameProtocol
-
-if TYPE_CHECKING:
-    from prometheus_client import Metric
 
 __version__ = "1.1.0.dev0"
 
@@ -266,7 +263,7 @@ async def run_root(
     """
     settings = listener.settings
     if settings.jwt_key and settings.audience is None:
-        log(logging.WARNING, "no_audience", hint="tokens for any aud are accepted")
+        log(WARNING, "no_audience", hint="tokens for any aud are accepted")
     sockets = await open_listeners(settings.listen)
     async with trio.open_nursery() as root:
         await root.start(watch_signals, listener, root.cancel_scope)
@@ -280,7 +277,7 @@ async def run_root(
             # 0.8 KB of reference cycles (wsproto's): once in 150,000 of them is enough.
             gc.set_threshold(5000, 10, 20)
             url = url_of(sockets[0])
-            log(logging.INFO, "ready", url=url, **about)
+            log(INFO, "ready", url=url, **about)
             ready(url)
             notify(f"READY=1\nSTATUS=listening on {url}")
         root.cancel_scope.cancel()
@@ -295,10 +292,10 @@ async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
         async for number in signals:
             name = signal.Signals(number).name
             if listener.stopping.is_set():
-                log(logging.WARNING, "stopping_at_once", signal=name)
+                log(WARNING, "stopping_at_once", signal=name)
                 root.cancel()
                 return
-            log(logging.INFO, "stopping", signal=name, sockets=len(listener.sessions))
+            log(INFO, "stopping", signal=name, sockets=len(listener.sessions))
             notify("STOPPING=1")
             listener.stopping.set()
 
@@ -327,8 +324,9 @@ class Server:
         self.requests = bucket_table(settings.requests)
         self.names: dict[int, str] = {}  # what the store already knows
         self.sessions: set[Session] = set()
-        answer = functools.partial(answer_request, self)
-        self.listener = Listener(settings, self.stats, self.sessions, answer)
+        self.listener = Listener(
+            settings, self.stats, self.sessions, partial(answer_request, self)
+        )
 
     async def run(  # noqa: ASYNC114, ASYNC128 (the listener says `started`)
         self,
@@ -378,7 +376,7 @@ class Server:
                 await trio.sleep(1)
                 now, since = trio.current_time(), self.store.writing_since
                 if since is None:  # while a commit runs, its thread checks
-                    with contextlib.suppress(OSError):  # the disk fails: see Store
+                    with suppress(OSError):  # the disk fails: see Store
                         self.store.check_file()
                 for session in list(self.sessions):
                     seat = session.seat
@@ -388,7 +386,7 @@ class Server:
                         continue
                     self.stats.stalls += why == "stalled"
                     user, queued = session.claims.user_id, len(seat.outbox.buffer)
-                    log(logging.INFO, "cut", user=user, why=why, queued=queued)
+                    log(INFO, "cut", user=user, why=why, queued=queued)
                     session.end(CUT, why)
                 if since is None or now - since < COMMIT_SECONDS:
                     sick = "; no writing" if self.store.degraded else ""
@@ -403,7 +401,7 @@ class Server:
         """Count a socket in."""
         self.sessions.add(session)
         self.stats.total += 1
-        log(logging.DEBUG, "joined", user=session.claims.user_id)
+        log(DEBUG, "joined", user=session.claims.user_id)
 
     def left(self, session: Session) -> None:
         """Count a socket out."""
@@ -411,7 +409,7 @@ class Server:
         self.listener.end_parked()
         code, _ = session.close_with or (CUT, "")
         self.stats.closed[str(code)] += 1
-        log(logging.DEBUG, "left", user=session.claims.user_id, code=code)
+        log(DEBUG, "left", user=session.claims.user_id, code=code)
 
 
 # Serves the rest of a connection after a request: a socket, or an answer of a proxy.
@@ -421,6 +419,7 @@ TakeOver = Callable[[trio.SocketStream], Awaitable[None]]
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
+@dataclasses.dataclass(eq=False)
 class Listener:
     """Accepts TCP connections and serves each in a task of its own.
 
@@ -430,21 +429,16 @@ class Listener:
     end. Without keeps_alive a connection has one request.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        stats: Stats,
-        sessions: Collection[Session | Tunnel],
-        answer: Callable[[HttpConnection, Request], Awaitable[Answer | TakeOver]],
-        keeps_alive: bool = True,
-    ) -> None:
-        self.settings = settings
-        self.stats = stats
-        self.sessions = sessions
-        self.answer = answer
-        self.keeps_alive = keeps_alive
-        self.proxies = Proxies(settings.trusted_proxy)
-        self.handshakes = bucket_table(settings.handshakes)
+    settings: Settings
+    stats: Stats
+    sessions: Collection[Session | Tunnel]
+    answer: Callable[[HttpConnection, Request], Awaitable[Answer | TakeOver]]
+    keeps_alive: bool = True
+
+    def __post_init__(self) -> None:
+        """Begin with no connection."""
+        self.proxies = Proxies(self.settings.trusted_proxy)
+        self.handshakes = bucket_table(self.settings.handshakes)
         self.open = 0  # TCP connections
         # Connections that wait for a client's bytes, the oldest first. True: it is idle
         # between two requests.
@@ -548,7 +542,7 @@ class Listener:
     def warn(self, verb: str, why: object) -> None:
         """Log a warning that every connection could cause, at most one in 10 s."""
         if not self.warnings.take(trio.current_time()):
-            log(logging.WARNING, verb, why=why, open=self.open)
+            log(WARNING, verb, why=why, open=self.open)
 
     def check_handshakes(self, address: Address | None) -> None:
         """Take a token of the address's bucket. Raises Refusal rate_limited."""
@@ -595,7 +589,7 @@ class WebSocketReader(WebSocketConnection):
     _unused_channel = trio.open_memory_channel[str | bytes](0)
     _unused_event = trio.Event()
     _unused_pings: ClassVar[OrderedDict[bytes, trio.Event]] = OrderedDict()
-    _unused_lock = contextlib.nullcontext()
+    _unused_lock = nullcontext()
 
     def __init__(
         self,
@@ -941,11 +935,9 @@ class Session:
         chatd closes, not the library: its aclose() has no deadline.
         """
         code, reason = self.close_with or (CLOSE_NORMAL, "")
-        settings = self.server.settings
-        restarts = code in (CLOSE_RESTART, CUT)
-        if restarts and self.seat.slots.value < UNANSWERED:
+        if code in (CLOSE_RESTART, CUT) and self.seat.slots.value < UNANSWERED:
             # At most half of the drain: the close frame has to go out before the cut.
-            with trio.move_on_after(settings.drain_seconds / 2):
+            with trio.move_on_after(self.server.settings.drain_seconds / 2):
                 for _ in range(UNANSWERED):
                     await self.seat.slots.acquire()  # all free: all are answered
         if code == CLOSE_RESTART:
@@ -1277,7 +1269,7 @@ class Store:
         """Fold the WAL into the file and close. No other method may be running."""
         for db in self._idle_readers:
             db.close()
-        with contextlib.suppress(sqlite3.Error):  # a failed disk: the WAL has it all
+        with suppress(sqlite3.Error):  # a failed disk: the WAL has it all
             self._writer.execute("PRAGMA optimize")
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._writer.close()
@@ -1356,7 +1348,7 @@ class Store:
         while before < len(jobs) < most:
             before = len(jobs)
             await trio.lowlevel.checkpoint()
-            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+            with suppress(trio.WouldBlock, trio.EndOfChannel):
                 while len(jobs) < most:
                     jobs.append(self._inbox.receive_nowait())
         return jobs
@@ -1433,7 +1425,7 @@ class Store:
                 return error
             self.stats.errors[type(error).__name__] += 1
             why = "it broke a rule of the schema, or a number was too large"
-            log(logging.ERROR, "refused", why=why, error=error)
+            log(ERROR, "refused", why=why, error=error)
             return Refusal("internal")
         db.execute("RELEASE job")
         return outcome
@@ -1447,9 +1439,8 @@ class Store:
         before = self.failure
         self.failure = getattr(error, "sqlite_errorname", type(error).__name__)
         if self.failure != before:  # else a broken disk fills the journal, too
-            code = self.failure
-            log(logging.ERROR, "storage_failed", db=self.path, code=code, error=error)
-        with contextlib.suppress(sqlite3.Error):
+            log(ERROR, "storage_failed", db=self.path, code=self.failure, error=error)
+        with suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
 
@@ -1463,7 +1454,7 @@ class Store:
             if not self.failure.startswith(("SQLITE_FULL", "SQLITE_BUSY")):
                 self._open_anew()
             db = self._writer
-            with contextlib.suppress(sqlite3.Error):
+            with suppress(sqlite3.Error):
                 # The WAL may be what fills the disk: only commits would fold it into
                 # the database, and there are none.
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -1477,7 +1468,7 @@ class Store:
             self._failed(error)
             return Batch([], [])
         self.failure = ""
-        log(logging.WARNING, "storage_recovered", db=self.path, found=len(found))
+        log(WARNING, "storage_recovered", db=self.path, found=len(found))
         return Batch(found, [])
 
     def _open_anew(self) -> None:
@@ -1507,7 +1498,7 @@ class Store:
         """Return the inodes of the database and its WAL, which has the newest rows."""
         found = []
         for path in (self.path, self.wal):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(FileNotFoundError, NotADirectoryError):
                 found.append(path.stat().st_ino)
         return found
 
@@ -1724,7 +1715,7 @@ class Store:
                 raise
         except sqlite3.Error as error:
             self.stats.errors[type(error).__name__] += 1
-            log(logging.ERROR, "read_failed", db=self.path, error=error)
+            log(ERROR, "read_failed", db=self.path, error=error)
             raise Refusal("storage_failed", "the database cannot be read") from error
         self._idle_readers.append(db)
         return result
@@ -1745,8 +1736,8 @@ class Store:
             (user_id, upto),
         ).fetchall()
         marks = {str(row[0]): Marks(row[3], min(row[2], row[3])) for row in rows}
-        missed = self.missed(db, user_id, cursor, upto)
-        return Greeting({row[0]: row[1] for row in rows}, marks, missed)
+        joined = {row[0]: row[1] for row in rows}
+        return Greeting(joined, marks, self.missed(db, user_id, cursor, upto))
 
     def missed(self, db: Db, user_id: int, cursor: int, upto: int) -> int | None:
         """Count a user's events in (cursor, upto]. None: too many to replay."""
@@ -1910,17 +1901,12 @@ class Store:
         sql = "SELECT id, name FROM user ORDER BY name IS NULL, name, id LIMIT 200"
         return [User(*row) for row in db.execute(sql)]
 
-    def wal_bytes(self) -> int:
-        """Return the size of the WAL."""
-        try:
-            return self.wal.stat().st_size
-        except FileNotFoundError:
-            return 0
-
 
 def message_of(row: Sequence[Any]) -> Message:
     """Make the message of a row of MESSAGE_COLUMNS."""
-    return Message(row[0], row[1], row[2], row[3], timestamp(row[4]), row[5], row[6])
+    values = list(row)
+    values[4] = timestamp(values[4])  # created_at
+    return Message(*values)
 
 
 # =====================================================================================
@@ -1991,11 +1977,6 @@ class Seat(msgspec.Struct, eq=False):
     pinged_at: float | None = None
     token_ends: float = math.inf  # in trio's time
     warned: bool = True  # of its token's end; not before `connected`
-
-    def fall_behind(self, cursor: int) -> None:
-        """Begin to catch up from cursor, now that the seat is not live."""
-        self.cursor = cursor
-        self.catch_up()
 
     def reply(self, reply: Reply) -> None:
         """Write an answer, but never before its event."""
@@ -2167,7 +2148,8 @@ class Hub:
             self.stats.writes += written
         for seat in behind:
             self._set_live(seat, False)
-            seat.fall_behind(before)
+            seat.cursor = before
+            seat.catch_up()
         for seat, rest in replies.items():
             for reply in rest:
                 seat.reply(reply)
@@ -2796,7 +2778,7 @@ def write_cursor(server: Server, seq: int) -> str:
     return f"{server.store.epoch}.{seq}"
 
 
-@functools.lru_cache(maxsize=64)  # a batch of messages has one or two different seconds
+@lru_cache(maxsize=64)  # a batch of messages has one or two different seconds
 def timestamp(unix_seconds: int) -> str:
     """Write a time as the wire has it: RFC 3339, UTC, whole seconds, Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix_seconds))
@@ -2903,7 +2885,7 @@ def bucket_table(rate: Rate) -> Callable[[Hashable], Bucket]:
     The table is bounded: when it overflows, the key that was used least recently is
     forgotten, which fills its bucket. So invented keys cannot use up memory.
     """
-    return functools.lru_cache(TABLE_KEYS)(lambda _key: Bucket(rate))
+    return lru_cache(TABLE_KEYS)(lambda _key: Bucket(rate))
 
 
 def charge(stats: Stats, limit: str, bucket: Bucket) -> None:
@@ -3014,6 +2996,8 @@ class Key(NamedTuple):
 TICKET_SECONDS = 60  # for one socket, soon
 LINK_SECONDS = 86_400  # a sign-in link's life
 SESSION_SECONDS = 30 * 86_400  # a session token's life
+LEEWAY_SECONDS = 5  # between the clocks of those who sign and check tokens
+TOKEN_BYTES = 4_096  # in a token
 KEY_FILE_BYTES = 65_536
 
 # A file that contains this is meant as PEM, in whatever state it is.
@@ -3186,7 +3170,7 @@ def key_form(data: bytes, layers: int = 3) -> tuple[str, str] | None:
     text = plain_text(data)
     if text is None:
         return None
-    with contextlib.suppress(msgspec.DecodeError):
+    with suppress(msgspec.DecodeError):
         msgspec.json.decode(text, type=dict | list | str)
         return "JSON", "write the key alone, a public one as PEM"
     inner = unwrapped(text) if layers else ()
@@ -3218,7 +3202,7 @@ def is_curve_point(data: bytes) -> bool:
     if data[:1] != b"\x04":
         return False
     for curve in (ec.SECP256R1(), ec.SECP256K1(), ec.SECP384R1(), ec.SECP521R1()):
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             ec.EllipticCurvePublicKey.from_encoded_point(curve, data)
             return True
     return False
@@ -3237,9 +3221,6 @@ class Keyring:
     revocation.
     """
 
-    LEEWAY_SECONDS = 5
-    LONGEST = 4096
-
     def __init__(self, settings: Settings, secret: bytes) -> None:
         self.settings = settings
         self.secret = secret
@@ -3249,7 +3230,7 @@ class Keyring:
         # A client that polls sends the same token each time: so a post takes a sixth
         # less time. Keys do not change while the process runs; expiry and revocation
         # are checked each time.
-        self._known = functools.lru_cache(settings.known_tokens)(self._claims_of)
+        self._known = lru_cache(settings.known_tokens)(self._claims_of)
         self.spent: dict[str, float] = {}  # jti of a used ticket: when to forget it
         self.revoked: dict[int, int] = {}  # user: revoked_at
 
@@ -3283,10 +3264,10 @@ class Keyring:
         use is the purpose: "signin" for a sign-in link; "socket" for an upgrade, which
         takes a plain token or a ticket; any other for a request.
         """
-        if len(token) > self.LONGEST:
-            raise bad_token(f"token: longer than {self.LONGEST} bytes")
+        if len(token) > TOKEN_BYTES:
+            raise bad_token(f"token: longer than {TOKEN_BYTES} bytes")
         claims = self._known(token)
-        if claims.exp + self.LEEWAY_SECONDS <= time.time():
+        if claims.exp + LEEWAY_SECONDS <= time.time():
             raise Refusal("token_expired")
         if claims.use == "ticket" and use != "socket":
             raise bad_token("a ticket only opens a socket")
@@ -3298,7 +3279,7 @@ class Keyring:
     def refuse_revoked(self, claims: Claims) -> None:
         """Raise Refusal if the token is from before, or just after, a revocation."""
         revoked_at = self.revoked.get(claims.user_id)
-        if revoked_at is not None and claims.iat <= revoked_at + self.LEEWAY_SECONDS:
+        if revoked_at is not None and claims.iat <= revoked_at + LEEWAY_SECONDS:
             raise bad_token("this token was revoked: sign in again")
 
     def refuse_used(self, claims: Claims) -> None:
@@ -3321,7 +3302,7 @@ class Keyring:
         for jti in list(itertools.islice(self.spent, 8)):  # the oldest
             if self.spent[jti] < time.time():  # up to 8 go for each that comes
                 del self.spent[jti]
-        self.spent[claims.jti] = claims.exp + self.LEEWAY_SECONDS
+        self.spent[claims.jti] = claims.exp + LEEWAY_SECONDS
 
     def _claims_of(self, token: str) -> Claims:
         """Check a token's signature, times and claims. Raises Refusal."""
@@ -3332,7 +3313,7 @@ class Keyring:
                     token,
                     key.key,
                     algorithms=[key.algorithm],
-                    leeway=self.LEEWAY_SECONDS,
+                    leeway=LEEWAY_SECONDS,
                     issuer=self.settings.issuer,
                     audience=self.settings.audience,
                     options={
@@ -3616,7 +3597,7 @@ class HttpConnection:
         """
         with (
             trio.move_on_after(LINGER_SECONDS),
-            contextlib.suppress(trio.BrokenResourceError, h11.LocalProtocolError),
+            suppress(trio.BrokenResourceError, h11.LocalProtocolError),
         ):
             await self._respond(None, refusal_answer(refusal))
 
@@ -3715,7 +3696,7 @@ async def linger(stream: trio.SocketStream) -> None:
     """End the write side, then read and discard until the client ends its own."""
     with (
         trio.move_on_after(LINGER_SECONDS),
-        contextlib.suppress(OSError, trio.BrokenResourceError),
+        suppress(OSError, trio.BrokenResourceError),
     ):
         stream.socket.shutdown(socket.SHUT_WR)
         while await stream.receive_some(65536):
@@ -3848,7 +3829,7 @@ async def _admit(
         raise Refusal("overloaded", "the server restarts", retry_after=later)
     server.keyring.spend(claims)
     key, trailing = request.header("sec-websocket-key"), connection.h11.trailing_data[0]
-    return functools.partial(server.serve_socket, claims, cursor, key, trailing)
+    return partial(server.serve_socket, claims, cursor, key, trailing)
 
 
 async def store_name(server: Server, claims: Claims) -> None:
@@ -3858,7 +3839,7 @@ async def store_name(server: Server, claims: Claims) -> None:
         return
     if len(server.names) >= TABLE_KEYS:
         server.names.clear()
-    with contextlib.suppress(Refusal):
+    with suppress(Refusal):
         await server.store.commit(server.store.rename, user_id, name)
         server.names[user_id] = name
 
@@ -3959,8 +3940,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
     if request.by is not None:
         members.add(request.by)
         # Every member gets an event with all members: charge one request for ten.
-        bucket = server.requests(request.user_id)
-        bucket.spend(trio.current_time(), len(members) // 10)
+        server.requests(request.user_id).spend(trio.current_time(), len(members) // 10)
     chat = await server.store.commit(server.store.create_chat, new.title, members)
     return json_answer({"chat": chat}, 201)
 
@@ -4062,7 +4042,7 @@ async def post_revoke(server: Server, request: Request) -> Answer:
     def close(revoked_at: int) -> None:
         server.keyring.revoked[user_id] = revoked_at
         theirs.extend(s for s in server.sessions if s.claims.user_id == user_id)
-        log(logging.INFO, "revoked", user=user_id, sockets=len(theirs))
+        log(INFO, "revoked", user=user_id, sockets=len(theirs))
         for session in theirs:
             session.end(CLOSE_SIGN_IN, "revoked: sign in again")
 
@@ -4072,11 +4052,12 @@ async def post_revoke(server: Server, request: Request) -> Answer:
 
 def get_health(server: Server, request: Request) -> Answer:
     """Answer 200, or 503 while stopping or degraded."""
+    status = "ok"
     if server.listener.stopping.is_set():
-        return json_answer({"status": "stopping"}, 503)
-    if server.store.degraded:
-        return json_answer({"status": "degraded"}, 503)
-    return json_answer({"status": "ok"})
+        status = "stopping"
+    elif server.store.degraded:
+        status = "degraded"
+    return json_answer({"status": status}, 200 if status == "ok" else 503)
 
 
 async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
@@ -4219,7 +4200,7 @@ def log_bug(verb: str, error: BaseException) -> None:
         frames = traceback.extract_tb(cause.__traceback__)[:-9:-1]
         places += [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames]
         cause = cause.__cause__
-    log(logging.ERROR, verb, error=" from ".join(kinds), at=" < ".join(places))
+    log(ERROR, verb, error=" from ".join(kinds), at=" < ".join(places))
 
 
 def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
@@ -4233,20 +4214,21 @@ def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
 
 def in_journal() -> bool:
     """Is stderr connected to the journal (systemd.exec(5))?"""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         there = os.fstat(sys.stderr.fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
     return False
 
 
+PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
+
+
 class JournalFormatter(logging.Formatter):
     """Writes a log line for the journal: with a priority as in sd-daemon(3)."""
 
-    PRIORITIES: ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
-
     def format(self, record: logging.LogRecord) -> str:
         """Write a record."""
-        return f"<{self.PRIORITIES[record.levelname]}>{record.getMessage()}"
+        return f"<{PRIORITIES[record.levelname]}>{record.getMessage()}"
 
 
 def set_up_log(level: str) -> None:
@@ -4312,7 +4294,7 @@ def stats_document(server: Server) -> dict[str, Any]:
             **counted("commits", "messages", "batch_max", "duplicates", "failed"),
             "commit_seconds": stats.commit_seconds(),
             "degraded": store.degraded,
-            "wal_bytes": store.wal_bytes(),
+            "wal_bytes": file_bytes(store.wal),
             "sqlite": sqlite3.sqlite_version,
         },
         **counted("resumes", "rate_limited", "errors"),
@@ -4334,7 +4316,7 @@ def prometheus_text(document: dict[str, Any]) -> bytes:
     A name is the path in the document; a table becomes one metric with a label.
     """
     # Imported at the first scrape: it would take a tenth of the time to start.
-    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client import CollectorRegistry, Metric, generate_latest
     from prometheus_client.core import (
         CounterMetricFamily,
         GaugeMetricFamily,
@@ -4397,7 +4379,7 @@ def proxy(settings: Settings, upstream: str) -> None:
     """Stand in front of a chatd that listens elsewhere, until a signal says stop."""
     settings = raise_file_limit(settings, each=2)
     host, _, port = upstream.rpartition(":")
-    dial = functools.partial(trio.open_tcp_stream, host.strip("[]"), int(port))
+    dial = partial(trio.open_tcp_stream, host.strip("[]"), int(port))
     keyring = read_keyring(settings)
     listener = Proxy(settings, keyring, upstream, dial).listener
     about: dict[str, object] = {"upstream": upstream, **keyring.about()}
@@ -4441,7 +4423,7 @@ class Proxy:
             # An unknown path or method may contain a token, so it is not logged.
             path = request.path if NUMBER.sub("*", request.path) in ROUTES else "?"
             known = request.method in http.HTTPMethod.__members__
-            log(logging.DEBUG, "passed", method=request.method if known else "?",
+            log(DEBUG, "passed", method=request.method if known else "?",
                 path=path, client=request.address, status=status,
                 failed=failed)  # fmt: skip
         opened = request.upgrades and begun == b"HTTP/1.1 101"
@@ -4502,7 +4484,7 @@ class Proxy:
 async def _exchange(upstream: trio.SocketStream, question: bytes) -> bytes:
     """Send a request; return the first twelve bytes of its answer. Raises OSError."""
     # An upstream that answers before it has read all may refuse the rest.
-    with contextlib.suppress(trio.BrokenResourceError):
+    with suppress(trio.BrokenResourceError):
         await upstream.send_all(question)
     begun = b""
     while len(begun) < 12 and (data := await upstream.receive_some(12 - len(begun))):
@@ -4564,7 +4546,7 @@ class Tunnel:
             self.proxy.listener.end_parked()
             for sock in (client.socket, self.upstream.socket):
                 if broken:
-                    with contextlib.suppress(OSError):  # it is closed already
+                    with suppress(OSError):  # it is closed already
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                 sock.close()
 
@@ -4589,7 +4571,7 @@ class Tunnel:
                     break  # it has gone; what it sent before that still goes down
                 self._moved()
                 data = b""
-        with contextlib.suppress(trio.BrokenResourceError):  # it has gone
+        with suppress(trio.BrokenResourceError):  # it has gone
             await target.send_eof()
         self.seconds = STALL_SECONDS  # the other side has not much longer to end
         self._moved()
@@ -4607,7 +4589,7 @@ class UsageError(Exception):
     """The person who runs chatd has to change something: exit status 1."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def file_errors(what: str, path: Path) -> Iterator[None]:
     """Turn the OSError or sqlite3.Error of a file into a UsageError that names it."""
     try:
@@ -4651,7 +4633,7 @@ def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> N
             sock.connect(re.sub("^@", "\0", address))  # @: in the abstract namespace
             socket.send_fds(sock, [state.encode()], fds)
     except OSError as error:
-        log(logging.WARNING, "notify_failed", error=error)
+        log(WARNING, "notify_failed", error=error)
 
 
 def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
@@ -4667,7 +4649,7 @@ def raise_file_limit(settings: Settings, each: int = 1) -> Settings:
     if allowed == wanted:
         return settings
     fewer = max(1, allowed // each - 256)
-    log(logging.WARNING, "fewer_connections", max_connections=fewer, open_files=allowed)
+    log(WARNING, "fewer_connections", max_connections=fewer, open_files=allowed)
     return dataclasses.replace(settings, max_connections=fewer)
 
 
@@ -4732,7 +4714,7 @@ def sync_wal(wal: Path) -> None:
     pages clean and never retries, so only pages that are written again reach the disk;
     and SQLite reads a WAL only up to its first gap.
     """
-    with contextlib.suppress(FileNotFoundError), wal.open("r+b", buffering=0) as file:
+    with suppress(FileNotFoundError), wal.open("r+b", buffering=0) as file:
         fd, at = file.fileno(), 0
         while data := os.pread(fd, 1_048_576, at):
             at += os.pwrite(fd, data, at)
@@ -4780,7 +4762,7 @@ def examine(what: str, path: Path, db: Db) -> int:
         raise damaged(what, path, f"{left} bytes are left of {size}")
     if version < 1:
         raise damaged(what, path, f"its schema has version {version}")
-    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+    with closing(sqlite3.connect(":memory:")) as model:
         model.executescript("".join(steps[:version]))
         if missing := schema_names(model) - schema_names(db):
             raise damaged(what, path, f"without {', '.join(sorted(missing))}")
@@ -4801,14 +4783,15 @@ def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
     """
     size = query_value(db, DATABASE_BYTES)
     if size > check_bytes:
-        log(logging.INFO, "unchecked", db=path, bytes=size, check_bytes=check_bytes)
+        log(INFO, "unchecked", db=path, bytes=size, check_bytes=check_bytes)
         return
     began = time.monotonic()
     found = query_value(db, "PRAGMA quick_check(1)")
     if found != "ok":
         raise damaged("database", path, found)
-    seconds = round(time.monotonic() - began, 3)
-    log(logging.INFO, "checked", db=path, bytes=size, seconds=seconds)
+    log(
+        INFO, "checked", db=path, bytes=size, seconds=round(time.monotonic() - began, 3)
+    )
 
 
 # SQL for the random half of cursors.
@@ -4825,7 +4808,7 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
         check_not_emptied("database", path)
         # SQLite would make the file readable by all. -wal and -shm get its mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        with contextlib.closing(open_database(path, readonly=True)) as look:
+        with closing(open_database(path, readonly=True)) as look:
             version = examine("database", path, look)
             if version:
                 check_at_start(look, path, check_bytes)
@@ -4848,7 +4831,7 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
     return db
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(db: Path) -> Iterator[None]:
     """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
     path = Path(f"{db.resolve()}.lock")  # a link leads to the same database
@@ -4875,7 +4858,7 @@ def keep_owner(like: Path, *paths: Path) -> None:
     if os.geteuid() != 0:
         return
     for path in paths:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             owner = like.stat()
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
@@ -4909,7 +4892,7 @@ def make_secret(path: Path) -> None:
     with file_errors("secret", path), new_file(path) as partial:
         partial.write_text(secrets.token_urlsafe(48) + "\n", "ascii")
         sync(partial)
-    log(logging.INFO, "made_secret", path=path)
+    log(INFO, "made_secret", path=path)
 
 
 # The name of chatd's own listening sockets in systemd's descriptor store. There they
@@ -5013,7 +4996,7 @@ def _forget(kept: Sequence[socket.socket]) -> None:
     is free for a socket on another address.
     """
     for sock in kept:
-        with contextlib.suppress(OSError), sock:
+        with suppress(OSError), sock:
             sock.shutdown(socket.SHUT_RDWR)
     if kept:
         notify(f"FDSTOREREMOVE=1\nFDNAME={KEPT}")
@@ -5069,7 +5052,7 @@ def announce(url: str) -> None:
     print(f"listening on {url}", flush=True)
 
 
-@contextlib.contextmanager
+@contextmanager
 def reading(what: str, path: Path) -> Iterator[Db]:
     """Open a database of chatd for reading. Any error is a UsageError."""
     try:
@@ -5077,7 +5060,7 @@ def reading(what: str, path: Path) -> Iterator[Db]:
             if not path.is_file():
                 raise UsageError(f"{what} {path}: there is no such file")
             check_not_emptied(what, path)
-            with contextlib.closing(open_database(path, readonly=True)) as db:
+            with closing(open_database(path, readonly=True)) as db:
                 if not examine(what, path, db):
                     raise UsageError(f"{what} {path}: it is empty")
                 yield db
@@ -5095,13 +5078,13 @@ def copy_database(what: str, source: Path, target: Path, change: str = "") -> No
     """
     with reading(what, source) as db:
         try:
-            with contextlib.closing(sqlite3.connect(target)) as to:
+            with closing(sqlite3.connect(target)) as to:
                 db.backup(to)
                 to.execute("PRAGMA journal_mode = DELETE")
                 to.executescript(change)
             sync(target)
             sync(target.parent)  # if that fails, then before the copy has its name
-            with contextlib.closing(open_database(target, readonly=True)) as copy:
+            with closing(open_database(target, readonly=True)) as copy:
                 found = faults(copy)
         except (sqlite3.Error, OSError) as error:
             if is_damage(error):
@@ -5111,7 +5094,7 @@ def copy_database(what: str, source: Path, target: Path, change: str = "") -> No
         raise damaged(what, source, found[0])
 
 
-@contextlib.contextmanager
+@contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Make a file, for this user alone, that gets the name path when it is complete.
 
@@ -5147,7 +5130,7 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
     older: list[Path] = []
     if keep:
         for left in dest.glob("chatd-*Z.db.*.partial*"):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 left.unlink()  # of a backup that was killed
         older = sorted(dest.glob("chatd-????????T??????Z.db"), reverse=True)
         folder, name = dest, "chatd-%Y%m%dT%H%M%SZ.db"
@@ -5173,7 +5156,7 @@ def restore(db: Path, source: Path) -> None:
         keep_owner(db.parent, partial)
         # The old WAL must not meet the new file. Closing a sound old database folds its
         # WAL in; that of a damaged one is lost with it.
-        with contextlib.suppress(sqlite3.Error):
+        with suppress(sqlite3.Error):
             open_database(db, readonly=False).close()
         for suffix in ("-wal", "-shm"):
             Path(f"{db}{suffix}").unlink(missing_ok=True)
@@ -5320,7 +5303,7 @@ def parser(
     """
 
     def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             if re.fullmatch(pattern, text):
                 value = read(text)
                 if most is None or 0 <= value <= most:
@@ -5469,7 +5452,7 @@ def tell_unknown_variables() -> None:
     known = {"CHATD_UPSTREAM", *map(variable_name, flags())}
     for name in sorted(os.environ.keys() - known):
         if name.startswith("CHATD_") and variable(name):
-            log(logging.WARNING, "unknown_variable", name=name)
+            log(WARNING, "unknown_variable", name=name)
 
 
 PROXY_FLAGS = (
@@ -5539,8 +5522,11 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     if options.link:
         print(sign_in_link(keyring, options.link, user_id, name, ttl))
     else:
-        seconds = ttl or SESSION_SECONDS
-        print(keyring.sign(user_id, seconds, name=name, scope=options.scope))
+        print(
+            keyring.sign(
+                user_id, ttl or SESSION_SECONDS, name=name, scope=options.scope
+            )
+        )
 
 
 def end_with_a_sentence() -> None:

@@ -380,9 +380,9 @@ def test_only_the_owner_can_read_the_database_files(tmp_path: Path) -> None:
     files = [path for path in tmp_path.iterdir() if path.name.startswith("chatd.db")]
     assert len(files) == 3
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
-    assert memory.store.wal_bytes() > 0
+    assert chatd.file_bytes(memory.store.wal) > 0
     memory.store.close()
-    assert (memory.store.wal_bytes(), len([*tmp_path.iterdir()])) == (0, 1)
+    assert (chatd.file_bytes(memory.store.wal), len([*tmp_path.iterdir()])) == (0, 1)
 
 
 # --- reading -------------------------------------------------------------------------
@@ -1156,7 +1156,7 @@ def test_the_wal_of_a_database_behind_a_link_is_watched_and_rewritten(
     memory.hub.publish(store._probe())
     assert resynced == [(wal.st_ino, wal.st_size)]
     assert memory.send(chat, 1).message.n == 2
-    assert store.wal_bytes() > 0
+    assert chatd.file_bytes(store.wal) > 0
     (tmp_path / "real" / "chatd.db-wal").unlink()
     message = usage_error_of(memory.commit, memory.sends(chat, 1))
     assert "removed or replaced" in message
