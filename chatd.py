@@ -3639,8 +3639,9 @@ class HttpConnection:
         body, chunks = bytearray(), 0
         while self.h11.their_state is h11.SEND_BODY:
             if max(declared, len(body)) > most or chunks > CHUNKS:
-                why = f"a body of more than {most} bytes, or {CHUNKS} chunks"
-                raise Refusal("too_large", why)
+                raise Refusal(
+                    "too_large", f"a body of more than {most} bytes, or {CHUNKS} chunks"
+                )
             event = self.h11.next_event()
             if isinstance(event, h11.Data):
                 body += event.data
@@ -3953,8 +3954,7 @@ async def post_member(server: Server, request: Request) -> Answer:
     added = await server.store.commit(
         server.store.add_member, chat_id, user_id, request.by
     )
-    status = 201 if added else 200
-    return json_answer({"chat_id": chat_id, "user_id": user_id}, status)
+    return json_answer({"chat_id": chat_id, "user_id": user_id}, 201 if added else 200)
 
 
 async def delete_member(server: Server, request: Request) -> Answer:
