@@ -17,7 +17,8 @@ THE PROMISE
 An ack means the message is on disk. A client that keeps its cursor sees every event of
 its chats exactly once and in order: over the socket, over the poll, or over any mix of
 the two, across lost connections and server restarts. A client that missed too much is
-told so (`resync`). Only typing is best effort.
+told so (`resync`). Its chats are those that it is a member of when it reads; of a chat
+that it was removed from it sees the removal. Only typing is best effort.
 
 ONE IDEA
 
@@ -98,25 +99,31 @@ THREADS
 There are worker threads, and no thread lock. One thread at a time writes: `_write` has
 a limiter of 1, and Store.run waits for it. That thread uses the writer's connection,
 `seq`, `failure` and the commit times; while it runs, the main thread only reads these.
+A cancelled Store.run still waits for it: the thread always finishes its transaction.
 At most 4 threads read, each with a connection of its own. All threads share the list of
 idle connections (`append` and `pop` are atomic), the JSON encoder, the cache of
 `timestamp`, and the counts in Stats, where one may be lost; nothing is decided by them.
 The GIL makes that safe. Tasks, seats and outboxes are the main thread's alone.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
-`Listener._connection`). One in Store.run, Hub.run or the sweeper ends the process: acks
-would be lies without them. Only what SQLite or the disk reports is an answer
-(`Store._transact`). Callbacks (`Job.done`) run in Hub.run, so no input of a client may
-make them fail.
+`Listener._connection`). One in Store.run, Hub.run, the sweeper or a listening task ends
+the process: acks would be lies without them. Only what SQLite or the disk reports is an
+answer (`Store._transact`). So no input of a client may make a Store method that writes
+(`Job.write`) or a callback (`Job.done`) fail: they run in Store.run and in Hub.run.
 
 BOUNDS AND DEADLINES
 
 Every queue has a bound: jobs for the store (4,096), commands of one connection without
 an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line), the
-tail (16,384 events, 16 MiB). Every wait for a client has a deadline: a request head
-10 s, a request 15 s, a keep-alive 75 s, silence 35 s, output that the kernel does not
-accept 40 s, a stop 5 s. A commit cannot be cut short, by a second signal either: the
-service manager ends a process whose commit takes over a minute (`Server._sweep`).
+tail (16,384 events, 16 MiB). Every wait for a client has a deadline: the first byte of
+a request 10 s, or 75 s on a connection that is kept alive; its head 10 s more, its body
+and its work 15 s, its answer 15 s; on a WebSocket silence 35 s, output that the kernel
+does not accept 40 s; a stop 5 s.
+
+A commit cannot be cut short, by a second signal either. A batch that is committed then
+is acked to nobody, and every client reads it after the next start. While chatd serves,
+the service manager ends it if a commit takes over a minute (`Server._sweep`); at a stop
+TimeoutStopSec does.
 
 GLOSSARY
 
@@ -139,7 +146,9 @@ GLOSSARY
 
 Part I (Server, Connection, Store, Hub, Outbox) is the way of a message, from the root
 of the task tree down. Part II, from PROTOCOL on, is what it uses there: rules, formats
-and edges.
+and edges. Part I uses a few names of Part II: a Refusal is an answer that says no;
+`Bucket.take` returns the seconds to wait, so 0.0 means yes; CUT stands for a connection
+that ends without a close frame.
 """
 
 from __future__ import annotations
@@ -286,7 +295,10 @@ async def run_root(
 async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
     listener: Listener, root: trio.CancelScope, *, task_status: trio.TaskStatus[None]
 ) -> None:
-    """Stop at the first SIGTERM or SIGINT; cancel every task at the second."""
+    """Stop at the first SIGTERM or SIGINT; cancel every task at the second.
+
+    After the second one Python's own handlers are back: a third ends the process.
+    """
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
@@ -504,7 +516,7 @@ class Listener:
         except* Exception as group:  # the one bulkhead
             for error in leaves(group):
                 self.stats.errors[type(error).__name__] += 1
-                if not self.bugs.take(trio.current_time()):
+                if self.bugs.take(trio.current_time()) == 0.0:
                     log_bug("failed", error)
             if http is not None:
                 await http.refuse(Refusal("internal"))
@@ -541,7 +553,7 @@ class Listener:
 
     def warn(self, verb: str, why: object) -> None:
         """Log a warning that every connection could cause, at most one in 10 s."""
-        if not self.warnings.take(trio.current_time()):
+        if self.warnings.take(trio.current_time()) == 0.0:
             log(WARNING, verb, why=why, open=self.open)
 
     def check_handshakes(self, address: Address | None) -> None:
@@ -566,12 +578,11 @@ class WebSocketReader(WebSocketConnection):
     """trio-websocket's connection, made safe against hostile clients.
 
     By itself the library counts characters, not bytes, and does not count fragments.
-    It answers a ping also after its close frame, which raises an exception, and it
-    does not answer a protocol error. It hands each message to a second task through a
-    queue. Here its reader
-    task handles the message itself. That took a message in a two-person chat from
-    160 us to 105 us and an idle connection from 31 KB to 18 KB, and while a command
-    waits, nothing is read.
+    It answers a ping also after its close frame, which raises an exception, and it does
+    not answer a protocol error. It hands each message to a second task through a queue.
+    Here its reader task handles the message itself. That took a message in a two-person
+    chat from 160 us to 105 us and an idle connection from 31 KB to 18 KB, and while a
+    command waits, nothing is read.
 
     It replaces private methods, so the library's version is pinned. Each replacement
     has a test.
@@ -768,7 +779,7 @@ class Session:
         self._answer(text_frame(connected))
         self.seat.warned = False
         if hub.in_tail(start):
-            hub.push_tail(self.seat)
+            hub.push_tail(self.seat)  # with nothing missed it only makes the seat live
         if not self.seat.live:
             self._start_catch_up()
         return True
@@ -807,7 +818,11 @@ class Session:
     # --- commands --------------------------------------------------------------------
 
     async def _receive(self, text: str | bytes) -> None:
-        """Handle one message in the reader's task: nothing is read meanwhile."""
+        """Handle one message in the reader's task: nothing is read meanwhile.
+
+        What needs no write is answered at once, and so before the acks of earlier
+        commands. A client tells its answers apart by `ref`.
+        """
         if self.close_with is not None:
             return  # it was read together with the bytes that ended the connection
         if self.outbox.full:
@@ -882,7 +897,7 @@ class Session:
         check_content(command.content, server.settings)
         send = Send(command.chat_id, user_id, command.content, command.client_id)
         if sent := await allow_send(server, self.claims, send):
-            await self.seat.slots.acquire()
+            await self.seat.slots.acquire()  # Seat.reply gives it back
             self.seat.reply(sent_reply(sent, command.ref))
             return
 
@@ -943,8 +958,9 @@ class Session:
         if code == CLOSE_RESTART:
             self._answer(text_frame(Bye(self.server.retry_after_seconds())))
         if code == CUT:
-            # The client ended its side without a close frame. `chatd proxy` does so
-            # when it stops, and its own client has to come back.
+            # The client ended its side without a close frame: it is `reader.closed`
+            # that says so, for Session.end(CUT) has cancelled this task. `chatd proxy`
+            # does so when it stops, and its own client has to come back.
             code, reason = CLOSE_RESTART, "the connection ended without a close frame"
         self.outbox.seal(close_frame(code, reason))
         await self.outbox.finish()
@@ -985,7 +1001,11 @@ class MessageEvent(Event, frozen=True):
 
 
 class ChatEvent(Event, frozen=True):
-    """An event that shows its `to_user` the chat: as of the head of the read."""
+    """An event that shows its `to_user` the chat.
+
+    From the tail it is the chat as of the event's commit; from the event log the chat
+    as it is then, and nothing of it for a user who has left since.
+    """
 
     chat: msgspec.Raw  # a Chat, encoded once for all who get it
 
@@ -1171,6 +1191,10 @@ JOINS, LEAVES = (
 # Membership is as of :upto too. When a removal is on disk and not yet published, the
 # member's row is gone, but events up to :upto are still for the user. The second half
 # of MINE finds these chats: without it a reader of that moment would skip such events.
+# For example: joined at 10, removed at 90, :upto is 80. The row is gone; the removal is
+# above :upto, and the user's last such event up to :upto is the join: (chat, 10).
+#
+# CROSS JOIN fixes the order of SQLite's loops: first the few chats, then their events.
 MINE = f"""
     SELECT chat_id, joined_seq FROM member WHERE user_id = :user
     UNION
@@ -1302,7 +1326,8 @@ class Store:
         """Run write(db, events, *args); wait until it is on disk and published.
 
         Returns its result or raises its Refusal. then(result) is called as soon as the
-        write is published. If the caller is cancelled, both happen all the same.
+        write is published. If the caller is cancelled while it waits for that, both
+        happen all the same.
         """
         answered = trio.Event()
         outcomes: list[T | Refusal] = []
@@ -1431,6 +1456,10 @@ class Store:
         return outcome
 
     def _committed(self, events: Entries) -> None:
+        """Count events that COMMIT has stored. Raises what check_file raises.
+
+        After an OSError they are committed and not counted: `_probe` finds them.
+        """
         self.check_file()
         self.seq += len(events)
 
@@ -1458,7 +1487,7 @@ class Store:
                 # The WAL may be what fills the disk: only commits would fold it into
                 # the database, and there are none.
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            for text in ("x" * 65536, str(time.time())):
+            for text in ("x" * 65536, str(time.time())):  # the second frees the 64 KB
                 db.execute("BEGIN IMMEDIATE")
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (text,))
                 db.execute("COMMIT")
@@ -1823,7 +1852,7 @@ class Store:
     def chat(
         self, db: Db, chat_id: int, upto: int, viewer_id: int | None = None
     ) -> Chat:
-        """Read one chat as of upto.
+        """Read a chat: its messages as of upto, its title and members as they are now.
 
         A viewer who has left sees that there was a chat, and nothing of it.
         """
@@ -1915,6 +1944,9 @@ def message_of(row: Sequence[Any]) -> Message:
 # The hub knows seats (a connection's user, cursor and outbox), and which of them are
 # live in which chat. Its methods are plain `def` on the main thread: in Trio only
 # `await` lets another task run, so each of them is a transaction.
+#
+# Person and Seat are msgspec's Structs: each instance gets its own copy of an empty
+# default.
 # =====================================================================================
 
 
@@ -1930,7 +1962,8 @@ class Person(msgspec.Struct, eq=False):
     chats: dict[int, int] = {}  # chat -> joined_seq
     known: bool = False
     changes: list[tuple[int, int | None]] = []
-    replaying: trio.Lock | None = None  # one replay of a user at a time
+    # One replay of a user at a time: its sockets must not take all reading threads.
+    replaying: trio.Lock | None = None
 
     def sees(self, entry: Entry) -> bool:
         """Is this event for the user?"""
@@ -1955,6 +1988,7 @@ class Seat(msgspec.Struct, eq=False):
     """A connection as the hub knows it: its user, its cursor and its outbox.
 
     A live seat has been given all up to the hub's head, and its `cursor` means nothing.
+    Only `Hub._push_frames` makes a seat live.
     A seat that is not live has been given all events up to `cursor`; its session's
     `_greet` or `_catch_up` pushes the rest.
     """
@@ -1996,7 +2030,8 @@ class Seat(msgspec.Struct, eq=False):
         """Check this seat's deadlines. Returns why it is to be cut, or None.
 
         While output waits, only the stall limit applies. A ping goes only to a client
-        that has nothing to read.
+        that has nothing to read; any byte that comes after it answers it. While chatd
+        itself reads nothing of the client, a missing pong proves nothing.
         """
         outbox = self.outbox
         if outbox.waiting:
@@ -2119,7 +2154,8 @@ class Hub:
 
         The frames of a live seat with events are joined and written by one call, its
         answers last: no ack is ahead of its event. Seats with the same events share
-        the bytes.
+        the bytes. If the outbox of a seat is full, it takes nothing: the seat is no
+        longer live, and its answers are held. A seat without events gets its answers.
         """
         before = self.head
         self._append(batch.events)
@@ -2132,7 +2168,7 @@ class Hub:
                 replies.setdefault(job.seat, []).append(reply)
         for seats, events in deliveries:
             joined = b"".join([entry.frame for entry in events])
-            missed = len(behind)
+            behind_before = len(behind)
             for seat in seats:
                 if seat in replies:
                     frames = joined + b"".join([reply.frame for reply in replies[seat]])
@@ -2143,15 +2179,15 @@ class Hub:
                 elif seat.outbox.push(joined):
                     continue
                 behind.append(seat)  # it gets the events, and they are counted, later
-            written = len(seats) - (len(behind) - missed)
+            written = len(seats) - len(behind) + behind_before
             self.stats.deliveries += written * len(events)
             self.stats.writes += written
         for seat in behind:
             self._set_live(seat, False)
             seat.cursor = before
             seat.catch_up()
-        for seat, rest in replies.items():
-            for reply in rest:
+        for seat, unsent in replies.items():
+            for reply in unsent:
                 seat.reply(reply)
 
     def _append(self, events: Entries) -> None:
