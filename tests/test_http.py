@@ -612,6 +612,9 @@ async def test_a_ticket_is_not_spent_on_a_full_server(server: VirtualServer) -> 
     await raw.close_code()
     _, answer = await handshake(server, target)
     assert (answer.status, answer.code) == (401, "token_used")
+    await server.join(7)  # full again: the token comes first
+    _, answer = await handshake(server, target)
+    assert (answer.status, answer.code) == (401, "token_used")
 
 
 @with_server()
@@ -717,6 +720,18 @@ async def test_the_forwarded_host_is_believed_only_from_a_trusted_proxy(
     trusted = server.dial(tcp=True)  # from loopback, which is trusted
     assert (await trusted.ask("GET", "/healthz", **headers)).status == 200
     assert (await server.dial().ask("GET", "/healthz", **headers)).status == 403
+
+
+@with_server()
+@pytest.mark.parametrize("between", [", ", "\r\nX-Forwarded-Host: "])
+async def test_a_forwarded_host_may_have_several_values_in_one_or_several_lines(
+    server: VirtualServer, between: str
+) -> None:
+    hosts = between.join(("site.example", "inner.lan"))
+    for origin, status in {"site.example": 200, "evil.example": 403}.items():
+        trusted = server.dial(tcp=True)
+        headers = {"Origin": f"https://{origin}", "X_Forwarded_Host": hosts}
+        assert (await trusted.ask("GET", "/healthz", **headers)).status == status
 
 
 @with_server(origin=("https://shop.example",))
