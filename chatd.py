@@ -192,6 +192,7 @@ from collections.abc import (
     Hashable,
     Iterable,
     Iterator,
+    Mapping,
     Sequence,
 )
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -262,7 +263,7 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
 async def run_root(
     listener: Listener,
     run: Callable[..., Awaitable[None]],
-    about: dict[str, object],
+    about: Mapping[str, object],
     ready: Callable[[str], None],
 ) -> None:
     """The root task, of `chatd serve` and of `chatd proxy`.
@@ -401,7 +402,7 @@ class Server:
                     log(INFO, "cut", user=user, why=why, queued=queued)
                     session.end(CUT, why)
                 if since is None or now - since < COMMIT_SECONDS:
-                    sick = "; no writing" if self.store.degraded else ""
+                    sick = "; no writing" if self.store.failure else ""
                     state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
                     notify(state, wait_seconds=0)
 
@@ -836,15 +837,14 @@ class Session:
             self._answer(error_frame(refusal, ref_of(text)))
 
     def _check_rate(self) -> None:
-        wait = self.bucket.take(trio.current_time())
-        if not wait:
+        try:
+            charge(self.server.stats, "commands", self.bucket)
             self.refused = 0
-            return
-        self.refused += 1
-        self.server.stats.rate_limited["commands"] += 1
-        if self.refused >= REFUSED_IN_A_ROW:
-            self.end(CLOSE_FLOOD, "far over the rate of commands")
-        raise Refusal("rate_limited", retry_after=wait)
+        except Refusal:
+            self.refused += 1
+            if self.refused >= REFUSED_IN_A_ROW:
+                self.end(CLOSE_FLOOD, "far over the rate of commands")
+            raise
 
     async def _handle(self, command: AnyCommand) -> None:
         """Handle one command. Raises the Refusal that is its answer."""
@@ -922,10 +922,10 @@ class Session:
         user_id, chat_id = self.claims.user_id, command.chat_id
         if chat_id not in self.seat.person.chats:
             raise no_chat()
-        if self.server.typing((user_id, chat_id)).take(trio.current_time()):
-            self.server.stats.rate_limited["typing"] += 1
-            return
-        self.server.hub.show_typing(user_id, chat_id, command.is_typing)
+        with suppress(Refusal):  # a sign over the rate is dropped
+            bucket = self.server.typing((user_id, chat_id))
+            charge(self.server.stats, "typing", bucket)
+            self.server.hub.show_typing(user_id, chat_id, command.is_typing)
 
     def _auth(self, command: Auth) -> None:
         """Replace the connection's token. A bad token changes nothing."""
@@ -962,7 +962,8 @@ class Session:
             # that says so, for Session.end(CUT) has cancelled this task. `chatd proxy`
             # does so when it stops, and its own client has to come back.
             code, reason = CLOSE_RESTART, "the connection ended without a close frame"
-        self.outbox.seal(close_frame(code, reason))
+        # A reason has at most 123 bytes (RFC 6455 5.5).
+        self.outbox.seal(bytes(_frames.close(code, reason)))
         await self.outbox.finish()
 
 
@@ -1294,14 +1295,8 @@ class Store:
         for db in self._idle_readers:
             db.close()
         with suppress(sqlite3.Error):  # a failed disk: the WAL has it all
-            self._writer.execute("PRAGMA optimize")
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._writer.close()
-
-    @property
-    def degraded(self) -> bool:
-        """Are writes refused because the disk failed?"""
-        return bool(self.failure)
 
     # --- writing: the task -----------------------------------------------------------
 
@@ -1361,7 +1356,7 @@ class Store:
                     batch = await self._write(self._transact, jobs)
                     jobs = jobs[len(batch.outcomes) :]
                     await to_hub.send(batch)
-                while self.degraded:
+                while self.failure:
                     await self._heal(to_hub)
 
     async def _gather(self, first: Job) -> list[Job]:
@@ -2036,8 +2031,7 @@ class Seat(msgspec.Struct, eq=False):
         outbox = self.outbox
         if outbox.waiting:
             self.pinged_at = None
-            stalled = now - outbox.moved_at > STALL_SECONDS
-            return "stalled" if stalled else None
+            return "stalled" if now - outbox.moved_at > STALL_SECONDS else None
         if not outbox.listening or (self.pinged_at or 0.0) <= outbox.received_at:
             self.pinged_at = None
         if not outbox.listening:
@@ -2054,8 +2048,9 @@ class Seat(msgspec.Struct, eq=False):
         left = self.token_ends - now
         if left <= TOKEN_WARNING_SECONDS and not self.warned:
             self.warned = True
-            expiring = text_frame(TokenExpiring(max(0, round(left))))
-            self.outbox.push(expiring, always=True)
+            self.outbox.push(
+                text_frame(TokenExpiring(max(0, round(left)))), always=True
+            )
         if left <= -TOKEN_GRACE_SECONDS:
             self.end(CLOSE_TOKEN_ENDED, "the token has ended: get a new one")
 
@@ -2264,8 +2259,8 @@ class Hub:
             seat.outbox.push(b"".join(frames), always=True)
             self.stats.deliveries += len(frames)
             self.stats.writes += 1
-        here = seat in seat.person.seats  # it may have left while a page was read
-        self._set_live(seat, here and seat.cursor >= self.head)
+        # It may have left while a page was read.
+        self._set_live(seat, seat in seat.person.seats and seat.cursor >= self.head)
         seat.push_held()
 
     def show_typing(self, user_id: int, chat_id: int, is_typing: bool) -> None:
@@ -2836,11 +2831,6 @@ def text_frame(message: ServerMessage | Event) -> bytes:
     return bytes(_frames.send_data(encode(message).decode()))
 
 
-def close_frame(code: int, reason: str) -> bytes:
-    """Encode a close. The reason is at most 123 bytes (RFC 6455 5.5)."""
-    return bytes(_frames.close(code, reason))
-
-
 def sent_reply(sent: Sent, ref: str | None) -> Reply:
     message = sent.message
     ack = Ack(
@@ -3095,15 +3085,16 @@ KEY_FORMS = {
 }
 
 
-def read_key_file(what: str, path: Path) -> bytes:
-    """Read the file of a key. Raises UsageError."""
+def read_key_file(what: str, path: Path) -> tuple[bytes, int]:
+    """Read the file of a key, and its mode. Raises UsageError."""
     with file_errors(what, path), path.open("rb") as file:
         data = file.read(KEY_FILE_BYTES + 1)
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     if len(data) > KEY_FILE_BYTES:
         raise UsageError(
             f"{what} {path}: over {KEY_FILE_BYTES} bytes; no key is so long"
         )
-    return data
+    return data, mode
 
 
 def check_secret(what: str, path: Path, data: bytes) -> bytes:
@@ -3130,11 +3121,9 @@ def read_secret(path: Path) -> bytes:
     (systemd.exec(5)); their mode means little: it is 0440 when there is an ACL for the
     unit's user, as systemd 254 and newer make one. Raises UsageError.
     """
-    data = read_key_file("secret", path)
-    with file_errors("secret", path):
-        mode, where = stat.S_IMODE(path.stat().st_mode), path.resolve()
-    credentials = variable("CREDENTIALS_DIRECTORY")
-    provided = credentials and where.is_relative_to(Path(credentials).resolve())
+    data, mode = read_key_file("secret", path)
+    folder = variable("CREDENTIALS_DIRECTORY")
+    provided = folder and path.resolve().is_relative_to(Path(folder).resolve())
     if mode & 0o077 and not provided:
         raise UsageError(
             f"secret {path}: others can read it (mode {mode:04o}): chmod 600 {path}"
@@ -3144,7 +3133,8 @@ def read_secret(path: Path) -> bytes:
 
 def read_jwt_key(path: Path) -> Key:
     """Read a key of the site's backend. The kind of key decides the algorithm."""
-    data = read_key_file("--jwt-key", path).removeprefix(codecs.BOM_UTF8)
+    data, _mode = read_key_file("--jwt-key", path)
+    data = data.removeprefix(codecs.BOM_UTF8)
     if re.search(PEM, data):
         return read_public_pem(path, data)
     secret = check_secret("--jwt-key", path, data)
@@ -3295,18 +3285,23 @@ class Keyring:
         )
 
     def verify(self, token: str, use: str | None = None) -> Claims:
-        """Return a token's claims. Raises Refusal token_invalid or token_expired.
+        """Return a token's claims. Raises Refusal token_invalid, _expired or _used.
 
         use is the purpose: "signin" for a sign-in link; "socket" for an upgrade, which
-        takes a plain token or a ticket; any other for a request.
+        takes a plain token or a ticket; any other for a request. "edge" is like
+        "socket", but a proxy cannot check `boot` or `spent`.
         """
         if len(token) > TOKEN_BYTES:
             raise bad_token(f"token: longer than {TOKEN_BYTES} bytes")
         claims = self._known(token)
         if claims.exp + LEEWAY_SECONDS <= time.time():
             raise Refusal("token_expired")
-        if claims.use == "ticket" and use != "socket":
-            raise bad_token("a ticket only opens a socket")
+        if claims.use == "ticket":
+            if use not in ("socket", "edge"):
+                raise bad_token("a ticket only opens a socket")
+            used = claims.boot != self.boot or claims.jti in self.spent
+            if used and use == "socket":
+                raise Refusal("token_used")
         if (claims.use == "signin") != (use == "signin"):
             raise bad_token("POST /api/v1/session, and only it, takes a sign-in link")
         self.refuse_revoked(claims)
@@ -3318,23 +3313,17 @@ class Keyring:
         if revoked_at is not None and claims.iat <= revoked_at + LEEWAY_SECONDS:
             raise bad_token("this token was revoked: sign in again")
 
-    def refuse_used(self, claims: Claims) -> None:
-        """Refuse a ticket that was used, or that another process signed."""
-        used = claims.boot != self.boot or claims.jti in self.spent
-        if claims.use == "ticket" and used:
-            raise Refusal("token_used")
-
     def spend(self, claims: Claims) -> None:
         """Let a verified token open a socket, and use it up if it is a ticket.
 
-        Raises Refusal token_used, or token_invalid if the user was revoked since the
-        token was verified. A proxy does not call this: only the process that signed a
-        ticket knows whether it was used.
+        Raises Refusal token_used or token_invalid if it was used, or its user revoked,
+        since it was verified.
         """
         self.refuse_revoked(claims)
-        self.refuse_used(claims)
         if claims.use != "ticket":
             return
+        if claims.jti in self.spent:
+            raise Refusal("token_used")
         for jti in list(itertools.islice(self.spent, 8)):  # the oldest
             if self.spent[jti] < time.time():  # up to 8 go for each that comes
                 del self.spent[jti]
@@ -3638,33 +3627,36 @@ class HttpConnection:
             await self._respond(None, refusal_answer(refusal))
 
     async def _head(self) -> h11.Request:
-        """Read a request's head. Raises TooSlowError once a part of it has arrived."""
+        """Read a request's head. Raises TooSlowError once a part of it has arrived.
+
+        BrokenResourceError: nothing has, or a full server has evicted the connection.
+        """
         begun = bool(self.h11.trailing_data[0])
         wait = IDLE_SECONDS if self.kept and not begun else HEAD_SECONDS
-        deadline = trio.current_time() + wait
-        while not isinstance(event := self.h11.next_event(), h11.Request):
-            await self._receive(deadline, begun=begun)
-            if not begun:
-                begun, deadline = True, trio.current_time() + HEAD_SECONDS
-        return event
-
-    async def _receive(self, deadline: float = math.inf, *, begun: bool = True) -> None:
-        """Read on, parked: a full server ends the connection parked longest.
-
-        Raises BrokenResourceError if that happens, or when the client has ended its
-        side, or when the time is over and no part of a request has begun to arrive.
-        Raises TooSlowError if one has.
-        """
-        with trio.CancelScope(deadline=deadline) as scope:
-            self.listener.parked[scope] = self.kept and not begun
-            self.listener.end_parked()
+        with trio.CancelScope(deadline=trio.current_time() + wait) as scope:
             try:
-                data = await self.stream.receive_some(8192)
+                while not isinstance(event := self.h11.next_event(), h11.Request):
+                    await self._receive(scope, idle=self.kept and not begun)
+                    if not begun:
+                        begun = True
+                        scope.deadline = trio.current_time() + HEAD_SECONDS
+                return event
             finally:
-                self.listener.parked.pop(scope, None)
-        if scope.cancelled_caught and begun and trio.current_time() >= scope.deadline:
+                evicted = self.listener.parked.pop(scope, None) is None
+        if begun and not evicted:
             raise trio.TooSlowError
-        if scope.cancelled_caught or not data:
+        raise trio.BrokenResourceError
+
+    async def _receive(self, scope: trio.CancelScope, *, idle: bool = False) -> None:
+        """Read on, parked: a full server cancels the scope that was parked first.
+
+        The caller takes the scope out of `parked`. Raises BrokenResourceError when the
+        client has ended its side.
+        """
+        self.listener.parked[scope] = idle
+        self.listener.end_parked()
+        data = await self.stream.receive_some(8192)
+        if not data:
             raise trio.BrokenResourceError
         self.h11.receive_data(data)
 
@@ -3673,21 +3665,25 @@ class HttpConnection:
         most = self.listener.settings.max_message_bytes
         declared = int(request.header("content-length") or 0)  # h11 checked: digits
         body, chunks = bytearray(), 0
-        while self.h11.their_state is h11.SEND_BODY:
-            if max(declared, len(body)) > most or chunks > CHUNKS:
-                raise Refusal(
-                    "too_large", f"a body of more than {most} bytes, or {CHUNKS} chunks"
-                )
-            event = self.h11.next_event()
-            if isinstance(event, h11.Data):
-                body += event.data
-                chunks += event.chunk_start
-            elif event is h11.NEED_DATA:
-                if self.h11.they_are_waiting_for_100_continue:
-                    go_on = h11.InformationalResponse(status_code=100, headers=[])
-                    await self._send(go_on)
-                await self._receive()
-        return bytes(body)
+        with trio.CancelScope() as scope:
+            try:
+                while self.h11.their_state is h11.SEND_BODY:
+                    if max(declared, len(body)) > most or chunks > CHUNKS:
+                        why = f"a body of more than {most} bytes, or {CHUNKS} chunks"
+                        raise Refusal("too_large", why)
+                    if self.h11.they_are_waiting_for_100_continue:
+                        go_on = h11.InformationalResponse(status_code=100, headers=[])
+                        await self._send(go_on)
+                    event = self.h11.next_event()
+                    if isinstance(event, h11.Data):
+                        body += event.data
+                        chunks += event.chunk_start
+                    elif event is h11.NEED_DATA:
+                        await self._receive(scope)
+                return bytes(body)
+            finally:
+                self.listener.parked.pop(scope, None)
+        raise trio.BrokenResourceError
 
     async def _respond(self, request: Request | None, answer: Answer) -> None:
         """Write an answer.
@@ -3768,7 +3764,7 @@ def switching_protocols(key: str) -> bytes:
     )
 
 
-def check_upgrade(request: Request, keyring: Keyring) -> Claims:
+def check_upgrade(request: Request, keyring: Keyring, use: str) -> Claims:
     """Check a handshake as RFC 6455 4.2.1 asks, and its token. Raises Refusal."""
     asked = "websocket" in request.words("upgrade")
     if not asked or "upgrade" not in request.words("connection"):
@@ -3786,7 +3782,7 @@ def check_upgrade(request: Request, keyring: Keyring) -> Claims:
     token = request.argument("token")
     if not token:
         raise bad_token("token: it is missing in the query")
-    return keyring.verify(token, "socket")
+    return keyring.verify(token, use)
 
 
 def peer_address(stream: trio.SocketStream) -> Address | None:
@@ -3852,8 +3848,7 @@ async def _admit(
     server: Server, connection: HttpConnection, request: Request
 ) -> TakeOver:
     """Accept an upgrade: the last checks that can still be an HTTP answer."""
-    claims = check_upgrade(request, server.keyring)
-    server.keyring.refuse_used(claims)
+    claims = check_upgrade(request, server.keyring, "socket")
     cursor = request.argument("cursor")
     with trio.move_on_after(REQUEST_SECONDS):
         await store_name(server, claims)
@@ -3886,7 +3881,7 @@ def check_origin(server: Server, request: Request) -> None:
     origin = request.header("origin")
     if not origin or origin.lower() in server.settings.origin:
         return
-    hosts = {request.header("host"), *request.words("x-forwarded-host")}
+    hosts = {request.header("host"), *request.words("x-forwarded-host")} - {""}
     if not same_origin(origin, hosts):
         raise Refusal("forbidden", "Origin: pages of this origin may not use chatd")
 
@@ -4091,7 +4086,7 @@ def get_health(server: Server, request: Request) -> Answer:
     status = "ok"
     if server.listener.stopping.is_set():
         status = "stopping"
-    elif server.store.degraded:
+    elif server.store.failure:
         status = "degraded"
     return json_answer({"status": status}, 200 if status == "ok" else 503)
 
@@ -4187,7 +4182,7 @@ for methods in ROUTES.values():
     if "GET" in methods:
         methods["HEAD"] = methods["GET"]  # without the body (RFC 9110 9.3.2)
     methods["OPTIONS"] = Route("anyone", preflight)
-NUMBER = re.compile(r"(?<=/)[1-9][0-9]{0,15}(?=/|\Z)")
+NUMBER = re.compile(r"(?<=/)0*[1-9][0-9]{0,15}(?=/|\Z)")
 
 
 def find_route(request: Request) -> Route:
@@ -4329,7 +4324,7 @@ def stats_document(server: Server) -> dict[str, Any]:
         "store": {
             **counted("commits", "messages", "batch_max", "duplicates", "failed"),
             "commit_seconds": stats.commit_seconds(),
-            "degraded": store.degraded,
+            "degraded": bool(store.failure),
             "wal_bytes": file_bytes(store.wal),
             "sqlite": sqlite3.sqlite_version,
         },
@@ -4418,7 +4413,7 @@ def proxy(settings: Settings, upstream: str) -> None:
     dial = partial(trio.open_tcp_stream, host.strip("[]"), int(port))
     keyring = read_keyring(settings)
     listener = Proxy(settings, keyring, upstream, dial).listener
-    about: dict[str, object] = {"upstream": upstream, **keyring.about()}
+    about = {"upstream": upstream} | keyring.about()
     trio.run(run_root, listener, listener.run, about, announce)
 
 
@@ -4445,7 +4440,7 @@ class Proxy:
             raise bad_field("method: CONNECT is not passed on")
         if request.upgrades:
             self.listener.check_handshakes(request.address)
-            check_upgrade(request, self.keyring)
+            check_upgrade(request, self.keyring, "edge")
         with trio.fail_after(REQUEST_SECONDS):
             body = await connection.read_body(request)
         status, failed = 0, None
@@ -4481,8 +4476,9 @@ class Proxy:
                     upstream.socket.close()
                     raise
         except trio.TooSlowError:
-            why = "the chat service does not answer"
-            raise Refusal("upstream", why, status=504) from None
+            raise Refusal(
+                "upstream", "the chat service does not answer", status=504
+            ) from None
         except (OSError, trio.BrokenResourceError) as error:
             self.listener.warn("upstream_failed", error)
             raise Refusal("upstream") from error
@@ -4503,7 +4499,9 @@ class Proxy:
             "host": host,
             "x-forwarded-host": request.fields.get("x-forwarded-host", host),
             "x-forwarded-proto": request.fields.get("x-forwarded-proto", "http"),
-            "via": f"{request.version} chatd",
+            "via": f"{request.header('via')}, {request.version} chatd".removeprefix(
+                ", "
+            ),
             "connection": "close",
         }
         if request.address is not None:
@@ -4569,11 +4567,9 @@ class Tunnel:
                 self._moved()
                 async with trio.open_nursery() as nursery:
                     if self.sent is not None:
-                        nursery.start_soon(
-                            self._copy, client, self.upstream, self.sent, self.reading
-                        )
-                    down = trio.CancelScope()  # only the upstream's end ends it
-                    await self._copy(self.upstream, client, self.begun, down)
+                        nursery.start_soon(self._copy_up, client, self.sent)
+                    await self._copy(self.upstream, client, self.begun)
+                    await self._pass_end(client)
                 self.upstream.socket.close()
                 await linger(client)
                 broken = False
@@ -4589,27 +4585,28 @@ class Tunnel:
     def _moved(self) -> None:
         self.idle.deadline = trio.current_time() + self.seconds
 
+    async def _copy_up(self, client: trio.SocketStream, data: bytes) -> None:
+        with self.reading:
+            await self._copy(client, self.upstream, data)
+        await self._pass_end(self.upstream)
+
     async def _copy(
-        self,
-        source: trio.SocketStream,
-        target: trio.SocketStream,
-        data: bytes,
-        reading: trio.CancelScope,
+        self, source: trio.SocketStream, target: trio.SocketStream, data: bytes
     ) -> None:
-        """Copy data, and then all until the source ends; pass its end on."""
-        with reading:
-            while data := data or await source.receive_some(COPY_BYTES):
-                try:
-                    await target.send_all(data)
-                except trio.BrokenResourceError:
-                    if target is not self.upstream:
-                        raise
-                    break  # it has gone; what it sent before that still goes down
-                self._moved()
-                data = b""
+        """Copy data, and then all until the source ends or the target has gone."""
+        while data := data or await source.receive_some(COPY_BYTES):
+            try:
+                await target.send_all(data)
+            except trio.BrokenResourceError:
+                break  # what the target sent before still goes to the source
+            self._moved()
+            data = b""
+
+    async def _pass_end(self, target: trio.SocketStream) -> None:
+        """Pass on that one side has ended; the other has not much longer to do so."""
         with suppress(trio.BrokenResourceError):  # it has gone
             await target.send_eof()
-        self.seconds = STALL_SECONDS  # the other side has not much longer to end
+        self.seconds = STALL_SECONDS
         self._moved()
 
 
@@ -4634,7 +4631,7 @@ def file_errors(what: str, path: Path) -> Iterator[None]:
         if is_damage(error):
             raise damaged(what, path, str(error)) from error
         why = str(getattr(error, "strerror", None) or error)
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             why = f"there is no folder {path.parent}; make it, or name another"
         raise UsageError(f"{what} {path}: {why}") from error
 
@@ -4871,7 +4868,7 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
 def locked(db: Path) -> Iterator[None]:
     """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
     path = Path(f"{db.resolve()}.lock")  # a link leads to the same database
-    with file_errors("lock", path):
+    with file_errors("database", db):
         # Root does this too, in a folder of the unit's user: follow no link there.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     with open(fd, "r+", encoding="ascii") as file:
@@ -4947,7 +4944,7 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
     pid, count, called = (os.environ.pop(name, "") for name in names)
     given: list[socket.socket] = []
     kept: list[socket.socket] = []
-    if pid != str(os.getpid()):
+    if pid != str(os.getpid()) or not count.isdigit():
         return given, kept
     fd_names = dict(enumerate(called.split(":"), 3))
     for fd in range(3, 3 + int(count)):
@@ -5300,7 +5297,7 @@ class Settings:
         "the size of a message on a socket, or of a request's body", "1009, 413")
     max_content_chars: int = flag(4_000, "CHARACTERS",
         "the length of a message's content", "bad_field")
-    drain_seconds: float = flag(5.0, "SECONDS",
+    drain_seconds: float = flag(5, "SECONDS",
         "the time that a stop may take", "open connections are cut")
     check_bytes: int = flag(33_554_432, "BYTES",
         "the size of a database that is checked for damage at the start",
@@ -5323,7 +5320,7 @@ class Settings:
     # Members of a chat: each new member gets an event with all. Over it: bad_field.
     members: int = 5_000
     large_chat: int = 50  # members; over it the read marks go to the reader only
-    known_tokens: int = 4_096  # that were verified; over it the oldest is forgotten
+    known_tokens: int = 4_096  # that were verified; the least recently used goes
 
 
 def parser(

@@ -97,6 +97,10 @@ async def test_a_frame_is_accepted_whole_or_not_at_all(server: VirtualServer) ->
     assert raw.data == b""
 
 
+def closing(code: int) -> bytes:
+    return bytes(chatd._frames.close(code, ""))
+
+
 @with_server(outbox_bytes=1_000_000)
 async def test_a_cancelled_flush_cuts_no_frame_but_the_last(
     server: VirtualServer,
@@ -109,7 +113,7 @@ async def test_a_cancelled_flush_cuts_no_frame_but_the_last(
     await wait_all_tasks_blocked()
     session.nursery.cancel_scope.cancel()
     session.outbox.push(numbered_frame(1000))
-    session.outbox.seal(chatd.close_frame(1000, ""))
+    session.outbox.seal(closing(1000))
     await raw.ends()
     arrived = numbers_in(raw.data)
     assert arrived == list(range(len(arrived)))  # in order, without a gap
@@ -120,10 +124,10 @@ async def test_a_cancelled_flush_cuts_no_frame_but_the_last(
 async def test_the_first_close_frame_is_the_last_frame(server: VirtualServer) -> None:
     raw, box = await connect(server)
     box.push(numbered_frame(1))
-    box.seal(chatd.close_frame(4503, "revoked"))
+    box.seal(closing(4503))
     assert box.push(numbered_frame(2))
     assert box.push(numbered_frame(3), always=True)
-    box.seal(chatd.close_frame(1000, ""))
+    box.seal(closing(1000))
     await raw.send(frame_bytes(PING), command_bytes("ping"), close_bytes(1000))
     await raw.ends()
     assert [opcode for opcode, _ in take_frames(raw.data)] == [TEXT, CLOSE]

@@ -329,7 +329,7 @@ DEFAULTS = {
     "sends": "5/20", "commands": "30/60", "typing": "1/5", "handshakes": "10/50",
     "requests": "20/100", "receive_bytes": "65536/524288", "max_connections": "10000",
     "connections_per_user": "20", "max_message_bytes": "65536",
-    "max_content_chars": "4000", "drain_seconds": "5.0", "check_bytes": "33554432",
+    "max_content_chars": "4000", "drain_seconds": "5", "check_bytes": "33554432",
     "outbox_bytes": "262144", "fragments": "64",
     "resync_events": "5000", "page_events": "500", "page_bytes": "131072",
     "tail_events": "16384", "large_chat": "50",

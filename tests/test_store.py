@@ -340,7 +340,7 @@ def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
     assert batch.outcomes[1][1].message.n == 1
     assert [event.seq for event in batch.events] == [3]
     assert sum(memory.stats.errors.values()) == 1
-    assert not store.degraded
+    assert not bool(store.failure)
 
 
 def test_before_the_start_a_work_is_committed_at_once(tmp_path: Path) -> None:
@@ -821,11 +821,11 @@ def test_a_disk_that_fills_up_at_any_job_fails_the_whole_batch(
     assert {outcome.retry_after for _, outcome in batch.outcomes} == {2.0}
     assert ran == [*range(position + 1)]  # the jobs after it did not run
     memory.hub.publish(batch)
-    assert (store.degraded, store._writer.in_transaction) == (True, False)
+    assert (bool(store.failure), store._writer.in_transaction) == (True, False)
     assert (made.seqs(), memory.count("message"), memory.stats.failed) == ([], 0, 6)
     store._writer.execute("PRAGMA max_page_count = 100000")
     assert store._probe() == ([], [])
-    assert not store.degraded
+    assert not bool(store.failure)
     memory.hub.publish(memory.commit(*works))
     assert made.seqs() == [*range(3, 9)]
     memory_is_sound(memory)
@@ -856,9 +856,9 @@ def test_an_error_at_any_step_of_a_batch_rolls_all_of_it_back(memory: Memory) ->
         store._writer.set_authorizer(None)
         if not batch.events:
             assert all_failed(batch)
-            assert (store.degraded, store._writer.in_transaction) == (True, False)
+            assert (bool(store.failure), store._writer.in_transaction) == (True, False)
             assert store._probe() == ([], [])
-            assert (store.seq, store.degraded) == (2, False)
+            assert (store.seq, bool(store.failure)) == (2, False)
             assert memory.count("event") == memory.count("member") == 2
     assert denied > 100
     memory.hub.publish(batch)
@@ -908,10 +908,18 @@ async def test_a_failed_commit_that_is_on_disk_is_published_before_anything_else
     async with running(memory):
         work = memory.sends(chat, 1, "once", "k")
         assert await refusal_code(memory, work) == "storage_failed"
-        assert (memory.store.degraded, memory.hub.head, made.seqs()) == (True, 2, [])
+        assert (bool(memory.store.failure), memory.hub.head, made.seqs()) == (
+            True,
+            2,
+            [],
+        )
         assert await refusal_code(memory, work) == "storage_failed"
         await trio.sleep(chatd.PROBE_SECONDS + 0.1)
-        assert (memory.store.degraded, memory.hub.head, made.seqs()) == (False, 3, [3])
+        assert (bool(memory.store.failure), memory.hub.head, made.seqs()) == (
+            False,
+            3,
+            [3],
+        )
         again = await memory.store.commit(*work)
         assert (again.duplicate, again.message.id) == (True, 3)
         assert (await memory.store.commit(*memory.sends(chat, 1))).message.n == 2
@@ -957,9 +965,9 @@ async def test_while_storage_fails_writes_are_refused_at_once_and_reads_go_on(
             assert trio.current_time() == started
             assert await store.read(store.my_chats, 1, memory.hub.head)
             await trio.sleep(60)
-            assert store.degraded
+            assert bool(store.failure)
         await trio.sleep(chatd.PROBE_SECONDS + 0.1)
-        assert not store.degraded
+        assert not bool(store.failure)
         assert (await store.commit(*work)).message.n == 1
     assert memory.stats.failed == 21
     memory_is_sound(memory)
@@ -1001,12 +1009,12 @@ def test_after_each_io_error_the_database_is_reopened(memory: Memory) -> None:
             before = store._writer
             with no_file_grows(store.wal):
                 assert store._probe() == ([], [])
-            assert store.degraded
+            assert bool(store.failure)
             assert store._writer is not before
         found = store._probe()
         assert [event.kind for event in found.events] == ["new_message"]
         memory.hub.publish(found)
-        assert (store.degraded, store.seq) == (False, 2 + n)
+        assert (bool(store.failure), store.seq) == (False, 2 + n)
     memory_is_sound(memory)
 
 
@@ -1052,7 +1060,7 @@ def test_a_database_that_cannot_be_reopened_is_reopened_later(memory: Memory) ->
             store.check_file()
             assert memory.my_chats(1)
     assert len(store._probe().events) == 1
-    assert not store.degraded
+    assert not bool(store.failure)
 
 
 def test_writes_resume_when_a_read_only_file_is_writable_again() -> None:
@@ -1068,7 +1076,7 @@ def test_writes_resume_when_a_read_only_file_is_writable_again() -> None:
         assert store.failure == "SQLITE_READONLY"
         memory.settings.db.chmod(0o600)
         assert store._probe() == ([], [])
-        assert not store.degraded
+        assert not bool(store.failure)
         assert memory.send(chat, 1).message.n == 1
         memory_is_sound(memory)
         store.close()
@@ -1088,7 +1096,7 @@ def test_a_transaction_that_cannot_be_rolled_back_ends_with_its_connection(
     assert all_failed(memory.commit(memory.sends(chat, 1)))
     assert store._writer.in_transaction
     assert store._probe() == ([], [])
-    assert (store.degraded, store._writer.in_transaction) == (False, False)
+    assert (bool(store.failure), store._writer.in_transaction) == (False, False)
     assert memory.send(chat, 1).message.n == 1
     memory_is_sound(memory)
 
@@ -1114,7 +1122,7 @@ def test_a_file_removed_or_replaced_while_storage_fails_ends_the_server(
     assert all_failed(memory.commit(memory.sends(chat, 1)))
     take_away(Path(f"{memory.settings.db}{suffix}"), replaced=replaced)
     assert "removed or replaced" in usage_error_of(store._probe)
-    assert store.degraded
+    assert bool(store.failure)
 
 
 @pytest.fixture
@@ -1139,7 +1147,7 @@ def test_a_path_that_cannot_be_resolved_is_a_storage_failure_and_not_a_removed_f
     link.unlink()
     link.symlink_to("real")
     assert len(store._probe().events) == 1
-    assert not store.degraded
+    assert not bool(store.failure)
 
 
 def test_the_wal_of_a_database_behind_a_link_is_watched_and_rewritten(
@@ -1170,9 +1178,9 @@ def test_a_file_size_limit_is_handled_like_a_full_disk(memory: Memory) -> None:
         assert all_failed(memory.commit(work))
         for _ in range(4):  # the store neither ends nor reports a recovery
             assert store._probe() == ([], [])
-            assert store.degraded
+            assert bool(store.failure)
     assert store._probe() == ([], [])
-    assert not store.degraded
+    assert not bool(store.failure)
     assert memory.do(*work).message.content == "x" * 100_000
     memory_is_sound(memory)
 
@@ -1225,7 +1233,7 @@ def test_another_writer_is_a_failure_that_passes(memory: Memory) -> None:
     other.execute("BEGIN IMMEDIATE")
     assert all_failed(memory.commit(memory.sends(chat, 1)))
     assert store._probe() == ([], [])
-    assert store.degraded
+    assert bool(store.failure)
     other.close()
     assert store._probe() == ([], [])
     assert memory.send(chat, 1).message.n == 1
@@ -1273,7 +1281,7 @@ def test_a_corrupt_table_fails_its_readers_and_its_writers(memory: Memory) -> No
     after = Memory(memory.settings.db.parent, check_bytes=1)
     assert refusal_of(after.my_chats, 1).code == "storage_failed"
     assert all_failed(after.commit(after.sends(chat, 1)))
-    assert after.store.degraded
+    assert bool(after.store.failure)
     assert after.read(after.store.users) == [chatd.User(1, None), chatd.User(2, None)]
     assert after.stats.errors["DatabaseError"] == 1
     after.store.close()
@@ -1489,9 +1497,9 @@ def test_a_probe_frees_space_with_a_checkpoint_of_the_wal(memory: Memory) -> Non
     with no_file_grows(memory.settings.db.with_name("chatd.db-wal")):
         work = memory.sends(chat, 1, "x" * 4000)
         assert all_failed(memory.commit(work))
-        assert store.degraded
+        assert bool(store.failure)
         assert store._probe() == ([], [])
-        assert not store.degraded
+        assert not bool(store.failure)
         assert memory.do(*work).message.n == 101
     memory_is_sound(memory)
 
@@ -1508,9 +1516,9 @@ def test_storage_still_fails_if_the_wal_cannot_be_rewritten(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", failing)
         assert store._probe() == ([], [])
-        assert store.degraded
+        assert bool(store.failure)
     assert len(store._probe().events) == 1
-    assert not store.degraded
+    assert not bool(store.failure)
 
 
 def test_an_error_names_a_path_that_cannot_be_a_file(tmp_path: Path) -> None:
