@@ -466,6 +466,13 @@ async def test_one_connection_too_many_gets_4504_and_takes_no_place(
     assert (await second.ask("ping"))["type"] == "pong"
 
 
+@with_server()
+async def test_a_close_frame_has_a_code_and_a_reason(server: VirtualServer) -> None:
+    raw = await server.join_raw(6)
+    server.session(6).end(4503, "revoked: sign in again")
+    assert await raw.frame(1) == (CLOSE, b"\x11\x97revoked: sign in again")
+
+
 class UnreadableStore(chatd.Store):
     """A store that cannot read greetings or events: SQLite raises a real error."""
 
