@@ -701,6 +701,8 @@ async def test_origin_is_checked_on_every_request(server: VirtualServer) -> None
         "http://chat.example:8080": 403,
         "null": 403,
         "chat.example": 403,
+        "http://": 403,
+        "https://:443": 403,
     }.items():
         headers = {"Origin": origin} if origin else {}
         for method in ("GET", "OPTIONS"):

@@ -451,7 +451,12 @@ print(len(given), len(chatd.passed_sockets()[0]))
 print(os.get_inheritable(3), [n for n in os.environ if n.startswith("LISTEN_")])
 """
     with socket.create_server(("127.0.0.1", 0)) as server:
-        for before, count in (("", "1"), ("os.environ['LISTEN_PID'] = '1'", "0")):
+        for before, count in {
+            "": "1",
+            "os.environ['LISTEN_PID'] = '1'": "0",
+            "del os.environ['LISTEN_FDS']": "0",
+            "os.environ['LISTEN_FDS'] = 'x'": "0",
+        }.items():
             done = await trio.run_process(
                 [
                     *(sys.executable, "-c", EXEC_WITH_SOCKETS, str(server.fileno())),

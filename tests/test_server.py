@@ -288,6 +288,41 @@ async def test_a_connection_closed_for_a_newer_one_in_mid_head_ends_at_once(
         assert await raw.ends() == b""
 
 
+@with_server(max_connections=1)
+async def test_a_client_that_drips_its_head_or_body_keeps_its_place_in_the_line(
+    server: VirtualServer,
+) -> None:
+    raws = [server.dial() for _ in range(129)]
+    head = request_bytes("GET", "/healthz", b"x" * 9)
+    for raw in raws:
+        await raw.send(b"GET /healthz HT" if raw is raws[0] else head[:-9])
+    await wait_all_tasks_blocked()
+    for byte in (b"TP", b"/1"):  # the first two go on
+        await raws[0].send(byte)
+        await raws[1].send(b"x")
+        await wait_all_tasks_blocked()
+    for dripping in raws[:2]:
+        assert (await server.dial().ask("GET", "/healthz")).status == 200
+        assert await dripping.ends() == b""
+
+
+@with_server()
+async def test_a_client_that_drips_its_head_gets_one_second_at_a_stop(
+    server: VirtualServer,
+) -> None:
+    raw = server.dial()
+    await wait_all_tasks_blocked()
+    server.app.listener.stopping.set()
+    server.app.listener.end_parked()
+    await raw.send(b"G")
+    for byte in b"ET / H":
+        await trio.sleep(0.3)
+        await raw.send(bytes([byte]))
+    assert (await raw.answer()).status == 408
+    await trio.sleep(1)
+    assert server.finished.is_set()
+
+
 @with_server()
 async def test_a_client_that_resets_before_it_is_accepted_causes_no_error(
     server: VirtualServer,
