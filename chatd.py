@@ -177,7 +177,6 @@ import select
 import signal
 import socket
 import sqlite3
-import stat
 import struct
 import sys
 import tempfile
@@ -712,16 +711,15 @@ class Session:
         """
         server = self.server
         server.opened(self)
-        upto = server.hub.head
         # Register first, read second: no event that is published meanwhile is missed.
-        entered = server.hub.enter(self.seat, upto)
+        entered = server.hub.enter(self.seat)
         reader = WebSocketReader(self.outbox, server.settings, trailing, self._receive)
         try:
             try:
                 with self.reading:
                     if not entered:
                         self.end(CLOSE_TOO_MANY, "this user has too many connections")
-                    elif await self._greet(upto):
+                    elif await self._greet():
                         await reader.read()
             except ClientFault as fault:
                 self.end(*fault.args)
@@ -749,9 +747,10 @@ class Session:
 
     # --- joining ---------------------------------------------------------------------
 
-    async def _greet(self, upto: int) -> bool:
+    async def _greet(self) -> bool:
         """Read the user's chats and send `connected`. False: they cannot be read."""
         store, hub = self.server.store, self.server.hub
+        upto = hub.head
         given, user_id = parse_cursor(self.server, self.cursor), self.claims.user_id
         start = upto if given is None else given
         try:
@@ -2084,13 +2083,12 @@ class Hub:
 
     # --- seats -----------------------------------------------------------------------
 
-    def enter(self, seat: Seat, cursor: int) -> bool:
+    def enter(self, seat: Seat) -> bool:
         """Register a seat that is to catch up. False: this user has too many."""
         person = self.people.setdefault(seat.person.user_id, seat.person)
         if len(person.seats) >= self.settings.connections_per_user:
             return False
         seat.person = person
-        seat.cursor = cursor
         person.seats.append(seat)
         return True
 
@@ -3089,7 +3087,7 @@ def read_key_file(what: str, path: Path) -> tuple[bytes, int]:
     """Read the file of a key, and its mode. Raises UsageError."""
     with file_errors(what, path), path.open("rb") as file:
         data = file.read(KEY_FILE_BYTES + 1)
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        mode = os.fstat(file.fileno()).st_mode & 0o7777
     if len(data) > KEY_FILE_BYTES:
         raise UsageError(
             f"{what} {path}: over {KEY_FILE_BYTES} bytes; no key is so long"
@@ -3665,25 +3663,31 @@ class HttpConnection:
         most = self.listener.settings.max_message_bytes
         declared = int(request.header("content-length") or 0)  # h11 checked: digits
         body, chunks = bytearray(), 0
+        while self.h11.their_state is h11.SEND_BODY:
+            if max(declared, len(body)) > most or chunks > CHUNKS:
+                raise Refusal(
+                    "too_large", f"a body of more than {most} bytes, or {CHUNKS} chunks"
+                )
+            if self.h11.they_are_waiting_for_100_continue:
+                go_on = h11.InformationalResponse(status_code=100, headers=[])
+                await self._send(go_on)
+            event = self.h11.next_event()
+            if isinstance(event, h11.Data):
+                body += event.data
+                chunks += event.chunk_start
+            elif event is h11.NEED_DATA:
+                await self._more_body()
+        return bytes(body)
+
+    async def _more_body(self) -> None:
+        # Nearly every body comes with its head and needs no scope: that saves 3 us.
         with trio.CancelScope() as scope:
             try:
-                while self.h11.their_state is h11.SEND_BODY:
-                    if max(declared, len(body)) > most or chunks > CHUNKS:
-                        why = f"a body of more than {most} bytes, or {CHUNKS} chunks"
-                        raise Refusal("too_large", why)
-                    if self.h11.they_are_waiting_for_100_continue:
-                        go_on = h11.InformationalResponse(status_code=100, headers=[])
-                        await self._send(go_on)
-                    event = self.h11.next_event()
-                    if isinstance(event, h11.Data):
-                        body += event.data
-                        chunks += event.chunk_start
-                    elif event is h11.NEED_DATA:
-                        await self._receive(scope)
-                return bytes(body)
+                await self._receive(scope)
             finally:
                 self.listener.parked.pop(scope, None)
-        raise trio.BrokenResourceError
+        if scope.cancelled_caught:
+            raise trio.BrokenResourceError
 
     async def _respond(self, request: Request | None, answer: Answer) -> None:
         """Write an answer.
@@ -3692,7 +3696,7 @@ class HttpConnection:
         byte of the request left unread, and with every answer of a proxy.
         """
         headers = {
-            "Date": email.utils.formatdate(usegmt=True),
+            "Date": http_date(now_seconds()),
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-store",
@@ -3793,6 +3797,9 @@ def peer_address(stream: trio.SocketStream) -> Address | None:
         return None
     return parse_address(name[0].partition("%")[0]) if isinstance(name, tuple) else None
 
+
+# The Date header (RFC 9110 6.6.1). Kept for its second, which saves 2 us an answer.
+http_date = lru_cache(maxsize=2)(partial(email.utils.formatdate, usegmt=True))
 
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -4228,8 +4235,10 @@ def log_bug(verb: str, error: BaseException) -> None:
     cause: BaseException | None = error
     while cause is not None:
         kinds.append(type(cause).__name__)
-        frames = traceback.extract_tb(cause.__traceback__)[:-9:-1]
-        places += [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames]
+        places += [
+            f"{Path(f.filename).name}:{f.lineno} {f.name}"
+            for f in traceback.extract_tb(cause.__traceback__)[:-9:-1]
+        ]
         cause = cause.__cause__
     log(ERROR, verb, error=" from ".join(kinds), at=" < ".join(places))
 
@@ -4264,9 +4273,12 @@ class JournalFormatter(logging.Formatter):
 
 def set_up_log(level: str) -> None:
     """Log to stderr. trio-websocket's own logger is off: it would log every frame."""
-    words = logging.Formatter("%(levelname)s %(message)s")
     handler = logging.StreamHandler()
-    handler.setFormatter(JournalFormatter() if in_journal() else words)
+    handler.setFormatter(
+        JournalFormatter()
+        if in_journal()
+        else logging.Formatter("%(levelname)s %(message)s")
+    )
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logging.getLogger("trio-websocket").disabled = True

@@ -306,7 +306,8 @@ class Memory:
     def enter(self, user: int) -> MemorySeat:
         """Enter a seat into the hub. Its user's chats are not read yet."""
         made = MemorySeat(user)
-        assert self.hub.enter(made.seat, self.hub.head)
+        assert self.hub.enter(made.seat)
+        made.seat.cursor = self.hub.head
         return made
 
     def greeting(self, user: int, cursor: int | None = None) -> chatd.Greeting:

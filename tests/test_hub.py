@@ -257,11 +257,11 @@ def test_the_connections_of_one_user_are_bounded() -> None:
     with memory_with(connections_per_user=2) as memory:
         seats = [memory.enter(1), memory.enter(1)]
         refused = MemorySeat().seat
-        assert not memory.hub.enter(refused, 0)
+        assert not memory.hub.enter(refused)
         assert len(memory.hub.people[1].seats) == 2
         memory.enter(2)
         memory.hub.leave(seats[0].seat)
-        assert memory.hub.enter(refused, 0)
+        assert memory.hub.enter(refused)
 
 
 def test_a_seat_that_leaves_leaves_nothing_behind(memory: Memory) -> None:

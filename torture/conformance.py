@@ -31,7 +31,7 @@ OFF = chatd.Rate(0, 0)
 class Echo(chatd.Session):
     """A session that sends each message back, and does nothing else."""
 
-    async def _greet(self, upto: int) -> bool:
+    async def _greet(self) -> bool:
         return True
 
     async def _receive(self, text: str | bytes) -> None:
