@@ -161,6 +161,15 @@ class Table:
         """Wait until somebody is refused; False: nobody was."""
         return await until(lambda: self.refused > before, seconds)
 
+    def recoveries(self) -> int:
+        """Count how often chatd has logged that it writes again."""
+        log = self.chatd.log.read_text(errors="replace")
+        return log.count("storage_recovered db=")
+
+    async def has_recovered(self, before: int) -> bool:
+        """Wait until it has logged one recovery more; False: it has not."""
+        return await until(lambda: self.recoveries() > before, 1)
+
     async def health(self) -> int:
         """Ask how it is; the status."""
         reply = await http(self.chatd, "GET", "/healthz")
@@ -251,7 +260,7 @@ async def one_by_one(case: Case, found: Counter[str]) -> None:
     async with table.seated():
         for after in case.afters:
             await table.all_ack(30)
-            refused = table.refused
+            refused, recoveries = table.refused, table.recoveries()
             table.shim.arm(
                 case.op,
                 case.files,
@@ -263,13 +272,13 @@ async def one_by_one(case: Case, found: Counter[str]) -> None:
             fired = await until(lambda: table.shim.fired > 0, 60)
             assert fired, f"{case}: nothing failed at {after}"
             found["faults"] += 1
-            began = trio.current_time()
             if await table.refuses(refused, 1):
                 found["refusing"] += 1
                 await table.reads_live_on()
-                status = await table.health()
-                late = trio.current_time() - began > 1.5
-                assert status == 503 or late, f"{case} at {after}: health is {status}"
+                # On a slow machine it may be well again.
+                if await table.health() != 503:
+                    well = await table.has_recovered(recoveries)
+                    assert well, f"{case} at {after}: healthy without a recovery"
             await table.all_ack(30)
             assert await table.health() == 200, "health is not well again"
         await table.hear_out()
