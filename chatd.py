@@ -820,8 +820,8 @@ class Session:
     async def _receive(self, text: str | bytes) -> None:
         """Handle one message in the reader's task: nothing is read meanwhile.
 
-        What needs no write is answered at once, and so before the acks of earlier
-        commands. A client tells its answers apart by `ref`.
+        A command that needs no write is answered at once, and so before the acks of
+        earlier commands. A client tells its answers apart by `ref`.
         """
         if self.close_with is not None:
             return  # it was read together with the bytes that ended the connection
@@ -1294,6 +1294,7 @@ class Store:
         for db in self._idle_readers:
             db.close()
         with suppress(sqlite3.Error):  # a failed disk: the WAL has it all
+            self._writer.execute("PRAGMA optimize")
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._writer.close()
 
@@ -2479,8 +2480,8 @@ class Outbox(trio.abc.Stream):
 # =====================================================================================
 # PROTOCOL: refusals, close codes, messages
 #
-# What goes over the wire: tables, and the functions that check and encode. Nothing here
-# waits.
+# The messages on the wire, as tables, and the functions that check and encode them.
+# Nothing here waits.
 # =====================================================================================
 
 
@@ -2943,15 +2944,16 @@ class Proxies:
         """Is this address a trusted proxy?"""
         return address is not None and any(address in net for net in self.networks)
 
-    def client(self, peer: Address | None, forwarded: Sequence[str]) -> Address | None:
+    def client(self, peer: Address | None, forwarded: str) -> Address | None:
         """Find the client's address behind the proxies.
 
-        The list is read from the right, where the trusted proxies wrote. The first
-        address that is not one of them is the client; the client itself may have
-        written the entries to its left. If an entry is not an address, the peer counts.
+        forwarded is X-Forwarded-For. It is read from the right, where the trusted
+        proxies wrote. The first address that is not one of them is the client; the
+        client itself may have written the entries to its left. If an entry is not an
+        address, the peer counts.
         """
         client = peer
-        for hop in reversed(",".join(forwarded).split(",")):
+        for hop in reversed(forwarded.split(",")):
             if not self.trust(client):
                 break
             client = parse_address(hop)
@@ -3027,7 +3029,7 @@ KEY_FILE_BYTES = 65_536
 # A file that contains this is meant as PEM, in whatever state it is.
 PEM = rb"(?i)-{2,} ?(?:BEGIN|END) |\b(?:BEGIN|END) [A-Z0-9 ]*(?:KEY|CERTIFICATE)\b"
 
-# What a PEM file (RFC 7468) of a --jwt-key must not hold.
+# A PEM file (RFC 7468) of a --jwt-key must not hold any of these.
 PEM_FAULTS = {
     rb"-----(BEGIN|END) [^\r\n-]*PRIVATE KEY": (
         "a private key; give chatd the public one: openssl pkey -pubout"
@@ -3359,7 +3361,7 @@ class Keyring:
         raise bad_token()
 
 
-# What PyJWT finds wrong with a token that has the right signature.
+# The faults that PyJWT finds in a token whose signature is right.
 TOKEN_FAULTS: dict[type[Exception], str] = {
     jwt.MissingRequiredClaimError: "token: it lacks the iss or aud that chatd asks for",
     jwt.InvalidIssuerError: "token: another iss than --issuer",
@@ -3430,7 +3432,7 @@ def refusal_answer(refusal: Refusal) -> Answer:
     return Answer(refusal.status, encode({"error": error}), headers=headers)
 
 
-# What a client needs to do better: RFC 9110 15.5.2 and 15.5.22, RFC 6455 4.4.
+# The headers that a status must have: RFC 9110 15.5.2 and 15.5.22, RFC 6455 4.4.
 STATUS_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     426: {
@@ -3475,8 +3477,8 @@ class Request:
         if self.version not in ("1.0", "1.1"):
             raise bad_field("version: this server speaks HTTP/1.1")
         self.method = head.method.decode("ascii")
-        # The lines of a header are joined (RFC 9110 5.3). What is said about whom a
-        # request is forwarded for is dropped, unless a trusted proxy says it.
+        # The lines of a header are joined (RFC 9110 5.3). X-Forwarded-... headers are
+        # dropped, unless a trusted proxy sends them.
         self.fields: dict[str, str] = {}
         trusted = proxies.trust(peer)
         for raw_name, raw_value in head.headers:
@@ -3502,7 +3504,7 @@ class Request:
             )
         except ValueError as error:
             raise bad_field(f"query: {error}") from None
-        self.address = proxies.client(peer, [self.header("x-forwarded-for")])
+        self.address = proxies.client(peer, self.header("x-forwarded-for"))
 
     @property
     def user_id(self) -> int:
@@ -3860,14 +3862,18 @@ async def _admit(
     with trio.move_on_after(REQUEST_SECONDS):
         await store_name(server, claims)
     # No task switch from here until `Server.opened` counts it, so the bound is exact.
-    later = server.retry_after_seconds()
     if len(server.sessions) >= server.settings.max_connections:
         server.listener.warn("full", "sockets")
-        raise Refusal("overloaded", retry_after=later)
+        raise Refusal("overloaded", retry_after=server.retry_after_seconds())
     if server.listener.stopping.is_set():
-        raise Refusal("overloaded", "the server restarts", retry_after=later)
+        raise Refusal(
+            "overloaded",
+            "the server restarts",
+            retry_after=server.retry_after_seconds(),
+        )
     server.keyring.spend(claims)
-    key, trailing = request.header("sec-websocket-key"), connection.h11.trailing_data[0]
+    key = request.header("sec-websocket-key")
+    trailing = connection.h11.trailing_data[0]
     return partial(server.serve_socket, claims, cursor, key, trailing)
 
 
@@ -4507,13 +4513,12 @@ class Proxy:
             if name not in ours_alone and not name.startswith("x-forwarded")
         }
         host = request.header("host") or self.upstream
+        via = f"{request.header('via')}, {request.version} chatd"
         fields |= {
             "host": host,
             "x-forwarded-host": request.fields.get("x-forwarded-host", host),
             "x-forwarded-proto": request.fields.get("x-forwarded-proto", "http"),
-            "via": f"{request.header('via')}, {request.version} chatd".removeprefix(
-                ", "
-            ),
+            "via": via.removeprefix(", "),
             "connection": "close",
         }
         if request.address is not None:
@@ -4625,8 +4630,8 @@ class Tunnel:
 # =====================================================================================
 # OPERATIONS: systemd, listening sockets, files, backup, restore, check
 #
-# What a person or a service manager meets. Errors here are sentences: what was wrong,
-# with which value, and what to do.
+# The side of chatd that a person or a service manager meets. Errors here are sentences:
+# what was wrong, with which value, and what to do.
 # =====================================================================================
 
 
@@ -4779,7 +4784,7 @@ def check_not_emptied(what: str, path: Path) -> None:
         raise damaged(what, path, "it is empty, and its -wal is not")
 
 
-# What the file of a database should have, if nothing is left in the WAL.
+# The size that the file of a database should have, if nothing is left in the WAL.
 DATABASE_BYTES = (
     "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 )

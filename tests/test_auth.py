@@ -199,14 +199,14 @@ def test_the_client_is_the_rightmost_address_that_is_not_a_trusted_proxy(
     peer: str, forwarded: list[str], client: str
 ) -> None:
     proxies = chatd.Proxies(PROXIES)
-    found = proxies.client(chatd.parse_address(peer), forwarded)
+    found = proxies.client(chatd.parse_address(peer), ",".join(forwarded))
     assert str(found) == client
 
 
 def test_without_a_trusted_proxy_or_a_peer_address_no_header_is_believed() -> None:
     local = chatd.parse_address("127.0.0.1")
-    assert chatd.Proxies(["none"]).client(local, ["1.2.3.4"]) == local
-    assert chatd.Proxies(PROXIES).client(None, ["1.2.3.4"]) is None
+    assert chatd.Proxies(["none"]).client(local, "1.2.3.4") == local
+    assert chatd.Proxies(PROXIES).client(None, "1.2.3.4") is None
 
 
 @pytest.mark.parametrize(
