@@ -1879,6 +1879,22 @@ async def test_revoke_refuses_a_bad_user_id_and_works_without_open_connections(
 # --- whole process: identity ---------------------------------------------------------
 
 
+async def test_a_token_of_chatd_token_works_right_after_a_revocation(
+    shared_server: ServerProcess,
+) -> None:
+    server, user = shared_server, next(new_users)
+    path, body = "POST /api/v1/internal/chat/revoke", {"user_id": user}
+    old = (await run_chatd("token", user, "--db", server.db)).out.strip()
+    for _ in range(9):  # several in a second: the last ones are ahead of the clock
+        await server.want(200, path, server.service, body)
+    await server.want(401, "GET /api/v1/me", old)
+    new = await run_chatd("token", user, "--db", server.db)
+    assert new.err == ""
+    await server.want(200, "GET /api/v1/me", new.out.strip())
+    await server.want(200, path, server.service, body)
+    await server.want(401, "GET /api/v1/me", new.out.strip())
+
+
 def forged_tokens(server: ServerProcess, user: int) -> dict[str, tuple[str, str]]:
     """Tokens that must be refused, each with its error code."""
     now = int(time.time())

@@ -947,8 +947,8 @@ async def test_the_name_of_the_newest_token_wins_whatever_the_order(
         (-4, "Soon", "Soon"),  # the clock of its signer is ahead: it counts as now
         (0, "Last", "Last"),
     ):
-        claims = {"iat": None if age is None else now - age, "name": name}
-        token = server.token(6, **claims)
+        iat = None if age is None else now - age
+        token = server.token(6, iat=iat, name=name)
         for _ in range(2):
             answer = await server.ask("GET", "/api/v1/me", token=token)
             assert answer.json == {"user_id": 6, "name": shown}, (age, name)
