@@ -180,12 +180,12 @@ def test_half_a_surrogate_pair_is_refused_and_called_so(
 def test_nothing_else_is_called_half_a_surrogate_pair(escaped: str) -> None:
     text = send_with("content", escaped)
     for form in (text, text.encode()):
-        try:
+        if escaped.endswith(("83", "x")):
+            refusal = refusal_of(chatd.parse, form, chatd.COMMANDS)
+            assert "surrogate" not in refusal.message
+        else:
             command = chatd.parse(form, chatd.COMMANDS)
             assert command == msgspec.convert(json.loads(text), chatd.SendMessage)
-        except chatd.Refusal as refusal:
-            assert escaped.endswith(("83", "x"))
-            assert "surrogate" not in refusal.message
 
 
 def send_with(field: str, escaped: str) -> str:
