@@ -8,6 +8,7 @@
 #     "pyjwt[crypto]>=2.13",
 #     "msgspec>=0.19",
 #     "prometheus-client>=0.21",
+#     "idna>=3",
 # ]
 # ///
 """chatd: a real-time chat server in one file (Trio, trio-websocket, SQLite, JWT).
@@ -2995,18 +2996,19 @@ def address_key(address: Address | None) -> str:
     return str(address)
 
 
-# An origin without a slash at its end and without the default port of its scheme.
-short_origin = partial(
-    re.sub,
-    r"\A(http:.+?)(?::80)?/?\Z|\A(https:.+?)(?::443)?/?\Z|\A(.*(?:[^/]|://))/\Z",
-    r"\1\2\3",
-)
+def short_origin(origin: str) -> str:
+    """Leave out the default port of an origin and a slash at its end."""
+    return re.sub(
+        r"\A(http:.+?)(?::80)?/?\Z|\A(https:.+?)(?::443)?/?\Z|\A(.*(?:[^/]|://))/\Z",
+        r"\1\2\3",
+        origin.lower(),
+    )
 
 
 def same_origin(origin: str, hosts: Iterable[str]) -> bool:
     """Does the page's Origin name the host that the request is for?"""
     ours = (scheme + host for scheme in ("http://", "https://") for host in hosts)
-    return short_origin(origin.lower()) in map(short_origin, map(str.lower, ours))
+    return short_origin(origin) in map(short_origin, ours)
 
 
 UnixSeconds = Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
@@ -3810,7 +3812,7 @@ def cors_headers(settings: Settings, request: Request) -> dict[str, str]:
         return {}
     headers = {"Vary": "Origin"}
     origin = request.header("origin")
-    if short_origin(origin.lower()) in settings.origin:
+    if short_origin(origin) in settings.origin:
         headers["Access-Control-Allow-Origin"] = origin
         headers["Access-Control-Expose-Headers"] = "Retry-After"
     return headers
@@ -3834,11 +3836,9 @@ def switching_protocols(key: str) -> bytes:
 
 def check_upgrade(request: Request, keyring: Keyring, use: str) -> Claims:
     """Check a handshake as RFC 6455 4.2.1 asks, and its token. Raises Refusal."""
-    asked = "websocket" in request.words("upgrade")
+    asked = "websocket" in request.words("upgrade") and request.version == "1.1"
     if not asked or "upgrade" not in request.words("connection"):
         raise Refusal("upgrade_required")
-    if request.version != "1.1":
-        raise Refusal("upgrade_required", headers={"Connection": "close"})
     if request.header("sec-websocket-version") != "13":
         raise Refusal("upgrade_required", "Sec-WebSocket-Version: must be 13")
     if request.has_body and request.header("content-length") != "0":
@@ -3960,7 +3960,7 @@ async def store_name(server: Server, claims: Claims) -> None:
 def check_origin(server: Server, request: Request) -> None:
     """Accept programs (no Origin), chatd's own page, and the pages of --origin."""
     origin = request.header("origin")
-    if not origin or short_origin(origin.lower()) in server.settings.origin:
+    if not origin or short_origin(origin) in server.settings.origin:
         return
     hosts = {request.header("host"), *request.words("x-forwarded-host")} - {""}
     if not same_origin(origin, hosts):
@@ -5457,7 +5457,7 @@ def _network(text: str) -> str:
 
 def _origin(text: str) -> str:
     """Write an origin as browsers do: without its default port, the host in ASCII."""
-    text = short_origin(text.lower())
+    text = short_origin(text)
     text = re.sub(r"\[(.*)]", lambda host: f"[{ipaddress.IPv6Address(host[1])}]", text)
     not_ascii = r"[^/:]*[^\0-\x7f][^/:]*"
     return re.sub(
