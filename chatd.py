@@ -8,6 +8,7 @@
 #     "pyjwt[crypto]>=2.13",
 #     "msgspec>=0.19",
 #     "prometheus-client>=0.21",
+#     "idna>=3",
 # ]
 # ///
 """chatd: a real-time chat server in one file (Trio, trio-websocket, SQLite, JWT).
@@ -210,6 +211,7 @@ from typing import (
 )
 
 import h11
+import idna
 import jwt
 import msgspec
 import trio
@@ -334,7 +336,7 @@ class Server:
         self.sends = bucket_table(settings.sends)
         self.typing = bucket_table(settings.typing)
         self.requests = bucket_table(settings.requests)
-        self.names: dict[int, str] = {}  # what the store already knows
+        self.names: dict[int, tuple[int, str]] = {}  # the newest: its time, the name
         self.sessions: set[Session] = set()
         self.listener = Listener(
             settings, self.stats, self.sessions, partial(answer_request, self)
@@ -394,7 +396,9 @@ class Server:
                     seat = session.seat
                     why = seat.sweep(now)
                     if why is None:
-                        seat.sweep_token(now)
+                        # A clock that was stepped forward ends the token, too.
+                        late = time.time() - session.claims.ends
+                        seat.sweep_token(max(now, seat.token_ends + late))
                         continue
                     self.stats.stalls += why == "stalled"
                     user, queued = session.claims.user_id, len(seat.outbox.buffer)
@@ -456,7 +460,7 @@ class Listener:
         # between two requests.
         self.parked: dict[trio.CancelScope, bool] = {}
         self.stopping = trio.Event()
-        self.warnings = Bucket(Rate(0.1, 1))  # log lines about a full server
+        self.warnings = bucket_table(Rate(0.1, 1))  # log lines of `warn`, by their verb
         self.bugs = Bucket(Rate(1, 10))  # log lines about bugs of chatd
 
     async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
@@ -552,9 +556,9 @@ class Listener:
                 scope.deadline = min(scope.deadline, end)
 
     def warn(self, verb: str, why: object) -> None:
-        """Log a warning that every connection could cause, at most one in 10 s."""
-        if self.warnings.take(trio.current_time()) == 0.0:
-            log(WARNING, verb, why=why, open=self.open)
+        """Log a warning that every connection could cause: at most one in 10 s."""
+        if self.warnings(verb).take(trio.current_time()) == 0.0:
+            log(WARNING, verb, why=f"{why!s:.200}", open=self.open)
 
     def check_handshakes(self, address: Address | None) -> None:
         """Take a token of the address's bucket. Raises Refusal rate_limited."""
@@ -1235,6 +1239,7 @@ EVENTS = f"""
 
 PAGE = f"""{EVENTS} WHERE e.seq IN
     (SELECT seq FROM ({VISIBLE}) ORDER BY seq LIMIT :limit) ORDER BY e.seq"""
+REVOKED = "SELECT id, revoked_at FROM user WHERE revoked_at IS NOT NULL"
 IS_MEMBER = "SELECT 1 FROM member WHERE chat_id = ? AND user_id = ?"
 SET_READ_N = "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?"
 APPLICATION_ID = 0x63686174  # "chat": says whose file this is
@@ -1679,19 +1684,25 @@ class Store:
         event = MemberRemoved(self._next_seq(events), chat_id, user_id)
         self._record(db, events, Entry(event, user_id, to_chat=True))
 
-    def rename(self, db: Db, _events: Entries, user_id: int, name: str) -> None:
-        """Store a user's name. It is not an event: names are read when shown."""
-        sql = """INSERT INTO user (id, name) VALUES (?1, ?2)
-                 ON CONFLICT DO UPDATE SET name = ?2 WHERE name IS NOT ?2"""
-        db.execute(sql, (user_id, name))
+    def rename(
+        self, db: Db, _events: Entries, user_id: int, name: str, named_at: int = 0
+    ) -> tuple[int, str]:
+        """Store a user's name, "" for none, unless it was named later than that.
 
-    def revoke(self, db: Db, _events: Entries, user_id: int) -> int:
-        """Store that all tokens so far are refused. Returns the Unix second."""
-        now = now_seconds()
+        Returns what is stored. It is not an event: names are read when shown.
+        """
+        sql = """INSERT INTO user (id, name, named_at) VALUES (?1, nullif(?2, ''), ?3)
+                 ON CONFLICT DO UPDATE SET
+                     name = iif(named_at > ?3, name, excluded.name),
+                     named_at = max(coalesce(named_at, 0), ?3)
+                 RETURNING named_at, coalesce(name, '')"""
+        return tuple(db.execute(sql, (user_id, name, named_at)).fetchone())
+
+    def revoke(self, db: Db, _events: Entries, user_id: int, revoked_at: int) -> None:
+        """Store that a user's tokens up to this Unix second are refused."""
         sql = """INSERT INTO user (id, revoked_at) VALUES (?1, ?2)
                  ON CONFLICT DO UPDATE SET revoked_at = ?2"""
-        db.execute(sql, (user_id, now))
-        return now
+        db.execute(sql, (user_id, revoked_at))
 
     def _join(self, db: Db, chat_id: int, user_id: int, seq: int) -> None:
         """Make a user a member who has read all messages so far."""
@@ -1819,9 +1830,8 @@ class Store:
 
     def revoked(self) -> dict[int, int]:
         """Read, at the start, the users whose older tokens are refused."""
-        sql = "SELECT id, revoked_at FROM user WHERE revoked_at IS NOT NULL"
         with file_errors("database", self.path):
-            return dict(self._writer.execute(sql))
+            return dict(self._writer.execute(REVOKED))
 
     def _entry(self, db: Db, row: tuple[Any, ...], upto: int) -> Entry:
         """Make the entry of a row of EVENTS. Unknown kind: raises DatabaseError."""
@@ -2518,7 +2528,7 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "unknown_type": (400, "type: there is no such command"),
     "token_invalid": (401, "this token is not valid: sign in again"),
     "token_expired": (401, "this token has expired: get a new one"),
-    "token_used": (401, "a used ticket, or one from before a restart: get a new one"),
+    "token_used": (401, "this ticket was used already: get a new one"),
     "forbidden": (403, "this token may not do that"),
     "not_found": (404, "there is nothing here, or it is not yours to see"),
     "method_not_allowed": (405, "this path does not take that method"),
@@ -2758,6 +2768,12 @@ ONLY_REF = msgspec.json.Decoder(OnlyRef)
 encode = msgspec.json.Encoder().encode
 
 
+# In JSON a character above U+FFFF may be escaped as a pair (RFC 8259 7). Half of one:
+LONE_SURROGATE = r"""(?xi) (?<!\\)(?:\\\\)*
+    (?: \\u d[89ab] [0-9a-f]{2} (?! \\u d[c-f] )
+    | (?<! \\u d[89ab] [0-9a-f]{2} ) \\u d[c-f] )"""
+
+
 def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Decode one command or body. Raises Refusal, naming the field that is wrong."""
     try:
@@ -2773,7 +2789,11 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise bad_field(f"{field[:-1]}: {what}" if at else sentence) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         # Deep nesting is a RecursionError even in a field that chatd ignores.
-        raise Refusal("bad_json", f"not JSON: {error}") from None
+        why: object = error
+        raw = text.decode(errors="replace") if isinstance(text, bytes) else text
+        if re.search(LONE_SURROGATE, raw):  # msgspec may call it truncated
+            why = "a lone surrogate (half of a \\uXXXX\\uXXXX pair) is no character"
+        raise Refusal("bad_json", f"not JSON: {why}") from None
 
 
 def ref_of(text: str | bytes) -> str | None:
@@ -2923,10 +2943,19 @@ def charge(stats: Stats, limit: str, bucket: Bucket) -> None:
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
+# An address as proxies write it, in quotes or not: 192.0.2.1:80, [2001:db8::1]:443,
+# 2001:db8::1, fe80::1%eth0.
+ADDRESS = r"""(?x) \A \s* "? (?: \[ ([^]%]*) (?: %[^]]* )? \] (?: :[0-9]* )?
+    | ([0-9.]+) :[0-9]* | ([^]["%\s]+) (?: %[^]["\s]* )? ) "? \s* \Z"""
+
+
 def parse_address(text: str) -> Address | None:
-    """Read an IP address. An IPv4-mapped IPv6 address is IPv4. None: not an address."""
+    """Read an IP address, as proxies write it. None: it is none.
+
+    An IPv4-mapped IPv6 address is IPv4.
+    """
     try:
-        address = ipaddress.ip_address(text.strip())
+        address = ipaddress.ip_address(re.sub(ADDRESS, r"\1\2\3", text))
     except ValueError:
         return None
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
@@ -2967,25 +2996,33 @@ def address_key(address: Address | None) -> str:
     return str(address)
 
 
+def short_origin(origin: str) -> str:
+    """Leave out the default port of an origin and a slash at its end."""
+    return re.sub(
+        r"\A(http:.+?)(?::80)?/?\Z|\A(https:.+?)(?::443)?/?\Z|\A(.*(?:[^/]|://))/\Z",
+        r"\1\2\3",
+        origin.lower(),
+    )
+
+
 def same_origin(origin: str, hosts: Iterable[str]) -> bool:
     """Does the page's Origin name the host that the request is for?"""
-    return any(
-        origin.lower().removesuffix(port) == scheme + host.lower().removesuffix(port)
-        for scheme, port in (("http://", ":80"), ("https://", ":443"))
-        for host in hosts
-    )
+    ours = (scheme + host for scheme in ("http://", "https://") for host in hosts)
+    return short_origin(origin) in map(short_origin, ours)
 
 
 UnixSeconds = Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
 
 
 class Claims(msgspec.Struct, frozen=True, kw_only=True):
-    """The claims of a verified token. Only chatd's own tokens have those after iat."""
+    """The claims of a verified token. Only chatd's own have those after `foreign`."""
 
     user_id: Id
-    name: str | None = None
+    name: str | None = None  # "": the user has none; None: the token does not say
     exp: UnixSeconds
     iat: UnixSeconds = 0.0  # 0: it does not say when it was signed
+    nbf: UnixSeconds = 0.0
+    foreign: bool = False  # signed with a --jwt-key
     scopes: frozenset[str] = frozenset()
     use: Literal["signin", "ticket", "session"] | None = None
     jti: str = ""  # of a ticket
@@ -3023,6 +3060,9 @@ TICKET_SECONDS = 60  # for one socket, soon
 LINK_SECONDS = 86_400  # a sign-in link's life
 SESSION_SECONDS = 30 * 86_400  # a session token's life
 LEEWAY_SECONDS = 5  # between the clocks of those who sign and check tokens
+# A time of revocation may be so far ahead of the clock: several in one second, or the
+# clock was stepped back. If it is further ahead, it was made by a wrong clock.
+AHEAD_SECONDS = 60
 TOKEN_BYTES = 4_096  # in a token
 KEY_FILE_BYTES = 65_536
 
@@ -3258,7 +3298,7 @@ class Keyring:
         # are checked each time.
         self._known = lru_cache(settings.known_tokens)(self._claims_of)
         self.spent: dict[str, float] = {}  # jti of a used ticket: when to forget it
-        self.revoked: dict[int, int] = {}  # user: revoked_at
+        self.revoked: dict[int, int] = {}  # user: revoked_at, in Unix seconds
 
     def about(self) -> dict[str, str]:
         """Name each --jwt-key and its kind, for the log."""
@@ -3267,8 +3307,8 @@ class Keyring:
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
         """Sign a token with chatd's own secret. Claims that are None are left out."""
-        now = now_seconds()
-        body = {"user_id": user_id, "iat": now, "exp": now + seconds} | claims
+        iat, exp = self.time_to_sign(user_id), now_seconds() + seconds
+        body = {"user_id": user_id, "iat": iat, "exp": exp} | claims
         body = {name: value for name, value in body.items() if value is not None}
         return jwt.encode(body, self.secret, "HS256")
 
@@ -3293,24 +3333,40 @@ class Keyring:
         """
         if len(token) > TOKEN_BYTES:
             raise bad_token(f"token: longer than {TOKEN_BYTES} bytes")
-        claims = self._known(token)
-        if claims.exp + LEEWAY_SECONDS <= time.time():
+        claims, now = self._known(token), time.time()
+        if claims.exp + LEEWAY_SECONDS <= now:
             raise Refusal("token_expired")
+        latest = max(now + LEEWAY_SECONDS, self.time_to_sign(claims.user_id))
+        if max(claims.iat, claims.nbf) > latest:
+            raise bad_token("token: iat or nbf is in the future; are the clocks right?")
         if claims.use == "ticket":
             if use not in ("socket", "edge"):
                 raise bad_token("a ticket only opens a socket")
-            used = claims.boot != self.boot or claims.jti in self.spent
-            if used and use == "socket":
+            if use == "socket" and claims.boot != self.boot:
+                raise Refusal(
+                    "token_used", "a ticket from before a restart: get a new one"
+                )
+            if claims.jti in self.spent:
                 raise Refusal("token_used")
         if (claims.use == "signin") != (use == "signin"):
             raise bad_token("POST /api/v1/session, and only it, takes a sign-in link")
         self.refuse_revoked(claims)
         return claims
 
+    def time_to_sign(self, user_id: int) -> int:
+        """Return the iat of a token that is signed now: after the user's revocation.
+
+        No token so far has a later one, so it is also the time of a revocation now.
+        """
+        now, after = now_seconds(), self.revoked.get(user_id, 0) + 1
+        return after if now < after <= now + AHEAD_SECONDS else now
+
     def refuse_revoked(self, claims: Claims) -> None:
-        """Raise Refusal if the token is from before, or just after, a revocation."""
+        """Raise Refusal if the token may be from before a revocation."""
         revoked_at = self.revoked.get(claims.user_id)
-        if revoked_at is not None and claims.iat <= revoked_at + LEEWAY_SECONDS:
+        late = LEEWAY_SECONDS * claims.foreign  # the other clock may be ahead
+        # In whole seconds: within one, both may have happened in any order.
+        if revoked_at is not None and int(claims.iat) <= revoked_at + late:
             raise bad_token("this token was revoked: sign in again")
 
     def spend(self, claims: Claims) -> None:
@@ -3330,7 +3386,7 @@ class Keyring:
         self.spent[claims.jti] = claims.exp + LEEWAY_SECONDS
 
     def _claims_of(self, token: str) -> Claims:
-        """Check a token's signature, times and claims. Raises Refusal."""
+        """Check a token's signature and claims, but not its times. Raises Refusal."""
         for key in self.keys:
             foreign = key.path is not None
             try:
@@ -3338,65 +3394,66 @@ class Keyring:
                     token,
                     key.key,
                     algorithms=[key.algorithm],
-                    leeway=LEEWAY_SECONDS,
                     issuer=self.settings.issuer,
                     audience=self.settings.audience,
                     options={
-                        # chatd accepts an integer sub (PyJWT wants text), and checks
-                        # the audience only if --audience is given.
+                        # `verify` and read_claims check these.
+                        "verify_exp": False,
+                        "verify_nbf": False,
+                        "verify_iat": False,
                         "verify_sub": False,
+                        "verify_jti": False,
                         "verify_iss": foreign,
+                        # Without --audience any is accepted.
                         "verify_aud": foreign and self.settings.audience is not None,
                     },
                 )
             except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError):
                 continue
-            except jwt.ExpiredSignatureError:
-                raise Refusal("token_expired") from None
-            except (jwt.PyJWTError, ValueError, RecursionError) as error:
-                # The sentence is made of the error's class: its text may quote the
-                # token.
-                raise bad_token(TOKEN_FAULTS.get(type(error), "")) from None
+            except (
+                jwt.InvalidIssuerError,
+                jwt.InvalidAudienceError,
+                jwt.MissingRequiredClaimError,
+            ) as error:
+                # PyJWT's words for these quote nothing of the token.
+                why = f"token: {error} (--issuer is its iss, --audience its aud)"
+                raise bad_token(why) from None
+            except (jwt.PyJWTError, ValueError, RecursionError):
+                raise bad_token() from None
             return read_claims(body, foreign)
         raise bad_token()
 
 
-# The faults that PyJWT finds in a token whose signature is right.
-TOKEN_FAULTS: dict[type[Exception], str] = {
-    jwt.MissingRequiredClaimError: "token: it lacks the iss or aud that chatd asks for",
-    jwt.InvalidIssuerError: "token: another iss than --issuer",
-    jwt.InvalidAudienceError: "token: another aud than --audience",
-    jwt.ImmatureSignatureError: "token: not valid yet; are the clocks right?",
-}
-
-
 def read_claims(body: dict[str, Any], foreign: bool) -> Claims:
     """Read the claims of a token whose signature is right. Raises Refusal."""
-    sub, scope = body.get("sub"), body.get("scope")
-    if isinstance(sub, str) and re.fullmatch("[0-9]{1,20}", sub):
-        sub = int(sub)  # a decimal string, as RFC 7519 4.1.2 has it
+    user_id, scope = body.get("user_id", body.get("sub")), body.get("scope")
+    if isinstance(user_id, str) and re.fullmatch("[1-9][0-9]{0,15}", user_id):
+        user_id = int(user_id)  # RFC 7519 4.1.2: sub is a string
     scopes = scope.split() if isinstance(scope, str) else []
-    cleaned = {"name": clean_name(body.get("name")), "scopes": scopes}
-    body = {"user_id": sub} | body | cleaned
+    name = clean_name(body.get("name"))
+    body |= {"user_id": user_id, "name": name, "scopes": scopes, "foreign": foreign}
     if foreign:  # the other claims count only in chatd's own tokens
-        believed = {"user_id", "name", "exp", "iat"}
+        believed = {"user_id", "name", "exp", "iat", "nbf", "foreign"}
         body = {name: body[name] for name in believed & body.keys()}
     try:
         return msgspec.convert(body, Claims)
     except msgspec.ValidationError as error:
         # It names the claim. It quotes no value but a `use` that chatd has signed.
         raise bad_token(
-            f"token: {error} (user_id, or else sub, is a user's number; exp and iat "
-            "are Unix seconds)"
+            f"token: {error} (user_id, or else sub, is a user's number; exp, iat and "
+            "nbf are Unix seconds)"
         ) from None
 
 
 def clean_name(name: object) -> str | None:
-    """Make a name fit for display: one line of at most 64 characters, or None."""
+    """Make a name fit for display: one line of at most 64 characters.
+
+    "" clears the user's name. None: it is no text, and says nothing.
+    """
     if not isinstance(name, str):
         return None
     printable = (char if char.isprintable() else " " for char in name[:256])
-    return " ".join("".join(printable).split())[:64].strip() or None
+    return " ".join("".join(printable).split())[:64].strip()
 
 
 # =====================================================================================
@@ -3467,7 +3524,7 @@ class Request:
     body: bytes
 
     def __init__(
-        self, head: h11.Request, peer: Address | None, proxies: Proxies
+        self, head: h11.Request, peer: Address | None, listener: Listener
     ) -> None:
         """Check what h11 accepts but chatd does not. Raises Refusal."""
         if len(head.headers) > HEADER_LINES:
@@ -3480,7 +3537,7 @@ class Request:
         # The lines of a header are joined (RFC 9110 5.3). X-Forwarded-... headers are
         # dropped, unless a trusted proxy sends them.
         self.fields: dict[str, str] = {}
-        trusted = proxies.trust(peer)
+        trusted = listener.proxies.trust(peer)
         for raw_name, raw_value in head.headers:
             name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
             if name in self.fields:
@@ -3495,7 +3552,11 @@ class Request:
             # Two servers may read it differently: request smuggling (RFC 9112 6.1).
             raise bad_field("Transfer-Encoding: only in HTTP/1.1, without a length")
         self.target = head.target.decode("ascii")
-        if not self.target.startswith("/") or self.target.startswith("//"):
+        # RFC 9112 3.2.2: the host of an absolute target replaces the header.
+        if match := re.match(r"(?i)https?://([^/?#@]++)(?![#@])/?(.*)", self.target):
+            self.fields["host"], rest = match.groups()
+            self.target = f"/{rest}"
+        if not re.match("/(?!/)", self.target):
             raise bad_field("target: it must start with exactly one slash")
         self.path, _, query = self.target.partition("?")
         try:
@@ -3504,7 +3565,10 @@ class Request:
             )
         except ValueError as error:
             raise bad_field(f"query: {error}") from None
-        self.address = proxies.client(peer, self.header("x-forwarded-for"))
+        forwarded = self.header("x-forwarded-for")
+        self.address = listener.proxies.client(peer, forwarded)
+        if forwarded and self.address is peer:
+            listener.warn("unread_address", forwarded)
 
     @property
     def user_id(self) -> int:
@@ -3550,7 +3614,7 @@ class Request:
         match self.header("authorization").split():
             case [scheme, token] if scheme.lower() == "bearer":
                 return token
-        raise bad_token("Authorization: Bearer TOKEN is missing")
+        raise bad_token("token: send Authorization: Bearer, or ?token= for a socket")
 
     def words(self, name: str) -> set[str]:
         """Read a header that is a list, such as Connection."""
@@ -3593,7 +3657,7 @@ class HttpConnection:
         """Serve one request. False: the connection is at its end."""
         request: Request | None = None
         try:
-            request = Request(await self._head(), self.peer, self.listener.proxies)
+            request = Request(await self._head(), self.peer, self.listener)
             if not request.has_body:
                 self.h11.next_event()  # its end
             answer = await self.listener.answer(self, request)
@@ -3748,7 +3812,7 @@ def cors_headers(settings: Settings, request: Request) -> dict[str, str]:
         return {}
     headers = {"Vary": "Origin"}
     origin = request.header("origin")
-    if origin.lower() in settings.origin:
+    if short_origin(origin) in settings.origin:
         headers["Access-Control-Allow-Origin"] = origin
         headers["Access-Control-Expose-Headers"] = "Retry-After"
     return headers
@@ -3772,11 +3836,9 @@ def switching_protocols(key: str) -> bytes:
 
 def check_upgrade(request: Request, keyring: Keyring, use: str) -> Claims:
     """Check a handshake as RFC 6455 4.2.1 asks, and its token. Raises Refusal."""
-    asked = "websocket" in request.words("upgrade")
+    asked = "websocket" in request.words("upgrade") and request.version == "1.1"
     if not asked or "upgrade" not in request.words("connection"):
         raise Refusal("upgrade_required")
-    if request.version != "1.1":
-        raise Refusal("upgrade_required", headers={"Connection": "close"})
     if request.header("sec-websocket-version") != "13":
         raise Refusal("upgrade_required", "Sec-WebSocket-Version: must be 13")
     if request.has_body and request.header("content-length") != "0":
@@ -3785,10 +3847,8 @@ def check_upgrade(request: Request, keyring: Keyring, use: str) -> Claims:
     # 16 bytes in base64 are 22 characters and two =, the last with 4 unused bits.
     if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key):
         raise bad_field("Sec-WebSocket-Key: must be 16 bytes in base64")
-    token = request.argument("token")
-    if not token:
-        raise bad_token("token: it is missing in the query")
-    return keyring.verify(token, use)
+    # A reverse proxy may have an Authorization of its own: the query counts first.
+    return keyring.verify(request.argument("token") or request.bearer(), use)
 
 
 def peer_address(stream: trio.SocketStream) -> Address | None:
@@ -3797,7 +3857,7 @@ def peer_address(stream: trio.SocketStream) -> Address | None:
         name = stream.socket.getpeername()
     except OSError:
         return None
-    return parse_address(name[0].partition("%")[0]) if isinstance(name, tuple) else None
+    return parse_address(name[0]) if isinstance(name, tuple) else None
 
 
 # The Date header (RFC 9110 6.6.1). Kept for its second, which saves 2 us an answer.
@@ -3878,24 +3938,33 @@ async def _admit(
 
 
 async def store_name(server: Server, claims: Claims) -> None:
-    """Store a user's name if it is new. A failure is no reason to refuse."""
+    """Store the name in a token, if no newer token said another one.
+
+    A failure is no reason to refuse.
+    """
     user_id, name = claims.user_id, claims.name
-    if name is None or server.names.get(user_id) == name:
+    named_at = min(int(claims.iat), now_seconds())
+    newest_at, newest = server.names.get(user_id, (0, None))
+    if name is None or named_at < newest_at:
+        return
+    if name == newest:  # saves a write for each new token
+        server.names[user_id] = named_at, name
         return
     if len(server.names) >= TABLE_KEYS:
         server.names.clear()
+    rename, stored = server.store.rename, partial(server.names.__setitem__, user_id)
     with suppress(Refusal):
-        await server.store.commit(server.store.rename, user_id, name)
-        server.names[user_id] = name
+        await server.store.commit(rename, user_id, name, named_at, then=stored)
 
 
 def check_origin(server: Server, request: Request) -> None:
     """Accept programs (no Origin), chatd's own page, and the pages of --origin."""
     origin = request.header("origin")
-    if not origin or origin.lower() in server.settings.origin:
+    if not origin or short_origin(origin) in server.settings.origin:
         return
     hosts = {request.header("host"), *request.words("x-forwarded-host")} - {""}
     if not same_origin(origin, hosts):
+        server.listener.warn("refused_origin", origin)
         raise Refusal("forbidden", "Origin: pages of this origin may not use chatd")
 
 
@@ -3933,8 +4002,12 @@ def get_ws_token(server: Server, request: Request) -> Answer:
 
 async def post_session(server: Server, request: Request) -> Answer:
     """Exchange a sign-in link's token for a session token."""
-    user_id, name = request.user_id, await _name(server, request)
-    token = server.keyring.sign(user_id, SESSION_SECONDS, use="session", name=name)
+    user_id = request.user_id
+    name = await server.store.read(server.store.name, user_id)
+    # The user may have been revoked meanwhile. From here on nothing waits.
+    server.keyring.refuse_revoked(request.claims)
+    # Without the name, which may change: a session's token is newer than its link.
+    token = server.keyring.sign(user_id, SESSION_SECONDS, use="session")
     return json_answer(
         {
             "token": token,
@@ -3947,13 +4020,8 @@ async def post_session(server: Server, request: Request) -> Answer:
 
 async def get_me(server: Server, request: Request) -> Answer:
     """Return the user's id and name."""
-    return json_answer(User(request.user_id, await _name(server, request)))
-
-
-async def _name(server: Server, request: Request) -> str | None:
-    return request.claims.name or await server.store.read(
-        server.store.name, request.user_id
-    )
+    name = await server.store.read(server.store.name, request.user_id)
+    return json_answer(User(request.user_id, name))
 
 
 async def get_users(server: Server, request: Request) -> Answer:
@@ -4083,14 +4151,16 @@ async def post_revoke(server: Server, request: Request) -> Answer:
     user_id = request.parse(UserBody).user_id
     theirs: list[Session] = []
 
-    def close(revoked_at: int) -> None:
-        server.keyring.revoked[user_id] = revoked_at
+    def close(_: object) -> None:
         theirs.extend(s for s in server.sessions if s.claims.user_id == user_id)
         log(INFO, "revoked", user=user_id, sockets=len(theirs))
         for session in theirs:
             session.end(CLOSE_SIGN_IN, "revoked: sign in again")
 
-    await server.store.commit(server.store.revoke, user_id, then=close)
+    # They are refused at once: else a token from before could get one signed meanwhile.
+    keyring = server.keyring
+    keyring.revoked[user_id] = revoked_at = keyring.time_to_sign(user_id)
+    await server.store.commit(server.store.revoke, user_id, revoked_at, then=close)
     return json_answer({"user_id": user_id, "closed": len(theirs)})
 
 
@@ -5385,6 +5455,16 @@ def _network(text: str) -> str:
     return text
 
 
+def _origin(text: str) -> str:
+    """Write an origin as browsers do: without its default port, the host in ASCII."""
+    text = short_origin(text)
+    text = re.sub(r"\[(.*)]", lambda host: f"[{ipaddress.IPv6Address(host[1])}]", text)
+    not_ascii = r"[^/:]*[^\0-\x7f][^/:]*"
+    return re.sub(
+        not_ascii, lambda host: idna.encode(host[0], uts46=True).decode(), text
+    )
+
+
 def _listen(text: str) -> str:
     if int(text.rpartition(":")[2]) > 65535:
         raise ValueError
@@ -5418,7 +5498,13 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "ISS": str,
     "AUD": str,
     "ORIGIN": parser(
-        "an origin, such as https://example.org", r"https?://[^/?#\s@]+", str.lower
+        "an origin: write SCHEME://HOST or SCHEME://HOST:PORT without a path, user or "
+        "*, such as https://shop.example.org, capacitor://localhost of an app, or null",
+        r"""(?xi) null | (?: https?:// (?: [\w.-]+ | \[[0-9a-f:.]+] )
+            | (?!https?:|wss?:|ftp:) [a-z][a-z0-9+.-]* :// [^]["\s/?#@*:,\\]* )
+            (?: :(?!0) (?: [0-9]{1,4} | [1-5][0-9]{4} | 6[0-4][0-9]{3}
+                | 65[0-4][0-9]{2} | 655[0-2][0-9] | 6553[0-5] ) )? /?""",
+        _origin,
     ),
     "CIDR": parser("a network, such as 10.0.0.0/8, or none", read=_network),
     "WHO": parser("one of user, service", "user|service"),
@@ -5469,8 +5555,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) 
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             metavar=unit,
-            type=PARSERS[unit],
-            action="append" if type(field.default) is tuple else "store",
+            action="append",
             help=f"{why}{over}{default}",
         )
 
@@ -5483,17 +5568,18 @@ def read_settings(
     if folders := variable("STATE_DIRECTORY"):
         chosen["db"] = Path(folders.split(":")[0]) / "chatd.db"
     for field in flags():
+        where = f"argument --{field.name.replace('_', '-')}"
+        given = getattr(options, field.name, None) or []
+        texts = [text for text in given if text.strip()]
         several = type(field.default) is tuple
-        value = getattr(options, field.name, None)
-        name = variable_name(field)
-        if value is None and (text := variable(name)):
-            read = PARSERS[field.metadata["unit"]]
-            try:
-                value = [read(word) for word in text.split()] if several else read(text)
-            except argparse.ArgumentTypeError as error:
-                parser.error(f"environment {name}: {error}")
-        if value is not None:
-            chosen[field.name] = tuple(value) if several else value
+        if not texts and (text := variable(name := variable_name(field))):
+            where, texts = f"environment {name}", text.split() if several else [text]
+        try:
+            values = tuple(map(PARSERS[field.metadata["unit"]], texts))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{where}: {error}")
+        if values:
+            chosen[field.name] = values if several else values[-1]
     return Settings(**chosen)
 
 
@@ -5568,6 +5654,9 @@ def make_parser() -> argparse.ArgumentParser:
 def print_token(settings: Settings, options: argparse.Namespace) -> None:
     """Print a token, and nothing else."""
     keyring = read_keyring(settings)
+    # Elsewhere than at the server there is no database, and nothing to look up.
+    with suppress(UsageError), reading("database", settings.db) as db:
+        keyring.revoked |= db.execute(REVOKED)
     user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
     if options.link:
         print(sign_in_link(keyring, options.link, user_id, name, ttl))

@@ -793,7 +793,11 @@ BAD_HEADS: dict[str, tuple[bytes, int]] = {
     "no HTTP": (b"hello\r\n\r\n", 400),
     "a TLS hello": (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n", 400),
     "two slashes": (request_bytes("GET", "//evil.example/healthz"), 400),
-    "an absolute target": (request_bytes("GET", "http://x.example/healthz"), 400),
+    "an absolute target with a user": (
+        request_bytes("GET", "http://x.example@y.example/healthz"), 400,
+    ),
+    "an absolute target without a host": (request_bytes("GET", "http:///healthz"), 400),
+    "an absolute target of ftp": (request_bytes("GET", "ftp://x.example/"), 400),
     "an authority": (request_bytes("CONNECT", "x.example:443"), 400),
     "an asterisk": (request_bytes("OPTIONS", "*"), 400),
     "no slash": (request_bytes("GET", "healthz"), 400),

@@ -6,6 +6,7 @@ test waits for a clock.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import dataclasses
 import errno
@@ -186,7 +187,10 @@ PROXIES = ("127.0.0.0/8", "::1", "10.0.0.0/8", "2001:db8::/32")
         ("127.0.0.1", ["unknown"], "127.0.0.1"),
         ("127.0.0.1", ["198.51.100.1, x"], "127.0.0.1"),
         ("127.0.0.1", ["198.51.100.1,"], "127.0.0.1"),
-        ("127.0.0.1", ["198.51.100.1:4711"], "127.0.0.1"),
+        ("127.0.0.1", ["198.51.100.1, _hidden"], "127.0.0.1"),
+        # Entries with a port, of any trusted proxy on the way.
+        ("127.0.0.1", ["198.51.100.1:4711"], "198.51.100.1"),
+        ("127.0.0.1", ["6.6.6.6, [2600::5]:443, 10.0.0.1:80"], "2600::5"),
         ("127.0.0.1", ["x, 198.51.100.1"], "198.51.100.1"),
         ("127.0.0.1", [""], "127.0.0.1"),
         ("127.0.0.1", [], "127.0.0.1"),
@@ -201,6 +205,41 @@ def test_the_client_is_the_rightmost_address_that_is_not_a_trusted_proxy(
     proxies = chatd.Proxies(PROXIES)
     found = proxies.client(chatd.parse_address(peer), ",".join(forwarded))
     assert str(found) == client
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        (" 192.0.2.1\t", "192.0.2.1"),
+        ("192.0.2.1:1000", "192.0.2.1"),
+        ("192.0.2.1:", "192.0.2.1"),
+        ('"192.0.2.1:1000"', "192.0.2.1"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("2001:DB8::1", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("[2001:db8::1]:443", "2001:db8::1"),
+        (' "[2001:db8::1]:443" ', "2001:db8::1"),
+        ("fe80::1%eth0", "fe80::1"),
+        ("[fe80::1%25eth0]:443", "fe80::1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("[::ffff:192.0.2.1]:1000", "192.0.2.1"),
+        ("::ffff:c000:201", "192.0.2.1"),
+        *[
+            (text, "None")
+            for text in (
+                "", "-", "unknown", "_hidden", "unix:", "localhost", "for=192.0.2.1",
+                "192.0.2.1:http", "192.0.2.1:80:80", "192.0.2.256", "1.2.3.4 1.2.3.4",
+                "192.0.2", "٣.0.2.1:80", "[2001:db8::1", "2001:db8::1]:443", "[]:80",
+                "192.0.2.1/32", ":80", '"', "%eth0",
+            )
+        ],
+    ],
+)  # fmt: skip
+def test_an_address_is_read_in_every_form_that_proxies_write(
+    text: str, address: str
+) -> None:
+    assert str(chatd.parse_address(text)) == address
 
 
 def test_without_a_trusted_proxy_or_a_peer_address_no_header_is_believed() -> None:
@@ -233,6 +272,12 @@ def test_an_ipv6_address_is_limited_by_its_64_prefix(address: str, key: str) -> 
         ("https://chat.example", "chat.example:443", True),
         ("https://Chat.Example", "CHAT.example", True),
         ("http://[::1]:8086", "[::1]:8086", True),
+        ("https://[::1]", "[::1]:443", True),
+        ("https://chat.example:443", "chat.example:443", True),
+        ("https://chat.example:8443", "chat.example:8443", True),
+        ("https://chat.example:8443", "chat.example", False),
+        ("http://chat.example:8080", "chat.example:80", False),
+        ("https://chat.example", "evil/chat.example", False),
         ("http://localhost:8086", "localhost:8086", True),
         ("http://localhost:3000", "localhost:8086", False),
         ("https://chat.example", "chat.example:80", False),
@@ -252,6 +297,71 @@ def test_an_origin_is_our_own_if_it_names_the_requested_host(
 ) -> None:
     assert chatd.same_origin(origin, ["other.example", host]) is same
     assert chatd.same_origin(origin, []) is False
+
+
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("https://shop.example", "https://shop.example"),
+        ("https://shop.example/", "https://shop.example"),
+        ("HTTPS://Shop.Example", "https://shop.example"),
+        ("https://shop.example:443", "https://shop.example"),
+        ("https://shop.example:443/", "https://shop.example"),
+        ("http://shop.example:80", "http://shop.example"),
+        ("http://shop.example:443", "http://shop.example:443"),
+        ("https://shop.example:80", "https://shop.example:80"),
+        ("https://shop.example:8443", "https://shop.example:8443"),
+        ("http://localhost:8080", "http://localhost:8080"),
+        ("http://127.0.0.1:80", "http://127.0.0.1"),
+        ("http://my_host", "http://my_host"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("http://[2001:DB8:0:0:0:0:0:1]:8086/", "http://[2001:db8::1]:8086"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"),
+        ("https://BÜCHER.Example:443", "https://xn--bcher-kva.example"),
+        ("https://shop.münchen.example:8443", "https://shop.xn--mnchen-3ya.example:8443"),
+        ("https://faß.example", "https://xn--fa-hia.example"),  # not fass
+        ("https://例え.テスト", "https://xn--r8jz45g.xn--zckzah"),
+        ("https://xn--bcher-kva.example", "https://xn--bcher-kva.example"),
+        # Apps: Capacitor, Ionic, Tauri, Electron; extensions; pages without an origin.
+        ("capacitor://localhost", "capacitor://localhost"),
+        ("Ionic://localhost/", "ionic://localhost"),
+        ("tauri://localhost", "tauri://localhost"),
+        ("https://tauri.localhost", "https://tauri.localhost"),
+        ("app://obsidian.md", "app://obsidian.md"),
+        ("chrome-extension://abcdefghijklmnop", "chrome-extension://abcdefghijklmnop"),
+        ("file://", "file://"),
+        ("file:///", "file://"),
+        ("null", "null"),
+        ("NULL", "null"),
+    ],
+)  # fmt: skip
+def test_an_allowed_origin_is_stored_as_browsers_send_it(text: str, sent: str) -> None:
+    assert chatd.PARSERS["ORIGIN"](text) == sent
+    assert chatd.PARSERS["ORIGIN"](sent) == sent
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "*", "https://*", "https://*.shop.example", "shop.example", "//a.example",
+        "localhost:3000", "https:shop.example", "https:/shop.example", "https://",
+        "https://:443", "https://shop.example/chat", "https://shop.example//",
+        "https://shop.example?x", "https://shop.example#x", "https://me@shop.example",
+        "https://me:pw@shop.example", "https://shop example", "https://shop.example:",
+        "https://shop.example:0", "https://shop.example:65536", "https://shop.example:x",
+        "https://shop.example:443:443", "https://a.example,https://b.example",
+        "wss://shop.example", "ws://shop.example", "ftp://shop.example", "data:,x",
+        "about:blank", "http://[::1", "http://[::g]", "http://[fe80::1%25eth0]",
+        "http://[192.0.2.1]", "capacitor://localhost/x", "file:///home", "undefined",
+    ],
+)  # fmt: skip
+def test_an_origin_that_no_browser_sends_is_refused_and_the_error_says_what_to_write(
+    text: str,
+) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        chatd.PARSERS["ORIGIN"](text)
+    assert str(caught.value).startswith(f"{text!r} is not an origin: write ")
+    assert "https://shop.example.org" in str(caught.value)
 
 
 # --- tokens --------------------------------------------------------------------------
@@ -304,7 +414,11 @@ def public_pem(kind: str) -> bytes:
         ({"user_id": 6}, 6),
         ({"user_id": 1}, 1),
         ({"user_id": 2**53 - 1}, 2**53 - 1),
+        ({"user_id": "6"}, 6),
+        ({"user_id": str(2**53 - 1)}, 2**53 - 1),
+        ({"user_id": "6", "sub": "7"}, 6),
         ({"user_id": 6, "sub": "7"}, 6),
+        ({"user_id": 6, "sub": None}, 6),
         ({"user_id": 6, "sub": ["x"]}, 6),
         ({"user_id": ..., "sub": 7}, 7),
         ({"user_id": ..., "sub": "7"}, 7),
@@ -317,30 +431,21 @@ def test_the_user_is_the_claim_user_id_or_else_sub(
     assert keyring_of().verify(make_token(**claims)).user_id == user_id
 
 
+NO_USER: list[Any] = [
+    "", "x", "6a", " 6", "6 ", "6\n", "-6", "+6", "6.0", "6e0", "0x6", "6_0", "٦", "６",
+    "²", "0", "06", "1" * 17, "9" * 30, str(2**53), str(2**64 + 6),
+    None, True, 6.0, 0, -1, 2**53, 10**30, [6], ["6"], {},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "claims",
     [
         {"user_id": ...},
-        *[{"user_id": wrong} for wrong in ("6", True, 6.0, 0, -1, 2**53, 10**30, [6])],
-        *[
-            {"user_id": ..., "sub": wrong}
-            for wrong in (
-                "",
-                "x",
-                "6a",
-                " 6",
-                "6\n",
-                "-6",
-                "+6",
-                "6.0",
-                "٦",
-                "0",
-                "9" * 30,
-            )
-        ],
-        *[{"user_id": ..., "sub": wrong} for wrong in (True, 6.0, 0, 2**53, [6], None)],
-        {"user_id": ..., "sub": str(2**53)},
+        *[{"user_id": wrong} for wrong in NO_USER],
+        *[{"user_id": ..., "sub": wrong} for wrong in NO_USER],
         {"user_id": "x", "sub": "6"},
+        {"user_id": None, "sub": "6"},
     ],
 )
 def test_a_token_without_a_valid_user_number_is_refused(
@@ -351,15 +456,20 @@ def test_a_token_without_a_valid_user_number_is_refused(
     assert "user_id" in refusal.message
 
 
+NO_TIME: list[Any] = [None, "x", "", True, [], {}, -1, -math.inf, 10**400]
+
+
 @pytest.mark.parametrize(
     ("claims", "code"),
     [
         ({"exp": ...}, "token_invalid"),
-        ({"exp": -6}, "token_expired"),
+        ({"exp": 0}, "token_expired"),
+        ({"exp": 1.5}, "token_expired"),
+        ({"exp": -6}, "token_invalid"),
         ({"exp": "soon"}, "token_invalid"),
         ({"exp": "9999999999"}, "token_invalid"),
         ({"exp": None}, "token_invalid"),
-        ({"exp": True}, "token_expired"),
+        ({"exp": True}, "token_invalid"),
         ({"exp": [9]}, "token_invalid"),
         ({"exp": 1e12}, "token_invalid"),
         ({"exp": 10**400}, "token_invalid"),
@@ -369,6 +479,11 @@ def test_a_token_without_a_valid_user_number_is_refused(
         ({"iat": "5"}, "token_invalid"),
         ({"iat": -1}, "token_invalid"),
         ({"iat": 4e9}, "token_invalid"),
+        *[
+            ({claim: wrong}, "token_invalid")
+            for claim in ("exp", "iat", "nbf")
+            for wrong in NO_TIME
+        ],
         ({"nbf": 4e9}, "token_invalid"),
         ({"use": "fly"}, "token_invalid"),
         ({"use": 5}, "token_invalid"),
@@ -378,7 +493,10 @@ def test_a_token_without_a_valid_user_number_is_refused(
 def test_a_token_with_an_invalid_time_or_use_is_refused(
     claims: dict[str, object], code: str
 ) -> None:
-    assert refusal_of(keyring_of().verify, make_token(**claims)).code == code
+    refusal = refusal_of(keyring_of().verify, make_token(**claims))
+    assert refusal.code == code
+    (claim,) = claims
+    assert code == "token_expired" or re.search(rf"\b{claim}\b", refusal.message)
 
 
 def test_clocks_may_differ_by_less_than_5_seconds() -> None:
@@ -542,8 +660,12 @@ def test_scope_and_use_count_only_in_tokens_signed_by_chatd(shared_key: Path) ->
 def test_claims_private_to_chatd_are_ignored_in_backend_tokens(
     shared_key: Path,
 ) -> None:
-    token = make_token(SHARED_SECRET, until="tomorrow", boot=[], use={}, scope=1)
-    assert keyring_of(shared_key).verify(token).user_id == 6
+    token = make_token(
+        SHARED_SECRET, until="tomorrow", boot=[], use={}, scope=1, jti=5, foreign=False
+    )
+    claims = keyring_of(shared_key).verify(token)
+    assert (claims.user_id, claims.foreign) == (6, True)
+    assert not keyring_of().verify(make_token(foreign=True)).foreign
 
 
 @pytest.mark.parametrize(
@@ -559,6 +681,10 @@ def test_claims_private_to_chatd_are_ignored_in_backend_tokens(
         ({"iss": "shopping", "aud": "chat"}, False),
         ({"iss": "sho", "aud": "chat"}, False),
         ({"iss": ["shop"], "aud": "chat"}, False),
+        ({"iss": None, "aud": "chat"}, False),
+        ({"iss": "shop", "aud": None}, False),
+        ({"iss": "shop", "aud": 5}, False),
+        ({"iss": "shop", "aud": [["chat"]]}, False),
     ],
 )
 def test_issuer_and_audience_are_checked_in_backend_tokens_only(
@@ -618,8 +744,11 @@ def test_two_tickets_from_one_token_are_independent() -> None:
 def test_a_ticket_is_valid_only_in_the_process_that_issued_it() -> None:
     ring, next_process = keyring_of(), keyring_of()
     ticket = ring.ticket(ring.verify(make_token()))
-    assert refusal_of(next_process.verify, ticket, "socket").code == "token_used"
+    refusal = refusal_of(next_process.verify, ticket, "socket")
+    assert (refusal.code, refusal.status) == ("token_used", 401)
+    assert refusal.message == "a ticket from before a restart: get a new one"
     ring.spend(ring.verify(ticket, "socket"))
+    assert "used already" in refusal_of(ring.verify, ticket, "socket").message
 
 
 @pytest.mark.parametrize("use", [None, "signin"])
@@ -670,20 +799,120 @@ def test_spent_tickets_are_kept_only_until_they_expire() -> None:
 
 
 @pytest.mark.parametrize(
-    ("iat", "good"),
-    [(1006, True), (1005.5, True), (1005, False), (0, False), (..., False)],
+    ("secret", "iat", "good"),
+    [
+        *[(SECRET, iat, True) for iat in (1001, 1001.5, 1006)],
+        *[(SECRET, iat, False) for iat in (1000.9, 1000, 999, 0, ...)],
+        # The clock of the backend may be 5 s ahead.
+        *[(SHARED_SECRET, iat, True) for iat in (1006, 1006.5)],
+        *[(SHARED_SECRET, iat, False) for iat in (1005.5, 1005, 1001, 999, 0, ...)],
+    ],
 )
-def test_a_revocation_refuses_tokens_issued_up_to_5_seconds_later(
-    iat: object, good: bool
+def test_a_revocation_refuses_tokens_of_its_second_and_of_the_backend_5_s_more(
+    secret: bytes, iat: object, good: bool, shared_key: Path
 ) -> None:
-    ring = keyring_of()
+    ring = keyring_of(shared_key)
     ring.revoked[6] = 1000
-    assert ring.verify(make_token(user_id=7)).user_id == 7
-    token = make_token(iat=iat)
+    assert ring.verify(make_token(secret, user_id=7)).user_id == 7
+    token = make_token(secret, iat=iat)
     if good:
         assert ring.verify(token).iat == iat
     else:
         assert "revoked" in refusal_of(ring.verify, token).message
+
+
+class Clock:
+    """The wall clock, standing still until a test steps it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 2_000_000_000.5
+        monkeypatch.setattr(time, "time", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def revoke(ring: Keyring, user: int = 6) -> int:
+    ring.revoked[user] = revoked_at = ring.time_to_sign(user)
+    return revoked_at
+
+
+def new_tokens(ring: Keyring) -> list[tuple[str, str | None]]:
+    """A session token, a sign-in link's and a ticket, signed now; and their uses."""
+    session = ring.sign(6, 3600)
+    return [
+        (session, None),
+        (ring.sign(6, 60, use="signin"), "signin"),
+        (ring.ticket(ring.verify(session)), "socket"),
+    ]
+
+
+def test_however_often_a_user_is_revoked_in_one_second_new_tokens_work_at_once(
+    clock: Clock,
+) -> None:
+    ring, old = keyring_of(), list[tuple[str, str | None]]()
+    for _ in range(20):
+        new = new_tokens(ring)
+        for token, use in new:
+            assert ring.verify(token, use).user_id == 6
+        old += new
+        revoke(ring)
+        for token, use in old:
+            assert "revoked" in refusal_of(ring.verify, token, use).message
+    assert ring.verify(ring.sign(7, 60)).iat == int(clock.now)
+
+
+@pytest.mark.parametrize("step", [-50, -30, -6, -5, -1, 0, 0.4, 0.6, 5, 3600, 4e7])
+def test_a_revocation_holds_and_new_tokens_work_across_a_step_of_the_clock(
+    step: float, clock: Clock
+) -> None:
+    ring = keyring_of()
+    old = make_token(exp=clock.now + 1e9, iat=int(clock.now))
+    revoke(ring)
+    clock.now += step
+    for token, use in new_tokens(ring):
+        assert ring.verify(token, use).user_id == 6
+    refusal_of(ring.verify, old)
+    assert revoke(ring) >= clock.now - 1
+    refusal_of(ring.verify, old)
+    for token, use in new_tokens(ring):
+        assert ring.verify(token, use).user_id == 6
+
+
+@pytest.mark.parametrize("ahead", [120, 3600, 400 * 86_400])
+def test_a_revocation_by_a_clock_that_was_ahead_is_mended_by_revoking_again(
+    ahead: float, clock: Clock, shared_key: Path
+) -> None:
+    ring, right = keyring_of(shared_key), clock.now
+    clock.now += ahead
+    revoke(ring)
+    clock.now = right
+    old = ring.sign(6, 60)
+    assert "revoked" in refusal_of(ring.verify, old).message
+    assert revoke(ring) == int(right)
+    for token, use in new_tokens(ring):
+        assert ring.verify(token, use).user_id == 6
+    assert "revoked" in refusal_of(ring.verify, old).message
+    clock.now += 6
+    foreign = make_token(SHARED_SECRET, iat=int(clock.now), exp=clock.now + 60)
+    assert ring.verify(foreign).user_id == 6
+
+
+def test_a_token_from_the_future_is_refused_also_if_it_was_accepted_before(
+    clock: Clock, shared_key: Path
+) -> None:
+    ring = keyring_of(shared_key)
+    for secret in (SECRET, SHARED_SECRET):
+        for claim in ("iat", "nbf"):
+            token = make_token(secret, exp=clock.now + 9000, **{claim: clock.now})
+            assert ring.verify(token).user_id == 6
+            clock.now -= 6
+            assert claim in refusal_of(ring.verify, token).message
+            clock.now += 1
+            assert ring.verify(token).user_id == 6
+            clock.now += 5
 
 
 @pytest.mark.parametrize("purpose", [None, "socket", "signin"])
@@ -1098,7 +1327,8 @@ def test_a_secret_that_could_not_be_written_leaves_no_file(
         ("x" * 100, "x" * 64),
         ("\ud800Bob", "Bob"),
         ("🎉 Bob", "🎉 Bob"),
-        *[(empty, None) for empty in ("", " \n", "\x00\x1b", None, 5, True)],
+        *[(empty, "") for empty in ("", " \n", "\x00\x1b", "\ud800", "\u200b")],
+        *[(nothing, None) for nothing in (None, 5, True)],
         (["Bob"], None),
         ({}, None),
     ],
@@ -1113,7 +1343,9 @@ def test_a_name_is_one_line_of_at_most_64_characters(
 def test_cleaning_a_name_twice_changes_nothing(name: str) -> None:
     clean = chatd.clean_name(name)
     assert chatd.clean_name(clean) == clean
-    assert clean is None or (clean.isprintable() and 1 <= len(clean) <= 64)
+    assert clean is not None
+    assert clean.isprintable()
+    assert len(clean) <= 64
 
 
 # --- rates of a connection -----------------------------------------------------------
@@ -1308,6 +1540,32 @@ async def test_token_expiring_comes_60_s_before_the_token_ends_and_4401_25_s_aft
 
 
 @with_server()
+@pytest.mark.parametrize("step", [3541, 3600, 86_400, 1e9])
+async def test_a_clock_that_is_stepped_forward_ends_the_token_of_a_socket(
+    server: VirtualServer, clock: Clock, step: float
+) -> None:
+    peer = await server.join(6, token=server.token(6, 3600))
+    await peer.receives_nothing(3)
+    clock.now += step
+    await peer.receive("token_expiring", within=1.1)
+    clock.now += 84
+    assert await peer.end(within=1.1) == ([], 4401)
+
+
+@with_server()
+@pytest.mark.parametrize("step", [-1e9, -86_400, -60])
+async def test_a_clock_that_is_stepped_back_does_not_make_a_sockets_token_last_longer(
+    server: VirtualServer, clock: Clock, step: float
+) -> None:
+    peer = await server.join(6, token=server.token(6, 3600))
+    clock.now += step
+    with taking(3538, 3542):
+        await peer.receive("token_expiring", within=3600)
+    with taking(84, 87):
+        assert await peer.end(within=90) == ([], 4401)
+
+
+@with_server()
 async def test_a_token_that_ends_within_a_minute_is_warned_about_at_once(
     server: VirtualServer,
 ) -> None:
@@ -1415,24 +1673,27 @@ async def test_revoking_a_user_closes_all_of_its_connections_and_no_other(
     for peer in theirs:
         assert await peer.end() == ([], 4503)
     assert (await other.ask("ping"))["type"] == "pong"
-    # Tokens issued before, or within the leeway after, are refused everywhere.
+    # Tokens from before are refused everywhere, and a new one works at once.
     without_iat = make_token(server.app.keyring.secret, user_id=6)
-    for token in (old, server.token(6), without_iat):
+    for token in (old, without_iat):
         answer = await server.ask("GET", "/api/v1/me", token=token)
         assert (answer.status, answer.code) == (401, "token_invalid")
     raw = server.dial()
-    await raw.send(upgrade_bytes(server.target(6)))
+    await raw.send(upgrade_bytes(server.target(token=old)))
     assert (await raw.answer()).code == "token_invalid"
-    later = server.token(6, iat=time.time() + 5)
-    again = await server.join(6, token=later)
+    assert (await server.ask("GET", "/api/v1/me", user=6)).status == 200
+    again = await server.join(6)
     assert (await again.refused("auth", token=old))["code"] == "token_invalid"
+    link = server.token(6, use="signin")
+    session = (await server.ask("POST", "/api/v1/session", {}, token=link)).json
+    assert (await again.ask("auth", token=session["token"]))["type"] == "ack"
 
 
 @with_server()
 async def test_a_revocation_holds_although_its_answer_timed_out(
     server: VirtualServer,
 ) -> None:
-    peer = await server.join(6)
+    peer, old = await server.join(6), server.token(6)
     server.disk.hold()
     raw, auth = server.dial(), f"Bearer {server.token(1, scope='service')}"
     path, body = "/api/v1/internal/chat/revoke", b'{"user_id":6}'
@@ -1440,7 +1701,48 @@ async def test_a_revocation_holds_although_its_answer_timed_out(
     assert (await raw.answer(within=16)).status == 408
     server.disk.go()
     assert await peer.end() == ([], 4503)
-    assert (await server.ask("GET", "/api/v1/me", user=6)).status == 401
+    assert (await server.ask("GET", "/api/v1/me", token=old)).status == 401
+
+
+@with_server()
+async def test_while_a_revocation_is_written_no_old_token_gets_a_new_one(
+    server: VirtualServer, clock: Clock
+) -> None:
+    """However long fsync takes: a ticket signed meanwhile would be newer than it."""
+    old, link = server.token(6), server.token(6, use="signin")
+    ticket = (await server.ask("GET", "/api/v2/ws-token", token=old)).json["token"]
+    server.disk.hold()
+    raw, auth = server.dial(), f"Bearer {server.token(1, scope='service')}"
+    path, body = "/api/v1/internal/chat/revoke", b'{"user_id":6}'
+    await raw.send(request_bytes("POST", path, body, Authorization=auth))
+    await wait_all_tasks_blocked()
+    clock.now += 2
+    for method, target, token in (
+        ("GET", "/api/v2/ws-token", old),
+        ("POST", "/api/v1/session", link),
+        ("GET", "/api/v1/me", old),
+    ):
+        answer = await server.ask(method, target, token=token)
+        assert (answer.status, answer.code) == (401, "token_invalid")
+    server.disk.go()
+    assert (await raw.answer()).json == {"user_id": 6, "closed": 0}
+    socket = server.dial()
+    await socket.send(upgrade_bytes(server.target(token=ticket)))
+    assert (await socket.answer()).code == "token_invalid"
+
+
+@with_server()
+async def test_a_sign_in_whose_user_is_revoked_while_its_name_is_read_gets_401(
+    server: VirtualServer, clock: Clock
+) -> None:
+    raw, auth = server.dial(), f"Bearer {server.token(6, use='signin')}"
+    server.disk.hold(reads=True)
+    await raw.send(request_bytes("POST", "/api/v1/session", b"{}", Authorization=auth))
+    await wait_all_tasks_blocked()
+    revoke(server.app.keyring)
+    clock.now += 2
+    server.disk.go()
+    assert (await raw.answer()).code == "token_invalid"
 
 
 @with_server()
@@ -1568,12 +1870,29 @@ async def test_revoke_refuses_a_bad_user_id_and_works_without_open_connections(
     for body in ({}, {"user_id": "6"}, {"user_id": 0}):
         answer = await server.ask("POST", path, body, token=token)
         assert (answer.status, answer.code) == (400, "bad_field")
+    old = server.token(6)
     answer = await server.ask("POST", path, {"user_id": 6}, token=token)
     assert answer.json == {"user_id": 6, "closed": 0}
-    assert (await server.ask("GET", "/api/v1/me", user=6)).status == 401
+    assert (await server.ask("GET", "/api/v1/me", token=old)).status == 401
 
 
 # --- whole process: identity ---------------------------------------------------------
+
+
+async def test_a_token_of_chatd_token_works_right_after_a_revocation(
+    shared_server: ServerProcess,
+) -> None:
+    server, user = shared_server, next(new_users)
+    path, body = "POST /api/v1/internal/chat/revoke", {"user_id": user}
+    old = (await run_chatd("token", user, "--db", server.db)).out.strip()
+    for _ in range(9):  # several in a second: the last ones are ahead of the clock
+        await server.want(200, path, server.service, body)
+    await server.want(401, "GET /api/v1/me", old)
+    new = await run_chatd("token", user, "--db", server.db)
+    assert new.err == ""
+    await server.want(200, "GET /api/v1/me", new.out.strip())
+    await server.want(200, path, server.service, body)
+    await server.want(401, "GET /api/v1/me", new.out.strip())
 
 
 def forged_tokens(server: ServerProcess, user: int) -> dict[str, tuple[str, str]]:

@@ -219,7 +219,7 @@ def log_lines() -> set[tuple[str, str, tuple[str, ...]]]:
                 found.add((name, str(verb), fields))
             case "log_bug", [ast.Constant(value=verb), *_]:
                 found.add(("error", str(verb), ("error", "at")))
-            case (("self.warn" | "self.listener.warn"), [ast.Constant(value=verb), *_]):
+            case name, [ast.Constant(value=verb), *_] if name.endswith(".warn"):
                 found.add(("warning", str(verb), ("why", "open")))
     return found
 

@@ -134,7 +134,7 @@ async def delete_guest(server: Server, request: Request) -> Answer:
 # The places in chatd.py. Each piece goes before the text given here.
 PLACES = {
     EVENT_CLASSES: "\n\nBASES = (Event,",
-    STORE_METHODS: "\n    def rename(self, db: Db,",
+    STORE_METHODS: "\n    def rename(",
     COMMAND_STRUCT: "\n# To add a command,",
     COMMAND_NAME: "\nif forgotten := ",
     COMMAND_ARM: "\n            case _:\n                assert_never(command)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -630,6 +631,33 @@ async def test_one_ticket_opens_one_socket_however_many_clients_race(
 
 
 @with_server()
+async def test_an_upgrade_takes_the_token_of_the_query_or_else_of_authorization(
+    server: VirtualServer,
+) -> None:
+    token, other = server.token(6), server.token(7)
+    for target, authorization, user in (
+        ("/ws/chat", f"Bearer {token}", 6),
+        ("/ws/chat?token=", f"bearer  {token}", 6),
+        ("/ws/chat?cursor=x", f"Bearer {token}", 6),
+        # The query counts: a reverse proxy may have an Authorization of its own.
+        (f"/ws/chat?token={token}", f"Bearer {other}", 6),
+        (f"/ws/chat?token={token}", "Basic dXNlcjpwYXNz", 6),
+        ("/ws/chat", "Basic dXNlcjpwYXNz", 0),
+        ("/ws/chat", "Bearer nonsense", 0),
+        ("/ws/chat?token=nonsense", f"Bearer {token}", 0),
+    ):
+        raw, answer = await handshake(server, target, Authorization=authorization)
+        assert answer.status == (101 if user else 401)
+        if user:
+            assert json.loads((await raw.frame())[1])["user_id"] == user
+    ticket = (await server.ask("GET", "/api/v2/ws-token", token=token)).json["token"]
+    for status in (101, 401):  # a ticket opens one socket, however it is sent
+        bearer = f"Bearer {ticket}"
+        _, answer = await handshake(server, "/ws/chat", Authorization=bearer)
+        assert answer.status == status
+
+
+@with_server()
 async def test_an_upgrade_needs_exactly_one_token_in_the_query(
     server: VirtualServer,
 ) -> None:
@@ -695,6 +723,8 @@ async def test_origin_is_checked_on_every_request(server: VirtualServer) -> None
         "https://chat.example:443": 200,
         "https://shop.example": 200,
         "HTTPS://SHOP.EXAMPLE": 200,
+        "https://shop.example:443": 200,
+        "https://shop.example:80": 403,
         "http://shop.example": 403,
         "https://shop.example.evil.example": 403,
         "https://evil.example": 403,
@@ -712,6 +742,91 @@ async def test_origin_is_checked_on_every_request(server: VirtualServer) -> None
         raw, answer = await handshake(server, server.target(6), **headers)
         assert answer.status == (101 if status == 200 else 403)
         raw.stream.socket.close()
+
+
+@with_server(origin=("null", "capacitor://localhost"))
+async def test_the_origin_of_an_app_may_be_allowed(server: VirtualServer) -> None:
+    for origin, status in {
+        "null": 200,
+        "capacitor://localhost": 200,
+        "tauri://localhost": 403,
+        "http://localhost": 403,
+    }.items():
+        answer = await server.ask("GET", "/healthz", Origin=origin)
+        allowed = answer.headers.get("access-control-allow-origin")
+        assert answer.status == status
+        assert allowed == (origin if status == 200 else None)
+
+
+@with_server()
+async def test_refused_origins_are_logged_once_in_10_s(
+    server: VirtualServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for second in range(21):
+        await server.ask("GET", "/healthz", Origin=f"https://{second}.example/\x1b")
+        await server.ask("GET", "/healthz", Origin="http://chat.example")
+        server.app.listener.warn("full", "test")  # these do not hide the others
+        await trio.sleep(1)
+    lines = [line for line in caplog.messages if line.startswith("refused_origin")]
+    assert lines == [
+        f"refused_origin why='https://{second}.example/\\x1b' open=1"
+        for second in (0, 10, 20)
+    ]
+
+
+@with_server()
+async def test_a_forwarded_address_that_cannot_be_read_is_logged_once_in_10_s(
+    server: VirtualServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for forwarded in ("203.0.113.1:80", "unknown", "6.6.6.6, _x", "127.0.0.1", "-"):
+        trusted = server.dial(tcp=True)
+        await trusted.ask("GET", "/healthz", X_Forwarded_For=forwarded)
+    await server.ask("GET", "/healthz", X_Forwarded_For="_from_a_client")
+    lines = [line for line in caplog.messages if line.startswith("unread_address")]
+    assert [line.split(" open")[0] for line in lines] == [
+        "unread_address why='unknown'"
+    ]
+
+
+@with_server()
+@pytest.mark.parametrize(
+    ("target", "host", "origin", "status"),
+    [
+        ("http://chat.example/healthz", "chat.example", "http://chat.example", 200),
+        ("HTTP://chat.example:80/healthz?x", "x", "http://chat.example", 200),
+        ("https://chat.example:8443/healthz", "x", "https://chat.example:8443", 200),
+        # The host of the target replaces that of the header (RFC 9112 3.2.2).
+        ("http://chat.example/healthz", "evil.example", "http://evil.example", 403),
+        ("http://evil.example/healthz", "chat.example", "http://chat.example", 403),
+        ("http://[::1]:8086/healthz", "x", "http://[::1]:8086", 200),
+        ("http://chat.example", "x", "http://chat.example", 200),  # the page
+        ("http://chat.example?x=1", "x", "http://chat.example", 200),
+        ("http://chat.example/nothing", "x", "", 404),
+        ("http://chat.example//healthz", "x", "", 400),
+        ("http://me@chat.example/healthz", "x", "", 400),
+        ("http://chat.example#/healthz", "x", "", 400),
+        ("http:///healthz", "x", "", 400),
+        ("http:/healthz", "x", "", 400),
+        ("ftp://chat.example/healthz", "x", "", 400),
+        ("ws://chat.example/healthz", "x", "", 400),
+        ("chat.example:80", "x", "", 400),
+        ("*", "x", "", 400),
+    ],
+)
+async def test_a_target_may_be_a_whole_url(
+    server: VirtualServer, target: str, host: str, origin: str, status: int
+) -> None:
+    headers = {"Host": host} | ({"Origin": origin} if origin else {})
+    answer = await server.dial().ask("GET", target, **headers)
+    assert answer.status == status
+
+
+@with_server()
+async def test_a_socket_may_be_asked_for_by_a_whole_url(server: VirtualServer) -> None:
+    target = f"http://chat.example{server.target(6)}"
+    for origin, status in {"http://chat.example": 101, "http://x.example": 403}.items():
+        _, answer = await handshake(server, target, Origin=origin)
+        assert answer.status == status
 
 
 @with_server()
@@ -810,6 +925,75 @@ async def test_me_has_the_name_from_the_last_token_with_a_name(
         assert (await server.ask("GET", "/api/v1/me", token=named)).json == expected
         # The name was stored, so the next token may leave it out.
         assert (await server.ask("GET", "/api/v1/me", user=6)).json == expected
+
+
+@with_server()
+async def test_the_name_of_the_newest_token_wins_whatever_the_order(
+    server: VirtualServer,
+) -> None:
+    now = int(time.time())
+    for age, name, shown in (
+        (500, "Ann", "Ann"),
+        (100, "Anna", "Anna"),
+        (500, "Ann", "Anna"),  # the old token once more
+        (None, "No iat", "Anna"),
+        (50, "Anna", "Anna"),
+        (80, "Annie", "Anna"),  # newer than the first Anna, older than the second
+        (40, " \x00", None),  # blank: it clears the name
+        (45, "Anna", None),
+        (39, None, None),  # says nothing
+        (38, 5, None),
+        (30, "x" * 99, "x" * 64),
+        (-4, "Soon", "Soon"),  # the clock of its signer is ahead: it counts as now
+        (0, "Last", "Last"),
+    ):
+        iat = None if age is None else now - age
+        token = server.token(6, iat=iat, name=name)
+        for _ in range(2):
+            answer = await server.ask("GET", "/api/v1/me", token=token)
+            assert answer.json == {"user_id": 6, "name": shown}, (age, name)
+        if age == 500:
+            server.app.names.clear()  # as after a restart: the database knows, too
+    users = (await server.ask("GET", "/api/v1/users", user=6)).json["users"]
+    assert users == [{"user_id": 6, "name": "Last"}]
+
+
+@with_server()
+async def test_without_iat_the_name_of_the_last_request_wins(
+    server: VirtualServer,
+) -> None:
+    for name in ("Ann", "Anna", "Ann"):
+        token = server.token(6, iat=None, name=name)
+        answer = await server.ask("GET", "/api/v1/me", token=token)
+        assert answer.json["name"] == name
+
+
+@with_server()
+async def test_a_token_without_a_name_writes_nothing_and_a_known_name_only_once(
+    server: VirtualServer,
+) -> None:
+    commits = 0
+    for age, name, written in (
+        (None, None, 0), (9, None, 0), (9, "Ann", 1), (8, "Ann", 0), (9, "Bob", 0),
+        (7, "", 1), (6, "", 0),
+    ):  # fmt: skip
+        iat = None if age is None else time.time() - age
+        await server.ask("GET", "/api/v1/me", token=server.token(6, iat=iat, name=name))
+        commits += written
+        assert (await server.stats())["store"]["commits"] == commits
+
+
+@with_server()
+async def test_a_session_token_has_no_name_so_it_never_sets_an_old_one(
+    server: VirtualServer,
+) -> None:
+    old = server.token(6, use="signin", name="Ann", iat=time.time() - 60)
+    new = server.token(6, use="signin", name="Anna")
+    for link, name in ((old, "Ann"), (new, "Anna"), (old, "Anna")):
+        session = (await server.ask("POST", "/api/v1/session", {}, token=link)).json
+        assert session["name"] == name
+        me = await server.ask("GET", "/api/v1/me", token=session["token"])
+        assert me.json == {"user_id": 6, "name": name}
 
 
 @with_server()
@@ -1494,7 +1678,10 @@ def hostile_requests(ws: str) -> dict[str, tuple[bytes, set[int]]]:
         "an empty token": (get_bytes("/ws/chat?token=", *good), {401}),
         "two slashes": (get_bytes("/" + ws, *good), {400, 404}),
         "two slashes and a bracket": (get_bytes("//[::1" + ws, *good), {400, 404}),
-        "a whole URL": (get_bytes("http://chatd.test" + ws, *good), {400, 404}),
+        "a whole URL of another scheme": (
+            get_bytes("gopher://chatd.test" + ws, *good),
+            {400, 404},
+        ),
         "no slash": (get_bytes("*", *good), {400, 404}),
         "an upgrade with a body": (
             get_bytes(ws, *good, "Content-Length: 5") + b"hello",

@@ -150,6 +150,55 @@ def test_text_that_is_no_command_is_refused_with_the_right_code(
     assert code == "bad_json" or "type" in refusal.message
 
 
+@pytest.mark.parametrize(
+    "escaped",
+    [
+        r"cut \ud83d", r"\ud83d", r"\uD83D", r"mid \ud83d dle", r"\ud83d\n", r"\udbff",
+        r"\ud83d\u0041", r"low \ude00", r"\uDE00 first", r"\ude00\ud83d", r"\udfff",
+        r"\ud83d\ud83d\ude00", r"\ud83d\ude00\ude00", r"\\\ud83d", r"\ud83d\\ude00",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("field", ["content", "client_id", "ref", "unknown"])
+def test_half_a_surrogate_pair_is_refused_and_called_so(
+    escaped: str, field: str
+) -> None:
+    text = send_with(field, escaped)
+    for form in (text, text.encode()):
+        refusal = refusal_of(chatd.parse, form, chatd.COMMANDS)
+        assert refusal.code == "bad_json"
+        assert "lone surrogate" in refusal.message
+
+
+@pytest.mark.parametrize(
+    "escaped",
+    # Pairs and escaped backslashes; faults of another kind.
+    [
+        *[r"\ud83d\ude00", r"\\ud83d", r"\\\\ude00", "\U0001f600"],
+        *[r"\ud83", r"\ux", r"\ud83d\ude00\x", r"\\ud83d\x"],
+    ],
+)
+def test_nothing_else_is_called_half_a_surrogate_pair(escaped: str) -> None:
+    text = send_with("content", escaped)
+    for form in (text, text.encode()):
+        if escaped.endswith(("83", "x")):
+            refusal = refusal_of(chatd.parse, form, chatd.COMMANDS)
+            assert "surrogate" not in refusal.message
+        else:
+            command = chatd.parse(form, chatd.COMMANDS)
+            assert command == msgspec.convert(json.loads(text), chatd.SendMessage)
+
+
+def send_with(field: str, escaped: str) -> str:
+    """The JSON of a message with a field that holds this, as it is."""
+    fields = {"type": "send_message", "chat_id": 1, "content": "a", field: "HERE"}
+    return json.dumps(fields).replace("HERE", escaped)
+
+
+def test_a_text_that_is_cut_short_is_called_truncated() -> None:
+    refusal = refusal_of(chatd.parse, '{"type":"ping","ref":"a', chatd.COMMANDS)
+    assert "truncated" in refusal.message
+
+
 @given(st.binary(max_size=60) | st.text(max_size=60))
 def test_arbitrary_bytes_are_refused(text: str | bytes) -> None:
     assert refusal_of(chatd.parse, text, chatd.COMMANDS).status == 400

@@ -111,6 +111,44 @@ async def test_a_request_is_passed_up_and_its_answer_comes_down_unchanged(
 
 
 @proxied()
+@pytest.mark.parametrize(
+    ("target", "host", "path"),
+    [
+        ("http://chat.example.org/api/v1/me?a=1", "chat.example.org", "/api/v1/me?a=1"),
+        ("HTTPS://[::1]:8086", "[::1]:8086", "/"),
+        ("http://chat.example.org?a", "chat.example.org", "/?a"),
+    ],
+)
+async def test_a_whole_url_goes_up_as_its_path_and_its_host(
+    proxy: VirtualProxy, target: str, host: str, path: str
+) -> None:
+    got, _ = await proxy.exchange(request_bytes("GET", target))
+    assert (got.target, got.header("host")) == (path, host)
+    assert got.header("x-forwarded-host") == host
+
+
+@proxied(trusted_proxy=("127.0.0.0/8",))
+@pytest.mark.parametrize(
+    ("forwarded", "client"),
+    [
+        ("203.0.113.3:1000", "203.0.113.3"),
+        ('6.6.6.6, "[2001:db8::1]:443"', "2001:db8::1"),
+        ("203.0.113.3, unknown", "127.0.0.1"),
+    ],
+)
+async def test_an_address_with_a_port_goes_up_without_it(
+    proxy: VirtualProxy, forwarded: str, client: str
+) -> None:
+    request = request_bytes("GET", "/", X_Forwarded_For=forwarded)
+    got, _ = await proxy.exchange(request)
+    assert got.header("x-forwarded-for") == client
+    assert proxy.log
+    messages = proxy.log.messages
+    logged = [line for line in messages if line.startswith("unread_address")]
+    assert len(logged) == forwarded.endswith("unknown")
+
+
+@proxied()
 async def test_a_token_sent_as_the_method_is_passed_up_and_not_logged(
     proxy: VirtualProxy,
 ) -> None:
@@ -776,6 +814,22 @@ async def test_a_socket_without_a_valid_token_is_refused_without_asking_the_upst
     await raw.send(request_bytes("GET", good))
     assert (await raw.answer()).status == 426
     assert proxy.dials == 0
+
+
+@proxied()
+async def test_a_socket_may_bring_its_token_in_authorization(
+    proxy: VirtualProxy,
+) -> None:
+    token = proxy.app.keyring.sign(6, 600)
+    for sent, status in {f"Bearer {token}": 101, f"Basic {token}": 401}.items():
+        raw = proxy.dial()
+        await raw.send(upgrade_bytes("/ws/chat", Authorization=sent))
+        if status == 101:
+            got = await proxy.request(await proxy.upstream())
+            assert got.header("authorization") == sent
+        else:
+            assert (await raw.answer()).status == status
+    assert proxy.dials == 1
 
 
 @proxied()

@@ -110,9 +110,9 @@ def test_a_value_within_its_limits_is_parsed(
         *[("CIDR", text) for text in ("", "x", "10.0.0.1/8", "10.0.0.0/33")],
         *[
             ("ORIGIN", text)
-            for text in ("", "example.org", "ftp://a", "https://", "https://a/", "*")
+            for text in ("", "example.org", "ftp://a", "https://", "https://a/b", "*")
         ],
-        *[("ORIGIN", text) for text in ("null", "https://a b", "http://u@a")],
+        *[("ORIGIN", text) for text in ("nil", "https://a b", "http://u@a")],
         *[("WHO", text) for text in ("", "c", "users", "user|service")],
         *[("LEVEL", text) for text in ("", "loud", "DEBUG", "infos")],
         *[("parse_ttl", text) for text in ("", "0", "0d", "-1", "1w", "d", "1.5h")],
@@ -265,6 +265,20 @@ def test_a_flag_can_be_repeated_and_its_variable_can_hold_a_list(
     both = serve_settings("--jwt-key", "a", "--jwt-key", "b").jwt_key
     monkeypatch.setenv("CHATD_JWT_KEY", "a b")
     assert both == serve_settings().jwt_key == (Path("a"), Path("b"))
+
+
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"])
+def test_a_blank_flag_counts_as_not_given(
+    blank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [word for name in FLAGS for word in (flag_of(name), blank)]
+    assert serve_settings(*argv) == Settings()
+    assert serve_settings("--jwt-key", "a", "--jwt-key", blank).jwt_key == (Path("a"),)
+    assert serve_settings("--listen", "a:1", "--listen", blank).listen == "a:1"
+    for name, (text, _, _) in FLAGS.items():
+        monkeypatch.setenv(f"CHATD_{name.upper()}", text)
+    assert serve_settings(*argv) == serve_settings()
 
 
 @pytest.mark.usefixtures("bare_environment")

@@ -328,6 +328,7 @@ async def revoked(busy: BusyChat, user_id: int) -> Victim:
             f"asked after the revocation was answered: {answer}"
         )
     await verify_refused(chatd, victim.token, unused_ticket)
+    await verify_signs_in(chatd, user_id)
     busy.rounds += 1
     busy.checked += len(victim.received) + len(victim.answered)
     victim.cut()
@@ -353,6 +354,19 @@ async def verify_refused(chatd: Chatd, token: str, unused_ticket: str) -> None:
         except Refused as refusal:
             status = refusal.status
         assert status == 401, f"a revoked {which} was answered {status}"
+
+
+async def verify_signs_in(chatd: Chatd, user_id: int) -> None:
+    """A sign-in link made after the revocation works at once, and what it yields."""
+    link = chatd.token(user_id, use="signin", iat=int(time.time()) + 1)
+    reply = await http(chatd, "POST", "/api/v1/session", link)
+    assert reply.status == 200, f"a new sign-in was answered {reply.status}"
+    session = reply.json["token"]
+    reply = await http(chatd, "GET", "/api/v1/me", session)
+    assert reply.status == 200, f"a new session was answered {reply.status}"
+    client = Client(chatd, user_id, token=await ticket(chatd, session))
+    await client.connect()
+    client.cut()
 
 
 # --- expired -------------------------------------------------------------------------
