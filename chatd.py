@@ -2996,13 +2996,14 @@ def address_key(address: Address | None) -> str:
     return str(address)
 
 
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
 def short_origin(origin: str) -> str:
     """Leave out the default port of an origin and a slash at its end."""
-    return re.sub(
-        r"\A(http:.+?)(?::80)?/?\Z|\A(https:.+?)(?::443)?/?\Z|\A(.*(?:[^/]|://))/\Z",
-        r"\1\2\3",
-        origin.lower(),
-    )
+    scheme, mark, host = origin.lower().partition("://")
+    host = host.removesuffix("/")
+    return scheme + mark + host.removesuffix(DEFAULT_PORTS.get(scheme, "/"))
 
 
 def same_origin(origin: str, hosts: Iterable[str]) -> bool:
@@ -3427,7 +3428,7 @@ class Keyring:
 def read_claims(body: dict[str, Any], foreign: bool) -> Claims:
     """Read the claims of a token whose signature is right. Raises Refusal."""
     user_id, scope = body.get("user_id", body.get("sub")), body.get("scope")
-    if isinstance(user_id, str) and re.fullmatch("[1-9][0-9]{0,15}", user_id):
+    if isinstance(user_id, str) and re.fullmatch("[0-9]{1,20}", user_id):
         user_id = int(user_id)  # RFC 7519 4.1.2: sub is a string
     scopes = scope.split() if isinstance(scope, str) else []
     name = clean_name(body.get("name"))
@@ -5458,11 +5459,17 @@ def _network(text: str) -> str:
 def _origin(text: str) -> str:
     """Write an origin as browsers do: without its default port, the host in ASCII."""
     text = short_origin(text)
-    text = re.sub(r"\[(.*)]", lambda host: f"[{ipaddress.IPv6Address(host[1])}]", text)
-    not_ascii = r"[^/:]*[^\0-\x7f][^/:]*"
-    return re.sub(
-        not_ascii, lambda host: idna.encode(host[0], uts46=True).decode(), text
-    )
+    parts = urllib.parse.urlsplit(text)
+    host, port = parts.hostname, f":{parts.port}" if parts.port else ""
+    if not host:  # null, file://
+        if parts.scheme in DEFAULT_PORTS:
+            raise ValueError
+        return text
+    if ":" in host:
+        host = f"[{ipaddress.IPv6Address(host)}]"
+    elif not host.isascii():
+        host = idna.encode(host, uts46=True).decode()
+    return f"{parts.scheme}://{host}{port}"
 
 
 def _listen(text: str) -> str:
@@ -5500,10 +5507,8 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "ORIGIN": parser(
         "an origin: write SCHEME://HOST or SCHEME://HOST:PORT without a path, user or "
         "*, such as https://shop.example.org, capacitor://localhost of an app, or null",
-        r"""(?xi) null | (?: https?:// (?: [\w.-]+ | \[[0-9a-f:.]+] )
-            | (?!https?:|wss?:|ftp:) [a-z][a-z0-9+.-]* :// [^]["\s/?#@*:,\\]* )
-            (?: :(?!0) (?: [0-9]{1,4} | [1-5][0-9]{4} | 6[0-4][0-9]{3}
-                | 65[0-4][0-9]{2} | 655[0-2][0-9] | 6553[0-5] ) )? /?""",
+        r"""(?xi) null | (?!wss?:|ftp:) [a-z][a-z0-9+.-]* ://
+            ([\w.-]* | \[[0-9a-f:.]+]) (:0*[1-9][0-9]*)? /?""",
         _origin,
     ),
     "CIDR": parser("a network, such as 10.0.0.0/8, or none", read=_network),
@@ -5544,7 +5549,7 @@ def variable(name: str) -> str:
 
 def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
     """Add the flags of all settings, or of those named, or with other defaults."""
-    parser.set_defaults(defaults=defaults)
+    parser.set_defaults(defaults=defaults, refuse=parser.error)
     for field in flags():
         if names and field.name not in names:
             continue
@@ -5560,9 +5565,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) 
         )
 
 
-def read_settings(
-    parser: argparse.ArgumentParser, options: argparse.Namespace
-) -> Settings:
+def read_settings(options: argparse.Namespace) -> Settings:
     """Read each setting from its flag, else from CHATD_NAME, else use the default."""
     chosen: dict[str, Any] = dict(options.defaults)
     if folders := variable("STATE_DIRECTORY"):
@@ -5577,7 +5580,7 @@ def read_settings(
         try:
             values = tuple(map(PARSERS[field.metadata["unit"]], texts))
         except argparse.ArgumentTypeError as error:
-            parser.error(f"{where}: {error}")
+            options.refuse(f"{where}: {error}")
         if values:
             chosen[field.name] = values if several else values[-1]
     return Settings(**chosen)
@@ -5692,7 +5695,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 failed, 2 wrong use."""
     parser = make_parser()
     options = parser.parse_args(argv)
-    settings = read_settings(parser, options)
+    settings = read_settings(options)
     set_up_log(settings.log_level)
     tell_unknown_variables()
     status = 0

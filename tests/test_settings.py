@@ -31,7 +31,7 @@ from tests.client import (
 def serve_settings(*argv: str) -> Settings:
     """The settings of `chatd serve ARGV`."""
     parser = chatd.make_parser()
-    return chatd.read_settings(parser, parser.parse_args(["serve", *argv]))
+    return chatd.read_settings(parser.parse_args(["serve", *argv]))
 
 
 def flag_of(name: str) -> str:
@@ -204,7 +204,7 @@ def test_a_blank_variable_of_systemd_or_the_proxy_counts_as_unset(
     parser = chatd.make_parser()
     options = parser.parse_args(["proxy"])
     assert options.upstream == "127.0.0.1:8086"
-    settings = chatd.read_settings(parser, options)
+    settings = chatd.read_settings(options)
     assert settings.trusted_proxy == ("none",)
     assert settings.db == Path("chatd.db")
     assert chatd.secret_path(settings) == Path("chatd.secret")
@@ -300,7 +300,7 @@ def test_the_proxy_has_its_own_defaults_and_a_variable_overrides_them(
     def chosen(*argv: str) -> tuple[Settings, str]:
         parser = chatd.make_parser()
         options = parser.parse_args(["proxy", *argv])
-        return chatd.read_settings(parser, options), options.upstream
+        return chatd.read_settings(options), options.upstream
 
     settings, upstream = chosen()
     assert (settings.listen, upstream) == ("127.0.0.1:3000", "127.0.0.1:8086")
