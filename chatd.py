@@ -78,7 +78,7 @@ the last connection ends, the store and the hub still run and can answer it.
 
     trio.run
     `- run_root                         the root
-       |- watch_signals                 SIGTERM, SIGINT: one stops, the next cancels
+       |- watch_signals                 SIGTERM and such: one stops, the next cancels
        `- Server.run
           |- Store.run                  commits, one batch after another
           |- Hub.run                    publishes each batch
@@ -156,6 +156,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import calendar
 import codecs
 import dataclasses
 import email.utils
@@ -181,6 +182,7 @@ import sqlite3
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import urllib.parse
@@ -248,7 +250,12 @@ MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
 def serve(settings: Settings, ready: Callable[[str], None]) -> None:
     """Serve until a signal says stop. ready is called with the server's URL."""
     settings = raise_file_limit(settings)
-    with locked(settings.db):
+    with locked(settings.db, secret_path(settings)) as unfinished:
+
+        def listening(url: str) -> None:
+            unfinished.clear()
+            ready(url)
+
         make_secret(secret_path(settings))
         keyring = read_keyring(settings)
         store = Store(settings)
@@ -256,7 +263,7 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
             server = Server(store, keyring)
             about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
             about |= keyring.about()
-            trio.run(run_root, server.listener, server.run, about, ready)
+            trio.run(run_root, server.listener, server.run, about, listening)
         finally:
             store.close()
 
@@ -275,9 +282,9 @@ async def run_root(
     settings = listener.settings
     if settings.jwt_key and settings.audience is None:
         log(WARNING, "no_audience", hint="tokens for any aud are accepted")
-    sockets = await open_listeners(settings.listen)
     async with trio.open_nursery() as root:
         await root.start(watch_signals, listener, root.cancel_scope)
+        sockets = await open_listeners(settings.listen)
         async with trio.open_nursery() as serving:
             await serving.start(run, sockets)
             # All objects that exist now stay to the end: nothing to collect there.
@@ -297,11 +304,15 @@ async def run_root(
 async def watch_signals(  # noqa: ASYNC114 (only ever given to nursery.start)
     listener: Listener, root: trio.CancelScope, *, task_status: trio.TaskStatus[None]
 ) -> None:
-    """Stop at the first SIGTERM or SIGINT; cancel every task at the second.
+    """Stop at the first SIGTERM, SIGINT or SIGHUP; cancel every task at the second.
 
-    After the second one Python's own handlers are back: a third ends the process.
+    SIGHUP means that the terminal is gone; nohup(1) has it ignored. After the second
+    signal main's own handlers are back: a third ends the process.
     """
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    with trio.open_signal_receiver(*numbers) as signals:
         task_status.started()
         async for number in signals:
             name = signal.Signals(number).name
@@ -4354,8 +4365,9 @@ def set_up_log(level: str) -> None:
     handler.setFormatter(
         JournalFormatter()
         if in_journal()
-        else logging.Formatter("%(levelname)s %(message)s")
+        else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%FT%T%z")
     )
+    logging.raiseExceptions = False  # a stderr that is full or gone ends nothing
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logging.getLogger("trio-websocket").disabled = True
@@ -4719,9 +4731,16 @@ def file_errors(what: str, path: Path) -> Iterator[None]:
         if is_damage(error):
             raise damaged(what, path, str(error)) from error
         why = str(getattr(error, "strerror", None) or error)
-        if not os.path.isdir(path.parent):
-            why = f"there is no folder {path.parent}; make it, or name another"
-        raise UsageError(f"{what} {path}: {why}") from error
+        user, folder, hint = f"user {os.geteuid()}", path.absolute().parent, ""
+        if not os.path.isdir(folder):
+            hint = f"; {user} finds no folder {folder}: make it, name another, or sudo"
+        for place in (path, folder):
+            if os.path.exists(place) and not os.access(place, os.W_OK):
+                hint = (
+                    f"; {user} cannot write {place}: run chatd as its owner, user "
+                    f"{place.stat().st_uid}, and not on a read-only disk"
+                )
+        raise UsageError(f"{what} {path}: {why}{hint}") from error
 
 
 def is_damage(error: Exception) -> bool:
@@ -4792,10 +4811,17 @@ def open_database(path: Path, *, readonly: bool) -> Db:
     Exactly one connection may commit and checkpoint: before SQLite 3.51.3 two that do
     so at the same time can corrupt a WAL. Readers therefore cannot do either.
     """
-    uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rw'}"
+    # SQLite makes -wal and -shm for a reader, too. It removes them when the last
+    # connection closes, if that one could write; so without a -wal, open it like that.
+    # Where it cannot make them, nobody is writing.
+    wal = wal_of(path)
+    fixed = not wal.exists() and not os.access(wal.parent, os.W_OK)
+    mode = "ro" if readonly and wal.exists() else "rw"
+    uri = f"{path.absolute().as_uri()}?mode={mode}&immutable={fixed:d}"
     db = sqlite3.connect(
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
     )
+    db.set_progress_handler(progress(path), 1_000_000)
     try:
         db.executescript("PRAGMA trusted_schema = OFF; PRAGMA temp_store = MEMORY")
         if readonly:
@@ -4819,7 +4845,7 @@ def open_database(path: Path, *, readonly: bool) -> Db:
 
 def wal_of(path: Path) -> Path:
     """Name the WAL of a database: SQLite puts it beside the file, not beside a link."""
-    return Path(f"{path.resolve()}-wal")
+    return Path(f"{os.path.realpath(path)}-wal")
 
 
 def file_bytes(path: Path) -> int:
@@ -4952,36 +4978,71 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
     return db
 
 
+CLEAR = "\x1b[K\r"  # what follows overwrites the line
+
+
+def progress(path: Path) -> Callable[..., None]:
+    """Make a function that shows on a terminal how far a step of over a second is.
+
+    SQLite calls it after so many instructions, or pages of a copy: (status, left, all).
+    Signals are handled then, too. The server's own threads show nothing.
+    """
+    began = time.monotonic()
+
+    def show(*pages: int) -> None:
+        seconds = int(time.monotonic() - began)
+        here = threading.current_thread() is threading.main_thread()
+        if seconds and here and sys.stderr.isatty():
+            part = f", {100 * pages[1] // pages[2]}% to copy" if pages else ""
+            sys.stderr.write(f"{path.name}: {seconds} s{part}{CLEAR}")
+
+    return show
+
+
 @contextmanager
-def locked(db: Path) -> Iterator[None]:
-    """Hold the lock of a database: one serve, or one restore. Raises UsageError."""
-    path = Path(f"{db.resolve()}.lock")  # a link leads to the same database
+def locked(db: Path, *others: Path) -> Iterator[list[Path]]:
+    """Hold the lock of a database: one serve, or one restore. Raises UsageError.
+
+    The file itself is locked, whatever name leads to it. Yields the files that are new,
+    or will be: the database, empty now, and the others. Those that are still in that
+    list at the end are removed.
+    """
+    path = Path(os.path.realpath(db))
     with file_errors("database", db):
+        if db.is_symlink() and db.lstat().st_uid not in (0, os.geteuid()):
+            # Root would replace any file that the unit's user links to.
+            raise UsageError(f"database {db}: a link of another user; name its target")
+        new = [file for file in (path, *others) if not os.path.exists(file)]
+        if file_bytes(wal_of(path)):
+            new = []  # all that is left of a database
         # Root does this too, in a folder of the unit's user: follow no link there.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    with open(fd, "r+", encoding="ascii") as file:
+    with open(fd, "rb"):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            pid = "?"
+            with suppress(OSError, IndexError):
+                found = rf"FLOCK .* (\d+) \S+:{os.fstat(fd).st_ino} "
+                pid = re.findall(found, Path("/proc/locks").read_text("ascii"))[0]
             raise UsageError(
-                f"database {db}: in use by process {file.read().strip() or '?'}; stop "
-                "that one first (systemctl stop chatd), or name another with --db"
+                f"database {db}: in use by process {pid}; stop that one first "
+                "(systemctl stop chatd), or name another with --db"
             ) from None
-        keep_owner(db.parent, path)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+        try:
+            if path in new:
+                keep_owner(path.parent, path)
+            yield new
+        finally:
+            for file in new:
+                remove(file)
 
 
-def keep_owner(like: Path, *paths: Path) -> None:
-    """Give files that root made to the owner of `like`: the unit must write them."""
-    if os.geteuid() != 0:
-        return
-    for path in paths:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            owner = like.stat()
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+def keep_owner(like: Path, path: Path) -> None:
+    """Give a file that root made to the owner of `like`: the unit must write it."""
+    if os.geteuid() == 0:
+        owner = like.stat()
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def secret_path(settings: Settings) -> Path:
@@ -4991,23 +5052,24 @@ def secret_path(settings: Settings) -> Path:
     folder = variable("CREDENTIALS_DIRECTORY")
     if folder and (credential := Path(folder, "chatd.secret")).exists():
         return credential
-    return settings.db.with_name("chatd.secret")
+    return settings.db.parent / "chatd.secret"
 
 
 def read_keyring(settings: Settings) -> Keyring:
     """Read the keys. Raises UsageError."""
     path = secret_path(settings)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UsageError(
-            f"secret {path}: there is none yet; `chatd serve` makes it at its first "
-            "start; or name yours with --secret-file, or the database with --db"
+            f"secret {path}: user {os.geteuid()} finds none; `chatd serve` makes it at "
+            "its first start; or name yours with --secret-file, or the database with "
+            "--db; or use sudo"
         )
     return Keyring(settings, read_secret(path))
 
 
 def make_secret(path: Path) -> None:
     """Make chatd's secret if there is none. Only `serve` calls this."""
-    if path.exists():
+    if os.path.exists(path):
         return
     # A full disk must not leave an empty secret.
     with file_errors("secret", path), new_file(path) as partial:
@@ -5147,14 +5209,13 @@ def serve_demo(settings: Settings) -> None:
             keyring = read_keyring(settings)
             for user_id, name in people.items():
                 link = sign_in_link(keyring, url, user_id, name)
-                print(f"{name + ':':6}{link}")
+                mention(f"{name + ':':6}{link}")
             upstream = url.removeprefix("http://")
-            print(
+            mention(
                 f"""\
 Open each link in a tab of its own. Ctrl-C ends the demo and removes
 its files. With the proxy between, the links work at its port too:
-chatd proxy --upstream {upstream} --secret-file {secret_path(settings)}""",
-                flush=True,
+chatd proxy --upstream {upstream} --secret-file {secret_path(settings)}"""
             )
 
         serve(settings, ready)
@@ -5170,49 +5231,67 @@ def sign_in_link(
 
 def announce(url: str) -> None:
     """Print the line that scripts wait for: the server is ready."""
-    print(f"listening on {url}", flush=True)
+    mention(f"listening on {url}")
+
+
+def mention(text: str) -> None:
+    """Print, if stdout can be written: the line matters less than what chatd does."""
+    with suppress(UsageError):
+        answer(text)
+
+
+def answer(text: str) -> None:
+    """Print what was asked for. Raises UsageError if stdout is closed, full or gone."""
+    try:
+        if sys.stderr.isatty():
+            sys.stderr.write(CLEAR)
+        with open(1, "wb", closefd=False) as stdout:
+            stdout.write(os.fsencode(f"{text}\n"))
+    except OSError as error:
+        raise UsageError(f"stdout: {error.strerror}: nothing was printed") from error
 
 
 @contextmanager
 def reading(what: str, path: Path) -> Iterator[Db]:
     """Open a database of chatd for reading. Any error is a UsageError."""
-    try:
-        with file_errors(what, path):
-            if not path.is_file():
-                raise UsageError(f"{what} {path}: there is no such file")
-            check_not_emptied(what, path)
-            with closing(open_database(path, readonly=True)) as db:
-                if not examine(what, path, db):
-                    raise UsageError(f"{what} {path}: it is empty")
-                yield db
-    finally:
-        # Reading as root may have made these; the unit must be able to write them.
-        keep_owner(path, Path(f"{path}-wal"), Path(f"{path}-shm"))
+    with file_errors(what, path):
+        path.open("rb").close()  # says better than SQLite what is wrong
+        check_not_emptied(what, path)
+        with closing(open_database(path, readonly=True)) as db:
+            if not examine(what, path, db):
+                raise UsageError(f"{what} {path}: it is empty")
+            yield db
 
 
-def copy_database(what: str, source: Path, target: Path, change: str = "") -> None:
+def copy_database(what: str, source: Path, target: Path, change: str = "") -> str:
     """Copy a database, as of one moment, into a new file, and sync it.
 
-    change is SQL to run on the copy. The copy is checked, as `chatd check` would, so a
-    damaged source never becomes a backup. Raises UsageError; the caller removes the
-    target then.
+    change is SQL to run on the copy. Returns the copy's CONTENTS. The copy is checked,
+    as `chatd check` would, so a damaged source never becomes a backup. Raises
+    UsageError; the caller removes the target then.
     """
     with reading(what, source) as db:
         try:
+            # One transaction: after a commit between two steps SQLite would begin anew.
+            db.executescript("BEGIN; SELECT * FROM meta")
             with closing(sqlite3.connect(target)) as to:
-                db.backup(to)
+                db.backup(to, pages=1024, progress=progress(source))
                 to.execute("PRAGMA journal_mode = DELETE")
                 to.executescript(change)
             sync(target)
             sync(target.parent)  # if that fails, then before the copy has its name
             with closing(open_database(target, readonly=True)) as copy:
                 found = faults(copy)
+                contents: str = query_value(copy, CONTENTS)
         except (sqlite3.Error, OSError) as error:
             if is_damage(error):
                 raise
-            raise UsageError(f"{what} {source}: copying failed: {error}") from error
+            raise UsageError(
+                f"{what} {source}: copying failed in {target.parent}: {error}"
+            ) from error
     if found:
         raise damaged(what, source, found[0])
+    return contents
 
 
 @contextmanager
@@ -5228,8 +5307,13 @@ def new_file(path: Path) -> Iterator[Path]:
         partial.rename(path)
         sync(path.parent)
     finally:
-        for suffix in ("", "-journal", "-wal", "-shm"):
-            Path(f"{partial}{suffix}").unlink(missing_ok=True)
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, and what SQLite may have made beside it."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -5254,16 +5338,20 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
             with suppress(OSError):
                 left.unlink()  # of a backup that was killed
         older = sorted(dest.glob("chatd-????????T??????Z.db"), reverse=True)
-        folder, name = dest, "chatd-%Y%m%dT%H%M%SZ.db"
-        while (dest := folder / time.strftime(name, time.gmtime())).exists():
-            time.sleep(0.1)  # there is a copy of this second
+        name, moment = "chatd-%Y%m%dT%H%M%SZ.db", int(time.time())
+        # Names are in the order of making, whatever the clock is or was: a copy from
+        # when it was ahead does not stay the newest one.
+        with suppress(IndexError, ValueError):
+            newest = calendar.timegm(time.strptime(older[0].name, name))
+            moment = max(moment, newest + 1)
+        dest /= time.strftime(name, time.gmtime(moment))
     if dest.exists():
         raise UsageError(
             f"backup {dest}: it exists; name a new file, or a folder with --keep COUNT"
         )
     with file_errors("backup", dest), new_file(dest) as partial:
         copy_database("database", db, partial)
-    print(dest)
+    mention(str(dest))
     for path in older[keep - 1 :]:
         with file_errors("backup", path):
             path.unlink()
@@ -5271,16 +5359,20 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
 
 def restore(db: Path, source: Path) -> None:
     """Put a backup in the database's place, with a new epoch: clients resync."""
-    with locked(db), file_errors("restore", source), new_file(db) as partial:
+    path = Path(os.path.realpath(db))
+    with locked(db) as new, file_errors("database", db), new_file(path) as partial:
         epoch = f"UPDATE meta SET value = {NEW_EPOCH} WHERE key = 'epoch'"
-        copy_database("restore", source, partial, epoch)
-        keep_owner(db.parent, partial)
+        contents = copy_database("restore", source, partial, epoch)
+        partial.chmod(path.stat().st_mode)
+        keep_owner(path, partial)
         # The old WAL must not meet the new file. Closing a sound old database folds its
         # WAL in; that of a damaged one is lost with it.
         with suppress(sqlite3.Error):
-            open_database(db, readonly=False).close()
+            open_database(path, readonly=False).close()
         for suffix in ("-wal", "-shm"):
-            Path(f"{db}{suffix}").unlink(missing_ok=True)
+            Path(f"{path}{suffix}").unlink(missing_ok=True)
+        new.clear()
+    mention(f"{path}: restored from {source}: {contents}. Every client will resync.")
 
 
 def faults(db: Db) -> list[str]:
@@ -5292,6 +5384,13 @@ def faults(db: Db) -> list[str]:
         if row[0] != "ok"
     ]
 
+
+# SQL for what is in a database, in words.
+CONTENTS = """
+SELECT (SELECT count(*) FROM user) || ' users, ' || (SELECT count(*) FROM chat) ||
+    ' chats, ' || count(*) || ' messages' || coalesce(', the newest of ' ||
+    strftime('%Y-%m-%dT%H:%M:%SZ', max(created_at), 'unixepoch'), '') FROM message
+"""
 
 # The rules that every database of chatd obeys: a query for the rows that break a rule,
 # and the sentence about such a row.
@@ -5326,7 +5425,7 @@ SANE = {
 
 
 def flag(default: Any, unit: str, why: str, over: str = "") -> Any:
-    """Make a setting a flag: its unit, what it limits, and what happens then."""
+    """Make a setting a flag: its unit, what it is for, and what happens beyond it."""
     metadata = {"unit": unit, "why": why, "over": over}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -5350,46 +5449,52 @@ class Settings:
         "also trust tokens signed with this key: a PEM public key (RS256, ES256, "
         "EdDSA), otherwise a shared secret (HS256); may be given several times")
     issuer: str | None = flag(None, "ISS",
-        "the iss that tokens signed with a --jwt-key must have", "token_invalid")
+        "the iss that tokens signed with a --jwt-key must have",
+        "otherwise: token_invalid")
     audience: str | None = flag(None, "AUD",
-        "the aud that tokens signed with a --jwt-key must have", "token_invalid")
+        "the aud that tokens signed with a --jwt-key must have",
+        "otherwise: token_invalid")
     origin: tuple[str, ...] = flag((), "ORIGIN",
-        "pages of this origin may use chatd too; may be given several times", "403")
+        "pages of this origin may use chatd too; may be given several times",
+        "other origins: 403")
     trusted_proxy: tuple[str, ...] = flag(("127.0.0.0/8", "::1"), "CIDR",
         "proxies whose X-Forwarded-For is trusted, or none; may be given several "
         "times")
     chats_by: str = flag("user", "WHO",
-        "who may create chats and add members: user or service", "forbidden")
+        "who may create chats and add members: user or service",
+        "others: forbidden")
     log_level: str = flag("info", "LEVEL",
         "what to log: debug, info, warning or error")
     sends: Rate = flag(Rate(5, 20), "RATE/BURST",
-        "messages a second per user, so that no user floods a chat", "rate_limited")
+        "messages a second per user, so that no user floods a chat",
+        "over it: rate_limited")
     commands: Rate = flag(Rate(30, 60), "RATE/BURST",
         "commands a second per connection",
-        "rate_limited; 4008 after 100 refused in a row")
+        "over it: rate_limited; 4008 after 100 refused in a row")
     typing: Rate = flag(Rate(1, 5), "RATE/BURST",
-        "typing signs a second per user and chat", "dropped")
+        "typing signs a second per user and chat", "over it: dropped")
     handshakes: Rate = flag(Rate(10, 50), "RATE/BURST",
-        "upgrades and 401s a second per address (IPv6: per /64)", "429")
+        "upgrades and 401s a second per address (IPv6: per /64)", "over it: 429")
     requests: Rate = flag(Rate(20, 100), "RATE/BURST",
-        "HTTP requests a second per user", "429")
+        "HTTP requests a second per user", "over it: 429")
     receive_bytes: Rate = flag(Rate(65536, 524288), "RATE/BURST",
         "bytes a second per connection, so that a flood meets TCP, not the CPU",
-        "reading waits")
+        "over it: reading waits")
     max_connections: int = flag(10_000, "COUNT",
         "open sockets; raise the limit of open files to this plus 256",
-        "503 overloaded")
+        "over it: 503 overloaded")
     connections_per_user: int = flag(20, "COUNT",
-        "open sockets per user, so that one page cannot use up all", "4504")
+        "open sockets per user, so that one page cannot use up all", "over it: 4504")
     max_message_bytes: int = flag(65_536, "BYTES",
-        "the size of a message on a socket, or of a request's body", "1009, 413")
+        "the size of a message on a socket, or of a request's body",
+        "over it: 1009, 413")
     max_content_chars: int = flag(4_000, "CHARACTERS",
-        "the length of a message's content", "bad_field")
+        "the length of a message's content", "over it: bad_field")
     drain_seconds: float = flag(5, "SECONDS",
-        "the time that a stop may take", "open connections are cut")
+        "the time that a stop may take", "after it: open connections are cut")
     check_bytes: int = flag(33_554_432, "BYTES",
         "the size of a database that is checked for damage at the start",
-        "not checked, and the log says so; run chatd check")
+        "a larger one is not checked, and the log says so; run chatd check")
 
     # Not flags: an operator should not have to think of them. Tests set them.
 
@@ -5554,7 +5659,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) 
         if names and field.name not in names:
             continue
         unit, why, over = field.metadata.values()
-        over = over and f"; over it: {over}"
+        over = over and f"; {over}"
         default = shown(defaults.get(field.name, field.default))
         default = default and f" (default {default})"
         parser.add_argument(
@@ -5633,10 +5738,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
     add = token.add_mutually_exclusive_group().add_argument  # a link has no scopes
     add("--scope", type=parse_scope, help="service, stats")
-    page = f"http://{Settings.listen}"
-    link = f"a sign-in link to the page at BASE (default {page})"
-    add("--link", metavar="BASE", nargs="?", const=page, type=parse_base, help=link)
-    add_flags(token, "db", "secret_file")
+    link = "a sign-in link to the page at BASE (default: at the address of --listen)"
+    add("--link", metavar="BASE", nargs="?", const=True, type=parse_base, help=link)
+    add_flags(token, "db", "secret_file", "listen")
 
     copy = commands.add_parser("backup", help="copy the database, also while it serves")
     copy.add_argument("path", type=Path, metavar="DEST")
@@ -5661,14 +5765,12 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     with suppress(UsageError), reading("database", settings.db) as db:
         keyring.revoked |= db.execute(REVOKED)
     user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
-    if options.link:
-        print(sign_in_link(keyring, options.link, user_id, name, ttl))
+    if base := options.link:
+        base = f"http://{settings.listen}" if base is True else base
+        answer(sign_in_link(keyring, base, user_id, name, ttl))
     else:
-        print(
-            keyring.sign(
-                user_id, ttl or SESSION_SECONDS, name=name, scope=options.scope
-            )
-        )
+        seconds = ttl or SESSION_SECONDS
+        answer(keyring.sign(user_id, seconds, name=name, scope=options.scope))
 
 
 def end_with_a_sentence() -> None:
@@ -5685,19 +5787,32 @@ def end_with_a_sentence() -> None:
 def print_check(path: Path) -> None:
     """Print that a database is sound, or raise UsageError with all that is wrong."""
     with reading("database", path) as db:
-        found = faults(db)
+        found, contents = faults(db), query_value(db, CONTENTS)
     if found:
         raise UsageError("\n       ".join([f"database {path}:", *found]))
-    print(f"{path}: ok")
+    answer(f"{path}: ok: {contents}")
+
+
+def fill_standard_streams() -> None:
+    """Let no file or socket get the number of a standard stream that is closed.
+
+    To write to stdout then fails, as if it were closed still.
+    """
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (for the process)
+    while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(fd)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 failed, 2 wrong use."""
+    fill_standard_streams()
     parser = make_parser()
     options = parser.parse_args(argv)
     settings = read_settings(options)
     set_up_log(settings.log_level)
     tell_unknown_variables()
+    end_with_a_sentence()
     status = 0
     try:
         match options.command:
@@ -5712,10 +5827,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "token":
                 print_token(settings, options)
             case "backup":
-                end_with_a_sentence()
                 backup(settings.db, options.path, options.keep)
             case "restore":
-                end_with_a_sentence()
                 restore(settings.db, options.path)
             case "check":
                 print_check(settings.db)

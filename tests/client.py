@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -467,10 +467,12 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {**kept, **more}
 
 
-async def run_chatd(*words: object, **environment: str) -> CommandResult:
-    """Run a chatd command to its end."""
+async def run_chatd(
+    *words: object, prefix: Iterable[object] = (), **environment: str
+) -> CommandResult:
+    """Run a chatd command to its end. prefix is a command that runs others."""
     done = await trio.run_process(
-        [sys.executable, "-m", "chatd", *map(str, words)],
+        [*map(str, prefix), sys.executable, "-m", "chatd", *map(str, words)],
         capture_stdout=True,
         capture_stderr=True,
         check=False,
@@ -480,6 +482,33 @@ async def run_chatd(*words: object, **environment: str) -> CommandResult:
     run = CommandResult(done.returncode, done.stdout.decode(), done.stderr.decode())
     assert not MISTAKE.search(run.err), run
     return run
+
+
+# chatd with a clock whose readings are 10 s apart.
+HASTY = """
+import itertools, sys, types, chatd, time
+clock = itertools.count(0, 10)
+chatd.time = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: next(clock)})
+sys.exit(chatd.main(sys.argv[1:]))
+"""
+
+
+def run_on_a_terminal(program: str, *words: object) -> tuple[int, str, str]:
+    """Run chatd with a terminal as stderr; return status, stdout and what that got."""
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, words)],
+        cwd=CHECKOUT, env=clean_environment(), stdout=subprocess.PIPE, stderr=theirs,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        # EIO: the process has ended.
+        with open(ours, "rb", buffering=0) as terminal, suppress(OSError):
+            while part := terminal.read(65536):
+                shown += part
+        assert process.stdout is not None
+        out = process.stdout.read()
+        return process.wait(WAIT_SECONDS), out.decode(), shown.decode()
 
 
 class Process:

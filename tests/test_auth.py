@@ -2351,8 +2351,8 @@ async def test_the_ready_log_line_names_each_backend_key_and_its_kind(
     async with server.serving(*flags):
         pass
     named = ", ".join(f"{server.home / n} ({n}, {kind})" for n, kind in keys.items())
-    (line,) = re.findall("(?m)^INFO ready .*", server.output)
+    (line,) = re.findall(r"(?m)^\S+ INFO ready .*", server.output)
     assert line.endswith(f" jwt_keys='{named}'"), line
     async with server.serving(*NO_RATES):
         pass
-    assert "jwt_keys" not in re.findall("(?m)^INFO ready .*", server.output)[1]
+    assert "jwt_keys" not in re.findall(r"(?m)^\S+ INFO ready .*", server.output)[1]

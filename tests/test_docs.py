@@ -237,7 +237,7 @@ def test_the_table_of_log_lines_has_every_line_that_chatd_can_write() -> None:
 
 def settings_table() -> str:
     """Make the table of settings from Settings."""
-    rows = ["| flag | default | what it is for | when over |", "|---|---|---|---|"]
+    rows = ["| flag | default | what it is for | consequence |", "|---|---|---|---|"]
     for field in chatd.flags():
         unit, why, over = field.metadata.values()
         flag = f"--{field.name.replace('_', '-')} {unit}"

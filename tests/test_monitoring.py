@@ -7,6 +7,7 @@ import logging
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,25 +54,33 @@ def test_a_bug_that_ends_the_process_is_one_log_line_too(
         raise ValueError("s3cret\n<0>forged")
 
     monkeypatch.setattr(chatd, "print_check", broken)
+    monkeypatch.setattr(chatd, "end_with_a_sentence", lambda: None)
     assert chatd.main(["check"]) == 1
     err = capsys.readouterr().err
     where = r"test_monitoring\.py:\d+ broken < chatd\.py:\d+ main"
-    assert re.fullmatch(rf"ERROR crashed error='ValueError' at='{where}'\n", err), err
+    line = rf"\S+ ERROR crashed error='ValueError' at='{where}'\n"
+    assert re.fullmatch(line, err), err
 
 
 @pytest.mark.usefixtures("bare_environment")
 @pytest.mark.parametrize(
     ("level", "prefix"), [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("ERROR", 3)]
 )
-def test_a_log_level_is_a_priority_in_the_journal_and_a_word_elsewhere(
-    level: str, prefix: int
+def test_a_log_line_has_its_priority_in_the_journal_and_time_and_level_elsewhere(
+    level: str, prefix: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TZ", "UTC-2")
+    time.tzset()
     number = logging.getLevelNamesMapping()[level]
     record = logging.LogRecord("chatd", number, "", 0, "left user=6", None, None)
+    record.created = 1_790_000_000.9
     assert chatd.JournalFormatter().format(record) == f"<{prefix}>left user=6"
     chatd.set_up_log("info")
     (handler,) = chatd.logger.handlers
-    assert handler.format(record) == f"{level} left user=6"
+    line = handler.format(record)
+    monkeypatch.undo()
+    time.tzset()
+    assert line == f"2026-09-21T16:13:20+0200 {level} left user=6"
 
 
 def test_commit_times_are_of_the_last_1024_and_the_maximum_of_all() -> None:
@@ -281,7 +290,7 @@ async def test_log_lines_have_a_priority_only_if_stderr_is_the_journal(
         server.signal(signal.SIGTERM)
         assert await server.ended() == 0
     lines = log.read_text("ascii").splitlines()
-    words = [line.split(" ")[0 if journal else 1] for line in lines]
+    words = [line.split(" ")[0 if journal else 2] for line in lines]
     prefix = ["<6>", "<6>", "<7>", "<7>", "<6>"] if journal else [""] * 5
     verbs = ["made_secret", "ready", "joined", "left", "stopping"]
     assert words == [start + verb for start, verb in zip(prefix, verbs, strict=True)]

@@ -28,6 +28,7 @@ import chatd
 from chatd import Settings, UsageError
 from tests.client import (
     CHECKOUT,
+    HASTY,
     MISTAKE,
     WAIT_SECONDS,
     Progress,
@@ -37,6 +38,8 @@ from tests.client import (
     new_users,
     request_bytes,
     run_chatd,
+    run_on_a_terminal,
+    wait_until,
 )
 from tests.harness import Memory, VirtualServer, with_server
 
@@ -476,24 +479,6 @@ print(os.get_inheritable(3), [n for n in os.environ if n.startswith("LISTEN_")])
 # --- backup, restore, check ----------------------------------------------------------
 
 
-async def test_serve_and_restore_on_a_served_database_say_what_to_do(
-    server: ServerProcess, tmp_path: Path
-) -> None:
-    async with server.serving():
-        assert server.process is not None
-        copy, pid = tmp_path / "copy.db", server.process.pid
-        assert (await run_chatd("backup", copy, "--db", server.db)).status == 0
-        link = tmp_path / "link.db"
-        link.symlink_to(server.db)
-        for db in (server.db, link):
-            for words in (("restore", copy), ("serve", "--listen", "127.0.0.1:0")):
-                done = await run_chatd(*words, "--db", db)
-                assert done.status == 1, done
-                assert f"in use by process {pid}; stop" in done.err
-                assert "systemctl stop chatd" in done.err
-        await server.want(200, "GET /healthz")
-
-
 async def test_a_backup_keeps_the_newest_copies_and_touches_no_other_file(
     server: ServerProcess, tmp_path: Path
 ) -> None:
@@ -521,7 +506,7 @@ async def test_a_backup_keeps_the_newest_copies_and_touches_no_other_file(
         copies = {old[-1], copy.name, Path(more.out.strip()).name}
         assert len(copies) == 3
         assert {p.name for p in folder.iterdir()} == {*others, *copies}
-        # A name has whole seconds, so a second backup waits for the next one.
+        # A name has whole seconds: a second backup takes the next one.
         for _ in range(2):
             await trio.to_thread.run_sync(chatd.backup, server.db, folder, 9)
         assert len([*folder.glob("chatd-2*Z.db")]) == 5
@@ -636,12 +621,8 @@ def sound_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Read the files of a folder, but not those that SQLite makes for each reader."""
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.endswith((".db-shm", ".db-wal", ".lock"))
-    }
+    """Read the files of a folder."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -811,14 +792,15 @@ async def test_the_start_logs_whether_it_checked_the_database(
         async with server.serving(f"--check-bytes={limit}"):
             pass
         (line,) = re.findall(
-            rf"(?m)^INFO (?:un)?checked .* bytes={size} .*", server.output
+            rf"(?m)^\S+ (INFO (?:un)?checked .* bytes={size} .*)", server.output
         )
         (server.home / "stderr").unlink()
         assert line.startswith(f"INFO {verb} db="), line
     assert Settings().check_bytes == 32 * 2**20
 
 
-@pytest.mark.parametrize("blocks", [1, 40])  # the largest file, in KiB
+# The largest file, in KiB. To read a database, SQLite needs a -shm of 32.
+@pytest.mark.parametrize("blocks", [32, 40])
 async def test_a_copy_that_runs_out_of_space_leaves_nothing_behind(
     blocks: int, sound_db: Path, tmp_path: Path
 ) -> None:
@@ -857,11 +839,483 @@ async def test_root_follows_no_link_in_a_folder_of_the_units_user(
     prey.write_text("root's")
     for path in (unit, db):
         os.chown(path, 65534, 65534)
-    for suffix in ("-wal", "-shm", ".lock"):
+    for suffix in ("-wal", "-shm", ""):
         link = db.with_name(db.name + suffix)
         link.unlink(missing_ok=True)
         link.symlink_to(prey)
+        os.chown(link, 65534, 65534, follow_symlinks=False)
         await run_chatd("check", "--db", db)
         await run_chatd("backup", tmp_path / f"copy{suffix}", "--db", db)
         await run_chatd("restore", copy, "--db", db)
         assert (prey.read_text(), prey.stat().st_uid) == ("root's", 0), suffix
+
+
+# --- commands that fail --------------------------------------------------------------
+
+
+async def test_a_command_that_fails_leaves_no_file_and_changes_none(
+    sound_db: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("chatd.db", "copy.db"):
+        shutil.copy(sound_db, home / name)
+    (home / "short").write_text("short")
+    (home / "text").write_text("This is no database, and long enough to be one. " * 9)
+    (home / "loop").symlink_to("loop")
+    (home / "folder").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        free = ("--listen", "127.0.0.1:0", "--db")
+        fresh = (*free, home / "new.db")
+        failures: list[tuple[tuple[object, ...], str]] = [
+            (("serve", "--listen", f"127.0.0.1:{port}", *fresh[2:]), "already in use"),
+            (("serve", "--listen", "192.0.2.1:0", *fresh[2:]), "192.0.2.1:0: "),
+            (("serve", *fresh, "--jwt-key", home / "none"), "No such file"),
+            (("serve", *fresh, "--jwt-key", home / "short"), "5 bytes; "),
+            (("serve", *fresh, "--secret-file", home / "short"), "others can read it"),
+            (("serve", *fresh, "--secret-file", home / "no" / "s"), "finds no folder"),
+            (("serve", *fresh, "--secret-file", home / "folder"), "Is a directory"),
+            (("serve", *free, home / "text"), "not a database"),
+            (("serve", *free, home / "folder"), "Is a directory"),
+            (("serve", *free, home / "typo" / "chatd.db"), f"folder {home / 'typo'}:"),
+            (("serve", *free, home / "loop"), "symbolic links"),
+            (("serve", *free, ""), "Is a directory"),
+            (("proxy", *fresh), "finds none"),
+            (("token", "1", "--db", home / "chatd.db"), "finds none"),
+            (("token", "1", "--db", "/"), "finds none"),
+            (("check", "--db", home / "new.db"), "No such file"),
+            (("check", "--db", home / "folder"), "Is a directory"),
+            (("check", "--db", home / "loop"), "symbolic links"),
+            (("backup", home / "new.db", "--db", home / "none.db"), "No such file"),
+            (("backup", home / "new.db", "--db", home / "text"), "not a database"),
+            (("backup", home / "copy.db", "--db", home / "chatd.db"), "it exists"),
+            (("backup", home / "no" / "x", "--db", home / "chatd.db"), "no folder"),
+            (("backup", home / "no", "--keep=1", "--db", home / "chatd.db"), "folder"),
+            (("backup", home / "text", "--keep=1", "--db", home / "chatd.db"), "text"),
+            (("restore", home / "none.db", "--db", home / "new.db"), "No such file"),
+            (("restore", home / "text", "--db", home / "new.db"), "not a database"),
+            (("restore", home / "folder", "--db", home / "new.db"), "Is a directory"),
+            (("restore", home / "none.db", "--db", home / "chatd.db"), "No such file"),
+            (("restore", home / "copy.db", "--db", home / "folder"), "Is a directory"),
+            (("restore", home / "copy.db", "--db", home / "no" / "x"), "no folder"),
+        ]
+        before = files_in(home)
+        cores = trio.CapacityLimiter(2)
+
+        async def run(words: tuple[object, ...], sentence: str) -> None:
+            async with cores:
+                done = await run_chatd(*words)
+            assert (done.status, done.out) == (1, ""), (words, done)
+            last = done.err.splitlines()[-1]
+            assert last.startswith("chatd: "), (words, done)
+            assert sentence in last, (words, done)
+
+        async with trio.open_nursery() as nursery:
+            for words, sentence in failures:
+                nursery.start_soon(run, words, sentence)
+    assert files_in(home) == before
+    assert [*(home / "folder").iterdir()] == []
+
+
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_a_file_or_folder_of_another_user_is_an_error_that_says_what_to_do(
+    sound_db: Path, tmp_path: Path
+) -> None:
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_mode & 0o001 == 0:
+            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's are for root alone
+    closed, mine, ours = (tmp_path / name for name in ("closed", "mine", "ours"))
+    for folder, owner, mode in (
+        (closed, 0, 0o700), (mine, 0, 0o755), (ours, 65534, 0o755)
+    ):  # fmt: skip
+        folder.mkdir()
+        for name, text_mode in (("chatd.db", 0o600), ("open.db", 0o644)):
+            shutil.copy(sound_db, folder / name)
+            (folder / name).chmod(text_mode)
+        os.chown(folder, owner, owner)
+        folder.chmod(mode)
+    os.chown(mine / "chatd.db", 65534, 65534)
+    free = ("serve", "--listen=127.0.0.1:0", "--db")
+    copy = ours / "open.db"
+    writes = f"user 65534 cannot write {mine}: run chatd as its owner, user 0"
+    sees = f"user 65534 finds no folder {closed / 'sub'}"
+    for words, sentence in (
+        ((*free, mine / "new.db"), writes),
+        ((*free, mine / "chatd.db"), writes),
+        ((*free, ours / "chatd.db"), f"cannot write {ours / 'chatd.db'}: run chatd as"),
+        ((*free, closed / "sub" / "chatd.db"), sees),
+        (("check", "--db", closed / "sub" / "chatd.db"), sees),
+        (("check", "--db", ours / "chatd.db"), "Permission denied; user 65534 cannot"),
+        (("backup", mine / "x", "--db", copy), writes),
+        (("backup", "--keep=2", mine, "--db", copy), writes),
+        (("restore", copy, "--db", mine / "chatd.db"), writes),
+        (("restore", copy, "--db", mine / "new.db"), writes),
+        (("token", "1", "--db", closed / "chatd.db"), "user 65534 finds none; "),
+        (("check", "--db", mine / "open.db"), ""),
+        (("backup", ours / "copied.db", "--db", mine / "open.db"), ""),
+    ):
+        before = files_in(mine), files_in(closed)
+        done = await run_chatd(*words, prefix=AS_NOBODY)
+        assert done.status == bool(sentence), (words, done)
+        assert sentence in done.err, (words, done)
+        assert (files_in(mine), files_in(closed)) == before, words
+
+
+# --- one database with many names ----------------------------------------------------
+
+
+async def test_a_served_database_is_in_use_under_all_its_names(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    async with server.serving():
+        assert server.process is not None
+        copy, pid = tmp_path / "copy.db", server.process.pid
+        assert (await run_chatd("backup", copy, "--db", server.db)).status == 0
+        names = [tmp_path / name for name in ("link.db", "hard.db")]
+        up = "/".join([".."] * len(CHECKOUT.parts))
+        names += [Path(f"{up}{server.db}"), other / "mounted.db"]
+        names[0].symlink_to(server.db)
+        names[1].hardlink_to(server.db)
+        names[3].touch()
+        mount = (
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            'mount --bind $0 $1; shift; exec "$@"',
+        )
+        before = sorted(os.listdir(tmp_path)), os.listdir(other)
+        for db in (server.db, *names):
+            prefix = (*mount, server.db, db) if db is names[3] else ()
+            if prefix:
+                tried = await trio.run_process([*prefix, "true"], check=False)
+                if tried.returncode:
+                    continue  # without the right to mount
+            for words in (("restore", copy), ("serve", "--listen", "127.0.0.1:0")):
+                done = await run_chatd(*words, "--db", db, prefix=prefix)
+                assert done.status == 1, done
+                assert f"in use by process {pid}; stop" in done.err
+                assert "systemctl stop chatd" in done.err
+        assert (sorted(os.listdir(tmp_path)), os.listdir(other)) == before
+        await server.want(200, "GET /healthz")
+    async with server.serving():  # a stop gives the lock back
+        pass
+
+
+async def test_restore_follows_a_link_keeps_the_mode_and_says_what_it_did(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    link, copy, real = tmp_path / "link.db", tmp_path / "copy.db", disk / "real.db"
+    link.symlink_to("disk/real.db")
+    async with server.serving():
+        chat = await server.chat(1, 2)
+        await server.post(chat, 1, "a")
+        said = (await server.post(chat, 2, "b"))["created_at"]
+        assert (await run_chatd("backup", copy, "--db", server.db)).status == 0
+    for mode in (0o600, 0o640):  # first there is nothing at the link
+        done = await run_chatd("restore", copy, "--db", link)
+        assert done.status == 0, done
+        assert done.out == (
+            f"{real}: restored from {copy}: 2 users, 1 chats, 2 messages, "
+            f"the newest of {said}. Every client will resync.\n"
+        )
+        assert os.readlink(link) == "disk/real.db"
+        assert os.listdir(disk) == ["real.db"]
+        assert real.stat().st_mode & 0o777 == mode
+        real.chmod(0o640)
+    checked = await run_chatd("check", "--db", link)
+    contents = f"2 users, 1 chats, 2 messages, the newest of {said}"
+    assert (checked.status, checked.out) == (0, f"{link}: ok: {contents}\n")
+
+
+async def test_check_and_backup_read_beside_serve_and_leave_no_file(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    async with server.serving():
+        chat = await server.chat(1, 2)
+        before = sorted(os.listdir(server.home))
+        wal = server.db.with_name("chatd.db-wal")
+        for number in range(3):
+            await server.post(chat, 1, "more")
+            size = wal.stat().st_size
+            done = await run_chatd("check", "--db", server.db)
+            assert f" {number + 1} messages" in done.out, done
+            assert wal.stat().st_size == size > 0  # no checkpoint
+        copy = tmp_path / "copies" / "copy.db"
+        copy.parent.mkdir()
+        assert (await run_chatd("backup", copy, "--db", server.db)).status == 0
+        assert sorted([*os.listdir(server.home)]) == sorted([*before, "copies"])
+        await server.want(200, "GET /healthz")
+        await server.kill()
+    crashed = files_in(server.home)
+    for _ in range(2):  # nobody folds the WAL of a killed server in but the next one
+        assert (await run_chatd("check", "--db", server.db)).status == 0
+        now = files_in(server.home)
+        assert now.keys() == crashed.keys()
+        assert now["chatd.db"] == crashed["chatd.db"]
+        assert now["chatd.db-wal"] == crashed["chatd.db-wal"]
+    async with server.serving():
+        pass
+    stopped = files_in(server.home)
+    for words in (("check",), ("backup", tmp_path / "copies" / "second.db")):
+        assert (await run_chatd(*words, "--db", server.db)).status == 0
+        assert files_in(server.home) == stopped
+
+
+# --- copies in a folder --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "clock", ["20990101T000000Z", "20200101T000000Z", "20991231T235959Z"]
+)
+def test_copies_are_named_in_the_order_of_making_whatever_the_clock_was(
+    clock: str, sound_db: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / f"chatd-{clock}.db"
+    odd.write_bytes(b"from when the clock was wrong")
+    made: list[str] = []
+    for _ in range(4):
+        chatd.backup(sound_db, tmp_path, 3)
+        (new,) = {p.name for p in tmp_path.iterdir()} - {odd.name, *made}
+        made.append(new)
+        # The documented restore takes the last name.
+        assert max(p.name for p in tmp_path.glob("chatd-*Z.db")) == new
+        assert sorted(made) == made
+    assert sorted(p.name for p in tmp_path.iterdir()) == made[1:]
+
+
+def test_copies_that_are_made_while_the_clock_is_behind_replace_older_ones(
+    sound_db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1_790_000_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    made: list[str] = []
+    for step in (0, 3600, -50_000_000, 3600, 3600, 60_000_000):
+        now += step
+        before = {p.name for p in tmp_path.iterdir()}
+        chatd.backup(sound_db, tmp_path, 3)
+        (new,) = {p.name for p in tmp_path.iterdir()} - before
+        made.append(new)
+        assert sorted(p.name for p in tmp_path.iterdir()) == made[-3:]
+    assert made[-1] == time.strftime("chatd-%Y%m%dT%H%M%SZ.db", time.gmtime(now))
+
+
+# --- standard streams ----------------------------------------------------------------
+
+STREAMS = {
+    "": "", "closed stdin": "<&-", "closed stdout": ">&-", "closed stderr": "2>&-",
+    "all closed": "<&- >&- 2>&-", "full stdout": ">/dev/full",
+    "full stderr": "2>/dev/full", "all full": ">/dev/full 2>/dev/full",
+    "no reader": "| true", "no reader of both": "2>&1 | true",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STREAMS)
+async def test_a_standard_stream_that_is_closed_full_or_gone_ends_no_command(
+    case: str, server: ServerProcess, tmp_path: Path
+) -> None:
+    async with server.serving():
+        await server.chat(1, 2)
+    copy = tmp_path / "copy.db"
+    stdout = "stdout" not in case and "all" not in case and "no reader" not in case
+    stderr = "stderr" not in case and "all" not in case and "both" not in case
+    for words in (
+        ("token", "1"), ("check",), ("backup", copy), ("restore", copy)
+    ):  # fmt: skip
+        shell = ("bash", "-c", f'set -o pipefail; "$@" {STREAMS[case]}', "-")
+        done = await run_chatd(*words, "--db", server.db, prefix=shell)
+        # What a token and a check print is all that they are for.
+        needed = words[0] in ("token", "check")
+        assert done.status == (needed and not stdout), (words, done)
+        assert bool(done.out) == stdout, (words, done)
+        failed = needed and not stdout and stderr
+        assert done.err.startswith("chatd: stdout: ") == failed, (words, done)
+        assert len(done.err.splitlines()) == failed, (words, done)
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        ["chatd.db", "chatd.secret", "copy.db", "stderr"]
+    )
+
+
+@pytest.mark.parametrize("case", STREAMS)
+@pytest.mark.parametrize("demo", [False, True])
+async def test_a_standard_stream_that_is_closed_full_or_gone_ends_no_server(
+    case: str, demo: bool, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    words = ["--demo"] if demo else ["--db", str(tmp_path / "chatd.db")]
+    command = [sys.executable, "-m", "chatd", "serve", f"--listen=127.0.0.1:{port}"]
+    # The server tells its number, since there is a shell around it.
+    tell = f"echo $BASHPID >{tmp_path}/pid; exec"
+    shell = f'set -o pipefail; ({tell} "$@") {STREAMS[case]}'
+    process = await trio.lowlevel.open_process(
+        ["bash", "-c", shell, "-", *command, *words],
+        cwd=CHECKOUT,
+        env=clean_environment(TMPDIR=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+
+        async def healthy() -> bool:
+            with contextlib.suppress(OSError):
+                return await health_status("127.0.0.1", port) == 200
+            return False
+
+        await wait_until(healthy)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+        with trio.fail_after(WAIT_SECONDS):
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        out = b"".join([part async for part in process.stdout])
+        err = b"".join([part async for part in process.stderr])
+    assert not MISTAKE.search(err.decode()), err
+    assert b"chatd: " not in err
+    if not case:
+        assert out.startswith(f"listening on http://127.0.0.1:{port}\n".encode())
+        assert len(out.splitlines()) == (6 if demo else 1)
+    assert not [name for name in os.listdir(tmp_path) if "demo" in name]
+
+
+# --- signals -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_the_demo_leaves_no_folder_when_a_signal_ends_it(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    demo = ServerProcess(tmp_path, "serve", "--demo")
+    await demo.begin()
+    folder, _ = sorted(os.listdir(tmp_path))
+    assert folder.startswith("chatd-demo-")
+    assert await demo.ended(number) == 0
+    assert os.listdir(tmp_path) == ["stderr"]
+    assert f" INFO stopping signal='{number.name}' sockets=0\n" in demo.output
+
+
+async def test_sighup_stops_the_server_unless_it_was_ignored_at_the_start(
+    server: ServerProcess,
+) -> None:
+    for ignored in (True, False):
+        before = signal.signal(
+            signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL
+        )
+        await server.begin()  # which inherits it, as from nohup
+        signal.signal(signal.SIGHUP, before)
+        peer = await server.peer(6)
+        server.signal(signal.SIGHUP)
+        if ignored:
+            await server.want(200, "GET /healthz")
+            await peer.receives_nothing()
+            await server.stop()
+        else:
+            assert (await peer.find("bye"))["retry_after"] > 0
+            assert await peer.ended() == 1012
+            assert await server.ended() == 0
+            assert " stopping signal='SIGHUP' sockets=1\n" in server.output
+            server.hang_up()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("step", ["make_secret", "prepare_database", "open_listeners"])
+def test_a_signal_during_the_first_start_is_an_orderly_end(
+    step: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    program = (
+        f"import os, signal, sys, chatd; step = chatd.{step}\n"
+        f"signal.signal({int(number)}, signal.SIG_DFL)\n"
+        f"end = lambda: os.kill(os.getpid(), {int(number)})\n"
+        f"chatd.{step} = lambda *args: (step(*args), end())[0]\n"
+        "sys.exit(chatd.main(sys.argv[1:]))"
+    )
+    db = tmp_path / "chatd.db"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "serve", "--listen=127.0.0.1:0", "--db", db],
+        capture_output=True, text=True, check=False, cwd=CHECKOUT,
+        env=clean_environment(), timeout=WAIT_SECONDS,
+    )  # fmt: skip
+    assert not MISTAKE.search(done.stderr), done
+    if step == "open_listeners":  # the task that waits for signals is there already
+        assert done.returncode == 0, done
+        assert f" stopping signal='{number.name}'" in done.stderr
+    else:
+        assert done.returncode == 1, done
+        sentence = f"chatd: ended by {number.name}, before it was done\n"
+        assert done.stderr.endswith(sentence)
+        assert os.listdir(tmp_path) == []
+
+
+# --- progress ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database so large that SQLite takes some million steps to check it."""
+    memory = Memory(tmp_path_factory.mktemp("large"))
+    chat = memory.chat(1, 2)
+    memory.store.close()
+    with contextlib.closing(sqlite3.connect(memory.settings.db)) as db, db:
+        db.execute(
+            """WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n
+            < 60000)
+            INSERT INTO message (id, chat_id, sender_id, content, created_at, n)
+            SELECT (SELECT max(seq) FROM event) + n, ?, 1, 'x', 0, n FROM c""",
+            (chat,),
+        )
+        db.execute(
+            """INSERT INTO event (seq, kind, chat_id, to_chat, message_id)
+            SELECT id, 'new_message', chat_id, 1, id FROM message"""
+        )
+    return memory.settings.db
+
+
+@pytest.mark.parametrize("verb", ["check", "backup", "restore"])
+def test_a_command_that_takes_over_a_second_shows_its_progress_on_a_terminal(
+    verb: str, large_db: Path, tmp_path: Path
+) -> None:
+    db, copy = tmp_path / "chatd.db", tmp_path / "copy.db"
+    shutil.copy(large_db, db if verb != "restore" else copy)
+    words = {"check": (), "backup": (copy,), "restore": (copy,)}[verb]
+    plain = "import sys, chatd; sys.exit(chatd.main(sys.argv[1:]))"
+    status, out, shown = run_on_a_terminal(HASTY, verb, *words, "--db", db)
+    assert status == 0, shown
+    *lines, last = shown.split("\x1b[K\r")
+    assert len(lines) > 2
+    assert (lines[-1], last) == ("", "")  # the line is cleared
+    for line in lines[:-1]:
+        assert re.fullmatch(r"\S+: \d+ s(, \d+% to copy)?", line), line
+    assert any("to copy" in line for line in lines) == (verb != "check")
+    assert "\x1b" not in out
+    # A command that is done in a second shows nothing.
+    copy.unlink(missing_ok=verb == "check")
+    if verb == "restore":
+        shutil.copy(large_db, copy)
+    status, _, shown = run_on_a_terminal(plain, verb, *words, "--db", db)
+    assert (status, re.sub(r"\S+: [1-9]\d* s.*?\x1b\[K\r", "", shown)) == (
+        0,
+        "\x1b[K\r",
+    )
+
+
+def test_the_check_at_the_start_shows_its_progress_on_a_terminal(
+    large_db: Path, tmp_path: Path
+) -> None:
+    shutil.copy(large_db, tmp_path / "chatd.db")
+    status, _, shown = run_on_a_terminal(
+        HASTY, "serve", "--listen=192.0.2.1:0", "--db", tmp_path / "chatd.db"
+    )
+    assert status == 1
+    # The next log line overwrites it.
+    assert re.search(r"\nchatd\.db: \d+ s\x1b\[K\r\S+ INFO checked ", shown), shown

@@ -333,7 +333,7 @@ def test_help_shows_the_unit_the_default_and_the_consequence_of_every_flag(
     for field in chatd.flags():
         meta = field.metadata
         assert f"{flag_of(field.name)} {meta['unit']} {meta['why']}" in output
-        assert f"over it: {meta['over']}" in output
+        assert meta["over"] in output
         assert f"(default {chatd.shown(field.default)})" in output or not field.default
 
 
@@ -370,8 +370,12 @@ def test_a_constant_is_the_specified_one(name: str) -> None:
 
 def test_every_flag_has_a_unit_and_a_reason() -> None:
     for field in chatd.flags():
-        assert field.metadata["unit"], field.name
+        unit, over = field.metadata["unit"], field.metadata["over"]
+        assert unit, field.name
         assert field.metadata["why"], field.name
+        # "Over it" is said of a number, and of nothing else.
+        limit = unit in ("RATE/BURST", "COUNT", "BYTES", "CHARACTERS")
+        assert over.startswith("over it: ") == (limit and field.name != "check_bytes")
 
 
 # --- whole process: the command line -------------------------------------------------
@@ -445,8 +449,17 @@ async def test_chatd_token_prints_nothing_but_a_token_that_works(
     stats = await run_chatd("token", user, *secret, "--scope", "stats")
     target = "GET /api/v1/internal/chat/ws/stats"
     await server.want(200, target, stats.out.strip())
-    link = await run_chatd(*words, "--link")
-    assert re.fullmatch(r"http://127\.0\.0\.1:8086/#token=\S+\n", link.out), link
+    at = "127.0.0.1:9000"
+    for more, environment, base in (
+        ((), {}, "http://127.0.0.1:8086"),
+        (("--listen", at), {}, f"http://{at}"),
+        ((), {"CHATD_LISTEN": at}, f"http://{at}"),
+        (("--listen", "[::1]:1"), {"CHATD_LISTEN": at}, "http://[::1]:1"),
+    ):
+        link = await run_chatd(*words, "--link", *more, **environment)
+        assert re.fullmatch(rf"{re.escape(base)}/#token=\S+\n", link.out), link
+    link = await run_chatd(*words, "--link", "https://a.example/b/", "--listen", at)
+    assert link.out.startswith("https://a.example/b/#token="), link
     credentials = {"CREDENTIALS_DIRECTORY": str(server.home)}
     systemd = await run_chatd("token", user, **credentials)
     await server.want(200, "GET /api/v1/me", systemd.out.strip())

@@ -23,7 +23,14 @@ import trio
 
 import chatd
 from chatd import Settings
-from tests.client import CHECKOUT, ServerProcess, clean_environment, run_chatd
+from tests.client import (
+    CHECKOUT,
+    HASTY,
+    ServerProcess,
+    clean_environment,
+    run_chatd,
+    run_on_a_terminal,
+)
 from tests.data import make_1_0 as of_1_0
 from tests.harness import memory_store, usage_error_of
 
@@ -242,4 +249,20 @@ def test_an_upgrade_that_is_killed_anywhere_changes_nothing(
     assert ended.returncode == -signal.SIGKILL
     assert contents(old) == before
     upgrade(old)
+    assert contents(old)[0] == len(STEPS)
+
+
+def test_an_upgrade_that_takes_over_a_second_shows_its_progress_on_a_terminal(
+    old: Path,
+) -> None:
+    with contextlib.closing(chatd.open_database(old, readonly=False)) as db:
+        db.execute(
+            """WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c
+            WHERE n < 60000) INSERT INTO event (seq, kind, chat_id, to_chat, user_id)
+            SELECT (SELECT max(seq) FROM event) + n, 'member_removed', 1, 1, 1 FROM c"""
+        )
+    words = ("serve", "--listen=192.0.2.1:0", "--check-bytes=1", "--db", old)
+    status, _, shown = run_on_a_terminal(HASTY, *words)
+    assert status == 1
+    assert re.search(r"chatd\.db: \d+ s\x1b\[K\r", shown), shown
     assert contents(old)[0] == len(STEPS)
