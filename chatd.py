@@ -5021,13 +5021,9 @@ def locked(db: Path, *others: Path) -> Iterator[list[Path]]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = "?"
-            with suppress(OSError, IndexError):
-                found = rf"FLOCK .* (\d+) \S+:{os.fstat(fd).st_ino} "
-                pid = re.findall(found, Path("/proc/locks").read_text("ascii"))[0]
             raise UsageError(
-                f"database {db}: in use by process {pid}; stop that one first "
-                "(systemctl stop chatd), or name another with --db"
+                f"database {db}: in use by process {holder(db) or '?'}; stop that one "
+                "first (systemctl stop chatd), or name another with --db"
             ) from None
         try:
             if path in new:
@@ -5036,6 +5032,14 @@ def locked(db: Path, *others: Path) -> Iterator[list[Path]]:
         finally:
             for file in new:
                 remove(file)
+
+
+def holder(path: Path) -> str:
+    """Find the process that holds the lock of a database. "": none, or it is hidden."""
+    lock = rf"FLOCK .* (\d+) \S+:{path.stat().st_ino} "
+    with suppress(OSError):
+        return "".join(re.findall(lock, Path("/proc/locks").read_text("ascii"))[:1])
+    return ""
 
 
 def keep_owner(like: Path, path: Path) -> None:
@@ -5257,6 +5261,11 @@ def reading(what: str, path: Path) -> Iterator[Db]:
     with file_errors(what, path):
         path.open("rb").close()  # says better than SQLite what is wrong
         check_not_emptied(what, path)
+        if (pid := holder(path)) and not wal_of(path).exists():
+            # A hard link: the WAL with the newest messages has the other name.
+            raise UsageError(
+                f"{what} {path}: process {pid} uses it by another name; take that one"
+            )
         with closing(open_database(path, readonly=True)) as db:
             if not examine(what, path, db):
                 raise UsageError(f"{what} {path}: it is empty")
