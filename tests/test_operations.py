@@ -880,7 +880,7 @@ async def test_a_command_that_fails_leaves_no_file_and_changes_none(
             (("serve", *free, home / "folder"), "Is a directory"),
             (("serve", *free, home / "typo" / "chatd.db"), f"folder {home / 'typo'}:"),
             (("serve", *free, home / "loop"), "symbolic links"),
-            (("serve", *free, ""), "Is a directory"),
+            (("serve", *free, "."), "Is a directory"),
             (("proxy", *fresh), "finds none"),
             (("token", "1", "--db", home / "chatd.db"), "finds none"),
             (("token", "1", "--db", "/"), "finds none"),
@@ -999,7 +999,9 @@ async def test_a_served_database_is_in_use_under_all_its_names(
                 assert "systemctl stop chatd" in done.err
             # SQLite keeps the WAL beside the file that a path leads to.
             done = await run_chatd("check", "--db", db, prefix=prefix)
-            if db.is_symlink() or db.samefile(server.db) and db.name == server.db.name:
+            if db.is_symlink() or (
+                db.samefile(server.db) and db.name == server.db.name
+            ):
                 assert done.status == 0, done
             else:
                 assert done.status == 1, done
