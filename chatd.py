@@ -1018,7 +1018,12 @@ class UserEvent(Event, frozen=True):
 
 
 class NewMessage(MessageEvent, frozen=True, tag="new_message"):
-    """To all members, and to the sender's own sockets too."""
+    """To all members, and to the sender's own sockets too.
+
+    Its sender has read the chat up to it, unless `read` is false.
+    """
+
+    read: bool = True
 
 
 class MessageRead(Event, frozen=True, tag="message_read"):
@@ -1428,7 +1433,7 @@ class Store:
         except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return self._storage_failed(jobs)
-        self.stats.committed(time.perf_counter() - started, len(jobs))
+        self.stats.committed(time.perf_counter() - started, len(outcomes))
         return Batch(events, outcomes)
 
     def _run_one(self, job: Job, events: Entries) -> Any:
@@ -1537,7 +1542,11 @@ class Store:
         """Append an event to the event log, and to the batch."""
         events.append(entry)
         event, kind = entry.event, entry.kind
-        own = {field: getattr(event, field) for field in KINDS[kind][1]}
+        own = {
+            field: value
+            for field in KINDS[kind][1]
+            if (value := getattr(event, field)) not in event.__struct_defaults__
+        }
         db.execute(
             """INSERT INTO event
                (seq, kind, chat_id, to_chat, to_user, user_id, message_id, body)
@@ -1555,20 +1564,25 @@ class Store:
 
         A service may send for a user who is not a member. Raises Refusal not_found,
         idempotency_mismatch.
+
+        A member who sends has read the chat. If earlier messages were unread until
+        then, an event says so; if a service sends in the member's name, they stay
+        unread.
         """
         if sent := self.find_sent(db, send):
             return sent
         chat_id, sender_id, content, client_id = send
-        last_n, is_member, is_chat = db.execute(
+        last_n, read_n, is_chat = db.execute(
             """SELECT (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = ?1),
-               EXISTS (SELECT 1 FROM member WHERE chat_id = ?1 AND user_id = ?2),
+               (SELECT read_n FROM member WHERE chat_id = ?1 AND user_id = ?2),
                EXISTS (SELECT 1 FROM chat WHERE id = ?1)""",
             (chat_id, sender_id),
         ).fetchone()
-        if not (is_member or (service and is_chat)):
-            raise no_chat()
-        if not is_member:
+        if read_n is None:  # not a member, so there is no mark
+            if not (service and is_chat):
+                raise no_chat()
             self._know(db, sender_id)
+            read_n = last_n
         seq, n, now = self._next_seq(events), last_n + 1, now_seconds()
         row = (seq, chat_id, sender_id, content, now, n, client_id)
         db.execute(
@@ -1577,10 +1591,13 @@ class Store:
                VALUES (?, ?, ?, ?, ?, ?, ?)""",
             row,
         )
-        db.execute(SET_READ_N, (n, chat_id, sender_id))
         message = message_of(row)
-        event = NewMessage(seq, chat_id, message)
+        event = NewMessage(seq, chat_id, message, read_n == last_n or not service)
         self._record(db, events, Entry(event, to_chat=True))
+        if read_n == last_n:
+            db.execute(SET_READ_N, (n, chat_id, sender_id))
+        elif not service:
+            self._move_mark(db, events, Marked(seq, chat_id, n, seq + 1), sender_id)
         return Sent(message, duplicate=False)
 
     def find_sent(self, db: Db, send: Send, upto: int = MAX_ID) -> Sent | None:
@@ -1601,7 +1618,11 @@ class Store:
     def mark_read(
         self, db: Db, events: Entries, user_id: int, message_id: int
     ) -> Marked:
-        """Move the user's read mark up to a message, never down. Raises not_found."""
+        """Move the user's read mark up to a message, never down. Raises not_found.
+
+        It also moves over the user's own messages that follow: those that a service
+        has sent.
+        """
         row = db.execute(
             """SELECT m.chat_id, m.n, b.read_n FROM message m
                JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?
@@ -1613,15 +1634,25 @@ class Store:
         chat_id, n, read_n = row
         if n <= read_n:
             return Marked(message_id, chat_id, n, 0)
+        sql = "SELECT id, n, sender_id FROM message WHERE chat_id = ? AND n > ?"
+        for next_id, next_n, sender_id in db.execute(f"{sql} ORDER BY n", (chat_id, n)):
+            if sender_id != user_id:
+                break
+            message_id, n = next_id, next_n
+        marked = Marked(message_id, chat_id, n, self._next_seq(events))
+        self._move_mark(db, events, marked, user_id)
+        return marked
+
+    def _move_mark(self, db: Db, events: Entries, marked: Marked, user_id: int) -> None:
+        """Move a read mark, and record the event of it."""
+        message_id, chat_id, n, seq = marked
         db.execute(SET_READ_N, (n, chat_id, user_id))
         # Every mark to every member costs members squared: in a large chat, too much.
         sql = "SELECT 1 FROM member WHERE chat_id = ? LIMIT 1 OFFSET ?"
         large = query_value(db, sql, chat_id, self.settings.large_chat)
-        seq = self._next_seq(events)
         event = MessageRead(seq, chat_id, message_id, user_id, n)
         entry = Entry(event, user_id) if large else Entry(event, to_chat=True)
         self._record(db, events, entry)
-        return Marked(message_id, chat_id, n, seq)
 
     def create_chat(
         self, db: Db, events: Entries, title: str | None, member_ids: Iterable[int]
@@ -1828,7 +1859,7 @@ class Store:
         seq, kind, chat_id, to_chat, to_user, user_id, name, body, *message = row
         joined: tuple[object, ...] = ()
         try:
-            cls, own = KINDS[kind]
+            cls, _ = KINDS[kind]
             if issubclass(cls, MessageEvent):
                 joined = (message_of(message),)
             elif issubclass(cls, ChatEvent):
@@ -1836,8 +1867,7 @@ class Store:
                 joined = (msgspec.Raw(encode(chat)),)
             elif issubclass(cls, UserEvent):
                 joined = (user_id, name)
-            fields = msgspec.json.decode(body) if own else {}
-            event = cls(seq, chat_id, *joined, *[fields[field] for field in own])
+            event = cls(seq, chat_id, *joined, **msgspec.json.decode(body or "{}"))
         except (KeyError, TypeError, msgspec.MsgspecError) as error:
             unread = sqlite3.DatabaseError(f"event {seq}, a {kind!r}: {error!r}")
             unread.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
