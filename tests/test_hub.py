@@ -146,17 +146,17 @@ def test_a_seat_with_a_full_outbox_gets_the_whole_batch_later(memory: Memory) ->
     slow.outbox.bound, slow.outbox.stuck = 1, True
     memory.send(chat, 1)
     assert (slow.seqs(), slow.seat.live, slow.fell) == ([3], True, 0)
-    job = job_with_ack(slow, memory.sends(chat, 2))
+    job = job_with_ack(slow, memory.sends(chat, 2))  # a message_read follows it
     memory.hub.publish(store._transact([job]))
     assert (seqs_and_acks(slow), slow.seat.live, slow.fell) == (["3"], False, 1)
     assert slow.seat.cursor == 3
-    memory.send(chat, 1)
+    memory.send(chat, 2)
     slow.outbox.drain()
     memory.catch_up(slow)
-    assert seqs_and_acks(slow) == ["3", "4", "5", "a4"]
-    assert (fast.seqs(), slow.fell) == ([3, 4, 5], 1)
-    memory.send(chat, 1)
-    assert slow.seqs() == fast.seqs() == [3, 4, 5, 6]
+    assert seqs_and_acks(slow) == ["3", "4", "5", "6", "a4"]
+    assert (fast.seqs(), slow.fell) == ([3, 4, 5, 6], 1)
+    memory.send(chat, 2)
+    assert slow.seqs() == fast.seqs() == [3, 4, 5, 6, 7]
 
 
 def test_a_seat_behind_the_tail_reads_pages_and_then_the_tail() -> None:
@@ -477,6 +477,7 @@ class Model:
         self.members: dict[int, dict[int, int]] = {}  # chat: user: joined_seq
         self.read: dict[tuple[int, int], int] = {}  # chat, user: read_n
         self.messages: dict[int, list[int]] = {}  # chat: seqs
+        self.senders: dict[int, int] = {}  # seq of a message: its sender
         # at[n] is self.members as of the first n events.
         self.at: list[dict[int, dict[int, int]]] = [{}]
 
@@ -507,12 +508,18 @@ class Model:
             self._log(ModelEvent("chat_added", chat, to_chat=False, to_user=user))
         return True
 
-    def send(self, chat: int, user: int) -> bool:
-        if user not in self.members.get(chat, {}):
+    def send(self, chat: int, user: int, *, service: bool = False) -> bool:
+        is_member = user in self.members.get(chat, {})
+        if not is_member and not (service and chat in self.members):
             return False
+        unread = is_member and self.read[chat, user] < len(self.messages[chat])
         seq = self._log(ModelEvent("new_message", chat, to_chat=True))
         self.messages[chat].append(seq)
-        self.read[chat, user] = len(self.messages[chat])
+        self.senders[seq] = user
+        if unread and not service:
+            self.mark(user, seq)
+        elif is_member and not unread:
+            self.read[chat, user] += 1
         return True
 
     def mark(self, user: int, seq: int) -> bool:
@@ -521,8 +528,11 @@ class Model:
             return False
         if user not in self.members[event.chat]:
             return False
-        n = self.messages[event.chat].index(seq) + 1
+        later = self.messages[event.chat]
+        n = later.index(seq) + 1
         if n > self.read[event.chat, user]:
+            while n < len(later) and self.senders[later[n]] == user:
+                n += 1
             self.read[event.chat, user] = n
             large = len(self.members[event.chat]) > self.large_chat
             to_user = user if large else None
@@ -551,7 +561,9 @@ USERS = (1, 2, 3)
 
 # A work is its name and two small numbers: a chat and a user.
 random_works = st.tuples(
-    st.sampled_from(["send"] * 6 + ["mark"] * 3 + ["add", "add", "remove", "remove"]),
+    st.sampled_from(
+        [*["send"] * 5, *["post"] * 2, *["mark"] * 3, *["add", "remove"] * 2]
+    ),
     st.integers(1, 3),
     st.integers(1, 3),
 )
@@ -566,6 +578,9 @@ def work_of(
     match name:
         case "send":
             return memory.sends(chat, user), model.send(chat, user)
+        case "post":  # of a service, in the user's name
+            post = memory.sends(chat, user, service=True)
+            return post, model.send(chat, user, service=True)
         case "mark":  # the last message of the chat or the one before it
             seq = [0, *model.messages.get(chat, [])][-1 - len(model.log) % 2 :][0]
             return (store.mark_read, user, seq), model.mark(user, seq)
