@@ -466,6 +466,156 @@ async def test_one_connection_too_many_gets_4504_and_takes_no_place(
     assert (await second.ask("ping"))["type"] == "pong"
 
 
+PING_OUT = frame_bytes(PING, masked=False)
+
+
+@with_server(connections_per_user=20, handshakes=OFF)
+async def test_twenty_dead_connections_do_not_lock_out_the_21st(
+    server: VirtualServer,
+) -> None:
+    dead = [await server.join_raw(6) for _ in range(20)]
+    await trio.sleep(10)  # no ping is due yet
+    first = await server.join(6, hello=False)
+    with taking(3, 3.3):
+        first.hello = await first.receive("connected", within=4)
+    with taking(0, 19 * 0.2):
+        others = [await server.join(6) for _ in range(19)]
+    for raw in dead:
+        assert await raw.ends() == PING_OUT  # and no close frame
+    for peer in (first, *others):
+        assert (await peer.ask("ping"))["type"] == "pong"
+    assert await (await server.join(6, hello=False)).end() == ([], 4504)
+    closed = (await server.stats())["connections"]["closed"]
+    assert closed == {"1006": 20, "4504": 1}
+
+
+@with_server(connections_per_user=3)
+async def test_the_connection_that_has_not_answered_for_longest_makes_room(
+    server: VirtualServer,
+) -> None:
+    alive = await server.join(6)
+    late = await server.join_raw(6)
+    await trio.sleep(3)
+    await late.send(command_bytes("ping"))
+    early = await server.join_raw(6)
+    for raw, seconds in ((late, 27.5), (early, 22.5)):
+        server.session_of(raw).seat.ping_after = seconds
+    await trio.sleep(32)  # both have been pinged: `early` first
+    with taking(0, 0.2):
+        newcomer = await server.join(6)
+    assert await early.ends() == PING_OUT
+    assert len(server.app.sessions) == 3
+    for peer in (alive, newcomer):
+        assert (await peer.ask("ping"))["type"] == "pong"
+    assert late.data == b"" or late.data.endswith(PING_OUT)
+
+
+@with_server(connections_per_user=2)
+async def test_connections_that_answer_are_not_cut_for_another(
+    server: VirtualServer,
+) -> None:
+    peers = [await server.join(6) for _ in range(2)]
+    await trio.sleep(3600)
+    assert await (await server.join(6, hello=False)).end() == ([], 4504)
+    for peer in peers:
+        assert (await peer.ask("ping"))["type"] == "pong"
+
+
+@with_server(connections_per_user=2)
+async def test_connections_that_were_just_heard_of_are_alive(
+    server: VirtualServer,
+) -> None:
+    raws = [await server.join_raw(6) for _ in range(2)]
+    await trio.sleep(2.5)
+    with taking(0):
+        assert await (await server.join(6, hello=False)).end() == ([], 4504)
+    await wait_all_tasks_blocked()
+    assert len(server.app.sessions) == len(raws)
+
+
+@with_server(connections_per_user=2, commands=OFF)
+async def test_a_connection_that_chatd_keeps_waiting_is_alive(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "one", sender=7)
+    raws = [await server.join_raw(6) for _ in range(2)]
+    server.disk.hold()
+    for raw in raws:  # 65: chatd reads no more until it has answered
+        await raw.send(command_bytes("mark_read", message_id=message) * 65)
+    await trio.sleep(60)
+    assert await (await server.join(6, hello=False)).end() == ([], 4504)
+    server.disk.go()
+    await trio.sleep(1)
+    assert len(server.app.sessions) == 2
+
+
+@with_server(connections_per_user=1, outbox_bytes=8192)
+async def test_a_connection_that_reads_nothing_makes_room_too(
+    server: VirtualServer,
+) -> None:
+    raw, _ = await stall(server)  # its output waits, so it is never pinged
+    await trio.sleep(2)
+    assert await (await server.join(6, hello=False)).end() == ([], 4504)
+    await trio.sleep(2)
+    with taking(0, 0.2):
+        await server.join(6)
+    assert PING_OUT not in await raw.ends()
+    assert (await server.stats())["broadcast"]["stalls"] == 0
+
+
+@with_server(connections_per_user=1)
+async def test_a_connection_that_was_cut_for_another_comes_back_with_its_cursor(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    raw = await server.join_raw(6)  # a computer that sleeps
+    cursor = f"{server.store.epoch}.{server.app.hub.head}"
+    await trio.sleep(10)
+    phone = await server.join(6, hello=False)
+    await phone.receive("connected", within=4)
+    ids = await server.post(chat, "a", "b", sender=7)
+    assert await raw.ends() == PING_OUT
+    await phone.leave()
+    awake = await server.join(6, cursor=cursor)
+    assert awake.hello["resume"] == "replay"
+    for seq in ids:
+        assert (await awake.receive("new_message"))["seq"] == seq
+
+
+@with_server(connections_per_user=2)
+async def test_one_dead_connection_makes_room_for_one(server: VirtualServer) -> None:
+    alive, dead = await server.join(6), await server.join_raw(6)
+    await trio.sleep(10)
+    peers = [await server.join(6, hello=False) for _ in range(3)]
+    codes = []
+    for peer in peers:
+        with trio.move_on_after(5):
+            codes.append((await peer.end(within=10))[1])
+    assert codes == [4504, 4504]
+    assert await dead.ends() == PING_OUT
+    assert (await alive.ask("ping"))["type"] == "pong"
+    assert len(server.app.sessions) == 2
+
+
+@pytest.mark.parametrize(("how", "code"), [("stopped", 1012), ("revoked", 4503)])
+@with_server(connections_per_user=1)
+async def test_a_connection_that_waits_for_room_can_be_ended(
+    server: VirtualServer, how: str, code: int
+) -> None:
+    await server.join_raw(6)
+    await trio.sleep(10)
+    peer = await server.join(6, hello=False)
+    await trio.sleep(1)
+    if how == "stopped":
+        server.app.listener.stopping.set()
+    else:
+        await server.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    with taking(0, 0.1):
+        _, closed = await peer.end()
+    assert closed == code
+
+
 @with_server()
 async def test_a_close_frame_has_a_code_and_a_reason(server: VirtualServer) -> None:
     raw = await server.join_raw(6)
