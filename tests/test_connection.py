@@ -889,23 +889,143 @@ async def test_a_bad_command_gets_an_error_and_the_connection_stays_open(
     assert (await peer.ask("ping"))["type"] == "pong"
 
 
-@with_server()
-async def test_an_error_repeats_the_ref_if_it_can_be_read(
+SEND = {"type": "send_message", "client_id": "k", "ref": "r"}
+# Refused commands of a user who is in chat 1: the code, and what names each of them.
+REFUSED: list[tuple[str, str, Frame]] = [
+    # Chats and messages of others.
+    (json.dumps({**SEND, "client_id": "new", "chat_id": 9, "content": "x"}),
+     "not_found", {"ref": "r", "client_id": "new", "chat_id": 9}),
+    ('{"type":"typing","chat_id":9,"is_typing":true,"ref":"r"}', "not_found",
+     {"ref": "r", "chat_id": 9}),
+    ('{"type":"mark_read","message_id":9,"ref":"r"}', "not_found",
+     {"ref": "r", "message_id": 9}),
+    # A used client_id.
+    (json.dumps({**SEND, "chat_id": 1, "content": "changed"}), "idempotency_mismatch",
+     {"ref": "r", "client_id": "k", "chat_id": 1}),
+    # Another field is wrong, or is missing.
+    (json.dumps({**SEND, "chat_id": 1, "content": " "}), "bad_field",
+     {"ref": "r", "client_id": "k", "chat_id": 1}),
+    (json.dumps({**SEND, "chat_id": 1, "content": 7}), "bad_field",
+     {"ref": "r", "client_id": "k", "chat_id": 1}),
+    (json.dumps({**SEND, "chat_id": "1", "content": "x"}), "bad_field",
+     {"ref": "r", "client_id": "k"}),
+    (json.dumps({**SEND, "ref": 7, "chat_id": 1, "content": "x"}), "bad_field",
+     {"client_id": "k", "chat_id": 1}),
+    (json.dumps(SEND), "bad_field", {"ref": "r", "client_id": "k"}),
+    ('{"type":"typing","chat_id":1,"is_typing":1}', "bad_field", {"chat_id": 1}),
+    ('{"type":"mark_read","message_id":0,"chat_id":1,"ref":"r"}', "bad_field",
+     {"ref": "r", "chat_id": 1}),
+    ('{"type":"auth","token":7,"ref":"r"}', "bad_field", {"ref": "r"}),
+    ('{"type":"auth","token":"t","ref":"r"}', "token_invalid", {"ref": "r"}),
+    ('{"type":"ping","ref":"й","client_id":3}', "", {"ref": "й"}),
+    # Names that are too long or of another type are not repeated.
+    (json.dumps({**SEND, "client_id": "k" * 65, "chat_id": 1, "content": "x"}),
+     "bad_field", {"ref": "r", "chat_id": 1}),
+    (json.dumps({**SEND, "client_id": "й", "chat_id": 1, "content": "x"}),
+     "bad_field", {"ref": "r", "chat_id": 1}),
+    (json.dumps({**SEND, "ref": "r" * 65, "chat_id": True, "message_id": 2**53}),
+     "bad_field", {"client_id": "k"}),
+    ('{"type":"fly","ref":null,"client_id":[],"chat_id":{},"message_id":1e0}',
+     "unknown_type", {}),
+    ('{"type":"send_message","chat_id":' + "9" * 400 + ',"client_id":"k"}',
+     "bad_field", {"client_id": "k"}),
+    # No command at all.
+    ('{"type":"edit","message_id":5,"ref":"r"}', "unknown_type",
+     {"ref": "r", "message_id": 5}),
+    ('{"type":[],"client_id":"k"}', "bad_field", {"client_id": "k"}),
+    ('{"client_id":"k"}', "bad_field", {"client_id": "k"}),
+    # What only msgspec cannot read, and what nobody can.
+    (json.dumps({**SEND, "chat_id": 1, "content": "\ud83d"}), "bad_json",
+     {"ref": "r", "client_id": "k", "chat_id": 1}),
+    (json.dumps({**SEND, "ref": "\ud83d", "chat_id": 1, "content": "x"}), "bad_json",
+     {"client_id": "k", "chat_id": 1}),
+    ('{"client_id":"k","ref":"r"', "bad_json", {}),
+    ('{"client_id":"k","x":' + "[" * 30_000 + "]" * 30_000 + "}", "bad_json", {}),
+    ('["ref","client_id"]', "bad_json", {}),
+    ('"ref"', "bad_json", {}),
+    ("null", "bad_json", {}),
+    ("7", "bad_json", {}),
+]  # fmt: skip
+
+
+def names_in(error: Frame) -> Frame:
+    """Return what an error, or another answer, says about its command."""
+    known = {"type", "code", "message", "retry_after", "timestamp"}
+    return {name: value for name, value in error.items() if name not in known}
+
+
+@with_server(commands=OFF, receive_bytes=OFF)
+async def test_an_error_repeats_all_that_names_its_command(
     server: VirtualServer,
 ) -> None:
+    chat = await server.chat(6, 7)
+    assert chat == 1
     peer = await server.join(6)
-    for text, ref in {
-        '{"ref":"r","type":"fly"}': "r",
-        '{"type":"typing","ref":"й"}': "й",
-        '{"type":"mark_read","message_id":1,"ref":"gone"}': "gone",
-        '{"type":"fly","ref":7}': None,
-        '{"type":"fly","ref":null}': None,
-        '{"ref":"r"': None,
-    }.items():
+    await peer.ask("send_message", chat_id=chat, content="x", client_id="k")
+    for text, code, names in REFUSED:
         await peer.ws.send_message(text)
-        assert (await peer.receive("error")).get("ref") == ref
+        answer = await peer.receive("error" if code else "pong")
+        assert answer.get("code", "") == code, text[:200]
+        assert names_in(answer) == names, text[:200]
     await peer.ws.send_message(b'{"type":"ping","ref":"in binary"}')
     assert (await peer.receive("error"))["code"] == "bad_json"
+
+
+COMMANDS_WITH_NAMES: list[Frame] = [
+    {"type": "ping", "ref": "r"},
+    {"type": "typing", "chat_id": 1, "is_typing": True, "ref": "r"},
+    {"type": "mark_read", "message_id": 3, "ref": "r"},
+    {**SEND, "chat_id": 1, "content": "x"},
+    {"type": "auth", "token": "t", "ref": "r"},
+]
+
+
+@with_server(commands=chatd.Rate(0.001, 2))
+async def test_an_error_over_the_rate_of_commands_names_its_command(
+    server: VirtualServer,
+) -> None:
+    await server.chat(6, 7)
+    peer = await server.join(6)
+    for _ in range(2):
+        await peer.ask("ping")
+    for command in COMMANDS_WITH_NAMES:
+        await peer.ws.send_message(json.dumps(command))
+        error = await peer.receive("error")
+        assert error["code"] == "rate_limited"
+        names = command.keys() & chatd.NAMES.keys()
+        assert names_in(error) == {name: command[name] for name in names}
+
+
+@with_server(sends=chatd.Rate(0.001, 1))
+async def test_an_error_over_the_rate_of_messages_names_its_message(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    send = {"chat_id": chat, "content": "x"}
+    await peer.ask("send_message", **send, client_id="k1")
+    error = await peer.refused("send_message", **send, client_id="k2")
+    assert (error["code"], names_in(error)) == (
+        "rate_limited", {"ref": "ask", "client_id": "k2", "chat_id": chat},
+    )  # fmt: skip
+
+
+@with_server()
+async def test_an_error_of_a_failed_disk_names_its_command(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "one", sender=7)
+    peer = await server.join(6)
+    server.store._writer.execute("PRAGMA query_only = 1")
+    for command, names in (
+        ({**SEND, "chat_id": chat, "content": "x"}, ("ref", "client_id", "chat_id")),
+        ({"type": "mark_read", "message_id": message}, ("message_id",)),
+    ):
+        await peer.ws.send_message(json.dumps(command))
+        error = await peer.receive("error")
+        assert (error["code"], error["retry_after"]) == ("storage_failed", 2.0)
+        assert names_in(error) == {name: command[name] for name in names}
 
 
 @with_server()
