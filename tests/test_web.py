@@ -1199,6 +1199,49 @@ def test_the_page_in_docs_embedding_works(
     assert server.texts(chat, anna) == ["Hello from the shop", "<b>Hello</b> from Ben"]
 
 
+def test_a_page_learns_why_its_socket_does_not_open_as_the_documentation_says(
+    make_server: Callable[..., Server], site: Site, chromium: Chromium
+) -> None:
+    server = make_server("--origin", site.url, "--requests", "0.1/2")
+    script = example("docs/protocol.md", "js", server)
+    site.pages["/waits"] = ("text/html", f"<script>{script}</script>")
+    page = chromium.page()
+    page.goto(f"{site.url}/waits")
+
+    code = page.evaluate(
+        """(url) => new Promise((done) => {
+            new WebSocket(url).onclose = ({ code }) => done(code);
+        })""",
+        f"{server.url}/ws/chat?token=x".replace("http", "ws"),
+    )
+    assert code == 1006  # and no word of the 401
+
+    def wait(token: str, failures: int = 0) -> Any:
+        ask = "([...given]) => waitAfterRefusal(...given)"
+        return page.evaluate(ask, [server.url, token, failures])
+
+    for wrong in ("x", server.token(1, exp=1), server.token(1, use="signin")):
+        assert wait(wrong) is None
+    assert all(0 <= wait(server.token(1)) <= 1 for _ in range(2))
+    assert wait(server.token(1)) >= 1  # 429
+    server.request("POST", "/api/v1/internal/chat/revoke", {"user_id": 1})
+    assert wait(server.token(1, iat=1)) is None
+
+    def answered(status: int, **headers: str) -> Any:
+        headers["Access-Control-Allow-Origin"] = "*"
+        headers["Access-Control-Expose-Headers"] = "Retry-After"
+        page.route("**/me", lambda route: route.fulfill(status=status, headers=headers))
+        found = wait(server.token(2))
+        page.unroute("**/me")
+        return found
+
+    assert answered(403) is None
+    assert answered(503, **{"Retry-After": "9"}) == 9
+    server.end(signal.SIGTERM)
+    assert 0 <= wait(server.token(2), 2) <= 4
+    assert 0 <= wait(server.token(2), 50) <= 30
+
+
 def test_the_lines_in_the_readme_follow_a_chat(
     server: Server, site: Site, chromium: Chromium
 ) -> None:
