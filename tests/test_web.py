@@ -587,6 +587,25 @@ def test_reading_in_one_tab_clears_the_badges_of_all_tabs(
     expect(bubbles(second)).to_have_count(4)
 
 
+def test_a_service_that_sends_in_ones_name_makes_nothing_read(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    annas = sign_in(chromium.context(), server.link(anna))
+    bens = sign_in(chromium.context(), server.link(ben), chat)
+    badge = annas.locator("#bell-count")
+    write(bens, "Still for sale?")
+    expect(badge).to_have_text("1")
+    server.post(chat, anna, "I am away until Monday.")  # an automatic answer
+    expect(badge).to_have_text("2")
+    expect(bubbles(bens)).to_have_count(2)
+    expect(ticks(bens)).to_have_text("Sent")
+    path = f"/api/v1/chats/{chat}/messages"  # from another device of Anna
+    server.request("POST", path, {"content": "Yes!"}, user_id=anna)
+    expect(ticks(bens)).to_have_text("Read")
+    expect(badge).to_be_hidden()
+
+
 def test_only_messages_that_were_on_the_screen_are_read(
     server: Server, chromium: Chromium
 ) -> None:
@@ -704,7 +723,8 @@ def test_a_killed_server_loses_and_doubles_no_message(
     write(page, "Three")
     expect(ticks(page)).to_have_text(["Sent", "Sending", "Sending"])
     server.start()
-    server.post(chat, ben, "From Ben")
+    path = f"/api/v1/chats/{chat}/messages"
+    server.request("POST", path, {"content": "From Ben"}, user_id=ben)
     wait_until_connected(page)
     expect(banner).to_be_hidden()
     expect(bubbles(page)).to_have_text(["One", "From Ben", "Two", "Three"])
