@@ -118,7 +118,7 @@ an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line
 tail (16,384 events, 16 MiB). Every wait for a client has a deadline: the first byte of
 a request 10 s, or 75 s on a connection that is kept alive; its head 10 s more, its body
 and its work 15 s, its answer 15 s; on a WebSocket silence 35 s, output that the kernel
-does not accept 40 s; a stop 5 s.
+does not accept 40 s, or 3 s if the user needs the place; a stop 5 s.
 
 A commit cannot be cut short, by a second signal either. A batch that is committed then
 is acked to nobody, and every client reads it after the next start. While chatd serves,
@@ -2021,13 +2021,13 @@ class Person(msgspec.Struct, eq=False):
 UNANSWERED = 64  # commands of one connection; reading waits for their answers
 PING_SECONDS = 25.0  # of silence; +-10 %; nginx cuts a socket after 60 s of it
 PONG_SECONDS = 10.0  # of silence after a ping: cut
-# The same two, and STALL_SECONDS, while the user is at --connections-per-user and opens
-# another.
-DEAD_SECONDS = 3.0
 # A connection is cut when the kernel has accepted none of its waiting bytes for so
 # long. A client that steadily reads 5 KB/s frees part of Linux's first receive window
 # every 26 s, and is not cut.
 STALL_SECONDS = 40.0
+# All three are at most so long while the user has --connections-per-user and opens
+# another.
+DEAD_SECONDS = 3.0
 TOKEN_WARNING_SECONDS = 60.0  # before a token's end
 TOKEN_GRACE_SECONDS = 25.0  # after a token's end: 4401
 

@@ -1012,10 +1012,10 @@ class FailingCommit(sqlite3.Connection):
         return cursor
 
 
-def fail_next_commit(memory: Memory, error: str) -> None:
+def fail_next_commit(memory: Memory | VirtualServer, error: str) -> None:
     """Let the next commit report an error although its rows are written."""
     made = sqlite3.connect(
-        memory.settings.db,
+        memory.store.path,
         isolation_level=None,
         check_same_thread=False,
         factory=FailingCommit,
@@ -1056,6 +1056,23 @@ async def test_a_failed_commit_that_is_on_disk_is_published_before_anything_else
         "hi",
     ]
     memory_is_sound(memory)
+
+
+@with_server()
+async def test_the_stats_count_a_message_that_a_failed_commit_has_stored(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    fail_next_commit(server, "SQLITE_FULL")
+    send = {"chat_id": chat, "content": "hi", "client_id": "k"}
+    assert (await peer.refused("send_message", **send))["code"] == "storage_failed"
+    assert (await server.stats())["store"]["messages"] == 0
+    assert (await peer.receive("new_message", within=3))["message"]["client_id"] == "k"
+    assert (await peer.ask("send_message", **send))["duplicate"] is True
+    store = (await server.stats())["store"]
+    counted = {name: store[name] for name in ("messages", "duplicates", "failed")}
+    assert counted == {"messages": 1, "duplicates": 1, "failed": 1}
 
 
 async def test_all_kinds_of_events_are_recovered_after_a_failed_commit(
