@@ -119,7 +119,7 @@ an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line
 tail (16,384 events, 16 MiB). Every wait for a client has a deadline: the first byte of
 a request 10 s, or 75 s on a connection that is kept alive; its head 10 s more, its body
 and its work 15 s, its answer 15 s; on a WebSocket silence 35 s, output that the kernel
-does not accept 40 s; a stop 5 s.
+does not accept 40 s, or 3 s if the user needs the place; a stop 5 s.
 
 A commit cannot be cut short, by a second signal either. A batch that is committed then
 is acked to nobody, and every client reads it after the next start. While chatd serves,
@@ -167,6 +167,7 @@ import hashlib
 import http
 import ipaddress
 import itertools
+import json
 import logging
 import math
 import operator
@@ -412,8 +413,6 @@ class Server:
                         seat.sweep_token(max(now, seat.token_ends + late))
                         continue
                     self.stats.stalls += why == "stalled"
-                    user, queued = session.claims.user_id, len(seat.outbox.buffer)
-                    log(INFO, "cut", user=user, why=why, queued=queued)
                     session.end(CUT, why)
                 if since is None or now - since < COMMIT_SECONDS:
                     sick = "; no writing" if self.store.failure else ""
@@ -726,15 +725,13 @@ class Session:
         """
         server = self.server
         server.opened(self)
-        # Register first, read second: no event that is published meanwhile is missed.
-        entered = server.hub.enter(self.seat)
         reader = WebSocketReader(self.outbox, server.settings, trailing, self._receive)
         try:
             try:
                 with self.reading:
-                    if not entered:
-                        self.end(CLOSE_TOO_MANY, "this user has too many connections")
-                    elif await self._greet():
+                    # Register first, read second: no event that is published meanwhile
+                    # is missed.
+                    if await self._enter() and await self._greet():
                         await reader.read()
             except ClientFault as fault:
                 self.end(*fault.args)
@@ -742,8 +739,7 @@ class Session:
                 self.close_with = (reader.closed.code, reader.closed.reason or "")
             await self._close()
         finally:
-            if entered:
-                server.hub.leave(self.seat)
+            server.hub.leave(self.seat)
             server.left(self)
             # Break the reference cycle between session and seat: all of this is then
             # freed at once and does not wait for a full pass of the collector.
@@ -758,9 +754,32 @@ class Session:
             self.close_with = (code, reason)
             self.reading.cancel()
         if code == CUT:
+            user, queued = self.claims.user_id, len(self.outbox.buffer)
+            log(INFO, "cut", user=user, why=reason, queued=queued)
             self.nursery.cancel_scope.cancel()
 
     # --- joining ---------------------------------------------------------------------
+
+    async def _enter(self) -> bool:
+        """Enter the hub. False: the user has too many connections that are alive.
+
+        Of those that are not, the one that has been silent longest is cut to make room.
+        To learn which are, it pings them and may have to wait.
+        """
+        hub, user_id = self.server.hub, self.claims.user_id
+        for _ in range(40):  # 4 s: DEAD_SECONDS, and some
+            if hub.enter(self.seat):
+                return True
+            now, seats = trio.current_time(), hub.people[user_id].seats
+            dead = [seat for seat in seats if seat.sweep(now, DEAD_SECONDS)]
+            if dead:
+                oldest = min(dead, key=lambda one: one.pinged_at or one.outbox.moved_at)
+                oldest.end(CUT, "replaced")
+            elif not any(seat.pinged_at for seat in seats):
+                break
+            await trio.sleep(0.1)
+        self.end(CLOSE_TOO_MANY, "this user has too many connections")
+        return False
 
     async def _greet(self) -> bool:
         """Read the user's chats and send `connected`. False: they cannot be read."""
@@ -848,7 +867,7 @@ class Session:
                 raise Refusal("bad_json", "a binary message; send JSON as text")
             await self._handle(parse(text, COMMANDS))
         except Refusal as refusal:
-            self._answer(error_frame(refusal, ref_of(text)))
+            self._answer(error_frame(refusal, text))
 
     def _check_rate(self) -> None:
         try:
@@ -881,7 +900,7 @@ class Session:
 
     async def _submit(
         self,
-        ref: str | None,
+        command: AnyCommand,
         reply: Callable[[T], Reply],
         write: Callable[..., T],
         *args: Any,
@@ -893,7 +912,7 @@ class Session:
 
         def done(outcome: T | Refusal) -> Reply:
             if isinstance(outcome, Refusal):
-                return Reply(error_frame(outcome, ref), 0)
+                return Reply(error_frame(outcome, encode(command)), 0)
             return reply(outcome)
 
         try:
@@ -920,17 +939,19 @@ class Session:
             return sent_reply(sent, command.ref)
 
         await self._submit(
-            command.ref, reply, server.store.send_message, send, self.claims.service
+            command, reply, server.store.send_message, send, self.claims.service
         )
 
     async def _mark_read(self, command: MarkRead) -> None:
         mark_read, user_id = self.server.store.mark_read, self.claims.user_id
         ack = text_frame(Ack(ref=command.ref))
-
-        def reply(marked: Marked) -> Reply:
-            return Reply(ack, marked.seq)
-
-        await self._submit(command.ref, reply, mark_read, user_id, command.message_id)
+        await self._submit(
+            command,
+            lambda marked: Reply(ack, marked.seq),
+            mark_read,
+            user_id,
+            command.message_id,
+        )
 
     def _type(self, command: Typing) -> None:
         user_id, chat_id = self.claims.user_id, command.chat_id
@@ -1033,7 +1054,12 @@ class UserEvent(Event, frozen=True):
 
 
 class NewMessage(MessageEvent, frozen=True, tag="new_message"):
-    """To all members, and to the sender's own sockets too."""
+    """To all members, and to the sender's own sockets too.
+
+    Its sender has read the chat up to it, unless `read` is false.
+    """
+
+    read: bool = True
 
 
 class MessageRead(Event, frozen=True, tag="message_read"):
@@ -1444,7 +1470,7 @@ class Store:
         except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return self._storage_failed(jobs)
-        self.stats.committed(time.perf_counter() - started, len(jobs))
+        self.stats.committed(time.perf_counter() - started, len(outcomes))
         return Batch(events, outcomes)
 
     def _run_one(self, job: Job, events: Entries) -> Any:
@@ -1553,7 +1579,11 @@ class Store:
         """Append an event to the event log, and to the batch."""
         events.append(entry)
         event, kind = entry.event, entry.kind
-        own = {field: getattr(event, field) for field in KINDS[kind][1]}
+        own = {
+            field: value
+            for field in KINDS[kind][1]
+            if (value := getattr(event, field)) not in event.__struct_defaults__
+        }
         db.execute(
             """INSERT INTO event
                (seq, kind, chat_id, to_chat, to_user, user_id, message_id, body)
@@ -1571,20 +1601,25 @@ class Store:
 
         A service may send for a user who is not a member. Raises Refusal not_found,
         idempotency_mismatch.
+
+        A member who sends has read the chat. If earlier messages were unread until
+        then, an event says so; if a service sends in the member's name, they stay
+        unread.
         """
         if sent := self.find_sent(db, send):
             return sent
         chat_id, sender_id, content, client_id = send
-        last_n, is_member, is_chat = db.execute(
+        last_n, read_n, is_chat = db.execute(
             """SELECT (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = ?1),
-               EXISTS (SELECT 1 FROM member WHERE chat_id = ?1 AND user_id = ?2),
+               (SELECT read_n FROM member WHERE chat_id = ?1 AND user_id = ?2),
                EXISTS (SELECT 1 FROM chat WHERE id = ?1)""",
             (chat_id, sender_id),
         ).fetchone()
-        if not (is_member or (service and is_chat)):
-            raise no_chat()
-        if not is_member:
+        if read_n is None:  # not a member, so there is no mark
+            if not (service and is_chat):
+                raise no_chat()
             self._know(db, sender_id)
+            read_n = last_n
         seq, n, now = self._next_seq(events), last_n + 1, now_seconds()
         row = (seq, chat_id, sender_id, content, now, n, client_id)
         db.execute(
@@ -1593,10 +1628,13 @@ class Store:
                VALUES (?, ?, ?, ?, ?, ?, ?)""",
             row,
         )
-        db.execute(SET_READ_N, (n, chat_id, sender_id))
         message = message_of(row)
-        event = NewMessage(seq, chat_id, message)
+        event = NewMessage(seq, chat_id, message, read_n == last_n or not service)
         self._record(db, events, Entry(event, to_chat=True))
+        if read_n == last_n:
+            db.execute(SET_READ_N, (n, chat_id, sender_id))
+        elif not service:
+            self.mark_read(db, events, sender_id, seq)
         return Sent(message, duplicate=False)
 
     def find_sent(self, db: Db, send: Send, upto: int = MAX_ID) -> Sent | None:
@@ -1617,7 +1655,11 @@ class Store:
     def mark_read(
         self, db: Db, events: Entries, user_id: int, message_id: int
     ) -> Marked:
-        """Move the user's read mark up to a message, never down. Raises not_found."""
+        """Move the user's read mark up to a message, never down. Raises not_found.
+
+        It also moves over the user's own messages that follow: those that a service
+        has sent.
+        """
         row = db.execute(
             """SELECT m.chat_id, m.n, b.read_n FROM message m
                JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?
@@ -1629,6 +1671,15 @@ class Store:
         chat_id, n, read_n = row
         if n <= read_n:
             return Marked(message_id, chat_id, n, 0)
+        # The message before the next one of another sender.
+        message_id, n = db.execute(
+            """SELECT id, n FROM message WHERE chat_id = ?1 AND n < coalesce((
+                   SELECT n FROM message
+                   WHERE chat_id = ?1 AND n > ?2 AND sender_id != ?3
+                   ORDER BY n LIMIT 1), 1 << 62)
+               ORDER BY n DESC LIMIT 1""",
+            (chat_id, n, user_id),
+        ).fetchone()
         db.execute(SET_READ_N, (n, chat_id, user_id))
         # Every mark to every member costs members squared: in a large chat, too much.
         sql = "SELECT 1 FROM member WHERE chat_id = ? LIMIT 1 OFFSET ?"
@@ -1849,7 +1900,7 @@ class Store:
         seq, kind, chat_id, to_chat, to_user, user_id, name, body, *message = row
         joined: tuple[object, ...] = ()
         try:
-            cls, own = KINDS[kind]
+            cls, _ = KINDS[kind]
             if issubclass(cls, MessageEvent):
                 joined = (message_of(message),)
             elif issubclass(cls, ChatEvent):
@@ -1857,8 +1908,7 @@ class Store:
                 joined = (msgspec.Raw(encode(chat)),)
             elif issubclass(cls, UserEvent):
                 joined = (user_id, name)
-            fields = msgspec.json.decode(body) if own else {}
-            event = cls(seq, chat_id, *joined, *[fields[field] for field in own])
+            event = cls(seq, chat_id, *joined, **msgspec.json.decode(body or "{}"))
         except (KeyError, TypeError, msgspec.MsgspecError) as error:
             unread = sqlite3.DatabaseError(f"event {seq}, a {kind!r}: {error!r}")
             unread.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
@@ -1996,6 +2046,9 @@ PONG_SECONDS = 10.0  # of silence after a ping: cut
 # long. A client that steadily reads 5 KB/s frees part of Linux's first receive window
 # every 26 s, and is not cut.
 STALL_SECONDS = 40.0
+# All three are at most so long while the user has --connections-per-user and opens
+# another.
+DEAD_SECONDS = 3.0
 TOKEN_WARNING_SECONDS = 60.0  # before a token's end
 TOKEN_GRACE_SECONDS = 25.0  # after a token's end: 4401
 
@@ -2024,7 +2077,7 @@ class Seat(msgspec.Struct, eq=False):
     ping_after: float = msgspec.field(
         default_factory=lambda: PING_SECONDS * random.uniform(0.9, 1.1)
     )
-    pinged_at: float | None = None
+    pinged_at: float = 0.0  # 0.0: no ping is unanswered
     token_ends: float = math.inf  # in trio's time
     warned: bool = True  # of its token's end; not before `connected`
 
@@ -2042,24 +2095,26 @@ class Seat(msgspec.Struct, eq=False):
         for reply in held:
             self.reply(reply)
 
-    def sweep(self, now: float) -> str | None:
+    def sweep(self, now: float, most: float = math.inf) -> str | None:
         """Check this seat's deadlines. Returns why it is to be cut, or None.
 
+        most is a bound for each of them.
         While output waits, only the stall limit applies. A ping goes only to a client
         that has nothing to read; any byte that comes after it answers it. While chatd
         itself reads nothing of the client, a missing pong proves nothing.
         """
         outbox = self.outbox
         if outbox.waiting:
-            self.pinged_at = None
-            return "stalled" if now - outbox.moved_at > STALL_SECONDS else None
-        if not outbox.listening or (self.pinged_at or 0.0) <= outbox.received_at:
-            self.pinged_at = None
-        if not outbox.listening:
-            return None  # chatd is busy with its command, and reads nothing
-        if self.pinged_at is not None:
-            return "silent" if now - self.pinged_at > PONG_SECONDS else None
-        if now - outbox.received_at > self.ping_after:
+            self.pinged_at = 0.0
+            stalled = now - outbox.moved_at > min(STALL_SECONDS, most)
+            return "stalled" if stalled else None
+        if not outbox.listening or self.pinged_at <= outbox.received_at:
+            self.pinged_at = 0.0
+        if self.pinged_at:
+            silent = now - self.pinged_at > min(PONG_SECONDS, most)
+            return "silent" if silent else None
+        silence = now - outbox.received_at
+        if outbox.listening and silence > min(self.ping_after, most):
             self.pinged_at = now
             outbox.push(PING_FRAME)
         return None
@@ -2115,12 +2170,13 @@ class Hub:
         return True
 
     def leave(self, seat: Seat) -> None:
-        """Forget a seat, and its person with the last one."""
+        """Forget a seat that may have entered, and its person with the last one."""
         self._set_live(seat, False)
         person = seat.person
-        person.seats.remove(seat)
-        if not person.seats:
-            del self.people[person.user_id]
+        if seat in person.seats:
+            person.seats.remove(seat)
+            if not person.seats:
+                del self.people[person.user_id]
 
     def set_chats(self, person: Person, joined: dict[int, int]) -> None:
         """Set a person's chats as they were read, then apply the changes since."""
@@ -2588,6 +2644,10 @@ Title = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
+# What tells a client which of its commands was refused.
+NAMES = {"ref": Ref, "client_id": ClientId, "chat_id": Id, "message_id": Id}
+
+
 class Command(msgspec.Struct, tag_field="type", frozen=True, kw_only=True):
     """A command from a client. Its answer repeats ref, if there is one."""
 
@@ -2652,12 +2712,6 @@ class PostMessage(msgspec.Struct, frozen=True):
     content: str
     client_id: ClientId | None = None
     sender_id: Id | None = None
-
-
-class OnlyRef(msgspec.Struct):
-    """The part of a refused command that its error repeats."""
-
-    ref: Ref | None = None
 
 
 class ServerMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
@@ -2755,12 +2809,15 @@ class Ack(ServerMessage, frozen=True, tag="ack"):
 
 
 class ErrorFrame(ServerMessage, frozen=True, tag="error"):
-    """A command was refused. code is one of REFUSALS."""
+    """A command was refused. code is one of REFUSALS; the last fields are NAMES."""
 
     code: str
     message: str
-    ref: str | None = None
     retry_after: float | None = None
+    ref: str | None = None
+    client_id: str | None = None
+    chat_id: int | None = None
+    message_id: int | None = None
 
 
 class TokenExpiring(ServerMessage, frozen=True, tag="token_expiring"):
@@ -2775,7 +2832,6 @@ class Bye(ServerMessage, frozen=True, tag="bye"):
     retry_after: float
 
 
-ONLY_REF = msgspec.json.Decoder(OnlyRef)
 encode = msgspec.json.Encoder().encode
 
 
@@ -2805,14 +2861,6 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
         if re.search(LONE_SURROGATE, raw):  # msgspec may call it truncated
             why = "a lone surrogate (half of a \\uXXXX\\uXXXX pair) is no character"
         raise Refusal("bad_json", f"not JSON: {why}") from None
-
-
-def ref_of(text: str | bytes) -> str | None:
-    """Read the ref of a command that was refused, if it can be read."""
-    try:
-        return parse(text, ONLY_REF).ref
-    except Refusal:
-        return None
 
 
 def check_content(content: str, settings: Settings) -> None:
@@ -2875,10 +2923,20 @@ def sent_reply(sent: Sent, ref: str | None) -> Reply:
     return Reply(text_frame(ack), message.id)
 
 
-def error_frame(refusal: Refusal, ref: str | None = None) -> bytes:
-    """Encode a Refusal as an answer on the socket."""
+def error_frame(refusal: Refusal, command: str | bytes = b"{}") -> bytes:
+    """Encode a Refusal as the answer to a command, with those of NAMES it can read.
+
+    Python's json reads one thing that msgspec does not: half of a surrogate pair.
+    """
+    names: dict[str, Any] = {}
+    with suppress(ValueError, RecursionError):
+        fields = json.loads(command)
+        for name in NAMES.keys() & (fields if isinstance(fields, dict) else ()):
+            with suppress(Refusal):
+                decoder = msgspec.json.Decoder[Any](NAMES[name])
+                names[name] = parse(json.dumps(fields[name]), decoder)
     return text_frame(
-        ErrorFrame(refusal.code, refusal.message, ref, refusal.retry_after)
+        ErrorFrame(refusal.code, refusal.message, refusal.retry_after, **names)
     )
 
 
@@ -4208,12 +4266,10 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
 
 
 def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
-    """Count an outcome; a repeat gets its token back."""
+    """Count a repeat; it gets its token back."""
     if sent.duplicate:
         server.stats.duplicates += 1
         server.sends(sender_id).spend(trio.current_time(), -1)
-    else:
-        server.stats.messages += 1
 
 
 def _idempotency_key(request: Request, post: PostMessage) -> str | None:
@@ -4379,7 +4435,7 @@ class Stats:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.total = self.deliveries = self.writes = self.catch_ups = self.stalls = 0
-        self.commits = self.messages = self.batch_max = self.duplicates = 0
+        self.commits = self.batch_max = self.duplicates = 0
         self.failed = 0
         self.closed = Counter[str]()
         self.refused = Counter[str]()
@@ -4423,7 +4479,9 @@ def stats_document(server: Server) -> dict[str, Any]:
         },
         "broadcast": counted("events", "deliveries", "writes", "catch_ups", "stalls"),
         "store": {
-            **counted("commits", "messages", "batch_max", "duplicates", "failed"),
+            **counted("commits", "batch_max", "duplicates", "failed"),
+            # Also those that a failed commit has stored: nobody got their ack.
+            "messages": stats.events["new_message"],
             "commit_seconds": stats.commit_seconds(),
             "degraded": bool(store.failure),
             "wal_bytes": file_bytes(store.wal),
@@ -4434,7 +4492,7 @@ def stats_document(server: Server) -> dict[str, Any]:
 
 
 # The numbers of the stats document that only grow; all others are gauges.
-COUNTERS = vars(Stats()).keys() - {"batch_max"}
+COUNTERS = vars(Stats()).keys() - {"batch_max"} | {"messages"}
 
 LABELS = {
     "closed": "code", "refused": "code", "events": "type", "resumes": "kind",

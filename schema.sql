@@ -38,8 +38,8 @@ CREATE TABLE chat (
 
 -- The members of each chat, now. joined_seq is the seq of the member's own chat_added:
 -- the member sees the chat's events that come later. The member has read all messages up
--- to n = read_n. Unread is the chat's last n minus read_n, so it is never counted, and
--- never wrong.
+-- to n = read_n; the next one, if there is one, is of another sender. Unread is the chat's
+-- last n minus read_n, so it is never counted, and never wrong.
 CREATE TABLE member (
     chat_id     INTEGER NOT NULL REFERENCES chat (id),
     user_id     INTEGER NOT NULL REFERENCES user (id),
@@ -110,7 +110,7 @@ CREATE TABLE event (
     to_user     INTEGER REFERENCES user (id),
     user_id     INTEGER REFERENCES user (id),       -- the event shows the user's name
     message_id  INTEGER REFERENCES message (id),    -- the event shows the message
-    body        TEXT                                -- NULL: it has no other fields
+    body        TEXT                                -- NULL: no others, or the defaults
 ) STRICT;
 
 INSERT INTO event

@@ -466,6 +466,156 @@ async def test_one_connection_too_many_gets_4504_and_takes_no_place(
     assert (await second.ask("ping"))["type"] == "pong"
 
 
+PING_OUT = frame_bytes(PING, masked=False)
+
+
+@with_server(connections_per_user=20, handshakes=OFF)
+async def test_twenty_dead_connections_do_not_lock_out_the_21st(
+    server: VirtualServer,
+) -> None:
+    dead = [await server.join_raw(6) for _ in range(20)]
+    await trio.sleep(10)  # no ping is due yet
+    first = await server.join(6, hello=False)
+    with taking(3, 3.3):
+        first.hello = await first.receive("connected", within=4)
+    with taking(0, 19 * 0.2):
+        others = [await server.join(6) for _ in range(19)]
+    for raw in dead:
+        assert await raw.ends() == PING_OUT  # and no close frame
+    for peer in (first, *others):
+        assert (await peer.ask("ping"))["type"] == "pong"
+    assert await (await server.join(6, hello=False)).end() == ([], 4504)
+    closed = (await server.stats())["connections"]["closed"]
+    assert closed == {"1006": 20, "4504": 1}
+
+
+@with_server(connections_per_user=3)
+async def test_the_connection_that_has_not_answered_for_longest_makes_room(
+    server: VirtualServer,
+) -> None:
+    alive = await server.join(6)
+    late = await server.join_raw(6)
+    await trio.sleep(3)
+    await late.send(command_bytes("ping"))
+    early = await server.join_raw(6)
+    for raw, seconds in ((late, 27.5), (early, 22.5)):
+        server.session_of(raw).seat.ping_after = seconds
+    await trio.sleep(32)  # both have been pinged: `early` first
+    with taking(0, 0.2):
+        newcomer = await server.join(6)
+    assert await early.ends() == PING_OUT
+    assert len(server.app.sessions) == 3
+    for peer in (alive, newcomer):
+        assert (await peer.ask("ping"))["type"] == "pong"
+    assert late.data == b"" or late.data.endswith(PING_OUT)
+
+
+@with_server(connections_per_user=2)
+async def test_connections_that_answer_are_not_cut_for_another(
+    server: VirtualServer,
+) -> None:
+    peers = [await server.join(6) for _ in range(2)]
+    await trio.sleep(3600)
+    assert await (await server.join(6, hello=False)).end() == ([], 4504)
+    for peer in peers:
+        assert (await peer.ask("ping"))["type"] == "pong"
+
+
+@with_server(connections_per_user=2)
+async def test_connections_that_were_just_heard_of_are_alive(
+    server: VirtualServer,
+) -> None:
+    raws = [await server.join_raw(6) for _ in range(2)]
+    await trio.sleep(2.5)
+    with taking(0):
+        assert await (await server.join(6, hello=False)).end() == ([], 4504)
+    await wait_all_tasks_blocked()
+    assert len(server.app.sessions) == len(raws)
+
+
+@with_server(connections_per_user=2, commands=OFF)
+async def test_a_connection_that_chatd_keeps_waiting_is_alive(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "one", sender=7)
+    raws = [await server.join_raw(6) for _ in range(2)]
+    server.disk.hold()
+    for raw in raws:  # 65: chatd reads no more until it has answered
+        await raw.send(command_bytes("mark_read", message_id=message) * 65)
+    await trio.sleep(60)
+    assert await (await server.join(6, hello=False)).end() == ([], 4504)
+    server.disk.go()
+    await trio.sleep(1)
+    assert len(server.app.sessions) == 2
+
+
+@with_server(connections_per_user=1, outbox_bytes=8192)
+async def test_a_connection_that_reads_nothing_makes_room_too(
+    server: VirtualServer,
+) -> None:
+    raw, _ = await stall(server)  # its output waits, so it is never pinged
+    await trio.sleep(2)
+    assert await (await server.join(6, hello=False)).end() == ([], 4504)
+    await trio.sleep(2)
+    with taking(0, 0.2):
+        await server.join(6)
+    assert PING_OUT not in await raw.ends()
+    assert (await server.stats())["broadcast"]["stalls"] == 0
+
+
+@with_server(connections_per_user=1)
+async def test_a_connection_that_was_cut_for_another_comes_back_with_its_cursor(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    raw = await server.join_raw(6)  # a computer that sleeps
+    cursor = f"{server.store.epoch}.{server.app.hub.head}"
+    await trio.sleep(10)
+    phone = await server.join(6, hello=False)
+    await phone.receive("connected", within=4)
+    ids = await server.post(chat, "a", "b", sender=7)
+    assert await raw.ends() == PING_OUT
+    await phone.leave()
+    awake = await server.join(6, cursor=cursor)
+    assert awake.hello["resume"] == "replay"
+    for seq in ids:
+        assert (await awake.receive("new_message"))["seq"] == seq
+
+
+@with_server(connections_per_user=2)
+async def test_one_dead_connection_makes_room_for_one(server: VirtualServer) -> None:
+    alive, dead = await server.join(6), await server.join_raw(6)
+    await trio.sleep(10)
+    peers = [await server.join(6, hello=False) for _ in range(3)]
+    codes = []
+    for peer in peers:
+        with trio.move_on_after(5):
+            codes.append((await peer.end(within=10))[1])
+    assert codes == [4504, 4504]
+    assert await dead.ends() == PING_OUT
+    assert (await alive.ask("ping"))["type"] == "pong"
+    assert len(server.app.sessions) == 2
+
+
+@pytest.mark.parametrize(("how", "code"), [("stopped", 1012), ("revoked", 4503)])
+@with_server(connections_per_user=1)
+async def test_a_connection_that_waits_for_room_can_be_ended(
+    server: VirtualServer, how: str, code: int
+) -> None:
+    await server.join_raw(6)
+    await trio.sleep(10)
+    peer = await server.join(6, hello=False)
+    await trio.sleep(1)
+    if how == "stopped":
+        server.app.listener.stopping.set()
+    else:
+        await server.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+    with taking(0, 0.1):
+        _, closed = await peer.end()
+    assert closed == code
+
+
 @with_server()
 async def test_a_close_frame_has_a_code_and_a_reason(server: VirtualServer) -> None:
     raw = await server.join_raw(6)
@@ -634,6 +784,7 @@ async def test_commands_on_a_hidden_chat_and_on_an_unknown_one_are_refused_alike
         for kind, field, rest in commands:
             mine = await stranger.refused(kind, **{field: hidden}, **rest)
             none = await stranger.refused(kind, **{field: unknown}, **rest)
+            assert (mine.pop(field), none.pop(field)) == (hidden, unknown)
             assert mine == none
             assert mine["code"] == "not_found"
             assert field in mine["message"]
@@ -738,23 +889,143 @@ async def test_a_bad_command_gets_an_error_and_the_connection_stays_open(
     assert (await peer.ask("ping"))["type"] == "pong"
 
 
-@with_server()
-async def test_an_error_repeats_the_ref_if_it_can_be_read(
+SEND = {"type": "send_message", "client_id": "k", "ref": "r"}
+# Refused commands of a user who is in chat 1: the code, and what names each of them.
+REFUSED: list[tuple[str, str, Frame]] = [
+    # Chats and messages of others.
+    (json.dumps({**SEND, "client_id": "new", "chat_id": 9, "content": "x"}),
+     "not_found", {"ref": "r", "client_id": "new", "chat_id": 9}),
+    ('{"type":"typing","chat_id":9,"is_typing":true,"ref":"r"}', "not_found",
+     {"ref": "r", "chat_id": 9}),
+    ('{"type":"mark_read","message_id":9,"ref":"r"}', "not_found",
+     {"ref": "r", "message_id": 9}),
+    # A used client_id.
+    (json.dumps({**SEND, "chat_id": 1, "content": "changed"}), "idempotency_mismatch",
+     {"ref": "r", "client_id": "k", "chat_id": 1}),
+    # Another field is wrong, or is missing.
+    (json.dumps({**SEND, "chat_id": 1, "content": " "}), "bad_field",
+     {"ref": "r", "client_id": "k", "chat_id": 1}),
+    (json.dumps({**SEND, "chat_id": 1, "content": 7}), "bad_field",
+     {"ref": "r", "client_id": "k", "chat_id": 1}),
+    (json.dumps({**SEND, "chat_id": "1", "content": "x"}), "bad_field",
+     {"ref": "r", "client_id": "k"}),
+    (json.dumps({**SEND, "ref": 7, "chat_id": 1, "content": "x"}), "bad_field",
+     {"client_id": "k", "chat_id": 1}),
+    (json.dumps(SEND), "bad_field", {"ref": "r", "client_id": "k"}),
+    ('{"type":"typing","chat_id":1,"is_typing":1}', "bad_field", {"chat_id": 1}),
+    ('{"type":"mark_read","message_id":0,"chat_id":1,"ref":"r"}', "bad_field",
+     {"ref": "r", "chat_id": 1}),
+    ('{"type":"auth","token":7,"ref":"r"}', "bad_field", {"ref": "r"}),
+    ('{"type":"auth","token":"t","ref":"r"}', "token_invalid", {"ref": "r"}),
+    ('{"type":"ping","ref":"й","client_id":3}', "", {"ref": "й"}),
+    # Names that are too long or of another type are not repeated.
+    (json.dumps({**SEND, "client_id": "k" * 65, "chat_id": 1, "content": "x"}),
+     "bad_field", {"ref": "r", "chat_id": 1}),
+    (json.dumps({**SEND, "client_id": "й", "chat_id": 1, "content": "x"}),
+     "bad_field", {"ref": "r", "chat_id": 1}),
+    (json.dumps({**SEND, "ref": "r" * 65, "chat_id": True, "message_id": 2**53}),
+     "bad_field", {"client_id": "k"}),
+    ('{"type":"fly","ref":null,"client_id":[],"chat_id":{},"message_id":1e0}',
+     "unknown_type", {}),
+    ('{"type":"send_message","chat_id":' + "9" * 400 + ',"client_id":"k"}',
+     "bad_field", {"client_id": "k"}),
+    # No command at all.
+    ('{"type":"edit","message_id":5,"ref":"r"}', "unknown_type",
+     {"ref": "r", "message_id": 5}),
+    ('{"type":[],"client_id":"k"}', "bad_field", {"client_id": "k"}),
+    ('{"client_id":"k"}', "bad_field", {"client_id": "k"}),
+    # What only msgspec cannot read, and what nobody can.
+    (json.dumps({**SEND, "chat_id": 1, "content": "\ud83d"}), "bad_json",
+     {"ref": "r", "client_id": "k", "chat_id": 1}),
+    (json.dumps({**SEND, "ref": "\ud83d", "chat_id": 1, "content": "x"}), "bad_json",
+     {"client_id": "k", "chat_id": 1}),
+    ('{"client_id":"k","ref":"r"', "bad_json", {}),
+    ('{"client_id":"k","x":' + "[" * 30_000 + "]" * 30_000 + "}", "bad_json", {}),
+    ('["ref","client_id"]', "bad_json", {}),
+    ('"ref"', "bad_json", {}),
+    ("null", "bad_json", {}),
+    ("7", "bad_json", {}),
+]  # fmt: skip
+
+
+def names_in(error: Frame) -> Frame:
+    """Return what an error, or another answer, says about its command."""
+    known = {"type", "code", "message", "retry_after", "timestamp"}
+    return {name: value for name, value in error.items() if name not in known}
+
+
+@with_server(commands=OFF, receive_bytes=OFF)
+async def test_an_error_repeats_all_that_names_its_command(
     server: VirtualServer,
 ) -> None:
+    chat = await server.chat(6, 7)
+    assert chat == 1
     peer = await server.join(6)
-    for text, ref in {
-        '{"ref":"r","type":"fly"}': "r",
-        '{"type":"typing","ref":"й"}': "й",
-        '{"type":"mark_read","message_id":1,"ref":"gone"}': "gone",
-        '{"type":"fly","ref":7}': None,
-        '{"type":"fly","ref":null}': None,
-        '{"ref":"r"': None,
-    }.items():
+    await peer.ask("send_message", chat_id=chat, content="x", client_id="k")
+    for text, code, names in REFUSED:
         await peer.ws.send_message(text)
-        assert (await peer.receive("error")).get("ref") == ref
+        answer = await peer.receive("error" if code else "pong")
+        assert answer.get("code", "") == code, text[:200]
+        assert names_in(answer) == names, text[:200]
     await peer.ws.send_message(b'{"type":"ping","ref":"in binary"}')
     assert (await peer.receive("error"))["code"] == "bad_json"
+
+
+COMMANDS_WITH_NAMES: list[Frame] = [
+    {"type": "ping", "ref": "r"},
+    {"type": "typing", "chat_id": 1, "is_typing": True, "ref": "r"},
+    {"type": "mark_read", "message_id": 3, "ref": "r"},
+    {**SEND, "chat_id": 1, "content": "x"},
+    {"type": "auth", "token": "t", "ref": "r"},
+]
+
+
+@with_server(commands=chatd.Rate(0.001, 2))
+async def test_an_error_over_the_rate_of_commands_names_its_command(
+    server: VirtualServer,
+) -> None:
+    await server.chat(6, 7)
+    peer = await server.join(6)
+    for _ in range(2):
+        await peer.ask("ping")
+    for command in COMMANDS_WITH_NAMES:
+        await peer.ws.send_message(json.dumps(command))
+        error = await peer.receive("error")
+        assert error["code"] == "rate_limited"
+        names = command.keys() & chatd.NAMES.keys()
+        assert names_in(error) == {name: command[name] for name in names}
+
+
+@with_server(sends=chatd.Rate(0.001, 1))
+async def test_an_error_over_the_rate_of_messages_names_its_message(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    send = {"chat_id": chat, "content": "x"}
+    await peer.ask("send_message", **send, client_id="k1")
+    error = await peer.refused("send_message", **send, client_id="k2")
+    assert (error["code"], names_in(error)) == (
+        "rate_limited", {"ref": "ask", "client_id": "k2", "chat_id": chat},
+    )  # fmt: skip
+
+
+@with_server()
+async def test_an_error_of_a_failed_disk_names_its_command(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "one", sender=7)
+    peer = await server.join(6)
+    server.store._writer.execute("PRAGMA query_only = 1")
+    for command, names in (
+        ({**SEND, "chat_id": chat, "content": "x"}, ("ref", "client_id", "chat_id")),
+        ({"type": "mark_read", "message_id": message}, ("message_id",)),
+    ):
+        await peer.ws.send_message(json.dumps(command))
+        error = await peer.receive("error")
+        assert (error["code"], error["retry_after"]) == ("storage_failed", 2.0)
+        assert names_in(error) == {name: command[name] for name in names}
 
 
 @with_server()
@@ -1091,9 +1362,10 @@ async def test_an_ack_waits_for_its_event_when_the_sender_is_behind(
     await slow.send(command_bytes("send_message", chat_id=chat, content="mine"))
     await slow.listen()
     frames = [json.loads(data) for _, data in take_frames(slow.data)]
-    assert [frame["type"] for frame in frames] == ["new_message"] * 21 + ["ack"]
-    assert frames[-2]["message"]["content"] == "mine"
-    assert frames[-1]["message_id"] == frames[-2]["seq"]
+    kinds = [frame["type"] for frame in frames]
+    assert kinds == [*["new_message"] * 21, "message_read", "ack"]
+    assert frames[-3]["message"]["content"] == "mine"
+    assert frames[-1]["message_id"] == frames[-3]["seq"]
 
 
 @with_server()
@@ -1158,13 +1430,16 @@ async def test_commands_are_not_read_while_the_outbox_is_over_its_limit(
     # The first may have been read already; the second is not.
     for n in range(2):
         await raw.send(command_bytes("send_message", chat_id=chat, content=f"{n}"))
-    with trio.move_on_after(1):
-        await friend.receive("new_message")
-    await friend.receives_nothing(5)
+    early = []
+    with trio.move_on_after(5):
+        while True:
+            early.append(json.loads(await friend.ws.get_message())["type"])
+    assert early in ([], ["new_message", "message_read"])
     await raw.listen()
-    with trio.fail_after(1):
-        while (await friend.receive("new_message"))["message"]["content"] != "1":
-            pass
+    if not early:
+        await friend.receive("new_message")
+        await friend.receive("message_read")
+    assert (await friend.receive("new_message"))["message"]["content"] == "1"
 
 
 # The last bytes of a client before it shuts down its sending side, without a close

@@ -89,7 +89,7 @@ COMMAND_METHOD = """
         chat_id, user_id = command.chat_id, self.claims.user_id
         ack = text_frame(Ack(ref=command.ref, chat_id=chat_id))
         await self._submit(
-            command.ref,
+            command,
             lambda seq: Reply(ack, seq),
             self.server.store.wave,
             chat_id,

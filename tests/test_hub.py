@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -146,17 +147,17 @@ def test_a_seat_with_a_full_outbox_gets_the_whole_batch_later(memory: Memory) ->
     slow.outbox.bound, slow.outbox.stuck = 1, True
     memory.send(chat, 1)
     assert (slow.seqs(), slow.seat.live, slow.fell) == ([3], True, 0)
-    job = job_with_ack(slow, memory.sends(chat, 2))
+    job = job_with_ack(slow, memory.sends(chat, 2))  # a message_read follows it
     memory.hub.publish(store._transact([job]))
     assert (seqs_and_acks(slow), slow.seat.live, slow.fell) == (["3"], False, 1)
     assert slow.seat.cursor == 3
-    memory.send(chat, 1)
+    memory.send(chat, 2)
     slow.outbox.drain()
     memory.catch_up(slow)
-    assert seqs_and_acks(slow) == ["3", "4", "5", "a4"]
-    assert (fast.seqs(), slow.fell) == ([3, 4, 5], 1)
-    memory.send(chat, 1)
-    assert slow.seqs() == fast.seqs() == [3, 4, 5, 6]
+    assert seqs_and_acks(slow) == ["3", "4", "5", "6", "a4"]
+    assert (fast.seqs(), slow.fell) == ([3, 4, 5, 6], 1)
+    memory.send(chat, 2)
+    assert slow.seqs() == fast.seqs() == [3, 4, 5, 6, 7]
 
 
 def test_a_seat_behind_the_tail_reads_pages_and_then_the_tail() -> None:
@@ -477,6 +478,7 @@ class Model:
         self.members: dict[int, dict[int, int]] = {}  # chat: user: joined_seq
         self.read: dict[tuple[int, int], int] = {}  # chat, user: read_n
         self.messages: dict[int, list[int]] = {}  # chat: seqs
+        self.senders: dict[int, int] = {}  # seq of a message: its sender
         # at[n] is self.members as of the first n events.
         self.at: list[dict[int, dict[int, int]]] = [{}]
 
@@ -507,12 +509,18 @@ class Model:
             self._log(ModelEvent("chat_added", chat, to_chat=False, to_user=user))
         return True
 
-    def send(self, chat: int, user: int) -> bool:
-        if user not in self.members.get(chat, {}):
+    def send(self, chat: int, user: int, *, service: bool = False) -> bool:
+        is_member = user in self.members.get(chat, {})
+        if not is_member and not (service and chat in self.members):
             return False
+        unread = is_member and self.read[chat, user] < len(self.messages[chat])
         seq = self._log(ModelEvent("new_message", chat, to_chat=True))
         self.messages[chat].append(seq)
-        self.read[chat, user] = len(self.messages[chat])
+        self.senders[seq] = user
+        if unread and not service:
+            self.mark(user, seq)
+        elif is_member and not unread:
+            self.read[chat, user] += 1
         return True
 
     def mark(self, user: int, seq: int) -> bool:
@@ -521,8 +529,11 @@ class Model:
             return False
         if user not in self.members[event.chat]:
             return False
-        n = self.messages[event.chat].index(seq) + 1
+        later = self.messages[event.chat]
+        n = later.index(seq) + 1
         if n > self.read[event.chat, user]:
+            while n < len(later) and self.senders[later[n]] == user:
+                n += 1
             self.read[event.chat, user] = n
             large = len(self.members[event.chat]) > self.large_chat
             to_user = user if large else None
@@ -551,7 +562,9 @@ USERS = (1, 2, 3)
 
 # A work is its name and two small numbers: a chat and a user.
 random_works = st.tuples(
-    st.sampled_from(["send"] * 6 + ["mark"] * 3 + ["add", "add", "remove", "remove"]),
+    st.sampled_from(
+        [*["send"] * 5, *["post"] * 2, *["mark"] * 3, *["add", "remove"] * 2]
+    ),
     st.integers(1, 3),
     st.integers(1, 3),
 )
@@ -566,6 +579,9 @@ def work_of(
     match name:
         case "send":
             return memory.sends(chat, user), model.send(chat, user)
+        case "post":  # of a service, in the user's name
+            post = memory.sends(chat, user, service=True)
+            return post, model.send(chat, user, service=True)
         case "mark":  # the last message of the chat or the one before it
             seq = [0, *model.messages.get(chat, [])][-1 - len(model.log) % 2 :][0]
             return (store.mark_read, user, seq), model.mark(user, seq)
@@ -856,4 +872,226 @@ def test_a_client_gets_every_visible_event_once_and_in_order_in_any_interleaving
         for name, argument in play:
             stage.step(name, argument)
         stage.finish()
+        memory_is_sound(memory)
+
+
+# --- what each device counts as unread -----------------------------------------------
+
+
+class Device:
+    """A device that counts by the rules of docs/protocol.md, and knows nothing else."""
+
+    def __init__(self, user: int) -> None:
+        self.user = user
+        self.cursor: int | None = None
+        self.marks: dict[int, tuple[int, int]] = {}  # chat: last_n, read_n
+        self.connection: MemorySeat | None = None
+        self.greeting: chatd.Greeting | None = None  # read, and not sent yet
+        self.upto = 0  # the head when it was read
+        self.page: chatd.Page | None = None  # the same
+        self.frames: list[dict[str, Any]] = []  # sent, and not received yet
+        self.taken = 0  # how much of its outbox is in `frames`
+
+    def move(self, chat: int, last_n: int, read_n: int) -> None:
+        last, read = self.marks.get(chat, (0, 0))
+        self.marks[chat] = max(last, last_n), max(read, read_n)
+
+    def receive(self, frame: dict[str, Any]) -> None:
+        """Handle `connected`, the answer of /api/v1/chats, or an event."""
+        match frame:
+            case {"type": "connected", "chats": chats, "cursor": cursor}:
+                self.cursor = cursor
+                for chat, mark in chats.items():
+                    self.move(int(chat), mark["last_n"], mark["read_n"])
+                return
+            case {"chats": chats, "cursor": cursor}:
+                self.cursor, self.marks = cursor, {}
+                for chat in chats:
+                    self.move(chat["id"], chat["last_n"], chat["read_n"])
+                return
+            case {"type": "chat_added", "chat_id": chat_id, "chat": chat}:
+                read = {m["user_id"]: m["read_n"] for m in chat["members"]}
+                self.move(chat_id, chat["last_n"], read.get(self.user, 0))
+            case {"type": "member_removed", "chat_id": chat_id, "user_id": user}:
+                if user == self.user:
+                    self.marks.pop(chat_id, None)
+            case {"type": "new_message", "chat_id": chat_id, "message": message}:
+                own = message["sender_id"] == self.user and frame.get("read", True)
+                self.move(chat_id, message["n"], message["n"] if own else 0)
+            case {"type": "message_read", "read_by": self.user}:
+                self.move(frame["chat_id"], 0, frame["n"])
+        assert self.cursor is not None
+        assert frame["seq"] > self.cursor
+        self.cursor = frame["seq"]
+
+
+class Desk:
+    """A store, a hub and devices, two of them of one user. Each method is a step."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.hub = memory, memory.hub
+        self.model = Model(memory.settings.large_chat)
+        self.waiting: list[chatd.Batch] = []
+        self.devices = [Device(user) for user in (1, 1, 2)]
+        self.resyncs = 0
+        for users in ((1, 2), (1, 2, 3)):
+            self.model.create(*users)
+            memory.chat(*users)
+
+    def stored(self, user: int) -> dict[int, tuple[int, int]]:
+        """Read last_n and read_n of a user's chats from the tables."""
+        rows = self.memory.store._writer.execute(
+            """SELECT chat_id, read_n, (SELECT count(*) FROM message m
+                                        WHERE m.chat_id = b.chat_id)
+               FROM member b WHERE user_id = ?""",
+            (user,),
+        )
+        return {chat: (last_n, read_n) for chat, read_n, last_n in rows}
+
+    def commit(self, words: list[tuple[str, int, int]]) -> None:
+        """Do works. A message is read only because its reader did something."""
+        for word in words:
+            name, _, user = word
+            before = {one: self.stored(one) for one in USERS}
+            self.waiting.append(commit_both(self.memory, self.model, [word]))
+            for one in USERS:
+                for where, (_, read_n) in self.stored(one).items():
+                    senders = [
+                        self.model.senders[seq] for seq in self.model.messages[where]
+                    ]
+                    _, was = before[one].get(where, (0, read_n))
+                    newly = senders[was:read_n]
+                    acted = (name in ("send", "mark"), user) == (True, one)
+                    assert acted or {*newly} <= {one}, word
+                    # What follows the mark is never one's own message.
+                    assert senders[read_n : read_n + 1] != [one], word
+
+    def publish(self) -> None:
+        if self.waiting:
+            self.hub.publish(self.waiting.pop(0))
+
+    def switch(self, number: int) -> None:
+        """Open a socket, or lose it and all that is on its way."""
+        device = self.devices[number]
+        if device.connection is not None:
+            self.hub.leave(device.connection.seat)
+            device.connection = device.greeting = device.page = None
+            device.frames.clear()
+        else:
+            device.connection, device.taken = self.memory.enter(device.user), 0
+            device.upto = self.hub.head
+            device.greeting = self.memory.greeting(device.user, device.cursor)
+
+    def send(self, number: int) -> None:
+        """Send a device what comes next: `connected`, a page, or part of the tail."""
+        device = self.devices[number]
+        if device.connection is None:
+            return
+        seat = device.connection.seat
+        if device.greeting is not None:
+            greeting, device.greeting = device.greeting, None
+            start = device.cursor
+            if start is None or greeting.missed is None:
+                self.resyncs += start is not None
+                start = device.upto
+            self.hub.set_chats(seat.person, greeting.joined)
+            seat.cursor = start
+            hello = {"type": "connected", "cursor": start, "chats": greeting.marks}
+            device.frames.append(json.loads(chatd.encode(hello)))
+            if self.hub.in_tail(start):
+                self.hub.push_tail(seat)
+        elif device.page is not None:
+            page, device.page = device.page, None
+            self.hub.push_page(seat, page)
+        elif not seat.live and self.hub.in_tail(seat.cursor):
+            self.hub.push_tail(seat)
+        elif not seat.live:
+            device.page = self.memory.page(device.user, seat.cursor, 2)
+
+    def receive(self, number: int, most: int = 2) -> None:
+        """A device receives some of the frames that were sent to it."""
+        device = self.devices[number]
+        for frame in device.frames[:most]:
+            device.receive(frame)
+        del device.frames[:most]
+
+    def poll(self, number: int) -> None:
+        """A device without a socket polls; first, or after a resync, its chats."""
+        device, user = self.devices[number], self.devices[number].user
+        if device.connection is not None:
+            return
+        head, missed = self.hub.head, None
+        if device.cursor is not None:
+            missed = self.memory.greeting(user, device.cursor).missed
+        if missed is None:
+            self.resyncs += device.cursor is not None
+            answer = {"chats": self.memory.my_chats(user), "cursor": head}
+            device.receive(json.loads(chatd.encode(answer)))
+        elif device.cursor is not None:
+            page = self.memory.page(user, device.cursor, 2)
+            for entry in page.events:
+                device.receive(json.loads(chatd.encode(entry.event)))
+            device.cursor = page.cursor
+
+    def step(self, name: str, argument: Any = None) -> None:
+        getattr(self, name)(*(() if argument is None else (argument,)))
+        for device in self.devices:
+            connection, stored = device.connection, self.stored(device.user)
+            if connection is not None:
+                news = connection.outbox.taken[device.taken :]
+                device.taken += len(news)
+                device.frames += [m for data in news for m in memory_frames(data)]
+            for chat in device.marks.keys() & stored.keys():
+                pairs = zip(device.marks[chat], stored[chat], strict=True)
+                assert all(mine <= theirs for mine, theirs in pairs)  # never ahead
+            up_to_date = connection is not None and connection.seat.live
+            if up_to_date and not device.frames and not self.waiting:
+                assert device.marks == stored
+
+    def finish(self) -> None:
+        """Let each device catch up, by socket or poll: it counts as the tables say."""
+        while self.waiting:
+            self.step("publish")
+        for number, device in enumerate(self.devices):
+            for _ in range(200):
+                self.step("send", number)
+                self.step("receive", number)
+                self.step("poll", number)
+            stored = self.stored(device.user)
+            assert device.marks == stored
+            unread = {chat: last - read for chat, (last, read) in stored.items()}
+            chats = self.memory.my_chats(device.user)
+            assert unread == {chat.id: chat.unread for chat in chats}
+
+
+device_numbers = st.integers(0, 2)
+random_days = st.lists(
+    st.one_of(
+        *[st.tuples(st.just("commit"), st.lists(random_works, min_size=1, max_size=3))]
+        * 3,
+        *[st.tuples(st.just("publish"), st.none())] * 3,
+        *[
+            st.tuples(st.just(name), device_numbers)
+            for name in ("switch", *["send"] * 3, *["receive"] * 3, "poll")
+        ],
+    ),
+    min_size=30,
+    max_size=60,
+)
+
+
+@pytest.mark.parametrize(("tail_events", "resync_events"), [(2, 6), (1000, 5000)])
+@property_settings
+@given(day=random_days)
+def test_all_devices_of_a_user_count_the_same_unread_messages_as_the_database(
+    tail_events: int, resync_events: int, day: list[tuple[str, Any]]
+) -> None:
+    changes = {"tail_events": tail_events, "resync_events": resync_events}
+    with memory_with(**changes, large_chat=2, page_events=2) as memory:
+        desk = Desk(memory)
+        for number in (0, 1, 1, 2):
+            desk.step("switch", number)
+        for name, argument in day:
+            desk.step(name, argument)
+        desk.finish()
         memory_is_sound(memory)

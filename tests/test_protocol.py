@@ -291,7 +291,8 @@ def test_a_ping_has_no_payload() -> None:
 
 def test_an_error_frame_omits_fields_that_are_not_set() -> None:
     refusal = Refusal("rate_limited", retry_after=1.23456)
-    ((_, text),) = words_hear(chatd.error_frame(refusal, "r1"))
+    command = '{"ref":"r1","chat_id":"1"}'
+    ((_, text),) = words_hear(chatd.error_frame(refusal, command))
     assert json.loads(text) == {
         "type": "error", "code": "rate_limited", "ref": "r1", "retry_after": 1.235,
         "message": "too many at once: slow down",
@@ -300,6 +301,34 @@ def test_an_error_frame_omits_fields_that_are_not_set() -> None:
     assert json.loads(text) == {
         "type": "error", "code": "not_found", "message": "chat_id: none",
     }  # fmt: skip
+
+
+VALUES = st.sampled_from([1, 2**53 - 1, "k", "x" * 64, "", "\ud800", "é"]) | st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.none())
+)
+
+
+@given(st.dictionaries(st.sampled_from([*chatd.NAMES, "type", "content"]), VALUES))
+def test_an_error_frame_names_a_command_by_exactly_its_valid_fields(
+    command: dict[str, Any],
+) -> None:
+    def is_valid(name: str, value: Any) -> bool:
+        match name:
+            case "chat_id" | "message_id":
+                return type(value) is int and 1 <= value < 2**53
+            case "client_id":
+                found = type(value) is str and re.fullmatch("[ -~]{1,64}", value)
+                return bool(found)
+            case "ref":  # half of a surrogate pair is no text
+                found = type(value) is str and re.search("[\ud800-\udfff]", value)
+                return type(value) is str and len(value) <= 64 and not found
+        return False
+
+    valid = {name: value for name, value in command.items() if is_valid(name, value)}
+    frame = chatd.error_frame(Refusal("bad_json"), json.dumps(command))
+    ((_, text),) = words_hear(frame)
+    error = json.loads(text)
+    assert {name: error[name] for name in error.keys() & chatd.NAMES.keys()} == valid
 
 
 MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z", 13)
@@ -313,6 +342,12 @@ MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z", 13)
             chatd.NewMessage(5120, 3, MESSAGE),
             '{"type":"new_message","seq":5120,"chat_id":3,"message":{"id":789,"chat_id":3,'
             '"sender_id":5,"content":"Привет!","created_at":"2025-11-21T13:00:00Z","n":13}}',
+        ),
+        (
+            chatd.NewMessage(5120, 3, MESSAGE, read=False),
+            '{"type":"new_message","seq":5120,"chat_id":3,"message":{"id":789,"chat_id":3,'
+            '"sender_id":5,"content":"Привет!","created_at":"2025-11-21T13:00:00Z","n":13},'
+            '"read":false}',
         ),
         (
             chatd.MessageRead(7, 3, 456, 6, 12),

@@ -89,7 +89,7 @@ async def test_answers_to_commands_in_flight_come_before_bye(
     server.disk.go()
     received, code = await peer.end()
     kinds = [frame["type"] for frame in received]
-    assert sorted(kinds[:-1]) == ["ack"] * 3 + ["new_message"] * 4
+    assert sorted(kinds[:-1]) == ["ack"] * 3 + ["message_read"] + ["new_message"] * 4
     assert (kinds[-1], code) == ("bye", 1012)
     answer = await posted.answer()
     assert (answer.status, answer.headers["connection"]) == (201, "close")

@@ -60,8 +60,8 @@ def test_message_numbers_and_seqs_have_no_gaps(memory: Memory) -> None:
     ordinals = [memory.send(chats[i % 2], 2).message.n for i in range(6)]
     refusal_of(memory.send, chats[0], 3)
     assert ordinals == [1, 1, 2, 2, 3, 3]
-    assert memory.send(chats[0], 1).message.n == 4
-    assert memory.seqs(2) == [2, 3, *range(5, 12)]
+    assert memory.send(chats[0], 1).message.n == 4  # 11; user 1 has read it: 12
+    assert memory.seqs(2) == [2, 3, *range(5, 13)]
 
 
 @pytest.mark.parametrize("key", ["", "k"])
@@ -154,14 +154,141 @@ def test_a_read_mark_moves_up_and_never_down(memory: Memory) -> None:
     ]  # fmt: skip
 
 
-def test_sending_moves_the_read_mark_of_the_sender_without_an_event(
+# Each step of a chat of users 1 and 2: what happens, then the read_n of user 1, and the
+# event about user 1: "" for none, "unread" for a message with "read": false, or the n
+# of a message_read. Messages have n = 1, 2, 3 in the order of the steps.
+MARKS: dict[str, list[tuple[str, int, str]]] = {
+    "the first message of a chat": [("1 sends", 1, "")],
+    "one's own messages in a row": [("1 sends", 1, ""), ("1 sends", 2, "")],
+    "a message over unread ones": [
+        ("2 sends", 0, ""), ("2 sends", 0, ""), ("1 sends", 3, "3"), ("1 sends", 4, ""),
+    ],
+    "a message after a mark": [
+        ("2 sends", 0, ""), ("1 marks 1", 1, "1"), ("1 sends", 2, ""),
+    ],
+    "a service in one's name, with nothing unread": [
+        ("service sends", 1, ""), ("service sends", 2, ""), ("1 sends", 3, ""),
+    ],
+    "a service in one's name, over unread messages": [
+        ("2 sends", 0, ""), ("service sends", 0, "unread"),
+        ("service sends", 0, "unread"), ("2 sends", 0, ""),
+    ],
+    "a mark before what a service has sent": [
+        ("2 sends", 0, ""), ("2 sends", 0, ""), ("service sends", 0, "unread"),
+        ("service sends", 0, "unread"), ("2 sends", 0, ""),
+        ("1 marks 1", 1, "1"), ("1 marks 2", 4, "4"), ("service sends", 4, "unread"),
+        ("1 marks 5", 6, "6"), ("service sends", 7, ""),
+    ],
+    "a mark on what a service has sent": [
+        ("2 sends", 0, ""), ("service sends", 0, "unread"),
+        ("service sends", 0, "unread"), ("1 marks 2", 3, "3"),
+    ],
+    "a mark of an older message": [
+        ("2 sends", 0, ""), ("2 sends", 0, ""), ("1 marks 2", 2, "2"),
+        ("1 marks 1", 2, ""), ("1 marks 2", 2, ""),
+    ],
+    "a message over unread ones of a service": [
+        ("2 sends", 0, ""), ("service sends", 0, "unread"), ("1 sends", 3, "3"),
+    ],
+    "a repeat moves nothing": [
+        ("1 sends k", 1, ""), ("2 sends", 1, ""), ("1 sends k", 1, ""),
+        ("service sends k", 1, ""),
+    ],
+    "a repeat of what a service has sent moves nothing": [
+        ("2 sends", 0, ""), ("service sends k", 0, "unread"), ("1 sends k", 0, ""),
+    ],
+    "a message after leaving and coming back": [
+        ("2 sends", 0, ""), ("service sends", 0, "unread"), ("1 comes back", 2, ""),
+        ("1 sends", 3, ""),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("large_chat", [50, 1])
+@pytest.mark.parametrize("story", MARKS)
+def test_only_its_user_makes_messages_read_and_every_event_says_so(
+    story: str, large_chat: int
+) -> None:
+    with memory_with(large_chat=large_chat) as memory:
+        chat, store, ids = memory.chat(1, 2), memory.store, list[int]()
+        for step, read_n, news in MARKS[story]:
+            who, what, *more = step.split()
+            sender = 2 if who == "2" else 1
+            before = memory.hub.head
+            match what:
+                case "sends":
+                    key, service = "".join(more), who == "service"
+                    work = memory.sends(chat, sender, "hi", key, service=service)
+                    sent = memory.do(*work)
+                    ids += [] if sent.duplicate else [sent.message.id]
+                case "marks":
+                    memory.do(store.mark_read, 1, ids[int(more[0]) - 1])
+                case _:
+                    memory.do(store.remove_member, chat, 1, 1)
+                    memory.do(store.add_member, chat, 1, None)
+            (mine,) = memory.my_chats(1)
+            assert (mine.read_n, mine.unread) == (read_n, mine.last_n - read_n), step
+            told = []
+            for entry in memory.page(1, before).events:
+                (event,) = memory_frames(entry.frame)
+                if event["type"] == "message_read":
+                    # In a large chat only the reader is told. id and n agree.
+                    to_user = event["read_by"] if large_chat == 1 else None
+                    assert entry.to_user == to_user
+                    assert event["message_id"] == ids[event["n"] - 1]
+                    told += [str(event["n"])] if event["read_by"] == 1 else []
+                elif not event.get("read", True):
+                    assert event["message"]["sender_id"] == 1
+                    told.append("unread")
+                assert "read" not in event.get("message", {})
+            assert told == ([news] if news else []), step
+        memory_is_sound(memory)
+
+
+def test_a_service_that_sends_for_a_user_outside_the_chat_moves_no_mark(
     memory: Memory,
 ) -> None:
     chat = memory.chat(1, 2)
-    memory.send(chat, 2)
     memory.send(chat, 1)
-    assert [mine.unread for user in (1, 2) for mine in memory.my_chats(user)] == [0, 1]
-    assert memory.do(memory.store.mark_read, 1, 4).seq == 0
+    memory.do(*memory.sends(chat, 9, service=True))
+    assert memory_frames(memory.page(1, 3).events[0].frame)[0].keys() == {
+        "type", "seq", "chat_id", "message",
+    }  # fmt: skip
+    assert memory.count("member") == 2
+
+
+def test_read_is_stored_only_if_it_is_false_and_is_read_again(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    chat, sql = memory.chat(1, 2), "SELECT body FROM event WHERE seq = ?"
+    memory.send(chat, 2)
+    memory.do(*memory.sends(chat, 1, service=True))
+    bodies = [chatd.query_value(memory.store._writer, sql, seq) for seq in (3, 4)]
+    assert bodies == [None, '{"read":false}']
+    frames = [entry.frame for entry in memory.hub.tail]
+    assert memory_frames(frames[-1])[0]["read"] is False
+    assert [entry.frame for entry in memory.page(2, 2).events] == frames[-2:]
+    again = memory.again()
+    assert [entry.frame for entry in again.hub.tail] == frames[-2:]
+    again.store.close()
+
+
+def test_a_mark_that_does_not_move_costs_the_same_however_much_follows(
+    memory: Memory,
+) -> None:
+    chat, store, steps = memory.chat(1, 2), memory.store, list[int]()
+    first = memory.send(chat, 2).message.id
+    for _ in range(2):
+        for _ in range(100):
+            memory.send(chat, 1)
+        steps.append(0)
+
+        def step() -> None:
+            steps[-1] += 1
+
+        store._writer.set_progress_handler(step, 1)
+        assert memory.do(store.mark_read, 1, first).seq == 0
+        store._writer.set_progress_handler(None, 1)
+    assert steps[0] == steps[1] > 0
 
 
 def test_a_message_of_another_chat_cannot_be_marked_as_read(memory: Memory) -> None:
@@ -322,9 +449,10 @@ def test_a_refused_job_does_not_affect_the_other_jobs_of_its_batch(
     )
     codes = [getattr(outcome, "code", "") for _, outcome in batch.outcomes]
     assert codes == ["", "forbidden", "not_found", ""]
-    assert [(entry.seq, entry.event.seq) for entry in batch.events] == [(3, 3), (4, 4)]
+    seqs = [(entry.seq, entry.event.seq) for entry in batch.events]
+    assert seqs == [(3, 3), (4, 4), (5, 5)]
     assert (memory.count("message"), memory.count("chat"), memory.count("event")) == (
-        2, 1, 4,
+        2, 1, 5,
     )  # fmt: skip
     assert (memory.stats.commits, memory.stats.batch_max) == (2, 4)
 
@@ -885,10 +1013,10 @@ class FailingCommit(sqlite3.Connection):
         return cursor
 
 
-def fail_next_commit(memory: Memory, error: str) -> None:
+def fail_next_commit(memory: Memory | VirtualServer, error: str) -> None:
     """Let the next commit report an error although its rows are written."""
     made = sqlite3.connect(
-        memory.settings.db,
+        memory.store.path,
         isolation_level=None,
         check_same_thread=False,
         factory=FailingCommit,
@@ -929,6 +1057,23 @@ async def test_a_failed_commit_that_is_on_disk_is_published_before_anything_else
         "hi",
     ]
     memory_is_sound(memory)
+
+
+@with_server()
+async def test_the_stats_count_a_message_that_a_failed_commit_has_stored(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    fail_next_commit(server, "SQLITE_FULL")
+    send = {"chat_id": chat, "content": "hi", "client_id": "k"}
+    assert (await peer.refused("send_message", **send))["code"] == "storage_failed"
+    assert (await server.stats())["store"]["messages"] == 0
+    assert (await peer.receive("new_message", within=3))["message"]["client_id"] == "k"
+    assert (await peer.ask("send_message", **send))["duplicate"] is True
+    store = (await server.stats())["store"]
+    counted = {name: store[name] for name in ("messages", "duplicates", "failed")}
+    assert counted == {"messages": 1, "duplicates": 1, "failed": 1}
 
 
 async def test_all_kinds_of_events_are_recovered_after_a_failed_commit(
@@ -1194,6 +1339,7 @@ def test_a_large_new_chat_ends_its_transaction_and_the_other_jobs_come_next(
     works = [(create, None, [1, 2, 3]), (create, None, [1]), (create, None, [2])]
     batch = memory.commit(*works)
     assert (len(batch.outcomes), len(batch.events)) == (1, 3)
+    assert (memory.stats.commits, memory.stats.batch_max) == (1, 1)  # only what ran
     memory.hub.publish(batch)
     assert len(memory.commit(*works[1:]).outcomes) == 2
     memory.store.close()

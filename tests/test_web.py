@@ -587,6 +587,25 @@ def test_reading_in_one_tab_clears_the_badges_of_all_tabs(
     expect(bubbles(second)).to_have_count(4)
 
 
+def test_a_service_that_sends_in_ones_name_makes_nothing_read(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    annas = sign_in(chromium.context(), server.link(anna))
+    bens = sign_in(chromium.context(), server.link(ben), chat)
+    badge = annas.locator("#bell-count")
+    write(bens, "Still for sale?")
+    expect(badge).to_have_text("1")
+    server.post(chat, anna, "I am away until Monday.")  # an automatic answer
+    expect(badge).to_have_text("2")
+    expect(bubbles(bens)).to_have_count(2)
+    expect(ticks(bens)).to_have_text("Sent")
+    path = f"/api/v1/chats/{chat}/messages"  # from another device of Anna
+    server.request("POST", path, {"content": "Yes!"}, user_id=anna)
+    expect(ticks(bens)).to_have_text("Read")
+    expect(badge).to_be_hidden()
+
+
 def test_only_messages_that_were_on_the_screen_are_read(
     server: Server, chromium: Chromium
 ) -> None:
@@ -704,7 +723,8 @@ def test_a_killed_server_loses_and_doubles_no_message(
     write(page, "Three")
     expect(ticks(page)).to_have_text(["Sent", "Sending", "Sending"])
     server.start()
-    server.post(chat, ben, "From Ben")
+    path = f"/api/v1/chats/{chat}/messages"
+    server.request("POST", path, {"content": "From Ben"}, user_id=ben)
     wait_until_connected(page)
     expect(banner).to_be_hidden()
     expect(bubbles(page)).to_have_text(["One", "From Ben", "Two", "Three"])
@@ -1197,6 +1217,49 @@ def test_the_page_in_docs_embedding_works(
     server.post(chat, ben, "<b>Hello</b> from Ben")
     expect(page.get_by_text("<b>Hello</b> from Ben")).to_be_visible()
     assert server.texts(chat, anna) == ["Hello from the shop", "<b>Hello</b> from Ben"]
+
+
+def test_a_page_learns_why_its_socket_does_not_open_as_the_documentation_says(
+    make_server: Callable[..., Server], site: Site, chromium: Chromium
+) -> None:
+    server = make_server("--origin", site.url, "--requests", "0.1/2")
+    script = example("docs/protocol.md", "js", server)
+    site.pages["/waits"] = ("text/html", f"<script>{script}</script>")
+    page = chromium.page()
+    page.goto(f"{site.url}/waits")
+
+    code = page.evaluate(
+        """(url) => new Promise((done) => {
+            new WebSocket(url).onclose = ({ code }) => done(code);
+        })""",
+        f"{server.url}/ws/chat?token=x".replace("http", "ws"),
+    )
+    assert code == 1006  # and no word of the 401
+
+    def wait(token: str, failures: int = 0) -> Any:
+        ask = "([...given]) => waitAfterRefusal(...given)"
+        return page.evaluate(ask, [server.url, token, failures])
+
+    for wrong in ("x", server.token(1, exp=1), server.token(1, use="signin")):
+        assert wait(wrong) is None
+    assert all(0 <= wait(server.token(1)) <= 1 for _ in range(2))
+    assert wait(server.token(1)) >= 1  # 429
+    server.request("POST", "/api/v1/internal/chat/revoke", {"user_id": 1})
+    assert wait(server.token(1, iat=1)) is None
+
+    def answered(status: int, **headers: str) -> Any:
+        headers["Access-Control-Allow-Origin"] = "*"
+        headers["Access-Control-Expose-Headers"] = "Retry-After"
+        page.route("**/me", lambda route: route.fulfill(status=status, headers=headers))
+        found = wait(server.token(2))
+        page.unroute("**/me")
+        return found
+
+    assert answered(403) is None
+    assert answered(503, **{"Retry-After": "9"}) == 9
+    server.end(signal.SIGTERM)
+    assert 0 <= wait(server.token(2), 2) <= 4
+    assert 0 <= wait(server.token(2), 50) <= 30
 
 
 def test_the_lines_in_the_readme_follow_a_chat(

@@ -13,13 +13,17 @@
  * - answers are late, come twice, or are lost before or after they take effect;
  * - messages are refused for a while;
  * - the server is away for a while, or has another epoch, as after a restore;
- * - tabs are closed and opened, storage is full, and the clock jumps by hours.
+ * - tabs are closed and opened, storage is full, and the clock jumps by hours;
+ * - a service sends messages in the user's name, and other devices mark some as read.
  *
  * These claims must hold:
  *
  * - each tab receives each message once and in order of n, or a resync;
+ * - no answer of the server is ignored;
  * - each message that a tab has written is stored once, in the order of writing, even
  *   if the tab has closed (but it may be lost if the tab closed and storage was full);
+ * - each tab that counts by the rule of docs/protocol.md has read what the server says
+ *   that the user has read: never more, and in the end no less;
  * - at the end, no unsent message is left in storage.
  */
 import { readFileSync } from "node:fs";
@@ -90,11 +94,12 @@ class World {
   }
 }
 
-/** One chat with id 1 and its event log, as in chatd. */
+/** One chat with id 1, its event log, and the read mark of user 1, as in chatd. */
 class Server {
   epoch = "e0";
   seq = 0;
   events = [];
+  readN = 0;
   byClientId = new Map();
   connections = new Set();
 
@@ -103,7 +108,12 @@ class Server {
   }
 
   get stored() {
-    return this.events.map(({ message }) => message);
+    return this.events.flatMap(({ message }) => message ?? []);
+  }
+
+  /** The two positions of user 1. */
+  get marks() {
+    return { last_n: this.stored.length, read_n: this.readN };
   }
 
   get cursor() {
@@ -118,11 +128,16 @@ class Server {
     return this.events.filter((event) => event.seq > seq);
   }
 
-  store(sender_id, content, client_id) {
+  log(event) {
+    this.events.push({ ...event, seq: ++this.seq, chat_id: 1 });
+    for (const connection of this.connections) connection.send(this.events.at(-1));
+  }
+
+  store(sender_id, content, client_id, service = false) {
     const known = client_id && this.byClientId.get(client_id);
     if (known) return { message: known, duplicate: true };
-    const id = ++this.seq;
-    const n = this.events.length + 1;
+    const id = this.seq + 1;
+    const n = this.stored.length + 1;
     const message = {
       id,
       chat_id: 1,
@@ -133,10 +148,23 @@ class Server {
       created_at: "",
     };
     if (client_id) this.byClientId.set(client_id, message);
-    const event = { type: "new_message", seq: id, chat_id: 1, message };
-    this.events.push(event);
-    for (const connection of this.connections) connection.send(event);
+    const own = sender_id === 1;
+    const isNext = this.readN === n - 1;
+    const unread = own && service && !isNext ? { read: false } : {};
+    this.log({ type: "new_message", message, ...unread });
+    if (own && isNext) this.readN = n;
+    else if (own && !service) this.mark(id);
     return { message, duplicate: false };
+  }
+
+  /** Moves the read mark of user 1, and over the user's own messages that follow. */
+  mark(id) {
+    const { stored } = this;
+    let { n } = stored.find((message) => message.id === id);
+    if (n <= this.readN) return;
+    while (stored[n]?.sender_id === 1) n += 1;
+    this.readN = n;
+    this.log({ type: "message_read", message_id: stored[n - 1].id, read_by: 1, n });
   }
 
   refusal() {
@@ -153,10 +181,7 @@ class Server {
       case "/api/v1/me":
         return [200, { user_id: 1, name: null }];
       case "/api/v1/chats":
-        return [
-          200,
-          { chats: [{ id: 1, last_n: this.events.length }], cursor: this.cursor },
-        ];
+        return [200, { chats: [{ id: 1, ...this.marks }], cursor: this.cursor }];
       case "/api/v1/events":
         return [200, this.poll(url.searchParams.get("cursor"))];
       case "/api/v1/chats/1/messages": {
@@ -164,8 +189,14 @@ class Server {
         if (error) return [429, { error }];
         return [201, this.store(1, body.content, body.client_id)];
       }
-      default:
-        return [404, { error: { code: "not_found", message: "?" } }];
+      default: {
+        const [, id] = /^\/api\/v1\/messages\/(\d+)\/read$/.exec(url.pathname) ?? [];
+        if (!id) return [404, { error: { code: "not_found", message: "?" } }];
+        const error = this.refusal();
+        if (error) return [429, { error }];
+        this.mark(Number(id));
+        return [200, {}];
+      }
     }
   }
 
@@ -193,7 +224,7 @@ class Connection {
     const missed = cursor === null ? [] : server.since(cursor);
     const resume = cursor === null ? "fresh" : !missed ? "resync" : "replay";
     const start = resume === "replay" ? cursor : server.cursor;
-    const chats = { 1: { last_n: server.events.length, read_n: 0 } };
+    const chats = { 1: server.marks };
     this.send({ type: "connected", user_id: 1, cursor: start, resume, chats });
     missed?.forEach((event) => this.send(event));
     server.connections.add(this);
@@ -208,11 +239,19 @@ class Connection {
   }
 
   receive(text) {
-    const { type, ref, content, client_id } = JSON.parse(text);
+    const { type, ref, content, client_id, message_id: marked } = JSON.parse(text);
     if (type === "ping") this.send({ type: "pong" });
-    if (type !== "send_message") return;
+    if (type !== "send_message" && type !== "mark_read") return;
     const refusal = this.server.refusal();
-    if (refusal) return this.send({ type: "error", ref, ...refusal });
+    if (refusal) {
+      // chatd 1.0 repeats only the ref. Either one must be enough.
+      const name = client_id && this.world.chance(0.5) ? { client_id } : { ref };
+      return this.send({ type: "error", ...name, ...refusal });
+    }
+    if (type === "mark_read") {
+      this.server.mark(marked);
+      return this.send({ type: "ack", ref });
+    }
     const { message, duplicate } = this.server.store(1, content, client_id);
     const { id: message_id, n } = message;
     const ack = { type: "ack", ref, client_id, message_id, chat_id: 1, n, duplicate };
@@ -269,6 +308,12 @@ class Tab {
   #listeners = new Map();
   /** The n of the last message; null: any n may be next. */
   n = null;
+  /** The n up to which the user has read, by the rule of docs/protocol.md. */
+  readN = 0;
+  /** The largest n that this tab has marked as read. */
+  marked = 0;
+  /** The received messages: n -> id. */
+  ids = new Map();
   written = [];
   deliveries = new Map();
 
@@ -292,7 +337,10 @@ class Tab {
     await module.evaluate();
     const source = this.world.pick(["bearer", "token", "function"]);
     const options = source === "bearer" ? { bearer: TOKEN } : {};
-    this.client = new module.namespace.ChatWebSocket({ log: null, ...options });
+    const log = (text) => {
+      if (text.includes("No answer")) this.world.broken.push("an answer was ignored");
+    };
+    this.client = new module.namespace.ChatWebSocket({ log: { log }, ...options });
     this.#listen();
     if (source === "bearer") {
       this.fetchChats();
@@ -303,13 +351,19 @@ class Tab {
 
   #listen() {
     const { client } = this;
-    client.on("new_message", ({ message: { n } }) => {
+    client.on("new_message", ({ message: { id, n, sender_id }, read }) => {
       if (this.n !== null && n !== this.n + 1)
         this.world.broken.push(`tab ${this.name} received n ${n} after ${this.n}`);
       this.n = n;
+      this.ids.set(n, id);
+      if (sender_id === 1 && read !== false) this.read(n);
+    });
+    client.on("message_read", ({ n, read_by }) => {
+      if (read_by === 1) this.read(n);
     });
     client.on("connected", ({ resume, chats }) => {
       if (resume === "fresh") this.n ??= chats[1].last_n;
+      this.read(chats[1].read_n);
     });
     client.on("resync", () => {
       this.n = null;
@@ -317,6 +371,7 @@ class Tab {
     });
     client.on("chats", ({ chats }) => {
       this.n = chats[0].last_n;
+      this.read(chats[0].read_n);
     });
     client.on("delivery", ({ content, state }) => this.deliveries.set(content, state));
   }
@@ -325,6 +380,20 @@ class Tab {
     this.client
       .fetchChats()
       .catch(() => this.world.after(1000, () => this.fetchChats(), this));
+  }
+
+  read(n) {
+    this.readN = Math.max(this.readN, n);
+    if (this.readN > this.server.readN)
+      this.world.broken.push(`tab ${this.name} has read ${n} before the server`);
+  }
+
+  /** The user looks at one of the messages that this tab has received. */
+  mark() {
+    const n = this.world.pick([...this.ids.keys()]);
+    if (n === undefined) return;
+    this.client.markRead(1, this.ids.get(n));
+    this.marked = Math.max(this.marked, n);
   }
 
   write(content) {
@@ -462,7 +531,7 @@ async function play(seed) {
   await openTab();
   for (let step = 0; step < 150; step++) {
     const alive = storage.tabs.filter((tab) => tab.alive);
-    switch (Math.floor(world.random() * 14)) {
+    switch (Math.floor(world.random() * 17)) {
       case 0:
         server.cut(world.pick([1006, 1012, 1013, 4008, 4401]));
         break;
@@ -502,6 +571,16 @@ async function play(seed) {
         world.storageFull = mayFill && world.chance(0.5);
         wasFull ||= world.storageFull;
         break;
+      case 11:
+        server.store(1, `from a service, ${step}`, undefined, true);
+        break;
+      case 12:
+        world.pick(alive).mark();
+        break;
+      case 13:
+        // Another device marks a message as read.
+        if (server.stored.length) server.mark(world.pick(server.stored).id);
+        break;
       default:
         world.pick(alive).write(`${step}`);
     }
@@ -513,7 +592,12 @@ async function play(seed) {
     storageFull: false,
   });
   Object.assign(world, { httpLoss: 0, refusals: 0 });
-  await world.pass(180_000);
+  await world.pass(120_000);
+  // Only events can tell the tabs of these.
+  server.store(2, "the last but one");
+  server.store(1, "the last, from a service", undefined, true);
+  if (world.chance(0.5)) server.mark(server.stored.at(-2).id);
+  await world.pass(60_000);
   return [...world.broken, ...brokenAtEnd(server, storage, wasFull)];
 }
 
@@ -524,6 +608,10 @@ function brokenAtEnd(server, storage, wasFull) {
   for (const tab of storage.tabs) {
     const behind = tab.alive && tab.n !== null && tab.n !== stored.length;
     if (behind) broken.push(`tab ${tab.name} is at n ${tab.n} of ${stored.length}`);
+    if (tab.alive && tab.readN !== server.readN)
+      broken.push(`tab ${tab.name} has read ${tab.readN}, the server ${server.readN}`);
+    if (tab.alive && tab.marked > server.readN)
+      broken.push(`the mark of tab ${tab.name} at ${tab.marked} is lost`);
     for (const text of tab.written) {
       const count = stored.filter((one) => one === text).length;
       const mayBeLost = wasFull && !tab.alive;

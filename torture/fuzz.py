@@ -497,7 +497,10 @@ def expected_answers(command: dict[str, Any], chat: int) -> set[str]:
 
 
 def try_commands(chatd: Chatd, chat: int, examples: int, seed: int) -> None:
-    """Send generated commands; each gets one expected answer, with its ref."""
+    """Send generated commands; each gets one expected answer.
+
+    An error names its command: by each of four fields that is valid.
+    """
     connection = BlockingConnection(chatd.port)
     noise = Noise(chatd, chat, 4)
     connection.sock.sendall(noise.upgrade)
@@ -518,9 +521,12 @@ def try_commands(chatd: Chatd, chat: int, examples: int, seed: int) -> None:
         got = [frame.get("code", frame["type"]) for frame in answers] or ["nothing"]
         assert len(got) == 1, f"{command} was answered {answers}"
         assert got[0] in expected, f"{command} was answered {answers}, not {expected}"
-        ref = command.get("ref")
-        if answers and type(ref) is str and len(ref) <= 64:
-            assert answers[0].get("ref") == ref, f"{command} was answered {answers}"
+        for name in ("ref", "client_id", "chat_id", "message_id"):
+            value = command.get(name)
+            if got[0] in ERRORS and value is not None and VALID[name](value):
+                given = answers[0].get(name)
+                assert given == value, f"{command} was answered {answers}"
+        assert got[0] != "pong" or answers[0].get("ref") == command.get("ref")
 
     answered()
     connection.sock.close()

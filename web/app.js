@@ -639,13 +639,18 @@ function merge(chat, messages) {
   chat.more = (chat.messages[0]?.n ?? 1) > 1;
 }
 
-/** @param {Message} message */
-function putMessage(message) {
+/**
+ * @param {Message} message
+ * @param {boolean} [read] whether its sender has read the chat up to it; by default the
+ *   user has, if nothing before it is unread
+ */
+function putMessage(message, read) {
   const chat = model.chats.get(message.chat_id);
   if (!chat) return;
   chat.last_n = Math.max(chat.last_n, message.n);
   chat.last_message = newer(chat.last_message, message);
-  moveReadMark(chat, message.sender_id, message.n);
+  if (read ?? message.n === chat.read_n + 1)
+    moveReadMark(chat, message.sender_id, message.n);
   stopTyping(chat, message.sender_id);
   if (chat.loaded || chat.loading === "yes") merge(chat, [message]);
 }
@@ -676,7 +681,7 @@ const handlers = {
   resync: () => void fetchChats(),
   chats: onChats,
   connected: ({ chats }) => onConnected(chats),
-  new_message: ({ message }) => onNewMessage(message),
+  new_message: ({ message, read }) => onNewMessage(message, read !== false),
   message_read: ({ chat_id, read_by, n }) => {
     const chat = model.chats.get(chat_id);
     if (chat) moveReadMark(chat, read_by, n);
@@ -750,9 +755,9 @@ function onConnected(chats) {
   void loadPeople();
 }
 
-/** @param {Message} message */
-function onNewMessage(message) {
-  putMessage(message);
+/** @param {Message} message @param {boolean} read */
+function onNewMessage(message, read) {
+  putMessage(message, read);
   const chat = model.chats.get(message.chat_id);
   if (!chat || message.sender_id === myId() || chat.read_n >= message.n) return;
   if (chat === model.open && chat.divider === null && !endIsVisible()) {

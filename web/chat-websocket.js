@@ -141,8 +141,10 @@ const FINAL_REFUSALS = new Set([
  * @property {Record<string, {last_n: number, read_n: number}>} chats
  */
 /**
+ * Its sender has read the chat up to it, unless `read` is false: then a service has sent
+ * it in the sender's name, and the messages before it are still unread.
  * @typedef {{type: "new_message", seq: number, chat_id: number,
- *   message: Message}} NewMessage
+ *   message: Message, read?: false}} NewMessage
  */
 /**
  * @typedef {{type: "message_read", seq: number, message_id: number, chat_id: number,
@@ -170,7 +172,8 @@ const FINAL_REFUSALS = new Set([
  */
 /**
  * @typedef {{type: "error", code: string, message: string, ref?: string,
- * retry_after?: number}} Refusal
+ * client_id?: string, chat_id?: number, message_id?: number, retry_after?: number
+ * }} Refusal
  */
 /**
  * @typedef {NewMessage | MessageRead | ChatAdded | MemberAdded
@@ -694,8 +697,7 @@ export class ChatWebSocket {
    * @returns {string} its client_id
    */
   send(chatId, content) {
-    // Half of a surrogate pair is not valid text. The server would refuse the whole
-    // frame as bad JSON, and could not say which message it refuses.
+    // Half of a surrogate pair is not valid text: the server would refuse the message.
     const text = String(content).replace(LONE_SURROGATE, "\ufffd");
     const entry = this.#unsent.add(chatId, text);
     this.#reportDelivery(entry, "sending");
@@ -1349,13 +1351,13 @@ export class ChatWebSocket {
   }
 
   /** @param {Refusal} refusal */
-  #handleError({ ref, code, message, retry_after }) {
+  #handleError({ ref, client_id, code, message, retry_after }) {
     const [kind, chatId, messageId] = (ref ?? "").split(" ");
     const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
     if (mark && FINAL_REFUSALS.has(code)) mark.settled = Number(messageId);
     else if (mark)
       after(retry_after ?? REFUSED_SECONDS, () => this.#sendMark(Number(chatId)));
-    const entry = this.#unsent.find(ref);
+    const entry = this.#unsent.find(client_id ?? ref); // chatd 1.0 repeats only `ref`
     if (entry?.place !== "socket") return;
     this.#messageRefused(entry, code, message, retry_after);
     this.#sendUnsent();
