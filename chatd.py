@@ -4875,7 +4875,7 @@ def open_database(path: Path, *, readonly: bool) -> Db:
     wal = wal_of(path)
     fixed = not wal.exists() and not os.access(wal.parent, os.W_OK)
     mode = "ro" if readonly and wal.exists() else "rw"
-    uri = f"{path.absolute().as_uri()}?mode={mode}&immutable={fixed:d}"
+    uri = f"{Path(os.path.realpath(path)).as_uri()}?mode={mode}&immutable={fixed:d}"
     db = sqlite3.connect(
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
     )
