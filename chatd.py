@@ -1579,11 +1579,7 @@ class Store:
         """Append an event to the event log, and to the batch."""
         events.append(entry)
         event, kind = entry.event, entry.kind
-        own = {
-            field: value
-            for field in KINDS[kind][1]
-            if (value := getattr(event, field)) not in event.__struct_defaults__
-        }
+        own = {field: getattr(event, field) for field in KINDS[kind][1]}
         db.execute(
             """INSERT INTO event
                (seq, kind, chat_id, to_chat, to_user, user_id, message_id, body)

@@ -110,7 +110,7 @@ CREATE TABLE event (
     to_user     INTEGER REFERENCES user (id),
     user_id     INTEGER REFERENCES user (id),       -- the event shows the user's name
     message_id  INTEGER REFERENCES message (id),    -- the event shows the message
-    body        TEXT                                -- NULL: no others, or the defaults
+    body        TEXT                                -- NULL: no others, or a row of 1.0
 ) STRICT;
 
 INSERT INTO event

@@ -257,13 +257,13 @@ def test_a_service_that_sends_for_a_user_outside_the_chat_moves_no_mark(
     assert memory.count("member") == 2
 
 
-def test_read_is_stored_only_if_it_is_false_and_is_read_again(tmp_path: Path) -> None:
+def test_the_event_log_keeps_whether_the_sender_has_read(tmp_path: Path) -> None:
     memory = Memory(tmp_path)
     chat, sql = memory.chat(1, 2), "SELECT body FROM event WHERE seq = ?"
     memory.send(chat, 2)
     memory.do(*memory.sends(chat, 1, service=True))
     bodies = [chatd.query_value(memory.store._writer, sql, seq) for seq in (3, 4)]
-    assert bodies == [None, '{"read":false}']
+    assert bodies == ['{"read":true}', '{"read":false}']
     frames = [entry.frame for entry in memory.hub.tail]
     assert memory_frames(frames[-1])[0]["read"] is False
     assert [entry.frame for entry in memory.page(2, 2).events] == frames[-2:]
@@ -1370,7 +1370,7 @@ def test_a_missing_folder_is_reported_before_the_lock(tmp_path: Path) -> None:
     context = contextlib.ExitStack()
     missing = chatd.locked(tmp_path / "none" / "chatd.db")
     message = usage_error_of(context.enter_context, missing)
-    assert f"there is no folder {tmp_path / 'none'}" in message
+    assert f"finds no folder {tmp_path / 'none'}" in message
 
 
 def test_another_writer_is_a_failure_that_passes(memory: Memory) -> None:
