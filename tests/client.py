@@ -516,7 +516,7 @@ class Process:
         )
         self.listener.start()
         ready.wait(WAIT_SECONDS)
-        found = re.findall(r"(?m)^listening on http://127\.0\.0\.1:(\d+)$", self.said)
+        found = re.findall(r"(?m)^listening on http://127\.0\.0\.1:(\d+)\b", self.said)
         if not found or self.process.poll() is not None:
             self.end(signal.SIGKILL)
             pytest.fail(f"it did not start: {self.output}")
