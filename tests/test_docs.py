@@ -383,6 +383,36 @@ def test_chatd_accepts_the_token_of_the_example_in_the_readme(
         assert json.load(answer) == {"user_id": 6, "name": "Anna"}
 
 
+# --- the test command ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selected", ["browser", "not browser"])
+def test_a_library_that_playwright_lacks_is_named_once_before_any_test(
+    selected: str, tmp_path: Path
+) -> None:
+    missing = "error while loading shared libraries: libatomic.so.1: cannot open"
+    node, chromium = tmp_path / "node", tmp_path / "chromium"
+    for path, script in (
+        (node, f"echo 'node: {missing}' >&2; exit 127"),
+        (chromium, ""),
+    ):
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    more = {"CHROMIUM": str(chromium), "PLAYWRIGHT_NODEJS_PATH": str(node)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", selected,
+         "tests/test_web.py", "tests/test_docs.py"],
+        cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if selected == "browser":
+        assert done.returncode == pytest.ExitCode.USAGE_ERROR, done
+        assert done.stderr.count(missing) == 1, done
+        assert "apt install libatomic1" in done.stderr
+    else:
+        assert done.returncode == 0, done
+
+
 # --- docs/proofs.md ------------------------------------------------------------------
 
 
