@@ -251,12 +251,29 @@ def test_the_table_of_settings_has_a_row_for_every_flag() -> None:
     assert settings_table() in section(OPERATING, "## Settings")
 
 
+def unit_of(name: str) -> list[tuple[str, str]]:
+    """The settings of a unit file, in order."""
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    return [
+        (key, value)
+        for key, equals, value in (line.partition("=") for line in lines)
+        if equals and not key.startswith("#")
+    ]
+
+
+def test_the_proxy_has_the_sandbox_of_the_server() -> None:
+    units = [unit_of(name) for name in ("chatd.service", "chatd-proxy.service")]
+    server, proxy = (unit[unit.index(("NoNewPrivileges", "yes")) :] for unit in units)
+    assert server == proxy
+    assert len(server) > 30
+    proxy_unit = dict(units[1])
+    limit = 2 * (Settings().max_connections + 256)
+    assert int(proxy_unit["LimitNOFILE"]) == limit
+    assert proxy_unit["ExecStart"] == "/opt/chatd/bin/chatd proxy"
+
+
 def test_the_numbers_in_the_unit_file_fit_the_settings() -> None:
-    unit = dict(
-        line.split("=", 1)
-        for line in (ROOT / "chatd.service").read_text("utf-8").splitlines()
-        if re.match(r"[A-Z]\w+=", line)
-    )
+    unit = dict(unit_of("chatd.service"))
     settings = Settings()
     assert int(unit["LimitNOFILE"]) == settings.max_connections + 256
     assert float(unit["TimeoutStopSec"]) >= 2 * settings.drain_seconds

@@ -149,8 +149,7 @@ class Chatd:
         self.db = folder / "chatd.db"
         self.port = free_port()
         self.ping_seconds = ping_seconds
-        # As the drop-in of the page: nginx reaches it by its group. Its master process
-        # may run as root, its workers never do.
+        # nginx reaches it by its group: its workers do not run as root.
         self.socket = folder / "run/chatd.sock"
         folder.chmod(0o711)
         if not self.socket.parent.exists():
@@ -281,7 +280,7 @@ def behind_nginx(
         plain, under = page_lines("proxy_pass")
         passed = f"{passed}/;" if way.path else f"{passed};"
         site = replace(site, (passed, under if way.path else plain))
-        to_chatd = ("/run/chatd/chatd.sock", str(chatd.socket))
+        to_chatd = ("/run/chatd.sock", str(chatd.socket))
     else:
         to_chatd = ("127.0.0.1:8086", f"127.0.0.1:{chatd.port}")
     site = replace(
@@ -331,7 +330,7 @@ def behind_caddy(
     text = replace(
         text,
         (f"\n{NAME} {{", f"\nhttps://{NAME}:{port} {{"),
-        ("/run/chatd/chatd.sock", str(chatd.socket))
+        ("/run/chatd.sock", str(chatd.socket))
         if way.unix
         else ("127.0.0.1:8086", to_chatd),
         ("/var/log/caddy", str(logs)),
