@@ -3811,12 +3811,12 @@ def check_upgrade(request: Request, keyring: Keyring, use: str) -> Claims:
 
 def peer_address(stream: trio.SocketStream) -> Address | None:
     """Return the client's address. None: it has gone."""
-    if stream.socket.family == socket.AF_UNIX:
-        return UNIX_PEER
     try:
         name = stream.socket.getpeername()
     except OSError:
         return None
+    if not isinstance(name, tuple):
+        return UNIX_PEER
     return parse_address(name[0].partition("%")[0])
 
 

@@ -584,6 +584,17 @@ async def test_every_listen_is_served_and_one_line_names_them_all(
         assert await status_at(str(path)) == 200
 
 
+async def test_the_links_of_the_demo_have_an_address_that_a_browser_can_open(
+    tmp_path: Path,
+) -> None:
+    listen = ("--listen", f"unix:{tmp_path}/chatd.sock")
+    demo = ServerProcess(tmp_path / "demo", "serve", "--demo", *listen)
+    async with demo.serving():
+        await wait_until(lambda: "chatd proxy" in demo.said)
+        assert demo.said.count(f"{demo.url}/#token=") == 2
+        assert f"chatd proxy --upstream 127.0.0.1:{demo.port} " in demo.said
+
+
 async def test_a_unix_socket_has_the_mode_0660_and_the_group_of_its_folder(
     server: ServerProcess, tmp_path: Path
 ) -> None:
