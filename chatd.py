@@ -249,7 +249,7 @@ MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> None:
-    """Serve until a signal says stop. ready is called with the server's URL."""
+    """Serve until a signal says stop. ready is told where it listens."""
     settings = raise_file_limit(settings)
     with locked(settings.db, secret_path(settings)) as unfinished:
 
@@ -295,7 +295,7 @@ async def run_root(
             # default it ran several times while they connected. A closed socket leaves
             # 0.8 KB of reference cycles (wsproto's): once in 150,000 of them is enough.
             gc.set_threshold(5000, 10, 20)
-            url = url_of(sockets[0])
+            url = " ".join(sorted(map(url_of, sockets)))  # Unix sockets are the last
             log(INFO, "ready", url=url, **about)
             ready(url)
             notify(f"READY=1\nSTATUS=listening on {url}")
@@ -470,6 +470,7 @@ class Listener:
         # between two requests.
         self.parked: dict[trio.CancelScope, bool] = {}
         self.stopping = trio.Event()
+        self.unlimited = False  # the log has a line about clients without an address
         self.warnings = bucket_table(Rate(0.1, 1))  # log lines of `warn`, by their verb
         self.bugs = Bucket(Rate(1, 10))  # log lines about bugs of chatd
 
@@ -571,8 +572,19 @@ class Listener:
             log(WARNING, verb, why=f"{why!s:.200}", open=self.open)
 
     def check_handshakes(self, address: Address | None) -> None:
-        """Take a token of the address's bucket. Raises Refusal rate_limited."""
-        charge(self.stats, "handshakes", self.handshakes(address_key(address)))
+        """Take a token of the address's bucket. Raises Refusal rate_limited.
+
+        A reverse proxy on a Unix socket may not name its client: then there is none.
+        """
+        if address != UNIX_PEER:
+            charge(self.stats, "handshakes", self.handshakes(address_key(address)))
+        elif not self.unlimited:
+            self.unlimited = True
+            log(
+                WARNING,
+                "no_client_address",
+                hint="no X-Forwarded-For: --handshakes has no effect",
+            )
 
 
 # =====================================================================================
@@ -3006,6 +3018,9 @@ def charge(stats: Stats, limit: str, bucket: Bucket) -> None:
 
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+# Stands for a client of a Unix socket. It has no address, and is a trusted proxy: the
+# mode of the socket's file says who may connect. No TCP client has this address.
+UNIX_PEER = ipaddress.IPv6Address("::")
 
 
 # An address as proxies write it, in quotes or not: 192.0.2.1:80, [2001:db8::1]:443,
@@ -3032,7 +3047,10 @@ class Proxies:
     """The proxies whose X-Forwarded-... headers are believed."""
 
     def __init__(self, cidrs: Iterable[str]) -> None:
-        self.networks = [ipaddress.ip_network(cidr) for cidr in cidrs if cidr != "none"]
+        trusted = (*cidrs, "::")  # UNIX_PEER
+        self.networks = [
+            ipaddress.ip_network(cidr) for cidr in trusted if cidr != "none"
+        ]
 
     def trust(self, address: Address | None) -> bool:
         """Is this address a trusted proxy?"""
@@ -3918,12 +3936,14 @@ def check_upgrade(request: Request, keyring: Keyring, use: str) -> Claims:
 
 
 def peer_address(stream: trio.SocketStream) -> Address | None:
-    """Return the client's address. None: it has gone, or it is a Unix socket."""
+    """Return the client's address. None: it has gone."""
     try:
         name = stream.socket.getpeername()
     except OSError:
         return None
-    return parse_address(name[0]) if isinstance(name, tuple) else None
+    if not isinstance(name, tuple):
+        return UNIX_PEER
+    return parse_address(name[0])
 
 
 # The Date header (RFC 9110 6.6.1). Kept for its second, which saves 2 us an answer.
@@ -4564,8 +4584,11 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time: a close is a rese
 def proxy(settings: Settings, upstream: str) -> None:
     """Stand in front of a chatd that listens elsewhere, until a signal says stop."""
     settings = raise_file_limit(settings, each=2)
-    host, _, port = upstream.rpartition(":")
-    dial = partial(trio.open_tcp_stream, host.strip("[]"), int(port))
+    if upstream.startswith("unix:"):
+        dial = partial(trio.open_unix_socket, upstream[5:])
+    else:
+        host, _, port = upstream.rpartition(":")
+        dial = partial(trio.open_tcp_stream, host.strip("[]"), int(port))
     keyring = read_keyring(settings)
     listener = Proxy(settings, keyring, upstream, dial).listener
     about = {"upstream": upstream} | keyring.about()
@@ -4658,7 +4681,7 @@ class Proxy:
             "via": via.removeprefix(", "),
             "connection": "close",
         }
-        if request.address is not None:
+        if request.address not in (None, UNIX_PEER):
             fields["x-forwarded-for"] = str(request.address)
         if request.upgrades:
             fields |= {"connection": "Upgrade", "upgrade": "websocket"}
@@ -5156,81 +5179,117 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
         return given, kept
     fd_names = dict(enumerate(called.split(":"), 3))
     for fd in range(3, 3 + int(count)):
-        name = fd_names.get(fd, "")
-        try:
+        name = fd_names.get(fd)
+        with suppress(OSError):
             os.set_inheritable(fd, False)
             sock = socket.socket(fileno=fd)
-        except OSError as error:
-            raise UsageError(f"LISTEN_FDS: descriptor {fd}: {error.strerror}") from None
-        tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
-        if name == KEPT:
-            kept.append(sock)
-        elif tcp and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            given.append(sock)
-        else:
-            raise UsageError(
-                f"LISTEN_FDS: descriptor {fd} ({name}) is no listening TCP socket; "
-                "write ListenStream=HOST:PORT into the socket unit"
-            )
+            if name == KEPT:
+                kept.append(sock)
+                continue
+            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if listens and sock.type == socket.SOCK_STREAM:
+                given.append(sock)
+                continue
+        raise UsageError(
+            f"LISTEN_FDS: descriptor {fd} ({name}) is no listening stream socket; "
+            "write ListenStream=HOST:PORT, or a path, into the socket unit"
+        )
     return given, kept
 
 
-async def open_listeners(listen: str) -> list[trio.SocketListener]:
-    """Listen on the socket unit's sockets, else on HOST:PORT. Raises UsageError.
+async def open_listeners(listen: Iterable[str]) -> list[trio.SocketListener]:
+    """Listen on the socket unit's sockets, else on these. Raises UsageError.
 
-    A name may have several addresses: each has a socket. The last process's sockets are
-    used again where they fit; all sockets are kept for the next one.
+    The last process's sockets are used again where they fit; all sockets are kept for
+    the next one.
     """
     given, kept = passed_sockets()
-    host, _, port = listen.rpartition(":")
-    try:
-        sockets = given or await _listen_at(host.strip("[]"), int(port), kept)
-    except OSError as error:
-        why = f"{error.strerror or error}; choose another, or stop what listens there"
-        raise UsageError(f"--listen {listen}: {why}") from error
-    if given:
-        _forget(kept)
-    else:
-        notify(f"FDSTORE=1\nFDNAME={KEPT}", [sock.fileno() for sock in sockets])
+    own = await _listen_at(() if given else listen, kept)
+    if own:
+        notify(f"FDSTORE=1\nFDNAME={KEPT}", [sock.fileno() for sock in own])
     return [
-        trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets
+        trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        for sock in given or own
     ]
 
 
 async def _listen_at(
-    host: str, port: int, kept: Sequence[socket.socket]
+    listen: Iterable[str], kept: Sequence[socket.socket]
 ) -> list[socket.socket]:
-    """Listen on every address of a host; use kept sockets where they fit."""
-    found = await trio.socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    addresses = dict.fromkeys(address for *_, address in found)
-    again = {at: sock for at in addresses for sock in kept if _is_at(sock, at)}
-    _forget([sock for sock in kept if sock not in again.values()])
-    problem = OSError("it has no address")
-    for at in addresses.keys() - again.keys():
-        try:
-            (listener,) = await trio.open_tcp_listeners(port, host=str(at[0]))
-        except OSError as error:
-            if error.errno != errno.EAFNOSUPPORT:  # localhost, without IPv6
-                raise
-            problem = error
-        else:
-            again[at] = socket.socket(fileno=listener.socket.detach())
-    if not again:
-        raise problem
-    return [again[at] for at in addresses if at in again]
+    """Listen on every place; use kept sockets where they fit. Raises UsageError.
+
+    A name may have addresses that this machine lacks (::1 without IPv6): one is enough.
+    """
+    # A place is a family, and a path or what getsockname(2) returns for TCP.
+    places: dict[tuple[int, Any], str] = {}  # its --listen
+    sockets = []
+    try:
+        for text in listen:
+            if text.startswith("unix:"):
+                path = os.path.realpath(text[5:])  # noqa: ASYNC240
+                places[socket.AF_UNIX, path] = text
+                continue
+            host, _, port = text.rpartition(":")
+            for family, *_, at in await trio.socket.getaddrinfo(
+                host.strip("[]"), int(port), type=socket.SOCK_STREAM
+            ):
+                places[family, at] = text
+        again = {at: sock for at in places for sock in kept if _is_at(sock, *at)}
+        _forget({*kept} - {*again.values()})
+        for place, text in [*places.items()]:
+            try:
+                sockets.append(again.get(place) or _bind(*place))
+            except OSError as error:
+                lacks = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+                if not lacks or [*places.values()].count(text) == 1:
+                    raise
+                del places[place]
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--listen {text}: {error.args[-1]}; choose a free port, from 1024 on, on "
+            "an address of this machine, or a free name in a folder that chatd may "
+            "write to"
+        ) from error
+    return sockets
 
 
-def _is_at(sock: socket.socket, address: tuple[Any, ...]) -> bool:
-    """Does the socket listen at this address? Port 0 means any port."""
-    host, port, *more = address
+def _bind(family: int, at: Any) -> socket.socket:
+    """Listen there; on [::], as Linux does it, for IPv4 too. Raises OSError.
+
+    A Unix socket gets the mode 0660 and its folder's group, if chatd is in it. A file
+    on which nobody accepts is replaced.
+    """
+    path = Path(at) if family == socket.AF_UNIX else None
+    if path and path.is_socket():
+        with socket.socket(family) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(at) == errno.ECONNREFUSED:
+                path.unlink()
+    sock = socket.socket(family)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(at)
+        if path:
+            path.chmod(0o660)
+            with suppress(PermissionError):
+                os.chown(path, -1, path.parent.stat().st_gid)
+        sock.listen(65_535)  # or as many as net.core.somaxconn allows
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _is_at(sock: socket.socket, family: int, at: Any) -> bool:
+    """Does the socket listen there? Port 0 means any port."""
+    if family == socket.AF_UNIX and not Path(at).is_socket():
+        return False  # somebody has removed the file
     name = sock.getsockname()
-    same: bool = name == (host, port or name[1], *more)
+    same: bool = name == at or (at[1] == 0 and name[0] == at[0])
     return same and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
 
 
-def _forget(kept: Sequence[socket.socket]) -> None:
+def _forget(kept: Collection[socket.socket]) -> None:
     """Close kept sockets that no longer fit, systemd's copies too.
 
     shutdown(2) ends the listening at once, in every process that has it, so its port
@@ -5244,8 +5303,11 @@ def _forget(kept: Sequence[socket.socket]) -> None:
 
 
 def url_of(listener: trio.SocketListener) -> str:
-    """Make the URL that a browser can open."""
-    host, port = listener.socket.getsockname()[:2]
+    """Write where a socket listens: as a URL, or as unix:PATH."""
+    name = listener.socket.getsockname()
+    if not isinstance(name, tuple):
+        return f"unix:{name}"
+    host, port = name[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -5264,11 +5326,11 @@ def serve_demo(settings: Settings) -> None:
 
         def ready(url: str) -> None:
             announce(url)
-            keyring = read_keyring(settings)
+            keyring, base = read_keyring(settings), page_url(url.split())
             for user_id, name in people.items():
-                link = sign_in_link(keyring, url, user_id, name)
+                link = sign_in_link(keyring, base, user_id, name)
                 mention(f"{name + ':':6}{link}")
-            upstream = url.removeprefix("http://")
+            upstream = base.removeprefix("http://")
             mention(
                 f"""\
 Open each link in a tab of its own. Ctrl-C ends the demo and removes
@@ -5277,6 +5339,14 @@ chatd proxy --upstream {upstream} --secret-file {secret_path(settings)}"""
             )
 
         serve(settings, ready)
+
+
+def page_url(listen: Iterable[str]) -> str:
+    """Make the page's URL on this machine, from the first TCP address of these."""
+    addresses = [*listen, *Settings.listen]
+    address = next(each for each in addresses if not each.startswith("unix:"))
+    every = r"(?<=//)(0\.0\.0\.0|\[::])(?=:)"
+    return re.sub(every, "localhost", f"http://{address.removeprefix('http://')}")
 
 
 def sign_in_link(
@@ -5501,8 +5571,10 @@ class Settings:
     """
 
     # fmt: off
-    listen: str = flag("127.0.0.1:8086", "HOST:PORT",
-        "where to listen; port 0: any free port")
+    listen: tuple[str, ...] = flag(("127.0.0.1:8086",), "ADDRESS",
+        "where to listen: HOST:PORT, [IPV6]:PORT or unix:PATH. A name stands for all "
+        "its addresses on this machine, [::] for all addresses, IPv4 too; port 0 is "
+        "any free port; may be given several times")
     db: Path = flag(Path("chatd.db"), "FILE",
         "the database; under systemd $STATE_DIRECTORY/chatd.db")
     secret_file: Path | None = flag(None, "FILE",
@@ -5641,14 +5713,20 @@ def _origin(text: str) -> str:
 
 
 def _listen(text: str) -> str:
-    if int(text.rpartition(":")[2]) > 65535:
+    port = text.rpartition(":")[2]
+    if port.isdigit() and int(port) > 65535:
         raise ValueError
     return text
 
 
 COUNT = "0*[1-9][0-9]{0,15}"
 parse_count = parser("a whole number above 0", COUNT, int)
-parse_listen = parser("HOST:PORT, such as 127.0.0.1:8086", ".+:[0-9]+", _listen)
+parse_listen = parser(
+    "an address, such as 127.0.0.1:8086, [::1]:8086, unix:PATH (at most 107 bytes), or "
+    "[::]:8086 for all addresses",
+    r"unix:[^@].{0,106}|(\[\S+\]|[^][:/@*\s]+):[0-9]{1,5}",
+    _listen,
+)
 parse_user = parser(f"a user's id, a number from 1 to {MAX_ID}", COUNT, int, MAX_ID)
 parse_ttl = parser(
     "a time of at most 100 years, such as 30d, 12h, 15m or 90s",
@@ -5668,7 +5746,7 @@ parse_scope = parser(
 
 # The parser of a flag's text, by the flag's unit.
 PARSERS: dict[str, Callable[[str], Any]] = {
-    "HOST:PORT": parse_listen,
+    "ADDRESS": parse_listen,
     "FILE": Path,
     "ISS": str,
     "AUD": str,
@@ -5784,14 +5862,14 @@ def make_parser() -> argparse.ArgumentParser:
     proxying = commands.add_parser("proxy", help=before, epilog=too)
     proxying.add_argument(
         "--upstream",
-        metavar="HOST:PORT",
+        metavar="ADDRESS",
         type=parse_listen,
-        default=variable("CHATD_UPSTREAM") or Settings.listen,
-        help=f"where that chatd listens (default {Settings.listen})",
+        default=variable("CHATD_UPSTREAM") or Settings.listen[0],
+        help=f"where that chatd listens (default {Settings.listen[0]})",
     )
     # It trusts no X-Forwarded-For header, unless it is told of a proxy before it.
-    trusted = ("none",)
-    add_flags(proxying, *PROXY_FLAGS, listen="127.0.0.1:3000", trusted_proxy=trusted)
+    own = {"listen": ("127.0.0.1:3000",), "trusted_proxy": ("none",)}
+    add_flags(proxying, *PROXY_FLAGS, **own)
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
@@ -5829,7 +5907,7 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
         keyring.revoked |= db.execute(REVOKED)
     user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
     if base := options.link:
-        base = f"http://{settings.listen}" if base is True else base
+        base = page_url(settings.listen) if base is True else base
         answer(sign_in_link(keyring, base, user_id, name, ttl))
     else:
         seconds = ttl or SESSION_SECONDS

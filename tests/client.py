@@ -440,6 +440,10 @@ def find_program(names: tuple[str | None, ...], remedy: str, *trial: str) -> str
     pytest.skip(remedy)
 
 
+# The names of Chromium; its path may be in the environment.
+CHROMIUM = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+
+
 def node_path(*flags: str) -> str:
     """Find a Node that knows these flags."""
     why = f"no Node on PATH that knows {flags or 'anything'}: install Node 20 or newer"
@@ -545,7 +549,7 @@ class Process:
         )
         self.listener.start()
         ready.wait(WAIT_SECONDS)
-        found = re.findall(r"(?m)^listening on http://127\.0\.0\.1:(\d+)$", self.said)
+        found = re.findall(r"(?m)^listening on http://127\.0\.0\.1:(\d+)\b", self.said)
         if not found or self.process.poll() is not None:
             self.end(signal.SIGKILL)
             pytest.fail(f"it did not start: {self.output}")

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.client import MISTAKE, ProxyProcess, ServerProcess
+from tests.client import CHROMIUM, MISTAKE, ProxyProcess, ServerProcess
 from tests.harness import STORES, Memory
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say once why the page cannot be tested, instead of failing with each test.
+
+    Playwright brings a Node that needs a library which a small Debian does not have.
+    """
+    wanted = any(item.get_closest_marker("browser") for item in items)
+    package = importlib.util.find_spec("playwright")
+    if not wanted or not package or not any(shutil.which(n or "") for n in CHROMIUM):
+        return  # the tests of the page are skipped
+    bundled = Path(str(package.origin)).with_name("driver") / "node"
+    node = os.environ.get("PLAYWRIGHT_NODEJS_PATH") or str(bundled)
+    done = subprocess.run([node, "-v"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise pytest.UsageError(
+            "the tests of the page need Playwright, whose Node does not start:\n"
+            f"{done.stderr.strip()}\n"
+            "On Debian: apt install libatomic1. To leave these tests out: "
+            "-m 'not browser'"
+        )
 
 
 @pytest.fixture

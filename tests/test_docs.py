@@ -251,12 +251,29 @@ def test_the_table_of_settings_has_a_row_for_every_flag() -> None:
     assert settings_table() in section(OPERATING, "## Settings")
 
 
+def unit_of(name: str) -> list[tuple[str, str]]:
+    """The settings of a unit file, in order."""
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    return [
+        (key, value)
+        for key, equals, value in (line.partition("=") for line in lines)
+        if equals and not key.startswith("#")
+    ]
+
+
+def test_the_proxy_has_the_sandbox_of_the_server() -> None:
+    units = [unit_of(name) for name in ("chatd.service", "chatd-proxy.service")]
+    server, proxy = (unit[unit.index(("NoNewPrivileges", "yes")) :] for unit in units)
+    assert server == proxy
+    assert len(server) > 30
+    proxy_unit = dict(units[1])
+    limit = 2 * (Settings().max_connections + 256)
+    assert int(proxy_unit["LimitNOFILE"]) == limit
+    assert proxy_unit["ExecStart"] == "/opt/chatd/bin/chatd proxy"
+
+
 def test_the_numbers_in_the_unit_file_fit_the_settings() -> None:
-    unit = dict(
-        line.split("=", 1)
-        for line in (ROOT / "chatd.service").read_text("utf-8").splitlines()
-        if re.match(r"[A-Z]\w+=", line)
-    )
+    unit = dict(unit_of("chatd.service"))
     settings = Settings()
     assert int(unit["LimitNOFILE"]) == settings.max_connections + 256
     assert float(unit["TimeoutStopSec"]) >= 2 * settings.drain_seconds
@@ -381,6 +398,36 @@ def test_chatd_accepts_the_token_of_the_example_in_the_readme(
     )
     with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as answer:
         assert json.load(answer) == {"user_id": 6, "name": "Anna"}
+
+
+# --- the test command ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selected", ["browser", "not browser"])
+def test_a_library_that_playwright_lacks_is_named_once_before_any_test(
+    selected: str, tmp_path: Path
+) -> None:
+    missing = "error while loading shared libraries: libatomic.so.1: cannot open"
+    node, chromium = tmp_path / "node", tmp_path / "chromium"
+    for path, script in (
+        (node, f"echo 'node: {missing}' >&2; exit 127"),
+        (chromium, ""),
+    ):
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    more = {"CHROMIUM": str(chromium), "PLAYWRIGHT_NODEJS_PATH": str(node)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", selected,
+         "tests/test_web.py", "tests/test_docs.py"],
+        cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if selected == "browser":
+        assert done.returncode == pytest.ExitCode.USAGE_ERROR, done
+        assert done.stderr.count(missing) == 1, done
+        assert "apt install libatomic1" in done.stderr
+    else:
+        assert done.returncode == 0, done
 
 
 # --- docs/proofs.md ------------------------------------------------------------------

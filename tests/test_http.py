@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -555,13 +556,14 @@ async def test_an_upgrade_is_checked_for_rate_then_origin_then_token_then_capaci
 ) -> None:
     async def refused(target: str, **changed: str) -> HttpAnswer:
         raw = server.dial()
-        await raw.send(upgrade_bytes(target, **changed), frame_bytes(PING))
+        await raw.send(upgrade_bytes(target, **changed, **client), frame_bytes(PING))
         answer = await raw.answer()
         assert answer.headers["connection"] == "close"
         await trio.sleep(1.01)  # closed, although the client keeps its end open
         assert server.app.listener.open == before
         return answer
 
+    client = {"X_Forwarded_For": "192.0.2.1"}
     first = await server.join_raw(1)
     await trio.sleep(5)
     good, foreign = server.target(6), {"Origin": "https://evil.example"}
@@ -577,7 +579,7 @@ async def test_an_upgrade_is_checked_for_rate_then_origin_then_token_then_capaci
     ]  # fmt: skip
     assert int(answers[2].headers["retry-after"]) >= 1
     for _ in range(4):  # once the bucket is empty, the rate comes first
-        _, last = await handshake(server, "/ws/chat?token=bad", **foreign)
+        await handshake(server, "/ws/chat?token=bad", **foreign, **client)
     last = await refused("/ws/chat?token=bad", **foreign)
     assert (last.status, last.code) == (429, "rate_limited")
     assert last.headers["retry-after"] == "1"
@@ -707,6 +709,29 @@ async def test_handshakes_and_401s_count_for_the_address_that_a_trusted_proxy_na
 
 
 @with_server(handshakes=Rate(1, 3))
+async def test_on_a_unix_socket_the_address_in_x_forwarded_for_counts_or_none_at_all(
+    server: VirtualServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def statuses(**named: str) -> list[int]:
+        raws = [server.dial() for _ in range(5)]  # socket pairs are Unix sockets
+        for number, raw in enumerate(raws):
+            if number % 2:
+                await raw.send(upgrade_bytes("/ws/chat", **named))
+            else:
+                await raw.send(request_bytes("GET", "/api/v1/me", None, **named))
+        return [(await raw.answer()).status for raw in raws]
+
+    assert await statuses(X_Forwarded_For="1.2.3.4") == [401, 401, 401, 429, 429]
+    assert caplog.messages == []
+    for forwarded in ("", "unix:", "unknown", "::"):
+        assert await statuses(X_Forwarded_For=forwarded) == [401] * 5
+    assert await statuses() == [401] * 5
+    lines = [line for line in caplog.messages if not line.startswith("unread_")]
+    (line,) = lines  # once, and not for each client
+    assert line.startswith("no_client_address hint='")
+
+
+@with_server(handshakes=Rate(1, 3))
 async def test_a_request_with_a_valid_token_does_not_count_for_its_address(
     server: VirtualServer,
 ) -> None:
@@ -829,14 +854,21 @@ async def test_a_socket_may_be_asked_for_by_a_whole_url(server: VirtualServer) -
         assert answer.status == status
 
 
-@with_server()
-async def test_the_forwarded_host_is_believed_only_from_a_trusted_proxy(
-    server: VirtualServer,
+@pytest.mark.parametrize(
+    ("trusted", "status"), [("127.0.0.0/8", 200), ("10.0.0.0/8", 403), ("none", 403)]
+)
+def test_the_forwarded_host_is_believed_only_from_a_trusted_proxy(
+    trusted: str, status: int, tmp_path: Path
 ) -> None:
-    headers = {"Origin": "https://site.example", "X_Forwarded_Host": "site.example"}
-    trusted = server.dial(tcp=True)  # from loopback, which is trusted
-    assert (await trusted.ask("GET", "/healthz", **headers)).status == 200
-    assert (await server.dial().ask("GET", "/healthz", **headers)).status == 403
+    @with_server(trusted_proxy=(trusted,))
+    async def claim(server: VirtualServer) -> None:
+        headers = {"Origin": "https://site.example", "X_Forwarded_Host": "site.example"}
+        raw = server.dial(tcp=True)  # from loopback
+        assert (await raw.ask("GET", "/healthz", **headers)).status == status
+        # The mode of a Unix socket says who is trusted, not --trusted-proxy.
+        assert (await server.dial().ask("GET", "/healthz", **headers)).status == 200
+
+    claim(tmp_path=tmp_path)
 
 
 @with_server()

@@ -203,8 +203,9 @@ class ServiceManager:
 
     @property
     def kept(self) -> list[tuple[str, int]]:
-        """The addresses at which the sockets in the store listen."""
-        return [sock.getsockname()[:2] for _, sock in self.store]
+        """The addresses at which the sockets in the store listen: of TCP, and paths."""
+        names = [sock.getsockname() for _, sock in self.store]
+        return [(name, 0) if isinstance(name, str) else name[:2] for name in names]
 
     async def kill(self) -> None:
         if self.process is not None and self.process.returncode is None:
@@ -233,11 +234,16 @@ async def service_manager(
         manager.tidy()
 
 
-async def health_status(host: str, port: int) -> int:
-    """Ask for /healthz on a new connection; return the status of the answer."""
+async def health_status(host: str, port: int = 0) -> int:
+    """Ask for /healthz on a new connection; return the status of the answer.
+
+    host may be the path of a Unix socket.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if host.startswith("/"):
+        family = socket.AF_UNIX
     with trio.socket.socket(family) as sock, trio.fail_after(WAIT_SECONDS):
-        await sock.connect((host, port))
+        await sock.connect((host, port) if port else host)
         return (await RawClient(trio.SocketStream(sock)).ask("GET", "/healthz")).status
 
 
@@ -335,13 +341,13 @@ async def test_each_address_gets_the_socket_that_systemd_kept_for_it(
     hosts = ["127.0.0.3", "127.0.0.4", "127.0.0.5"]
     trio.socket.set_custom_hostname_resolver(Resolver(*hosts, hosts[0]))
     with contextlib.ExitStack() as stack:
-        first = await chatd._listen_at("name.test", 0, [])
+        first = await chatd._listen_at(["name.test:0"], [])
         for sock in first:
             stack.callback(sock.close)
         assert [sock.getsockname()[0] for sock in first] == hosts
         stale = stack.enter_context(socket.create_server(("127.0.0.6", 0)))
         kept = [first[2], stale, first[0]]
-        second = await chatd._listen_at("name.test", 0, kept)
+        second = await chatd._listen_at(["name.test:0"], kept)
         stack.callback(second[1].close)
         assert second[0] is first[0]
         assert second[2] is first[2]
@@ -349,24 +355,79 @@ async def test_each_address_gets_the_socket_that_systemd_kept_for_it(
         assert stale.fileno() == -1
         # Another port is another address.
         port = first[0].getsockname()[1] % 65535 + 1
-        assert not chatd._is_at(first[0], (hosts[0], port))
+        assert not chatd._is_at(first[0], socket.AF_INET, (hosts[0], port))
 
-        # A family that the kernel lacks is skipped, unless no address is left.
-        real = trio.open_tcp_listeners
 
-        async def without_ipv6(port: int, *, host: str) -> list[trio.SocketListener]:
-            if ":" in host:
+@pytest.mark.parametrize(
+    "lacking", [("198.51.100.7",), ("2001:db8::7",), ("198.51.100.7", "2001:db8::7")]
+)
+async def test_addresses_that_this_machine_lacks_are_skipped_unless_no_other_is_left(
+    lacking: tuple[str, ...],
+) -> None:
+    for hosts in ((*lacking, "127.0.0.3"), ("127.0.0.3", *lacking)):
+        trio.socket.set_custom_hostname_resolver(Resolver(*hosts))
+        (only,) = await chatd._listen_at(["name.test:0"], [])
+        with only:
+            assert only.getsockname()[0] == "127.0.0.3"
+    trio.socket.set_custom_hostname_resolver(Resolver(*lacking))
+    with pytest.raises(UsageError, match=r"--listen name\.test:1: Cannot assign"):
+        await chatd.open_listeners(["name.test:1"])
+
+
+async def test_a_name_is_served_on_a_machine_without_ipv6(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class WithoutIpv6(socket.socket):
+        def __init__(self, family: int = -1, *more: Any, **named: Any) -> None:
+            if family == socket.AF_INET6:
                 raise OSError(errno.EAFNOSUPPORT, "no IPv6")
-            return await real(port, host=host)
+            super().__init__(family, *more, **named)
 
-        monkeypatch.setattr(trio, "open_tcp_listeners", without_ipv6)
-        trio.socket.set_custom_hostname_resolver(Resolver("::1", hosts[0]))
-        (only,) = await chatd._listen_at("name.test", 0, [])
-        stack.callback(only.close)
-        assert only.getsockname()[0] == hosts[0]
-        trio.socket.set_custom_hostname_resolver(Resolver("::1"))
-        with pytest.raises(UsageError, match=r"--listen name\.test:1: no IPv6"):
-            await chatd.open_listeners("name.test:1")
+    monkeypatch.setattr(socket, "socket", WithoutIpv6)
+    trio.socket.set_custom_hostname_resolver(Resolver("::1", "127.0.0.1"))
+    (only,) = await chatd._listen_at(["localhost:0"], [])
+    with only:
+        assert only.getsockname()[0] == "127.0.0.1"
+    for listen in ("[::1]:0", "[::]:0"):
+        trio.socket.set_custom_hostname_resolver(Resolver(listen[1:-3]))
+        with pytest.raises(UsageError, match=r"--listen \[::1?\]:0: no IPv6; choose"):
+            await chatd.open_listeners([listen])
+
+
+async def test_a_unix_socket_keeps_its_clients_over_a_restart(tmp_path: Path) -> None:
+    path = str(tmp_path / "chatd.sock")
+    listen = ("--listen", f"unix:{path}", "--listen", "127.0.0.1:0")
+    async with service_manager(tmp_path) as manager:
+        await manager.start(*listen)
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            inode = os.stat(path).st_ino
+            await manager.stop(signum)
+            statuses: list[int] = []
+
+            async def connect(found: list[int] = statuses) -> None:
+                found.append(await health_status(path))
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(20):
+                    nursery.start_soon(connect)
+                await wait_all_tasks_blocked()
+                assert statuses == []
+                await manager.start(*listen)
+            assert statuses == [200] * 20
+            assert os.stat(path).st_ino == inode
+            assert (path, 0) in manager.kept
+            assert len(manager.kept) == 2
+        # A kept socket that no client can reach any more is of no use.
+        await manager.stop()
+        os.unlink(path)
+        await manager.start(*listen)
+        assert await health_status(path) == 200
+        await manager.stop()
+        await manager.start(*listen[2:])
+        assert [port > 0 for _, port in manager.kept] == [True]
+        with pytest.raises(ConnectionRefusedError):
+            await health_status(path)
+        await manager.stop()
 
 
 async def test_a_kept_socket_at_another_address_is_closed(tmp_path: Path) -> None:
@@ -410,20 +471,27 @@ async def test_the_sockets_of_a_socket_unit_are_served_and_not_kept(
             sock = socket.create_server((host, 0))
             manager.given.append(("chatd.socket", sock))
         addresses = [sock.getsockname()[:2] for _, sock in manager.given]
+        for path in (str(tmp_path / "chatd.sock"), f"\0chatd-unit-{os.getpid()}"):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(path)
+            sock.listen()
+            manager.given.append(("chatd.socket", sock))
+        addresses.append((str(tmp_path / "chatd.sock"),))
         for _ in range(2):
             await manager.start("--listen", f"127.0.0.1:{old}")
-            for host, port in addresses:
-                assert await health_status(host, port) == 200
+            for address in addresses:
+                assert await health_status(*address) == 200
             assert manager.kept == []
             with pytest.raises(ConnectionRefusedError):
                 await health_status("127.0.0.1", old)
             await manager.stop()
 
 
-async def test_a_descriptor_that_is_no_listening_tcp_socket_is_refused_at_start(
+async def test_a_descriptor_that_is_no_listening_stream_is_refused_at_start(
     tmp_path: Path,
 ) -> None:
-    local, silent = socket.socket(socket.AF_UNIX), socket.socket()
+    local = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    silent = socket.socket()
     local.bind(str(tmp_path / "local"))
     local.listen()
     silent.bind(("127.0.0.1", 0))

@@ -1253,6 +1253,41 @@ async def test_the_server_sees_the_clients_address_and_no_client_can_forge_it(
             assert b" 403 " in got[:15]
 
 
+async def test_the_proxy_listens_on_a_unix_socket_and_dials_one(
+    server: ServerProcess, proxy: ProxyProcess, tmp_path: Path
+) -> None:
+    """Each believes the X-Forwarded-For of the one in front of it."""
+    paths = [f"{tmp_path}/{name}.sock" for name in ("server", "proxy")]
+    handshakes, user = "--handshakes=0.001/2", next(new_users)
+    async with server.serving(handshakes, "--listen", f"unix:{paths[0]}"):
+        proxy.command = ("proxy", f"--db={server.db}", f"--upstream=unix:{paths[0]}")
+        async with proxy.serving("--listen", f"unix:{paths[1]}"):
+
+            async def statuses(*headers: str) -> list[int]:
+                found = []
+                for _ in range(3):
+                    async with RawClient(await trio.open_unix_socket(paths[1])) as raw:
+                        await raw.send(get_bytes("/api/v1/me", "Host: x", *headers))
+                        found.append((await raw.answer()).status)
+                return found
+
+            for number in range(2):  # the buckets are the server's
+                named = f"X-Forwarded-For: 192.0.2.{number}"
+                assert await statuses(named) == [401, 401, 429]
+            assert await statuses() == [401, 401, 401]
+            await server.stop()
+            (answer,) = {*await statuses()}
+            assert answer == 502
+            await server.begin()
+            async with RawClient(await trio.open_unix_socket(paths[1])) as raw:
+                target = server.socket_path(user)
+                await raw.send(upgrade_bytes(target, X_Forwarded_For="192.0.2.9"))
+                assert (await raw.answer()).status == 101
+                await raw.receive("connected")
+    assert server.output.count("no_client_address") == 1
+    assert f"ready url='http://127.0.0.1:{proxy.port} unix:{paths[1]}'" in proxy.output
+
+
 async def test_a_stop_of_the_proxy_closes_its_sockets_with_1012_and_no_others(
     server: ServerProcess, proxy: ProxyProcess
 ) -> None:

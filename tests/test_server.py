@@ -9,6 +9,7 @@ import errno
 import itertools
 import json
 import logging
+import os
 import re
 import signal
 import socket
@@ -27,6 +28,7 @@ from tests.client import (
     MISTAKE,
     TEXT,
     Frame,
+    RawClient,
     ServerProcess,
     SocketClient,
     close_bytes,
@@ -34,6 +36,7 @@ from tests.client import (
     new_users,
     refuses_connections,
     request_bytes,
+    run_chatd,
     send_bulk,
     take_frames,
     upgrade_bytes,
@@ -430,7 +433,7 @@ async def test_retry_after_is_in_whole_seconds_and_not_too_early(
 async def test_a_bug_ends_its_own_connection_only_and_is_counted_and_logged(
     server: VirtualServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "chatd")
+    caplog.set_level(logging.ERROR, "chatd")
     server.errors = {"ValueError": 2}
     chat = await server.chat(6, 7)
     other = await server.join(7)
@@ -466,6 +469,7 @@ async def test_a_bug_ends_its_own_connection_only_and_is_counted_and_logged(
 async def test_a_key_error_in_a_query_is_not_mistaken_for_an_unknown_event(
     server: VirtualServer, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.ERROR, "chatd")
     server.errors = {"RuntimeError": 1}
     chat = await server.chat(6, 7)
     peer = await server.join(6)
@@ -549,6 +553,120 @@ async def test_silent_connections_do_not_fill_the_server(server: ServerProcess) 
         await peer.receives_nothing()
         await server.want(200, "GET /healthz")
         await peer.leave()
+
+
+# --- a process: listening ------------------------------------------------------------
+
+
+async def status_at(at: str | tuple[str, int]) -> int:
+    """Ask for /healthz at a TCP address or a path; return the status of the answer."""
+    open_stream = trio.open_unix_socket if isinstance(at, str) else trio.open_tcp_stream
+    stream = await open_stream(*([at] if isinstance(at, str) else at))
+    async with RawClient(stream) as raw:
+        return (await raw.ask("GET", "/healthz")).status
+
+
+async def test_every_listen_is_served_and_one_line_names_them_all(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    path = tmp_path / "chatd.sock"
+    more = ("--listen", "[::]:0", "--listen", f"unix:{path}")
+    async with server.serving(*more):
+        found = re.findall(r"(?m)^listening on (.*)$", server.output)
+        (words,) = (line.split() for line in found)
+        assert words[0] == server.url
+        assert words[2:] == [f"unix:{path}"]
+        assert f"INFO ready url='{found[0]}' " in server.output
+        port = int(words[1].removeprefix("http://[::]:"))
+        # [::] is for IPv4 too.
+        for at in (("::1", port), ("127.0.0.1", port), ("127.0.0.1", server.port)):
+            assert await status_at(at) == 200
+        assert await status_at(str(path)) == 200
+
+
+async def test_the_links_of_the_demo_have_an_address_that_a_browser_can_open(
+    tmp_path: Path,
+) -> None:
+    listen = ("--listen", f"unix:{tmp_path}/chatd.sock")
+    demo = ServerProcess(tmp_path / "demo", "serve", "--demo", *listen)
+    async with demo.serving():
+        await wait_until(lambda: "chatd proxy" in demo.said)
+        assert demo.said.count(f"{demo.url}/#token=") == 2
+        assert f"chatd proxy --upstream 127.0.0.1:{demo.port} " in demo.said
+
+
+async def test_a_unix_socket_has_the_mode_0660_and_the_group_of_its_folder(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    folder, umask = tmp_path / "folder", os.umask(0)
+    folder.mkdir()
+    group = 12345 if os.geteuid() == 0 else os.getgroups()[-1]
+    os.chown(folder, -1, group)
+    try:
+        async with server.serving("--listen", f"unix:{folder}/chatd.sock"):
+            found = (folder / "chatd.sock").stat()
+            assert (oct(found.st_mode & 0o777), found.st_gid) == ("0o660", group)
+    finally:
+        os.umask(umask)
+
+
+async def test_a_stale_unix_socket_is_replaced_and_a_live_one_is_not(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    path, link = tmp_path / "chatd.sock", tmp_path / "link"
+    link.symlink_to(path)
+    for listen in (path, link):
+        for signum in (signal.SIGKILL, signal.SIGTERM):
+            async with server.serving("--listen", f"unix:{listen}"):
+                assert await status_at(str(path)) == 200
+                other = ("serve", "--db", tmp_path / "other.db")
+                done = await run_chatd(*other, "--listen", f"unix:{path}")
+                assert done.status == 1
+                assert f"--listen unix:{path}: Address already in use" in done.err
+                assert await status_at(str(path)) == 200
+                await server.ended(signum)
+    assert link.is_symlink()
+
+
+async def test_an_address_that_cannot_be_bound_is_named_with_a_reason_and_a_remedy(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("file")
+    deep = tmp_path / ("x" * 60) / ("y" * 60)
+    deep.mkdir(parents=True)
+    (tmp_path / "short").symlink_to(deep)
+    taken = "Address already in use"
+    async with server.serving():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram:
+            datagram.bind(str(tmp_path / "datagram"))
+            for listen, reason in {
+                f"127.0.0.1:{server.port}": taken,
+                f"localhost:{server.port}": taken,
+                f"[::]:{server.port}": taken,
+                "198.51.100.7:0": "Cannot assign requested address",
+                "[fe80::1]:0": "Invalid argument",
+                "no-such-name.invalid:0": "",  # in the resolver's words
+                "[zz]:0": "",
+                "a..b:0": "",  # and in those of Python
+                f"unix:{tmp_path}/file": taken,
+                f"unix:{tmp_path}/link": taken,
+                f"unix:{tmp_path}/datagram": taken,
+                f"unix:{tmp_path}": taken,
+                "unix:/": taken,
+                f"unix:{tmp_path}/none/chatd.sock": "No such file or directory",
+                f"unix:{tmp_path}/file/chatd.sock": "Not a directory",
+                f"unix:{tmp_path}/short/a": "AF_UNIX path too long",
+            }.items():
+                words = ("--db", tmp_path / "other.db", "--listen", listen)
+                done = await run_chatd("serve", *words)
+                assert done.status == 1, (listen, done)
+                error = done.err.splitlines()[-1]
+                assert error.startswith(f"chatd: --listen {listen}: {reason}"), error
+                assert error.endswith(
+                    "or a free name in a folder that chatd may write to"
+                )
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 # --- a process: stopping -------------------------------------------------------------

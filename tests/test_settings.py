@@ -55,8 +55,23 @@ def parser_of(name: str) -> Callable[[str], object]:
         ("parse_count", "10000", 10_000),
         ("SECONDS", "0", 0.0),
         ("SECONDS", "2.5", 2.5),
-        ("parse_listen", "127.0.0.1:0", "127.0.0.1:0"),
-        ("parse_listen", "[::1]:65535", "[::1]:65535"),
+        *[
+            ("parse_listen", text, text)
+            for text in (
+                "127.0.0.1:0",
+                "localhost:8086",
+                "[::]:8086",
+                "[::1]:65535",
+                "[fe80::1%eth0]:8086",
+                "chat_1.example:8086",
+                "b\xfccher.example:80",
+                "unix:/run/chatd/chatd.sock",
+                "unix:chatd.sock",
+                "unix:/a b:1",
+                "unix:///run/chatd.sock",
+                f"unix:/{'x' * 106}",
+            )
+        ],
         ("CIDR", "none", "none"),
         ("CIDR", "10.0.0.0/8", "10.0.0.0/8"),
         ("CIDR", "::1", "::1"),
@@ -105,7 +120,34 @@ def test_a_value_within_its_limits_is_parsed(
         *[("SECONDS", text) for text in ("", "-1", "nan", "inf", "x")],
         *[
             ("parse_listen", text)
-            for text in ("", "host", "host:", ":80", "host:x", "host:65536", "host:-1")
+            for text in (
+                "",
+                "host",
+                "host:",
+                ":80",
+                "host:x",
+                "host:65536",
+                "host:-1",
+                "8086",
+                "::1:8086",
+                "::",
+                "[::]",
+                "[]:8086",
+                "*:8086",
+                "host:\u0668\u0660",
+                " host:80",
+                "http://host:80",
+                "http://host",
+                "host:80/",
+                "a@host:80",
+                "[::1:80",
+                "::1]:80",
+                "unix:",
+                "unix",
+                "unix:@chatd",
+                "/run/chatd.sock",
+                f"unix:/{'x' * 107}",
+            )
         ],
         *[("CIDR", text) for text in ("", "x", "10.0.0.1/8", "10.0.0.0/33")],
         *[
@@ -133,7 +175,7 @@ def test_a_value_past_its_limits_is_refused_and_the_error_quotes_it(
 
 # For each flag: a valid text, its value, and an invalid text (None: there is none).
 FLAGS: dict[str, tuple[str, object, str | None]] = {
-    "listen": ("[::1]:0", "[::1]:0", "8086"),
+    "listen": ("[::1]:0", ("[::1]:0",), "8086"),
     "db": ("/srv/chat.db", Path("/srv/chat.db"), None),
     "secret_file": ("/etc/secret", Path("/etc/secret"), None),
     "jwt_key": ("/etc/key", (Path("/etc/key"),), None),
@@ -275,7 +317,7 @@ def test_a_blank_flag_counts_as_not_given(
     argv = [word for name in FLAGS for word in (flag_of(name), blank)]
     assert serve_settings(*argv) == Settings()
     assert serve_settings("--jwt-key", "a", "--jwt-key", blank).jwt_key == (Path("a"),)
-    assert serve_settings("--listen", "a:1", "--listen", blank).listen == "a:1"
+    assert serve_settings("--listen", "a:1", "--listen", blank).listen == ("a:1",)
     for name, (text, _, _) in FLAGS.items():
         monkeypatch.setenv(f"CHATD_{name.upper()}", text)
     assert serve_settings(*argv) == serve_settings()
@@ -303,17 +345,19 @@ def test_the_proxy_has_its_own_defaults_and_a_variable_overrides_them(
         return chatd.read_settings(options), options.upstream
 
     settings, upstream = chosen()
-    assert (settings.listen, upstream) == ("127.0.0.1:3000", "127.0.0.1:8086")
-    assert not chatd.Proxies(settings.trusted_proxy).networks
+    assert (settings.listen, upstream) == (("127.0.0.1:3000",), "127.0.0.1:8086")
+    assert settings.trusted_proxy == ("none",)
     assert serve_settings().trusted_proxy == ("127.0.0.0/8", "::1")
-    monkeypatch.setenv("CHATD_LISTEN", "[::1]:1")
+    monkeypatch.setenv("CHATD_LISTEN", "[::1]:1 unix:/run/p.sock")
     monkeypatch.setenv("CHATD_TRUSTED_PROXY", "10.0.0.0/8")
     monkeypatch.setenv("CHATD_UPSTREAM", "chat.example:2")
     settings, upstream = chosen()
-    assert (settings.listen, upstream) == ("[::1]:1", "chat.example:2")
+    listen = ("[::1]:1", "unix:/run/p.sock")
+    assert (settings.listen, upstream) == (listen, "chat.example:2")
     assert settings.trusted_proxy == ("10.0.0.0/8",)
-    settings, upstream = chosen("--listen", "a:3", "--upstream", "b:4")
-    assert (settings.listen, upstream) == ("a:3", "b:4")
+    words = ("--listen", "a:3", "--upstream", "unix:/run/c.sock", "--listen", "b:3")
+    settings, upstream = chosen(*words)
+    assert (settings.listen, upstream) == (("a:3", "b:3"), "unix:/run/c.sock")
     with pytest.raises(SystemExit):
         chatd.main(["proxy", "--help"])
     output = " ".join(capsys.readouterr().out.split())
@@ -360,7 +404,7 @@ CONSTANTS = {
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_default_is_the_specified_one(name: str) -> None:
-    assert str(getattr(Settings(), name)) == DEFAULTS[name]
+    assert chatd.shown(getattr(Settings(), name)) == DEFAULTS[name]
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
@@ -455,6 +499,10 @@ async def test_chatd_token_prints_nothing_but_a_token_that_works(
         (("--listen", at), {}, f"http://{at}"),
         ((), {"CHATD_LISTEN": at}, f"http://{at}"),
         (("--listen", "[::1]:1"), {"CHATD_LISTEN": at}, "http://[::1]:1"),
+        ((), {"CHATD_LISTEN": f"unix:/a/b {at} c:1"}, f"http://{at}"),
+        (("--listen", "unix:b"), {}, "http://127.0.0.1:8086"),
+        (("--listen", "0.0.0.0:9000"), {}, "http://localhost:9000"),
+        (("--listen", "[::]:9000"), {}, "http://localhost:9000"),
     ):
         link = await run_chatd(*words, "--link", *more, **environment)
         assert re.fullmatch(rf"{re.escape(base)}/#token=\S+\n", link.out), link

@@ -5,7 +5,7 @@ Each test has its own users, so most tests share one server. Every wait has a de
 fake clock. An error on a page fails the test, above all a violation of the content
 security policy. Only errors of the network are ignored, because tests cut it.
 
-    apt-get install chromium        # or CHROMIUM=/path/to/it
+    apt-get install chromium libatomic1     # or CHROMIUM=/path/to/it
     .venv/bin/python -m pytest -m browser
     SHOTS=folder .venv/bin/python -m pytest -k fits_each_screen     # keeps screenshots
 """
@@ -34,6 +34,7 @@ import pytest
 
 from tests.client import (
     CHECKOUT,
+    CHROMIUM,
     WAIT_SECONDS,
     Frame,
     Process,
@@ -230,8 +231,7 @@ class Chromium:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
-    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser")
-    path = find_program((*names, "google-chrome"), "no Chromium: apt install chromium")
+    path = find_program(CHROMIUM, "no Chromium: apt install chromium libatomic1")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path, args=["--disable-background-networking"]

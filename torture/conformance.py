@@ -42,7 +42,7 @@ class Echo(chatd.Session):
 async def run_cases(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Run all cases; return their reports and the exceptions in the echo server."""
     settings = chatd.Settings(
-        listen="127.0.0.1:0",
+        listen=("127.0.0.1:0",),
         db=folder / "chatd.db",
         handshakes=OFF,
         receive_bytes=OFF,

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """chatd behind nginx, Caddy and `chatd proxy`, as in docs/operating.md.
 
-    .venv/bin/python torture/reverse_proxies.py           # half a minute
+    .venv/bin/python torture/reverse_proxies.py           # a minute
     .venv/bin/python torture/reverse_proxies.py --full    # and the real 60 seconds
 
-The exit status is 1 if a check fails. The script needs Debian's nginx-light and caddy,
-and the packages of `pip install -e '.[test]'`. It takes the configurations from that
-page, and changes only ports, addresses and folders. Everything runs in a temporary
+The exit status is 1 if a check fails. The script needs Debian's nginx-light, caddy,
+chromium and libatomic1, and the packages of `pip install -e '.[test]'`. It takes the
+configurations from that page, for `/`, under a path and over a Unix socket, and changes
+only ports, addresses and folders. Everything runs in a temporary
 folder, on free ports of 127.0.0.1, with a certificate of its own, and ends with the
 script.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import grp
 import http.client
 import itertools
 import json
@@ -38,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+from playwright.sync_api import expect, sync_playwright
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
@@ -66,10 +69,15 @@ def check(condition: object, failure: str) -> None:
         raise Failed(failure)
 
 
-def page_block(language: str) -> str:
-    """The only block of this language in docs/operating.md."""
-    (block,) = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", PAGE)
-    return str(block)
+def page_blocks(language: str) -> tuple[str, str]:
+    """The blocks of this language in docs/operating.md: for `/`, and for a path."""
+    whole, change = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", PAGE)
+    return whole, change
+
+
+def page_lines(word: str) -> list[str]:
+    """The lines for a Unix socket in the text of the page, by their first word."""
+    return re.findall(rf"`({word} \S*unix\S+)`", PAGE)
 
 
 def free_port() -> int:
@@ -119,17 +127,40 @@ def wait_for(port: int, log: Path) -> None:
             return
 
 
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a proxy leads to chatd: under which path, and over a Unix socket or not."""
+
+    path: str = ""  # or /chat
+    unix: bool = False
+
+    def __str__(self) -> str:
+        return (self.path and f" at {self.path}/") + " over unix" * self.unix
+
+
+WAYS = (Way(), Way("/chat"), Way(unix=True), Way("/chat", unix=True))
+
+
 class Chatd:
-    """A server with a database; it can be restarted on its port."""
+    """A server with a database; it can be restarted on its port and its Unix socket."""
 
     def __init__(self, folder: Path, ping_seconds: float) -> None:
         self.folder = folder
         self.db = folder / "chatd.db"
         self.port = free_port()
         self.ping_seconds = ping_seconds
+        # nginx reaches it by its group: its workers do not run as root.
+        self.socket = folder / "run/chatd.sock"
+        folder.chmod(0o711)
+        if not self.socket.parent.exists():
+            self.socket.parent.mkdir(0o750)
+            if os.geteuid() == 0:
+                group = grp.getgrnam("www-data").gr_gid
+                os.chown(self.socket.parent, -1, group)
         self.command = [
             *(sys.executable, "-c", LAUNCH, str(ping_seconds), "serve"),
             *("--db", str(self.db), "--listen", f"127.0.0.1:{self.port}"),
+            *("--listen", f"unix:{self.socket}"),
             *("--trusted-proxy", "127.0.0.1", "--handshakes", "0.001/3"),
             *("--commands", "0"),
         ]
@@ -160,6 +191,7 @@ class Endpoint:
     name: str
     port: int
     root: Path | None = None  # with TLS: the root of the certificate
+    path: str = ""  # before chatd's own
 
     @property
     def host(self) -> str:
@@ -196,7 +228,8 @@ class Endpoint:
             fields["Authorization"] = f"Bearer {token}"
         data = None if body is None else json.dumps(body)
         with contextlib.closing(line):
-            line.request("GET" if body is None else "POST", target, data, fields)
+            method = "GET" if body is None else "POST"
+            line.request(method, self.path + target, data, fields)
             answer = line.getresponse()
             return answer.status, answer.read()
 
@@ -204,7 +237,7 @@ class Endpoint:
         """Open a WebSocket with the page's Origin, from another address each time."""
         query = f"token={token}" + (f"&cursor={cursor}" if cursor else "")
         return connect(
-            f"ws://{self.host}/ws/chat?{query}",
+            f"ws://{self.host}{self.path}/ws/chat?{query}",
             sock=self.connect(f"127.0.1.{next(ADDRESSES)}"),
             origin=Origin(self.origin),
             proxy=None,
@@ -225,7 +258,9 @@ def receive(peer: ClientConnection, kind: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def behind_nginx(folder: Path, chatd: Chatd, limit: int) -> Iterator[Endpoint]:
+def behind_nginx(
+    folder: Path, chatd: Chatd, limit: int, way: Way
+) -> Iterator[Endpoint]:
     """Run nginx in front of chatd. limit: its proxy_read_timeout, in seconds."""
     nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     check(nginx, "there is no nginx: apt-get install nginx-light")
@@ -237,10 +272,21 @@ def behind_nginx(folder: Path, chatd: Chatd, limit: int) -> Iterator[Endpoint]:
          "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", key, "-out", root],
         check=True, capture_output=True,
     )  # fmt: skip
+    site, change = page_blocks("nginx")
+    first, passed = "    location / {\n", "proxy_pass http://127.0.0.1:8086"
+    if way.path:
+        site = replace(site, (f"{first}        {passed};\n", change))
+    if way.unix:
+        plain, under = page_lines("proxy_pass")
+        passed = f"{passed}/;" if way.path else f"{passed};"
+        site = replace(site, (passed, under if way.path else plain))
+        to_chatd = ("/run/chatd.sock", str(chatd.socket))
+    else:
+        to_chatd = ("127.0.0.1:8086", f"127.0.0.1:{chatd.port}")
     site = replace(
-        page_block("nginx"),
+        site,
         ("listen 443", f"listen 127.0.0.1:{port}"),
-        ("127.0.0.1:8086", f"127.0.0.1:{chatd.port}"),
+        to_chatd,
         (f"/etc/letsencrypt/live/{NAME}", str(folder)),
         ("/var/log/nginx", str(logs)),
         ("proxy_read_timeout 60s", f"proxy_read_timeout {limit}s"),
@@ -251,17 +297,20 @@ def behind_nginx(folder: Path, chatd: Chatd, limit: int) -> Iterator[Endpoint]:
     )
     config = folder / "nginx.conf"
     config.write_text(
+        "user www-data;\n"  # as in Debian's nginx.conf
         f"daemon off; pid {folder}/nginx.pid; error_log {logs}/nginx crit;\n"
         f"events {{}}\nhttp {{\n{scratch}{site}}}\n"
     )
     command = [str(nginx), "-p", str(folder), "-c", str(config), "-e", f"{logs}/nginx"]
     with running(command, logs / "nginx.out"):
         wait_for(port, logs / "nginx.out")
-        yield Endpoint("nginx", port, root)
+        yield Endpoint("nginx", port, root, way.path)
 
 
 @contextlib.contextmanager
-def behind_caddy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Endpoint]:
+def behind_caddy(
+    folder: Path, chatd: Chatd, _limit: int, way: Way
+) -> Iterator[Endpoint]:
     """Run Caddy in front of chatd."""
     caddy = shutil.which("caddy")
     check(caddy, "there is no Caddy: apt-get install caddy")
@@ -271,10 +320,19 @@ def behind_caddy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Endpoint]:
         f"auto_https disable_redirects\n\tstorage file_system {folder}/caddy\n"
     )
     config = folder / "Caddyfile"
+    text, change = page_blocks("caddy")
+    passed, to_chatd = "reverse_proxy 127.0.0.1:8086", f"127.0.0.1:{chatd.port}"
+    if way.path:
+        text = replace(text, (f"\t{passed}\n", change))
+    if way.unix:
+        (line,) = page_lines("reverse_proxy")
+        text = replace(text, (passed, line))
     text = replace(
-        page_block("caddy"),
+        text,
         (f"\n{NAME} {{", f"\nhttps://{NAME}:{port} {{"),
-        ("127.0.0.1:8086", f"127.0.0.1:{chatd.port}"),
+        ("/run/chatd.sock", str(chatd.socket))
+        if way.unix
+        else ("127.0.0.1:8086", to_chatd),
         ("/var/log/caddy", str(logs)),
     )
     config.write_text(text.replace("{\n", "{\n\t" + own, 1))
@@ -290,16 +348,19 @@ def behind_caddy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Endpoint]:
                 time.monotonic() < end, f"Caddy has no certificate: {log.read_text()}"
             )
             time.sleep(0.05)
-        yield Endpoint("Caddy", port, root)
+        yield Endpoint("Caddy", port, root, way.path)
 
 
 @contextlib.contextmanager
-def behind_proxy(folder: Path, chatd: Chatd, _limit: int) -> Iterator[Endpoint]:
+def behind_proxy(
+    folder: Path, chatd: Chatd, _limit: int, way: Way
+) -> Iterator[Endpoint]:
     """Run `chatd proxy` in front of chatd."""
     port, log = free_port(), folder / "logs/proxy"
+    upstream = f"unix:{chatd.socket}" if way.unix else f"127.0.0.1:{chatd.port}"
     command = [
         *(sys.executable, "-m", "chatd", "proxy", "--listen", f"127.0.0.1:{port}"),
-        *("--upstream", f"127.0.0.1:{chatd.port}", "--db", str(chatd.db)),
+        *("--upstream", upstream, "--db", str(chatd.db)),
         *("--log-level", "debug", "--handshakes", "0"),
     ]
     with running(command, log, cwd=CHECKOUT):
@@ -324,6 +385,36 @@ def page(proxy: Endpoint, chatd: Chatd) -> str:
     status, _ = proxy.request("/api/v1/me", chatd.token(6), **forged)
     check(status == 403, f"another Origin: {status}")
     return f"the page, {size} bytes; only its own Origin is accepted"
+
+
+def browser(proxy: Endpoint, chatd: Chatd) -> str:
+    """In a real browser a sign-in link opens the page, and the page opens a socket."""
+    base = f"{proxy.origin}{proxy.path}/"
+    command = [sys.executable, "-m", "chatd", "token", "8", "--name", "Ada", "--link"]
+    link = subprocess.run(
+        [*command, base, "--db", str(chatd.db)],
+        cwd=CHECKOUT, check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    check(link.startswith(f"{base}#token="), f"a link to {base}: {link}")
+    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser")
+    path = next(filter(None, (shutil.which(name or "") for name in names)), None)
+    check(path, "there is no Chromium: apt-get install chromium")
+    where = [f"--host-resolver-rules=MAP {NAME} 127.0.0.1"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=where)
+        context = chromium.new_context(ignore_https_errors=True)
+        tab, said = context.new_page(), list[str]()
+        tab.on("console", lambda message: said.append(message.text))
+        tab.goto(link.replace(f"{proxy.path}/#", f"{proxy.path}#"))  # it is redirected
+        expect(tab.locator("#me-name")).to_have_text("Ada")
+        end = time.monotonic() + TIMEOUT_SECONDS
+        while "[WebSocket] Connected" not in said:
+            check(time.monotonic() < end, f"the page opened no socket: {said}")
+            tab.wait_for_timeout(50)
+        address = tab.url.partition("#")[0]
+        chromium.close()
+    check(address == base, f"the page is at {address}, not at {base}")
+    return "in Chromium a sign-in link opens the page, and the page a socket"
 
 
 def conversation(proxy: Endpoint, chatd: Chatd) -> str:
@@ -435,14 +526,32 @@ def logs(folder: Path) -> str:
     return f"{lines} log lines about sockets, none with a token"
 
 
+def checks(
+    proxy: Endpoint, chatd: Chatd, limit: int, way: Way, serving: contextlib.ExitStack
+) -> Iterator[str]:
+    """Run the checks of one way; yield what each found."""
+    yield page(proxy, chatd)
+    yield conversation(proxy, chatd)
+    if proxy.root:
+        yield browser(proxy, chatd)
+    yield addresses(proxy, chatd)
+    if way == Way():  # this one waits
+        yield silence(proxy, chatd, time.monotonic(), limit)
+    yield restart(proxy, chatd, serving)
+
+
 def main() -> int:
     """Run all checks behind each proxy; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--full", action="store_true", help="60 s and 25 s as they are")
     full = parser.parse_args().full
     limit, ping = (60, 25.0) if full else (5, 25 / 12)
-    for behind in (behind_nginx, behind_caddy, behind_proxy):
-        name = behind.__name__.removeprefix("behind_")
+    trials = [
+        *((behind, way) for behind in (behind_nginx, behind_caddy) for way in WAYS),
+        *((behind_proxy, way) for way in WAYS if not way.path),
+    ]
+    for behind, way in trials:
+        name = f"{behind.__name__.removeprefix('behind_')}{way}"
         with tempfile.TemporaryDirectory(prefix="chatd-") as text:
             folder = Path(text)
             (folder / "logs").mkdir()
@@ -450,20 +559,14 @@ def main() -> int:
             try:
                 with contextlib.ExitStack() as serving:
                     serving.enter_context(chatd.serving())
-                    with behind(folder, chatd, limit) as proxy:
-                        for found in (
-                            page(proxy, chatd),
-                            conversation(proxy, chatd),
-                            addresses(proxy, chatd),
-                            silence(proxy, chatd, time.monotonic(), limit),
-                            restart(proxy, chatd, serving),
-                        ):
+                    with behind(folder, chatd, limit, way) as proxy:
+                        for found in checks(proxy, chatd, limit, way, serving):
                             print(f"{name}: {found}", flush=True)
-                    if behind is behind_nginx:
+                    if behind is behind_nginx and way == Way():
                         serving.close()
                         no_pings = Chatd(folder, 3600.0)
                         serving.enter_context(no_pings.serving())
-                        with behind(folder, no_pings, limit) as proxy:
+                        with behind(folder, no_pings, limit, way) as proxy:
                             print(f"{name}: {cut(proxy, no_pings, limit)}")
                 print(f"{name}: {logs(folder / 'logs')}", flush=True)
             except Failed as error:

@@ -31,6 +31,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,8 @@ BIN = "/opt/chatd/bin/chatd"
 UNITS = "/etc/systemd/system"
 DROP_INS = f"{UNITS}/chatd.service.d"
 PORT = 8086
+# Where a client connects: a TCP address, or a path in the container.
+Place = tuple[str, int] | str
 TIMEOUT = 60.0  # seconds
 # The variables with which pip finds its index inside the container, too.
 PIP_VARIABLES = re.compile(r"PIP_|SSL_CERT|REQUESTS_CA|(?i:https?_proxy|no_proxy)")
@@ -260,10 +263,10 @@ class Machine:
         """Read a property of a unit."""
         return self.run(f"systemctl show {unit} -p {name} --value")
 
-    def becomes(self, name: str, *values: str) -> float:
+    def becomes(self, name: str, *values: str, unit: str = "chatd") -> float:
         """Wait until a property has one of these values; return the seconds it took."""
         began = time.monotonic()
-        while (now := self.show(name)) not in values:
+        while (now := self.show(name, unit)) not in values:
             waited = time.monotonic() - began
             assert waited < TIMEOUT, f"{name} is {now}, not {values}"
             time.sleep(0.05)
@@ -316,14 +319,34 @@ class Clients:
         token: str = "",
         body: object = None,
         *,
-        at: tuple[str, int] = ("127.0.0.1", PORT),
+        at: Place = ("127.0.0.1", PORT),
         timeout: float = TIMEOUT,
     ) -> tuple[int, Any]:
         """Send one request; return the status and the JSON of the answer."""
-        arguments = method, path, token, body, at, timeout
+        arguments = method, path, token, body, self.place(at), timeout
         return self.threads.submit(request, *arguments).result()
 
-    def refused(self, at: tuple[str, int] = ("127.0.0.1", PORT)) -> bool:
+    def place(self, at: Place) -> Place:
+        """Return what a thread of this machine connects to."""
+        inside = f"/proc/{self.machine.leader}/root"
+        return f"{inside}{at}" if isinstance(at, str) else at
+
+    def upgrade(self, token: str, at: tuple[str, int]) -> int:
+        """Ask for a WebSocket; return the status of the answer."""
+
+        def ask() -> int:
+            line = http.client.HTTPConnection(*at, timeout=TIMEOUT)
+            with contextlib.closing(line):
+                line.request("GET", f"/ws/chat?token={token}", headers={
+                    "Connection": "Upgrade", "Upgrade": "websocket",
+                    "Sec-WebSocket-Version": "13",
+                    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+                })  # fmt: skip
+                return line.getresponse().status
+
+        return self.threads.submit(ask).result()
+
+    def refused(self, at: Place = ("127.0.0.1", PORT)) -> bool:
         """Whether a connection to this address is refused."""
         try:
             self.request("GET", "/healthz", at=at)
@@ -336,9 +359,11 @@ class Clients:
         return self.machine.run(f"{BIN} token {arguments}")
 
     @contextlib.contextmanager
-    def load(self, at: tuple[str, int] = ("127.0.0.1", PORT)) -> Iterator[Load]:
+    def load(
+        self, at: Place = ("127.0.0.1", PORT), *, sends: bool = True
+    ) -> Iterator[Load]:
         """During the block, clients connect in a loop, and one sends messages."""
-        load = Load(at, self)
+        load = Load(at, self, sends)
         tasks = [self.threads.submit(load.connect) for _ in range(2)]
         if load.sends:
             tasks.append(self.threads.submit(load.send))
@@ -351,16 +376,16 @@ class Clients:
 
 
 def request(
-    method: str,
-    path: str,
-    token: str,
-    body: object,
-    at: tuple[str, int],
-    timeout: float,
+    method: str, path: str, token: str, body: object, at: Place, timeout: float
 ) -> tuple[int, Any]:
     """Send one request on a new connection, in the calling thread's network."""
-    connection = http.client.HTTPConnection(*at, timeout=timeout)
+    host, port = ("localhost", 80) if isinstance(at, str) else at
+    connection = http.client.HTTPConnection(host, port, timeout=timeout)
     with contextlib.closing(connection):
+        if isinstance(at, str):
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(timeout)
+            connection.sock.connect(at)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         sent = None if body is None else json.dumps(body)
         connection.request(method, path, sent, headers)
@@ -372,17 +397,19 @@ def request(
 class Load:
     """Counts the results of connections, and records the acks of one sender."""
 
-    def __init__(self, at: tuple[str, int], clients: Clients) -> None:
-        self.at = at
+    def __init__(self, at: Place, clients: Clients, sends: bool) -> None:
+        self.at = clients.place(at)
         self.over = threading.Event()
         self.results: Counter[str] = Counter()
         self.longest = 0.0  # seconds that a client waited for its result
         self.acked: dict[str, int] = {}
-        self.sends = at[1] == PORT
+        self.sends = sends
         if self.sends:
             self.service = clients.token(f"1 --scope service --db {DB}")
             chat = {"member_ids": [6], "title": "load"}
-            _, made = clients.request("POST", "/api/v1/chats", self.service, chat)
+            made = clients.request("POST", "/api/v1/chats", self.service, chat, at=at)[
+                1
+            ]
             self.chat: int = made["chat"]["id"]
 
     def connect(self) -> None:
@@ -392,7 +419,7 @@ class Load:
             try:
                 request("GET", "/healthz", "", None, self.at, TIMEOUT)
                 self.results["answered"] += 1
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, FileNotFoundError):
                 self.results["refused"] += 1
             except (OSError, http.client.HTTPException):
                 self.results["dropped"] += 1
@@ -564,6 +591,36 @@ def crash_loop(machine: Machine, clients: Clients) -> str:
     return f"{crashes} crashes, then started; {load.verify_none_refused()}"
 
 
+def restart_delay(machine: Machine, _clients: Clients) -> str:
+    """With the page's drop-in the wait between failures grows, where systemd can."""
+    (path,) = (p for p in unit_files() if p.endswith("restart.conf"))
+    machine.write(path, unit_files()[path])
+    version = machine.run("systemctl --version | head -n 1")
+    if int(version.split()[1]) < 254:
+        unit = f"{UNITS}/chatd.service"
+        warning = machine.run(f"systemd-analyze verify {unit} 2>&1", check=False)
+        assert "Unknown key 'RestartSteps'" in warning, warning
+        machine.run(f"rm {path}; systemctl daemon-reload")
+        return "this systemd is too old for it, and warns, as the page says"
+    verify_units(machine, f"{UNITS}/chatd.service")
+    secret, next_wait = "/var/lib/chatd/chatd.secret", "RestartUSecNext"
+    assert machine.show(next_wait) == "2s", machine.show(next_wait)
+    with machine.drop_in("RestartSec=100ms", "RestartMaxDelaySec=2s"):
+        machine.run(f"chmod 0644 {secret}")
+        machine.run("systemctl restart chatd", check=False)
+        waits, deadline = [machine.show(next_wait)], time.monotonic() + TIMEOUT
+        while waits[-1] != "2s":
+            assert time.monotonic() < deadline, waits
+            now = machine.show(next_wait)
+            waits += [now] if now != waits[-1] else []
+        machine.run(f"chmod 0600 {secret}")
+        machine.becomes("SubState", "running")
+        machine.run("systemctl restart chatd")
+        assert machine.show(next_wait) == "100ms", "a start does not begin anew"
+    machine.run(f"rm {path}; systemctl daemon-reload; systemctl restart chatd")
+    return f"waits of {', '.join(waits)}; a start begins anew"
+
+
 def wrong_use(machine: Machine, _clients: Clients) -> str:
     """A wrong setting is reported once, and systemd does not try again."""
     with machine.drop_in("Environment=CHATD_SENDS=many"):
@@ -577,7 +634,7 @@ def wrong_use(machine: Machine, _clients: Clients) -> str:
 
 def settings(machine: Machine, _clients: Clients) -> str:
     """The page's drop-in takes effect; the log reports too few descriptors."""
-    (path,) = (p for p in unit_files() if p.endswith("settings.conf"))
+    (path,) = (p for p in unit_files() if p == f"{DROP_INS}/settings.conf")
     machine.write(path, unit_files()[path])
     machine.run("systemctl restart chatd")
     limits = machine.run(f"cat /proc/{machine.show('MainPID')}/limits")
@@ -601,14 +658,16 @@ def addresses(machine: Machine, clients: Clients) -> str:
         ("127.0.0.1:8087", ("127.0.0.1", 8087), "1"),
         ("localhost:8087", ("::1", 8087), "2"),
         ("0.0.0.0:8087", ("10.9.9.2", 8087), "1"),
+        ("[::]:8087", ("10.9.9.2", 8087), "1"),
+        ("127.0.0.1:8088 [::]:8087", ("::1", 8087), "2"),
     ):
         machine.run("ip address replace 10.9.9.2/32 dev lo")
-        rules = ("IPAddressAllow=10.9.9.2", f"Environment=CHATD_LISTEN={listen}")
+        rules = ("IPAddressAllow=10.9.9.2", f'Environment="CHATD_LISTEN={listen}"')
         with machine.drop_in(*rules):
             machine.run("systemctl restart chatd")
             assert machine.show("NFileDescriptorStore") == count, listen
             assert clients.refused(), "the old socket still listens"
-            with clients.load(at) as load:
+            with clients.load(at, sends=False) as load:
                 for _ in range(2):
                     machine.run("systemctl restart chatd")
             found.append(f"{listen} {load.results['answered']} answered")
@@ -637,7 +696,7 @@ def credential(machine: Machine, clients: Clients) -> str:
 
     The page has the lines for a key of the backend as comments; here they take effect.
     """
-    (path,) = (p for p in unit_files() if p.endswith("secret.conf"))
+    (path,) = (p for p in unit_files() if p == f"{DROP_INS}/secret.conf")
     machine.write(path, re.sub(r"(?m)^#(?=\w+=)", "", unit_files()[path]))
     assert machine.run("systemctl restart chatd; true", check=False)
     machine.journal("Failed at step CREDENTIALS")
@@ -722,8 +781,7 @@ def backups(machine: Machine, clients: Clients) -> str:
 
 def socket_unit(machine: Machine, clients: Clients) -> str:
     """Use the page's socket unit: chatd has no network, and no client is refused."""
-    suffixes = ("chatd.socket", "/socket.conf")
-    files = {p: t for p, t in unit_files().items() if p.endswith(suffixes)}
+    files = socket_files()
     for path, text in files.items():
         machine.write(path, text)
     machine.run(commands("enable --now chatd.socket"))
@@ -746,19 +804,133 @@ def socket_unit(machine: Machine, clients: Clients) -> str:
     return f"exposure {re.findall('[0-9.]+', score)[-1]}; {found}"
 
 
+def socket_files(*changes: tuple[str, str]) -> dict[str, str]:
+    """The page's socket unit and its drop-in for chatd, by path."""
+    files = {
+        path: text
+        for path, text in unit_files().items()
+        if path in (f"{UNITS}/chatd.socket", f"{DROP_INS}/socket.conf")
+    }
+    assert len(files) == 2
+    for old, new in changes:
+        assert any(old in text for text in files.values()), old
+        files = {path: text.replace(old, new) for path, text in files.items()}
+    return files
+
+
+def on_a_unix_socket() -> dict[str, str]:
+    """The same with the lines that the page has for a Unix socket."""
+    (lines,) = re.findall(r"(?s)```ini\n(ListenStream=/.*?)```", PAGE)
+    return socket_files(("ListenStream=127.0.0.1:8086\n", lines))
+
+
+def unix_socket(machine: Machine, clients: Clients) -> str:
+    """Use the page's Unix socket: its group gets in, and no client is refused."""
+    files, file = on_a_unix_socket(), "/run/chatd.sock"
+    for path, text in files.items():
+        machine.write(path, text)
+    machine.run(commands("enable --now chatd.socket"))
+    verify_units(machine, f"{UNITS}/chatd.service", f"{UNITS}/chatd.socket")
+
+    def reach(path: str, user: str, group: str) -> str:
+        probe = f"import socket; socket.socket(socket.AF_UNIX).connect('{path}')"
+        ids = f"--reuid={user} --regid={group} --clear-groups"
+        return machine.run(f'setpriv {ids} python3 -c "{probe}"', check=False)
+
+    assert reach(file, "www-data", "www-data") == ""
+    assert "PermissionError" in reach(file, "nobody", "nogroup")
+    assert clients.refused(), "chatd still listens on its port"
+    with clients.load(file) as load:
+        for _ in range(3):
+            machine.run("systemctl restart chatd")
+        machine.run("systemctl kill -s KILL chatd")
+        machine.becomes("SubState", "running")
+    verify_acks(machine, load)
+    assert clients.request("GET", "/api/v1/me", "x", at=file)[0] == 401
+    machine.journal("no_client_address")
+    machine.run(f"systemctl disable --now chatd.socket chatd; rm {' '.join(files)}")
+    machine.run("systemctl daemon-reload; systemctl enable --now chatd")
+    # With --listen chatd itself makes the file, anew after each start of the unit.
+    own = "/run/chatd/chatd.sock"
+    with machine.drop_in(
+        f"Environment=CHATD_LISTEN=unix:{own}", "Group=www-data",
+        "RuntimeDirectory=chatd", "RuntimeDirectoryMode=0750",
+    ):  # fmt: skip
+        for command in ("restart chatd", "restart chatd", "start chatd-backup"):
+            machine.run(f"systemctl {command}")
+            assert machine.run(f"stat -c '%a %G' {own}") == "660 www-data"
+            assert reach(own, "www-data", "www-data") == ""
+            assert "PermissionError" in reach(own, "nobody", "nogroup")
+            assert clients.request("GET", "/healthz", at=own)[0] == 200
+    machine.run("systemctl restart chatd")
+    return (
+        f"www-data gets in, nobody does not; {load.verify_none_refused(may_drop=True)}"
+    )
+
+
+def proxy_unit(machine: Machine, clients: Clients) -> str:
+    """Install the proxy as on the page: it checks tokens, and none is refused."""
+    at, unit = ("127.0.0.1", 3000), "chatd-proxy"
+    status = machine.run(commands("cp chatd-proxy.service"))
+    assert "Active: active (running)" in status, status
+    assert 'Status: "listening on http://127.0.0.1:3000"' in status, status
+    verify_units(machine, f"{UNITS}/chatd-proxy.service")
+    score = float(re.findall(r"[\d.]+", exposure(machine, unit))[-1])
+    assert score <= 1.0, score
+    # A container may have a lower limit of its own; the log would say so.
+    assert machine.show("LimitNOFILE", unit) == "20512"
+    token = clients.token(f"6 --db {DB}")
+    assert clients.request("GET", "/api/v1/me", token, at=at)[0] == 200
+    for presented, code in ((token, 101), (f"{token}x", 401), ("", 401)):
+        assert clients.upgrade(presented, at) == code, code
+    with clients.load(at) as load:
+        for _ in range(3):
+            machine.run("systemctl restart chatd-proxy")
+        machine.run("systemctl restart chatd")
+        machine.run("systemctl kill -s KILL chatd-proxy")
+        machine.becomes("SubState", "running", unit=unit)
+    verify_acks(machine, load)
+    found = load.verify_none_refused(may_drop=True)
+    # The page's settings, with chatd on a Unix socket.
+    (path,) = (p for p in unit_files() if "chatd-proxy.service.d" in p)
+    files = on_a_unix_socket()
+    for name, text in files.items():
+        machine.write(name, text)
+    machine.run(commands("enable --now chatd.socket"))
+    upstream = r"(?m)^#(?=Environment=CHATD_UPSTREAM|SupplementaryGroups=)"
+    machine.write(path, re.sub(upstream, "", unit_files()[path]))
+    machine.run("systemctl restart chatd-proxy", check=False)
+    assert machine.show("ActiveState", unit) != "active", "it has no secret"
+    machine.run(
+        "install -D -m 0600 /var/lib/chatd/chatd.secret /etc/chatd/chatd.secret"
+    )
+    machine.becomes("SubState", "running", unit=unit)
+    assert clients.refused(at)
+    assert clients.request("GET", "/api/v1/me", token, at=("127.0.0.1", 3001))[0] == 200
+    assert clients.upgrade(token, ("127.0.0.1", 3001)) == 101
+    machine.run(f"systemctl disable --now {unit}; rm -r {UNITS}/{unit}* /etc/chatd")
+    machine.run(f"systemctl disable --now chatd.socket chatd; rm {' '.join(files)}")
+    machine.run("systemctl daemon-reload; systemctl enable --now chatd")
+    return f"exposure {score}; {found}; then at another port, to a Unix socket"
+
+
 def upgrade(machine: Machine, clients: Clients) -> str:
-    """Upgrade as on the page, while clients connect."""
+    """Upgrade as on the page, twice on one day, while clients connect."""
     with clients.load() as load:
         *steps, restart, _ = commands("git pull").split("\n")
-        machine.run("\n".join(steps), online=True)
-        machine.run(restart)
+        for _ in range(2):
+            machine.run("\n".join(steps), online=True)
+            machine.run(restart)
     verify_acks(machine, load)
     version = machine.run(f"{BIN} --version")
     assert version.startswith("chatd 999."), version
     stats = clients.token(f"1 --scope stats --db {DB}")
     _, document = clients.request("GET", "/api/v1/internal/chat/ws/stats", stats)
     assert f"chatd {document['version']}" == version
-    assert machine.run(f"{BIN} check --db chatd-20*.db").endswith("ok")
+    copies = machine.run("ls chatd-20*.db").split()
+    assert len(copies) == 2, copies
+    for copy in copies:
+        assert machine.run(f"{BIN} check --db {copy}").endswith("ok")
     return load.verify_none_refused()
 
 
@@ -791,9 +963,9 @@ def removal(machine: Machine, clients: Clients) -> str:
 
 
 STEPS: list[Callable[[Machine, Clients], str]] = [
-    install, sandbox, restarts, killed, hung, crash_loop, wrong_use, settings,
-    addresses, firewall, credential, administration, backups, socket_unit, upgrade,
-    stop, removal,
+    install, sandbox, restarts, killed, hung, crash_loop, restart_delay, wrong_use,
+    settings, addresses, firewall, credential, administration, backups, socket_unit,
+    unix_socket, proxy_unit, upgrade, stop, removal,
 ]  # fmt: skip
 
 
