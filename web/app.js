@@ -38,7 +38,7 @@ const NOTIFY_SECONDS = 1;
 const CONTROL_CHARACTERS = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
 /** A character that can be seen. Many that are not white space leave nothing to see. */
 const VISIBLE =
-  /[^\s\p{Z}\p{Cc}\p{Default_Ignorable_Code_Point}\u2800\ufff9-\ufffb\u{13441}\u{13442}\u{16fe4}\u{1d159}]/u;
+  /[^\s\p{Z}\p{Cc}\p{DI}\u2800\ufff9-\ufffb\u{13441}\u{13442}\u{16fe4}\u{1d159}]/u;
 /** The longest message, until the server has said what it allows. */
 const USUAL_MAX_CHARACTERS = 4000;
 /** The composer counts from this part of the longest message on. */
@@ -46,7 +46,7 @@ const COUNT_FROM = 0.9;
 /** A text below this size is never folded, so its height need not be measured. */
 const SHORT_CHARACTERS = 600;
 const SHORT_LINES = 20;
-/** All drafts of a browser, with their keys. localStorage has room for ten times this. */
+/** The drafts of a browser together. localStorage has room for ten times this. */
 const DRAFT_CHARACTERS = 500_000;
 /** So many addresses of one message become links. */
 const MAX_LINKS = 200;
@@ -219,7 +219,7 @@ function newFormats() {
   return {
     /** Another offset means another time zone, or the other half of the year. */
     offset: new Date().getTimezoneOffset(),
-    clock: format({ hour: "numeric", minute: "2-digit", ...cycle }),
+    clock: format({ timeStyle: "short", ...cycle }),
     dayNear: format({ weekday: "long", day: "numeric", month: "long" }),
     dayFar: format({ day: "numeric", month: "long", year: "numeric" }),
     dayShort: format({ day: "numeric", month: "short" }),
@@ -1222,7 +1222,7 @@ function chatRow(chat, current) {
  * What a row says of its chat: a message that was not sent comes before anything else.
  * @param {ChatView} chat
  * @param {boolean} current
- * @returns {{kind: "failed" | "typing" | "sending" | "draft" | "message", text: string}}
+ * @returns {{kind: string, text: string}} the kind is a part of a class in style.css
  */
 function lastLine(chat, current) {
   const unsent = notYetStored(chat);
@@ -1450,7 +1450,9 @@ const pane = {
     // scrollIntoView could also scroll the page itself.
     const scroller = box("scroller");
     const { top, height } = scroller.getBoundingClientRect();
-    scroller.scrollTop += divider.getBoundingClientRect().top - top - height / 3;
+    // On a low screen there is room for the new message only.
+    const above = Math.max(0, Math.min(height / 3, height - 150));
+    scroller.scrollTop += divider.getBoundingClientRect().top - top - above;
     this.follow = this.atEnd();
     this.remember();
   },
@@ -1763,7 +1765,7 @@ function failureText({ content, code = "", reason = "" }) {
   const most = maximumIn(reason) || model.maxCharacters;
   const over = countCharacters(content) - most;
   if ((code === "bad_field" || code === "too_large") && over > 0)
-    return `It is ${plural("character", over)} too long. ${grouped(most)} fit.`;
+    return `It is ${plural("character", over)} too long: at most ${grouped(most)} fit.`;
   if (code === "bad_field") return "It has characters that cannot be sent.";
   if (code === "not_found" || code === "forbidden")
     return "You may not write in this chat.";
@@ -1836,8 +1838,9 @@ function moveFocus(before) {
  * that ends a part of a sentence, opens or closes. (But ’ may be in a French title.)
  */
 const IN_ADDRESS =
-  "(?!(?![\\x00-\\x7f’])[\\p{Term}\\p{Ps}\\p{Pe}\\p{Pi}\\p{Pf}…—―\\u3000-\\u3004" +
-  "\\u3008-\\u3020\\u3030\\uff00-\\uff0f\\uff1a-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65])" +
+  "(?!(?![\\x00-\\x7f’])[\\p{Term}\\p{Ps}\\p{Pe}\\p{Pi}\\p{Pf}…—―" +
+  "\\u3000-\\u3004\\u3008-\\u3020\\u3030" +
+  "\\uff00-\\uff0f\\uff1a-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65])" +
   '[^\\s\\p{Cc}<>"`\\\\\\u200b\\u200e\\u200f\\u202a-\\u202e\\u2060-\\u206f]';
 const LABEL = "[\\p{L}\\p{N}](?:[\\p{L}\\p{N}-]{0,61}[\\p{L}\\p{N}])?";
 const ADDRESS = new RegExp(
@@ -1918,8 +1921,8 @@ function closedAt(/** @type {string} */ address) {
 }
 
 /**
- * In "example.comを見て" a text follows the host: the last part of no host mixes ASCII
- * with another script.
+ * In "example.comを見て" a text follows the host: the last part of a host never mixes
+ * ASCII with another script.
  * @param {string} address
  */
 function withoutTextAfterHost(address) {
@@ -2016,7 +2019,7 @@ const drafts = {
   },
 };
 
-/** @param {string | null} value of a draft's item @returns {{text: string, at: number}} */
+/** @param {string | null} value of an item @returns {{text: string, at: number}} */
 function readDraft(value) {
   try {
     const { text, at } = JSON.parse(value ?? "");
@@ -2027,8 +2030,8 @@ function readDraft(value) {
 }
 
 /**
- * Another tab has changed a draft. If this tab shows the same text, it follows: what was
- * sent there must not stay here as if it were not.
+ * Another tab has changed a draft. A tab that shows the same text follows: what was sent
+ * there must not stay here as if it were not.
  * @param {StorageEvent} event
  */
 function onDraftElsewhere({ key, oldValue, newValue }) {
@@ -2104,7 +2107,7 @@ const composer = {
   },
 
   /**
-   * Enter sends the message. With Shift, or on a touch keyboard, Enter begins a new line.
+   * Enter sends the message. With Shift, or on a touch keyboard, it begins a new line.
    * @param {KeyboardEvent} event
    */
   onKey(event) {
@@ -2241,7 +2244,7 @@ function candidate(userId) {
   );
 }
 
-/** Small letters without accents, so that "zoltan" finds Zoltán. @param {string} name */
+/** In small letters without accents: "zoltan" finds Zoltán. @param {string} name */
 function folded(name) {
   return name.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase();
 }
@@ -2266,7 +2269,7 @@ function filterCandidates() {
     row.classList.toggle("next", isNext);
   }
   const anyone = box("people-list").childElementCount > 0;
-  const none = anyone ? `There is no one called “${text}”.` : "There is no one to add.";
+  const none = anyone ? `No one here is called “${text}”.` : "There is no one to add.";
   setText("people-empty", found > 0 ? "" : none);
   return next;
 }
@@ -2565,6 +2568,7 @@ function onSecond() {
 }
 
 function begin() {
+  if (!("popover" in HTMLElement.prototype)) throw new Error("It is too old.");
   addListeners();
   const token = extractLinkToken();
   const session = sessionToResume();
