@@ -2252,7 +2252,8 @@ function folded(name) {
 /**
  * Shows the people whose names contain the filter's text, and those who are chosen. The
  * first one that Enter would choose is highlighted.
- * @returns {HTMLInputElement | undefined} the checkbox of that one
+ * @returns {{found: number, next: HTMLInputElement | undefined}} how many they are, and
+ *   the checkbox of that one
  */
 function filterCandidates() {
   const text = field("people-filter").value.trim();
@@ -2271,7 +2272,7 @@ function filterCandidates() {
   const anyone = box("people-list").childElementCount > 0;
   const none = anyone ? `No one here is called “${text}”.` : "There is no one to add.";
   setText("people-empty", found > 0 ? "" : none);
-  return next;
+  return { found, next };
 }
 
 /**
@@ -2282,10 +2283,12 @@ function onFilterKey(event) {
   if (event.key !== "Enter" || field("people-filter").value.trim() === "") return;
   event.preventDefault();
   if (isComposing(event)) return;
-  const next = filterCandidates();
-  if (!next) return;
-  next.checked = true;
-  announce(`${personName(Number(next.value))} is chosen.`);
+  const { found, next } = filterCandidates();
+  if (found === 0) return;
+  if (next) {
+    next.checked = true;
+    announce(`${personName(Number(next.value))} is chosen.`);
+  }
   field("people-filter").value = "";
   filterCandidates();
 }
