@@ -58,10 +58,9 @@ const FIRST_LIST_SECONDS = 2;
 const REFETCH_SECONDS = 5;
 
 /* -------------------------------------------------------------------------------------
- * Loading. Until the page has shown the user's chats or asks to sign in, any exception
- * ends in words, even one of this module's own code. So this section comes first and
- * uses nothing below it. A script that cannot be loaded or read says nothing: for that,
- * style.css shows the words .stuck after some seconds.
+ * Loading. Until the page shows the user's chats or asks to sign in, any exception ends
+ * in words. So this section comes first and uses nothing below it. For a script that
+ * cannot even be loaded or read, style.css shows the words .stuck after some seconds.
  * ---------------------------------------------------------------------------------- */
 
 let loading = true;
@@ -207,8 +206,8 @@ function plural(word, count) {
 }
 
 /**
- * The formats of times, all of one locale: English as the page is, of the user's region
- * if the browser knows one, with the user's clock of 12 or 24 hours.
+ * The formats of times, all of one locale: English, like the page, with the user's
+ * region and clock of 12 or 24 hours.
  */
 function newFormats() {
   const english = navigator.languages?.find((tag) => /^en(-[a-z\d]{2,8})*$/i.test(tag));
@@ -287,11 +286,6 @@ function grouped(number) {
   return number.toLocaleString("en");
 }
 
-/** @param {string} query of a media feature, for example "(pointer: fine)" */
-function matches(query) {
-  return matchMedia(query).matches;
-}
-
 /** Shows a short text for some seconds. @param {string} text */
 function toast(text) {
   const node = el("p", { class: "toast" }, text);
@@ -307,21 +301,17 @@ function announce(text) {
 }
 
 /**
- * The page's own words for each code of docs/protocol.md, and for `unreachable`. The
+ * The page's own words for the codes of docs/protocol.md that a user can meet. The
  * server's sentences are for programmers.
  * @type {Record<string, string>}
  */
 const REFUSAL_TEXT = {
   forbidden: "You are not allowed to do this.",
-  idempotency_mismatch: "It was sent before with another text.",
   internal: "Something went wrong on the server. Try again later.",
   not_found: "It is not there any more, or not for you.",
   overloaded: "The server is busy. Try again in a moment.",
   rate_limited: "That was too much at once. Wait a moment, then try again.",
   storage_failed: "The server can store nothing at the moment. Try again later.",
-  timeout: "The connection is too slow. Try again.",
-  token_expired: "Your session has ended. Sign in again.",
-  token_invalid: "Your session has ended. Sign in again.",
   too_large: "It is too long.",
   unreachable: "The chat server does not answer.",
   upstream: "The chat server does not answer.",
@@ -995,16 +985,12 @@ async function loadPeople() {
   requestRender();
 }
 
-/** A server that does not say its limits has the usual ones. */
+/** A server that does not say its limits, or does not answer, has the usual ones. */
 async function loadLimits() {
   const { client } = model;
-  try {
-    const { server } = await client?.request("GET", "/api/v1/me");
-    const most = server?.max_content_chars;
-    if (client === model.client && most) model.maxCharacters = most;
-  } catch {
-    // The next connection tries again.
-  }
+  const me = await client?.request("GET", "/api/v1/me").catch(() => null);
+  const most = me?.server?.max_content_chars;
+  if (client === model.client && most) model.maxCharacters = most;
   composer.fit();
 }
 
@@ -1294,13 +1280,13 @@ function renderBell() {
 }
 
 /* -------------------------------------------------------------------------------------
- * The open chat. The most important rule: nothing but the user moves the messages that
- * the user reads, neither a render nor a new size of the window, the composer or the
- * messages. If the end was visible before, it is visible afterwards.
+ * The open chat. The most important rule: only the user moves the messages that the
+ * user reads, neither a render nor a new size of the window or the composer. If the end
+ * was visible before, it is visible afterwards.
  *
- * A browser reports each move of the scroller, whoever made it. So the pane remembers
- * the sizes: if they are as they were, the user has moved it, and it may stop to follow
- * the end. If they are not, the browser has, and the pane moves it back.
+ * A browser reports a move of the scroller without its reason. So the pane remembers
+ * the sizes. If they are the same, the user has scrolled. If not, the browser has, and
+ * the pane scrolls back.
  * ---------------------------------------------------------------------------------- */
 
 const pane = {
@@ -1649,6 +1635,7 @@ function flow(key, content, stamp) {
     else pane.unfolded.add(key);
     pane.follow = false; // the user reads on where the text was cut
     pane.remember();
+    if (unfolded) pane.anchor = { key, top: 0 };
     requestRender();
   });
   fold.classList.add("fold");
@@ -1820,7 +1807,7 @@ function route() {
 function moveFocus(before) {
   /** @type {HTMLElement | null} */
   const target = model.open
-    ? matches("(pointer: fine)")
+    ? matchMedia("(pointer: fine)").matches
       ? composer.field
       : box("scroller")
     : box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
@@ -1828,19 +1815,17 @@ function moveFocus(before) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Links: http and https, www. and mail addresses. The marks of a sentence may follow an
- * address, and in Chinese or Japanese the sentence itself. So the page takes as much as
- * could be an address, and then makes it shorter. What is left over stays text.
+ * Links: http and https, www. and mail addresses. A sentence may go on right after an
+ * address, so the page takes all that could belong to it, and then cuts off the rest.
  * ---------------------------------------------------------------------------------- */
 
 /**
- * A character of an address: no white space and no quote; and no mark outside of ASCII
- * that ends a part of a sentence, opens or closes. (But ’ may be in a French title.)
+ * A character of an address: no white space, no quote, and no mark outside of ASCII
+ * that ends a sentence, opens or closes. (But ’ may be part of a French title.)
  */
 const IN_ADDRESS =
-  "(?!(?![\\x00-\\x7f’])[\\p{Term}\\p{Ps}\\p{Pe}\\p{Pi}\\p{Pf}…—―" +
-  "\\u3000-\\u3004\\u3008-\\u3020\\u3030" +
-  "\\uff00-\\uff0f\\uff1a-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65])" +
+  "(?!(?![\\x00-\\x7f’])[\\p{Term}\\p{Ps}\\p{Pe}\\p{Pi}\\p{Pf}…—―〜" +
+  "\\uff01-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65])" +
   '[^\\s\\p{Cc}<>"`\\\\\\u200b\\u200e\\u200f\\u202a-\\u202e\\u2060-\\u206f]';
 const LABEL = "[\\p{L}\\p{N}](?:[\\p{L}\\p{N}-]{0,61}[\\p{L}\\p{N}])?";
 const ADDRESS = new RegExp(
@@ -1856,8 +1841,17 @@ const ADDRESS = new RegExp(
   "giu",
 );
 /** An address that follows the first ends before the second. */
-const PAIRS = new Map(Object.entries({ "'": "'", "‘": "’", "*": "*", "|": "|" }));
-const OPENING = new Map(Object.entries({ ")": "(", "]": "[", "}": "{" }));
+const PAIRS = /** @type {Record<string, string>} */ ({
+  "'": "'",
+  "‘": "’",
+  "*": "*",
+  "|": "|",
+});
+const OPENING = /** @type {Record<string, string>} */ ({
+  ")": "(",
+  "]": "[",
+  "}": "{",
+});
 const TRAILING = /(?:[.,:;!?*'~|([{]|(?![\x00-\x7f])\p{P})+$/u;
 
 /** The text of a message, with links. @param {string} content */
@@ -1902,7 +1896,7 @@ function linksIn(text) {
 function addressIn(found, before) {
   const list = /[,;|]+(?=https?:\/\/|www\.)|\*\*/iu; // the next address, bold text
   const [first = ""] = found.split(list, 1);
-  const pair = PAIRS.get(before);
+  const pair = PAIRS[before];
   const [inside = ""] = pair ? first.split(pair, 1) : [first];
   const address = withoutTextAfterHost(inside.slice(0, closedAt(inside)));
   const short = address.replace(TRAILING, "");
@@ -1915,7 +1909,7 @@ function closedAt(/** @type {string} */ address) {
   for (let i = 0; i < address.length; i++) {
     const sign = address[i] ?? "";
     if ("([{".includes(sign)) open.push(sign);
-    else if (OPENING.has(sign) && open.pop() !== OPENING.get(sign)) return i;
+    else if (OPENING[sign] && open.pop() !== OPENING[sign]) return i;
   }
   return address.length;
 }
@@ -1946,9 +1940,9 @@ function isWebAddress(text, labels) {
 
 /* -------------------------------------------------------------------------------------
  * Drafts: what the user has written but not sent, for each user and chat. They are in
- * localStorage, so they survive a reload, the end of the session and a sign-out; the
- * account's panel shows how many there are and can delete them. What storage does not
- * take is in memory until the page closes.
+ * localStorage, or else in memory. They survive a reload, the end of the session and a
+ * sign-out in any tab; the panel of the account shows how many there are, and deletes
+ * them.
  * ---------------------------------------------------------------------------------- */
 
 const DRAFT_PREFIX = "chatd.draft.";
@@ -2000,10 +1994,6 @@ const drafts = {
     return [...new Set(all)].filter((key) => key.startsWith(prefix));
   },
 
-  deleteAll() {
-    for (const key of this.keys()) this.set(Number(key.split(".").at(-1)), "");
-  },
-
   /** Drops the oldest drafts of all users when together they are too long. */
   prune() {
     let room = DRAFT_CHARACTERS;
@@ -2030,8 +2020,8 @@ function readDraft(value) {
 }
 
 /**
- * Another tab has changed a draft. A tab that shows the same text follows: what was sent
- * there must not stay here as if it were not.
+ * Another tab has changed a draft. A tab that shows the same text follows, or else a
+ * text that was sent there would stay here.
  * @param {StorageEvent} event
  */
 function onDraftElsewhere({ key, oldValue, newValue }) {
@@ -2057,7 +2047,7 @@ async function onDeleteDrafts() {
     no: "Cancel",
   });
   if (!sure) return;
-  drafts.deleteAll();
+  for (const key of drafts.keys()) drafts.set(Number(key.split(".").at(-1)), "");
   composer.show(model.open);
   requestRender();
 }
@@ -2083,9 +2073,9 @@ const composer = {
   },
 
   /**
-   * Makes the field as high as its text: style.css lays out a copy of the text behind
-   * it. (To measure the field itself, it would have to become low first, which would
-   * move the messages.) And shows how much room is left when there is little.
+   * Gives style.css a copy of the text, which makes the field as high as its text. (To
+   * measure the field, it would have to become low first: that moves the messages.)
+   * Counts the characters when there is little room left.
    */
   fit() {
     box("composer-box").dataset["text"] = this.field.value;
@@ -2112,7 +2102,7 @@ const composer = {
    */
   onKey(event) {
     if (event.key !== "Enter" || event.shiftKey || isComposing(event)) return;
-    if (!matches("(pointer: coarse)")) this.send(event);
+    if (!matchMedia("(pointer: coarse)").matches) this.send(event);
   },
 
   /** @param {Event} event */
@@ -2149,9 +2139,8 @@ const composer = {
 };
 
 /**
- * The text as it is sent: without control characters, which a text from a terminal may
- * have, without empty lines before it and white space after it. The first line keeps
- * its indent.
+ * The text as it is sent: without the control characters of a terminal, empty lines
+ * before it and white space after it. The first line keeps its indent.
  * @param {string} text
  */
 function sendable(text) {
@@ -2160,8 +2149,8 @@ function sendable(text) {
 }
 
 /**
- * Whether a key belongs to an input method, which composes the text. Safari reports the
- * Enter that ends a composition after its end, as key code 229.
+ * Whether a key belongs to an input method. Safari reports the Enter that ends a
+ * composition after its end, with the key code 229.
  * @param {KeyboardEvent} event
  */
 function isComposing(event) {
@@ -2250,10 +2239,9 @@ function folded(name) {
 }
 
 /**
- * Shows the people whose names contain the filter's text, and those who are chosen. The
- * first one that Enter would choose is highlighted.
- * @returns {{found: number, next: HTMLInputElement | undefined}} how many they are, and
- *   the checkbox of that one
+ * Shows the people whose names contain the filter's text, and those who are chosen.
+ * Highlights the one that Enter chooses.
+ * @returns {{found: number, next: HTMLInputElement | undefined}} next: its checkbox
  */
 function filterCandidates() {
   const text = field("people-filter").value.trim();
@@ -2261,12 +2249,12 @@ function filterCandidates() {
   let next;
   let found = 0;
   for (const row of rowsOf("people-list")) {
-    const box = row.querySelector("input");
+    const input = row.querySelector("input") ?? undefined;
     const fits = folded(row.dataset["look"] ?? "").includes(folded(text));
     if (fits) found += 1;
-    row.hidden = !fits && !box?.checked;
-    const isNext = text !== "" && fits && !next && box?.checked === false;
-    if (isNext) next = box ?? undefined;
+    row.hidden = !fits && !input?.checked;
+    const isNext = text !== "" && fits && !next && !input?.checked;
+    if (isNext) next = input;
     row.classList.toggle("next", isNext);
   }
   const anyone = box("people-list").childElementCount > 0;
@@ -2280,9 +2268,9 @@ function filterCandidates() {
  * @param {KeyboardEvent} event
  */
 function onFilterKey(event) {
-  if (event.key !== "Enter" || field("people-filter").value.trim() === "") return;
+  const text = field("people-filter").value.trim();
+  if (event.key !== "Enter" || text === "" || isComposing(event)) return;
   event.preventDefault();
-  if (isComposing(event)) return;
   const { found, next } = filterCandidates();
   if (found === 0) return;
   if (next) {
@@ -2538,9 +2526,8 @@ function onJump() {
 }
 
 /**
- * An on-screen keyboard that covers the page, as on iOS, leaves only a part of it
- * visible. Then the page is as high as that part. Zooming with two fingers is no
- * reason.
+ * If an on-screen keyboard covers a part of the page, as on iOS, the page becomes as
+ * high as the other part. To zoom with two fingers changes nothing.
  */
 function onViewport() {
   const view = window.visualViewport;
