@@ -1549,6 +1549,11 @@ def test_on_a_low_screen_a_message_is_visible_while_one_writes(
     context = chromium.context(viewport={"width": width, "height": height})
     page = context.new_page()
     page.clock.install()
+    page.goto(server.url)
+    page.get_by_label("Sign-in link").scroll_into_view_if_needed()
+    page.mouse.wheel(0, 400)
+    expect(page.get_by_role("button", name="Sign in")).to_be_in_viewport(ratio=1)
+    page.goto("about:blank")
     relay = Relay.connected(page, server.link(anna), chat)
     expect(bubbles(page).first).to_be_in_viewport()  # the first new message
     if state == "offline":
