@@ -53,8 +53,10 @@ PROOFS = (
     "flood",
     "stop",
     "revocation",
+    "firefox",
     "secrecy",  # the last: it searches the logs and answers of all the others
 )
+FULL_ONLY = frozenset(("firefox",))  # or with --only
 TOGETHER = frozenset(("conformance", "kill9", "power_cut", "disk", "revocation"))
 
 
@@ -205,7 +207,10 @@ def main() -> int:
         else random.SystemRandom().getrandbits(32)
     )
     names = [name for name in PROOFS if (HERE / f"{name}.py").exists()]
-    names = [name for name in names if not options.only or name in options.only]
+    if options.only:
+        names = [name for name in names if name in options.only]
+    elif not options.full:
+        names = [name for name in names if name not in FULL_ONLY]
     kept = Path(tempfile.mkdtemp(prefix="torture-evidence-"))
     os.environ["CHATD_TORTURE_SEED"] = str(seed)
     os.environ["CHATD_TORTURE_EVIDENCE"] = str(kept)

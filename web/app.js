@@ -7,8 +7,8 @@
  * after the next frame, whatever the order of the events was. chat-websocket.js owns
  * the connection; this file has what the user sees and does.
  *
- * Sections: Tools, Sign-in, Model, Events, Reading, Top and lists, The open chat,
- * Writing, Dialogs, Notifications, Start.
+ * Sections: Loading, Tools, Sign-in, Model, Events, Reading, Top and lists, The open
+ * chat, Links, Drafts, Writing, Dialogs, Notifications, Start.
  *
  * A rule of this file: text that users have written is never markup. It enters the page
  * only through textContent.
@@ -36,6 +36,20 @@ const GROUP_SECONDS = 300;
 const NOTIFY_SECONDS = 1;
 /** All control characters but tab, line feed and carriage return. */
 const CONTROL_CHARACTERS = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
+/** A character that can be seen. Many that are not white space leave nothing to see. */
+const VISIBLE =
+  /[^\s\p{Z}\p{Cc}\p{DI}\u2800\ufff9-\ufffb\u{13441}\u{13442}\u{16fe4}\u{1d159}]/u;
+/** The longest message, until the server has said what it allows. */
+const USUAL_MAX_CHARACTERS = 4000;
+/** The composer counts from this part of the longest message on. */
+const COUNT_FROM = 0.9;
+/** A text below this size is never folded, so its height need not be measured. */
+const SHORT_CHARACTERS = 600;
+const SHORT_LINES = 20;
+/** The drafts of a browser together. localStorage has room for ten times this. */
+const DRAFT_CHARACTERS = 500_000;
+/** So many addresses of one message become links. */
+const MAX_LINKS = 200;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
 /** The first connection waits at most this long for the list of chats. */
@@ -44,7 +58,34 @@ const FIRST_LIST_SECONDS = 2;
 const REFETCH_SECONDS = 5;
 
 /* -------------------------------------------------------------------------------------
- * Tools. Elements, keyed rows, times.
+ * Loading. Until the page shows the user's chats or asks to sign in, any exception ends
+ * in words. So this section comes first and uses nothing below it. For a script that
+ * cannot even be loaded or read, style.css shows the words .stuck after some seconds.
+ * ---------------------------------------------------------------------------------- */
+
+let loading = true;
+
+/** @param {any} event an error event, or a rejection that nobody handles */
+function onLoadError(event) {
+  const error = event.error ?? event.reason;
+  // Without an error it is only a notice, for example of a ResizeObserver.
+  if (!loading || !error) return;
+  for (const id of ["loading", "sign-in", "chat"]) {
+    const screen = document.getElementById(id);
+    if (screen) screen.hidden = id !== "loading";
+  }
+  const words = document.getElementById("loading");
+  if (words)
+    words.textContent =
+      "chatd could not open in this browser. Reload the page; if that does not " +
+      `help, try another browser. (${error.message ?? error})`;
+}
+
+addEventListener("error", onLoadError);
+addEventListener("unhandledrejection", onLoadError);
+
+/* -------------------------------------------------------------------------------------
+ * Tools. Elements, keyed rows, times, words.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -136,6 +177,11 @@ function showRows(container, rows) {
   for (const node of old.values()) node.remove();
 }
 
+/** @param {string} id of a container @returns {HTMLElement[]} */
+function rowsOf(id) {
+  return /** @type {HTMLElement[]} */ ([...box(id).children]);
+}
+
 /** @param {Row} row */
 function newRow({ key, look, build }) {
   const node = build();
@@ -156,25 +202,41 @@ function replaceRow(before, node) {
 
 /** @param {string} word @param {number} count */
 function plural(word, count) {
-  return `${count} ${word}${count === 1 ? "" : "s"}`;
+  return `${grouped(count)} ${word}${count === 1 ? "" : "s"}`;
 }
 
-const clock = new Intl.DateTimeFormat(undefined, {
-  hour: "numeric",
-  minute: "2-digit",
-});
-const dayNear = new Intl.DateTimeFormat("en", {
-  weekday: "long",
-  day: "numeric",
-  month: "long",
-});
-const dayFar = new Intl.DateTimeFormat("en", {
-  day: "numeric",
-  month: "long",
-  year: "numeric",
-});
-const dayShort = new Intl.DateTimeFormat("en", { day: "numeric", month: "short" });
-const moment = new Intl.DateTimeFormat("en", { dateStyle: "full", timeStyle: "short" });
+/**
+ * The formats of times, all of one locale: English, like the page, with the user's
+ * region and clock of 12 or 24 hours.
+ */
+function newFormats() {
+  const english = navigator.languages?.find((tag) => /^en(-[a-z\d]{2,8})*$/i.test(tag));
+  const hours = hourCycle();
+  const cycle = hours ? { hourCycle: hours } : {};
+  const format = (/** @type {Intl.DateTimeFormatOptions} */ options) =>
+    new Intl.DateTimeFormat(english ?? "en", options);
+  return {
+    /** Another offset means another time zone, or the other half of the year. */
+    offset: new Date().getTimezoneOffset(),
+    clock: format({ timeStyle: "short", ...cycle }),
+    dayNear: format({ weekday: "long", day: "numeric", month: "long" }),
+    dayFar: format({ day: "numeric", month: "long", year: "numeric" }),
+    dayShort: format({ day: "numeric", month: "short" }),
+    dayShortFar: format({ day: "numeric", month: "short", year: "numeric" }),
+    moment: format({ dateStyle: "full", timeStyle: "short", ...cycle }),
+  };
+}
+
+function hourCycle() {
+  try {
+    const user = new Intl.DateTimeFormat(undefined, { hour: "numeric" });
+    return user.resolvedOptions().hourCycle;
+  } catch {
+    return undefined; // the browser's own locale may be one that it does not know
+  }
+}
+
+let formats = newFormats();
 
 /** Whole days from then to now, by the reader's calendar. @param {Date} then */
 function daysAgo(then) {
@@ -188,18 +250,40 @@ function dayName(created_at) {
   const days = daysAgo(date);
   if (days === 0) return "Today";
   if (days === 1) return "Yesterday";
-  return (days < 300 ? dayNear : dayFar).format(date);
+  return (days < 300 ? formats.dayNear : formats.dayFar).format(date);
 }
 
 /** @param {string} created_at */
 function shortTime(created_at) {
   const date = new Date(created_at);
-  return daysAgo(date) === 0 ? clock.format(date) : dayShort.format(date);
+  const days = daysAgo(date);
+  if (days === 0) return formats.clock.format(date);
+  return (days < 300 ? formats.dayShort : formats.dayShortFar).format(date);
 }
 
 /** @param {number} seconds @param {() => void} task */
 function after(seconds, task) {
   return Number(setTimeout(task, seconds * 1000));
+}
+
+/** Whether nothing of the text can be seen. @param {string} text */
+function isBlank(text) {
+  return !VISIBLE.test(text);
+}
+
+/** What a message is shown as. @param {string} content */
+function visibleText(content) {
+  return isBlank(content) ? "(blank message)" : content;
+}
+
+/** Characters as the server counts them: code points. @param {string} text */
+function countCharacters(text) {
+  return [...text].length;
+}
+
+/** @param {number} number */
+function grouped(number) {
+  return number.toLocaleString("en");
 }
 
 /** Shows a short text for some seconds. @param {string} text */
@@ -216,8 +300,45 @@ function announce(text) {
   after(TOAST_SECONDS * 2, () => node.remove());
 }
 
+/**
+ * The page's own words for the codes of docs/protocol.md that a user can meet. The
+ * server's sentences are for programmers.
+ * @type {Record<string, string>}
+ */
+const REFUSAL_TEXT = {
+  forbidden: "You are not allowed to do this.",
+  internal: "Something went wrong on the server. Try again later.",
+  not_found: "It is not there any more, or not for you.",
+  overloaded: "The server is busy. Try again in a moment.",
+  rate_limited: "That was too much at once. Wait a moment, then try again.",
+  storage_failed: "The server can store nothing at the moment. Try again later.",
+  too_large: "It is too long.",
+  unreachable: "The chat server does not answer.",
+  upstream: "The chat server does not answer.",
+};
+
+/**
+ * @param {string} code
+ * @param {string} detail the server's sentence: it begins with the field that is wrong
+ */
+function refusalText(code, detail) {
+  const most = maximumIn(detail);
+  if (code !== "bad_field") return REFUSAL_TEXT[code] ?? `It did not work (${code}).`;
+  if (detail.startsWith("title"))
+    return "Choose another title: this one cannot be used.";
+  if (!detail.startsWith("member_ids") && !detail.startsWith("user_id"))
+    return "The server does not accept this.";
+  return most ? `A chat has at most ${most} people.` : "These people cannot be added.";
+}
+
+/** @param {string} detail @returns {number} the limit that it names; else 0 */
+function maximumIn(detail) {
+  return Number(/at most (\d+)/.exec(detail)?.[1] ?? 0);
+}
+
 /** @param {unknown} error @returns {string} */
 function errorText(error) {
+  if (error instanceof ChatError) return refusalText(error.code, error.message);
   return error instanceof Error ? error.message : String(error);
 }
 
@@ -239,8 +360,20 @@ function errorText(error) {
  */
 
 const SESSION_KEY = "chatd.session";
-/** Carries the id of a user that has signed out to the other tabs. */
-const signedOut = new BroadcastChannel("chatd.signed-out");
+/**
+ * Carries the id of a user that has signed out to the other tabs. null: the browser
+ * forbids it, as Firefox does when cookies are blocked.
+ */
+const signedOut = openChannel("chatd.signed-out");
+
+/** @param {string} name @returns {BroadcastChannel | null} */
+function openChannel(name) {
+  try {
+    return new BroadcastChannel(name);
+  } catch {
+    return null;
+  }
+}
 
 /** A browser may forbid storage. Then the session ends with the page. */
 const storages = {
@@ -261,12 +394,17 @@ function readSession(storage) {
   }
 }
 
-/** @param {() => Storage} storage @param {Session | null} session */
+/**
+ * @param {() => Storage} storage
+ * @param {Session | null} session
+ * @returns {boolean} false: storage is forbidden or full
+ */
 function writeSession(storage, session) {
   try {
     storage().setItem(SESSION_KEY, JSON.stringify(session));
+    return true;
   } catch {
-    // Storage is forbidden or full.
+    return false;
   }
 }
 
@@ -388,6 +526,7 @@ function showSignIn({ reason = "", error = "" } = {}) {
     `${reason} Open the sign-in link you were given, or paste it here.`,
   );
   setText("sign-in-error", error);
+  loading = false;
 }
 
 /** @param {"loading" | "sign-in" | "chat"} screen */
@@ -434,9 +573,10 @@ async function onSignOut() {
       no: "Cancel",
     }));
   if (!sure) return;
-  signedOut.postMessage(myId());
+  signedOut?.postMessage(myId());
   model.client?.forget();
-  endSession("You are signed out.");
+  const kept = drafts.keys().length > 0;
+  endSession(`You are signed out.${kept ? " Your drafts stay in this browser." : ""}`);
 }
 
 /**
@@ -494,8 +634,8 @@ function onSignedOutElsewhere({ data }) {
  * @property {"no" | "yes" | "failed"} loading
  * @property {number | null} divider the new messages begin after this n
  * @property {Map<number, number>} typing user id -> timer that ends the typing sign
- * @property {number} addedAt ms, when it was added during this visit; otherwise 0
- * @property {string} draft
+ * @property {number} activeAt ms, when it was added, or the user wrote in it, during
+ *   this visit; otherwise 0
  */
 
 const model = {
@@ -517,6 +657,8 @@ const model = {
   chatsLoaded: false,
   /** The epoch of the last list of chats. Another epoch resets all counters. */
   epoch: "",
+  /** The longest message that the server is known to take. */
+  maxCharacters: USUAL_MAX_CHARACTERS,
 };
 
 function resetModel() {
@@ -529,6 +671,7 @@ function resetModel() {
     chatsLoaded: false,
     epoch: "",
     connection: "closed",
+    maxCharacters: USUAL_MAX_CHARACTERS,
   });
   model.chats.clear();
   model.names.clear();
@@ -539,7 +682,7 @@ const unread = (/** @type {ChatView} */ chat) => Math.max(0, chat.last_n - chat.
 
 /** @param {number} userId @param {string | null} [name] */
 function personName(userId, name = model.names.get(userId) ?? null) {
-  return name || `User ${userId}`;
+  return name && !isBlank(name) ? name : `User ${userId}`;
 }
 
 /** @param {ChatView} chat */
@@ -549,18 +692,19 @@ function others(chat) {
 
 /** @param {ChatView} chat */
 function chatTitle(chat) {
-  if (chat.title) return chat.title;
+  if (chat.title && !isBlank(chat.title)) return chat.title;
   const names = others(chat).map((id) => personName(id));
   return names.join(", ") || "Only you";
 }
 
 /**
- * The chats, newest activity first. Being added to a chat counts as activity in it.
+ * The chats, newest activity first. Being added to a chat, and writing in it even
+ * without a connection, count as activity.
  * @returns {ChatView[]}
  */
 function sortedChats() {
   const when = (/** @type {ChatView} */ chat) =>
-    Math.max(Date.parse(chat.last_message?.created_at ?? "") || 0, chat.addedAt);
+    Math.max(Date.parse(chat.last_message?.created_at ?? "") || 0, chat.activeAt);
   return [...model.chats.values()].sort(
     (a, b) =>
       when(b) - when(a) || (b.last_message?.id ?? 0) - (a.last_message?.id ?? 0),
@@ -590,8 +734,7 @@ function putChat(received) {
     loading: "no",
     divider: null,
     typing: new Map(),
-    addedAt: 0,
-    draft: "",
+    activeAt: 0,
   };
   chat.title = received.title;
   chat.last_message = newer(chat.last_message, received.last_message);
@@ -687,7 +830,7 @@ const handlers = {
     if (chat) moveReadMark(chat, read_by, n);
   },
   chat_added: ({ chat }) => {
-    putChat(chat).addedAt = Date.now();
+    putChat(chat).activeAt = Date.now();
     route();
   },
   member_added: ({ chat_id, user_id, name }) => {
@@ -753,6 +896,7 @@ function onConnected(chats) {
     moveReadMark(chat, myId(), read_n);
   }
   void loadPeople();
+  void loadLimits();
 }
 
 /** @param {Message} message @param {boolean} read */
@@ -765,7 +909,8 @@ function onNewMessage(message, read) {
   }
   const where = chat === model.open ? "" : ` in ${chatTitle(chat)}`;
   announce(
-    `${personName(message.sender_id)}${where}: ${message.content.slice(0, 200)}`,
+    `${personName(message.sender_id)}${where}: ` +
+      visibleText(message.content).slice(0, 200),
   );
   notify(chat, message);
 }
@@ -799,12 +944,21 @@ function onTyping(chatId, userId, isTyping) {
 }
 
 /** @param {Delivery} delivery */
-function onDelivery({ state, client_id, chat_id, message, reason }) {
-  if (state === "sent" && message) putMessage(message);
+function onDelivery(delivery) {
+  const { state, client_id, chat_id, content, message, reason = "" } = delivery;
+  if (state === "sent" && message) {
+    putMessage(message);
+    model.maxCharacters = Math.max(model.maxCharacters, countCharacters(content));
+  }
   if (state !== "failed") return;
-  announce(`Your message was not sent: ${reason}`);
+  if (reason.startsWith("content"))
+    model.maxCharacters = maximumIn(reason) || model.maxCharacters;
+  const chat = model.chats.get(chat_id);
+  if (chat === model.open)
+    announce(`Your message was not sent: ${failureText(delivery)}`);
+  else if (chat) toast(`A message in “${chatTitle(chat)}” was not sent.`);
   // The user is no longer in this chat, so the page cannot show the failed message.
-  if (model.chatsLoaded && !model.chats.has(chat_id)) model.client?.discard(client_id);
+  else if (model.chatsLoaded) model.client?.discard(client_id);
 }
 
 /** Fetches the list of chats, and tries again until it succeeds or the user changes. */
@@ -836,19 +990,33 @@ async function loadPeople() {
   requestRender();
 }
 
+/** A server that does not say its limits, or does not answer, has the usual ones. */
+async function loadLimits() {
+  const { client } = model;
+  const me = await client?.request("GET", "/api/v1/me").catch(() => null);
+  const most = me?.server?.max_content_chars;
+  if (client === model.client && most) model.maxCharacters = most;
+  composer.fit();
+}
+
 /* -------------------------------------------------------------------------------------
- * Reading. A message is read once it has been on the screen, in a visible tab.
+ * Reading. A message is read once it has been on the screen, in a visible tab of the
+ * window that has the focus: behind another window, or beside it, nobody may look.
  * ---------------------------------------------------------------------------------- */
 
-/** Whether the end of the open chat is on the screen. */
+function isWatched() {
+  return document.visibilityState === "visible" && document.hasFocus();
+}
+
+/** Whether the user sees the end of the open chat. */
 function endIsVisible() {
-  return document.visibilityState === "visible" && pane.atEnd();
+  return isWatched() && pane.atEnd();
 }
 
 /** Moves the user's read mark to the last message that is on the screen. */
 function markSeen() {
   const chat = model.open;
-  if (!chat || document.visibilityState !== "visible" || unread(chat) === 0) return;
+  if (!chat || !isWatched() || unread(chat) === 0) return;
   const seen = pane.lastSeen();
   if (!seen || seen.n <= chat.read_n) return;
   moveReadMark(chat, myId(), seen.n);
@@ -913,6 +1081,7 @@ function render() {
   renderBell();
   pane.render();
   markSeen();
+  if (model.chatsLoaded) loading = false;
 }
 
 /** @type {Record<State, string>} */
@@ -996,19 +1165,21 @@ function renderBanner() {
 function renderList() {
   const rows = sortedChats().map((chat) => chatRow(chat, chat === model.open));
   showRows(box("chat-list"), rows);
-  box("chat-list-empty").hidden = rows.length > 0 || !model.chatsLoaded;
+  box("chat-list-empty").hidden = rows.length > 0;
+  setText("chat-list-empty", model.chatsLoaded ? "No chats yet." : "Loading…");
 }
 
 /** @param {ChatView} chat @param {boolean} current @returns {Row} */
 function chatRow(chat, current) {
   const title = chatTitle(chat);
-  const typing = typingText(chat);
-  const last = typing || lastLine(chat);
-  const when = chat.last_message ? shortTime(chat.last_message.created_at) : "";
+  const last = lastLine(chat, current);
+  const stored = last.kind !== "failed" && last.kind !== "sending";
+  const when =
+    stored && chat.last_message ? shortTime(chat.last_message.created_at) : "";
   const count = unread(chat);
   return {
     key: String(chat.id),
-    look: JSON.stringify([title, last, when, count, current, Boolean(typing)]),
+    look: JSON.stringify([title, last, when, count, current]),
     build: () =>
       el(
         "li",
@@ -1025,8 +1196,12 @@ function chatRow(chat, current) {
           el("span", { class: "row-time" }, when),
           el(
             "span",
-            { class: classes("row-last", { "is-typing": typing !== "" }), dir: "auto" },
-            last,
+            { class: `row-last is-${last.kind}`, dir: "auto" },
+            last.kind === "sending" ? icon("sending") : null,
+            last.kind === "sending"
+              ? el("span", { class: "sr-only" }, "Sending")
+              : null,
+            last.text,
           ),
           count ? badge(count) : null,
         ),
@@ -1034,14 +1209,38 @@ function chatRow(chat, current) {
   };
 }
 
+/**
+ * What a row says of its chat: a message that was not sent comes before anything else.
+ * @param {ChatView} chat
+ * @param {boolean} current
+ * @returns {{kind: string, text: string}} the kind is a part of a class in style.css
+ */
+function lastLine(chat, current) {
+  const unsent = notYetStored(chat);
+  const failed = unsent.filter(({ state }) => state === "failed").at(-1);
+  if (failed) return { kind: "failed", text: `Not sent: ${excerpt(failed.content)}` };
+  const typing = typingText(chat);
+  if (typing) return { kind: "typing", text: typing };
+  const waiting = unsent.at(-1);
+  if (waiting) return { kind: "sending", text: `You: ${excerpt(waiting.content)}` };
+  const draft = current || unread(chat) > 0 ? "" : drafts.get(chat.id);
+  if (!isBlank(draft)) return { kind: "draft", text: `Draft: ${excerpt(draft)}` };
+  return { kind: "message", text: lastMessageText(chat) };
+}
+
 /** @param {ChatView} chat */
-function lastLine(chat) {
+function lastMessageText(chat) {
   const message = chat.last_message;
   if (!message) return "No messages yet";
-  const text = message.content.slice(0, 120);
+  const text = excerpt(message.content);
   if (message.sender_id === myId()) return `You: ${text}`;
   const [first] = personName(message.sender_id).split(" ");
   return others(chat).length > 1 ? `${first}: ${text}` : text;
+}
+
+/** @param {string} content */
+function excerpt(content) {
+  return visibleText(content).trim().slice(0, 120);
 }
 
 /** @param {number} count */
@@ -1086,8 +1285,13 @@ function renderBell() {
 }
 
 /* -------------------------------------------------------------------------------------
- * The open chat. The most important rule: a render does not move the messages that the
- * user reads. If the end was visible before, it is visible afterwards.
+ * The open chat. The most important rule: only the user moves the messages that the
+ * user reads, neither a render nor a new size of the window or the composer. If the end
+ * was visible before, it is visible afterwards.
+ *
+ * A browser reports a move of the scroller without its reason. So the pane remembers
+ * the sizes. If they are the same, the user has scrolled. If not, the browser has, and
+ * the pane scrolls back.
  * ---------------------------------------------------------------------------------- */
 
 const pane = {
@@ -1097,6 +1301,12 @@ const pane = {
   follow: true,
   /** The newest n that was drawn. A message after it appears with a small animation. */
   drawn: Infinity,
+  /** The long messages that the user has unfolded, as keys of rows. */
+  unfolded: new Set(),
+  /** The sizes when the position was last right. */
+  sizes: "",
+  /** The row at the top of the view, and how far below the top it begins. */
+  anchor: { key: "", top: 0 },
 
   atEnd() {
     const { scrollHeight, scrollTop, clientHeight } = box("scroller");
@@ -1105,7 +1315,41 @@ const pane = {
 
   scrollToEnd() {
     this.follow = true;
-    box("scroller").scrollTop = box("scroller").scrollHeight;
+    this.restore();
+  },
+
+  currentSizes() {
+    const { scrollHeight, clientHeight, clientWidth } = box("scroller");
+    return `${clientWidth} ${clientHeight} ${scrollHeight}`;
+  },
+
+  /** Notes what is where, so that restore can put it there again. */
+  remember() {
+    this.sizes = this.currentSizes();
+    if (this.follow) return;
+    const view = box("scroller").getBoundingClientRect();
+    const row = this.firstVisible(view.top);
+    if (row)
+      this.anchor = {
+        key: row.dataset["key"] ?? "",
+        top: row.getBoundingClientRect().top - view.top,
+      };
+  },
+
+  /** Shows the end again, or else the first visible row where it was. */
+  restore() {
+    const scroller = box("scroller");
+    if (scroller.clientHeight === 0) return; // it is not on the screen
+    if (this.follow) {
+      scroller.scrollTop = scroller.scrollHeight;
+    } else {
+      const row = rowsOf("messages").find(
+        ({ dataset }) => dataset["key"] === this.anchor.key,
+      );
+      const top = scroller.getBoundingClientRect().top + this.anchor.top;
+      if (row) this.scrollBy(row.getBoundingClientRect().top - top);
+    }
+    this.remember();
   },
 
   /**
@@ -1137,7 +1381,9 @@ const pane = {
     box("typing").hidden = !chat;
     if (!chat) return;
     this.renderHead(chat);
-    this.keepPosition(() => showRows(box("messages"), messageRows(chat)));
+    showRows(box("messages"), messageRows(chat));
+    this.showFolds();
+    this.restore();
     this.drawn = chat.messages.at(-1)?.n ?? this.drawn;
     this.scrollToStart(chat);
     this.renderJump(chat);
@@ -1157,16 +1403,6 @@ const pane = {
     box("scroller").setAttribute("aria-label", `Messages in ${title}`);
   },
 
-  /** @param {() => void} change */
-  keepPosition(change) {
-    const anchor = this.follow ? null : this.firstVisible();
-    const top = anchor?.getBoundingClientRect().top ?? 0;
-    change();
-    if (this.follow) this.scrollToEnd();
-    else if (anchor?.isConnected)
-      this.scrollBy(anchor.getBoundingClientRect().top - top);
-  },
-
   /**
    * Does nothing below one pixel: any write to scrollTop stops a touch scroll.
    * @param {number} pixels
@@ -1175,14 +1411,22 @@ const pane = {
     if (Math.abs(pixels) >= 1) box("scroller").scrollTop += pixels;
   },
 
-  firstVisible() {
-    const { top } = box("scroller").getBoundingClientRect();
-    return [...box("messages").children].find(
-      (row) =>
-        row instanceof HTMLElement &&
-        row.dataset["n"] &&
-        row.getBoundingClientRect().bottom > top,
+  /** @param {number} top of the view */
+  firstVisible(top) {
+    return rowsOf("messages").find(
+      (row) => row.dataset["n"] && row.getBoundingClientRect().bottom > top,
     );
+  },
+
+  /** A long message that is folded, or was, has a button to unfold or fold it. */
+  showFolds() {
+    for (const row of box("messages").querySelectorAll(".long")) {
+      const content = row.querySelector(".content");
+      const fold = row.querySelector(".fold");
+      if (!content || !(fold instanceof HTMLElement)) continue;
+      const cut = content.scrollHeight > content.clientHeight + 1;
+      fold.hidden = !cut && !row.classList.contains("unfolded");
+    }
   },
 
   /**
@@ -1197,8 +1441,11 @@ const pane = {
     // scrollIntoView could also scroll the page itself.
     const scroller = box("scroller");
     const { top, height } = scroller.getBoundingClientRect();
-    scroller.scrollTop += divider.getBoundingClientRect().top - top - height / 3;
+    // On a low screen there is room for the new message only.
+    const above = Math.max(0, Math.min(height / 3, height - 150));
+    scroller.scrollTop += divider.getBoundingClientRect().top - top - above;
     this.follow = this.atEnd();
+    this.remember();
   },
 
   /** @param {ChatView} chat */
@@ -1218,9 +1465,19 @@ const pane = {
   onScroll() {
     const { open } = model;
     if (!open) return;
+    if (this.sizes !== this.currentSizes()) return this.onResize();
     this.follow = this.atEnd();
+    this.remember();
     this.renderJump(open);
     this.loadOlderIfNear(open);
+    markSeen();
+  },
+
+  /** The window, the composer, the messages or a font has another size. */
+  onResize() {
+    this.showFolds();
+    this.restore();
+    if (model.open) this.renderJump(model.open);
     markSeen();
   },
 };
@@ -1344,9 +1601,11 @@ function messageRow(chat, message, first) {
   const name = personName(message.sender_id);
   const tick = own ? tickText(chat, message.n) : "";
   const arriving = message.n > pane.drawn && !own;
+  const key = own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`;
+  const unfolded = pane.unfolded.has(key);
   return {
-    key: own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`,
-    look: JSON.stringify([message.n, first, name, tick]),
+    key,
+    look: JSON.stringify([message.n, first, name, tick, unfolded, formats.offset]),
     build: () =>
       el(
         "li",
@@ -1360,15 +1619,39 @@ function messageRow(chat, message, first) {
           "div",
           { class: "bubble" },
           senderLine(own, first, name),
-          el(
-            "div",
-            { class: "flow" },
-            contentNode(message.content),
-            stamp(message.created_at, tick),
-          ),
+          flow(key, message.content, stamp(message.created_at, tick)),
         ),
       ),
   };
+}
+
+/**
+ * A message's text and its stamp. A long text is folded until the user unfolds it.
+ * @param {string} key of the row
+ * @param {string} content
+ * @param {HTMLElement} stamp
+ */
+function flow(key, content, stamp) {
+  const lines = content.split("\n", SHORT_LINES + 1).length;
+  const long = content.length > SHORT_CHARACTERS || lines > SHORT_LINES;
+  const unfolded = pane.unfolded.has(key);
+  const fold = textButton(unfolded ? "Show less" : "Show all", () => {
+    if (unfolded) pane.unfolded.delete(key);
+    else pane.unfolded.add(key);
+    pane.follow = false; // the user reads on where the text was cut
+    pane.remember();
+    if (unfolded) pane.anchor = { key, top: 0 };
+    requestRender();
+  });
+  fold.classList.add("fold");
+  fold.setAttribute("aria-expanded", String(unfolded));
+  return el(
+    "div",
+    { class: classes("flow", { long, unfolded: long && unfolded }) },
+    contentNode(content),
+    long ? fold : null,
+    stamp,
+  );
 }
 
 /** @param {number} userId */
@@ -1406,8 +1689,8 @@ function stamp(created_at, tick) {
     { class: "stamp", title: tick || null },
     el(
       "time",
-      { datetime: created_at, title: moment.format(date) },
-      clock.format(date),
+      { datetime: created_at, title: formats.moment.format(date) },
+      formats.clock.format(date),
     ),
   );
   if (tick) {
@@ -1423,9 +1706,10 @@ function stamp(created_at, tick) {
 function unsentRow(delivery, first) {
   const { client_id, content, state, reason = "" } = delivery;
   const failed = state === "failed";
+  const key = `c ${client_id}`;
   return {
-    key: `c ${client_id}`,
-    look: JSON.stringify([state, reason, first]),
+    key,
+    look: JSON.stringify([state, reason, first, pane.unfolded.has(key)]),
     build: () =>
       el(
         "li",
@@ -1434,10 +1718,9 @@ function unsentRow(delivery, first) {
           "div",
           { class: "bubble" },
           senderLine(true, first, ""),
-          el(
-            "div",
-            { class: "flow" },
-            contentNode(content),
+          flow(
+            key,
+            content,
             el(
               "span",
               { class: "stamp" },
@@ -1455,23 +1738,30 @@ function unsentRow(delivery, first) {
  * The user can edit a message whose text was refused, and resend any other one.
  * @param {Delivery} delivery
  */
-function failureLine({ client_id, content, code, reason }) {
+function failureLine(delivery) {
+  const { client_id, code } = delivery;
   const textIsWrong = code === "bad_field" || code === "too_large";
-  const discard = () => model.client?.discard(client_id);
   return el(
     "p",
     { class: "failure" },
-    `Not sent: ${reason} `,
+    `Not sent: ${failureText(delivery)} `,
     textIsWrong
-      ? textButton("Edit", () => {
-          discard();
-          composer.value = content;
-          growComposer();
-          composer.focus();
-        })
+      ? textButton("Edit", () => composer.edit(delivery))
       : textButton("Try again", () => model.client?.resend(client_id)),
-    textButton("Delete", discard),
+    textButton("Delete", () => model.client?.discard(client_id)),
   );
+}
+
+/** Why a message was not sent. @param {Delivery} delivery @returns {string} */
+function failureText({ content, code = "", reason = "" }) {
+  const most = maximumIn(reason) || model.maxCharacters;
+  const over = countCharacters(content) - most;
+  if ((code === "bad_field" || code === "too_large") && over > 0)
+    return `It is ${plural("character", over)} too long: at most ${grouped(most)} fit.`;
+  if (code === "bad_field") return "It has characters that cannot be sent.";
+  if (code === "not_found" || code === "forbidden")
+    return "You may not write in this chat.";
+  return refusalText(code, reason);
 }
 
 /** @param {string} text @param {() => void} press */
@@ -1481,59 +1771,11 @@ function textButton(text, press) {
   return node;
 }
 
-/** The text of a message, with links for http and https. @param {string} content */
-function contentNode(content) {
-  const node = el("div", { class: "content", dir: "auto" });
-  let from = 0;
-  for (const match of content.matchAll(/\bhttps?:\/\/[^\s<>"]+/giu)) {
-    const address = withoutEnd(match[0]);
-    if (!isWebAddress(address)) continue;
-    node.append(
-      content.slice(from, match.index),
-      el(
-        "a",
-        {
-          href: address,
-          target: "_blank",
-          rel: "noopener noreferrer nofollow",
-        },
-        address,
-      ),
-    );
-    from = match.index + address.length;
-  }
-  node.append(content.slice(from));
-  return node;
-}
-
-/**
- * Removes the end of an address that belongs to the sentence around it: punctuation,
- * and a closing bracket that was not opened in the address.
- * @param {string} address
- * @returns {string}
- */
-function withoutEnd(address) {
-  const short = address.replace(/[.,;:!?'”»…]+$/u, "");
-  const count = (/** @type {string} */ sign) => short.split(sign).length;
-  const closed = short.endsWith(")") && count(")") > count("(");
-  return closed ? withoutEnd(short.slice(0, -1)) : short;
-}
-
-/** @param {string} text */
-function isWebAddress(text) {
-  try {
-    return ["http:", "https:"].includes(new URL(text).protocol);
-  } catch {
-    return false;
-  }
-}
-
 /** @param {ChatView | null} chat */
 function selectChat(chat) {
   const before = model.open;
   if (before === chat) return;
   if (before) {
-    before.draft = composer.value;
     before.divider = null;
     model.client?.sendTyping(before.id, false);
   }
@@ -1542,7 +1784,8 @@ function selectChat(chat) {
   pane.drawn = Infinity;
   pane.follow = true;
   pane.goTo = "start";
-  composer.value = chat?.draft ?? "";
+  pane.unfolded.clear();
+  composer.show(chat);
   if (!chat) return;
   chat.divider = unread(chat) > 0 ? chat.read_n : null;
   if (!chat.loaded) void loadLatest(chat);
@@ -1567,58 +1810,356 @@ function route() {
  * @param {ChatView | null} before
  */
 function moveFocus(before) {
-  const finePointer = matchMedia("(pointer: fine)").matches;
   /** @type {HTMLElement | null} */
   const target = model.open
-    ? finePointer
-      ? composer
+    ? matchMedia("(pointer: fine)").matches
+      ? composer.field
       : box("scroller")
     : box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
   target?.focus({ preventScroll: true });
 }
 
 /* -------------------------------------------------------------------------------------
- * Writing.
+ * Links: http and https, www. and mail addresses. A sentence may go on right after an
+ * address, so the page takes all that could belong to it, and then cuts off the rest.
  * ---------------------------------------------------------------------------------- */
 
-const composer = byId("composer-text", HTMLTextAreaElement);
+/**
+ * A character of an address: no white space, no quote, and no mark outside of ASCII
+ * that ends a sentence, opens or closes. (But ’ may be part of a French title.)
+ */
+const IN_ADDRESS =
+  "(?!(?![\\x00-\\x7f’])[\\p{Term}\\p{Ps}\\p{Pe}\\p{Pi}\\p{Pf}…—―〜" +
+  "\\uff01-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65])" +
+  '[^\\s\\p{Cc}<>"`\\\\\\u200b\\u200e\\u200f\\u202a-\\u202e\\u2060-\\u206f]';
+const LABEL = "[\\p{L}\\p{N}](?:[\\p{L}\\p{N}-]{0,61}[\\p{L}\\p{N}])?";
+const ADDRESS = new RegExp(
+  [
+    `(?<web>(?<![a-z\\d])https?://(?:${IN_ADDRESS})+)`,
+    `(?<www>(?<![a-z\\d@./-])www\\.(?:${IN_ADDRESS})+)`,
+    "(?<mail>(?<![\\p{Script=Latin}\\p{N}._%+/@-])" +
+      `[a-z\\d](?:[a-z\\d._%+'-]{0,62}[a-z\\d_+-])?@(?:${LABEL}\\.){1,9}` +
+      // The last part is ASCII, or has none: other text may follow without a space.
+      "(?:xn--[a-z\\d-]{2,59}|[a-z]{2,63}|(?:(?![\\x00-\\x7f])\\p{L}){2,63})" +
+      "(?![a-z\\d@_]|[:/][a-z\\d]))", // git@host:path is no mail address
+  ].join("|"),
+  "giu",
+);
+/** An address that follows the first ends before the second. */
+const PAIRS = /** @type {Record<string, string>} */ ({
+  "'": "'",
+  "‘": "’",
+  "*": "*",
+  "|": "|",
+});
+const OPENING = /** @type {Record<string, string>} */ ({
+  ")": "(",
+  "]": "[",
+  "}": "{",
+});
+const TRAILING = /(?:[.,:;!?*'~|([{]|(?![\x00-\x7f])\p{P})+$/u;
 
-/** @param {Event} [event] */
-function submitMessage(event) {
-  event?.preventDefault();
-  const chat = model.open;
-  // Text from a terminal may have control characters, which the server refuses.
-  const content = composer.value.replace(CONTROL_CHARACTERS, "").trim();
-  if (!chat || !content) return;
-  composer.value = "";
-  growComposer();
-  chat.divider = null;
-  model.client?.sendTyping(chat.id, false);
-  model.client?.send(chat.id, content);
-  pane.follow = true;
-  requestRender();
+/** The text of a message, with links. @param {string} content */
+function contentNode(content) {
+  const text = visibleText(content);
+  const blank = text !== content;
+  const node = el("div", { class: classes("content", { blank }), dir: "auto" });
+  let done = 0;
+  for (const { at, address, href } of linksIn(text)) {
+    const target = href.startsWith("mailto:") ? null : "_blank";
+    const rel = "noopener noreferrer nofollow";
+    node.append(text.slice(done, at), el("a", { href, target, rel }, address));
+    done = at + address.length;
+  }
+  node.append(text.slice(done));
+  return node;
 }
 
-/** Makes the field as high as its text, up to the limit in style.css. */
-function growComposer() {
-  composer.style.height = "auto";
-  const border = composer.offsetHeight - composer.clientHeight;
-  composer.style.height = `${composer.scrollHeight + border}px`;
-}
-
-function onComposerInput() {
-  growComposer();
-  if (model.open) model.client?.sendTyping(model.open.id, composer.value.trim() !== "");
+/** @param {string} text @returns {{at: number, address: string, href: string}[]} */
+function linksIn(text) {
+  const links = [];
+  ADDRESS.lastIndex = 0;
+  for (let tries = 0; tries < MAX_LINKS; tries++) {
+    const match = ADDRESS.exec(text);
+    if (!match?.groups) break;
+    const { web, mail } = match.groups;
+    const address = mail ?? addressIn(match[0], text[match.index - 1] ?? "");
+    const href = mail ? `mailto:${mail}` : web ? address : `https://${address}`;
+    if (mail || isWebAddress(href, web ? 1 : 3))
+      links.push({ at: match.index, address, href });
+    // What was cut off may begin with the next address.
+    ADDRESS.lastIndex = match.index + Math.max(address.length, "www.".length);
+  }
+  return links;
 }
 
 /**
- * Enter sends the message. With Shift, or on a touch keyboard, Enter begins a new line.
+ * Cuts off what belongs to the sentence around the address.
+ * @param {string} found
+ * @param {string} before the character before it
+ */
+function addressIn(found, before) {
+  const list = /[,;|]+(?=https?:\/\/|www\.)|\*\*/iu; // the next address, bold text
+  const [first = ""] = found.split(list, 1);
+  const pair = PAIRS[before];
+  const [inside = ""] = pair ? first.split(pair, 1) : [first];
+  const address = withoutTextAfterHost(inside.slice(0, closedAt(inside)));
+  const short = address.replace(TRAILING, "");
+  return before === "_" ? short.replace(/_+$/, "") : short;
+}
+
+/** The place of the first bracket that closes and was not opened in the address. */
+function closedAt(/** @type {string} */ address) {
+  const open = [];
+  for (let i = 0; i < address.length; i++) {
+    const sign = address[i] ?? "";
+    if ("([{".includes(sign)) open.push(sign);
+    else if (OPENING[sign] && open.pop() !== OPENING[sign]) return i;
+  }
+  return address.length;
+}
+
+/**
+ * In "example.comを見て" a text follows the host: the last part of a host never mixes
+ * ASCII with another script.
+ * @param {string} address
+ */
+function withoutTextAfterHost(address) {
+  const [host = ""] = /^(?:https?:\/\/)?[^/?#]*/iu.exec(address) ?? [];
+  const start = Math.max(...[".", "/", "@"].map((sign) => host.lastIndexOf(sign))) + 1;
+  const mixed = /^(?:[a-z\d-]{2,}|\d+)(?::\d*)?(?=(?!\p{M})[^\x00-\u024f])/iu;
+  const [last] = mixed.exec(host.slice(start)) ?? [];
+  return last ? address.slice(0, start + last.length) : address;
+}
+
+/** @param {string} text @param {number} labels that its host has at least */
+function isWebAddress(text, labels) {
+  try {
+    const { protocol, hostname } = new URL(text);
+    const known = protocol === "https:" || protocol === "http:";
+    return known && hostname.split(".").filter(Boolean).length >= labels;
+  } catch {
+    return false;
+  }
+}
+
+/* -------------------------------------------------------------------------------------
+ * Drafts: what the user has written but not sent, for each user and chat. They are in
+ * localStorage, or else in memory. They survive a reload, the end of the session and a
+ * sign-out in any tab; the panel of the account shows how many there are, and deletes
+ * them.
+ * ---------------------------------------------------------------------------------- */
+
+const DRAFT_PREFIX = "chatd.draft.";
+
+const drafts = {
+  /** The drafts that are not in storage, by key. @type {Map<string, string>} */
+  unstored: new Map(),
+
+  /** @param {number} chatId */
+  key(chatId) {
+    return `${DRAFT_PREFIX}${myId()}.${chatId}`;
+  },
+
+  /** @param {number} chatId @returns {string} "": there is none */
+  get(chatId) {
+    const key = this.key(chatId);
+    return this.unstored.get(key) ?? readDraft(this.item(key)).text;
+  },
+
+  /** @param {number} chatId @param {string} text "": removes it */
+  set(chatId, text) {
+    const key = this.key(chatId);
+    this.unstored.delete(key);
+    try {
+      if (text === "") localStorage.removeItem(key);
+      else localStorage.setItem(key, JSON.stringify({ text, at: Date.now() }));
+    } catch {
+      if (text !== "") this.unstored.set(key, text);
+    }
+  },
+
+  /** @param {string} key */
+  item(key) {
+    try {
+      return localStorage.getItem(key);
+    } catch {
+      return null;
+    }
+  },
+
+  /** The keys of this user's drafts. @param {string} [prefix] of other keys */
+  keys(prefix = `${DRAFT_PREFIX}${myId()}.`) {
+    const all = [...this.unstored.keys()];
+    try {
+      for (let i = 0; i < localStorage.length; i++) all.push(localStorage.key(i) ?? "");
+    } catch {
+      // Storage is forbidden.
+    }
+    return [...new Set(all)].filter((key) => key.startsWith(prefix));
+  },
+
+  /** Drops the oldest drafts of all users when together they are too long. */
+  prune() {
+    let room = DRAFT_CHARACTERS;
+    const stored = this.keys(DRAFT_PREFIX).map((key) => ({
+      key,
+      value: this.item(key),
+    }));
+    stored.sort((a, b) => readDraft(b.value).at - readDraft(a.value).at);
+    for (const { key, value } of stored) {
+      room -= key.length + (value?.length ?? 0);
+      if (room < 0 && value !== null) localStorage.removeItem(key);
+    }
+  },
+};
+
+/** @param {string | null} value of an item @returns {{text: string, at: number}} */
+function readDraft(value) {
+  try {
+    const { text, at } = JSON.parse(value ?? "");
+    return { text: String(text), at: Number(at) };
+  } catch {
+    return { text: "", at: 0 };
+  }
+}
+
+/**
+ * Another tab has changed a draft. A tab that shows the same text follows, or else a
+ * text that was sent there would stay here.
+ * @param {StorageEvent} event
+ */
+function onDraftElsewhere({ key, oldValue, newValue }) {
+  if (!key?.startsWith(DRAFT_PREFIX)) return;
+  const isOpen = model.open && key === drafts.key(model.open.id);
+  if (isOpen && composer.field.value === readDraft(oldValue).text)
+    composer.setText(readDraft(newValue).text);
+  requestRender();
+}
+
+function showDrafts() {
+  const count = drafts.keys().length;
+  box("drafts").hidden = count === 0;
+  setText("drafts-text", `${plural("draft", count)} in this browser.`);
+}
+
+async function onDeleteDrafts() {
+  box("me-panel").hidePopover();
+  const sure = await ask({
+    title: "Delete your drafts?",
+    text: "Everything that you have written in this browser and not sent will be lost.",
+    yes: "Delete drafts",
+    no: "Cancel",
+  });
+  if (!sure) return;
+  for (const key of drafts.keys()) drafts.set(Number(key.split(".").at(-1)), "");
+  composer.show(model.open);
+  requestRender();
+}
+
+/* -------------------------------------------------------------------------------------
+ * Writing. The composer owns its field: the text, the height, the draft, the counter,
+ * what Enter means, and sending. Nothing else writes to the field.
+ * ---------------------------------------------------------------------------------- */
+
+const composer = {
+  field: byId("composer-text", HTMLTextAreaElement),
+
+  /** Shows the draft of a chat. @param {ChatView | null} chat */
+  show(chat) {
+    drafts.prune();
+    this.setText(chat ? drafts.get(chat.id) : "");
+  },
+
+  /** @param {string} text */
+  setText(text) {
+    this.field.value = text;
+    this.fit();
+  },
+
+  /**
+   * Gives style.css a copy of the text, which makes the field as high as its text. (To
+   * measure the field, it would have to become low first: that moves the messages.)
+   * Counts the characters when there is little room left.
+   */
+  fit() {
+    box("composer-box").dataset["text"] = this.field.value;
+    const count = countCharacters(sendable(this.field.value));
+    const left = model.maxCharacters - count;
+    const text =
+      left < 0
+        ? `${plural("character", -left)} too long`
+        : `${grouped(count)} of ${grouped(model.maxCharacters)} characters`;
+    setText("composer-count", count < COUNT_FROM * model.maxCharacters ? "" : text);
+    box("composer-count").classList.toggle("over", left < 0);
+  },
+
+  onInput() {
+    this.fit();
+    if (!model.open) return;
+    drafts.set(model.open.id, this.field.value);
+    model.client?.sendTyping(model.open.id, !isBlank(this.field.value));
+  },
+
+  /**
+   * Enter sends the message. With Shift, or on a touch keyboard, it begins a new line.
+   * @param {KeyboardEvent} event
+   */
+  onKey(event) {
+    if (event.key !== "Enter" || event.shiftKey || isComposing(event)) return;
+    if (!matchMedia("(pointer: coarse)").matches) this.send(event);
+  },
+
+  /** @param {Event} event */
+  send(event) {
+    event.preventDefault();
+    const chat = model.open;
+    const content = sendable(this.field.value);
+    if (!chat || !content) return;
+    if (isBlank(content)) {
+      toast("Nothing of this message could be seen, so it was not sent.");
+      return;
+    }
+    chat.divider = null;
+    chat.activeAt = Date.now();
+    model.client?.sendTyping(chat.id, false);
+    model.client?.send(chat.id, content); // it is in storage now, so the draft may go
+    drafts.set(chat.id, "");
+    this.setText("");
+    pane.follow = true;
+    requestRender();
+  },
+
+  /** Takes a refused message back into the field. @param {Delivery} delivery */
+  edit({ client_id, chat_id, content }) {
+    if (!isBlank(this.field.value)) {
+      toast("You are writing another message. Send it or delete it first.");
+    } else {
+      model.client?.discard(client_id);
+      drafts.set(chat_id, content);
+      this.setText(content);
+    }
+    this.field.focus();
+  },
+};
+
+/**
+ * The text as it is sent: without the control characters of a terminal, empty lines
+ * before it and white space after it. The first line keeps its indent.
+ * @param {string} text
+ */
+function sendable(text) {
+  const clean = text.replace(CONTROL_CHARACTERS, "").trimEnd();
+  return clean.replace(/^\s*\n/, "");
+}
+
+/**
+ * Whether a key belongs to an input method. Safari reports the Enter that ends a
+ * composition after its end, with the key code 229.
  * @param {KeyboardEvent} event
  */
-function onComposerKey(event) {
-  const touch = matchMedia("(pointer: coarse)").matches;
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || touch) return;
-  submitMessage(event);
+function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
 }
 
 /* -------------------------------------------------------------------------------------
@@ -1679,7 +2220,6 @@ function showCandidates() {
       build: () => candidate(id),
     })),
   );
-  box("people-empty").hidden = ids.length > 0;
   filterCandidates();
 }
 
@@ -1698,13 +2238,52 @@ function candidate(userId) {
   );
 }
 
+/** In small letters without accents: "zoltan" finds Zoltán. @param {string} name */
+function folded(name) {
+  return name.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase();
+}
+
+/**
+ * Shows the people whose names contain the filter's text, and those who are chosen.
+ * Highlights the one that Enter chooses.
+ * @returns {{found: number, next: HTMLInputElement | undefined}} next: its checkbox
+ */
 function filterCandidates() {
-  const wanted = field("people-filter").value.trim().toLowerCase();
-  for (const row of box("people-list").children) {
-    if (!(row instanceof HTMLElement)) continue;
-    const chosen = row.querySelector("input")?.checked;
-    row.hidden = !chosen && !row.dataset["look"]?.toLowerCase().includes(wanted);
+  const text = field("people-filter").value.trim();
+  /** @type {HTMLInputElement | undefined} */
+  let next;
+  let found = 0;
+  for (const row of rowsOf("people-list")) {
+    const input = row.querySelector("input") ?? undefined;
+    const fits = folded(row.dataset["look"] ?? "").includes(folded(text));
+    if (fits) found += 1;
+    row.hidden = !fits && !input?.checked;
+    const isNext = text !== "" && fits && !next && !input?.checked;
+    if (isNext) next = input;
+    row.classList.toggle("next", isNext);
   }
+  const anyone = box("people-list").childElementCount > 0;
+  const none = anyone ? `No one here is called “${text}”.` : "There is no one to add.";
+  setText("people-empty", found > 0 ? "" : none);
+  return { found, next };
+}
+
+/**
+ * Enter chooses the highlighted person. Without a filter it submits, as in any field.
+ * @param {KeyboardEvent} event
+ */
+function onFilterKey(event) {
+  const text = field("people-filter").value.trim();
+  if (event.key !== "Enter" || text === "" || isComposing(event)) return;
+  event.preventDefault();
+  const { found, next } = filterCandidates();
+  if (found === 0) return;
+  if (next) {
+    next.checked = true;
+    announce(`${personName(Number(next.value))} is chosen.`);
+  }
+  field("people-filter").value = "";
+  filterCandidates();
 }
 
 /** @param {SubmitEvent} event */
@@ -1764,7 +2343,7 @@ async function createChat(title, member_ids) {
     title,
     member_ids,
   });
-  putChat(chat).addedAt = Date.now();
+  putChat(chat).activeAt = Date.now();
   location.hash = `#chat/${chat.id}`;
 }
 
@@ -1814,8 +2393,8 @@ async function onInfoLeave() {
 }
 
 /* -------------------------------------------------------------------------------------
- * Notifications. They appear only while the tab is hidden, and only after the user has
- * turned them on.
+ * Notifications. They appear only while the user does not watch the tab, and only after
+ * the user has turned them on.
  * ---------------------------------------------------------------------------------- */
 
 async function onNotifyButton() {
@@ -1826,9 +2405,9 @@ async function onNotifyButton() {
 /** @param {ChatView} chat @param {Message} message */
 function notify(chat, message) {
   const allowed = "Notification" in window && Notification.permission === "granted";
-  if (!allowed || document.visibilityState === "visible") return;
+  if (!allowed || isWatched()) return;
   after(NOTIFY_SECONDS, () => {
-    const seen = chat.read_n >= message.n || document.visibilityState === "visible";
+    const seen = chat.read_n >= message.n || isWatched();
     if (!seen && model.chats.has(chat.id)) showNotification(chat, message);
   });
 }
@@ -1839,7 +2418,7 @@ function showNotification(chat, message) {
   const title = chat.title ? `${sender} in ${chat.title}` : sender;
   try {
     const shown = new Notification(title, {
-      body: message.content.slice(0, 200),
+      body: visibleText(message.content).slice(0, 200),
       tag: `chatd.${myId()}.${chat.id}`, // all tabs of a user share one notification
     });
     shown.addEventListener("click", () => {
@@ -1863,9 +2442,11 @@ function showNotification(chat, message) {
  */
 function start(session) {
   if (model.session?.token === session.token) return;
+  loading = true;
   model.client?.disconnect();
   resetModel();
-  writeSession(storages.tab, session);
+  if (!writeSession(storages.tab, session))
+    toast("This browser lets chatd store nothing: a reload will sign you out.");
   const client = new ChatWebSocket({ bearer: session.token });
   model.session = session;
   model.client = client;
@@ -1890,24 +2471,32 @@ function addListeners() {
     /** @type {(event: any) => void} */ handle,
   ) => target.addEventListener(type, handle);
   on(window, "hashchange", onHash);
-  on(signedOut, "message", onSignedOutElsewhere);
+  if (signedOut) on(signedOut, "message", onSignedOutElsewhere);
   on(window, "beforeunload", onBeforeUnload);
+  on(window, "storage", onDraftElsewhere);
   // Renders at once: a tab that is hidden now may never get the requested frame.
-  on(document, "visibilitychange", render);
+  on(document, "visibilitychange", onWatched);
+  on(window, "focus", onWatched);
   on(box("sign-in-form"), "submit", onSignInForm);
   on(button("sign-out"), "click", () => void onSignOut());
+  on(box("me-panel"), "toggle", showDrafts);
+  on(button("drafts-delete"), "click", () => void onDeleteDrafts());
   on(button("banner-retry"), "click", () => model.client?.retry());
   on(button("notify"), "click", () => void onNotifyButton());
   on(box("bell-list"), "click", () => box("bell-panel").hidePopover());
   on(box("skip"), "click", onSkip);
   on(button("jump"), "click", onJump);
   on(box("scroller"), "scroll", () => pane.onScroll());
-  on(box("composer"), "submit", submitMessage);
-  on(composer, "input", onComposerInput);
-  on(composer, "keydown", onComposerKey);
+  on(box("composer"), "submit", (event) => composer.send(event));
+  on(composer.field, "input", () => composer.onInput());
+  on(composer.field, "keydown", (event) => composer.onKey(event));
+  // The focus stays in the field, or else a phone would close its keyboard.
+  for (const id of ["send", "jump"])
+    on(button(id), "mousedown", (event) => event.preventDefault());
   on(button("new-chat"), "click", () => choosePeople(null));
   on(box("people-form"), "submit", (event) => void onPeopleForm(event));
   on(field("people-filter"), "input", filterCandidates);
+  on(field("people-filter"), "keydown", onFilterKey);
   on(button("people-cancel"), "click", () => dialog("people").close());
   on(button("chat-info"), "click", showInfo);
   on(button("info-close"), "click", () => dialog("info").close());
@@ -1915,7 +2504,9 @@ function addListeners() {
   on(button("info-leave"), "click", () => void onInfoLeave());
   on(button("ask-yes"), "click", () => dialog("ask").close("yes"));
   on(button("ask-no"), "click", () => dialog("ask").close("no"));
-  new ResizeObserver(onResize).observe(box("scroller"));
+  const observer = new ResizeObserver(() => pane.onResize());
+  for (const id of ["scroller", "messages"]) observer.observe(box(id));
+  if (window.visualViewport) on(window.visualViewport, "resize", onViewport);
   setInterval(onSecond, 1000);
 }
 
@@ -1929,26 +2520,50 @@ function onHash({ oldURL }) {
 /** @param {Event} event */
 function onSkip(event) {
   event.preventDefault();
-  (model.open ? composer : box("chat-list").querySelector("a"))?.focus();
+  (model.open ? composer.field : box("chat-list").querySelector("a"))?.focus();
 }
 
 function onJump() {
   pane.scrollToEnd(); // at once: smooth scrolling through a long history can make dizzy
-  box("scroller").focus({ preventScroll: true });
+  // The button is gone now. The keyboard of a phone stays as it is.
+  if (document.activeElement !== composer.field)
+    box("scroller").focus({ preventScroll: true });
 }
 
-/** The size has changed, perhaps for an on-screen keyboard. The end stays visible. */
-function onResize() {
-  if (pane.follow) pane.scrollToEnd();
-  markSeen();
+/**
+ * If an on-screen keyboard covers a part of the page, as on iOS, the page becomes as
+ * high as the other part. To zoom with two fingers changes nothing.
+ */
+function onViewport() {
+  const view = window.visualViewport;
+  if (!view || view.scale > 1.01) return;
+  const covered = view.height < window.innerHeight - 1;
+  if (covered) box("chat").style.setProperty("--view-height", `${view.height}px`);
+  else box("chat").style.removeProperty("--view-height");
+  window.scrollTo(0, 0);
 }
 
-/** Updates the seconds in the banner. */
+/** The user has come back, perhaps on another day. */
+function onWatched() {
+  onSecond();
+  render();
+}
+
+let today = new Date().toDateString();
+
+/** Updates what time changes: the seconds in the banner, and the names of days. */
 function onSecond() {
   if (!box("banner").hidden) renderBanner();
+  const now = new Date();
+  const sameZone = now.getTimezoneOffset() === formats.offset;
+  if (sameZone && now.toDateString() === today) return;
+  today = now.toDateString();
+  if (!sameZone) formats = newFormats();
+  requestRender();
 }
 
 function begin() {
+  if (!("popover" in HTMLElement.prototype)) throw new Error("It is too old.");
   addListeners();
   const token = extractLinkToken();
   const session = sessionToResume();
