@@ -258,7 +258,7 @@ async def running_firefox(preferences: dict[str, Any]) -> AsyncIterator[Firefox]
         shutil.rmtree(profile, ignore_errors=True)
 
 
-async def follow_output(
+async def follow_output(  # noqa: ASYNC114 (only ever given to nursery.start)
     process: trio.Process, task_status: trio.TaskStatus[str]
 ) -> None:
     """Report the address of the protocol, and read on so that the pipe never fills."""

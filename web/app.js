@@ -487,7 +487,7 @@ function signInFailed(token, error) {
   }
   showSignIn({ error: text });
   // Without an answer the link may still be valid, so the button can try it again.
-  if (!refused) field("sign-in-link").value = `${location.origin}/#token=${token}`;
+  if (!refused) field("sign-in-link").value = new URL(`#token=${token}`, location.href).href;
 }
 
 /**
