@@ -1759,14 +1759,16 @@ class Store:
     ) -> tuple[int, str]:
         """Store a user's name, "" for none, unless it was named later than that.
 
-        Returns what is stored. It is not an event: names are read when shown.
+        A time in the future does not count: it was made by a wrong clock. Returns what
+        is stored. It is not an event: names are read when shown.
         """
         sql = """INSERT INTO user (id, name, named_at) VALUES (?1, nullif(?2, ''), ?3)
                  ON CONFLICT DO UPDATE SET
-                     name = iif(named_at > ?3, name, excluded.name),
-                     named_at = max(coalesce(named_at, 0), ?3)
+                     name = iif(named_at > ?3 AND named_at <= ?4, name, excluded.name),
+                     named_at = iif(named_at > ?3 AND named_at <= ?4, named_at, ?3)
                  RETURNING named_at, coalesce(name, '')"""
-        return tuple(db.execute(sql, (user_id, name, named_at)).fetchone())
+        row = db.execute(sql, (user_id, name, named_at, now_seconds())).fetchone()
+        return tuple(row)
 
     def revoke(self, db: Db, _events: Entries, user_id: int, revoked_at: int) -> None:
         """Store that a user's tokens up to this Unix second are refused."""
@@ -3198,7 +3200,7 @@ KEY_FORMS = {
         "a --jwt-key file has the PEM block as it is, not encoded again",
     ),
     rb"(?mi)(?<![a-z])kty\W{1,8}(?:rsa|ec|okp|oct)\b|<(?:modulus|rsakeyvalue)>"
-    rb"|^[ \t]*modulus *[:=]|\bpublic[ -]key\b.*:|\bk[1-4]\.public\.": (
+    rb"|^[ \t]*modulus *[:=]|\bpublic[ -]key\b.*:|^\W*aqab\W*$|\bk[1-4]\.public\.": (
         "the description of a key (JWK, XML, text)",
         "make it PEM; docs/embedding.md says how",
     ),
@@ -3420,7 +3422,9 @@ class Keyring:
         claims, now = self._known(token), time.time()
         if claims.exp + LEEWAY_SECONDS <= now:
             raise Refusal("token_expired")
-        latest = max(now + LEEWAY_SECONDS, self.time_to_sign(claims.user_id))
+        # A proxy does not know how far ahead revocations have put the time to sign.
+        ahead = AHEAD_SECONDS if use == "edge" else LEEWAY_SECONDS
+        latest = max(now + ahead, self.time_to_sign(claims.user_id))
         if max(claims.iat, claims.nbf) > latest:
             raise bad_token("token: iat or nbf is in the future; are the clocks right?")
         if claims.use == "ticket":
@@ -3521,8 +3525,9 @@ def read_claims(body: dict[str, Any], foreign: bool) -> Claims:
         body = {name: body[name] for name in believed & body.keys()}
     try:
         return msgspec.convert(body, Claims)
-    except msgspec.ValidationError as error:
-        # It names the claim. It quotes no value but a `use` that chatd has signed.
+    except (msgspec.ValidationError, UnicodeError) as error:
+        # It names the claim. It quotes no value but a `use` that chatd has signed, or
+        # half of a surrogate pair.
         raise bad_token(
             f"token: {error} (user_id, or else sub, is a user's number; exp, iat and "
             "nbf are Unix seconds)"
@@ -4028,10 +4033,10 @@ async def store_name(server: Server, claims: Claims) -> None:
 
     A failure is no reason to refuse.
     """
-    user_id, name = claims.user_id, claims.name
-    named_at = min(int(claims.iat), now_seconds())
+    user_id, name, now = claims.user_id, claims.name, now_seconds()
+    named_at = min(int(claims.iat), now)
     newest_at, newest = server.names.get(user_id, (0, None))
-    if name is None or named_at < newest_at:
+    if name is None or named_at < newest_at <= now:
         return
     if name == newest:  # saves a write for each new token
         server.names[user_id] = named_at, name
@@ -5709,7 +5714,7 @@ def _origin(text: str) -> str:
         host = f"[{ipaddress.IPv6Address(host)}]"
     elif not host.isascii():
         host = idna.encode(host, uts46=True).decode()
-    return f"{parts.scheme}://{host}{port}"
+    return short_origin(f"{parts.scheme}://{host}{port}")  # the port was :0443
 
 
 def _listen(text: str) -> str:

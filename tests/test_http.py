@@ -990,6 +990,21 @@ async def test_the_name_of_the_newest_token_wins_whatever_the_order(
     assert users == [{"user_id": 6, "name": "Last"}]
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+@with_server()
+async def test_a_name_that_was_set_while_the_clock_was_ahead_does_not_stay_for_ever(
+    server: VirtualServer, restarted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    for days, name in ((400, "Ann"), (0, "Anna"), (0, "Annie")):
+        monkeypatch.setattr(time, "time", lambda: real() + days * 86_400)  # noqa: B023
+        token = server.token(6, iat=time.time(), exp=time.time() + 60, name=name)
+        answer = await server.ask("GET", "/api/v1/me", token=token)
+        assert answer.json["name"] == name
+        if restarted:
+            server.app.names.clear()
+
+
 @with_server()
 async def test_without_iat_the_name_of_the_last_request_wins(
     server: VirtualServer,
