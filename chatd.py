@@ -249,7 +249,7 @@ MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> None:
-    """Serve until a signal says stop. ready is told where it listens."""
+    """Serve until a signal says stop. ready gets the URLs that it listens at."""
     settings = raise_file_limit(settings)
     with locked(settings.db, secret_path(settings)) as unfinished:
 
@@ -4036,10 +4036,10 @@ async def store_name(server: Server, claims: Claims) -> None:
         return
     if len(server.names) >= TABLE_KEYS:
         server.names.clear()
-    rename = server.store.rename
+    # `then` is called in the order of the commits, so the table has the newest name.
+    rename, stored = server.store.rename, partial(server.names.__setitem__, user_id)
     with suppress(Refusal):
-        stored = await server.store.commit(rename, user_id, name, named_at)
-        server.names[user_id] = stored
+        await server.store.commit(rename, user_id, name, named_at, then=stored)
 
 
 def check_origin(server: Server, request: Request) -> None:
@@ -4091,7 +4091,7 @@ async def post_session(server: Server, request: Request) -> Answer:
     name = await server.store.read(server.store.name, user_id)
     # The user may have been revoked meanwhile. From here on nothing waits.
     server.keyring.refuse_revoked(request.claims)
-    # Without the name, which may change: a session's token is newer than its link.
+    # No name in it: it is newer than the link, and would undo a change of the name.
     token = server.keyring.sign(user_id, SESSION_SECONDS, use="session")
     return json_answer(
         {
@@ -4242,7 +4242,7 @@ async def post_revoke(server: Server, request: Request) -> Answer:
         for session in theirs:
             session.end(CLOSE_SIGN_IN, "revoked: sign in again")
 
-    # They are refused at once: else a token from before could get one signed meanwhile.
+    # Refuse them before the write: during it, an old token could get a new one signed.
     keyring = server.keyring
     keyring.revoked[user_id] = revoked_at = keyring.time_to_sign(user_id)
     await server.store.commit(server.store.revoke, user_id, revoked_at, then=close)
@@ -5058,7 +5058,7 @@ CLEAR = "\x1b[K\r"  # what follows overwrites the line
 
 
 def progress(path: Path) -> Callable[..., None]:
-    """Make a function that shows on a terminal how far a step of over a second is.
+    """Make a function that shows a step's progress on a terminal, after a second.
 
     SQLite calls it after so many instructions, or pages of a copy: (status, left, all).
     Signals are handled then, too. The server's own threads show nothing.
@@ -5182,12 +5182,9 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
         with suppress(OSError):
             os.set_inheritable(fd, False)
             sock = socket.socket(fileno=fd)
-            if name == KEPT:
-                kept.append(sock)
-                continue
             listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if listens and sock.type == socket.SOCK_STREAM:
-                given.append(sock)
+            if name == KEPT or (listens and sock.type == socket.SOCK_STREAM):
+                (kept if name == KEPT else given).append(sock)
                 continue
         raise UsageError(
             f"LISTEN_FDS: descriptor {fd} ({name}) is no listening stream socket; "
@@ -5253,7 +5250,7 @@ async def _listen_at(
 
 
 def _bind(family: int, at: Any) -> socket.socket:
-    """Listen there; on [::], as Linux does it, for IPv4 too. Raises OSError.
+    """Listen at a place. [::] takes IPv4, too, as Linux has it. Raises OSError.
 
     A Unix socket gets the mode 0660 and its folder's group, if chatd is in it. A file
     on which nobody accepts is replaced.
@@ -5364,10 +5361,10 @@ def announce(url: str) -> None:
 def mention(text: str) -> None:
     """Print, if stdout can be written: the line matters less than what chatd does."""
     with suppress(UsageError):
-        answer(text)
+        print_result(text)
 
 
-def answer(text: str) -> None:
+def print_result(text: str) -> None:
     """Print what was asked for. Raises UsageError if stdout is closed, full or gone."""
     try:
         if sys.stderr.isatty():
@@ -5517,7 +5514,7 @@ def faults(db: Db) -> list[str]:
     ]
 
 
-# SQL for what is in a database, in words.
+# SQL that says in words what is in a database.
 CONTENTS = """
 SELECT (SELECT count(*) FROM user) || ' users, ' || (SELECT count(*) FROM chat) ||
     ' chats, ' || count(*) || ' messages' || coalesce(', the newest of ' ||
@@ -5849,12 +5846,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     too = "Each flag can be given as CHATD_NAME in the environment too."
     serving = commands.add_parser("serve", help="serve the chat", epilog=too)
-    demo = "try it: two users, a chat, no traces"
-    serving.add_argument("--demo", action="store_true", help=demo)
+    serving.add_argument(
+        "--demo", action="store_true", help="try it: two users, a chat, no traces"
+    )
     add_flags(serving)
 
-    before = "check tokens in front of a chatd that listens elsewhere"
-    proxying = commands.add_parser("proxy", help=before, epilog=too)
+    proxying = commands.add_parser(
+        "proxy", help="check tokens in front of another chatd", epilog=too
+    )
     proxying.add_argument(
         "--upstream",
         metavar="ADDRESS",
@@ -5884,8 +5883,9 @@ def make_parser() -> argparse.ArgumentParser:
     copy.add_argument("--keep", metavar="COUNT", type=parse_count, default=0, help=kept)
     add_flags(copy, "db")
 
-    there = "put a backup in the database's place; stop chatd before"
-    put = commands.add_parser("restore", help=there)
+    put = commands.add_parser(
+        "restore", help="put a backup in the database's place; stop chatd before"
+    )
     put.add_argument("path", type=Path, metavar="SRC")
     add_flags(put, "db")
 
@@ -5903,10 +5903,10 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
     if base := options.link:
         base = page_url(settings.listen) if base is True else base
-        answer(sign_in_link(keyring, base, user_id, name, ttl))
+        print_result(sign_in_link(keyring, base, user_id, name, ttl))
     else:
         seconds = ttl or SESSION_SECONDS
-        answer(keyring.sign(user_id, seconds, name=name, scope=options.scope))
+        print_result(keyring.sign(user_id, seconds, name=name, scope=options.scope))
 
 
 def end_with_a_sentence() -> None:
@@ -5926,7 +5926,7 @@ def print_check(path: Path) -> None:
         found, contents = faults(db), query_value(db, CONTENTS)
     if found:
         raise UsageError("\n       ".join([f"database {path}:", *found]))
-    answer(f"{path}: ok: {contents}")
+    print_result(f"{path}: ok: {contents}")
 
 
 def fill_standard_streams() -> None:
