@@ -963,7 +963,7 @@ class Desk:
                     newly = senders[was:read_n]
                     acted = (name in ("send", "mark"), user) == (True, one)
                     assert acted or {*newly} <= {one}, word
-                    # What follows the mark is never one's own message.
+                    # The message after the mark is never the user's own.
                     assert senders[read_n : read_n + 1] != [one], word
 
     def publish(self) -> None:
