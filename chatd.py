@@ -409,8 +409,8 @@ class Server:
                     why = seat.sweep(now)
                     if why is None:
                         # A clock that was stepped forward ends the token, too.
-                        late = time.time() - session.claims.ends
-                        seat.sweep_token(max(now, seat.token_ends + late))
+                        left = session.claims.ends - time.time()
+                        seat.sweep_token(min(left, session.token_ends - now))
                         continue
                     self.stats.stalls += why == "stalled"
                     session.end(CUT, why)
@@ -987,7 +987,8 @@ class Session:
 
     def _set_token(self, claims: Claims) -> None:
         self.claims = claims
-        self.seat.token_ends = trio.current_time() + claims.ends - time.time()
+        # In trio's time: a clock that is stepped back gives the socket no more time.
+        self.token_ends = trio.current_time() + claims.ends - time.time()
 
     # --- closing ---------------------------------------------------------------------
 
@@ -2085,7 +2086,6 @@ class Seat(msgspec.Struct, eq=False):
         default_factory=lambda: PING_SECONDS * random.uniform(0.9, 1.1)
     )
     pinged_at: float = 0.0  # 0.0: no ping is unanswered
-    token_ends: float = math.inf  # in trio's time
     warned: bool = True  # of its token's end; not before `connected`
 
     def reply(self, reply: Reply) -> None:
@@ -2126,9 +2126,8 @@ class Seat(msgspec.Struct, eq=False):
             outbox.push(PING_FRAME)
         return None
 
-    def sweep_token(self, now: float) -> None:
-        """Warn before the token's end; some time after it, close."""
-        left = self.token_ends - now
+    def sweep_token(self, left: float) -> None:
+        """Warn before the token's end, in `left` seconds; some time after it, close."""
         if left <= TOKEN_WARNING_SECONDS and not self.warned:
             self.warned = True
             self.outbox.push(
@@ -5862,8 +5861,9 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"where that chatd listens (default {Settings.listen[0]})",
     )
     # It trusts no X-Forwarded-For header, unless it is told of a proxy before it.
-    own = {"listen": ("127.0.0.1:3000",), "trusted_proxy": ("none",)}
-    add_flags(proxying, *PROXY_FLAGS, **own)
+    add_flags(
+        proxying, *PROXY_FLAGS, listen=("127.0.0.1:3000",), trusted_proxy=("none",)
+    )
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
