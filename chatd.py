@@ -5178,12 +5178,13 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
     fd_names = dict(enumerate(called.split(":"), 3))
     for fd in range(3, 3 + int(count)):
         name = fd_names.get(fd)
+        sockets = kept if name == KEPT else given
         with suppress(OSError):
             os.set_inheritable(fd, False)
             sock = socket.socket(fileno=fd)
             listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if name == KEPT or (listens and sock.type == socket.SOCK_STREAM):
-                (kept if name == KEPT else given).append(sock)
+            if sockets is kept or (listens and sock.type == socket.SOCK_STREAM):
+                sockets.append(sock)
                 continue
         raise UsageError(
             f"LISTEN_FDS: descriptor {fd} ({name}) is no listening stream socket; "
