@@ -78,7 +78,7 @@ the last connection ends, the store and the hub still run and can answer it.
 
     trio.run
     `- run_root                         the root
-       |- watch_signals                 SIGTERM and such: one stops, the next cancels
+       |- watch_signals                 the first signal stops, the second cancels
        `- Server.run
           |- Store.run                  commits, one batch after another
           |- Hub.run                    publishes each batch
@@ -249,7 +249,7 @@ MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> None:
-    """Serve until a signal says stop. ready is told where it listens."""
+    """Serve until a signal says stop. ready gets the URLs that it listens at."""
     settings = raise_file_limit(settings)
     with locked(settings.db, secret_path(settings)) as unfinished:
 
@@ -295,7 +295,7 @@ async def run_root(
             # default it ran several times while they connected. A closed socket leaves
             # 0.8 KB of reference cycles (wsproto's): once in 150,000 of them is enough.
             gc.set_threshold(5000, 10, 20)
-            url = " ".join(sorted(map(url_of, sockets)))  # Unix sockets are the last
+            url = " ".join(sorted(map(url_of, sockets)))  # Unix sockets come last
             log(INFO, "ready", url=url, **about)
             ready(url)
             notify(f"READY=1\nSTATUS=listening on {url}")
@@ -409,8 +409,8 @@ class Server:
                     why = seat.sweep(now)
                     if why is None:
                         # A clock that was stepped forward ends the token, too.
-                        late = time.time() - session.claims.ends
-                        seat.sweep_token(max(now, seat.token_ends + late))
+                        left = session.claims.ends - time.time()
+                        seat.sweep_token(min(left, session.token_ends - now))
                         continue
                     self.stats.stalls += why == "stalled"
                     session.end(CUT, why)
@@ -574,7 +574,8 @@ class Listener:
     def check_handshakes(self, address: Address | None) -> None:
         """Take a token of the address's bucket. Raises Refusal rate_limited.
 
-        A reverse proxy on a Unix socket may not name its client: then there is none.
+        A reverse proxy on a Unix socket may not name its client. Then there is no
+        address, and no limit, which the log says once.
         """
         if address != UNIX_PEER:
             charge(self.stats, "handshakes", self.handshakes(address_key(address)))
@@ -955,13 +956,12 @@ class Session:
         )
 
     async def _mark_read(self, command: MarkRead) -> None:
-        mark_read, user_id = self.server.store.mark_read, self.claims.user_id
         ack = text_frame(Ack(ref=command.ref))
         await self._submit(
             command,
             lambda marked: Reply(ack, marked.seq),
-            mark_read,
-            user_id,
+            self.server.store.mark_read,
+            self.claims.user_id,
             command.message_id,
         )
 
@@ -987,7 +987,8 @@ class Session:
 
     def _set_token(self, claims: Claims) -> None:
         self.claims = claims
-        self.seat.token_ends = trio.current_time() + claims.ends - time.time()
+        # In trio's time: a clock that is stepped back gives the socket no more time.
+        self.token_ends = trio.current_time() + claims.ends - time.time()
 
     # --- closing ---------------------------------------------------------------------
 
@@ -1955,15 +1956,14 @@ class Store:
                WHERE user_id = ? AND joined_seq <= ?""",
             (user_id, upto),
         ).fetchall()
-        found: list[tuple[int, MyChat]] = []
+        found: dict[int, MyChat] = {}  # by the seq of its newest message, or of joining
         for chat_id, position, joined_seq in rows:
             chat = self.chat(db, chat_id, upto)
             last, read_n = chat.last_message, min(position, chat.last_n)
             fields = msgspec.structs.asdict(chat)
             mine = MyChat(**fields, read_n=read_n, unread=chat.last_n - read_n)
-            found.append((max(joined_seq, last.id if last else 0), mine))
-        found.sort(key=lambda pair: pair[0], reverse=True)
-        return [mine for _, mine in found]
+            found[max(joined_seq, last.id if last else 0)] = mine
+        return [found[seq] for seq in sorted(found, reverse=True)]
 
     def history(
         self,
@@ -2056,8 +2056,8 @@ PONG_SECONDS = 10.0  # of silence after a ping: cut
 # long. A client that steadily reads 5 KB/s frees part of Linux's first receive window
 # every 26 s, and is not cut.
 STALL_SECONDS = 40.0
-# All three are at most so long while the user has --connections-per-user and opens
-# another.
+# The three times above are at most this long while a user at --connections-per-user
+# opens another connection.
 DEAD_SECONDS = 3.0
 TOKEN_WARNING_SECONDS = 60.0  # before a token's end
 TOKEN_GRACE_SECONDS = 25.0  # after a token's end: 4401
@@ -2088,7 +2088,6 @@ class Seat(msgspec.Struct, eq=False):
         default_factory=lambda: PING_SECONDS * random.uniform(0.9, 1.1)
     )
     pinged_at: float = 0.0  # 0.0: no ping is unanswered
-    token_ends: float = math.inf  # in trio's time
     warned: bool = True  # of its token's end; not before `connected`
 
     def reply(self, reply: Reply) -> None:
@@ -2108,7 +2107,7 @@ class Seat(msgspec.Struct, eq=False):
     def sweep(self, now: float, most: float = math.inf) -> str | None:
         """Check this seat's deadlines. Returns why it is to be cut, or None.
 
-        most is a bound for each of them.
+        most bounds each of their times, in seconds.
         While output waits, only the stall limit applies. A ping goes only to a client
         that has nothing to read; any byte that comes after it answers it. While chatd
         itself reads nothing of the client, a missing pong proves nothing.
@@ -2129,9 +2128,8 @@ class Seat(msgspec.Struct, eq=False):
             outbox.push(PING_FRAME)
         return None
 
-    def sweep_token(self, now: float) -> None:
-        """Warn before the token's end; some time after it, close."""
-        left = self.token_ends - now
+    def sweep_token(self, left: float) -> None:
+        """Warn before the token's end, in `left` seconds; some time after it, close."""
         if left <= TOKEN_WARNING_SECONDS and not self.warned:
             self.warned = True
             self.outbox.push(
@@ -2654,7 +2652,7 @@ Title = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
-# What tells a client which of its commands was refused.
+# The fields that tell a client which of its commands was refused.
 NAMES = {"ref": Ref, "client_id": ClientId, "chat_id": Id, "message_id": Id}
 
 
@@ -2866,7 +2864,7 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise bad_field(f"{field[:-1]}: {what}" if at else sentence) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         # Deep nesting is a RecursionError even in a field that chatd ignores.
-        why: object = error
+        why = str(error)
         raw = text.decode(errors="replace") if isinstance(text, bytes) else text
         if re.search(LONE_SURROGATE, raw):  # msgspec may call it truncated
             why = "a lone surrogate (half of a \\uXXXX\\uXXXX pair) is no character"
@@ -2934,17 +2932,18 @@ def sent_reply(sent: Sent, ref: str | None) -> Reply:
 
 
 def error_frame(refusal: Refusal, command: str | bytes = b"{}") -> bytes:
-    """Encode a Refusal as the answer to a command, with those of NAMES it can read.
+    """Encode a Refusal as the answer to a command, with its fields that are NAMES.
 
-    Python's json reads one thing that msgspec does not: half of a surrogate pair.
+    A field that is not valid is left out. Python's json reads a command that msgspec
+    refuses as a whole: one with half of a surrogate pair in some field.
     """
     names: dict[str, Any] = {}
     with suppress(ValueError, RecursionError):
         fields = json.loads(command)
         for name in NAMES.keys() & (fields if isinstance(fields, dict) else ()):
-            with suppress(Refusal):
-                decoder = msgspec.json.Decoder[Any](NAMES[name])
-                names[name] = parse(json.dumps(fields[name]), decoder)
+            with suppress(msgspec.DecodeError):
+                value = json.dumps(fields[name])
+                names[name] = msgspec.json.decode(value, type=NAMES[name])
     return text_frame(
         ErrorFrame(refusal.code, refusal.message, refusal.retry_after, **names)
     )
@@ -3032,7 +3031,7 @@ ADDRESS = r"""(?x) \A \s* "? (?: \[ ([^]%]*) (?: %[^]]* )? \] (?: :[0-9]* )?
 
 
 def parse_address(text: str) -> Address | None:
-    """Read an IP address, as proxies write it. None: it is none.
+    """Read an IP address, as proxies write it. None: it is not an address.
 
     An IPv4-mapped IPv6 address is IPv4.
     """
@@ -3088,12 +3087,12 @@ def short_origin(origin: str) -> str:
     """Leave out the default port of an origin and a slash at its end."""
     scheme, mark, host = origin.lower().partition("://")
     host = host.removesuffix("/")
-    return scheme + mark + host.removesuffix(DEFAULT_PORTS.get(scheme, "/"))
+    return scheme + mark + host.removesuffix(DEFAULT_PORTS.get(scheme, ""))
 
 
 def same_origin(origin: str, hosts: Iterable[str]) -> bool:
     """Does the page's Origin name the host that the request is for?"""
-    ours = (scheme + host for scheme in ("http://", "https://") for host in hosts)
+    ours = (f"{scheme}://{host}" for scheme in DEFAULT_PORTS for host in hosts)
     return short_origin(origin) in map(short_origin, ours)
 
 
@@ -3537,7 +3536,7 @@ def read_claims(body: dict[str, Any], foreign: bool) -> Claims:
 def clean_name(name: object) -> str | None:
     """Make a name fit for display: one line of at most 64 characters.
 
-    "" clears the user's name. None: it is no text, and says nothing.
+    "" clears the user's name. None: it is not text, so the token says no name.
     """
     if not isinstance(name, str):
         return None
@@ -3946,9 +3945,7 @@ def peer_address(stream: trio.SocketStream) -> Address | None:
         name = stream.socket.getpeername()
     except OSError:
         return None
-    if not isinstance(name, tuple):
-        return UNIX_PEER
-    return parse_address(name[0])
+    return parse_address(name[0]) if isinstance(name, tuple) else UNIX_PEER
 
 
 # The Date header (RFC 9110 6.6.1). Kept for its second, which saves 2 us an answer.
@@ -4043,6 +4040,7 @@ async def store_name(server: Server, claims: Claims) -> None:
         return
     if len(server.names) >= TABLE_KEYS:
         server.names.clear()
+    # `then` is called in the order of the commits, so the table has the newest name.
     rename, stored = server.store.rename, partial(server.names.__setitem__, user_id)
     with suppress(Refusal):
         await server.store.commit(rename, user_id, name, named_at, then=stored)
@@ -4097,7 +4095,7 @@ async def post_session(server: Server, request: Request) -> Answer:
     name = await server.store.read(server.store.name, user_id)
     # The user may have been revoked meanwhile. From here on nothing waits.
     server.keyring.refuse_revoked(request.claims)
-    # Without the name, which may change: a session's token is newer than its link.
+    # No name in it: it is newer than the link, and would undo a change of the name.
     token = server.keyring.sign(user_id, SESSION_SECONDS, use="session")
     return json_answer(
         {
@@ -4248,7 +4246,7 @@ async def post_revoke(server: Server, request: Request) -> Answer:
         for session in theirs:
             session.end(CLOSE_SIGN_IN, "revoked: sign in again")
 
-    # They are refused at once: else a token from before could get one signed meanwhile.
+    # Refuse them before the write: during it, an old token could get a new one signed.
     keyring = server.keyring
     keyring.revoked[user_id] = revoked_at = keyring.time_to_sign(user_id)
     await server.store.commit(server.store.revoke, user_id, revoked_at, then=close)
@@ -4456,8 +4454,7 @@ class Stats:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.total = self.deliveries = self.writes = self.catch_ups = self.stalls = 0
-        self.commits = self.batch_max = self.duplicates = 0
-        self.failed = 0
+        self.commits = self.batch_max = self.duplicates = self.failed = 0
         self.closed = Counter[str]()
         self.refused = Counter[str]()
         self.events = Counter[str]()
@@ -4893,12 +4890,13 @@ def open_database(path: Path, *, readonly: bool) -> Db:
     Exactly one connection may commit and checkpoint: before SQLite 3.51.3 two that do
     so at the same time can corrupt a WAL. Readers therefore cannot do either.
     """
-    # SQLite makes -wal and -shm for a reader, too. It removes them when the last
-    # connection closes, if that one could write; so without a -wal, open it like that.
-    # Where it cannot make them, nobody is writing.
+    # SQLite makes -wal and -shm for a reader, too, and the last connection that closes
+    # removes them only if it could write. So without a -wal a reader could write, too.
+    # Where a reader can make no -wal, nobody is writing: the file does not change.
     wal = wal_of(path)
-    fixed = not wal.exists() and not os.access(wal.parent, os.W_OK)
-    mode = "ro" if readonly and wal.exists() else "rw"
+    has_wal = wal.exists()
+    mode = "ro" if readonly and has_wal else "rw"
+    fixed = readonly and not has_wal and not os.access(wal.parent, os.W_OK)
     uri = f"{Path(os.path.realpath(path)).as_uri()}?mode={mode}&immutable={fixed:d}"
     db = sqlite3.connect(
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
@@ -4909,9 +4907,9 @@ def open_database(path: Path, *, readonly: bool) -> Db:
         if readonly:
             db.executescript("PRAGMA query_only = ON; PRAGMA wal_autocheckpoint = 0")
             return db
-        mode = query_value(db, "PRAGMA journal_mode = WAL")
-        if mode != "wal":
-            raise sqlite3.OperationalError(f"journal_mode is {mode}, not wal")
+        journal = query_value(db, "PRAGMA journal_mode = WAL")
+        if journal != "wal":
+            raise sqlite3.OperationalError(f"journal_mode is {journal}, not wal")
         db.executescript(
             """PRAGMA synchronous = FULL;  -- an ack survives a power cut
             PRAGMA foreign_keys = ON;
@@ -5064,7 +5062,7 @@ CLEAR = "\x1b[K\r"  # what follows overwrites the line
 
 
 def progress(path: Path) -> Callable[..., None]:
-    """Make a function that shows on a terminal how far a step of over a second is.
+    """Make a function that shows a step's progress on a terminal, after a second.
 
     SQLite calls it after so many instructions, or pages of a copy: (status, left, all).
     Signals are handled then, too. The server's own threads show nothing.
@@ -5185,15 +5183,13 @@ def passed_sockets() -> tuple[list[socket.socket], list[socket.socket]]:
     fd_names = dict(enumerate(called.split(":"), 3))
     for fd in range(3, 3 + int(count)):
         name = fd_names.get(fd)
+        sockets = kept if name == KEPT else given
         with suppress(OSError):
             os.set_inheritable(fd, False)
             sock = socket.socket(fileno=fd)
-            if name == KEPT:
-                kept.append(sock)
-                continue
             listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if listens and sock.type == socket.SOCK_STREAM:
-                given.append(sock)
+            if sockets is kept or (listens and sock.type == socket.SOCK_STREAM):
+                sockets.append(sock)
                 continue
         raise UsageError(
             f"LISTEN_FDS: descriptor {fd} ({name}) is no listening stream socket; "
@@ -5259,7 +5255,7 @@ async def _listen_at(
 
 
 def _bind(family: int, at: Any) -> socket.socket:
-    """Listen there; on [::], as Linux does it, for IPv4 too. Raises OSError.
+    """Listen at a place. [::] takes IPv4, too, as Linux has it. Raises OSError.
 
     A Unix socket gets the mode 0660 and its folder's group, if chatd is in it. A file
     on which nobody accepts is replaced.
@@ -5370,10 +5366,10 @@ def announce(url: str) -> None:
 def mention(text: str) -> None:
     """Print, if stdout can be written: the line matters less than what chatd does."""
     with suppress(UsageError):
-        answer(text)
+        print_result(text)
 
 
-def answer(text: str) -> None:
+def print_result(text: str) -> None:
     """Print what was asked for. Raises UsageError if stdout is closed, full or gone."""
     try:
         if sys.stderr.isatty():
@@ -5523,7 +5519,7 @@ def faults(db: Db) -> list[str]:
     ]
 
 
-# SQL for what is in a database, in words.
+# SQL that says in words what is in a database.
 CONTENTS = """
 SELECT (SELECT count(*) FROM user) || ' users, ' || (SELECT count(*) FROM chat) ||
     ' chats, ' || count(*) || ' messages' || coalesce(', the newest of ' ||
@@ -5707,8 +5703,6 @@ def _origin(text: str) -> str:
     parts = urllib.parse.urlsplit(text)
     host, port = parts.hostname, f":{parts.port}" if parts.port else ""
     if not host:  # null, file://
-        if parts.scheme in DEFAULT_PORTS:
-            raise ValueError
         return text
     if ":" in host:
         host = f"[{ipaddress.IPv6Address(host)}]"
@@ -5718,8 +5712,7 @@ def _origin(text: str) -> str:
 
 
 def _listen(text: str) -> str:
-    port = text.rpartition(":")[2]
-    if port.isdigit() and int(port) > 65535:
+    if not text.startswith("unix:") and int(text.rpartition(":")[2]) > 65535:
         raise ValueError
     return text
 
@@ -5758,7 +5751,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "ORIGIN": parser(
         "an origin: write SCHEME://HOST or SCHEME://HOST:PORT without a path, user or "
         "*, such as https://shop.example.org, capacitor://localhost of an app, or null",
-        r"""(?xi) null | (?!wss?:|ftp:) [a-z][a-z0-9+.-]* ://
+        r"""(?xi) null | (?!wss?:|ftp:|https?://(?:[:/]|\Z)) [a-z][a-z0-9+.-]* ://
             ([\w.-]* | \[[0-9a-f:.]+]) (:0*[1-9][0-9]*)? /?""",
         _origin,
     ),
@@ -5823,8 +5816,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         chosen["db"] = Path(folders.split(":")[0]) / "chatd.db"
     for field in flags():
         where = f"argument --{field.name.replace('_', '-')}"
-        given = getattr(options, field.name, None) or []
-        texts = [text for text in given if text.strip()]
+        texts = [*filter(str.strip, getattr(options, field.name, None) or ())]
         several = type(field.default) is tuple
         if not texts and (text := variable(name := variable_name(field))):
             where, texts = f"environment {name}", text.split() if several else [text]
@@ -5859,12 +5851,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     too = "Each flag can be given as CHATD_NAME in the environment too."
     serving = commands.add_parser("serve", help="serve the chat", epilog=too)
-    demo = "try it: two users, a chat, no traces"
-    serving.add_argument("--demo", action="store_true", help=demo)
+    serving.add_argument(
+        "--demo", action="store_true", help="try it: two users, a chat, no traces"
+    )
     add_flags(serving)
 
-    before = "check tokens in front of a chatd that listens elsewhere"
-    proxying = commands.add_parser("proxy", help=before, epilog=too)
+    proxying = commands.add_parser(
+        "proxy", help="check tokens in front of another chatd", epilog=too
+    )
     proxying.add_argument(
         "--upstream",
         metavar="ADDRESS",
@@ -5873,8 +5867,9 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"where that chatd listens (default {Settings.listen[0]})",
     )
     # It trusts no X-Forwarded-For header, unless it is told of a proxy before it.
-    own = {"listen": ("127.0.0.1:3000",), "trusted_proxy": ("none",)}
-    add_flags(proxying, *PROXY_FLAGS, **own)
+    add_flags(
+        proxying, *PROXY_FLAGS, listen=("127.0.0.1:3000",), trusted_proxy=("none",)
+    )
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
@@ -5894,8 +5889,9 @@ def make_parser() -> argparse.ArgumentParser:
     copy.add_argument("--keep", metavar="COUNT", type=parse_count, default=0, help=kept)
     add_flags(copy, "db")
 
-    there = "put a backup in the database's place; stop chatd before"
-    put = commands.add_parser("restore", help=there)
+    put = commands.add_parser(
+        "restore", help="put a backup in the database's place; stop chatd before"
+    )
     put.add_argument("path", type=Path, metavar="SRC")
     add_flags(put, "db")
 
@@ -5913,10 +5909,10 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
     if base := options.link:
         base = page_url(settings.listen) if base is True else base
-        answer(sign_in_link(keyring, base, user_id, name, ttl))
+        print_result(sign_in_link(keyring, base, user_id, name, ttl))
     else:
         seconds = ttl or SESSION_SECONDS
-        answer(keyring.sign(user_id, seconds, name=name, scope=options.scope))
+        print_result(keyring.sign(user_id, seconds, name=name, scope=options.scope))
 
 
 def end_with_a_sentence() -> None:
@@ -5936,7 +5932,7 @@ def print_check(path: Path) -> None:
         found, contents = faults(db), query_value(db, CONTENTS)
     if found:
         raise UsageError("\n       ".join([f"database {path}:", *found]))
-    answer(f"{path}: ok: {contents}")
+    print_result(f"{path}: ok: {contents}")
 
 
 def fill_standard_streams() -> None:

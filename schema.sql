@@ -87,7 +87,7 @@ CREATE INDEX event_user ON event (to_user, seq) WHERE to_user IS NOT NULL;
 -- version 2
 
 -- When the user got its name, in Unix seconds: the iat of the token that said it. The
--- newest name wins. NULL: by chatd 1.0, or by a token without iat.
+-- newest name wins. 0: that token had no iat. NULL: by chatd 1.0, or never named.
 ALTER TABLE user ADD COLUMN named_at INTEGER;
 
 ALTER TABLE event RENAME TO event_1;

@@ -934,7 +934,7 @@ REFUSED: list[tuple[str, str, Frame]] = [
      {"ref": "r", "message_id": 5}),
     ('{"type":[],"client_id":"k"}', "bad_field", {"client_id": "k"}),
     ('{"client_id":"k"}', "bad_field", {"client_id": "k"}),
-    # What only msgspec cannot read, and what nobody can.
+    # Only msgspec cannot read the first two; nobody can read the next two.
     (json.dumps({**SEND, "chat_id": 1, "content": "\ud83d"}), "bad_json",
      {"ref": "r", "client_id": "k", "chat_id": 1}),
     (json.dumps({**SEND, "ref": "\ud83d", "chat_id": 1, "content": "x"}), "bad_json",

@@ -443,13 +443,12 @@ def test_pings_are_spread_by_ten_percent() -> None:
 def test_the_end_of_a_token_is_announced_once_and_closes_after_the_grace(
     swept: MemorySeat,
 ) -> None:
-    swept.seat.token_ends = 1000.0
     swept.seat.warned = False  # as of `connected`
-    for now in (939.9, 940.0, 950.0, 1000.0, 1024.9):
-        swept.seat.sweep_token(now)
+    for left in (60.1, 60.0, 50.0, 0.0, -24.9):
+        swept.seat.sweep_token(left)
     assert swept.received() == [{"type": "token_expiring", "expires_in": 60}]
     assert swept.ended == []
-    swept.seat.sweep_token(1025.0)
+    swept.seat.sweep_token(-25.0)
     assert [code for code, _ in swept.ended] == [4401]
 
 
@@ -963,7 +962,7 @@ class Desk:
                     newly = senders[was:read_n]
                     acted = (name in ("send", "mark"), user) == (True, one)
                     assert acted or {*newly} <= {one}, word
-                    # What follows the mark is never one's own message.
+                    # The message after the mark is never the user's own.
                     assert senders[read_n : read_n + 1] != [one], word
 
     def publish(self) -> None:

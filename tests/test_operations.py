@@ -1204,7 +1204,7 @@ async def test_a_standard_stream_that_is_closed_full_or_gone_ends_no_command(
     ):  # fmt: skip
         shell = ("bash", "-c", f'set -o pipefail; "$@" {STREAMS[case]}', "-")
         done = await run_chatd(*words, "--db", server.db, prefix=shell)
-        # What a token and a check print is all that they are for.
+        # `token` and `check` exist only for what they print.
         needed = words[0] in ("token", "check")
         assert done.status == (needed and not stdout), (words, done)
         assert bool(done.out) == stdout, (words, done)

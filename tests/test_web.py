@@ -1030,7 +1030,7 @@ def leave_and_come_back(page: Page) -> None:
 
 
 def open_keyboard_over_the_page(page: Page) -> None:
-    """What iOS does: the page keeps its size, and less of it is visible."""
+    """Open it as iOS does: the page keeps its size, and less of it is visible."""
     page.evaluate(
         """() => {
             Object.defineProperties(visualViewport, {
@@ -1094,7 +1094,7 @@ def test_a_reader_at_the_end_stays_there_whatever_changes_its_size(
     ["the field grows", "the window becomes narrow", "the screen is turned",
      "the letters become larger", "a keyboard opens over the page"],
 )  # fmt: skip
-def test_what_a_reader_of_older_messages_sees_stays_where_it_is(
+def test_a_reader_of_older_messages_keeps_the_place(
     server: Server, chromium: Chromium, change: str
 ) -> None:
     anna, ben, chat = long_chat(server)
