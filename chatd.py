@@ -4890,9 +4890,11 @@ def open_database(path: Path, *, readonly: bool) -> Db:
     """
     # SQLite makes -wal and -shm for a reader, too. It removes them when the last
     # connection closes, if that one could write; so without a -wal, open it like that.
-    # Where it cannot make them, nobody is writing.
+    # Where there is no right or no room to make them, nobody is writing.
     wal = wal_of(path)
-    fixed = not wal.exists() and not os.access(wal.parent, os.W_OK)
+    disk = os.statvfs(wal.parent)
+    full = disk.f_bfree < min(16, disk.f_blocks)  # 0 blocks: the size is unknown
+    fixed = not wal.exists() and (full or not os.access(wal.parent, os.W_OK))
     mode = "ro" if readonly and wal.exists() else "rw"
     uri = f"{Path(os.path.realpath(path)).as_uri()}?mode={mode}&immutable={fixed:d}"
     db = sqlite3.connect(
@@ -4906,7 +4908,9 @@ def open_database(path: Path, *, readonly: bool) -> Db:
             return db
         mode = query_value(db, "PRAGMA journal_mode = WAL")
         if mode != "wal":
-            raise sqlite3.OperationalError(f"journal_mode is {mode}, not wal")
+            raise sqlite3.OperationalError(
+                f"journal_mode is {mode}, not wal: no room, or no right, for its -wal"
+            )
         db.executescript(
             """PRAGMA synchronous = FULL;  -- an ack survives a power cut
             PRAGMA foreign_keys = ON;
@@ -4926,8 +4930,12 @@ def wal_of(path: Path) -> Path:
 
 
 def file_bytes(path: Path) -> int:
-    """Return the size of a file: 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
+    """Return the size of a file: 0 if there is none. Raises OSError for a device."""
+    if path.is_file():
+        return path.stat().st_size
+    if path.exists():
+        raise OSError("Is a directory, a device or a pipe, and no file")
+    return 0
 
 
 def sync_wal(wal: Path) -> None:
@@ -5089,8 +5097,8 @@ def locked(db: Path, *others: Path) -> Iterator[list[Path]]:
         if db.is_symlink() and db.lstat().st_uid not in (0, os.geteuid()):
             # Root would replace any file that the unit's user links to.
             raise UsageError(f"database {db}: a link of another user; name its target")
-        new = [file for file in (path, *others) if not os.path.exists(file)]
-        if file_bytes(wal_of(path)):
+        new = [file for file in (path, *others) if not os.path.lexists(file)]
+        if not file_bytes(path) and file_bytes(wal_of(path)):
             new = []  # all that is left of a database
         # Root does this too, in a folder of the unit's user: follow no link there.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -5150,7 +5158,7 @@ def read_keyring(settings: Settings) -> Keyring:
 
 def make_secret(path: Path) -> None:
     """Make chatd's secret if there is none. Only `serve` calls this."""
-    if os.path.exists(path):
+    if os.path.lexists(path):
         return
     # A full disk must not leave an empty secret.
     with file_errors("secret", path), new_file(path) as partial:
@@ -5236,7 +5244,8 @@ async def _listen_at(
                 places[family, at] = text
         again = {at: sock for at in places for sock in kept if _is_at(sock, *at)}
         _forget({*kept} - {*again.values()})
-        for place, text in [*places.items()]:
+        # Unix sockets come last: a failed start should leave no file.
+        for place, text in sorted(places.items(), reverse=True):
             try:
                 sockets.append(again.get(place) or _bind(*place))
             except OSError as error:
@@ -5383,8 +5392,8 @@ def answer(text: str) -> None:
 def reading(what: str, path: Path) -> Iterator[Db]:
     """Open a database of chatd for reading. Any error is a UsageError."""
     with file_errors(what, path):
-        path.open("rb").close()  # says better than SQLite what is wrong
         check_not_emptied(what, path)
+        path.open("rb").close()  # says better than SQLite what is wrong
         if (pid := holder(path)) and not wal_of(path).exists():
             # A hard link: the WAL with the newest messages has the other name.
             raise UsageError(
@@ -5446,7 +5455,8 @@ def new_file(path: Path) -> Iterator[Path]:
 def remove(path: Path) -> None:
     """Remove a file, and what SQLite may have made beside it."""
     for suffix in ("", "-journal", "-wal", "-shm"):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
+        with suppress(OSError):  # an error before this one says more
+            os.unlink(f"{path}{suffix}")
 
 
 def sync(path: Path) -> None:
@@ -5468,9 +5478,10 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
     older: list[Path] = []
     if keep:
         for left in dest.glob("chatd-*Z.db.*.partial*"):
-            with suppress(OSError):
-                left.unlink()  # of a backup that was killed
-        older = sorted(dest.glob("chatd-????????T??????Z.db"), reverse=True)
+            remove(left)  # of a backup that was killed
+        older = sorted(
+            filter(Path.is_file, dest.glob("chatd-????????T??????Z.db")), reverse=True
+        )
         name, moment = "chatd-%Y%m%dT%H%M%SZ.db", int(time.time())
         # Names are in the order of making, whatever the clock is or was: a copy from
         # when it was ahead does not stay the newest one.
@@ -5478,7 +5489,7 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
             newest = calendar.timegm(time.strptime(older[0].name, name))
             moment = max(moment, newest + 1)
         dest /= time.strftime(name, time.gmtime(moment))
-    if dest.exists():
+    if os.path.lexists(dest):
         raise UsageError(
             f"backup {dest}: it exists; name a new file, or a folder with --keep COUNT"
         )
@@ -5572,9 +5583,9 @@ class Settings:
 
     # fmt: off
     listen: tuple[str, ...] = flag(("127.0.0.1:8086",), "ADDRESS",
-        "where to listen: HOST:PORT, [IPV6]:PORT or unix:PATH. A name stands for all "
-        "its addresses on this machine, [::] for all addresses, IPv4 too; port 0 is "
-        "any free port; may be given several times")
+        "the listening address: HOST:PORT, [IPV6]:PORT or unix:PATH. A name stands for "
+        "all its addresses on this machine, [::] for all addresses, IPv4 too; port 0 "
+        "is any free port; may be given several times")
     db: Path = flag(Path("chatd.db"), "FILE",
         "the database; under systemd $STATE_DIRECTORY/chatd.db")
     secret_file: Path | None = flag(None, "FILE",
@@ -5905,13 +5916,16 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     # Elsewhere than at the server there is no database, and nothing to look up.
     with suppress(UsageError), reading("database", settings.db) as db:
         keyring.revoked |= db.execute(REVOKED)
-    user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
+    user_id, ttl, name = options.user_id, options.ttl, clean_name(options.name)
     if base := options.link:
         base = page_url(settings.listen) if base is True else base
         answer(sign_in_link(keyring, base, user_id, name, ttl))
     else:
-        seconds = ttl or SESSION_SECONDS
-        answer(keyring.sign(user_id, seconds, name=name, scope=options.scope))
+        answer(
+            keyring.sign(
+                user_id, ttl or SESSION_SECONDS, name=name, scope=options.scope
+            )
+        )
 
 
 def end_with_a_sentence() -> None:
