@@ -569,7 +569,7 @@ class Listener:
     def warn(self, verb: str, why: object) -> None:
         """Log a warning that every connection could cause: at most one in 10 s."""
         if self.warnings(verb).take(trio.current_time()) == 0.0:
-            log(WARNING, verb, why=f"{why!s:.200}", open=self.open)
+            log(WARNING, verb, why=why, open=self.open)
 
     def check_handshakes(self, address: Address | None) -> None:
         """Take a token of the address's bucket. Raises Refusal rate_limited.
@@ -3656,7 +3656,7 @@ class Request:
         forwarded = self.header("x-forwarded-for")
         self.address = listener.proxies.client(peer, forwarded)
         if forwarded and self.address is peer:
-            listener.warn("unread_address", forwarded)
+            listener.warn("unread_address", loggable(forwarded))
 
     @property
     def user_id(self) -> int:
@@ -4046,6 +4046,11 @@ async def store_name(server: Server, claims: Claims) -> None:
         await server.store.commit(rename, user_id, name, named_at, then=stored)
 
 
+def loggable(text: str) -> str:
+    """Let a client's text into the log if it cannot be a token: these have capitals."""
+    return text if re.fullmatch(r"[a-z0-9 .,:/\[\]%_+-]{1,100}", text) else "?"
+
+
 def check_origin(server: Server, request: Request) -> None:
     """Accept programs (no Origin), chatd's own page, and the pages of --origin."""
     origin = request.header("origin")
@@ -4053,7 +4058,7 @@ def check_origin(server: Server, request: Request) -> None:
         return
     hosts = {request.header("host"), *request.words("x-forwarded-host")} - {""}
     if not same_origin(origin, hosts):
-        server.listener.warn("refused_origin", origin)
+        server.listener.warn("refused_origin", loggable(origin))
         raise Refusal("forbidden", "Origin: pages of this origin may not use chatd")
 
 
@@ -4884,19 +4889,21 @@ def schema_steps() -> list[str]:
     return re.split(r"(?m)^-- version \d+$", text)[1:]
 
 
-def open_database(path: Path, *, readonly: bool) -> Db:
+def open_database(path: Path, *, readonly: bool, alone: bool = False) -> Db:
     """Open a connection with the pragmas that the promise needs. Raises sqlite3.Error.
 
+    alone: without a -wal, nobody writes while this reader is open.
     Exactly one connection may commit and checkpoint: before SQLite 3.51.3 two that do
     so at the same time can corrupt a WAL. Readers therefore cannot do either.
     """
     # SQLite makes -wal and -shm for a reader, too, and the last connection that closes
     # removes them only if it could write. So without a -wal a reader could write, too.
-    # Where a reader can make no -wal, nobody is writing: the file does not change.
+    # Where it has no right or no room to make them, it reads the file as it is.
     wal = wal_of(path)
-    has_wal = wal.exists()
+    has_wal, disk = wal.exists(), os.statvfs(wal.parent)
     mode = "ro" if readonly and has_wal else "rw"
-    fixed = readonly and not has_wal and not os.access(wal.parent, os.W_OK)
+    full = disk.f_bfree < min(16, disk.f_blocks)  # 0 blocks: the size is unknown
+    fixed = alone and not has_wal and (full or not os.access(wal.parent, os.W_OK))
     uri = f"{Path(os.path.realpath(path)).as_uri()}?mode={mode}&immutable={fixed:d}"
     db = sqlite3.connect(
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
@@ -4909,7 +4916,9 @@ def open_database(path: Path, *, readonly: bool) -> Db:
             return db
         journal = query_value(db, "PRAGMA journal_mode = WAL")
         if journal != "wal":
-            raise sqlite3.OperationalError(f"journal_mode is {journal}, not wal")
+            raise sqlite3.OperationalError(
+                f"journal_mode is {journal}, not wal: no room or no right for a -wal"
+            )
         db.executescript(
             """PRAGMA synchronous = FULL;  -- an ack survives a power cut
             PRAGMA foreign_keys = ON;
@@ -4929,8 +4938,12 @@ def wal_of(path: Path) -> Path:
 
 
 def file_bytes(path: Path) -> int:
-    """Return the size of a file: 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
+    """Return the size of a file: 0 if there is none. Raises OSError for a device."""
+    if path.is_file():
+        return path.stat().st_size
+    if path.exists():
+        raise OSError("Is a directory, a device or a pipe, and no file")
+    return 0
 
 
 def sync_wal(wal: Path) -> None:
@@ -5035,7 +5048,7 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
         check_not_emptied("database", path)
         # SQLite would make the file readable by all. -wal and -shm get its mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        with closing(open_database(path, readonly=True)) as look:
+        with closing(open_database(path, readonly=True, alone=True)) as look:
             version = examine("database", path, look)
             if version:
                 check_at_start(look, path, check_bytes)
@@ -5092,8 +5105,8 @@ def locked(db: Path, *others: Path) -> Iterator[list[Path]]:
         if db.is_symlink() and db.lstat().st_uid not in (0, os.geteuid()):
             # Root would replace any file that the unit's user links to.
             raise UsageError(f"database {db}: a link of another user; name its target")
-        new = [file for file in (path, *others) if not os.path.exists(file)]
-        if file_bytes(wal_of(path)):
+        new = [file for file in (path, *others) if not os.path.lexists(file)]
+        if not file_bytes(path) and file_bytes(wal_of(path)):
             new = []  # all that is left of a database
         # Root does this too, in a folder of the unit's user: follow no link there.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -5153,7 +5166,7 @@ def read_keyring(settings: Settings) -> Keyring:
 
 def make_secret(path: Path) -> None:
     """Make chatd's secret if there is none. Only `serve` calls this."""
-    if os.path.exists(path):
+    if os.path.lexists(path):
         return
     # A full disk must not leave an empty secret.
     with file_errors("secret", path), new_file(path) as partial:
@@ -5237,7 +5250,8 @@ async def _listen_at(
                 places[family, at] = text
         again = {at: sock for at in places for sock in kept if _is_at(sock, *at)}
         _forget({*kept} - {*again.values()})
-        for place, text in [*places.items()]:
+        # Unix sockets come last: a failed start should leave no file.
+        for place, text in sorted(places.items(), reverse=True):
             try:
                 sockets.append(again.get(place) or _bind(*place))
             except OSError as error:
@@ -5384,14 +5398,14 @@ def print_result(text: str) -> None:
 def reading(what: str, path: Path) -> Iterator[Db]:
     """Open a database of chatd for reading. Any error is a UsageError."""
     with file_errors(what, path):
-        path.open("rb").close()  # says better than SQLite what is wrong
         check_not_emptied(what, path)
+        path.open("rb").close()  # says better than SQLite what is wrong
         if (pid := holder(path)) and not wal_of(path).exists():
             # A hard link: the WAL with the newest messages has the other name.
             raise UsageError(
                 f"{what} {path}: process {pid} uses it by another name; take that one"
             )
-        with closing(open_database(path, readonly=True)) as db:
+        with closing(open_database(path, readonly=True, alone=True)) as db:
             if not examine(what, path, db):
                 raise UsageError(f"{what} {path}: it is empty")
             yield db
@@ -5447,7 +5461,8 @@ def new_file(path: Path) -> Iterator[Path]:
 def remove(path: Path) -> None:
     """Remove a file, and what SQLite may have made beside it."""
     for suffix in ("", "-journal", "-wal", "-shm"):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
+        with suppress(OSError):  # an error before this one says more
+            os.unlink(f"{path}{suffix}")
 
 
 def sync(path: Path) -> None:
@@ -5469,9 +5484,10 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
     older: list[Path] = []
     if keep:
         for left in dest.glob("chatd-*Z.db.*.partial*"):
-            with suppress(OSError):
-                left.unlink()  # of a backup that was killed
-        older = sorted(dest.glob("chatd-????????T??????Z.db"), reverse=True)
+            remove(left)  # of a backup that was killed
+        older = sorted(
+            filter(Path.is_file, dest.glob("chatd-????????T??????Z.db")), reverse=True
+        )
         name, moment = "chatd-%Y%m%dT%H%M%SZ.db", int(time.time())
         # Names are in the order of making, whatever the clock is or was: a copy from
         # when it was ahead does not stay the newest one.
@@ -5479,7 +5495,7 @@ def backup(db: Path, dest: Path, keep: int = 0) -> None:
             newest = calendar.timegm(time.strptime(older[0].name, name))
             moment = max(moment, newest + 1)
         dest /= time.strftime(name, time.gmtime(moment))
-    if dest.exists():
+    if os.path.lexists(dest):
         raise UsageError(
             f"backup {dest}: it exists; name a new file, or a folder with --keep COUNT"
         )
@@ -5573,9 +5589,9 @@ class Settings:
 
     # fmt: off
     listen: tuple[str, ...] = flag(("127.0.0.1:8086",), "ADDRESS",
-        "where to listen: HOST:PORT, [IPV6]:PORT or unix:PATH. A name stands for all "
-        "its addresses on this machine, [::] for all addresses, IPv4 too; port 0 is "
-        "any free port; may be given several times")
+        "the listening address: HOST:PORT, [IPV6]:PORT or unix:PATH. A name stands for "
+        "all its addresses on this machine, [::] for all addresses, IPv4 too; port 0 "
+        "is any free port; may be given several times")
     db: Path = flag(Path("chatd.db"), "FILE",
         "the database; under systemd $STATE_DIRECTORY/chatd.db")
     secret_file: Path | None = flag(None, "FILE",
@@ -5906,7 +5922,7 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
     # Elsewhere than at the server there is no database, and nothing to look up.
     with suppress(UsageError), reading("database", settings.db) as db:
         keyring.revoked |= db.execute(REVOKED)
-    user_id, name, ttl = options.user_id, clean_name(options.name), options.ttl or 0
+    user_id, ttl, name = options.user_id, options.ttl, clean_name(options.name)
     if base := options.link:
         base = page_url(settings.listen) if base is True else base
         print_result(sign_in_link(keyring, base, user_id, name, ttl))

@@ -338,7 +338,7 @@ class Resolver(trio.abc.HostnameResolver):
 async def test_each_address_gets_the_socket_that_systemd_kept_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    hosts = ["127.0.0.3", "127.0.0.4", "127.0.0.5"]
+    hosts = ["127.0.0.5", "127.0.0.4", "127.0.0.3"]
     trio.socket.set_custom_hostname_resolver(Resolver(*hosts, hosts[0]))
     with contextlib.ExitStack() as stack:
         first = await chatd._listen_at(["name.test:0"], [])
@@ -561,6 +561,9 @@ async def test_a_backup_keeps_the_newest_copies_and_touches_no_other_file(
         left = "chatd-20200101T000000Z.db.0123abcd.partial"
         for name in (*others, *old, left):
             (folder / name).write_text(name)
+        others |= {"chatd-20200104T000000Z.db", "chatd-20200105T000000Z.db"}
+        (folder / "chatd-20200104T000000Z.db").mkdir()
+        (folder / "chatd-20200105T000000Z.db").symlink_to("nothing")
         done = await run_chatd(*words)
         assert done.status == 0, done
         copy = Path(done.out.strip())
@@ -577,7 +580,8 @@ async def test_a_backup_keeps_the_newest_copies_and_touches_no_other_file(
         # A name has whole seconds: a second backup takes the next one.
         for _ in range(2):
             await trio.to_thread.run_sync(chatd.backup, server.db, folder, 9)
-        assert len([*folder.glob("chatd-2*Z.db")]) == 5
+        made = [p for p in folder.glob("chatd-2*Z.db") if p.is_file()]
+        assert len(made) == 5
 
 
 # --- damaged databases ---------------------------------------------------------------
@@ -689,8 +693,8 @@ def sound_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Read the files of a folder."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    """Read the files of a folder; of what is no file, give the name."""
+    return {p.name: p.read_bytes() if p.is_file() else b"" for p in folder.iterdir()}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -931,33 +935,44 @@ async def test_a_command_that_fails_leaves_no_file_and_changes_none(
     (home / "short").write_text("short")
     (home / "text").write_text("This is no database, and long enough to be one. " * 9)
     (home / "loop").symlink_to("loop")
+    (home / "link").symlink_to("nothing")
     (home / "folder").mkdir()
+    os.mkfifo(home / "pipe")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         free = ("--listen", "127.0.0.1:0", "--db")
-        fresh = (*free, home / "new.db")
+        fresh, lacking = (*free, home / "new.db"), ("--listen", "192.0.2.1:0")
         failures: list[tuple[tuple[object, ...], str]] = [
             (("serve", "--listen", f"127.0.0.1:{port}", *fresh[2:]), "already in use"),
-            (("serve", "--listen", "192.0.2.1:0", *fresh[2:]), "192.0.2.1:0: "),
+            (("serve", *lacking, *fresh[2:]), "192.0.2.1:0: "),
+            (("serve", "--listen", f"unix:{home}/s", *lacking, *fresh[2:]), "192.0."),
             (("serve", *fresh, "--jwt-key", home / "none"), "No such file"),
             (("serve", *fresh, "--jwt-key", home / "short"), "5 bytes; "),
             (("serve", *fresh, "--secret-file", home / "short"), "others can read it"),
             (("serve", *fresh, "--secret-file", home / "no" / "s"), "finds no folder"),
             (("serve", *fresh, "--secret-file", home / "folder"), "Is a directory"),
+            (("serve", *fresh, "--secret-file", home / "text" / "s"), "Not a direc"),
+            (("serve", *fresh, "--secret-file", home / ("s" * 300)), "too long"),
+            (("serve", *fresh, "--secret-file", home / "link"), "finds none"),
             (("serve", *free, home / "text"), "not a database"),
             (("serve", *free, home / "folder"), "Is a directory"),
             (("serve", *free, home / "typo" / "chatd.db"), f"folder {home / 'typo'}:"),
             (("serve", *free, home / "loop"), "symbolic links"),
             (("serve", *free, "."), "Is a directory"),
+            (("serve", *free, home / "pipe"), "a pipe"),
             (("proxy", *fresh), "finds none"),
             (("token", "1", "--db", home / "chatd.db"), "finds none"),
             (("token", "1", "--db", "/"), "finds none"),
             (("check", "--db", home / "new.db"), "No such file"),
             (("check", "--db", home / "folder"), "Is a directory"),
             (("check", "--db", home / "loop"), "symbolic links"),
+            (("check", "--db", home / "pipe"), "a pipe"),
+            (("check", "--db", "/dev/null"), "a device"),
             (("backup", home / "new.db", "--db", home / "none.db"), "No such file"),
             (("backup", home / "new.db", "--db", home / "text"), "not a database"),
             (("backup", home / "copy.db", "--db", home / "chatd.db"), "it exists"),
+            (("backup", home / "link", "--db", home / "chatd.db"), "it exists"),
+            (("backup", home / ("x" * 300), "--db", home / "chatd.db"), "too long"),
             (("backup", home / "no" / "x", "--db", home / "chatd.db"), "no folder"),
             (("backup", home / "no", "--keep=1", "--db", home / "chatd.db"), "folder"),
             (("backup", home / "text", "--keep=1", "--db", home / "chatd.db"), "text"),
@@ -967,6 +982,8 @@ async def test_a_command_that_fails_leaves_no_file_and_changes_none(
             (("restore", home / "none.db", "--db", home / "chatd.db"), "No such file"),
             (("restore", home / "copy.db", "--db", home / "folder"), "Is a directory"),
             (("restore", home / "copy.db", "--db", home / "no" / "x"), "no folder"),
+            (("restore", home / "copy.db", "--db", home / "pipe"), "a pipe"),
+            (("restore", home / "pipe", "--db", home / "chatd.db"), "a pipe"),
         ]
         before = files_in(home)
         cores = trio.CapacityLimiter(2)
@@ -1140,6 +1157,39 @@ async def test_check_and_backup_read_beside_serve_and_leave_no_file(
     for words in (("check",), ("backup", tmp_path / "copies" / "second.db")):
         assert (await run_chatd(*words, "--db", server.db)).status == 0
         assert files_in(server.home) == stopped
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("check",), 0),
+        (("backup", "../copy.db"), 0),
+        (("backup", "copy.db"), 1),
+        (("restore", "../sound.db"), 1),
+        (("serve", "--listen", "127.0.0.1:0"), 1),
+    ],
+)
+async def test_a_command_on_a_full_disk_leaves_no_file_there(
+    words: tuple[str, ...], status: int, sound_db: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    shutil.copy(sound_db, tmp_path / "sound.db")
+    script = """mount -t tmpfs -o size=1m none full && cd full || exit 77
+        cp ../sound.db chatd.db; head -c 2m /dev/zero > zeros 2> ../why; ls
+        "$@"; status=$?; ls >&2; exit $status"""
+    program = [sys.executable, str(CHECKOUT / "chatd.py"), *words, "--db=chatd.db"]
+    done = await trio.run_process(
+        ["unshare", "--mount", "sh", "-c", script, "-", *program],
+        capture_stdout=True, capture_stderr=True, check=False, cwd=tmp_path,
+        env=clean_environment(),
+    )  # fmt: skip
+    if b"mount" in done.stderr:
+        pytest.skip("without the right to mount")
+    assert done.returncode == status, done
+    left = done.stderr.decode().splitlines()
+    assert left[-2:] == ["chatd.db", "zeros"], done
+    # serve makes a secret beside the database, and removes it again.
+    assert done.stdout.startswith(b"chatd.db\nzeros\n"), done
 
 
 # --- copies in a folder --------------------------------------------------------------
