@@ -1338,7 +1338,7 @@ def test_enter_chooses_the_first_person_that_was_found(
     dialog = page.get_by_role("dialog", name="New chat")
     find = dialog.get_by_label("Find people")
     found, chosen = dialog.locator(".next"), dialog.locator("li:has(:checked)")
-    for text, name in (("zoltan", "Zoltán Kis"), ("KIS", "Zora Kis")):
+    for text, name in (("zoltan", "Zoltán Kis"), ("\uff2bIS", "Zora Kis")):
         find.fill(text)
         expect(found).to_contain_text(name)
         find.press("Enter")
@@ -1771,8 +1771,8 @@ def test_a_day_that_a_clock_repeats_has_one_row_each_time(
     server: Server, chromium: Chromium
 ) -> None:
     anna, ben, chat = pair(server)
-    for day in (20, 21, 20):
-        server.post(chat, ben, f"2026-11-{day}T12:00:00Z")
+    for day in ("2024-11-20", "2130-11-21", "2024-11-20"):
+        server.post(chat, ben, f"{day}T12:00:00Z")
     page = chromium.page()
 
     def set_times(route: sync_api.Route) -> None:
@@ -1785,10 +1785,11 @@ def test_a_day_that_a_clock_repeats_has_one_row_each_time(
     page.goto(server.link(anna))
     open_chat(page, chat)
     days = page.locator("#messages .day")
-    expect(days).to_have_count(3)
+    before = ["November 20, 2024", "November 21, 2130", "November 20, 2024"]
+    expect(days).to_have_text(before)
     server.post(chat, ben, "Now")
     expect(bubbles(page)).to_have_count(4)
-    expect(days).to_have_count(4)
+    expect(days).to_have_text([*before, "Today"])
 
 
 @pytest.mark.parametrize("locale", ["en-US", "en-GB", "de-DE", "ar-EG", "ja-JP"])

@@ -250,7 +250,7 @@ function dayName(created_at) {
   const days = daysAgo(date);
   if (days === 0) return "Today";
   if (days === 1) return "Yesterday";
-  return (days < 300 ? formats.dayNear : formats.dayFar).format(date);
+  return (Math.abs(days) < 300 ? formats.dayNear : formats.dayFar).format(date);
 }
 
 /** @param {string} created_at */
@@ -258,7 +258,7 @@ function shortTime(created_at) {
   const date = new Date(created_at);
   const days = daysAgo(date);
   if (days === 0) return formats.clock.format(date);
-  return (days < 300 ? formats.dayShort : formats.dayShortFar).format(date);
+  return (Math.abs(days) < 300 ? formats.dayShort : formats.dayShortFar).format(date);
 }
 
 /** @param {number} seconds @param {() => void} task */
@@ -2238,9 +2238,9 @@ function candidate(userId) {
   );
 }
 
-/** In small letters without accents: "zoltan" finds Zoltán. @param {string} name */
+/** In small letters without accents and widths: "zoltan" finds Zoltán. @param {string} name */
 function folded(name) {
-  return name.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase();
+  return name.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
 }
 
 /**
