@@ -2238,7 +2238,7 @@ function candidate(userId) {
   );
 }
 
-/** In small letters without accents and widths: "zoltan" finds Zoltán. @param {string} name */
+/** Without accents, widths and capitals: "zoltan" finds Zoltán. @param {string} name */
 function folded(name) {
   return name.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
 }
