@@ -46,7 +46,7 @@ const COUNT_FROM = 0.9;
 /** A text below this size is never folded, so its height need not be measured. */
 const SHORT_CHARACTERS = 600;
 const SHORT_LINES = 20;
-/** The drafts of a browser together. localStorage has room for ten times this. */
+/** All drafts but the newest. localStorage has room for ten times this. */
 const DRAFT_CHARACTERS = 500_000;
 /** So many addresses of one message become links. */
 const MAX_LINKS = 200;
@@ -250,7 +250,7 @@ function dayName(created_at) {
   const days = daysAgo(date);
   if (days === 0) return "Today";
   if (days === 1) return "Yesterday";
-  return (days < 300 ? formats.dayNear : formats.dayFar).format(date);
+  return (Math.abs(days) < 300 ? formats.dayNear : formats.dayFar).format(date);
 }
 
 /** @param {string} created_at */
@@ -258,7 +258,7 @@ function shortTime(created_at) {
   const date = new Date(created_at);
   const days = daysAgo(date);
   if (days === 0) return formats.clock.format(date);
-  return (days < 300 ? formats.dayShort : formats.dayShortFar).format(date);
+  return (Math.abs(days) < 300 ? formats.dayShort : formats.dayShortFar).format(date);
 }
 
 /** @param {number} seconds @param {() => void} task */
@@ -1279,7 +1279,7 @@ function renderBell() {
     .map((chat) => chatRow(chat, false));
   showRows(box("bell-list"), rows);
   box("bell-empty").hidden = rows.length > 0;
-  const permission = "Notification" in window ? Notification.permission : "unsupported";
+  const permission = window.Notification?.permission;
   button("notify").hidden = permission !== "default";
   box("notify-denied").hidden = permission !== "denied";
 }
@@ -1567,11 +1567,10 @@ function reload(chat) {
 }
 
 /** @param {Message} message @returns {Row} */
-function dayRow({ created_at }) {
+function dayRow({ created_at, n }) {
   const name = dayName(created_at);
-  const day = new Date(created_at).toDateString();
   return {
-    key: `day ${day}`,
+    key: `day ${n}`, // not the date: a clock that is set back repeats a day
     look: name,
     build: () => el("li", { class: "day" }, name),
   };
@@ -1857,7 +1856,7 @@ const OPENING = /** @type {Record<string, string>} */ ({
   "]": "[",
   "}": "{",
 });
-const TRAILING = /(?:[.,:;!?*'~|([{]|(?![\x00-\x7f])\p{P})+$/u;
+const TRAILING = /(?:[.,:;!?*'~|([{]|(?![\x00-\x7f])[\p{P}\p{S}\ufe0f\u200d])+$/u;
 
 /** The text of a message, with links. @param {string} content */
 function contentNode(content) {
@@ -1920,15 +1919,16 @@ function closedAt(/** @type {string} */ address) {
 }
 
 /**
- * In "example.comを見て" a text follows the host: the last part of a host never mixes
- * ASCII with another script.
+ * In "example.comを見て" and "example.com's" a text follows the host: the last part of
+ * a host never mixes ASCII with another script, and has no punctuation.
  * @param {string} address
  */
 function withoutTextAfterHost(address) {
   const [host = ""] = /^(?:https?:\/\/)?[^/?#]*/iu.exec(address) ?? [];
   const start = Math.max(...[".", "/", "@"].map((sign) => host.lastIndexOf(sign))) + 1;
-  const mixed = /^(?:[a-z\d-]{2,}|\d+)(?::\d*)?(?=(?!\p{M})[^\x00-\u024f])/iu;
-  const [last] = mixed.exec(host.slice(start)) ?? [];
+  const label =
+    /^(?:[a-z\d-]{2,}|\d+)(?::\d*)?(?=[!$&'()*+,;=|]|(?!\p{M})[^\x00-\u024f])/iu;
+  const [last] = label.exec(host.slice(start)) ?? [];
   return last ? address.slice(0, start + last.length) : address;
 }
 
@@ -1999,7 +1999,7 @@ const drafts = {
     return [...new Set(all)].filter((key) => key.startsWith(prefix));
   },
 
-  /** Drops the oldest drafts of all users when together they are too long. */
+  /** Drops the oldest drafts of all users, but never the newest. */
   prune() {
     let room = DRAFT_CHARACTERS;
     const stored = this.keys(DRAFT_PREFIX).map((key) => ({
@@ -2007,7 +2007,7 @@ const drafts = {
       value: this.item(key),
     }));
     stored.sort((a, b) => readDraft(b.value).at - readDraft(a.value).at);
-    for (const { key, value } of stored) {
+    for (const { key, value } of stored.slice(1)) {
       room -= key.length + (value?.length ?? 0);
       if (room < 0 && value !== null) localStorage.removeItem(key);
     }
@@ -2238,9 +2238,9 @@ function candidate(userId) {
   );
 }
 
-/** In small letters without accents: "zoltan" finds Zoltán. @param {string} name */
+/** Without accents, widths and capitals: "zoltan" finds Zoltán. @param {string} name */
 function folded(name) {
-  return name.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase();
+  return name.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
 }
 
 /**
@@ -2404,8 +2404,7 @@ async function onNotifyButton() {
 
 /** @param {ChatView} chat @param {Message} message */
 function notify(chat, message) {
-  const allowed = "Notification" in window && Notification.permission === "granted";
-  if (!allowed || isWatched()) return;
+  if (window.Notification?.permission !== "granted" || isWatched()) return;
   after(NOTIFY_SECONDS, () => {
     const seen = chat.read_n >= message.n || isWatched();
     if (!seen && model.chats.has(chat.id)) showNotification(chat, message);
