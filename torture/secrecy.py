@@ -43,7 +43,7 @@ from harness import (
     text,
 )
 
-REF = re.compile(rb'"ref": ?"(?:[^"\\\\]|\\\\.)*"')
+NAMES = re.compile(rb'"(?:ref|client_id)": ?"(?:[^"\\\\]|\\\\.)*"')
 KINDS = ("log", "error", "stats", "metrics")
 
 
@@ -62,8 +62,8 @@ def search(files: list[Path]) -> Iterator[str]:
     """Find the patterns: a sentence for each place, without the secret."""
     for file in files:
         data = file.read_bytes()
-        if file.suffix == ".error":  # an error repeats the client's own ref
-            data = REF.sub(b"", data)
+        if file.suffix == ".error":  # an error repeats what names the command
+            data = NAMES.sub(b"", data)
         for pattern in patterns():
             for match in pattern.finditer(data):
                 line = data[: match.start()].count(b"\n") + 1
