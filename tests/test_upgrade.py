@@ -229,8 +229,8 @@ def test_an_upgrade_that_is_killed_anywhere_changes_nothing(
         from pathlib import Path
         path, done = Path(sys.argv[1]), int(sys.argv[2])
         opened = chatd.open_database
-        def open_database(path, *, readonly):
-            db = opened(path, readonly=readonly)
+        def open_database(path, **named):
+            db = opened(path, **named)
             db.execute("PRAGMA cache_size = 1")
             db.create_function("die", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
             return db
