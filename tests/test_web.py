@@ -1007,10 +1007,12 @@ def unread(server: Server, user: int, chat: int) -> int:
 
 
 def long_chat(server: Server) -> tuple[int, int, int]:
-    """Make a chat of Anna and Ben that is longer than any screen."""
+    """Make a chat of Anna and Ben that is longer than any screen. Anna has read it."""
     anna, ben, chat = pair(server)
     for i in range(30):
-        server.post(chat, anna if i % 3 else ben, f"Message {i} " + "words " * 12)
+        text = f"Message {i} " + "words " * 12
+        last = server.post(chat, anna if i % 3 else ben, text)
+    server.request("POST", f"/api/v1/messages/{last['id']}/read", user_id=anna)
     return anna, ben, chat
 
 
