@@ -1004,6 +1004,8 @@ async def test_a_command_that_fails_leaves_no_file_and_changes_none(
 
 
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+# Coverage would write into the checkout, which that user may not.
+UNMEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -1044,8 +1046,7 @@ async def test_a_file_or_folder_of_another_user_is_an_error_that_says_what_to_do
         (("backup", ours / "copied.db", "--db", mine / "open.db"), ""),
     ):
         before = files_in(mine), files_in(closed)
-        # Coverage would write into the checkout, which nobody may.
-        done = await run_chatd(*words, prefix=AS_NOBODY, COVERAGE_PROCESS_START="")
+        done = await run_chatd(*words, prefix=AS_NOBODY, **UNMEASURED)
         assert done.status == bool(sentence), (words, done)
         assert sentence in done.err, (words, done)
         assert (files_in(mine), files_in(closed)) == before, words
