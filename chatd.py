@@ -1956,14 +1956,15 @@ class Store:
                WHERE user_id = ? AND joined_seq <= ?""",
             (user_id, upto),
         ).fetchall()
-        found: dict[int, MyChat] = {}  # by the seq of its newest message, or of joining
+        found: list[tuple[int, MyChat]] = []
         for chat_id, position, joined_seq in rows:
             chat = self.chat(db, chat_id, upto)
             last, read_n = chat.last_message, min(position, chat.last_n)
             fields = msgspec.structs.asdict(chat)
             mine = MyChat(**fields, read_n=read_n, unread=chat.last_n - read_n)
-            found[max(joined_seq, last.id if last else 0)] = mine
-        return [found[seq] for seq in sorted(found, reverse=True)]
+            found.append((max(joined_seq, last.id if last else 0), mine))
+        found.sort(key=operator.itemgetter(0), reverse=True)
+        return [mine for _, mine in found]
 
     def history(
         self,
@@ -4894,16 +4895,16 @@ def open_database(path: Path, *, readonly: bool, alone: bool = False) -> Db:
 
     alone: without a -wal, nobody writes while this reader is open.
     Exactly one connection may commit and checkpoint: before SQLite 3.51.3 two that do
-    so at the same time can corrupt a WAL. Readers therefore cannot do either.
+    so at the same time can corrupt a WAL. Readers beside a writer can do neither.
     """
-    # SQLite makes -wal and -shm for a reader, too, and the last connection that closes
-    # removes them only if it could write. So without a -wal a reader could write, too.
-    # Where it has no right or no room to make them, it reads the file as it is.
-    wal = wal_of(path)
-    has_wal, disk = wal.exists(), os.statvfs(wal.parent)
-    mode = "ro" if readonly and has_wal else "rw"
-    full = disk.f_bfree < min(16, disk.f_blocks)  # 0 blocks: the size is unknown
-    fixed = alone and not has_wal and (full or not os.access(wal.parent, os.W_OK))
+    wal, mode, fixed = wal_of(path), "ro" if readonly else "rw", False
+    if alone and not wal.exists():
+        # SQLite makes -wal and -shm for a reader, too, and removes them only if it
+        # could write. Where it has no right or no room to make them, it reads the file
+        # as it is.
+        mode, disk = "rw", os.statvfs(wal.parent)
+        full = disk.f_bfree < min(16, disk.f_blocks)  # 0 blocks: the size is unknown
+        fixed = full or not os.access(wal.parent, os.W_OK)
     uri = f"{Path(os.path.realpath(path)).as_uri()}?mode={mode}&immutable={fixed:d}"
     db = sqlite3.connect(
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
@@ -5251,7 +5252,9 @@ async def _listen_at(
         again = {at: sock for at in places for sock in kept if _is_at(sock, *at)}
         _forget({*kept} - {*again.values()})
         # Unix sockets come last: a failed start should leave no file.
-        for place, text in sorted(places.items(), reverse=True):
+        for place, text in sorted(
+            places.items(), key=lambda item: item[0][0] == socket.AF_UNIX
+        ):
             try:
                 sockets.append(again.get(place) or _bind(*place))
             except OSError as error:
