@@ -341,7 +341,7 @@ class Server:
         self.settings = settings = store.settings
         self.stats = store.stats
         self.keyring = keyring
-        self.store = store
+        self.store, self.chats = store, Chats(store)
         self.hub = Hub(store)
         keyring.revoked = store.revoked()
         self.pages = page_answers()
@@ -1056,7 +1056,7 @@ class ChatEvent(Event, frozen=True):
     as it is then, and nothing of it for a user who has left since.
     """
 
-    chat: msgspec.Raw  # a Chat, encoded once for all who get it
+    chat: Chat
 
 
 class UserEvent(Event, frozen=True):
@@ -1093,6 +1093,21 @@ class MemberAdded(UserEvent, frozen=True, tag="member_added"):
     """To those who were members before."""
 
 
+class ChatRenamed(Event, frozen=True, tag="chat_renamed"):
+    """To all members. user_id is the member who renamed the chat; None: a service."""
+
+    title: str | None
+    user_id: int | None
+
+
+class MessageEdited(MessageEvent, frozen=True, tag="message_edited"):
+    """To all members: the message has another text."""
+
+
+class MessageDeleted(MessageEvent, frozen=True, tag="message_deleted"):
+    """To all members: the message has no text any more."""
+
+
 class MemberRemoved(Event, frozen=True, tag="member_removed"):
     """To the remaining members, and to the removed user, as the chat's last event."""
 
@@ -1119,7 +1134,6 @@ class Entry(msgspec.Struct, eq=False):
     event: Event
     to_user: int | None = None
     to_chat: bool = False
-    shared_by: int = 1  # how many entries share the encoded chat
     seq: int = 0
     chat_id: int = 0
     size: int = 256  # about how many bytes of memory it takes in the tail
@@ -1134,7 +1148,7 @@ class Entry(msgspec.Struct, eq=False):
             # in the frame.
             self.size += 3 * len(event.message.content.encode())
         else:
-            self.size += len(encode(event)) // self.shared_by
+            self.size += len(encode(event))
 
     @property
     def kind(self) -> str:
@@ -1276,7 +1290,8 @@ VISIBLE = f"""
 COUNT_VISIBLE = f"SELECT count(*) FROM ({VISIBLE} LIMIT :limit)"
 
 MESSAGE_COLUMNS = (
-    "m.id, m.chat_id, m.sender_id, m.content, m.created_at, m.n, m.client_id"
+    "m.id, m.chat_id, m.sender_id, m.content, m.created_at, m.n, m.client_id, "
+    "m.rev, m.edited_at, m.deleted"
 )
 MESSAGES = f"SELECT {MESSAGE_COLUMNS} FROM message m"
 
@@ -1585,10 +1600,10 @@ class Store:
     # Each runs inside the transaction. db is the writer's connection; events are the
     # batch's so far, and the write appends its own.
 
-    def _next_seq(self, events: Entries) -> int:
+    def next_seq(self, events: Entries) -> int:
         return self.seq + len(events) + 1
 
-    def _record(self, db: Db, events: Entries, entry: Entry) -> None:
+    def record(self, db: Db, events: Entries, entry: Entry) -> None:
         """Append an event to the event log, and to the batch."""
         events.append(entry)
         event, kind = entry.event, entry.kind
@@ -1618,29 +1633,29 @@ class Store:
         if sent := self.find_sent(db, send):
             return sent
         chat_id, sender_id, content, client_id = send
-        last_n, read_n, is_chat = db.execute(
-            """SELECT (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = ?1),
-               (SELECT read_n FROM member WHERE chat_id = ?1 AND user_id = ?2),
-               EXISTS (SELECT 1 FROM chat WHERE id = ?1)""",
+        found = db.execute(
+            """UPDATE chat SET last_n = last_n + 1 WHERE id = ?1 RETURNING last_n,
+               (SELECT read_n FROM member WHERE chat_id = ?1 AND user_id = ?2)""",
             (chat_id, sender_id),
         ).fetchone()
+        n, read_n = found or (0, None)
         if read_n is None:  # not a member, so there is no mark
-            if not (service and is_chat):
+            if not (service and found):
                 raise no_chat()
-            self._know(db, sender_id)
-            read_n = last_n
-        seq, n, now = self._next_seq(events), last_n + 1, now_seconds()
-        row = (seq, chat_id, sender_id, content, now, n, client_id)
+            know_user(db, sender_id)
+            read_n = n - 1
+        seq, now = self.next_seq(events), now_seconds()
+        which = (seq, chat_id, sender_id, content)
         db.execute(
             """INSERT INTO message
                (id, chat_id, sender_id, content, created_at, n, client_id)
                VALUES (?, ?, ?, ?, ?, ?, ?)""",
-            row,
+            (*which, now, n, client_id),
         )
-        message = message_of(row)
-        event = NewMessage(seq, chat_id, message, read_n == last_n or not service)
-        self._record(db, events, Entry(event, to_chat=True))
-        if read_n == last_n:
+        message = Message(*which, timestamp(now), n, client_id)
+        event = NewMessage(seq, chat_id, message, read_n == n - 1 or not service)
+        self.record(db, events, Entry(event, to_chat=True))
+        if read_n == n - 1:
             db.execute(SET_READ_N, (n, chat_id, sender_id))
         elif not service:
             self.mark_read(db, events, sender_id, seq)
@@ -1693,111 +1708,11 @@ class Store:
         # Every mark to every member costs members squared: in a large chat, too much.
         sql = "SELECT 1 FROM member WHERE chat_id = ? LIMIT 1 OFFSET ?"
         large = query_value(db, sql, chat_id, self.settings.large_chat)
-        seq = self._next_seq(events)
+        seq = self.next_seq(events)
         event = MessageRead(seq, chat_id, message_id, user_id, n)
         entry = Entry(event, user_id) if large else Entry(event, to_chat=True)
-        self._record(db, events, entry)
+        self.record(db, events, entry)
         return Marked(message_id, chat_id, n, seq)
-
-    def create_chat(
-        self, db: Db, events: Entries, title: str | None, member_ids: Iterable[int]
-    ) -> Chat:
-        """Create a chat, with one event for each member. Raises Refusal bad_field."""
-        members = sorted(set(member_ids))
-        self._check_size(len(members))
-        sql = "INSERT INTO chat (title, created_at) VALUES (?, ?) RETURNING id"
-        chat_id: int = query_value(db, sql, title, now_seconds())
-        first = self._next_seq(events)
-        for seq, user_id in enumerate(members, first):
-            self._join(db, chat_id, user_id, seq)
-        chat = self.chat(db, chat_id, first)
-        raw = msgspec.Raw(encode(chat))
-        for seq, user_id in enumerate(members, first):
-            event = ChatAdded(seq, chat_id, raw)
-            entry = Entry(event, user_id, shared_by=len(members))
-            self._record(db, events, entry)
-        return chat
-
-    def add_member(
-        self, db: Db, events: Entries, chat_id: int, user_id: int, by: int | None
-    ) -> bool:
-        """Add a member: an event to the members, then one to the new one.
-
-        by is the member who adds; None: a service. Returns False if the user is a
-        member already. Raises Refusal not_found.
-        """
-        self._find_chat(db, chat_id, by)
-        if query_value(db, IS_MEMBER, chat_id, user_id):
-            return False
-        sql = "SELECT count(*) FROM member WHERE chat_id = ?"
-        self._check_size(query_value(db, sql, chat_id) + 1)
-        name = self.name(db, user_id)
-        seq = self._next_seq(events)
-        self._join(db, chat_id, user_id, seq + 1)
-        added = MemberAdded(seq, chat_id, user_id, name)
-        self._record(db, events, Entry(added, to_chat=True))
-        raw = msgspec.Raw(encode(self.chat(db, chat_id, seq + 1)))
-        event = ChatAdded(seq + 1, chat_id, raw)
-        self._record(db, events, Entry(event, user_id))
-        return True
-
-    def remove_member(
-        self, db: Db, events: Entries, chat_id: int, user_id: int, by: int | None
-    ) -> None:
-        """Remove a member: by is the member itself, or None, a service.
-
-        Raises Refusal not_found.
-        """
-        self._find_chat(db, chat_id, by)
-        sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
-        if not db.execute(sql, (chat_id, user_id)).rowcount:
-            raise Refusal("not_found", "user_id: not a member of this chat")
-        event = MemberRemoved(self._next_seq(events), chat_id, user_id)
-        self._record(db, events, Entry(event, user_id, to_chat=True))
-
-    def rename(
-        self, db: Db, _events: Entries, user_id: int, name: str, named_at: int = 0
-    ) -> tuple[int, str]:
-        """Store a user's name, "" for none, unless it was named later than that.
-
-        A time in the future does not count: it was made by a wrong clock. Returns what
-        is stored. It is not an event: names are read when shown.
-        """
-        sql = """INSERT INTO user (id, name, named_at) VALUES (?1, nullif(?2, ''), ?3)
-                 ON CONFLICT DO UPDATE SET
-                     name = iif(named_at > ?3 AND named_at <= ?4, name, excluded.name),
-                     named_at = iif(named_at > ?3 AND named_at <= ?4, named_at, ?3)
-                 RETURNING named_at, coalesce(name, '')"""
-        row = db.execute(sql, (user_id, name, named_at, now_seconds())).fetchone()
-        return tuple(row)
-
-    def revoke(self, db: Db, _events: Entries, user_id: int, revoked_at: int) -> None:
-        """Store that a user's tokens up to this Unix second are refused."""
-        sql = """INSERT INTO user (id, revoked_at) VALUES (?1, ?2)
-                 ON CONFLICT DO UPDATE SET revoked_at = ?2"""
-        db.execute(sql, (user_id, revoked_at))
-
-    def _join(self, db: Db, chat_id: int, user_id: int, seq: int) -> None:
-        """Make a user a member who has read all messages so far."""
-        self._know(db, user_id)
-        db.execute(
-            """INSERT INTO member (chat_id, user_id, joined_seq, read_n) VALUES (?1, ?2,
-               ?3, (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = ?1))""",
-            (chat_id, user_id, seq),
-        )
-
-    def _know(self, db: Db, user_id: int) -> None:
-        db.execute("INSERT OR IGNORE INTO user (id) VALUES (?)", (user_id,))
-
-    def _find_chat(self, db: Db, chat_id: int, by: int | None) -> None:
-        found = query_value(db, "SELECT 1 FROM chat WHERE id = ?", chat_id)
-        if not found or not (by is None or query_value(db, IS_MEMBER, chat_id, by)):
-            raise no_chat()
-
-    def _check_size(self, members: int) -> None:
-        most = self.settings.members
-        if members > most:
-            raise bad_field(f"member_ids: {members} members; at most {most}")
 
     # --- reading ---------------------------------------------------------------------
     # Methods that take a db run in a reader's thread, in one read transaction. `upto`
@@ -1915,8 +1830,7 @@ class Store:
             if issubclass(cls, MessageEvent):
                 joined = (message_of(message),)
             elif issubclass(cls, ChatEvent):
-                chat = self.chat(db, chat_id, upto, to_user)
-                joined = (msgspec.Raw(encode(chat)),)
+                joined = (read_chat(db, chat_id, upto, to_user),)
             elif issubclass(cls, UserEvent):
                 joined = (user_id, name)
             event = cls(seq, chat_id, *joined, **msgspec.json.decode(body or "{}"))
@@ -1926,93 +1840,23 @@ class Store:
             raise unread from error
         return Entry(event, to_user, bool(to_chat))
 
-    def chat(
-        self, db: Db, chat_id: int, upto: int, viewer_id: int | None = None
-    ) -> Chat:
-        """Read a chat: its messages as of upto, its title and members as they are now.
-
-        A viewer who has left sees that there was a chat, and nothing of it.
-        """
-        if viewer_id is not None and not query_value(db, IS_MEMBER, chat_id, viewer_id):
-            return Chat(chat_id, None, [], 0, None)
-        row = db.execute(
-            f"{MESSAGES} WHERE chat_id = ? AND id <= ? ORDER BY n DESC LIMIT 1",
-            (chat_id, upto),
-        ).fetchone()
-        last = message_of(row) if row else None
-        last_n = last.n if last else 0
-        members = db.execute(
-            """SELECT b.user_id, u.name, min(b.read_n, ?) FROM member b
-               JOIN user u ON u.id = b.user_id WHERE b.chat_id = ?""",
-            (last_n, chat_id),
-        )
-        title = query_value(db, "SELECT title FROM chat WHERE id = ?", chat_id)
-        return Chat(chat_id, title, [Member(*row) for row in members], last_n, last)
-
-    def my_chats(self, db: Db, user_id: int, upto: int) -> list[MyChat]:
-        """Read a user's chats as of upto, the one with the newest message first."""
-        rows = db.execute(
-            """SELECT chat_id, read_n, joined_seq FROM member
-               WHERE user_id = ? AND joined_seq <= ?""",
-            (user_id, upto),
-        ).fetchall()
-        found: list[tuple[int, MyChat]] = []
-        for chat_id, position, joined_seq in rows:
-            chat = self.chat(db, chat_id, upto)
-            last, read_n = chat.last_message, min(position, chat.last_n)
-            fields = msgspec.structs.asdict(chat)
-            mine = MyChat(**fields, read_n=read_n, unread=chat.last_n - read_n)
-            found.append((max(joined_seq, last.id if last else 0), mine))
-        found.sort(key=operator.itemgetter(0), reverse=True)
-        return [mine for _, mine in found]
-
-    def history(
-        self,
-        db: Db,
-        user_id: int,
-        chat_id: int,
-        before: int | None,
-        limit: int,
-        upto: int,
-    ) -> tuple[list[Message], bool]:
-        """Read a page of messages, oldest first, and whether there are older ones.
-
-        before is a message id of this chat. Raises Refusal not_found, bad_field.
-        """
-        if not query_value(db, IS_MEMBER, chat_id, user_id):
-            raise no_chat()
-        before_n = MAX_ID
-        if before is not None:
-            sql = "SELECT n FROM message WHERE id = ? AND chat_id = ?"
-            before_n = query_value(db, sql, before, chat_id)
-            if before_n is None:
-                raise bad_field("before: not a message of this chat")
-        rows = db.execute(
-            f"""{MESSAGES} WHERE chat_id = ? AND n < ? AND id <= ?
-                ORDER BY n DESC LIMIT ?""",
-            (chat_id, before_n, upto, limit + 1),
-        ).fetchall()
-        messages = [message_of(row) for row in reversed(rows[:limit])]
-        return messages, len(rows) > limit
-
-    def name(self, db: Db, user_id: int) -> str | None:
-        """Read a user's name."""
-        name: str | None = query_value(
-            db, "SELECT name FROM user WHERE id = ?", user_id
-        )
-        return name
-
-    def users(self, db: Db) -> list[User]:
-        """Read the known users, those with a name first, at most 200."""
-        sql = "SELECT id, name FROM user ORDER BY name IS NULL, name, id LIMIT 200"
-        return [User(*row) for row in db.execute(sql)]
-
 
 def message_of(row: Sequence[Any]) -> Message:
     """Make the message of a row of MESSAGE_COLUMNS."""
-    values = list(row)
-    values[4] = timestamp(values[4])  # created_at
-    return Message(*values)
+    message_id, chat_id, sender_id, content, created_at, *rest = row
+    n, client_id, rev, edited_at, deleted = rest
+    return Message(
+        message_id,
+        chat_id,
+        sender_id,
+        content,
+        timestamp(created_at),
+        n,
+        client_id,
+        rev,
+        edited_at and timestamp(edited_at),
+        bool(deleted),
+    )
 
 
 # =====================================================================================
@@ -2606,10 +2450,14 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "token_expired": (401, "this token has expired: get a new one"),
     "token_used": (401, "this ticket was used already: get a new one"),
     "forbidden": (403, "this token may not do that"),
+    "too_late": (403, "this message can no longer be changed"),
     "not_found": (404, "there is nothing here, or it is not yours to see"),
     "method_not_allowed": (405, "this path does not take that method"),
     "timeout": (408, "the request took too long"),
     "idempotency_mismatch": (409, "client_id: it was used for another message"),
+    "direct": (409, "this is a direct chat: its two members stay as they are"),
+    "deleted": (409, "this message was deleted"),
+    "changed": (409, "if_rev: this message was changed since"),
     "too_large": (413, "the request is too large"),
     "upgrade_required": (426, "this path speaks WebSocket: send an upgrade request"),
     "rate_limited": (429, "too many at once: slow down"),
@@ -2728,7 +2576,11 @@ class ServerMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One message. n is its number in its chat: 1, 2, 3, without holes."""
+    """One message. n is its number in its chat: 1, 2, 3, without holes.
+
+    rev is the seq of the event that made it what it is: of its last change, or None.
+    The content of a deleted message is "".
+    """
 
     id: int
     chat_id: int
@@ -2737,6 +2589,9 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     created_at: str
     n: int
     client_id: str | None = None
+    rev: int | None = None
+    edited_at: str | None = None
+    deleted: bool = False
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -2755,6 +2610,9 @@ class Chat(msgspec.Struct, frozen=True):
     members: list[Member]
     last_n: int
     last_message: Message | None
+    direct: bool
+    created_by: int | None
+    member_count: int
 
 
 class MyChat(Chat, frozen=True):
@@ -2948,6 +2806,216 @@ def error_frame(refusal: Refusal, command: str | bytes = b"{}") -> bytes:
     return text_frame(
         ErrorFrame(refusal.code, refusal.message, refusal.retry_after, **names)
     )
+
+
+# =====================================================================================
+# CHATS: members, names, and what is read of them
+#
+# The writes and the queries beside the way of a message. The store runs them, as it
+# runs its own: a write inside a transaction of the writer, a query as of the head.
+# =====================================================================================
+
+
+@dataclasses.dataclass
+class Chats:
+    """Chats, their members, and the users' names. A write appends its events."""
+
+    store: Store
+
+    def create_chat(
+        self, db: Db, events: Entries, title: str | None, member_ids: Iterable[int]
+    ) -> Chat:
+        """Create a chat, with one event for each member. Raises Refusal bad_field."""
+        members = sorted(set(member_ids))
+        self._check_size(len(members))
+        sql = "INSERT INTO chat (title, created_at) VALUES (?, ?) RETURNING id"
+        chat_id: int = query_value(db, sql, title, now_seconds())
+        first = self.store.next_seq(events)
+        for seq, user_id in enumerate(members, first):
+            self._join(db, chat_id, user_id, seq)
+        chat = read_chat(db, chat_id, first)
+        for seq, user_id in enumerate(members, first):
+            event = ChatAdded(seq, chat_id, chat)
+            self.store.record(db, events, Entry(event, user_id))
+        return chat
+
+    def add_member(
+        self, db: Db, events: Entries, chat_id: int, user_id: int, by: int | None
+    ) -> bool:
+        """Add a member: an event to the members, then one to the new one.
+
+        by is the member who adds; None: a service. Returns False if the user is a
+        member already. Raises Refusal not_found.
+        """
+        self._find_chat(db, chat_id, by)
+        if query_value(db, IS_MEMBER, chat_id, user_id):
+            return False
+        sql = "SELECT count(*) FROM member WHERE chat_id = ?"
+        self._check_size(query_value(db, sql, chat_id) + 1)
+        name = self.name(db, user_id)
+        seq = self.store.next_seq(events)
+        self._join(db, chat_id, user_id, seq + 1)
+        added = MemberAdded(seq, chat_id, user_id, name)
+        self.store.record(db, events, Entry(added, to_chat=True))
+        event = ChatAdded(seq + 1, chat_id, read_chat(db, chat_id, seq + 1))
+        self.store.record(db, events, Entry(event, user_id))
+        return True
+
+    def remove_member(
+        self, db: Db, events: Entries, chat_id: int, user_id: int, by: int | None
+    ) -> None:
+        """Remove a member: by is the member itself, or None, a service.
+
+        Raises Refusal not_found.
+        """
+        self._find_chat(db, chat_id, by)
+        sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
+        if not db.execute(sql, (chat_id, user_id)).rowcount:
+            raise Refusal("not_found", "user_id: not a member of this chat")
+        event = MemberRemoved(self.store.next_seq(events), chat_id, user_id)
+        self.store.record(db, events, Entry(event, user_id, to_chat=True))
+
+    def rename(
+        self, db: Db, _events: Entries, user_id: int, name: str, named_at: int = 0
+    ) -> tuple[int, str]:
+        """Store a user's name, "" for none, unless it was named later than that.
+
+        A time in the future does not count: it was made by a wrong clock. Returns what
+        is stored. It is not an event: names are read when shown.
+        """
+        sql = """INSERT INTO user (id, name, named_at) VALUES (?1, nullif(?2, ''), ?3)
+                 ON CONFLICT DO UPDATE SET
+                     name = iif(named_at > ?3 AND named_at <= ?4, name, excluded.name),
+                     named_at = iif(named_at > ?3 AND named_at <= ?4, named_at, ?3)
+                 RETURNING named_at, coalesce(name, '')"""
+        row = db.execute(sql, (user_id, name, named_at, now_seconds())).fetchone()
+        return tuple(row)
+
+    def revoke(self, db: Db, _events: Entries, user_id: int, revoked_at: int) -> None:
+        """Store that a user's tokens up to this Unix second are refused."""
+        sql = """INSERT INTO user (id, revoked_at) VALUES (?1, ?2)
+                 ON CONFLICT DO UPDATE SET revoked_at = ?2"""
+        db.execute(sql, (user_id, revoked_at))
+
+    def _join(self, db: Db, chat_id: int, user_id: int, seq: int) -> None:
+        """Make a user a member who has read all messages so far."""
+        know_user(db, user_id)
+        db.execute(
+            """INSERT INTO member (chat_id, user_id, joined_seq, read_n)
+               VALUES (?1, ?2, ?3, (SELECT last_n FROM chat WHERE id = ?1))""",
+            (chat_id, user_id, seq),
+        )
+
+    def _find_chat(self, db: Db, chat_id: int, by: int | None) -> None:
+        found = query_value(db, "SELECT 1 FROM chat WHERE id = ?", chat_id)
+        if not found or not (by is None or query_value(db, IS_MEMBER, chat_id, by)):
+            raise no_chat()
+
+    def _check_size(self, members: int) -> None:
+        most = self.store.settings.members
+        if members > most:
+            raise bad_field(f"member_ids: {members} members; at most {most}")
+
+    # --- reading ---------------------------------------------------------------------
+
+    def my_chats(self, db: Db, user_id: int, upto: int) -> list[MyChat]:
+        """Read a user's chats as of upto, the one with the newest message first."""
+        rows = db.execute(
+            """SELECT chat_id, read_n, joined_seq FROM member
+               WHERE user_id = ? AND joined_seq <= ?""",
+            (user_id, upto),
+        ).fetchall()
+        found: list[tuple[int, MyChat]] = []
+        for chat_id, position, joined_seq in rows:
+            chat = read_chat(db, chat_id, upto)
+            last, read_n = chat.last_message, min(position, chat.last_n)
+            fields = msgspec.structs.asdict(chat)
+            mine = MyChat(**fields, read_n=read_n, unread=chat.last_n - read_n)
+            found.append((max(joined_seq, last.id if last else 0), mine))
+        found.sort(key=operator.itemgetter(0), reverse=True)
+        return [mine for _, mine in found]
+
+    def history(
+        self,
+        db: Db,
+        user_id: int,
+        chat_id: int,
+        before: int | None,
+        limit: int,
+        upto: int,
+    ) -> tuple[list[Message], bool]:
+        """Read a page of messages, oldest first, and whether there are older ones.
+
+        before is a message id of this chat. Raises Refusal not_found, bad_field.
+        """
+        if not query_value(db, IS_MEMBER, chat_id, user_id):
+            raise no_chat()
+        before_n = MAX_ID
+        if before is not None:
+            sql = "SELECT n FROM message WHERE id = ? AND chat_id = ?"
+            before_n = query_value(db, sql, before, chat_id)
+            if before_n is None:
+                raise bad_field("before: not a message of this chat")
+        rows = db.execute(
+            f"""{MESSAGES} WHERE chat_id = ? AND n < ? AND id <= ?
+                ORDER BY n DESC LIMIT ?""",
+            (chat_id, before_n, upto, limit + 1),
+        ).fetchall()
+        messages = [message_of(row) for row in reversed(rows[:limit])]
+        return messages, len(rows) > limit
+
+    def name(self, db: Db, user_id: int) -> str | None:
+        """Read a user's name."""
+        name: str | None = query_value(
+            db, "SELECT name FROM user WHERE id = ?", user_id
+        )
+        return name
+
+    def users(self, db: Db) -> list[User]:
+        """Read the known users, those with a name first, at most 200."""
+        sql = "SELECT id, name FROM user ORDER BY name IS NULL, name, id LIMIT 200"
+        return [User(*row) for row in db.execute(sql)]
+
+
+def know_user(db: Db, user_id: int) -> None:
+    """Make a row for a user, if there is none."""
+    db.execute("INSERT OR IGNORE INTO user (id) VALUES (?)", (user_id,))
+
+
+# More members, or bytes of them, are left out of a chat: so no frame exceeds 32 KiB but
+# for a message's own text. GET /api/v1/chats/ID/members has them.
+CHAT_MEMBERS = 50
+CHAT_MEMBERS_BYTES = 12_288
+
+
+def read_chat(db: Db, chat_id: int, upto: int, viewer_id: int | None = None) -> Chat:
+    """Read a chat: its messages as of upto, its title and members as they are now.
+
+    A viewer who has left sees that there was a chat, and nothing of it.
+    """
+    if viewer_id is not None and not query_value(db, IS_MEMBER, chat_id, viewer_id):
+        return Chat(chat_id, None, [], 0, None, False, None, 0)
+    title, direct, created_by, count = db.execute(
+        """SELECT title, direct_key IS NOT NULL, created_by,
+               (SELECT count(*) FROM member WHERE chat_id = chat.id)
+           FROM chat WHERE id = ?""",
+        (chat_id,),
+    ).fetchone()
+    row = db.execute(
+        f"{MESSAGES} WHERE chat_id = ? AND id <= ? ORDER BY n DESC LIMIT 1",
+        (chat_id, upto),
+    ).fetchone()
+    last = message_of(row) if row else None
+    last_n = last.n if last else 0
+    rows = db.execute(
+        """SELECT b.user_id, u.name, min(b.read_n, ?1) FROM member b
+           JOIN user u ON u.id = b.user_id WHERE b.chat_id = ?2 AND ?3 <= ?4""",
+        (last_n, chat_id, count, CHAT_MEMBERS),
+    )
+    members = [Member(*row) for row in rows]
+    if len(encode(members)) > CHAT_MEMBERS_BYTES:
+        members = []
+    return Chat(chat_id, title, members, last_n, last, bool(direct), created_by, count)
 
 
 # =====================================================================================
@@ -4042,7 +4110,7 @@ async def store_name(server: Server, claims: Claims) -> None:
     if len(server.names) >= TABLE_KEYS:
         server.names.clear()
     # `then` is called in the order of the commits, so the table has the newest name.
-    rename, stored = server.store.rename, partial(server.names.__setitem__, user_id)
+    rename, stored = server.chats.rename, partial(server.names.__setitem__, user_id)
     with suppress(Refusal):
         await server.store.commit(rename, user_id, name, named_at, then=stored)
 
@@ -4098,7 +4166,7 @@ def get_ws_token(server: Server, request: Request) -> Answer:
 async def post_session(server: Server, request: Request) -> Answer:
     """Exchange a sign-in link's token for a session token."""
     user_id = request.user_id
-    name = await server.store.read(server.store.name, user_id)
+    name = await server.store.read(server.chats.name, user_id)
     # The user may have been revoked meanwhile. From here on nothing waits.
     server.keyring.refuse_revoked(request.claims)
     # No name in it: it is newer than the link, and would undo a change of the name.
@@ -4115,14 +4183,14 @@ async def post_session(server: Server, request: Request) -> Answer:
 
 async def get_me(server: Server, request: Request) -> Answer:
     """Return the user's id and name."""
-    name = await server.store.read(server.store.name, request.user_id)
+    name = await server.store.read(server.chats.name, request.user_id)
     return json_answer(User(request.user_id, name))
 
 
 async def get_users(server: Server, request: Request) -> Answer:
     """Return the known users, where users may create chats."""
     _check_may_change_chats(server, request)
-    return json_answer({"users": await server.store.read(server.store.users)})
+    return json_answer({"users": await server.store.read(server.chats.users)})
 
 
 def _check_may_change_chats(server: Server, request: Request) -> None:
@@ -4133,7 +4201,7 @@ def _check_may_change_chats(server: Server, request: Request) -> None:
 async def get_chats(server: Server, request: Request) -> Answer:
     """Return the user's chats, and the cursor after which their events follow."""
     upto = server.hub.head
-    chats = await server.store.read(server.store.my_chats, request.user_id, upto)
+    chats = await server.store.read(server.chats.my_chats, request.user_id, upto)
     return json_answer({"chats": chats, "cursor": write_cursor(server, upto)})
 
 
@@ -4149,7 +4217,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
         members.add(request.by)
         # Every member gets an event with all members: charge one request for ten.
         server.requests(request.user_id).spend(trio.current_time(), len(members) // 10)
-    chat = await server.store.commit(server.store.create_chat, new.title, members)
+    chat = await server.store.commit(server.chats.create_chat, new.title, members)
     return json_answer({"chat": chat}, 201)
 
 
@@ -4159,7 +4227,7 @@ async def post_member(server: Server, request: Request) -> Answer:
     (chat_id,) = request.ids
     user_id = request.parse(UserBody).user_id
     added = await server.store.commit(
-        server.store.add_member, chat_id, user_id, request.by
+        server.chats.add_member, chat_id, user_id, request.by
     )
     return json_answer({"chat_id": chat_id, "user_id": user_id}, 201 if added else 200)
 
@@ -4169,7 +4237,7 @@ async def delete_member(server: Server, request: Request) -> Answer:
     chat_id, user_id = request.ids
     if request.by not in (None, user_id):
         raise Refusal("forbidden", "only the member or a service may do that")
-    await server.store.commit(server.store.remove_member, chat_id, user_id, request.by)
+    await server.store.commit(server.chats.remove_member, chat_id, user_id, request.by)
     return Answer(204)
 
 
@@ -4178,7 +4246,7 @@ async def get_messages(server: Server, request: Request) -> Answer:
     limit = request.number("limit", 100) or 50
     before = request.number("before", MAX_ID)
     where = (request.user_id, *request.ids, before, limit, server.hub.head)
-    messages, more = await server.store.read(server.store.history, *where)
+    messages, more = await server.store.read(server.chats.history, *where)
     return json_answer({"messages": messages, "more": more})
 
 
@@ -4255,7 +4323,7 @@ async def post_revoke(server: Server, request: Request) -> Answer:
     # Refuse them before the write: during it, an old token could get a new one signed.
     keyring = server.keyring
     keyring.revoked[user_id] = revoked_at = keyring.time_to_sign(user_id)
-    await server.store.commit(server.store.revoke, user_id, revoked_at, then=close)
+    await server.store.commit(server.chats.revoke, user_id, revoked_at, then=close)
     return json_answer({"user_id": user_id, "closed": len(theirs)})
 
 
@@ -5337,9 +5405,10 @@ def serve_demo(settings: Settings) -> None:
         )
         people = {1: "Anna", 2: "Ben"}
         store = Store(settings)
+        chats = Chats(store)
         for user_id, name in people.items():
-            store.commit_now(store.rename, user_id, name)
-        store.commit_now(store.create_chat, "Demo", people)
+            store.commit_now(chats.rename, user_id, name)
+        store.commit_now(chats.create_chat, "Demo", people)
         store.close()
 
         def ready(url: str) -> None:
@@ -5559,6 +5628,9 @@ SANE = {
     "SELECT chat_id, count(*), max(n) FROM message GROUP BY chat_id"
     " HAVING count(*) != max(n) OR min(n) != 1":
         "n: chat {} has {} messages, but the last n is {}",
+    "SELECT id, last_n FROM chat WHERE last_n !="
+    " (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = chat.id)":
+        "chat {}: last_n is {}, but its newest message has another n",
     "SELECT m.id FROM message m LEFT JOIN event e ON e.seq = m.id"
     " AND e.kind = 'new_message' AND e.message_id = m.id AND e.chat_id = m.chat_id"
     " WHERE e.seq IS NULL":

@@ -90,6 +90,27 @@ CREATE INDEX event_user ON event (to_user, seq) WHERE to_user IS NOT NULL;
 -- newest name wins. 0: that token had no iat. NULL: by chatd 1.0, or never named.
 ALTER TABLE user ADD COLUMN named_at INTEGER;
 
+-- direct_key is set in a direct chat, of two users: their ids, the smaller first, as
+-- '3:7'. created_by is the user who created the chat (NULL: a service, or by chatd 1.0),
+-- client_id that creator's own key: a repeated creation is found by it. last_n is the n
+-- of the newest message: it gives the next n, and the unread list. Invitations to the
+-- chat name its invite_key; a new key ends them.
+ALTER TABLE chat ADD COLUMN direct_key TEXT;
+ALTER TABLE chat ADD COLUMN created_by INTEGER REFERENCES user (id);
+ALTER TABLE chat ADD COLUMN client_id TEXT;
+ALTER TABLE chat ADD COLUMN last_n INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE chat ADD COLUMN invite_key TEXT;
+
+UPDATE chat SET last_n = coalesce((SELECT max(n) FROM message WHERE chat_id = chat.id), 0);
+
+-- rev is the seq of the message's last change, edited_at the time of its last edit in
+-- Unix seconds (NULL: none). The content of a deleted message is ''. folded is the text
+-- that a search looks through, where it differs from the content.
+ALTER TABLE message ADD COLUMN rev INTEGER;
+ALTER TABLE message ADD COLUMN edited_at INTEGER;
+ALTER TABLE message ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE message ADD COLUMN folded TEXT;
+
 ALTER TABLE event RENAME TO event_1;
 DROP INDEX event_chat;
 DROP INDEX event_user;

@@ -243,6 +243,7 @@ class Memory:
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.settings = Settings(db=folder / "chatd.db", **changes)
         self.store = memory_store(self.settings, run_sync=run_inline)
+        self.chats = chatd.Chats(self.store)
         self.stats = self.store.stats
         self.hub = chatd.Hub(self.store)
 
@@ -267,7 +268,7 @@ class Memory:
         return cast(V, outcome)
 
     def chat(self, *users: int, title: str | None = None) -> int:
-        return self.do(self.store.create_chat, title, users).id
+        return self.do(self.chats.create_chat, title, users).id
 
     def send(self, chat: int, user: int, text: str = "hi", key: str = "") -> chatd.Sent:
         return cast(chatd.Sent, self.do(*self.sends(chat, user, text, key)))
@@ -293,7 +294,7 @@ class Memory:
         return [event.seq for event in self.page(user, cursor).events]
 
     def my_chats(self, user: int) -> list[chatd.MyChat]:
-        return self.read(self.store.my_chats, user, self.hub.head)
+        return self.read(self.chats.my_chats, user, self.hub.head)
 
     def count(self, table: str) -> int:
         (count,) = self.store._writer.execute(

@@ -53,23 +53,23 @@ STORE_METHODS = '''
     ) -> int:
         """Wave to a chat."""
         self._find_chat(db, chat_id, user_id)
-        event = Waved(self._next_seq(events), chat_id, user_id, [mood, "é"])
-        self._record(db, events, Entry(event, to_chat=True))
+        event = Waved(self.store.next_seq(events), chat_id, user_id, [mood, "é"])
+        self.store.record(db, events, Entry(event, to_chat=True))
         return event.seq
 
     def invite(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:
         """Make a user a member."""
-        seq = self._next_seq(events)
+        seq = self.store.next_seq(events)
         self._join(db, chat_id, user_id, seq)
         event = Invited(seq, chat_id, user_id, self.name(db, user_id), "a friend")
-        self._record(db, events, Entry(event, user_id, to_chat=True))
+        self.store.record(db, events, Entry(event, user_id, to_chat=True))
 
     def expel(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:
         """Remove a member."""
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         db.execute(sql, (chat_id, user_id))
-        event = Expelled(self._next_seq(events), chat_id, user_id)
-        self._record(db, events, Entry(event, user_id, to_chat=True))
+        event = Expelled(self.store.next_seq(events), chat_id, user_id)
+        self.store.record(db, events, Entry(event, user_id, to_chat=True))
 '''
 # A command: its struct and its name in the union; its arm in `match`; its method.
 COMMAND_STRUCT = '''
@@ -91,7 +91,7 @@ COMMAND_METHOD = """
         await self._submit(
             command,
             lambda seq: Reply(ack, seq),
-            self.server.store.wave,
+            self.server.chats.wave,
             chat_id,
             user_id,
             command.mood,
@@ -113,7 +113,7 @@ ROUTE_HANDLERS = '''
 async def post_wave(server: Server, request: Request) -> Answer:
     """Wave to a chat."""
     mood = request.parse(WaveBody).mood
-    wave = server.store.wave
+    wave = server.chats.wave
     seq = await server.store.commit(wave, *request.ids, request.user_id, mood)
     return json_answer({"seq": seq}, 201)
 
@@ -121,13 +121,13 @@ async def post_wave(server: Server, request: Request) -> Answer:
 async def post_guest(server: Server, request: Request) -> Answer:
     """Make a user a member of a chat."""
     user_id = request.parse(UserBody).user_id
-    await server.store.commit(server.store.invite, *request.ids, user_id)
+    await server.store.commit(server.chats.invite, *request.ids, user_id)
     return Answer(204)
 
 
 async def delete_guest(server: Server, request: Request) -> Answer:
     """Remove a member of a chat."""
-    await server.store.commit(server.store.expel, *request.ids)
+    await server.store.commit(server.chats.expel, *request.ids)
     return Answer(204)
 
 '''
@@ -278,11 +278,12 @@ def test_a_reader_is_a_member_until_its_removal_is_published(tmp_path: Path) -> 
     with imported(extended(tmp_path / "copy")) as more:
         settings = more.Settings(db=tmp_path / "chatd.db")
         store = more.Store(settings, run_sync=run_inline)
+        chats = more.Chats(store)
         with contextlib.closing(store):
-            chat = store.commit_now(store.create_chat, None, [1]).id
-            store.commit_now(store.invite, chat, 2)
-            store.commit_now(store.wave, chat, 1, "glad")
-            store.commit_now(store.expel, chat, 2)  # seq 4 is not published yet
+            chat = store.commit_now(chats.create_chat, None, [1]).id
+            store.commit_now(chats.invite, chat, 2)
+            store.commit_now(chats.wave, chat, 1, "glad")
+            store.commit_now(chats.expel, chat, 2)  # seq 4 is not published yet
             page = store._query(store.events_after, 2, 0, 3, 100)
             assert [entry.kind for entry in page.events] == ["invited", "waved"]
             page = store._query(store.events_after, 2, 0, 4, 100)

@@ -51,17 +51,17 @@ def test_a_batch_is_one_write_per_seat_with_its_events_in_order(memory: Memory) 
 def test_a_membership_change_takes_effect_at_its_place_in_the_batch(
     memory: Memory,
 ) -> None:
-    chat, store = memory.chat(1, 2), memory.store
+    chat = memory.chat(1, 2)
     seats = {user: memory.sit(user) for user in (1, 2, 3)}
     send = memory.sends(chat, 1)
     batch = memory.commit(
         send,  # 3
-        (store.add_member, chat, 3, 1),  # 4, 5
+        (memory.chats.add_member, chat, 3, 1),  # 4, 5
         send,  # 6
-        (store.remove_member, chat, 2, 2),  # 7
+        (memory.chats.remove_member, chat, 2, 2),  # 7
         send,  # 8
-        (store.remove_member, chat, 3, 3),  # 9
-        (store.add_member, chat, 2, 1),  # 10, 11
+        (memory.chats.remove_member, chat, 3, 3),  # 9
+        (memory.chats.add_member, chat, 2, 1),  # 10, 11
         send,  # 12
     )
     memory.hub.publish(batch)
@@ -216,7 +216,7 @@ def test_the_tail_is_bounded_in_bytes_too() -> None:
 
 def test_the_size_of_an_event_in_the_tail_covers_its_frame(memory: Memory) -> None:
     chat = memory.chat(*range(1, 500))
-    memory.do(memory.store.add_member, chat, 1000, 1)
+    memory.do(memory.chats.add_member, chat, 1000, 1)
     memory.send(chat, 1, "x" * 4000)
     for event in [*memory.hub.tail][-2:]:
         assert event.size >= len(event.frame), event.kind
@@ -225,11 +225,11 @@ def test_the_size_of_an_event_in_the_tail_covers_its_frame(memory: Memory) -> No
 def test_a_restart_restores_the_tail_from_the_event_log(tmp_path: Path) -> None:
     memory = Memory(tmp_path)
     chat = memory.chat(1, 2)
-    memory.do(memory.store.rename, 3, "Carol")
-    memory.do(memory.store.add_member, chat, 3, 1)
+    memory.do(memory.chats.rename, 3, "Carol")
+    memory.do(memory.chats.add_member, chat, 3, 1)
     sent = memory.send(chat, 1, "Привет!", "k")
     memory.do(memory.store.mark_read, 2, sent.message.id)
-    memory.do(memory.store.remove_member, chat, 3, 3)
+    memory.do(memory.chats.remove_member, chat, 3, 3)
     frames = [event.frame for event in memory.hub.tail]
     after = memory.again()
     # chat_added holds the chat as it is now, so those events come from the event log.
@@ -289,13 +289,13 @@ def test_a_page_that_is_read_after_the_seat_left_joins_no_room(memory: Memory) -
 def test_membership_changes_during_the_read_of_the_chats_are_not_missed(
     memory: Memory,
 ) -> None:
-    chats, store = [memory.chat(1, 2), memory.chat(1, 2)], memory.store
+    chats = [memory.chat(1, 2), memory.chat(1, 2)]
     made = memory.enter(2)
     greeting = memory.greeting(2)  # read before the changes
-    memory.do(store.remove_member, chats[0], 2, 2)
+    memory.do(memory.chats.remove_member, chats[0], 2, 2)
     third = memory.chat(1, 2)
-    memory.do(store.remove_member, chats[1], 2, 2)
-    memory.do(store.add_member, chats[1], 2, 1)
+    memory.do(memory.chats.remove_member, chats[1], 2, 2)
+    memory.do(memory.chats.add_member, chats[1], 2, 1)
     memory.hub.set_chats(made.seat.person, greeting.joined)
     assert made.seat.person.chats == {third: 7, chats[1]: 10}
     memory.catch_up(made)
@@ -307,7 +307,7 @@ def test_membership_changes_during_the_read_of_the_chats_are_not_missed(
 def test_a_removal_may_be_read_before_it_is_published(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     made = memory.enter(2)
-    batch = memory.commit((memory.store.remove_member, chat, 2, 2))
+    batch = memory.commit((memory.chats.remove_member, chat, 2, 2))
     memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
     memory.catch_up(made)
     memory.hub.publish(batch)
@@ -319,7 +319,7 @@ def test_only_the_first_read_of_the_chats_of_a_user_counts(memory: Memory) -> No
     seats = [memory.enter(2), memory.enter(2)]
     person = seats[0].seat.person
     memory.hub.set_chats(person, {chat: 2})
-    memory.do(memory.store.remove_member, chat, 2, 2)
+    memory.do(memory.chats.remove_member, chat, 2, 2)
     memory.hub.set_chats(person, {chat: 2})  # read before the removal, applied after it
     assert (person.chats, memory.hub.live_seats) == ({}, {})
 
@@ -340,7 +340,7 @@ def test_a_page_is_filtered_again_when_it_is_pushed(memory: Memory) -> None:
     made.seat.cursor = 0
     memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
     page = memory.page(2)  # read before the removal
-    memory.do(memory.store.remove_member, chat, 2, None)
+    memory.do(memory.chats.remove_member, chat, 2, None)
     memory.hub.push_page(made.seat, page)
     assert (made.seqs(), made.seat.cursor, made.seat.live) == ([2], 3, False)
     memory.catch_up(made)
@@ -585,9 +585,11 @@ def work_of(
             seq = [0, *model.messages.get(chat, [])][-1 - len(model.log) % 2 :][0]
             return (store.mark_read, user, seq), model.mark(user, seq)
         case "add":
-            return (store.add_member, chat, user, None), model.add(chat, user)
+            return (memory.chats.add_member, chat, user, None), model.add(chat, user)
         case _:
-            return (store.remove_member, chat, user, None), model.remove(chat, user)
+            return (memory.chats.remove_member, chat, user, None), model.remove(
+                chat, user
+            )
 
 
 def commit_both(

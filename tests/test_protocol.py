@@ -331,6 +331,7 @@ def test_an_error_frame_names_a_command_by_exactly_its_valid_fields(
     assert {name: error[name] for name in error.keys() & chatd.NAMES.keys()} == valid
 
 
+CHAT = chatd.Chat(9, "Sofa", [], 0, None, False, 6, 51)
 MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z", 13)
 
 
@@ -358,8 +359,10 @@ MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z", 13)
             '{"type":"typing","chat_id":3,"user_id":5,"is_typing":true}',
         ),
         (
-            chatd.ChatAdded(5122, 9, msgspec.Raw(b"{}")),
-            '{"type":"chat_added","seq":5122,"chat_id":9,"chat":{}}',
+            chatd.ChatAdded(5122, 9, CHAT),
+            '{"type":"chat_added","seq":5122,"chat_id":9,"chat":{"id":9,"title":"Sofa",'
+            '"members":[],"last_n":0,"last_message":null,"direct":false,'
+            '"created_by":6,"member_count":51}}',
         ),
         (
             chatd.MemberAdded(5121, 9, 8, "Bob"),
@@ -396,7 +399,7 @@ def test_a_server_message_is_encoded_as_specified(
 
 def test_an_event_keeps_its_frame_unless_it_is_a_chat_added() -> None:
     message = chatd.Entry(chatd.NewMessage(1, 3, MESSAGE), to_chat=True)
-    added = chatd.Entry(chatd.ChatAdded(2, 3, msgspec.Raw(b"{}")), to_user=5)
+    added = chatd.Entry(chatd.ChatAdded(2, 3, CHAT), to_user=5)
     assert message.frame is message.frame
     assert added.frame == added.frame
     assert added.frame is not added.frame

@@ -81,7 +81,7 @@ def test_a_service_may_send_for_a_user_outside_the_chat(memory: Memory) -> None:
     refusal = refusal_of(memory.do, *memory.sends(99, 9, service=True))
     assert refusal.code == "not_found"
     assert memory.seqs(9) == []
-    assert [user.user_id for user in memory.read(memory.store.users)] == [1, 2, 9]
+    assert [user.user_id for user in memory.read(memory.chats.users)] == [1, 2, 9]
 
 
 def test_a_repeated_send_gets_the_same_message_and_makes_no_event(
@@ -122,7 +122,7 @@ def test_without_a_client_id_the_same_text_twice_is_two_messages(
 def test_a_repeat_is_recognised_before_membership_is_checked(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     memory.send(chat, 1, "hi", "k")
-    memory.do(memory.store.remove_member, chat, 1, 1)
+    memory.do(memory.chats.remove_member, chat, 1, 1)
     assert memory.send(chat, 1, "hi", "k").duplicate
     assert refusal_of(memory.send, chat, 1, "hi", "k2").code == "not_found"
 
@@ -225,8 +225,8 @@ def test_only_its_user_makes_messages_read_and_every_event_says_so(
                 case "marks":
                     memory.do(store.mark_read, 1, ids[int(more[0]) - 1])
                 case _:
-                    memory.do(store.remove_member, chat, 1, 1)
-                    memory.do(store.add_member, chat, 1, None)
+                    memory.do(memory.chats.remove_member, chat, 1, 1)
+                    memory.do(memory.chats.add_member, chat, 1, None)
             (mine,) = memory.my_chats(1)
             assert (mine.read_n, mine.unread) == (read_n, mine.last_n - read_n), step
             told = []
@@ -318,8 +318,8 @@ def test_in_a_large_chat_a_read_mark_goes_only_to_the_reader() -> None:
 
 
 def test_a_new_chat_is_one_event_per_member_with_the_whole_chat(memory: Memory) -> None:
-    memory.do(memory.store.rename, 2, "Bob")
-    chat = memory.do(memory.store.create_chat, "Sofa", [2, 1, 2])
+    memory.do(memory.chats.rename, 2, "Bob")
+    chat = memory.do(memory.chats.create_chat, "Sofa", [2, 1, 2])
     (event,) = memory.page(2).events
     assert memory.seqs(1) == [1]
     assert memory_frames(event.frame) == [
@@ -339,8 +339,8 @@ def test_a_new_chat_is_one_event_per_member_with_the_whole_chat(memory: Memory) 
 def test_an_addition_is_an_event_for_the_members_and_one_for_the_new_member(
     memory: Memory,
 ) -> None:
-    chat, add = memory.chat(1, 2), memory.store.add_member
-    memory.do(memory.store.rename, 3, "Carol")
+    chat, add = memory.chat(1, 2), memory.chats.add_member
+    memory.do(memory.chats.rename, 3, "Carol")
     memory.send(chat, 1)
     seats = [memory.sit(user) for user in (1, 3)]
     assert memory.do(add, chat, 3, 1) is True
@@ -365,26 +365,26 @@ def test_an_addition_is_an_event_for_the_members_and_one_for_the_new_member(
 
 
 def test_adding_a_member_again_changes_nothing(memory: Memory) -> None:
-    chat, add = memory.chat(1, 2), memory.store.add_member
+    chat, add = memory.chat(1, 2), memory.chats.add_member
     assert memory.do(add, chat, 2, 1) is False
     assert memory.do(add, chat, 1, None) is False
     assert memory.hub.head == 2
 
 
 def test_only_a_member_or_a_service_may_add_and_remove(memory: Memory) -> None:
-    chat, store = memory.chat(1, 2), memory.store
-    for work in (store.add_member, store.remove_member):
+    chat = memory.chat(1, 2)
+    for work in (memory.chats.add_member, memory.chats.remove_member):
         refusals = {str(refusal_of(memory.do, work, *args)) for args in (
             (chat, 9, 3), (99, 9, 1), (99, 9, None))}  # fmt: skip
         assert refusals == {"not_found: chat_id: there is no such chat for you"}
-    refusal = refusal_of(memory.do, store.remove_member, chat, 9, None)
+    refusal = refusal_of(memory.do, memory.chats.remove_member, chat, 9, None)
     assert str(refusal) == "not_found: user_id: not a member of this chat"
 
 
 def test_a_removal_is_the_last_event_that_the_removed_user_gets(memory: Memory) -> None:
     chat = memory.chat(1, 2, 3)
     seats = {user: memory.sit(user) for user in (1, 2, 3)}
-    memory.do(memory.store.remove_member, chat, 3, 3)
+    memory.do(memory.chats.remove_member, chat, 3, 3)
     memory.send(chat, 1)
     assert seats[3].received() == [
         {"type": "member_removed", "seq": 4, "chat_id": chat, "user_id": 3}
@@ -398,28 +398,30 @@ def test_the_number_of_members_of_a_chat_is_limited() -> None:
         refusal = refusal_of(memory.chat, 1, 2, 3, 4)
         assert str(refusal) == "bad_field: member_ids: 4 members; at most 3"
         chat = memory.chat(1, 2, 3)
-        refusal = refusal_of(memory.do, memory.store.add_member, chat, 4, 1)
+        refusal = refusal_of(memory.do, memory.chats.add_member, chat, 4, 1)
         assert refusal.code == "bad_field"
-        assert memory.do(memory.store.add_member, chat, 3, 1) is False
+        assert memory.do(memory.chats.add_member, chat, 3, 1) is False
 
 
 def test_names_and_revocations_are_kept_and_make_no_events(memory: Memory) -> None:
-    store = memory.store
     for user, name in ((1, "Ann"), (2, "Bob"), (1, "Anna"), (1, "Anna")):
-        memory.do(store.rename, user, name)
-    memory.do(store.revoke, 2, 1_700_000_000)
-    memory.do(store.revoke, 3, 1_700_000_001)
-    memory.do(store.revoke, 3, 1_600_000_000)  # anew, also back
+        memory.do(memory.chats.rename, user, name)
+    memory.do(memory.chats.revoke, 2, 1_700_000_000)
+    memory.do(memory.chats.revoke, 3, 1_700_000_001)
+    memory.do(memory.chats.revoke, 3, 1_600_000_000)  # anew, also back
     assert memory.again().store.revoked() == {2: 1_700_000_000, 3: 1_600_000_000}
-    assert (memory.read(store.name, 1), memory.read(store.name, 9)) == ("Anna", None)
+    assert (memory.read(memory.chats.name, 1), memory.read(memory.chats.name, 9)) == (
+        "Anna",
+        None,
+    )
     assert memory.hub.head == 0
 
 
 def test_users_are_listed_by_name_up_to_200(memory: Memory) -> None:
     memory.chat(*range(1, 300))
-    memory.do(memory.store.rename, 250, "Zoe")
-    memory.do(memory.store.rename, 251, "Ann")
-    users = memory.read(memory.store.users)
+    memory.do(memory.chats.rename, 250, "Zoe")
+    memory.do(memory.chats.rename, 251, "Ann")
+    users = memory.read(memory.chats.users)
     assert (len(users), users[2]) == (200, chatd.User(1, None))
     assert users[:2] == [chatd.User(251, "Ann"), chatd.User(250, "Zoe")]
 
@@ -432,7 +434,7 @@ def refused_after_writes(memory: Memory, chat: int) -> MemoryWork:
 
     def work(db: sqlite3.Connection, events: list[chatd.Entry]) -> None:
         memory.store.send_message(db, events, Send(chat, 1, "spoiled"))
-        memory.store.create_chat(db, events, None, [1, 77])
+        memory.chats.create_chat(db, events, None, [1, 77])
         raise Refusal("forbidden")
 
     return (work,)
@@ -464,7 +466,7 @@ def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
     batch = memory.commit(
-        (store.create_chat, None, [1, user_id]), memory.sends(chat, 1)
+        (memory.chats.create_chat, None, [1, user_id]), memory.sends(chat, 1)
     )
     assert batch.outcomes[0][1].code == "internal"
     assert batch.outcomes[1][1].message.n == 1
@@ -475,7 +477,7 @@ def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
 
 def test_before_the_start_a_work_is_committed_at_once(tmp_path: Path) -> None:
     store = Store(Settings(db=tmp_path / "a.db"))
-    assert store.commit_now(store.create_chat, None, [1]).id == 1
+    assert store.commit_now(chatd.Chats(store).create_chat, None, [1]).id == 1
     refusal = refusal_of(store.commit_now, store.mark_read, 1, 9)
     assert (refusal.code, store.seq) == ("not_found", 1)
     store.close()
@@ -519,16 +521,18 @@ def test_only_the_owner_can_read_the_database_files(tmp_path: Path) -> None:
 
 
 def test_a_user_sees_no_event_from_the_time_outside_the_chat(memory: Memory) -> None:
-    chat, store = memory.chat(1, 2), memory.store
+    chat = memory.chat(1, 2)
     memory.send(chat, 1, "seen")  # 3
-    memory.do(store.remove_member, chat, 2, 2)  # 4
+    memory.do(memory.chats.remove_member, chat, 2, 2)  # 4
     memory.send(chat, 1, "unseen")  # 5
     assert memory.seqs(2) == [2, 4]
-    memory.do(store.add_member, chat, 2, 1)  # 6 for the others, 7 for user 2
+    memory.do(memory.chats.add_member, chat, 2, 1)  # 6 for the others, 7 for user 2
     memory.send(chat, 1, "seen again")  # 8
     assert memory.seqs(2) == [2, 4, 7, 8]
     assert memory.seqs(1) == [1, 3, 4, 5, 6, 8]
-    messages, more = memory.read(store.history, 2, chat, None, 50, memory.hub.head)
+    messages, more = memory.read(
+        memory.chats.history, 2, chat, None, 50, memory.hub.head
+    )
     assert ([message.n for message in messages], more) == ([1, 2, 3], False)
 
 
@@ -537,7 +541,7 @@ def test_a_chat_that_the_reader_has_left_is_read_as_an_empty_chat(
 ) -> None:
     chat = memory.chat(1, 2, title="Sofa")
     memory.send(chat, 1, "between us")
-    memory.do(memory.store.remove_member, chat, 2, 2)
+    memory.do(memory.chats.remove_member, chat, 2, 2)
     (message,) = memory_frames(memory.page(2).events[0].frame)
     assert message["chat"] == {
         "id": chat, "title": None, "members": [], "last_n": 0, "last_message": None,
@@ -592,7 +596,7 @@ def test_an_unpublished_removal_hides_no_earlier_event(memory: Memory) -> None:
     chat, other = memory.chat(1, 2), memory.chat(2, 3)
     for _ in range(3):
         memory.send(chat, 1)
-    memory.do(memory.store.remove_member, other, 2, 2)
+    memory.do(memory.chats.remove_member, other, 2, 2)
     memory.send(other, 3)
     upto, store = memory.hub.head, memory.store
     before = [event.seq for event in memory.page(2, 4).events]
@@ -606,13 +610,18 @@ def test_an_unpublished_removal_hides_no_earlier_event(memory: Memory) -> None:
 
     # On disk but not published: as of the head, user 2 is in the chat.
     for work, *words in (
-        (store.remove_member, chat, 2, None),
-        (store.add_member, chat, 2, None),
-        (store.remove_member, chat, 2, None),
-        (store.add_member, other, 2, None),  # user 2 was not a member at the head
-        (store.remove_member, other, 2, None),
-        (store.add_member, chat, 9, None),  # nor was user 9
-        (store.remove_member, chat, 9, None),
+        (memory.chats.remove_member, chat, 2, None),
+        (memory.chats.add_member, chat, 2, None),
+        (memory.chats.remove_member, chat, 2, None),
+        (
+            memory.chats.add_member,
+            other,
+            2,
+            None,
+        ),  # user 2 was not a member at the head
+        (memory.chats.remove_member, other, 2, None),
+        (memory.chats.add_member, chat, 9, None),  # nor was user 9
+        (memory.chats.remove_member, chat, 9, None),
     ):
         store.commit_now(work, *words)
         assert seen(2) == before
@@ -670,7 +679,7 @@ def test_a_page_of_history_has_its_oldest_message_first(memory: Memory) -> None:
 
     def history(before: int | None, limit: int) -> tuple[list[str], bool]:
         messages, more = memory.read(
-            memory.store.history, 2, chat, before, limit, head
+            memory.chats.history, 2, chat, before, limit, head
         )  # fmt: skip
         return [message.content for message in messages], more
 
@@ -685,7 +694,7 @@ def test_history_is_for_members_and_before_names_a_message_of_the_chat(
     memory: Memory,
 ) -> None:
     chat, other = memory.chat(1, 2), memory.chat(3, 4)
-    foreign, history = memory.send(other, 3).message.id, memory.store.history
+    foreign, history = memory.send(other, 3).message.id, memory.chats.history
     for chat_id in (other, 99):
         assert (
             refusal_of(memory.read, history, 1, chat_id, None, 5, 9).code == "not_found"
@@ -700,7 +709,7 @@ def test_readers_do_not_see_commits_that_are_not_published(memory: Memory) -> No
     memory.send(chat, 1, "old")
     batch = memory.commit(
         memory.sends(chat, 1, "new", "k"),
-        (store.create_chat, None, [1, 2]),
+        (memory.chats.create_chat, None, [1, 2]),
         (store.mark_read, 2, 4),
     )
     assert (store.seq, memory.hub.head) == (7, 3)
@@ -709,7 +718,7 @@ def test_readers_do_not_see_commits_that_are_not_published(memory: Memory) -> No
     assert memory.greeting(2).marks == {str(chat): chatd.Marks(1, 1)}
     ((mine,),) = [memory.my_chats(2)]
     assert (mine.id, mine.last_n, mine.read_n, mine.unread) == (chat, 1, 1, 0)
-    messages, _ = memory.read(store.history, 2, chat, None, 9, memory.hub.head)
+    messages, _ = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
     assert [message.content for message in messages] == ["old"]
     memory.hub.publish(batch)
     assert memory.seqs(2) == [2, 3, 4, 6, 7]
@@ -736,7 +745,7 @@ def test_a_repeat_is_not_found_before_its_event_is_published(memory: Memory) -> 
 def test_a_failed_query_leaves_no_transaction_open(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     for _ in range(6):
-        refusal_of(memory.read, memory.store.history, 9, chat, None, 5, 9)
+        refusal_of(memory.read, memory.chats.history, 9, chat, None, 5, 9)
         refusal = refusal_of(memory.read, lambda db: db.execute("SELECT nothing"))
         assert refusal.code == "storage_failed"
     assert memory.seqs(1) == [1]
@@ -749,17 +758,17 @@ def run_every_query(memory: Memory, key: str) -> None:
     sent = memory.send(chat, 1, "hi", key)
     memory.send(chat, 1, "hi", key)
     memory.do(store.mark_read, 2, sent.message.id)
-    memory.do(store.add_member, chat, 3, 1)
-    memory.do(store.remove_member, chat, 3, 3)
-    memory.do(store.rename, 1, "Ann")
-    memory.do(store.revoke, 2, 1_700_000_000)
+    memory.do(memory.chats.add_member, chat, 3, 1)
+    memory.do(memory.chats.remove_member, chat, 3, 3)
+    memory.do(memory.chats.rename, 1, "Ann")
+    memory.do(memory.chats.revoke, 2, 1_700_000_000)
     head = memory.hub.head
     memory.page(1)
     memory.greeting(1, 0)
     memory.my_chats(1)
-    memory.read(store.history, 1, chat, sent.message.id, 5, head)
+    memory.read(memory.chats.history, 1, chat, sent.message.id, 5, head)
     memory.read(store.find_sent, Send(chat, 1, "hi", key))
-    memory.read(store.name, 1)
+    memory.read(memory.chats.name, 1)
     store.tail()
     store.revoked()
     store._probe()
@@ -799,14 +808,14 @@ def test_no_cost_grows_with_the_length_of_the_event_log(memory: Memory) -> None:
         lambda: memory.page(1, memory.hub.head - 5),
         lambda: memory.greeting(2, memory.hub.head - 5),
         lambda: memory.my_chats(2),
-        lambda: memory.read(store.history, 2, chat, None, 5, memory.hub.head),
+        lambda: memory.read(memory.chats.history, 2, chat, None, 5, memory.hub.head),
     ]
     works: list[Callable[[], object]] = [
         lambda: memory.send(chat, 1, "x", f"k{memory.hub.head}"),
         lambda: memory.do(store.mark_read, 2, memory.hub.head - 3),
         lambda: memory.chat(1, 2),
-        lambda: memory.do(store.add_member, chat, 3, 1),
-        lambda: memory.do(store.remove_member, chat, 3, 3),
+        lambda: memory.do(memory.chats.add_member, chat, 3, 1),
+        lambda: memory.do(memory.chats.remove_member, chat, 3, 3),
     ]
 
     def costs() -> list[int]:
@@ -915,7 +924,7 @@ async def test_reads_and_writes_work_in_threads(tmp_path: Path) -> None:
             sending = functools.partial(memory.store.commit, *memory.sends(chat, 1))
             nursery.start_soon(sending)
         for _ in range(50):
-            query = memory.store.my_chats
+            query = memory.chats.my_chats
             nursery.start_soon(memory.store.read, query, 1, memory.hub.head)
     assert memory.send(chat, 1).message.n == 51
     assert 1 <= len(memory.store._idle_readers) <= 4
@@ -967,9 +976,9 @@ def test_an_error_at_any_step_of_a_batch_rolls_all_of_it_back(memory: Memory) ->
         memory.sends(chat, 1, "hi", "k"),
         (store.mark_read, 2, 3),
         refused_after_writes(memory, chat),
-        (store.create_chat, None, [1, 3]),
-        (store.add_member, chat, 3, 1),
-        (store.remove_member, chat, 2, None),
+        (memory.chats.create_chat, None, [1, 3]),
+        (memory.chats.add_member, chat, 3, 1),
+        (memory.chats.remove_member, chat, 2, None),
         memory.sends(chat, 9, service=True),
     ]
     steps, denied = itertools.count(1), 0
@@ -1086,9 +1095,9 @@ async def test_all_kinds_of_events_are_recovered_after_a_failed_commit(
     batch = memory.commit(
         memory.sends(chat, 1, "hi", "k"),
         (store.mark_read, 2, 3),
-        (store.create_chat, "new", [1, 2]),
-        (store.add_member, chat, 3, 1),
-        (store.remove_member, chat, 1, 1),
+        (memory.chats.create_chat, "new", [1, 2]),
+        (memory.chats.add_member, chat, 3, 1),
+        (memory.chats.remove_member, chat, 1, 1),
     )
     assert all_failed(batch)
     await trio.lowlevel.checkpoint()
@@ -1110,7 +1119,7 @@ async def test_while_storage_fails_writes_are_refused_at_once_and_reads_go_on(
             for _ in range(20):
                 assert await refusal_code(memory, work) == "storage_failed"
             assert trio.current_time() == started
-            assert await store.read(store.my_chats, 1, memory.hub.head)
+            assert await store.read(memory.chats.my_chats, 1, memory.hub.head)
             await trio.sleep(60)
             assert bool(store.failure)
         await trio.sleep(chatd.PROBE_SECONDS + 0.1)
@@ -1178,7 +1187,7 @@ async def test_a_long_storage_failure_logs_one_line_and_leaks_no_descriptor(
             for _ in range(10):
                 await trio.sleep(30)
                 assert await refusal_code(memory, work) == "storage_failed"
-                assert await store.read(store.my_chats, 1, memory.hub.head)
+                assert await store.read(memory.chats.my_chats, 1, memory.hub.head)
                 opened.append(len(os.listdir("/proc/self/fd")))
         await trio.sleep(chatd.PROBE_SECONDS + 0.1)
         assert (await store.commit(*work)).message.n == 1
@@ -1336,7 +1345,7 @@ def test_a_large_new_chat_ends_its_transaction_and_the_other_jobs_come_next(
     tmp_path: Path,
 ) -> None:
     memory = Memory(tmp_path, batch_events=3)
-    create = memory.store.create_chat
+    create = memory.chats.create_chat
     works = [(create, None, [1, 2, 3]), (create, None, [1]), (create, None, [2])]
     batch = memory.commit(*works)
     assert (len(batch.outcomes), len(batch.events)) == (1, 3)
@@ -1351,7 +1360,7 @@ async def test_jobs_after_a_large_new_chat_are_all_answered(tmp_path: Path) -> N
     async with running(memory), trio.open_nursery() as nursery:
         for users in ([1, 2, 3], [1], [2], [4, 5, 6], [7]):
             nursery.start_soon(
-                memory.store.commit, memory.store.create_chat, None, users
+                memory.store.commit, memory.chats.create_chat, None, users
             )
     assert (memory.count("chat"), memory.hub.head) == (5, 9)
     memory.store.close()
@@ -1430,7 +1439,7 @@ def test_a_corrupt_table_fails_its_readers_and_its_writers(memory: Memory) -> No
     assert refusal_of(after.my_chats, 1).code == "storage_failed"
     assert all_failed(after.commit(after.sends(chat, 1)))
     assert bool(after.store.failure)
-    assert after.read(after.store.users) == [chatd.User(1, None), chatd.User(2, None)]
+    assert after.read(after.chats.users) == [chatd.User(1, None), chatd.User(2, None)]
     assert after.stats.errors["DatabaseError"] == 1
     after.store.close()
 
