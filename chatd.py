@@ -1100,11 +1100,15 @@ class ChatRenamed(Event, frozen=True, tag="chat_renamed"):
     user_id: int | None
 
 
-class MessageEdited(MessageEvent, frozen=True, tag="message_edited"):
+class MessageChange(MessageEvent, frozen=True):
+    """An event after which the message is another. The hub renews what it has of it."""
+
+
+class MessageEdited(MessageChange, frozen=True, tag="message_edited"):
     """To all members: the message has another text."""
 
 
-class MessageDeleted(MessageEvent, frozen=True, tag="message_deleted"):
+class MessageDeleted(MessageChange, frozen=True, tag="message_deleted"):
     """To all members: the message has no text any more."""
 
 
@@ -1115,7 +1119,7 @@ class MemberRemoved(Event, frozen=True, tag="member_removed"):
     membership = "leaves"
 
 
-BASES = (Event, MessageEvent, ChatEvent, UserEvent)
+BASES = (Event, MessageEvent, MessageChange, ChatEvent, UserEvent)
 # The `type` of each kind of event: its class, and the fields that it adds to its base.
 KINDS = {
     str(kind.__struct_config__.tag): (
@@ -2160,16 +2164,32 @@ class Hub:
         """Is everything after this cursor still in memory?"""
         return cursor >= self.head - len(self.tail)
 
+    def since(self, seq: int) -> Iterator[Entry]:
+        """Walk the published events above seq, as far as they are in the tail."""
+        start = max(0, seq - (self.head - len(self.tail)))
+        return itertools.islice(self.tail, start, None)
+
+    def correct(self, messages: Iterable[Message], upto: int) -> list[Message]:
+        """Return messages that were read as of upto, as they are now.
+
+        A message may be changed between its reading and its answer.
+        """
+        changed = {
+            entry.event.message.id: entry.event.message
+            for entry in self.since(upto)
+            if isinstance(entry.event, MessageChange)
+        }
+        return [changed.get(message.id, message) for message in messages]
+
     def push_tail(self, seat: Seat) -> None:
         """Push a page of the tail to a seat; at the end of the tail it is live.
 
         This is a plain def: nothing is published between the last event given and
         `live`. So a seat that reads fast enough becomes live, however busy the hub is.
         """
-        start = seat.cursor - (self.head - len(self.tail))
         frames: list[bytes] = []
         size = 0
-        for entry in itertools.islice(self.tail, start, None):
+        for entry in self.since(seat.cursor):
             if seat.person.sees(entry):
                 frames.append(entry.frame)
                 size += len(frames[-1])
@@ -2847,7 +2867,7 @@ class Chats:
         by is the member who adds; None: a service. Returns False if the user is a
         member already. Raises Refusal not_found.
         """
-        self._find_chat(db, chat_id, by)
+        find_chat(db, chat_id, by)
         if query_value(db, IS_MEMBER, chat_id, user_id):
             return False
         sql = "SELECT count(*) FROM member WHERE chat_id = ?"
@@ -2868,7 +2888,7 @@ class Chats:
 
         Raises Refusal not_found.
         """
-        self._find_chat(db, chat_id, by)
+        find_chat(db, chat_id, by)
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         if not db.execute(sql, (chat_id, user_id)).rowcount:
             raise Refusal("not_found", "user_id: not a member of this chat")
@@ -2905,11 +2925,6 @@ class Chats:
                VALUES (?1, ?2, ?3, (SELECT last_n FROM chat WHERE id = ?1))""",
             (chat_id, user_id, seq),
         )
-
-    def _find_chat(self, db: Db, chat_id: int, by: int | None) -> None:
-        found = query_value(db, "SELECT 1 FROM chat WHERE id = ?", chat_id)
-        if not found or not (by is None or query_value(db, IS_MEMBER, chat_id, by)):
-            raise no_chat()
 
     def _check_size(self, members: int) -> None:
         most = self.store.settings.members
@@ -2975,6 +2990,28 @@ class Chats:
         """Read the known users, those with a name first, at most 200."""
         sql = "SELECT id, name FROM user ORDER BY name IS NULL, name, id LIMIT 200"
         return [User(*row) for row in db.execute(sql)]
+
+
+class ChatRow(NamedTuple):
+    """What the row of a chat says of who may do what."""
+
+    title: str | None
+    direct_key: str | None  # None: it is a group
+    created_by: int | None
+    invite_key: str | None
+
+
+def find_chat(db: Db, chat_id: int, by: int | None) -> ChatRow:
+    """Find a chat for one of its members; by is None: a service. Raises not_found."""
+    row = db.execute(
+        """SELECT title, direct_key, created_by, invite_key FROM chat
+           WHERE id = ?1 AND (?2 IS NULL OR EXISTS (
+               SELECT 1 FROM member WHERE chat_id = ?1 AND user_id = ?2))""",
+        (chat_id, by),
+    ).fetchone()
+    if row is None:
+        raise no_chat()
+    return ChatRow(*row)
 
 
 def know_user(db: Db, user_id: int) -> None:
@@ -4066,6 +4103,8 @@ async def answer_request(
         if route.who != "anyone":
             # The body may have taken long: the user may have been revoked meanwhile.
             server.keyring.refuse_revoked(request.claims)
+        if route.changes:
+            charge_change(server, request.claims)
         answer = route.handler(server, request)
         return answer if isinstance(answer, Answer) else await answer
 
@@ -4358,6 +4397,12 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
     raise Refusal("rate_limited", retry_after=wait)
 
 
+def charge_change(server: Server, claims: Claims) -> None:
+    """Take a token of the user's bucket; a service needs none. Raises rate_limited."""
+    if not claims.service:
+        charge(server.stats, "sends", server.sends(claims.user_id))
+
+
 def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
     """Count a repeat; it gets its token back."""
     if sent.duplicate:
@@ -4390,10 +4435,14 @@ def preflight(server: Server, request: Request) -> Answer:
 
 
 class Route(NamedTuple):
-    """The token that a route needs (anyone: none), and its handler."""
+    """The token that a route needs (anyone: none), and its handler.
+
+    changes: a user's request costs a token of --sends, as a message does.
+    """
 
     who: str
     handler: Callable[[Server, Request], Answer | Awaitable[Answer]]
+    changes: bool = False
 
 
 # A * is a number in the path. To add a route, write its row and its handler, and the
@@ -4407,10 +4456,10 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/api/v1/users": {"GET": Route("user", get_users)},
     "/api/v1/chats": {
         "GET": Route("user", get_chats),
-        "POST": Route("user", post_chat),
+        "POST": Route("user", post_chat, changes=True),
     },
-    "/api/v1/chats/*/members": {"POST": Route("user", post_member)},
-    "/api/v1/chats/*/members/*": {"DELETE": Route("user", delete_member)},
+    "/api/v1/chats/*/members": {"POST": Route("user", post_member, changes=True)},
+    "/api/v1/chats/*/members/*": {"DELETE": Route("user", delete_member, changes=True)},
     "/api/v1/chats/*/messages": {
         "GET": Route("user", get_messages),
         "POST": Route("user", post_message),
@@ -5599,9 +5648,10 @@ def restore(db: Path, source: Path) -> None:
 
 def faults(db: Db) -> list[str]:
     """Return what is wrong in a database, a sentence each; empty if it is sound."""
+    rules = SANE if query_value(db, "PRAGMA user_version") < 2 else SANE_2
     return [
         " ".join(sentence.format(*row).split())
-        for sql, sentence in SANE.items()
+        for sql, sentence in rules.items()
         for row in db.execute(sql)
         if row[0] != "ok"
     ]
@@ -5628,9 +5678,6 @@ SANE = {
     "SELECT chat_id, count(*), max(n) FROM message GROUP BY chat_id"
     " HAVING count(*) != max(n) OR min(n) != 1":
         "n: chat {} has {} messages, but the last n is {}",
-    "SELECT id, last_n FROM chat WHERE last_n !="
-    " (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = chat.id)":
-        "chat {}: last_n is {}, but its newest message has another n",
     "SELECT m.id FROM message m LEFT JOIN event e ON e.seq = m.id"
     " AND e.kind = 'new_message' AND e.message_id = m.id AND e.chat_id = m.chat_id"
     " WHERE e.seq IS NULL":
@@ -5638,6 +5685,11 @@ SANE = {
     "SELECT b.user_id, b.chat_id FROM member b WHERE b.read_n >"
     " (SELECT coalesce(max(n), 0) FROM message m WHERE m.chat_id = b.chat_id)":
         "user {} has read more of chat {} than there is",
+}  # fmt: skip
+SANE_2 = SANE | {  # from version 2 of the schema on
+    "SELECT id, last_n FROM chat WHERE last_n !="
+    " (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = chat.id)":
+        "chat {}: last_n is {}, but its newest message has another n",
 }  # fmt: skip
 
 # =====================================================================================

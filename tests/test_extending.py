@@ -52,7 +52,7 @@ STORE_METHODS = '''
         self, db: Db, events: list[Entry], chat_id: int, user_id: int, mood: str
     ) -> int:
         """Wave to a chat."""
-        self._find_chat(db, chat_id, user_id)
+        find_chat(db, chat_id, user_id)
         event = Waved(self.store.next_seq(events), chat_id, user_id, [mood, "é"])
         self.store.record(db, events, Entry(event, to_chat=True))
         return event.seq
@@ -307,7 +307,7 @@ def test_mypy_reports_a_forgotten_place(tmp_path: Path) -> None:
             'Argument 1 to "assert_never" has incompatible type "Wave"',
         ),
         ("method", COMMAND_METHOD, '"Session" has no attribute "_wave"'),
-        ("store", STORE_METHODS, '"Store" has no attribute "wave"'),
+        ("store", STORE_METHODS, '"Chats" has no attribute "wave"'),
         ("class", EVENT_CLASSES, 'Name "Waved" is not defined'),
         ("handler", ROUTE_HANDLERS, 'Name "post_wave" is not defined'),
     ):
