@@ -5530,12 +5530,7 @@ def restore(db: Path, source: Path) -> None:
 
 def faults(db: Db) -> list[str]:
     """Return what is wrong in a database, a sentence each; empty if it is sound."""
-    return [
-        " ".join(sentence.format(*row).split())
-        for sql, sentence in SANE.items()
-        for row in db.execute(sql)
-        if row[0] != "ok"
-    ]
+    return [" ".join(sentence.split()) for (sentence,) in db.execute(FAULTS)]
 
 
 # SQL that says in words what is in a database.
@@ -5545,28 +5540,38 @@ SELECT (SELECT count(*) FROM user) || ' users, ' || (SELECT count(*) FROM chat) 
     strftime('%Y-%m-%dT%H:%M:%SZ', max(created_at), 'unixepoch'), '') FROM message
 """
 
-# The rules that every database of chatd obeys: a query for the rows that break a rule,
-# and the sentence about such a row.
-SANE = {
-    "PRAGMA integrity_check": "integrity: {}",
-    "SELECT count(*) FROM meta WHERE key = 'epoch' HAVING count(*) != 1":
-        "epoch: {} of them",
-    "PRAGMA foreign_key_check": "table {}, row {}: refers to a missing {}",
-    "SELECT count(*), max(seq) FROM event HAVING count(*) != coalesce(max(seq), 0)":
-        "seq: {} events, but the last seq is {}",
-    f"SELECT seq, kind FROM event WHERE kind NOT IN {*KINDS,}":
-        "event {}: of the unknown kind {}",
-    "SELECT chat_id, count(*), max(n) FROM message GROUP BY chat_id"
-    " HAVING count(*) != max(n) OR min(n) != 1":
-        "n: chat {} has {} messages, but the last n is {}",
-    "SELECT m.id FROM message m LEFT JOIN event e ON e.seq = m.id"
-    " AND e.kind = 'new_message' AND e.message_id = m.id AND e.chat_id = m.chat_id"
-    " WHERE e.seq IS NULL":
-        "message {}: it has no event",
-    "SELECT b.user_id, b.chat_id FROM member b WHERE b.read_n >"
-    " (SELECT coalesce(max(n), 0) FROM message m WHERE m.chat_id = b.chat_id)":
-        "user {} has read more of chat {} than there is",
-}  # fmt: skip
+# SQL that says in words what breaks a rule: each SELECT is a rule that every database
+# of chatd obeys.
+FAULTS = f"""
+SELECT printf('integrity: %s', integrity_check) FROM pragma_integrity_check
+    WHERE integrity_check != 'ok'
+UNION ALL
+SELECT printf('epoch: %s of them', count(*)) FROM meta WHERE key = 'epoch'
+    HAVING count(*) != 1
+UNION ALL
+SELECT printf('table %s, row %s: refers to a missing %s',
+        "table", ifnull(rowid, '?'), parent)
+    FROM pragma_foreign_key_check
+UNION ALL
+SELECT printf('seq: %s events, but the last seq is %s', count(*), max(seq)) FROM event
+    HAVING count(*) != coalesce(max(seq), 0)
+UNION ALL
+SELECT printf('event %s: of the unknown kind %s', seq, kind) FROM event
+    WHERE kind NOT IN {tuple(KINDS)}
+UNION ALL
+SELECT printf('n: chat %s has %s messages, but the last n is %s',
+        chat_id, count(*), max(n))
+    FROM message GROUP BY chat_id HAVING count(*) != max(n) OR min(n) != 1
+UNION ALL
+SELECT printf('message %s: it has no event', m.id) FROM message m
+    LEFT JOIN event e ON e.seq = m.id AND e.kind = 'new_message'
+        AND e.message_id = m.id AND e.chat_id = m.chat_id
+    WHERE e.seq IS NULL
+UNION ALL
+SELECT printf('user %s has read more of chat %s than there is', b.user_id, b.chat_id)
+    FROM member b WHERE b.read_n >
+        (SELECT coalesce(max(n), 0) FROM message m WHERE m.chat_id = b.chat_id)
+"""
 
 # =====================================================================================
 # SETTINGS AND COMMAND LINE
