@@ -4807,16 +4807,9 @@ class UsageError(Exception):
     """The person who runs chatd has to change something: exit status 1."""
 
 
-class Damage(sqlite3.DatabaseError):
-    """A database has lost something that SQLite itself does not miss."""
-
-    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-
-
-def is_damage(error: Exception) -> bool:
-    """Does the error say that the file is damaged?"""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without its extension
-    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+# The file is damaged. sqlite3 raises this class itself for SQLITE_CORRUPT and
+# SQLITE_NOTADB, and a subclass for what else can happen to a file.
+Damage = sqlite3.DatabaseError
 
 
 @contextmanager
@@ -4838,7 +4831,7 @@ def file_errors(what: str, path: Path) -> Iterator[None]:
                     f"; {user} cannot write {place}: run chatd as its owner, user "
                     f"{place.stat().st_uid}, and not on a read-only disk"
                 )
-        if is_damage(error):
+        if type(error) is Damage:
             why, hint = f"damaged: {' '.join(why.split())}", ""
             if what == "database":
                 hint = (
@@ -5442,7 +5435,7 @@ def copy_database(what: str, source: Path, target: Path, change: str = "") -> st
             if found:
                 raise Damage(found[0])
         except (sqlite3.Error, OSError) as error:
-            if is_damage(error):
+            if type(error) is Damage:
                 raise
             raise UsageError(
                 f"{what} {source}: copying failed in {target.parent}: {error}"
