@@ -5060,10 +5060,10 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
                     PRAGMA application_id = {APPLICATION_ID};
                     PRAGMA user_version = {len(steps)};
                     INSERT OR IGNORE INTO meta VALUES ('epoch', {NEW_EPOCH});
-                    COMMIT"""
+                    COMMIT;
+                    -- The file itself, not only its WAL, shows that it is chatd's.
+                    PRAGMA wal_checkpoint(TRUNCATE)"""
                 )
-                # Now the file itself, not only its WAL, shows that it is chatd's.
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error:
             db.close()
             raise
