@@ -5425,8 +5425,7 @@ def copy_database(what: str, source: Path, target: Path, change: str = "") -> st
             db.executescript("BEGIN; SELECT * FROM meta")
             with closing(sqlite3.connect(target)) as to:
                 db.backup(to, pages=1024, progress=progress(source))
-                to.execute("PRAGMA journal_mode = DELETE")
-                to.executescript(change)
+                to.executescript(f"PRAGMA journal_mode = DELETE; {change}")
             sync(target)
             sync(target.parent)  # if that fails, then before the copy has its name
             with closing(open_database(target, readonly=True)) as copy:
