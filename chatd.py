@@ -4423,10 +4423,8 @@ def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
 
 def in_journal() -> bool:
     """Is stderr connected to the journal (systemd.exec(5))?"""
-    with suppress(OSError):
-        there = os.fstat(sys.stderr.fileno())
-        return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
-    return False
+    there = os.fstat(2)
+    return variable("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
 
 
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
