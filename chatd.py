@@ -5705,9 +5705,8 @@ def _rate(text: str) -> Rate:
 
 
 def _ttl(text: str) -> int:
-    seconds = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-    number = text.rstrip("smhd")
-    return int(number) * seconds[text[len(number) :]]
+    seconds = {"m": 60, "h": 3600, "d": 86400}.get(text[-1], 1)
+    return int(text.rstrip("smhd")) * seconds
 
 
 def _network(text: str) -> str:
