@@ -5342,8 +5342,8 @@ def serve_demo(settings: Settings) -> None:
             announce(url)
             keyring, base = read_keyring(settings), page_url(url.split())
             for user_id, name in people.items():
-                link = sign_in_link(keyring, base, user_id, name)
-                mention(f"{name + ':':6}{link}")
+                token = keyring.sign(user_id, LINK_SECONDS, use="signin", name=name)
+                mention(f"{name + ':':6}{base}/#token={token}")
             upstream = base.removeprefix("http://")
             mention(
                 f"""\
@@ -5361,14 +5361,6 @@ def page_url(listen: Iterable[str]) -> str:
     address = next(each for each in addresses if not each.startswith("unix:"))
     every = r"(?<=//)(0\.0\.0\.0|\[::])(?=:)"
     return re.sub(every, "localhost", f"http://{address.removeprefix('http://')}")
-
-
-def sign_in_link(
-    keyring: Keyring, base: str, user_id: int, name: str | None, seconds: int = 0
-) -> str:
-    """Make a URL that signs a user in, any number of times until it expires."""
-    token = keyring.sign(user_id, seconds or LINK_SECONDS, use="signin", name=name)
-    return f"{base.rstrip('/')}/#token={token}"
 
 
 def announce(url: str) -> None:
@@ -5919,18 +5911,25 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def print_token(settings: Settings, options: argparse.Namespace) -> None:
-    """Print a token, and nothing else."""
+    """Print a token, or a link with it, and nothing else.
+
+    The link signs its user in, any number of times until it expires.
+    """
     keyring = read_keyring(settings)
     # Elsewhere than at the server there is no database, and nothing to look up.
     with suppress(UsageError), reading("database", settings.db) as db:
         keyring.revoked |= db.execute(REVOKED)
-    user_id, ttl, name = options.user_id, options.ttl, clean_name(options.name)
-    if base := options.link:
-        base = page_url(settings.listen) if base is True else base
-        print_result(sign_in_link(keyring, base, user_id, name, ttl))
-    else:
-        seconds = ttl or SESSION_SECONDS
-        print_result(keyring.sign(user_id, seconds, name=name, scope=options.scope))
+    base = options.link
+    token = keyring.sign(
+        options.user_id,
+        options.ttl or (LINK_SECONDS if base else SESSION_SECONDS),
+        use="signin" if base else None,
+        name=clean_name(options.name),
+        scope=options.scope,
+    )
+    if base is True:
+        base = page_url(settings.listen)
+    print_result(f"{base.rstrip('/')}/#token={token}" if base else token)
 
 
 def end_with_a_sentence() -> None:
