@@ -5235,7 +5235,8 @@ async def _listen_at(
     places: dict[tuple[int, Any], str] = {}  # its --listen
     sockets = []
     try:
-        for text in listen:
+        # Unix sockets come last: a failed start should leave no file.
+        for text in sorted(listen, key=lambda text: text.startswith("unix:")):
             if text.startswith("unix:"):
                 path = os.path.realpath(text[5:])  # noqa: ASYNC240
                 places[socket.AF_UNIX, path] = text
@@ -5247,10 +5248,7 @@ async def _listen_at(
                 places[family, at] = text
         again = {at: sock for at in places for sock in kept if _is_at(sock, *at)}
         _forget({*kept} - {*again.values()})
-        # Unix sockets come last: a failed start should leave no file.
-        for place, text in sorted(
-            places.items(), key=lambda item: item[0][0] == socket.AF_UNIX
-        ):
+        for place, text in [*places.items()]:
             try:
                 sockets.append(again.get(place) or _bind(*place))
             except OSError as error:
