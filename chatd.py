@@ -5964,8 +5964,7 @@ def fill_standard_streams() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 failed, 2 wrong use."""
     fill_standard_streams()
-    parser = make_parser()
-    options = parser.parse_args(argv)
+    options = make_parser().parse_args(argv)
     settings = read_settings(options)
     set_up_log(settings.log_level)
     tell_unknown_variables()
@@ -5974,7 +5973,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         match options.command:
             case "serve" if options.demo and options.db is not None:
-                parser.error("--demo has a database of its own: leave --db away")
+                options.refuse("--demo has a database of its own: leave --db away")
             case "serve" if options.demo:
                 serve_demo(settings)
             case "serve":
