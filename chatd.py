@@ -5786,11 +5786,6 @@ def shown(value: object) -> str:
     return " ".join(map(str, value)) if type(value) is tuple else str(value or "")
 
 
-def variable_name(field: dataclasses.Field[Any]) -> str:
-    """Return the name of a setting's environment variable."""
-    return f"CHATD_{field.name.upper()}"
-
-
 def variable(name: str) -> str:
     """Read an environment variable. A blank one counts as unset, and both are "".
 
@@ -5823,10 +5818,11 @@ def read_settings(options: argparse.Namespace) -> Settings:
     if folders := variable("STATE_DIRECTORY"):
         chosen["db"] = Path(folders.split(":")[0]) / "chatd.db"
     for field in flags():
+        name = f"CHATD_{field.name.upper()}"
         where = f"argument --{field.name.replace('_', '-')}"
         texts = [*filter(str.strip, getattr(options, field.name, None) or ())]
         several = type(field.default) is tuple
-        if not texts and (text := variable(name := variable_name(field))):
+        if not texts and (text := variable(name)):
             where, texts = f"environment {name}", text.split() if several else [text]
         try:
             values = tuple(map(PARSERS[field.metadata["unit"]], texts))
@@ -5839,7 +5835,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
 
 def tell_unknown_variables() -> None:
     """Warn of CHATD_ variables that no setting has: one may be misspelt."""
-    known = {"CHATD_UPSTREAM", *map(variable_name, flags())}
+    known = {"CHATD_UPSTREAM", *(f"CHATD_{field.name.upper()}" for field in flags())}
     for name in sorted(os.environ.keys() - known):
         if name.startswith("CHATD_") and variable(name):
             log(WARNING, "unknown_variable", name=name)
