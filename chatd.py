@@ -5877,7 +5877,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
-    add("user_id", metavar="USER_ID", type=parse_user)
+    add("USER_ID", type=parse_user)
     add("--name", help="what others see")
     how_long = "how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)"
     add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
@@ -5888,7 +5888,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_flags(token, "db", "secret_file", "listen")
 
     copy = commands.add_parser("backup", help="copy the database, also while it serves")
-    copy.add_argument("path", type=Path, metavar="DEST")
+    copy.add_argument("DEST", type=Path)
     kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
     copy.add_argument("--keep", metavar="COUNT", type=parse_count, default=0, help=kept)
     add_flags(copy, "db")
@@ -5896,7 +5896,7 @@ def make_parser() -> argparse.ArgumentParser:
     put = commands.add_parser(
         "restore", help="put a backup in the database's place; stop chatd before"
     )
-    put.add_argument("path", type=Path, metavar="SRC")
+    put.add_argument("SRC", type=Path)
     add_flags(put, "db")
 
     look = commands.add_parser("check", help="look whether the database is sound")
@@ -5915,7 +5915,7 @@ def print_token(settings: Settings, options: argparse.Namespace) -> None:
         keyring.revoked |= db.execute(REVOKED)
     base = options.link
     token = keyring.sign(
-        options.user_id,
+        options.USER_ID,
         options.ttl or (LINK_SECONDS if base else SESSION_SECONDS),
         use="signin" if base else None,
         name=clean_name(options.name),
@@ -5979,9 +5979,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "token":
                 print_token(settings, options)
             case "backup":
-                backup(settings.db, options.path, options.keep)
+                backup(settings.db, options.DEST, options.keep)
             case "restore":
-                restore(settings.db, options.path)
+                restore(settings.db, options.SRC)
             case "check":
                 print_check(settings.db)
     except* Exception as group:
