@@ -5776,9 +5776,8 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def flags() -> Iterator[dataclasses.Field[Any]]:
-    """Return the settings that are flags."""
-    return (field for field in dataclasses.fields(Settings) if field.metadata)
+# The settings that are flags.
+FLAGS = [field for field in dataclasses.fields(Settings) if field.metadata]
 
 
 def shown(value: object) -> str:
@@ -5797,7 +5796,7 @@ def variable(name: str) -> str:
 def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
     """Add the flags of all settings, or of those named, or with other defaults."""
     parser.set_defaults(defaults=defaults, refuse=parser.error)
-    for field in flags():
+    for field in FLAGS:
         if names and field.name not in names:
             continue
         unit, why, over = field.metadata.values()
@@ -5817,7 +5816,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
     chosen: dict[str, Any] = dict(options.defaults)
     if folders := variable("STATE_DIRECTORY"):
         chosen["db"] = Path(folders.split(":")[0]) / "chatd.db"
-    for field in flags():
+    for field in FLAGS:
         name = f"CHATD_{field.name.upper()}"
         where = f"argument --{field.name.replace('_', '-')}"
         texts = [*filter(str.strip, getattr(options, field.name, None) or ())]
@@ -5835,7 +5834,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
 
 def tell_unknown_variables() -> None:
     """Warn of CHATD_ variables that no setting has: one may be misspelt."""
-    known = {"CHATD_UPSTREAM", *(f"CHATD_{field.name.upper()}" for field in flags())}
+    known = {"CHATD_UPSTREAM", *(f"CHATD_{field.name.upper()}" for field in FLAGS)}
     for name in sorted(os.environ.keys() - known):
         if name.startswith("CHATD_") and variable(name):
             log(WARNING, "unknown_variable", name=name)
