@@ -5707,11 +5707,10 @@ def _network(text: str) -> str:
 
 def _origin(text: str) -> str:
     """Write an origin as browsers do: without its default port, the host in ASCII."""
-    text = short_origin(text)
     parts = urllib.parse.urlsplit(text)
     host, port = parts.hostname, f":{parts.port}" if parts.port else ""
     if not host:  # null, file://
-        return text
+        return short_origin(text)
     if ":" in host:
         host = f"[{ipaddress.IPv6Address(host)}]"
     elif not host.isascii():
