@@ -4392,7 +4392,7 @@ def log(level: int, verb: str, **fields: object) -> None:
             f"{name}={value if isinstance(value, int) else ascii(str(value))}"
             for name, value in fields.items()
         )
-        logger.log(level, "%s", " ".join((verb, *words)))
+        logger.log(level, " ".join((verb, *words)))
 
 
 def log_bug(verb: str, error: BaseException) -> None:
