@@ -5330,11 +5330,10 @@ def serve_demo(settings: Settings) -> None:
             settings, db=Path(folder) / "chatd.db", secret_file=None
         )
         people = {1: "Anna", 2: "Ben"}
-        store = Store(settings)
-        for user_id, name in people.items():
-            store.commit_now(store.rename, user_id, name)
-        store.commit_now(store.create_chat, "Demo", people)
-        store.close()
+        with closing(Store(settings)) as store:
+            for user_id, name in people.items():
+                store.commit_now(store.rename, user_id, name)
+            store.commit_now(store.create_chat, "Demo", people)
 
         def ready(url: str) -> None:
             announce(url)
