@@ -4886,7 +4886,7 @@ def schema_steps() -> list[str]:
     return re.split(r"(?m)^-- version \d+$", text)[1:]
 
 
-def open_database(path: Path, *, readonly: bool, alone: bool = False) -> Db:
+def open_database(path: Path, *, readonly: bool = True, alone: bool = False) -> Db:
     """Open a connection with the pragmas that the promise needs. Raises sqlite3.Error.
 
     alone: without a -wal, nobody writes while this reader is open.
@@ -5045,7 +5045,7 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
         check_not_emptied(path)
         # SQLite would make the file readable by all. -wal and -shm get its mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        with closing(open_database(path, readonly=True, alone=True)) as look:
+        with closing(open_database(path, alone=True)) as look:
             version = examine("database", path, look)
             if version:
                 check_at_start(look, path, check_bytes)
@@ -5393,7 +5393,7 @@ def reading(what: str, path: Path) -> Iterator[Db]:
             raise UsageError(
                 f"{what} {path}: process {pid} uses it by another name; take that one"
             )
-        with closing(open_database(path, readonly=True, alone=True)) as db:
+        with closing(open_database(path, alone=True)) as db:
             if not examine(what, path, db):
                 raise UsageError(f"{what} {path}: it is empty")
             yield db
@@ -5415,11 +5415,10 @@ def copy_database(what: str, source: Path, target: Path, change: str = "") -> st
                 to.executescript(f"PRAGMA journal_mode = DELETE; {change}")
             sync(target)
             sync(target.parent)  # if that fails, then before the copy has its name
-            with closing(open_database(target, readonly=True)) as copy:
-                found = faults(copy)
+            with closing(open_database(target)) as copy:
+                if found := faults(copy):
+                    raise Damage(found[0])
                 contents: str = query_value(copy, CONTENTS)
-            if found:
-                raise Damage(found[0])
         except (sqlite3.Error, OSError) as error:
             if type(error) is Damage:
                 raise
