@@ -5243,7 +5243,7 @@ async def _listen_at(
                 continue
             host, _, port = text.rpartition(":")
             for family, *_, at in await trio.socket.getaddrinfo(
-                host.strip("[]"), int(port), type=socket.SOCK_STREAM
+                host.strip("[]"), port, type=socket.SOCK_STREAM
             ):
                 places[family, at] = text
         again = {at: sock for at in places for sock in kept if _is_at(sock, *at)}
