@@ -4509,7 +4509,7 @@ def log(level: int, verb: str, **fields: object) -> None:
             f"{name}={value if isinstance(value, int) else ascii(str(value))}"
             for name, value in fields.items()
         )
-        logger.log(level, "%s", " ".join((verb, *words)))
+        logger.log(level, " ".join((verb, *words)))
 
 
 def log_bug(verb: str, error: BaseException) -> None:
@@ -4540,10 +4540,8 @@ def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
 
 def in_journal() -> bool:
     """Is stderr connected to the journal (systemd.exec(5))?"""
-    with suppress(OSError):
-        there = os.fstat(sys.stderr.fileno())
-        return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
-    return False
+    there = os.fstat(2)
+    return variable("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
 
 
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
@@ -4924,14 +4922,20 @@ class UsageError(Exception):
     """The person who runs chatd has to change something: exit status 1."""
 
 
+# The file is damaged. sqlite3 raises this class itself for SQLITE_CORRUPT and
+# SQLITE_NOTADB, and a subclass for what else can happen to a file.
+Damage = sqlite3.DatabaseError
+
+
 @contextmanager
 def file_errors(what: str, path: Path) -> Iterator[None]:
-    """Turn the OSError or sqlite3.Error of a file into a UsageError that names it."""
+    """Turn the OSError or sqlite3.Error of a file into a UsageError that names it.
+
+    If the database that is served is damaged, the sentence says what to do.
+    """
     try:
         yield
     except (OSError, sqlite3.Error) as error:
-        if is_damage(error):
-            raise damaged(what, path, str(error)) from error
         why = str(getattr(error, "strerror", None) or error)
         user, folder, hint = f"user {os.geteuid()}", path.absolute().parent, ""
         if not os.path.isdir(folder):
@@ -4942,22 +4946,14 @@ def file_errors(what: str, path: Path) -> Iterator[None]:
                     f"; {user} cannot write {place}: run chatd as its owner, user "
                     f"{place.stat().st_uid}, and not on a read-only disk"
                 )
+        if type(error) is Damage:
+            why, hint = f"damaged: {' '.join(why.split())}", ""
+            if what == "database":
+                hint = (
+                    f"; `chatd check --db {path}` lists what is wrong, "
+                    f"`chatd restore BACKUP --db {path}` puts a backup there"
+                )
         raise UsageError(f"{what} {path}: {why}{hint}") from error
-
-
-def is_damage(error: Exception) -> bool:
-    """Does SQLite say that the file is damaged?"""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without its extension
-    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def damaged(what: str, path: Path, why: str) -> UsageError:
-    """Make the error about a damaged database; of the served one it says what to do."""
-    sentence = f"{what} {path}: damaged: {' '.join(why.split())}"
-    if what == "database":
-        sentence += f"; `chatd check --db {path}` lists what is wrong, "
-        sentence += f"`chatd restore BACKUP --db {path}` puts a backup there"
-    return UsageError(sentence)
 
 
 def notify(state: str, fds: Sequence[int] = (), *, wait_seconds: float = 5) -> None:
@@ -5007,7 +5003,7 @@ def schema_steps() -> list[str]:
     return re.split(r"(?m)^-- version \d+$", text)[1:]
 
 
-def open_database(path: Path, *, readonly: bool, alone: bool = False) -> Db:
+def open_database(path: Path, *, readonly: bool = True, alone: bool = False) -> Db:
     """Open a connection with the pragmas that the promise needs. Raises sqlite3.Error.
 
     alone: without a -wal, nobody writes while this reader is open.
@@ -5079,17 +5075,17 @@ def sync_wal(wal: Path) -> None:
         os.fsync(fd)
 
 
-def check_not_emptied(what: str, path: Path) -> None:
-    """Raise UsageError for a file that SQLite would take for a new database.
+def check_not_emptied(path: Path) -> None:
+    """Raise Damage for a file that SQLite would take for a new database.
 
     SQLite would then remove the -wal, which may hold all there is. A database is at
     least as long as its header.
     """
     size = file_bytes(path)
     if 0 < size < 100:
-        raise damaged(what, path, f"it has only {size} bytes")
+        raise Damage(f"it has only {size} bytes")
     if not size and file_bytes(wal_of(path)):
-        raise damaged(what, path, "it is empty, and its -wal is not")
+        raise Damage("it is empty, and its -wal is not")
 
 
 # The size that the file of a database should have, if nothing is left in the WAL.
@@ -5101,8 +5097,8 @@ DATABASE_BYTES = (
 def examine(what: str, path: Path, db: Db) -> int:
     """Return the version of a database's schema: 0 if there is nothing in it yet.
 
-    Raises UsageError if it is not chatd's, if a newer chatd made it, and if its end or
-    a part of its schema is lost.
+    Raises UsageError if it is not chatd's, or if a newer chatd made it; Damage if its
+    end or a part of its schema is lost.
     """
     version: int = query_value(db, "PRAGMA user_version")
     steps = schema_steps()
@@ -5117,13 +5113,13 @@ def examine(what: str, path: Path, db: Db) -> int:
         )
     size, left = query_value(db, DATABASE_BYTES), file_bytes(path)
     if left < size and not file_bytes(wal_of(path)):  # the WAL may have the rest
-        raise damaged(what, path, f"{left} bytes are left of {size}")
+        raise Damage(f"{left} bytes are left of {size}")
     if version < 1:
-        raise damaged(what, path, f"its schema has version {version}")
+        raise Damage(f"its schema has version {version}")
     with closing(sqlite3.connect(":memory:")) as model:
         model.executescript("".join(steps[:version]))
         if missing := schema_names(model) - schema_names(db):
-            raise damaged(what, path, f"without {', '.join(sorted(missing))}")
+            raise Damage(f"without {', '.join(sorted(missing))}")
     return version
 
 
@@ -5136,7 +5132,7 @@ def schema_names(db: Db) -> set[str]:
 def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
     """Refuse to serve a damaged database. The file's size bounds the time it takes.
 
-    Raises UsageError. quick_check reads each page once (measured: 27 MB in 32 ms); it
+    Raises Damage. quick_check reads each page once (measured: 27 MB in 32 ms); it
     does not compare indexes with their tables, as `chatd check` does.
     """
     size = query_value(db, DATABASE_BYTES)
@@ -5146,7 +5142,7 @@ def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
     began = time.monotonic()
     found = query_value(db, "PRAGMA quick_check(1)")
     if found != "ok":
-        raise damaged("database", path, found)
+        raise Damage(found)
     log(
         INFO, "checked", db=path, bytes=size, seconds=round(time.monotonic() - began, 3)
     )
@@ -5163,10 +5159,10 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
     """
     steps = schema_steps()
     with file_errors("database", path):
-        check_not_emptied("database", path)
+        check_not_emptied(path)
         # SQLite would make the file readable by all. -wal and -shm get its mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        with closing(open_database(path, readonly=True, alone=True)) as look:
+        with closing(open_database(path, alone=True)) as look:
             version = examine("database", path, look)
             if version:
                 check_at_start(look, path, check_bytes)
@@ -5179,10 +5175,10 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
                     PRAGMA application_id = {APPLICATION_ID};
                     PRAGMA user_version = {len(steps)};
                     INSERT OR IGNORE INTO meta VALUES ('epoch', {NEW_EPOCH});
-                    COMMIT"""
+                    COMMIT;
+                    -- The file itself, not only its WAL, shows that it is chatd's.
+                    PRAGMA wal_checkpoint(TRUNCATE)"""
                 )
-                # Now the file itself, not only its WAL, shows that it is chatd's.
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error:
             db.close()
             raise
@@ -5356,22 +5352,20 @@ async def _listen_at(
     places: dict[tuple[int, Any], str] = {}  # its --listen
     sockets = []
     try:
-        for text in listen:
+        # Unix sockets come last: a failed start should leave no file.
+        for text in sorted(listen, key=lambda text: text.startswith("unix:")):
             if text.startswith("unix:"):
                 path = os.path.realpath(text[5:])  # noqa: ASYNC240
                 places[socket.AF_UNIX, path] = text
                 continue
             host, _, port = text.rpartition(":")
             for family, *_, at in await trio.socket.getaddrinfo(
-                host.strip("[]"), int(port), type=socket.SOCK_STREAM
+                host.strip("[]"), port, type=socket.SOCK_STREAM
             ):
                 places[family, at] = text
         again = {at: sock for at in places for sock in kept if _is_at(sock, *at)}
         _forget({*kept} - {*again.values()})
-        # Unix sockets come last: a failed start should leave no file.
-        for place, text in sorted(
-            places.items(), key=lambda item: item[0][0] == socket.AF_UNIX
-        ):
+        for place, text in [*places.items()]:
             try:
                 sockets.append(again.get(place) or _bind(*place))
             except OSError as error:
@@ -5453,19 +5447,18 @@ def serve_demo(settings: Settings) -> None:
             settings, db=Path(folder) / "chatd.db", secret_file=None
         )
         people = {1: "Anna", 2: "Ben"}
-        store = Store(settings)
-        chats = Chats(store)
-        for user_id, name in people.items():
-            store.commit_now(chats.rename, user_id, name)
-        store.commit_now(chats.create_chat, "Demo", people)
-        store.close()
+        with closing(Store(settings)) as store:
+            chats = Chats(store)
+            for user_id, name in people.items():
+                store.commit_now(chats.rename, user_id, name)
+            store.commit_now(chats.create_chat, "Demo", people)
 
         def ready(url: str) -> None:
             announce(url)
             keyring, base = read_keyring(settings), page_url(url.split())
             for user_id, name in people.items():
-                link = sign_in_link(keyring, base, user_id, name)
-                mention(f"{name + ':':6}{link}")
+                token = keyring.sign(user_id, LINK_SECONDS, use="signin", name=name)
+                mention(f"{name + ':':6}{base}/#token={token}")
             upstream = base.removeprefix("http://")
             mention(
                 f"""\
@@ -5483,14 +5476,6 @@ def page_url(listen: Iterable[str]) -> str:
     address = next(each for each in addresses if not each.startswith("unix:"))
     every = r"(?<=//)(0\.0\.0\.0|\[::])(?=:)"
     return re.sub(every, "localhost", f"http://{address.removeprefix('http://')}")
-
-
-def sign_in_link(
-    keyring: Keyring, base: str, user_id: int, name: str | None, seconds: int = 0
-) -> str:
-    """Make a URL that signs a user in, any number of times until it expires."""
-    token = keyring.sign(user_id, seconds or LINK_SECONDS, use="signin", name=name)
-    return f"{base.rstrip('/')}/#token={token}"
 
 
 def announce(url: str) -> None:
@@ -5519,14 +5504,14 @@ def print_result(text: str) -> None:
 def reading(what: str, path: Path) -> Iterator[Db]:
     """Open a database of chatd for reading. Any error is a UsageError."""
     with file_errors(what, path):
-        check_not_emptied(what, path)
+        check_not_emptied(path)
         path.open("rb").close()  # says better than SQLite what is wrong
         if (pid := holder(path)) and not wal_of(path).exists():
             # A hard link: the WAL with the newest messages has the other name.
             raise UsageError(
                 f"{what} {path}: process {pid} uses it by another name; take that one"
             )
-        with closing(open_database(path, readonly=True, alone=True)) as db:
+        with closing(open_database(path, alone=True)) as db:
             if not examine(what, path, db):
                 raise UsageError(f"{what} {path}: it is empty")
             yield db
@@ -5545,21 +5530,19 @@ def copy_database(what: str, source: Path, target: Path, change: str = "") -> st
             db.executescript("BEGIN; SELECT * FROM meta")
             with closing(sqlite3.connect(target)) as to:
                 db.backup(to, pages=1024, progress=progress(source))
-                to.execute("PRAGMA journal_mode = DELETE")
-                to.executescript(change)
+                to.executescript(f"PRAGMA journal_mode = DELETE; {change}")
             sync(target)
             sync(target.parent)  # if that fails, then before the copy has its name
-            with closing(open_database(target, readonly=True)) as copy:
-                found = faults(copy)
+            with closing(open_database(target)) as copy:
+                if found := faults(copy):
+                    raise Damage(found[0])
                 contents: str = query_value(copy, CONTENTS)
         except (sqlite3.Error, OSError) as error:
-            if is_damage(error):
+            if type(error) is Damage:
                 raise
             raise UsageError(
                 f"{what} {source}: copying failed in {target.parent}: {error}"
             ) from error
-    if found:
-        raise damaged(what, source, found[0])
     return contents
 
 
@@ -5648,13 +5631,9 @@ def restore(db: Path, source: Path) -> None:
 
 def faults(db: Db) -> list[str]:
     """Return what is wrong in a database, a sentence each; empty if it is sound."""
-    rules = SANE if query_value(db, "PRAGMA user_version") < 2 else SANE_2
-    return [
-        " ".join(sentence.format(*row).split())
-        for sql, sentence in rules.items()
-        for row in db.execute(sql)
-        if row[0] != "ok"
-    ]
+    version = query_value(db, "PRAGMA user_version")
+    sql = FAULTS if version < 2 else FAULTS + FAULTS_2
+    return [" ".join(sentence.split()) for (sentence,) in db.execute(sql)]
 
 
 # SQL that says in words what is in a database.
@@ -5664,33 +5643,45 @@ SELECT (SELECT count(*) FROM user) || ' users, ' || (SELECT count(*) FROM chat) 
     strftime('%Y-%m-%dT%H:%M:%SZ', max(created_at), 'unixepoch'), '') FROM message
 """
 
-# The rules that every database of chatd obeys: a query for the rows that break a rule,
-# and the sentence about such a row.
-SANE = {
-    "PRAGMA integrity_check": "integrity: {}",
-    "SELECT count(*) FROM meta WHERE key = 'epoch' HAVING count(*) != 1":
-        "epoch: {} of them",
-    "PRAGMA foreign_key_check": "table {}, row {}: refers to a missing {}",
-    "SELECT count(*), max(seq) FROM event HAVING count(*) != coalesce(max(seq), 0)":
-        "seq: {} events, but the last seq is {}",
-    f"SELECT seq, kind FROM event WHERE kind NOT IN {*KINDS,}":
-        "event {}: of the unknown kind {}",
-    "SELECT chat_id, count(*), max(n) FROM message GROUP BY chat_id"
-    " HAVING count(*) != max(n) OR min(n) != 1":
-        "n: chat {} has {} messages, but the last n is {}",
-    "SELECT m.id FROM message m LEFT JOIN event e ON e.seq = m.id"
-    " AND e.kind = 'new_message' AND e.message_id = m.id AND e.chat_id = m.chat_id"
-    " WHERE e.seq IS NULL":
-        "message {}: it has no event",
-    "SELECT b.user_id, b.chat_id FROM member b WHERE b.read_n >"
-    " (SELECT coalesce(max(n), 0) FROM message m WHERE m.chat_id = b.chat_id)":
-        "user {} has read more of chat {} than there is",
-}  # fmt: skip
-SANE_2 = SANE | {  # from version 2 of the schema on
-    "SELECT id, last_n FROM chat WHERE last_n !="
-    " (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = chat.id)":
-        "chat {}: last_n is {}, but its newest message has another n",
-}  # fmt: skip
+# SQL that says in words what breaks a rule: each SELECT is a rule that every database
+# of chatd obeys.
+FAULTS = f"""
+SELECT printf('integrity: %s', integrity_check) FROM pragma_integrity_check
+    WHERE integrity_check != 'ok'
+UNION ALL
+SELECT printf('epoch: %s of them', count(*)) FROM meta WHERE key = 'epoch'
+    HAVING count(*) != 1
+UNION ALL
+SELECT printf('table %s, row %s: refers to a missing %s',
+        "table", ifnull(rowid, '?'), parent)
+    FROM pragma_foreign_key_check
+UNION ALL
+SELECT printf('seq: %s events, but the last seq is %s', count(*), max(seq)) FROM event
+    HAVING count(*) != coalesce(max(seq), 0)
+UNION ALL
+SELECT printf('event %s: of the unknown kind %s', seq, kind) FROM event
+    WHERE kind NOT IN {tuple(KINDS)}
+UNION ALL
+SELECT printf('n: chat %s has %s messages, but the last n is %s',
+        chat_id, count(*), max(n))
+    FROM message GROUP BY chat_id HAVING count(*) != max(n) OR min(n) != 1
+UNION ALL
+SELECT printf('message %s: it has no event', m.id) FROM message m
+    LEFT JOIN event e ON e.seq = m.id AND e.kind = 'new_message'
+        AND e.message_id = m.id AND e.chat_id = m.chat_id
+    WHERE e.seq IS NULL
+UNION ALL
+SELECT printf('user %s has read more of chat %s than there is', b.user_id, b.chat_id)
+    FROM member b WHERE b.read_n >
+        (SELECT coalesce(max(n), 0) FROM message m WHERE m.chat_id = b.chat_id)
+"""
+# Those that hold from version 2 of the schema on.
+FAULTS_2 = """
+UNION ALL
+SELECT printf('chat %s: last_n is %s, but its newest message has another n', id, last_n)
+    FROM chat WHERE last_n !=
+        (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = chat.id)
+"""
 
 # =====================================================================================
 # SETTINGS AND COMMAND LINE
@@ -5829,9 +5820,8 @@ def _rate(text: str) -> Rate:
 
 
 def _ttl(text: str) -> int:
-    seconds = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-    number = text.rstrip("smhd")
-    return int(number) * seconds[text[len(number) :]]
+    seconds = {"m": 60, "h": 3600, "d": 86400}.get(text[-1], 1)
+    return int(text.rstrip("smhd")) * seconds
 
 
 def _network(text: str) -> str:
@@ -5842,11 +5832,10 @@ def _network(text: str) -> str:
 
 def _origin(text: str) -> str:
     """Write an origin as browsers do: without its default port, the host in ASCII."""
-    text = short_origin(text)
     parts = urllib.parse.urlsplit(text)
     host, port = parts.hostname, f":{parts.port}" if parts.port else ""
     if not host:  # null, file://
-        return text
+        return short_origin(text)
     if ":" in host:
         host = f"[{ipaddress.IPv6Address(host)}]"
     elif not host.isascii():
@@ -5911,19 +5900,13 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def flags() -> Iterator[dataclasses.Field[Any]]:
-    """Return the settings that are flags."""
-    return (field for field in dataclasses.fields(Settings) if field.metadata)
+# The settings that are flags.
+FLAGS = [field for field in dataclasses.fields(Settings) if field.metadata]
 
 
 def shown(value: object) -> str:
     """Write a default value as a person would type it."""
     return " ".join(map(str, value)) if type(value) is tuple else str(value or "")
-
-
-def variable_name(field: dataclasses.Field[Any]) -> str:
-    """Return the name of a setting's environment variable."""
-    return f"CHATD_{field.name.upper()}"
 
 
 def variable(name: str) -> str:
@@ -5937,7 +5920,7 @@ def variable(name: str) -> str:
 def add_flags(parser: argparse.ArgumentParser, *names: str, **defaults: object) -> None:
     """Add the flags of all settings, or of those named, or with other defaults."""
     parser.set_defaults(defaults=defaults, refuse=parser.error)
-    for field in flags():
+    for field in FLAGS:
         if names and field.name not in names:
             continue
         unit, why, over = field.metadata.values()
@@ -5957,11 +5940,12 @@ def read_settings(options: argparse.Namespace) -> Settings:
     chosen: dict[str, Any] = dict(options.defaults)
     if folders := variable("STATE_DIRECTORY"):
         chosen["db"] = Path(folders.split(":")[0]) / "chatd.db"
-    for field in flags():
+    for field in FLAGS:
+        name = f"CHATD_{field.name.upper()}"
         where = f"argument --{field.name.replace('_', '-')}"
         texts = [*filter(str.strip, getattr(options, field.name, None) or ())]
         several = type(field.default) is tuple
-        if not texts and (text := variable(name := variable_name(field))):
+        if not texts and (text := variable(name)):
             where, texts = f"environment {name}", text.split() if several else [text]
         try:
             values = tuple(map(PARSERS[field.metadata["unit"]], texts))
@@ -5974,7 +5958,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
 
 def tell_unknown_variables() -> None:
     """Warn of CHATD_ variables that no setting has: one may be misspelt."""
-    known = {"CHATD_UPSTREAM", *map(variable_name, flags())}
+    known = {"CHATD_UPSTREAM", *(f"CHATD_{field.name.upper()}" for field in FLAGS)}
     for name in sorted(os.environ.keys() - known):
         if name.startswith("CHATD_") and variable(name):
             log(WARNING, "unknown_variable", name=name)
@@ -6016,7 +6000,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
-    add("user_id", metavar="USER_ID", type=parse_user)
+    add("USER_ID", type=parse_user)
     add("--name", help="what others see")
     how_long = "how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)"
     add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
@@ -6027,7 +6011,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_flags(token, "db", "secret_file", "listen")
 
     copy = commands.add_parser("backup", help="copy the database, also while it serves")
-    copy.add_argument("path", type=Path, metavar="DEST")
+    copy.add_argument("DEST", type=Path)
     kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
     copy.add_argument("--keep", metavar="COUNT", type=parse_count, default=0, help=kept)
     add_flags(copy, "db")
@@ -6035,7 +6019,7 @@ def make_parser() -> argparse.ArgumentParser:
     put = commands.add_parser(
         "restore", help="put a backup in the database's place; stop chatd before"
     )
-    put.add_argument("path", type=Path, metavar="SRC")
+    put.add_argument("SRC", type=Path)
     add_flags(put, "db")
 
     look = commands.add_parser("check", help="look whether the database is sound")
@@ -6044,18 +6028,25 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def print_token(settings: Settings, options: argparse.Namespace) -> None:
-    """Print a token, and nothing else."""
+    """Print a token, or a link with it, and nothing else.
+
+    The link signs its user in, any number of times until it expires.
+    """
     keyring = read_keyring(settings)
     # Elsewhere than at the server there is no database, and nothing to look up.
     with suppress(UsageError), reading("database", settings.db) as db:
         keyring.revoked |= db.execute(REVOKED)
-    user_id, ttl, name = options.user_id, options.ttl, clean_name(options.name)
-    if base := options.link:
-        base = page_url(settings.listen) if base is True else base
-        print_result(sign_in_link(keyring, base, user_id, name, ttl))
-    else:
-        seconds = ttl or SESSION_SECONDS
-        print_result(keyring.sign(user_id, seconds, name=name, scope=options.scope))
+    base = options.link
+    token = keyring.sign(
+        options.USER_ID,
+        options.ttl or (LINK_SECONDS if base else SESSION_SECONDS),
+        use="signin" if base else None,
+        name=clean_name(options.name),
+        scope=options.scope,
+    )
+    if base is True:
+        base = page_url(settings.listen)
+    print_result(f"{base.rstrip('/')}/#token={token}" if base else token)
 
 
 def end_with_a_sentence() -> None:
@@ -6092,8 +6083,7 @@ def fill_standard_streams() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 failed, 2 wrong use."""
     fill_standard_streams()
-    parser = make_parser()
-    options = parser.parse_args(argv)
+    options = make_parser().parse_args(argv)
     settings = read_settings(options)
     set_up_log(settings.log_level)
     tell_unknown_variables()
@@ -6102,7 +6092,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         match options.command:
             case "serve" if options.demo and options.db is not None:
-                parser.error("--demo has a database of its own: leave --db away")
+                options.refuse("--demo has a database of its own: leave --db away")
             case "serve" if options.demo:
                 serve_demo(settings)
             case "serve":
@@ -6112,9 +6102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "token":
                 print_token(settings, options)
             case "backup":
-                backup(settings.db, options.path, options.keep)
+                backup(settings.db, options.DEST, options.keep)
             case "restore":
-                restore(settings.db, options.path)
+                restore(settings.db, options.SRC)
             case "check":
                 print_check(settings.db)
     except* Exception as group:

@@ -235,7 +235,7 @@ def test_the_table_of_log_lines_has_every_line_that_chatd_can_write() -> None:
 def settings_table() -> str:
     """Make the table of settings from Settings."""
     rows = ["| flag | default | what it is for | consequence |", "|---|---|---|---|"]
-    for field in chatd.flags():
+    for field in chatd.FLAGS:
         unit, why, over = field.metadata.values()
         flag = f"--{field.name.replace('_', '-')} {unit}"
         default = chatd.shown(field.default)

@@ -202,7 +202,7 @@ BAD_FLAGS = [(name, bad) for name, (_, _, bad) in FLAGS.items() if bad is not No
 
 
 def test_the_table_of_flags_has_every_flag() -> None:
-    assert list(FLAGS) == [field.name for field in chatd.flags()]
+    assert list(FLAGS) == [field.name for field in chatd.FLAGS]
 
 
 @pytest.mark.usefixtures("bare_environment")
@@ -374,7 +374,7 @@ def test_help_shows_the_unit_the_default_and_the_consequence_of_every_flag(
         chatd.main(["serve", "--help"])
     output = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
-    for field in chatd.flags():
+    for field in chatd.FLAGS:
         meta = field.metadata
         assert f"{flag_of(field.name)} {meta['unit']} {meta['why']}" in output
         assert meta["over"] in output
@@ -413,7 +413,7 @@ def test_a_constant_is_the_specified_one(name: str) -> None:
 
 
 def test_every_flag_has_a_unit_and_a_reason() -> None:
-    for field in chatd.flags():
+    for field in chatd.FLAGS:
         unit, over = field.metadata["unit"], field.metadata["over"]
         assert unit, field.name
         assert field.metadata["why"], field.name
