@@ -18,7 +18,7 @@
  *   passed already, so an event may come over the socket, over the poll, or over both.
  * - A message that you send is stored once. It has a client_id and stays in
  *   localStorage until the server's ack. It may be sent any number of times, because
- *   the server stores each client_id once.
+ *   the server stores each client_id once. Edits and deletions wait in the same line.
  * - The client reconnects by itself, after a random delay, so that ten thousand pages
  *   do not reconnect at the same moment. After 5 s without a socket it polls. While it
  *   polls, it tries the socket again every 30 s.
@@ -75,6 +75,8 @@ const TYPING_REPEAT_SECONDS = 3;
 const TYPING_STOP_SECONDS = 5;
 /** A read mark is sent at most this often for each chat. */
 const MARK_SECONDS = 1;
+/** fetchChats fetches this many chats with one request. */
+const CHATS_PER_PAGE = 100;
 
 const LONE_SURROGATE =
   /[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
@@ -89,18 +91,21 @@ const STAY_AWAY = /** @type {Record<number, "signed_out" | "too_many">} */ ({
 const STAY_AWAY_FROM = 4500;
 
 /**
- * A message that is refused with one of these codes would be refused again. It is
- * reported as failed, so that it does not block the messages after it. After "internal"
+ * What is refused with one of these codes would be refused again. It is reported as
+ * failed, so that it does not block what was written after it. After "internal"
  * the message may be stored nevertheless; then its event reports it as sent.
  */
 const FINAL_REFUSALS = new Set([
   "bad_field",
   "bad_json",
+  "changed",
+  "deleted",
   "forbidden",
   "idempotency_mismatch",
   "internal",
   "not_found",
   "too_large",
+  "too_late",
   "unknown_type",
 ]);
 
@@ -110,6 +115,8 @@ const FINAL_REFUSALS = new Set([
  * ---------------------------------------------------------------------------------- */
 
 /**
+ * A message as it is now. A later edit or deletion has a larger `rev`; a message without
+ * `rev` was never changed, and its `id` counts as its `rev`. A deleted one has no text.
  * @typedef {object} Message
  * @property {number} id
  * @property {number} chat_id
@@ -118,13 +125,23 @@ const FINAL_REFUSALS = new Set([
  * @property {string} created_at UTC, RFC 3339
  * @property {number} n its position in the chat: 1, 2, 3, without holes
  * @property {string} [client_id]
+ * @property {number} [rev]
+ * @property {string} [edited_at]
+ * @property {boolean} [deleted]
  */
-/** @typedef {{user_id: number, name: string | null, read_n: number}} Member */
+/**
+ * `online` is in the answer of chat() only.
+ * @typedef {{user_id: number, name: string | null, read_n: number,
+ *   online?: boolean}} Member
+ */
 /**
  * @typedef {object} Chat
  * @property {number} id
  * @property {string | null} title
- * @property {Member[]} members
+ * @property {boolean} direct a chat of two that nobody can join or leave
+ * @property {number | null} created_by
+ * @property {number} member_count
+ * @property {Member[]} members empty if there are many: members() fetches them
  * @property {number} last_n the `n` of its last message; 0: it has none
  * @property {Message | null} last_message
  * @property {number} [read_n] the `n` of the last message that you have read
@@ -139,6 +156,7 @@ const FINAL_REFUSALS = new Set([
  * @property {"fresh" | "live" | "replay" | "resync"} resume
  * @property {number} expires_in seconds
  * @property {Record<string, {last_n: number, read_n: number}>} chats
+ * @property {boolean} [more_chats] `chats` has only the most recently active ones
  */
 /**
  * Its sender has read the chat up to it, unless `read` is false: then a service has sent
@@ -162,13 +180,28 @@ const FINAL_REFUSALS = new Set([
  *   user_id: number}} MemberRemoved
  */
 /**
+ * `user_id` has renamed the chat; null: a service.
+ * @typedef {{type: "chat_renamed", seq: number, chat_id: number,
+ *   title: string | null, user_id: number | null}} ChatRenamed
+ */
+/**
+ * `message` is the newest known state, whatever the type: an edited message may have
+ * been deleted since.
+ * @typedef {{type: "message_edited", seq: number, chat_id: number,
+ *   message: Message}} MessageEdited
+ */
+/**
+ * @typedef {{type: "message_deleted", seq: number, chat_id: number,
+ *   message: Message}} MessageDeleted
+ */
+/**
  * @typedef {{type: "typing", chat_id: number, user_id: number,
  *   is_typing: boolean}} Typing
  */
 /**
  * @typedef {{type: "ack", ref?: string, client_id?: string, message_id?: number,
- * chat_id?: number, n?: number, created_at?: string, duplicate?: boolean, expires_in?:
- * number}} Ack
+ * chat_id?: number, n?: number, created_at?: string, duplicate?: boolean, rev?: number,
+ * expires_in?: number}} Ack
  */
 /**
  * @typedef {{type: "error", code: string, message: string, ref?: string,
@@ -176,8 +209,8 @@ const FINAL_REFUSALS = new Set([
  * }} Refusal
  */
 /**
- * @typedef {NewMessage | MessageRead | ChatAdded | MemberAdded
- *   | MemberRemoved} LoggedEvent
+ * @typedef {NewMessage | MessageRead | MessageEdited | MessageDeleted | ChatAdded
+ *   | ChatRenamed | MemberAdded | MemberRemoved} LoggedEvent
  */
 
 /**
@@ -203,19 +236,31 @@ const FINAL_REFUSALS = new Set([
  *   null: none is scheduled
  */
 /**
- * The state of a message that you sent. `discarded` follows `failed`, or forget().
+ * The state of a message that you sent, or of an edit or a deletion. `discarded` follows
+ * `failed`, forget(), or a later change; or another tab has settled this change.
  * @typedef {object} Delivery
  * @property {"sending" | "sent" | "failed" | "discarded"} state
+ * @property {"message" | "edit" | "delete"} kind
  * @property {string} client_id
- * @property {number} chat_id
+ * @property {number} chat_id of a message; 0 for a change
+ * @property {number} message_id of a change; 0 for a message
  * @property {string} content
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
- * @property {Message} [message] the stored message, if `state` is "sent"
+ * @property {Message} [message] the stored message, if `state` is "sent". Of a change,
+ *   only if it was sent over HTTP: over the socket, its event comes first.
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
 /** @typedef {{chats: Chat[], cursor: string}} Snapshot */
+/**
+ * A page of the list of chats. `position` is the `before` of the next page.
+ * @typedef {Snapshot & {more?: boolean, position?: string | number}} ChatPage
+ */
+/**
+ * Messages, oldest first. `more`: there are older ones; `more_after`: newer ones.
+ * @typedef {{messages: Message[], more: boolean, more_after?: boolean}} History
+ */
 /**
  * @typedef {object} ChatEvents
  * @property {StateChange} state
@@ -226,7 +271,10 @@ const FINAL_REFUSALS = new Set([
  * @property {Connected} connected
  * @property {NewMessage} new_message
  * @property {MessageRead} message_read
+ * @property {MessageEdited} message_edited
+ * @property {MessageDeleted} message_deleted
  * @property {ChatAdded} chat_added
+ * @property {ChatRenamed} chat_renamed
  * @property {MemberAdded} member_added
  * @property {MemberRemoved} member_removed
  * @property {Typing} typing
@@ -280,17 +328,24 @@ export class ChatError extends Error {
  * never overwrite each other's items. A tab may be closed at any moment: another tab,
  * or the next visit, adopts its entries. If two tabs send the same message, the server
  * stores it once, because it has one client_id.
+ *
+ * An edit or a deletion is an entry, too. Sent twice it does no harm, unless there was
+ * another edit in between: so a tab drops it once its item is gone, and `if_rev` helps.
  * ---------------------------------------------------------------------------------- */
 
 /**
  * @typedef {object} Unsent
+ * @property {Delivery["kind"]} kind
  * @property {string} client_id
  * @property {number} chat_id
+ * @property {number} message_id
  * @property {string} content
+ * @property {number | undefined} if_rev
  * @property {boolean} kept it is in storage, too
  * @property {"waiting" | "socket" | "http" | "failed"} place
  *   waiting to be sent, on its way over the socket or over HTTP, or refused for good
  * @property {number} sentAt when it was last sent over the socket, as now()
+ * @property {boolean} tried it may have been sent
  * @property {string | undefined} code the code of the error, if it failed
  * @property {string | undefined} reason
  */
@@ -337,13 +392,9 @@ class UnsentMessages {
     return left;
   }
 
-  /**
-   * @param {number} chat_id
-   * @param {string} content
-   * @returns {Unsent}
-   */
-  add(chat_id, content) {
-    const entry = newUnsent(this.#newId(), chat_id, content);
+  /** @param {Partial<Unsent>} fields @returns {Unsent} */
+  add(fields) {
+    const entry = newUnsent(this.#newId(), fields);
     this.entries.push(entry);
     // Also the entries that did not fit before, so that a tab that adopts them later
     // has all of them in order.
@@ -368,10 +419,31 @@ class UnsentMessages {
     this.#keep(entry);
   }
 
-  /** Removes an entry that the server has stored. @param {Unsent} entry */
-  remove(entry) {
+  /**
+   * Removes an entry that the server has stored, in all tabs if it is a change.
+   * @param {Unsent} entry
+   * @param {number} [rev] of the message after an edit
+   */
+  remove(entry, rev) {
     this.entries = this.entries.filter((other) => other !== entry);
-    this.#store((storage) => storage.removeItem(this.#prefix + entry.client_id));
+    const key = this.#prefix + entry.client_id;
+    if (rev) this.#store((storage) => storage.setItem(key, String(rev)));
+    this.#store((storage) => storage.removeItem(key));
+    this.#rebase(entry, rev);
+  }
+
+  /**
+   * An edit was stored. What the user has made of the same state since, before the event
+   * of that edit, is an edit of the new state.
+   * @param {Unsent} edit
+   * @param {number | undefined} rev
+   */
+  #rebase({ message_id, if_rev }, rev) {
+    for (const later of this.entries)
+      if (rev && if_rev && later.message_id === message_id && later.if_rev === if_rev) {
+        later.if_rev = rev;
+        this.#keep(later);
+      }
   }
 
   /** Removes an unsent entry in all tabs. @param {Unsent} entry */
@@ -384,15 +456,28 @@ class UnsentMessages {
 
   /**
    * Another tab has changed an item in storage. If it has discarded an entry of this
-   * tab, removes that entry and returns it.
+   * tab, or settled a change, removes that entry and returns it.
    * @param {string | null} key
    * @param {string | null} value
    */
   discardedElsewhere(key, value) {
-    if (value !== DISCARDED || !this.#prefix || !key?.startsWith(this.#prefix)) return;
+    if (!this.#prefix || !key?.startsWith(this.#prefix)) return;
     const entry = this.find(key.slice(this.#prefix.length));
+    const rev = Number(value); // as in remove, or 0, or NaN
+    if (!entry || (value !== DISCARDED && !(rev >= 0 && entry.kind !== "message"))) return;
     this.entries = this.entries.filter((other) => other !== entry);
+    this.#rebase(entry, rev);
     return entry;
+  }
+
+  /** Whether another tab has settled this change. @param {Unsent} entry */
+  isGone(entry) {
+    /** @type {string | null} */
+    let item = null;
+    const read = this.#store((storage) => {
+      item = storage.getItem(this.#prefix + entry.client_id);
+    });
+    return entry.kind !== "message" && entry.kept && read && item === null;
   }
 
   /**
@@ -426,8 +511,12 @@ class UnsentMessages {
 
   /** @param {Unsent} entry */
   #keep(entry) {
-    const { client_id, chat_id, content, code, reason } = entry;
-    const text = JSON.stringify({ chat_id, content, code, reason });
+    const { kind, client_id, chat_id, message_id, content, if_rev } = entry;
+    const { code, reason } = entry;
+    const change = { kind, message_id, if_rev };
+    // An item without chat_id is nothing to a page of 1.0, which sends only messages.
+    const fields = kind === "message" ? { chat_id } : change;
+    const text = JSON.stringify({ ...fields, content, code, reason });
     entry.kept = this.#store((storage) =>
       storage.setItem(this.#prefix + client_id, text),
     );
@@ -465,22 +554,22 @@ class UnsentMessages {
   }
 }
 
-/**
- * @param {string} client_id
- * @param {number} chat_id
- * @param {string} content
- * @returns {Unsent}
- */
-function newUnsent(client_id, chat_id, content) {
+/** @param {string} client_id @param {Partial<Unsent>} fields @returns {Unsent} */
+function newUnsent(client_id, fields) {
   return {
-    client_id,
-    chat_id,
-    content,
+    kind: "message",
+    chat_id: 0,
+    message_id: 0,
+    content: "",
+    if_rev: undefined,
     kept: false,
     place: "waiting",
     sentAt: 0,
+    tried: false,
     code: undefined,
     reason: undefined,
+    ...fields,
+    client_id,
   };
 }
 
@@ -490,11 +579,31 @@ function newUnsent(client_id, chat_id, content) {
  * @returns {Unsent | null} null: the item is not an unsent message, or no longer one
  */
 function readUnsent(clientId, text) {
-  const { chat_id, content, code, reason } = parseObject(text) ?? {};
-  if (typeof content !== "string" || !Number.isInteger(chat_id)) return null;
-  const entry = newUnsent(clientId, chat_id, content);
+  const { kind = "message", chat_id, message_id, content, if_rev, code, reason } =
+    parseObject(text) ?? {};
+  const target = kind === "message" ? { chat_id } : { message_id };
+  const [id] = Object.values(target);
+  if (typeof content !== "string" || !Number.isInteger(id)) return null;
+  if (!["message", "edit", "delete"].includes(kind)) return null;
+  const entry = newUnsent(clientId, { kind, ...target, content, if_rev, code, reason });
   const place = code ? "failed" : "waiting";
-  return Object.assign(entry, { kept: true, place, code, reason });
+  return Object.assign(entry, { kept: true, tried: true, place });
+}
+
+/** @param {Unsent} entry @returns {object} the command that sends it */
+function commandFor({ kind, client_id, chat_id, message_id, content, if_rev }) {
+  const ref = client_id;
+  if (kind === "edit") return { type: "edit_message", message_id, content, if_rev, ref };
+  if (kind === "delete") return { type: "delete_message", message_id, ref };
+  return { type: "send_message", chat_id, content, client_id, ref };
+}
+
+/** @param {Unsent} entry @returns {[string, string, object?]} the same over HTTP */
+function requestFor({ kind, client_id, chat_id, message_id, content, if_rev }) {
+  const path = `/api/v1/messages/${message_id}`;
+  if (kind === "edit") return ["PATCH", path, { content, if_rev }];
+  if (kind === "delete") return ["DELETE", path];
+  return ["POST", `/api/v1/chats/${chat_id}/messages`, { content, client_id }];
 }
 
 /** @returns {StorageLike | null} */
@@ -503,6 +612,62 @@ function defaultStorage() {
     return globalThis.localStorage ?? null;
   } catch {
     return null; // a browser may forbid even the access to the property
+  }
+}
+
+/* -------------------------------------------------------------------------------------
+ * The rule of rev. A message changes, while events and answers that quote it overtake
+ * each other. Of two states the one with the larger rev counts. So the client keeps the
+ * newest state of a message as long as something that is on its way may quote an older
+ * one: an event before that state's own, or the answer to a request.
+ * ---------------------------------------------------------------------------------- */
+
+class NewestMessages {
+  /** @type {Map<number, Message>} */
+  #changed = new Map();
+  /** Requests without an answer. */
+  #requests = 0;
+
+  /** Returns the newest known state of a message. @param {Message} message */
+  of(message) {
+    const known = this.#changed.get(message.id);
+    if (known && (known.rev ?? 0) > (message.rev ?? message.id)) return known;
+    if (message.rev) this.#changed.set(message.id, message);
+    return message;
+  }
+
+  /**
+   * Puts the newest states into an answer or an event.
+   * @param {any} answer
+   */
+  putInto(answer) {
+    const { message, messages, chat, chats = [chat] } = answer ?? {};
+    if (message) answer.message = this.of(message);
+    if (messages) answer.messages = messages.map((/** @type {Message} */ m) => this.of(m));
+    for (const one of chats)
+      if (one?.last_message) one.last_message = this.of(one.last_message);
+  }
+
+  requestBegins() {
+    this.#requests += 1;
+  }
+
+  /** @param {number} seq of the cursor */
+  requestEnds(seq) {
+    this.#requests -= 1;
+    this.prune(seq);
+  }
+
+  /** Forgets what nothing can overtake any more. @param {number} seq of the cursor */
+  prune(seq) {
+    if (this.#requests > 0) return;
+    for (const [id, { rev = 0 }] of this.#changed)
+      if (rev <= seq) this.#changed.delete(id);
+  }
+
+  /** In another epoch, each rev means something else. */
+  forget() {
+    this.#changed.clear();
   }
 }
 
@@ -527,6 +692,7 @@ export class ChatWebSocket {
   #bearer;
   #log;
   #unsent;
+  #newest = new NewestMessages();
   /** @type {Map<string, Set<(event: any) => void>>} */
   #listeners = new Map();
 
@@ -579,6 +745,10 @@ export class ChatWebSocket {
   #cursor = { epoch: "", seq: -1 };
   /** No event after this seq was missed. A list of chats from before it is too old. */
   #gaplessFrom = -1;
+  /** Counts the restarts at another cursor. */
+  #gaps = 0;
+  /** The last list of chats has what the events up to here say of them. */
+  #listedUpTo = -1;
   /**
    * Events that wait for fetchChats; null: it does not run.
    * @type {LoggedEvent[] | null}
@@ -697,12 +867,39 @@ export class ChatWebSocket {
    * @returns {string} its client_id
    */
   send(chatId, content) {
-    // Half of a surrogate pair is not valid text: the server would refuse the message.
-    const text = String(content).replace(LONE_SURROGATE, "\ufffd");
-    const entry = this.#unsent.add(chatId, text);
-    this.#reportDelivery(entry, "sending");
-    this.#sendUnsent();
-    return entry.client_id;
+    return this.#enqueue({ chat_id: chatId, content: validText(content) });
+  }
+
+  /**
+   * Edits a message, now or as soon as possible, like send. It replaces an edit of the
+   * same message that has failed or waits to be sent.
+   * @param {number} messageId
+   * @param {string} content
+   * @param {{ifRev?: number}} [options] `ifRev`: the `rev` (or else the `id`) of the
+   *   message that the user has edited. If the message was changed since, the edit fails
+   *   with the code "changed". Without it, the last edit wins.
+   * @returns {string} its client_id
+   */
+  editMessage(messageId, content, { ifRev } = {}) {
+    this.#dropEdits(messageId, ({ tried, place }) => !tried || place === "failed");
+    const edit = { message_id: messageId, content: validText(content), if_rev: ifRev };
+    return this.#enqueue({ kind: "edit", ...edit });
+  }
+
+  /**
+   * Deletes a message, now or as soon as possible, like send. Drops the edits of the same
+   * message that have failed or wait to be sent.
+   * @param {number} messageId
+   * @returns {string} its client_id
+   */
+  deleteMessage(messageId) {
+    this.#dropEdits(messageId, () => true);
+    const deletion = this.#unsent.entries.find(
+      ({ kind, message_id, place }) =>
+        kind === "delete" && message_id === messageId && place !== "failed",
+    );
+    if (deletion) return deletion.client_id;
+    return this.#enqueue({ kind: "delete", message_id: messageId });
   }
 
   /**
@@ -711,12 +908,15 @@ export class ChatWebSocket {
    * @returns {Delivery[]}
    */
   unsent(chatId) {
-    return this.#unsent.entries
-      .filter((entry) => entry.chat_id === chatId)
-      .map((entry) => delivery(entry, entry.place === "failed" ? "failed" : "sending"));
+    return this.#pending((entry) => entry.chat_id === chatId);
   }
 
-  /** Sends a failed message again. @param {string} clientId */
+  /** The edits and deletions that wait or have failed, oldest first. */
+  unsentChanges() {
+    return this.#pending((entry) => entry.kind !== "message");
+  }
+
+  /** Sends again what has failed. @param {string} clientId */
   resend(clientId) {
     const entry = this.#unsent.find(clientId);
     if (entry?.place !== "failed") return;
@@ -725,7 +925,7 @@ export class ChatWebSocket {
     this.#sendUnsent();
   }
 
-  /** Drops a failed message. @param {string} clientId */
+  /** Drops what has failed. @param {string} clientId */
   discard(clientId) {
     const entry = this.#unsent.find(clientId);
     if (entry?.place === "failed") this.#discard(entry);
@@ -790,7 +990,134 @@ export class ChatWebSocket {
   }
 
   /**
-   * Sends one HTTP request to chatd, with the token.
+   * Fetches messages: the newest ones, or those before, after or around a message id.
+   * @param {number} chatId
+   * @param {{before?: number, after?: number, around?: number, limit?: number}} [where]
+   * @returns {Promise<History>}
+   */
+  history(chatId, where) {
+    return this.request("GET", `/api/v1/chats/${chatId}/messages${query(where)}`);
+  }
+
+  /**
+   * Searches for messages that contain every word of `q`, newest first. A page may be
+   * empty: go on with its `before`, until that is null.
+   * @param {{q: string, chatId?: number, before?: number}} what
+   * @returns {Promise<{messages: Message[], before: number | null}>}
+   */
+  search({ q, chatId, before }) {
+    return this.request("GET", `/api/v1/search${query({ q, chat_id: chatId, before })}`);
+  }
+
+  /**
+   * Fetches a page of the list of chats, the most recently active first. (fetchChats
+   * fetches all of them, in step with the events.)
+   * @param {{limit?: number, before?: string | number}} [page] `before`: the `position`
+   *   of the page before
+   * @returns {Promise<ChatPage>}
+   */
+  chats(page) {
+    return this.request("GET", `/api/v1/chats${query(page)}`);
+  }
+
+  /** @param {number} chatId @returns {Promise<Chat>} its members with `online` */
+  async chat(chatId) {
+    return (await this.request("GET", `/api/v1/chats/${chatId}`)).chat;
+  }
+
+  /**
+   * Fetches members of a chat: those with these ids (at most 100), or a page.
+   * @param {number} chatId
+   * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: the last
+   *   user_id of the page before
+   * @returns {Promise<{members: Member[], more: boolean}>}
+   */
+  members(chatId, { ids, ...page } = {}) {
+    const text = query({ ids: ids?.join(","), ...page });
+    return this.request("GET", `/api/v1/chats/${chatId}/members${text}`);
+  }
+
+  /**
+   * Creates a chat. With `direct` it is the one chat with that user, and may exist
+   * already. With a `clientId` it is created once, however often you ask.
+   * @param {{title?: string | null, memberIds: number[], direct?: boolean,
+   *   clientId?: string}} chat
+   * @returns {Promise<Chat>}
+   */
+  async createChat({ title, memberIds, direct, clientId }) {
+    const body = { title, member_ids: memberIds, direct, client_id: clientId };
+    return (await this.request("POST", "/api/v1/chats", body)).chat;
+  }
+
+  /** @param {number} chatId @param {string | null} title @returns {Promise<any>} */
+  renameChat(chatId, title) {
+    return this.request("PATCH", `/api/v1/chats/${chatId}`, { title });
+  }
+
+  /**
+   * Makes an invitation. `#invite=TOKEN` after the page's address makes it a link.
+   * @param {number} chatId
+   * @param {{ttlSeconds?: number}} [options] by default 7 days
+   * @returns {Promise<{token: string, expires_in: number}>}
+   */
+  createInvite(chatId, { ttlSeconds } = {}) {
+    const body = { ttl_seconds: ttlSeconds };
+    return this.request("POST", `/api/v1/chats/${chatId}/invites`, body);
+  }
+
+  /** Revokes all invitations of a chat. @param {number} chatId @returns {Promise<any>} */
+  revokeInvites(chatId) {
+    return this.request("DELETE", `/api/v1/chats/${chatId}/invites`);
+  }
+
+  /**
+   * Tells what an invitation is for. No token is needed.
+   * @param {string} token of the invitation
+   * @returns {Promise<{title: string | null, member_count: number}>}
+   */
+  previewInvite(token) {
+    return this.#fetch("POST", "/api/v1/join", null, { token });
+  }
+
+  /**
+   * Makes a new user, who joins the chat. Call connect with the user's token, which is a
+   * session token, or pass it as `bearer` to a new ChatWebSocket. No token is needed.
+   * @param {string} token of the invitation
+   * @param {string} name
+   * @returns {Promise<{token: string, expires_in: number, user_id: number,
+   *   name: string, chat_id: number}>}
+   */
+  joinAsNewUser(token, name) {
+    return this.#fetch("POST", "/api/v1/join", null, { token, name });
+  }
+
+  /**
+   * Joins a chat as the signed-in user.
+   * @param {string} token of the invitation
+   * @returns {Promise<{chat_id: number}>}
+   */
+  join(token) {
+    return this.request("POST", "/api/v1/join", { token });
+  }
+
+  /** Changes the user's own name. @param {string} name @returns {Promise<any>} */
+  renameMe(name) {
+    return this.request("PATCH", "/api/v1/me", { name });
+  }
+
+  /**
+   * Makes a sign-in link for the user's second device: `#token=TOKEN` after the page's
+   * address. It needs a session token.
+   * @returns {Promise<{token: string, expires_in: number}>}
+   */
+  linkDevice() {
+    return this.request("POST", "/api/v1/me/link");
+  }
+
+  /**
+   * Sends one HTTP request to chatd, with the token. Messages in the answer are never
+   * older than what the events have told: the client replaces those that are, and asks
+   * again if it has skipped events meanwhile.
    * @param {string} method
    * @param {string} path e.g. "/api/v1/chats"
    * @param {object} [body] sent as JSON
@@ -799,13 +1126,44 @@ export class ChatWebSocket {
    * @throws {ChatError}
    */
   async request(method, path, body, signal) {
-    const token = await this.#httpToken(false);
-    try {
-      return await this.#fetch(method, path, token, body, signal);
-    } catch (error) {
-      if (!isSignedOut(error)) throw error;
-      return this.#fetchAgain(method, path, body, signal, error);
+    for (let tries = 1; ; tries++) {
+      const gaps = this.#gaps;
+      this.#newest.requestBegins();
+      try {
+        const answer = await this.#request(method, path, body, signal);
+        // What happened in a gap may be missing in the answer.
+        if (gaps === this.#gaps) this.#newest.putInto(answer);
+        else if (method === "GET" && answer.messages && tries < 5) continue;
+        return answer;
+      } finally {
+        this.#newest.requestEnds(this.#cursor.seq);
+      }
     }
+  }
+
+  /** @param {Partial<Unsent>} fields @returns {string} its client_id */
+  #enqueue(fields) {
+    const entry = this.#unsent.add(fields);
+    this.#reportDelivery(entry, "sending");
+    this.#sendUnsent();
+    return entry.client_id;
+  }
+
+  /**
+   * Drops edits of a message that are not on their way.
+   * @param {number} messageId @param {(edit: Unsent) => boolean} which
+   */
+  #dropEdits(messageId, which) {
+    for (const entry of [...this.#unsent.at("waiting"), ...this.#unsent.at("failed")])
+      if (entry.kind === "edit" && entry.message_id === messageId && which(entry))
+        this.#discard(entry);
+  }
+
+  /** @param {(entry: Unsent) => boolean} which @returns {Delivery[]} */
+  #pending(which) {
+    return this.#unsent.entries
+      .filter(which)
+      .map((entry) => delivery(entry, entry.place === "failed" ? "failed" : "sending"));
   }
 
   /* ---- connecting ---- */
@@ -1064,9 +1422,20 @@ export class ChatWebSocket {
   #acceptEvent(event) {
     if (event.seq <= this.#cursor.seq) return;
     this.#cursor.seq = event.seq;
+    this.#newest.putInto(event);
     if (event.type === "new_message") this.#messageStored(event.message);
     if (this.#held) this.#held.push(event);
-    else this.#emit(event.type, event);
+    else this.#deliver(event);
+  }
+
+  /** @param {LoggedEvent} event */
+  #deliver(event) {
+    // The list of chats does not have the changes of older messages.
+    const change = event.type === "message_edited" || event.type === "message_deleted";
+    if (!change && event.seq <= this.#listedUpTo) return;
+    this.#newest.putInto(event);
+    this.#emit(event.type, event);
+    this.#newest.prune(this.#cursor.seq);
   }
 
   /**
@@ -1083,7 +1452,11 @@ export class ChatWebSocket {
 
   /** Continues at another cursor and skips the events between. @param {string} text */
   #restartAt(text) {
+    const { epoch } = this.#cursor;
     this.#cursor = parseCursor(text);
+    if (epoch !== this.#cursor.epoch) this.#newest.forget();
+    this.#gaps += 1;
+    this.#listedUpTo = -1;
     this.#gaplessFrom = this.#cursor.seq;
     if (this.#held) this.#held = [];
   }
@@ -1094,17 +1467,19 @@ export class ChatWebSocket {
 
   /** @returns {Promise<Snapshot>} */
   async #fetchChats() {
-    let from = -1;
+    this.#newest.requestBegins();
     try {
       const snapshot = await this.#freshSnapshot();
-      this.#moveCursor(snapshot.cursor);
-      from = parseCursor(snapshot.cursor).seq;
+      const { epoch, seq } = parseCursor(snapshot.cursor);
+      if (epoch === this.#cursor.epoch) this.#listedUpTo = seq;
+      else this.#restartAt(snapshot.cursor);
       this.#emit("chats", snapshot);
       return snapshot;
     } finally {
       const held = this.#held ?? [];
       this.#held = null;
-      for (const event of held) if (event.seq > from) this.#emit(event.type, event);
+      for (const event of held) this.#deliver(event);
+      this.#newest.requestEnds(this.#cursor.seq);
     }
   }
 
@@ -1117,14 +1492,35 @@ export class ChatWebSocket {
   async #freshSnapshot() {
     for (let tries = 0; tries < 5; tries++) {
       const before = this.#cursor.epoch;
-      /** @type {Snapshot} */
-      const snapshot = await this.request("GET", "/api/v1/chats");
+      const snapshot = await this.#allChats();
       const { epoch, seq } = parseCursor(snapshot.cursor);
       const known = this.#cursor.epoch;
       if (epoch === known ? seq >= this.#gaplessFrom : before === known)
         return snapshot;
     }
     throw new ChatError(0, "unreachable", "The server's list of chats is out of date.");
+  }
+
+  /**
+   * Fetches all pages of the list of chats. A chat that becomes active meanwhile moves to
+   * the first page, so that one is fetched again until it has no new chat. The events
+   * continue at the cursor of the first page.
+   * @returns {Promise<Snapshot>}
+   */
+  async #allChats() {
+    /** @type {Map<number, Chat>} */
+    const chats = new Map();
+    const fetchPage = async (/** @type {{before?: any}} */ where) => {
+      const page = await this.chats({ limit: CHATS_PER_PAGE, ...where });
+      for (const chat of page.chats) chats.set(chat.id, chat);
+      return page;
+    };
+    const first = await fetchPage({});
+    for (let page = first; page.more; )
+      page = await fetchPage({ before: page.position });
+    for (let known = 0; first.more && known < chats.size; await fetchPage({}))
+      known = chats.size;
+    return { chats: [...chats.values()], cursor: first.cursor };
   }
 
   /* ---- keeping alive ---- */
@@ -1283,8 +1679,8 @@ export class ChatWebSocket {
   /* ---- sending ---- */
 
   /**
-   * Sends the oldest unsent message, over the socket, or over HTTP while the client
-   * polls. The next message waits for the answer. If two were on their way, the server
+   * Sends the oldest unsent entry, over the socket, or over HTTP while the client
+   * polls. The next one waits for the answer. If two were on their way, the server
    * could refuse the first with `rate_limited` and store the second before it. The wait
    * is not noticed: people write more slowly than the server answers.
    */
@@ -1293,6 +1689,11 @@ export class ChatWebSocket {
     const [next] = this.#unsent.at("waiting");
     if (!next || this.#unsent.at("socket").length || this.#unsent.at("http").length)
       return;
+    if (this.#unsent.isGone(next)) {
+      this.#discard(next);
+      this.#sendUnsent();
+      return;
+    }
     const wait = (this.#sendNotBefore - now()) / 1000;
     clearTimeout(this.#sendTimer);
     if (wait > 0) this.#sendTimer = after(wait, () => this.#sendUnsent());
@@ -1302,26 +1703,20 @@ export class ChatWebSocket {
 
   /** @param {Unsent} entry */
   #sendBySocket(entry) {
-    const { client_id, chat_id, content } = entry;
-    entry.place = "socket";
-    entry.sentAt = now();
-    this.#sendCommand({
-      type: "send_message",
-      chat_id,
-      content,
-      client_id,
-      ref: client_id,
-    });
+    Object.assign(entry, { place: "socket", sentAt: now(), tried: true });
+    this.#sendCommand(commandFor(entry));
   }
 
   /** @param {Unsent} entry */
   async #sendByHttp(entry) {
-    const { client_id, chat_id, content } = entry;
+    const { client_id } = entry;
     const { signal } = this.#fallback;
-    entry.place = "http";
-    const path = `/api/v1/chats/${chat_id}/messages`;
+    Object.assign(entry, { place: "http", tried: true });
+    const [method, path, body] = requestFor(entry);
     try {
-      const answer = await this.request("POST", path, { content, client_id }, signal);
+      const answer = await this.request(method, path, body, signal);
+      if (entry.kind !== "message")
+        return this.#changeStored(entry, answer?.message?.rev, answer?.message);
       this.#acceptUser(answer.message.sender_id);
       this.#messageStored({ ...answer.message, client_id });
     } catch (error) {
@@ -1337,8 +1732,9 @@ export class ChatWebSocket {
     const [kind, chatId, messageId] = (ack.ref ?? "").split(" ");
     const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
     if (mark) mark.settled = Math.max(mark.settled, Number(messageId));
-    const entry = this.#unsent.find(ack.client_id);
+    const entry = this.#unsent.find(ack.client_id ?? ack.ref);
     if (!entry || ack.message_id === undefined) return;
+    if (entry.kind !== "message") return this.#changeStored(entry, ack.rev);
     this.#messageStored({
       id: ack.message_id,
       chat_id: entry.chat_id,
@@ -1372,12 +1768,28 @@ export class ChatWebSocket {
     const entry = this.#unsent.find(message.client_id);
     if (!entry || message.sender_id !== this.#userId) return;
     this.#unsent.remove(entry);
-    this.#emit("delivery", { ...delivery(entry, "sent"), message });
+    this.#emit("delivery", {
+      ...delivery(entry, "sent"),
+      message: this.#newest.of(message),
+    });
     this.#sendUnsent();
   }
 
   /**
-   * The message was not stored. It has failed, or it is sent again after a wait.
+   * The server has stored an edit or a deletion.
+   * @param {Unsent} entry
+   * @param {number | undefined} rev
+   * @param {Message} [message]
+   */
+  #changeStored(entry, rev, message) {
+    if (!this.#unsent.entries.includes(entry)) return;
+    this.#unsent.remove(entry, rev);
+    this.#emit("delivery", { ...delivery(entry, "sent"), ...(message && { message }) });
+    this.#sendUnsent();
+  }
+
+  /**
+   * The entry was not stored. It has failed, or it is sent again after a wait.
    * @param {Unsent} entry
    * @param {string} code
    * @param {string} reason
@@ -1466,6 +1878,20 @@ export class ChatWebSocket {
   /* ---- HTTP ---- */
 
   /**
+   * @param {string} method @param {string} path @param {object} [body]
+   * @param {AbortSignal} [signal] @returns {Promise<any>}
+   */
+  async #request(method, path, body, signal) {
+    const token = await this.#httpToken(false);
+    try {
+      return await this.#fetch(method, path, token, body, signal);
+    } catch (error) {
+      if (!isSignedOut(error)) throw error;
+      return this.#fetchAgain(method, path, body, signal, error);
+    }
+  }
+
+  /**
    * @param {boolean} fresh fetch a new one
    * @returns {Promise<string>}
    */
@@ -1499,12 +1925,13 @@ export class ChatWebSocket {
   }
 
   /**
-   * @param {string} method @param {string} path @param {string} token
+   * @param {string} method @param {string} path
+   * @param {string | null} token null: none
    * @param {object} [body] @param {AbortSignal} [signal]
    */
   async #fetch(method, path, token, body, signal) {
     /** @type {Record<string, string>} */
-    const headers = { Authorization: `Bearer ${token}` };
+    const headers = token === null ? {} : { Authorization: `Bearer ${token}` };
     if (body) headers["Content-Type"] = "application/json";
     const limit = new AbortController();
     const abort = () => limit.abort();
@@ -1571,9 +1998,24 @@ export class ChatWebSocket {
  * ---------------------------------------------------------------------------------- */
 
 /** @param {Unsent} entry @param {Delivery["state"]} state @returns {Delivery} */
-function delivery({ client_id, chat_id, content, kept, code, reason }, state) {
+function delivery(entry, state) {
+  const { kind, client_id, chat_id, message_id, content, kept, code, reason } = entry;
   const failure = code && { code, reason: reason ?? "" };
-  return { state, client_id, chat_id, content, kept, ...failure };
+  return { state, kind, client_id, chat_id, message_id, content, kept, ...failure };
+}
+
+/**
+ * Half of a surrogate pair is not valid text: the server would refuse it.
+ * @param {string} content
+ */
+function validText(content) {
+  return String(content).replace(LONE_SURROGATE, "\ufffd");
+}
+
+/** @param {object} [parameters] those that are undefined are left out */
+function query(parameters = {}) {
+  const given = Object.entries(parameters).filter(([, value]) => value !== undefined);
+  return given.length ? `?${new URLSearchParams(given)}` : "";
 }
 
 /** @param {any} text JSON @returns {any} the object, or null */
