@@ -1,0 +1,764 @@
+/**
+ * chat-websocket.js: a dependable connection to chatd, for any page.
+ *
+ *     import { ChatWebSocket } from "https://chat.example.com/web/chat-websocket.js";
+ *
+ *     const chat = new ChatWebSocket();
+ *     chat.on("new_message", ({ message }) => show(message));
+ *     chat.on("state", ({ state }) => console.log(state));
+ *     chat.connect(token);                  // or: chat.connect(async () => newToken())
+ *     chat.send(3, "Hello");                // sent again until it is stored
+ *
+ * It makes three promises:
+ *
+ * - Every event of your chats reaches your listeners once and in order, or "resync"
+ *   tells you to fetch your chats again. The client keeps the server's cursor and sends
+ *   it with each reconnect and each poll. It drops every event that the cursor has
+ *   passed already, so an event may come over the socket, over the poll, or over both.
+ * - A message that you send is stored once. It has a client_id and stays in
+ *   localStorage until the server's ack. It may be sent any number of times, because
+ *   the server stores each client_id once. Edits and deletions wait in the same line.
+ * - The client reconnects by itself, after a random delay, so that ten thousand pages
+ *   do not reconnect at the same moment. After 5 s without a socket it polls. While it
+ *   polls, it tries the socket again every 30 s.
+ *
+ * Only typing is best effort. This file has no dependencies: it needs no library and no
+ * other file of chatd's page.
+ */
+export type Message = {
+    id: number;
+    chat_id: number;
+    sender_id: number;
+    content: string;
+    /**
+     * UTC, RFC 3339
+     */
+    created_at: string;
+    /**
+     * its position in the chat: 1, 2, 3, without holes
+     */
+    n: number;
+    client_id?: string;
+    rev?: number;
+    edited_at?: string;
+    deleted?: boolean;
+};
+export type Member = {
+    user_id: number;
+    name: string | null;
+    read_n: number;
+    online?: boolean;
+};
+export type Chat = {
+    id: number;
+    title: string | null;
+    /**
+     * a chat of two that nobody can join or leave
+     */
+    direct: boolean;
+    created_by: number | null;
+    member_count: number;
+    /**
+     * empty if there are many: members() fetches them
+     */
+    members: Member[];
+    /**
+     * the `n` of its last message; 0: it has none
+     */
+    last_n: number;
+    last_message: Message | null;
+    /**
+     * the `n` of the last message that you have read
+     */
+    read_n?: number;
+    unread?: number;
+};
+export type Connected = {
+    type: "connected";
+    user_id: number;
+    timestamp: string;
+    cursor: string;
+    resume: "fresh" | "live" | "replay" | "resync";
+    /**
+     * seconds
+     */
+    expires_in: number;
+    chats: Record<string, {
+        last_n: number;
+        read_n: number;
+    }>;
+    /**
+     * `chats` has only the most recently active ones
+     */
+    more_chats?: boolean;
+};
+export type NewMessage = {
+    type: "new_message";
+    seq: number;
+    chat_id: number;
+    message: Message;
+    read?: false;
+};
+export type MessageRead = {
+    type: "message_read";
+    seq: number;
+    message_id: number;
+    chat_id: number;
+    read_by: number;
+    n: number;
+};
+export type ChatAdded = {
+    type: "chat_added";
+    seq: number;
+    chat_id: number;
+    chat: Chat;
+};
+export type MemberAdded = {
+    type: "member_added";
+    seq: number;
+    chat_id: number;
+    user_id: number;
+    name: string | null;
+};
+export type MemberRemoved = {
+    type: "member_removed";
+    seq: number;
+    chat_id: number;
+    user_id: number;
+};
+export type ChatRenamed = {
+    type: "chat_renamed";
+    seq: number;
+    chat_id: number;
+    title: string | null;
+    user_id: number | null;
+};
+export type MessageEdited = {
+    type: "message_edited";
+    seq: number;
+    chat_id: number;
+    message: Message;
+};
+export type MessageDeleted = {
+    type: "message_deleted";
+    seq: number;
+    chat_id: number;
+    message: Message;
+};
+export type Typing = {
+    type: "typing";
+    chat_id: number;
+    user_id: number;
+    is_typing: boolean;
+};
+export type Ack = {
+    type: "ack";
+    ref?: string;
+    client_id?: string;
+    message_id?: number;
+    chat_id?: number;
+    n?: number;
+    created_at?: string;
+    duplicate?: boolean;
+    rev?: number;
+    expires_in?: number;
+};
+export type Refusal = {
+    type: "error";
+    code: string;
+    message: string;
+    ref?: string;
+    client_id?: string;
+    chat_id?: number;
+    message_id?: number;
+    retry_after?: number;
+};
+export type LoggedEvent = NewMessage | MessageRead | MessageEdited | MessageDeleted | ChatAdded | ChatRenamed | MemberAdded | MemberRemoved;
+export type State = "connecting" | "connected" | "polling" | "offline" | "signed_out" | "too_many" | "refused" | "closed";
+export type StateChange = {
+    state: State;
+    /**
+     * seconds until the next attempt to open a socket;
+     * null: none is scheduled
+     */
+    retryIn: number | null;
+};
+export type Delivery = {
+    state: "sending" | "sent" | "failed" | "discarded";
+    kind: "message" | "edit" | "delete";
+    client_id: string;
+    /**
+     * of a message; 0 for a change
+     */
+    chat_id: number;
+    /**
+     * of a change; 0 for a message
+     */
+    message_id: number;
+    content: string;
+    /**
+     * it is in storage and survives a reload; false if storage is
+     * full or forbidden
+     */
+    kept: boolean;
+    /**
+     * the stored message, if `state` is "sent". Of a change,
+     * only if it was sent over HTTP: over the socket, its event comes first.
+     */
+    message?: Message;
+    /**
+     * the code of the error, if `state` is "failed"
+     */
+    code?: string;
+    /**
+     * the same error as a sentence
+     */
+    reason?: string;
+};
+export type Snapshot = {
+    chats: Chat[];
+    cursor: string;
+};
+export type ChatPage = Snapshot & {
+    more?: boolean;
+    position?: string | number;
+};
+export type History = {
+    messages: Message[];
+    more: boolean;
+    more_after?: boolean;
+};
+export type ChatEvents = {
+    state: StateChange;
+    delivery: Delivery;
+    /**
+     * the answer of fetchChats
+     */
+    chats: Snapshot;
+    /**
+     * too much was missed: call fetchChats, and load again what you
+     * show
+     */
+    resync: {};
+    connected: Connected;
+    new_message: NewMessage;
+    message_read: MessageRead;
+    message_edited: MessageEdited;
+    message_deleted: MessageDeleted;
+    chat_added: ChatAdded;
+    chat_renamed: ChatRenamed;
+    member_added: MemberAdded;
+    member_removed: MemberRemoved;
+    typing: Typing;
+    ack: Ack;
+    error: Refusal;
+    pong: {
+        type: "pong";
+        timestamp: string;
+    };
+    token_expiring: {
+        type: "token_expiring";
+        expires_in: number;
+    };
+    bye: {
+        type: "bye";
+        retry_after: number;
+    };
+};
+export type TokenSource = string | (() => string | Promise<string>);
+export type StorageLike = Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length">;
+export type Options = {
+    /**
+     * chatd's address. Default: the server that this file
+     * came from.
+     */
+    server?: string | URL;
+    /**
+     * the token for HTTP requests. With it, connect()
+     * needs no token: the client fetches a ticket, which is valid for 60 s, so that the
+     * long-lived token is never part of a URL.
+     */
+    bearer?: TokenSource;
+    /**
+     * where unsent messages are kept across
+     * reloads. Default: localStorage; null: nowhere.
+     */
+    storage?: StorageLike | null;
+    /**
+     * where the client writes log lines.
+     * Default: the console; null: nowhere.
+     */
+    log?: Pick<Console, "log"> | null;
+};
+/**
+ * A message as it is now. A later edit or deletion has a larger `rev`; a message without
+ * `rev` was never changed, and its `id` counts as its `rev`. A deleted one has no text.
+ * @typedef {object} Message
+ * @property {number} id
+ * @property {number} chat_id
+ * @property {number} sender_id
+ * @property {string} content
+ * @property {string} created_at UTC, RFC 3339
+ * @property {number} n its position in the chat: 1, 2, 3, without holes
+ * @property {string} [client_id]
+ * @property {number} [rev]
+ * @property {string} [edited_at]
+ * @property {boolean} [deleted]
+ */
+/**
+ * `online` is in the answer of chat() only.
+ * @typedef {{user_id: number, name: string | null, read_n: number,
+ *   online?: boolean}} Member
+ */
+/**
+ * @typedef {object} Chat
+ * @property {number} id
+ * @property {string | null} title
+ * @property {boolean} direct a chat of two that nobody can join or leave
+ * @property {number | null} created_by
+ * @property {number} member_count
+ * @property {Member[]} members empty if there are many: members() fetches them
+ * @property {number} last_n the `n` of its last message; 0: it has none
+ * @property {Message | null} last_message
+ * @property {number} [read_n] the `n` of the last message that you have read
+ * @property {number} [unread]
+ */
+/**
+ * @typedef {object} Connected
+ * @property {"connected"} type
+ * @property {number} user_id
+ * @property {string} timestamp
+ * @property {string} cursor
+ * @property {"fresh" | "live" | "replay" | "resync"} resume
+ * @property {number} expires_in seconds
+ * @property {Record<string, {last_n: number, read_n: number}>} chats
+ * @property {boolean} [more_chats] `chats` has only the most recently active ones
+ */
+/**
+ * Its sender has read the chat up to it, unless `read` is false: then a service has sent
+ * it in the sender's name, and the messages before it are still unread.
+ * @typedef {{type: "new_message", seq: number, chat_id: number,
+ *   message: Message, read?: false}} NewMessage
+ */
+/**
+ * @typedef {{type: "message_read", seq: number, message_id: number, chat_id: number,
+ * read_by: number, n: number}} MessageRead
+ */
+/**
+ * @typedef {{type: "chat_added", seq: number, chat_id: number, chat: Chat}} ChatAdded
+ */
+/**
+ * @typedef {{type: "member_added", seq: number, chat_id: number, user_id: number,
+ * name: string | null}} MemberAdded
+ */
+/**
+ * @typedef {{type: "member_removed", seq: number, chat_id: number,
+ *   user_id: number}} MemberRemoved
+ */
+/**
+ * `user_id` has renamed the chat; null: a service.
+ * @typedef {{type: "chat_renamed", seq: number, chat_id: number,
+ *   title: string | null, user_id: number | null}} ChatRenamed
+ */
+/**
+ * `message` is the newest known state, whatever the type: an edited message may have
+ * been deleted since.
+ * @typedef {{type: "message_edited", seq: number, chat_id: number,
+ *   message: Message}} MessageEdited
+ */
+/**
+ * @typedef {{type: "message_deleted", seq: number, chat_id: number,
+ *   message: Message}} MessageDeleted
+ */
+/**
+ * @typedef {{type: "typing", chat_id: number, user_id: number,
+ *   is_typing: boolean}} Typing
+ */
+/**
+ * @typedef {{type: "ack", ref?: string, client_id?: string, message_id?: number,
+ * chat_id?: number, n?: number, created_at?: string, duplicate?: boolean, rev?: number,
+ * expires_in?: number}} Ack
+ */
+/**
+ * @typedef {{type: "error", code: string, message: string, ref?: string,
+ * client_id?: string, chat_id?: number, message_id?: number, retry_after?: number
+ * }} Refusal
+ */
+/**
+ * @typedef {NewMessage | MessageRead | MessageEdited | MessageDeleted | ChatAdded
+ *   | ChatRenamed | MemberAdded | MemberRemoved} LoggedEvent
+ */
+/**
+ * The state of the connection:
+ * - `connecting`: there is no socket yet, or it was lost less than 5 s ago
+ * - `connected`: the socket is open and live
+ * - `polling`: there is no socket; the client fetches events every 5 s and sends
+ *   messages over HTTP
+ * - `offline`: polls fail, too
+ * - `signed_out`: the token is no longer valid; call connect with a new one
+ * - `too_many`: the user has too many connections; the client waits until the user
+ *   comes back to this tab
+ * - `refused`: the server told the client to stay away
+ * - `closed`: disconnect was called, or connect was never called
+ * @typedef {"connecting" | "connected" | "polling" | "offline" | "signed_out"
+ *   | "too_many"
+ *   | "refused" | "closed"} State
+ */
+/**
+ * @typedef {object} StateChange
+ * @property {State} state
+ * @property {number | null} retryIn seconds until the next attempt to open a socket;
+ *   null: none is scheduled
+ */
+/**
+ * The state of a message that you sent, or of an edit or a deletion. `discarded` follows
+ * `failed`, forget(), or a later change; or another tab has settled this change.
+ * @typedef {object} Delivery
+ * @property {"sending" | "sent" | "failed" | "discarded"} state
+ * @property {"message" | "edit" | "delete"} kind
+ * @property {string} client_id
+ * @property {number} chat_id of a message; 0 for a change
+ * @property {number} message_id of a change; 0 for a message
+ * @property {string} content
+ * @property {boolean} kept it is in storage and survives a reload; false if storage is
+ *   full or forbidden
+ * @property {Message} [message] the stored message, if `state` is "sent". Of a change,
+ *   only if it was sent over HTTP: over the socket, its event comes first.
+ * @property {string} [code] the code of the error, if `state` is "failed"
+ * @property {string} [reason] the same error as a sentence
+ */
+/** @typedef {{chats: Chat[], cursor: string}} Snapshot */
+/**
+ * A page of the list of chats. `position` is the `before` of the next page.
+ * @typedef {Snapshot & {more?: boolean, position?: string | number}} ChatPage
+ */
+/**
+ * Messages, oldest first. `more`: there are older ones; `more_after`: newer ones.
+ * @typedef {{messages: Message[], more: boolean, more_after?: boolean}} History
+ */
+/**
+ * @typedef {object} ChatEvents
+ * @property {StateChange} state
+ * @property {Delivery} delivery
+ * @property {Snapshot} chats the answer of fetchChats
+ * @property {{}} resync too much was missed: call fetchChats, and load again what you
+ *   show
+ * @property {Connected} connected
+ * @property {NewMessage} new_message
+ * @property {MessageRead} message_read
+ * @property {MessageEdited} message_edited
+ * @property {MessageDeleted} message_deleted
+ * @property {ChatAdded} chat_added
+ * @property {ChatRenamed} chat_renamed
+ * @property {MemberAdded} member_added
+ * @property {MemberRemoved} member_removed
+ * @property {Typing} typing
+ * @property {Ack} ack
+ * @property {Refusal} error
+ * @property {{type: "pong", timestamp: string}} pong
+ * @property {{type: "token_expiring", expires_in: number}} token_expiring
+ * @property {{type: "bye", retry_after: number}} bye
+ */
+/** @typedef {string | (() => string | Promise<string>)} TokenSource */
+/**
+ * @typedef {Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length">
+ *   } StorageLike
+ */
+/**
+ * @typedef {object} Options
+ * @property {string | URL} [server] chatd's address. Default: the server that this file
+ *   came from.
+ * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
+ *   needs no token: the client fetches a ticket, which is valid for 60 s, so that the
+ *   long-lived token is never part of a URL.
+ * @property {StorageLike | null} [storage] where unsent messages are kept across
+ *   reloads. Default: localStorage; null: nowhere.
+ * @property {Pick<Console, "log"> | null} [log] where the client writes log lines.
+ *   Default: the console; null: nowhere.
+ */
+/** A request that was refused (`status` is the HTTP status) or not answered (0). */
+export declare class ChatError extends Error {
+    status: number;
+    code: string;
+    retryAfter: number | undefined;
+    /**
+     * @param {number} status
+     * @param {string} code chatd's error code, e.g. "not_found"; "unreachable" if
+     *   `status` is 0
+     * @param {string} message a sentence for the user
+     * @param {number} [retryAfter] seconds
+     */
+    constructor(status: number, code: string, message: string, retryAfter?: number);
+}
+export type Unsent = {
+    kind: Delivery["kind"];
+    client_id: string;
+    chat_id: number;
+    message_id: number;
+    content: string;
+    if_rev: number | undefined;
+    /**
+     * it is in storage, too
+     */
+    kept: boolean;
+    /**
+     *   waiting to be sent, on its way over the socket or over HTTP, or refused for good
+     */
+    place: "waiting" | "socket" | "http" | "failed";
+    /**
+     * when it was last sent over the socket, as now()
+     */
+    sentAt: number;
+    /**
+     * it may have been sent
+     */
+    tried: boolean;
+    /**
+     * the code of the error, if it failed
+     */
+    code: string | undefined;
+    reason: string | undefined;
+};
+export declare class ChatWebSocket {
+    #private;
+    /** @param {Options} [options] */
+    constructor(options?: Options);
+    /**
+     * Calls `listener` for each event of this type, until the returned function is
+     * called. An exception in a listener is reported as an uncaught error; the other
+     * listeners are still called.
+     * @template {keyof ChatEvents} Type
+     * @param {Type} type
+     * @param {(event: ChatEvents[Type]) => void} listener
+     * @returns {() => void}
+     */
+    on<Type extends keyof ChatEvents>(type: Type, listener: (event: ChatEvents[Type]) => void): () => void;
+    /**
+     * Connects, and stays connected until disconnect is called. Returns at once; "state"
+     * events report the progress. A second call reconnects with the new token, and keeps
+     * the cursor and the unsent messages.
+     *
+     * @param {TokenSource} [token] a JWT, or a function that fetches one for each
+     *   connection. If the function throws an error whose `status` is 401, the client
+     *   stops (`signed_out`); after any other error it tries again. If the function
+     *   returns tickets (GET /api/v2/ws-token), also pass `bearer` to the constructor: a
+     *   ticket opens a socket but cannot poll. Without a token, the client fetches
+     *   tickets with `bearer`.
+     */
+    connect(token?: TokenSource): void;
+    /** Closes the connection until the next connect. Unsent messages are kept. */
+    disconnect(): void;
+    /** Like disconnect, and discards the user's unsent messages: for signing out. */
+    forget(): void;
+    /** Tries to open the socket now, if an attempt is scheduled, or in `too_many`. */
+    retry(): void;
+    /** @returns {State} */
+    get state(): State;
+    /** Seconds until the next attempt to open a socket; null: none is scheduled. */
+    get retryIn(): number | null;
+    /** The user's id; undefined until it is known. */
+    get userId(): number | undefined;
+    /**
+     * Sends a message now, or as soon as possible, even after a reload. "delivery" events
+     * report its state.
+     * @param {number} chatId
+     * @param {string} content
+     * @returns {string} its client_id
+     */
+    send(chatId: number, content: string): string;
+    /**
+     * Edits a message, now or as soon as possible, like send. It replaces an edit of the
+     * same message that has failed or waits to be sent.
+     * @param {number} messageId
+     * @param {string} content
+     * @param {{ifRev?: number}} [options] `ifRev`: the `rev` (or else the `id`) of the
+     *   message that the user has edited. If the message was changed since, the edit fails
+     *   with the code "changed". Without it, the last edit wins.
+     * @returns {string} its client_id
+     */
+    editMessage(messageId: number, content: string, { ifRev }?: {
+        ifRev?: number;
+    }): string;
+    /**
+     * Deletes a message, now or as soon as possible, like send. Drops the edits of the same
+     * message that have failed or wait to be sent.
+     * @param {number} messageId
+     * @returns {string} its client_id
+     */
+    deleteMessage(messageId: number): string;
+    /**
+     * The unsent messages of a chat, oldest first.
+     * @param {number} chatId
+     * @returns {Delivery[]}
+     */
+    unsent(chatId: number): Delivery[];
+    /** The edits and deletions that wait or have failed, oldest first. */
+    unsentChanges(): Delivery[];
+    /** Sends again what has failed. @param {string} clientId */
+    resend(clientId: string): void;
+    /** Drops what has failed. @param {string} clientId */
+    discard(clientId: string): void;
+    /**
+     * Shows the other members that the user is typing. Call it at each key: it is sent at
+     * most every 3 s, and the typing sign ends by itself 5 s after the last call. Without
+     * a socket nothing is sent.
+     * @param {number} chatId
+     * @param {boolean} isTyping
+     */
+    sendTyping(chatId: number, isTyping: boolean): void;
+    /**
+     * Marks a chat as read up to this message. The mark is sent at most once a second for
+     * each chat, and sent again after a reconnect if the server did not answer. A message
+     * before the mark changes nothing.
+     * @param {number} chatId
+     * @param {number} messageId
+     */
+    markRead(chatId: number, messageId: number): void;
+    /**
+     * Fetches the user's chats with members, last message and read marks. Events wait
+     * meanwhile: "chats" comes first, then the events after it, so that no event is
+     * missed or counted twice. Call it before connect if you passed `bearer`, otherwise
+     * at the first "connected"; and call it at each "resync".
+     * @returns {Promise<Snapshot>}
+     * @throws {ChatError} the events that waited are delivered anyway; try again
+     */
+    fetchChats(): Promise<Snapshot>;
+    /**
+     * Fetches messages: the newest ones, or those before, after or around a message id.
+     * @param {number} chatId
+     * @param {{before?: number, after?: number, around?: number, limit?: number}} [where]
+     * @returns {Promise<History>}
+     */
+    history(chatId: number, where?: {
+        before?: number;
+        after?: number;
+        around?: number;
+        limit?: number;
+    }): Promise<History>;
+    /**
+     * Searches for messages that contain every word of `q`, newest first. A page may be
+     * empty: go on with its `before`, until that is null.
+     * @param {{q: string, chatId?: number, before?: number}} what
+     * @returns {Promise<{messages: Message[], before: number | null}>}
+     */
+    search({ q, chatId, before }: {
+        q: string;
+        chatId?: number;
+        before?: number;
+    }): Promise<{
+        messages: Message[];
+        before: number | null;
+    }>;
+    /**
+     * Fetches a page of the list of chats, the most recently active first. (fetchChats
+     * fetches all of them, in step with the events.)
+     * @param {{limit?: number, before?: string | number}} [page] `before`: the `position`
+     *   of the page before
+     * @returns {Promise<ChatPage>}
+     */
+    chats(page?: {
+        limit?: number;
+        before?: string | number;
+    }): Promise<ChatPage>;
+    /** @param {number} chatId @returns {Promise<Chat>} its members with `online` */
+    chat(chatId: number): Promise<Chat>;
+    /**
+     * Fetches members of a chat: those with these ids (at most 100), or a page.
+     * @param {number} chatId
+     * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: the last
+     *   user_id of the page before
+     * @returns {Promise<{members: Member[], more: boolean}>}
+     */
+    members(chatId: number, { ids, ...page }?: {
+        ids?: number[];
+        after?: number;
+        limit?: number;
+    }): Promise<{
+        members: Member[];
+        more: boolean;
+    }>;
+    /**
+     * Creates a chat. With `direct` it is the one chat with that user, and may exist
+     * already. With a `clientId` it is created once, however often you ask.
+     * @param {{title?: string | null, memberIds: number[], direct?: boolean,
+     *   clientId?: string}} chat
+     * @returns {Promise<Chat>}
+     */
+    createChat({ title, memberIds, direct, clientId }: {
+        title?: string | null;
+        memberIds: number[];
+        direct?: boolean;
+        clientId?: string;
+    }): Promise<Chat>;
+    /** @param {number} chatId @param {string | null} title @returns {Promise<any>} */
+    renameChat(chatId: number, title: string | null): Promise<any>;
+    /**
+     * Makes an invitation. `#invite=TOKEN` after the page's address makes it a link.
+     * @param {number} chatId
+     * @param {{ttlSeconds?: number}} [options] by default 7 days
+     * @returns {Promise<{token: string, expires_in: number}>}
+     */
+    createInvite(chatId: number, { ttlSeconds }?: {
+        ttlSeconds?: number;
+    }): Promise<{
+        token: string;
+        expires_in: number;
+    }>;
+    /** Revokes all invitations of a chat. @param {number} chatId @returns {Promise<any>} */
+    revokeInvites(chatId: number): Promise<any>;
+    /**
+     * Tells what an invitation is for. No token is needed.
+     * @param {string} token of the invitation
+     * @returns {Promise<{title: string | null, member_count: number}>}
+     */
+    previewInvite(token: string): Promise<{
+        title: string | null;
+        member_count: number;
+    }>;
+    /**
+     * Makes a new user, who joins the chat. Call connect with the user's token, which is a
+     * session token, or pass it as `bearer` to a new ChatWebSocket. No token is needed.
+     * @param {string} token of the invitation
+     * @param {string} name
+     * @returns {Promise<{token: string, expires_in: number, user_id: number,
+     *   name: string, chat_id: number}>}
+     */
+    joinAsNewUser(token: string, name: string): Promise<{
+        token: string;
+        expires_in: number;
+        user_id: number;
+        name: string;
+        chat_id: number;
+    }>;
+    /**
+     * Joins a chat as the signed-in user.
+     * @param {string} token of the invitation
+     * @returns {Promise<{chat_id: number}>}
+     */
+    join(token: string): Promise<{
+        chat_id: number;
+    }>;
+    /** Changes the user's own name. @param {string} name @returns {Promise<any>} */
+    renameMe(name: string): Promise<any>;
+    /**
+     * Makes a sign-in link for the user's second device: `#token=TOKEN` after the page's
+     * address. It needs a session token.
+     * @returns {Promise<{token: string, expires_in: number}>}
+     */
+    linkDevice(): Promise<{
+        token: string;
+        expires_in: number;
+    }>;
+    /**
+     * Sends one HTTP request to chatd, with the token. Messages in the answer are never
+     * older than what the events have told: the client replaces those that are, and asks
+     * again if it has skipped events meanwhile.
+     * @param {string} method
+     * @param {string} path e.g. "/api/v1/chats"
+     * @param {object} [body] sent as JSON
+     * @param {AbortSignal} [signal]
+     * @returns {Promise<any>} the answer's JSON; null for 204
+     * @throws {ChatError}
+     */
+    request(method: string, path: string, body?: object, signal?: AbortSignal): Promise<any>;
+}
