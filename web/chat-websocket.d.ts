@@ -52,14 +52,11 @@ export type Member = {
 export type Chat = {
     id: number;
     title: string | null;
-    /**
-     * a chat of two that nobody can join or leave
-     */
     direct: boolean;
     created_by: number | null;
     member_count: number;
     /**
-     * empty if there are many: members() fetches them
+     * empty if there are many: see members()
      */
     members: Member[];
     /**
@@ -88,7 +85,7 @@ export type Connected = {
         read_n: number;
     }>;
     /**
-     * `chats` has only the most recently active ones
+     * `chats` has only the newest ones
      */
     more_chats?: boolean;
 };
@@ -133,14 +130,8 @@ export type ChatRenamed = {
     title: string | null;
     user_id: number | null;
 };
-export type MessageEdited = {
-    type: "message_edited";
-    seq: number;
-    chat_id: number;
-    message: Message;
-};
-export type MessageDeleted = {
-    type: "message_deleted";
+export type Changed<Type extends string> = {
+    type: Type;
     seq: number;
     chat_id: number;
     message: Message;
@@ -173,7 +164,7 @@ export type Refusal = {
     message_id?: number;
     retry_after?: number;
 };
-export type LoggedEvent = NewMessage | MessageRead | MessageEdited | MessageDeleted | ChatAdded | ChatRenamed | MemberAdded | MemberRemoved;
+export type LoggedEvent = NewMessage | MessageRead | Changed<"message_edited"> | Changed<"message_deleted"> | ChatAdded | ChatRenamed | MemberAdded | MemberRemoved;
 export type State = "connecting" | "connected" | "polling" | "offline" | "signed_out" | "too_many" | "refused" | "closed";
 export type StateChange = {
     state: State;
@@ -202,8 +193,8 @@ export type Delivery = {
      */
     kept: boolean;
     /**
-     * the stored message, if `state` is "sent". Of a change,
-     * only if it was sent over HTTP: over the socket, its event comes first.
+     * the stored message, if `state` is "sent". (A change that
+     * went over the socket has none: its event comes first.)
      */
     message?: Message;
     /**
@@ -228,6 +219,10 @@ export type History = {
     more: boolean;
     more_after?: boolean;
 };
+export type Token = {
+    token: string;
+    expires_in: number;
+};
 export type ChatEvents = {
     state: StateChange;
     delivery: Delivery;
@@ -243,8 +238,8 @@ export type ChatEvents = {
     connected: Connected;
     new_message: NewMessage;
     message_read: MessageRead;
-    message_edited: MessageEdited;
-    message_deleted: MessageDeleted;
+    message_edited: Changed<"message_edited">;
+    message_deleted: Changed<"message_deleted">;
     chat_added: ChatAdded;
     chat_renamed: ChatRenamed;
     member_added: MemberAdded;
@@ -291,8 +286,7 @@ export type Options = {
     log?: Pick<Console, "log"> | null;
 };
 /**
- * A message as it is now. A later edit or deletion has a larger `rev`; a message without
- * `rev` was never changed, and its `id` counts as its `rev`. A deleted one has no text.
+ * `rev` grows with each edit or deletion; without it, the `id` counts as the `rev`.
  * @typedef {object} Message
  * @property {number} id
  * @property {number} chat_id
@@ -306,7 +300,6 @@ export type Options = {
  * @property {boolean} [deleted]
  */
 /**
- * `online` is in the answer of chat() only.
  * @typedef {{user_id: number, name: string | null, read_n: number,
  *   online?: boolean}} Member
  */
@@ -314,10 +307,10 @@ export type Options = {
  * @typedef {object} Chat
  * @property {number} id
  * @property {string | null} title
- * @property {boolean} direct a chat of two that nobody can join or leave
+ * @property {boolean} direct
  * @property {number | null} created_by
  * @property {number} member_count
- * @property {Member[]} members empty if there are many: members() fetches them
+ * @property {Member[]} members empty if there are many: see members()
  * @property {number} last_n the `n` of its last message; 0: it has none
  * @property {Message | null} last_message
  * @property {number} [read_n] the `n` of the last message that you have read
@@ -332,7 +325,7 @@ export type Options = {
  * @property {"fresh" | "live" | "replay" | "resync"} resume
  * @property {number} expires_in seconds
  * @property {Record<string, {last_n: number, read_n: number}>} chats
- * @property {boolean} [more_chats] `chats` has only the most recently active ones
+ * @property {boolean} [more_chats] `chats` has only the newest ones
  */
 /**
  * Its sender has read the chat up to it, unless `read` is false: then a service has sent
@@ -356,19 +349,13 @@ export type Options = {
  *   user_id: number}} MemberRemoved
  */
 /**
- * `user_id` has renamed the chat; null: a service.
  * @typedef {{type: "chat_renamed", seq: number, chat_id: number,
  *   title: string | null, user_id: number | null}} ChatRenamed
  */
 /**
- * `message` is the newest known state, whatever the type: an edited message may have
- * been deleted since.
- * @typedef {{type: "message_edited", seq: number, chat_id: number,
- *   message: Message}} MessageEdited
- */
-/**
- * @typedef {{type: "message_deleted", seq: number, chat_id: number,
- *   message: Message}} MessageDeleted
+ * `message` is the newest known state: an edited message may have been deleted since.
+ * @template {string} Type
+ * @typedef {{type: Type, seq: number, chat_id: number, message: Message}} Changed
  */
 /**
  * @typedef {{type: "typing", chat_id: number, user_id: number,
@@ -385,7 +372,7 @@ export type Options = {
  * }} Refusal
  */
 /**
- * @typedef {NewMessage | MessageRead | MessageEdited | MessageDeleted | ChatAdded
+ * @typedef {NewMessage | MessageRead | Changed<"message_edited"> | Changed<"message_deleted"> | ChatAdded
  *   | ChatRenamed | MemberAdded | MemberRemoved} LoggedEvent
  */
 /**
@@ -411,8 +398,8 @@ export type Options = {
  *   null: none is scheduled
  */
 /**
- * The state of a message that you sent, or of an edit or a deletion. `discarded` follows
- * `failed`, forget(), or a later change; or another tab has settled this change.
+ * The state of a message that you sent, or of a change: an edit or a deletion.
+ * `discarded` follows `failed`, forget(), a later change, or the same in another tab.
  * @typedef {object} Delivery
  * @property {"sending" | "sent" | "failed" | "discarded"} state
  * @property {"message" | "edit" | "delete"} kind
@@ -422,20 +409,15 @@ export type Options = {
  * @property {string} content
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
- * @property {Message} [message] the stored message, if `state` is "sent". Of a change,
- *   only if it was sent over HTTP: over the socket, its event comes first.
+ * @property {Message} [message] the stored message, if `state` is "sent". (A change that
+ *   went over the socket has none: its event comes first.)
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
 /** @typedef {{chats: Chat[], cursor: string}} Snapshot */
-/**
- * A page of the list of chats. `position` is the `before` of the next page.
- * @typedef {Snapshot & {more?: boolean, position?: string | number}} ChatPage
- */
-/**
- * Messages, oldest first. `more`: there are older ones; `more_after`: newer ones.
- * @typedef {{messages: Message[], more: boolean, more_after?: boolean}} History
- */
+/** @typedef {Snapshot & {more?: boolean, position?: string | number}} ChatPage */
+/** @typedef {{messages: Message[], more: boolean, more_after?: boolean}} History */
+/** @typedef {{token: string, expires_in: number}} Token */
 /**
  * @typedef {object} ChatEvents
  * @property {StateChange} state
@@ -446,8 +428,8 @@ export type Options = {
  * @property {Connected} connected
  * @property {NewMessage} new_message
  * @property {MessageRead} message_read
- * @property {MessageEdited} message_edited
- * @property {MessageDeleted} message_deleted
+ * @property {Changed<"message_edited">} message_edited
+ * @property {Changed<"message_deleted">} message_deleted
  * @property {ChatAdded} chat_added
  * @property {ChatRenamed} chat_renamed
  * @property {MemberAdded} member_added
@@ -567,21 +549,18 @@ export declare class ChatWebSocket {
      */
     send(chatId: number, content: string): string;
     /**
-     * Edits a message, now or as soon as possible, like send. It replaces an edit of the
-     * same message that has failed or waits to be sent.
+     * Edits a message like send. Replaces edits of it that have failed or were never tried.
      * @param {number} messageId
      * @param {string} content
-     * @param {{ifRev?: number}} [options] `ifRev`: the `rev` (or else the `id`) of the
-     *   message that the user has edited. If the message was changed since, the edit fails
-     *   with the code "changed". Without it, the last edit wins.
+     * @param {{ifRev?: number}} [options] the `rev`, or else the `id`, of the message that
+     *   the user has edited: if it was changed since, the edit fails ("changed")
      * @returns {string} its client_id
      */
     editMessage(messageId: number, content: string, { ifRev }?: {
         ifRev?: number;
     }): string;
     /**
-     * Deletes a message, now or as soon as possible, like send. Drops the edits of the same
-     * message that have failed or wait to be sent.
+     * Deletes a message like send. Drops the edits of it that wait or have failed.
      * @param {number} messageId
      * @returns {string} its client_id
      */
@@ -624,7 +603,7 @@ export declare class ChatWebSocket {
      */
     fetchChats(): Promise<Snapshot>;
     /**
-     * Fetches messages: the newest ones, or those before, after or around a message id.
+     * Fetches messages, oldest first: the newest, or those before, after or around an id.
      * @param {number} chatId
      * @param {{before?: number, after?: number, around?: number, limit?: number}} [where]
      * @returns {Promise<History>}
@@ -636,8 +615,8 @@ export declare class ChatWebSocket {
         limit?: number;
     }): Promise<History>;
     /**
-     * Searches for messages that contain every word of `q`, newest first. A page may be
-     * empty: go on with its `before`, until that is null.
+     * Searches messages for all words of `q`, newest first. Any page may be empty: go on
+     * with its `before` until that is null.
      * @param {{q: string, chatId?: number, before?: number}} what
      * @returns {Promise<{messages: Message[], before: number | null}>}
      */
@@ -650,23 +629,20 @@ export declare class ChatWebSocket {
         before: number | null;
     }>;
     /**
-     * Fetches a page of the list of chats, the most recently active first. (fetchChats
-     * fetches all of them, in step with the events.)
-     * @param {{limit?: number, before?: string | number}} [page] `before`: the `position`
-     *   of the page before
+     * Fetches a page of the list of chats. (fetchChats fetches all, in step with events.)
+     * @param {{limit?: number, before?: string | number}} [page] `before`: a `position`
      * @returns {Promise<ChatPage>}
      */
     chats(page?: {
         limit?: number;
         before?: string | number;
     }): Promise<ChatPage>;
-    /** @param {number} chatId @returns {Promise<Chat>} its members with `online` */
+    /** @param {number} chatId @returns {Promise<Chat>} members have `online` */
     chat(chatId: number): Promise<Chat>;
     /**
      * Fetches members of a chat: those with these ids (at most 100), or a page.
      * @param {number} chatId
-     * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: the last
-     *   user_id of the page before
+     * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: a user_id
      * @returns {Promise<{members: Member[], more: boolean}>}
      */
     members(chatId: number, { ids, ...page }?: {
@@ -678,8 +654,7 @@ export declare class ChatWebSocket {
         more: boolean;
     }>;
     /**
-     * Creates a chat. With `direct` it is the one chat with that user, and may exist
-     * already. With a `clientId` it is created once, however often you ask.
+     * Creates a chat. With `direct` or the same `clientId` it may be there already.
      * @param {{title?: string | null, memberIds: number[], direct?: boolean,
      *   clientId?: string}} chat
      * @returns {Promise<Chat>}
@@ -693,22 +668,19 @@ export declare class ChatWebSocket {
     /** @param {number} chatId @param {string | null} title @returns {Promise<any>} */
     renameChat(chatId: number, title: string | null): Promise<any>;
     /**
-     * Makes an invitation. `#invite=TOKEN` after the page's address makes it a link.
+     * Makes an invitation, for a link to `/#invite=TOKEN`.
      * @param {number} chatId
-     * @param {{ttlSeconds?: number}} [options] by default 7 days
-     * @returns {Promise<{token: string, expires_in: number}>}
+     * @param {{ttlSeconds?: number}} [options] default: 7 days
+     * @returns {Promise<Token>}
      */
     createInvite(chatId: number, { ttlSeconds }?: {
         ttlSeconds?: number;
-    }): Promise<{
-        token: string;
-        expires_in: number;
-    }>;
+    }): Promise<Token>;
     /** Revokes all invitations of a chat. @param {number} chatId @returns {Promise<any>} */
     revokeInvites(chatId: number): Promise<any>;
     /**
-     * Tells what an invitation is for. No token is needed.
-     * @param {string} token of the invitation
+     * Tells what an invitation is for, also before anyone has signed in.
+     * @param {string} token
      * @returns {Promise<{title: string | null, member_count: number}>}
      */
     previewInvite(token: string): Promise<{
@@ -716,43 +688,32 @@ export declare class ChatWebSocket {
         member_count: number;
     }>;
     /**
-     * Makes a new user, who joins the chat. Call connect with the user's token, which is a
-     * session token, or pass it as `bearer` to a new ChatWebSocket. No token is needed.
-     * @param {string} token of the invitation
-     * @param {string} name
-     * @returns {Promise<{token: string, expires_in: number, user_id: number,
-     *   name: string, chat_id: number}>}
+     * Accepts an invitation as a new user. The answer's token is a session token.
+     * @param {string} token @param {string} name
+     * @returns {Promise<Token & {user_id: number, name: string, chat_id: number}>}
      */
-    joinAsNewUser(token: string, name: string): Promise<{
-        token: string;
-        expires_in: number;
+    joinAsNewUser(token: string, name: string): Promise<Token & {
         user_id: number;
         name: string;
         chat_id: number;
     }>;
     /**
-     * Joins a chat as the signed-in user.
-     * @param {string} token of the invitation
-     * @returns {Promise<{chat_id: number}>}
+     * Accepts an invitation as the signed-in user.
+     * @param {string} token @returns {Promise<{chat_id: number}>}
      */
     join(token: string): Promise<{
         chat_id: number;
     }>;
-    /** Changes the user's own name. @param {string} name @returns {Promise<any>} */
+    /** Renames the user. @param {string} name @returns {Promise<any>} */
     renameMe(name: string): Promise<any>;
     /**
-     * Makes a sign-in link for the user's second device: `#token=TOKEN` after the page's
-     * address. It needs a session token.
-     * @returns {Promise<{token: string, expires_in: number}>}
+     * Makes a sign-in token for a second device, for a link to `/#token=TOKEN`.
+     * @returns {Promise<Token>}
      */
-    linkDevice(): Promise<{
-        token: string;
-        expires_in: number;
-    }>;
+    linkDevice(): Promise<Token>;
     /**
-     * Sends one HTTP request to chatd, with the token. Messages in the answer are never
-     * older than what the events have told: the client replaces those that are, and asks
-     * again if it has skipped events meanwhile.
+     * Sends one HTTP request to chatd, with the token. Where a message in the answer is
+     * older than what is known, it is replaced by its newest state.
      * @param {string} method
      * @param {string} path e.g. "/api/v1/chats"
      * @param {object} [body] sent as JSON

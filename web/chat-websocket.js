@@ -115,8 +115,7 @@ const FINAL_REFUSALS = new Set([
  * ---------------------------------------------------------------------------------- */
 
 /**
- * A message as it is now. A later edit or deletion has a larger `rev`; a message without
- * `rev` was never changed, and its `id` counts as its `rev`. A deleted one has no text.
+ * `rev` grows with each edit or deletion; without it, the `id` counts as the `rev`.
  * @typedef {object} Message
  * @property {number} id
  * @property {number} chat_id
@@ -130,7 +129,6 @@ const FINAL_REFUSALS = new Set([
  * @property {boolean} [deleted]
  */
 /**
- * `online` is in the answer of chat() only.
  * @typedef {{user_id: number, name: string | null, read_n: number,
  *   online?: boolean}} Member
  */
@@ -138,10 +136,10 @@ const FINAL_REFUSALS = new Set([
  * @typedef {object} Chat
  * @property {number} id
  * @property {string | null} title
- * @property {boolean} direct a chat of two that nobody can join or leave
+ * @property {boolean} direct
  * @property {number | null} created_by
  * @property {number} member_count
- * @property {Member[]} members empty if there are many: members() fetches them
+ * @property {Member[]} members empty if there are many: see members()
  * @property {number} last_n the `n` of its last message; 0: it has none
  * @property {Message | null} last_message
  * @property {number} [read_n] the `n` of the last message that you have read
@@ -156,7 +154,7 @@ const FINAL_REFUSALS = new Set([
  * @property {"fresh" | "live" | "replay" | "resync"} resume
  * @property {number} expires_in seconds
  * @property {Record<string, {last_n: number, read_n: number}>} chats
- * @property {boolean} [more_chats] `chats` has only the most recently active ones
+ * @property {boolean} [more_chats] `chats` has only the newest ones
  */
 /**
  * Its sender has read the chat up to it, unless `read` is false: then a service has sent
@@ -180,19 +178,13 @@ const FINAL_REFUSALS = new Set([
  *   user_id: number}} MemberRemoved
  */
 /**
- * `user_id` has renamed the chat; null: a service.
  * @typedef {{type: "chat_renamed", seq: number, chat_id: number,
  *   title: string | null, user_id: number | null}} ChatRenamed
  */
 /**
- * `message` is the newest known state, whatever the type: an edited message may have
- * been deleted since.
- * @typedef {{type: "message_edited", seq: number, chat_id: number,
- *   message: Message}} MessageEdited
- */
-/**
- * @typedef {{type: "message_deleted", seq: number, chat_id: number,
- *   message: Message}} MessageDeleted
+ * `message` is the newest known state: an edited message may have been deleted since.
+ * @template {string} Type
+ * @typedef {{type: Type, seq: number, chat_id: number, message: Message}} Changed
  */
 /**
  * @typedef {{type: "typing", chat_id: number, user_id: number,
@@ -209,7 +201,7 @@ const FINAL_REFUSALS = new Set([
  * }} Refusal
  */
 /**
- * @typedef {NewMessage | MessageRead | MessageEdited | MessageDeleted | ChatAdded
+ * @typedef {NewMessage | MessageRead | Changed<"message_edited"> | Changed<"message_deleted"> | ChatAdded
  *   | ChatRenamed | MemberAdded | MemberRemoved} LoggedEvent
  */
 
@@ -236,8 +228,8 @@ const FINAL_REFUSALS = new Set([
  *   null: none is scheduled
  */
 /**
- * The state of a message that you sent, or of an edit or a deletion. `discarded` follows
- * `failed`, forget(), or a later change; or another tab has settled this change.
+ * The state of a message that you sent, or of a change: an edit or a deletion.
+ * `discarded` follows `failed`, forget(), a later change, or the same in another tab.
  * @typedef {object} Delivery
  * @property {"sending" | "sent" | "failed" | "discarded"} state
  * @property {"message" | "edit" | "delete"} kind
@@ -247,20 +239,15 @@ const FINAL_REFUSALS = new Set([
  * @property {string} content
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
- * @property {Message} [message] the stored message, if `state` is "sent". Of a change,
- *   only if it was sent over HTTP: over the socket, its event comes first.
+ * @property {Message} [message] the stored message, if `state` is "sent". (A change that
+ *   went over the socket has none: its event comes first.)
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
 /** @typedef {{chats: Chat[], cursor: string}} Snapshot */
-/**
- * A page of the list of chats. `position` is the `before` of the next page.
- * @typedef {Snapshot & {more?: boolean, position?: string | number}} ChatPage
- */
-/**
- * Messages, oldest first. `more`: there are older ones; `more_after`: newer ones.
- * @typedef {{messages: Message[], more: boolean, more_after?: boolean}} History
- */
+/** @typedef {Snapshot & {more?: boolean, position?: string | number}} ChatPage */
+/** @typedef {{messages: Message[], more: boolean, more_after?: boolean}} History */
+/** @typedef {{token: string, expires_in: number}} Token */
 /**
  * @typedef {object} ChatEvents
  * @property {StateChange} state
@@ -271,8 +258,8 @@ const FINAL_REFUSALS = new Set([
  * @property {Connected} connected
  * @property {NewMessage} new_message
  * @property {MessageRead} message_read
- * @property {MessageEdited} message_edited
- * @property {MessageDeleted} message_deleted
+ * @property {Changed<"message_edited">} message_edited
+ * @property {Changed<"message_deleted">} message_deleted
  * @property {ChatAdded} chat_added
  * @property {ChatRenamed} chat_renamed
  * @property {MemberAdded} member_added
@@ -327,10 +314,8 @@ export class ChatError extends Error {
  * written before the message is sent and removed after its ack. So the tabs of one user
  * never overwrite each other's items. A tab may be closed at any moment: another tab,
  * or the next visit, adopts its entries. If two tabs send the same message, the server
- * stores it once, because it has one client_id.
- *
- * An edit or a deletion is an entry, too. Sent twice it does no harm, unless there was
- * another edit in between: so a tab drops it once its item is gone, and `if_rev` helps.
+ * stores it once, because it has one client_id. Edits and deletions are entries, too. A
+ * tab drops them when another tab has settled them: a later edit may have followed.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -420,9 +405,8 @@ class UnsentMessages {
   }
 
   /**
-   * Removes an entry that the server has stored, in all tabs if it is a change.
-   * @param {Unsent} entry
-   * @param {number} [rev] of the message after an edit
+   * Removes an entry that the server has stored.
+   * @param {Unsent} entry @param {number} [rev] of the message after a change
    */
   remove(entry, rev) {
     this.entries = this.entries.filter((other) => other !== entry);
@@ -433,10 +417,8 @@ class UnsentMessages {
   }
 
   /**
-   * An edit was stored. What the user has made of the same state since, before the event
-   * of that edit, is an edit of the new state.
-   * @param {Unsent} edit
-   * @param {number | undefined} rev
+   * An edit was stored. A later edit of the same state becomes one of the new state.
+   * @param {Unsent} edit @param {number | undefined} rev
    */
   #rebase({ message_id, if_rev }, rev) {
     for (const later of this.entries)
@@ -514,7 +496,7 @@ class UnsentMessages {
     const { kind, client_id, chat_id, message_id, content, if_rev } = entry;
     const { code, reason } = entry;
     const change = { kind, message_id, if_rev };
-    // An item without chat_id is nothing to a page of 1.0, which sends only messages.
+    // A page of 1.0 would send an item with a chat_id as a message.
     const fields = kind === "message" ? { chat_id } : change;
     const text = JSON.stringify({ ...fields, content, code, reason });
     entry.kept = this.#store((storage) =>
@@ -616,10 +598,9 @@ function defaultStorage() {
 }
 
 /* -------------------------------------------------------------------------------------
- * The rule of rev. A message changes, while events and answers that quote it overtake
- * each other. Of two states the one with the larger rev counts. So the client keeps the
- * newest state of a message as long as something that is on its way may quote an older
- * one: an event before that state's own, or the answer to a request.
+ * The rule of rev: of two states of a message, the one with the larger rev counts. Events
+ * and answers overtake each other. So the client keeps the newest state as long as an
+ * older one may be on its way, in an earlier event or in the answer to a request.
  * ---------------------------------------------------------------------------------- */
 
 class NewestMessages {
@@ -628,7 +609,7 @@ class NewestMessages {
   /** Requests without an answer. */
   #requests = 0;
 
-  /** Returns the newest known state of a message. @param {Message} message */
+  /** The newest known state of a message. @param {Message} message */
   of(message) {
     const known = this.#changed.get(message.id);
     if (known && (known.rev ?? 0) > (message.rev ?? message.id)) return known;
@@ -636,10 +617,7 @@ class NewestMessages {
     return message;
   }
 
-  /**
-   * Puts the newest states into an answer or an event.
-   * @param {any} answer
-   */
+  /** Puts the newest states into an answer or an event. @param {any} answer */
   putInto(answer) {
     const { message, messages, chat, chats = [chat] } = answer ?? {};
     if (message) answer.message = this.of(message);
@@ -658,7 +636,7 @@ class NewestMessages {
     this.prune(seq);
   }
 
-  /** Forgets what nothing can overtake any more. @param {number} seq of the cursor */
+  /** Forgets what is no longer needed. @param {number} seq of the cursor */
   prune(seq) {
     if (this.#requests > 0) return;
     for (const [id, { rev = 0 }] of this.#changed)
@@ -871,13 +849,11 @@ export class ChatWebSocket {
   }
 
   /**
-   * Edits a message, now or as soon as possible, like send. It replaces an edit of the
-   * same message that has failed or waits to be sent.
+   * Edits a message like send. Replaces edits of it that have failed or were never tried.
    * @param {number} messageId
    * @param {string} content
-   * @param {{ifRev?: number}} [options] `ifRev`: the `rev` (or else the `id`) of the
-   *   message that the user has edited. If the message was changed since, the edit fails
-   *   with the code "changed". Without it, the last edit wins.
+   * @param {{ifRev?: number}} [options] the `rev`, or else the `id`, of the message that
+   *   the user has edited: if it was changed since, the edit fails ("changed")
    * @returns {string} its client_id
    */
   editMessage(messageId, content, { ifRev } = {}) {
@@ -887,8 +863,7 @@ export class ChatWebSocket {
   }
 
   /**
-   * Deletes a message, now or as soon as possible, like send. Drops the edits of the same
-   * message that have failed or wait to be sent.
+   * Deletes a message like send. Drops the edits of it that wait or have failed.
    * @param {number} messageId
    * @returns {string} its client_id
    */
@@ -990,7 +965,7 @@ export class ChatWebSocket {
   }
 
   /**
-   * Fetches messages: the newest ones, or those before, after or around a message id.
+   * Fetches messages, oldest first: the newest, or those before, after or around an id.
    * @param {number} chatId
    * @param {{before?: number, after?: number, around?: number, limit?: number}} [where]
    * @returns {Promise<History>}
@@ -1000,8 +975,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * Searches for messages that contain every word of `q`, newest first. A page may be
-   * empty: go on with its `before`, until that is null.
+   * Searches messages for all words of `q`, newest first. Any page may be empty: go on
+   * with its `before` until that is null.
    * @param {{q: string, chatId?: number, before?: number}} what
    * @returns {Promise<{messages: Message[], before: number | null}>}
    */
@@ -1010,17 +985,15 @@ export class ChatWebSocket {
   }
 
   /**
-   * Fetches a page of the list of chats, the most recently active first. (fetchChats
-   * fetches all of them, in step with the events.)
-   * @param {{limit?: number, before?: string | number}} [page] `before`: the `position`
-   *   of the page before
+   * Fetches a page of the list of chats. (fetchChats fetches all, in step with events.)
+   * @param {{limit?: number, before?: string | number}} [page] `before`: a `position`
    * @returns {Promise<ChatPage>}
    */
   chats(page) {
     return this.request("GET", `/api/v1/chats${query(page)}`);
   }
 
-  /** @param {number} chatId @returns {Promise<Chat>} its members with `online` */
+  /** @param {number} chatId @returns {Promise<Chat>} members have `online` */
   async chat(chatId) {
     return (await this.request("GET", `/api/v1/chats/${chatId}`)).chat;
   }
@@ -1028,8 +1001,7 @@ export class ChatWebSocket {
   /**
    * Fetches members of a chat: those with these ids (at most 100), or a page.
    * @param {number} chatId
-   * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: the last
-   *   user_id of the page before
+   * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: a user_id
    * @returns {Promise<{members: Member[], more: boolean}>}
    */
   members(chatId, { ids, ...page } = {}) {
@@ -1038,8 +1010,7 @@ export class ChatWebSocket {
   }
 
   /**
-   * Creates a chat. With `direct` it is the one chat with that user, and may exist
-   * already. With a `clientId` it is created once, however often you ask.
+   * Creates a chat. With `direct` or the same `clientId` it may be there already.
    * @param {{title?: string | null, memberIds: number[], direct?: boolean,
    *   clientId?: string}} chat
    * @returns {Promise<Chat>}
@@ -1055,10 +1026,10 @@ export class ChatWebSocket {
   }
 
   /**
-   * Makes an invitation. `#invite=TOKEN` after the page's address makes it a link.
+   * Makes an invitation, for a link to `/#invite=TOKEN`.
    * @param {number} chatId
-   * @param {{ttlSeconds?: number}} [options] by default 7 days
-   * @returns {Promise<{token: string, expires_in: number}>}
+   * @param {{ttlSeconds?: number}} [options] default: 7 days
+   * @returns {Promise<Token>}
    */
   createInvite(chatId, { ttlSeconds } = {}) {
     const body = { ttl_seconds: ttlSeconds };
@@ -1071,8 +1042,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * Tells what an invitation is for. No token is needed.
-   * @param {string} token of the invitation
+   * Tells what an invitation is for, also before anyone has signed in.
+   * @param {string} token
    * @returns {Promise<{title: string | null, member_count: number}>}
    */
   previewInvite(token) {
@@ -1080,44 +1051,38 @@ export class ChatWebSocket {
   }
 
   /**
-   * Makes a new user, who joins the chat. Call connect with the user's token, which is a
-   * session token, or pass it as `bearer` to a new ChatWebSocket. No token is needed.
-   * @param {string} token of the invitation
-   * @param {string} name
-   * @returns {Promise<{token: string, expires_in: number, user_id: number,
-   *   name: string, chat_id: number}>}
+   * Accepts an invitation as a new user. The answer's token is a session token.
+   * @param {string} token @param {string} name
+   * @returns {Promise<Token & {user_id: number, name: string, chat_id: number}>}
    */
   joinAsNewUser(token, name) {
     return this.#fetch("POST", "/api/v1/join", null, { token, name });
   }
 
   /**
-   * Joins a chat as the signed-in user.
-   * @param {string} token of the invitation
-   * @returns {Promise<{chat_id: number}>}
+   * Accepts an invitation as the signed-in user.
+   * @param {string} token @returns {Promise<{chat_id: number}>}
    */
   join(token) {
     return this.request("POST", "/api/v1/join", { token });
   }
 
-  /** Changes the user's own name. @param {string} name @returns {Promise<any>} */
+  /** Renames the user. @param {string} name @returns {Promise<any>} */
   renameMe(name) {
     return this.request("PATCH", "/api/v1/me", { name });
   }
 
   /**
-   * Makes a sign-in link for the user's second device: `#token=TOKEN` after the page's
-   * address. It needs a session token.
-   * @returns {Promise<{token: string, expires_in: number}>}
+   * Makes a sign-in token for a second device, for a link to `/#token=TOKEN`.
+   * @returns {Promise<Token>}
    */
   linkDevice() {
     return this.request("POST", "/api/v1/me/link");
   }
 
   /**
-   * Sends one HTTP request to chatd, with the token. Messages in the answer are never
-   * older than what the events have told: the client replaces those that are, and asks
-   * again if it has skipped events meanwhile.
+   * Sends one HTTP request to chatd, with the token. Where a message in the answer is
+   * older than what is known, it is replaced by its newest state.
    * @param {string} method
    * @param {string} path e.g. "/api/v1/chats"
    * @param {object} [body] sent as JSON
@@ -1502,9 +1467,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * Fetches all pages of the list of chats. A chat that becomes active meanwhile moves to
-   * the first page, so that one is fetched again until it has no new chat. The events
-   * continue at the cursor of the first page.
+   * Fetches all chats. One that becomes active meanwhile moves to the first page, so
+   * that page is fetched again until it has no new chat.
    * @returns {Promise<Snapshot>}
    */
   async #allChats() {
@@ -1777,9 +1741,7 @@ export class ChatWebSocket {
 
   /**
    * The server has stored an edit or a deletion.
-   * @param {Unsent} entry
-   * @param {number | undefined} rev
-   * @param {Message} [message]
+   * @param {Unsent} entry @param {number | undefined} rev @param {Message} [message]
    */
   #changeStored(entry, rev, message) {
     if (!this.#unsent.entries.includes(entry)) return;
