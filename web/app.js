@@ -780,11 +780,7 @@ function putChat(received) {
   return chat;
 }
 
-/**
- * Fetches names of members that a large chat leaves out.
- * @param {ChatView} chat
- * @param {number[]} userIds
- */
+/** Fetches names in a large chat. @param {ChatView} chat @param {number[]} userIds */
 async function learnNames(chat, userIds) {
   const { client, names } = model;
   const ids = [...new Set(userIds)].filter((id) => !names.has(id)).slice(0, 100);
@@ -800,10 +796,7 @@ async function learnNames(chat, userIds) {
   }
 }
 
-/**
- * The later message, or the newer state of the same one.
- * @param {Message | null} a @param {Message | null} b
- */
+/** @param {Message | null} a @param {Message | null} b of the same chat */
 function newer(a, b) {
   if (!a || !b || a.n !== b.n) return (a?.n ?? 0) >= (b?.n ?? 0) ? a : b;
   return (a.rev ?? 0) > (b.rev ?? 0) ? a : b;
@@ -843,10 +836,8 @@ function merge(chat, messages) {
   while (first > 0 && all[first - 1]?.n === (all[first]?.n ?? 0) - 1) first -= 1;
   chat.messages = all.slice(Math.max(0, first));
   chat.more = (chat.messages[0]?.n ?? 1) > 1;
-  void learnNames(
-    chat,
-    messages.map(({ sender_id }) => sender_id),
-  );
+  const senders = messages.map(({ sender_id }) => sender_id);
+  void learnNames(chat, senders);
 }
 
 /**
@@ -1691,23 +1682,16 @@ function sameGroup(a, b) {
  * @returns {Row}
  */
 function messageRow(chat, message, first) {
+  const { n, rev } = message;
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
-  const tick = own ? tickText(chat, message.n) : "";
-  const arriving = message.n > pane.drawn && !own;
+  const tick = own ? tickText(chat, n) : "";
+  const arriving = n > pane.drawn && !own;
   const key = own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`;
   const unfolded = pane.unfolded.has(key);
   return {
     key,
-    look: JSON.stringify([
-      message.n,
-      message.rev,
-      first,
-      name,
-      tick,
-      unfolded,
-      formats.offset,
-    ]),
+    look: JSON.stringify([n, rev, first, name, tick, unfolded, formats.offset]),
     build: () =>
       el(
         "li",
@@ -2461,7 +2445,7 @@ function showInfo() {
   dialog("info").showModal();
 }
 
-/** Shows the members, of a large chat only the first ones. @param {ChatView} chat */
+/** Shows the first members. @param {ChatView} chat */
 async function showMembers(chat) {
   /** @type {number[]} */
   let ids = others(chat);

@@ -12,18 +12,15 @@
  * It makes three promises:
  *
  * - Every event of your chats reaches your listeners once and in order, or "resync"
- *   tells you to fetch your chats again. The client keeps the server's cursor and sends
- *   it with each reconnect and each poll. It drops every event that the cursor has
- *   passed already, so an event may come over the socket, over the poll, or over both.
- * - A message that you send is stored once. It has a client_id and stays in
- *   localStorage until the server's ack. It may be sent any number of times, because
- *   the server stores each client_id once. Edits and deletions wait in the same line.
+ *   tells you to fetch your chats again. The client keeps the server's cursor, and drops
+ *   every event that the cursor has passed, whether it comes by socket or by poll.
+ * - A message that you send is stored once. It stays in localStorage until the server's
+ *   ack, and the server stores each client_id once. Edits and deletions wait in line.
  * - The client reconnects by itself, after a random delay, so that ten thousand pages
- *   do not reconnect at the same moment. After 5 s without a socket it polls. While it
- *   polls, it tries the socket again every 30 s.
+ *   do not reconnect at once. After 5 s without a socket it polls, and tries the socket
+ *   again every 30 s.
  *
- * Only typing is best effort. This file has no dependencies: it needs no library and no
- * other file of chatd's page.
+ * Only typing is best effort. This file needs no other file.
  */
 export type Message = {
     id: number;
@@ -270,8 +267,7 @@ export type Options = {
     server?: string | URL;
     /**
      * the token for HTTP requests. With it, connect()
-     * needs no token: the client fetches a ticket, which is valid for 60 s, so that the
-     * long-lived token is never part of a URL.
+     * needs no token: the client fetches a ticket, so that no URL has the long-lived token.
      */
     bearer?: TokenSource;
     /**
@@ -378,13 +374,10 @@ export type Options = {
 /**
  * The state of the connection:
  * - `connecting`: there is no socket yet, or it was lost less than 5 s ago
- * - `connected`: the socket is open and live
- * - `polling`: there is no socket; the client fetches events every 5 s and sends
- *   messages over HTTP
+ * - `polling`: there is no socket; the client uses HTTP
  * - `offline`: polls fail, too
  * - `signed_out`: the token is no longer valid; call connect with a new one
- * - `too_many`: the user has too many connections; the client waits until the user
- *   comes back to this tab
+ * - `too_many`: too many connections; the client waits until the user comes back
  * - `refused`: the server told the client to stay away
  * - `closed`: disconnect was called, or connect was never called
  * @typedef {"connecting" | "connected" | "polling" | "offline" | "signed_out"
@@ -451,8 +444,7 @@ export type Options = {
  * @property {string | URL} [server] chatd's address. Default: the server that this file
  *   came from.
  * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
- *   needs no token: the client fetches a ticket, which is valid for 60 s, so that the
- *   long-lived token is never part of a URL.
+ *   needs no token: the client fetches a ticket, so that no URL has the long-lived token.
  * @property {StorageLike | null} [storage] where unsent messages are kept across
  *   reloads. Default: localStorage; null: nowhere.
  * @property {Pick<Console, "log"> | null} [log] where the client writes log lines.
@@ -484,7 +476,7 @@ export type Unsent = {
      */
     kept: boolean;
     /**
-     *   waiting to be sent, on its way over the socket or over HTTP, or refused for good
+     * on its way, or refused
      */
     place: "waiting" | "socket" | "http" | "failed";
     /**
@@ -507,8 +499,7 @@ export declare class ChatWebSocket {
     constructor(options?: Options);
     /**
      * Calls `listener` for each event of this type, until the returned function is
-     * called. An exception in a listener is reported as an uncaught error; the other
-     * listeners are still called.
+     * called. An exception in a listener is reported as an uncaught error.
      * @template {keyof ChatEvents} Type
      * @param {Type} type
      * @param {(event: ChatEvents[Type]) => void} listener
@@ -516,16 +507,12 @@ export declare class ChatWebSocket {
      */
     on<Type extends keyof ChatEvents>(type: Type, listener: (event: ChatEvents[Type]) => void): () => void;
     /**
-     * Connects, and stays connected until disconnect is called. Returns at once; "state"
-     * events report the progress. A second call reconnects with the new token, and keeps
-     * the cursor and the unsent messages.
-     *
+     * Connects, until disconnect is called; "state" events report the progress. A second
+     * call reconnects with the new token.
      * @param {TokenSource} [token] a JWT, or a function that fetches one for each
-     *   connection. If the function throws an error whose `status` is 401, the client
-     *   stops (`signed_out`); after any other error it tries again. If the function
-     *   returns tickets (GET /api/v2/ws-token), also pass `bearer` to the constructor: a
-     *   ticket opens a socket but cannot poll. Without a token, the client fetches
-     *   tickets with `bearer`.
+     *   connection. If it throws an error whose `status` is 401, the client stops
+     *   (`signed_out`). If it returns tickets (GET /api/v2/ws-token), which cannot poll,
+     *   also pass `bearer` to the constructor. Default: the client fetches tickets.
      */
     connect(token?: TokenSource): void;
     /** Closes the connection until the next connect. Unsent messages are kept. */
@@ -578,26 +565,23 @@ export declare class ChatWebSocket {
     /** Drops what has failed. @param {string} clientId */
     discard(clientId: string): void;
     /**
-     * Shows the other members that the user is typing. Call it at each key: it is sent at
-     * most every 3 s, and the typing sign ends by itself 5 s after the last call. Without
-     * a socket nothing is sent.
+     * Shows the other members that the user is typing. Call it at each key; the typing
+     * sign ends by itself 5 s after the last call.
      * @param {number} chatId
      * @param {boolean} isTyping
      */
     sendTyping(chatId: number, isTyping: boolean): void;
     /**
      * Marks a chat as read up to this message. The mark is sent at most once a second for
-     * each chat, and sent again after a reconnect if the server did not answer. A message
-     * before the mark changes nothing.
+     * each chat, and again until the server answers.
      * @param {number} chatId
      * @param {number} messageId
      */
     markRead(chatId: number, messageId: number): void;
     /**
-     * Fetches the user's chats with members, last message and read marks. Events wait
-     * meanwhile: "chats" comes first, then the events after it, so that no event is
-     * missed or counted twice. Call it before connect if you passed `bearer`, otherwise
-     * at the first "connected"; and call it at each "resync".
+     * Fetches all chats of the user. Events wait meanwhile: "chats" comes first, then the
+     * events after it. Call it before connect if you passed `bearer`, otherwise at the
+     * first "connected"; and call it at each "resync".
      * @returns {Promise<Snapshot>}
      * @throws {ChatError} the events that waited are delivered anyway; try again
      */

@@ -13,22 +13,19 @@
  * It makes three promises:
  *
  * - Every event of your chats reaches your listeners once and in order, or "resync"
- *   tells you to fetch your chats again. The client keeps the server's cursor and sends
- *   it with each reconnect and each poll. It drops every event that the cursor has
- *   passed already, so an event may come over the socket, over the poll, or over both.
- * - A message that you send is stored once. It has a client_id and stays in
- *   localStorage until the server's ack. It may be sent any number of times, because
- *   the server stores each client_id once. Edits and deletions wait in the same line.
+ *   tells you to fetch your chats again. The client keeps the server's cursor, and drops
+ *   every event that the cursor has passed, whether it comes by socket or by poll.
+ * - A message that you send is stored once. It stays in localStorage until the server's
+ *   ack, and the server stores each client_id once. Edits and deletions wait in line.
  * - The client reconnects by itself, after a random delay, so that ten thousand pages
- *   do not reconnect at the same moment. After 5 s without a socket it polls. While it
- *   polls, it tries the socket again every 30 s.
+ *   do not reconnect at once. After 5 s without a socket it polls, and tries the socket
+ *   again every 30 s.
  *
- * Only typing is best effort. This file has no dependencies: it needs no library and no
- * other file of chatd's page.
+ * Only typing is best effort. This file needs no other file.
  */
 
 /* -------------------------------------------------------------------------------------
- * Limits. Each is a duration in seconds, with the reason for it.
+ * Limits.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -110,8 +107,7 @@ const FINAL_REFUSALS = new Set([
 ]);
 
 /* -------------------------------------------------------------------------------------
- * Types. The server messages, and the four events that the client adds: state,
- * delivery, chats and resync.
+ * Types. The server messages, and the client's own events.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -208,13 +204,10 @@ const FINAL_REFUSALS = new Set([
 /**
  * The state of the connection:
  * - `connecting`: there is no socket yet, or it was lost less than 5 s ago
- * - `connected`: the socket is open and live
- * - `polling`: there is no socket; the client fetches events every 5 s and sends
- *   messages over HTTP
+ * - `polling`: there is no socket; the client uses HTTP
  * - `offline`: polls fail, too
  * - `signed_out`: the token is no longer valid; call connect with a new one
- * - `too_many`: the user has too many connections; the client waits until the user
- *   comes back to this tab
+ * - `too_many`: too many connections; the client waits until the user comes back
  * - `refused`: the server told the client to stay away
  * - `closed`: disconnect was called, or connect was never called
  * @typedef {"connecting" | "connected" | "polling" | "offline" | "signed_out"
@@ -282,8 +275,7 @@ const FINAL_REFUSALS = new Set([
  * @property {string | URL} [server] chatd's address. Default: the server that this file
  *   came from.
  * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
- *   needs no token: the client fetches a ticket, which is valid for 60 s, so that the
- *   long-lived token is never part of a URL.
+ *   needs no token: the client fetches a ticket, so that no URL has the long-lived token.
  * @property {StorageLike | null} [storage] where unsent messages are kept across
  *   reloads. Default: localStorage; null: nowhere.
  * @property {Pick<Console, "log"> | null} [log] where the client writes log lines.
@@ -309,13 +301,12 @@ export class ChatError extends Error {
 }
 
 /* -------------------------------------------------------------------------------------
- * Unsent messages. A message is unsent until the client knows that it is stored. The
- * entries are in the order of writing. Each entry is a separate item in storage,
- * written before the message is sent and removed after its ack. So the tabs of one user
- * never overwrite each other's items. A tab may be closed at any moment: another tab,
- * or the next visit, adopts its entries. If two tabs send the same message, the server
- * stores it once, because it has one client_id. Edits and deletions are entries, too. A
- * tab drops them when another tab has settled them: a later edit may have followed.
+ * Unsent messages, edits and deletions, until the client knows that they are stored, in
+ * the order of writing. Each entry is a separate item in storage, so that the tabs of
+ * one user never overwrite each other's items. A tab may be closed at any moment:
+ * another tab, or the next visit, adopts its entries. If two tabs send the same message,
+ * the server stores its client_id once. But a tab drops an edit or a deletion that
+ * another tab has settled, because a later edit may have followed.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -327,8 +318,7 @@ export class ChatError extends Error {
  * @property {string} content
  * @property {number | undefined} if_rev
  * @property {boolean} kept it is in storage, too
- * @property {"waiting" | "socket" | "http" | "failed"} place
- *   waiting to be sent, on its way over the socket or over HTTP, or refused for good
+ * @property {"waiting" | "socket" | "http" | "failed"} place on its way, or refused
  * @property {number} sentAt when it was last sent over the socket, as now()
  * @property {boolean} tried it may have been sent
  * @property {string | undefined} code the code of the error, if it failed
@@ -765,8 +755,7 @@ export class ChatWebSocket {
 
   /**
    * Calls `listener` for each event of this type, until the returned function is
-   * called. An exception in a listener is reported as an uncaught error; the other
-   * listeners are still called.
+   * called. An exception in a listener is reported as an uncaught error.
    * @template {keyof ChatEvents} Type
    * @param {Type} type
    * @param {(event: ChatEvents[Type]) => void} listener
@@ -779,16 +768,12 @@ export class ChatWebSocket {
   }
 
   /**
-   * Connects, and stays connected until disconnect is called. Returns at once; "state"
-   * events report the progress. A second call reconnects with the new token, and keeps
-   * the cursor and the unsent messages.
-   *
+   * Connects, until disconnect is called; "state" events report the progress. A second
+   * call reconnects with the new token.
    * @param {TokenSource} [token] a JWT, or a function that fetches one for each
-   *   connection. If the function throws an error whose `status` is 401, the client
-   *   stops (`signed_out`); after any other error it tries again. If the function
-   *   returns tickets (GET /api/v2/ws-token), also pass `bearer` to the constructor: a
-   *   ticket opens a socket but cannot poll. Without a token, the client fetches
-   *   tickets with `bearer`.
+   *   connection. If it throws an error whose `status` is 401, the client stops
+   *   (`signed_out`). If it returns tickets (GET /api/v2/ws-token), which cannot poll,
+   *   also pass `bearer` to the constructor. Default: the client fetches tickets.
    */
   connect(token) {
     if (token === undefined && this.#bearer === undefined) {
@@ -907,9 +892,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * Shows the other members that the user is typing. Call it at each key: it is sent at
-   * most every 3 s, and the typing sign ends by itself 5 s after the last call. Without
-   * a socket nothing is sent.
+   * Shows the other members that the user is typing. Call it at each key; the typing
+   * sign ends by itself 5 s after the last call.
    * @param {number} chatId
    * @param {boolean} isTyping
    */
@@ -930,8 +914,7 @@ export class ChatWebSocket {
 
   /**
    * Marks a chat as read up to this message. The mark is sent at most once a second for
-   * each chat, and sent again after a reconnect if the server did not answer. A message
-   * before the mark changes nothing.
+   * each chat, and again until the server answers.
    * @param {number} chatId
    * @param {number} messageId
    */
@@ -949,10 +932,9 @@ export class ChatWebSocket {
   }
 
   /**
-   * Fetches the user's chats with members, last message and read marks. Events wait
-   * meanwhile: "chats" comes first, then the events after it, so that no event is
-   * missed or counted twice. Call it before connect if you passed `bearer`, otherwise
-   * at the first "connected"; and call it at each "resync".
+   * Fetches all chats of the user. Events wait meanwhile: "chats" comes first, then the
+   * events after it. Call it before connect if you passed `bearer`, otherwise at the
+   * first "connected"; and call it at each "resync".
    * @returns {Promise<Snapshot>}
    * @throws {ChatError} the events that waited are delivered anyway; try again
    */
@@ -1644,9 +1626,8 @@ export class ChatWebSocket {
 
   /**
    * Sends the oldest unsent entry, over the socket, or over HTTP while the client
-   * polls. The next one waits for the answer. If two were on their way, the server
-   * could refuse the first with `rate_limited` and store the second before it. The wait
-   * is not noticed: people write more slowly than the server answers.
+   * polls. The next one waits for the answer, or else the server could refuse the first
+   * with `rate_limited` and store the second before it.
    */
   #sendUnsent() {
     if (this.#ended) return;
@@ -1679,8 +1660,10 @@ export class ChatWebSocket {
     const [method, path, body] = requestFor(entry);
     try {
       const answer = await this.request(method, path, body, signal);
-      if (entry.kind !== "message")
-        return this.#changeStored(entry, answer?.message?.rev, answer?.message);
+      if (entry.kind !== "message") {
+        const { message } = answer ?? {};
+        return this.#changeStored(entry, message?.rev ?? message?.id, message);
+      }
       this.#acceptUser(answer.message.sender_id);
       this.#messageStored({ ...answer.message, client_id });
     } catch (error) {
@@ -1869,8 +1852,7 @@ export class ChatWebSocket {
   /**
    * After a 401, repeats the request once with a new token, if there is a function that
    * fetches one. If a fixed token or `bearer` is refused, the user has to sign in
-   * again. The token function of connect may return tickets, which HTTP refuses, so a
-   * 401 for its token proves nothing.
+   * again. The token function of connect may return tickets, which HTTP refuses.
    * @param {string} method @param {string} path @param {object | undefined} body
    * @param {AbortSignal | undefined} signal @param {unknown} refusal
    */
