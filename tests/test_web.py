@@ -3080,6 +3080,75 @@ def test_an_edit_and_a_deletion_reach_each_page(
     until(lambda: bool(page.evaluate(codes) == ["changed", "deleted"]))
 
 
+IMPORT = """async (token) => {
+    const { ChatWebSocket } = await import("/web/chat-websocket.js");
+    window.chat = new ChatWebSocket({ bearer: token, storage: null });
+    window.got = [];
+    for (const type of ["chat_renamed", "chat_added"])
+      chat.on(type, (event) => got.push(event));
+    await chat.fetchChats();
+    chat.connect();
+}"""
+
+
+@edits
+def test_each_method_works_against_the_server(
+    make_server: Callable[..., Server], chromium: Chromium
+) -> None:
+    server = make_server("--invites", "on")
+    anna, ben, chat = pair(server, title="Bike")
+    texts = ("One", "Two fish", "Three", "Four fish")
+    ids = [server.post(chat, ben, text)["id"] for text in texts]
+    page = chromium.page()
+    page.goto(server.url)
+    page.evaluate(IMPORT, server.token(anna))
+
+    def do(call: str) -> Any:
+        return page.evaluate(f"chat.{call}")
+
+    def contents(call: str) -> list[str]:
+        return [message["content"] for message in do(call)["messages"]]
+
+    assert contents(f"history({chat}, {{ limit: 2 }})") == ["Three", "Four fish"]
+    assert contents(f"history({chat}, {{ before: {ids[1]} }})") == ["One"]
+    assert contents(f"history({chat}, {{ after: {ids[2]} }})") == ["Four fish"]
+    around = do(f"history({chat}, {{ around: {ids[1]}, limit: 2 }})")
+    assert ids[1] in [message["id"] for message in around["messages"]]
+    assert around["more_after"]
+    assert contents("search({ q: 'FISH' })") == ["Four fish", "Two fish"]
+    found = contents(f"search({{ q: 'fish', chatId: {chat}, before: {ids[3]} }})")
+    assert found == ["Two fish"]
+    (member,) = do(f"members({chat}, {{ ids: [{ben}] }})")["members"]
+    assert (member["user_id"], member["name"]) == (ben, "Ben")
+    assert len(do(f"members({chat}, {{ limit: 1 }})")["members"]) == 1
+    do(f"renameChat({chat}, 'Car')")
+    until(lambda: page.evaluate("got.some(({ title }) => title === 'Car')"))
+    assert do(f"chat({chat})")["title"] == "Car"
+    direct = f"createChat({{ memberIds: [{ben}], direct: true }})"
+    assert do(direct)["id"] == do(direct)["id"]
+    keyed = f"createChat({{ title: 'A', memberIds: [{ben}], clientId: 'k' }})"
+    assert do(keyed)["id"] == do(keyed)["id"]
+    first = do("chats({ limit: 1 })")
+    position = json.dumps(first.get("position", first["chats"][-1].get("position")))
+    second = do(f"chats({{ limit: 1, before: {position} }})")
+    assert first["more"]
+    assert first["chats"][0]["id"] != second["chats"][0]["id"]
+    assert len(do("fetchChats()")["chats"]) == 3
+    invite = do(f"createInvite({chat})")["token"]
+    assert do(f"previewInvite('{invite}')") == {"title": "Car", "member_count": 2}
+    joined = do(f"joinAsNewUser('{invite}', 'Zora')")
+    assert joined["chat_id"] == chat
+    assert do(f"join('{invite}')")["chat_id"] == chat  # Anna is there already
+    do(f"revokeInvites({chat})")
+    status = f"chat.previewInvite('{invite}').catch(({{ status }}) => status)"
+    assert page.evaluate(status) == 401
+    do("renameMe('Anna B.')")
+    assert do("request('GET', '/api/v1/me')")["name"] == "Anna B."
+    do("disconnect()")
+    page.evaluate(IMPORT, joined["token"])  # a session token
+    assert do("linkDevice()")["expires_in"] == 600
+
+
 # --- the page of 1.0, which may be open in a tab while the server is upgraded ---------
 
 WEB_1_0 = CHECKOUT / "tests/data/web-1.0"

@@ -15,8 +15,8 @@
  * - the server is away for a while, or has another epoch, as after a restore;
  * - tabs are closed and opened, storage is full, and the clock jumps by hours;
  * - a service sends messages in the user's name, and other devices mark some as read;
- * - messages are edited and deleted by the tabs and by others, while the tabs load pages
- *   of the history, search, and fetch their chats; after a restore, changes are undone.
+ * - messages are edited and deleted by the tabs and by others, while the tabs load
+ *   history, search, and fetch their chats; a restore undoes changes.
  *
  * These claims must hold:
  *
@@ -158,8 +158,8 @@ class Server {
   }
 
   /**
-   * Edits or deletes a message, with the checks of chatd in their order. Returns the code
-   * of a refusal, or nothing.
+   * Edits or deletes a message, with chatd's checks in their order. Returns the code of
+   * a refusal, or nothing.
    */
   change(id, content, if_rev) {
     const message = this.messages.get(id);
@@ -176,7 +176,7 @@ class Server {
     return undefined;
   }
 
-  /** A restore: the newest changes never happened. The message ids stay, for the claims. */
+  /** A restore: half of the changes never happened. The messages stay. */
   restore(epoch) {
     this.epoch = epoch;
     for (const { id } of this.stored) {
@@ -193,7 +193,8 @@ class Server {
   }
 
   history(before, limit) {
-    const older = [...this.messages.values()].filter(({ id }) => !before || id < before);
+    const all = [...this.messages.values()];
+    const older = all.filter(({ id }) => !before || id < before);
     return { messages: older.slice(-limit), more: older.length > limit };
   }
 
@@ -780,7 +781,8 @@ function brokenAtEnd(server, storage, wasFull) {
       broken.push(`tab ${tab.name} has read ${tab.readN}, the server ${server.readN}`);
     if (tab.alive && tab.marked > server.readN)
       broken.push(`the mark of tab ${tab.name} at ${tab.marked} is lost`);
-    if (tab.alive && tab.n !== null) broken.push(...brokenChanges(server, tab, storage.tabs));
+    if (tab.alive && tab.n !== null)
+      broken.push(...brokenChanges(server, tab, storage.tabs));
     for (const text of tab.written) {
       const count = stored.filter((one) => one === text).length;
       const mayBeLost = wasFull && !tab.alive;

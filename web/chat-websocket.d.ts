@@ -12,8 +12,8 @@
  * It makes three promises:
  *
  * - Every event of your chats reaches your listeners once and in order, or "resync"
- *   tells you to fetch your chats again. The client keeps the server's cursor, and drops
- *   every event that the cursor has passed, whether it comes by socket or by poll.
+ *   tells you to fetch your chats again. The client keeps the server's cursor, and
+ *   drops every event that it has passed, whether it comes by socket or by poll.
  * - A message that you send is stored once. It stays in localStorage until the server's
  *   ack, and the server stores each client_id once. Edits and deletions wait in line.
  * - The client reconnects by itself, after a random delay, so that ten thousand pages
@@ -190,8 +190,8 @@ export type Delivery = {
      */
     kept: boolean;
     /**
-     * the stored message, if `state` is "sent". (A change that
-     * went over the socket has none: its event comes first.)
+     * the stored message, if `state` is "sent". (A change
+     * that went over the socket has none: its event comes first.)
      */
     message?: Message;
     /**
@@ -267,7 +267,8 @@ export type Options = {
     server?: string | URL;
     /**
      * the token for HTTP requests. With it, connect()
-     * needs no token: the client fetches a ticket, so that no URL has the long-lived token.
+     * needs no token: the client fetches a ticket, so that the long-lived token is in no
+     * URL.
      */
     bearer?: TokenSource;
     /**
@@ -368,8 +369,9 @@ export type Options = {
  * }} Refusal
  */
 /**
- * @typedef {NewMessage | MessageRead | Changed<"message_edited"> | Changed<"message_deleted"> | ChatAdded
- *   | ChatRenamed | MemberAdded | MemberRemoved} LoggedEvent
+ * @typedef {NewMessage | MessageRead | Changed<"message_edited">
+ *   | Changed<"message_deleted"> | ChatAdded | ChatRenamed | MemberAdded
+ *   | MemberRemoved} LoggedEvent
  */
 /**
  * The state of the connection:
@@ -402,8 +404,8 @@ export type Options = {
  * @property {string} content
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
- * @property {Message} [message] the stored message, if `state` is "sent". (A change that
- *   went over the socket has none: its event comes first.)
+ * @property {Message} [message] the stored message, if `state` is "sent". (A change
+ *   that went over the socket has none: its event comes first.)
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
@@ -444,7 +446,8 @@ export type Options = {
  * @property {string | URL} [server] chatd's address. Default: the server that this file
  *   came from.
  * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
- *   needs no token: the client fetches a ticket, so that no URL has the long-lived token.
+ *   needs no token: the client fetches a ticket, so that the long-lived token is in no
+ *   URL.
  * @property {StorageLike | null} [storage] where unsent messages are kept across
  *   reloads. Default: localStorage; null: nowhere.
  * @property {Pick<Console, "log"> | null} [log] where the client writes log lines.
@@ -536,11 +539,11 @@ export declare class ChatWebSocket {
      */
     send(chatId: number, content: string): string;
     /**
-     * Edits a message like send. Replaces edits of it that have failed or were never tried.
+     * Edits a message like send. Replaces edits of it that failed or were never tried.
      * @param {number} messageId
      * @param {string} content
-     * @param {{ifRev?: number}} [options] the `rev`, or else the `id`, of the message that
-     *   the user has edited: if it was changed since, the edit fails ("changed")
+     * @param {{ifRev?: number}} [options] the `rev`, or else the `id`, of the message
+     *   that the user has edited: if it was changed since, the edit fails ("changed")
      * @returns {string} its client_id
      */
     editMessage(messageId: number, content: string, { ifRev }?: {
@@ -626,7 +629,7 @@ export declare class ChatWebSocket {
     /**
      * Fetches members of a chat: those with these ids (at most 100), or a page.
      * @param {number} chatId
-     * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: a user_id
+     * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: an id
      * @returns {Promise<{members: Member[], more: boolean}>}
      */
     members(chatId: number, { ids, ...page }?: {
@@ -660,7 +663,7 @@ export declare class ChatWebSocket {
     createInvite(chatId: number, { ttlSeconds }?: {
         ttlSeconds?: number;
     }): Promise<Token>;
-    /** Revokes all invitations of a chat. @param {number} chatId @returns {Promise<any>} */
+    /** Revokes a chat's invitations. @param {number} chatId @returns {Promise<any>} */
     revokeInvites(chatId: number): Promise<any>;
     /**
      * Tells what an invitation is for, also before anyone has signed in.

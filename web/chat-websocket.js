@@ -13,8 +13,8 @@
  * It makes three promises:
  *
  * - Every event of your chats reaches your listeners once and in order, or "resync"
- *   tells you to fetch your chats again. The client keeps the server's cursor, and drops
- *   every event that the cursor has passed, whether it comes by socket or by poll.
+ *   tells you to fetch your chats again. The client keeps the server's cursor, and
+ *   drops every event that it has passed, whether it comes by socket or by poll.
  * - A message that you send is stored once. It stays in localStorage until the server's
  *   ack, and the server stores each client_id once. Edits and deletions wait in line.
  * - The client reconnects by itself, after a random delay, so that ten thousand pages
@@ -197,8 +197,9 @@ const FINAL_REFUSALS = new Set([
  * }} Refusal
  */
 /**
- * @typedef {NewMessage | MessageRead | Changed<"message_edited"> | Changed<"message_deleted"> | ChatAdded
- *   | ChatRenamed | MemberAdded | MemberRemoved} LoggedEvent
+ * @typedef {NewMessage | MessageRead | Changed<"message_edited">
+ *   | Changed<"message_deleted"> | ChatAdded | ChatRenamed | MemberAdded
+ *   | MemberRemoved} LoggedEvent
  */
 
 /**
@@ -232,8 +233,8 @@ const FINAL_REFUSALS = new Set([
  * @property {string} content
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
- * @property {Message} [message] the stored message, if `state` is "sent". (A change that
- *   went over the socket has none: its event comes first.)
+ * @property {Message} [message] the stored message, if `state` is "sent". (A change
+ *   that went over the socket has none: its event comes first.)
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
@@ -275,7 +276,8 @@ const FINAL_REFUSALS = new Set([
  * @property {string | URL} [server] chatd's address. Default: the server that this file
  *   came from.
  * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
- *   needs no token: the client fetches a ticket, so that no URL has the long-lived token.
+ *   needs no token: the client fetches a ticket, so that the long-lived token is in no
+ *   URL.
  * @property {StorageLike | null} [storage] where unsent messages are kept across
  *   reloads. Default: localStorage; null: nowhere.
  * @property {Pick<Console, "log"> | null} [log] where the client writes log lines.
@@ -304,9 +306,9 @@ export class ChatError extends Error {
  * Unsent messages, edits and deletions, until the client knows that they are stored, in
  * the order of writing. Each entry is a separate item in storage, so that the tabs of
  * one user never overwrite each other's items. A tab may be closed at any moment:
- * another tab, or the next visit, adopts its entries. If two tabs send the same message,
- * the server stores its client_id once. But a tab drops an edit or a deletion that
- * another tab has settled, because a later edit may have followed.
+ * another tab, or the next visit, adopts its entries. If two tabs send one message, the
+ * server stores its client_id once. But a tab drops an edit or a deletion that another
+ * tab has settled, because a later edit may have followed.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -436,7 +438,8 @@ class UnsentMessages {
     if (!this.#prefix || !key?.startsWith(this.#prefix)) return;
     const entry = this.find(key.slice(this.#prefix.length));
     const rev = Number(value); // as in remove, or 0, or NaN
-    if (!entry || (value !== DISCARDED && !(rev >= 0 && entry.kind !== "message"))) return;
+    const settled = rev >= 0 && entry?.kind !== "message";
+    if (!entry || (value !== DISCARDED && !settled)) return;
     this.entries = this.entries.filter((other) => other !== entry);
     this.#rebase(entry, rev);
     return entry;
@@ -565,7 +568,8 @@ function readUnsent(clientId, text) {
 /** @param {Unsent} entry @returns {object} the command that sends it */
 function commandFor({ kind, client_id, chat_id, message_id, content, if_rev }) {
   const ref = client_id;
-  if (kind === "edit") return { type: "edit_message", message_id, content, if_rev, ref };
+  if (kind === "edit")
+    return { type: "edit_message", message_id, content, if_rev, ref };
   if (kind === "delete") return { type: "delete_message", message_id, ref };
   return { type: "send_message", chat_id, content, client_id, ref };
 }
@@ -588,9 +592,9 @@ function defaultStorage() {
 }
 
 /* -------------------------------------------------------------------------------------
- * The rule of rev: of two states of a message, the one with the larger rev counts. Events
- * and answers overtake each other. So the client keeps the newest state as long as an
- * older one may be on its way, in an earlier event or in the answer to a request.
+ * The rule of rev: of two states of a message, the one with the larger rev counts.
+ * Events and answers overtake each other. So the client keeps the newest state as long
+ * as an older one may be on its way, in an earlier event or in the answer to a request.
  * ---------------------------------------------------------------------------------- */
 
 class NewestMessages {
@@ -611,7 +615,8 @@ class NewestMessages {
   putInto(answer) {
     const { message, messages, chat, chats = [chat] } = answer ?? {};
     if (message) answer.message = this.of(message);
-    if (messages) answer.messages = messages.map((/** @type {Message} */ m) => this.of(m));
+    if (messages)
+      answer.messages = messages.map((/** @type {Message} */ m) => this.of(m));
     for (const one of chats)
       if (one?.last_message) one.last_message = this.of(one.last_message);
   }
@@ -834,11 +839,11 @@ export class ChatWebSocket {
   }
 
   /**
-   * Edits a message like send. Replaces edits of it that have failed or were never tried.
+   * Edits a message like send. Replaces edits of it that failed or were never tried.
    * @param {number} messageId
    * @param {string} content
-   * @param {{ifRev?: number}} [options] the `rev`, or else the `id`, of the message that
-   *   the user has edited: if it was changed since, the edit fails ("changed")
+   * @param {{ifRev?: number}} [options] the `rev`, or else the `id`, of the message
+   *   that the user has edited: if it was changed since, the edit fails ("changed")
    * @returns {string} its client_id
    */
   editMessage(messageId, content, { ifRev } = {}) {
@@ -963,7 +968,8 @@ export class ChatWebSocket {
    * @returns {Promise<{messages: Message[], before: number | null}>}
    */
   search({ q, chatId, before }) {
-    return this.request("GET", `/api/v1/search${query({ q, chat_id: chatId, before })}`);
+    const text = query({ q, chat_id: chatId, before });
+    return this.request("GET", `/api/v1/search${text}`);
   }
 
   /**
@@ -983,7 +989,7 @@ export class ChatWebSocket {
   /**
    * Fetches members of a chat: those with these ids (at most 100), or a page.
    * @param {number} chatId
-   * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: a user_id
+   * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: an id
    * @returns {Promise<{members: Member[], more: boolean}>}
    */
   members(chatId, { ids, ...page } = {}) {
@@ -1018,7 +1024,7 @@ export class ChatWebSocket {
     return this.request("POST", `/api/v1/chats/${chatId}/invites`, body);
   }
 
-  /** Revokes all invitations of a chat. @param {number} chatId @returns {Promise<any>} */
+  /** Revokes a chat's invitations. @param {number} chatId @returns {Promise<any>} */
   revokeInvites(chatId) {
     return this.request("DELETE", `/api/v1/chats/${chatId}/invites`);
   }
