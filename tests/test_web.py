@@ -3053,6 +3053,25 @@ def test_names_of_a_large_chat_are_fetched_when_they_are_shown(
     expect(page.locator("#info-members")).to_contain_text("and 1,198 more")
 
 
+def test_after_a_resync_the_page_shows_no_message_from_before(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    for i in range(60):
+        server.post(chat, ben, f"Message {i}")
+    page = chromium.page()
+    relay = Relay.connected(page, server.link(anna), chat)
+    page.evaluate("scroller.scrollTop = 0")
+    expect(bubbles(page)).to_have_count(60)
+    page.evaluate("scroller.scrollTop = scroller.scrollHeight")
+    connected = relay.received[0]
+    relay.sockets[-1].send(json.dumps({**connected, "resume": "resync"}))
+    # The oldest ones may have changed meanwhile: they are loaded when they are near.
+    expect(bubbles(page)).to_have_count(50)
+    page.evaluate("scroller.scrollTop = 0")
+    expect(bubbles(page)).to_have_count(60)
+
+
 @edits
 def test_an_edit_and_a_deletion_reach_each_page(
     server: Server, site: Site, chromium: Chromium
