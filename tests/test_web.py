@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from typing import Any
 
 import pytest
 
+from tests import client
 from tests.client import (
     CHECKOUT,
     CHROMIUM,
@@ -54,6 +56,13 @@ expect = sync_api.expect
 Page = sync_api.Page
 Context = sync_api.BrowserContext
 users = itertools.count(1)
+
+
+# A whole server is needed that can edit, so these tests follow its source.
+edits = pytest.mark.skipif(
+    "edit_message" not in (CHECKOUT / "chatd.py").read_text("utf-8"),
+    reason="chatd.py cannot edit messages",
+)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -2582,3 +2591,714 @@ def test_nothing_moves_if_the_user_prefers_reduced_motion(
     expect(bubbles(page)).to_have_text(["Hello"])
     moving = "document.getAnimations().filter((a) => a.playState === 'running').length"
     assert page.evaluate(moving) == 0
+
+
+# --- edits, deletions and the rule of rev, against a scripted server ------------------
+
+
+class Script:
+    """Stands in for the server: the test answers the commands and the requests."""
+
+    def __init__(self, page: Page, server: Server) -> None:
+        self.page = page
+        self.sockets: list[sync_api.WebSocketRoute] = []
+        self.commands: list[Frame] = []
+        self.requests: list[tuple[str, str, Frame | None, str | None]] = []
+        self.answers: dict[str, Any] = {}  # a part of "METHOD path" -> a body or a list
+        self.held: dict[str, sync_api.Route] = {}
+        self.cursor = "e1.100"
+        self.resume = "live"
+        self.blocked = False
+        page.route(re.compile("/api/"), self._answer)
+        page.route_web_socket(re.compile("/ws/chat"), self._open)
+        self.load(server)
+
+    def load(self, server: Server) -> None:
+        self.page.goto(server.url)
+        self.page.evaluate(
+            """async () => {
+                const { ChatWebSocket } = await import("/web/chat-websocket.js");
+                Object.assign(window, { chat: new ChatWebSocket(), got: [] });
+                for (const type of ["state", "delivery", "chats", "new_message",
+                  "message_edited", "message_deleted", "chat_renamed", "resync"])
+                  chat.on(type, (event) => got.push({ type, ...event }));
+            }"""
+        )
+        self.page.evaluate("(token) => chat.connect(token)", server.token(1))
+
+    def _answer(self, route: sync_api.Route) -> None:
+        request = route.request
+        path = request.url.partition("/api/v1/")[2]
+        name = f"{request.method} {path}"
+        token = request.headers.get("authorization")
+        self.requests.append((request.method, path, request.post_data_json, token))
+        for part, answer in self.answers.items():
+            if not name.startswith(part):
+                continue
+            if answer == "hold":
+                self.held[name] = route
+            elif isinstance(answer, int):
+                route.fulfill(status=answer)
+            elif "error" in answer:
+                route.fulfill(status=409, json=answer)
+            else:
+                route.fulfill(json=answer)
+            return
+        route.abort()
+
+    def _open(self, socket: sync_api.WebSocketRoute) -> None:
+        if self.blocked:
+            socket.close(code=1011)
+            return
+        self.sockets.append(socket)
+        socket.on_message(lambda text: self.commands.append(json.loads(text)))
+        self.tell(
+            type="connected",
+            user_id=1,
+            cursor=self.cursor,
+            resume=self.resume,
+            chats={},
+        )
+
+    def tell(self, **frame: Any) -> None:
+        self.sockets[-1].send(json.dumps(frame))
+
+    def do(self, call: str) -> Any:
+        return self.page.evaluate(f"chat.{call}")
+
+    def wait_for(self, condition: str) -> None:
+        def holds() -> bool:
+            return bool(self.page.evaluate(condition))
+
+        until(holds)
+
+    def next_command(self) -> Frame:
+        def arrived() -> bool:
+            self.page.evaluate("0")  # lets Playwright call the routes
+            return bool(self.commands)
+
+        until(arrived)
+        return self.commands.pop(0)
+
+    def deliveries(self) -> list[tuple[str, str, str | None]]:
+        got = self.page.evaluate("got.filter(({ type }) => type === 'delivery')")
+        return [(one["kind"], one["state"], one.get("code")) for one in got]
+
+
+@pytest.fixture
+def script(server: Server, chromium: Chromium) -> Script:
+    script = Script(chromium.page(), server)
+    script.wait_for("chat.state === 'connected'")
+    return script
+
+
+def old_and_new(number: int, rev: int, **state: Any) -> tuple[Frame, Frame]:
+    """Return message `number` as it was sent, and as it is after a change."""
+    at = "2030-01-01T00:00:00Z"
+    old = {"id": number, "chat_id": 3, "sender_id": 2, "n": number, "created_at": at}
+    return {**old, "content": "Old"}, {**old, "content": "New", "rev": rev, **state}
+
+
+def test_an_edit_and_a_deletion_are_sent_one_after_the_other(script: Script) -> None:
+    ref = script.do("editMessage(7, 'Hi \\ud800', { ifRev: 7 })")
+    script.do("deleteMessage(8)")
+    edit = {
+        "type": "edit_message",
+        "message_id": 7,
+        "content": "Hi \ufffd",
+        "if_rev": 7,
+    }
+    assert script.next_command() == {**edit, "ref": ref}
+    assert script.commands == []  # the deletion waits for the answer
+    script.tell(type="ack", ref=ref, message_id=7, chat_id=3, rev=101)
+    deletion = script.next_command()
+    assert deletion["type"] == "delete_message"
+    assert deletion["message_id"] == 8
+    script.tell(type="ack", ref=deletion["ref"], message_id=8, chat_id=3, rev=102)
+    script.wait_for("chat.unsentChanges().length === 0")
+    assert script.deliveries() == [
+        ("edit", "sending", None),
+        ("delete", "sending", None),
+        ("edit", "sent", None),
+        ("delete", "sent", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "code", ["too_late", "deleted", "changed", "forbidden", "not_found", "unknown_type"]
+)
+def test_a_refused_change_is_reported_and_blocks_nothing(
+    script: Script, code: str
+) -> None:
+    script.do("editMessage(7, 'New')")
+    script.do("send(3, 'Hello')")
+    ref = script.next_command()["ref"]
+    script.tell(type="error", ref=ref, message_id=7, code=code, message="Why")
+    assert script.next_command()["type"] == "send_message"
+    assert script.deliveries()[-1] == ("edit", "failed", code)
+    (failed,) = script.do("unsentChanges()")
+    assert failed["reason"] == "Why"
+    assert failed["message_id"] == 7
+    script.page.evaluate("(ref) => chat.discard(ref)", ref)
+    assert script.do("unsentChanges()") == []
+
+
+def test_a_change_is_sent_again_until_it_is_acknowledged(script: Script) -> None:
+    script.do("deleteMessage(7)")
+    first = script.next_command()
+    script.tell(type="error", ref=first["ref"], code="rate_limited", retry_after=0)
+    assert script.next_command() == first
+    script.sockets[-1].close(code=1012)
+    assert script.next_command() == first
+
+
+def test_changes_made_offline_wait_in_line_across_a_reload(
+    script: Script, server: Server
+) -> None:
+    script.blocked = True
+    script.sockets[-1].close(code=1012)
+    for call in (
+        "editMessage(7, 'One')",
+        "send(3, 'Hello')",
+        "editMessage(7, 'Two')",  # replaces One
+        "editMessage(8, 'Three')",
+        "deleteMessage(8)",  # drops Three
+        "deleteMessage(8)",  # is there already
+    ):
+        script.do(call)
+    items = script.page.evaluate("Object.values(localStorage).map(JSON.parse)")
+    # A page of 1.0 in another tab would send what has a chat_id as a message.
+    assert [one.get("chat_id") for one in items if "kind" in one] == [None, None]
+    script.blocked = False
+    script.load(server)
+    script.wait_for("chat.state === 'connected'")
+    hello = script.next_command()
+    assert hello["content"] == "Hello"
+    ids = {"message_id": 9, "chat_id": 3, "n": 9}
+    script.tell(type="ack", ref=hello["ref"], client_id=hello["client_id"], **ids)
+    edit = script.next_command()
+    assert (edit["type"], edit["content"]) == ("edit_message", "Two")
+    script.tell(type="ack", ref=edit["ref"], message_id=7, chat_id=3, rev=101)
+    assert script.next_command()["type"] == "delete_message"
+
+
+def test_an_edit_of_ones_own_unanswered_edit_is_not_refused_as_changed(
+    script: Script,
+) -> None:
+    script.do("editMessage(7, 'One', { ifRev: 7 })")
+    first = script.next_command()
+    script.do("editMessage(7, 'Two', { ifRev: 7 })")  # the page knows no newer rev
+    script.tell(type="ack", ref=first["ref"], message_id=7, chat_id=3, rev=101)
+    second = script.next_command()
+    assert (second["content"], second["if_rev"]) == ("Two", 101)
+
+
+def test_without_a_socket_changes_go_over_http(
+    server: Server, chromium: Chromium
+) -> None:
+    script = Script(chromium.page(clock=True), server)
+    script.wait_for("chat.state === 'connected'")
+    script.blocked = True
+    script.sockets[-1].close(code=1012)
+    poll = {"events": [], "cursor": "e1.100", "more": False, "resync": False}
+    _, new = old_and_new(7, 101)
+    script.answers = {
+        "GET events": poll,
+        "PATCH messages/7": {"message": new},
+        "DELETE messages/7": 204,
+        "PATCH messages/8": {"error": {"code": "deleted", "message": "Gone"}},
+    }
+    script.do("editMessage(7, 'New', { ifRev: 7 })")
+    script.do("editMessage(8, 'New')")
+
+    def settled() -> bool:
+        script.page.clock.run_for(1_000)
+        return ("edit", "failed", "deleted") in script.deliveries()
+
+    until(settled)
+    script.do("deleteMessage(7)")
+    script.wait_for("chat.unsentChanges().length === 1")
+    sent = [(method, path, body) for method, path, body, _ in script.requests]
+    assert [one for one in sent if one[0] != "GET"] == [
+        ("PATCH", "messages/7", {"content": "New", "if_rev": 7}),
+        ("PATCH", "messages/8", {"content": "New"}),
+        ("DELETE", "messages/7", None),
+    ]
+    edited = (
+        "got.find(({ kind, state }) => kind === 'edit' && state === 'sent').message"
+    )
+    assert script.page.evaluate(edited) == new
+
+
+LATE_ANSWERS = {
+    "history": ("history(3)", "GET chats/3/messages", "messages"),
+    "search": ("search({ q: 'new' })", "GET search", "messages"),
+    "list": ("chats({ limit: 2 })", "GET chats?limit=2", "chats"),
+    "request": (
+        "request('GET', '/api/v1/chats/3/messages')",
+        "GET chats/3",
+        "messages",
+    ),
+}
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize("kind", LATE_ANSWERS)
+def test_an_answer_is_never_older_than_an_event(
+    script: Script, kind: str, deleted: bool
+) -> None:
+    call, name, key = LATE_ANSWERS[kind]
+    state: Frame = {"content": "", "deleted": True} if deleted else {}
+    old, new = old_and_new(7, 101, **state)
+    script.answers = {name: "hold"}
+    script.page.evaluate(f"void chat.{call}.then((answer) => (window.answer = answer))")
+    script.wait_for("true")
+    until(lambda: bool(script.page.evaluate("1") and script.held))
+    event = "message_deleted" if deleted else "message_edited"
+    script.tell(type=event, seq=101, chat_id=3, message=new)
+    script.wait_for(f"got.some(({{ type }}) => type === '{event}')")
+    (route,) = script.held.values()
+    chat = {"id": 3, "last_message": old}
+    body = {"messages": [old], "chats": [chat], "more": False, "before": None}
+    route.fulfill(json={**body, "cursor": "e1.101"})
+    script.wait_for("window.answer")
+    (one,) = script.page.evaluate("answer")[key]
+    assert (one["last_message"] if kind == "list" else one) == new
+
+
+def test_an_event_is_never_older_than_an_answer(script: Script) -> None:
+    _, first = old_and_new(7, 101)
+    _, second = old_and_new(7, 105, content="Newer")
+    script.answers = {"GET chats/3/messages": {"messages": [second], "more": False}}
+    assert script.do("history(3, { around: 7 })")["messages"] == [second]
+    script.tell(type="message_edited", seq=101, chat_id=3, message=first)
+    script.tell(type="message_edited", seq=105, chat_id=3, message=second)
+    script.wait_for("got.filter(({ type }) => type === 'message_edited').length === 2")
+    told = script.page.evaluate("got.flatMap(({ message }) => message ?? [])")
+    assert told == [second, second]
+
+
+def test_a_new_epoch_forgets_each_rev(script: Script) -> None:
+    old, new = old_and_new(7, 900)
+    script.answers = {"GET chats/3/messages": {"messages": [new], "more": False}}
+    assert script.do("history(3)")["messages"] == [new]
+    script.answers = {"GET chats/3/messages": {"messages": [old], "more": False}}
+    assert script.do("history(3)")["messages"] == [new]  # its event is still to come
+    script.cursor, script.resume = "e2.50", "resync"
+    script.sockets[-1].close(code=1012)
+    script.wait_for("got.some(({ type }) => type === 'resync')")
+    assert script.do("history(3)")["messages"] == [old]
+
+
+def test_the_list_of_chats_comes_by_pages_and_misses_none(script: Script) -> None:
+    def page(*ids: int, cursor: int, **more: Any) -> Frame:
+        chats = [{"id": number, "last_message": None} for number in ids]
+        return {"chats": chats, "cursor": f"e1.{cursor}", **more}
+
+    first = "GET chats?limit=100"
+    script.answers = {
+        f"{first}&before=p2": page(1, cursor=120, more=False),
+        f"{first}&before=p1": page(3, cursor=110, more=True, position="p2"),
+        first: "hold",
+    }
+    script.page.evaluate("void chat.fetchChats()")
+    until(lambda: bool(script.page.evaluate("1") and script.held))
+    # Chat 2 is active meanwhile, and so it is on the first page when its own one comes.
+    again = page(2, 4, cursor=130, more=True, position="p1")
+    route = script.held.pop(first)
+    script.answers[first] = again
+    route.fulfill(json=page(4, cursor=100, more=True, position="p1"))
+    script.wait_for("got.some(({ type }) => type === 'chats')")
+    snapshot = script.page.evaluate("got.find(({ type }) => type === 'chats')")
+    assert sorted(chat["id"] for chat in snapshot["chats"]) == [1, 2, 3, 4]
+    assert snapshot["cursor"] == "e1.100"
+
+
+def test_events_up_to_the_list_are_in_it_but_changes_are_told(script: Script) -> None:
+    _, new = old_and_new(7, 102)
+    listed = {"chats": [], "cursor": "e1.103"}
+    script.answers = {"GET chats?limit=100": listed}
+    script.do("fetchChats()")
+    script.tell(type="chat_renamed", seq=101, chat_id=3, title="Old", user_id=2)
+    script.tell(type="message_edited", seq=102, chat_id=3, message=new)
+    script.tell(type="chat_renamed", seq=104, chat_id=3, title="New", user_id=2)
+    script.wait_for("got.some(({ title }) => title === 'New')")
+    told = script.page.evaluate("got.map(({ type, title }) => title ?? type)")
+    assert told[-3:] == ["chats", "message_edited", "New"]
+
+
+CALLS: dict[str, tuple[str, str, Frame | None]] = {
+    "history(3, { before: 9, limit: 5 })": (
+        "GET",
+        "chats/3/messages?before=9&limit=5",
+        None,
+    ),
+    "history(3, { after: 9 })": ("GET", "chats/3/messages?after=9", None),
+    "search({ q: 'a b', chatId: 3, before: 9 })": (
+        "GET",
+        "search?q=a+b&chat_id=3&before=9",
+        None,
+    ),
+    "chat(3)": ("GET", "chats/3", None),
+    "members(3, { ids: [5, 6] })": ("GET", "chats/3/members?ids=5%2C6", None),
+    "members(3, { after: 5, limit: 9 })": (
+        "GET",
+        "chats/3/members?after=5&limit=9",
+        None,
+    ),
+    "createChat({ memberIds: [5], direct: true })": (
+        "POST",
+        "chats",
+        {"member_ids": [5], "direct": True},
+    ),
+    "createChat({ title: 'A', memberIds: [5], clientId: 'k' })": (
+        "POST",
+        "chats",
+        {"title": "A", "member_ids": [5], "client_id": "k"},
+    ),
+    "renameChat(3, 'B')": ("PATCH", "chats/3", {"title": "B"}),
+    "createInvite(3, { ttlSeconds: 60 })": (
+        "POST",
+        "chats/3/invites",
+        {"ttl_seconds": 60},
+    ),
+    "createInvite(3)": ("POST", "chats/3/invites", {}),
+    "revokeInvites(3)": ("DELETE", "chats/3/invites", None),
+    "previewInvite('t')": ("POST", "join", {"token": "t"}),
+    "joinAsNewUser('t', 'Zora')": ("POST", "join", {"token": "t", "name": "Zora"}),
+    "join('t')": ("POST", "join", {"token": "t"}),
+    "renameMe('Zora')": ("PATCH", "me", {"name": "Zora"}),
+    "linkDevice()": ("POST", "me/link", None),
+}
+
+
+def test_each_method_sends_its_request(script: Script) -> None:
+    script.answers = {method: {"chat": {}} for method in ("GET", "POST", "PATCH")}
+    script.answers["DELETE"] = 204
+    for call, request in CALLS.items():
+        script.do(call)
+        *sent, token = script.requests[-1]
+        assert tuple(sent) == request
+        signed_in = not call.startswith(("previewInvite", "joinAsNewUser"))
+        assert (token is not None) == signed_in
+
+
+# --- what the page shows of changes ---------------------------------------------------
+
+
+def test_the_page_shows_an_edit_a_deletion_and_a_new_title(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server, title="Bike")
+    page = chromium.page()
+    relay = Relay.connected(page, server.link(anna), chat)
+    first, second = (server.post(chat, ben, text) for text in ("One", "Two"))
+    expect(bubbles(page)).to_have_text(["One", "Two"])
+    last = page.locator("#chat-list .row-last")
+    seq = max(frame.get("seq", 0) for frame in relay.received)
+
+    def tell(kind: str, **event: Any) -> None:
+        nonlocal seq
+        seq += 1
+        frame = {"type": kind, "seq": seq, "chat_id": chat, **event}
+        relay.sockets[-1].send(json.dumps(frame))
+
+    tell("message_edited", message={**first, "content": "1 <b>", "rev": seq + 1})
+    expect(bubbles(page)).to_have_text(["1 <b>", "Two"])
+    expect(last).to_have_text("Two")
+    tell("message_edited", message={**second, "content": "2", "rev": seq + 1})
+    expect(last).to_have_text("2")
+    gone = {**second, "content": "", "deleted": True, "rev": seq + 1}
+    tell("message_deleted", message=gone)
+    expect(bubbles(page)).to_have_text(["1 <b>", "Message deleted"])
+    expect(last).to_have_text("Message deleted")
+    tell("message_edited", message={**second, "content": "2", "rev": seq})  # an old one
+    tell("chat_renamed", title="Car", user_id=ben)
+    expect(page.locator("#pane-title")).to_have_text("Car")
+    expect(page.locator("#chat-list .row-title")).to_have_text("Car")
+    expect(bubbles(page)).to_have_text(["1 <b>", "Message deleted"])
+
+
+def test_names_of_a_large_chat_are_fetched_when_they_are_shown(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    server.post(chat, ben, "Hello")
+    page = chromium.page()
+    asked: list[str] = []
+
+    def leave_out_members(route: sync_api.Route) -> None:
+        answer = route.fetch()
+        body = answer.json()
+        for one in body["chats"]:
+            one.update(members=[], member_count=1_200)
+        route.fulfill(response=answer, json=body)
+
+    def members(route: sync_api.Route) -> None:
+        asked.append(route.request.url.partition("members?")[2])
+        members = [{"user_id": ben, "name": "Ben Large", "read_n": 0}]
+        route.fulfill(json={"members": members, "more": True})
+
+    page.route(re.compile(r"/api/v1/chats\?"), leave_out_members)
+    page.route(re.compile(r"/members\?"), members)
+    page.route(re.compile(r"/api/v1/users"), lambda route: route.fulfill(status=403))
+    page.goto(server.link(anna))
+    expect(page.locator("#chat-list .row-last")).to_have_text("Ben: Hello")
+    expect(page.locator("#chat-list .row-title")).to_have_text("1,200 people")
+    open_chat(page, chat)
+    expect(page.locator("#messages .sender")).to_have_text("Ben Large")
+    assert asked == [f"ids={ben}"]
+    page.get_by_role("button", name="People in this chat").click()
+    expect(page.locator("#info-members")).to_contain_text("Ben Large")
+    expect(page.locator("#info-members")).to_contain_text("and 1,198 more")
+
+
+def test_after_a_resync_the_page_shows_no_message_from_before(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    for i in range(60):
+        server.post(chat, ben, f"Message {i}")
+    page = chromium.page()
+    relay = Relay.connected(page, server.link(anna), chat)
+    page.evaluate("scroller.scrollTop = 0")
+    expect(bubbles(page)).to_have_count(60)
+    page.evaluate("scroller.scrollTop = scroller.scrollHeight")
+    connected = relay.received[0]
+    relay.sockets[-1].send(json.dumps({**connected, "resume": "resync"}))
+    # The oldest ones may have changed meanwhile: they are loaded when they are near.
+    expect(bubbles(page)).to_have_count(50)
+    page.evaluate("scroller.scrollTop = 0")
+    expect(bubbles(page)).to_have_count(60)
+
+
+@edits
+def test_an_edit_and_a_deletion_reach_each_page(
+    server: Server, site: Site, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    bens = sign_in(chromium.context(), server.link(ben), chat)
+    page = chromium.page()
+    embed(page, site, server)
+    page.evaluate("(token) => chat.connect(token)", server.token(anna))
+    first, second = (server.post(chat, anna, text) for text in ("One", "Two"))
+    expect(bubbles(bens)).to_have_text(["One", "Two"])
+    last = page.locator("#last")
+    change = "([id, ifRev]) => chat.editMessage(id, 'New', { ifRev })"
+    page.evaluate(change, [first["id"], first["id"]])
+    expect(bubbles(bens)).to_have_text(["New", "Two"])
+    expect(last).to_have_text("New")
+    page.evaluate("(id) => chat.deleteMessage(id)", second["id"])
+    expect(bubbles(bens)).to_have_text(["New", "Message deleted"])
+    history = page.evaluate("(id) => chat.history(id)", chat)["messages"]
+    assert [one["content"] for one in history] == ["New", ""]
+    page.evaluate(change, [first["id"], first["id"]])  # the same again: an ack
+    page.evaluate("(id) => chat.editMessage(id, 'Other', { ifRev: id })", first["id"])
+    page.evaluate("(id) => chat.editMessage(id, 'Other')", second["id"])
+    codes = "received.flatMap(({ type, code }) => (type === 'delivery' && code) || [])"
+    until(lambda: bool(page.evaluate(codes) == ["changed", "deleted"]))
+
+
+IMPORT = """async (token) => {
+    const { ChatWebSocket } = await import("/web/chat-websocket.js");
+    window.chat = new ChatWebSocket({ bearer: token, storage: null });
+    window.got = [];
+    for (const type of ["chat_renamed", "chat_added"])
+      chat.on(type, (event) => got.push(event));
+    await chat.fetchChats();
+    chat.connect();
+}"""
+
+
+@edits
+def test_each_method_works_against_the_server(
+    make_server: Callable[..., Server], chromium: Chromium
+) -> None:
+    server = make_server("--invites", "on")
+    anna, ben, chat = pair(server, title="Bike")
+    texts = ("One", "Two fish", "Three", "Four fish")
+    ids = [server.post(chat, ben, text)["id"] for text in texts]
+    page = chromium.page()
+    page.goto(server.url)
+    page.evaluate(IMPORT, server.token(anna))
+
+    def do(call: str) -> Any:
+        return page.evaluate(f"chat.{call}")
+
+    def contents(call: str) -> list[str]:
+        return [message["content"] for message in do(call)["messages"]]
+
+    assert contents(f"history({chat}, {{ limit: 2 }})") == ["Three", "Four fish"]
+    assert contents(f"history({chat}, {{ before: {ids[1]} }})") == ["One"]
+    assert contents(f"history({chat}, {{ after: {ids[2]} }})") == ["Four fish"]
+    around = do(f"history({chat}, {{ around: {ids[1]}, limit: 2 }})")
+    assert ids[1] in [message["id"] for message in around["messages"]]
+    assert around["more_after"]
+    assert contents("search({ q: 'FISH' })") == ["Four fish", "Two fish"]
+    found = contents(f"search({{ q: 'fish', chatId: {chat}, before: {ids[3]} }})")
+    assert found == ["Two fish"]
+    (member,) = do(f"members({chat}, {{ ids: [{ben}] }})")["members"]
+    assert (member["user_id"], member["name"]) == (ben, "Ben")
+    assert len(do(f"members({chat}, {{ limit: 1 }})")["members"]) == 1
+    do(f"renameChat({chat}, 'Car')")
+    until(lambda: page.evaluate("got.some(({ title }) => title === 'Car')"))
+    assert do(f"chat({chat})")["title"] == "Car"
+    direct = f"createChat({{ memberIds: [{ben}], direct: true }})"
+    assert do(direct)["id"] == do(direct)["id"]
+    keyed = f"createChat({{ title: 'A', memberIds: [{ben}], clientId: 'k' }})"
+    assert do(keyed)["id"] == do(keyed)["id"]
+    first = do("chats({ limit: 1 })")
+    position = json.dumps(first.get("position", first["chats"][-1].get("position")))
+    second = do(f"chats({{ limit: 1, before: {position} }})")
+    assert first["more"]
+    assert first["chats"][0]["id"] != second["chats"][0]["id"]
+    assert len(do("fetchChats()")["chats"]) == 3
+    invite = do(f"createInvite({chat})")["token"]
+    assert do(f"previewInvite('{invite}')") == {"title": "Car", "member_count": 2}
+    joined = do(f"joinAsNewUser('{invite}', 'Zora')")
+    assert joined["chat_id"] == chat
+    assert do(f"join('{invite}')")["chat_id"] == chat  # Anna is there already
+    do(f"revokeInvites({chat})")
+    status = f"chat.previewInvite('{invite}').catch(({{ status }}) => status)"
+    assert page.evaluate(status) == 401
+    do("renameMe('Anna B.')")
+    assert do("request('GET', '/api/v1/me')")["name"] == "Anna B."
+    do("disconnect()")
+    page.evaluate(IMPORT, joined["token"])  # a session token
+    assert do("linkDevice()")["expires_in"] == 600
+
+
+# --- the page of 1.0, which may be open in a tab while the server is upgraded ---------
+
+WEB_1_0 = CHECKOUT / "tests/data/web-1.0"
+
+
+@pytest.fixture
+def server_1_0(
+    make_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Server:
+    """Today's server with the page of 1.0."""
+    copy = tmp_path / "copy"
+    shutil.copytree(CHECKOUT / "web", copy / "web")
+    for file in WEB_1_0.iterdir():
+        shutil.copy(file, copy / "web")
+    for name in ("chatd.py", "schema.sql"):
+        shutil.copy(CHECKOUT / name, copy)
+    monkeypatch.setattr(client, "CHECKOUT", copy)
+    return make_server()
+
+
+def expect_state_1_0(page: Page, state: str) -> None:
+    expect(page.locator("#link")).to_have_attribute("data-state", state)
+
+
+def test_people_chat_with_the_page_of_1_0(
+    server_1_0: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server_1_0)
+    annas, bens = (
+        sign_in(chromium.context(), server_1_0.link(user), chat) for user in (anna, ben)
+    )
+    assert annas.locator("#link").count() == 1  # it is the page of 1.0
+    field(bens).press_sequentially("Hel")
+    expect(annas.locator("#typing")).to_have_text("Ben is typing…")
+    write(bens, "Hello")
+    expect(bubbles(annas)).to_have_text(["Hello"])
+    expect(ticks(bens)).to_have_text("Read")
+    expect(annas.locator("#bell-count")).to_be_hidden()
+    write(annas, "Hello, Ben")
+    expect(bubbles(bens)).to_have_text(["Hello", "Hello, Ben"])
+    assert server_1_0.texts(chat, anna) == ["Hello", "Hello, Ben"]
+    zora = server_1_0.add_user("Zora")
+    zoras = sign_in(chromium.context(), server_1_0.link(zora))
+    annas.get_by_role("button", name="New chat").click()
+    dialog = annas.get_by_role("dialog", name="New chat")
+    dialog.get_by_label("Zora").check()
+    dialog.get_by_label("Title").fill("Chess")
+    dialog.get_by_role("button", name="Create").click()
+    expect(annas.locator("#pane-title")).to_have_text("Chess")
+    write(annas, "Welcome")
+    expect(zoras.locator("#chat-list .row")).to_contain_text("Welcome")
+
+
+def test_the_page_of_1_0_survives_a_restart(
+    server_1_0: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server_1_0)
+    page = sign_in(chromium.context(), server_1_0.link(anna), chat)
+    write(page, "Before")
+    expect(ticks(page)).to_have_text("Sent")
+    server_1_0.end(signal.SIGTERM)
+    write(page, "Meanwhile")
+    expect(ticks(page)).to_have_text(["Sent", "Sending"])
+    server_1_0.start()
+    expect(ticks(page)).to_have_text(["Sent", "Sent"])
+    server_1_0.post(chat, ben, "After")
+    expect(bubbles(page)).to_have_text(["Before", "Meanwhile", "After"])
+
+
+def test_the_page_of_1_0_polls_without_a_socket(
+    server_1_0: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server_1_0)
+    page = chromium.page(clock=True)
+    relay = Relay(page)
+    page.goto(server_1_0.link(anna))
+    expect_state_1_0(page, "connected")
+    open_chat(page, chat)
+    relay.cut(1011, block=True)
+    page.clock.run_for(5_100)
+    expect_state_1_0(page, "polling")
+    server_1_0.post(chat, ben, "By poll")
+    page.clock.run_for(5_100)
+    expect(bubbles(page)).to_have_text(["By poll"])
+    write(page, "By HTTP")
+    page.clock.run_for(5_100)
+    expect(ticks(page)).to_have_text("Sent")
+    assert server_1_0.texts(chat, anna) == ["By poll", "By HTTP"]
+
+
+def test_the_page_of_1_0_ignores_new_events(
+    server_1_0: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server_1_0)
+    page = chromium.page()
+    relay = Relay(page)
+    page.goto(server_1_0.link(anna))
+    expect_state_1_0(page, "connected")
+    open_chat(page, chat)
+    message = server_1_0.post(chat, ben, "Hello")
+    expect(bubbles(page)).to_have_text(["Hello"])
+    seq = max(frame.get("seq", 0) for frame in relay.received)
+    edited = {**message, "content": "New", "edited_at": message["created_at"]}
+    for event in (
+        {"type": "message_edited", "message": edited},
+        {"type": "message_deleted", "message": {**edited, "deleted": True}},
+        {"type": "chat_renamed", "title": "Bicycle", "user_id": ben},
+        {"type": "new_message", "message": {**message, "id": 9**9, "n": 2}},
+    ):
+        seq += 1
+        relay.sockets[-1].send(json.dumps({**event, "seq": seq, "chat_id": chat}))
+    expect(bubbles(page)).to_have_text(["Hello", "Hello"])  # the last one counts
+
+
+@edits
+def test_the_page_of_1_0_works_while_others_edit_and_delete(
+    server_1_0: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server_1_0)
+    page = sign_in(chromium.context(), server_1_0.link(anna), chat)
+    edited, deleted = (server_1_0.post(chat, ben, text) for text in ("One", "Two"))
+    expect(bubbles(page)).to_have_text(["One", "Two"])
+    body = {"content": "New"}
+    server_1_0.request(
+        "PATCH", f"/api/v1/messages/{edited['id']}", body, user_id=ben, name="Ben"
+    )
+    server_1_0.request("DELETE", f"/api/v1/messages/{deleted['id']}", user_id=ben)
+    write(page, "Three")
+    expect(ticks(page)).to_have_text("Sent")
+    page.reload()  # what it fetches now is new
+    open_chat(page, chat)
+    expect(bubbles(page).first).to_have_text("New")
+    expect(bubbles(page).last).to_have_text("Three")
+    expect(page.get_by_text("Two", exact=True)).to_have_count(0)

@@ -14,7 +14,9 @@
  * - messages are refused for a while;
  * - the server is away for a while, or has another epoch, as after a restore;
  * - tabs are closed and opened, storage is full, and the clock jumps by hours;
- * - a service sends messages in the user's name, and other devices mark some as read.
+ * - a service sends messages in the user's name, and other devices mark some as read;
+ * - messages are edited and deleted by the tabs and by others, while the tabs load
+ *   history, search, and fetch their chats; a restore undoes changes.
  *
  * These claims must hold:
  *
@@ -24,6 +26,10 @@
  *   if the tab has closed (but it may be lost if the tab closed and storage was full);
  * - each tab that counts by the rule of docs/protocol.md has read what the server says
  *   that the user has read: never more, and in the end no less;
+ * - each tab shows each message as the server has it. A tab takes what an event or an
+ *   answer says as it is: the client applies the rule of rev;
+ * - each edit and deletion ends: it is stored, refused for good, or replaced by a later
+ *   one. An edit with if_rev never undoes a later one;
  * - at the end, no unsent message is left in storage.
  */
 import { readFileSync } from "node:fs";
@@ -99,6 +105,8 @@ class Server {
   epoch = "e0";
   seq = 0;
   events = [];
+  /** The messages as they are now, by id. */
+  messages = new Map();
   readN = 0;
   byClientId = new Map();
   connections = new Set();
@@ -107,8 +115,23 @@ class Server {
     this.world = world;
   }
 
+  /** The messages as they were sent. */
   get stored() {
-    return this.events.flatMap(({ message }) => message ?? []);
+    return this.events.flatMap(({ type, message }) =>
+      type === "new_message" ? message : [],
+    );
+  }
+
+  /** The state of the chat that its list has. */
+  get chat() {
+    const last_message = [...this.messages.values()].at(-1) ?? null;
+    return { id: 1, ...this.marks, last_message };
+  }
+
+  /** An event as it is told now: it quotes the message as it is now. */
+  told(event) {
+    const message = this.messages.get(event.message?.id);
+    return message ? { ...event, message } : event;
   }
 
   /** The two positions of user 1. */
@@ -130,7 +153,49 @@ class Server {
 
   log(event) {
     this.events.push({ ...event, seq: ++this.seq, chat_id: 1 });
-    for (const connection of this.connections) connection.send(this.events.at(-1));
+    for (const connection of this.connections)
+      connection.send(this.told(this.events.at(-1)));
+  }
+
+  /**
+   * Edits or deletes a message, with chatd's checks in their order. Returns the code of
+   * a refusal, or nothing.
+   */
+  change(id, content, if_rev) {
+    const message = this.messages.get(id);
+    if (!message) return "not_found";
+    if (message.deleted) return content === null ? undefined : "deleted";
+    if (message.content === content) return undefined;
+    if (if_rev !== undefined && if_rev !== (message.rev ?? id)) return "changed";
+    const rev = this.seq + 1;
+    const state =
+      content === null ? { content: "", deleted: true } : { content, edited_at: "" };
+    this.messages.set(id, { ...message, ...state, rev });
+    const type = content === null ? "message_deleted" : "message_edited";
+    this.log({ type, message: { id } });
+    return undefined;
+  }
+
+  /** A restore: half of the changes never happened. The messages stay. */
+  restore(epoch) {
+    this.epoch = epoch;
+    for (const { id } of this.stored) {
+      if (this.world.chance(0.5)) continue;
+      this.messages.set(id, this.stored.find((sent) => sent.id === id));
+    }
+  }
+
+  owners = new Map();
+
+  ownedBy(id, tab) {
+    if (!this.owners.has(id)) this.owners.set(id, tab);
+    return this.owners.get(id) === tab;
+  }
+
+  history(before, limit) {
+    const all = [...this.messages.values()];
+    const older = all.filter(({ id }) => !before || id < before);
+    return { messages: older.slice(-limit), more: older.length > limit };
   }
 
   store(sender_id, content, client_id, service = false) {
@@ -151,6 +216,7 @@ class Server {
     const own = sender_id === 1;
     const isNext = this.readN === n - 1;
     const unread = own && service && !isNext ? { read: false } : {};
+    this.messages.set(id, message);
     this.log({ type: "new_message", message, ...unread });
     if (own && isNext) this.readN = n;
     else if (own && !service) this.mark(id);
@@ -174,14 +240,29 @@ class Server {
   }
 
   /** Handles an HTTP request. Returns [status, body]. */
-  handle(url, body) {
+  handle(method, url, body) {
+    const before = Number(url.searchParams.get("before"));
+    if (method === "PATCH" || method === "DELETE") {
+      const error = this.refusal();
+      if (error) return [429, { error }];
+      const id = Number(url.pathname.split("/").at(-1));
+      const code = this.change(id, body ? body.content : null, body?.if_rev);
+      if (code) return [409, { error: { code, message: "no" } }];
+      return body ? [200, { message: this.messages.get(id) }] : [204];
+    }
+    if (method === "GET" && url.pathname.endsWith("/messages"))
+      return [200, this.history(before, 5)];
     switch (url.pathname) {
+      case "/api/v1/search": {
+        const { messages } = this.history(before, 20);
+        return [200, { messages: messages.reverse(), before: null }];
+      }
       case "/api/v2/ws-token":
         return [200, { token: "ticket", expires_in: 60 }];
       case "/api/v1/me":
         return [200, { user_id: 1, name: null }];
       case "/api/v1/chats":
-        return [200, { chats: [{ id: 1, ...this.marks }], cursor: this.cursor }];
+        return [200, { chats: [this.chat], cursor: this.cursor }];
       case "/api/v1/events":
         return [200, this.poll(url.searchParams.get("cursor"))];
       case "/api/v1/chats/1/messages": {
@@ -203,7 +284,8 @@ class Server {
   poll(cursor) {
     const missed = cursor === null ? [] : this.since(cursor);
     if (!missed) return { events: [], cursor: this.cursor, more: false, resync: true };
-    const events = missed.slice(0, this.world.chance(0.5) ? 2 : 100);
+    const page = missed.slice(0, this.world.chance(0.5) ? 2 : 100);
+    const events = page.map((event) => this.told(event));
     const more = events.length < missed.length;
     const end = more ? `${this.epoch}.${events.at(-1).seq}` : this.cursor;
     return { events, cursor: end, more, resync: false };
@@ -212,6 +294,11 @@ class Server {
   cut(code) {
     for (const connection of [...this.connections]) connection.close(code);
   }
+}
+
+/** Each second message is changed only by one tab, the first that wants to. */
+function hasOwner(id) {
+  return id % 2 === 0;
 }
 
 /** The server's end of a socket. Frames arrive late, in order, or not at all. */
@@ -226,7 +313,7 @@ class Connection {
     const start = resume === "replay" ? cursor : server.cursor;
     const chats = { 1: server.marks };
     this.send({ type: "connected", user_id: 1, cursor: start, resume, chats });
-    missed?.forEach((event) => this.send(event));
+    missed?.forEach((event) => this.send(server.told(event)));
     server.connections.add(this);
   }
 
@@ -239,9 +326,11 @@ class Connection {
   }
 
   receive(text) {
-    const { type, ref, content, client_id, message_id: marked } = JSON.parse(text);
+    const { type, ref, content, client_id, message_id: marked, ...rest } =
+      JSON.parse(text);
     if (type === "ping") this.send({ type: "pong" });
-    if (type !== "send_message" && type !== "mark_read") return;
+    const changes = type === "edit_message" || type === "delete_message";
+    if (!changes && type !== "send_message" && type !== "mark_read") return;
     const refusal = this.server.refusal();
     if (refusal) {
       // chatd 1.0 repeats only the ref. Either one must be enough.
@@ -251,6 +340,13 @@ class Connection {
     if (type === "mark_read") {
       this.server.mark(marked);
       return this.send({ type: "ack", ref });
+    }
+    if (changes) {
+      const code = this.server.change(marked, content ?? null, rest.if_rev);
+      const { rev } = this.server.messages.get(marked) ?? {};
+      const ids = { ref, message_id: marked };
+      if (code) return this.send({ type: "error", ...ids, code, message: "no" });
+      return this.send({ type: "ack", ...ids, chat_id: 1, rev });
     }
     const { message, duplicate } = this.server.store(1, content, client_id);
     const { id: message_id, n } = message;
@@ -316,6 +412,12 @@ class Tab {
   ids = new Map();
   written = [];
   deliveries = new Map();
+  /** The messages that this tab shows: id -> message. */
+  shown = new Map();
+  /** The state of each edit and deletion, by client_id. */
+  changes = new Map();
+  /** The last edit of each message that only this tab edits: id -> text. */
+  lastEdits = new Map();
 
   constructor(world, server, storage) {
     Object.assign(this, { world, server, storage, name: storage.tabs.length });
@@ -351,6 +453,11 @@ class Tab {
 
   #listen() {
     const { client } = this;
+    client.on("new_message", ({ message }) => this.shown.set(message.id, message));
+    for (const type of ["message_edited", "message_deleted"])
+      client.on(type, ({ message }) => {
+        if (this.shown.has(message.id)) this.shown.set(message.id, message);
+      });
     client.on("new_message", ({ message: { id, n, sender_id }, read }) => {
       if (this.n !== null && n !== this.n + 1)
         this.world.broken.push(`tab ${this.name} received n ${n} after ${this.n}`);
@@ -367,13 +474,49 @@ class Tab {
     });
     client.on("resync", () => {
       this.n = null;
+      this.shown.clear();
       this.fetchChats();
     });
-    client.on("chats", ({ chats }) => {
+    client.on("chats", ({ chats, cursor }) => {
+      const [epoch] = cursor.split(".");
+      if (epoch !== this.epoch) this.shown.clear();
+      this.epoch = epoch;
       this.n = chats[0].last_n;
       this.read(chats[0].read_n);
+      const { last_message } = chats[0];
+      if (last_message) this.shown.set(last_message.id, last_message);
+      this.load({});
     });
-    client.on("delivery", ({ content, state }) => this.deliveries.set(content, state));
+    client.on("delivery", ({ kind, client_id, content, state, message, code }) => {
+      if (kind === "message") this.deliveries.set(content, state);
+      else this.changes.set(client_id, code ?? state);
+      if (kind !== "message" && code) client.discard(client_id);
+      if (kind === "edit" && message && this.shown.has(message.id))
+        this.shown.set(message.id, message);
+    });
+  }
+
+  /** The user opens the chat or scrolls up, or searches. */
+  load(where) {
+    const show = ({ messages }) =>
+      messages.forEach((message) => this.shown.set(message.id, message));
+    const ask = where.q ? this.client.search(where) : this.client.history(1, where);
+    ask.then(show, () => {});
+  }
+
+  /** The user edits or deletes a message that this tab shows. */
+  change() {
+    const { world } = this;
+    const message = world.pick([...this.shown.values()]);
+    if (!message || message.sender_id !== 1) return;
+    const { id, rev = id } = message;
+    const text = `${message.n} as tab ${this.name} has it at ${world.time}`;
+    if (hasOwner(id)) {
+      if (!this.server.ownedBy(id, this)) return;
+      const edit = this.client.editMessage(id, text, { ifRev: rev });
+      this.lastEdits.set(id, { text, edit, epoch: this.epoch });
+    } else if (world.chance(0.3)) this.client.deleteMessage(id);
+    else this.client.editMessage(id, text, world.chance(0.5) ? { ifRev: rev } : {});
   }
 
   fetchChats() {
@@ -443,7 +586,7 @@ class Tab {
   }
 
   /** The request is lost, or its answer is; then it has taken effect. */
-  #fetch(url, { body, signal }) {
+  #fetch(url, { method, body, signal }) {
     const { world, server } = this;
     const slow = world.chance(0.1) ? 4000 : 200;
     return new Promise((resolve, reject) => {
@@ -451,8 +594,8 @@ class Tab {
       signal.addEventListener("abort", lost);
       const arrive = () => {
         if (world.serverAway || world.chance(world.httpLoss)) return lost();
-        const [status, answer] = server.handle(url, body && JSON.parse(body));
-        const text = JSON.stringify(answer);
+        const [status, answer] = server.handle(method, url, body && JSON.parse(body));
+        const text = JSON.stringify(answer ?? null);
         const response = {
           status,
           ok: status < 300,
@@ -531,7 +674,7 @@ async function play(seed) {
   await openTab();
   for (let step = 0; step < 150; step++) {
     const alive = storage.tabs.filter((tab) => tab.alive);
-    switch (Math.floor(world.random() * 17)) {
+    switch (Math.floor(world.random() * 25)) {
       case 0:
         server.cut(world.pick([1006, 1012, 1013, 4008, 4401]));
         break;
@@ -558,7 +701,7 @@ async function play(seed) {
         break;
       case 7:
         if (world.chance(0.7)) break;
-        server.epoch = `e${step}`;
+        server.restore(`e${step}`);
         server.cut(1006);
         break;
       case 8:
@@ -580,6 +723,32 @@ async function play(seed) {
       case 13:
         // Another device marks a message as read.
         if (server.stored.length) server.mark(world.pick(server.stored).id);
+        break;
+      case 14:
+      case 15:
+      case 16:
+        world.pick(alive).change();
+        break;
+      case 17: {
+        // Another user, or another device.
+        const { id } = world.pick(server.stored) ?? {};
+        const text = world.chance(0.3) ? null : `changed elsewhere, ${step}`;
+        if (id && !hasOwner(id)) server.change(id, text);
+        break;
+      }
+      case 18:
+      case 19: {
+        const tab = world.pick(alive);
+        if (!tab.epoch) break; // it has no list of chats yet
+        const before = world.pick([...tab.shown.keys()]);
+        tab.load(world.pick([{ before }, {}, { q: "a", before }]));
+        // Meanwhile, other devices change some of these messages.
+        for (const { id } of server.stored.filter((one) => !hasOwner(one.id)).slice(-4))
+          world.after(world.random() * 400, () => server.change(id, `other ${step}`));
+        break;
+      }
+      case 20:
+        world.pick(alive).fetchChats();
         break;
       default:
         world.pick(alive).write(`${step}`);
@@ -612,6 +781,8 @@ function brokenAtEnd(server, storage, wasFull) {
       broken.push(`tab ${tab.name} has read ${tab.readN}, the server ${server.readN}`);
     if (tab.alive && tab.marked > server.readN)
       broken.push(`the mark of tab ${tab.name} at ${tab.marked} is lost`);
+    if (tab.alive && tab.n !== null)
+      broken.push(...brokenChanges(server, tab, storage.tabs));
     for (const text of tab.written) {
       const count = stored.filter((one) => one === text).length;
       const mayBeLost = wasFull && !tab.alive;
@@ -627,6 +798,31 @@ function brokenAtEnd(server, storage, wasFull) {
       broken.push(`the messages of tab ${tab.name} are out of order`);
   }
   for (const key of storage.items.keys()) broken.push(`${key} is left in storage`);
+  return broken;
+}
+
+/** Returns the claims about edits and deletions that do not hold for an open tab. */
+function brokenChanges(server, tab, tabs) {
+  const broken = [];
+  for (const [id, message] of tab.shown) {
+    const [shown, stored] = [message, server.messages.get(id)].map((one) => [
+      one.content,
+      one.rev,
+      one.deleted,
+    ]);
+    if (`${shown}` !== `${stored}`)
+      broken.push(`tab ${tab.name} shows ${id} as ${shown}, the server has ${stored}`);
+  }
+  for (const [id, { text, edit, epoch }] of tab.lastEdits) {
+    const { content } = server.messages.get(id);
+    // Another tab has sent an earlier edit, before this tab knew of it.
+    const refused = tabs.some(({ changes }) => changes.get(edit) === "changed");
+    if (epoch === server.epoch && content !== text && !refused)
+      broken.push(`${id} is "${content}", but its last edit was "${text}"`);
+  }
+  const ends = ["sent", "discarded", "deleted", "changed", "not_found"];
+  for (const [id, end] of tab.changes)
+    if (!ends.includes(end)) broken.push(`change ${id} of tab ${tab.name} is ${end}`);
   return broken;
 }
 

@@ -276,6 +276,11 @@ function visibleText(content) {
   return isBlank(content) ? "(blank message)" : content;
 }
 
+/** @param {Message} message */
+function shownText({ content, deleted }) {
+  return deleted ? "Message deleted" : visibleText(content);
+}
+
 /** Characters as the server counts them: code points. @param {string} text */
 function countCharacters(text) {
   return [...text].length;
@@ -306,6 +311,8 @@ function announce(text) {
  * @type {Record<string, string>}
  */
 const REFUSAL_TEXT = {
+  changed: "It was changed meanwhile.",
+  deleted: "It was deleted meanwhile.",
   forbidden: "You are not allowed to do this.",
   internal: "Something went wrong on the server. Try again later.",
   not_found: "It is not there any more, or not for you.",
@@ -313,6 +320,7 @@ const REFUSAL_TEXT = {
   rate_limited: "That was too much at once. Wait a moment, then try again.",
   storage_failed: "The server can store nothing at the moment. Try again later.",
   too_large: "It is too long.",
+  too_late: "It is too old to be changed.",
   unreachable: "The chat server does not answer.",
   upstream: "The chat server does not answer.",
 };
@@ -548,9 +556,10 @@ function onSignInForm(event) {
   void signInWith(decoded(token));
 }
 
-/** The unsent messages of all chats. */
+/** The unsent messages of all chats, and the unsent edits and deletions. */
 function allUnsent() {
-  return [...model.chats.keys()].flatMap((id) => model.client?.unsent(id) ?? []);
+  const messages = [...model.chats.keys()].map((id) => model.client?.unsent(id) ?? []);
+  return [...messages, model.client?.unsentChanges() ?? []].flat();
 }
 
 /**
@@ -623,13 +632,15 @@ function onSignedOutElsewhere({ data }) {
  * @typedef {object} ChatView
  * @property {number} id
  * @property {string | null} title
- * @property {Map<number, number>} members user id -> read_n
+ * @property {Map<number, number>} members user id -> read_n; empty if there are many
+ * @property {number} memberCount
  * @property {number} last_n
  * @property {number} read_n
  * @property {Message | null} last_message
  * @property {Message[]} messages the loaded messages, without holes, up to the newest
  *   known one
  * @property {boolean} loaded `messages` includes the chat's newest message
+ * @property {boolean} stale events were missed, so the loaded messages may be old
  * @property {boolean} more there are messages before the loaded ones
  * @property {"no" | "yes" | "failed"} loading
  * @property {number | null} divider the new messages begin after this n
@@ -649,6 +660,11 @@ const model = {
   open: null,
   /** @type {Map<number, string | null>} */
   names: new Map(),
+  /**
+   * What `connected` said of each chat.
+   * @type {import("./chat-websocket.js").Connected["chats"]}
+   */
+  marks: {},
   /** The users one may add to a chat; null: not allowed. @type {number[] | null} */
   people: null,
   /** @type {State} */
@@ -667,6 +683,7 @@ function resetModel() {
   Object.assign(model, {
     session: null,
     client: null,
+    marks: {},
     people: null,
     chatsLoaded: false,
     epoch: "",
@@ -690,9 +707,15 @@ function others(chat) {
   return [...chat.members.keys()].filter((id) => id !== myId());
 }
 
+/** Whether the page knows all members. @param {ChatView} chat */
+function isWhole(chat) {
+  return chat.members.size >= chat.memberCount;
+}
+
 /** @param {ChatView} chat */
 function chatTitle(chat) {
   if (chat.title && !isBlank(chat.title)) return chat.title;
+  if (!isWhole(chat)) return `${grouped(chat.memberCount)} people`;
   const names = others(chat).map((id) => personName(id));
   return names.join(", ") || "Only you";
 }
@@ -725,11 +748,13 @@ function putChat(received) {
     id: received.id,
     title: null,
     members: new Map(),
+    memberCount: 0,
     last_n: 0,
     read_n: 0,
     last_message: null,
     messages: [],
     loaded: false,
+    stale: false,
     more: true,
     loading: "no",
     divider: null,
@@ -739,7 +764,11 @@ function putChat(received) {
   chat.title = received.title;
   chat.last_message = newer(chat.last_message, received.last_message);
   chat.last_n = Math.max(chat.last_n, received.last_n);
-  chat.read_n = Math.max(chat.read_n, received.read_n ?? mine?.read_n ?? 0);
+  // A large chat that the user was just added to says nothing of the user's mark.
+  const mark = mine?.read_n ?? model.marks[received.id]?.read_n;
+  const read_n = received.read_n ?? mark ?? (before ? 0 : received.last_n);
+  chat.read_n = Math.max(chat.read_n, read_n);
+  chat.memberCount = received.member_count ?? received.members.length;
   chat.members = new Map(
     received.members.map(({ user_id, read_n }) => [
       user_id,
@@ -747,12 +776,39 @@ function putChat(received) {
     ]),
   );
   model.chats.set(chat.id, chat);
+  void learnNames(chat, chat.last_message ? [chat.last_message.sender_id] : []);
   return chat;
 }
 
-/** @param {Message | null} a @param {Message | null} b */
+/** Fetches names in a large chat. @param {ChatView} chat @param {number[]} userIds */
+async function learnNames(chat, userIds) {
+  const { client, names } = model;
+  const ids = [...new Set(userIds)].filter((id) => !names.has(id)).slice(0, 100);
+  if (isWhole(chat) || ids.length === 0) return;
+  for (const id of ids) names.set(id, null); // asked once
+  try {
+    const answer = await client?.members(chat.id, { ids });
+    if (client !== model.client) return;
+    for (const { user_id, name } of answer?.members ?? []) names.set(user_id, name);
+    requestRender();
+  } catch {
+    for (const id of ids) if (!names.get(id)) names.delete(id);
+  }
+}
+
+/** @param {Message | null} a @param {Message | null} b of the same chat */
 function newer(a, b) {
-  return (a?.n ?? 0) >= (b?.n ?? 0) ? a : b;
+  if (!a || !b || a.n !== b.n) return (a?.n ?? 0) >= (b?.n ?? 0) ? a : b;
+  return (a.rev ?? 0) > (b.rev ?? 0) ? a : b;
+}
+
+/** A message was edited or deleted. @param {Message} message */
+function onChange(message) {
+  const chat = model.chats.get(message.chat_id);
+  if (!chat) return;
+  if (chat.last_message?.n === message.n)
+    chat.last_message = newer(chat.last_message, message);
+  if (chat.messages.some(({ n }) => n === message.n)) merge(chat, [message]);
 }
 
 /**
@@ -772,14 +828,16 @@ function moveReadMark(chat, userId, n) {
  * @param {Message[]} messages
  */
 function merge(chat, messages) {
-  const byN = new Map(
-    [...chat.messages, ...messages].map((message) => [message.n, message]),
-  );
+  const byN = new Map(chat.messages.map((message) => [message.n, message]));
+  for (const message of messages)
+    byN.set(message.n, newer(byN.get(message.n) ?? null, message) ?? message);
   const all = [...byN.values()].sort((a, b) => a.n - b.n);
   let first = all.length - 1;
   while (first > 0 && all[first - 1]?.n === (all[first]?.n ?? 0) - 1) first -= 1;
   chat.messages = all.slice(Math.max(0, first));
   chat.more = (chat.messages[0]?.n ?? 1) > 1;
+  const senders = messages.map(({ sender_id }) => sender_id);
+  void learnNames(chat, senders);
 }
 
 /**
@@ -795,6 +853,7 @@ function putMessage(message, read) {
   if (read ?? message.n === chat.read_n + 1)
     moveReadMark(chat, message.sender_id, message.n);
   stopTyping(chat, message.sender_id);
+  void learnNames(chat, [message.sender_id]);
   if (chat.loaded || chat.loading === "yes") merge(chat, [message]);
 }
 
@@ -821,10 +880,15 @@ function removeChat(chatId) {
 /** @type {{[Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void}} */
 const handlers = {
   state: onState,
-  resync: () => void fetchChats(),
+  resync: () => {
+    for (const chat of model.chats.values()) chat.stale = true;
+    void fetchChats();
+  },
   chats: onChats,
   connected: ({ chats }) => onConnected(chats),
   new_message: ({ message, read }) => onNewMessage(message, read !== false),
+  message_edited: ({ message }) => onChange(message),
+  message_deleted: ({ message }) => onChange(message),
   message_read: ({ chat_id, read_by, n }) => {
     const chat = model.chats.get(chat_id);
     if (chat) moveReadMark(chat, read_by, n);
@@ -833,10 +897,16 @@ const handlers = {
     putChat(chat).activeAt = Date.now();
     route();
   },
+  chat_renamed: ({ chat_id, title }) => {
+    const chat = model.chats.get(chat_id);
+    if (chat) chat.title = title;
+  },
   member_added: ({ chat_id, user_id, name }) => {
     const chat = model.chats.get(chat_id);
     model.names.set(user_id, name);
-    chat?.members.set(user_id, chat.last_n);
+    if (!chat || chat.members.has(user_id)) return;
+    if (isWhole(chat)) chat.members.set(user_id, chat.last_n);
+    chat.memberCount += 1;
   },
   member_removed: ({ chat_id, user_id }) => onMemberRemoved(chat_id, user_id),
   typing: ({ chat_id, user_id, is_typing }) => onTyping(chat_id, user_id, is_typing),
@@ -889,6 +959,7 @@ function resetChat(chat) {
 
 /** @param {Record<string, {last_n: number, read_n: number}>} chats */
 function onConnected(chats) {
+  model.marks = chats;
   for (const [id, { last_n, read_n }] of Object.entries(chats)) {
     const chat = model.chats.get(Number(id));
     if (!chat) continue;
@@ -904,6 +975,7 @@ function onNewMessage(message, read) {
   putMessage(message, read);
   const chat = model.chats.get(message.chat_id);
   if (!chat || message.sender_id === myId() || chat.read_n >= message.n) return;
+  if (message.deleted) return;
   if (chat === model.open && chat.divider === null && !endIsVisible()) {
     chat.divider = message.n - 1;
   }
@@ -921,6 +993,7 @@ function onMemberRemoved(chatId, userId) {
   if (!chat) return;
   if (userId !== myId()) {
     chat.members.delete(userId);
+    chat.memberCount -= 1;
     stopTyping(chat, userId);
     return;
   }
@@ -934,6 +1007,7 @@ function onTyping(chatId, userId, isTyping) {
   if (!chat) return;
   stopTyping(chat, userId);
   if (!isTyping) return;
+  void learnNames(chat, [userId]);
   chat.typing.set(
     userId,
     after(TYPING_SECONDS, () => {
@@ -945,6 +1019,7 @@ function onTyping(chatId, userId, isTyping) {
 
 /** @param {Delivery} delivery */
 function onDelivery(delivery) {
+  if (delivery.kind !== "message") return onChangeDelivery(delivery);
   const { state, client_id, chat_id, content, message, reason = "" } = delivery;
   if (state === "sent" && message) {
     putMessage(message);
@@ -959,6 +1034,14 @@ function onDelivery(delivery) {
   else if (chat) toast(`A message in “${chatTitle(chat)}” was not sent.`);
   // The user is no longer in this chat, so the page cannot show the failed message.
   else if (model.chatsLoaded) model.client?.discard(client_id);
+}
+
+/** The state of an edit or a deletion. @param {Delivery} delivery */
+function onChangeDelivery({ state, client_id, message, code = "", reason = "" }) {
+  if (message) onChange(message);
+  if (state !== "failed") return;
+  toast(`A message could not be changed: ${refusalText(code, reason)}`);
+  model.client?.discard(client_id);
 }
 
 /** Fetches the list of chats, and tries again until it succeeds or the user changes. */
@@ -1048,6 +1131,7 @@ async function loadHistory(chat, before) {
   try {
     const path = `/api/v1/chats/${chat.id}/messages?limit=${HISTORY_LIMIT}${before}`;
     const { messages, more } = await model.client?.request("GET", path);
+    if (chat.stale && !before) Object.assign(chat, { messages: [], stale: false });
     merge(chat, messages);
     if (!more) chat.more = false;
     chat.loading = "no";
@@ -1232,10 +1316,10 @@ function lastLine(chat, current) {
 function lastMessageText(chat) {
   const message = chat.last_message;
   if (!message) return "No messages yet";
-  const text = excerpt(message.content);
+  const text = excerpt(shownText(message));
   if (message.sender_id === myId()) return `You: ${text}`;
   const [first] = personName(message.sender_id).split(" ");
-  return others(chat).length > 1 ? `${first}: ${text}` : text;
+  return chat.memberCount > 2 ? `${first}: ${text}` : text;
 }
 
 /** @param {string} content */
@@ -1395,9 +1479,11 @@ const pane = {
   renderHead(chat) {
     const title = chatTitle(chat);
     const people = others(chat);
-    const names = [...people.map((id) => personName(id)), "you"].join(", ");
+    const names = isWhole(chat)
+      ? [...people.map((id) => personName(id)), "you"].join(", ")
+      : `${grouped(chat.memberCount)} people`;
     setText("pane-title", title);
-    setText("pane-members", chat.title || people.length > 1 ? names : "Direct chat");
+    setText("pane-members", chat.title || chat.memberCount > 2 ? names : "Direct chat");
     const direct = !chat.title && people.length === 1;
     fillAvatar(box("pane-avatar"), direct ? (people[0] ?? 0) : chat.id * 7, title);
     box("scroller").setAttribute("aria-label", `Messages in ${title}`);
@@ -1596,15 +1682,16 @@ function sameGroup(a, b) {
  * @returns {Row}
  */
 function messageRow(chat, message, first) {
+  const { n, rev } = message;
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
-  const tick = own ? tickText(chat, message.n) : "";
-  const arriving = message.n > pane.drawn && !own;
+  const tick = own ? tickText(chat, n) : "";
+  const arriving = n > pane.drawn && !own;
   const key = own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`;
   const unfolded = pane.unfolded.has(key);
   return {
     key,
-    look: JSON.stringify([message.n, first, name, tick, unfolded, formats.offset]),
+    look: JSON.stringify([n, rev, first, name, tick, unfolded, formats.offset]),
     build: () =>
       el(
         "li",
@@ -1618,7 +1705,7 @@ function messageRow(chat, message, first) {
           "div",
           { class: "bubble" },
           senderLine(own, first, name),
-          flow(key, message.content, stamp(message.created_at, tick)),
+          flow(key, message, stamp(message.created_at, tick)),
         ),
       ),
   };
@@ -1627,10 +1714,10 @@ function messageRow(chat, message, first) {
 /**
  * A message's text and its stamp. A long text is folded until the user unfolds it.
  * @param {string} key of the row
- * @param {string} content
+ * @param {{content: string, deleted?: boolean}} message
  * @param {HTMLElement} stamp
  */
-function flow(key, content, stamp) {
+function flow(key, { content, deleted = false }, stamp) {
   const lines = content.split("\n", SHORT_LINES + 1).length;
   const long = content.length > SHORT_CHARACTERS || lines > SHORT_LINES;
   const unfolded = pane.unfolded.has(key);
@@ -1647,7 +1734,9 @@ function flow(key, content, stamp) {
   return el(
     "div",
     { class: classes("flow", { long, unfolded: long && unfolded }) },
-    contentNode(content),
+    deleted
+      ? el("div", { class: "content blank" }, "Message deleted")
+      : contentNode(content),
     long ? fold : null,
     stamp,
   );
@@ -1703,7 +1792,7 @@ function stamp(created_at, tick) {
 
 /** @param {Delivery} delivery @param {boolean} first @returns {Row} */
 function unsentRow(delivery, first) {
-  const { client_id, content, state, reason = "" } = delivery;
+  const { client_id, state, reason = "" } = delivery;
   const failed = state === "failed";
   const key = `c ${client_id}`;
   return {
@@ -1719,7 +1808,7 @@ function unsentRow(delivery, first) {
           senderLine(true, first, ""),
           flow(
             key,
-            content,
+            delivery,
             el(
               "span",
               { class: "stamp" },
@@ -2351,9 +2440,27 @@ function showInfo() {
   const chat = model.open;
   if (!chat) return;
   setText("info-title", chatTitle(chat));
-  const people = [...others(chat), myId()];
+  void showMembers(chat);
+  button("info-add").hidden = model.people === null;
+  dialog("info").showModal();
+}
+
+/** Shows the first members. @param {ChatView} chat */
+async function showMembers(chat) {
+  /** @type {number[]} */
+  let ids = others(chat);
+  if (!isWhole(chat)) {
+    box("info-members").replaceChildren();
+    const { client } = model;
+    const answer = await client?.members(chat.id, { limit: 100 }).catch(() => null);
+    if (client !== model.client || chat !== model.open) return;
+    const found = (answer?.members ?? []).filter(({ user_id }) => user_id !== myId());
+    for (const { user_id, name } of found) model.names.set(user_id, name);
+    ids = found.map(({ user_id }) => user_id);
+  }
+  const left = chat.memberCount - ids.length - 1;
   box("info-members").replaceChildren(
-    ...people.map((id) =>
+    ...[...ids, myId()].map((id) =>
       el(
         "li",
         { class: "person" },
@@ -2362,9 +2469,8 @@ function showInfo() {
         id === myId() ? el("span", { class: "quiet" }, "you") : null,
       ),
     ),
+    ...(left > 0 ? [el("li", { class: "quiet" }, `and ${grouped(left)} more`)] : []),
   );
-  button("info-add").hidden = model.people === null;
-  dialog("info").showModal();
 }
 
 function onInfoAdd() {
@@ -2406,8 +2512,10 @@ async function onNotifyButton() {
 function notify(chat, message) {
   if (window.Notification?.permission !== "granted" || isWatched()) return;
   after(NOTIFY_SECONDS, () => {
-    const seen = chat.read_n >= message.n || isWatched();
-    if (!seen && model.chats.has(chat.id)) showNotification(chat, message);
+    const all = [...chat.messages, chat.last_message];
+    const now = all.find((one) => one?.id === message.id) ?? message;
+    const seen = chat.read_n >= message.n || isWatched() || now.deleted;
+    if (!seen && model.chats.has(chat.id)) showNotification(chat, now);
   });
 }
 

@@ -13,22 +13,19 @@
  * It makes three promises:
  *
  * - Every event of your chats reaches your listeners once and in order, or "resync"
- *   tells you to fetch your chats again. The client keeps the server's cursor and sends
- *   it with each reconnect and each poll. It drops every event that the cursor has
- *   passed already, so an event may come over the socket, over the poll, or over both.
- * - A message that you send is stored once. It has a client_id and stays in
- *   localStorage until the server's ack. It may be sent any number of times, because
- *   the server stores each client_id once.
+ *   tells you to fetch your chats again. The client keeps the server's cursor, and
+ *   drops every event that it has passed, whether it comes by socket or by poll.
+ * - A message that you send is stored once. It stays in localStorage until the server's
+ *   ack, and the server stores each client_id once. Edits and deletions wait in line.
  * - The client reconnects by itself, after a random delay, so that ten thousand pages
- *   do not reconnect at the same moment. After 5 s without a socket it polls. While it
- *   polls, it tries the socket again every 30 s.
+ *   do not reconnect at once. After 5 s without a socket it polls, and tries the socket
+ *   again every 30 s.
  *
- * Only typing is best effort. This file has no dependencies: it needs no library and no
- * other file of chatd's page.
+ * Only typing is best effort. This file needs no other file.
  */
 
 /* -------------------------------------------------------------------------------------
- * Limits. Each is a duration in seconds, with the reason for it.
+ * Limits.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -75,6 +72,8 @@ const TYPING_REPEAT_SECONDS = 3;
 const TYPING_STOP_SECONDS = 5;
 /** A read mark is sent at most this often for each chat. */
 const MARK_SECONDS = 1;
+/** fetchChats fetches this many chats with one request. */
+const CHATS_PER_PAGE = 100;
 
 const LONE_SURROGATE =
   /[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
@@ -89,27 +88,30 @@ const STAY_AWAY = /** @type {Record<number, "signed_out" | "too_many">} */ ({
 const STAY_AWAY_FROM = 4500;
 
 /**
- * A message that is refused with one of these codes would be refused again. It is
- * reported as failed, so that it does not block the messages after it. After "internal"
+ * What is refused with one of these codes would be refused again. It is reported as
+ * failed, so that it does not block what was written after it. After "internal"
  * the message may be stored nevertheless; then its event reports it as sent.
  */
 const FINAL_REFUSALS = new Set([
   "bad_field",
   "bad_json",
+  "changed",
+  "deleted",
   "forbidden",
   "idempotency_mismatch",
   "internal",
   "not_found",
   "too_large",
+  "too_late",
   "unknown_type",
 ]);
 
 /* -------------------------------------------------------------------------------------
- * Types. The server messages, and the four events that the client adds: state,
- * delivery, chats and resync.
+ * Types. The server messages, and the client's own events.
  * ---------------------------------------------------------------------------------- */
 
 /**
+ * `rev` grows with each edit or deletion; without it, the `id` counts as the `rev`.
  * @typedef {object} Message
  * @property {number} id
  * @property {number} chat_id
@@ -118,13 +120,22 @@ const FINAL_REFUSALS = new Set([
  * @property {string} created_at UTC, RFC 3339
  * @property {number} n its position in the chat: 1, 2, 3, without holes
  * @property {string} [client_id]
+ * @property {number} [rev]
+ * @property {string} [edited_at]
+ * @property {boolean} [deleted]
  */
-/** @typedef {{user_id: number, name: string | null, read_n: number}} Member */
+/**
+ * @typedef {{user_id: number, name: string | null, read_n: number,
+ *   online?: boolean}} Member
+ */
 /**
  * @typedef {object} Chat
  * @property {number} id
  * @property {string | null} title
- * @property {Member[]} members
+ * @property {boolean} direct
+ * @property {number | null} created_by
+ * @property {number} member_count
+ * @property {Member[]} members empty if there are many: see members()
  * @property {number} last_n the `n` of its last message; 0: it has none
  * @property {Message | null} last_message
  * @property {number} [read_n] the `n` of the last message that you have read
@@ -139,6 +150,7 @@ const FINAL_REFUSALS = new Set([
  * @property {"fresh" | "live" | "replay" | "resync"} resume
  * @property {number} expires_in seconds
  * @property {Record<string, {last_n: number, read_n: number}>} chats
+ * @property {boolean} [more_chats] `chats` has only the newest ones
  */
 /**
  * Its sender has read the chat up to it, unless `read` is false: then a service has sent
@@ -162,13 +174,22 @@ const FINAL_REFUSALS = new Set([
  *   user_id: number}} MemberRemoved
  */
 /**
+ * @typedef {{type: "chat_renamed", seq: number, chat_id: number,
+ *   title: string | null, user_id: number | null}} ChatRenamed
+ */
+/**
+ * `message` is the newest known state: an edited message may have been deleted since.
+ * @template {string} Type
+ * @typedef {{type: Type, seq: number, chat_id: number, message: Message}} Changed
+ */
+/**
  * @typedef {{type: "typing", chat_id: number, user_id: number,
  *   is_typing: boolean}} Typing
  */
 /**
  * @typedef {{type: "ack", ref?: string, client_id?: string, message_id?: number,
- * chat_id?: number, n?: number, created_at?: string, duplicate?: boolean, expires_in?:
- * number}} Ack
+ * chat_id?: number, n?: number, created_at?: string, duplicate?: boolean, rev?: number,
+ * expires_in?: number}} Ack
  */
 /**
  * @typedef {{type: "error", code: string, message: string, ref?: string,
@@ -176,20 +197,18 @@ const FINAL_REFUSALS = new Set([
  * }} Refusal
  */
 /**
- * @typedef {NewMessage | MessageRead | ChatAdded | MemberAdded
+ * @typedef {NewMessage | MessageRead | Changed<"message_edited">
+ *   | Changed<"message_deleted"> | ChatAdded | ChatRenamed | MemberAdded
  *   | MemberRemoved} LoggedEvent
  */
 
 /**
  * The state of the connection:
  * - `connecting`: there is no socket yet, or it was lost less than 5 s ago
- * - `connected`: the socket is open and live
- * - `polling`: there is no socket; the client fetches events every 5 s and sends
- *   messages over HTTP
+ * - `polling`: there is no socket; the client uses HTTP
  * - `offline`: polls fail, too
  * - `signed_out`: the token is no longer valid; call connect with a new one
- * - `too_many`: the user has too many connections; the client waits until the user
- *   comes back to this tab
+ * - `too_many`: too many connections; the client waits until the user comes back
  * - `refused`: the server told the client to stay away
  * - `closed`: disconnect was called, or connect was never called
  * @typedef {"connecting" | "connected" | "polling" | "offline" | "signed_out"
@@ -203,19 +222,26 @@ const FINAL_REFUSALS = new Set([
  *   null: none is scheduled
  */
 /**
- * The state of a message that you sent. `discarded` follows `failed`, or forget().
+ * The state of a message that you sent, or of a change: an edit or a deletion.
+ * `discarded` follows `failed`, forget(), a later change, or the same in another tab.
  * @typedef {object} Delivery
  * @property {"sending" | "sent" | "failed" | "discarded"} state
+ * @property {"message" | "edit" | "delete"} kind
  * @property {string} client_id
- * @property {number} chat_id
+ * @property {number} chat_id of a message; 0 for a change
+ * @property {number} message_id of a change; 0 for a message
  * @property {string} content
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
- * @property {Message} [message] the stored message, if `state` is "sent"
+ * @property {Message} [message] the stored message, if `state` is "sent". (A change
+ *   that went over the socket has none: its event comes first.)
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
 /** @typedef {{chats: Chat[], cursor: string}} Snapshot */
+/** @typedef {Snapshot & {more?: boolean, position?: string | number}} ChatPage */
+/** @typedef {{messages: Message[], more: boolean, more_after?: boolean}} History */
+/** @typedef {{token: string, expires_in: number}} Token */
 /**
  * @typedef {object} ChatEvents
  * @property {StateChange} state
@@ -226,7 +252,10 @@ const FINAL_REFUSALS = new Set([
  * @property {Connected} connected
  * @property {NewMessage} new_message
  * @property {MessageRead} message_read
+ * @property {Changed<"message_edited">} message_edited
+ * @property {Changed<"message_deleted">} message_deleted
  * @property {ChatAdded} chat_added
+ * @property {ChatRenamed} chat_renamed
  * @property {MemberAdded} member_added
  * @property {MemberRemoved} member_removed
  * @property {Typing} typing
@@ -247,8 +276,8 @@ const FINAL_REFUSALS = new Set([
  * @property {string | URL} [server] chatd's address. Default: the server that this file
  *   came from.
  * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
- *   needs no token: the client fetches a ticket, which is valid for 60 s, so that the
- *   long-lived token is never part of a URL.
+ *   needs no token: the client fetches a ticket, so that the long-lived token is in no
+ *   URL.
  * @property {StorageLike | null} [storage] where unsent messages are kept across
  *   reloads. Default: localStorage; null: nowhere.
  * @property {Pick<Console, "log"> | null} [log] where the client writes log lines.
@@ -274,23 +303,26 @@ export class ChatError extends Error {
 }
 
 /* -------------------------------------------------------------------------------------
- * Unsent messages. A message is unsent until the client knows that it is stored. The
- * entries are in the order of writing. Each entry is a separate item in storage,
- * written before the message is sent and removed after its ack. So the tabs of one user
- * never overwrite each other's items. A tab may be closed at any moment: another tab,
- * or the next visit, adopts its entries. If two tabs send the same message, the server
- * stores it once, because it has one client_id.
+ * Unsent messages, edits and deletions, until the client knows that they are stored, in
+ * the order of writing. Each entry is a separate item in storage, so that the tabs of
+ * one user never overwrite each other's items. A tab may be closed at any moment:
+ * another tab, or the next visit, adopts its entries. If two tabs send one message, the
+ * server stores its client_id once. But a tab drops an edit or a deletion that another
+ * tab has settled, because a later edit may have followed.
  * ---------------------------------------------------------------------------------- */
 
 /**
  * @typedef {object} Unsent
+ * @property {Delivery["kind"]} kind
  * @property {string} client_id
  * @property {number} chat_id
+ * @property {number} message_id
  * @property {string} content
+ * @property {number | undefined} if_rev
  * @property {boolean} kept it is in storage, too
- * @property {"waiting" | "socket" | "http" | "failed"} place
- *   waiting to be sent, on its way over the socket or over HTTP, or refused for good
+ * @property {"waiting" | "socket" | "http" | "failed"} place on its way, or refused
  * @property {number} sentAt when it was last sent over the socket, as now()
+ * @property {boolean} tried it may have been sent
  * @property {string | undefined} code the code of the error, if it failed
  * @property {string | undefined} reason
  */
@@ -337,13 +369,9 @@ class UnsentMessages {
     return left;
   }
 
-  /**
-   * @param {number} chat_id
-   * @param {string} content
-   * @returns {Unsent}
-   */
-  add(chat_id, content) {
-    const entry = newUnsent(this.#newId(), chat_id, content);
+  /** @param {Partial<Unsent>} fields @returns {Unsent} */
+  add(fields) {
+    const entry = newUnsent(this.#newId(), fields);
     this.entries.push(entry);
     // Also the entries that did not fit before, so that a tab that adopts them later
     // has all of them in order.
@@ -368,10 +396,28 @@ class UnsentMessages {
     this.#keep(entry);
   }
 
-  /** Removes an entry that the server has stored. @param {Unsent} entry */
-  remove(entry) {
+  /**
+   * Removes an entry that the server has stored.
+   * @param {Unsent} entry @param {number} [rev] of the message after a change
+   */
+  remove(entry, rev) {
     this.entries = this.entries.filter((other) => other !== entry);
-    this.#store((storage) => storage.removeItem(this.#prefix + entry.client_id));
+    const key = this.#prefix + entry.client_id;
+    if (rev) this.#store((storage) => storage.setItem(key, String(rev)));
+    this.#store((storage) => storage.removeItem(key));
+    this.#rebase(entry, rev);
+  }
+
+  /**
+   * An edit was stored. A later edit of the same state becomes one of the new state.
+   * @param {Unsent} edit @param {number | undefined} rev
+   */
+  #rebase({ message_id, if_rev }, rev) {
+    for (const later of this.entries)
+      if (rev && if_rev && later.message_id === message_id && later.if_rev === if_rev) {
+        later.if_rev = rev;
+        this.#keep(later);
+      }
   }
 
   /** Removes an unsent entry in all tabs. @param {Unsent} entry */
@@ -384,15 +430,29 @@ class UnsentMessages {
 
   /**
    * Another tab has changed an item in storage. If it has discarded an entry of this
-   * tab, removes that entry and returns it.
+   * tab, or settled a change, removes that entry and returns it.
    * @param {string | null} key
    * @param {string | null} value
    */
   discardedElsewhere(key, value) {
-    if (value !== DISCARDED || !this.#prefix || !key?.startsWith(this.#prefix)) return;
+    if (!this.#prefix || !key?.startsWith(this.#prefix)) return;
     const entry = this.find(key.slice(this.#prefix.length));
+    const rev = Number(value); // as in remove, or 0, or NaN
+    const settled = rev >= 0 && entry?.kind !== "message";
+    if (!entry || (value !== DISCARDED && !settled)) return;
     this.entries = this.entries.filter((other) => other !== entry);
+    this.#rebase(entry, rev);
     return entry;
+  }
+
+  /** Whether another tab has settled this change. @param {Unsent} entry */
+  isGone(entry) {
+    /** @type {string | null} */
+    let item = null;
+    const read = this.#store((storage) => {
+      item = storage.getItem(this.#prefix + entry.client_id);
+    });
+    return entry.kind !== "message" && entry.kept && read && item === null;
   }
 
   /**
@@ -426,8 +486,12 @@ class UnsentMessages {
 
   /** @param {Unsent} entry */
   #keep(entry) {
-    const { client_id, chat_id, content, code, reason } = entry;
-    const text = JSON.stringify({ chat_id, content, code, reason });
+    const { kind, client_id, chat_id, message_id, content, if_rev } = entry;
+    const { code, reason } = entry;
+    const change = { kind, message_id, if_rev };
+    // A page of 1.0 would send an item with a chat_id as a message.
+    const fields = kind === "message" ? { chat_id } : change;
+    const text = JSON.stringify({ ...fields, content, code, reason });
     entry.kept = this.#store((storage) =>
       storage.setItem(this.#prefix + client_id, text),
     );
@@ -465,22 +529,22 @@ class UnsentMessages {
   }
 }
 
-/**
- * @param {string} client_id
- * @param {number} chat_id
- * @param {string} content
- * @returns {Unsent}
- */
-function newUnsent(client_id, chat_id, content) {
+/** @param {string} client_id @param {Partial<Unsent>} fields @returns {Unsent} */
+function newUnsent(client_id, fields) {
   return {
-    client_id,
-    chat_id,
-    content,
+    kind: "message",
+    chat_id: 0,
+    message_id: 0,
+    content: "",
+    if_rev: undefined,
     kept: false,
     place: "waiting",
     sentAt: 0,
+    tried: false,
     code: undefined,
     reason: undefined,
+    ...fields,
+    client_id,
   };
 }
 
@@ -490,11 +554,32 @@ function newUnsent(client_id, chat_id, content) {
  * @returns {Unsent | null} null: the item is not an unsent message, or no longer one
  */
 function readUnsent(clientId, text) {
-  const { chat_id, content, code, reason } = parseObject(text) ?? {};
-  if (typeof content !== "string" || !Number.isInteger(chat_id)) return null;
-  const entry = newUnsent(clientId, chat_id, content);
+  const { kind = "message", chat_id, message_id, content, if_rev, code, reason } =
+    parseObject(text) ?? {};
+  const target = kind === "message" ? { chat_id } : { message_id };
+  const [id] = Object.values(target);
+  if (typeof content !== "string" || !Number.isInteger(id)) return null;
+  if (!["message", "edit", "delete"].includes(kind)) return null;
+  const entry = newUnsent(clientId, { kind, ...target, content, if_rev, code, reason });
   const place = code ? "failed" : "waiting";
-  return Object.assign(entry, { kept: true, place, code, reason });
+  return Object.assign(entry, { kept: true, tried: true, place });
+}
+
+/** @param {Unsent} entry @returns {object} the command that sends it */
+function commandFor({ kind, client_id, chat_id, message_id, content, if_rev }) {
+  const ref = client_id;
+  if (kind === "edit")
+    return { type: "edit_message", message_id, content, if_rev, ref };
+  if (kind === "delete") return { type: "delete_message", message_id, ref };
+  return { type: "send_message", chat_id, content, client_id, ref };
+}
+
+/** @param {Unsent} entry @returns {[string, string, object?]} the same over HTTP */
+function requestFor({ kind, client_id, chat_id, message_id, content, if_rev }) {
+  const path = `/api/v1/messages/${message_id}`;
+  if (kind === "edit") return ["PATCH", path, { content, if_rev }];
+  if (kind === "delete") return ["DELETE", path];
+  return ["POST", `/api/v1/chats/${chat_id}/messages`, { content, client_id }];
 }
 
 /** @returns {StorageLike | null} */
@@ -503,6 +588,59 @@ function defaultStorage() {
     return globalThis.localStorage ?? null;
   } catch {
     return null; // a browser may forbid even the access to the property
+  }
+}
+
+/* -------------------------------------------------------------------------------------
+ * The rule of rev: of two states of a message, the one with the larger rev counts.
+ * Events and answers overtake each other. So the client keeps the newest state as long
+ * as an older one may be on its way, in an earlier event or in the answer to a request.
+ * ---------------------------------------------------------------------------------- */
+
+class NewestMessages {
+  /** @type {Map<number, Message>} */
+  #changed = new Map();
+  /** Requests without an answer. */
+  #requests = 0;
+
+  /** The newest known state of a message. @param {Message} message */
+  of(message) {
+    const known = this.#changed.get(message.id);
+    if (known && (known.rev ?? 0) > (message.rev ?? message.id)) return known;
+    if (message.rev) this.#changed.set(message.id, message);
+    return message;
+  }
+
+  /** Puts the newest states into an answer or an event. @param {any} answer */
+  putInto(answer) {
+    const { message, messages, chat, chats = [chat] } = answer ?? {};
+    if (message) answer.message = this.of(message);
+    if (messages)
+      answer.messages = messages.map((/** @type {Message} */ m) => this.of(m));
+    for (const one of chats)
+      if (one?.last_message) one.last_message = this.of(one.last_message);
+  }
+
+  requestBegins() {
+    this.#requests += 1;
+  }
+
+  /** @param {number} seq of the cursor */
+  requestEnds(seq) {
+    this.#requests -= 1;
+    this.prune(seq);
+  }
+
+  /** Forgets what is no longer needed. @param {number} seq of the cursor */
+  prune(seq) {
+    if (this.#requests > 0) return;
+    for (const [id, { rev = 0 }] of this.#changed)
+      if (rev <= seq) this.#changed.delete(id);
+  }
+
+  /** In another epoch, each rev means something else. */
+  forget() {
+    this.#changed.clear();
   }
 }
 
@@ -527,6 +665,7 @@ export class ChatWebSocket {
   #bearer;
   #log;
   #unsent;
+  #newest = new NewestMessages();
   /** @type {Map<string, Set<(event: any) => void>>} */
   #listeners = new Map();
 
@@ -579,6 +718,10 @@ export class ChatWebSocket {
   #cursor = { epoch: "", seq: -1 };
   /** No event after this seq was missed. A list of chats from before it is too old. */
   #gaplessFrom = -1;
+  /** Counts the restarts at another cursor. */
+  #gaps = 0;
+  /** The last list of chats has what the events up to here say of them. */
+  #listedUpTo = -1;
   /**
    * Events that wait for fetchChats; null: it does not run.
    * @type {LoggedEvent[] | null}
@@ -617,8 +760,7 @@ export class ChatWebSocket {
 
   /**
    * Calls `listener` for each event of this type, until the returned function is
-   * called. An exception in a listener is reported as an uncaught error; the other
-   * listeners are still called.
+   * called. An exception in a listener is reported as an uncaught error.
    * @template {keyof ChatEvents} Type
    * @param {Type} type
    * @param {(event: ChatEvents[Type]) => void} listener
@@ -631,16 +773,12 @@ export class ChatWebSocket {
   }
 
   /**
-   * Connects, and stays connected until disconnect is called. Returns at once; "state"
-   * events report the progress. A second call reconnects with the new token, and keeps
-   * the cursor and the unsent messages.
-   *
+   * Connects, until disconnect is called; "state" events report the progress. A second
+   * call reconnects with the new token.
    * @param {TokenSource} [token] a JWT, or a function that fetches one for each
-   *   connection. If the function throws an error whose `status` is 401, the client
-   *   stops (`signed_out`); after any other error it tries again. If the function
-   *   returns tickets (GET /api/v2/ws-token), also pass `bearer` to the constructor: a
-   *   ticket opens a socket but cannot poll. Without a token, the client fetches
-   *   tickets with `bearer`.
+   *   connection. If it throws an error whose `status` is 401, the client stops
+   *   (`signed_out`). If it returns tickets (GET /api/v2/ws-token), which cannot poll,
+   *   also pass `bearer` to the constructor. Default: the client fetches tickets.
    */
   connect(token) {
     if (token === undefined && this.#bearer === undefined) {
@@ -697,12 +835,36 @@ export class ChatWebSocket {
    * @returns {string} its client_id
    */
   send(chatId, content) {
-    // Half of a surrogate pair is not valid text: the server would refuse the message.
-    const text = String(content).replace(LONE_SURROGATE, "\ufffd");
-    const entry = this.#unsent.add(chatId, text);
-    this.#reportDelivery(entry, "sending");
-    this.#sendUnsent();
-    return entry.client_id;
+    return this.#enqueue({ chat_id: chatId, content: validText(content) });
+  }
+
+  /**
+   * Edits a message like send. Replaces edits of it that failed or were never tried.
+   * @param {number} messageId
+   * @param {string} content
+   * @param {{ifRev?: number}} [options] the `rev`, or else the `id`, of the message
+   *   that the user has edited: if it was changed since, the edit fails ("changed")
+   * @returns {string} its client_id
+   */
+  editMessage(messageId, content, { ifRev } = {}) {
+    this.#dropEdits(messageId, ({ tried, place }) => !tried || place === "failed");
+    const edit = { message_id: messageId, content: validText(content), if_rev: ifRev };
+    return this.#enqueue({ kind: "edit", ...edit });
+  }
+
+  /**
+   * Deletes a message like send. Drops the edits of it that wait or have failed.
+   * @param {number} messageId
+   * @returns {string} its client_id
+   */
+  deleteMessage(messageId) {
+    this.#dropEdits(messageId, () => true);
+    const deletion = this.#unsent.entries.find(
+      ({ kind, message_id, place }) =>
+        kind === "delete" && message_id === messageId && place !== "failed",
+    );
+    if (deletion) return deletion.client_id;
+    return this.#enqueue({ kind: "delete", message_id: messageId });
   }
 
   /**
@@ -711,12 +873,15 @@ export class ChatWebSocket {
    * @returns {Delivery[]}
    */
   unsent(chatId) {
-    return this.#unsent.entries
-      .filter((entry) => entry.chat_id === chatId)
-      .map((entry) => delivery(entry, entry.place === "failed" ? "failed" : "sending"));
+    return this.#pending((entry) => entry.chat_id === chatId);
   }
 
-  /** Sends a failed message again. @param {string} clientId */
+  /** The edits and deletions that wait or have failed, oldest first. */
+  unsentChanges() {
+    return this.#pending((entry) => entry.kind !== "message");
+  }
+
+  /** Sends again what has failed. @param {string} clientId */
   resend(clientId) {
     const entry = this.#unsent.find(clientId);
     if (entry?.place !== "failed") return;
@@ -725,16 +890,15 @@ export class ChatWebSocket {
     this.#sendUnsent();
   }
 
-  /** Drops a failed message. @param {string} clientId */
+  /** Drops what has failed. @param {string} clientId */
   discard(clientId) {
     const entry = this.#unsent.find(clientId);
     if (entry?.place === "failed") this.#discard(entry);
   }
 
   /**
-   * Shows the other members that the user is typing. Call it at each key: it is sent at
-   * most every 3 s, and the typing sign ends by itself 5 s after the last call. Without
-   * a socket nothing is sent.
+   * Shows the other members that the user is typing. Call it at each key; the typing
+   * sign ends by itself 5 s after the last call.
    * @param {number} chatId
    * @param {boolean} isTyping
    */
@@ -755,8 +919,7 @@ export class ChatWebSocket {
 
   /**
    * Marks a chat as read up to this message. The mark is sent at most once a second for
-   * each chat, and sent again after a reconnect if the server did not answer. A message
-   * before the mark changes nothing.
+   * each chat, and again until the server answers.
    * @param {number} chatId
    * @param {number} messageId
    */
@@ -774,10 +937,9 @@ export class ChatWebSocket {
   }
 
   /**
-   * Fetches the user's chats with members, last message and read marks. Events wait
-   * meanwhile: "chats" comes first, then the events after it, so that no event is
-   * missed or counted twice. Call it before connect if you passed `bearer`, otherwise
-   * at the first "connected"; and call it at each "resync".
+   * Fetches all chats of the user. Events wait meanwhile: "chats" comes first, then the
+   * events after it. Call it before connect if you passed `bearer`, otherwise at the
+   * first "connected"; and call it at each "resync".
    * @returns {Promise<Snapshot>}
    * @throws {ChatError} the events that waited are delivered anyway; try again
    */
@@ -790,7 +952,125 @@ export class ChatWebSocket {
   }
 
   /**
-   * Sends one HTTP request to chatd, with the token.
+   * Fetches messages, oldest first: the newest, or those before, after or around an id.
+   * @param {number} chatId
+   * @param {{before?: number, after?: number, around?: number, limit?: number}} [where]
+   * @returns {Promise<History>}
+   */
+  history(chatId, where) {
+    return this.request("GET", `/api/v1/chats/${chatId}/messages${query(where)}`);
+  }
+
+  /**
+   * Searches messages for all words of `q`, newest first. Any page may be empty: go on
+   * with its `before` until that is null.
+   * @param {{q: string, chatId?: number, before?: number}} what
+   * @returns {Promise<{messages: Message[], before: number | null}>}
+   */
+  search({ q, chatId, before }) {
+    const text = query({ q, chat_id: chatId, before });
+    return this.request("GET", `/api/v1/search${text}`);
+  }
+
+  /**
+   * Fetches a page of the list of chats. (fetchChats fetches all, in step with events.)
+   * @param {{limit?: number, before?: string | number}} [page] `before`: a `position`
+   * @returns {Promise<ChatPage>}
+   */
+  chats(page) {
+    return this.request("GET", `/api/v1/chats${query(page)}`);
+  }
+
+  /** @param {number} chatId @returns {Promise<Chat>} members have `online` */
+  async chat(chatId) {
+    return (await this.request("GET", `/api/v1/chats/${chatId}`)).chat;
+  }
+
+  /**
+   * Fetches members of a chat: those with these ids (at most 100), or a page.
+   * @param {number} chatId
+   * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: an id
+   * @returns {Promise<{members: Member[], more: boolean}>}
+   */
+  members(chatId, { ids, ...page } = {}) {
+    const text = query({ ids: ids?.join(","), ...page });
+    return this.request("GET", `/api/v1/chats/${chatId}/members${text}`);
+  }
+
+  /**
+   * Creates a chat. With `direct` or the same `clientId` it may be there already.
+   * @param {{title?: string | null, memberIds: number[], direct?: boolean,
+   *   clientId?: string}} chat
+   * @returns {Promise<Chat>}
+   */
+  async createChat({ title, memberIds, direct, clientId }) {
+    const body = { title, member_ids: memberIds, direct, client_id: clientId };
+    return (await this.request("POST", "/api/v1/chats", body)).chat;
+  }
+
+  /** @param {number} chatId @param {string | null} title @returns {Promise<any>} */
+  renameChat(chatId, title) {
+    return this.request("PATCH", `/api/v1/chats/${chatId}`, { title });
+  }
+
+  /**
+   * Makes an invitation, for a link to `/#invite=TOKEN`.
+   * @param {number} chatId
+   * @param {{ttlSeconds?: number}} [options] default: 7 days
+   * @returns {Promise<Token>}
+   */
+  createInvite(chatId, { ttlSeconds } = {}) {
+    const body = { ttl_seconds: ttlSeconds };
+    return this.request("POST", `/api/v1/chats/${chatId}/invites`, body);
+  }
+
+  /** Revokes a chat's invitations. @param {number} chatId @returns {Promise<any>} */
+  revokeInvites(chatId) {
+    return this.request("DELETE", `/api/v1/chats/${chatId}/invites`);
+  }
+
+  /**
+   * Tells what an invitation is for, also before anyone has signed in.
+   * @param {string} token
+   * @returns {Promise<{title: string | null, member_count: number}>}
+   */
+  previewInvite(token) {
+    return this.#fetch("POST", "/api/v1/join", null, { token });
+  }
+
+  /**
+   * Accepts an invitation as a new user. The answer's token is a session token.
+   * @param {string} token @param {string} name
+   * @returns {Promise<Token & {user_id: number, name: string, chat_id: number}>}
+   */
+  joinAsNewUser(token, name) {
+    return this.#fetch("POST", "/api/v1/join", null, { token, name });
+  }
+
+  /**
+   * Accepts an invitation as the signed-in user.
+   * @param {string} token @returns {Promise<{chat_id: number}>}
+   */
+  join(token) {
+    return this.request("POST", "/api/v1/join", { token });
+  }
+
+  /** Renames the user. @param {string} name @returns {Promise<any>} */
+  renameMe(name) {
+    return this.request("PATCH", "/api/v1/me", { name });
+  }
+
+  /**
+   * Makes a sign-in token for a second device, for a link to `/#token=TOKEN`.
+   * @returns {Promise<Token>}
+   */
+  linkDevice() {
+    return this.request("POST", "/api/v1/me/link");
+  }
+
+  /**
+   * Sends one HTTP request to chatd, with the token. Where a message in the answer is
+   * older than what is known, it is replaced by its newest state.
    * @param {string} method
    * @param {string} path e.g. "/api/v1/chats"
    * @param {object} [body] sent as JSON
@@ -799,13 +1079,44 @@ export class ChatWebSocket {
    * @throws {ChatError}
    */
   async request(method, path, body, signal) {
-    const token = await this.#httpToken(false);
-    try {
-      return await this.#fetch(method, path, token, body, signal);
-    } catch (error) {
-      if (!isSignedOut(error)) throw error;
-      return this.#fetchAgain(method, path, body, signal, error);
+    for (let tries = 1; ; tries++) {
+      const gaps = this.#gaps;
+      this.#newest.requestBegins();
+      try {
+        const answer = await this.#request(method, path, body, signal);
+        // What happened in a gap may be missing in the answer.
+        if (gaps === this.#gaps) this.#newest.putInto(answer);
+        else if (method === "GET" && answer.messages && tries < 5) continue;
+        return answer;
+      } finally {
+        this.#newest.requestEnds(this.#cursor.seq);
+      }
     }
+  }
+
+  /** @param {Partial<Unsent>} fields @returns {string} its client_id */
+  #enqueue(fields) {
+    const entry = this.#unsent.add(fields);
+    this.#reportDelivery(entry, "sending");
+    this.#sendUnsent();
+    return entry.client_id;
+  }
+
+  /**
+   * Drops edits of a message that are not on their way.
+   * @param {number} messageId @param {(edit: Unsent) => boolean} which
+   */
+  #dropEdits(messageId, which) {
+    for (const entry of [...this.#unsent.at("waiting"), ...this.#unsent.at("failed")])
+      if (entry.kind === "edit" && entry.message_id === messageId && which(entry))
+        this.#discard(entry);
+  }
+
+  /** @param {(entry: Unsent) => boolean} which @returns {Delivery[]} */
+  #pending(which) {
+    return this.#unsent.entries
+      .filter(which)
+      .map((entry) => delivery(entry, entry.place === "failed" ? "failed" : "sending"));
   }
 
   /* ---- connecting ---- */
@@ -1064,9 +1375,20 @@ export class ChatWebSocket {
   #acceptEvent(event) {
     if (event.seq <= this.#cursor.seq) return;
     this.#cursor.seq = event.seq;
+    this.#newest.putInto(event);
     if (event.type === "new_message") this.#messageStored(event.message);
     if (this.#held) this.#held.push(event);
-    else this.#emit(event.type, event);
+    else this.#deliver(event);
+  }
+
+  /** @param {LoggedEvent} event */
+  #deliver(event) {
+    // The list of chats does not have the changes of older messages.
+    const change = event.type === "message_edited" || event.type === "message_deleted";
+    if (!change && event.seq <= this.#listedUpTo) return;
+    this.#newest.putInto(event);
+    this.#emit(event.type, event);
+    this.#newest.prune(this.#cursor.seq);
   }
 
   /**
@@ -1083,7 +1405,11 @@ export class ChatWebSocket {
 
   /** Continues at another cursor and skips the events between. @param {string} text */
   #restartAt(text) {
+    const { epoch } = this.#cursor;
     this.#cursor = parseCursor(text);
+    if (epoch !== this.#cursor.epoch) this.#newest.forget();
+    this.#gaps += 1;
+    this.#listedUpTo = -1;
     this.#gaplessFrom = this.#cursor.seq;
     if (this.#held) this.#held = [];
   }
@@ -1094,17 +1420,19 @@ export class ChatWebSocket {
 
   /** @returns {Promise<Snapshot>} */
   async #fetchChats() {
-    let from = -1;
+    this.#newest.requestBegins();
     try {
       const snapshot = await this.#freshSnapshot();
-      this.#moveCursor(snapshot.cursor);
-      from = parseCursor(snapshot.cursor).seq;
+      const { epoch, seq } = parseCursor(snapshot.cursor);
+      if (epoch === this.#cursor.epoch) this.#listedUpTo = seq;
+      else this.#restartAt(snapshot.cursor);
       this.#emit("chats", snapshot);
       return snapshot;
     } finally {
       const held = this.#held ?? [];
       this.#held = null;
-      for (const event of held) if (event.seq > from) this.#emit(event.type, event);
+      for (const event of held) this.#deliver(event);
+      this.#newest.requestEnds(this.#cursor.seq);
     }
   }
 
@@ -1117,14 +1445,34 @@ export class ChatWebSocket {
   async #freshSnapshot() {
     for (let tries = 0; tries < 5; tries++) {
       const before = this.#cursor.epoch;
-      /** @type {Snapshot} */
-      const snapshot = await this.request("GET", "/api/v1/chats");
+      const snapshot = await this.#allChats();
       const { epoch, seq } = parseCursor(snapshot.cursor);
       const known = this.#cursor.epoch;
       if (epoch === known ? seq >= this.#gaplessFrom : before === known)
         return snapshot;
     }
     throw new ChatError(0, "unreachable", "The server's list of chats is out of date.");
+  }
+
+  /**
+   * Fetches all chats. One that becomes active meanwhile moves to the first page, so
+   * that page is fetched again until it has no new chat.
+   * @returns {Promise<Snapshot>}
+   */
+  async #allChats() {
+    /** @type {Map<number, Chat>} */
+    const chats = new Map();
+    const fetchPage = async (/** @type {{before?: any}} */ where) => {
+      const page = await this.chats({ limit: CHATS_PER_PAGE, ...where });
+      for (const chat of page.chats) chats.set(chat.id, chat);
+      return page;
+    };
+    const first = await fetchPage({});
+    for (let page = first; page.more; )
+      page = await fetchPage({ before: page.position });
+    for (let known = 0; first.more && known < chats.size; await fetchPage({}))
+      known = chats.size;
+    return { chats: [...chats.values()], cursor: first.cursor };
   }
 
   /* ---- keeping alive ---- */
@@ -1283,16 +1631,20 @@ export class ChatWebSocket {
   /* ---- sending ---- */
 
   /**
-   * Sends the oldest unsent message, over the socket, or over HTTP while the client
-   * polls. The next message waits for the answer. If two were on their way, the server
-   * could refuse the first with `rate_limited` and store the second before it. The wait
-   * is not noticed: people write more slowly than the server answers.
+   * Sends the oldest unsent entry, over the socket, or over HTTP while the client
+   * polls. The next one waits for the answer, or else the server could refuse the first
+   * with `rate_limited` and store the second before it.
    */
   #sendUnsent() {
     if (this.#ended) return;
     const [next] = this.#unsent.at("waiting");
     if (!next || this.#unsent.at("socket").length || this.#unsent.at("http").length)
       return;
+    if (this.#unsent.isGone(next)) {
+      this.#discard(next);
+      this.#sendUnsent();
+      return;
+    }
     const wait = (this.#sendNotBefore - now()) / 1000;
     clearTimeout(this.#sendTimer);
     if (wait > 0) this.#sendTimer = after(wait, () => this.#sendUnsent());
@@ -1302,26 +1654,22 @@ export class ChatWebSocket {
 
   /** @param {Unsent} entry */
   #sendBySocket(entry) {
-    const { client_id, chat_id, content } = entry;
-    entry.place = "socket";
-    entry.sentAt = now();
-    this.#sendCommand({
-      type: "send_message",
-      chat_id,
-      content,
-      client_id,
-      ref: client_id,
-    });
+    Object.assign(entry, { place: "socket", sentAt: now(), tried: true });
+    this.#sendCommand(commandFor(entry));
   }
 
   /** @param {Unsent} entry */
   async #sendByHttp(entry) {
-    const { client_id, chat_id, content } = entry;
+    const { client_id } = entry;
     const { signal } = this.#fallback;
-    entry.place = "http";
-    const path = `/api/v1/chats/${chat_id}/messages`;
+    Object.assign(entry, { place: "http", tried: true });
+    const [method, path, body] = requestFor(entry);
     try {
-      const answer = await this.request("POST", path, { content, client_id }, signal);
+      const answer = await this.request(method, path, body, signal);
+      if (entry.kind !== "message") {
+        const { message } = answer ?? {};
+        return this.#changeStored(entry, message?.rev ?? message?.id, message);
+      }
       this.#acceptUser(answer.message.sender_id);
       this.#messageStored({ ...answer.message, client_id });
     } catch (error) {
@@ -1337,8 +1685,9 @@ export class ChatWebSocket {
     const [kind, chatId, messageId] = (ack.ref ?? "").split(" ");
     const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
     if (mark) mark.settled = Math.max(mark.settled, Number(messageId));
-    const entry = this.#unsent.find(ack.client_id);
+    const entry = this.#unsent.find(ack.client_id ?? ack.ref);
     if (!entry || ack.message_id === undefined) return;
+    if (entry.kind !== "message") return this.#changeStored(entry, ack.rev);
     this.#messageStored({
       id: ack.message_id,
       chat_id: entry.chat_id,
@@ -1372,12 +1721,26 @@ export class ChatWebSocket {
     const entry = this.#unsent.find(message.client_id);
     if (!entry || message.sender_id !== this.#userId) return;
     this.#unsent.remove(entry);
-    this.#emit("delivery", { ...delivery(entry, "sent"), message });
+    this.#emit("delivery", {
+      ...delivery(entry, "sent"),
+      message: this.#newest.of(message),
+    });
     this.#sendUnsent();
   }
 
   /**
-   * The message was not stored. It has failed, or it is sent again after a wait.
+   * The server has stored an edit or a deletion.
+   * @param {Unsent} entry @param {number | undefined} rev @param {Message} [message]
+   */
+  #changeStored(entry, rev, message) {
+    if (!this.#unsent.entries.includes(entry)) return;
+    this.#unsent.remove(entry, rev);
+    this.#emit("delivery", { ...delivery(entry, "sent"), ...(message && { message }) });
+    this.#sendUnsent();
+  }
+
+  /**
+   * The entry was not stored. It has failed, or it is sent again after a wait.
    * @param {Unsent} entry
    * @param {string} code
    * @param {string} reason
@@ -1466,6 +1829,20 @@ export class ChatWebSocket {
   /* ---- HTTP ---- */
 
   /**
+   * @param {string} method @param {string} path @param {object} [body]
+   * @param {AbortSignal} [signal] @returns {Promise<any>}
+   */
+  async #request(method, path, body, signal) {
+    const token = await this.#httpToken(false);
+    try {
+      return await this.#fetch(method, path, token, body, signal);
+    } catch (error) {
+      if (!isSignedOut(error)) throw error;
+      return this.#fetchAgain(method, path, body, signal, error);
+    }
+  }
+
+  /**
    * @param {boolean} fresh fetch a new one
    * @returns {Promise<string>}
    */
@@ -1481,8 +1858,7 @@ export class ChatWebSocket {
   /**
    * After a 401, repeats the request once with a new token, if there is a function that
    * fetches one. If a fixed token or `bearer` is refused, the user has to sign in
-   * again. The token function of connect may return tickets, which HTTP refuses, so a
-   * 401 for its token proves nothing.
+   * again. The token function of connect may return tickets, which HTTP refuses.
    * @param {string} method @param {string} path @param {object | undefined} body
    * @param {AbortSignal | undefined} signal @param {unknown} refusal
    */
@@ -1499,12 +1875,13 @@ export class ChatWebSocket {
   }
 
   /**
-   * @param {string} method @param {string} path @param {string} token
+   * @param {string} method @param {string} path
+   * @param {string | null} token null: none
    * @param {object} [body] @param {AbortSignal} [signal]
    */
   async #fetch(method, path, token, body, signal) {
     /** @type {Record<string, string>} */
-    const headers = { Authorization: `Bearer ${token}` };
+    const headers = token === null ? {} : { Authorization: `Bearer ${token}` };
     if (body) headers["Content-Type"] = "application/json";
     const limit = new AbortController();
     const abort = () => limit.abort();
@@ -1571,9 +1948,24 @@ export class ChatWebSocket {
  * ---------------------------------------------------------------------------------- */
 
 /** @param {Unsent} entry @param {Delivery["state"]} state @returns {Delivery} */
-function delivery({ client_id, chat_id, content, kept, code, reason }, state) {
+function delivery(entry, state) {
+  const { kind, client_id, chat_id, message_id, content, kept, code, reason } = entry;
   const failure = code && { code, reason: reason ?? "" };
-  return { state, client_id, chat_id, content, kept, ...failure };
+  return { state, kind, client_id, chat_id, message_id, content, kept, ...failure };
+}
+
+/**
+ * Half of a surrogate pair is not valid text: the server would refuse it.
+ * @param {string} content
+ */
+function validText(content) {
+  return String(content).replace(LONE_SURROGATE, "\ufffd");
+}
+
+/** @param {object} [parameters] those that are undefined are left out */
+function query(parameters = {}) {
+  const given = Object.entries(parameters).filter(([, value]) => value !== undefined);
+  return given.length ? `?${new URLSearchParams(given)}` : "";
 }
 
 /** @param {any} text JSON @returns {any} the object, or null */
