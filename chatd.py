@@ -615,12 +615,10 @@ class WebSocketReader(WebSocketConnection):
     has a test.
     """
 
-    # fmt: off
     # With more than 30 attributes instances no longer share the keys of their dicts,
     # which costs 1.2 KB for each.
-    __slots__ = ("_bytes", "_fragments", "_most_bytes", "_most_fragments",
-                 "_on_message", "_outbox", "_parts")
-    # fmt: on
+    __slots__ = ("_fragments", "_most_fragments", "_on_message", "_outbox")
+    _message_parts: list[Any]  # the library's; also bytearrays are in it
 
     # The library gives each connection its own; that would be 3 KB. Here no task waits
     # for a handshake, a pong or a message, and only one sends, so all share these.
@@ -642,7 +640,7 @@ class WebSocketReader(WebSocketConnection):
             outbox,
             opened,  # type: ignore[arg-type]  # the open half of a WSConnection
             message_queue_size=0,
-            max_message_size=sys.maxsize,  # _handle_message_event counts bytes itself
+            max_message_size=settings.max_message_bytes,
             receive_buffer_size=8192,
         )
         self._connection_proposal = None
@@ -653,10 +651,7 @@ class WebSocketReader(WebSocketConnection):
         self._stream_lock = self._unused_lock  # type: ignore[assignment]
         self._outbox = outbox
         self._on_message = on_message
-        self._most_bytes = settings.max_message_bytes
         self._most_fragments = settings.fragments
-        self._parts: list[Any] = []
-        self._bytes = 0
         self._fragments = 0
 
     async def read(self) -> None:
@@ -683,19 +678,21 @@ class WebSocketReader(WebSocketConnection):
     ) -> None:
         self._outbox.charge()
         data = event.data
-        self._bytes += len(data.encode() if isinstance(data, str) else data)
+        self._message_size += len(data.encode() if isinstance(data, str) else data)
         self._fragments += event.frame_finished
-        if self._bytes > self._most_bytes:
-            raise ClientFault(CLOSE_TOO_BIG, f"more than {self._most_bytes} bytes")
+        if self._message_size > self._max_message_size:
+            raise ClientFault(
+                CLOSE_TOO_BIG, f"more than {self._max_message_size} bytes"
+            )
         if self._fragments > self._most_fragments:
             raise ClientFault(
                 CLOSE_TOO_BIG, f"more than {self._most_fragments} fragments"
             )
-        self._parts.append(data)
+        self._message_parts.append(data)
         if not event.message_finished:
             return
-        parts, self._parts = self._parts, []
-        self._bytes = self._fragments = 0
+        parts, self._message_parts = self._message_parts, []
+        self._message_size = self._fragments = 0
         message = "".join(parts) if isinstance(data, str) else b"".join(parts)
         try:
             await self._on_message(message)
