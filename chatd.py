@@ -598,7 +598,7 @@ class Listener:
 
 
 class ClientFault(Exception):
-    """A client broke the protocol or a limit. args: the close code and the reason."""
+    """A client closed, or broke a limit or the protocol. args: close code, reason."""
 
 
 class WebSocketReader(WebSocketConnection):
@@ -609,7 +609,7 @@ class WebSocketReader(WebSocketConnection):
     not answer a protocol error. It hands each message to a second task through a queue.
     Here its reader task handles the message itself. That took a message in a two-person
     chat from 160 us to 105 us and an idle connection from 31 KB to 18 KB, and while a
-    command waits, nothing is read.
+    command waits, nothing is read. The library only reads: Outbox writes.
 
     It replaces private methods, so the library's version is pinned. Each replacement
     has a test.
@@ -621,7 +621,7 @@ class WebSocketReader(WebSocketConnection):
     _message_parts: list[Any]  # the library's; also bytearrays are in it
 
     # The library gives each connection its own; that would be 3 KB. Here no task waits
-    # for a handshake, a pong or a message, and only one sends, so all share these.
+    # for a handshake, a pong or a message, and the library sends nothing: all share.
     _unused_channel = trio.open_memory_channel[str | bytes](0)
     _unused_event = trio.Event()
     _unused_pings: ClassVar[OrderedDict[bytes, trio.Event]] = OrderedDict()
@@ -637,7 +637,7 @@ class WebSocketReader(WebSocketConnection):
         # The handshake is over: wsproto starts open, with the bytes that followed it.
         opened = Connection(ConnectionType.SERVER, trailing_data=trailing)
         super().__init__(
-            outbox,
+            outbox,  # type: ignore[arg-type]  # the library only reads from it
             opened,  # type: ignore[arg-type]  # the open half of a WSConnection
             message_queue_size=0,
             max_message_size=settings.max_message_bytes,
@@ -669,9 +669,9 @@ class WebSocketReader(WebSocketConnection):
         self, event: wsproto.events.CloseConnection
     ) -> None:
         # wsproto reports a protocol error as a close too, but then stays open.
-        if self._wsproto.state is ConnectionState.OPEN:
-            raise ClientFault(int(event.code), event.reason or "")
-        await super()._handle_close_connection_event(event)
+        if self._wsproto.state is not ConnectionState.OPEN:
+            self._outbox.seal(bytes(_frames.close(event.code, event.reason)))
+        raise ClientFault(event.code, event.reason or "")
 
     async def _handle_message_event(
         self, event: wsproto.events.BytesMessage | wsproto.events.TextMessage
@@ -2362,10 +2362,8 @@ class Hub:
 # =====================================================================================
 
 
-class Outbox(trio.abc.Stream):
+class Outbox:
     """One client's stream: every byte to it, and what trio-websocket reads from it.
-
-    chatd writes by `push`, the library by `send_all`.
 
     push writes to the socket at once and buffers the bytes that the kernel does not
     accept. Only then a task in the connection's nursery waits for the socket; it ends
@@ -2379,9 +2377,9 @@ class Outbox(trio.abc.Stream):
     """
 
     # fmt: off
-    __slots__ = ("_blocked", "_broke", "_ended", "_fd", "_nursery", "_owed_pong",
-                 "_pace", "_settings", "buffer", "listening", "moved_at",
-                 "received_at", "sealed", "stream")
+    __slots__ = ("_blocked", "_broke", "_fd", "_nursery", "_owed_pong", "_pace",
+                 "_settings", "buffer", "listening", "moved_at", "received_at",
+                 "sealed", "stream")
     # fmt: on
 
     def __init__(
@@ -2401,7 +2399,6 @@ class Outbox(trio.abc.Stream):
         self._settings = settings
         self._fd = stream.socket.fileno()
         self.listening = False  # waiting for the client, not busy with its command
-        self._ended = False  # the library reads no more
         self._pace = Bucket(settings.receive_bytes)
         self._blocked = trio.lowlevel.ParkingLot()
         self._owed_pong = b""
@@ -2505,23 +2502,12 @@ class Outbox(trio.abc.Stream):
             await self.wait_empty()
         await linger(self.stream)
 
-    # --- the Stream given to trio-websocket ------------------------------------------
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """Return bytes from the client, at the rate of --receive-bytes.
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send the library's answer to a close frame; it sends nothing else."""
-        await trio.lowlevel.checkpoint()
-        await self.wait_not_full()
-        self.seal(bytes(data))
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """Part of the Stream interface; the library does not use it."""
-        await self.wait_not_full()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Return bytes from the client, at the rate of --receive-bytes."""
-        if self._ended:
-            raise trio.ClosedResourceError
-        data = await self._receive(max_bytes or 8192)
+        The only method of a trio.abc.Stream that trio-websocket uses here.
+        """
+        data = await self._receive(max_bytes)
         now = self.received_at = trio.current_time()
         debt = self._pace.spend(now, len(data))
         while debt > 1:
@@ -2553,11 +2539,6 @@ class Outbox(trio.abc.Stream):
                 continue
             except OSError as error:
                 raise trio.BrokenResourceError from error
-
-    async def aclose(self) -> None:
-        """Read no more. `Listener._connection` closes the socket."""
-        self._ended = True
-        await trio.lowlevel.checkpoint()
 
 
 # =====================================================================================
