@@ -287,7 +287,7 @@ async def run_root(
         await root.start(watch_signals, listener, root.cancel_scope)
         sockets = await open_listeners(settings.listen)
         async with trio.open_nursery() as serving:
-            await serving.start(run, sockets)
+            serving.start_soon(run, sockets)
             # All objects that exist now stay to the end: nothing to collect there.
             gc.collect()
             gc.freeze()
@@ -354,22 +354,17 @@ class Server:
             settings, self.stats, self.sessions, partial(answer_request, self)
         )
 
-    async def run(  # noqa: ASYNC114, ASYNC128 (the listener says `started`)
-        self,
-        sockets: Sequence[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
+    async def run(self, sockets: Sequence[trio.SocketListener]) -> None:
         """Serve until the listener stops. Store and hub outlive the connections."""
         # Without a buffer: at most one batch is committed and not yet published.
         to_hub, from_store = trio.open_memory_channel[Batch](0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run, to_hub)
             nursery.start_soon(self.hub.run, from_store)
-            sweeping = trio.CancelScope()
-            nursery.start_soon(self._sweep, sweeping)
-            await self.listener.run(sockets, task_status=task_status)
-            sweeping.cancel()
+            async with trio.open_nursery() as sweeping:
+                sweeping.start_soon(self._sweep)
+                await self.listener.run(sockets)
+                sweeping.cancel_scope.cancel()
             self.store.finish()
 
     async def serve_socket(
@@ -395,29 +390,28 @@ class Server:
                 outbox.sealed = True  # nothing is written once the stream is closed
                 cut()
 
-    async def _sweep(self, sweeping: trio.CancelScope) -> None:
+    async def _sweep(self) -> None:
         """Once a second check deadlines and the database file; feed the watchdog."""
-        with sweeping:
-            while True:
-                await trio.sleep(1)
-                now, since = trio.current_time(), self.store.writing_since
-                if since is None:  # while a commit runs, its thread checks
-                    with suppress(OSError):  # the disk fails: see Store
-                        self.store.check_file()
-                for session in list(self.sessions):
-                    seat = session.seat
-                    why = seat.sweep(now)
-                    if why is None:
-                        # A clock that was stepped forward ends the token, too.
-                        left = session.claims.ends - time.time()
-                        seat.sweep_token(min(left, session.token_ends - now))
-                        continue
-                    self.stats.stalls += why == "stalled"
-                    session.end(CUT, why)
-                if since is None or now - since < COMMIT_SECONDS:
-                    sick = "; no writing" if self.store.failure else ""
-                    state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
-                    notify(state, wait_seconds=0)
+        while True:
+            await trio.sleep(1)
+            now, since = trio.current_time(), self.store.writing_since
+            if since is None:  # while a commit runs, its thread checks
+                with suppress(OSError):  # the disk fails: see Store
+                    self.store.check_file()
+            for session in list(self.sessions):
+                seat = session.seat
+                why = seat.sweep(now)
+                if why is None:
+                    # A clock that was stepped forward ends the token, too.
+                    left = session.claims.ends - time.time()
+                    seat.sweep_token(min(left, session.token_ends - now))
+                    continue
+                self.stats.stalls += why == "stalled"
+                session.end(CUT, why)
+            if since is None or now - since < COMMIT_SECONDS:
+                sick = "; no writing" if self.store.failure else ""
+                state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
+                notify(state, wait_seconds=0)
 
     def retry_after_seconds(self) -> float:
         """Spread reconnecting clients: 500 a second, none in the first half second."""
@@ -474,12 +468,7 @@ class Listener:
         self.warnings = bucket_table(Rate(0.1, 1))  # log lines of `warn`, by their verb
         self.bugs = Bucket(Rate(1, 10))  # log lines about bugs of chatd
 
-    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
-        self,
-        sockets: Sequence[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
+    async def run(self, sockets: Sequence[trio.SocketListener]) -> None:
         """Serve until `stopping` is set; then end every connection, and return.
 
         Owns the listening sockets.
@@ -488,7 +477,6 @@ class Listener:
             async with trio.open_nursery() as accepting:
                 for listener in sockets:
                     accepting.start_soon(self._accept, listener, connections)
-                task_status.started()
                 await self.stopping.wait()
                 accepting.cancel_scope.cancel()
             deadline = trio.current_time() + self.settings.drain_seconds
