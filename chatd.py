@@ -3006,9 +3006,7 @@ def parse_address(text: str) -> Address | None:
         address = ipaddress.ip_address(re.sub(ADDRESS, r"\1\2\3", text))
     except ValueError:
         return None
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        return address.ipv4_mapped
-    return address
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 class Proxies:
