@@ -3289,8 +3289,10 @@ def key_form(data: bytes, layers: int = 3) -> tuple[str, str] | None:
     with suppress(msgspec.DecodeError):
         msgspec.json.decode(text, type=dict | list | str)
         return "JSON", "write the key alone, a public one as PEM"
-    inner = unwrapped(text) if layers else ()
-    return next(filter(None, (key_form(one, layers - 1) for one in inner)), None)
+    for inner in unwrapped(text) if layers else ():
+        if found := key_form(inner, layers - 1):
+            return found
+    return None
 
 
 def unwrapped(text: str) -> Iterator[bytes]:
