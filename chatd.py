@@ -3251,16 +3251,17 @@ def read_public_pem(path: Path, data: bytes) -> Key:
         ) from error
     match key:
         case rsa.RSAPublicKey() if key.key_size >= 2048:
-            return Key("RS256", key, path)
+            algorithm = "RS256"
         case ec.EllipticCurvePublicKey(curve=ec.SECP256R1()):
-            return Key("ES256", key, path)
+            algorithm = "ES256"
         case ed25519.Ed25519PublicKey():
-            return Key("EdDSA", key, path)
+            algorithm = "EdDSA"
         case _:
             raise UsageError(
                 f"--jwt-key {path}: this kind of key is not supported; give an RSA key "
                 "of 2048 bits or more, a P-256 key, or an Ed25519 key"
             )
+    return Key(algorithm, key, path)
 
 
 def plain_text(data: bytes) -> str | None:
