@@ -3343,8 +3343,7 @@ class Keyring:
     def __init__(self, settings: Settings, secret: bytes) -> None:
         self.settings = settings
         self.secret = secret
-        self.keys = [Key("HS256", secret)]
-        self.keys += [read_jwt_key(path) for path in settings.jwt_key]
+        self.keys = [Key("HS256", secret), *map(read_jwt_key, settings.jwt_key)]
         self.boot = secrets.token_urlsafe(9)
         # A client that polls sends the same token each time: so a post takes a sixth
         # less time. Keys do not change while the process runs; expiry and revocation
@@ -3355,7 +3354,7 @@ class Keyring:
 
     def about(self) -> dict[str, str]:
         """Name each --jwt-key and its kind, for the log."""
-        names = ", ".join(str(key) for key in self.keys[1:])
+        names = ", ".join(map(str, self.keys[1:]))
         return {"jwt_keys": names} if names else {}
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
