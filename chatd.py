@@ -3728,7 +3728,7 @@ class HttpConnection:
             answer = refusal_answer(_protocol_refusal(error))
         with trio.move_on_after(REQUEST_SECONDS):
             await self._respond(request, answer)
-            if self.h11.our_state is h11.DONE and self.h11.their_state is h11.DONE:
+            if self.h11.our_state is h11.DONE:  # and theirs: see _respond
                 self.h11.start_next_cycle()
                 return True
             await linger(self.stream)
