@@ -3752,7 +3752,7 @@ class HttpConnection:
         """
         begun = bool(self.h11.trailing_data[0])
         wait = IDLE_SECONDS if self.kept and not begun else HEAD_SECONDS
-        with trio.CancelScope(deadline=trio.current_time() + wait) as scope:
+        with trio.move_on_after(wait) as scope:
             try:
                 while not isinstance(event := self.h11.next_event(), h11.Request):
                     await self._receive(scope, idle=self.kept and not begun)
