@@ -4718,9 +4718,11 @@ class Tunnel:
                 self._moved()
                 async with trio.open_nursery() as nursery:
                     if self.sent is not None:
-                        nursery.start_soon(self._copy_up, client, self.sent)
-                    await self._copy(self.upstream, client, self.begun)
-                    await self._pass_end(client)
+                        nursery.start_soon(
+                            self._copy, client, self.upstream, self.sent, self.reading
+                        )
+                    to_the_end = trio.CancelScope()
+                    await self._copy(self.upstream, client, self.begun, to_the_end)
                 self.upstream.socket.close()
                 await linger(client)
                 broken = False
@@ -4736,25 +4738,26 @@ class Tunnel:
     def _moved(self) -> None:
         self.idle.deadline = trio.current_time() + self.seconds
 
-    async def _copy_up(self, client: trio.SocketStream, data: bytes) -> None:
-        with self.reading:
-            await self._copy(client, self.upstream, data)
-        await self._pass_end(self.upstream)
-
     async def _copy(
-        self, source: trio.SocketStream, target: trio.SocketStream, data: bytes
+        self,
+        source: trio.SocketStream,
+        target: trio.SocketStream,
+        data: bytes,
+        reading: trio.CancelScope,
     ) -> None:
-        """Copy data, and then all until the source ends or the target has gone."""
-        while data := data or await source.receive_some(COPY_BYTES):
-            try:
-                await target.send_all(data)
-            except trio.BrokenResourceError:
-                break  # what the target sent before still goes to the source
-            self._moved()
-            data = b""
+        """Copy data, and then all until the source ends or the target has gone.
 
-    async def _pass_end(self, target: trio.SocketStream) -> None:
-        """Pass on that one side has ended; the other has not much longer to do so."""
+        Then, or when reading is cancelled, the target gets an end of file, and the
+        other side has not much longer to end, too.
+        """
+        with reading:
+            while data := data or await source.receive_some(COPY_BYTES):
+                try:
+                    await target.send_all(data)
+                except trio.BrokenResourceError:
+                    break  # what the target sent before still goes to the source
+                self._moved()
+                data = b""
         with suppress(trio.BrokenResourceError):  # it has gone
             await target.send_eof()
         self.seconds = STALL_SECONDS
