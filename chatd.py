@@ -3923,20 +3923,21 @@ CSP = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+# The page's paths, and the types of their files in web/. / is index.html.
 PAGE_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/web/index.html": ("index.html", "text/html; charset=utf-8"),
-    "/web/style.css": ("style.css", "text/css; charset=utf-8"),
-    "/web/app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "/web/chat-websocket.js": ("chat-websocket.js", "text/javascript; charset=utf-8"),
+    "/": "text/html; charset=utf-8",
+    "/web/index.html": "text/html; charset=utf-8",
+    "/web/style.css": "text/css; charset=utf-8",
+    "/web/app.js": "text/javascript; charset=utf-8",
+    "/web/chat-websocket.js": "text/javascript; charset=utf-8",
 }
 
 
 def page_answers() -> dict[str, Answer]:
     """Read the page's files at the start: no request's path ever reaches the disk."""
     answers = {}
-    for path, (name, content_type) in PAGE_FILES.items():
-        body = (ASSETS / "web" / name).read_bytes()
+    for path, content_type in PAGE_FILES.items():
+        body = (ASSETS / "web" / (Path(path).name or "index.html")).read_bytes()
         headers = {
             "Content-Security-Policy": CSP,
             "Cache-Control": "no-cache",
