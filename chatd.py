@@ -259,14 +259,11 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
 
         make_secret(secret_path(settings))
         keyring = read_keyring(settings)
-        store = Store(settings)
-        try:
+        about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
+        about |= keyring.about()
+        with closing(Store(settings)) as store:
             server = Server(store, keyring)
-            about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
-            about |= keyring.about()
             trio.run(run_root, server.listener, server.run, about, listening)
-        finally:
-            store.close()
 
 
 async def run_root(
@@ -4547,11 +4544,11 @@ UPSTREAM_SECONDS = 20.0
 COPY_BYTES = 16_384  # held for one direction, and no more: nothing queues here
 # Headers of one connection and not of the message (RFC 9110 7.6.1), and those that the
 # proxy writes itself.
-NOT_PASSED_ON = frozenset(
-    ("connection", "keep-alive", "proxy-connection", "proxy-authenticate",
-     "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "expect",
-     "host", "content-length", "forwarded", "x-real-ip")
-)  # fmt: skip
+NOT_PASSED_ON = {
+    "connection", "keep-alive", "proxy-connection", "proxy-authenticate",
+    "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "expect",
+    "host", "content-length", "forwarded", "x-real-ip",
+}  # fmt: skip
 ANSWER_BEGINS = re.compile(rb"HTTP/1\.[01] [1-9][0-9]{2}")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time: a close is a reset
 
