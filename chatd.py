@@ -187,7 +187,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import (
     Awaitable,
     Callable,
@@ -198,7 +198,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache, partial
 from logging import DEBUG, ERROR, INFO, WARNING
 from pathlib import Path
@@ -600,17 +600,15 @@ class WebSocketReader(WebSocketConnection):
     has a test.
     """
 
-    # With more than 30 attributes instances no longer share the keys of their dicts,
-    # which costs 1.2 KB for each.
-    __slots__ = ("_fragments", "_most_fragments", "_on_message", "_outbox")
-    _message_parts: list[Any]  # the library's; also bytearrays are in it
-
-    # The library gives each connection its own; that would be 3 KB. Here no task waits
-    # for a handshake, a pong or a message, and the library sends nothing: all share.
-    _unused_channel = trio.open_memory_channel[str | bytes](0)
-    _unused_event = trio.Event()
-    _unused_pings: ClassVar[OrderedDict[bytes, trio.Event]] = OrderedDict()
-    _unused_lock = nullcontext()
+    # What the library's reader task uses; a test compares. The library's own __init__
+    # would add 3 KB to each connection for handshakes, pings and tasks that wait.
+    _id = 0
+    _initial_request = None
+    _close_reason = None
+    _reader_running = True
+    _receive_buffer_size = 8192
+    _send_channel, _recv_channel = trio.open_memory_channel[str | bytes](0)
+    _close_handshake = trio.Event()
 
     def __init__(
         self,
@@ -620,24 +618,14 @@ class WebSocketReader(WebSocketConnection):
         on_message: Callable[[str | bytes], Awaitable[None]],
     ) -> None:
         # The handshake is over: wsproto starts open, with the bytes that followed it.
-        opened = Connection(ConnectionType.SERVER, trailing_data=trailing)
-        super().__init__(
-            outbox,  # type: ignore[arg-type]  # the library only reads from it
-            opened,  # type: ignore[arg-type]  # the open half of a WSConnection
-            message_queue_size=0,
-            max_message_size=settings.max_message_bytes,
-            receive_buffer_size=8192,
-        )
-        self._connection_proposal = None
-        self._send_channel, self._recv_channel = self._unused_channel
-        self._open_handshake = self._close_handshake = self._unused_event
-        self._for_testing_peer_closed_connection = self._unused_event
-        self._pings = self._unused_pings
-        self._stream_lock = self._unused_lock  # type: ignore[assignment]
+        self._wsproto: Any = Connection(ConnectionType.SERVER, trailing_data=trailing)
+        self._stream: Any = outbox  # the library only reads from it
         self._outbox = outbox
         self._on_message = on_message
+        self._max_message_size = settings.max_message_bytes
         self._most_fragments = settings.fragments
-        self._fragments = 0
+        self._message_parts: list[Any] = []
+        self._message_size = self._fragments = 0
 
     async def read(self) -> None:
         """Read and handle messages until the connection ends. Raises ClientFault."""
