@@ -187,7 +187,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import (
     Awaitable,
     Callable,
@@ -198,7 +198,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache, partial
 from logging import DEBUG, ERROR, INFO, WARNING
 from pathlib import Path
@@ -259,14 +259,11 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
 
         make_secret(secret_path(settings))
         keyring = read_keyring(settings)
-        store = Store(settings)
-        try:
+        about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
+        about |= keyring.about()
+        with closing(Store(settings)) as store:
             server = Server(store, keyring)
-            about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
-            about |= keyring.about()
             trio.run(run_root, server.listener, server.run, about, listening)
-        finally:
-            store.close()
 
 
 async def run_root(
@@ -287,7 +284,7 @@ async def run_root(
         await root.start(watch_signals, listener, root.cancel_scope)
         sockets = await open_listeners(settings.listen)
         async with trio.open_nursery() as serving:
-            await serving.start(run, sockets)
+            serving.start_soon(run, sockets)
             # All objects that exist now stay to the end: nothing to collect there.
             gc.collect()
             gc.freeze()
@@ -354,22 +351,17 @@ class Server:
             settings, self.stats, self.sessions, partial(answer_request, self)
         )
 
-    async def run(  # noqa: ASYNC114, ASYNC128 (the listener says `started`)
-        self,
-        sockets: Sequence[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
+    async def run(self, sockets: Sequence[trio.SocketListener]) -> None:
         """Serve until the listener stops. Store and hub outlive the connections."""
         # Without a buffer: at most one batch is committed and not yet published.
         to_hub, from_store = trio.open_memory_channel[Batch](0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run, to_hub)
             nursery.start_soon(self.hub.run, from_store)
-            sweeping = trio.CancelScope()
-            nursery.start_soon(self._sweep, sweeping)
-            await self.listener.run(sockets, task_status=task_status)
-            sweeping.cancel()
+            async with trio.open_nursery() as sweeping:
+                sweeping.start_soon(self._sweep)
+                await self.listener.run(sockets)
+                sweeping.cancel_scope.cancel()
             self.store.finish()
 
     async def serve_socket(
@@ -395,29 +387,28 @@ class Server:
                 outbox.sealed = True  # nothing is written once the stream is closed
                 cut()
 
-    async def _sweep(self, sweeping: trio.CancelScope) -> None:
+    async def _sweep(self) -> None:
         """Once a second check deadlines and the database file; feed the watchdog."""
-        with sweeping:
-            while True:
-                await trio.sleep(1)
-                now, since = trio.current_time(), self.store.writing_since
-                if since is None:  # while a commit runs, its thread checks
-                    with suppress(OSError):  # the disk fails: see Store
-                        self.store.check_file()
-                for session in list(self.sessions):
-                    seat = session.seat
-                    why = seat.sweep(now)
-                    if why is None:
-                        # A clock that was stepped forward ends the token, too.
-                        left = session.claims.ends - time.time()
-                        seat.sweep_token(min(left, session.token_ends - now))
-                        continue
-                    self.stats.stalls += why == "stalled"
-                    session.end(CUT, why)
-                if since is None or now - since < COMMIT_SECONDS:
-                    sick = "; no writing" if self.store.failure else ""
-                    state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
-                    notify(state, wait_seconds=0)
+        while True:
+            await trio.sleep(1)
+            now, since = trio.current_time(), self.store.writing_since
+            if since is None:  # while a commit runs, its thread checks
+                with suppress(OSError):  # the disk fails: see Store
+                    self.store.check_file()
+            for session in list(self.sessions):
+                seat = session.seat
+                why = seat.sweep(now)
+                if why is None:
+                    # A clock that was stepped forward ends the token, too.
+                    left = session.claims.ends - time.time()
+                    seat.sweep_token(min(left, session.token_ends - now))
+                    continue
+                self.stats.stalls += why == "stalled"
+                session.end(CUT, why)
+            if since is None or now - since < COMMIT_SECONDS:
+                sick = "; no writing" if self.store.failure else ""
+                state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
+                notify(state, wait_seconds=0)
 
     def retry_after_seconds(self) -> float:
         """Spread reconnecting clients: 500 a second, none in the first half second."""
@@ -474,12 +465,7 @@ class Listener:
         self.warnings = bucket_table(Rate(0.1, 1))  # log lines of `warn`, by their verb
         self.bugs = Bucket(Rate(1, 10))  # log lines about bugs of chatd
 
-    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
-        self,
-        sockets: Sequence[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
+    async def run(self, sockets: Sequence[trio.SocketListener]) -> None:
         """Serve until `stopping` is set; then end every connection, and return.
 
         Owns the listening sockets.
@@ -488,7 +474,6 @@ class Listener:
             async with trio.open_nursery() as accepting:
                 for listener in sockets:
                     accepting.start_soon(self._accept, listener, connections)
-                task_status.started()
                 await self.stopping.wait()
                 accepting.cancel_scope.cancel()
             deadline = trio.current_time() + self.settings.drain_seconds
@@ -598,7 +583,7 @@ class Listener:
 
 
 class ClientFault(Exception):
-    """A client broke the protocol or a limit. args: the close code and the reason."""
+    """A client closed, or broke a limit or the protocol. args: close code, reason."""
 
 
 class WebSocketReader(WebSocketConnection):
@@ -609,25 +594,21 @@ class WebSocketReader(WebSocketConnection):
     not answer a protocol error. It hands each message to a second task through a queue.
     Here its reader task handles the message itself. That took a message in a two-person
     chat from 160 us to 105 us and an idle connection from 31 KB to 18 KB, and while a
-    command waits, nothing is read.
+    command waits, nothing is read. The library only reads: Outbox writes.
 
     It replaces private methods, so the library's version is pinned. Each replacement
     has a test.
     """
 
-    # fmt: off
-    # With more than 30 attributes instances no longer share the keys of their dicts,
-    # which costs 1.2 KB for each.
-    __slots__ = ("_bytes", "_fragments", "_most_bytes", "_most_fragments",
-                 "_on_message", "_outbox", "_parts")
-    # fmt: on
-
-    # The library gives each connection its own; that would be 3 KB. Here no task waits
-    # for a handshake, a pong or a message, and only one sends, so all share these.
-    _unused_channel = trio.open_memory_channel[str | bytes](0)
-    _unused_event = trio.Event()
-    _unused_pings: ClassVar[OrderedDict[bytes, trio.Event]] = OrderedDict()
-    _unused_lock = nullcontext()
+    # What the library's reader task uses; a test compares. The library's own __init__
+    # would add 3 KB to each connection for handshakes, pings and tasks that wait.
+    _id = 0
+    _initial_request = None
+    _close_reason = None
+    _reader_running = True
+    _receive_buffer_size = 8192
+    _send_channel, _recv_channel = trio.open_memory_channel[str | bytes](0)
+    _close_handshake = trio.Event()
 
     def __init__(
         self,
@@ -637,27 +618,14 @@ class WebSocketReader(WebSocketConnection):
         on_message: Callable[[str | bytes], Awaitable[None]],
     ) -> None:
         # The handshake is over: wsproto starts open, with the bytes that followed it.
-        opened = Connection(ConnectionType.SERVER, trailing_data=trailing)
-        super().__init__(
-            outbox,
-            opened,  # type: ignore[arg-type]  # the open half of a WSConnection
-            message_queue_size=0,
-            max_message_size=sys.maxsize,  # _handle_message_event counts bytes itself
-            receive_buffer_size=8192,
-        )
-        self._connection_proposal = None
-        self._send_channel, self._recv_channel = self._unused_channel
-        self._open_handshake = self._close_handshake = self._unused_event
-        self._for_testing_peer_closed_connection = self._unused_event
-        self._pings = self._unused_pings
-        self._stream_lock = self._unused_lock  # type: ignore[assignment]
+        self._wsproto: Any = Connection(ConnectionType.SERVER, trailing_data=trailing)
+        self._stream: Any = outbox  # the library only reads from it
         self._outbox = outbox
         self._on_message = on_message
-        self._most_bytes = settings.max_message_bytes
+        self._max_message_size = settings.max_message_bytes
         self._most_fragments = settings.fragments
-        self._parts: list[Any] = []
-        self._bytes = 0
-        self._fragments = 0
+        self._message_parts: list[Any] = []
+        self._message_size = self._fragments = 0
 
     async def read(self) -> None:
         """Read and handle messages until the connection ends. Raises ClientFault."""
@@ -674,28 +642,30 @@ class WebSocketReader(WebSocketConnection):
         self, event: wsproto.events.CloseConnection
     ) -> None:
         # wsproto reports a protocol error as a close too, but then stays open.
-        if self._wsproto.state is ConnectionState.OPEN:
-            raise ClientFault(int(event.code), event.reason or "")
-        await super()._handle_close_connection_event(event)
+        if self._wsproto.state is not ConnectionState.OPEN:
+            self._outbox.seal(bytes(_frames.close(event.code, event.reason)))
+        raise ClientFault(event.code, event.reason or "")
 
     async def _handle_message_event(
         self, event: wsproto.events.BytesMessage | wsproto.events.TextMessage
     ) -> None:
         self._outbox.charge()
         data = event.data
-        self._bytes += len(data.encode() if isinstance(data, str) else data)
+        self._message_size += len(data.encode() if isinstance(data, str) else data)
         self._fragments += event.frame_finished
-        if self._bytes > self._most_bytes:
-            raise ClientFault(CLOSE_TOO_BIG, f"more than {self._most_bytes} bytes")
+        if self._message_size > self._max_message_size:
+            raise ClientFault(
+                CLOSE_TOO_BIG, f"more than {self._max_message_size} bytes"
+            )
         if self._fragments > self._most_fragments:
             raise ClientFault(
                 CLOSE_TOO_BIG, f"more than {self._most_fragments} fragments"
             )
-        self._parts.append(data)
+        self._message_parts.append(data)
         if not event.message_finished:
             return
-        parts, self._parts = self._parts, []
-        self._bytes = self._fragments = 0
+        parts, self._message_parts = self._message_parts, []
+        self._message_size = self._fragments = 0
         message = "".join(parts) if isinstance(data, str) else b"".join(parts)
         try:
             await self._on_message(message)
@@ -2229,10 +2199,8 @@ class Hub:
 # =====================================================================================
 
 
-class Outbox(trio.abc.Stream):
+class Outbox:
     """One client's stream: every byte to it, and what trio-websocket reads from it.
-
-    chatd writes by `push`, the library by `send_all`.
 
     push writes to the socket at once and buffers the bytes that the kernel does not
     accept. Only then a task in the connection's nursery waits for the socket; it ends
@@ -2246,9 +2214,9 @@ class Outbox(trio.abc.Stream):
     """
 
     # fmt: off
-    __slots__ = ("_blocked", "_broke", "_ended", "_fd", "_nursery", "_owed_pong",
-                 "_pace", "_settings", "buffer", "listening", "moved_at",
-                 "received_at", "sealed", "stream")
+    __slots__ = ("_blocked", "_broke", "_fd", "_nursery", "_owed_pong", "_pace",
+                 "_settings", "buffer", "listening", "moved_at", "received_at",
+                 "sealed", "stream")
     # fmt: on
 
     def __init__(
@@ -2268,7 +2236,6 @@ class Outbox(trio.abc.Stream):
         self._settings = settings
         self._fd = stream.socket.fileno()
         self.listening = False  # waiting for the client, not busy with its command
-        self._ended = False  # the library reads no more
         self._pace = Bucket(settings.receive_bytes)
         self._blocked = trio.lowlevel.ParkingLot()
         self._owed_pong = b""
@@ -2372,23 +2339,12 @@ class Outbox(trio.abc.Stream):
             await self.wait_empty()
         await linger(self.stream)
 
-    # --- the Stream given to trio-websocket ------------------------------------------
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """Return bytes from the client, at the rate of --receive-bytes.
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send the library's answer to a close frame; it sends nothing else."""
-        await trio.lowlevel.checkpoint()
-        await self.wait_not_full()
-        self.seal(bytes(data))
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """Part of the Stream interface; the library does not use it."""
-        await self.wait_not_full()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Return bytes from the client, at the rate of --receive-bytes."""
-        if self._ended:
-            raise trio.ClosedResourceError
-        data = await self._receive(max_bytes or 8192)
+        The only method of a trio.abc.Stream that trio-websocket uses here.
+        """
+        data = await self._receive(max_bytes)
         now = self.received_at = trio.current_time()
         debt = self._pace.spend(now, len(data))
         while debt > 1:
@@ -2420,11 +2376,6 @@ class Outbox(trio.abc.Stream):
                 continue
             except OSError as error:
                 raise trio.BrokenResourceError from error
-
-    async def aclose(self) -> None:
-        """Read no more. `Listener._connection` closes the socket."""
-        self._ended = True
-        await trio.lowlevel.checkpoint()
 
 
 # =====================================================================================
@@ -3145,9 +3096,7 @@ def parse_address(text: str) -> Address | None:
         address = ipaddress.ip_address(re.sub(ADDRESS, r"\1\2\3", text))
     except ValueError:
         return None
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        return address.ipv4_mapped
-    return address
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 class Proxies:
@@ -3392,16 +3341,17 @@ def read_public_pem(path: Path, data: bytes) -> Key:
         ) from error
     match key:
         case rsa.RSAPublicKey() if key.key_size >= 2048:
-            return Key("RS256", key, path)
+            algorithm = "RS256"
         case ec.EllipticCurvePublicKey(curve=ec.SECP256R1()):
-            return Key("ES256", key, path)
+            algorithm = "ES256"
         case ed25519.Ed25519PublicKey():
-            return Key("EdDSA", key, path)
+            algorithm = "EdDSA"
         case _:
             raise UsageError(
                 f"--jwt-key {path}: this kind of key is not supported; give an RSA key "
                 "of 2048 bits or more, a P-256 key, or an Ed25519 key"
             )
+    return Key(algorithm, key, path)
 
 
 def plain_text(data: bytes) -> str | None:
@@ -3430,8 +3380,10 @@ def key_form(data: bytes, layers: int = 3) -> tuple[str, str] | None:
     with suppress(msgspec.DecodeError):
         msgspec.json.decode(text, type=dict | list | str)
         return "JSON", "write the key alone, a public one as PEM"
-    inner = unwrapped(text) if layers else ()
-    return next(filter(None, (key_form(one, layers - 1) for one in inner)), None)
+    for inner in unwrapped(text) if layers else ():
+        if found := key_form(inner, layers - 1):
+            return found
+    return None
 
 
 def unwrapped(text: str) -> Iterator[bytes]:
@@ -3481,8 +3433,7 @@ class Keyring:
     def __init__(self, settings: Settings, secret: bytes) -> None:
         self.settings = settings
         self.secret = secret
-        self.keys = [Key("HS256", secret)]
-        self.keys += [read_jwt_key(path) for path in settings.jwt_key]
+        self.keys = [Key("HS256", secret), *map(read_jwt_key, settings.jwt_key)]
         self.boot = secrets.token_urlsafe(9)
         # A client that polls sends the same token each time: so a post takes a sixth
         # less time. Keys do not change while the process runs; expiry and revocation
@@ -3493,7 +3444,7 @@ class Keyring:
 
     def about(self) -> dict[str, str]:
         """Name each --jwt-key and its kind, for the log."""
-        names = ", ".join(str(key) for key in self.keys[1:])
+        names = ", ".join(map(str, self.keys[1:]))
         return {"jwt_keys": names} if names else {}
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
@@ -3867,7 +3818,7 @@ class HttpConnection:
             answer = refusal_answer(_protocol_refusal(error))
         with trio.move_on_after(REQUEST_SECONDS):
             await self._respond(request, answer)
-            if self.h11.our_state is h11.DONE and self.h11.their_state is h11.DONE:
+            if self.h11.our_state is h11.DONE:  # and theirs: see _respond
                 self.h11.start_next_cycle()
                 return True
             await linger(self.stream)
@@ -3891,7 +3842,7 @@ class HttpConnection:
         """
         begun = bool(self.h11.trailing_data[0])
         wait = IDLE_SECONDS if self.kept and not begun else HEAD_SECONDS
-        with trio.CancelScope(deadline=trio.current_time() + wait) as scope:
+        with trio.move_on_after(wait) as scope:
             try:
                 while not isinstance(event := self.h11.next_event(), h11.Request):
                     await self._receive(scope, idle=self.kept and not begun)
@@ -4062,20 +4013,21 @@ CSP = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+# The page's paths, and the types of their files in web/. / is index.html.
 PAGE_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/web/index.html": ("index.html", "text/html; charset=utf-8"),
-    "/web/style.css": ("style.css", "text/css; charset=utf-8"),
-    "/web/app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "/web/chat-websocket.js": ("chat-websocket.js", "text/javascript; charset=utf-8"),
+    "/": "text/html; charset=utf-8",
+    "/web/index.html": "text/html; charset=utf-8",
+    "/web/style.css": "text/css; charset=utf-8",
+    "/web/app.js": "text/javascript; charset=utf-8",
+    "/web/chat-websocket.js": "text/javascript; charset=utf-8",
 }
 
 
 def page_answers() -> dict[str, Answer]:
     """Read the page's files at the start: no request's path ever reaches the disk."""
     answers = {}
-    for path, (name, content_type) in PAGE_FILES.items():
-        body = (ASSETS / "web" / name).read_bytes()
+    for path, content_type in PAGE_FILES.items():
+        body = (ASSETS / "web" / (Path(path).name or "index.html")).read_bytes()
         headers = {
             "Content-Security-Policy": CSP,
             "Cache-Control": "no-cache",
@@ -4695,11 +4647,11 @@ UPSTREAM_SECONDS = 20.0
 COPY_BYTES = 16_384  # held for one direction, and no more: nothing queues here
 # Headers of one connection and not of the message (RFC 9110 7.6.1), and those that the
 # proxy writes itself.
-NOT_PASSED_ON = frozenset(
-    ("connection", "keep-alive", "proxy-connection", "proxy-authenticate",
-     "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "expect",
-     "host", "content-length", "forwarded", "x-real-ip")
-)  # fmt: skip
+NOT_PASSED_ON = {
+    "connection", "keep-alive", "proxy-connection", "proxy-authenticate",
+    "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "expect",
+    "host", "content-length", "forwarded", "x-real-ip",
+}  # fmt: skip
 ANSWER_BEGINS = re.compile(rb"HTTP/1\.[01] [1-9][0-9]{2}")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time: a close is a reset
 
@@ -4867,9 +4819,11 @@ class Tunnel:
                 self._moved()
                 async with trio.open_nursery() as nursery:
                     if self.sent is not None:
-                        nursery.start_soon(self._copy_up, client, self.sent)
-                    await self._copy(self.upstream, client, self.begun)
-                    await self._pass_end(client)
+                        nursery.start_soon(
+                            self._copy, client, self.upstream, self.sent, self.reading
+                        )
+                    to_the_end = trio.CancelScope()
+                    await self._copy(self.upstream, client, self.begun, to_the_end)
                 self.upstream.socket.close()
                 await linger(client)
                 broken = False
@@ -4885,25 +4839,26 @@ class Tunnel:
     def _moved(self) -> None:
         self.idle.deadline = trio.current_time() + self.seconds
 
-    async def _copy_up(self, client: trio.SocketStream, data: bytes) -> None:
-        with self.reading:
-            await self._copy(client, self.upstream, data)
-        await self._pass_end(self.upstream)
-
     async def _copy(
-        self, source: trio.SocketStream, target: trio.SocketStream, data: bytes
+        self,
+        source: trio.SocketStream,
+        target: trio.SocketStream,
+        data: bytes,
+        reading: trio.CancelScope,
     ) -> None:
-        """Copy data, and then all until the source ends or the target has gone."""
-        while data := data or await source.receive_some(COPY_BYTES):
-            try:
-                await target.send_all(data)
-            except trio.BrokenResourceError:
-                break  # what the target sent before still goes to the source
-            self._moved()
-            data = b""
+        """Copy data, and then all until the source ends or the target has gone.
 
-    async def _pass_end(self, target: trio.SocketStream) -> None:
-        """Pass on that one side has ended; the other has not much longer to do so."""
+        Then, or when reading is cancelled, the target gets an end of file, and the
+        other side has not much longer to end, too.
+        """
+        with reading:
+            while data := data or await source.receive_some(COPY_BYTES):
+                try:
+                    await target.send_all(data)
+                except trio.BrokenResourceError:
+                    break  # what the target sent before still goes to the source
+                self._moved()
+                data = b""
         with suppress(trio.BrokenResourceError):  # it has gone
             await target.send_eof()
         self.seconds = STALL_SECONDS

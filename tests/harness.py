@@ -534,19 +534,17 @@ class Virtual(Generic[App]):
         self.streams.append(ends[1])
         return ends[0], RawClient(ends[1], soon=1)
 
-    async def _run(  # noqa: ASYNC114, ASYNC128 (the listener says `started`)
-        self, *, task_status: trio.TaskStatus[None]
-    ) -> None:
+    async def _run(self) -> None:
         app = self.app
         run = app.run if isinstance(app, chatd.Server) else app.listener.run
-        await run([cast("trio.SocketListener", self.listener)], task_status=task_status)
+        await run([cast("trio.SocketListener", self.listener)])
         self.finished.set()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
         """Run it, then stop it: every connection must end by itself."""
         async with trio.open_nursery() as self.nursery:
-            await self.nursery.start(self._run)
+            self.nursery.start_soon(self._run)
             try:
                 yield self
                 if not self.finished.is_set():

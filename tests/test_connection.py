@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import random
+import re
 import select
 import sqlite3
 import struct
@@ -128,6 +129,30 @@ def test_trio_websocket_has_the_private_methods_that_the_reader_overrides() -> N
         theirs, ours = getattr(library, name), getattr(chatd.WebSocketReader, name)
         assert inspect.iscoroutinefunction(theirs), name
         assert [*inspect.signature(ours).parameters] == ["self", "event"], name
+
+
+@with_server()
+async def test_the_reader_has_every_attribute_that_the_library_uses_of_it(
+    server: VirtualServer,
+) -> None:
+    await server.join(6)
+    outbox, settings = server.session(6).outbox, server.app.settings
+
+    async def receive(message: str | bytes) -> None:
+        pass
+
+    reader = chatd.WebSocketReader(outbox, settings, b"", receive)
+    library = trio_websocket.WebSocketConnection
+    methods = (library._reader_task, library._abort_web_socket,
+               library._close_web_socket, library.__str__)  # fmt: skip
+    source = "".join(inspect.getsource(method) for method in methods)
+    used = set(re.findall(r"\bself\.(\w+)", source))
+    assert {"_wsproto", "_initial_request", "_close_reason", "_id"} <= used
+    assert not [name for name in used if not hasattr(reader, name)]
+    # `_send` and `_close_stream` follow errors of a handshake, which is over here.
+    called = set(re.findall(r"\bself\.(_\w+)\(", source))
+    assert called == {"_abort_web_socket", "_close_web_socket", "_send",
+                      "_close_stream"}  # fmt: skip
 
 
 @with_server(max_message_bytes=1000)
