@@ -2922,7 +2922,9 @@ class Chats:
         row = db.execute(sql, (user_id, name, named_at, now_seconds())).fetchone()
         return tuple(row)
 
-    def invite(self, db: Db, _events: Entries, chat_id: int, by: int, new: bool) -> str:
+    def invitation(
+        self, db: Db, _events: Entries, chat_id: int, by: int, new: bool
+    ) -> str:
         """Return what the invitations to a group name. new: earlier ones have ended.
 
         Raises Refusal not_found, direct.
@@ -2973,7 +2975,7 @@ class Chats:
         db.execute(sql, (user_id, revoked_at))
 
     def _join(
-        self, db: Db, chat_id: int, user_id: int, seq: int, by: int | None
+        self, db: Db, chat_id: int, user_id: int, seq: int, by: int | None = None
     ) -> None:
         """Make a user a member who has read all messages so far.
 
@@ -4401,7 +4403,9 @@ async def change_invites(server: Server, request: Request) -> Answer:
     """POST: make an invitation to a group. DELETE: end all that were made."""
     check_invites(server)
     ends, user_id = request.method == "DELETE", request.user_id
-    invite = await server.store.commit(server.chats.invite, *request.ids, user_id, ends)
+    invite = await server.store.commit(
+        server.chats.invitation, *request.ids, user_id, ends
+    )
     if ends:
         return Answer(204)
     server.keyring.refuse_revoked(request.claims)  # meanwhile
@@ -6146,10 +6150,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
             options.refuse(f"{where}: {error}")
         if values:
             chosen[field.name] = values if several else values[-1]
-    settings = Settings(**chosen)
-    if settings.invites == "on" and (settings.jwt_key or settings.chats_by != "user"):
-        options.refuse("--invites on: only with --chats-by user and without --jwt-key")
-    return settings
+    return Settings(**chosen)
 
 
 def tell_unknown_variables() -> None:
@@ -6269,7 +6270,7 @@ def fill_standard_streams() -> None:
     os.close(fd)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0912 (an arm each)
     """Run one command. Returns the exit status: 0 done, 1 failed, 2 wrong use."""
     fill_standard_streams()
     parser = make_parser()
@@ -6283,6 +6284,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         match options.command:
             case "serve" if options.demo and options.db is not None:
                 parser.error("--demo has a database of its own: leave --db away")
+            case "serve" if settings.invites == "on" and (
+                settings.jwt_key or settings.chats_by != "user"
+            ):
+                parser.error("--invites on: not with --jwt-key, nor --chats-by service")
             case "serve" if options.demo:
                 serve_demo(settings)
             case "serve":

@@ -144,7 +144,7 @@ async def test_options_lists_the_methods_of_a_path(server: VirtualServer) -> Non
 async def test_an_unsupported_method_gets_405_with_allow(
     server: VirtualServer, method: str
 ) -> None:
-    for path in ("/healthz", "/", "/api/v1/me", "/ws/chat"):
+    for path in ("/healthz", "/", "/api/v1/users", "/ws/chat"):
         answer = await server.ask(method, path, user=6)
         assert (answer.status, answer.code) == (405, "method_not_allowed")
         assert answer.headers["allow"] == "GET, HEAD, OPTIONS"
