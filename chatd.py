@@ -4408,7 +4408,8 @@ async def change_invites(server: Server, request: Request) -> Answer:
     )
     if ends:
         return Answer(204)
-    server.keyring.refuse_revoked(request.claims)  # meanwhile
+    # The user may have been revoked meanwhile: its invitation would count all the same.
+    server.keyring.refuse_revoked(request.claims)
     request.body = request.body or b"{}"
     seconds = request.parse(InviteBody).ttl_seconds
     token = server.keyring.sign(user_id, seconds, use="invite", invite=invite)
@@ -4421,7 +4422,7 @@ async def post_join(server: Server, request: Request) -> Answer:
     Without a name and a token of a user it only shows the chat: 200.
     """
     check_invites(server)
-    for _ in range(10):  # so that nobody guesses tokens, or makes users, in bulk
+    for _ in range(10):  # so that no address makes users, or tries tokens, in bulk
         server.listener.check_handshakes(request.address)
     body = request.parse(InviteBody)
     invite = server.keyring.verify(body.token, "invite")
