@@ -345,6 +345,7 @@ class Server:
         self.sends = bucket_table(settings.sends)
         self.typing = bucket_table(settings.typing)
         self.requests = bucket_table(settings.requests)
+        self.joins = Bucket(Rate(1, 50))  # of all addresses
         self.names: dict[int, tuple[int, str]] = {}  # the newest: its time, the name
         self.sessions: set[Session] = set()
         self.listener = Listener(
@@ -2528,6 +2529,15 @@ class NewChat(msgspec.Struct, frozen=True):
     title: Title | None = None
 
 
+class InviteBody(msgspec.Struct, frozen=True):
+    """Body of inviting (ttl_seconds), of joining (token, name), of PATCH /me (name)."""
+
+    # A week; at most 30 days.
+    ttl_seconds: Annotated[int, msgspec.Meta(ge=1, le=2_592_000)] = 604_800
+    token: str = ""
+    name: str | None = None
+
+
 class UserBody(msgspec.Struct, frozen=True):
     """Body of adding a member, and of revoking."""
 
@@ -2591,13 +2601,6 @@ class MyChat(Chat, frozen=True):
 
     read_n: int
     unread: int
-
-
-class User(msgspec.Struct, frozen=True):
-    """A user that is a member of a chat, has sent a message, or has a name."""
-
-    user_id: int
-    name: str | None
 
 
 class Marks(msgspec.Struct, frozen=True):
@@ -2794,7 +2797,12 @@ class Chats:
     store: Store
 
     def create_chat(
-        self, db: Db, events: Entries, title: str | None, member_ids: Iterable[int]
+        self,
+        db: Db,
+        events: Entries,
+        title: str | None,
+        member_ids: Iterable[int],
+        by: int | None = None,
     ) -> Chat:
         """Create a chat, with one event for each member. Raises Refusal bad_field."""
         members = sorted(set(member_ids))
@@ -2803,7 +2811,7 @@ class Chats:
         chat_id: int = query_value(db, sql, title, now_seconds())
         first = self.store.next_seq(events)
         for seq, user_id in enumerate(members, first):
-            self._join(db, chat_id, user_id, seq)
+            self._join(db, chat_id, user_id, seq, by)
         chat = read_chat(db, chat_id, first)
         for seq, user_id in enumerate(members, first):
             event = ChatAdded(seq, chat_id, chat)
@@ -2825,7 +2833,7 @@ class Chats:
         self._check_size(query_value(db, sql, chat_id) + 1)
         name = self.name(db, user_id)
         seq = self.store.next_seq(events)
-        self._join(db, chat_id, user_id, seq + 1)
+        self._join(db, chat_id, user_id, seq + 1, by)
         added = MemberAdded(seq, chat_id, user_id, name)
         self.store.record(db, events, Entry(added, to_chat=True))
         event = ChatAdded(seq + 1, chat_id, read_chat(db, chat_id, seq + 1))
@@ -2843,6 +2851,9 @@ class Chats:
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         if not db.execute(sql, (chat_id, user_id)).rowcount:
             raise Refusal("not_found", "user_id: not a member of this chat")
+        # To remove somebody ends all invitations to the chat; to leave it ends none.
+        sql = "UPDATE chat SET invite_key = NULL WHERE id = ? AND ? IS NOT ?"
+        db.execute(sql, (chat_id, by, user_id))
         event = MemberRemoved(self.store.next_seq(events), chat_id, user_id)
         self.store.record(db, events, Entry(event, user_id, to_chat=True))
 
@@ -2862,20 +2873,76 @@ class Chats:
         row = db.execute(sql, (user_id, name, named_at, now_seconds())).fetchone()
         return tuple(row)
 
+    def invitation(
+        self, db: Db, _events: Entries, chat_id: int, by: int, new: bool
+    ) -> str:
+        """Return what the invitations to a group name. new: earlier ones have ended.
+
+        Raises Refusal not_found, direct.
+        """
+        if find_chat(db, chat_id, by).direct_key:
+            raise Refusal("direct")
+        sql = """UPDATE chat SET invite_key = iif(?2 OR invite_key IS NULL,
+                     lower(hex(randomblob(9))), invite_key)
+                 WHERE id = ?1 RETURNING id || ':' || invite_key"""
+        return str(query_value(db, sql, chat_id, new))
+
+    def join(
+        self, db: Db, events: Entries, invite: Claims, who: int | str | None
+    ) -> tuple[bool, Any]:
+        """Let a user into the chat of an invitation; or, by a name, a new user.
+
+        Returns whether somebody joined, and the answer. None: nobody does, and the
+        answer shows the chat. Raises Refusal token_invalid, bad_field.
+        """
+        # A new user has a random id: so nobody else gets it, not even after a restore
+        # of a backup that does not know the user.
+        sql = """SELECT c.id, iif(typeof(?3) = 'integer', ?3, (
+                     WITH RECURSIVE drawn(id) AS (
+                         SELECT (1 << 40) + (random() & ((1 << 40) - 1)) UNION ALL
+                         SELECT (1 << 40) + (random() & ((1 << 40) - 1)) FROM drawn
+                         LIMIT 100)
+                     SELECT id FROM drawn WHERE id NOT IN (SELECT id FROM user) LIMIT 1
+                 )), json_object('title', c.title, 'member_count', (
+                     SELECT count(*) FROM member WHERE chat_id = c.id))
+                 FROM chat c JOIN member maker ON maker.chat_id = c.id
+                 WHERE c.id = CAST(?1 AS INTEGER) AND maker.user_id = ?2
+                   AND c.id || ':' || c.invite_key = ?1"""
+        row = db.execute(sql, (invite.invite, invite.user_id, who)).fetchone()
+        if row is None:
+            raise bad_token("token: this invitation has ended: ask for another one")
+        chat_id, user_id, shown = row
+        if who is None:
+            return False, msgspec.Raw(shown)
+        if isinstance(who, str):
+            self.rename(db, events, user_id, who, now_seconds())
+        added = self.add_member(db, events, chat_id, user_id, None)
+        return added, {"user_id": user_id, "chat_id": chat_id}
+
     def revoke(self, db: Db, _events: Entries, user_id: int, revoked_at: int) -> None:
         """Store that a user's tokens up to this Unix second are refused."""
         sql = """INSERT INTO user (id, revoked_at) VALUES (?1, ?2)
                  ON CONFLICT DO UPDATE SET revoked_at = ?2"""
         db.execute(sql, (user_id, revoked_at))
 
-    def _join(self, db: Db, chat_id: int, user_id: int, seq: int) -> None:
-        """Make a user a member who has read all messages so far."""
+    def _join(
+        self, db: Db, chat_id: int, user_id: int, seq: int, by: int | None = None
+    ) -> None:
+        """Make a user a member who has read all messages so far.
+
+        With invitations on, by may add only people it shares another chat with. Raises
+        Refusal forbidden.
+        """
         know_user(db, user_id)
-        db.execute(
-            """INSERT INTO member (chat_id, user_id, joined_seq, read_n)
-               VALUES (?1, ?2, ?3, (SELECT last_n FROM chat WHERE id = ?1))""",
-            (chat_id, user_id, seq),
-        )
+        sql = """INSERT INTO member (chat_id, user_id, joined_seq, read_n)
+                 SELECT ?1, ?2, ?3, last_n FROM chat
+                 WHERE id = ?1 AND (?5 = 'off' OR ?4 IS NULL OR ?4 = ?2 OR EXISTS (
+                     SELECT 1 FROM member mine JOIN member theirs USING (chat_id)
+                     WHERE mine.user_id = ?4 AND theirs.user_id = ?2
+                       AND mine.chat_id != ?1))"""
+        bounds = (chat_id, user_id, seq, by, self.store.settings.invites)
+        if not db.execute(sql, bounds).rowcount:
+            raise Refusal("forbidden", f"you share no chat with {user_id}: invite them")
 
     def _check_size(self, members: int) -> None:
         most = self.store.settings.members
@@ -2937,10 +3004,19 @@ class Chats:
         )
         return name
 
-    def users(self, db: Db) -> list[User]:
-        """Read the known users, those with a name first, at most 200."""
-        sql = "SELECT id, name FROM user ORDER BY name IS NULL, name, id LIMIT 200"
-        return [User(*row) for row in db.execute(sql)]
+    def users(self, db: Db, by: int | None) -> str:
+        """Read the known users as JSON, those with a name first, at most 200.
+
+        A user is known that is or was a member of a chat, has sent a message, or has a
+        name. With invitations on, a user knows those that it shares a chat with.
+        """
+        sql = """SELECT json_group_array(json_object('user_id', id, 'name', name))
+                 FROM (SELECT id, name FROM user
+                       WHERE ?2 = 'off' OR ?1 IS NULL OR id IN (
+                           SELECT theirs.user_id FROM member mine
+                           JOIN member theirs USING (chat_id) WHERE mine.user_id = ?1)
+                       ORDER BY name IS NULL, name, id LIMIT 200)"""
+        return str(query_value(db, sql, by, self.store.settings.invites))
 
 
 class ChatRow(NamedTuple):
@@ -3164,10 +3240,11 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
     nbf: UnixSeconds = 0.0
     foreign: bool = False  # signed with a --jwt-key
     scopes: frozenset[str] = frozenset()
-    use: Literal["signin", "ticket", "session"] | None = None
+    use: Literal["signin", "ticket", "session", "invite"] | None = None
     jti: str = ""  # of a ticket
     boot: str = ""  # of a ticket: the process that signed it
     until: float = 0.0  # of a ticket: when its socket has to end
+    invite: str = ""  # of an invitation: the id of its chat, and the chat's invite_key
 
     @property
     def service(self) -> bool:
@@ -3417,6 +3494,16 @@ def is_curve_point(data: bytes) -> bool:
     return False
 
 
+# What the purposes of `Keyring.verify` take. Any other takes a plain or session token.
+USES = {
+    "signin": "signin session",
+    "session": "session",
+    "invite": "invite",
+    "socket": "plain session ticket",
+    "edge": "plain session ticket",
+}
+
+
 def bad_token(sentence: str = "") -> Refusal:
     """Make the Refusal of an invalid token. Nothing of the token is repeated."""
     return Refusal("token_invalid", sentence)
@@ -3469,9 +3556,8 @@ class Keyring:
     def verify(self, token: str, use: str | None = None) -> Claims:
         """Return a token's claims. Raises Refusal token_invalid, _expired or _used.
 
-        use is the purpose: "signin" for a sign-in link; "socket" for an upgrade, which
-        takes a plain token or a ticket; any other for a request. "edge" is like
-        "socket", but a proxy cannot check `boot` or `spent`.
+        use is the purpose: one of USES, or any other for a request. "socket" is for an
+        upgrade; so is "edge", but a proxy cannot check `boot` or `spent`.
         """
         if len(token) > TOKEN_BYTES:
             raise bad_token(f"token: longer than {TOKEN_BYTES} bytes")
@@ -3483,17 +3569,18 @@ class Keyring:
         latest = max(now + ahead, self.time_to_sign(claims.user_id))
         if max(claims.iat, claims.nbf) > latest:
             raise bad_token("token: iat or nbf is in the future; are the clocks right?")
+        if (claims.use or "plain") not in USES.get(str(use), "plain session"):
+            raise bad_token(
+                "token: not the kind that this takes. A ticket opens a socket; a "
+                "sign-in link or a session token, a session; an invitation, a chat"
+            )
         if claims.use == "ticket":
-            if use not in ("socket", "edge"):
-                raise bad_token("a ticket only opens a socket")
             if use == "socket" and claims.boot != self.boot:
                 raise Refusal(
                     "token_used", "a ticket from before a restart: get a new one"
                 )
             if claims.jti in self.spent:
                 raise Refusal("token_used")
-        if (claims.use == "signin") != (use == "signin"):
-            raise bad_token("POST /api/v1/session, and only it, takes a sign-in link")
         self.refuse_revoked(claims)
         return claims
 
@@ -4048,15 +4135,19 @@ async def answer_request(
         return await _admit(server, connection, request)
     with trio.fail_after(REQUEST_SECONDS):
         route = find_route(request)
-        if route.who != "anyone":
+        known = route.who != "anyone" and (
+            route.who != "guest" or "authorization" in request.fields
+        )
+        if known:
             authorize(server, request, route.who)
-            await store_name(server, request.claims)
+            with suppress(Refusal):
+                await store_name(server, request.claims)
         request.body = await connection.read_body(request)
-        if route.who != "anyone":
+        if known:
             # The body may have taken long: the user may have been revoked meanwhile.
             server.keyring.refuse_revoked(request.claims)
-        if route.changes:
-            charge_change(server, request.claims)
+            if route.changes:
+                charge_change(server, request.claims)
         answer = route.handler(server, request)
         return answer if isinstance(answer, Answer) else await answer
 
@@ -4067,7 +4158,7 @@ async def _admit(
     """Accept an upgrade: the last checks that can still be an HTTP answer."""
     claims = check_upgrade(request, server.keyring, "socket")
     cursor = request.argument("cursor")
-    with trio.move_on_after(REQUEST_SECONDS):
+    with trio.move_on_after(REQUEST_SECONDS), suppress(Refusal):
         await store_name(server, claims)
     # No task switch from here until `Server.opened` counts it, so the bound is exact.
     if len(server.sessions) >= server.settings.max_connections:
@@ -4088,7 +4179,7 @@ async def _admit(
 async def store_name(server: Server, claims: Claims) -> None:
     """Store the name in a token, if no newer token said another one.
 
-    A failure is no reason to refuse.
+    Raises Refusal storage_failed, which is no reason to refuse a request.
     """
     user_id, name, now = claims.user_id, claims.name, now_seconds()
     named_at = min(int(claims.iat), now)
@@ -4102,8 +4193,7 @@ async def store_name(server: Server, claims: Claims) -> None:
         server.names.clear()
     # `then` is called in the order of the commits, so the table has the newest name.
     rename, stored = server.chats.rename, partial(server.names.__setitem__, user_id)
-    with suppress(Refusal):
-        await server.store.commit(rename, user_id, name, named_at, then=stored)
+    await server.store.commit(rename, user_id, name, named_at, then=stored)
 
 
 def loggable(text: str) -> str:
@@ -4172,16 +4262,43 @@ async def post_session(server: Server, request: Request) -> Answer:
     )
 
 
-async def get_me(server: Server, request: Request) -> Answer:
-    """Return the user's id and name."""
+def post_link(server: Server, request: Request) -> Answer:
+    """Return the token of a sign-in link, for a second device of the same user."""
+    token = server.keyring.sign(request.user_id, 600, use="signin")
+    return json_answer({"token": token, "expires_in": 600})
+
+
+async def about_me(server: Server, request: Request) -> Answer:
+    """Return the user's id and stored name, and what this server allows the user.
+
+    PATCH changes the name before, where no backend says it.
+    """
+    settings = server.settings
+    if request.method == "PATCH":
+        if settings.jwt_key:
+            raise Refusal(
+                "forbidden", "name: here the site's tokens (--jwt-key) say it"
+            )
+        if not (name := clean_name(request.parse(InviteBody).name)):
+            raise bad_field("name: it is empty")
+        now = msgspec.structs.replace(request.claims, name=name, iat=now_seconds())
+        await store_name(server, now)
     name = await server.store.read(server.chats.name, request.user_id)
-    return json_answer(User(request.user_id, name))
+    allowed = {
+        "max_content_chars": settings.max_content_chars,
+        "edit_seconds": 86_400,
+        "create_chats": settings.chats_by == "user",
+        "invites": settings.invites == "on",
+        "rename": not settings.jwt_key,
+    }
+    return json_answer({"user_id": request.user_id, "name": name, "server": allowed})
 
 
 async def get_users(server: Server, request: Request) -> Answer:
     """Return the known users, where users may create chats."""
     _check_may_change_chats(server, request)
-    return json_answer({"users": await server.store.read(server.chats.users)})
+    users = await server.store.read(server.chats.users, request.by)
+    return json_answer({"users": msgspec.Raw(users)})
 
 
 def _check_may_change_chats(server: Server, request: Request) -> None:
@@ -4208,7 +4325,9 @@ async def post_chat(server: Server, request: Request) -> Answer:
         members.add(request.by)
         # Every member gets an event with all members: charge one request for ten.
         server.requests(request.user_id).spend(trio.current_time(), len(members) // 10)
-    chat = await server.store.commit(server.chats.create_chat, new.title, members)
+    chat = await server.store.commit(
+        server.chats.create_chat, new.title, members, request.by
+    )
     return json_answer({"chat": chat}, 201)
 
 
@@ -4230,6 +4349,54 @@ async def delete_member(server: Server, request: Request) -> Answer:
         raise Refusal("forbidden", "only the member or a service may do that")
     await server.store.commit(server.chats.remove_member, chat_id, user_id, request.by)
     return Answer(204)
+
+
+async def change_invites(server: Server, request: Request) -> Answer:
+    """POST: make an invitation to a group. DELETE: end all that were made."""
+    check_invites(server)
+    ends, user_id = request.method == "DELETE", request.user_id
+    invite = await server.store.commit(
+        server.chats.invitation, *request.ids, user_id, ends
+    )
+    if ends:
+        return Answer(204)
+    # The user may have been revoked meanwhile: its invitation would count all the same.
+    server.keyring.refuse_revoked(request.claims)
+    request.body = request.body or b"{}"
+    seconds = request.parse(InviteBody).ttl_seconds
+    token = server.keyring.sign(user_id, seconds, use="invite", invite=invite)
+    return json_answer({"token": token, "expires_in": seconds}, 201)
+
+
+async def post_join(server: Server, request: Request) -> Answer:
+    """Let a user, or with a name a new one, into the chat of an invitation.
+
+    Without a name and a token of a user it only shows the chat: 200.
+    """
+    check_invites(server)
+    for _ in range(10):  # so that no address makes users, or tries tokens, in bulk
+        server.listener.check_handshakes(request.address)
+    body = request.parse(InviteBody)
+    invite = server.keyring.verify(body.token, "invite")
+    who: int | str | None = clean_name(body.name)
+    if "authorization" in request.fields:
+        who = request.user_id
+    if who == "":
+        raise bad_field("name: it is empty")
+    if who is not None:
+        charge(server.stats, "joins", server.joins)
+    added, answer = await server.store.commit(server.chats.join, invite, who)
+    server.stats.joins += added
+    if isinstance(who, str):
+        token = server.keyring.sign(answer["user_id"], SESSION_SECONDS, use="session")
+        answer |= {"token": token, "expires_in": SESSION_SECONDS, "name": who}
+    return json_answer(answer, 201 if added else 200)
+
+
+def check_invites(server: Server) -> None:
+    """Refuse what needs --invites on."""
+    if server.settings.invites == "off":
+        raise Refusal("forbidden", "there are no invitations here (--invites off)")
 
 
 async def get_messages(server: Server, request: Request) -> Answer:
@@ -4387,8 +4554,9 @@ def preflight(server: Server, request: Request) -> Answer:
 
 
 class Route(NamedTuple):
-    """The token that a route needs (anyone: none), and its handler.
+    """The token that a route needs, and its handler.
 
+    anyone: none; guest: a user's token or none; else a purpose of Keyring.verify.
     changes: a user's request costs a token of --sends, as a message does.
     """
 
@@ -4404,7 +4572,11 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/ws/chat": {"GET": Route("anyone", get_socket)},
     "/api/v2/ws-token": {"GET": Route("user", get_ws_token)},
     "/api/v1/session": {"POST": Route("signin", post_session)},
-    "/api/v1/me": {"GET": Route("user", get_me)},
+    "/api/v1/me": {
+        "GET": Route("user", about_me),
+        "PATCH": Route("user", about_me, changes=True),
+    },
+    "/api/v1/me/link": {"POST": Route("session", post_link)},
     "/api/v1/users": {"GET": Route("user", get_users)},
     "/api/v1/chats": {
         "GET": Route("user", get_chats),
@@ -4412,6 +4584,11 @@ ROUTES: dict[str, dict[str, Route]] = {
     },
     "/api/v1/chats/*/members": {"POST": Route("user", post_member, changes=True)},
     "/api/v1/chats/*/members/*": {"DELETE": Route("user", delete_member, changes=True)},
+    "/api/v1/chats/*/invites": {
+        "POST": Route("user", change_invites),
+        "DELETE": Route("user", change_invites),
+    },
+    "/api/v1/join": {"POST": Route("guest", post_join, changes=True)},
     "/api/v1/chats/*/messages": {
         "GET": Route("user", get_messages),
         "POST": Route("user", post_message),
@@ -4527,7 +4704,7 @@ class Stats:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.total = self.deliveries = self.writes = self.catch_ups = self.stalls = 0
-        self.commits = self.batch_max = self.duplicates = self.failed = 0
+        self.commits = self.batch_max = self.duplicates = self.failed = self.joins = 0
         self.closed = Counter[str]()
         self.refused = Counter[str]()
         self.events = Counter[str]()
@@ -4570,7 +4747,7 @@ def stats_document(server: Server) -> dict[str, Any]:
         },
         "broadcast": counted("events", "deliveries", "writes", "catch_ups", "stalls"),
         "store": {
-            **counted("commits", "batch_max", "duplicates", "failed"),
+            **counted("commits", "batch_max", "duplicates", "failed", "joins"),
             # Also those that a failed commit has stored: nobody got their ack.
             "messages": stats.events["new_message"],
             "commit_seconds": stats.commit_seconds(),
@@ -5688,6 +5865,10 @@ class Settings:
     chats_by: str = flag("user", "WHO",
         "who may create chats and add members: user or service",
         "others: forbidden")
+    invites: str = flag("off", "SWITCH",
+        "whether members of a group may invite anyone with a link: on or off; on needs "
+        "--chats-by user and no --jwt-key, and users add only people that they share a "
+        "chat with", "off: forbidden")
     log_level: str = flag("info", "LEVEL",
         "what to log: debug, info, warning or error")
     sends: Rate = flag(Rate(5, 20), "RATE/BURST",
@@ -5844,6 +6025,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     ),
     "CIDR": parser("a network, such as 10.0.0.0/8, or none", read=_network),
     "WHO": parser("one of user, service", "user|service"),
+    "SWITCH": parser("one of on, off", "on|off"),
     "LEVEL": parser("one of debug, info, warning, error", "debug|info|warning|error"),
     "RATE/BURST": parser("RATE/BURST, such as 5/20, or 0 for no limit", read=_rate),
     "COUNT": parse_count,
@@ -6035,7 +6217,7 @@ def fill_standard_streams() -> None:
     os.close(fd)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0912 (an arm each)
     """Run one command. Returns the exit status: 0 done, 1 failed, 2 wrong use."""
     fill_standard_streams()
     options = make_parser().parse_args(argv)
@@ -6048,6 +6230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         match options.command:
             case "serve" if options.demo and options.db is not None:
                 options.refuse("--demo has a database of its own: leave --db away")
+            case "serve" if settings.invites == "on" and (
+                settings.jwt_key or settings.chats_by != "user"
+            ):
+                options.refuse(
+                    "--invites on: not with --jwt-key, nor --chats-by service"
+                )
             case "serve" if options.demo:
                 serve_demo(settings)
             case "serve":

@@ -296,6 +296,10 @@ class Memory:
     def my_chats(self, user: int) -> list[chatd.MyChat]:
         return self.read(self.chats.my_chats, user, self.hub.head)
 
+    def users(self, by: int | None = None) -> list[Any]:
+        found: list[Any] = json.loads(self.read(self.chats.users, by))
+        return found
+
     def count(self, table: str) -> int:
         (count,) = self.store._writer.execute(
             f"SELECT count(*) FROM {table}"

@@ -169,7 +169,8 @@ def test_the_table_of_errors_has_every_refusal_with_its_status() -> None:
 def test_the_table_of_requests_has_every_route_with_its_token() -> None:
     tokens = {
         "in the query": "anyone", "none": "anyone", "user": "user",
-        "sign-in link": "signin", "scope `service`": "service",
+        "sign-in link or session": "signin", "session": "session",
+        "none, or user": "guest", "scope `service`": "service",
         "scope `stats`": "stats",
     }  # fmt: skip
     rows = re.findall(
@@ -394,7 +395,9 @@ def test_chatd_accepts_the_token_of_the_example_in_the_readme(
         f"{example_server}/api/v1/me", headers={"Authorization": f"Bearer {token}"}
     )
     with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as answer:
-        assert json.load(answer) == {"user_id": 6, "name": "Anna"}
+        me = json.load(answer)
+    assert (me["user_id"], me["name"]) == (6, "Anna")
+    assert me["server"]["rename"] is False
 
 
 # --- the test command ----------------------------------------------------------------

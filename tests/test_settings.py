@@ -184,6 +184,7 @@ FLAGS: dict[str, tuple[str, object, str | None]] = {
     "origin": ("https://a.example", ("https://a.example",), "a.example"),
     "trusted_proxy": ("10.0.0.0/8", ("10.0.0.0/8",), "10.0.0.1/8"),
     "chats_by": ("service", "service", "admin"),
+    "invites": ("on", "on", "yes"),
     "log_level": ("debug", "debug", "loud"),
     "sends": ("1/2", Rate(1, 2), "1"),
     "commands": ("1/2", Rate(1, 2), "1"),
@@ -489,7 +490,7 @@ async def test_chatd_token_prints_nothing_but_a_token_that_works(
     assert 80 < claims["exp"] - time.time() <= 91
     assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", plain.out)
     me = await server.want(200, "GET /api/v1/me", plain.out.strip())
-    assert me == {"user_id": user, "name": "Ann"}
+    assert (me["user_id"], me["name"]) == (user, "Ann")
     stats = await run_chatd("token", user, *secret, "--scope", "stats")
     target = "GET /api/v1/internal/chat/ws/stats"
     await server.want(200, target, stats.out.strip())
