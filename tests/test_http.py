@@ -1100,6 +1100,7 @@ async def test_a_user_is_a_member_of_the_chat_it_creates_and_a_service_is_not(
     chat = made.json["chat"]
     assert chat == {
         "id": chat["id"], "title": "Tea", "last_n": 0, "last_message": None,
+        "direct": False, "created_by": None, "member_count": 2,
         "members": [
             {"user_id": 6, "name": None, "read_n": 0},
             {"user_id": 7, "name": None, "read_n": 0},
@@ -1406,7 +1407,10 @@ async def test_every_request_of_the_documented_table_is_answered(
     members = [(m["user_id"], m["name"], m["read_n"]) for m in chat.pop("members")]
     assert sorted(members) == [(ann, "Ann", 0), (bob, None, 0)]
     number = chat.pop("id")
-    assert chat == {"title": "t", "last_n": 0, "last_message": None}
+    assert chat == {
+        "title": "t", "last_n": 0, "last_message": None,
+        "direct": False, "created_by": None, "member_count": 2,
+    }  # fmt: skip
     member: dict[str, object]
     more, member = f"/api/v1/chats/{number}/members", {"user_id": cy}
     assert await server.want(201, f"POST {more}", token, member) == {

@@ -327,6 +327,7 @@ def test_a_new_chat_is_one_event_per_member_with_the_whole_chat(memory: Memory) 
             "type": "chat_added", "seq": 2, "chat_id": chat.id,
             "chat": {
                 "id": chat.id, "title": "Sofa", "last_n": 0, "last_message": None,
+                "direct": False, "created_by": None, "member_count": 2,
                 "members": [
                     {"user_id": 1, "name": None, "read_n": 0},
                     {"user_id": 2, "name": "Bob", "read_n": 0},
@@ -545,6 +546,7 @@ def test_a_chat_that_the_reader_has_left_is_read_as_an_empty_chat(
     (message,) = memory_frames(memory.page(2).events[0].frame)
     assert message["chat"] == {
         "id": chat, "title": None, "members": [], "last_n": 0, "last_message": None,
+        "direct": False, "created_by": None, "member_count": 0,
     }  # fmt: skip
     (message,) = memory_frames(memory.page(1).events[0].frame)
     assert (message["chat"]["title"], message["chat"]["last_n"]) == ("Sofa", 1)

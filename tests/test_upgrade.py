@@ -64,9 +64,15 @@ def recorded_answers(epoch: str = "") -> dict[str, Any]:
 
 
 def assert_extends(now: Any, before: Any, at: str) -> None:
-    """Claim that an answer has every field of the one before, unchanged."""
+    """Claim that an answer has every field of the one before, unchanged.
+
+    Only the list of the members of a large chat is empty now.
+    """
     if isinstance(before, dict):
         assert isinstance(now, dict), at
+        if len(before.get("members", ())) > chatd.CHAT_MEMBERS:
+            assert now["member_count"] == len(before["members"]), at
+            before = before | {"members": []}
         for name, part in before.items():
             assert_extends(now.get(name, "(no such field)"), part, f"{at}: {name}")
     elif isinstance(before, list):
