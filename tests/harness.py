@@ -268,7 +268,7 @@ class Memory:
         return cast(V, outcome)
 
     def chat(self, *users: int, title: str | None = None) -> int:
-        return self.do(self.chats.create_chat, title, users).id
+        return self.do(self.chats.create_chat, title, users)[0]
 
     def send(self, chat: int, user: int, text: str = "hi", key: str = "") -> chatd.Sent:
         return cast(chatd.Sent, self.do(*self.sends(chat, user, text, key)))
@@ -294,7 +294,7 @@ class Memory:
         return [event.seq for event in self.page(user, cursor).events]
 
     def my_chats(self, user: int) -> list[chatd.MyChat]:
-        return self.read(self.chats.my_chats, user, self.hub.head)
+        return self.read(self.chats.my_chats, user, self.hub.head, None, None)
 
     def count(self, table: str) -> int:
         (count,) = self.store._writer.execute(

@@ -129,7 +129,8 @@ async def test_options_lists_the_methods_of_a_path(server: VirtualServer) -> Non
     for path, allow in {
         "/healthz": "GET, HEAD, OPTIONS",
         "/api/v1/chats": "GET, POST, HEAD, OPTIONS",
-        "/api/v1/chats/5/members": "POST, OPTIONS",
+        "/api/v1/chats/5": "GET, PATCH, HEAD, OPTIONS",
+        "/api/v1/chats/5/members": "GET, POST, HEAD, OPTIONS",
         "/api/v1/chats/5/members/6": "DELETE, OPTIONS",
     }.items():
         answer = await server.ask("OPTIONS", path)
@@ -1100,10 +1101,10 @@ async def test_a_user_is_a_member_of_the_chat_it_creates_and_a_service_is_not(
     chat = made.json["chat"]
     assert chat == {
         "id": chat["id"], "title": "Tea", "last_n": 0, "last_message": None,
-        "direct": False, "created_by": None, "member_count": 2,
+        "direct": False, "created_by": 6, "member_count": 2,
         "members": [
-            {"user_id": 6, "name": None, "read_n": 0},
-            {"user_id": 7, "name": None, "read_n": 0},
+            {"user_id": 6, "name": None, "read_n": 0, "online": False},
+            {"user_id": 7, "name": None, "read_n": 0, "online": False},
         ],
     }  # fmt: skip
     alone = await server.ask("POST", "/api/v1/chats", {}, user=6)
@@ -1409,7 +1410,7 @@ async def test_every_request_of_the_documented_table_is_answered(
     number = chat.pop("id")
     assert chat == {
         "title": "t", "last_n": 0, "last_message": None,
-        "direct": False, "created_by": None, "member_count": 2,
+        "direct": False, "created_by": ann, "member_count": 2,
     }  # fmt: skip
     member: dict[str, object]
     more, member = f"/api/v1/chats/{number}/members", {"user_id": cy}
