@@ -909,12 +909,32 @@ def test_a_greeting_has_the_marks_of_the_500_newest_chats(memory: Memory) -> Non
     assert greeting.marks["1"] == chatd.Marks(1, 1)
 
 
+def test_the_marks_of_a_greeting_are_at_most_24_kib(memory: Memory) -> None:
+    memory.chat(1)
+    db, most = memory.store._writer, chatd.MAX_ID
+    db.executescript(
+        f"""WITH RECURSIVE c (n) AS (
+            SELECT 0 UNION ALL SELECT n + 1 FROM c WHERE n < 600)
+        INSERT INTO chat (id, created_at, last_n) SELECT {most} - n, 0, {most} FROM c;
+        INSERT INTO member SELECT id, 1, 1, {most} FROM chat WHERE id > 1;
+        INSERT INTO message (id, chat_id, n, sender_id, content, created_at)
+        SELECT 2 + row_number() OVER (ORDER BY id), id, {most}, 1, '', 0 FROM chat
+        WHERE id > 1"""
+    )
+    greeting = memory.read(memory.store.greeting, 1, most, most)
+    size = len(chatd.encode(greeting.marks))
+    assert 24_000 < size <= 24 * 1024
+    assert len(greeting.joined) == 602
+    newest = str(most)  # the one whose message has the largest id
+    assert next(iter(greeting.marks)) == newest
+
+
 def test_no_frame_is_larger_than_32_kib_but_for_the_text_of_a_message() -> None:
     name, title = "\U0001f600" * 64, "\U0001f600" * 200
     with memory_with() as memory:
         seats = {user: memory.sit(user) for user in (1, 50, 51, 5000)}
-        for user in range(1, 5001):
-            memory.do(memory.chats.rename, user, name)
+        rename = memory.chats.rename
+        memory.commit(*[(rename, user, name) for user in range(1, 5001)])
         chats = [
             create(memory, *range(1, most), title=title)[0]
             for most in (39, 50, 51, 5000)
