@@ -793,6 +793,7 @@ class Session:
             resume=resume,
             expires_in=self.claims.expires_in(),
             chats=greeting.marks,
+            more_chats=len(greeting.marks) < len(greeting.joined),
         )
         self._answer(text_frame(connected))
         self.seat.warned = False
@@ -1176,7 +1177,8 @@ class Marked(NamedTuple):
 class Greeting(NamedTuple):
     """The state a socket begins with: chat -> joined_seq, marks, missed events.
 
-    missed is None if there are too many to replay.
+    marks has only the newest chats if there are many. missed is None if there are too
+    many to replay.
     """
 
     joined: dict[int, int]
@@ -1279,6 +1281,20 @@ EVENTS = f"""
 
 PAGE = f"""{EVENTS} WHERE e.seq IN
     (SELECT seq FROM ({VISIBLE}) ORDER BY seq LIMIT :limit) ORDER BY e.seq"""
+
+# The chats of a user ?1 as of ?2, the one with the newest message first. A chat without
+# one since the user joined is as new as that. No two chats share the seq `active`.
+NEWEST_FIRST = """
+    SELECT b.chat_id, b.joined_seq, coalesce(m.n, 0) AS last_n,
+           min(b.read_n, coalesce(m.n, 0)) AS read_n,
+           max(b.joined_seq, coalesce(m.id, 0)) AS active
+    FROM member b LEFT JOIN message m ON m.id = (
+        SELECT id FROM message WHERE chat_id = b.chat_id AND id <= ?2
+        ORDER BY n DESC LIMIT 1)
+    WHERE b.user_id = ?1 AND b.joined_seq <= ?2
+    ORDER BY active DESC
+"""
+
 REVOKED = "SELECT id, revoked_at FROM user WHERE revoked_at IS NOT NULL"
 IS_MEMBER = "SELECT 1 FROM member WHERE chat_id = ? AND user_id = ?"
 SET_READ_N = "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?"
@@ -1291,6 +1307,10 @@ def outcome_of(outcome: T | Refusal) -> T:
         raise outcome
     return outcome
 
+
+# Chats, and bytes of them, in `connected`: so no frame exceeds 32 KiB. The newest ones.
+GREETING_CHATS = 500
+GREETING_BYTES = 24_576
 
 PROBE_SECONDS = 2.0  # between two probes of a disk that failed
 READERS = 4  # threads that read at once
@@ -1726,16 +1746,12 @@ class Store:
 
     def greeting(self, db: Db, user_id: int, upto: int, cursor: int) -> Greeting:
         """Read a user's chats as of upto, and count the events missed since cursor."""
-        rows = db.execute(
-            """SELECT b.chat_id, b.joined_seq, b.read_n, coalesce((
-                   SELECT n FROM message m WHERE m.chat_id = b.chat_id AND m.id <= ?2
-                   ORDER BY n DESC LIMIT 1), 0)
-               FROM member b WHERE b.user_id = ?1 AND b.joined_seq <= ?2""",
-            (user_id, upto),
-        ).fetchall()
-        marks = {str(row[0]): Marks(row[3], min(row[2], row[3])) for row in rows}
-        joined = {row[0]: row[1] for row in rows}
-        return Greeting(joined, marks, self.missed(db, user_id, cursor, upto))
+        rows = db.execute(NEWEST_FIRST, (user_id, upto)).fetchall()
+        marks = {str(row[0]): Marks(*row[2:4]) for row in rows[:GREETING_CHATS]}
+        while len(encode(marks)) > GREETING_BYTES:
+            marks.popitem()
+        missed = self.missed(db, user_id, cursor, upto)
+        return Greeting(dict(row[:2] for row in rows), marks, missed)
 
     def missed(self, db: Db, user_id: int, cursor: int, upto: int) -> int | None:
         """Count a user's events in (cursor, upto]. None: too many to replay."""
@@ -1805,7 +1821,9 @@ class Store:
             if issubclass(cls, MessageEvent):
                 joined = (message_of(message),)
             elif issubclass(cls, ChatEvent):
-                joined = (read_chat(db, chat_id, upto, to_user),)
+                joined = (Chat(chat_id, None, [], 0, None, False, None, 0),)
+                with suppress(Refusal):  # the user has left since
+                    joined = (read_chat(db, chat_id, upto, to_user),)
             elif issubclass(cls, UserEvent):
                 joined = (user_id, name)
             event = cls(seq, chat_id, *joined, **msgspec.json.decode(body or "{}"))
@@ -2427,7 +2445,7 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "method_not_allowed": (405, "this path does not take that method"),
     "timeout": (408, "the request took too long"),
     "idempotency_mismatch": (409, "client_id: it was used for another message"),
-    "direct": (409, "this is a direct chat: its two members stay as they are"),
+    "direct": (409, "this is a direct chat: its two members stay, without a title"),
     "deleted": (409, "this message was deleted"),
     "changed": (409, "if_rev: this message was changed since"),
     "too_large": (413, "the request is too large"),
@@ -2466,7 +2484,10 @@ Ref = Annotated[str, msgspec.Meta(max_length=64)]
 ClientId = Annotated[
     str, msgspec.Meta(min_length=1, max_length=64, pattern=r"\A[\x20-\x7e]+\Z")
 ]
-Title = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+# Not blank, and without control characters.
+Title = Annotated[
+    str, msgspec.Meta(max_length=200, pattern=r"\A(?=.*\S)[^\x00-\x1f\x7f]+\Z")
+]
 
 # Text may have tabs and line ends. The other control characters of ASCII have no place
 # in a chat: they steer terminals, and SQLite's length() stops at NUL.
@@ -2523,10 +2544,18 @@ COMMANDS = msgspec.json.Decoder(AnyCommand)
 
 
 class NewChat(msgspec.Struct, frozen=True):
-    """Body of POST /api/v1/chats."""
+    """Body of POST /api/v1/chats. client_id tells a repeat from a second chat."""
 
     member_ids: list[Id] = []
     title: Title | None = None
+    direct: bool = False
+    client_id: ClientId | None = None
+
+
+class NewTitle(msgspec.Struct, frozen=True):
+    """Body of renaming a chat; null: no title."""
+
+    title: Title | None
 
 
 class InviteBody(msgspec.Struct, frozen=True):
@@ -2575,15 +2604,24 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     deleted: bool = False
 
 
-class Member(msgspec.Struct, frozen=True):
-    """One member of a chat, who has read the messages up to n = read_n."""
+class User(msgspec.Struct):
+    """A user that is a member of a chat, has sent a message, or has a name."""
 
     user_id: int
     name: str | None
+
+
+class Member(User, omit_defaults=True):
+    """One member of a chat, who has read the messages up to n = read_n.
+
+    online: has it a socket now? Only where one chat is asked for.
+    """
+
     read_n: int
+    online: bool | None = None
 
 
-class Chat(msgspec.Struct, frozen=True):
+class Chat(msgspec.Struct):
     """A chat and its members, as of a seq."""
 
     id: int
@@ -2596,11 +2634,12 @@ class Chat(msgspec.Struct, frozen=True):
     member_count: int
 
 
-class MyChat(Chat, frozen=True):
-    """A chat in the list of one of its members."""
+class MyChat(Chat):
+    """A chat in the list of one of its members. position is its place in that list."""
 
     read_n: int
     unread: int
+    position: int
 
 
 class Marks(msgspec.Struct, frozen=True):
@@ -2619,6 +2658,7 @@ class Connected(ServerMessage, frozen=True, tag="connected"):
     resume: str
     expires_in: int
     chats: dict[str, Marks]
+    more_chats: bool = False
 
 
 class Pong(ServerMessage, frozen=True, tag="pong"):
@@ -2803,20 +2843,48 @@ class Chats:
         title: str | None,
         member_ids: Iterable[int],
         by: int | None = None,
-    ) -> Chat:
-        """Create a chat, with one event for each member. Raises Refusal bad_field."""
-        members = sorted(set(member_ids))
+        client_id: str | None = None,
+        direct: bool = False,
+    ) -> tuple[int, bool]:
+        """Create a chat, with one event for each member. Returns its id, and True.
+
+        by is the member who creates it; None: a service. With False: the chat was there
+        before, as the direct chat of these two, or under this creator's client_id;
+        nothing else is compared. Raises Refusal bad_field.
+        """
+        members, first = sorted(set(member_ids)), self.store.next_seq(events)
+        key = ":".join(map(str, members)) if direct else None
+        found = query_value(
+            db,
+            """SELECT coalesce((SELECT id FROM chat WHERE direct_key = ?1), (
+                   SELECT id FROM chat
+                   WHERE coalesce(created_by, 0) = coalesce(?2, 0) AND client_id = ?3))
+            """,
+            key,
+            by,
+            client_id,
+        )
+        if found:
+            return found, False
         self._check_size(len(members))
-        sql = "INSERT INTO chat (title, created_at) VALUES (?, ?) RETURNING id"
-        chat_id: int = query_value(db, sql, title, now_seconds())
-        first = self.store.next_seq(events)
+        if by:
+            know_user(db, by)
+        chat_id = query_value(
+            db,
+            """INSERT INTO chat (title, created_at, created_by, client_id, direct_key)
+               VALUES (?, ?, ?, ?, ?) RETURNING id""",
+            title,
+            now_seconds(),
+            by,
+            client_id,
+            key,
+        )
         for seq, user_id in enumerate(members, first):
             self._join(db, chat_id, user_id, seq, by)
         chat = read_chat(db, chat_id, first)
         for seq, user_id in enumerate(members, first):
-            event = ChatAdded(seq, chat_id, chat)
-            self.store.record(db, events, Entry(event, user_id))
-        return chat
+            self.store.record(db, events, Entry(ChatAdded(seq, chat_id, chat), user_id))
+        return chat_id, True
 
     def add_member(
         self, db: Db, events: Entries, chat_id: int, user_id: int, by: int | None
@@ -2824,30 +2892,35 @@ class Chats:
         """Add a member: an event to the members, then one to the new one.
 
         by is the member who adds; None: a service. Returns False if the user is a
-        member already. Raises Refusal not_found.
+        member already. Raises Refusal not_found, direct.
         """
-        find_chat(db, chat_id, by)
+        if find_chat(db, chat_id, by).direct_key:
+            raise Refusal("direct")
         if query_value(db, IS_MEMBER, chat_id, user_id):
             return False
-        sql = "SELECT count(*) FROM member WHERE chat_id = ?"
-        self._check_size(query_value(db, sql, chat_id) + 1)
-        name = self.name(db, user_id)
         seq = self.store.next_seq(events)
         self._join(db, chat_id, user_id, seq + 1, by)
-        added = MemberAdded(seq, chat_id, user_id, name)
+        chat = read_chat(db, chat_id, seq + 1)
+        self._check_size(chat.member_count)
+        added = MemberAdded(seq, chat_id, user_id, self.name(db, user_id))
         self.store.record(db, events, Entry(added, to_chat=True))
-        event = ChatAdded(seq + 1, chat_id, read_chat(db, chat_id, seq + 1))
-        self.store.record(db, events, Entry(event, user_id))
+        self.store.record(db, events, Entry(ChatAdded(seq + 1, chat_id, chat), user_id))
         return True
 
     def remove_member(
         self, db: Db, events: Entries, chat_id: int, user_id: int, by: int | None
     ) -> None:
-        """Remove a member: by is the member itself, or None, a service.
+        """Remove a member: by is that member, the chat's creator, or None, a service.
 
-        Raises Refusal not_found.
+        Raises Refusal not_found, direct, forbidden.
         """
-        find_chat(db, chat_id, by)
+        chat = find_chat(db, chat_id, by)
+        if (
+            ":" in f"{chat.direct_key}"
+        ):  # else it is None, or one of the two is forgotten
+            raise Refusal("direct")
+        if by not in (None, user_id, chat.created_by):
+            raise Refusal("forbidden", "only the member or the chat's creator may")
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         if not db.execute(sql, (chat_id, user_id)).rowcount:
             raise Refusal("not_found", "user_id: not a member of this chat")
@@ -2856,6 +2929,20 @@ class Chats:
         db.execute(sql, (chat_id, by, user_id))
         event = MemberRemoved(self.store.next_seq(events), chat_id, user_id)
         self.store.record(db, events, Entry(event, user_id, to_chat=True))
+
+    def set_title(
+        self, db: Db, events: Entries, chat_id: int, title: str | None, by: int | None
+    ) -> None:
+        """Rename a chat: an event to the members, unless it has this title already.
+
+        by is the member who does it; None: a service. Raises Refusal not_found, direct.
+        """
+        if find_chat(db, chat_id, by).direct_key:
+            raise Refusal("direct")
+        sql = "UPDATE chat SET title = ?1 WHERE id = ?2 AND title IS NOT ?1"
+        if db.execute(sql, (title, chat_id)).rowcount:
+            event = ChatRenamed(self.store.next_seq(events), chat_id, title, by)
+            self.store.record(db, events, Entry(event, to_chat=True))
 
     def rename(
         self, db: Db, _events: Entries, user_id: int, name: str, named_at: int = 0
@@ -2951,51 +3038,59 @@ class Chats:
 
     # --- reading ---------------------------------------------------------------------
 
-    def my_chats(self, db: Db, user_id: int, upto: int) -> list[MyChat]:
-        """Read a user's chats as of upto, the one with the newest message first."""
+    def my_chats(
+        self, db: Db, user_id: int, upto: int, *page: int | None
+    ) -> list[MyChat]:
+        """Read a user's chats as of upto, the one with the newest message first.
+
+        page is: the position after which to begin, or None; how many, or None for all,
+        and there is one more if there are more.
+        """
         rows = db.execute(
-            """SELECT chat_id, read_n, joined_seq FROM member
-               WHERE user_id = ? AND joined_seq <= ?""",
-            (user_id, upto),
-        ).fetchall()
-        found: list[tuple[int, MyChat]] = []
-        for chat_id, position, joined_seq in rows:
-            chat = read_chat(db, chat_id, upto)
-            last, read_n = chat.last_message, min(position, chat.last_n)
-            fields = msgspec.structs.asdict(chat)
-            mine = MyChat(**fields, read_n=read_n, unread=chat.last_n - read_n)
-            found.append((max(joined_seq, last.id if last else 0), mine))
-        found.sort(key=operator.itemgetter(0), reverse=True)
-        return [mine for _, mine in found]
+            f"""SELECT chat_id, read_n, last_n - read_n, active FROM ({NEWEST_FIRST})
+                WHERE active < coalesce(?3, 1 << 62) LIMIT coalesce(?4, -2) + 1""",
+            (user_id, upto, *page),
+        )
+        return [
+            MyChat(*msgspec.structs.astuple(read_chat(db, row[0], upto)), *row[1:])
+            for row in rows
+        ]
 
     def history(
         self,
         db: Db,
         user_id: int,
         chat_id: int,
-        before: int | None,
+        message_id: int | None,
         limit: int,
         upto: int,
-    ) -> tuple[list[Message], bool]:
-        """Read a page of messages, oldest first, and whether there are older ones.
+        place: str = "before",
+    ) -> tuple[list[Message], bool, bool]:
+        """Read a page of messages, oldest first; are there older ones, newer ones?
 
-        before is a message id of this chat. Raises Refusal not_found, bad_field.
+        The page is before or after a message of this chat, or around it; None: before
+        the end. Raises Refusal not_found, bad_field.
         """
-        if not query_value(db, IS_MEMBER, chat_id, user_id):
-            raise no_chat()
-        before_n = MAX_ID
-        if before is not None:
-            sql = "SELECT n FROM message WHERE id = ? AND chat_id = ?"
-            before_n = query_value(db, sql, before, chat_id)
-            if before_n is None:
-                raise bad_field("before: not a message of this chat")
+        find_chat(db, chat_id, user_id)
+        # n has no holes: the page is n from `start` on, `limit` of them.
+        last_n, start = db.execute(
+            """WITH last (n) AS (SELECT coalesce((
+                   SELECT n FROM message WHERE chat_id = ?1 AND id <= ?2
+                   ORDER BY n DESC LIMIT 1), 0))
+               SELECT n, iif(?5 IS NULL, n + 1,
+                             (SELECT n FROM message WHERE id = ?5 AND chat_id = ?1))
+                   + CASE ?3 WHEN 'before' THEN -?4 WHEN 'after' THEN 1 ELSE -?4 / 2 END
+               FROM last""",
+            (chat_id, upto, place, limit, message_id),
+        ).fetchone()
+        if start is None:
+            raise bad_field(f"{place}: not a message of this chat")
         rows = db.execute(
-            f"""{MESSAGES} WHERE chat_id = ? AND n < ? AND id <= ?
-                ORDER BY n DESC LIMIT ?""",
-            (chat_id, before_n, upto, limit + 1),
-        ).fetchall()
-        messages = [message_of(row) for row in reversed(rows[:limit])]
-        return messages, len(rows) > limit
+            f"""{MESSAGES} WHERE chat_id = ?1 AND id <= ?2 AND n >= ?3 AND n < ?3 + ?4
+                ORDER BY n""",
+            (chat_id, upto, start, limit),
+        )
+        return [message_of(row) for row in rows], start > 1, start + limit <= last_n
 
     def name(self, db: Db, user_id: int) -> str | None:
         """Read a user's name."""
@@ -3051,35 +3146,52 @@ def know_user(db: Db, user_id: int) -> None:
 CHAT_MEMBERS = 50
 CHAT_MEMBERS_BYTES = 12_288
 
+CHAT = f"""
+    SELECT coalesce(m.n, 0), c.title, c.direct_key IS NOT NULL, c.created_by,
+           (SELECT count(*) FROM member WHERE chat_id = c.id), {MESSAGE_COLUMNS}
+    FROM chat c LEFT JOIN message m ON m.id = (
+        SELECT id FROM message WHERE chat_id = c.id AND id <= ?2
+        ORDER BY n DESC LIMIT 1)
+    WHERE c.id = ?1
+"""
 
-def read_chat(db: Db, chat_id: int, upto: int, viewer_id: int | None = None) -> Chat:
+
+def read_chat(db: Db, chat_id: int, upto: int, by: int | None = None) -> Chat:
     """Read a chat: its messages as of upto, its title and members as they are now.
 
-    A viewer who has left sees that there was a chat, and nothing of it.
+    by is the member who reads it; None: a service, or the server. Raises not_found.
     """
-    if viewer_id is not None and not query_value(db, IS_MEMBER, chat_id, viewer_id):
-        return Chat(chat_id, None, [], 0, None, False, None, 0)
-    title, direct, created_by, count = db.execute(
-        """SELECT title, direct_key IS NOT NULL, created_by,
-               (SELECT count(*) FROM member WHERE chat_id = chat.id)
-           FROM chat WHERE id = ?""",
-        (chat_id,),
-    ).fetchone()
-    row = db.execute(
-        f"{MESSAGES} WHERE chat_id = ? AND id <= ? ORDER BY n DESC LIMIT 1",
-        (chat_id, upto),
-    ).fetchone()
-    last = message_of(row) if row else None
-    last_n = last.n if last else 0
-    rows = db.execute(
-        """SELECT b.user_id, u.name, min(b.read_n, ?1) FROM member b
-           JOIN user u ON u.id = b.user_id WHERE b.chat_id = ?2 AND ?3 <= ?4""",
-        (last_n, chat_id, count, CHAT_MEMBERS),
-    )
-    members = [Member(*row) for row in rows]
-    if len(encode(members)) > CHAT_MEMBERS_BYTES:
+    members = read_members(db, chat_id, upto, by, None, 0, CHAT_MEMBERS)
+    if len(members) > CHAT_MEMBERS or len(encode(members)) > CHAT_MEMBERS_BYTES:
         members = []
-    return Chat(chat_id, title, members, last_n, last, bool(direct), created_by, count)
+    n, title, direct, created_by, count, *message = db.execute(
+        CHAT, (chat_id, upto)
+    ).fetchone()
+    last = message_of(message) if n else None
+    return Chat(chat_id, title, members, n, last, bool(direct), created_by, count)
+
+
+def read_members(
+    db: Db, chat_id: int, upto: int, by: int | None, *page: int | str | None
+) -> list[Member]:
+    """Read members of a chat in the order of their ids, their marks as of upto.
+
+    by is as for read_chat. page is: the ids, with commas, or None for all; the id after
+    which to begin; how many, and there is one more if there are more.
+    """
+    find_chat(db, chat_id, by)
+    rows = db.execute(
+        """SELECT b.user_id, u.name, min(b.read_n, coalesce((
+               SELECT n FROM message WHERE chat_id = ?1 AND id <= ?2
+               ORDER BY n DESC LIMIT 1), 0))
+           FROM member b JOIN user u ON u.id = b.user_id
+           WHERE b.chat_id = ?1 AND b.user_id > coalesce(?4, 0)
+               AND (?3 IS NULL OR b.user_id IN (
+                   SELECT value FROM json_each('[' || ?3 || ']')))
+           ORDER BY b.user_id LIMIT ?5 + 1""",
+        (chat_id, upto, *page),
+    )
+    return [Member(*row) for row in rows]
 
 
 # =====================================================================================
@@ -4302,33 +4414,100 @@ async def get_users(server: Server, request: Request) -> Answer:
 
 
 def _check_may_change_chats(server: Server, request: Request) -> None:
-    if server.settings.chats_by != "user" and not request.claims.service:
-        raise Refusal("forbidden", "here only the service creates chats")
+    if request.by and server.settings.chats_by != "user":
+        raise Refusal("forbidden", "here only the service creates and changes chats")
 
 
 async def get_chats(server: Server, request: Request) -> Answer:
     """Return the user's chats, and the cursor after which their events follow."""
-    upto = server.hub.head
-    chats = await server.store.read(server.chats.my_chats, request.user_id, upto)
-    return json_answer({"chats": chats, "cursor": write_cursor(server, upto)})
+    limit, upto = request.number("limit", 100), server.hub.head
+    found = await server.store.read(
+        server.chats.my_chats,
+        request.user_id,
+        upto,
+        request.number("before", MAX_ID),
+        limit,
+    )
+    chats = found[:limit]
+    correct_chats(server, chats, upto)
+    return json_answer(
+        {
+            "chats": chats,
+            "cursor": write_cursor(server, upto),
+            "more": chats != found,
+            "position": chats[-1].position if chats else None,
+        }
+    )
 
 
 async def post_chat(server: Server, request: Request) -> Answer:
-    """Create a chat. A user is always a member of the chats it creates."""
+    """Create a chat: 201, or 200 for a repeat. A user is a member of its own chats."""
     _check_may_change_chats(server, request)
-    new = request.parse(NewChat)
-    title = new.title or ""
-    if title.isspace() or re.search(r"[\0-\x1f\x7f]", title):
-        raise bad_field("title: it is empty or has a control character")
-    members = {*new.member_ids}
-    if request.by is not None:
-        members.add(request.by)
-        # Every member gets an event with all members: charge one request for ten.
-        server.requests(request.user_id).spend(trio.current_time(), len(members) // 10)
-    chat = await server.store.commit(
-        server.chats.create_chat, new.title, members, request.by
+    new, by = request.parse(NewChat), request.by
+    members = new.member_ids + ([by] if by else [])
+    if by:
+        # Every member gets an event: charge one request for ten.
+        server.requests(by).spend(trio.current_time(), len(members) // 10)
+    if new.direct and (new.title or not len(members) == len({*members}) == 2):
+        raise bad_field(
+            "direct: it is with one other user (a service: of two), untitled"
+        )
+    chat_id, is_new = await server.store.commit(
+        server.chats.create_chat,
+        new.title,
+        members,
+        by,
+        _idempotency_key(request, new),
+        new.direct,
     )
-    return json_answer({"chat": chat}, 201)
+    request.ids = (chat_id,)
+    return await get_chat(server, request, 201 if is_new else 200)
+
+
+async def get_chat(server: Server, request: Request, status: int = 200) -> Answer:
+    """Return one chat, to a member or a service."""
+    upto = server.hub.head
+    chat = await server.store.read(read_chat, *request.ids, upto, request.by)
+    correct_chats(server, [chat], upto)
+    for member in chat.members:
+        member.online = member.user_id in server.hub.people
+    return json_answer({"chat": chat}, status)
+
+
+async def patch_chat(server: Server, request: Request) -> Answer:
+    """Rename a chat."""
+    _check_may_change_chats(server, request)
+    await server.store.commit(
+        server.chats.set_title, *request.ids, request.parse(NewTitle).title, request.by
+    )
+    return await get_chat(server, request)
+
+
+def correct_chats(server: Server, chats: Sequence[Chat], upto: int) -> None:
+    """Show in chats that were read as of upto their last message as it is now."""
+    read = (chat.last_message for chat in chats if chat.last_message)
+    now = {last.chat_id: last for last in server.hub.correct(read, upto)}
+    for chat in chats:
+        chat.last_message = now.get(chat.id)
+
+
+async def get_members(server: Server, request: Request) -> Answer:
+    """Return members of a chat: those in `ids`, or a page of all."""
+    ids, limit = request.argument("ids"), request.number("limit", 500) or 100
+    if not re.fullmatch(r"[1-9][0-9]{0,15}(,[1-9][0-9]{0,15}){0,99}", ids or "1"):
+        raise bad_field("ids: must be 1 to 100 user ids, with commas between them")
+    found = await server.store.read(
+        read_members,
+        *request.ids,
+        server.hub.head,
+        request.by,
+        ids,
+        request.number("after", MAX_ID),
+        limit,
+    )
+    for member in found:
+        member.online = member.user_id in server.hub.people
+    return json_answer({"members": found[:limit], "more": len(found) > limit})
 
 
 async def post_member(server: Server, request: Request) -> Answer:
@@ -4343,10 +4522,10 @@ async def post_member(server: Server, request: Request) -> Answer:
 
 
 async def delete_member(server: Server, request: Request) -> Answer:
-    """Leave a chat; a service may remove any member. Effective at once."""
+    """Leave a chat; its creator and a service may remove others. Effective at once."""
     chat_id, user_id = request.ids
-    if request.by not in (None, user_id):
-        raise Refusal("forbidden", "only the member or a service may do that")
+    if request.by != user_id:
+        _check_may_change_chats(server, request)
     await server.store.commit(server.chats.remove_member, chat_id, user_id, request.by)
     return Answer(204)
 
@@ -4401,11 +4580,21 @@ def check_invites(server: Server) -> None:
 
 async def get_messages(server: Server, request: Request) -> Answer:
     """Return a page of messages, oldest first."""
-    limit = request.number("limit", 100) or 50
-    before = request.number("before", MAX_ID)
-    where = (request.user_id, *request.ids, before, limit, server.hub.head)
-    messages, more = await server.store.read(server.chats.history, *where)
-    return json_answer({"messages": messages, "more": more})
+    limit, upto = request.number("limit", 100) or 50, server.hub.head
+    place, *others = request.query.keys() & {"before", "after", "around"} or ["before"]
+    if others:
+        raise bad_field(f"{place}: give only one of before, after and around")
+    messages, older, newer = await server.store.read(
+        server.chats.history,
+        request.user_id,
+        *request.ids,
+        request.number(place, MAX_ID),
+        limit,
+        upto,
+        place,
+    )
+    messages = server.hub.correct(messages, upto)
+    return json_answer({"messages": messages, "more": older, "more_after": newer})
 
 
 async def post_message(server: Server, request: Request) -> Answer:
@@ -4529,7 +4718,7 @@ def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
         server.sends(sender_id).spend(trio.current_time(), -1)
 
 
-def _idempotency_key(request: Request, post: PostMessage) -> str | None:
+def _idempotency_key(request: Request, post: PostMessage | NewChat) -> str | None:
     """Read client_id or Idempotency-Key, which mean the same. Raises Refusal."""
     if "idempotency-key" not in request.fields:
         return post.client_id
@@ -4582,7 +4771,14 @@ ROUTES: dict[str, dict[str, Route]] = {
         "GET": Route("user", get_chats),
         "POST": Route("user", post_chat, changes=True),
     },
-    "/api/v1/chats/*/members": {"POST": Route("user", post_member, changes=True)},
+    "/api/v1/chats/*": {
+        "GET": Route("user", get_chat),
+        "PATCH": Route("user", patch_chat, changes=True),
+    },
+    "/api/v1/chats/*/members": {
+        "GET": Route("user", get_members),
+        "POST": Route("user", post_member, changes=True),
+    },
     "/api/v1/chats/*/members/*": {"DELETE": Route("user", delete_member, changes=True)},
     "/api/v1/chats/*/invites": {
         "POST": Route("user", change_invites),
@@ -5813,6 +6009,16 @@ UNION ALL
 SELECT printf('chat %s: last_n is %s, but its newest message has another n', id, last_n)
     FROM chat WHERE last_n !=
         (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = chat.id)
+UNION ALL
+SELECT printf('chat %s: it is direct, but user %s is a member', c.id, b.user_id)
+    FROM chat c JOIN member b ON b.chat_id = c.id WHERE c.direct_key LIKE '%:%'
+        AND ':' || c.direct_key || ':' NOT LIKE '%:' || b.user_id || ':%'
+UNION ALL
+SELECT printf('chat %s: it is direct, but its key is %s', id, direct_key) FROM chat
+    WHERE direct_key NOT LIKE '%_:_%' AND direct_key != id
+UNION ALL
+SELECT printf('chat %s: it is direct, but it has a title', id) FROM chat
+    WHERE direct_key IS NOT NULL AND title IS NOT NULL
 """
 
 # =====================================================================================
@@ -5863,7 +6069,7 @@ class Settings:
         "proxies whose X-Forwarded-For is trusted, or none; may be given several "
         "times")
     chats_by: str = flag("user", "WHO",
-        "who may create chats and add members: user or service",
+        "who may create and change chats: user or service",
         "others: forbidden")
     invites: str = flag("off", "SWITCH",
         "whether members of a group may invite anyone with a link: on or off; on needs "

@@ -382,6 +382,51 @@ async def test_connected_is_the_first_frame_and_has_the_state_of_the_user(
     await peer.receives_nothing()
 
 
+@pytest.mark.parametrize("count", [500, 501, 2000])
+@with_server()
+async def test_connected_has_the_500_newest_chats_and_events_come_from_all(
+    server: VirtualServer, count: int
+) -> None:
+    create = server.app.chats.create_chat
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(server.store.commit, create, None, [6, 7])
+    await server.post(1, "hi", sender=7)
+    raw = server.dial()
+    await raw.send(upgrade_bytes(server.target(6)))
+    assert (await raw.answer()).status == 101
+    hello = await raw.receive("connected")
+    newest = [1, *range(count, 1, -1)][:500]
+    assert hello["chats"] == {
+        str(chat): {"last_n": int(chat == 1), "read_n": 0} for chat in newest
+    }
+    assert hello.get("more_chats") == (True if count > 500 else None)
+    assert len(json.dumps(hello)) < 32 * 1024
+    for chat in (1, 2, count):
+        await server.post(chat, "hi", sender=7)
+        assert (await raw.receive("new_message"))["chat_id"] == chat
+
+
+@pytest.mark.parametrize("tail_events", [16_384, 2], ids=["the tail", "the event log"])
+async def test_a_replay_tells_each_new_title_of_a_chat(
+    tmp_path: Path, tail_events: int, autojump_clock: MockClock
+) -> None:
+    settings = {"tail_events": tail_events}
+    async with virtual_server(tmp_path, chatd.Store, settings) as server:
+        cursor = f"{server.store.epoch}.{server.app.hub.head}"
+        chat = await server.chat(6, 7)
+        for title in ("a", None, "b"):
+            await server.command("PATCH", f"/api/v1/chats/{chat}", {"title": title})
+        peer = await server.join(6, cursor=cursor)
+        added = await peer.receive("chat_added")
+        # An old title is in the tail only: the event log reads the chat as it is now.
+        assert added["chat"]["title"] == ("Tea" if tail_events > 2 else "b")
+        for title in ("a", None, "b"):
+            renamed = await peer.receive("chat_renamed")
+            assert (renamed["title"], renamed["user_id"]) == (title, None)
+        await peer.receives_nothing()
+
+
 @with_server(resync_events=5)
 async def test_the_cursor_decides_how_a_connection_resumes(
     server: VirtualServer,

@@ -30,6 +30,7 @@ IDS: list[Any] = [None, "3", 3.5, 1e300, True, 0, -1, 2**53, 10**30, [], {}, [3]
 TEXTS: list[Any] = [None, 5, True, [], {}, ["x"]]
 REFS = [5, True, "x" * 65, [], {}]
 CLIENT_IDS: list[Any] = [5, True, "", "x" * 65, "é", "a\nb", "\x7f", "a\n", [], {}]
+TITLES = [5, True, "", " ", "\u2028", "a\nb", "\0", "\x7f", "x" * 201, [], {}]
 NAMES_OF_COMMANDS = ("ping", "typing", "mark_read", "send_message", "auth")
 
 # For each field a valid value, and invalid ones.
@@ -50,8 +51,11 @@ BODIES: dict[type, dict[str, tuple[object, list[Any]]]] = {
     chatd.Auth: {"ref": ("r", REFS), "token": ("t", TEXTS)},
     chatd.NewChat: {
         "member_ids": ([1, 2], [None, 5, "12", {}, *[[wrong] for wrong in IDS]]),
-        "title": ("A chat", [5, True, "", "x" * 201, [], {}]),
+        "title": ("A chat", TITLES),
+        "direct": (True, [None, 0, 1, "true", [], {}]),
+        "client_id": ("x" * 64, CLIENT_IDS),
     },
+    chatd.NewTitle: {"title": ("\U0001f600" * 200, TITLES)},
     chatd.UserBody: {"user_id": (6, IDS)},
     chatd.PostMessage: {
         "content": ("hi", TEXTS),
@@ -61,7 +65,7 @@ BODIES: dict[type, dict[str, tuple[object, list[Any]]]] = {
 }
 DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
     body: msgspec.json.Decoder(body)
-    for body in (chatd.NewChat, chatd.UserBody, chatd.PostMessage)
+    for body in (chatd.NewChat, chatd.NewTitle, chatd.UserBody, chatd.PostMessage)
 }
 
 

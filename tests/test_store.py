@@ -15,7 +15,7 @@ import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -35,6 +35,7 @@ from tests.harness import (
     refusal_of,
     usage_error_of,
     with_server,
+    words_hear,
 )
 
 # --- writing: the works --------------------------------------------------------------
@@ -319,14 +320,16 @@ def test_in_a_large_chat_a_read_mark_goes_only_to_the_reader() -> None:
 
 def test_a_new_chat_is_one_event_per_member_with_the_whole_chat(memory: Memory) -> None:
     memory.do(memory.chats.rename, 2, "Bob")
-    chat = memory.do(memory.chats.create_chat, "Sofa", [2, 1, 2])
+    chat, is_new = memory.do(memory.chats.create_chat, "Sofa", [2, 1, 2])
+    assert is_new
     (event,) = memory.page(2).events
     assert memory.seqs(1) == [1]
     assert memory_frames(event.frame) == [
         {
-            "type": "chat_added", "seq": 2, "chat_id": chat.id,
+            "type": "chat_added", "seq": 2, "chat_id": chat,
             "chat": {
-                "id": chat.id, "title": "Sofa", "last_n": 0, "last_message": None,
+                "id": chat, "title": "Sofa", "last_n": 0, "last_message": None,
+                "direct": False, "created_by": None, "member_count": 2,
                 "members": [
                     {"user_id": 1, "name": None, "read_n": 0},
                     {"user_id": 2, "name": "Bob", "read_n": 0},
@@ -401,6 +404,210 @@ def test_the_number_of_members_of_a_chat_is_limited() -> None:
         refusal = refusal_of(memory.do, memory.chats.add_member, chat, 4, 1)
         assert refusal.code == "bad_field"
         assert memory.do(memory.chats.add_member, chat, 3, 1) is False
+
+
+def create(memory: Memory, *users: int, **how: Any) -> tuple[int, bool]:
+    """Create a chat, without a title unless `title` is given."""
+    return cast("tuple[int, bool]", memory.do(*creation(memory, *users, **how)))
+
+
+def creation(
+    memory: Memory,
+    *users: int,
+    title: str | None = None,
+    by: int | None = None,
+    key: str | None = None,
+    direct: bool = False,
+) -> MemoryWork:
+    """Return the job that creates a chat, for `do` or `commit`."""
+    return (memory.chats.create_chat, title, users, by, key, direct)
+
+
+def test_a_pair_has_one_direct_chat_whoever_creates_it(memory: Memory) -> None:
+    group = memory.chat(3, 7)
+    chat, is_new = create(memory, 7, 3, by=7, direct=True)
+    assert (is_new, chat != group, memory.hub.head) == (True, True, 4)
+    for users, by in (((3, 7), 3), ((7, 3), 7), ((3, 7), None)):
+        assert create(memory, *users, by=by, direct=True) == (chat, False)
+    assert memory.hub.head == 4
+    other, is_new = create(memory, 3, 8, by=3, direct=True)
+    assert (is_new, other != chat) == (True, True)
+    assert [(c.id, c.direct) for c in memory.my_chats(3)] == [
+        (other, True), (chat, True), (group, False),
+    ]  # fmt: skip
+    assert chatd.faults(memory.store._writer) == []
+
+
+def test_a_creator_s_key_names_one_chat_and_nothing_else_is_compared(
+    memory: Memory,
+) -> None:
+    chat, _ = create(memory, 1, 2, by=1, key="k", title="Sofa")
+    assert create(memory, 1, 2, by=1, key="k", title="Sofa") == (chat, False)
+    assert create(memory, 1, *range(9, 30), by=1, key="k") == (chat, False)
+    assert memory.hub.head == 2
+    others = [
+        create(memory, 1, 2, by=2, key="k"),  # another user's key
+        create(memory, 1, 2, by=None, key="k"),  # the services'
+        create(memory, 1, 2, by=1, key="K"),
+        create(memory, 1, 2, by=1),
+        create(memory, 1, 2, by=1),
+    ]
+    assert len({made for made, _ in others} | {chat}) == 6
+    assert all(is_new for _, is_new in others)
+    assert create(memory, 5, by=None, key="k") == (others[1][0], False)
+    assert [c.created_by for c in memory.my_chats(1)] == [1, 1, 1, None, 2, 1]
+    assert chatd.faults(memory.store._writer) == []
+
+
+def test_a_pair_is_looked_up_before_the_key(memory: Memory) -> None:
+    group, _ = create(memory, 1, 3, by=1, key="g")
+    assert create(memory, 1, 2, by=1, key="g", direct=True) == (group, False)
+    direct, _ = create(memory, 1, 2, by=1, key="d", direct=True)
+    assert create(memory, 1, 2, by=1, key="other", direct=True) == (direct, False)
+    assert create(memory, 1, 2, by=1, key="g", direct=True) == (direct, False)
+    assert create(memory, 1, 3, by=1, key="d") == (direct, False)
+    again, is_new = create(memory, 1, 3, by=1, key="other")
+    assert (again != direct, is_new) == (True, True)
+
+
+def test_equal_creations_of_one_batch_make_one_chat(memory: Memory) -> None:
+    for how in ({"by": 1, "direct": True}, {"by": 1, "key": "k"}, {"key": "k"}):
+        before = memory.hub.head
+        works = [creation(memory, 1, 2, **how) for _ in range(3)]
+        batch = memory.commit(*works)
+        memory.hub.publish(batch)
+        first, *others = [outcome for _, outcome in batch.outcomes]
+        assert others == [(first[0], False)] * 2
+        assert (first[1], memory.hub.head) == (True, before + 2)
+
+
+def test_a_refused_creation_leaves_its_key_and_its_pair_unused() -> None:
+    with memory_with(members=1) as memory:
+        for how in ({"by": 1, "direct": True}, {"by": 1, "key": "k"}):
+            refusal = refusal_of(memory.do, *creation(memory, 1, 2, **how))
+            assert refusal.code == "bad_field"
+        assert create(memory, 1, by=1, key="k")[1]
+
+
+def test_the_two_of_a_direct_chat_stay_and_it_has_no_title(memory: Memory) -> None:
+    chat, _ = create(memory, 1, 2, by=1, direct=True)
+    chats = memory.chats
+    before = memory.hub.head
+    for by in (1, 2, None):
+        for work, *what in (
+            (chats.add_member, chat, 3),
+            (chats.add_member, chat, 2),
+            (chats.remove_member, chat, 1),
+            (chats.remove_member, chat, 2),
+            (chats.remove_member, chat, 3),
+            (chats.set_title, chat, "Sofa"),
+            (chats.set_title, chat, None),
+        ):
+            assert refusal_of(memory.do, work, *what, by).code == "direct"
+    for work, *what in ((chats.add_member, chat, 3), (chats.set_title, chat, "x")):
+        assert refusal_of(memory.do, work, *what, 3).code == "not_found"
+    assert memory.hub.head == before
+
+
+def test_in_a_direct_chat_with_a_forgotten_user_the_other_may_leave(
+    memory: Memory,
+) -> None:
+    chat, _ = create(memory, 1, 2, by=1, direct=True)
+    db = memory.store._writer
+    db.execute("UPDATE chat SET direct_key = id")  # as forgetting user 1 does
+    db.execute("DELETE FROM member WHERE user_id = 1")
+    assert chatd.faults(db) == []
+    for work, what in ((memory.chats.add_member, 3), (memory.chats.set_title, "x")):
+        assert refusal_of(memory.do, work, chat, what, 2).code == "direct"
+    assert memory.my_chats(2)[0].direct
+    again, is_new = create(memory, 1, 2, by=2, direct=True)
+    assert (again != chat, is_new) == (True, True)
+    memory.do(memory.chats.remove_member, chat, 2, 2)
+    assert [c.id for c in memory.my_chats(2)] == [again]
+
+
+def test_a_creator_removes_members_while_it_is_one_itself(memory: Memory) -> None:
+    chat, _ = create(memory, 1, 2, 3, 4, by=1)
+    remove = memory.chats.remove_member
+    for user in (1, 3):
+        assert refusal_of(memory.do, remove, chat, user, 2).code == "forbidden"
+    assert refusal_of(memory.do, remove, chat, 9, 1).code == "not_found"
+    memory.do(remove, chat, 3, 1)
+    memory.do(remove, chat, 1, 1)
+    assert refusal_of(memory.do, remove, chat, 2, 1).code == "not_found"
+    memory.do(memory.chats.add_member, chat, 1, 2)  # the creator is back
+    memory.do(remove, chat, 2, 1)
+    of_service = memory.chat(1, 2)
+    assert refusal_of(memory.do, remove, of_service, 2, 1).code == "forbidden"
+
+
+def test_a_new_title_is_one_event_and_the_same_title_none(memory: Memory) -> None:
+    chat, rename = memory.chat(1, 2), memory.chats.set_title
+    seats = [memory.sit(user) for user in (1, 2, 3)]
+    titles: tuple[tuple[str | None, int | None, bool], ...] = (
+        (None, 1, False), ("Sofa", 1, True), ("Sofa", 2, False), ("sofa", 2, True),
+        ("Диван", None, True), (None, 2, True), (None, None, False),
+    )  # fmt: skip
+    told = []
+    for title, by, changes in titles:
+        before = memory.hub.head
+        memory.do(rename, chat, title, by)
+        assert memory.hub.head == before + changes
+        assert memory.my_chats(1)[0].title == title
+        if changes:
+            told.append({
+                "type": "chat_renamed", "seq": before + 1, "chat_id": chat,
+                "title": title, "user_id": by,
+            })  # fmt: skip
+    assert [seat.received() for seat in seats] == [told, told, []]
+    # The event log has each title that there was; the chat has the last one.
+    first, *later = memory.again().page(2).events
+    assert [frame for entry in later for frame in memory_frames(entry.frame)] == told
+    assert memory_frames(first.frame)[0]["chat"]["title"] is None
+
+
+def test_only_a_member_or_a_service_renames(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    for chat_id, by in ((chat, 3), (99, 1), (99, None)):
+        refusal = refusal_of(memory.do, memory.chats.set_title, chat_id, "x", by)
+        assert refusal.code == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("INSERT INTO member VALUES (2, 3, 4, 0)", "user 3 is a member"),
+        ("UPDATE chat SET direct_key = '1:3' WHERE id = 2", "user 2 is a member"),
+        ("UPDATE chat SET direct_key = '1' WHERE id = 2", "its key is 1"),
+        ("UPDATE chat SET direct_key = '' WHERE id = 2", "its key is "),
+        ("UPDATE chat SET direct_key = ':' WHERE id = 2", "its key is :"),
+        ("UPDATE chat SET title = 'Sofa' WHERE id = 2", "it has a title"),
+    ],
+)
+def test_a_direct_chat_of_others_than_its_two_or_with_a_title_is_a_fault(
+    change: str, fault: str, memory: Memory
+) -> None:
+    memory.chat(1, 2, 3)
+    create(memory, 1, 2, by=1, direct=True)
+    db = memory.store._writer
+    assert chatd.faults(db) == []
+    db.execute(change)
+    found = chatd.faults(db)
+    assert f"chat 2: it is direct, but {fault}".strip() in found
+
+
+def test_the_schema_allows_one_direct_chat_of_a_pair_and_one_chat_of_a_key(
+    memory: Memory,
+) -> None:
+    create(memory, 1, 2, by=1, direct=True)
+    create(memory, 1, 2, key="k")
+    for sql in (
+        "INSERT INTO chat (created_at, direct_key) VALUES (0, '1:2')",
+        "INSERT INTO chat (created_at, client_id) VALUES (0, 'k')",
+    ):
+        with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+            memory.store._writer.execute(sql)
+    memory.store._writer.execute("INSERT INTO chat (created_at) VALUES (0)")
 
 
 def test_names_and_revocations_are_kept_and_make_no_events(memory: Memory) -> None:
@@ -478,7 +685,7 @@ def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
 
 def test_before_the_start_a_work_is_committed_at_once(tmp_path: Path) -> None:
     store = Store(Settings(db=tmp_path / "a.db"))
-    assert store.commit_now(chatd.Chats(store).create_chat, None, [1]).id == 1
+    assert store.commit_now(chatd.Chats(store).create_chat, None, [1]) == (1, True)
     refusal = refusal_of(store.commit_now, store.mark_read, 1, 9)
     assert (refusal.code, store.seq) == ("not_found", 1)
     store.close()
@@ -531,10 +738,10 @@ def test_a_user_sees_no_event_from_the_time_outside_the_chat(memory: Memory) -> 
     memory.send(chat, 1, "seen again")  # 8
     assert memory.seqs(2) == [2, 4, 7, 8]
     assert memory.seqs(1) == [1, 3, 4, 5, 6, 8]
-    messages, more = memory.read(
+    messages, *more = memory.read(
         memory.chats.history, 2, chat, None, 50, memory.hub.head
     )
-    assert ([message.n for message in messages], more) == ([1, 2, 3], False)
+    assert ([message.n for message in messages], more) == ([1, 2, 3], [False, False])
 
 
 def test_a_chat_that_the_reader_has_left_is_read_as_an_empty_chat(
@@ -546,6 +753,7 @@ def test_a_chat_that_the_reader_has_left_is_read_as_an_empty_chat(
     (message,) = memory_frames(memory.page(2).events[0].frame)
     assert message["chat"] == {
         "id": chat, "title": None, "members": [], "last_n": 0, "last_message": None,
+        "direct": False, "created_by": None, "member_count": 0,
     }  # fmt: skip
     (message,) = memory_frames(memory.page(1).events[0].frame)
     assert (message["chat"]["title"], message["chat"]["last_n"]) == ("Sofa", 1)
@@ -658,6 +866,139 @@ def test_a_greeting_holds_the_state_as_of_the_head(memory: Memory) -> None:
     assert memory.greeting(9) == ({}, {}, 0)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 6, 7, 100])
+def test_pages_of_chats_add_up_to_the_whole_list(memory: Memory, limit: int) -> None:
+    chats = [memory.chat(1, 2) for _ in range(7)]
+    for chat in (chats[3], chats[0], chats[3], chats[5]):
+        memory.send(chat, 2)
+    newest = [chats[place] for place in (5, 3, 0, 6, 4, 2, 1)]
+    assert [chat.id for chat in memory.my_chats(1)] == newest
+    listed: list[chatd.MyChat] = []
+    before, more = None, True
+    while more:
+        page = memory.read(memory.chats.my_chats, 1, memory.hub.head, before, limit)
+        more, page = len(page) > limit, page[:limit]
+        assert len(page) == limit or not more
+        listed += page
+        before = page[-1].position
+    assert listed == memory.my_chats(1)
+    assert memory.read(memory.chats.my_chats, 1, memory.hub.head, before, 9) == []
+
+
+def test_a_page_of_chats_reads_no_more_chats_than_it_has(memory: Memory) -> None:
+    def cost() -> int:
+        (reader,) = memory.store._idle_readers
+        query, where = memory.chats.my_chats, (1, memory.hub.head, None, 5)
+        return steps_of(reader, lambda: memory.read(query, *where))
+
+    for _ in range(6):
+        memory.chat(1, 2)
+    memory.my_chats(1)
+    few = cost()
+    for _ in range(200):
+        memory.chat(1, 2)
+    assert (cost() - few) * 10 < 200 * 80  # only the time of each chat's last message
+
+
+def test_a_greeting_has_the_marks_of_the_500_newest_chats(memory: Memory) -> None:
+    memory.commit(*[(memory.chats.create_chat, None, [1])] * 1200)
+    memory = memory.again()
+    memory.send(1, 1)
+    greeting = memory.greeting(1)
+    assert len(greeting.joined) == 1200
+    assert [*greeting.marks] == [str(chat) for chat in (1, *range(1200, 701, -1))]
+    assert greeting.marks["1"] == chatd.Marks(1, 1)
+
+
+def test_the_marks_of_a_greeting_are_at_most_24_kib(memory: Memory) -> None:
+    memory.chat(1)
+    db, most = memory.store._writer, chatd.MAX_ID
+    db.executescript(
+        f"""WITH RECURSIVE c (n) AS (
+            SELECT 0 UNION ALL SELECT n + 1 FROM c WHERE n < 600)
+        INSERT INTO chat (id, created_at, last_n) SELECT {most} - n, 0, {most} FROM c;
+        INSERT INTO member SELECT id, 1, 1, {most} FROM chat WHERE id > 1;
+        INSERT INTO message (id, chat_id, n, sender_id, content, created_at)
+        SELECT 2 + row_number() OVER (ORDER BY id), id, {most}, 1, '', 0 FROM chat
+        WHERE id > 1"""
+    )
+    greeting = memory.read(memory.store.greeting, 1, most, most)
+    size = len(chatd.encode(greeting.marks))
+    assert 24_000 < size <= 24 * 1024
+    assert len(greeting.joined) == 602
+    newest = str(most)  # the one whose message has the largest id
+    assert next(iter(greeting.marks)) == newest
+
+
+def test_no_frame_is_larger_than_32_kib_but_for_the_text_of_a_message() -> None:
+    name, title = "\U0001f600" * 64, "\U0001f600" * 200
+    with memory_with() as memory:
+        seats = {user: memory.sit(user) for user in (1, 50, 51, 5000)}
+        rename = memory.chats.rename
+        memory.commit(*[(rename, user, name) for user in range(1, 5001)])
+        chats = [
+            create(memory, *range(1, most), title=title)[0]
+            for most in (39, 50, 51, 5000)
+        ]
+        for chat in chats:
+            memory.send(chat, 1, "\U0001f600" * 4000)
+            memory.do(memory.chats.add_member, chat, 5000, None)
+            memory.do(memory.chats.set_title, chat, title[1:], None)
+            memory.do(memory.chats.remove_member, chat, 2, None)
+        largest = 0
+        for seat in seats.values():
+            for data in seat.outbox.taken:
+                for _, text in words_hear(data):
+                    largest = max(largest, len(text.encode()))
+        assert 28_000 < largest <= 32 * 1024
+        added = [f for f in seats[5000].received() if f["type"] == "chat_added"]
+        assert [f["chat"]["member_count"] for f in added] == [39, 50, 51, 5000]
+        assert [len(f["chat"]["members"]) for f in added] == [39, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "shown"),
+    [(1, "", 1), (50, "", 50), (51, "", 0), (50, "x" * 64, 50), (50, "é" * 64, 50),
+     (39, "\U0001f600" * 64, 39), (45, "\U0001f600" * 64, 0)],
+)  # fmt: skip
+def test_the_members_of_a_chat_are_left_out_as_a_whole(
+    count: int, name: str, shown: int, memory: Memory
+) -> None:
+    for user in range(1, count + 1):
+        memory.do(memory.chats.rename, user, name)
+    chat = memory.chat(*range(1, count + 1))
+    (mine,) = memory.my_chats(1)
+    assert (mine.id, len(mine.members), mine.member_count) == (chat, shown, count)
+
+
+def test_members_are_listed_by_id_page_by_page(memory: Memory) -> None:
+    chat, other = memory.chat(*range(2, 200, 2)), memory.chat(1, 3)
+    memory.do(memory.chats.rename, 4, "Dan")
+    memory.send(chat, 4)
+    head = memory.hub.head
+    memory.commit(memory.sends(chat, 4, "not published"))
+
+    def members(*page: Any, by: int | None = 2) -> list[chatd.Member]:
+        return memory.read(chatd.read_members, chat, head, by, *page)
+
+    listed, after = [], None
+    while page := members(None, after, 10)[:10]:
+        listed += page
+        after = page[-1].user_id
+    assert [member.user_id for member in listed] == [*range(2, 200, 2)]
+    assert listed[:2] == [chatd.Member(2, None, 0), chatd.Member(4, "Dan", 1)]
+    assert len(members(None, None, 10)) == 11  # one more, for there are more
+    assert members("4,1,2,9007199254740991", None, 100) == listed[:2]
+    assert members("4,1,2", 2, 100) == [listed[1]]
+    assert [m.user_id for m in members("4,2,6", None, 1)] == [2, 4]
+    assert members("4", None, 5, by=None) == [listed[1]]
+    for chat_id, by in ((other, 2), (99, 2), (99, None)):
+        refusal = refusal_of(
+            memory.read, chatd.read_members, chat_id, head, by, None, None, 9
+        )
+        assert refusal.code == "not_found"
+
+
 def test_chats_are_listed_by_their_last_event_with_unread_counts(
     memory: Memory,
 ) -> None:
@@ -673,22 +1014,53 @@ def test_chats_are_listed_by_their_last_event_with_unread_counts(
     assert (third.last_message, third.unread) == (None, 0)
 
 
-def test_a_page_of_history_has_its_oldest_message_first(memory: Memory) -> None:
-    chat, head = memory.chat(1, 2), 0
+# Of the messages 0 to 4: the place of a page, its message, the limit; the page, whether
+# there are older and newer ones.
+HISTORY = (
+    ("before", None, 2, "34", True, False),
+    ("before", 3, 2, "12", True, True),
+    ("before", 1, 2, "0", False, True),
+    ("before", 0, 2, "", False, True),
+    ("before", None, 5, "01234", False, False),
+    ("before", None, 100, "01234", False, False),
+    ("after", 0, 2, "12", True, True),
+    ("after", 2, 2, "34", True, False),
+    ("after", 2, 1, "3", True, True),
+    ("after", 4, 2, "", True, False),
+    ("after", 0, 100, "1234", True, False),
+    ("around", 2, 1, "2", True, True),
+    ("around", 2, 2, "12", True, True),
+    ("around", 2, 3, "123", True, True),
+    ("around", 2, 5, "01234", False, False),
+    ("around", 0, 4, "01", False, True),
+    ("around", 4, 4, "234", True, False),
+    ("around", 4, 1, "4", True, False),
+    ("around", 1, 100, "01234", False, False),
+)
+
+
+@pytest.mark.parametrize(("place", "at", "limit", "page", "older", "newer"), HISTORY)
+def test_a_page_of_history_is_before_after_or_around_a_message(
+    place: str, at: int | None, limit: int, page: str, older: bool, newer: bool,
+    memory: Memory,
+) -> None:  # fmt: skip
+    chat = memory.chat(1, 2)
     ids = [memory.send(chat, 1, str(i)).message.id for i in range(5)]
     head = memory.hub.head
+    memory.commit(memory.sends(chat, 1, "not published"))
+    message_id = None if at is None else ids[at]
+    messages, *more = memory.read(
+        memory.chats.history, 2, chat, message_id, limit, head, place
+    )
+    assert "".join(message.content for message in messages) == page
+    assert more == [older, newer]
 
-    def history(before: int | None, limit: int) -> tuple[list[str], bool]:
-        messages, more = memory.read(
-            memory.chats.history, 2, chat, before, limit, head
-        )  # fmt: skip
-        return [message.content for message in messages], more
 
-    assert history(None, 2) == (["3", "4"], True)
-    assert history(ids[3], 2) == (["1", "2"], True)
-    assert history(ids[1], 2) == (["0"], False)
-    assert history(ids[0], 2) == ([], False)
-    assert history(None, 5) == (["0", "1", "2", "3", "4"], False)
+def test_an_empty_chat_has_no_history(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    assert memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head) == (
+        [], False, False,
+    )  # fmt: skip
 
 
 def test_history_is_for_members_and_before_names_a_message_of_the_chat(
@@ -700,9 +1072,10 @@ def test_history_is_for_members_and_before_names_a_message_of_the_chat(
         assert (
             refusal_of(memory.read, history, 1, chat_id, None, 5, 9).code == "not_found"
         )
-    for before in (foreign, 99, 1):
-        refusal = refusal_of(memory.read, history, 1, chat, before, 5, 9)
-        assert str(refusal) == "bad_field: before: not a message of this chat"
+    for place in ("before", "after", "around"):
+        for at in (foreign, 99, 1):
+            refusal = refusal_of(memory.read, history, 1, chat, at, 5, 9, place)
+            assert str(refusal) == f"bad_field: {place}: not a message of this chat"
 
 
 def test_readers_do_not_see_commits_that_are_not_published(memory: Memory) -> None:
@@ -719,7 +1092,7 @@ def test_readers_do_not_see_commits_that_are_not_published(memory: Memory) -> No
     assert memory.greeting(2).marks == {str(chat): chatd.Marks(1, 1)}
     ((mine,),) = [memory.my_chats(2)]
     assert (mine.id, mine.last_n, mine.read_n, mine.unread) == (chat, 1, 1, 0)
-    messages, _ = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
+    messages, *_ = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
     assert [message.content for message in messages] == ["old"]
     memory.hub.publish(batch)
     assert memory.seqs(2) == [2, 3, 4, 6, 7]
@@ -788,7 +1161,7 @@ def test_no_query_scans_a_table_that_grows(memory: Memory) -> None:
         plan = memory.store._writer.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall()
         scans = [row[3] for row in plan if row[3].startswith("SCAN")]
         # Allowed: rows that were just selected, and the users with revoked tokens.
-        lists = r"\(?subquery|mine|CONSTANT"
+        lists = r"\(?subquery|mine|CONSTANT|json_each"
         right = rf"SCAN ({lists}|user USING (COVERING )?INDEX user_revoked)"
         assert [scan for scan in scans if not re.match(right, scan)] == [], sql
 
@@ -814,7 +1187,7 @@ def test_no_cost_grows_with_the_length_of_the_event_log(memory: Memory) -> None:
     works: list[Callable[[], object]] = [
         lambda: memory.send(chat, 1, "x", f"k{memory.hub.head}"),
         lambda: memory.do(store.mark_read, 2, memory.hub.head - 3),
-        lambda: memory.chat(1, 2),
+        lambda: memory.chat(1, 3),  # not of user 2, whose chats are read above
         lambda: memory.do(memory.chats.add_member, chat, 3, 1),
         lambda: memory.do(memory.chats.remove_member, chat, 3, 3),
     ]
@@ -926,7 +1299,8 @@ async def test_reads_and_writes_work_in_threads(tmp_path: Path) -> None:
             nursery.start_soon(sending)
         for _ in range(50):
             query = memory.chats.my_chats
-            nursery.start_soon(memory.store.read, query, 1, memory.hub.head)
+            where = (1, memory.hub.head, None, None)
+            nursery.start_soon(memory.store.read, query, *where)
     assert memory.send(chat, 1).message.n == 51
     assert 1 <= len(memory.store._idle_readers) <= 4
     memory.store.close()
@@ -1120,7 +1494,7 @@ async def test_while_storage_fails_writes_are_refused_at_once_and_reads_go_on(
             for _ in range(20):
                 assert await refusal_code(memory, work) == "storage_failed"
             assert trio.current_time() == started
-            assert await store.read(memory.chats.my_chats, 1, memory.hub.head)
+            assert await store.read(memory.chats.my_chats, 1, memory.hub.head, None, 9)
             await trio.sleep(60)
             assert bool(store.failure)
         await trio.sleep(chatd.PROBE_SECONDS + 0.1)
@@ -1188,7 +1562,9 @@ async def test_a_long_storage_failure_logs_one_line_and_leaks_no_descriptor(
             for _ in range(10):
                 await trio.sleep(30)
                 assert await refusal_code(memory, work) == "storage_failed"
-                assert await store.read(memory.chats.my_chats, 1, memory.hub.head)
+                assert await store.read(
+                    memory.chats.my_chats, 1, memory.hub.head, None, 9
+                )
                 opened.append(len(os.listdir("/proc/self/fd")))
         await trio.sleep(chatd.PROBE_SECONDS + 0.1)
         assert (await store.commit(*work)).message.n == 1
