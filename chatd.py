@@ -2853,10 +2853,13 @@ def error_frame(refusal: Refusal, command: str | bytes = b"{}") -> bytes:
 # some chats, or walks over some ids to find the user's messages.
 FORGET_SECONDS = 10.0  # that the steps of one request take
 FORGET_IDS = 100
+FORGET_KEYS = """
+    UPDATE chat SET client_id = NULL
+    WHERE coalesce(created_by, 0) = ? AND client_id IS NOT NULL
+"""
 FORGET_CHATS = """
-    UPDATE chat SET direct_key = iif(direct_key IS NULL, NULL, id),
-        client_id = iif(created_by = ?1, NULL, client_id)
-    WHERE id IN (SELECT chat_id FROM member WHERE user_id = ?1 LIMIT 20) RETURNING id
+    UPDATE chat SET direct_key = iif(direct_key IS NULL, NULL, id)
+    WHERE id IN (SELECT chat_id FROM member WHERE user_id = ? LIMIT 20) RETURNING id
 """
 WRITTEN = """
     SELECT id FROM message WHERE id > ?2 AND id <= ?3
@@ -2986,6 +2989,7 @@ class Chats:
         which id they are gone. A direct chat stays one, by a key of its own, and lets
         its other member leave.
         """
+        db.execute(FORGET_KEYS, (user_id,))
         rows = db.execute(FORGET_CHATS, (user_id,)).fetchall()
         for (chat_id,) in rows:
             self.remove_member(db, events, chat_id, user_id, None)
