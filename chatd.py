@@ -2866,9 +2866,9 @@ WRITTEN = """
         AND sender_id = ?1 AND NOT (deleted AND client_id IS NULL)
 """
 ERASE = f"""
-    UPDATE message AS m SET content = '', folded = NULL, client_id = NULL,
+    UPDATE message SET content = '', folded = NULL, client_id = NULL,
         edited_at = NULL, deleted = 1, rev = ?2
-    WHERE id = ?1 RETURNING {MESSAGE_COLUMNS}
+    WHERE id = ?1 RETURNING {MESSAGE_COLUMNS.replace("m.", "")}
 """
 
 # The answer to a request for the members whose oldest unread message was sent before
