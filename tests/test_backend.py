@@ -662,8 +662,8 @@ async def test_after_kills_in_the_middle_a_user_is_forgotten_whole(
         while more:
             try:
                 async with trio.open_nursery() as nursery:
-                    if kills < 4:
-                        nursery.start_soon(killed_soon, server, 0.05 * (kills + 1))
+                    if kills < 6:
+                        nursery.start_soon(killed_soon, server, 0.004 * (kills + 1))
                     body = {"user_id": 2}
                     got = await server.want(200, f"POST {FORGET}", server.service, body)
                     more = got["more"]
