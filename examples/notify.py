@@ -75,8 +75,8 @@ def ask(options: argparse.Namespace, path: str, **query: object) -> Any:
     url = f"{options.url}/api/v1/internal/chat/{path}?{urllib.parse.urlencode(query)}"
     # The token is read each time, so that a new one needs no restart.
     headers = {"Authorization": f"Bearer {read_token(options)}"}
-    request = urllib.request.Request(url, headers=headers)
     try:
+        request = urllib.request.Request(url, headers=headers)
         with web.open(request, timeout=NET_SECONDS) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
