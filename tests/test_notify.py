@@ -7,6 +7,7 @@ import email.message
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -22,7 +23,13 @@ import pytest
 import trio
 from aiosmtpd.controller import Controller
 
-from tests.client import CHECKOUT, CommandResult, ServerProcess, wait_until
+from tests.client import (
+    CHECKOUT,
+    CommandResult,
+    ServerProcess,
+    clean_environment,
+    wait_until,
+)
 
 NOTIFY = CHECKOUT / "examples" / "notify.py"
 UNREAD = "/api/v1/internal/chat/unread"
@@ -474,6 +481,29 @@ async def test_notes_are_dropped_when_all_is_read(
 
     await wait_until(dropped)
     assert len(inbox.mails) == 2
+
+
+async def test_the_commands_of_the_documentation_work(
+    notifier: Notifier, inbox: Inbox
+) -> None:
+    server, home = notifier.server, notifier.home
+    text = (CHECKOUT / "docs" / "operating.md").read_text("utf-8")
+    (block,) = re.findall(r"(?ms)^```sh\n(printf .*?)^```$", text)
+    block = block.replace("https://ntfy.sh", "http://127.0.0.1:1")
+    block = block.replace(".venv/bin/chatd token", f"{sys.executable} -m chatd token")
+    block = block.replace("python3 examples/notify.py", f"{sys.executable} {NOTIFY}")
+    block = block.replace("localhost:25", inbox.smtp)
+    chat = await server.chat(1, 6)
+    await server.post(chat, 1, "hi")
+    await notifier.listed(f"{chat}-6")
+    done = await trio.run_process(
+        ["bash", "-euc", f"{block.rstrip()} --older-than=1 --url={server.url} --once"],
+        cwd=home, capture_stderr=True,
+        env=clean_environment(PYTHONPATH=str(CHECKOUT), CHATD_DB=str(server.db)),
+    )  # fmt: skip
+    assert done.stderr == b""
+    assert inbox.told == {"anna@example.org": 1}
+    assert (home / "notify.token").stat().st_mode & 0o077 == 0
 
 
 def test_it_needs_nothing_but_the_standard_library() -> None:
