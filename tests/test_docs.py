@@ -385,7 +385,7 @@ def test_the_example_that_reads_the_feed_works_unchanged(
         [sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True,
         check=True,
     ).stdout.strip()  # fmt: skip
-    saved = tmp_path / "cursor.txt"
+    env["CHATD_TOKEN"], saved = token, tmp_path / "cursor.txt"
 
     def wait_for_a_cursor(after: str = "") -> None:
         while not saved.exists() or saved.read_text() in ("", after):
@@ -394,9 +394,12 @@ def test_the_example_that_reads_the_feed_works_unchanged(
 
     for _ in range(2):  # the second one goes on after the first one's last message
         with subprocess.Popen(
-            [sys.executable, "feed.py"], cwd=tmp_path, env={**env, "CHATD_TOKEN": token},
-            stdout=subprocess.PIPE, text=True,
-        ) as process:  # fmt: skip
+            [sys.executable, "feed.py"],
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
             wait_for_a_cursor()
             before = saved.read_text()
             run_example([sys.executable, "backend.py"], example_server, tmp_path)
