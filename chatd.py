@@ -349,7 +349,7 @@ class Server:
         self.typing = bucket_table(settings.typing)
         self.requests = bucket_table(settings.requests)
         self.names: dict[int, tuple[int, str]] = {}  # the newest: its time, the name
-        # A user that is being forgotten: up to which id the messages are gone.
+        # A user to be forgotten: up to which id there are no messages of that user.
         self.walked: Counter[int] = Counter()
         self.sessions: set[Session] = set()
         self.listener = Listener(
@@ -2849,31 +2849,9 @@ def error_frame(refusal: Refusal, command: str | bytes = b"{}") -> bytes:
 # =====================================================================================
 
 
-# A user is forgotten in steps, so that sends get in between: each takes the user out of
-# some chats, or walks over some ids to find the user's messages.
-FORGET_SECONDS = 10.0  # that the steps of one request take
-FORGET_IDS = 100
-FORGET_KEYS = """
-    UPDATE chat SET client_id = NULL
-    WHERE coalesce(created_by, 0) = ? AND client_id IS NOT NULL
-"""
-FORGET_CHATS = """
-    UPDATE chat SET direct_key = iif(direct_key IS NULL, NULL, id)
-    WHERE id IN (SELECT chat_id FROM member WHERE user_id = ? LIMIT 20) RETURNING id
-"""
-WRITTEN = """
-    SELECT id FROM message WHERE id > ?2 AND id <= ?3
-        AND sender_id = ?1 AND NOT (deleted AND client_id IS NULL)
-"""
-ERASE = f"""
-    UPDATE message SET content = '', folded = NULL, client_id = NULL,
-        edited_at = NULL, deleted = 1, rev = ?2
-    WHERE id = ?1 RETURNING {MESSAGE_COLUMNS.replace("m.", "")}
-"""
-
-# The answer to a request for the members whose oldest unread message was sent before
-# ?1, in the order of their positions, which are CHAT-USER. It walks `member` along its
-# key from ?2 on, until it has one more than ?3. Nothing is counted: last_n gives the
+# The answer to a request for the members whose oldest unread message is older than ?1
+# seconds, in the order of their positions, which are CHAT-USER. It walks `member` along
+# its key from ?2 on, until it has one more than ?3. It counts nothing: last_n gives the
 # number of unread messages. ?4 is the head; ?5 has the users that are online.
 UNREAD = """
     WITH online AS (SELECT value FROM json_each(CAST(?5 AS TEXT)))
@@ -2894,7 +2872,8 @@ UNREAD = """
             CROSS JOIN user u ON u.id = b.user_id
         WHERE (b.chat_id, b.user_id) > (
                 CAST(?2 AS INTEGER), CAST(substr(?2, instr(?2, '-') + 1) AS INTEGER))
-            AND b.read_n < c.last_n AND m.created_at < ?1 AND m.id <= ?4
+            AND b.read_n < c.last_n AND m.id <= ?4
+            AND m.created_at + ?1 < (julianday('now') - 2440587.5) * 86400
         ORDER BY b.chat_id, b.user_id LIMIT ?3 + 1)
 """
 
@@ -2983,25 +2962,38 @@ class Chats:
         db.execute(sql, (user_id, revoked_at))
 
     def forget(self, db: Db, events: Entries, user_id: int, after: int) -> int:
-        """Take a user out of some chats; if there are none, delete some messages.
+        """Do a step of forgetting a user: small, so that sends get in between.
 
-        These are the user's messages with the next ids after `after`. Returns up to
-        which id they are gone. A direct chat stays one, by a key of its own, and lets
-        its other member leave.
+        It takes the user out of 20 chats. If there are none, it deletes the user's
+        messages in the next 100 ids. Returns up to which id they are gone. A direct
+        chat stays one, by a key of its own, and lets its other member leave.
         """
-        db.execute(FORGET_KEYS, (user_id,))
-        rows = db.execute(FORGET_CHATS, (user_id,)).fetchall()
+        sql = """UPDATE chat SET client_id = NULL
+                 WHERE coalesce(created_by, 0) = ? AND client_id IS NOT NULL"""
+        db.execute(sql, (user_id,))
+        sql = """UPDATE chat SET direct_key = iif(direct_key IS NULL, NULL, id)
+                 WHERE id IN (SELECT chat_id FROM member WHERE user_id = ? LIMIT 20)
+                 RETURNING id"""
+        rows = db.execute(sql, (user_id,)).fetchall()
         for (chat_id,) in rows:
             self.remove_member(db, events, chat_id, user_id, None)
         if rows:
             return after
-        upto = after + FORGET_IDS
-        for (message_id,) in db.execute(WRITTEN, (user_id, after, upto)).fetchall():
-            seq = self.store.next_seq(events)
-            row = db.execute(ERASE, (message_id, seq)).fetchone()
-            event = MessageDeleted(seq, row[1], message_of(row))
-            self.store.record(db, events, Entry(event, to_chat=True))
-        return upto
+        sql = """SELECT id FROM message WHERE id > ?2 AND id <= ?2 + 100
+                     AND sender_id = ?1 AND NOT (deleted AND client_id IS NULL)"""
+        for row in db.execute(sql, (user_id, after)).fetchall():
+            self._erase(db, events, *row)
+        return min(after + 100, self.store.seq)
+
+    def _erase(self, db: Db, events: Entries, message_id: int) -> None:
+        """Delete a message, and its client_id."""
+        seq = self.store.next_seq(events)
+        sql = """UPDATE message SET content = '', folded = NULL, client_id = NULL,
+                     edited_at = NULL, deleted = 1, rev = ? WHERE id = ?"""
+        db.execute(sql, (seq, message_id))
+        row = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,)).fetchone()
+        event = MessageDeleted(seq, row[1], message_of(row))
+        self.store.record(db, events, Entry(event, to_chat=True))
 
     def _join(self, db: Db, chat_id: int, user_id: int, seq: int) -> None:
         """Make a user a member who has read all messages so far."""
@@ -4444,12 +4436,12 @@ async def get_events(server: Server, request: Request, feed: bool = False) -> An
 
 async def get_unread(server: Server, request: Request) -> Answer:
     """Return the members with a message that is unread for older_than seconds."""
-    before = time.time() - (request.number("older_than", MAX_ID) or 300)
+    older_than = request.number("older_than", MAX_ID) or 300
     limit = request.number("limit", 500) or 100
     after = request.argument("after") or "0-0"
     if not re.fullmatch("[0-9]{1,16}-[0-9]{1,16}", after):
         raise bad_field("after: not the position of a member in an earlier answer")
-    bounds = before, after, limit, server.hub.head, encode([*server.hub.people])
+    bounds = older_than, after, limit, server.hub.head, encode([*server.hub.people])
     return Answer(200, await server.store.read(query_value, UNREAD, *bounds))
 
 
@@ -4485,18 +4477,17 @@ async def post_revoke(server: Server, request: Request) -> Answer:
 async def post_forget(server: Server, request: Request) -> Answer:
     """Forget a user but for the number, in this order: tokens, chats, messages, name.
 
-    Each step looks for what is left, so it goes on wherever an earlier request ended.
+    It works for 10 s. Each step looks for what is left, so a later request goes on.
     """
     await post_revoke(server, request)
     user_id = request.parse(UserBody).user_id
     store, chats, walked = server.store, server.chats, server.walked
-    with trio.move_on_after(FORGET_SECONDS) as scope:
+    with trio.move_on_after(10) as scope:
         while walked[user_id] < store.seq:
             walked[user_id] = await store.commit(chats.forget, user_id, walked[user_id])
         await store.commit(chats.rename, user_id, "", server.keyring.revoked[user_id])
         server.names.pop(user_id, None)
         server.hub.drop_tail()
-        del walked[user_id]
     return json_answer({"more": scope.cancelled_caught})
 
 
