@@ -1807,7 +1807,7 @@ class Store:
         bounds = {"user": user_id, "cursor": cursor, "upto": upto, "limit": limit}
         rows = db.execute(PAGE if user_id else FEED, bounds)
         entries = (self._entry(db, row, upto) for row in rows)
-        return page_of(entries, self.settings, max(cursor, upto), limit)
+        return page_of(entries, self.settings, upto, limit)
 
     def _above(self, db: Db, seq: int) -> Entries:
         """Read the whole event log above seq."""
@@ -2175,11 +2175,6 @@ class Hub:
         return list(shared.values())
 
     # --- catching up -----------------------------------------------------------------
-
-    def drop_tail(self) -> None:
-        """Let all readers read the event log: the tail shows a name that is gone."""
-        self.tail.clear()
-        self.tail_size = 0
 
     def in_tail(self, cursor: int) -> bool:
         """Is everything after this cursor still in memory?"""
@@ -2968,13 +2963,17 @@ class Chats:
         messages in the next 100 ids. Returns up to which id they are gone. A direct
         chat stays one, by a key of its own, and lets its other member leave.
         """
-        sql = """UPDATE chat SET client_id = NULL
-                 WHERE coalesce(created_by, 0) = ? AND client_id IS NOT NULL"""
-        db.execute(sql, (user_id,))
-        sql = """UPDATE chat SET direct_key = iif(direct_key IS NULL, NULL, id)
-                 WHERE id IN (SELECT chat_id FROM member WHERE user_id = ? LIMIT 20)
-                 RETURNING id"""
-        rows = db.execute(sql, (user_id,)).fetchall()
+        db.execute(
+            """UPDATE chat SET client_id = NULL
+               WHERE coalesce(created_by, 0) = ? AND client_id IS NOT NULL""",
+            (user_id,),
+        )
+        rows = db.execute(
+            """UPDATE chat SET direct_key = iif(direct_key IS NULL, NULL, id)
+               WHERE id IN (SELECT chat_id FROM member WHERE user_id = ? LIMIT 20)
+               RETURNING id""",
+            (user_id,),
+        ).fetchall()
         for (chat_id,) in rows:
             self.remove_member(db, events, chat_id, user_id, None)
         if rows:
@@ -4414,19 +4413,18 @@ async def get_events(server: Server, request: Request, feed: bool = False) -> An
         page, resync = Page([], upto), True
     else:
         page = await store.read(store.events_after, *which, limit)
-    events = [
-        {
-            **msgspec.to_builtins(entry.event),
-            "to_chat": entry.to_chat,
-            "to_user": entry.to_user,
-        }
-        if feed
-        else entry.event
-        for entry in page.events
-    ]
     return json_answer(
         {
-            "events": events,
+            "events": [
+                {
+                    **msgspec.to_builtins(entry.event),
+                    "to_chat": entry.to_chat,
+                    "to_user": entry.to_user,
+                }
+                if feed
+                else entry.event
+                for entry in page.events
+            ],
             "cursor": write_cursor(server, page.cursor),
             "more": page.cursor < upto,
             "resync": resync,
@@ -4436,12 +4434,16 @@ async def get_events(server: Server, request: Request, feed: bool = False) -> An
 
 async def get_unread(server: Server, request: Request) -> Answer:
     """Return the members with a message that is unread for older_than seconds."""
-    older_than = request.number("older_than", MAX_ID) or 300
-    limit = request.number("limit", 500) or 100
     after = request.argument("after") or "0-0"
     if not re.fullmatch("[0-9]{1,16}-[0-9]{1,16}", after):
         raise bad_field("after: not the position of a member in an earlier answer")
-    bounds = older_than, after, limit, server.hub.head, encode([*server.hub.people])
+    bounds = (
+        request.number("older_than", MAX_ID) or 300,
+        after,
+        request.number("limit", 500) or 100,
+        server.hub.head,
+        encode([*server.hub.people]),
+    )
     return Answer(200, await server.store.read(query_value, UNREAD, *bounds))
 
 
@@ -4486,8 +4488,10 @@ async def post_forget(server: Server, request: Request) -> Answer:
         while walked[user_id] < store.seq:
             walked[user_id] = await store.commit(chats.forget, user_id, walked[user_id])
         await store.commit(chats.rename, user_id, "", server.keyring.revoked[user_id])
+        # The tail shows the name: from here on, all readers read the event log.
         server.names.pop(user_id, None)
-        server.hub.drop_tail()
+        server.hub.tail.clear()
+        server.hub.tail_size = 0
     return json_answer({"more": scope.cancelled_caught})
 
 

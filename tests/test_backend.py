@@ -845,7 +845,8 @@ def test_the_feed_is_the_event_log_whatever_happens_between_its_pages(
                     memory.do(memory.chats.remove_member, chats[0], 3, None)
                 case "forget":
                     memory.do(memory.chats.forget, 2, 0)
-                    hub.drop_tail()
+                    hub.tail.clear()
+                    hub.tail_size = 0
                 case _:
                     limit, upto = data.draw(st.integers(1, 5)), hub.head
                     if hub.in_tail(cursor):
