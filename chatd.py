@@ -347,6 +347,8 @@ class Server:
         self.requests = bucket_table(settings.requests)
         self.joins = Bucket(Rate(1, 50))  # of all addresses
         self.names: dict[int, tuple[int, str]] = {}  # the newest: its time, the name
+        # A user to be forgotten: up to which id there are no messages of that user.
+        self.walked: Counter[int] = Counter()
         self.sessions: set[Session] = set()
         self.listener = Listener(
             settings, self.stats, self.sessions, partial(answer_request, self)
@@ -1187,10 +1189,27 @@ class Greeting(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A page of the event log: all events that one user sees in (start, cursor]."""
+    """A page of the event log: all events that a reader sees in (start, cursor]."""
 
     events: Entries
     cursor: int
+
+
+def page_of(
+    entries: Iterable[Entry], settings: Settings, upto: int, limit: int = MAX_ID
+) -> Page:
+    """Make a page of the first of these entries, about 128 KiB.
+
+    A page that is not cut short by its limits moves the cursor to upto.
+    """
+    events: Entries = []
+    size = 0
+    for entry in entries:
+        events.append(entry)
+        size += entry.size
+        if size >= settings.page_bytes or len(events) >= limit:
+            return Page(events, entry.seq)
+    return Page(events, upto)
 
 
 class Reply(NamedTuple):
@@ -1281,6 +1300,8 @@ EVENTS = f"""
 
 PAGE = f"""{EVENTS} WHERE e.seq IN
     (SELECT seq FROM ({VISIBLE}) ORDER BY seq LIMIT :limit) ORDER BY e.seq"""
+FEED = f"""{EVENTS} WHERE e.seq > :cursor AND e.seq <= :upto
+    ORDER BY e.seq LIMIT :limit"""
 
 # The chats of a user ?1 as of ?2, the one with the newest message first. A chat without
 # one since the user joined is as new as that. No two chats share the seq `active`.
@@ -1763,22 +1784,17 @@ class Store:
         return None if count >= limit else count
 
     def events_after(
-        self, db: Db, user_id: int, cursor: int, upto: int, limit: int
+        self, db: Db, user_id: int | None, cursor: int, upto: int, limit: int
     ) -> Page:
-        """Read a user's events in (cursor, upto], at most limit, about 128 KiB.
+        """Read a page of a user's events in (cursor, upto], at most limit.
 
-        This one query serves the poll, the resume and the slow reader. A page that is
-        not cut short by its limits moves the cursor to upto.
+        This one query serves the poll, the resume and the slow reader. Without a user
+        it reads everybody's: the feed.
         """
         bounds = {"user": user_id, "cursor": cursor, "upto": upto, "limit": limit}
-        events: Entries = []
-        size = 0
-        for row in db.execute(PAGE, bounds):
-            events.append(self._entry(db, row, upto))
-            size += events[-1].size
-            if size >= self.settings.page_bytes or len(events) >= limit:
-                return Page(events, events[-1].seq)
-        return Page(events, max(cursor, upto))
+        rows = db.execute(PAGE if user_id else FEED, bounds)
+        entries = (self._entry(db, row, upto) for row in rows)
+        return page_of(entries, self.settings, upto, limit)
 
     def _above(self, db: Db, seq: int) -> Entries:
         """Read the whole event log above seq."""
@@ -2176,16 +2192,8 @@ class Hub:
         This is a plain def: nothing is published between the last event given and
         `live`. So a seat that reads fast enough becomes live, however busy the hub is.
         """
-        frames: list[bytes] = []
-        size = 0
-        for entry in self.since(seat.cursor):
-            if seat.person.sees(entry):
-                frames.append(entry.frame)
-                size += len(frames[-1])
-            seat.cursor = entry.seq
-            if size >= self.settings.page_bytes:
-                break
-        self._push_frames(seat, frames)
+        news = filter(seat.person.sees, self.since(seat.cursor))
+        self.push_page(seat, page_of(news, self.settings, self.head))
 
     def push_page(self, seat: Seat, page: Page) -> None:
         """Push a page of the event log, without events that are no longer for it."""
@@ -2568,7 +2576,7 @@ class InviteBody(msgspec.Struct, frozen=True):
 
 
 class UserBody(msgspec.Struct, frozen=True):
-    """Body of adding a member, and of revoking."""
+    """Body of adding a member, of revoking and of forgetting."""
 
     user_id: Id
 
@@ -2830,6 +2838,35 @@ def error_frame(refusal: Refusal, command: str | bytes = b"{}") -> bytes:
 # =====================================================================================
 
 
+# The answer to a request for the members whose oldest unread message is older than ?1
+# seconds, in the order of their positions, which are CHAT-USER. It walks `member` along
+# its key from ?2 on, until it has one more than ?3. It counts nothing: last_n gives the
+# number of unread messages. ?4 is the head; ?5 has the users that are online.
+UNREAD = """
+    WITH online AS (SELECT value FROM json_each(CAST(?5 AS TEXT)))
+    SELECT CAST(json_object(
+        'unread', json_remove(json_group_array(json_object(
+            'user_id', user_id,
+            'name', name,
+            'chat_id', chat_id,
+            'unread', unread,
+            'since', strftime('%Y-%m-%dT%H:%M:%SZ', created_at, 'unixepoch'),
+            'online', json(iif(user_id IN (SELECT value FROM online), 'true', 'false')),
+            'position', chat_id || '-' || user_id)), '$[' || ?3 || ']'),
+        'more', json(iif(count(*) > ?3, 'true', 'false'))) AS BLOB)
+    FROM (
+        SELECT b.user_id, u.name, b.chat_id, c.last_n - b.read_n AS unread, m.created_at
+        FROM member b CROSS JOIN chat c ON c.id = b.chat_id
+            CROSS JOIN message m ON m.chat_id = b.chat_id AND m.n = b.read_n + 1
+            CROSS JOIN user u ON u.id = b.user_id
+        WHERE (b.chat_id, b.user_id) > (
+                CAST(?2 AS INTEGER), CAST(substr(?2, instr(?2, '-') + 1) AS INTEGER))
+            AND b.read_n < c.last_n AND m.id <= ?4
+            AND m.created_at + ?1 < (julianday('now') - 2440587.5) * 86400
+        ORDER BY b.chat_id, b.user_id LIMIT ?3 + 1)
+"""
+
+
 @dataclasses.dataclass
 class Chats:
     """Chats, their members, and the users' names. A write appends its events."""
@@ -2947,15 +2984,17 @@ class Chats:
     def rename(
         self, db: Db, _events: Entries, user_id: int, name: str, named_at: int = 0
     ) -> tuple[int, str]:
-        """Store a user's name, "" for none, unless it was named later than that.
+        """Store a user's name, "" for none, unless it was named or revoked later.
 
-        A time in the future does not count: it was made by a wrong clock. Returns what
-        is stored. It is not an event: names are read when shown.
+        A name from the future does not count: it was made by a wrong clock. Returns
+        what is stored. It is not an event: names are read when shown.
         """
         sql = """INSERT INTO user (id, name, named_at) VALUES (?1, nullif(?2, ''), ?3)
                  ON CONFLICT DO UPDATE SET
-                     name = iif(named_at > ?3 AND named_at <= ?4, name, excluded.name),
-                     named_at = iif(named_at > ?3 AND named_at <= ?4, named_at, ?3)
+                     name = iif(revoked_at > ?3 OR named_at > ?3 AND named_at <= ?4,
+                                name, excluded.name),
+                     named_at = iif(revoked_at > ?3 OR named_at > ?3 AND named_at <= ?4,
+                                    named_at, ?3)
                  RETURNING named_at, coalesce(name, '')"""
         row = db.execute(sql, (user_id, name, named_at, now_seconds())).fetchone()
         return tuple(row)
@@ -3011,6 +3050,44 @@ class Chats:
         sql = """INSERT INTO user (id, revoked_at) VALUES (?1, ?2)
                  ON CONFLICT DO UPDATE SET revoked_at = ?2"""
         db.execute(sql, (user_id, revoked_at))
+
+    def forget(self, db: Db, events: Entries, user_id: int, after: int) -> int:
+        """Do a step of forgetting a user: small, so that sends get in between.
+
+        It takes the user out of 20 chats. If there are none, it deletes the user's
+        messages in the next 100 ids. Returns up to which id they are gone. A direct
+        chat stays one, by a key of its own, and lets its other member leave.
+        """
+        db.execute(
+            """UPDATE chat SET client_id = NULL
+               WHERE coalesce(created_by, 0) = ? AND client_id IS NOT NULL""",
+            (user_id,),
+        )
+        rows = db.execute(
+            """UPDATE chat SET direct_key = iif(direct_key IS NULL, NULL, id)
+               WHERE id IN (SELECT chat_id FROM member WHERE user_id = ? LIMIT 20)
+               RETURNING id""",
+            (user_id,),
+        ).fetchall()
+        for (chat_id,) in rows:
+            self.remove_member(db, events, chat_id, user_id, None)
+        if rows:
+            return after
+        sql = """SELECT id FROM message WHERE id > ?2 AND id <= ?2 + 100
+                     AND sender_id = ?1 AND NOT (deleted AND client_id IS NULL)"""
+        for row in db.execute(sql, (user_id, after)).fetchall():
+            self._erase(db, events, *row)
+        return min(after + 100, self.store.seq)
+
+    def _erase(self, db: Db, events: Entries, message_id: int) -> None:
+        """Delete a message, and its client_id."""
+        seq = self.store.next_seq(events)
+        sql = """UPDATE message SET content = '', folded = NULL, client_id = NULL,
+                     edited_at = NULL, deleted = 1, rev = ? WHERE id = ?"""
+        db.execute(sql, (seq, message_id))
+        row = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,)).fetchone()
+        event = MessageDeleted(seq, row[1], message_of(row))
+        self.store.record(db, events, Entry(event, to_chat=True))
 
     def _join(
         self, db: Db, chat_id: int, user_id: int, seq: int, by: int | None = None
@@ -4623,26 +4700,59 @@ async def post_read(server: Server, request: Request) -> Answer:
     return json_answer({"message_id": message_id, "chat_id": chat_id, "n": n})
 
 
-async def get_events(server: Server, request: Request) -> Answer:
-    """Answer a poll: the events that a socket would have received since the cursor."""
+async def get_events(server: Server, request: Request, feed: bool = False) -> Answer:
+    """Answer a poll: the events that a socket would have received since the cursor.
+
+    The feed brings all events, and says whom each is for. Nobody can miss too much of
+    it: where a user has to resync, it begins again with the oldest event.
+    """
     limit = request.number("limit", 500) or 100
-    given, upto = request.argument("cursor"), server.hub.head
-    store, user_id = server.store, request.user_id
-    start = parse_cursor(server, given)
+    given, hub, store = request.argument("cursor"), server.hub, server.store
+    start, upto = parse_cursor(server, given), hub.head
     resync = given is not None and start is None
-    page = Page([], upto)
-    if start is not None and start < upto:
-        resync = await store.read(store.missed, user_id, start, upto) is None
-        if not resync:
-            page = await store.read(store.events_after, user_id, start, upto, limit)
+    if feed and resync:
+        start, resync = 0, given != "first"
+    if start is None:
+        start = upto
+    which = None if feed else request.user_id, start, upto
+    if (feed or start == upto) and hub.in_tail(start):
+        page = page_of(hub.since(start), server.settings, upto, limit)
+    elif not feed and await store.read(store.missed, *which) is None:
+        page, resync = Page([], upto), True
+    else:
+        page = await store.read(store.events_after, *which, limit)
     return json_answer(
         {
-            "events": [entry.event for entry in page.events],
+            "events": [
+                {
+                    **msgspec.to_builtins(entry.event),
+                    "to_chat": entry.to_chat,
+                    "to_user": entry.to_user,
+                }
+                if feed
+                else entry.event
+                for entry in page.events
+            ],
             "cursor": write_cursor(server, page.cursor),
             "more": page.cursor < upto,
             "resync": resync,
         }
     )
+
+
+async def get_unread(server: Server, request: Request) -> Answer:
+    """Return the members with a message that is unread for older_than seconds."""
+    after = request.argument("after") or "0-0"
+    if not re.fullmatch("[0-9]{1,16}-[0-9]{1,16}", after):
+        raise bad_field("after: not the position of a member in an earlier answer")
+    bounds = (
+        request.number("older_than", MAX_ID) or 300,
+        after,
+        request.number("limit", 500) or 100,
+        server.hub.head,
+        encode([*server.hub.people]),
+    )
+    return Answer(200, await server.store.read(query_value, UNREAD, *bounds))
 
 
 def get_stats(server: Server, request: Request) -> Answer:
@@ -4672,6 +4782,25 @@ async def post_revoke(server: Server, request: Request) -> Answer:
     keyring.revoked[user_id] = revoked_at = keyring.time_to_sign(user_id)
     await server.store.commit(server.chats.revoke, user_id, revoked_at, then=close)
     return json_answer({"user_id": user_id, "closed": len(theirs)})
+
+
+async def post_forget(server: Server, request: Request) -> Answer:
+    """Forget a user but for the number, in this order: tokens, chats, messages, name.
+
+    It works for 10 s. Each step looks for what is left, so a later request goes on.
+    """
+    await post_revoke(server, request)
+    user_id = request.parse(UserBody).user_id
+    store, chats, walked = server.store, server.chats, server.walked
+    with trio.move_on_after(10) as scope:
+        while walked[user_id] < store.seq:
+            walked[user_id] = await store.commit(chats.forget, user_id, walked[user_id])
+        await store.commit(chats.rename, user_id, "", server.keyring.revoked[user_id])
+        # The tail shows the name: from here on, all readers read the event log.
+        server.names.pop(user_id, None)
+        server.hub.tail.clear()
+        server.hub.tail_size = 0
+    return json_answer({"more": scope.cancelled_caught})
 
 
 def get_health(server: Server, request: Request) -> Answer:
@@ -4793,7 +4922,12 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/api/v1/events": {"GET": Route("user", get_events)},
     "/api/v1/internal/chat/ws/stats": {"GET": Route("stats", get_stats)},
     "/metrics": {"GET": Route("stats", get_metrics)},
+    "/api/v1/internal/chat/events": {
+        "GET": Route("service", partial(get_events, feed=True))
+    },
+    "/api/v1/internal/chat/unread": {"GET": Route("service", get_unread)},
     "/api/v1/internal/chat/revoke": {"POST": Route("service", post_revoke)},
+    "/api/v1/internal/chat/forget": {"POST": Route("service", post_forget)},
     "/healthz": {"GET": Route("anyone", get_health)},
 }
 for methods in ROUTES.values():
