@@ -19,7 +19,8 @@ An ack means the message is on disk. A client that keeps its cursor sees every e
 its chats exactly once and in order: over the socket, over the poll, or over any mix of
 the two, across lost connections and server restarts. A client that missed too much is
 told so (`resync`). Its chats are those that it is a member of when it reads; of a chat
-that it was removed from it sees the removal. Only typing is best effort.
+that it was removed from it sees the removal. Only typing is best effort. What was
+deleted is gone: from the database, from every replay, from search.
 
 ONE IDEA
 
@@ -97,14 +98,15 @@ the last connection ends, the store and the hub still run and can answer it.
 
 THREADS
 
-There are worker threads, and no thread lock. One thread at a time writes: `_write` has
-a limiter of 1, and Store.run waits for it. That thread uses the writer's connection,
-`seq`, `failure` and the commit times; while it runs, the main thread only reads these.
-A cancelled Store.run still waits for it: the thread always finishes its transaction.
-At most 4 threads read, each with a connection of its own. All threads share the list of
-idle connections (`append` and `pop` are atomic), the JSON encoder, the cache of
-`timestamp`, and the counts in Stats, where one may be lost; nothing is decided by them.
-The GIL makes that safe. Tasks, seats and outboxes are the main thread's alone.
+There are worker threads, and no thread lock. One thread at a time writes: there is a
+limiter of 1, and Store.run, or Store.erase, waits for it. That thread uses the writer's
+connection, `seq`, `failure` and the commit times; while it runs, the main thread only
+reads these. A cancelled Store.run still waits for it: the thread always finishes its
+transaction. At most 4 threads read, each with a connection of its own. All threads
+share the list of idle connections (`append` and `pop` are atomic), the JSON encoder,
+the cache of `timestamp`, and the counts in Stats, where one may be lost; nothing is
+decided by them. The GIL makes that safe. Tasks, seats and outboxes are the main
+thread's alone.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
 `Listener._connection`). One in Store.run, Hub.run, the sweeper or a listening task ends
@@ -222,6 +224,7 @@ import wsproto
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from msgspec.structs import asdict, astuple, replace
 from trio_websocket import WebSocketConnection
 from wsproto.connection import Connection, ConnectionState, ConnectionType
 from wsproto.frame_protocol import FrameProtocol
@@ -418,6 +421,7 @@ class Server:
                     sick = "; no writing" if self.store.failure else ""
                     state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
                     notify(state, wait_seconds=0)
+                await self.store.erase()
 
     def retry_after_seconds(self) -> float:
         """Spread reconnecting clients: 500 a second, none in the first half second."""
@@ -897,6 +901,10 @@ class Session:
         match command:
             case SendMessage():
                 await self._send(command)
+            case EditMessage():
+                await self._change(command, command.content, command.if_rev)
+            case DeleteMessage():
+                await self._change(command)
             case Typing():
                 self._type(command)
             case MarkRead():
@@ -954,6 +962,21 @@ class Session:
         await self._submit(
             command, reply, server.store.send_message, send, self.claims.service
         )
+
+    async def _change(
+        self, command: EditMessage | DeleteMessage, *new: str | int | None
+    ) -> None:
+        """Edit a message, with a new content and an if_rev, or delete it."""
+        by = None if self.claims.service else self.claims.user_id
+        charge_change(self.server, self.claims)
+
+        def reply(message: Message) -> Reply:
+            rev, chat_id = message.rev or message.id, message.chat_id
+            ack = Ack(command.ref, message_id=message.id, chat_id=chat_id, rev=rev)
+            return Reply(text_frame(ack), rev)
+
+        what = (by, command.message_id, *new)
+        await self._submit(command, reply, self.server.store.change_message, *what)
 
     async def _mark_read(self, command: MarkRead) -> None:
         ack = text_frame(Ack(ref=command.ref))
@@ -1044,7 +1067,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
 
 
 class MessageEvent(Event, frozen=True):
-    """An event that quotes a message: as it is when the event is read."""
+    """An event that quotes a message: as it is when the event is sent."""
 
     message: Message
 
@@ -1052,8 +1075,9 @@ class MessageEvent(Event, frozen=True):
 class ChatEvent(Event, frozen=True):
     """An event that shows its `to_user` the chat.
 
-    From the tail it is the chat as of the event's commit; from the event log the chat
-    as it is then, and nothing of it for a user who has left since.
+    From the tail it is the chat as of the event's commit, but for a change of its last
+    message; from the event log the chat as it is then, and nothing of it for a user who
+    has left since.
     """
 
     chat: Chat
@@ -1140,7 +1164,8 @@ class Entry(msgspec.Struct, eq=False):
     to_chat: bool = False
     seq: int = 0
     chat_id: int = 0
-    size: int = 256  # about how many bytes of memory it takes in the tail
+    quotes: int = 0  # the id of the message that it shows
+    size: int = 0  # about how many bytes of memory it takes in the tail
     built: bytes | None = None
 
     def __post_init__(self) -> None:
@@ -1148,11 +1173,14 @@ class Entry(msgspec.Struct, eq=False):
         event = self.event
         self.seq, self.chat_id = event.seq, event.chat_id
         if isinstance(event, MessageEvent):
+            self.quotes = event.message.id
             # A text that is not ASCII is held three times: as str, as its UTF-8, and
             # in the frame.
-            self.size += 3 * len(event.message.content.encode())
-        else:
-            self.size += len(encode(event))
+            self.size = 256 + 3 * len(event.message.content.encode())
+            return
+        self.size = 256 + len(encode(event))
+        if isinstance(event, ChatEvent) and event.chat.last_message:
+            self.quotes = event.chat.last_message.id
 
     @property
     def kind(self) -> str:
@@ -1174,6 +1202,19 @@ class Entry(msgspec.Struct, eq=False):
 Entries = list[Entry]
 
 
+def renewed(shown: Any, changed: Mapping[int, Message]) -> Any:
+    """Return a message, or what shows one, as it is now.
+
+    changed has the messages that were changed, by id, as they are now.
+    """
+    if isinstance(shown, Message):
+        return changed.get(shown.id, shown)
+    for field in ("event", "message", "chat", "last_message"):
+        if part := getattr(shown, field, None):
+            return replace(shown, **{field: renewed(part, changed)})
+    return shown
+
+
 # --- what jobs and queries return ----------------------------------------------------
 
 
@@ -1186,7 +1227,7 @@ class Send(NamedTuple):
     client_id: str | None = None
 
 
-class Sent(NamedTuple):
+class Sent(msgspec.Struct, frozen=True):
     """The result of a send. The message's id is its event's seq."""
 
     message: Message
@@ -1214,10 +1255,14 @@ class Greeting(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A page of the event log: all events that one user sees in (start, cursor]."""
+    """A page of the event log: all events that one user sees in (start, cursor].
+
+    It was read when all events up to `upto` were published.
+    """
 
     events: Entries
     cursor: int
+    upto: int
 
 
 class Reply(NamedTuple):
@@ -1293,11 +1338,42 @@ VISIBLE = f"""
 """
 COUNT_VISIBLE = f"SELECT count(*) FROM ({VISIBLE} LIMIT :limit)"
 
-MESSAGE_COLUMNS = (
-    "m.id, m.chat_id, m.sender_id, m.content, m.created_at, m.n, m.client_id, "
-    "m.rev, m.edited_at, m.deleted"
-)
+MESSAGE_COLUMNS = """
+    m.id, m.chat_id, m.sender_id, m.content,
+    strftime('%Y-%m-%dT%H:%M:%SZ', m.created_at, 'unixepoch'), m.n, m.client_id, m.rev,
+    strftime('%Y-%m-%dT%H:%M:%SZ', m.edited_at, 'unixepoch'), m.deleted
+"""
 MESSAGES = f"SELECT {MESSAGE_COLUMNS} FROM message m"
+
+# The checks of a change, in their order, for user ?1; NULL: a service. The first column
+# is the Refusal's arguments, the second whether nothing is left to do. ?5 is the new
+# content; NULL: a deletion. The creator of a group may delete any message there, at any
+# time.
+CHECK_CHANGE = """
+    SELECT CASE
+        WHEN m.id IS NULL OR ?1 NOT IN (SELECT user_id FROM member
+                                        WHERE chat_id = m.chat_id)
+            THEN 'not_found|message_id: there is no such message for you'
+        WHEN ?1 != m.sender_id AND NOT is_creator
+            THEN 'forbidden|message_id: it is another user''s message'
+        WHEN deleted AND ?5 IS NOT NULL THEN 'deleted'
+        WHEN done THEN NULL
+        WHEN ?2 != coalesce(rev, m.id) THEN 'changed'
+        WHEN ?1 = m.sender_id AND NOT is_creator AND max(?7 - m.created_at, 0) >= ?3
+            THEN 'too_late'
+        END, done
+    FROM (SELECT ?4 AS id) LEFT JOIN (
+        SELECT m.*, deleted OR content IS ?5 AS done,
+            ?5 IS NULL AND c.direct_key IS NULL AND c.created_by IS ?1 AS is_creator
+        FROM message m JOIN chat c ON c.id = m.chat_id WHERE m.id = ?4) m
+"""
+
+# No text of before stays in any row.
+CHANGE = """
+    UPDATE message SET content = coalesce(?5, ''), folded = NULL, rev = ?6,
+        edited_at = iif(?5 IS NULL, edited_at, ?7), deleted = ?5 IS NULL
+    WHERE id = ?4
+"""
 
 EVENTS = f"""
     SELECT e.seq, e.kind, e.chat_id, e.to_chat, e.to_user, e.user_id, u.name, e.body,
@@ -1348,6 +1424,7 @@ class Store:
         self.path = settings.db
         self.wal = wal_of(self.path)
         self.failure = ""  # why writes are refused: a code of SQLite
+        self.erase_at = 0.0  # when the WAL is to be truncated
         self.writing_since: float | None = None  # of the commit under way
         self._run_sync = run_sync
         self._idle_readers: list[Db] = []
@@ -1457,6 +1534,21 @@ class Store:
             self.writing_since = None
         return batch
 
+    async def erase(self) -> None:
+        """Truncate the WAL, when it is time: it has texts that were deleted since.
+
+        That needs a moment without readers. chatd's own wait for it, at most a second.
+        While another process reads, it is tried again with each call.
+        """
+        if trio.current_time() < self.erase_at:
+            return
+        self._read_limiter.total_tokens = 1
+        with trio.move_on_after(1):
+            async with self._read_limiter:
+                if await self._run_sync(self._truncate, limiter=self._write_limiter):
+                    self.erase_at = trio.current_time() + self.settings.erase_seconds
+        self._read_limiter.total_tokens = READERS
+
     async def _heal(self, to_hub: trio.MemorySendChannel[Batch]) -> None:
         """After a failure: refuse jobs for 2 s, then try to write again."""
         deadline = trio.current_time() + PROBE_SECONDS
@@ -1541,6 +1633,15 @@ class Store:
         with suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
+
+    def _truncate(self) -> bool:
+        """Fold the WAL into the file and empty it. False: another process reads it."""
+        db, busy = self._writer, 1
+        db.execute("PRAGMA busy_timeout = 0")  # no message waits for that process
+        with suppress(sqlite3.Error):  # the disk fails: the next attempt may not
+            busy = query_value(db, "PRAGMA wal_checkpoint(TRUNCATE)")
+        db.execute("PRAGMA busy_timeout = 5000")
+        return not busy
 
     def _probe(self) -> Batch:
         """Write as much as a message needs; then publish events that are unpublished.
@@ -1676,9 +1777,42 @@ class Store:
         if row is None:
             return None
         message = message_of(row)
-        if (message.chat_id, message.content) != (send.chat_id, send.content):
+        # What was changed is not compared.
+        same = (message.chat_id, message.content) == (send.chat_id, send.content)
+        if not (same or message.rev):
             raise Refusal("idempotency_mismatch")
         return Sent(message, duplicate=True)
+
+    def change_message(
+        self,
+        db: Db,
+        events: Entries,
+        by: int | None,
+        message_id: int,
+        content: str | None = None,
+        if_rev: int | None = None,
+    ) -> Message:
+        """Edit a message; without content delete it. Returns it as it is now.
+
+        by is the user who changes it; None: a service. What was done already is not
+        done again, and makes no event. Raises the Refusal that CHECK_CHANGE names.
+        """
+        if content is not None:
+            check_content(content, self.settings)
+        seq, window = self.next_seq(events), self.settings.edit_seconds
+        values = (by, if_rev, window, message_id, content, seq, now_seconds())
+        refusal, done = db.execute(CHECK_CHANGE, values).fetchone()
+        if refusal:
+            raise Refusal(*refusal.split("|"))
+        if not done:
+            db.execute(CHANGE, values)
+        row = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,)).fetchone()
+        message = message_of(row)
+        if not done:
+            kind = MessageEdited if content else MessageDeleted
+            event = kind(seq, message.chat_id, message)
+            self.record(db, events, Entry(event, to_chat=True))
+        return message
 
     def mark_read(
         self, db: Db, events: Entries, user_id: int, message_id: int
@@ -1790,8 +1924,8 @@ class Store:
             events.append(self._entry(db, row, upto))
             size += events[-1].size
             if size >= self.settings.page_bytes or len(events) >= limit:
-                return Page(events, events[-1].seq)
-        return Page(events, max(cursor, upto))
+                return Page(events, events[-1].seq, upto)
+        return Page(events, max(cursor, upto), upto)
 
     def _above(self, db: Db, seq: int) -> Entries:
         """Read the whole event log above seq."""
@@ -1847,20 +1981,7 @@ class Store:
 
 def message_of(row: Sequence[Any]) -> Message:
     """Make the message of a row of MESSAGE_COLUMNS."""
-    message_id, chat_id, sender_id, content, created_at, *rest = row
-    n, client_id, rev, edited_at, deleted = rest
-    return Message(
-        message_id,
-        chat_id,
-        sender_id,
-        content,
-        timestamp(created_at),
-        n,
-        client_id,
-        rev,
-        edited_at and timestamp(edited_at),
-        bool(deleted),
-    )
+    return Message(*row[:-1], *map(bool, row[-1:]))
 
 
 # =====================================================================================
@@ -2119,11 +2240,20 @@ class Hub:
                 seat.reply(reply)
 
     def _append(self, events: Entries) -> None:
+        """Append to the tail. What it shows of a message that changes is renewed."""
         for entry in events:
             self.stats.events[entry.kind] += 1
             self.tail_size += entry.size
         self.tail += events
         self.head += len(events)
+        if changed := self.changes(self.head - len(events)):
+            # An event shows no message that is younger than itself.
+            for entry in self.since(min(changed) - 1):
+                if entry.quotes in changed:
+                    self.tail_size -= entry.size
+                    entry.event, entry.built = renewed(entry.event, changed), None
+                    entry.__post_init__()
+                    self.tail_size += entry.size
         most, most_bytes = self.settings.tail_events, self.settings.tail_bytes
         while len(self.tail) > most or self.tail_size > most_bytes:
             self.tail_size -= self.tail.popleft().size
@@ -2164,22 +2294,32 @@ class Hub:
         """Is everything after this cursor still in memory?"""
         return cursor >= self.head - len(self.tail)
 
-    def since(self, seq: int) -> Iterator[Entry]:
-        """Walk the published events above seq, as far as they are in the tail."""
-        start = max(0, seq - (self.head - len(self.tail)))
-        return itertools.islice(self.tail, start, None)
+    def since(self, seq: int) -> Entries:
+        """Return the published events above seq, as far as they are in the tail."""
+        newest_first = itertools.islice(reversed(self.tail), self.head - seq)
+        return [*newest_first][::-1]
 
-    def correct(self, messages: Iterable[Message], upto: int) -> list[Message]:
-        """Return messages that were read as of upto, as they are now.
-
-        A message may be changed between its reading and its answer.
-        """
-        changed = {
-            entry.event.message.id: entry.event.message
+    def changes(self, upto: int) -> dict[int, Message]:
+        """Return messages with a change above upto, by id, as far as the tail goes."""
+        return {
+            entry.quotes: entry.event.message
             for entry in self.since(upto)
             if isinstance(entry.event, MessageChange)
         }
-        return [changed.get(message.id, message) for message in messages]
+
+    def correct(self, shown: Iterable[T], upto: int) -> list[T]:
+        """Return messages, or what shows them, read as of upto, as they are now.
+
+        A message may be changed between its reading and its answer: this is for the
+        plain step that encodes the answer. Raises Refusal overloaded if there was so
+        much meanwhile that the tail does not go back to upto.
+        """
+        if not self.in_tail(upto):
+            raise Refusal(
+                "overloaded", "too much is going on: ask again", retry_after=1
+            )
+        changed = self.changes(upto)
+        return [renewed(one, changed) for one in shown] if changed else [*shown]
 
     def push_tail(self, seat: Seat) -> None:
         """Push a page of the tail to a seat; at the end of the tail it is live.
@@ -2199,9 +2339,16 @@ class Hub:
         self._push_frames(seat, frames)
 
     def push_page(self, seat: Seat, page: Page) -> None:
-        """Push a page of the event log, without events that are no longer for it."""
+        """Push a page of the event log, without events that are no longer for it.
+
+        It shows messages as they are now. If a burst hides what was changed since it
+        was read, it is not pushed: the seat reads it again.
+        """
+        if not self.in_tail(page.upto):
+            return
+        events = self.correct(page.events, page.upto)
         seat.cursor = page.cursor
-        self._push_frames(seat, [e.frame for e in page.events if seat.person.sees(e)])
+        self._push_frames(seat, [e.frame for e in events if seat.person.sees(e)])
 
     def _push_frames(self, seat: Seat, frames: list[bytes]) -> None:
         if frames:
@@ -2556,6 +2703,20 @@ class SendMessage(Command, frozen=True, tag="send_message"):
     client_id: ClientId | None = None
 
 
+class EditMessage(Command, frozen=True, tag="edit_message"):
+    """Gives a message another text. With if_rev only if that is still its rev."""
+
+    message_id: Id
+    content: str
+    if_rev: Id | None = None
+
+
+class DeleteMessage(Command, frozen=True, tag="delete_message"):
+    """Deletes a message's text, for good."""
+
+    message_id: Id
+
+
 class Auth(Command, frozen=True, tag="auth"):
     """Replaces the connection's token by a newer one, or a ticket, of the same user."""
 
@@ -2564,7 +2725,7 @@ class Auth(Command, frozen=True, tag="auth"):
 
 # To add a command, write its struct and name it here, give it an arm in the match of
 # Session._handle (mypy reports a missing one), and write what the arm calls.
-AnyCommand = Ping | Typing | MarkRead | SendMessage | Auth
+AnyCommand = Ping | Typing | MarkRead | SendMessage | EditMessage | DeleteMessage | Auth
 if forgotten := {*Command.__subclasses__()} - {*get_args(AnyCommand)}:
     raise TypeError(f"AnyCommand is without {forgotten}")
 COMMANDS = msgspec.json.Decoder(AnyCommand)
@@ -2589,6 +2750,13 @@ class PostMessage(msgspec.Struct, frozen=True):
     content: str
     client_id: ClientId | None = None
     sender_id: Id | None = None
+
+
+class PatchMessage(msgspec.Struct, frozen=True):
+    """Body of editing a message."""
+
+    content: str
+    if_rev: Id | None = None
 
 
 class ServerMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
@@ -2692,6 +2860,7 @@ class Ack(ServerMessage, frozen=True, tag="ack"):
     n: int | None = None
     created_at: str | None = None
     duplicate: bool | None = None
+    rev: int | None = None
     expires_in: int | None = None
 
 
@@ -2944,7 +3113,7 @@ class Chats:
         for chat_id, position, joined_seq in rows:
             chat = read_chat(db, chat_id, upto)
             last, read_n = chat.last_message, min(position, chat.last_n)
-            fields = msgspec.structs.asdict(chat)
+            fields = asdict(chat)
             mine = MyChat(**fields, read_n=read_n, unread=chat.last_n - read_n)
             found.append((max(joined_seq, last.id if last else 0), mine))
         found.sort(key=operator.itemgetter(0), reverse=True)
@@ -3771,7 +3940,7 @@ class Request:
 
     @property
     def by(self) -> int | None:
-        """The member who changes a chat; None: a service."""
+        """The user who changes a chat or a message; None: a service."""
         return None if self.claims.service else self.claims.user_id
 
     @property
@@ -4241,6 +4410,7 @@ async def get_chats(server: Server, request: Request) -> Answer:
     """Return the user's chats, and the cursor after which their events follow."""
     upto = server.hub.head
     chats = await server.store.read(server.chats.my_chats, request.user_id, upto)
+    chats = server.hub.correct(chats, upto)
     return json_answer({"chats": chats, "cursor": write_cursor(server, upto)})
 
 
@@ -4284,14 +4454,16 @@ async def get_messages(server: Server, request: Request) -> Answer:
     """Return a page of messages, oldest first."""
     limit = request.number("limit", 100) or 50
     before = request.number("before", MAX_ID)
-    where = (request.user_id, *request.ids, before, limit, server.hub.head)
+    upto = server.hub.head
+    where = (request.user_id, *request.ids, before, limit, upto)
     messages, more = await server.store.read(server.chats.history, *where)
+    messages = server.hub.correct(messages, upto)
     return json_answer({"messages": messages, "more": more})
 
 
 async def post_message(server: Server, request: Request) -> Answer:
     """Send a message (SPEC.md, SendMessage): 201, or 200 for a repeat."""
-    claims, (chat_id,) = request.claims, request.ids
+    claims, (chat_id,), upto = request.claims, request.ids, server.hub.head
     post = request.parse(PostMessage)
     check_content(post.content, server.settings)
     if request.by and post.sender_id not in (None, request.by):
@@ -4304,7 +4476,18 @@ async def post_message(server: Server, request: Request) -> Answer:
             server.store.send_message, send, claims.service
         )
         count_sent(server, sent, sender_id)
-    return json_answer(sent._asdict(), 200 if sent.duplicate else 201)
+    sent = renewed(sent, server.hub.changes(upto))
+    return json_answer(sent, 200 if sent.duplicate else 201)
+
+
+async def change_message(server: Server, request: Request) -> Answer:
+    """Edit a message, or delete it."""
+    upto, patches = server.hub.head, request.method == "PATCH"
+    new = astuple(request.parse(PatchMessage)) if patches else ()
+    change, by = server.store.change_message, request.by
+    message = await server.store.commit(change, by, *request.ids, *new)
+    message = renewed(message, server.hub.changes(upto))
+    return json_answer({"message": message}) if patches else Answer(204)
 
 
 async def post_read(server: Server, request: Request) -> Answer:
@@ -4322,14 +4505,14 @@ async def get_events(server: Server, request: Request) -> Answer:
     store, user_id = server.store, request.user_id
     start = parse_cursor(server, given)
     resync = given is not None and start is None
-    page = Page([], upto)
+    page = Page([], upto, upto)
     if start is not None and start < upto:
         resync = await store.read(store.missed, user_id, start, upto) is None
         if not resync:
             page = await store.read(store.events_after, user_id, start, upto, limit)
     return json_answer(
         {
-            "events": [entry.event for entry in page.events],
+            "events": server.hub.correct([e.event for e in page.events], page.upto),
             "cursor": write_cursor(server, page.cursor),
             "more": page.cursor < upto,
             "resync": resync,
@@ -4463,6 +4646,10 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/api/v1/chats/*/messages": {
         "GET": Route("user", get_messages),
         "POST": Route("user", post_message),
+    },
+    "/api/v1/messages/*": {
+        "PATCH": Route("user", change_message, changes=True),
+        "DELETE": Route("user", change_message, changes=True),
     },
     "/api/v1/messages/*/read": {"POST": Route("user", post_read)},
     "/api/v1/events": {"GET": Route("user", get_events)},
@@ -5742,6 +5929,10 @@ class Settings:
     chats_by: str = flag("user", "WHO",
         "who may create chats and add members: user or service",
         "others: forbidden")
+    edit_seconds: float = flag(86_400, "SECONDS/never",
+        "how long after sending a user may edit and delete a message; never: without "
+        "end; 0: not at all",
+        "after it: too_late")
     log_level: str = flag("info", "LEVEL",
         "what to log: debug, info, warning or error")
     sends: Rate = flag(Rate(5, 20), "RATE/BURST",
@@ -5792,6 +5983,9 @@ class Settings:
     # Members of a chat: each new member gets an event with all. Over it: bad_field.
     members: int = 5_000
     large_chat: int = 50  # members; over it the read marks go to the reader only
+    # A text that was edited or deleted may be in the WAL for so long, and for some
+    # seconds. The documentation promises 60.
+    erase_seconds: float = 30.0
     known_tokens: int = 4_096  # that were verified; the least recently used goes
 
 
@@ -5905,6 +6099,11 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "COUNT": parse_count,
     "BYTES": parse_count,
     "CHARACTERS": parse_count,
+    "SECONDS/never": parser(
+        "a whole number of seconds, or never",
+        "never|[0-9]{1,10}",
+        lambda text: math.inf if text == "never" else int(text),
+    ),
     "SECONDS": parser(
         "a number of seconds, 0 or more", read=float, most=sys.float_info.max
     ),

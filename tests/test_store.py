@@ -565,7 +565,7 @@ def test_pages_of_any_length_add_up_to_the_whole_event_log(
         cursor = page.cursor
     assert found == [1, 5, 7, 9]
     assert cursor == memory.hub.head == 10
-    assert memory.page(1, cursor, limit) == ([], 10)
+    assert memory.page(1, cursor, limit) == ([], 10, 10)
 
 
 def test_a_page_is_limited_in_bytes_and_its_cursor_is_its_last_event() -> None:
@@ -587,7 +587,7 @@ def test_a_complete_page_moves_the_cursor_to_its_upper_bound(memory: Memory) -> 
     memory.chat(3, 4)
     memory.send(chat, 1)
     assert memory.page(1, 1).cursor == 5
-    assert memory.page(9, 0) == ([], 5)
+    assert memory.page(9, 0) == ([], 5, 5)
     full = memory.page(1, 0, limit=2)
     assert ([event.seq for event in full.events], full.cursor) == ([1, 5], 5)
 
