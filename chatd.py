@@ -1638,8 +1638,11 @@ class Store:
         """Fold the WAL into the file and empty it. False: another process reads it."""
         db, busy = self._writer, 1
         db.execute("PRAGMA busy_timeout = 0")  # no message waits for that process
-        with suppress(sqlite3.Error):  # the disk fails: the next attempt may not
-            busy = query_value(db, "PRAGMA wal_checkpoint(TRUNCATE)")
+        with suppress(sqlite3.Error, OSError):  # the disk fails: tried again
+            # An idle server writes nothing.
+            busy = file_bytes(self.wal) and query_value(
+                db, "PRAGMA wal_checkpoint(TRUNCATE)"
+            )
         db.execute("PRAGMA busy_timeout = 5000")
         return not busy
 

@@ -280,6 +280,21 @@ class Memory:
         send = Send(chat, user, text, key or None)
         return (self.store.send_message, send, *more.values())
 
+    def edit(
+        self, by: int | None, message: int, text: str, if_rev: int | None = None
+    ) -> chatd.Message:
+        return self.do(self.store.change_message, by, message, text, if_rev)
+
+    def delete(self, by: int | None, message: int) -> chatd.Message:
+        return self.do(self.store.change_message, by, message)
+
+    def files(self) -> bytes:
+        """Read all bytes of the database's files."""
+        wal = self.store.wal
+        return self.store.path.read_bytes() + (
+            wal.read_bytes() if wal.exists() else b""
+        )
+
     # --- reading
 
     def read(self, query: Callable[..., V], *args: object) -> V:

@@ -157,7 +157,7 @@ async def test_an_unknown_path_gets_404(server: VirtualServer) -> None:
         "/healthz/", "/HEALTHZ", "/api/v1/chats/0/messages", "/api/v1/chats/x/messages",
         "/api/v1/chats/-1/messages", "/api/v1/chats/9007199254740992/messages",
         "/api/v1/chats/99999999999999999999/messages", "/api/v1/chats//messages",
-        "/api/v1/chats/*/messages", "/api/v1/messages/1", "/*",
+        "/api/v1/chats/*/messages", "/api/v1/messages/1/edit", "/*",
     ):  # fmt: skip
         answer = await server.ask("GET", path, user=6)
         assert (answer.status, answer.code) == (404, "not_found"), path
