@@ -403,12 +403,12 @@ class VirtualDisk:
     def __init__(self) -> None:
         self.turning = trio.Event()
         self.turning.set()
-        self.holds_reads = False
+        self.holds_reads = self.is_done = False
 
-    def hold(self, *, reads: bool = False) -> None:
-        """Delay every commit, or every read, until `go`."""
+    def hold(self, *, reads: bool = False, done: bool = False) -> None:
+        """Delay every commit, or every read, until `go`; or, if done, its end."""
         self.turning = trio.Event()
-        self.holds_reads = reads
+        self.holds_reads, self.is_done = reads, done
 
     def go(self) -> None:
         self.turning.set()
@@ -421,9 +421,13 @@ class VirtualDisk:
     ) -> Any:
         await trio.lowlevel.checkpoint()
         one_writer = limiter is not None and limiter.total_tokens == 1
-        if one_writer != self.holds_reads:
+        held = one_writer != self.holds_reads
+        if held and not self.is_done:
             await self.turning.wait()
-        return function(*args)
+        result = function(*args)
+        if held and self.is_done:
+            await self.turning.wait()
+        return result
 
 
 class PairListener(trio.abc.Listener[trio.SocketStream]):
