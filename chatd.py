@@ -976,7 +976,7 @@ class Session:
             return Reply(text_frame(ack), rev)
 
         what = (by, command.message_id, *new)
-        await self._submit(command, reply, self.server.store.change_message, *what)
+        await self._submit(command, reply, self.server.chats.change_message, *what)
 
     async def _mark_read(self, command: MarkRead) -> None:
         ack = text_frame(Ack(ref=command.ref))
@@ -1202,19 +1202,6 @@ class Entry(msgspec.Struct, eq=False):
 Entries = list[Entry]
 
 
-def renewed(shown: Any, changed: Mapping[int, Message]) -> Any:
-    """Return a message, or what shows one, as it is now.
-
-    changed has the messages that were changed, by id, as they are now.
-    """
-    if isinstance(shown, Message):
-        return changed.get(shown.id, shown)
-    for field in ("event", "message", "chat", "last_message"):
-        if part := getattr(shown, field, None):
-            return replace(shown, **{field: renewed(part, changed)})
-    return shown
-
-
 # --- what jobs and queries return ----------------------------------------------------
 
 
@@ -1345,36 +1332,6 @@ MESSAGE_COLUMNS = """
 """
 MESSAGES = f"SELECT {MESSAGE_COLUMNS} FROM message m"
 
-# The checks of a change, in their order, for user ?1; NULL: a service. The first column
-# is the Refusal's arguments, the second whether nothing is left to do. ?5 is the new
-# content; NULL: a deletion. The creator of a group may delete any message there, at any
-# time.
-CHECK_CHANGE = """
-    SELECT CASE
-        WHEN m.id IS NULL OR ?1 NOT IN (SELECT user_id FROM member
-                                        WHERE chat_id = m.chat_id)
-            THEN 'not_found|message_id: there is no such message for you'
-        WHEN ?1 != m.sender_id AND NOT is_creator
-            THEN 'forbidden|message_id: it is another user''s message'
-        WHEN deleted AND ?5 IS NOT NULL THEN 'deleted'
-        WHEN done THEN NULL
-        WHEN ?2 != coalesce(rev, m.id) THEN 'changed'
-        WHEN ?1 = m.sender_id AND NOT is_creator AND max(?7 - m.created_at, 0) >= ?3
-            THEN 'too_late'
-        END, done
-    FROM (SELECT ?4 AS id) LEFT JOIN (
-        SELECT m.*, deleted OR content IS ?5 AS done,
-            ?5 IS NULL AND c.direct_key IS NULL AND c.created_by IS ?1 AS is_creator
-        FROM message m JOIN chat c ON c.id = m.chat_id WHERE m.id = ?4) m
-"""
-
-# No text of before stays in any row.
-CHANGE = """
-    UPDATE message SET content = coalesce(?5, ''), folded = NULL, rev = ?6,
-        edited_at = iif(?5 IS NULL, edited_at, ?7), deleted = ?5 IS NULL
-    WHERE id = ?4
-"""
-
 EVENTS = f"""
     SELECT e.seq, e.kind, e.chat_id, e.to_chat, e.to_user, e.user_id, u.name, e.body,
            {MESSAGE_COLUMNS}
@@ -1386,6 +1343,21 @@ PAGE = f"""{EVENTS} WHERE e.seq IN
     (SELECT seq FROM ({VISIBLE}) ORDER BY seq LIMIT :limit) ORDER BY e.seq"""
 REVOKED = "SELECT id, revoked_at FROM user WHERE revoked_at IS NOT NULL"
 IS_MEMBER = "SELECT 1 FROM member WHERE chat_id = ? AND user_id = ?"
+# A read mark that a user, ?1, moves up to a message, ?2: the chat and the message's n;
+# the message before the next one of another sender, or NULL if the mark does not move;
+# and whether the chat has more than ?3 members.
+MARK = """
+    SELECT m.chat_id, m.n, last.n, last.id,
+           (SELECT 1 FROM member WHERE chat_id = m.chat_id LIMIT 1 OFFSET ?3)
+    FROM message m JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?1
+    LEFT JOIN message last ON last.chat_id = m.chat_id AND last.n = CASE
+        WHEN m.n > b.read_n THEN coalesce((
+            SELECT n - 1 FROM message
+            WHERE chat_id = m.chat_id AND n > m.n AND sender_id != ?1
+            ORDER BY n LIMIT 1), (SELECT max(n) FROM message WHERE chat_id = m.chat_id))
+        END
+    WHERE m.id = ?2
+"""
 SET_READ_N = "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?"
 APPLICATION_ID = 0x63686174  # "chat": says whose file this is
 
@@ -1537,8 +1509,8 @@ class Store:
     async def erase(self) -> None:
         """Truncate the WAL, when it is time: it has texts that were deleted since.
 
-        That needs a moment without readers. chatd's own wait for it, at most a second.
-        While another process reads, it is tried again with each call.
+        That needs a moment without readers. chatd's own wait, for at most a second;
+        while another process reads, each call tries again.
         """
         if trio.current_time() < self.erase_at:
             return
@@ -1639,10 +1611,8 @@ class Store:
         db, busy = self._writer, 1
         db.execute("PRAGMA busy_timeout = 0")  # no message waits for that process
         with suppress(sqlite3.Error, OSError):  # the disk fails: tried again
-            # An idle server writes nothing.
-            busy = file_bytes(self.wal) and query_value(
-                db, "PRAGMA wal_checkpoint(TRUNCATE)"
-            )
+            sql = "PRAGMA wal_checkpoint(TRUNCATE)"
+            busy = file_bytes(self.wal) and query_value(db, sql)  # idle: no write
         db.execute("PRAGMA busy_timeout = 5000")
         return not busy
 
@@ -1786,37 +1756,6 @@ class Store:
             raise Refusal("idempotency_mismatch")
         return Sent(message, duplicate=True)
 
-    def change_message(
-        self,
-        db: Db,
-        events: Entries,
-        by: int | None,
-        message_id: int,
-        content: str | None = None,
-        if_rev: int | None = None,
-    ) -> Message:
-        """Edit a message; without content delete it. Returns it as it is now.
-
-        by is the user who changes it; None: a service. What was done already is not
-        done again, and makes no event. Raises the Refusal that CHECK_CHANGE names.
-        """
-        if content is not None:
-            check_content(content, self.settings)
-        seq, window = self.next_seq(events), self.settings.edit_seconds
-        values = (by, if_rev, window, message_id, content, seq, now_seconds())
-        refusal, done = db.execute(CHECK_CHANGE, values).fetchone()
-        if refusal:
-            raise Refusal(*refusal.split("|"))
-        if not done:
-            db.execute(CHANGE, values)
-        row = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,)).fetchone()
-        message = message_of(row)
-        if not done:
-            kind = MessageEdited if content else MessageDeleted
-            event = kind(seq, message.chat_id, message)
-            self.record(db, events, Entry(event, to_chat=True))
-        return message
-
     def mark_read(
         self, db: Db, events: Entries, user_id: int, message_id: int
     ) -> Marked:
@@ -1825,35 +1764,20 @@ class Store:
         It also moves over the user's own messages that follow: those that a service
         has sent.
         """
-        row = db.execute(
-            """SELECT m.chat_id, m.n, b.read_n FROM message m
-               JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?
-               WHERE m.id = ?""",
-            (user_id, message_id),
-        ).fetchone()
+        which = (user_id, message_id, self.settings.large_chat)
+        row = db.execute(MARK, which).fetchone()
         if row is None:
             raise Refusal("not_found", "message_id: there is no such message for you")
-        chat_id, n, read_n = row
-        if n <= read_n:
+        chat_id, n, last_n, last_id, large = row
+        if last_n is None:
             return Marked(message_id, chat_id, n, 0)
-        # The message before the next one of another sender.
-        message_id, n = db.execute(
-            """SELECT id, n FROM message WHERE chat_id = ?1 AND n < coalesce((
-                   SELECT n FROM message
-                   WHERE chat_id = ?1 AND n > ?2 AND sender_id != ?3
-                   ORDER BY n LIMIT 1), 1 << 62)
-               ORDER BY n DESC LIMIT 1""",
-            (chat_id, n, user_id),
-        ).fetchone()
-        db.execute(SET_READ_N, (n, chat_id, user_id))
-        # Every mark to every member costs members squared: in a large chat, too much.
-        sql = "SELECT 1 FROM member WHERE chat_id = ? LIMIT 1 OFFSET ?"
-        large = query_value(db, sql, chat_id, self.settings.large_chat)
+        db.execute(SET_READ_N, (last_n, chat_id, user_id))
         seq = self.next_seq(events)
-        event = MessageRead(seq, chat_id, message_id, user_id, n)
+        event = MessageRead(seq, chat_id, last_id, user_id, last_n)
+        # Every mark to every member costs members squared: in a large chat, too much.
         entry = Entry(event, user_id) if large else Entry(event, to_chat=True)
         self.record(db, events, entry)
-        return Marked(message_id, chat_id, n, seq)
+        return Marked(last_id, chat_id, last_n, seq)
 
     # --- reading ---------------------------------------------------------------------
     # Methods that take a db run in a reader's thread, in one read transaction. `upto`
@@ -2813,6 +2737,19 @@ class MyChat(Chat, frozen=True):
     unread: int
 
 
+def renewed(shown: Any, changed: Mapping[int, Message]) -> Any:
+    """Return a message, or what shows one, as it is now.
+
+    changed has the messages that were changed, by id, as they are now.
+    """
+    if isinstance(shown, Message):
+        return changed.get(shown.id, shown)
+    for field in ("event", "message", "chat", "last_message"):
+        if part := getattr(shown, field, None):
+            return replace(shown, **{field: renewed(part, changed)})
+    return shown
+
+
 class User(msgspec.Struct, frozen=True):
     """A user that is a member of a chat, has sent a message, or has a name."""
 
@@ -3067,6 +3004,37 @@ class Chats:
         event = MemberRemoved(self.store.next_seq(events), chat_id, user_id)
         self.store.record(db, events, Entry(event, user_id, to_chat=True))
 
+    def change_message(
+        self,
+        db: Db,
+        events: Entries,
+        by: int | None,
+        message_id: int,
+        content: str | None = None,
+        if_rev: int | None = None,
+    ) -> Message:
+        """Edit a message; without content delete it. Returns it as it is now.
+
+        by is the user who changes it; None: a service. What was done already is not
+        done again, and makes no event. Raises the Refusal that CHECK_CHANGE names.
+        """
+        if content is not None:
+            check_content(content, self.store.settings)
+        seq, window = self.store.next_seq(events), self.store.settings.edit_seconds
+        values = (by, if_rev, window, message_id, content, seq, now_seconds())
+        refusal, done = db.execute(CHECK_CHANGE, values).fetchone()
+        if refusal:
+            raise Refusal(*refusal.split("|"))
+        if not done:
+            db.execute(CHANGE, values)
+        row = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,)).fetchone()
+        message = message_of(row)
+        if not done:
+            kind = MessageEdited if content else MessageDeleted
+            event = kind(seq, message.chat_id, message)
+            self.store.record(db, events, Entry(event, to_chat=True))
+        return message
+
     def rename(
         self, db: Db, _events: Entries, user_id: int, name: str, named_at: int = 0
     ) -> tuple[int, str]:
@@ -3190,6 +3158,36 @@ def know_user(db: Db, user_id: int) -> None:
     """Make a row for a user, if there is none."""
     db.execute("INSERT OR IGNORE INTO user (id) VALUES (?)", (user_id,))
 
+
+# The checks of a change, in their order, for user ?1; NULL: a service. The first column
+# is the Refusal's arguments, the second whether nothing is left to do. ?5 is the new
+# content; NULL: a deletion. The creator of a group may delete any message there, at any
+# time.
+CHECK_CHANGE = """
+    SELECT CASE
+        WHEN m.id IS NULL OR ?1 NOT IN (SELECT user_id FROM member
+                                        WHERE chat_id = m.chat_id)
+            THEN 'not_found|message_id: there is no such message for you'
+        WHEN ?1 != m.sender_id AND NOT is_creator
+            THEN 'forbidden|message_id: it is another user''s message'
+        WHEN deleted AND ?5 IS NOT NULL THEN 'deleted'
+        WHEN done THEN NULL
+        WHEN ?2 != coalesce(rev, m.id) THEN 'changed'
+        WHEN ?1 = m.sender_id AND NOT is_creator AND max(?7 - m.created_at, 0) >= ?3
+            THEN 'too_late'
+        END, done
+    FROM (SELECT ?4 AS id) LEFT JOIN (
+        SELECT m.*, deleted OR content IS ?5 AS done,
+            ?5 IS NULL AND c.direct_key IS NULL AND c.created_by IS ?1 AS is_creator
+        FROM message m JOIN chat c ON c.id = m.chat_id WHERE m.id = ?4) m
+"""
+
+# No text of before stays in any row.
+CHANGE = """
+    UPDATE message SET content = coalesce(?5, ''), folded = NULL, rev = ?6,
+        edited_at = iif(?5 IS NULL, edited_at, ?7), deleted = ?5 IS NULL
+    WHERE id = ?4
+"""
 
 # More members, or bytes of them, are left out of a chat: so no frame exceeds 32 KiB but
 # for a message's own text. GET /api/v1/chats/ID/members has them.
@@ -4485,10 +4483,11 @@ async def post_message(server: Server, request: Request) -> Answer:
 
 async def change_message(server: Server, request: Request) -> Answer:
     """Edit a message, or delete it."""
-    upto, patches = server.hub.head, request.method == "PATCH"
+    patches, upto = request.method == "PATCH", server.hub.head
     new = astuple(request.parse(PatchMessage)) if patches else ()
-    change, by = server.store.change_message, request.by
-    message = await server.store.commit(change, by, *request.ids, *new)
+    message = await server.store.commit(
+        server.chats.change_message, request.by, *request.ids, *new
+    )
     message = renewed(message, server.hub.changes(upto))
     return json_answer({"message": message}) if patches else Answer(204)
 

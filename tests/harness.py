@@ -283,10 +283,10 @@ class Memory:
     def edit(
         self, by: int | None, message: int, text: str, if_rev: int | None = None
     ) -> chatd.Message:
-        return self.do(self.store.change_message, by, message, text, if_rev)
+        return self.do(self.chats.change_message, by, message, text, if_rev)
 
     def delete(self, by: int | None, message: int) -> chatd.Message:
-        return self.do(self.store.change_message, by, message)
+        return self.do(self.chats.change_message, by, message)
 
     def files(self) -> bytes:
         """Read all bytes of the database's files."""

@@ -1178,7 +1178,7 @@ def test_a_page_that_was_read_before_a_change_shows_the_message_as_it_is(
     memory.hub.set_chats(made.seat.person, memory.greeting(user).joined)
     page = memory.page(user)
     memory.edit(1, message, "published")
-    batch = memory.commit((memory.store.change_message, 1, message, "not yet"))
+    batch = memory.commit((memory.chats.change_message, 1, message, "not yet"))
     memory.hub.push_page(made.seat, page)
     assert made.seqs() == seqs
     (data,) = made.outbox.taken
@@ -1323,7 +1323,7 @@ class Album(Desk):
         """Change one of the latest messages, perhaps of this very transaction."""
         sql = "SELECT id FROM message ORDER BY id DESC LIMIT 1 OFFSET ?"
         message = chatd.query_value(db, sql, back) or 999
-        return self.memory.store.change_message(db, events, None, message, text)
+        return self.memory.chats.change_message(db, events, None, message, text)
 
     def commit(self, words: list[tuple[str, int, int]]) -> None:
         memory, works = self.memory, list[MemoryWork]()

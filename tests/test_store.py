@@ -591,7 +591,7 @@ def test_the_checks_of_a_change_come_in_their_order(
             memory.delete(1, sent.id)
         db, head = memory.store._writer, memory.hub.head
         db.execute("UPDATE message SET created_at = created_at - 10800")
-        change = (memory.store.change_message, by, sent.id, text, if_rev)
+        change = (memory.chats.change_message, by, sent.id, text, if_rev)
         if code:
             assert refusal_of(memory.do, *change).code == code
         else:
@@ -633,7 +633,7 @@ def test_a_repeat_of_a_send_is_not_compared_once_the_message_was_changed(
 
 
 def test_changes_in_one_batch_show_its_end_everywhere(memory: Memory) -> None:
-    chat, change = memory.chat(1, 2), memory.store.change_message
+    chat, change = memory.chat(1, 2), memory.chats.change_message
     batch = memory.commit(
         memory.sends(chat, 1, "old text"),  # 3
         (change, 1, 3, "middle"),
@@ -663,7 +663,7 @@ async def test_changes_are_recovered_after_a_failed_commit(memory: Memory) -> No
     sent = memory.send(chat, 1, "old text").message
     seat = memory.sit(2)
     for text in ("middle", None):  # committed, but chatd was told that it failed
-        store._transact([memory_job(store.change_message, 1, sent.id, text)])
+        store._transact([memory_job(memory.chats.change_message, 1, sent.id, text)])
     store.seq, store.failure = 3, "SQLITE_IOERR"
     hub.publish(store._probe())
     assert [message["type"] for message in seat.received()] == [
