@@ -2173,7 +2173,7 @@ class Hub:
             self.tail_size += entry.size
         self.tail += events
         self.head += len(events)
-        if changed := self.changes(self.head - len(events)):
+        if changed := changes(events):
             # An event shows no message that is younger than itself.
             for entry in self.since(min(changed) - 1):
                 if entry.quotes in changed:
@@ -2226,14 +2226,6 @@ class Hub:
         newest_first = itertools.islice(reversed(self.tail), self.head - seq)
         return [*newest_first][::-1]
 
-    def changes(self, upto: int) -> dict[int, Message]:
-        """Return messages with a change above upto, by id, as far as the tail goes."""
-        return {
-            entry.quotes: entry.event.message
-            for entry in self.since(upto)
-            if isinstance(entry.event, MessageChange)
-        }
-
     def correct(self, shown: Iterable[T], upto: int) -> list[T]:
         """Return messages, or what shows them, read as of upto, as they are now.
 
@@ -2245,7 +2237,7 @@ class Hub:
             raise Refusal(
                 "overloaded", "too much is going on: ask again", retry_after=1
             )
-        changed = self.changes(upto)
+        changed = changes(self.since(upto))
         return [renewed(one, changed) for one in shown] if changed else [*shown]
 
     def push_tail(self, seat: Seat) -> None:
@@ -2735,6 +2727,15 @@ class MyChat(Chat, frozen=True):
 
     read_n: int
     unread: int
+
+
+def changes(events: Entries) -> dict[int, Message]:
+    """Return the messages that these events change, by id, as they are after it."""
+    return {
+        entry.quotes: entry.event.message
+        for entry in events
+        if isinstance(entry.event, MessageChange)
+    }
 
 
 def renewed(shown: Any, changed: Mapping[int, Message]) -> Any:
@@ -4477,7 +4478,7 @@ async def post_message(server: Server, request: Request) -> Answer:
             server.store.send_message, send, claims.service
         )
         count_sent(server, sent, sender_id)
-    sent = renewed(sent, server.hub.changes(upto))
+    sent = renewed(sent, changes(server.hub.since(upto)))
     return json_answer(sent, 200 if sent.duplicate else 201)
 
 
@@ -4488,7 +4489,7 @@ async def change_message(server: Server, request: Request) -> Answer:
     message = await server.store.commit(
         server.chats.change_message, request.by, *request.ids, *new
     )
-    message = renewed(message, server.hub.changes(upto))
+    message = renewed(message, changes(server.hub.since(upto)))
     return json_answer({"message": message}) if patches else Answer(204)
 
 
