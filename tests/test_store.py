@@ -28,6 +28,7 @@ from msgspec.structs import replace
 
 import chatd
 from chatd import Refusal, Send, Settings, Store, UsageError
+from tests.client import ServerProcess, wait_until
 from tests.harness import (
     Memory,
     MemoryWork,
@@ -658,7 +659,7 @@ def test_changes_in_one_batch_show_its_end_everywhere(memory: Memory) -> None:
     memory_is_sound(memory)
 
 
-async def test_changes_are_recovered_after_a_failed_commit(memory: Memory) -> None:
+def test_changes_are_recovered_after_a_failed_commit(memory: Memory) -> None:
     chat, store, hub = memory.chat(1, 2), memory.store, memory.hub
     sent = memory.send(chat, 1, "old text").message
     seat = memory.sit(2)
@@ -1832,6 +1833,26 @@ async def test_an_erasure_is_tried_each_second_while_another_process_reads(
         assert b"Geheimnis" in b"".join(path.read_bytes() for path in files)
     await trio.sleep(2)
     assert b"Geheimnis" not in b"".join(path.read_bytes() for path in files)
+
+
+async def test_what_was_deleted_just_before_a_kill_is_gone_soon_after_the_next_start(
+    server: ServerProcess,
+) -> None:
+    def files() -> bytes:
+        paths = (server.db, chatd.wal_of(server.db))
+        return b"".join(path.read_bytes() for path in paths if path.exists())
+
+    async with server.serving():
+        chat = await server.chat(1, 2)
+        message = (await server.post(chat, 1, "Geheimnis"))["id"]
+        await server.want(204, f"DELETE /api/v1/messages/{message}", server.token(1))
+        await server.kill()
+        assert b"Geheimnis" in files()
+        await server.begin()
+        await wait_until(lambda: b"Geheimnis" not in files())
+        (left,) = await server.history(chat, 2)
+        assert (left["content"], left["deleted"]) == ("", True)
+        await server.stop()
 
 
 async def test_readers_of_chatd_itself_delay_no_erasure(tmp_path: Path) -> None:
