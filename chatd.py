@@ -19,7 +19,8 @@ An ack means the message is on disk. A client that keeps its cursor sees every e
 its chats exactly once and in order: over the socket, over the poll, or over any mix of
 the two, across lost connections and server restarts. A client that missed too much is
 told so (`resync`). Its chats are those that it is a member of when it reads; of a chat
-that it was removed from it sees the removal. Only typing is best effort.
+that it was removed from it sees the removal. Only typing is best effort. What was
+deleted is gone: from the database, from every replay, from search.
 
 ONE IDEA
 
@@ -97,14 +98,15 @@ the last connection ends, the store and the hub still run and can answer it.
 
 THREADS
 
-There are worker threads, and no thread lock. One thread at a time writes: `_write` has
-a limiter of 1, and Store.run waits for it. That thread uses the writer's connection,
-`seq`, `failure` and the commit times; while it runs, the main thread only reads these.
-A cancelled Store.run still waits for it: the thread always finishes its transaction.
-At most 4 threads read, each with a connection of its own. All threads share the list of
-idle connections (`append` and `pop` are atomic), the JSON encoder, the cache of
-`timestamp`, and the counts in Stats, where one may be lost; nothing is decided by them.
-The GIL makes that safe. Tasks, seats and outboxes are the main thread's alone.
+There are worker threads, and no thread lock. One thread at a time writes: there is a
+limiter of 1, and Store.run, or Store.erase, waits for it. That thread uses the writer's
+connection, `seq`, `failure` and the commit times; while it runs, the main thread only
+reads these. A cancelled Store.run still waits for it: the thread always finishes its
+transaction. At most 4 threads read, each with a connection of its own. All threads
+share the list of idle connections (`append` and `pop` are atomic), the JSON encoder,
+the cache of `timestamp`, and the counts in Stats, where one may be lost; nothing is
+decided by them. The GIL makes that safe. Tasks, seats and outboxes are the main
+thread's alone.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
 `Listener._connection`). One in Store.run, Hub.run, the sweeper or a listening task ends
@@ -222,6 +224,7 @@ import wsproto
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from msgspec.structs import astuple, replace
 from trio_websocket import WebSocketConnection
 from wsproto.connection import Connection, ConnectionState, ConnectionType
 from wsproto.frame_protocol import FrameProtocol
@@ -412,6 +415,7 @@ class Server:
                 sick = "; no writing" if self.store.failure else ""
                 state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
                 notify(state, wait_seconds=0)
+            await self.store.erase()
 
     def retry_after_seconds(self) -> float:
         """Spread reconnecting clients: 500 a second, none in the first half second."""
@@ -871,6 +875,10 @@ class Session:
         match command:
             case SendMessage():
                 await self._send(command)
+            case EditMessage():
+                await self._change(command, command.content, command.if_rev)
+            case DeleteMessage():
+                await self._change(command)
             case Typing():
                 self._type(command)
             case MarkRead():
@@ -928,6 +936,21 @@ class Session:
         await self._submit(
             command, reply, server.store.send_message, send, self.claims.service
         )
+
+    async def _change(
+        self, command: EditMessage | DeleteMessage, *new: str | int | None
+    ) -> None:
+        """Edit a message, with a new content and an if_rev, or delete it."""
+        by = None if self.claims.service else self.claims.user_id
+        charge_change(self.server, self.claims)
+
+        def reply(message: Message) -> Reply:
+            rev, chat_id = message.rev or message.id, message.chat_id
+            ack = Ack(command.ref, message_id=message.id, chat_id=chat_id, rev=rev)
+            return Reply(text_frame(ack), rev)
+
+        what = (by, command.message_id, *new)
+        await self._submit(command, reply, self.server.chats.change_message, *what)
 
     async def _mark_read(self, command: MarkRead) -> None:
         ack = text_frame(Ack(ref=command.ref))
@@ -1018,7 +1041,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
 
 
 class MessageEvent(Event, frozen=True):
-    """An event that quotes a message: as it is when the event is read."""
+    """An event that quotes a message: as it is when the event is sent."""
 
     message: Message
 
@@ -1026,8 +1049,9 @@ class MessageEvent(Event, frozen=True):
 class ChatEvent(Event, frozen=True):
     """An event that shows its `to_user` the chat.
 
-    From the tail it is the chat as of the event's commit; from the event log the chat
-    as it is then, and nothing of it for a user who has left since.
+    From the tail it is the chat as of the event's commit, but for a change of its last
+    message; from the event log the chat as it is then, and nothing of it for a user who
+    has left since.
     """
 
     chat: Chat
@@ -1114,7 +1138,8 @@ class Entry(msgspec.Struct, eq=False):
     to_chat: bool = False
     seq: int = 0
     chat_id: int = 0
-    size: int = 256  # about how many bytes of memory it takes in the tail
+    quotes: int = 0  # the id of the message that it shows
+    size: int = 0  # about how many bytes of memory it takes in the tail
     built: bytes | None = None
 
     def __post_init__(self) -> None:
@@ -1122,11 +1147,14 @@ class Entry(msgspec.Struct, eq=False):
         event = self.event
         self.seq, self.chat_id = event.seq, event.chat_id
         if isinstance(event, MessageEvent):
+            self.quotes = event.message.id
             # A text that is not ASCII is held three times: as str, as its UTF-8, and
             # in the frame.
-            self.size += 3 * len(event.message.content.encode())
-        else:
-            self.size += len(encode(event))
+            self.size = 256 + 3 * len(event.message.content.encode())
+            return
+        self.size = 256 + len(encode(event))
+        if isinstance(event, ChatEvent) and event.chat.last_message:
+            self.quotes = event.chat.last_message.id
 
     @property
     def kind(self) -> str:
@@ -1160,7 +1188,7 @@ class Send(NamedTuple):
     client_id: str | None = None
 
 
-class Sent(NamedTuple):
+class Sent(msgspec.Struct, frozen=True):
     """The result of a send. The message's id is its event's seq."""
 
     message: Message
@@ -1189,10 +1217,14 @@ class Greeting(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A page of the event log: all events that a reader sees in (start, cursor]."""
+    """A page of the event log: all events that a reader sees in (start, cursor].
+
+    It was read when all events up to `upto` were published.
+    """
 
     events: Entries
     cursor: int
+    upto: int
 
 
 def page_of(
@@ -1208,8 +1240,8 @@ def page_of(
         events.append(entry)
         size += entry.size
         if size >= settings.page_bytes or len(events) >= limit:
-            return Page(events, entry.seq)
-    return Page(events, upto)
+            return Page(events, entry.seq, upto)
+    return Page(events, upto, upto)
 
 
 class Reply(NamedTuple):
@@ -1285,10 +1317,11 @@ VISIBLE = f"""
 """
 COUNT_VISIBLE = f"SELECT count(*) FROM ({VISIBLE} LIMIT :limit)"
 
-MESSAGE_COLUMNS = (
-    "m.id, m.chat_id, m.sender_id, m.content, m.created_at, m.n, m.client_id, "
-    "m.rev, m.edited_at, m.deleted"
-)
+MESSAGE_COLUMNS = """
+    m.id, m.chat_id, m.sender_id, m.content,
+    strftime('%Y-%m-%dT%H:%M:%SZ', m.created_at, 'unixepoch'), m.n, m.client_id, m.rev,
+    strftime('%Y-%m-%dT%H:%M:%SZ', m.edited_at, 'unixepoch'), m.deleted
+"""
 MESSAGES = f"SELECT {MESSAGE_COLUMNS} FROM message m"
 
 EVENTS = f"""
@@ -1318,6 +1351,21 @@ NEWEST_FIRST = """
 
 REVOKED = "SELECT id, revoked_at FROM user WHERE revoked_at IS NOT NULL"
 IS_MEMBER = "SELECT 1 FROM member WHERE chat_id = ? AND user_id = ?"
+# A read mark that a user, ?1, moves up to a message, ?2: the chat and the message's n;
+# the message before the next one of another sender, or NULL if the mark does not move;
+# and whether the chat has more than ?3 members.
+MARK = """
+    SELECT m.chat_id, m.n, last.n, last.id,
+           (SELECT 1 FROM member WHERE chat_id = m.chat_id LIMIT 1 OFFSET ?3)
+    FROM message m JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?1
+    LEFT JOIN message last ON last.chat_id = m.chat_id AND last.n = CASE
+        WHEN m.n > b.read_n THEN coalesce((
+            SELECT n - 1 FROM message
+            WHERE chat_id = m.chat_id AND n > m.n AND sender_id != ?1
+            ORDER BY n LIMIT 1), (SELECT max(n) FROM message WHERE chat_id = m.chat_id))
+        END
+    WHERE m.id = ?2
+"""
 SET_READ_N = "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?"
 APPLICATION_ID = 0x63686174  # "chat": says whose file this is
 
@@ -1360,6 +1408,7 @@ class Store:
         self.path = settings.db
         self.wal = wal_of(self.path)
         self.failure = ""  # why writes are refused: a code of SQLite
+        self.erase_at = 0.0  # when the WAL is to be truncated
         self.writing_since: float | None = None  # of the commit under way
         self._run_sync = run_sync
         self._idle_readers: list[Db] = []
@@ -1469,6 +1518,21 @@ class Store:
             self.writing_since = None
         return batch
 
+    async def erase(self) -> None:
+        """Truncate the WAL, when it is time: it has texts that were deleted since.
+
+        That needs a moment without readers. chatd's own wait, for at most a second;
+        while another process reads, each call tries again.
+        """
+        if trio.current_time() < self.erase_at:
+            return
+        self._read_limiter.total_tokens = 1
+        with trio.move_on_after(1):
+            async with self._read_limiter:
+                if await self._run_sync(self._truncate, limiter=self._write_limiter):
+                    self.erase_at = trio.current_time() + self.settings.erase_seconds
+        self._read_limiter.total_tokens = READERS
+
     async def _heal(self, to_hub: trio.MemorySendChannel[Batch]) -> None:
         """After a failure: refuse jobs for 2 s, then try to write again."""
         deadline = trio.current_time() + PROBE_SECONDS
@@ -1553,6 +1617,16 @@ class Store:
         with suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
+
+    def _truncate(self) -> bool:
+        """Fold the WAL into the file and empty it. False: another process reads it."""
+        db, busy = self._writer, 1
+        db.execute("PRAGMA busy_timeout = 0")  # no message waits for that process
+        with suppress(sqlite3.Error, OSError):  # the disk fails: tried again
+            sql = "PRAGMA wal_checkpoint(TRUNCATE)"
+            busy = file_bytes(self.wal) and query_value(db, sql)  # idle: no write
+        db.execute("PRAGMA busy_timeout = 5000")
+        return not busy
 
     def _probe(self) -> Batch:
         """Write as much as a message needs; then publish events that are unpublished.
@@ -1688,7 +1762,9 @@ class Store:
         if row is None:
             return None
         message = message_of(row)
-        if (message.chat_id, message.content) != (send.chat_id, send.content):
+        # What was changed is not compared.
+        same = (message.chat_id, message.content) == (send.chat_id, send.content)
+        if not (same or message.rev):
             raise Refusal("idempotency_mismatch")
         return Sent(message, duplicate=True)
 
@@ -1700,35 +1776,20 @@ class Store:
         It also moves over the user's own messages that follow: those that a service
         has sent.
         """
-        row = db.execute(
-            """SELECT m.chat_id, m.n, b.read_n FROM message m
-               JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?
-               WHERE m.id = ?""",
-            (user_id, message_id),
-        ).fetchone()
+        which = (user_id, message_id, self.settings.large_chat)
+        row = db.execute(MARK, which).fetchone()
         if row is None:
             raise Refusal("not_found", "message_id: there is no such message for you")
-        chat_id, n, read_n = row
-        if n <= read_n:
+        chat_id, n, last_n, last_id, large = row
+        if last_n is None:
             return Marked(message_id, chat_id, n, 0)
-        # The message before the next one of another sender.
-        message_id, n = db.execute(
-            """SELECT id, n FROM message WHERE chat_id = ?1 AND n < coalesce((
-                   SELECT n FROM message
-                   WHERE chat_id = ?1 AND n > ?2 AND sender_id != ?3
-                   ORDER BY n LIMIT 1), 1 << 62)
-               ORDER BY n DESC LIMIT 1""",
-            (chat_id, n, user_id),
-        ).fetchone()
-        db.execute(SET_READ_N, (n, chat_id, user_id))
-        # Every mark to every member costs members squared: in a large chat, too much.
-        sql = "SELECT 1 FROM member WHERE chat_id = ? LIMIT 1 OFFSET ?"
-        large = query_value(db, sql, chat_id, self.settings.large_chat)
+        db.execute(SET_READ_N, (last_n, chat_id, user_id))
         seq = self.next_seq(events)
-        event = MessageRead(seq, chat_id, message_id, user_id, n)
+        event = MessageRead(seq, chat_id, last_id, user_id, last_n)
+        # Every mark to every member costs members squared: in a large chat, too much.
         entry = Entry(event, user_id) if large else Entry(event, to_chat=True)
         self.record(db, events, entry)
-        return Marked(message_id, chat_id, n, seq)
+        return Marked(last_id, chat_id, last_n, seq)
 
     # --- reading ---------------------------------------------------------------------
     # Methods that take a db run in a reader's thread, in one read transaction. `upto`
@@ -1852,20 +1913,7 @@ class Store:
 
 def message_of(row: Sequence[Any]) -> Message:
     """Make the message of a row of MESSAGE_COLUMNS."""
-    message_id, chat_id, sender_id, content, created_at, *rest = row
-    n, client_id, rev, edited_at, deleted = rest
-    return Message(
-        message_id,
-        chat_id,
-        sender_id,
-        content,
-        timestamp(created_at),
-        n,
-        client_id,
-        rev,
-        edited_at and timestamp(edited_at),
-        bool(deleted),
-    )
+    return Message(*row[:-1], *map(bool, row[-1:]))
 
 
 # =====================================================================================
@@ -2124,11 +2172,20 @@ class Hub:
                 seat.reply(reply)
 
     def _append(self, events: Entries) -> None:
+        """Append to the tail. What it shows of a message that changes is renewed."""
         for entry in events:
             self.stats.events[entry.kind] += 1
             self.tail_size += entry.size
         self.tail += events
         self.head += len(events)
+        if changed := changes(events):
+            # An event shows no message that is younger than itself.
+            for entry in self.since(min(changed) - 1):
+                if entry.quotes in changed:
+                    self.tail_size -= entry.size
+                    entry.event, entry.built = renewed(entry.event, changed), None
+                    entry.__post_init__()
+                    self.tail_size += entry.size
         most, most_bytes = self.settings.tail_events, self.settings.tail_bytes
         while len(self.tail) > most or self.tail_size > most_bytes:
             self.tail_size -= self.tail.popleft().size
@@ -2169,22 +2226,24 @@ class Hub:
         """Is everything after this cursor still in memory?"""
         return cursor >= self.head - len(self.tail)
 
-    def since(self, seq: int) -> Iterator[Entry]:
-        """Walk the published events above seq, as far as they are in the tail."""
-        start = max(0, seq - (self.head - len(self.tail)))
-        return itertools.islice(self.tail, start, None)
+    def since(self, seq: int) -> Entries:
+        """Return the published events above seq, as far as they are in the tail."""
+        newest_first = itertools.islice(reversed(self.tail), self.head - seq)
+        return [*newest_first][::-1]
 
-    def correct(self, messages: Iterable[Message], upto: int) -> list[Message]:
-        """Return messages that were read as of upto, as they are now.
+    def correct(self, shown: Iterable[T], upto: int) -> list[T]:
+        """Return messages, or what shows them, read as of upto, as they are now.
 
-        A message may be changed between its reading and its answer.
+        A message may be changed between its reading and its answer: this is for the
+        plain step that encodes the answer. Raises Refusal overloaded if there was so
+        much meanwhile that the tail does not go back to upto.
         """
-        changed = {
-            entry.event.message.id: entry.event.message
-            for entry in self.since(upto)
-            if isinstance(entry.event, MessageChange)
-        }
-        return [changed.get(message.id, message) for message in messages]
+        if not self.in_tail(upto):
+            raise Refusal(
+                "overloaded", "too much is going on: ask again", retry_after=1
+            )
+        changed = changes(self.since(upto))
+        return [renewed(one, changed) for one in shown] if changed else [*shown]
 
     def push_tail(self, seat: Seat) -> None:
         """Push a page of the tail to a seat; at the end of the tail it is live.
@@ -2196,9 +2255,16 @@ class Hub:
         self.push_page(seat, page_of(news, self.settings, self.head))
 
     def push_page(self, seat: Seat, page: Page) -> None:
-        """Push a page of the event log, without events that are no longer for it."""
+        """Push a page of the event log, without events that are no longer for it.
+
+        It shows messages as they are now. If a burst hides what was changed since it
+        was read, it is not pushed: the seat reads it again.
+        """
+        if not self.in_tail(page.upto):
+            return
+        events = self.correct(page.events, page.upto)
         seat.cursor = page.cursor
-        self._push_frames(seat, [e.frame for e in page.events if seat.person.sees(e)])
+        self._push_frames(seat, [e.frame for e in events if seat.person.sees(e)])
 
     def _push_frames(self, seat: Seat, frames: list[bytes]) -> None:
         if frames:
@@ -2537,6 +2603,20 @@ class SendMessage(Command, frozen=True, tag="send_message"):
     client_id: ClientId | None = None
 
 
+class EditMessage(Command, frozen=True, tag="edit_message"):
+    """Gives a message another text. With if_rev only if that is still its rev."""
+
+    message_id: Id
+    content: str
+    if_rev: Id | None = None
+
+
+class DeleteMessage(Command, frozen=True, tag="delete_message"):
+    """Deletes a message's text, for good."""
+
+    message_id: Id
+
+
 class Auth(Command, frozen=True, tag="auth"):
     """Replaces the connection's token by a newer one, or a ticket, of the same user."""
 
@@ -2545,7 +2625,7 @@ class Auth(Command, frozen=True, tag="auth"):
 
 # To add a command, write its struct and name it here, give it an arm in the match of
 # Session._handle (mypy reports a missing one), and write what the arm calls.
-AnyCommand = Ping | Typing | MarkRead | SendMessage | Auth
+AnyCommand = Ping | Typing | MarkRead | SendMessage | EditMessage | DeleteMessage | Auth
 if forgotten := {*Command.__subclasses__()} - {*get_args(AnyCommand)}:
     raise TypeError(f"AnyCommand is without {forgotten}")
 COMMANDS = msgspec.json.Decoder(AnyCommand)
@@ -2587,6 +2667,13 @@ class PostMessage(msgspec.Struct, frozen=True):
     content: str
     client_id: ClientId | None = None
     sender_id: Id | None = None
+
+
+class PatchMessage(msgspec.Struct, frozen=True):
+    """Body of editing a message."""
+
+    content: str
+    if_rev: Id | None = None
 
 
 class ServerMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
@@ -2650,6 +2737,28 @@ class MyChat(Chat):
     position: int
 
 
+def changes(events: Entries) -> dict[int, Message]:
+    """Return the messages that these events change, by id, as they are after it."""
+    return {
+        entry.quotes: entry.event.message
+        for entry in events
+        if isinstance(entry.event, MessageChange)
+    }
+
+
+def renewed(shown: Any, changed: Mapping[int, Message]) -> Any:
+    """Return a message, or what shows one, as it is now.
+
+    changed has the messages that were changed, by id, as they are now.
+    """
+    if isinstance(shown, Message):
+        return changed.get(shown.id, shown)
+    for field in ("event", "message", "chat", "last_message"):
+        if part := getattr(shown, field, None):
+            return replace(shown, **{field: renewed(part, changed)})
+    return shown
+
+
 class Marks(msgspec.Struct, frozen=True):
     """A chat's last n, and the user's read mark."""
 
@@ -2694,6 +2803,7 @@ class Ack(ServerMessage, frozen=True, tag="ack"):
     n: int | None = None
     created_at: str | None = None
     duplicate: bool | None = None
+    rev: int | None = None
     expires_in: int | None = None
 
 
@@ -2981,6 +3091,37 @@ class Chats:
             event = ChatRenamed(self.store.next_seq(events), chat_id, title, by)
             self.store.record(db, events, Entry(event, to_chat=True))
 
+    def change_message(
+        self,
+        db: Db,
+        events: Entries,
+        by: int | None,
+        message_id: int,
+        content: str | None = None,
+        if_rev: int | None = None,
+    ) -> Message:
+        """Edit a message; without content delete it. Returns it as it is now.
+
+        by is the user who changes it; None: a service. What was done already is not
+        done again, and makes no event. Raises the Refusal that CHECK_CHANGE names.
+        """
+        if content is not None:
+            check_content(content, self.store.settings)
+        seq, window = self.store.next_seq(events), self.store.settings.edit_seconds
+        values = (by, if_rev, window, message_id, content, seq, now_seconds())
+        refusal, done = db.execute(CHECK_CHANGE, values).fetchone()
+        if refusal:
+            raise Refusal(*refusal.split("|"))
+        if not done:
+            db.execute(CHANGE, values)
+        row = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,)).fetchone()
+        message = message_of(row)
+        if not done:
+            kind = MessageEdited if content else MessageDeleted
+            event = kind(seq, message.chat_id, message)
+            self.store.record(db, events, Entry(event, to_chat=True))
+        return message
+
     def rename(
         self, db: Db, _events: Entries, user_id: int, name: str, named_at: int = 0
     ) -> tuple[int, str]:
@@ -3073,21 +3214,12 @@ class Chats:
             self.remove_member(db, events, chat_id, user_id, None)
         if rows:
             return after
-        sql = """SELECT id FROM message WHERE id > ?2 AND id <= ?2 + 100
-                     AND sender_id = ?1 AND NOT (deleted AND client_id IS NULL)"""
+        sql = """UPDATE message SET client_id = NULL WHERE id > ?2 AND id <= ?2 + 100
+                     AND sender_id = ?1 AND NOT (deleted AND client_id IS NULL)
+                 RETURNING id"""
         for row in db.execute(sql, (user_id, after)).fetchall():
-            self._erase(db, events, *row)
+            self.change_message(db, events, None, *row)
         return min(after + 100, self.store.seq)
-
-    def _erase(self, db: Db, events: Entries, message_id: int) -> None:
-        """Delete a message, and its client_id."""
-        seq = self.store.next_seq(events)
-        sql = """UPDATE message SET content = '', folded = NULL, client_id = NULL,
-                     edited_at = NULL, deleted = 1, rev = ? WHERE id = ?"""
-        db.execute(sql, (seq, message_id))
-        row = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,)).fetchone()
-        event = MessageDeleted(seq, row[1], message_of(row))
-        self.store.record(db, events, Entry(event, to_chat=True))
 
     def _join(
         self, db: Db, chat_id: int, user_id: int, seq: int, by: int | None = None
@@ -3217,6 +3349,36 @@ def know_user(db: Db, user_id: int) -> None:
     """Make a row for a user, if there is none."""
     db.execute("INSERT OR IGNORE INTO user (id) VALUES (?)", (user_id,))
 
+
+# The checks of a change, in their order, for user ?1; NULL: a service. The first column
+# is the Refusal's arguments, the second whether nothing is left to do. ?5 is the new
+# content; NULL: a deletion. The creator of a group may delete any message there, at any
+# time.
+CHECK_CHANGE = """
+    SELECT CASE
+        WHEN m.id IS NULL OR ?1 NOT IN (SELECT user_id FROM member
+                                        WHERE chat_id = m.chat_id)
+            THEN 'not_found|message_id: there is no such message for you'
+        WHEN ?1 != m.sender_id AND NOT is_creator
+            THEN 'forbidden|message_id: it is another user''s message'
+        WHEN deleted AND ?5 IS NOT NULL THEN 'deleted'
+        WHEN done THEN NULL
+        WHEN ?2 != coalesce(rev, m.id) THEN 'changed'
+        WHEN ?1 = m.sender_id AND NOT is_creator AND max(?7 - m.created_at, 0) >= ?3
+            THEN 'too_late'
+        END, done
+    FROM (SELECT ?4 AS id) LEFT JOIN (
+        SELECT m.*, deleted OR content IS ?5 AS done,
+            ?5 IS NULL AND c.direct_key IS NULL AND c.created_by IS ?1 AS is_creator
+        FROM message m JOIN chat c ON c.id = m.chat_id WHERE m.id = ?4) m
+"""
+
+# No text of before stays in any row.
+CHANGE = """
+    UPDATE message SET content = coalesce(?5, ''), folded = NULL, rev = ?6,
+        edited_at = iif(?5 IS NULL, edited_at, ?7), deleted = ?5 IS NULL
+    WHERE id = ?4
+"""
 
 # More members, or bytes of them, are left out of a chat: so no frame exceeds 32 KiB but
 # for a message's own text. GET /api/v1/chats/ID/members has them.
@@ -3998,7 +4160,7 @@ class Request:
 
     @property
     def by(self) -> int | None:
-        """The member who changes a chat; None: a service."""
+        """The user who changes a chat or a message; None: a service."""
         return None if self.claims.service else self.claims.user_id
 
     @property
@@ -4475,7 +4637,7 @@ async def about_me(server: Server, request: Request) -> Answer:
     name = await server.store.read(server.chats.name, request.user_id)
     allowed = {
         "max_content_chars": settings.max_content_chars,
-        "edit_seconds": 86_400,
+        "edit_seconds": settings.edit_seconds,
         "create_chats": settings.chats_by == "user",
         "invites": settings.invites == "on",
         "rename": not settings.jwt_key,
@@ -4505,13 +4667,12 @@ async def get_chats(server: Server, request: Request) -> Answer:
         request.number("before", MAX_ID),
         limit,
     )
-    chats = found[:limit]
-    correct_chats(server, chats, upto)
+    chats = server.hub.correct(found[:limit], upto)
     return json_answer(
         {
             "chats": chats,
             "cursor": write_cursor(server, upto),
-            "more": chats != found,
+            "more": len(chats) < len(found),
             "position": chats[-1].position if chats else None,
         }
     )
@@ -4545,7 +4706,7 @@ async def get_chat(server: Server, request: Request, status: int = 200) -> Answe
     """Return one chat, to a member or a service."""
     upto = server.hub.head
     chat = await server.store.read(read_chat, *request.ids, upto, request.by)
-    correct_chats(server, [chat], upto)
+    (chat,) = server.hub.correct([chat], upto)
     for member in chat.members:
         member.online = member.user_id in server.hub.people
     return json_answer({"chat": chat}, status)
@@ -4558,14 +4719,6 @@ async def patch_chat(server: Server, request: Request) -> Answer:
         server.chats.set_title, *request.ids, request.parse(NewTitle).title, request.by
     )
     return await get_chat(server, request)
-
-
-def correct_chats(server: Server, chats: Sequence[Chat], upto: int) -> None:
-    """Show in chats that were read as of upto their last message as it is now."""
-    read = (chat.last_message for chat in chats if chat.last_message)
-    now = {last.chat_id: last for last in server.hub.correct(read, upto)}
-    for chat in chats:
-        chat.last_message = now.get(chat.id)
 
 
 async def get_members(server: Server, request: Request) -> Answer:
@@ -4676,7 +4829,7 @@ async def get_messages(server: Server, request: Request) -> Answer:
 
 async def post_message(server: Server, request: Request) -> Answer:
     """Send a message (SPEC.md, SendMessage): 201, or 200 for a repeat."""
-    claims, (chat_id,) = request.claims, request.ids
+    claims, (chat_id,), upto = request.claims, request.ids, server.hub.head
     post = request.parse(PostMessage)
     check_content(post.content, server.settings)
     if request.by and post.sender_id not in (None, request.by):
@@ -4689,7 +4842,19 @@ async def post_message(server: Server, request: Request) -> Answer:
             server.store.send_message, send, claims.service
         )
         count_sent(server, sent, sender_id)
-    return json_answer(sent._asdict(), 200 if sent.duplicate else 201)
+    sent = renewed(sent, changes(server.hub.since(upto)))
+    return json_answer(sent, 200 if sent.duplicate else 201)
+
+
+async def change_message(server: Server, request: Request) -> Answer:
+    """Edit a message, or delete it."""
+    patches, upto = request.method == "PATCH", server.hub.head
+    new = astuple(request.parse(PatchMessage)) if patches else ()
+    message = await server.store.commit(
+        server.chats.change_message, request.by, *request.ids, *new
+    )
+    message = renewed(message, changes(server.hub.since(upto)))
+    return json_answer({"message": message}) if patches else Answer(204)
 
 
 async def post_read(server: Server, request: Request) -> Answer:
@@ -4718,7 +4883,7 @@ async def get_events(server: Server, request: Request, feed: bool = False) -> An
     if (feed or start == upto) and hub.in_tail(start):
         page = page_of(hub.since(start), server.settings, upto, limit)
     elif not feed and await store.read(store.missed, *which) is None:
-        page, resync = Page([], upto), True
+        page, resync = Page([], upto, upto), True
     else:
         page = await store.read(store.events_after, *which, limit)
     return json_answer(
@@ -4731,7 +4896,7 @@ async def get_events(server: Server, request: Request, feed: bool = False) -> An
                 }
                 if feed
                 else entry.event
-                for entry in page.events
+                for entry in hub.correct(page.events, page.upto)
             ],
             "cursor": write_cursor(server, page.cursor),
             "more": page.cursor < upto,
@@ -4917,6 +5082,10 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/api/v1/chats/*/messages": {
         "GET": Route("user", get_messages),
         "POST": Route("user", post_message),
+    },
+    "/api/v1/messages/*": {
+        "PATCH": Route("user", change_message, changes=True),
+        "DELETE": Route("user", change_message, changes=True),
     },
     "/api/v1/messages/*/read": {"POST": Route("user", post_read)},
     "/api/v1/events": {"GET": Route("user", get_events)},
@@ -6209,6 +6378,10 @@ class Settings:
         "whether members of a group may invite anyone with a link: on or off; on needs "
         "--chats-by user and no --jwt-key, and users add only people that they share a "
         "chat with", "off: forbidden")
+    edit_seconds: float = flag(86_400, "SECONDS/never",
+        "how long after sending a user may edit and delete a message; never: without "
+        "end; 0: not at all",
+        "after it: too_late")
     log_level: str = flag("info", "LEVEL",
         "what to log: debug, info, warning or error")
     sends: Rate = flag(Rate(5, 20), "RATE/BURST",
@@ -6259,6 +6432,9 @@ class Settings:
     # Members of a chat: each new member gets an event with all. Over it: bad_field.
     members: int = 5_000
     large_chat: int = 50  # members; over it the read marks go to the reader only
+    # A text that was edited or deleted may be in the WAL for so long, and for some
+    # seconds. The documentation promises 60.
+    erase_seconds: float = 30.0
     known_tokens: int = 4_096  # that were verified; the least recently used goes
 
 
@@ -6371,6 +6547,11 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "COUNT": parse_count,
     "BYTES": parse_count,
     "CHARACTERS": parse_count,
+    "SECONDS/never": parser(
+        "a whole number of seconds, or never",
+        "never|[0-9]{1,10}",
+        lambda text: math.inf if text == "never" else int(text),
+    ),
     "SECONDS": parser(
         "a number of seconds, 0 or more", read=float, most=sys.float_info.max
     ),

@@ -280,6 +280,21 @@ class Memory:
         send = Send(chat, user, text, key or None)
         return (self.store.send_message, send, *more.values())
 
+    def edit(
+        self, by: int | None, message: int, text: str, if_rev: int | None = None
+    ) -> chatd.Message:
+        return self.do(self.chats.change_message, by, message, text, if_rev)
+
+    def delete(self, by: int | None, message: int) -> chatd.Message:
+        return self.do(self.chats.change_message, by, message)
+
+    def files(self) -> bytes:
+        """Read all bytes of the database's files."""
+        wal = self.store.wal
+        return self.store.path.read_bytes() + (
+            wal.read_bytes() if wal.exists() else b""
+        )
+
     # --- reading
 
     def read(self, query: Callable[..., V], *args: object) -> V:
@@ -392,12 +407,12 @@ class VirtualDisk:
     def __init__(self) -> None:
         self.turning = trio.Event()
         self.turning.set()
-        self.holds_reads = False
+        self.holds_reads = self.is_done = False
 
-    def hold(self, *, reads: bool = False) -> None:
-        """Delay every commit, or every read, until `go`."""
+    def hold(self, *, reads: bool = False, done: bool = False) -> None:
+        """Delay every commit, or every read, until `go`; or, if done, its end."""
         self.turning = trio.Event()
-        self.holds_reads = reads
+        self.holds_reads, self.is_done = reads, done
 
     def go(self) -> None:
         self.turning.set()
@@ -410,9 +425,13 @@ class VirtualDisk:
     ) -> Any:
         await trio.lowlevel.checkpoint()
         one_writer = limiter is not None and limiter.total_tokens == 1
-        if one_writer != self.holds_reads:
+        held = one_writer != self.holds_reads
+        if held and not self.is_done:
             await self.turning.wait()
-        return function(*args)
+        result = function(*args)
+        if held and self.is_done:
+            await self.turning.wait()
+        return result
 
 
 class PairListener(trio.abc.Listener[trio.SocketStream]):

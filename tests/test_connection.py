@@ -800,6 +800,80 @@ async def test_commands_are_handled_and_answered_in_order(
 
 
 @with_server()
+async def test_a_message_is_edited_and_deleted_over_the_socket(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    one, two = await server.join(6), await server.join(7)
+    sent = await one.ask("send_message", chat_id=chat, content="old", client_id="k")
+    message = sent["message_id"]
+    first = (await two.receive("new_message"))["message"]
+    await one.send_command(
+        "edit_message", message_id=message, content="new", if_rev=message, ref="r"
+    )
+    event = await one.receive("message_edited")  # before its ack
+    ack = {"type": "ack", "ref": "r", "message_id": message, "chat_id": chat}
+    assert await one.receive("ack") == ack | {"rev": event["seq"]}
+    assert event["message"]["content"] == "new"
+    assert await two.receive("message_edited") == event
+    # A repeat gets the same ack, and makes no event.
+    again = await one.ask("edit_message", message_id=message, content="new")
+    assert again == ack | {"ref": "ask", "rev": event["seq"]}
+    await one.send_command("delete_message", message_id=message, ref="r")
+    gone = await one.receive("message_deleted")
+    assert await one.receive("ack") == ack | {"rev": gone["seq"]}
+    assert await two.receive("message_deleted") == gone
+    assert gone["message"] == event["message"] | {
+        "content": "", "deleted": True, "rev": gone["seq"],
+    }  # fmt: skip
+    assert first["content"] == "old"
+    again = await one.ask("delete_message", message_id=message)
+    assert again == ack | {"ref": "ask", "rev": gone["seq"]}
+    refused = await one.refused("edit_message", message_id=message, content="x")
+    assert (refused["code"], refused["message_id"]) == ("deleted", message)
+    again = await one.ask("send_message", chat_id=chat, content="old", client_id="k")
+    assert (again["message_id"], again["duplicate"]) == (message, True)
+    await two.receives_nothing()
+    back = await server.join(7, cursor=f"{server.store.epoch}.{message - 1}")
+    for kind in ("new_message", "message_edited", "message_deleted"):
+        assert (await back.receive(kind))["message"] == gone["message"]
+
+
+@with_server(edit_seconds=0)
+async def test_with_edit_seconds_0_only_a_service_changes_messages(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    service = await server.join(999, token=server.token(999, scope="service"))
+    message = (await peer.ask("send_message", chat_id=chat, content="x"))["message_id"]
+    for kind, rest in (("edit_message", {"content": "y"}), ("delete_message", {})):
+        refused = await peer.refused(kind, message_id=message, **rest)
+        assert refused["code"] == "too_late"
+        assert (await service.ask(kind, message_id=message, **rest))["rev"]
+
+
+@with_server()
+async def test_a_removed_member_changes_nothing_and_sees_no_change(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer, other = await server.join(6), await server.join(7)
+    message = (await peer.ask("send_message", chat_id=chat, content="x"))["message_id"]
+    await server.command("DELETE", f"/api/v1/chats/{chat}/members/6")
+    await peer.receive("member_removed")
+    hidden = await peer.refused("delete_message", message_id=message)
+    unknown = await peer.refused("delete_message", message_id=12_345)
+    assert hidden.pop("message_id") != unknown.pop("message_id")
+    assert hidden == unknown
+    assert hidden["code"] == "not_found"
+    await server.command("DELETE", f"/api/v1/messages/{message}")
+    for kind in ("new_message", "member_removed", "message_deleted"):
+        await other.receive(kind)
+    await peer.receives_nothing()
+
+
+@with_server()
 async def test_mark_read_only_moves_up_and_is_always_acked(
     server: VirtualServer,
 ) -> None:
@@ -850,7 +924,11 @@ async def test_commands_on_a_hidden_chat_and_on_an_unknown_one_are_refused_alike
                 ("send_message", "chat_id", {"content": "hi"}),
             ]
         else:
-            commands = [("mark_read", "message_id", {})]
+            commands = [
+                ("mark_read", "message_id", {}),
+                ("edit_message", "message_id", {"content": "x"}),
+                ("delete_message", "message_id", {}),
+            ]
         for kind, field, rest in commands:
             mine = await stranger.refused(kind, **{field: hidden}, **rest)
             none = await stranger.refused(kind, **{field: unknown}, **rest)

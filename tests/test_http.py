@@ -160,7 +160,7 @@ async def test_an_unknown_path_gets_404(server: VirtualServer) -> None:
         "/healthz/", "/HEALTHZ", "/api/v1/chats/0/messages", "/api/v1/chats/x/messages",
         "/api/v1/chats/-1/messages", "/api/v1/chats/9007199254740992/messages",
         "/api/v1/chats/99999999999999999999/messages", "/api/v1/chats//messages",
-        "/api/v1/chats/*/messages", "/api/v1/messages/1", "/*",
+        "/api/v1/chats/*/messages", "/api/v1/messages/1/edit", "/*",
     ):  # fmt: skip
         answer = await server.ask("GET", path, user=6)
         assert (answer.status, answer.code) == (404, "not_found"), path
@@ -1490,7 +1490,7 @@ async def test_an_answer_with_a_chat_has_its_last_message_as_it_is_now(
         server.store.record(db, events, chatd.Entry(event, to_chat=True))
 
     await server.store.commit(edit)
-    chatd.correct_chats(app, read, upto)
+    read = app.hub.correct(read, upto)
     texts = [chat.last_message and chat.last_message.content for chat in read]
     assert texts == ["after", "before", None]
 
@@ -1632,6 +1632,169 @@ async def test_a_message_returns_201_and_a_repeat_200_and_other_content_409(
     other = await server.ask("POST", path, body | {"content": "ho"}, user=6)
     assert (other.status, other.code) == (409, "idempotency_mismatch")
     await listener.receives_nothing()
+
+
+@with_server()
+async def test_a_message_is_edited_and_deleted_over_http(server: VirtualServer) -> None:
+    chat = await server.chat(6, 7)
+    listener = await server.join(7)
+    (message,) = await server.post(chat, "old", sender=6)
+    sent = (await listener.receive("new_message"))["message"]
+    path = f"/api/v1/messages/{message}"
+    body = {"content": "new", "if_rev": message}
+    edited = await server.ask("PATCH", path, body, user=6)
+    assert edited.status == 200
+    event = await listener.receive("message_edited")
+    assert edited.json == {"message": event["message"]}
+    assert event["message"] == sent | {
+        "content": "new", "rev": event["seq"],
+        "edited_at": event["message"]["edited_at"],
+    }  # fmt: skip
+    again = await server.ask("PATCH", path, body, user=6)  # a repeat, whatever if_rev
+    assert (again.status, again.json) == (200, edited.json)
+    changed = await server.ask("PATCH", path, body | {"content": "newer"}, user=6)
+    assert (changed.status, changed.code) == (409, "changed")
+    for _ in range(2):
+        deleted = await server.ask("DELETE", path, user=6)
+        assert (deleted.status, deleted.body) == (204, b"")
+    event = await listener.receive("message_deleted")
+    assert event["message"] == edited.json["message"] | {
+        "content": "", "deleted": True, "rev": event["seq"],
+    }  # fmt: skip
+    late = await server.ask("PATCH", path, {"content": "x"}, user=6)
+    assert (late.status, late.code) == (409, "deleted")
+    await listener.receives_nothing()
+    history = await server.ask("GET", f"/api/v1/chats/{chat}/messages", user=7)
+    assert history.json["messages"] == [event["message"]]
+
+
+# What is tried with message ID of user 6: the user (999: a service), the method, the
+# body, the path, and the answer.
+CHANGES: list[tuple[int, str, Any, str, int, str]] = [
+    (7, "PATCH", {"content": "x"}, "ID", 403, "forbidden"),
+    (7, "DELETE", None, "ID", 403, "forbidden"),
+    (8, "PATCH", {"content": "x"}, "ID", 404, "not_found"),
+    (8, "DELETE", None, "ID", 404, "not_found"),
+    (6, "DELETE", None, "12345", 404, "not_found"),
+    (6, "DELETE", None, "0", 404, "not_found"),
+    (6, "DELETE", None, "x", 404, "not_found"),
+    (6, "PATCH", {"content": ""}, "ID", 400, "bad_field"),
+    (6, "PATCH", {"content": "a\0"}, "ID", 400, "bad_field"),
+    (6, "PATCH", {"content": "x" * 4001}, "ID", 400, "bad_field"),
+    (6, "PATCH", {"content": None}, "ID", 400, "bad_field"),
+    (6, "PATCH", {}, "ID", 400, "bad_field"),
+    (6, "PATCH", {"content": "x", "if_rev": "3"}, "ID", 400, "bad_field"),
+    (6, "PATCH", {"content": "x", "if_rev": 0}, "ID", 400, "bad_field"),
+    (6, "PATCH", [], "ID", 400, "bad_json"),
+    (6, "PUT", {"content": "x"}, "ID", 405, "method_not_allowed"),
+    (6, "PATCH", {"content": "x"}, "ID", 200, ""),
+    (999, "PATCH", {"content": "x"}, "ID", 200, ""),
+    (999, "DELETE", None, "ID", 204, ""),
+]
+
+
+@pytest.mark.parametrize(("user", "method", "body", "path", "status", "code"), CHANGES)
+@with_server()
+async def test_a_change_over_http_gets_its_answer(
+    server: VirtualServer,
+    user: int,
+    method: str,
+    body: Any,
+    path: str,
+    status: int,
+    code: str,
+) -> None:
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "old", sender=6)
+    target = f"/api/v1/messages/{path.replace('ID', str(message))}"
+    token = server.token(user, scope="service" if user == 999 else None)
+    answer = await server.ask(method, target, body, token=token)
+    assert answer.status == status
+    if code:
+        assert answer.code == code
+        assert server.app.hub.head == message
+    stranger = await server.ask(method, target, body, token="")
+    assert stranger.status in (401, 404, 405)
+
+
+@with_server(sends=Rate(1, 3))
+async def test_a_change_costs_as_much_as_a_message_over_either_way(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    message = (await peer.ask("send_message", chat_id=chat, content="a"))["message_id"]
+    path = f"/api/v1/messages/{message}"
+    assert (await server.ask("PATCH", path, {"content": "b"}, user=6)).status == 200
+    assert (await peer.ask("edit_message", message_id=message, content="c"))["rev"]
+    over = await server.ask("DELETE", path, user=6)
+    assert (over.status, over.code) == (429, "rate_limited")
+    for kind, rest in (("edit_message", {"content": "d"}), ("delete_message", {})):
+        refused = await peer.refused(kind, message_id=message, **rest)
+        assert (refused["code"], refused["message_id"]) == ("rate_limited", message)
+        assert refused["retry_after"] > 0
+    await server.command("DELETE", path)  # a service pays nothing
+
+
+@with_server()
+async def test_answers_that_were_read_before_a_change_show_the_message_as_it_is(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "old text", sender=6)
+    cursor = f"{server.store.epoch}.{message - 1}"
+    found: dict[str, HttpAnswer] = {}
+
+    async def ask(target: str) -> None:
+        found[target] = await server.ask("GET", target, user=7)
+
+    async with trio.open_nursery() as nursery:
+        server.disk.hold(reads=True, done=True)
+        for target in (
+            f"/api/v1/chats/{chat}/messages",
+            "/api/v1/chats",
+            f"/api/v1/events?cursor={cursor}",
+        ):
+            nursery.start_soon(ask, target)
+        await wait_all_tasks_blocked()
+        await server.command("DELETE", f"/api/v1/messages/{message}")
+        server.disk.go()
+    for answer in found.values():
+        assert answer.status == 200
+        assert b"old text" not in answer.body
+        assert b'"deleted":true' in answer.body
+
+
+@with_server()
+async def test_a_message_that_is_deleted_in_the_batch_of_its_post_is_answered_so(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    path = f"/api/v1/chats/{chat}/messages"
+    found: list[HttpAnswer] = []
+
+    async def post(**body: str) -> None:
+        found.append(await server.ask("POST", path, body, user=6))
+
+    message = server.app.hub.head + 2  # after a batch that only holds the disk
+    server.disk.hold()
+    async with trio.open_nursery() as nursery:
+        await peer.send_command("send_message", chat_id=chat, content="first")
+        await wait_all_tasks_blocked()
+        nursery.start_soon(functools.partial(post, content="old text", client_id="k"))
+        await wait_all_tasks_blocked()
+        await peer.send_command("edit_message", message_id=message, content="middle")
+        await peer.send_command("delete_message", message_id=message)
+        await wait_all_tasks_blocked()
+        server.disk.go()
+    await post(content="old text", client_id="k")  # the repeat
+    (posted, repeated) = found
+    assert (posted.status, repeated.status) == (201, 200)
+    assert posted.json["message"] == repeated.json["message"]
+    assert (posted.json["message"]["content"], posted.json["message"]["deleted"]) == (
+        "", True,
+    )  # fmt: skip
 
 
 @with_server()

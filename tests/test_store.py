@@ -6,13 +6,17 @@ import contextlib
 import errno
 import functools
 import itertools
+import math
 import os
 import re
 import resource
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +24,11 @@ from typing import Any, cast
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 
 import chatd
 from chatd import Refusal, Send, Settings, Store, UsageError
+from tests.client import ServerProcess, wait_until
 from tests.harness import (
     Memory,
     MemoryWork,
@@ -33,6 +39,7 @@ from tests.harness import (
     memory_store,
     memory_with,
     refusal_of,
+    taking,
     usage_error_of,
     with_server,
     words_hear,
@@ -634,6 +641,262 @@ def test_users_are_listed_by_name_up_to_200(memory: Memory) -> None:
     assert [user["user_id"] for user in users[:2]] == [251, 250]
 
 
+# --- editing and deleting ------------------------------------------------------------
+
+
+def test_an_edit_and_a_deletion_are_events_and_change_the_message(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chatd, "now_seconds", lambda: 1_000_000_000)
+    chat = memory.chat(1, 2)
+    sent = memory.send(chat, 1, "helo", "k").message
+    edited = memory.edit(1, sent.id, "hello")
+    assert edited == replace(
+        sent, content="hello", rev=4, edited_at="2001-09-09T01:46:40Z"
+    )
+    deleted = memory.delete(1, sent.id)
+    assert deleted == replace(edited, content="", rev=5, deleted=True)
+    for events in (memory.page(2, 2).events, [*memory.hub.tail][-3:]):
+        assert [(e.seq, e.kind, e.to_chat, e.to_user) for e in events] == [
+            (3, "new_message", True, None),
+            (4, "message_edited", True, None),
+            (5, "message_deleted", True, None),
+        ]
+        assert [e.event for e in events] == [
+            chatd.NewMessage(3, chat, deleted),  # each shows the message as it is now
+            chatd.MessageEdited(4, chat, deleted),
+            chatd.MessageDeleted(5, chat, deleted),
+        ]
+    history = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
+    assert history == ([deleted], False, False)
+    (mine,) = memory.my_chats(2)
+    assert (mine.last_message, mine.last_n, mine.unread) == (deleted, 1, 1)
+    row = "SELECT content, folded, rev, deleted FROM message"
+    assert memory.store._writer.execute(row).fetchall() == [("", None, 5, 1)]
+    memory_is_sound(memory)
+
+
+# Who wants to change a message of user 1 in a chat that user 2 has created: the user
+# (None: a service), and the codes for an edit and for a deletion.
+CHANGERS = {
+    "the sender": (1, "", ""),
+    "the creator": (2, "forbidden", ""),
+    "another member": (3, "forbidden", "forbidden"),
+    "a stranger": (4, "not_found", "not_found"),
+    "a service": (None, "", ""),
+    "a sender who has left": (5, "not_found", "not_found"),
+}
+
+
+@pytest.mark.parametrize("who", CHANGERS)
+@pytest.mark.parametrize("deletes", [False, True])
+def test_who_may_change_a_message(memory: Memory, who: str, deletes: bool) -> None:
+    by, *codes = CHANGERS[who]
+    chat = memory.chat(1, 2, 3, 5)
+    memory.store._writer.execute("UPDATE chat SET created_by = 2")
+    sent = memory.send(chat, 5 if by == 5 else 1, "old")
+    memory.do(memory.chats.remove_member, chat, 5, 5)
+    head = memory.hub.head
+    change = functools.partial(memory.delete, by, sent.message.id)
+    if not deletes:
+        change = functools.partial(memory.edit, by, sent.message.id, "new")
+    if code := codes[deletes]:
+        assert refusal_of(change).code == code
+        assert memory.hub.head == head
+    else:
+        assert change().content == ("" if deletes else "new")
+        assert memory.hub.head == head + 1
+
+
+def test_a_creator_deletes_in_its_group_only_and_only_while_it_is_a_member(
+    memory: Memory,
+) -> None:
+    chat, direct = memory.chat(1, 2), memory.chat(1, 2)
+    db = memory.store._writer
+    db.execute("UPDATE chat SET created_by = 2")
+    db.execute("UPDATE chat SET direct_key = '1:2' WHERE id = ?", (direct,))
+    ids = [memory.send(where, 1).message.id for where in (chat, direct)]
+    assert refusal_of(memory.delete, 2, ids[1]).code == "forbidden"
+    memory.do(memory.chats.remove_member, chat, 2, 2)
+    assert refusal_of(memory.delete, 2, ids[0]).code == "not_found"
+    assert memory.delete(1, ids[1]).deleted
+
+
+def test_an_unknown_message_and_one_of_others_are_refused_alike(memory: Memory) -> None:
+    sent = memory.send(memory.chat(1, 2), 1)
+    for change in (memory.delete, functools.partial(memory.edit, text="x")):
+        alike = {str(refusal_of(change, 3, n)) for n in (sent.message.id, 1, 99, 2**53)}
+        assert alike == {"not_found: message_id: there is no such message for you"}
+    assert refusal_of(memory.delete, None, 99).code == "not_found"
+
+
+# Seconds since it was sent, --edit-seconds, and whether its sender may still change it.
+WINDOWS = [
+    (0, 100, True), (99, 100, True), (100, 100, False), (10**9, 100, False),
+    (-50, 100, True),  # the clock was set back
+    (0, 0, False), (-50, 0, False), (10**9, 0, False),
+    (0, math.inf, True), (10**9, math.inf, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("age", "window", "in_time"), WINDOWS)
+def test_a_sender_has_edit_seconds_and_nobody_else_has_a_limit(
+    age: int, window: float, in_time: bool
+) -> None:
+    with memory_with(edit_seconds=window) as memory:
+        chat = memory.chat(1, 2)
+        db = memory.store._writer
+        ids = [memory.send(chat, 1).message.id for _ in range(4)]
+        ids.append(memory.send(chat, 2).message.id)
+        db.execute("UPDATE message SET created_at = created_at - ?", (age,))
+        if in_time:
+            assert memory.edit(1, ids[0], "new").content == "new"
+            assert memory.delete(1, ids[1]).deleted
+        else:
+            assert refusal_of(memory.edit, 1, ids[0], "new").code == "too_late"
+            assert refusal_of(memory.delete, 1, ids[1]).code == "too_late"
+        assert memory.edit(None, ids[2], "by the service").rev
+        db.execute("UPDATE chat SET created_by = 2")
+        assert memory.delete(2, ids[3]).deleted
+        assert memory.delete(2, ids[4]).deleted  # its own, as the creator
+
+
+# The checks in their order: a message of user 1 with the text "now", edited twice, so
+# that its rev is 5, and three hours old with --edit-seconds 3600. What is tried: the
+# user, the new text (None: a deletion), if_rev; whether it was deleted before; the
+# code, or "" for an ack without an event.
+CHECKS: list[tuple[int | None, str | None, int | None, bool, str]] = [
+    (4, "now", 5, True, "not_found"),
+    (3, "now", 5, True, "forbidden"),
+    (3, None, None, True, "forbidden"),
+    (1, "now", 5, True, "deleted"),
+    (1, "new", 4, True, "deleted"),
+    (None, "new", None, True, "deleted"),
+    (1, None, None, True, ""),
+    (None, None, None, True, ""),
+    (1, "now", 4, False, ""),
+    (1, "now", None, False, ""),
+    (None, "now", 3, False, ""),
+    (1, "new", 4, False, "changed"),
+    (1, "new", 3, False, "changed"),
+    (1, "new", 2**53 - 1, False, "changed"),
+    (None, "new", 4, False, "changed"),
+    (1, "new", 5, False, "too_late"),
+    (1, "new", None, False, "too_late"),
+    (1, None, None, False, "too_late"),
+]
+
+
+@pytest.mark.parametrize(("by", "text", "if_rev", "deleted", "code"), CHECKS)
+def test_the_checks_of_a_change_come_in_their_order(
+    by: int | None, text: str | None, if_rev: int | None, deleted: bool, code: str
+) -> None:
+    with memory_with(edit_seconds=3600) as memory:
+        chat = memory.chat(1, 3)
+        sent = memory.send(chat, 1, "once").message
+        for words in ("then", "now"):
+            memory.edit(1, sent.id, words)
+        if deleted:
+            memory.delete(1, sent.id)
+        db, head = memory.store._writer, memory.hub.head
+        db.execute("UPDATE message SET created_at = created_at - 10800")
+        change = (memory.chats.change_message, by, sent.id, text, if_rev)
+        if code:
+            assert refusal_of(memory.do, *change).code == code
+        else:
+            assert memory.do(*change).rev == head
+        assert memory.hub.head == head
+
+
+def test_the_rev_of_a_message_that_was_never_changed_is_its_id(memory: Memory) -> None:
+    sent = memory.send(memory.chat(1, 2), 1, "old").message
+    assert refusal_of(memory.edit, 1, sent.id, "new", sent.id + 1).code == "changed"
+    assert memory.edit(1, sent.id, "old").rev is None
+    assert memory.edit(1, sent.id, "new", sent.id).rev == 4
+    assert refusal_of(memory.edit, 1, sent.id, "newer", sent.id).code == "changed"
+    assert memory.edit(1, sent.id, "newer", 4).rev == 5
+
+
+def test_an_edit_has_the_rules_of_sending(memory: Memory) -> None:
+    sent = memory.send(memory.chat(1, 2), 1).message
+    for text in ("", " \n", "a\0b", "\x1b", "x" * 4001):
+        assert refusal_of(memory.edit, 1, sent.id, text).code == "bad_field"
+        assert refusal_of(memory.edit, None, 99, text).code == "bad_field"
+    assert memory.edit(1, sent.id, "x" * 4000).content == "x" * 4000
+    assert memory.hub.head == 4
+
+
+def test_a_repeat_of_a_send_is_not_compared_once_the_message_was_changed(
+    memory: Memory,
+) -> None:
+    chat, other = memory.chat(1, 2), memory.chat(1, 2)
+    sent = memory.send(chat, 1, "old", "k").message
+    edited = memory.edit(None, sent.id, "new")
+    for text, where in (("old", chat), ("new", chat), ("else", other)):
+        again = memory.send(where, 1, text, "k")
+        assert again == chatd.Sent(edited, duplicate=True)
+        assert memory.read(memory.store.find_sent, Send(where, 1, text, "k")) == again
+    deleted = memory.delete(1, sent.id)
+    assert memory.send(chat, 1, "old", "k") == chatd.Sent(deleted, duplicate=True)
+    assert memory.count("message") == 1
+
+
+def test_changes_in_one_batch_show_its_end_everywhere(memory: Memory) -> None:
+    chat, change = memory.chat(1, 2), memory.chats.change_message
+    batch = memory.commit(
+        memory.sends(chat, 1, "old text"),  # 3
+        (change, 1, 3, "middle"),
+        (change, 2, 3, "of another"),  # refused
+        (change, 1, 3, "middle"),  # no event
+        (memory.chats.add_member, chat, 3, 1),  # 5, 6
+        (change, 1, 3),
+        (change, 1, 3, "late"),  # refused
+    )
+    outcomes = [getattr(outcome, "code", "") for _, outcome in batch.outcomes]
+    assert outcomes == ["", "", "forbidden", "", "", "", "deleted"]
+    seats = [memory.sit(1), memory.sit(3)]
+    memory.hub.publish(batch)
+    assert [made.seqs() for made in seats] == [[3, 4, 5, 7], [6, 7]]
+    frames = [data for made in seats for data in made.outbox.taken]
+    frames += [entry.frame for entry in memory.hub.tail]
+    assert not any(b"old text" in data or b"middle" in data for data in frames)
+    shown = [m["message"] for m in seats[0].received() if "message" in m]
+    assert all(m["rev"] == 7 and m["deleted"] and m["content"] == "" for m in shown)
+    (added,) = [m for m in seats[1].received() if m["type"] == "chat_added"]
+    assert added["chat"]["last_message"] == shown[0]
+    memory_is_sound(memory)
+
+
+def test_changes_are_recovered_after_a_failed_commit(memory: Memory) -> None:
+    chat, store, hub = memory.chat(1, 2), memory.store, memory.hub
+    sent = memory.send(chat, 1, "old text").message
+    seat = memory.sit(2)
+    for text in ("middle", None):  # committed, but chatd was told that it failed
+        store._transact([memory_job(memory.chats.change_message, 1, sent.id, text)])
+    store.seq, store.failure = 3, "SQLITE_IOERR"
+    hub.publish(store._probe())
+    assert [message["type"] for message in seat.received()] == [
+        "message_edited", "message_deleted",
+    ]  # fmt: skip
+    frames = [*seat.outbox.taken, *[entry.frame for entry in hub.tail]]
+    assert not any(b"old text" in data or b"middle" in data for data in frames)
+    assert hub.tail_size == sum(entry.size for entry in hub.tail)
+
+
+def test_after_a_restart_the_tail_shows_messages_as_they_are(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    chat = memory.chat(1, 2)
+    sent = memory.send(chat, 1, "old text").message
+    memory.edit(1, sent.id, "middle")
+    memory.delete(1, sent.id)
+    frames = [entry.frame for entry in memory.hub.tail][-3:]
+    after = memory.again()
+    assert [entry.frame for entry in after.hub.tail] == frames
+    assert not any(b"old text" in frame or b"middle" in frame for frame in frames)
+    assert after.page(2, 2).events[0].frame == frames[0]
+    after.store.close()
+
+
 # --- writing: the transaction --------------------------------------------------------
 
 
@@ -774,7 +1037,7 @@ def test_pages_of_any_length_add_up_to_the_whole_event_log(
         cursor = page.cursor
     assert found == [1, 5, 7, 9]
     assert cursor == memory.hub.head == 10
-    assert memory.page(1, cursor, limit) == ([], 10)
+    assert memory.page(1, cursor, limit) == ([], 10, 10)
 
 
 def test_a_page_is_limited_in_bytes_and_its_cursor_is_its_last_event() -> None:
@@ -796,7 +1059,7 @@ def test_a_complete_page_moves_the_cursor_to_its_upper_bound(memory: Memory) -> 
     memory.chat(3, 4)
     memory.send(chat, 1)
     assert memory.page(1, 1).cursor == 5
-    assert memory.page(9, 0) == ([], 5)
+    assert memory.page(9, 0) == ([], 5, 5)
     full = memory.page(1, 0, limit=2)
     assert ([event.seq for event in full.events], full.cursor) == ([1, 5], 5)
 
@@ -1848,6 +2111,165 @@ def test_an_unreadable_event_fails_its_readers_and_the_next_start(
 def test_reads_fail_after_the_file_was_removed(memory: Memory) -> None:
     memory.settings.db.unlink()
     assert refusal_of(memory.my_chats, 1).code == "storage_failed"
+
+
+# --- what was deleted is gone --------------------------------------------------------
+
+
+LONG = {
+    "short": "Geheimnis!",
+    "in one page": "Geheimnis " * 300,
+    "4000 letters of 4 bytes": "\U0001f600\U0001f601" * 2000,
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("deletes", [True, False])
+def test_a_deleted_text_is_in_no_byte_of_the_files_after_an_erasure(
+    memory: Memory, text: str, deletes: bool
+) -> None:
+    chat, part = memory.chat(1, 2), text[:10].encode()
+    sent = memory.send(chat, 1, text).message
+    assert memory.store._truncate()
+    assert part in memory.store.path.read_bytes()
+    if deletes:
+        memory.delete(1, sent.id)
+    else:
+        memory.edit(1, sent.id, "x")
+    assert part in memory.files()  # until the WAL is truncated
+    assert memory.store._truncate()
+    assert part not in memory.files()
+    assert not chatd.file_bytes(memory.store.wal)
+    memory_is_sound(memory)
+
+
+READER = """
+import sqlite3, sys
+db = sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True, isolation_level=None)
+db.execute("BEGIN")
+print(db.execute("SELECT count(*) FROM message").fetchone(), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_another_process_that_reads_delays_an_erasure_and_nothing_else(
+    memory: Memory,
+) -> None:
+    chat = memory.chat(1, 2)
+    sent = memory.send(chat, 1, "Geheimnis").message
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, str(memory.store.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"(1,)\n"
+        memory.delete(1, sent.id)
+        began = time.monotonic()
+        assert not memory.store._truncate()
+        assert time.monotonic() - began < 2  # it does not wait the usual 5 s
+        assert b"Geheimnis" in memory.files()
+        memory.send(chat, 1, "meanwhile")
+        reader.communicate(b"\n")
+    assert memory.store._truncate()
+    assert b"Geheimnis" not in memory.files()
+    assert memory.store._writer.execute("PRAGMA busy_timeout").fetchone() == (5000,)
+
+
+@with_server()
+async def test_an_idle_server_erases_what_was_deleted_and_writes_no_more(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    await trio.sleep(2)
+    (message,) = await server.post(chat, "Geheimnis", sender=6)
+    await server.command("DELETE", f"/api/v1/messages/{message}")
+    files = (server.store.path, server.store.wal)
+    assert b"Geheimnis" in b"".join(path.read_bytes() for path in files)
+    await trio.sleep(32)
+    assert b"Geheimnis" not in b"".join(path.read_bytes() for path in files)
+    assert not chatd.file_bytes(server.store.wal)
+    times = [path.stat().st_mtime_ns for path in files]
+    await trio.sleep(100)
+    assert [path.stat().st_mtime_ns for path in files] == times
+
+
+@with_server()
+async def test_an_erasure_is_tried_each_second_while_another_process_reads(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    sent = await peer.ask("send_message", chat_id=chat, content="Geheimnis")
+    files = (server.store.path, server.store.wal)
+    uri = f"file:{server.store.path}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as reader:
+        reader.executescript("BEGIN; SELECT * FROM message")
+        assert (await peer.ask("delete_message", message_id=sent["message_id"]))["rev"]
+        await trio.sleep(50)
+        with taking(0):
+            assert (await peer.ask("send_message", chat_id=chat, content="x"))["n"] == 2
+        assert b"Geheimnis" in b"".join(path.read_bytes() for path in files)
+    await trio.sleep(2)
+    assert b"Geheimnis" not in b"".join(path.read_bytes() for path in files)
+
+
+async def test_what_was_deleted_just_before_a_kill_is_gone_soon_after_the_next_start(
+    server: ServerProcess,
+) -> None:
+    def files() -> bytes:
+        paths = (server.db, chatd.wal_of(server.db))
+        return b"".join(path.read_bytes() for path in paths if path.exists())
+
+    async with server.serving():
+        chat = await server.chat(1, 2)
+        message = (await server.post(chat, 1, "Geheimnis"))["id"]
+        await server.want(204, f"DELETE /api/v1/messages/{message}", server.token(1))
+        await server.kill()
+        assert b"Geheimnis" in files()
+        await server.begin()
+        await wait_until(lambda: b"Geheimnis" not in files())
+        (left,) = await server.history(chat, 2)
+        assert (left["content"], left["deleted"]) == ("", True)
+        await server.stop()
+
+
+async def test_readers_of_chatd_itself_delay_no_erasure(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    memory.store._run_sync = trio.to_thread.run_sync
+    chat = memory.chat(1, 2)
+    for _ in range(300):
+        memory.send(chat, 1, "Geheimnis")
+
+    async def search() -> None:
+        while True:
+            await memory.store.read(
+                lambda db: db.execute("SELECT count(*) FROM message a, message b")
+                .fetchall()
+            )  # fmt: skip
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(search)
+        await trio.testing.wait_all_tasks_blocked()
+        for message in range(3, 303):
+            memory.delete(None, message)
+        await memory.store.erase()
+        assert b"Geheimnis" not in memory.files()
+        nursery.cancel_scope.cancel()
+    assert memory.store._read_limiter.total_tokens == chatd.READERS
+    memory.store.close()
+
+
+async def test_an_erasure_that_the_disk_refuses_is_tried_again(memory: Memory) -> None:
+    sent = memory.send(memory.chat(1, 2), 1, "Geheimnis" * 1000).message
+    memory.delete(1, sent.id)
+    with no_file_grows(memory.store.path):
+        await memory.store.erase()
+        assert b"Geheimnis" in memory.files()
+    await memory.store.erase()
+    assert b"Geheimnis" not in memory.files()
+    memory_is_sound(memory)
 
 
 # --- opening -------------------------------------------------------------------------
