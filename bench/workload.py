@@ -7,8 +7,10 @@ import dataclasses
 import json
 import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -503,17 +505,20 @@ def sending(server: Server, plan: Plan, file: Path) -> Result:
 @contextlib.contextmanager
 def searching(server: Server, bearer: str) -> Iterator[None]:
     """Let four clients search without pause."""
-    requests = [get_request(NOWHERE, bearer)]
-    options = {"proto": "http", "conns": 4, "status": 200, "seconds": 3600, "warm": 0}
-    words = load_command(
-        "http", server, write_requests(server.folder, requests), **options
-    )
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            server.call("GET", NOWHERE, None, bearer)
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        try:
+            yield
+        finally:
+            done.set()
+        for each in asking:
+            each.result()
 
 
 WORKLOADS: dict[str, Callable[[Peer, list[str], Plan], Cases]] = {

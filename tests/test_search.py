@@ -28,10 +28,12 @@ def memory(tmp_path: Path) -> Memory:
 def step(
     memory: Memory, user: int, query: str, chat: int | None = None, before: Any = None
 ) -> tuple[list[Message], int | None]:
-    """Search once."""
+    """Take one step of a search."""
     words = json.dumps([chatd.fold(word) for word in query.split()])
-    where = (user, chat, words, before, memory.hub.head)
-    return memory.read(memory.chats.search, *where)
+    texts: list[Message] = []
+    where = (texts, user, chat, words, before, memory.hub.head)
+    stopped = memory.read(memory.chats.search, *where)
+    return texts, stopped
 
 
 def found(memory: Memory, user: int, query: str, chat: int | None = None) -> list[str]:
@@ -161,7 +163,9 @@ def test_only_the_chats_that_one_is_in_are_searched(memory: Memory) -> None:
     assert found(memory, 2, "apple", theirs) == ["apple theirs"]
     assert found(memory, 9, "apple") == []
     for user, chat in ((1, theirs), (9, mine), (1, 99)):
-        refusal = refusal_of(memory.read, memory.chats.search, user, chat, "[]", 1, 9)
+        refusal = refusal_of(
+            memory.read, memory.chats.search, [], user, chat, "[]", 1, 9
+        )
         assert (refusal.code, refusal.status) == ("not_found", 404)
     memory.do(memory.chats.remove_member, mine, 1, 1)
     assert found(memory, 1, "apple") == []
