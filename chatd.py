@@ -84,6 +84,7 @@ the last connection ends, the store and the hub still run and can answer it.
           |- Store.run                  commits, one batch after another
           |- Hub.run                    publishes each batch
           |- Server._sweep              once a second: deadlines, the file, watchdog
+          |- Server._erase              truncates the WAL: what was deleted is gone
           `- Listener.run
              `- connections             (a nursery: ends with its last connection)
                 |- accepting            (a nursery: ends at the first signal)
@@ -367,6 +368,7 @@ class Server:
             nursery.start_soon(self.hub.run, from_store)
             async with trio.open_nursery() as sweeping:
                 sweeping.start_soon(self._sweep)
+                sweeping.start_soon(self._erase)
                 await self.listener.run(sockets)
                 sweeping.cancel_scope.cancel()
             self.store.finish()
@@ -416,6 +418,11 @@ class Server:
                 sick = "; no writing" if self.store.failure else ""
                 state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
                 notify(state, wait_seconds=0)
+
+    async def _erase(self) -> None:
+        """Once a second let the store look whether the WAL is to be truncated."""
+        while True:
+            await trio.sleep(1)
             await self.store.erase()
 
     def retry_after_seconds(self) -> float:

@@ -60,7 +60,12 @@ async def test_each_user_chat_and_message_is_a_line_with_the_fields_of_the_api(
         given = {**lines[2]["chat"]}
         assert given.pop("created_at").endswith("Z")
         assert given == {name: shown[name] for name in given}
-        assert shown.keys() - given.keys() == {"last_message", "read_n", "unread"}
+        assert shown.keys() - given.keys() == {
+            "last_message",
+            "position",
+            "read_n",
+            "unread",
+        }
         assert [line["message"] for line in lines[3:]] == await server.history(chat, 1)
         me = await server.want(200, "GET /api/v1/me", server.token(1))
         assert lines[0]["user"] == me
