@@ -59,12 +59,6 @@ users = itertools.count(1)
 
 
 # A whole server is needed that can edit, so these tests follow its source.
-edits = pytest.mark.skipif(
-    "edit_message" not in (CHECKOUT / "chatd.py").read_text("utf-8"),
-    reason="chatd.py cannot edit messages",
-)
-
-
 def until(condition: Callable[[], bool]) -> None:
     """Wait for what no page reports. Routes run only while a test calls Playwright."""
     deadline = time.monotonic() + WAIT_SECONDS
@@ -3072,7 +3066,6 @@ def test_after_a_resync_the_page_shows_no_message_from_before(
     expect(bubbles(page)).to_have_count(60)
 
 
-@edits
 def test_an_edit_and_a_deletion_reach_each_page(
     server: Server, site: Site, chromium: Chromium
 ) -> None:
@@ -3110,7 +3103,6 @@ IMPORT = """async (token) => {
 }"""
 
 
-@edits
 def test_each_method_works_against_the_server(
     make_server: Callable[..., Server], chromium: Chromium
 ) -> None:
@@ -3282,7 +3274,6 @@ def test_the_page_of_1_0_ignores_new_events(
     expect(bubbles(page)).to_have_text(["Hello", "Hello"])  # the last one counts
 
 
-@edits
 def test_the_page_of_1_0_works_while_others_edit_and_delete(
     server_1_0: Server, chromium: Chromium
 ) -> None:
