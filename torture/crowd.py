@@ -41,6 +41,8 @@ from harness import (
 # These exceptions end one attempt, and the client tries again.
 RETRIED = (*DISCONNECTED, trio.ClosedResourceError, trio.TooSlowError)
 
+WAYS = ("before", "after", "around")  # to ask for a page of history
+
 
 class Composed(NamedTuple):
     """A message that a sender was about to send, and its place among all messages."""
@@ -373,20 +375,17 @@ class Crowd:
         while self.running:
             chat_id = rng.choice([*own, self.large_chat])
             path = f"/api/v1/chats/{chat_id}/messages?limit={rng.choice((1, 20, 100))}"
-            newest = max(reader.held, default=1)
+            held = [m["id"] for m in reader.held.values() if m["chat_id"] == chat_id]
             with contextlib.suppress(*RETRIED), trio.fail_after(30):
                 match rng.randrange(5):
-                    case 0:
-                        way, at = (
-                            rng.choice(("before", "after")),
-                            rng.randint(1, newest),
-                        )
+                    case 0 if held:
+                        way, at = rng.choice(WAYS), rng.choice(held)
                         await reader.load(f"{path}&{way}={at}")
                     case 1:
                         await reader.load(f"/api/v1/search?q={MARK}")
                     case 2:
                         words = rng.choice((MARK.lower(), f"{rng.randrange(99)}"))
-                        at = rng.randint(1, newest)
+                        at = rng.randint(1, max(reader.held, default=1))
                         await reader.load(f"/api/v1/search?q={words}&before={at}")
                     case _:
                         await reader.load(path)
