@@ -378,7 +378,12 @@ class BlockingConnection:
     """One connection with blocking calls, because hypothesis calls plain functions."""
 
     def __init__(self, port: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.port = port
+        self.connect()
+
+    def connect(self) -> None:
+        """Connect, or connect again."""
+        self.sock = socket.create_connection(("127.0.0.1", self.port), timeout=10)
         self.data = b""
 
     def read(self, size_of: Callable[[bytes], int]) -> bytes:
@@ -391,12 +396,18 @@ class BlockingConnection:
         return first
 
     def request(self, data: bytes) -> tuple[int, Any]:
-        """Send a request; return the status and the body of the answer."""
+        """Send a request; return the status and the body of the answer.
+
+        If chatd says that it ends the connection, the next request has a new one.
+        """
         self.sock.sendall(data)
         head = self.read(size_of_head)
         found = re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", head)
         size = int(found[1]) if found else 0
         body = self.read(lambda data: size * (len(data) >= size)) if size else b"{}"
+        if b"connection: close" in head.lower():
+            self.sock.close()
+            self.connect()
         return int(head[9:12]), json.loads(body)
 
     def receive(self) -> dict[str, Any]:
