@@ -1045,16 +1045,18 @@ async def try_bodies(target: Target) -> None:
     token, chat = target.chatd.token(user), await make_chat(target.chatd, [user])
     own = await post_message(Http(target.chatd), chat, text(), user)
     before = (await http(target.chatd, "GET", "/api/v1/chats", token)).json["chats"]
-    async with RawConnection.open(target.chatd.port) as raw:
-        for name, path, body, status in broken_bodies(chat, own, target.newest):
-            async with target.attacked(f"a body: {name}"):
-                length = f"Content-Length: {len(body)}"
-                method, _, where = path.rpartition(" ")
-                lines = (HOST, f"Authorization: Bearer {token}", length)
-                await raw.send(request(method or "POST", where, *lines, body=body))
-                replies = await raw.replies()
-                got = [reply.status for reply in replies]
-                assert got == [status], f"answered {replies}, not {status}"
+    for name, path, body, status in broken_bodies(chat, own, target.newest):
+        method, _, where = path.rpartition(" ")
+        length = f"Content-Length: {len(body)}"
+        lines = (HOST, f"Authorization: Bearer {token}", length)
+        async with (
+            target.attacked(f"a body: {name}"),
+            RawConnection.open(target.chatd.port) as raw,
+        ):
+            await raw.send(request(method or "POST", where, *lines, body=body))
+            replies = await raw.replies()
+            got = [reply.status for reply in replies]
+            assert got == [status], f"answered {replies}, not {status}"
     after = (await http(target.chatd, "GET", "/api/v1/chats", token)).json["chats"]
     assert after == before, f"a refused request has changed the chats: {after}"
     await target.cleaned_up("broken bodies")

@@ -120,7 +120,7 @@ class Trial:
                         content = client.sent[frame["client_id"]]["content"]
                         self.sent(frame["chat_id"], frame["message_id"], content)
                         own.append(frame["message_id"])
-                await trio.sleep(rng.expovariate(1 / 0.05))
+                await trio.sleep(rng.expovariate(1 / 0.02))
 
     async def post(self, user_id: int, rng: random.Random) -> None:
         """Send, edit and delete over HTTP."""
@@ -142,7 +142,7 @@ class Trial:
                 reply = await connection.request("PATCH", path, token, body)
             assert reply.status in (200, 204), f"a change was answered {reply.status}"
             self.changed(message_id, changed)
-            await trio.sleep(rng.expovariate(1 / 0.05))
+            await trio.sleep(rng.expovariate(1 / 0.02))
         await connection.aclose()
 
     # --- those who read ---
