@@ -19,7 +19,8 @@ An ack means the message is on disk. A client that keeps its cursor sees every e
 its chats exactly once and in order: over the socket, over the poll, or over any mix of
 the two, across lost connections and server restarts. A client that missed too much is
 told so (`resync`). Its chats are those that it is a member of when it reads; of a chat
-that it was removed from it sees the removal. Only typing is best effort.
+that it was removed from it sees the removal. Only typing is best effort. What was
+deleted is gone: from the database, from every replay, from search.
 
 ONE IDEA
 
@@ -97,14 +98,15 @@ the last connection ends, the store and the hub still run and can answer it.
 
 THREADS
 
-There are worker threads, and no thread lock. One thread at a time writes: `_write` has
-a limiter of 1, and Store.run waits for it. That thread uses the writer's connection,
-`seq`, `failure` and the commit times; while it runs, the main thread only reads these.
-A cancelled Store.run still waits for it: the thread always finishes its transaction.
-At most 4 threads read, each with a connection of its own. All threads share the list of
-idle connections (`append` and `pop` are atomic), the JSON encoder, the cache of
-`timestamp`, and the counts in Stats, where one may be lost; nothing is decided by them.
-The GIL makes that safe. Tasks, seats and outboxes are the main thread's alone.
+There are worker threads, and no thread lock. One thread at a time writes: there is a
+limiter of 1, and Store.run, or Store.erase, waits for it. That thread uses the writer's
+connection, `seq`, `failure` and the commit times; while it runs, the main thread only
+reads these. A cancelled Store.run still waits for it: the thread always finishes its
+transaction. At most 4 threads read, each with a connection of its own. All threads
+share the list of idle connections (`append` and `pop` are atomic), the JSON encoder,
+the cache of `timestamp`, and the counts in Stats, where one may be lost; nothing is
+decided by them. The GIL makes that safe. Tasks, seats and outboxes are the main
+thread's alone.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
 `Listener._connection`). One in Store.run, Hub.run, the sweeper or a listening task ends
@@ -187,7 +189,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import (
     Awaitable,
     Callable,
@@ -198,7 +200,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache, partial
 from logging import DEBUG, ERROR, INFO, WARNING
 from pathlib import Path
@@ -222,6 +224,7 @@ import wsproto
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from msgspec.structs import astuple, replace
 from trio_websocket import WebSocketConnection
 from wsproto.connection import Connection, ConnectionState, ConnectionType
 from wsproto.frame_protocol import FrameProtocol
@@ -259,14 +262,11 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
 
         make_secret(secret_path(settings))
         keyring = read_keyring(settings)
-        store = Store(settings)
-        try:
+        about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
+        about |= keyring.about()
+        with closing(Store(settings)) as store:
             server = Server(store, keyring)
-            about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
-            about |= keyring.about()
             trio.run(run_root, server.listener, server.run, about, listening)
-        finally:
-            store.close()
 
 
 async def run_root(
@@ -287,7 +287,7 @@ async def run_root(
         await root.start(watch_signals, listener, root.cancel_scope)
         sockets = await open_listeners(settings.listen)
         async with trio.open_nursery() as serving:
-            await serving.start(run, sockets)
+            serving.start_soon(run, sockets)
             # All objects that exist now stay to the end: nothing to collect there.
             gc.collect()
             gc.freeze()
@@ -348,28 +348,26 @@ class Server:
         self.sends = bucket_table(settings.sends)
         self.typing = bucket_table(settings.typing)
         self.requests = bucket_table(settings.requests)
+        self.joins = Bucket(Rate(1, 50))  # of all addresses
         self.names: dict[int, tuple[int, str]] = {}  # the newest: its time, the name
+        # A user to be forgotten: up to which id there are no messages of that user.
+        self.walked: Counter[int] = Counter()
         self.sessions: set[Session] = set()
         self.listener = Listener(
             settings, self.stats, self.sessions, partial(answer_request, self)
         )
 
-    async def run(  # noqa: ASYNC114, ASYNC128 (the listener says `started`)
-        self,
-        sockets: Sequence[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
+    async def run(self, sockets: Sequence[trio.SocketListener]) -> None:
         """Serve until the listener stops. Store and hub outlive the connections."""
         # Without a buffer: at most one batch is committed and not yet published.
         to_hub, from_store = trio.open_memory_channel[Batch](0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run, to_hub)
             nursery.start_soon(self.hub.run, from_store)
-            sweeping = trio.CancelScope()
-            nursery.start_soon(self._sweep, sweeping)
-            await self.listener.run(sockets, task_status=task_status)
-            sweeping.cancel()
+            async with trio.open_nursery() as sweeping:
+                sweeping.start_soon(self._sweep)
+                await self.listener.run(sockets)
+                sweeping.cancel_scope.cancel()
             self.store.finish()
 
     async def serve_socket(
@@ -395,29 +393,29 @@ class Server:
                 outbox.sealed = True  # nothing is written once the stream is closed
                 cut()
 
-    async def _sweep(self, sweeping: trio.CancelScope) -> None:
+    async def _sweep(self) -> None:
         """Once a second check deadlines and the database file; feed the watchdog."""
-        with sweeping:
-            while True:
-                await trio.sleep(1)
-                now, since = trio.current_time(), self.store.writing_since
-                if since is None:  # while a commit runs, its thread checks
-                    with suppress(OSError):  # the disk fails: see Store
-                        self.store.check_file()
-                for session in list(self.sessions):
-                    seat = session.seat
-                    why = seat.sweep(now)
-                    if why is None:
-                        # A clock that was stepped forward ends the token, too.
-                        left = session.claims.ends - time.time()
-                        seat.sweep_token(min(left, session.token_ends - now))
-                        continue
-                    self.stats.stalls += why == "stalled"
-                    session.end(CUT, why)
-                if since is None or now - since < COMMIT_SECONDS:
-                    sick = "; no writing" if self.store.failure else ""
-                    state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
-                    notify(state, wait_seconds=0)
+        while True:
+            await trio.sleep(1)
+            now, since = trio.current_time(), self.store.writing_since
+            if since is None:  # while a commit runs, its thread checks
+                with suppress(OSError):  # the disk fails: see Store
+                    self.store.check_file()
+            for session in list(self.sessions):
+                seat = session.seat
+                why = seat.sweep(now)
+                if why is None:
+                    # A clock that was stepped forward ends the token, too.
+                    left = session.claims.ends - time.time()
+                    seat.sweep_token(min(left, session.token_ends - now))
+                    continue
+                self.stats.stalls += why == "stalled"
+                session.end(CUT, why)
+            if since is None or now - since < COMMIT_SECONDS:
+                sick = "; no writing" if self.store.failure else ""
+                state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
+                notify(state, wait_seconds=0)
+            await self.store.erase()
 
     def retry_after_seconds(self) -> float:
         """Spread reconnecting clients: 500 a second, none in the first half second."""
@@ -474,12 +472,7 @@ class Listener:
         self.warnings = bucket_table(Rate(0.1, 1))  # log lines of `warn`, by their verb
         self.bugs = Bucket(Rate(1, 10))  # log lines about bugs of chatd
 
-    async def run(  # noqa: ASYNC114 (only ever given to nursery.start)
-        self,
-        sockets: Sequence[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
+    async def run(self, sockets: Sequence[trio.SocketListener]) -> None:
         """Serve until `stopping` is set; then end every connection, and return.
 
         Owns the listening sockets.
@@ -488,7 +481,6 @@ class Listener:
             async with trio.open_nursery() as accepting:
                 for listener in sockets:
                     accepting.start_soon(self._accept, listener, connections)
-                task_status.started()
                 await self.stopping.wait()
                 accepting.cancel_scope.cancel()
             deadline = trio.current_time() + self.settings.drain_seconds
@@ -598,7 +590,7 @@ class Listener:
 
 
 class ClientFault(Exception):
-    """A client broke the protocol or a limit. args: the close code and the reason."""
+    """A client closed, or broke a limit or the protocol. args: close code, reason."""
 
 
 class WebSocketReader(WebSocketConnection):
@@ -609,25 +601,21 @@ class WebSocketReader(WebSocketConnection):
     not answer a protocol error. It hands each message to a second task through a queue.
     Here its reader task handles the message itself. That took a message in a two-person
     chat from 160 us to 105 us and an idle connection from 31 KB to 18 KB, and while a
-    command waits, nothing is read.
+    command waits, nothing is read. The library only reads: Outbox writes.
 
     It replaces private methods, so the library's version is pinned. Each replacement
     has a test.
     """
 
-    # fmt: off
-    # With more than 30 attributes instances no longer share the keys of their dicts,
-    # which costs 1.2 KB for each.
-    __slots__ = ("_bytes", "_fragments", "_most_bytes", "_most_fragments",
-                 "_on_message", "_outbox", "_parts")
-    # fmt: on
-
-    # The library gives each connection its own; that would be 3 KB. Here no task waits
-    # for a handshake, a pong or a message, and only one sends, so all share these.
-    _unused_channel = trio.open_memory_channel[str | bytes](0)
-    _unused_event = trio.Event()
-    _unused_pings: ClassVar[OrderedDict[bytes, trio.Event]] = OrderedDict()
-    _unused_lock = nullcontext()
+    # What the library's reader task uses; a test compares. The library's own __init__
+    # would add 3 KB to each connection for handshakes, pings and tasks that wait.
+    _id = 0
+    _initial_request = None
+    _close_reason = None
+    _reader_running = True
+    _receive_buffer_size = 8192
+    _send_channel, _recv_channel = trio.open_memory_channel[str | bytes](0)
+    _close_handshake = trio.Event()
 
     def __init__(
         self,
@@ -637,27 +625,14 @@ class WebSocketReader(WebSocketConnection):
         on_message: Callable[[str | bytes], Awaitable[None]],
     ) -> None:
         # The handshake is over: wsproto starts open, with the bytes that followed it.
-        opened = Connection(ConnectionType.SERVER, trailing_data=trailing)
-        super().__init__(
-            outbox,
-            opened,  # type: ignore[arg-type]  # the open half of a WSConnection
-            message_queue_size=0,
-            max_message_size=sys.maxsize,  # _handle_message_event counts bytes itself
-            receive_buffer_size=8192,
-        )
-        self._connection_proposal = None
-        self._send_channel, self._recv_channel = self._unused_channel
-        self._open_handshake = self._close_handshake = self._unused_event
-        self._for_testing_peer_closed_connection = self._unused_event
-        self._pings = self._unused_pings
-        self._stream_lock = self._unused_lock  # type: ignore[assignment]
+        self._wsproto: Any = Connection(ConnectionType.SERVER, trailing_data=trailing)
+        self._stream: Any = outbox  # the library only reads from it
         self._outbox = outbox
         self._on_message = on_message
-        self._most_bytes = settings.max_message_bytes
+        self._max_message_size = settings.max_message_bytes
         self._most_fragments = settings.fragments
-        self._parts: list[Any] = []
-        self._bytes = 0
-        self._fragments = 0
+        self._message_parts: list[Any] = []
+        self._message_size = self._fragments = 0
 
     async def read(self) -> None:
         """Read and handle messages until the connection ends. Raises ClientFault."""
@@ -674,28 +649,30 @@ class WebSocketReader(WebSocketConnection):
         self, event: wsproto.events.CloseConnection
     ) -> None:
         # wsproto reports a protocol error as a close too, but then stays open.
-        if self._wsproto.state is ConnectionState.OPEN:
-            raise ClientFault(int(event.code), event.reason or "")
-        await super()._handle_close_connection_event(event)
+        if self._wsproto.state is not ConnectionState.OPEN:
+            self._outbox.seal(bytes(_frames.close(event.code, event.reason)))
+        raise ClientFault(event.code, event.reason or "")
 
     async def _handle_message_event(
         self, event: wsproto.events.BytesMessage | wsproto.events.TextMessage
     ) -> None:
         self._outbox.charge()
         data = event.data
-        self._bytes += len(data.encode() if isinstance(data, str) else data)
+        self._message_size += len(data.encode() if isinstance(data, str) else data)
         self._fragments += event.frame_finished
-        if self._bytes > self._most_bytes:
-            raise ClientFault(CLOSE_TOO_BIG, f"more than {self._most_bytes} bytes")
+        if self._message_size > self._max_message_size:
+            raise ClientFault(
+                CLOSE_TOO_BIG, f"more than {self._max_message_size} bytes"
+            )
         if self._fragments > self._most_fragments:
             raise ClientFault(
                 CLOSE_TOO_BIG, f"more than {self._most_fragments} fragments"
             )
-        self._parts.append(data)
+        self._message_parts.append(data)
         if not event.message_finished:
             return
-        parts, self._parts = self._parts, []
-        self._bytes = self._fragments = 0
+        parts, self._message_parts = self._message_parts, []
+        self._message_size = self._fragments = 0
         message = "".join(parts) if isinstance(data, str) else b"".join(parts)
         try:
             await self._on_message(message)
@@ -822,6 +799,7 @@ class Session:
             resume=resume,
             expires_in=self.claims.expires_in(),
             chats=greeting.marks,
+            more_chats=len(greeting.marks) < len(greeting.joined),
         )
         self._answer(text_frame(connected))
         self.seat.warned = False
@@ -897,6 +875,10 @@ class Session:
         match command:
             case SendMessage():
                 await self._send(command)
+            case EditMessage():
+                await self._change(command, command.content, command.if_rev)
+            case DeleteMessage():
+                await self._change(command)
             case Typing():
                 self._type(command)
             case MarkRead():
@@ -954,6 +936,21 @@ class Session:
         await self._submit(
             command, reply, server.store.send_message, send, self.claims.service
         )
+
+    async def _change(
+        self, command: EditMessage | DeleteMessage, *new: str | int | None
+    ) -> None:
+        """Edit a message, with a new content and an if_rev, or delete it."""
+        by = None if self.claims.service else self.claims.user_id
+        charge_change(self.server, self.claims)
+
+        def reply(message: Message) -> Reply:
+            rev, chat_id = message.rev or message.id, message.chat_id
+            ack = Ack(command.ref, message_id=message.id, chat_id=chat_id, rev=rev)
+            return Reply(text_frame(ack), rev)
+
+        what = (by, command.message_id, *new)
+        await self._submit(command, reply, self.server.chats.change_message, *what)
 
     async def _mark_read(self, command: MarkRead) -> None:
         ack = text_frame(Ack(ref=command.ref))
@@ -1044,7 +1041,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
 
 
 class MessageEvent(Event, frozen=True):
-    """An event that quotes a message: as it is when the event is read."""
+    """An event that quotes a message: as it is when the event is sent."""
 
     message: Message
 
@@ -1052,8 +1049,9 @@ class MessageEvent(Event, frozen=True):
 class ChatEvent(Event, frozen=True):
     """An event that shows its `to_user` the chat.
 
-    From the tail it is the chat as of the event's commit; from the event log the chat
-    as it is then, and nothing of it for a user who has left since.
+    From the tail it is the chat as of the event's commit, but for a change of its last
+    message; from the event log the chat as it is then, and nothing of it for a user who
+    has left since.
     """
 
     chat: Chat
@@ -1140,7 +1138,8 @@ class Entry(msgspec.Struct, eq=False):
     to_chat: bool = False
     seq: int = 0
     chat_id: int = 0
-    size: int = 256  # about how many bytes of memory it takes in the tail
+    quotes: int = 0  # the id of the message that it shows
+    size: int = 0  # about how many bytes of memory it takes in the tail
     built: bytes | None = None
 
     def __post_init__(self) -> None:
@@ -1148,11 +1147,14 @@ class Entry(msgspec.Struct, eq=False):
         event = self.event
         self.seq, self.chat_id = event.seq, event.chat_id
         if isinstance(event, MessageEvent):
+            self.quotes = event.message.id
             # A text that is not ASCII is held three times: as str, as its UTF-8, and
             # in the frame.
-            self.size += 3 * len(event.message.content.encode())
-        else:
-            self.size += len(encode(event))
+            self.size = 256 + 3 * len(event.message.content.encode())
+            return
+        self.size = 256 + len(encode(event))
+        if isinstance(event, ChatEvent) and event.chat.last_message:
+            self.quotes = event.chat.last_message.id
 
     @property
     def kind(self) -> str:
@@ -1186,7 +1188,7 @@ class Send(NamedTuple):
     client_id: str | None = None
 
 
-class Sent(NamedTuple):
+class Sent(msgspec.Struct, frozen=True):
     """The result of a send. The message's id is its event's seq."""
 
     message: Message
@@ -1205,7 +1207,8 @@ class Marked(NamedTuple):
 class Greeting(NamedTuple):
     """The state a socket begins with: chat -> joined_seq, marks, missed events.
 
-    missed is None if there are too many to replay.
+    marks has only the newest chats if there are many. missed is None if there are too
+    many to replay.
     """
 
     joined: dict[int, int]
@@ -1214,10 +1217,31 @@ class Greeting(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A page of the event log: all events that one user sees in (start, cursor]."""
+    """A page of the event log: all events that a reader sees in (start, cursor].
+
+    It was read when all events up to `upto` were published.
+    """
 
     events: Entries
     cursor: int
+    upto: int
+
+
+def page_of(
+    entries: Iterable[Entry], settings: Settings, upto: int, limit: int = MAX_ID
+) -> Page:
+    """Make a page of the first of these entries, about 128 KiB.
+
+    A page that is not cut short by its limits moves the cursor to upto.
+    """
+    events: Entries = []
+    size = 0
+    for entry in entries:
+        events.append(entry)
+        size += entry.size
+        if size >= settings.page_bytes or len(events) >= limit:
+            return Page(events, entry.seq, upto)
+    return Page(events, upto, upto)
 
 
 class Reply(NamedTuple):
@@ -1293,10 +1317,11 @@ VISIBLE = f"""
 """
 COUNT_VISIBLE = f"SELECT count(*) FROM ({VISIBLE} LIMIT :limit)"
 
-MESSAGE_COLUMNS = (
-    "m.id, m.chat_id, m.sender_id, m.content, m.created_at, m.n, m.client_id, "
-    "m.rev, m.edited_at, m.deleted"
-)
+MESSAGE_COLUMNS = """
+    m.id, m.chat_id, m.sender_id, m.content,
+    strftime('%Y-%m-%dT%H:%M:%SZ', m.created_at, 'unixepoch'), m.n, m.client_id, m.rev,
+    strftime('%Y-%m-%dT%H:%M:%SZ', m.edited_at, 'unixepoch'), m.deleted
+"""
 MESSAGES = f"SELECT {MESSAGE_COLUMNS} FROM message m"
 
 EVENTS = f"""
@@ -1308,8 +1333,39 @@ EVENTS = f"""
 
 PAGE = f"""{EVENTS} WHERE e.seq IN
     (SELECT seq FROM ({VISIBLE}) ORDER BY seq LIMIT :limit) ORDER BY e.seq"""
+FEED = f"""{EVENTS} WHERE e.seq > :cursor AND e.seq <= :upto
+    ORDER BY e.seq LIMIT :limit"""
+
+# The chats of a user ?1 as of ?2, the one with the newest message first. A chat without
+# one since the user joined is as new as that. No two chats share the seq `active`.
+NEWEST_FIRST = """
+    SELECT b.chat_id, b.joined_seq, coalesce(m.n, 0) AS last_n,
+           min(b.read_n, coalesce(m.n, 0)) AS read_n,
+           max(b.joined_seq, coalesce(m.id, 0)) AS active
+    FROM member b LEFT JOIN message m ON m.id = (
+        SELECT id FROM message WHERE chat_id = b.chat_id AND id <= ?2
+        ORDER BY n DESC LIMIT 1)
+    WHERE b.user_id = ?1 AND b.joined_seq <= ?2
+    ORDER BY active DESC
+"""
+
 REVOKED = "SELECT id, revoked_at FROM user WHERE revoked_at IS NOT NULL"
 IS_MEMBER = "SELECT 1 FROM member WHERE chat_id = ? AND user_id = ?"
+# A read mark that a user, ?1, moves up to a message, ?2: the chat and the message's n;
+# the message before the next one of another sender, or NULL if the mark does not move;
+# and whether the chat has more than ?3 members.
+MARK = """
+    SELECT m.chat_id, m.n, last.n, last.id,
+           (SELECT 1 FROM member WHERE chat_id = m.chat_id LIMIT 1 OFFSET ?3)
+    FROM message m JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?1
+    LEFT JOIN message last ON last.chat_id = m.chat_id AND last.n = CASE
+        WHEN m.n > b.read_n THEN coalesce((
+            SELECT n - 1 FROM message
+            WHERE chat_id = m.chat_id AND n > m.n AND sender_id != ?1
+            ORDER BY n LIMIT 1), (SELECT max(n) FROM message WHERE chat_id = m.chat_id))
+        END
+    WHERE m.id = ?2
+"""
 SET_READ_N = "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?"
 APPLICATION_ID = 0x63686174  # "chat": says whose file this is
 
@@ -1320,6 +1376,10 @@ def outcome_of(outcome: T | Refusal) -> T:
         raise outcome
     return outcome
 
+
+# Chats, and bytes of them, in `connected`: so no frame exceeds 32 KiB. The newest ones.
+GREETING_CHATS = 500
+GREETING_BYTES = 24_576
 
 PROBE_SECONDS = 2.0  # between two probes of a disk that failed
 READERS = 4  # threads that read at once
@@ -1348,6 +1408,7 @@ class Store:
         self.path = settings.db
         self.wal = wal_of(self.path)
         self.failure = ""  # why writes are refused: a code of SQLite
+        self.erase_at = 0.0  # when the WAL is to be truncated
         self.writing_since: float | None = None  # of the commit under way
         self._run_sync = run_sync
         self._idle_readers: list[Db] = []
@@ -1457,6 +1518,21 @@ class Store:
             self.writing_since = None
         return batch
 
+    async def erase(self) -> None:
+        """Truncate the WAL, when it is time: it has texts that were deleted since.
+
+        That needs a moment without readers. chatd's own wait, for at most a second;
+        while another process reads, each call tries again.
+        """
+        if trio.current_time() < self.erase_at:
+            return
+        self._read_limiter.total_tokens = 1
+        with trio.move_on_after(1):
+            async with self._read_limiter:
+                if await self._run_sync(self._truncate, limiter=self._write_limiter):
+                    self.erase_at = trio.current_time() + self.settings.erase_seconds
+        self._read_limiter.total_tokens = READERS
+
     async def _heal(self, to_hub: trio.MemorySendChannel[Batch]) -> None:
         """After a failure: refuse jobs for 2 s, then try to write again."""
         deadline = trio.current_time() + PROBE_SECONDS
@@ -1541,6 +1617,16 @@ class Store:
         with suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
+
+    def _truncate(self) -> bool:
+        """Fold the WAL into the file and empty it. False: another process reads it."""
+        db, busy = self._writer, 1
+        db.execute("PRAGMA busy_timeout = 0")  # no message waits for that process
+        with suppress(sqlite3.Error, OSError):  # the disk fails: tried again
+            sql = "PRAGMA wal_checkpoint(TRUNCATE)"
+            busy = file_bytes(self.wal) and query_value(db, sql)  # idle: no write
+        db.execute("PRAGMA busy_timeout = 5000")
+        return not busy
 
     def _probe(self) -> Batch:
         """Write as much as a message needs; then publish events that are unpublished.
@@ -1676,7 +1762,9 @@ class Store:
         if row is None:
             return None
         message = message_of(row)
-        if (message.chat_id, message.content) != (send.chat_id, send.content):
+        # What was changed is not compared.
+        same = (message.chat_id, message.content) == (send.chat_id, send.content)
+        if not (same or message.rev):
             raise Refusal("idempotency_mismatch")
         return Sent(message, duplicate=True)
 
@@ -1688,35 +1776,20 @@ class Store:
         It also moves over the user's own messages that follow: those that a service
         has sent.
         """
-        row = db.execute(
-            """SELECT m.chat_id, m.n, b.read_n FROM message m
-               JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?
-               WHERE m.id = ?""",
-            (user_id, message_id),
-        ).fetchone()
+        which = (user_id, message_id, self.settings.large_chat)
+        row = db.execute(MARK, which).fetchone()
         if row is None:
             raise Refusal("not_found", "message_id: there is no such message for you")
-        chat_id, n, read_n = row
-        if n <= read_n:
+        chat_id, n, last_n, last_id, large = row
+        if last_n is None:
             return Marked(message_id, chat_id, n, 0)
-        # The message before the next one of another sender.
-        message_id, n = db.execute(
-            """SELECT id, n FROM message WHERE chat_id = ?1 AND n < coalesce((
-                   SELECT n FROM message
-                   WHERE chat_id = ?1 AND n > ?2 AND sender_id != ?3
-                   ORDER BY n LIMIT 1), 1 << 62)
-               ORDER BY n DESC LIMIT 1""",
-            (chat_id, n, user_id),
-        ).fetchone()
-        db.execute(SET_READ_N, (n, chat_id, user_id))
-        # Every mark to every member costs members squared: in a large chat, too much.
-        sql = "SELECT 1 FROM member WHERE chat_id = ? LIMIT 1 OFFSET ?"
-        large = query_value(db, sql, chat_id, self.settings.large_chat)
+        db.execute(SET_READ_N, (last_n, chat_id, user_id))
         seq = self.next_seq(events)
-        event = MessageRead(seq, chat_id, message_id, user_id, n)
+        event = MessageRead(seq, chat_id, last_id, user_id, last_n)
+        # Every mark to every member costs members squared: in a large chat, too much.
         entry = Entry(event, user_id) if large else Entry(event, to_chat=True)
         self.record(db, events, entry)
-        return Marked(message_id, chat_id, n, seq)
+        return Marked(last_id, chat_id, last_n, seq)
 
     # --- reading ---------------------------------------------------------------------
     # Methods that take a db run in a reader's thread, in one read transaction. `upto`
@@ -1755,16 +1828,12 @@ class Store:
 
     def greeting(self, db: Db, user_id: int, upto: int, cursor: int) -> Greeting:
         """Read a user's chats as of upto, and count the events missed since cursor."""
-        rows = db.execute(
-            """SELECT b.chat_id, b.joined_seq, b.read_n, coalesce((
-                   SELECT n FROM message m WHERE m.chat_id = b.chat_id AND m.id <= ?2
-                   ORDER BY n DESC LIMIT 1), 0)
-               FROM member b WHERE b.user_id = ?1 AND b.joined_seq <= ?2""",
-            (user_id, upto),
-        ).fetchall()
-        marks = {str(row[0]): Marks(row[3], min(row[2], row[3])) for row in rows}
-        joined = {row[0]: row[1] for row in rows}
-        return Greeting(joined, marks, self.missed(db, user_id, cursor, upto))
+        rows = db.execute(NEWEST_FIRST, (user_id, upto)).fetchall()
+        marks = {str(row[0]): Marks(*row[2:4]) for row in rows[:GREETING_CHATS]}
+        while len(encode(marks)) > GREETING_BYTES:
+            marks.popitem()
+        missed = self.missed(db, user_id, cursor, upto)
+        return Greeting(dict(row[:2] for row in rows), marks, missed)
 
     def missed(self, db: Db, user_id: int, cursor: int, upto: int) -> int | None:
         """Count a user's events in (cursor, upto]. None: too many to replay."""
@@ -1776,22 +1845,17 @@ class Store:
         return None if count >= limit else count
 
     def events_after(
-        self, db: Db, user_id: int, cursor: int, upto: int, limit: int
+        self, db: Db, user_id: int | None, cursor: int, upto: int, limit: int
     ) -> Page:
-        """Read a user's events in (cursor, upto], at most limit, about 128 KiB.
+        """Read a page of a user's events in (cursor, upto], at most limit.
 
-        This one query serves the poll, the resume and the slow reader. A page that is
-        not cut short by its limits moves the cursor to upto.
+        This one query serves the poll, the resume and the slow reader. Without a user
+        it reads everybody's: the feed.
         """
         bounds = {"user": user_id, "cursor": cursor, "upto": upto, "limit": limit}
-        events: Entries = []
-        size = 0
-        for row in db.execute(PAGE, bounds):
-            events.append(self._entry(db, row, upto))
-            size += events[-1].size
-            if size >= self.settings.page_bytes or len(events) >= limit:
-                return Page(events, events[-1].seq)
-        return Page(events, max(cursor, upto))
+        rows = db.execute(PAGE if user_id else FEED, bounds)
+        entries = (self._entry(db, row, upto) for row in rows)
+        return page_of(entries, self.settings, upto, limit)
 
     def _above(self, db: Db, seq: int) -> Entries:
         """Read the whole event log above seq."""
@@ -1834,7 +1898,9 @@ class Store:
             if issubclass(cls, MessageEvent):
                 joined = (message_of(message),)
             elif issubclass(cls, ChatEvent):
-                joined = (read_chat(db, chat_id, upto, to_user),)
+                joined = (Chat(chat_id, None, [], 0, None, False, None, 0),)
+                with suppress(Refusal):  # the user has left since
+                    joined = (read_chat(db, chat_id, upto, to_user),)
             elif issubclass(cls, UserEvent):
                 joined = (user_id, name)
             event = cls(seq, chat_id, *joined, **msgspec.json.decode(body or "{}"))
@@ -1847,20 +1913,7 @@ class Store:
 
 def message_of(row: Sequence[Any]) -> Message:
     """Make the message of a row of MESSAGE_COLUMNS."""
-    message_id, chat_id, sender_id, content, created_at, *rest = row
-    n, client_id, rev, edited_at, deleted = rest
-    return Message(
-        message_id,
-        chat_id,
-        sender_id,
-        content,
-        timestamp(created_at),
-        n,
-        client_id,
-        rev,
-        edited_at and timestamp(edited_at),
-        bool(deleted),
-    )
+    return Message(*row[:-1], *map(bool, row[-1:]))
 
 
 # =====================================================================================
@@ -2119,11 +2172,20 @@ class Hub:
                 seat.reply(reply)
 
     def _append(self, events: Entries) -> None:
+        """Append to the tail. What it shows of a message that changes is renewed."""
         for entry in events:
             self.stats.events[entry.kind] += 1
             self.tail_size += entry.size
         self.tail += events
         self.head += len(events)
+        if changed := changes(events):
+            # An event shows no message that is younger than itself.
+            for entry in self.since(min(changed) - 1):
+                if entry.quotes in changed:
+                    self.tail_size -= entry.size
+                    entry.event, entry.built = renewed(entry.event, changed), None
+                    entry.__post_init__()
+                    self.tail_size += entry.size
         most, most_bytes = self.settings.tail_events, self.settings.tail_bytes
         while len(self.tail) > most or self.tail_size > most_bytes:
             self.tail_size -= self.tail.popleft().size
@@ -2164,22 +2226,24 @@ class Hub:
         """Is everything after this cursor still in memory?"""
         return cursor >= self.head - len(self.tail)
 
-    def since(self, seq: int) -> Iterator[Entry]:
-        """Walk the published events above seq, as far as they are in the tail."""
-        start = max(0, seq - (self.head - len(self.tail)))
-        return itertools.islice(self.tail, start, None)
+    def since(self, seq: int) -> Entries:
+        """Return the published events above seq, as far as they are in the tail."""
+        newest_first = itertools.islice(reversed(self.tail), self.head - seq)
+        return [*newest_first][::-1]
 
-    def correct(self, messages: Iterable[Message], upto: int) -> list[Message]:
-        """Return messages that were read as of upto, as they are now.
+    def correct(self, shown: Iterable[T], upto: int) -> list[T]:
+        """Return messages, or what shows them, read as of upto, as they are now.
 
-        A message may be changed between its reading and its answer.
+        A message may be changed between its reading and its answer: this is for the
+        plain step that encodes the answer. Raises Refusal overloaded if there was so
+        much meanwhile that the tail does not go back to upto.
         """
-        changed = {
-            entry.event.message.id: entry.event.message
-            for entry in self.since(upto)
-            if isinstance(entry.event, MessageChange)
-        }
-        return [changed.get(message.id, message) for message in messages]
+        if not self.in_tail(upto):
+            raise Refusal(
+                "overloaded", "too much is going on: ask again", retry_after=1
+            )
+        changed = changes(self.since(upto))
+        return [renewed(one, changed) for one in shown] if changed else [*shown]
 
     def push_tail(self, seat: Seat) -> None:
         """Push a page of the tail to a seat; at the end of the tail it is live.
@@ -2187,21 +2251,20 @@ class Hub:
         This is a plain def: nothing is published between the last event given and
         `live`. So a seat that reads fast enough becomes live, however busy the hub is.
         """
-        frames: list[bytes] = []
-        size = 0
-        for entry in self.since(seat.cursor):
-            if seat.person.sees(entry):
-                frames.append(entry.frame)
-                size += len(frames[-1])
-            seat.cursor = entry.seq
-            if size >= self.settings.page_bytes:
-                break
-        self._push_frames(seat, frames)
+        news = filter(seat.person.sees, self.since(seat.cursor))
+        self.push_page(seat, page_of(news, self.settings, self.head))
 
     def push_page(self, seat: Seat, page: Page) -> None:
-        """Push a page of the event log, without events that are no longer for it."""
+        """Push a page of the event log, without events that are no longer for it.
+
+        It shows messages as they are now. If a burst hides what was changed since it
+        was read, it is not pushed: the seat reads it again.
+        """
+        if not self.in_tail(page.upto):
+            return
+        events = self.correct(page.events, page.upto)
         seat.cursor = page.cursor
-        self._push_frames(seat, [e.frame for e in page.events if seat.person.sees(e)])
+        self._push_frames(seat, [e.frame for e in events if seat.person.sees(e)])
 
     def _push_frames(self, seat: Seat, frames: list[bytes]) -> None:
         if frames:
@@ -2229,10 +2292,8 @@ class Hub:
 # =====================================================================================
 
 
-class Outbox(trio.abc.Stream):
+class Outbox:
     """One client's stream: every byte to it, and what trio-websocket reads from it.
-
-    chatd writes by `push`, the library by `send_all`.
 
     push writes to the socket at once and buffers the bytes that the kernel does not
     accept. Only then a task in the connection's nursery waits for the socket; it ends
@@ -2246,9 +2307,9 @@ class Outbox(trio.abc.Stream):
     """
 
     # fmt: off
-    __slots__ = ("_blocked", "_broke", "_ended", "_fd", "_nursery", "_owed_pong",
-                 "_pace", "_settings", "buffer", "listening", "moved_at",
-                 "received_at", "sealed", "stream")
+    __slots__ = ("_blocked", "_broke", "_fd", "_nursery", "_owed_pong", "_pace",
+                 "_settings", "buffer", "listening", "moved_at", "received_at",
+                 "sealed", "stream")
     # fmt: on
 
     def __init__(
@@ -2268,7 +2329,6 @@ class Outbox(trio.abc.Stream):
         self._settings = settings
         self._fd = stream.socket.fileno()
         self.listening = False  # waiting for the client, not busy with its command
-        self._ended = False  # the library reads no more
         self._pace = Bucket(settings.receive_bytes)
         self._blocked = trio.lowlevel.ParkingLot()
         self._owed_pong = b""
@@ -2372,23 +2432,12 @@ class Outbox(trio.abc.Stream):
             await self.wait_empty()
         await linger(self.stream)
 
-    # --- the Stream given to trio-websocket ------------------------------------------
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """Return bytes from the client, at the rate of --receive-bytes.
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send the library's answer to a close frame; it sends nothing else."""
-        await trio.lowlevel.checkpoint()
-        await self.wait_not_full()
-        self.seal(bytes(data))
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """Part of the Stream interface; the library does not use it."""
-        await self.wait_not_full()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Return bytes from the client, at the rate of --receive-bytes."""
-        if self._ended:
-            raise trio.ClosedResourceError
-        data = await self._receive(max_bytes or 8192)
+        The only method of a trio.abc.Stream that trio-websocket uses here.
+        """
+        data = await self._receive(max_bytes)
         now = self.received_at = trio.current_time()
         debt = self._pace.spend(now, len(data))
         while debt > 1:
@@ -2420,11 +2469,6 @@ class Outbox(trio.abc.Stream):
                 continue
             except OSError as error:
                 raise trio.BrokenResourceError from error
-
-    async def aclose(self) -> None:
-        """Read no more. `Listener._connection` closes the socket."""
-        self._ended = True
-        await trio.lowlevel.checkpoint()
 
 
 # =====================================================================================
@@ -2475,7 +2519,7 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "method_not_allowed": (405, "this path does not take that method"),
     "timeout": (408, "the request took too long"),
     "idempotency_mismatch": (409, "client_id: it was used for another message"),
-    "direct": (409, "this is a direct chat: its two members stay as they are"),
+    "direct": (409, "this is a direct chat: its two members stay, without a title"),
     "deleted": (409, "this message was deleted"),
     "changed": (409, "if_rev: this message was changed since"),
     "too_large": (413, "the request is too large"),
@@ -2514,7 +2558,10 @@ Ref = Annotated[str, msgspec.Meta(max_length=64)]
 ClientId = Annotated[
     str, msgspec.Meta(min_length=1, max_length=64, pattern=r"\A[\x20-\x7e]+\Z")
 ]
-Title = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+# Not blank, and without control characters.
+Title = Annotated[
+    str, msgspec.Meta(max_length=200, pattern=r"\A(?=.*\S)[^\x00-\x1f\x7f]+\Z")
+]
 
 # Text may have tabs and line ends. The other control characters of ASCII have no place
 # in a chat: they steer terminals, and SQLite's length() stops at NUL.
@@ -2556,6 +2603,20 @@ class SendMessage(Command, frozen=True, tag="send_message"):
     client_id: ClientId | None = None
 
 
+class EditMessage(Command, frozen=True, tag="edit_message"):
+    """Gives a message another text. With if_rev only if that is still its rev."""
+
+    message_id: Id
+    content: str
+    if_rev: Id | None = None
+
+
+class DeleteMessage(Command, frozen=True, tag="delete_message"):
+    """Deletes a message's text, for good."""
+
+    message_id: Id
+
+
 class Auth(Command, frozen=True, tag="auth"):
     """Replaces the connection's token by a newer one, or a ticket, of the same user."""
 
@@ -2564,21 +2625,38 @@ class Auth(Command, frozen=True, tag="auth"):
 
 # To add a command, write its struct and name it here, give it an arm in the match of
 # Session._handle (mypy reports a missing one), and write what the arm calls.
-AnyCommand = Ping | Typing | MarkRead | SendMessage | Auth
+AnyCommand = Ping | Typing | MarkRead | SendMessage | EditMessage | DeleteMessage | Auth
 if forgotten := {*Command.__subclasses__()} - {*get_args(AnyCommand)}:
     raise TypeError(f"AnyCommand is without {forgotten}")
 COMMANDS = msgspec.json.Decoder(AnyCommand)
 
 
 class NewChat(msgspec.Struct, frozen=True):
-    """Body of POST /api/v1/chats."""
+    """Body of POST /api/v1/chats. client_id tells a repeat from a second chat."""
 
     member_ids: list[Id] = []
     title: Title | None = None
+    direct: bool = False
+    client_id: ClientId | None = None
+
+
+class NewTitle(msgspec.Struct, frozen=True):
+    """Body of renaming a chat; null: no title."""
+
+    title: Title | None
+
+
+class InviteBody(msgspec.Struct, frozen=True):
+    """Body of inviting (ttl_seconds), of joining (token, name), of PATCH /me (name)."""
+
+    # A week; at most 30 days.
+    ttl_seconds: Annotated[int, msgspec.Meta(ge=1, le=2_592_000)] = 604_800
+    token: str = ""
+    name: str | None = None
 
 
 class UserBody(msgspec.Struct, frozen=True):
-    """Body of adding a member, and of revoking."""
+    """Body of adding a member, of revoking and of forgetting."""
 
     user_id: Id
 
@@ -2589,6 +2667,13 @@ class PostMessage(msgspec.Struct, frozen=True):
     content: str
     client_id: ClientId | None = None
     sender_id: Id | None = None
+
+
+class PatchMessage(msgspec.Struct, frozen=True):
+    """Body of editing a message."""
+
+    content: str
+    if_rev: Id | None = None
 
 
 class ServerMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
@@ -2614,15 +2699,24 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     deleted: bool = False
 
 
-class Member(msgspec.Struct, frozen=True):
-    """One member of a chat, who has read the messages up to n = read_n."""
+class User(msgspec.Struct):
+    """A user that is a member of a chat, has sent a message, or has a name."""
 
     user_id: int
     name: str | None
+
+
+class Member(User, omit_defaults=True):
+    """One member of a chat, who has read the messages up to n = read_n.
+
+    online: has it a socket now? Only where one chat is asked for.
+    """
+
     read_n: int
+    online: bool | None = None
 
 
-class Chat(msgspec.Struct, frozen=True):
+class Chat(msgspec.Struct):
     """A chat and its members, as of a seq."""
 
     id: int
@@ -2635,18 +2729,34 @@ class Chat(msgspec.Struct, frozen=True):
     member_count: int
 
 
-class MyChat(Chat, frozen=True):
-    """A chat in the list of one of its members."""
+class MyChat(Chat):
+    """A chat in the list of one of its members. position is its place in that list."""
 
     read_n: int
     unread: int
+    position: int
 
 
-class User(msgspec.Struct, frozen=True):
-    """A user that is a member of a chat, has sent a message, or has a name."""
+def changes(events: Entries) -> dict[int, Message]:
+    """Return the messages that these events change, by id, as they are after it."""
+    return {
+        entry.quotes: entry.event.message
+        for entry in events
+        if isinstance(entry.event, MessageChange)
+    }
 
-    user_id: int
-    name: str | None
+
+def renewed(shown: Any, changed: Mapping[int, Message]) -> Any:
+    """Return a message, or what shows one, as it is now.
+
+    changed has the messages that were changed, by id, as they are now.
+    """
+    if isinstance(shown, Message):
+        return changed.get(shown.id, shown)
+    for field in ("event", "message", "chat", "last_message"):
+        if part := getattr(shown, field, None):
+            return replace(shown, **{field: renewed(part, changed)})
+    return shown
 
 
 class Marks(msgspec.Struct, frozen=True):
@@ -2665,6 +2775,7 @@ class Connected(ServerMessage, frozen=True, tag="connected"):
     resume: str
     expires_in: int
     chats: dict[str, Marks]
+    more_chats: bool = False
 
 
 class Pong(ServerMessage, frozen=True, tag="pong"):
@@ -2692,6 +2803,7 @@ class Ack(ServerMessage, frozen=True, tag="ack"):
     n: int | None = None
     created_at: str | None = None
     duplicate: bool | None = None
+    rev: int | None = None
     expires_in: int | None = None
 
 
@@ -2836,6 +2948,35 @@ def error_frame(refusal: Refusal, command: str | bytes = b"{}") -> bytes:
 # =====================================================================================
 
 
+# The answer to a request for the members whose oldest unread message is older than ?1
+# seconds, in the order of their positions, which are CHAT-USER. It walks `member` along
+# its key from ?2 on, until it has one more than ?3. It counts nothing: last_n gives the
+# number of unread messages. ?4 is the head; ?5 has the users that are online.
+UNREAD = """
+    WITH online AS (SELECT value FROM json_each(CAST(?5 AS TEXT)))
+    SELECT CAST(json_object(
+        'unread', json_remove(json_group_array(json_object(
+            'user_id', user_id,
+            'name', name,
+            'chat_id', chat_id,
+            'unread', unread,
+            'since', strftime('%Y-%m-%dT%H:%M:%SZ', created_at, 'unixepoch'),
+            'online', json(iif(user_id IN (SELECT value FROM online), 'true', 'false')),
+            'position', chat_id || '-' || user_id)), '$[' || ?3 || ']'),
+        'more', json(iif(count(*) > ?3, 'true', 'false'))) AS BLOB)
+    FROM (
+        SELECT b.user_id, u.name, b.chat_id, c.last_n - b.read_n AS unread, m.created_at
+        FROM member b CROSS JOIN chat c ON c.id = b.chat_id
+            CROSS JOIN message m ON m.chat_id = b.chat_id AND m.n = b.read_n + 1
+            CROSS JOIN user u ON u.id = b.user_id
+        WHERE (b.chat_id, b.user_id) > (
+                CAST(?2 AS INTEGER), CAST(substr(?2, instr(?2, '-') + 1) AS INTEGER))
+            AND b.read_n < c.last_n AND m.id <= ?4
+            AND m.created_at + ?1 < (julianday('now') - 2440587.5) * 86400
+        ORDER BY b.chat_id, b.user_id LIMIT ?3 + 1)
+"""
+
+
 @dataclasses.dataclass
 class Chats:
     """Chats, their members, and the users' names. A write appends its events."""
@@ -2843,21 +2984,54 @@ class Chats:
     store: Store
 
     def create_chat(
-        self, db: Db, events: Entries, title: str | None, member_ids: Iterable[int]
-    ) -> Chat:
-        """Create a chat, with one event for each member. Raises Refusal bad_field."""
-        members = sorted(set(member_ids))
+        self,
+        db: Db,
+        events: Entries,
+        title: str | None,
+        member_ids: Iterable[int],
+        by: int | None = None,
+        client_id: str | None = None,
+        direct: bool = False,
+    ) -> tuple[int, bool]:
+        """Create a chat, with one event for each member. Returns its id, and True.
+
+        by is the member who creates it; None: a service. With False: the chat was there
+        before, as the direct chat of these two, or under this creator's client_id;
+        nothing else is compared. Raises Refusal bad_field.
+        """
+        members, first = sorted(set(member_ids)), self.store.next_seq(events)
+        key = ":".join(map(str, members)) if direct else None
+        found = query_value(
+            db,
+            """SELECT coalesce((SELECT id FROM chat WHERE direct_key = ?1), (
+                   SELECT id FROM chat
+                   WHERE coalesce(created_by, 0) = coalesce(?2, 0) AND client_id = ?3))
+            """,
+            key,
+            by,
+            client_id,
+        )
+        if found:
+            return found, False
         self._check_size(len(members))
-        sql = "INSERT INTO chat (title, created_at) VALUES (?, ?) RETURNING id"
-        chat_id: int = query_value(db, sql, title, now_seconds())
-        first = self.store.next_seq(events)
+        if by:
+            know_user(db, by)
+        chat_id = query_value(
+            db,
+            """INSERT INTO chat (title, created_at, created_by, client_id, direct_key)
+               VALUES (?, ?, ?, ?, ?) RETURNING id""",
+            title,
+            now_seconds(),
+            by,
+            client_id,
+            key,
+        )
         for seq, user_id in enumerate(members, first):
-            self._join(db, chat_id, user_id, seq)
+            self._join(db, chat_id, user_id, seq, by)
         chat = read_chat(db, chat_id, first)
         for seq, user_id in enumerate(members, first):
-            event = ChatAdded(seq, chat_id, chat)
-            self.store.record(db, events, Entry(event, user_id))
-        return chat
+            self.store.record(db, events, Entry(ChatAdded(seq, chat_id, chat), user_id))
+        return chat_id, True
 
     def add_member(
         self, db: Db, events: Entries, chat_id: int, user_id: int, by: int | None
@@ -2865,51 +3039,152 @@ class Chats:
         """Add a member: an event to the members, then one to the new one.
 
         by is the member who adds; None: a service. Returns False if the user is a
-        member already. Raises Refusal not_found.
+        member already. Raises Refusal not_found, direct.
         """
-        find_chat(db, chat_id, by)
+        if find_chat(db, chat_id, by).direct_key:
+            raise Refusal("direct")
         if query_value(db, IS_MEMBER, chat_id, user_id):
             return False
-        sql = "SELECT count(*) FROM member WHERE chat_id = ?"
-        self._check_size(query_value(db, sql, chat_id) + 1)
-        name = self.name(db, user_id)
         seq = self.store.next_seq(events)
-        self._join(db, chat_id, user_id, seq + 1)
-        added = MemberAdded(seq, chat_id, user_id, name)
+        self._join(db, chat_id, user_id, seq + 1, by)
+        chat = read_chat(db, chat_id, seq + 1)
+        self._check_size(chat.member_count)
+        added = MemberAdded(seq, chat_id, user_id, self.name(db, user_id))
         self.store.record(db, events, Entry(added, to_chat=True))
-        event = ChatAdded(seq + 1, chat_id, read_chat(db, chat_id, seq + 1))
-        self.store.record(db, events, Entry(event, user_id))
+        self.store.record(db, events, Entry(ChatAdded(seq + 1, chat_id, chat), user_id))
         return True
 
     def remove_member(
         self, db: Db, events: Entries, chat_id: int, user_id: int, by: int | None
     ) -> None:
-        """Remove a member: by is the member itself, or None, a service.
+        """Remove a member: by is that member, the chat's creator, or None, a service.
 
-        Raises Refusal not_found.
+        Raises Refusal not_found, direct, forbidden.
         """
-        find_chat(db, chat_id, by)
+        chat = find_chat(db, chat_id, by)
+        if (
+            ":" in f"{chat.direct_key}"
+        ):  # else it is None, or one of the two is forgotten
+            raise Refusal("direct")
+        if by not in (None, user_id, chat.created_by):
+            raise Refusal("forbidden", "only the member or the chat's creator may")
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         if not db.execute(sql, (chat_id, user_id)).rowcount:
             raise Refusal("not_found", "user_id: not a member of this chat")
+        # To remove somebody ends all invitations to the chat; to leave it ends none.
+        sql = "UPDATE chat SET invite_key = NULL WHERE id = ? AND ? IS NOT ?"
+        db.execute(sql, (chat_id, by, user_id))
         event = MemberRemoved(self.store.next_seq(events), chat_id, user_id)
         self.store.record(db, events, Entry(event, user_id, to_chat=True))
+
+    def set_title(
+        self, db: Db, events: Entries, chat_id: int, title: str | None, by: int | None
+    ) -> None:
+        """Rename a chat: an event to the members, unless it has this title already.
+
+        by is the member who does it; None: a service. Raises Refusal not_found, direct.
+        """
+        if find_chat(db, chat_id, by).direct_key:
+            raise Refusal("direct")
+        sql = "UPDATE chat SET title = ?1 WHERE id = ?2 AND title IS NOT ?1"
+        if db.execute(sql, (title, chat_id)).rowcount:
+            event = ChatRenamed(self.store.next_seq(events), chat_id, title, by)
+            self.store.record(db, events, Entry(event, to_chat=True))
+
+    def change_message(
+        self,
+        db: Db,
+        events: Entries,
+        by: int | None,
+        message_id: int,
+        content: str | None = None,
+        if_rev: int | None = None,
+    ) -> Message:
+        """Edit a message; without content delete it. Returns it as it is now.
+
+        by is the user who changes it; None: a service. What was done already is not
+        done again, and makes no event. Raises the Refusal that CHECK_CHANGE names.
+        """
+        if content is not None:
+            check_content(content, self.store.settings)
+        seq, window = self.store.next_seq(events), self.store.settings.edit_seconds
+        values = (by, if_rev, window, message_id, content, seq, now_seconds())
+        refusal, done = db.execute(CHECK_CHANGE, values).fetchone()
+        if refusal:
+            raise Refusal(*refusal.split("|"))
+        if not done:
+            db.execute(CHANGE, values)
+        row = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,)).fetchone()
+        message = message_of(row)
+        if not done:
+            kind = MessageEdited if content else MessageDeleted
+            event = kind(seq, message.chat_id, message)
+            self.store.record(db, events, Entry(event, to_chat=True))
+        return message
 
     def rename(
         self, db: Db, _events: Entries, user_id: int, name: str, named_at: int = 0
     ) -> tuple[int, str]:
-        """Store a user's name, "" for none, unless it was named later than that.
+        """Store a user's name, "" for none, unless it was named or revoked later.
 
-        A time in the future does not count: it was made by a wrong clock. Returns what
-        is stored. It is not an event: names are read when shown.
+        A name from the future does not count: it was made by a wrong clock. Returns
+        what is stored. It is not an event: names are read when shown.
         """
         sql = """INSERT INTO user (id, name, named_at) VALUES (?1, nullif(?2, ''), ?3)
                  ON CONFLICT DO UPDATE SET
-                     name = iif(named_at > ?3 AND named_at <= ?4, name, excluded.name),
-                     named_at = iif(named_at > ?3 AND named_at <= ?4, named_at, ?3)
+                     name = iif(revoked_at > ?3 OR named_at > ?3 AND named_at <= ?4,
+                                name, excluded.name),
+                     named_at = iif(revoked_at > ?3 OR named_at > ?3 AND named_at <= ?4,
+                                    named_at, ?3)
                  RETURNING named_at, coalesce(name, '')"""
         row = db.execute(sql, (user_id, name, named_at, now_seconds())).fetchone()
         return tuple(row)
+
+    def invitation(
+        self, db: Db, _events: Entries, chat_id: int, by: int, new: bool
+    ) -> str:
+        """Return what the invitations to a group name. new: earlier ones have ended.
+
+        Raises Refusal not_found, direct.
+        """
+        if find_chat(db, chat_id, by).direct_key:
+            raise Refusal("direct")
+        sql = """UPDATE chat SET invite_key = iif(?2 OR invite_key IS NULL,
+                     lower(hex(randomblob(9))), invite_key)
+                 WHERE id = ?1 RETURNING id || ':' || invite_key"""
+        return str(query_value(db, sql, chat_id, new))
+
+    def join(
+        self, db: Db, events: Entries, invite: Claims, who: int | str | None
+    ) -> tuple[bool, Any]:
+        """Let a user into the chat of an invitation; or, by a name, a new user.
+
+        Returns whether somebody joined, and the answer. None: nobody does, and the
+        answer shows the chat. Raises Refusal token_invalid, bad_field.
+        """
+        # A new user has a random id: so nobody else gets it, not even after a restore
+        # of a backup that does not know the user.
+        sql = """SELECT c.id, iif(typeof(?3) = 'integer', ?3, (
+                     WITH RECURSIVE drawn(id) AS (
+                         SELECT (1 << 40) + (random() & ((1 << 40) - 1)) UNION ALL
+                         SELECT (1 << 40) + (random() & ((1 << 40) - 1)) FROM drawn
+                         LIMIT 100)
+                     SELECT id FROM drawn WHERE id NOT IN (SELECT id FROM user) LIMIT 1
+                 )), json_object('title', c.title, 'member_count', (
+                     SELECT count(*) FROM member WHERE chat_id = c.id))
+                 FROM chat c JOIN member maker ON maker.chat_id = c.id
+                 WHERE c.id = CAST(?1 AS INTEGER) AND maker.user_id = ?2
+                   AND c.id || ':' || c.invite_key = ?1"""
+        row = db.execute(sql, (invite.invite, invite.user_id, who)).fetchone()
+        if row is None:
+            raise bad_token("token: this invitation has ended: ask for another one")
+        chat_id, user_id, shown = row
+        if who is None:
+            return False, msgspec.Raw(shown)
+        if isinstance(who, str):
+            self.rename(db, events, user_id, who, now_seconds())
+        added = self.add_member(db, events, chat_id, user_id, None)
+        return added, {"user_id": user_id, "chat_id": chat_id}
 
     def revoke(self, db: Db, _events: Entries, user_id: int, revoked_at: int) -> None:
         """Store that a user's tokens up to this Unix second are refused."""
@@ -2917,14 +3192,53 @@ class Chats:
                  ON CONFLICT DO UPDATE SET revoked_at = ?2"""
         db.execute(sql, (user_id, revoked_at))
 
-    def _join(self, db: Db, chat_id: int, user_id: int, seq: int) -> None:
-        """Make a user a member who has read all messages so far."""
-        know_user(db, user_id)
+    def forget(self, db: Db, events: Entries, user_id: int, after: int) -> int:
+        """Do a step of forgetting a user: small, so that sends get in between.
+
+        It takes the user out of 20 chats. If there are none, it deletes the user's
+        messages in the next 100 ids. Returns up to which id they are gone. A direct
+        chat stays one, by a key of its own, and lets its other member leave.
+        """
         db.execute(
-            """INSERT INTO member (chat_id, user_id, joined_seq, read_n)
-               VALUES (?1, ?2, ?3, (SELECT last_n FROM chat WHERE id = ?1))""",
-            (chat_id, user_id, seq),
+            """UPDATE chat SET client_id = NULL
+               WHERE coalesce(created_by, 0) = ? AND client_id IS NOT NULL""",
+            (user_id,),
         )
+        rows = db.execute(
+            """UPDATE chat SET direct_key = iif(direct_key IS NULL, NULL, id)
+               WHERE id IN (SELECT chat_id FROM member WHERE user_id = ? LIMIT 20)
+               RETURNING id""",
+            (user_id,),
+        ).fetchall()
+        for (chat_id,) in rows:
+            self.remove_member(db, events, chat_id, user_id, None)
+        if rows:
+            return after
+        sql = """UPDATE message SET client_id = NULL WHERE id > ?2 AND id <= ?2 + 100
+                     AND sender_id = ?1 AND NOT (deleted AND client_id IS NULL)
+                 RETURNING id"""
+        for row in db.execute(sql, (user_id, after)).fetchall():
+            self.change_message(db, events, None, *row)
+        return min(after + 100, self.store.seq)
+
+    def _join(
+        self, db: Db, chat_id: int, user_id: int, seq: int, by: int | None = None
+    ) -> None:
+        """Make a user a member who has read all messages so far.
+
+        With invitations on, by may add only people it shares another chat with. Raises
+        Refusal forbidden.
+        """
+        know_user(db, user_id)
+        sql = """INSERT INTO member (chat_id, user_id, joined_seq, read_n)
+                 SELECT ?1, ?2, ?3, last_n FROM chat
+                 WHERE id = ?1 AND (?5 = 'off' OR ?4 IS NULL OR ?4 = ?2 OR EXISTS (
+                     SELECT 1 FROM member mine JOIN member theirs USING (chat_id)
+                     WHERE mine.user_id = ?4 AND theirs.user_id = ?2
+                       AND mine.chat_id != ?1))"""
+        bounds = (chat_id, user_id, seq, by, self.store.settings.invites)
+        if not db.execute(sql, bounds).rowcount:
+            raise Refusal("forbidden", f"you share no chat with {user_id}: invite them")
 
     def _check_size(self, members: int) -> None:
         most = self.store.settings.members
@@ -2933,51 +3247,59 @@ class Chats:
 
     # --- reading ---------------------------------------------------------------------
 
-    def my_chats(self, db: Db, user_id: int, upto: int) -> list[MyChat]:
-        """Read a user's chats as of upto, the one with the newest message first."""
+    def my_chats(
+        self, db: Db, user_id: int, upto: int, *page: int | None
+    ) -> list[MyChat]:
+        """Read a user's chats as of upto, the one with the newest message first.
+
+        page is: the position after which to begin, or None; how many, or None for all,
+        and there is one more if there are more.
+        """
         rows = db.execute(
-            """SELECT chat_id, read_n, joined_seq FROM member
-               WHERE user_id = ? AND joined_seq <= ?""",
-            (user_id, upto),
-        ).fetchall()
-        found: list[tuple[int, MyChat]] = []
-        for chat_id, position, joined_seq in rows:
-            chat = read_chat(db, chat_id, upto)
-            last, read_n = chat.last_message, min(position, chat.last_n)
-            fields = msgspec.structs.asdict(chat)
-            mine = MyChat(**fields, read_n=read_n, unread=chat.last_n - read_n)
-            found.append((max(joined_seq, last.id if last else 0), mine))
-        found.sort(key=operator.itemgetter(0), reverse=True)
-        return [mine for _, mine in found]
+            f"""SELECT chat_id, read_n, last_n - read_n, active FROM ({NEWEST_FIRST})
+                WHERE active < coalesce(?3, 1 << 62) LIMIT coalesce(?4, -2) + 1""",
+            (user_id, upto, *page),
+        )
+        return [
+            MyChat(*msgspec.structs.astuple(read_chat(db, row[0], upto)), *row[1:])
+            for row in rows
+        ]
 
     def history(
         self,
         db: Db,
         user_id: int,
         chat_id: int,
-        before: int | None,
+        message_id: int | None,
         limit: int,
         upto: int,
-    ) -> tuple[list[Message], bool]:
-        """Read a page of messages, oldest first, and whether there are older ones.
+        place: str = "before",
+    ) -> tuple[list[Message], bool, bool]:
+        """Read a page of messages, oldest first; are there older ones, newer ones?
 
-        before is a message id of this chat. Raises Refusal not_found, bad_field.
+        The page is before or after a message of this chat, or around it; None: before
+        the end. Raises Refusal not_found, bad_field.
         """
-        if not query_value(db, IS_MEMBER, chat_id, user_id):
-            raise no_chat()
-        before_n = MAX_ID
-        if before is not None:
-            sql = "SELECT n FROM message WHERE id = ? AND chat_id = ?"
-            before_n = query_value(db, sql, before, chat_id)
-            if before_n is None:
-                raise bad_field("before: not a message of this chat")
+        find_chat(db, chat_id, user_id)
+        # n has no holes: the page is n from `start` on, `limit` of them.
+        last_n, start = db.execute(
+            """WITH last (n) AS (SELECT coalesce((
+                   SELECT n FROM message WHERE chat_id = ?1 AND id <= ?2
+                   ORDER BY n DESC LIMIT 1), 0))
+               SELECT n, iif(?5 IS NULL, n + 1,
+                             (SELECT n FROM message WHERE id = ?5 AND chat_id = ?1))
+                   + CASE ?3 WHEN 'before' THEN -?4 WHEN 'after' THEN 1 ELSE -?4 / 2 END
+               FROM last""",
+            (chat_id, upto, place, limit, message_id),
+        ).fetchone()
+        if start is None:
+            raise bad_field(f"{place}: not a message of this chat")
         rows = db.execute(
-            f"""{MESSAGES} WHERE chat_id = ? AND n < ? AND id <= ?
-                ORDER BY n DESC LIMIT ?""",
-            (chat_id, before_n, upto, limit + 1),
-        ).fetchall()
-        messages = [message_of(row) for row in reversed(rows[:limit])]
-        return messages, len(rows) > limit
+            f"""{MESSAGES} WHERE chat_id = ?1 AND id <= ?2 AND n >= ?3 AND n < ?3 + ?4
+                ORDER BY n""",
+            (chat_id, upto, start, limit),
+        )
+        return [message_of(row) for row in rows], start > 1, start + limit <= last_n
 
     def name(self, db: Db, user_id: int) -> str | None:
         """Read a user's name."""
@@ -2986,10 +3308,19 @@ class Chats:
         )
         return name
 
-    def users(self, db: Db) -> list[User]:
-        """Read the known users, those with a name first, at most 200."""
-        sql = "SELECT id, name FROM user ORDER BY name IS NULL, name, id LIMIT 200"
-        return [User(*row) for row in db.execute(sql)]
+    def users(self, db: Db, by: int | None) -> str:
+        """Read the known users as JSON, those with a name first, at most 200.
+
+        A user is known that is or was a member of a chat, has sent a message, or has a
+        name. With invitations on, a user knows those that it shares a chat with.
+        """
+        sql = """SELECT json_group_array(json_object('user_id', id, 'name', name))
+                 FROM (SELECT id, name FROM user
+                       WHERE ?2 = 'off' OR ?1 IS NULL OR id IN (
+                           SELECT theirs.user_id FROM member mine
+                           JOIN member theirs USING (chat_id) WHERE mine.user_id = ?1)
+                       ORDER BY name IS NULL, name, id LIMIT 200)"""
+        return str(query_value(db, sql, by, self.store.settings.invites))
 
 
 class ChatRow(NamedTuple):
@@ -3019,40 +3350,87 @@ def know_user(db: Db, user_id: int) -> None:
     db.execute("INSERT OR IGNORE INTO user (id) VALUES (?)", (user_id,))
 
 
+# The checks of a change, in their order, for user ?1; NULL: a service. The first column
+# is the Refusal's arguments, the second whether nothing is left to do. ?5 is the new
+# content; NULL: a deletion. The creator of a group may delete any message there, at any
+# time.
+CHECK_CHANGE = """
+    SELECT CASE
+        WHEN m.id IS NULL OR ?1 NOT IN (SELECT user_id FROM member
+                                        WHERE chat_id = m.chat_id)
+            THEN 'not_found|message_id: there is no such message for you'
+        WHEN ?1 != m.sender_id AND NOT is_creator
+            THEN 'forbidden|message_id: it is another user''s message'
+        WHEN deleted AND ?5 IS NOT NULL THEN 'deleted'
+        WHEN done THEN NULL
+        WHEN ?2 != coalesce(rev, m.id) THEN 'changed'
+        WHEN ?1 = m.sender_id AND NOT is_creator AND max(?7 - m.created_at, 0) >= ?3
+            THEN 'too_late'
+        END, done
+    FROM (SELECT ?4 AS id) LEFT JOIN (
+        SELECT m.*, deleted OR content IS ?5 AS done,
+            ?5 IS NULL AND c.direct_key IS NULL AND c.created_by IS ?1 AS is_creator
+        FROM message m JOIN chat c ON c.id = m.chat_id WHERE m.id = ?4) m
+"""
+
+# No text of before stays in any row.
+CHANGE = """
+    UPDATE message SET content = coalesce(?5, ''), folded = NULL, rev = ?6,
+        edited_at = iif(?5 IS NULL, edited_at, ?7), deleted = ?5 IS NULL
+    WHERE id = ?4
+"""
+
 # More members, or bytes of them, are left out of a chat: so no frame exceeds 32 KiB but
 # for a message's own text. GET /api/v1/chats/ID/members has them.
 CHAT_MEMBERS = 50
 CHAT_MEMBERS_BYTES = 12_288
 
+CHAT = f"""
+    SELECT coalesce(m.n, 0), c.title, c.direct_key IS NOT NULL, c.created_by,
+           (SELECT count(*) FROM member WHERE chat_id = c.id), {MESSAGE_COLUMNS}
+    FROM chat c LEFT JOIN message m ON m.id = (
+        SELECT id FROM message WHERE chat_id = c.id AND id <= ?2
+        ORDER BY n DESC LIMIT 1)
+    WHERE c.id = ?1
+"""
 
-def read_chat(db: Db, chat_id: int, upto: int, viewer_id: int | None = None) -> Chat:
+
+def read_chat(db: Db, chat_id: int, upto: int, by: int | None = None) -> Chat:
     """Read a chat: its messages as of upto, its title and members as they are now.
 
-    A viewer who has left sees that there was a chat, and nothing of it.
+    by is the member who reads it; None: a service, or the server. Raises not_found.
     """
-    if viewer_id is not None and not query_value(db, IS_MEMBER, chat_id, viewer_id):
-        return Chat(chat_id, None, [], 0, None, False, None, 0)
-    title, direct, created_by, count = db.execute(
-        """SELECT title, direct_key IS NOT NULL, created_by,
-               (SELECT count(*) FROM member WHERE chat_id = chat.id)
-           FROM chat WHERE id = ?""",
-        (chat_id,),
-    ).fetchone()
-    row = db.execute(
-        f"{MESSAGES} WHERE chat_id = ? AND id <= ? ORDER BY n DESC LIMIT 1",
-        (chat_id, upto),
-    ).fetchone()
-    last = message_of(row) if row else None
-    last_n = last.n if last else 0
-    rows = db.execute(
-        """SELECT b.user_id, u.name, min(b.read_n, ?1) FROM member b
-           JOIN user u ON u.id = b.user_id WHERE b.chat_id = ?2 AND ?3 <= ?4""",
-        (last_n, chat_id, count, CHAT_MEMBERS),
-    )
-    members = [Member(*row) for row in rows]
-    if len(encode(members)) > CHAT_MEMBERS_BYTES:
+    members = read_members(db, chat_id, upto, by, None, 0, CHAT_MEMBERS)
+    if len(members) > CHAT_MEMBERS or len(encode(members)) > CHAT_MEMBERS_BYTES:
         members = []
-    return Chat(chat_id, title, members, last_n, last, bool(direct), created_by, count)
+    n, title, direct, created_by, count, *message = db.execute(
+        CHAT, (chat_id, upto)
+    ).fetchone()
+    last = message_of(message) if n else None
+    return Chat(chat_id, title, members, n, last, bool(direct), created_by, count)
+
+
+def read_members(
+    db: Db, chat_id: int, upto: int, by: int | None, *page: int | str | None
+) -> list[Member]:
+    """Read members of a chat in the order of their ids, their marks as of upto.
+
+    by is as for read_chat. page is: the ids, with commas, or None for all; the id after
+    which to begin; how many, and there is one more if there are more.
+    """
+    find_chat(db, chat_id, by)
+    rows = db.execute(
+        """SELECT b.user_id, u.name, min(b.read_n, coalesce((
+               SELECT n FROM message WHERE chat_id = ?1 AND id <= ?2
+               ORDER BY n DESC LIMIT 1), 0))
+           FROM member b JOIN user u ON u.id = b.user_id
+           WHERE b.chat_id = ?1 AND b.user_id > coalesce(?4, 0)
+               AND (?3 IS NULL OR b.user_id IN (
+                   SELECT value FROM json_each('[' || ?3 || ']')))
+           ORDER BY b.user_id LIMIT ?5 + 1""",
+        (chat_id, upto, *page),
+    )
+    return [Member(*row) for row in rows]
 
 
 # =====================================================================================
@@ -3145,9 +3523,7 @@ def parse_address(text: str) -> Address | None:
         address = ipaddress.ip_address(re.sub(ADDRESS, r"\1\2\3", text))
     except ValueError:
         return None
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        return address.ipv4_mapped
-    return address
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 class Proxies:
@@ -3215,10 +3591,11 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
     nbf: UnixSeconds = 0.0
     foreign: bool = False  # signed with a --jwt-key
     scopes: frozenset[str] = frozenset()
-    use: Literal["signin", "ticket", "session"] | None = None
+    use: Literal["signin", "ticket", "session", "invite"] | None = None
     jti: str = ""  # of a ticket
     boot: str = ""  # of a ticket: the process that signed it
     until: float = 0.0  # of a ticket: when its socket has to end
+    invite: str = ""  # of an invitation: the id of its chat, and the chat's invite_key
 
     @property
     def service(self) -> bool:
@@ -3392,16 +3769,17 @@ def read_public_pem(path: Path, data: bytes) -> Key:
         ) from error
     match key:
         case rsa.RSAPublicKey() if key.key_size >= 2048:
-            return Key("RS256", key, path)
+            algorithm = "RS256"
         case ec.EllipticCurvePublicKey(curve=ec.SECP256R1()):
-            return Key("ES256", key, path)
+            algorithm = "ES256"
         case ed25519.Ed25519PublicKey():
-            return Key("EdDSA", key, path)
+            algorithm = "EdDSA"
         case _:
             raise UsageError(
                 f"--jwt-key {path}: this kind of key is not supported; give an RSA key "
                 "of 2048 bits or more, a P-256 key, or an Ed25519 key"
             )
+    return Key(algorithm, key, path)
 
 
 def plain_text(data: bytes) -> str | None:
@@ -3430,8 +3808,10 @@ def key_form(data: bytes, layers: int = 3) -> tuple[str, str] | None:
     with suppress(msgspec.DecodeError):
         msgspec.json.decode(text, type=dict | list | str)
         return "JSON", "write the key alone, a public one as PEM"
-    inner = unwrapped(text) if layers else ()
-    return next(filter(None, (key_form(one, layers - 1) for one in inner)), None)
+    for inner in unwrapped(text) if layers else ():
+        if found := key_form(inner, layers - 1):
+            return found
+    return None
 
 
 def unwrapped(text: str) -> Iterator[bytes]:
@@ -3465,6 +3845,16 @@ def is_curve_point(data: bytes) -> bool:
     return False
 
 
+# What the purposes of `Keyring.verify` take. Any other takes a plain or session token.
+USES = {
+    "signin": "signin session",
+    "session": "session",
+    "invite": "invite",
+    "socket": "plain session ticket",
+    "edge": "plain session ticket",
+}
+
+
 def bad_token(sentence: str = "") -> Refusal:
     """Make the Refusal of an invalid token. Nothing of the token is repeated."""
     return Refusal("token_invalid", sentence)
@@ -3481,8 +3871,7 @@ class Keyring:
     def __init__(self, settings: Settings, secret: bytes) -> None:
         self.settings = settings
         self.secret = secret
-        self.keys = [Key("HS256", secret)]
-        self.keys += [read_jwt_key(path) for path in settings.jwt_key]
+        self.keys = [Key("HS256", secret), *map(read_jwt_key, settings.jwt_key)]
         self.boot = secrets.token_urlsafe(9)
         # A client that polls sends the same token each time: so a post takes a sixth
         # less time. Keys do not change while the process runs; expiry and revocation
@@ -3493,7 +3882,7 @@ class Keyring:
 
     def about(self) -> dict[str, str]:
         """Name each --jwt-key and its kind, for the log."""
-        names = ", ".join(str(key) for key in self.keys[1:])
+        names = ", ".join(map(str, self.keys[1:]))
         return {"jwt_keys": names} if names else {}
 
     def sign(self, user_id: int, seconds: int, **claims: Any) -> str:
@@ -3518,9 +3907,8 @@ class Keyring:
     def verify(self, token: str, use: str | None = None) -> Claims:
         """Return a token's claims. Raises Refusal token_invalid, _expired or _used.
 
-        use is the purpose: "signin" for a sign-in link; "socket" for an upgrade, which
-        takes a plain token or a ticket; any other for a request. "edge" is like
-        "socket", but a proxy cannot check `boot` or `spent`.
+        use is the purpose: one of USES, or any other for a request. "socket" is for an
+        upgrade; so is "edge", but a proxy cannot check `boot` or `spent`.
         """
         if len(token) > TOKEN_BYTES:
             raise bad_token(f"token: longer than {TOKEN_BYTES} bytes")
@@ -3532,17 +3920,18 @@ class Keyring:
         latest = max(now + ahead, self.time_to_sign(claims.user_id))
         if max(claims.iat, claims.nbf) > latest:
             raise bad_token("token: iat or nbf is in the future; are the clocks right?")
+        if (claims.use or "plain") not in USES.get(str(use), "plain session"):
+            raise bad_token(
+                "token: not the kind that this takes. A ticket opens a socket; a "
+                "sign-in link or a session token, a session; an invitation, a chat"
+            )
         if claims.use == "ticket":
-            if use not in ("socket", "edge"):
-                raise bad_token("a ticket only opens a socket")
             if use == "socket" and claims.boot != self.boot:
                 raise Refusal(
                     "token_used", "a ticket from before a restart: get a new one"
                 )
             if claims.jti in self.spent:
                 raise Refusal("token_used")
-        if (claims.use == "signin") != (use == "signin"):
-            raise bad_token("POST /api/v1/session, and only it, takes a sign-in link")
         self.refuse_revoked(claims)
         return claims
 
@@ -3771,7 +4160,7 @@ class Request:
 
     @property
     def by(self) -> int | None:
-        """The member who changes a chat; None: a service."""
+        """The user who changes a chat or a message; None: a service."""
         return None if self.claims.service else self.claims.user_id
 
     @property
@@ -3867,7 +4256,7 @@ class HttpConnection:
             answer = refusal_answer(_protocol_refusal(error))
         with trio.move_on_after(REQUEST_SECONDS):
             await self._respond(request, answer)
-            if self.h11.our_state is h11.DONE and self.h11.their_state is h11.DONE:
+            if self.h11.our_state is h11.DONE:  # and theirs: see _respond
                 self.h11.start_next_cycle()
                 return True
             await linger(self.stream)
@@ -3891,7 +4280,7 @@ class HttpConnection:
         """
         begun = bool(self.h11.trailing_data[0])
         wait = IDLE_SECONDS if self.kept and not begun else HEAD_SECONDS
-        with trio.CancelScope(deadline=trio.current_time() + wait) as scope:
+        with trio.move_on_after(wait) as scope:
             try:
                 while not isinstance(event := self.h11.next_event(), h11.Request):
                     await self._receive(scope, idle=self.kept and not begun)
@@ -4062,20 +4451,21 @@ CSP = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+# The page's paths, and the types of their files in web/. / is index.html.
 PAGE_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/web/index.html": ("index.html", "text/html; charset=utf-8"),
-    "/web/style.css": ("style.css", "text/css; charset=utf-8"),
-    "/web/app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "/web/chat-websocket.js": ("chat-websocket.js", "text/javascript; charset=utf-8"),
+    "/": "text/html; charset=utf-8",
+    "/web/index.html": "text/html; charset=utf-8",
+    "/web/style.css": "text/css; charset=utf-8",
+    "/web/app.js": "text/javascript; charset=utf-8",
+    "/web/chat-websocket.js": "text/javascript; charset=utf-8",
 }
 
 
 def page_answers() -> dict[str, Answer]:
     """Read the page's files at the start: no request's path ever reaches the disk."""
     answers = {}
-    for path, (name, content_type) in PAGE_FILES.items():
-        body = (ASSETS / "web" / name).read_bytes()
+    for path, content_type in PAGE_FILES.items():
+        body = (ASSETS / "web" / (Path(path).name or "index.html")).read_bytes()
         headers = {
             "Content-Security-Policy": CSP,
             "Cache-Control": "no-cache",
@@ -4096,15 +4486,19 @@ async def answer_request(
         return await _admit(server, connection, request)
     with trio.fail_after(REQUEST_SECONDS):
         route = find_route(request)
-        if route.who != "anyone":
+        known = route.who != "anyone" and (
+            route.who != "guest" or "authorization" in request.fields
+        )
+        if known:
             authorize(server, request, route.who)
-            await store_name(server, request.claims)
+            with suppress(Refusal):
+                await store_name(server, request.claims)
         request.body = await connection.read_body(request)
-        if route.who != "anyone":
+        if known:
             # The body may have taken long: the user may have been revoked meanwhile.
             server.keyring.refuse_revoked(request.claims)
-        if route.changes:
-            charge_change(server, request.claims)
+            if route.changes:
+                charge_change(server, request.claims)
         answer = route.handler(server, request)
         return answer if isinstance(answer, Answer) else await answer
 
@@ -4115,7 +4509,7 @@ async def _admit(
     """Accept an upgrade: the last checks that can still be an HTTP answer."""
     claims = check_upgrade(request, server.keyring, "socket")
     cursor = request.argument("cursor")
-    with trio.move_on_after(REQUEST_SECONDS):
+    with trio.move_on_after(REQUEST_SECONDS), suppress(Refusal):
         await store_name(server, claims)
     # No task switch from here until `Server.opened` counts it, so the bound is exact.
     if len(server.sessions) >= server.settings.max_connections:
@@ -4136,7 +4530,7 @@ async def _admit(
 async def store_name(server: Server, claims: Claims) -> None:
     """Store the name in a token, if no newer token said another one.
 
-    A failure is no reason to refuse.
+    Raises Refusal storage_failed, which is no reason to refuse a request.
     """
     user_id, name, now = claims.user_id, claims.name, now_seconds()
     named_at = min(int(claims.iat), now)
@@ -4150,8 +4544,7 @@ async def store_name(server: Server, claims: Claims) -> None:
         server.names.clear()
     # `then` is called in the order of the commits, so the table has the newest name.
     rename, stored = server.chats.rename, partial(server.names.__setitem__, user_id)
-    with suppress(Refusal):
-        await server.store.commit(rename, user_id, name, named_at, then=stored)
+    await server.store.commit(rename, user_id, name, named_at, then=stored)
 
 
 def loggable(text: str) -> str:
@@ -4220,44 +4613,131 @@ async def post_session(server: Server, request: Request) -> Answer:
     )
 
 
-async def get_me(server: Server, request: Request) -> Answer:
-    """Return the user's id and name."""
+def post_link(server: Server, request: Request) -> Answer:
+    """Return the token of a sign-in link, for a second device of the same user."""
+    token = server.keyring.sign(request.user_id, 600, use="signin")
+    return json_answer({"token": token, "expires_in": 600})
+
+
+async def about_me(server: Server, request: Request) -> Answer:
+    """Return the user's id and stored name, and what this server allows the user.
+
+    PATCH changes the name before, where no backend says it.
+    """
+    settings = server.settings
+    if request.method == "PATCH":
+        if settings.jwt_key:
+            raise Refusal(
+                "forbidden", "name: here the site's tokens (--jwt-key) say it"
+            )
+        if not (name := clean_name(request.parse(InviteBody).name)):
+            raise bad_field("name: it is empty")
+        now = msgspec.structs.replace(request.claims, name=name, iat=now_seconds())
+        await store_name(server, now)
     name = await server.store.read(server.chats.name, request.user_id)
-    return json_answer(User(request.user_id, name))
+    allowed = {
+        "max_content_chars": settings.max_content_chars,
+        "edit_seconds": settings.edit_seconds,
+        "create_chats": settings.chats_by == "user",
+        "invites": settings.invites == "on",
+        "rename": not settings.jwt_key,
+    }
+    return json_answer({"user_id": request.user_id, "name": name, "server": allowed})
 
 
 async def get_users(server: Server, request: Request) -> Answer:
     """Return the known users, where users may create chats."""
     _check_may_change_chats(server, request)
-    return json_answer({"users": await server.store.read(server.chats.users)})
+    users = await server.store.read(server.chats.users, request.by)
+    return json_answer({"users": msgspec.Raw(users)})
 
 
 def _check_may_change_chats(server: Server, request: Request) -> None:
-    if server.settings.chats_by != "user" and not request.claims.service:
-        raise Refusal("forbidden", "here only the service creates chats")
+    if request.by and server.settings.chats_by != "user":
+        raise Refusal("forbidden", "here only the service creates and changes chats")
 
 
 async def get_chats(server: Server, request: Request) -> Answer:
     """Return the user's chats, and the cursor after which their events follow."""
-    upto = server.hub.head
-    chats = await server.store.read(server.chats.my_chats, request.user_id, upto)
-    return json_answer({"chats": chats, "cursor": write_cursor(server, upto)})
+    limit, upto = request.number("limit", 100), server.hub.head
+    found = await server.store.read(
+        server.chats.my_chats,
+        request.user_id,
+        upto,
+        request.number("before", MAX_ID),
+        limit,
+    )
+    chats = server.hub.correct(found[:limit], upto)
+    return json_answer(
+        {
+            "chats": chats,
+            "cursor": write_cursor(server, upto),
+            "more": len(chats) < len(found),
+            "position": chats[-1].position if chats else None,
+        }
+    )
 
 
 async def post_chat(server: Server, request: Request) -> Answer:
-    """Create a chat. A user is always a member of the chats it creates."""
+    """Create a chat: 201, or 200 for a repeat. A user is a member of its own chats."""
     _check_may_change_chats(server, request)
-    new = request.parse(NewChat)
-    title = new.title or ""
-    if title.isspace() or re.search(r"[\0-\x1f\x7f]", title):
-        raise bad_field("title: it is empty or has a control character")
-    members = {*new.member_ids}
-    if request.by is not None:
-        members.add(request.by)
-        # Every member gets an event with all members: charge one request for ten.
-        server.requests(request.user_id).spend(trio.current_time(), len(members) // 10)
-    chat = await server.store.commit(server.chats.create_chat, new.title, members)
-    return json_answer({"chat": chat}, 201)
+    new, by = request.parse(NewChat), request.by
+    members = new.member_ids + ([by] if by else [])
+    if by:
+        # Every member gets an event: charge one request for ten.
+        server.requests(by).spend(trio.current_time(), len(members) // 10)
+    if new.direct and (new.title or not len(members) == len({*members}) == 2):
+        raise bad_field(
+            "direct: it is with one other user (a service: of two), untitled"
+        )
+    chat_id, is_new = await server.store.commit(
+        server.chats.create_chat,
+        new.title,
+        members,
+        by,
+        _idempotency_key(request, new),
+        new.direct,
+    )
+    request.ids = (chat_id,)
+    return await get_chat(server, request, 201 if is_new else 200)
+
+
+async def get_chat(server: Server, request: Request, status: int = 200) -> Answer:
+    """Return one chat, to a member or a service."""
+    upto = server.hub.head
+    chat = await server.store.read(read_chat, *request.ids, upto, request.by)
+    (chat,) = server.hub.correct([chat], upto)
+    for member in chat.members:
+        member.online = member.user_id in server.hub.people
+    return json_answer({"chat": chat}, status)
+
+
+async def patch_chat(server: Server, request: Request) -> Answer:
+    """Rename a chat."""
+    _check_may_change_chats(server, request)
+    await server.store.commit(
+        server.chats.set_title, *request.ids, request.parse(NewTitle).title, request.by
+    )
+    return await get_chat(server, request)
+
+
+async def get_members(server: Server, request: Request) -> Answer:
+    """Return members of a chat: those in `ids`, or a page of all."""
+    ids, limit = request.argument("ids"), request.number("limit", 500) or 100
+    if not re.fullmatch(r"[1-9][0-9]{0,15}(,[1-9][0-9]{0,15}){0,99}", ids or "1"):
+        raise bad_field("ids: must be 1 to 100 user ids, with commas between them")
+    found = await server.store.read(
+        read_members,
+        *request.ids,
+        server.hub.head,
+        request.by,
+        ids,
+        request.number("after", MAX_ID),
+        limit,
+    )
+    for member in found:
+        member.online = member.user_id in server.hub.people
+    return json_answer({"members": found[:limit], "more": len(found) > limit})
 
 
 async def post_member(server: Server, request: Request) -> Answer:
@@ -4272,26 +4752,84 @@ async def post_member(server: Server, request: Request) -> Answer:
 
 
 async def delete_member(server: Server, request: Request) -> Answer:
-    """Leave a chat; a service may remove any member. Effective at once."""
+    """Leave a chat; its creator and a service may remove others. Effective at once."""
     chat_id, user_id = request.ids
-    if request.by not in (None, user_id):
-        raise Refusal("forbidden", "only the member or a service may do that")
+    if request.by != user_id:
+        _check_may_change_chats(server, request)
     await server.store.commit(server.chats.remove_member, chat_id, user_id, request.by)
     return Answer(204)
 
 
+async def change_invites(server: Server, request: Request) -> Answer:
+    """POST: make an invitation to a group. DELETE: end all that were made."""
+    check_invites(server)
+    ends, user_id = request.method == "DELETE", request.user_id
+    invite = await server.store.commit(
+        server.chats.invitation, *request.ids, user_id, ends
+    )
+    if ends:
+        return Answer(204)
+    # The user may have been revoked meanwhile: its invitation would count all the same.
+    server.keyring.refuse_revoked(request.claims)
+    request.body = request.body or b"{}"
+    seconds = request.parse(InviteBody).ttl_seconds
+    token = server.keyring.sign(user_id, seconds, use="invite", invite=invite)
+    return json_answer({"token": token, "expires_in": seconds}, 201)
+
+
+async def post_join(server: Server, request: Request) -> Answer:
+    """Let a user, or with a name a new one, into the chat of an invitation.
+
+    Without a name and a token of a user it only shows the chat: 200.
+    """
+    check_invites(server)
+    for _ in range(10):  # so that no address makes users, or tries tokens, in bulk
+        server.listener.check_handshakes(request.address)
+    body = request.parse(InviteBody)
+    invite = server.keyring.verify(body.token, "invite")
+    who: int | str | None = clean_name(body.name)
+    if "authorization" in request.fields:
+        who = request.user_id
+    if who == "":
+        raise bad_field("name: it is empty")
+    if who is not None:
+        charge(server.stats, "joins", server.joins)
+    added, answer = await server.store.commit(server.chats.join, invite, who)
+    server.stats.joins += added
+    if isinstance(who, str):
+        token = server.keyring.sign(answer["user_id"], SESSION_SECONDS, use="session")
+        answer |= {"token": token, "expires_in": SESSION_SECONDS, "name": who}
+    return json_answer(answer, 201 if added else 200)
+
+
+def check_invites(server: Server) -> None:
+    """Refuse what needs --invites on."""
+    if server.settings.invites == "off":
+        raise Refusal("forbidden", "there are no invitations here (--invites off)")
+
+
 async def get_messages(server: Server, request: Request) -> Answer:
     """Return a page of messages, oldest first."""
-    limit = request.number("limit", 100) or 50
-    before = request.number("before", MAX_ID)
-    where = (request.user_id, *request.ids, before, limit, server.hub.head)
-    messages, more = await server.store.read(server.chats.history, *where)
-    return json_answer({"messages": messages, "more": more})
+    limit, upto = request.number("limit", 100) or 50, server.hub.head
+    place, *others = request.query.keys() & {"before", "after", "around"} or ["before"]
+    if others:
+        raise bad_field(f"{place}: give only one of before, after and around")
+    messages, older, newer = await server.store.read(
+        server.chats.history,
+        request.user_id,
+        *request.ids,
+        request.number(place, MAX_ID),
+        limit,
+        upto,
+        place,
+    )
+    messages = server.hub.correct(messages, upto)
+    return json_answer({"messages": messages, "more": older, "more_after": newer})
 
 
 async def post_message(server: Server, request: Request) -> Answer:
     """Send a message (SPEC.md, SendMessage): 201, or 200 for a repeat."""
-    claims, (chat_id,) = request.claims, request.ids
+    claims, (chat_id,), upto = request.claims, request.ids, server.hub.head
     post = request.parse(PostMessage)
     check_content(post.content, server.settings)
     if request.by and post.sender_id not in (None, request.by):
@@ -4304,7 +4842,19 @@ async def post_message(server: Server, request: Request) -> Answer:
             server.store.send_message, send, claims.service
         )
         count_sent(server, sent, sender_id)
-    return json_answer(sent._asdict(), 200 if sent.duplicate else 201)
+    sent = renewed(sent, changes(server.hub.since(upto)))
+    return json_answer(sent, 200 if sent.duplicate else 201)
+
+
+async def change_message(server: Server, request: Request) -> Answer:
+    """Edit a message, or delete it."""
+    patches, upto = request.method == "PATCH", server.hub.head
+    new = astuple(request.parse(PatchMessage)) if patches else ()
+    message = await server.store.commit(
+        server.chats.change_message, request.by, *request.ids, *new
+    )
+    message = renewed(message, changes(server.hub.since(upto)))
+    return json_answer({"message": message}) if patches else Answer(204)
 
 
 async def post_read(server: Server, request: Request) -> Answer:
@@ -4315,26 +4865,59 @@ async def post_read(server: Server, request: Request) -> Answer:
     return json_answer({"message_id": message_id, "chat_id": chat_id, "n": n})
 
 
-async def get_events(server: Server, request: Request) -> Answer:
-    """Answer a poll: the events that a socket would have received since the cursor."""
+async def get_events(server: Server, request: Request, feed: bool = False) -> Answer:
+    """Answer a poll: the events that a socket would have received since the cursor.
+
+    The feed brings all events, and says whom each is for. Nobody can miss too much of
+    it: where a user has to resync, it begins again with the oldest event.
+    """
     limit = request.number("limit", 500) or 100
-    given, upto = request.argument("cursor"), server.hub.head
-    store, user_id = server.store, request.user_id
-    start = parse_cursor(server, given)
+    given, hub, store = request.argument("cursor"), server.hub, server.store
+    start, upto = parse_cursor(server, given), hub.head
     resync = given is not None and start is None
-    page = Page([], upto)
-    if start is not None and start < upto:
-        resync = await store.read(store.missed, user_id, start, upto) is None
-        if not resync:
-            page = await store.read(store.events_after, user_id, start, upto, limit)
+    if feed and resync:
+        start, resync = 0, given != "first"
+    if start is None:
+        start = upto
+    which = None if feed else request.user_id, start, upto
+    if (feed or start == upto) and hub.in_tail(start):
+        page = page_of(hub.since(start), server.settings, upto, limit)
+    elif not feed and await store.read(store.missed, *which) is None:
+        page, resync = Page([], upto, upto), True
+    else:
+        page = await store.read(store.events_after, *which, limit)
     return json_answer(
         {
-            "events": [entry.event for entry in page.events],
+            "events": [
+                {
+                    **msgspec.to_builtins(entry.event),
+                    "to_chat": entry.to_chat,
+                    "to_user": entry.to_user,
+                }
+                if feed
+                else entry.event
+                for entry in hub.correct(page.events, page.upto)
+            ],
             "cursor": write_cursor(server, page.cursor),
             "more": page.cursor < upto,
             "resync": resync,
         }
     )
+
+
+async def get_unread(server: Server, request: Request) -> Answer:
+    """Return the members with a message that is unread for older_than seconds."""
+    after = request.argument("after") or "0-0"
+    if not re.fullmatch("[0-9]{1,16}-[0-9]{1,16}", after):
+        raise bad_field("after: not the position of a member in an earlier answer")
+    bounds = (
+        request.number("older_than", MAX_ID) or 300,
+        after,
+        request.number("limit", 500) or 100,
+        server.hub.head,
+        encode([*server.hub.people]),
+    )
+    return Answer(200, await server.store.read(query_value, UNREAD, *bounds))
 
 
 def get_stats(server: Server, request: Request) -> Answer:
@@ -4364,6 +4947,25 @@ async def post_revoke(server: Server, request: Request) -> Answer:
     keyring.revoked[user_id] = revoked_at = keyring.time_to_sign(user_id)
     await server.store.commit(server.chats.revoke, user_id, revoked_at, then=close)
     return json_answer({"user_id": user_id, "closed": len(theirs)})
+
+
+async def post_forget(server: Server, request: Request) -> Answer:
+    """Forget a user but for the number, in this order: tokens, chats, messages, name.
+
+    It works for 10 s. Each step looks for what is left, so a later request goes on.
+    """
+    await post_revoke(server, request)
+    user_id = request.parse(UserBody).user_id
+    store, chats, walked = server.store, server.chats, server.walked
+    with trio.move_on_after(10) as scope:
+        while walked[user_id] < store.seq:
+            walked[user_id] = await store.commit(chats.forget, user_id, walked[user_id])
+        await store.commit(chats.rename, user_id, "", server.keyring.revoked[user_id])
+        # The tail shows the name: from here on, all readers read the event log.
+        server.names.pop(user_id, None)
+        server.hub.tail.clear()
+        server.hub.tail_size = 0
+    return json_answer({"more": scope.cancelled_caught})
 
 
 def get_health(server: Server, request: Request) -> Answer:
@@ -4410,7 +5012,7 @@ def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
         server.sends(sender_id).spend(trio.current_time(), -1)
 
 
-def _idempotency_key(request: Request, post: PostMessage) -> str | None:
+def _idempotency_key(request: Request, post: PostMessage | NewChat) -> str | None:
     """Read client_id or Idempotency-Key, which mean the same. Raises Refusal."""
     if "idempotency-key" not in request.fields:
         return post.client_id
@@ -4435,8 +5037,9 @@ def preflight(server: Server, request: Request) -> Answer:
 
 
 class Route(NamedTuple):
-    """The token that a route needs (anyone: none), and its handler.
+    """The token that a route needs, and its handler.
 
+    anyone: none; guest: a user's token or none; else a purpose of Keyring.verify.
     changes: a user's request costs a token of --sends, as a message does.
     """
 
@@ -4452,23 +5055,48 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/ws/chat": {"GET": Route("anyone", get_socket)},
     "/api/v2/ws-token": {"GET": Route("user", get_ws_token)},
     "/api/v1/session": {"POST": Route("signin", post_session)},
-    "/api/v1/me": {"GET": Route("user", get_me)},
+    "/api/v1/me": {
+        "GET": Route("user", about_me),
+        "PATCH": Route("user", about_me, changes=True),
+    },
+    "/api/v1/me/link": {"POST": Route("session", post_link)},
     "/api/v1/users": {"GET": Route("user", get_users)},
     "/api/v1/chats": {
         "GET": Route("user", get_chats),
         "POST": Route("user", post_chat, changes=True),
     },
-    "/api/v1/chats/*/members": {"POST": Route("user", post_member, changes=True)},
+    "/api/v1/chats/*": {
+        "GET": Route("user", get_chat),
+        "PATCH": Route("user", patch_chat, changes=True),
+    },
+    "/api/v1/chats/*/members": {
+        "GET": Route("user", get_members),
+        "POST": Route("user", post_member, changes=True),
+    },
     "/api/v1/chats/*/members/*": {"DELETE": Route("user", delete_member, changes=True)},
+    "/api/v1/chats/*/invites": {
+        "POST": Route("user", change_invites),
+        "DELETE": Route("user", change_invites),
+    },
+    "/api/v1/join": {"POST": Route("guest", post_join, changes=True)},
     "/api/v1/chats/*/messages": {
         "GET": Route("user", get_messages),
         "POST": Route("user", post_message),
+    },
+    "/api/v1/messages/*": {
+        "PATCH": Route("user", change_message, changes=True),
+        "DELETE": Route("user", change_message, changes=True),
     },
     "/api/v1/messages/*/read": {"POST": Route("user", post_read)},
     "/api/v1/events": {"GET": Route("user", get_events)},
     "/api/v1/internal/chat/ws/stats": {"GET": Route("stats", get_stats)},
     "/metrics": {"GET": Route("stats", get_metrics)},
+    "/api/v1/internal/chat/events": {
+        "GET": Route("service", partial(get_events, feed=True))
+    },
+    "/api/v1/internal/chat/unread": {"GET": Route("service", get_unread)},
     "/api/v1/internal/chat/revoke": {"POST": Route("service", post_revoke)},
+    "/api/v1/internal/chat/forget": {"POST": Route("service", post_forget)},
     "/healthz": {"GET": Route("anyone", get_health)},
 }
 for methods in ROUTES.values():
@@ -4575,7 +5203,7 @@ class Stats:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.total = self.deliveries = self.writes = self.catch_ups = self.stalls = 0
-        self.commits = self.batch_max = self.duplicates = self.failed = 0
+        self.commits = self.batch_max = self.duplicates = self.failed = self.joins = 0
         self.closed = Counter[str]()
         self.refused = Counter[str]()
         self.events = Counter[str]()
@@ -4618,7 +5246,7 @@ def stats_document(server: Server) -> dict[str, Any]:
         },
         "broadcast": counted("events", "deliveries", "writes", "catch_ups", "stalls"),
         "store": {
-            **counted("commits", "batch_max", "duplicates", "failed"),
+            **counted("commits", "batch_max", "duplicates", "failed", "joins"),
             # Also those that a failed commit has stored: nobody got their ack.
             "messages": stats.events["new_message"],
             "commit_seconds": stats.commit_seconds(),
@@ -4695,11 +5323,11 @@ UPSTREAM_SECONDS = 20.0
 COPY_BYTES = 16_384  # held for one direction, and no more: nothing queues here
 # Headers of one connection and not of the message (RFC 9110 7.6.1), and those that the
 # proxy writes itself.
-NOT_PASSED_ON = frozenset(
-    ("connection", "keep-alive", "proxy-connection", "proxy-authenticate",
-     "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "expect",
-     "host", "content-length", "forwarded", "x-real-ip")
-)  # fmt: skip
+NOT_PASSED_ON = {
+    "connection", "keep-alive", "proxy-connection", "proxy-authenticate",
+    "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "expect",
+    "host", "content-length", "forwarded", "x-real-ip",
+}  # fmt: skip
 ANSWER_BEGINS = re.compile(rb"HTTP/1\.[01] [1-9][0-9]{2}")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time: a close is a reset
 
@@ -4867,9 +5495,11 @@ class Tunnel:
                 self._moved()
                 async with trio.open_nursery() as nursery:
                     if self.sent is not None:
-                        nursery.start_soon(self._copy_up, client, self.sent)
-                    await self._copy(self.upstream, client, self.begun)
-                    await self._pass_end(client)
+                        nursery.start_soon(
+                            self._copy, client, self.upstream, self.sent, self.reading
+                        )
+                    to_the_end = trio.CancelScope()
+                    await self._copy(self.upstream, client, self.begun, to_the_end)
                 self.upstream.socket.close()
                 await linger(client)
                 broken = False
@@ -4885,25 +5515,26 @@ class Tunnel:
     def _moved(self) -> None:
         self.idle.deadline = trio.current_time() + self.seconds
 
-    async def _copy_up(self, client: trio.SocketStream, data: bytes) -> None:
-        with self.reading:
-            await self._copy(client, self.upstream, data)
-        await self._pass_end(self.upstream)
-
     async def _copy(
-        self, source: trio.SocketStream, target: trio.SocketStream, data: bytes
+        self,
+        source: trio.SocketStream,
+        target: trio.SocketStream,
+        data: bytes,
+        reading: trio.CancelScope,
     ) -> None:
-        """Copy data, and then all until the source ends or the target has gone."""
-        while data := data or await source.receive_some(COPY_BYTES):
-            try:
-                await target.send_all(data)
-            except trio.BrokenResourceError:
-                break  # what the target sent before still goes to the source
-            self._moved()
-            data = b""
+        """Copy data, and then all until the source ends or the target has gone.
 
-    async def _pass_end(self, target: trio.SocketStream) -> None:
-        """Pass on that one side has ended; the other has not much longer to do so."""
+        Then, or when reading is cancelled, the target gets an end of file, and the
+        other side has not much longer to end, too.
+        """
+        with reading:
+            while data := data or await source.receive_some(COPY_BYTES):
+                try:
+                    await target.send_all(data)
+                except trio.BrokenResourceError:
+                    break  # what the target sent before still goes to the source
+                self._moved()
+                data = b""
         with suppress(trio.BrokenResourceError):  # it has gone
             await target.send_eof()
         self.seconds = STALL_SECONDS
@@ -5681,6 +6312,16 @@ UNION ALL
 SELECT printf('chat %s: last_n is %s, but its newest message has another n', id, last_n)
     FROM chat WHERE last_n !=
         (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = chat.id)
+UNION ALL
+SELECT printf('chat %s: it is direct, but user %s is a member', c.id, b.user_id)
+    FROM chat c JOIN member b ON b.chat_id = c.id WHERE c.direct_key LIKE '%:%'
+        AND ':' || c.direct_key || ':' NOT LIKE '%:' || b.user_id || ':%'
+UNION ALL
+SELECT printf('chat %s: it is direct, but its key is %s', id, direct_key) FROM chat
+    WHERE direct_key NOT LIKE '%_:_%' AND direct_key != id
+UNION ALL
+SELECT printf('chat %s: it is direct, but it has a title', id) FROM chat
+    WHERE direct_key IS NOT NULL AND title IS NOT NULL
 """
 
 # =====================================================================================
@@ -5731,8 +6372,16 @@ class Settings:
         "proxies whose X-Forwarded-For is trusted, or none; may be given several "
         "times")
     chats_by: str = flag("user", "WHO",
-        "who may create chats and add members: user or service",
+        "who may create and change chats: user or service",
         "others: forbidden")
+    invites: str = flag("off", "SWITCH",
+        "whether members of a group may invite anyone with a link: on or off; on needs "
+        "--chats-by user and no --jwt-key, and users add only people that they share a "
+        "chat with", "off: forbidden")
+    edit_seconds: float = flag(86_400, "SECONDS/never",
+        "how long after sending a user may edit and delete a message; never: without "
+        "end; 0: not at all",
+        "after it: too_late")
     log_level: str = flag("info", "LEVEL",
         "what to log: debug, info, warning or error")
     sends: Rate = flag(Rate(5, 20), "RATE/BURST",
@@ -5783,6 +6432,9 @@ class Settings:
     # Members of a chat: each new member gets an event with all. Over it: bad_field.
     members: int = 5_000
     large_chat: int = 50  # members; over it the read marks go to the reader only
+    # A text that was edited or deleted may be in the WAL for so long, and for some
+    # seconds. The documentation promises 60.
+    erase_seconds: float = 30.0
     known_tokens: int = 4_096  # that were verified; the least recently used goes
 
 
@@ -5889,11 +6541,17 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     ),
     "CIDR": parser("a network, such as 10.0.0.0/8, or none", read=_network),
     "WHO": parser("one of user, service", "user|service"),
+    "SWITCH": parser("one of on, off", "on|off"),
     "LEVEL": parser("one of debug, info, warning, error", "debug|info|warning|error"),
     "RATE/BURST": parser("RATE/BURST, such as 5/20, or 0 for no limit", read=_rate),
     "COUNT": parse_count,
     "BYTES": parse_count,
     "CHARACTERS": parse_count,
+    "SECONDS/never": parser(
+        "a whole number of seconds, or never",
+        "never|[0-9]{1,10}",
+        lambda text: math.inf if text == "never" else int(text),
+    ),
     "SECONDS": parser(
         "a number of seconds, 0 or more", read=float, most=sys.float_info.max
     ),
@@ -6080,7 +6738,7 @@ def fill_standard_streams() -> None:
     os.close(fd)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0912 (an arm each)
     """Run one command. Returns the exit status: 0 done, 1 failed, 2 wrong use."""
     fill_standard_streams()
     options = make_parser().parse_args(argv)
@@ -6093,6 +6751,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         match options.command:
             case "serve" if options.demo and options.db is not None:
                 options.refuse("--demo has a database of its own: leave --db away")
+            case "serve" if settings.invites == "on" and (
+                settings.jwt_key or settings.chats_by != "user"
+            ):
+                options.refuse(
+                    "--invites on: not with --jwt-key, nor --chats-by service"
+                )
             case "serve" if options.demo:
                 serve_demo(settings)
             case "serve":

@@ -91,10 +91,12 @@ CREATE INDEX event_user ON event (to_user, seq) WHERE to_user IS NOT NULL;
 ALTER TABLE user ADD COLUMN named_at INTEGER;
 
 -- direct_key is set in a direct chat, of two users: their ids, the smaller first, as
--- '3:7'. created_by is the user who created the chat (NULL: a service, or by chatd 1.0),
--- client_id that creator's own key: a repeated creation is found by it. last_n is the n
--- of the newest message: it gives the next n, and the unread list. Invitations to the
--- chat name its invite_key; a new key ends them.
+-- '3:7'. Once one of them is forgotten it is the chat's own id, without a colon: the chat
+-- stays direct, the other may leave it, and the pair may have a new one. created_by is
+-- the user who created the chat (NULL: a service, or by chatd 1.0), client_id that
+-- creator's own key: a repeated creation is found by it. last_n is the n of the newest
+-- message: it gives the next n, and the unread list. Invitations to the chat name its
+-- invite_key; a new key ends them.
 ALTER TABLE chat ADD COLUMN direct_key TEXT;
 ALTER TABLE chat ADD COLUMN created_by INTEGER REFERENCES user (id);
 ALTER TABLE chat ADD COLUMN client_id TEXT;
@@ -102,6 +104,25 @@ ALTER TABLE chat ADD COLUMN last_n INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE chat ADD COLUMN invite_key TEXT;
 
 UPDATE chat SET last_n = coalesce((SELECT max(n) FROM message WHERE chat_id = chat.id), 0);
+
+-- Of each pair's chats of two members and no title, the one with the newest message
+-- becomes direct. If none has a message, the newest chat does.
+UPDATE chat SET direct_key = pair.key
+FROM (
+    SELECT id, key, row_number() OVER (
+        PARTITION BY key ORDER BY newest DESC NULLS LAST, id DESC) AS place
+    FROM (
+        SELECT c.id, min(b.user_id) || ':' || max(b.user_id) AS key, m.id AS newest
+        FROM chat c JOIN member b ON b.chat_id = c.id
+                    LEFT JOIN message m ON m.chat_id = c.id AND m.n = c.last_n
+        WHERE c.title IS NULL GROUP BY c.id HAVING count(*) = 2)
+) pair
+WHERE chat.id = pair.id AND pair.place = 1;
+
+-- The direct chat of a pair; a repeated creation. All services count as one creator.
+CREATE UNIQUE INDEX chat_direct ON chat (direct_key) WHERE direct_key IS NOT NULL;
+CREATE UNIQUE INDEX chat_client ON chat (coalesce(created_by, 0), client_id)
+    WHERE client_id IS NOT NULL;
 
 -- rev is the seq of the message's last change, edited_at the time of its last edit in
 -- Unix seconds (NULL: none). The content of a deleted message is ''. folded is the text

@@ -349,10 +349,65 @@ async def test_a_sign_in_link_is_good_for_a_session_and_for_nothing_else(
     assert (session["user_id"], session["name"]) == (ANNA, "Zoë")
     assert session["expires_in"] > 0
     me = await host.want(200, "GET /api/v1/me", session["token"])
-    assert me == {"user_id": ANNA, "name": "Zoë"}
+    assert (me["user_id"], me["name"]) == (ANNA, "Zoë")
     assert (await host.peer(session["token"])).hello["user_id"] == ANNA
-    await host.want(401, "POST /api/v1/session", session["token"])
+    again = await host.want(200, "POST /api/v1/session", session["token"])
+    assert again["user_id"] == ANNA
     await host.want(401, "POST /api/v1/session", host.token(ANNA))
+
+
+async def test_one_sign_in_link_is_enough_to_get_a_group_of_friends_in(
+    tmp_path: Path,
+) -> None:
+    async with ServerProcess(tmp_path / "server").serving("--invites=on") as server:
+        words = ("token", 1, "--name", "Anna", "--link", "--db", server.db)
+        signin = (await run_chatd(*words)).out.strip().partition("#token=")[2]
+        anna = await server.want(200, "POST /api/v1/session", signin)
+        me = await server.want(200, "GET /api/v1/me", anna["token"])
+        assert me["name"] == "Anna"
+        assert me["server"]["invites"] is True
+        new = {"title": "Friends"}
+        made = await server.want(201, "POST /api/v1/chats", anna["token"], new)
+        chat = made["chat"]["id"]
+        home = await server.peer(anna["token"])
+
+        # Two strangers open the same link, see what it is for, and choose a name.
+        path = f"/api/v1/chats/{chat}/invites"
+        invite = await server.want(201, f"POST {path}", anna["token"], {})
+        link = {"token": invite["token"]}
+        shown = await server.want(200, "POST /api/v1/join", "", link)
+        assert shown == {"title": "Friends", "member_count": 1}
+        friends = []
+        for name in ("Ben", "Clara"):
+            body = link | {"name": name}
+            friend = await server.want(201, "POST /api/v1/join", "", body)
+            assert (friend["name"], friend["chat_id"]) == (name, chat)
+            assert (await home.receive("member_added"))["name"] == name
+            friends.append(friend)
+        ben, clara = [await server.peer(friend["token"]) for friend in friends]
+        ack = await ben.ask("send_message", chat_id=chat, content="Who is here?")
+        for peer in (home, clara):
+            event = await peer.find("new_message")
+            assert event["message"]["id"] == ack["message_id"]
+            assert event["message"]["sender_id"] == friends[0]["user_id"]
+
+        # Ben invites too, changes his name, and signs in on a second device.
+        token = friends[0]["token"]
+        await server.want(201, f"POST {path}", token, {"ttl_seconds": 60})
+        me = await server.want(200, "PATCH /api/v1/me", token, {"name": "Benno"})
+        assert me["name"] == "Benno"
+        device = await server.want(200, "POST /api/v1/me/link", token)
+        phone = await server.want(200, "POST /api/v1/session", device["token"])
+        assert (phone["user_id"], phone["name"]) == (me["user_id"], "Benno")
+        assert (await server.peer(phone["token"])).hello["chats"].keys() == {str(chat)}
+
+        # A revoked invitation lets nobody in; the members stay, across a restart.
+        await server.want(204, f"DELETE {path}", anna["token"])
+        await server.want(401, "POST /api/v1/join", "", link | {"name": "Eve"})
+        await server.stop()
+        await server.begin()
+        users = await server.want(200, "GET /api/v1/users", friends[1]["token"])
+        assert [user["name"] for user in users["users"]] == ["Anna", "Benno", "Clara"]
 
 
 async def test_a_backup_is_made_while_it_serves_and_after_a_restore_clients_resync(

@@ -268,7 +268,7 @@ class Memory:
         return cast(V, outcome)
 
     def chat(self, *users: int, title: str | None = None) -> int:
-        return self.do(self.chats.create_chat, title, users).id
+        return self.do(self.chats.create_chat, title, users)[0]
 
     def send(self, chat: int, user: int, text: str = "hi", key: str = "") -> chatd.Sent:
         return cast(chatd.Sent, self.do(*self.sends(chat, user, text, key)))
@@ -279,6 +279,21 @@ class Memory:
         """Return the job that sends a message, for `do` or `commit`."""
         send = Send(chat, user, text, key or None)
         return (self.store.send_message, send, *more.values())
+
+    def edit(
+        self, by: int | None, message: int, text: str, if_rev: int | None = None
+    ) -> chatd.Message:
+        return self.do(self.chats.change_message, by, message, text, if_rev)
+
+    def delete(self, by: int | None, message: int) -> chatd.Message:
+        return self.do(self.chats.change_message, by, message)
+
+    def files(self) -> bytes:
+        """Read all bytes of the database's files."""
+        wal = self.store.wal
+        return self.store.path.read_bytes() + (
+            wal.read_bytes() if wal.exists() else b""
+        )
 
     # --- reading
 
@@ -294,7 +309,11 @@ class Memory:
         return [event.seq for event in self.page(user, cursor).events]
 
     def my_chats(self, user: int) -> list[chatd.MyChat]:
-        return self.read(self.chats.my_chats, user, self.hub.head)
+        return self.read(self.chats.my_chats, user, self.hub.head, None, None)
+
+    def users(self, by: int | None = None) -> list[Any]:
+        found: list[Any] = json.loads(self.read(self.chats.users, by))
+        return found
 
     def count(self, table: str) -> int:
         (count,) = self.store._writer.execute(
@@ -388,12 +407,12 @@ class VirtualDisk:
     def __init__(self) -> None:
         self.turning = trio.Event()
         self.turning.set()
-        self.holds_reads = False
+        self.holds_reads = self.is_done = False
 
-    def hold(self, *, reads: bool = False) -> None:
-        """Delay every commit, or every read, until `go`."""
+    def hold(self, *, reads: bool = False, done: bool = False) -> None:
+        """Delay every commit, or every read, until `go`; or, if done, its end."""
         self.turning = trio.Event()
-        self.holds_reads = reads
+        self.holds_reads, self.is_done = reads, done
 
     def go(self) -> None:
         self.turning.set()
@@ -406,9 +425,13 @@ class VirtualDisk:
     ) -> Any:
         await trio.lowlevel.checkpoint()
         one_writer = limiter is not None and limiter.total_tokens == 1
-        if one_writer != self.holds_reads:
+        held = one_writer != self.holds_reads
+        if held and not self.is_done:
             await self.turning.wait()
-        return function(*args)
+        result = function(*args)
+        if held and self.is_done:
+            await self.turning.wait()
+        return result
 
 
 class PairListener(trio.abc.Listener[trio.SocketStream]):
@@ -534,19 +557,17 @@ class Virtual(Generic[App]):
         self.streams.append(ends[1])
         return ends[0], RawClient(ends[1], soon=1)
 
-    async def _run(  # noqa: ASYNC114, ASYNC128 (the listener says `started`)
-        self, *, task_status: trio.TaskStatus[None]
-    ) -> None:
+    async def _run(self) -> None:
         app = self.app
         run = app.run if isinstance(app, chatd.Server) else app.listener.run
-        await run([cast("trio.SocketListener", self.listener)], task_status=task_status)
+        await run([cast("trio.SocketListener", self.listener)])
         self.finished.set()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
         """Run it, then stop it: every connection must end by itself."""
         async with trio.open_nursery() as self.nursery:
-            await self.nursery.start(self._run)
+            self.nursery.start_soon(self._run)
             try:
                 yield self
                 if not self.finished.is_set():
@@ -835,6 +856,10 @@ BAD_HEADS: dict[str, tuple[bytes, int]] = {
 
 class FaultyStore(chatd.Store):
     """A store with bugs."""
+
+    async def read(self, query: Callable[..., V], *args: Any) -> V:
+        faulty = self.history if query.__name__ == "history" else query
+        return await super().read(faulty, *args)
 
     def history(self, *args: Any) -> Any:
         raise ValueError(f"a mistake of ours: {len(args)}")

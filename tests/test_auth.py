@@ -765,14 +765,30 @@ def test_a_ticket_is_never_a_bearer_token(use: str | None) -> None:
         ("signin", "signin", True),
         ("signin", None, False),
         ("signin", "socket", False),
+        ("signin", "edge", False),
+        ("signin", "session", False),
+        ("signin", "invite", False),
         (None, "signin", False),
-        ("session", "signin", False),
+        (None, "session", False),
+        (None, "invite", False),
+        (None, "user", True),
+        (None, "socket", True),
+        ("session", "signin", True),  # a renewal
+        ("session", "session", True),
         ("session", None, True),
         ("session", "socket", True),
-        (None, "socket", True),
+        ("session", "edge", True),
+        ("session", "invite", False),
+        ("invite", "invite", True),
+        *[
+            ("invite", purpose, False)
+            for purpose in (
+                None, "user", "service", "stats", "socket", "edge", "signin", "session",
+            )
+        ],
     ],
-)
-def test_a_sign_in_link_works_only_for_signing_in(
+)  # fmt: skip
+def test_each_kind_of_token_works_only_for_its_purposes(
     use: str | None, purpose: str | None, good: bool
 ) -> None:
     ring = keyring_of()
@@ -1816,7 +1832,7 @@ async def test_a_token_revoked_during_its_handshake_gets_401_or_4503(
 
 
 @with_server()
-async def test_a_sign_in_link_yields_a_session_token_that_cannot_sign_in_again(
+async def test_a_sign_in_link_yields_a_session_token_and_that_yields_another(
     server: VirtualServer,
 ) -> None:
     link = server.token(6, use="signin", name="Ann")
@@ -1827,8 +1843,9 @@ async def test_a_sign_in_link_yields_a_session_token_that_cannot_sign_in_again(
     assert session == {"user_id": 6, "name": "Ann", "expires_in": 30 * 86_400}
     assert (await server.ask("GET", "/api/v1/me", token=token)).json["name"] == "Ann"
     assert (await server.join(6, token=token)).hello["user_id"] == 6
-    wrong = await server.ask("POST", "/api/v1/session", token=token)
-    assert (wrong.status, wrong.code) == (401, "token_invalid")
+    renewed = await server.ask("POST", "/api/v1/session", token=token)
+    assert renewed.status == 200
+    assert renewed.json | session == renewed.json
 
 
 @with_server()

@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import random
+import re
 import select
 import sqlite3
 import struct
@@ -128,6 +129,30 @@ def test_trio_websocket_has_the_private_methods_that_the_reader_overrides() -> N
         theirs, ours = getattr(library, name), getattr(chatd.WebSocketReader, name)
         assert inspect.iscoroutinefunction(theirs), name
         assert [*inspect.signature(ours).parameters] == ["self", "event"], name
+
+
+@with_server()
+async def test_the_reader_has_every_attribute_that_the_library_uses_of_it(
+    server: VirtualServer,
+) -> None:
+    await server.join(6)
+    outbox, settings = server.session(6).outbox, server.app.settings
+
+    async def receive(message: str | bytes) -> None:
+        pass
+
+    reader = chatd.WebSocketReader(outbox, settings, b"", receive)
+    library = trio_websocket.WebSocketConnection
+    methods = (library._reader_task, library._abort_web_socket,
+               library._close_web_socket, library.__str__)  # fmt: skip
+    source = "".join(inspect.getsource(method) for method in methods)
+    used = set(re.findall(r"\bself\.(\w+)", source))
+    assert {"_wsproto", "_initial_request", "_close_reason", "_id"} <= used
+    assert not [name for name in used if not hasattr(reader, name)]
+    # `_send` and `_close_stream` follow errors of a handshake, which is over here.
+    called = set(re.findall(r"\bself\.(_\w+)\(", source))
+    assert called == {"_abort_web_socket", "_close_web_socket", "_send",
+                      "_close_stream"}  # fmt: skip
 
 
 @with_server(max_message_bytes=1000)
@@ -355,6 +380,51 @@ async def test_connected_is_the_first_frame_and_has_the_state_of_the_user(
         "chats": {str(chat): {"last_n": 2, "read_n": 0}},
     }
     await peer.receives_nothing()
+
+
+@pytest.mark.parametrize("count", [500, 501, 2000])
+@with_server()
+async def test_connected_has_the_500_newest_chats_and_events_come_from_all(
+    server: VirtualServer, count: int
+) -> None:
+    create = server.app.chats.create_chat
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(server.store.commit, create, None, [6, 7])
+    await server.post(1, "hi", sender=7)
+    raw = server.dial()
+    await raw.send(upgrade_bytes(server.target(6)))
+    assert (await raw.answer()).status == 101
+    hello = await raw.receive("connected")
+    newest = [1, *range(count, 1, -1)][:500]
+    assert hello["chats"] == {
+        str(chat): {"last_n": int(chat == 1), "read_n": 0} for chat in newest
+    }
+    assert hello.get("more_chats") == (True if count > 500 else None)
+    assert len(json.dumps(hello)) < 32 * 1024
+    for chat in (1, 2, count):
+        await server.post(chat, "hi", sender=7)
+        assert (await raw.receive("new_message"))["chat_id"] == chat
+
+
+@pytest.mark.parametrize("tail_events", [16_384, 2], ids=["the tail", "the event log"])
+async def test_a_replay_tells_each_new_title_of_a_chat(
+    tmp_path: Path, tail_events: int, autojump_clock: MockClock
+) -> None:
+    settings = {"tail_events": tail_events}
+    async with virtual_server(tmp_path, chatd.Store, settings) as server:
+        cursor = f"{server.store.epoch}.{server.app.hub.head}"
+        chat = await server.chat(6, 7)
+        for title in ("a", None, "b"):
+            await server.command("PATCH", f"/api/v1/chats/{chat}", {"title": title})
+        peer = await server.join(6, cursor=cursor)
+        added = await peer.receive("chat_added")
+        # An old title is in the tail only: the event log reads the chat as it is now.
+        assert added["chat"]["title"] == ("Tea" if tail_events > 2 else "b")
+        for title in ("a", None, "b"):
+            renamed = await peer.receive("chat_renamed")
+            assert (renamed["title"], renamed["user_id"]) == (title, None)
+        await peer.receives_nothing()
 
 
 @with_server(resync_events=5)
@@ -730,6 +800,80 @@ async def test_commands_are_handled_and_answered_in_order(
 
 
 @with_server()
+async def test_a_message_is_edited_and_deleted_over_the_socket(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    one, two = await server.join(6), await server.join(7)
+    sent = await one.ask("send_message", chat_id=chat, content="old", client_id="k")
+    message = sent["message_id"]
+    first = (await two.receive("new_message"))["message"]
+    await one.send_command(
+        "edit_message", message_id=message, content="new", if_rev=message, ref="r"
+    )
+    event = await one.receive("message_edited")  # before its ack
+    ack = {"type": "ack", "ref": "r", "message_id": message, "chat_id": chat}
+    assert await one.receive("ack") == ack | {"rev": event["seq"]}
+    assert event["message"]["content"] == "new"
+    assert await two.receive("message_edited") == event
+    # A repeat gets the same ack, and makes no event.
+    again = await one.ask("edit_message", message_id=message, content="new")
+    assert again == ack | {"ref": "ask", "rev": event["seq"]}
+    await one.send_command("delete_message", message_id=message, ref="r")
+    gone = await one.receive("message_deleted")
+    assert await one.receive("ack") == ack | {"rev": gone["seq"]}
+    assert await two.receive("message_deleted") == gone
+    assert gone["message"] == event["message"] | {
+        "content": "", "deleted": True, "rev": gone["seq"],
+    }  # fmt: skip
+    assert first["content"] == "old"
+    again = await one.ask("delete_message", message_id=message)
+    assert again == ack | {"ref": "ask", "rev": gone["seq"]}
+    refused = await one.refused("edit_message", message_id=message, content="x")
+    assert (refused["code"], refused["message_id"]) == ("deleted", message)
+    again = await one.ask("send_message", chat_id=chat, content="old", client_id="k")
+    assert (again["message_id"], again["duplicate"]) == (message, True)
+    await two.receives_nothing()
+    back = await server.join(7, cursor=f"{server.store.epoch}.{message - 1}")
+    for kind in ("new_message", "message_edited", "message_deleted"):
+        assert (await back.receive(kind))["message"] == gone["message"]
+
+
+@with_server(edit_seconds=0)
+async def test_with_edit_seconds_0_only_a_service_changes_messages(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    service = await server.join(999, token=server.token(999, scope="service"))
+    message = (await peer.ask("send_message", chat_id=chat, content="x"))["message_id"]
+    for kind, rest in (("edit_message", {"content": "y"}), ("delete_message", {})):
+        refused = await peer.refused(kind, message_id=message, **rest)
+        assert refused["code"] == "too_late"
+        assert (await service.ask(kind, message_id=message, **rest))["rev"]
+
+
+@with_server()
+async def test_a_removed_member_changes_nothing_and_sees_no_change(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer, other = await server.join(6), await server.join(7)
+    message = (await peer.ask("send_message", chat_id=chat, content="x"))["message_id"]
+    await server.command("DELETE", f"/api/v1/chats/{chat}/members/6")
+    await peer.receive("member_removed")
+    hidden = await peer.refused("delete_message", message_id=message)
+    unknown = await peer.refused("delete_message", message_id=12_345)
+    assert hidden.pop("message_id") != unknown.pop("message_id")
+    assert hidden == unknown
+    assert hidden["code"] == "not_found"
+    await server.command("DELETE", f"/api/v1/messages/{message}")
+    for kind in ("new_message", "member_removed", "message_deleted"):
+        await other.receive(kind)
+    await peer.receives_nothing()
+
+
+@with_server()
 async def test_mark_read_only_moves_up_and_is_always_acked(
     server: VirtualServer,
 ) -> None:
@@ -780,7 +924,11 @@ async def test_commands_on_a_hidden_chat_and_on_an_unknown_one_are_refused_alike
                 ("send_message", "chat_id", {"content": "hi"}),
             ]
         else:
-            commands = [("mark_read", "message_id", {})]
+            commands = [
+                ("mark_read", "message_id", {}),
+                ("edit_message", "message_id", {"content": "x"}),
+                ("delete_message", "message_id", {}),
+            ]
         for kind, field, rest in commands:
             mine = await stranger.refused(kind, **{field: hidden}, **rest)
             none = await stranger.refused(kind, **{field: unknown}, **rest)

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 import urllib.request
 from collections.abc import Iterator
@@ -169,7 +170,8 @@ def test_the_table_of_errors_has_every_refusal_with_its_status() -> None:
 def test_the_table_of_requests_has_every_route_with_its_token() -> None:
     tokens = {
         "in the query": "anyone", "none": "anyone", "user": "user",
-        "sign-in link": "signin", "scope `service`": "service",
+        "sign-in link or session": "signin", "session": "session",
+        "none, or user": "guest", "scope `service`": "service",
         "scope `stats`": "stats",
     }  # fmt: skip
     rows = re.findall(
@@ -365,11 +367,48 @@ def run_example(command: list[str], server: str, folder: Path) -> str:
 def test_the_python_example_works_unchanged(
     example_server: str, tmp_path: Path
 ) -> None:
-    (block,) = blocks(EMBEDDING, "python")
+    block, _ = blocks(EMBEDDING, "python")
     (tmp_path / "backend.py").write_text(block, "utf-8")
     out = run_example([sys.executable, "backend.py"], example_server, tmp_path)
     assert "'content': 'Still for sale?'" in out
     assert "'duplicate': False" in out
+
+
+def test_the_example_that_reads_the_feed_works_unchanged(
+    example_server: str, tmp_path: Path
+) -> None:
+    first, block = blocks(EMBEDDING, "python")
+    (tmp_path / "backend.py").write_text(first, "utf-8")
+    (tmp_path / "feed.py").write_text(block, "utf-8")
+    words = ["-m", "chatd", "token", "7", "--scope", "service"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CHATD": example_server}
+    token = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True,
+        check=True,
+    ).stdout.strip()  # fmt: skip
+    env["CHATD_TOKEN"], saved = token, tmp_path / "cursor.txt"
+
+    def wait_for_a_cursor(after: str = "") -> None:
+        while not saved.exists() or saved.read_text() in ("", after):
+            assert process.poll() is None
+            time.sleep(0.01)
+
+    for _ in range(2):  # the second one goes on after the first one's last message
+        with subprocess.Popen(
+            [sys.executable, "feed.py"],
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            wait_for_a_cursor()
+            before = saved.read_text()
+            run_example([sys.executable, "backend.py"], example_server, tmp_path)
+            assert process.stdout is not None
+            assert re.fullmatch(r"\d+ Still for sale\?\n", process.stdout.readline())
+            wait_for_a_cursor(before)
+            process.kill()
+            assert process.stdout.read() == ""
 
 
 def test_the_node_example_works_unchanged(example_server: str, tmp_path: Path) -> None:
@@ -394,7 +433,9 @@ def test_chatd_accepts_the_token_of_the_example_in_the_readme(
         f"{example_server}/api/v1/me", headers={"Authorization": f"Bearer {token}"}
     )
     with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as answer:
-        assert json.load(answer) == {"user_id": 6, "name": "Anna"}
+        me = json.load(answer)
+    assert (me["user_id"], me["name"]) == (6, "Anna")
+    assert me["server"]["rename"] is False
 
 
 # --- the test command ----------------------------------------------------------------

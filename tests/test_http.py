@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -129,7 +131,8 @@ async def test_options_lists_the_methods_of_a_path(server: VirtualServer) -> Non
     for path, allow in {
         "/healthz": "GET, HEAD, OPTIONS",
         "/api/v1/chats": "GET, POST, HEAD, OPTIONS",
-        "/api/v1/chats/5/members": "POST, OPTIONS",
+        "/api/v1/chats/5": "GET, PATCH, HEAD, OPTIONS",
+        "/api/v1/chats/5/members": "GET, POST, HEAD, OPTIONS",
         "/api/v1/chats/5/members/6": "DELETE, OPTIONS",
     }.items():
         answer = await server.ask("OPTIONS", path)
@@ -144,7 +147,7 @@ async def test_options_lists_the_methods_of_a_path(server: VirtualServer) -> Non
 async def test_an_unsupported_method_gets_405_with_allow(
     server: VirtualServer, method: str
 ) -> None:
-    for path in ("/healthz", "/", "/api/v1/me", "/ws/chat"):
+    for path in ("/healthz", "/", "/api/v1/users", "/ws/chat"):
         answer = await server.ask(method, path, user=6)
         assert (answer.status, answer.code) == (405, "method_not_allowed")
         assert answer.headers["allow"] == "GET, HEAD, OPTIONS"
@@ -157,7 +160,7 @@ async def test_an_unknown_path_gets_404(server: VirtualServer) -> None:
         "/healthz/", "/HEALTHZ", "/api/v1/chats/0/messages", "/api/v1/chats/x/messages",
         "/api/v1/chats/-1/messages", "/api/v1/chats/9007199254740992/messages",
         "/api/v1/chats/99999999999999999999/messages", "/api/v1/chats//messages",
-        "/api/v1/chats/*/messages", "/api/v1/messages/1", "/*",
+        "/api/v1/chats/*/messages", "/api/v1/messages/1/edit", "/*",
     ):  # fmt: skip
         answer = await server.ask("GET", path, user=6)
         assert (answer.status, answer.code) == (404, "not_found"), path
@@ -950,13 +953,11 @@ async def test_a_token_in_the_query_is_accepted_only_by_the_socket_path(
 async def test_me_has_the_name_from_the_last_token_with_a_name(
     server: VirtualServer,
 ) -> None:
-    assert (await server.ask("GET", "/api/v1/me", user=6)).json == {
-        "user_id": 6,
-        "name": None,
-    }
+    me = (await server.ask("GET", "/api/v1/me", user=6)).json
+    assert (me["user_id"], me["name"]) == (6, None)
     for name in ("Ann", "Anna"):
         named = server.token(6, name=name)
-        expected = {"user_id": 6, "name": name}
+        expected = me | {"name": name}
         assert (await server.ask("GET", "/api/v1/me", token=named)).json == expected
         # The name was stored, so the next token may leave it out.
         assert (await server.ask("GET", "/api/v1/me", user=6)).json == expected
@@ -986,7 +987,7 @@ async def test_the_name_of_the_newest_token_wins_whatever_the_order(
         token = server.token(6, iat=iat, name=name)
         for _ in range(2):
             answer = await server.ask("GET", "/api/v1/me", token=token)
-            assert answer.json == {"user_id": 6, "name": shown}, (age, name)
+            assert answer.json["name"] == shown, (age, name)
         if age == 500:
             server.app.names.clear()  # as after a restart: the database knows, too
     users = (await server.ask("GET", "/api/v1/users", user=6)).json["users"]
@@ -1043,7 +1044,7 @@ async def test_a_session_token_has_no_name_so_it_never_sets_an_old_one(
         session = (await server.ask("POST", "/api/v1/session", {}, token=link)).json
         assert session["name"] == name
         me = await server.ask("GET", "/api/v1/me", token=session["token"])
-        assert me.json == {"user_id": 6, "name": name}
+        assert (me.json["user_id"], me.json["name"]) == (6, name)
 
 
 @with_server()
@@ -1100,9 +1101,10 @@ async def test_a_user_is_a_member_of_the_chat_it_creates_and_a_service_is_not(
     chat = made.json["chat"]
     assert chat == {
         "id": chat["id"], "title": "Tea", "last_n": 0, "last_message": None,
+        "direct": False, "created_by": 6, "member_count": 2,
         "members": [
-            {"user_id": 6, "name": None, "read_n": 0},
-            {"user_id": 7, "name": None, "read_n": 0},
+            {"user_id": 6, "name": None, "read_n": 0, "online": False},
+            {"user_id": 7, "name": None, "read_n": 0, "online": False},
         ],
     }  # fmt: skip
     alone = await server.ask("POST", "/api/v1/chats", {}, user=6)
@@ -1110,6 +1112,387 @@ async def test_a_user_is_a_member_of_the_chat_it_creates_and_a_service_is_not(
     assert alone.json["chat"]["title"] is None
     service = await server.command("POST", "/api/v1/chats", {"member_ids": [7]})
     assert [m["user_id"] for m in service["chat"]["members"]] == [7]
+
+
+# A body of a new direct chat; who: a user (6) or a service; the status of the answer.
+DIRECT: tuple[tuple[dict[str, Any], str, int], ...] = (
+    ({"member_ids": [7]}, "user", 201),
+    ({"member_ids": [7], "title": None}, "user", 201),
+    ({"member_ids": [7], "title": "Sofa"}, "user", 400),
+    ({"member_ids": [6]}, "user", 400),
+    ({"member_ids": []}, "user", 400),
+    ({}, "user", 400),
+    ({"member_ids": [6, 7]}, "user", 400),
+    ({"member_ids": [7, 7]}, "user", 400),
+    ({"member_ids": [7, 8]}, "user", 400),
+    ({"member_ids": [7, 8]}, "service", 201),
+    ({"member_ids": [7, 8], "title": "Sofa"}, "service", 400),
+    ({"member_ids": [7]}, "service", 400),
+    ({"member_ids": [7, 7]}, "service", 400),
+    ({"member_ids": [7, 8, 9]}, "service", 400),
+    ({"member_ids": [7, 8, 8]}, "service", 400),
+    ({"member_ids": []}, "service", 400),
+)
+
+
+@pytest.mark.parametrize(("body", "who", "status"), DIRECT)
+@with_server()
+async def test_a_direct_chat_is_of_two_users_and_has_no_title(
+    server: VirtualServer, body: dict[str, Any], who: str, status: int
+) -> None:
+    token = server.token(6, scope="service" if who == "service" else "")
+    ask = functools.partial(server.ask, "POST", "/api/v1/chats", token=token)
+    made = await ask({"direct": True, **body})
+    assert made.status == status
+    if status == 400:
+        assert made.code == "bad_field"
+        assert made.json["error"]["message"].startswith("direct: ")
+        assert server.app.hub.head == 0
+        return
+    chat = made.json["chat"]
+    assert (chat["direct"], chat["title"], chat["member_count"]) == (True, None, 2)
+    assert chat["created_by"] == (6 if who == "user" else None)
+    again = await ask({"direct": True, **body})
+    assert (again.status, again.json) == (200, made.json)
+    assert server.app.hub.head == 2
+    for wrong in (1, "yes", None):
+        refused = await ask({**body, "direct": wrong})
+        assert (refused.status, refused.code) == (400, "bad_field")
+        assert "direct" in refused.json["error"]["message"]
+
+
+@with_server()
+async def test_both_users_get_the_one_direct_chat_also_at_the_same_time(
+    server: VirtualServer,
+) -> None:
+    answers: list[HttpAnswer] = []
+
+    async def create(user: int, other: int) -> None:
+        body = {"direct": True, "member_ids": [other]}
+        answers.append(await server.ask("POST", "/api/v1/chats", body, user=user))
+
+    server.disk.hold()
+    async with trio.open_nursery() as nursery:
+        for pair in ((6, 7), (7, 6), (6, 7)):
+            nursery.start_soon(create, *pair)
+        await wait_all_tasks_blocked()
+        server.disk.go()
+    assert sorted(answer.status for answer in answers) == [200, 200, 201]
+    assert len({answer.json["chat"]["id"] for answer in answers}) == 1
+    chat = answers[0].json["chat"]["id"]
+    for method, path, body in (
+        ("POST", "members", {"user_id": 8}),
+        ("POST", "members", {"user_id": 7}),
+        ("DELETE", "members/7", None),
+        ("DELETE", "members/6", None),
+        ("PATCH", "", {"title": "Sofa"}),
+    ):
+        target = f"/api/v1/chats/{chat}/{path}".rstrip("/")
+        for token in (server.token(6), server.token(9, scope="service")):
+            refused = await server.ask(method, target, body, token=token)
+            assert (refused.status, refused.code) == (409, "direct"), (target, token)
+
+
+@with_server()
+async def test_a_key_makes_a_creation_idempotent(server: VirtualServer) -> None:
+    async def create(
+        key: str | None, header: str | None, *, user: int = 6, **body: Any
+    ) -> HttpAnswer:
+        headers = {} if header is None else {"Idempotency-Key": header}
+        body |= {} if key is None else {"client_id": key}
+        return await server.ask("POST", "/api/v1/chats", body, user=user, **headers)
+
+    first = await create("k", None, title="Bicycle", member_ids=[7])
+    assert first.status == 201
+    for again in (
+        await create("k", None, title="Bicycle", member_ids=[7]),
+        await create("k", None, title="another"),
+        await create(None, "k", member_ids=[8, 9]),
+        await create("k", "k"),
+    ):
+        assert (again.status, again.json) == (200, first.json)
+    assert (await create("k", None, user=7)).status == 201
+    assert (await create(None, "K")).status == 201
+    assert (await create(None, None)).status == 201
+    assert (await create(None, None)).status == 201
+    for key, header, field in (
+        ("k", "other", "client_id"), ("", None, "client_id"),
+        ("x" * 65, None, "client_id"), (None, "", "Idempotency-Key"),
+        (None, "x" * 65, "Idempotency-Key"), (None, "caf\xe9", "Idempotency-Key"),
+    ):  # fmt: skip
+        refused = await create(key, header)
+        assert (refused.status, refused.code) == (400, "bad_field")
+        assert field in refused.json["error"]["message"]
+
+
+@with_server()
+async def test_all_services_share_their_keys(server: VirtualServer) -> None:
+    body = {"client_id": "listing 17, buyer 6", "member_ids": [6, 7]}
+    made = await server.command("POST", "/api/v1/chats", body)
+    for user, status in ((1, 200), (2, 200)):
+        token = server.token(user, scope="service")
+        again = await server.ask("POST", "/api/v1/chats", body, token=token)
+        assert (again.status, again.json) == (status, made)
+    assert (await server.ask("POST", "/api/v1/chats", body, user=6)).status == 201
+    for user in (6, 7):  # the service gets it also when nobody is left in it
+        await server.command(
+            "DELETE", f"/api/v1/chats/{made['chat']['id']}/members/{user}"
+        )
+    left = await server.command("POST", "/api/v1/chats", body)
+    assert left["chat"] == made["chat"] | {"members": [], "member_count": 0}
+
+
+@with_server()
+async def test_a_creator_who_is_no_longer_a_member_gets_404_for_its_key(
+    server: VirtualServer,
+) -> None:
+    body = {"client_id": "k", "member_ids": [7]}
+    made = await server.ask("POST", "/api/v1/chats", body, user=6)
+    chat = made.json["chat"]["id"]
+    await server.ask("DELETE", f"/api/v1/chats/{chat}/members/6", user=6)
+    again = await server.ask("POST", "/api/v1/chats", body, user=6)
+    assert (again.status, again.code) == (404, "not_found")
+    await server.command("POST", f"/api/v1/chats/{chat}/members", {"user_id": 6})
+    again = await server.ask("POST", "/api/v1/chats", body, user=6)
+    assert (again.status, again.json["chat"]["id"]) == (200, chat)
+
+
+@with_server()
+async def test_one_chat_is_shown_with_who_is_online(server: VirtualServer) -> None:
+    body = {"title": "Tea", "member_ids": [7, 8]}
+    chat = (await server.ask("POST", "/api/v1/chats", body, user=6)).json["chat"]
+    assert [member["online"] for member in chat["members"]] == [False] * 3
+    peer = await server.join(7)
+    path = f"/api/v1/chats/{chat['id']}"
+    for token in (server.token(6), server.token(99, scope="service")):
+        shown = (await server.ask("GET", path, token=token)).json["chat"]
+        assert [member["online"] for member in shown["members"]] == [False, True, False]
+        for member in (*shown["members"], *chat["members"]):
+            member["online"] = False
+        assert shown == chat
+    await peer.leave()
+    await wait_all_tasks_blocked()
+    members = (await server.ask("GET", f"{path}/members", user=6)).json["members"]
+    assert [member["online"] for member in members] == [False] * 3
+    listed = (await server.ask("GET", "/api/v1/chats", user=6)).json["chats"][0]
+    assert all("online" not in member for member in listed["members"])
+    for target in ("", "/members"):
+        hidden = await server.ask("GET", path + target, user=9)
+        unknown = await server.ask("GET", f"/api/v1/chats/999{target}", user=9)
+        service = await server.ask(
+            "GET", f"/api/v1/chats/999{target}", token=server.token(9, scope="service")
+        )
+        assert hidden.status == unknown.status == service.status == 404
+        assert hidden.body == unknown.body == service.body
+
+
+@with_server()
+async def test_the_members_of_a_large_chat_come_page_by_page(
+    server: VirtualServer,
+) -> None:
+    body = {"member_ids": [*range(10, 260)]}
+    chat = (await server.command("POST", "/api/v1/chats", body))["chat"]
+    assert (chat["members"], chat["member_count"]) == ([], 250)
+    path = f"/api/v1/chats/{chat['id']}/members"
+    listed: list[int] = []
+    more, query = True, ""
+    while more:
+        page = await server.command("GET", path + query)
+        assert len(page["members"]) <= 100
+        listed += [member["user_id"] for member in page["members"]]
+        more, query = page["more"], f"?after={listed[-1]}"
+    assert listed == [*range(10, 260)]
+    assert len((await server.command("GET", f"{path}?limit=500"))["members"]) == 250
+    wanted = ",".join(map(str, range(1, 101)))
+    page = await server.command("GET", f"{path}?ids={wanted}")
+    assert [member["user_id"] for member in page["members"]] == [*range(10, 101)]
+    assert page["more"] is False
+    token = server.token(9, scope="service")
+    for query, field in (
+        ("ids=1,", "ids"), ("ids=,1", "ids"), ("ids=x", "ids"), ("ids=1 ", "ids"),
+        ("ids=0", "ids"), ("ids=01", "ids"), ("ids=1&ids=2", "ids"), ("ids=-1", "ids"),
+        ("ids=1.5", "ids"), ("ids=%D9%A3", "ids"), ("ids=1%0a", "ids"),
+        (f"ids={wanted},101", "ids"), ("ids=1],[2", "ids"), (f"ids={10**16}", "ids"),
+        ("after=0", "after"), ("after=x", "after"), ("limit=0", "limit"),
+        ("limit=501", "limit"),
+    ):  # fmt: skip
+        target = f"{path}?{query}".replace(" ", "%20")
+        refused = await server.ask("GET", target, token=token)
+        assert (refused.status, refused.code, query) == (400, "bad_field", query)
+        assert refused.json["error"]["message"].startswith(field)
+
+
+@with_server()
+async def test_a_chat_is_renamed_by_its_members(server: VirtualServer) -> None:
+    chat = await server.chat(6, 7)
+    path = f"/api/v1/chats/{chat}"
+    peer = await server.join(7)
+    cursor = peer.hello["cursor"]
+    renamed = await server.ask("PATCH", path, {"title": "Bicycle"}, user=6)
+    assert (renamed.status, renamed.json["chat"]["title"]) == (200, "Bicycle")
+    assert renamed.json["chat"]["members"][1]["online"] is True
+    event = await peer.receive("chat_renamed")
+    assert event == {
+        "type": "chat_renamed", "seq": 3, "chat_id": chat, "title": "Bicycle",
+        "user_id": 6,
+    }  # fmt: skip
+    same = await server.ask("PATCH", path, {"title": "Bicycle"}, user=7)
+    assert (same.status, same.json) == (200, renamed.json)
+    cleared = await server.command("PATCH", path, {"title": None})
+    assert cleared["chat"]["title"] is None
+    last = await peer.receive("chat_renamed")
+    assert (last["seq"], last["title"], last["user_id"]) == (4, None, None)
+    poll = await server.ask("GET", f"/api/v1/events?cursor={cursor}", user=7)
+    assert poll.json["events"] == [event, last]
+    for body, code in (
+        ({}, "bad_field"), ({"title": ""}, "bad_field"), ({"title": " "}, "bad_field"),
+        ({"title": "\u3000"}, "bad_field"), ({"title": "x" * 201}, "bad_field"),
+        ({"title": "a\nb"}, "bad_field"), ({"title": 7}, "bad_field"),
+        ({"title": "a\x7f"}, "bad_field"), ([], "bad_json"), (None, "bad_json"),
+    ):  # fmt: skip
+        refused = await server.ask("PATCH", path, body, user=6)
+        assert (refused.status, refused.code) == (400, code)
+        assert code == "bad_json" or "title" in refused.json["error"]["message"]
+    for title in ("x", "\U0001f600" * 200, " a ", "<b>", '"', "\u2028"):
+        named = await server.ask("PATCH", path, {"title": title}, user=6)
+        status = 400 if title == "\u2028" else 200
+        assert named.status == status
+    hidden = await server.ask("PATCH", path, {"title": "x"}, user=8)
+    unknown = await server.ask("PATCH", "/api/v1/chats/999", {"title": "x"}, user=8)
+    assert (hidden.status, hidden.body) == (404, unknown.body)
+
+
+@with_server(chats_by="service")
+async def test_with_chats_by_service_a_creator_has_no_rights_but_to_leave(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    await server.store.commit(
+        lambda db, _: db.execute("UPDATE chat SET created_by = 6"), then=lambda _: None
+    )
+    path = f"/api/v1/chats/{chat}"
+    for method, target, body in (
+        ("PATCH", path, {"title": "x"}),
+        ("DELETE", f"{path}/members/7", None),
+        ("POST", "/api/v1/chats", {"direct": True, "member_ids": [7]}),
+    ):
+        refused = await server.ask(method, target, body, user=6)
+        assert (refused.status, refused.code) == (403, "forbidden")
+    assert (await server.ask("DELETE", f"{path}/members/6", user=6)).status == 204
+    assert (await server.command("PATCH", path, {"title": "x"}))["chat"]["title"] == "x"
+
+
+@with_server(sends=Rate(0.1, 1))
+async def test_each_change_of_a_chat_costs_a_token_of_sends(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7, 8)
+    path = f"/api/v1/chats/{chat}"
+    await server.store.commit(
+        lambda db, _: db.execute("UPDATE chat SET created_by = 6")
+    )
+    for method, target, body in (
+        ("PATCH", path, {"title": "x"}),
+        ("POST", "/api/v1/chats", {"direct": True, "member_ids": [7]}),
+        ("POST", f"{path}/members", {"user_id": 9}),
+        ("DELETE", f"{path}/members/7", None),
+    ):
+        taken = await server.ask(method, target, body, user=6)
+        assert taken.status in (200, 201, 204), (method, target)
+        refused = await server.ask(method, target, body, user=6)
+        assert (refused.status, refused.code) == (429, "rate_limited")
+        assert refused.json["error"]["retry_after"] > 9
+        for read in (path, f"{path}/members", f"{path}/messages"):
+            assert (await server.ask("GET", read, user=6)).status == 200
+        await trio.sleep(10)
+    for title in "abc":  # a service has no such limit
+        await server.command("PATCH", path, {"title": title})
+
+
+@with_server()
+async def test_a_removal_by_the_creator_counts_at_once(server: VirtualServer) -> None:
+    made = await server.ask("POST", "/api/v1/chats", {"member_ids": [7, 8]}, user=6)
+    path = f"/api/v1/chats/{made.json['chat']['id']}"
+    peer = await server.join(7)
+    refused = await server.ask("DELETE", f"{path}/members/8", user=7)
+    assert (refused.status, refused.code) == (403, "forbidden")
+    assert (await server.ask("DELETE", f"{path}/members/7", user=6)).status == 204
+    assert (await peer.receive("member_removed"))["user_id"] == 7
+    refused = await server.ask("GET", path, user=7)
+    assert refused.status == 404
+
+
+@with_server()
+async def test_pages_of_chats_are_followed_by_the_events_after_the_first_cursor(
+    server: VirtualServer,
+) -> None:
+    chats = [await server.chat(6, 7) for _ in range(5)]
+    first = (await server.ask("GET", "/api/v1/chats?limit=2", user=6)).json
+    assert [chat["id"] for chat in first["chats"]] == [chats[4], chats[3]]
+    assert (first["more"], first["position"]) == (True, first["chats"][1]["position"])
+    await server.post(chats[0], "it becomes the newest", sender=7)
+    listed, page = [*first["chats"]], first
+    while page["more"]:
+        target = f"/api/v1/chats?limit=2&before={page['position']}"
+        page = (await server.ask("GET", target, user=6)).json
+        listed += page["chats"]
+    assert [chat["id"] for chat in listed] == [chats[place] for place in (4, 3, 2, 1)]
+    poll = await server.ask("GET", f"/api/v1/events?cursor={first['cursor']}", user=6)
+    assert [event["chat_id"] for event in poll.json["events"]] == [chats[0]]
+    whole = (await server.ask("GET", "/api/v1/chats", user=6)).json
+    assert [chat["id"] for chat in whole["chats"]] == [
+        chats[place] for place in (0, 4, 3, 2, 1)
+    ]
+    assert whole["more"] is False
+    nobody = (await server.ask("GET", "/api/v1/chats?limit=9", user=9)).json
+    assert (nobody["chats"], nobody["more"], nobody["position"]) == ([], False, None)
+    for query in ("limit=0", "limit=101", "limit=x", "before=0", "before=x", "before="):
+        refused = await server.ask("GET", f"/api/v1/chats?{query}", user=6)
+        assert (refused.status, refused.code) == (400, "bad_field")
+
+
+@with_server()
+async def test_only_one_place_of_a_page_of_history_is_given(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    ids = await server.post(chat, *"abc")
+    path = f"/api/v1/chats/{chat}/messages"
+    for query in (
+        f"before={ids[2]}&after={ids[0]}", f"after={ids[0]}&around={ids[0]}",
+        f"before={ids[0]}&around={ids[0]}", f"before={ids[2]}&after=",
+        "after=0", "around=x", "around=", f"after={ids[0]}&after={ids[1]}",
+        f"after={2**53}", "around=999",
+    ):  # fmt: skip
+        refused = await server.ask("GET", f"{path}?{query}", user=6)
+        assert (refused.status, refused.code, query) == (400, "bad_field", query)
+        assert refused.json["error"]["message"].startswith(
+            ("before", "after", "around")
+        )
+    refused = await server.ask("GET", f"{path}?after={ids[0]}", user=8)
+    assert refused.status == 404
+
+
+@with_server()
+async def test_an_answer_with_a_chat_has_its_last_message_as_it_is_now(
+    server: VirtualServer,
+) -> None:
+    chats = [await server.chat(6, 7) for _ in range(3)]
+    for chat in chats[:2]:
+        await server.post(chat, "before", sender=7)
+    app = server.app
+    upto = app.hub.head
+    read = await server.store.read(app.chats.my_chats, 6, upto, None, None)
+
+    def edit(db: sqlite3.Connection, events: list[chatd.Entry]) -> None:
+        message = chatd.Message(upto, chats[1], 7, "after", "", 1, rev=upto + 1)
+        event = chatd.MessageEdited(server.store.next_seq(events), chats[1], message)
+        server.store.record(db, events, chatd.Entry(event, to_chat=True))
+
+    await server.store.commit(edit)
+    read = app.hub.correct(read, upto)
+    texts = [chat.last_message and chat.last_message.content for chat in read]
+    assert texts == ["after", "before", None]
 
 
 @with_server(members=3)
@@ -1173,7 +1556,7 @@ async def test_adding_a_member_returns_201_and_again_200(server: VirtualServer) 
 
 
 @with_server()
-async def test_a_user_may_leave_and_only_a_service_may_remove_others(
+async def test_a_user_may_leave_and_a_service_may_remove_others(
     server: VirtualServer,
 ) -> None:
     chat = await server.chat(6, 7, 8)
@@ -1249,6 +1632,169 @@ async def test_a_message_returns_201_and_a_repeat_200_and_other_content_409(
     other = await server.ask("POST", path, body | {"content": "ho"}, user=6)
     assert (other.status, other.code) == (409, "idempotency_mismatch")
     await listener.receives_nothing()
+
+
+@with_server()
+async def test_a_message_is_edited_and_deleted_over_http(server: VirtualServer) -> None:
+    chat = await server.chat(6, 7)
+    listener = await server.join(7)
+    (message,) = await server.post(chat, "old", sender=6)
+    sent = (await listener.receive("new_message"))["message"]
+    path = f"/api/v1/messages/{message}"
+    body = {"content": "new", "if_rev": message}
+    edited = await server.ask("PATCH", path, body, user=6)
+    assert edited.status == 200
+    event = await listener.receive("message_edited")
+    assert edited.json == {"message": event["message"]}
+    assert event["message"] == sent | {
+        "content": "new", "rev": event["seq"],
+        "edited_at": event["message"]["edited_at"],
+    }  # fmt: skip
+    again = await server.ask("PATCH", path, body, user=6)  # a repeat, whatever if_rev
+    assert (again.status, again.json) == (200, edited.json)
+    changed = await server.ask("PATCH", path, body | {"content": "newer"}, user=6)
+    assert (changed.status, changed.code) == (409, "changed")
+    for _ in range(2):
+        deleted = await server.ask("DELETE", path, user=6)
+        assert (deleted.status, deleted.body) == (204, b"")
+    event = await listener.receive("message_deleted")
+    assert event["message"] == edited.json["message"] | {
+        "content": "", "deleted": True, "rev": event["seq"],
+    }  # fmt: skip
+    late = await server.ask("PATCH", path, {"content": "x"}, user=6)
+    assert (late.status, late.code) == (409, "deleted")
+    await listener.receives_nothing()
+    history = await server.ask("GET", f"/api/v1/chats/{chat}/messages", user=7)
+    assert history.json["messages"] == [event["message"]]
+
+
+# What is tried with message ID of user 6: the user (999: a service), the method, the
+# body, the path, and the answer.
+CHANGES: list[tuple[int, str, Any, str, int, str]] = [
+    (7, "PATCH", {"content": "x"}, "ID", 403, "forbidden"),
+    (7, "DELETE", None, "ID", 403, "forbidden"),
+    (8, "PATCH", {"content": "x"}, "ID", 404, "not_found"),
+    (8, "DELETE", None, "ID", 404, "not_found"),
+    (6, "DELETE", None, "12345", 404, "not_found"),
+    (6, "DELETE", None, "0", 404, "not_found"),
+    (6, "DELETE", None, "x", 404, "not_found"),
+    (6, "PATCH", {"content": ""}, "ID", 400, "bad_field"),
+    (6, "PATCH", {"content": "a\0"}, "ID", 400, "bad_field"),
+    (6, "PATCH", {"content": "x" * 4001}, "ID", 400, "bad_field"),
+    (6, "PATCH", {"content": None}, "ID", 400, "bad_field"),
+    (6, "PATCH", {}, "ID", 400, "bad_field"),
+    (6, "PATCH", {"content": "x", "if_rev": "3"}, "ID", 400, "bad_field"),
+    (6, "PATCH", {"content": "x", "if_rev": 0}, "ID", 400, "bad_field"),
+    (6, "PATCH", [], "ID", 400, "bad_json"),
+    (6, "PUT", {"content": "x"}, "ID", 405, "method_not_allowed"),
+    (6, "PATCH", {"content": "x"}, "ID", 200, ""),
+    (999, "PATCH", {"content": "x"}, "ID", 200, ""),
+    (999, "DELETE", None, "ID", 204, ""),
+]
+
+
+@pytest.mark.parametrize(("user", "method", "body", "path", "status", "code"), CHANGES)
+@with_server()
+async def test_a_change_over_http_gets_its_answer(
+    server: VirtualServer,
+    user: int,
+    method: str,
+    body: Any,
+    path: str,
+    status: int,
+    code: str,
+) -> None:
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "old", sender=6)
+    target = f"/api/v1/messages/{path.replace('ID', str(message))}"
+    token = server.token(user, scope="service" if user == 999 else None)
+    answer = await server.ask(method, target, body, token=token)
+    assert answer.status == status
+    if code:
+        assert answer.code == code
+        assert server.app.hub.head == message
+    stranger = await server.ask(method, target, body, token="")
+    assert stranger.status in (401, 404, 405)
+
+
+@with_server(sends=Rate(1, 3))
+async def test_a_change_costs_as_much_as_a_message_over_either_way(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    message = (await peer.ask("send_message", chat_id=chat, content="a"))["message_id"]
+    path = f"/api/v1/messages/{message}"
+    assert (await server.ask("PATCH", path, {"content": "b"}, user=6)).status == 200
+    assert (await peer.ask("edit_message", message_id=message, content="c"))["rev"]
+    over = await server.ask("DELETE", path, user=6)
+    assert (over.status, over.code) == (429, "rate_limited")
+    for kind, rest in (("edit_message", {"content": "d"}), ("delete_message", {})):
+        refused = await peer.refused(kind, message_id=message, **rest)
+        assert (refused["code"], refused["message_id"]) == ("rate_limited", message)
+        assert refused["retry_after"] > 0
+    await server.command("DELETE", path)  # a service pays nothing
+
+
+@with_server()
+async def test_answers_that_were_read_before_a_change_show_the_message_as_it_is(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "old text", sender=6)
+    cursor = f"{server.store.epoch}.{message - 1}"
+    found: dict[str, HttpAnswer] = {}
+
+    async def ask(target: str) -> None:
+        found[target] = await server.ask("GET", target, user=7)
+
+    async with trio.open_nursery() as nursery:
+        server.disk.hold(reads=True, done=True)
+        for target in (
+            f"/api/v1/chats/{chat}/messages",
+            "/api/v1/chats",
+            f"/api/v1/events?cursor={cursor}",
+        ):
+            nursery.start_soon(ask, target)
+        await wait_all_tasks_blocked()
+        await server.command("DELETE", f"/api/v1/messages/{message}")
+        server.disk.go()
+    for answer in found.values():
+        assert answer.status == 200
+        assert b"old text" not in answer.body
+        assert b'"deleted":true' in answer.body
+
+
+@with_server()
+async def test_a_message_that_is_deleted_in_the_batch_of_its_post_is_answered_so(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    path = f"/api/v1/chats/{chat}/messages"
+    found: list[HttpAnswer] = []
+
+    async def post(**body: str) -> None:
+        found.append(await server.ask("POST", path, body, user=6))
+
+    message = server.app.hub.head + 2  # after a batch that only holds the disk
+    server.disk.hold()
+    async with trio.open_nursery() as nursery:
+        await peer.send_command("send_message", chat_id=chat, content="first")
+        await wait_all_tasks_blocked()
+        nursery.start_soon(functools.partial(post, content="old text", client_id="k"))
+        await wait_all_tasks_blocked()
+        await peer.send_command("edit_message", message_id=message, content="middle")
+        await peer.send_command("delete_message", message_id=message)
+        await wait_all_tasks_blocked()
+        server.disk.go()
+    await post(content="old text", client_id="k")  # the repeat
+    (posted, repeated) = found
+    assert (posted.status, repeated.status) == (201, 200)
+    assert posted.json["message"] == repeated.json["message"]
+    assert (posted.json["message"]["content"], posted.json["message"]["deleted"]) == (
+        "", True,
+    )  # fmt: skip
 
 
 @with_server()
@@ -1395,9 +1941,9 @@ async def test_every_request_of_the_documented_table_is_answered(
     start = await server.cursor(ann)
     assert (await server.ask("GET", "/healthz")).status == 200
     me = await server.want(200, "GET /api/v1/me", token)
-    assert me == {"user_id": ann, "name": "Ann"}
+    assert (me["user_id"], me["name"]) == (ann, "Ann")
     nameless = await server.want(200, "GET /api/v1/me", server.token(cy))
-    assert nameless == {"user_id": cy, "name": None}
+    assert nameless == me | {"user_id": cy, "name": None}
     users = await server.want(200, "GET /api/v1/users", token)
     assert {"user_id": ann, "name": "Ann"} in users["users"]
 
@@ -1406,7 +1952,10 @@ async def test_every_request_of_the_documented_table_is_answered(
     members = [(m["user_id"], m["name"], m["read_n"]) for m in chat.pop("members")]
     assert sorted(members) == [(ann, "Ann", 0), (bob, None, 0)]
     number = chat.pop("id")
-    assert chat == {"title": "t", "last_n": 0, "last_message": None}
+    assert chat == {
+        "title": "t", "last_n": 0, "last_message": None,
+        "direct": False, "created_by": ann, "member_count": 2,
+    }  # fmt: skip
     member: dict[str, object]
     more, member = f"/api/v1/chats/{number}/members", {"user_id": cy}
     assert await server.want(201, f"POST {more}", token, member) == {
@@ -1414,14 +1963,23 @@ async def test_every_request_of_the_documented_table_is_answered(
         "user_id": cy,
     }
     await server.want(200, f"POST {more}", server.service, member)
-    for stranger in (token, server.token(next(new_users))):
-        targets = [f"/api/v1/chats/{n}/members/{cy}" for n in (number, 2**53 - 1)]
-        answers = [await server.ask("DELETE", target, stranger) for target in targets]
-        statuses = {answer.status for answer in answers}
-        assert statuses in ({403}, {404})  # the same, whether the chat exists or not
+    stranger = server.token(next(new_users))
+    for n in (number, 2**53 - 1):  # the same, whether the chat exists or not
+        await server.want(404, f"DELETE /api/v1/chats/{n}/members/{cy}", stranger)
+    await server.want(403, f"DELETE {more}/{cy}", server.token(bob))
     await server.want(404, f"DELETE /api/v1/chats/{2**53 - 1}/members/{ann}", token)
     gone = await server.ask("DELETE", f"{more}/{cy}", server.service)
     assert (gone.status, gone.body) == (204, b"")
+    await server.want(201, f"POST {more}", token, member)
+    gone = await server.ask("DELETE", f"{more}/{cy}", token)  # by the chat's creator
+    assert (gone.status, gone.body) == (204, b"")
+    listed = await server.want(200, f"GET {more}?limit=1", token)
+    first = {"user_id": ann, "name": "Ann", "read_n": 0, "online": False}
+    assert listed == {"members": [first], "more": True}
+    one_chat = f"/api/v1/chats/{number}"
+    named = await server.want(200, f"PATCH {one_chat}", token, {"title": "u"})
+    assert await server.want(200, f"GET {one_chat}", server.service) == named
+    assert (named["chat"]["title"], named["chat"]["members"][0]) == ("u", first)
 
     messages, say = f"/api/v1/chats/{number}/messages", {"content": "one"}
     sent = await server.want(201, f"POST {messages}", token, say)
@@ -1434,22 +1992,26 @@ async def test_every_request_of_the_documented_table_is_answered(
     ]
     three = await server.post(number, bob, "three")
     assert three["sender_id"] == bob
-    all_three = {"messages": [one, two, three], "more": False}
-    assert await server.want(200, f"GET {messages}", token) == all_three
-    page = await server.want(200, f"GET {messages}?limit=2", token)
-    assert page == {"messages": [two, three], "more": True}
-    page = await server.want(200, f"GET {messages}?limit=2&before={two['id']}", token)
-    assert page == {"messages": [one], "more": False}
+    for query, page, older, newer in (
+        ("", [one, two, three], False, False),
+        ("limit=2", [two, three], True, False),
+        (f"limit=2&before={two['id']}", [one], False, True),
+        (f"limit=1&after={one['id']}", [two], True, True),
+        (f"limit=2&around={three['id']}", [two, three], True, False),
+    ):
+        answer = await server.want(200, f"GET {messages}?{query}", token)
+        assert answer == {"messages": page, "more": older, "more_after": newer}
     read = await server.want(200, f"POST /api/v1/messages/{two['id']}/read", token)
     assert read == {"message_id": two["id"], "chat_id": number, "n": 2}
 
     chats = await server.want(200, "GET /api/v1/chats", token)
     (mine,) = chats["chats"]
+    assert (chats["more"], chats["position"]) == (False, mine["position"])
     assert (mine["last_n"], mine["read_n"], mine["unread"]) == (3, 2, 1)
     assert mine["last_message"] == three
     poll = await server.want(200, f"GET /api/v1/events?cursor={start}&limit=500", token)
     kinds = [event["type"] for event in poll["events"]]
-    expected = ["chat_added", "member_added", "member_removed"]
+    expected = ["chat_added", *["member_added", "member_removed"] * 2, "chat_renamed"]
     expected += ["new_message", "new_message", "message_read", "new_message"]
     assert kinds == [*expected, "message_read"]
     assert (poll["more"], poll["resync"]) == (False, False)

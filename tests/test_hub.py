@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 import chatd
 from chatd import Job, Refusal
@@ -23,6 +27,7 @@ from tests.harness import (
     memory_is_sound,
     memory_job,
     memory_with,
+    refusal_of,
 )
 
 # --- seats ---------------------------------------------------------------------------
@@ -185,7 +190,7 @@ def test_one_push_from_the_tail_is_bounded_in_bytes() -> None:
         made.seat.cursor = 2
         memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
         memory.hub.push_tail(made.seat)
-        assert (made.seqs(), made.seat.live) == ([3, 4, 5], False)
+        assert (made.seqs(), made.seat.live) == ([3], False)  # 2,000 bytes, 3 times
         memory.catch_up(made)
         assert made.seqs() == [*range(3, 13)]
 
@@ -933,7 +938,7 @@ class Desk:
         self.memory, self.hub = memory, memory.hub
         self.model = Model(memory.settings.large_chat)
         self.waiting: list[chatd.Batch] = []
-        self.devices = [Device(user) for user in (1, 1, 2)]
+        self.devices: Sequence[Device] = [Device(user) for user in (1, 1, 2)]
         self.resyncs = 0
         for users in ((1, 2), (1, 2, 3)):
             self.model.create(*users)
@@ -1095,4 +1100,408 @@ def test_all_devices_of_a_user_count_the_same_unread_messages_as_the_database(
         for name, argument in day:
             desk.step(name, argument)
         desk.finish()
+        memory_is_sound(memory)
+
+
+# --- changes of messages -------------------------------------------------------------
+
+
+def quoting(memory: Memory) -> tuple[int, int]:
+    """Make a chat with a message that is quoted three times; return both ids."""
+    chat = memory.chat(1, 2)
+    message = memory.send(chat, 1, "old text").message.id
+    memory.edit(1, message, "middle text")
+    memory.do(memory.chats.add_member, chat, 3, 1)
+    return chat, message
+
+
+def texts(memory: Memory) -> set[str]:
+    """The texts that the frames of the tail show."""
+    (shown,) = [[m for e in memory.hub.tail for m in memory_frames(e.frame)]]
+    messages = [m.get("message") or m["chat"]["last_message"] for m in shown
+                if "message" in m or m["type"] == "chat_added"]  # fmt: skip
+    return {message["content"] for message in messages if message}
+
+
+def test_a_change_renews_every_entry_of_the_tail_that_shows_the_message(
+    memory: Memory,
+) -> None:
+    chat, message = quoting(memory)
+    memory.send(chat, 2, "another")
+    frames = {entry.seq: entry.frame for entry in memory.hub.tail}
+    sizes = {entry.seq: entry.size for entry in memory.hub.tail}
+    assert texts(memory) == {"middle text", "another"}
+    memory.edit(1, message, "й" * 1000)
+    assert texts(memory) == {"й" * 1000, "another"}
+    assert memory.hub.tail_size == sum(entry.size for entry in memory.hub.tail)
+    memory.delete(1, message)
+    assert texts(memory) == {"", "another"}
+    assert memory.hub.tail_size == sum(entry.size for entry in memory.hub.tail)
+    renewed = [e.seq for e in memory.hub.tail if frames.get(e.seq, e.frame) != e.frame]
+    assert renewed == [3, 4, 6]
+    for entry in memory.hub.tail:
+        whole = chatd.Entry(entry.event)
+        assert (entry.size, entry.quotes) == (whole.size, whole.quotes)
+        if entry.seq in sizes and entry.seq not in renewed:
+            assert entry.frame is frames[entry.seq] or not entry.to_chat
+
+
+def test_a_change_of_a_message_that_is_older_than_the_tail_renews_its_edits() -> None:
+    with memory_with(tail_events=4) as memory:
+        chat, message = quoting(memory)
+        memory.send(chat, 2, "another")
+        assert message < memory.hub.tail[0].seq
+        memory.delete(1, message)
+        assert not texts(memory) & {"old text", "middle text"}
+
+
+def test_a_replay_from_the_tail_shows_messages_as_they_are(memory: Memory) -> None:
+    _, message = quoting(memory)
+    seen = memory.sit(3, cursor=2)
+    memory.delete(1, message)
+    for user, seqs in ((2, [3, 4, 5, 7]), (3, [6, 7])):
+        made = memory.sit(user, cursor=2)
+        assert made.seqs() == seqs
+        assert not [d for d in made.outbox.taken if b"text" in d]
+    (added, deleted) = seen.received()
+    assert added["chat"]["last_message"]["content"] == "middle text"
+    assert deleted["message"]["content"] == ""
+
+
+@pytest.mark.parametrize(("user", "seqs"), [(2, [2, 3, 4, 5]), (3, [6])])
+def test_a_page_that_was_read_before_a_change_shows_the_message_as_it_is(
+    memory: Memory, user: int, seqs: list[int]
+) -> None:
+    _, message = quoting(memory)
+    made = memory.enter(user)
+    made.seat.cursor = 0
+    memory.hub.set_chats(made.seat.person, memory.greeting(user).joined)
+    page = memory.page(user)
+    memory.edit(1, message, "published")
+    batch = memory.commit((memory.chats.change_message, 1, message, "not yet"))
+    memory.hub.push_page(made.seat, page)
+    assert made.seqs() == seqs
+    (data,) = made.outbox.taken
+    assert (b"published" in data, b"text" in data) == (True, False)
+    memory.hub.publish(batch)
+    memory.catch_up(made)
+    assert made.seqs() == [*seqs, 7, 8]
+
+
+def test_a_page_whose_changes_a_burst_hides_is_not_pushed_but_read_again() -> None:
+    with memory_with(tail_events=3) as memory:
+        chat, message = quoting(memory)
+        made = memory.enter(2)
+        made.seat.cursor = 0
+        memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
+        page = memory.page(2)
+        memory.delete(1, message)
+        for _ in range(3):
+            memory.send(chat, 1)
+        assert not memory.hub.in_tail(page.upto)
+        memory.hub.push_page(made.seat, page)
+        assert (made.received(), made.seat.cursor, made.seat.live) == ([], 0, False)
+        memory.catch_up(made)
+        assert made.seqs() == [2, 3, 4, 5, *range(7, 11)]
+        assert not [data for data in made.outbox.taken if b"text" in data]
+
+
+def test_an_answer_whose_changes_a_burst_hides_is_refused(memory: Memory) -> None:
+    with memory_with(tail_events=3) as memory:
+        chat, message = quoting(memory)
+        upto = memory.hub.head
+        history = (memory.chats.history, 2, chat, None, 9, upto)
+        messages, *_ = memory.read(*history)
+        memory.delete(1, message)
+        (now,) = memory.hub.correct(messages, upto)
+        assert (now.content, now.rev) == ("", memory.hub.head)
+        for _ in range(3):
+            memory.send(chat, 1)
+        refusal = refusal_of(memory.hub.correct, messages, upto)
+        assert (refusal.code, refusal.status) == ("overloaded", 503)
+        assert refusal.retry_after
+        assert memory.hub.correct(memory.read(*history)[0], memory.hub.head) == [now]
+
+
+def test_chats_and_events_are_corrected_as_messages_are(memory: Memory) -> None:
+    chat, message = quoting(memory)
+    upto = memory.hub.head
+    chats, events = memory.my_chats(2), [e.event for e in memory.page(3).events]
+    removed = chatd.MemberRemoved(1, chat, 5)
+    assert memory.hub.correct(chats, upto) == chats
+    deleted = memory.delete(1, message)
+    (mine,) = memory.hub.correct(chats, upto)
+    assert mine == replace(chats[0], last_message=deleted)
+    added, other = memory.hub.correct([*events, removed], upto)
+    assert isinstance(added, chatd.ChatAdded)
+    assert added.chat.last_message == deleted
+    assert other is removed
+
+
+def test_the_tail_is_walked_from_the_end(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    ids = [memory.send(chat, 1).message.id for _ in range(20)]
+    for seq in (0, 1, 2, 10, 21, 22):
+        seqs = [entry.seq for entry in memory.hub.since(seq)]
+        assert seqs == [*range(seq + 1, ids[-1] + 1)]
+    with memory_with(tail_events=4) as small:
+        chat = small.chat(1, 2)
+        for _ in range(9):
+            small.send(chat, 1)
+        assert [entry.seq for entry in small.hub.since(0)] == [8, 9, 10, 11]
+
+
+class Mirror(Device):
+    """A device that also keeps messages, by the rule of `rev` in docs/protocol.md."""
+
+    def __init__(self, user: int) -> None:
+        super().__init__(user)
+        self.messages: dict[int, dict[str, Any]] = {}
+        self.asked: tuple[int, int, list[chatd.Message]] | None = None  # chat, upto
+        self.answer: dict[str, Any] | None = None  # encoded, and not received yet
+        self.kept: dict[int, dict[str, Any]] = {}  # changes while a request waits
+
+    def keep(
+        self, messages: dict[int, dict[str, Any]], message: dict[str, Any]
+    ) -> None:
+        """Keep the larger rev; without one, it is the id."""
+        had = messages.get(message["id"], message)
+        newer = had.get("rev", had["id"]) > message.get("rev", message["id"])
+        messages[message["id"]] = had if newer else message
+
+    def forget(self, chat: int | None = None) -> None:
+        """Forget a chat, or all; and what was asked before."""
+        for place in (self.messages, self.kept):
+            for number in [n for n, m in place.items() if chat in (None, m["chat_id"])]:
+                del place[number]
+        if self.asked and chat in (None, self.asked[0]):
+            self.asked = self.answer = None
+            self.kept.clear()
+
+    def receive(self, frame: dict[str, Any]) -> None:
+        super().receive(frame)
+        match frame:
+            case {"type": "connected"}:
+                if frame.get("resync"):
+                    self.forget()
+            case {"chats": _, "cursor": _}:
+                self.forget()
+            case {"type": "member_removed", "chat_id": chat, "user_id": self.user}:
+                self.forget(chat)
+            case {"type": "chat_added", "chat_id": chat}:
+                self.forget(chat)
+            case {"type": "new_message", "message": message}:
+                self.keep(self.messages, message)
+            case {"type": "message_edited" | "message_deleted", "message": message}:
+                if message["id"] in self.messages:
+                    self.keep(self.messages, message)
+                elif self.asked:
+                    self.keep(self.kept, message)
+
+    def receive_answer(self) -> None:
+        if self.answer is not None:
+            for message in self.answer["messages"]:
+                self.keep(self.messages, message)
+                if message["id"] in self.kept:
+                    self.keep(self.messages, self.kept[message["id"]])
+            self.asked = self.answer = None
+            self.kept.clear()
+
+
+class Album(Desk):
+    """A desk whose devices keep messages, while these are edited and deleted."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__(memory)
+        self.devices = self.mirrors = [Mirror(user) for user in (1, 1, 2, 3)]
+        self.states: dict[int, list[tuple[int, str]]] = {}  # id: rev and text
+        self.number = 0
+
+    def change_one(
+        self, db: Any, events: Any, back: int, text: str | None
+    ) -> chatd.Message:
+        """Change one of the latest messages, perhaps of this very transaction."""
+        sql = "SELECT id FROM message ORDER BY id DESC LIMIT 1 OFFSET ?"
+        message = chatd.query_value(db, sql, back) or 999
+        return self.memory.chats.change_message(db, events, None, message, text)
+
+    def commit(self, words: list[tuple[str, int, int]]) -> None:
+        memory, works = self.memory, list[MemoryWork]()
+        for name, chat, user in words:
+            self.number += 1
+            text = f"<{self.number}>"
+            works.append({
+                "send": memory.sends(chat, user, text),
+                "edit": (self.change_one, user - 1, text),
+                "delete": (self.change_one, user - 1, None),
+                "add": (memory.chats.add_member, chat, user, None),
+                "remove": (memory.chats.remove_member, chat, user, None),
+            }[name])  # fmt: skip
+        batch = memory.commit(*works)
+        for _, outcome in batch.outcomes:
+            message = outcome.message if isinstance(outcome, chatd.Sent) else outcome
+            if isinstance(message, chatd.Message):
+                state = (message.rev or message.id, message.content)
+                self.states.setdefault(message.id, []).append(state)
+        self.waiting.append(batch)
+
+    def gone(self) -> set[str]:
+        """The texts that were replaced by a change that is published."""
+        return {
+            text
+            for states in self.states.values()
+            for (_, text), (rev, _) in itertools.pairwise(states)
+            if text and rev <= self.hub.head
+        }
+
+    def claim_gone(self, *pieces: bytes) -> None:
+        """Claim that no such text is in any of these bytes."""
+        shown = re.findall("<[0-9]+>", b"".join(pieces).decode("latin-1"))
+        assert not {*shown} & self.gone()
+
+    def ask(self, number: int) -> None:
+        """Read a page of history for a device, which gets its answer later."""
+        device, chat = self.mirrors[number], 1 + number % 2
+        if device.asked is None and chat in device.marks:
+            where = (device.user, chat, None, 4, self.hub.head)
+            try:
+                messages, *_ = self.memory.read(self.memory.chats.history, *where)
+            except Refusal:
+                return  # it has left, and does not know yet
+            device.asked = chat, self.hub.head, messages
+
+    def answer(self, number: int) -> None:
+        """Encode the answer. A refusal ends the request; the device may ask again."""
+        device = self.mirrors[number]
+        if device.asked is not None and device.answer is None:
+            _, upto, messages = device.asked
+            try:
+                now = self.hub.correct(messages, upto)
+            except Refusal:
+                device.asked = None
+                device.kept.clear()
+                return
+            data = chatd.encode({"messages": now})
+            self.claim_gone(data)
+            device.answer = json.loads(data)
+
+    def take(self, number: int) -> None:
+        self.mirrors[number].receive_answer()
+
+    def poll(self, number: int) -> None:
+        """Poll as get_events does, in one step."""
+        device = self.mirrors[number]
+        if device.connection is not None:
+            return
+        user, head = device.user, self.hub.head
+        missed = None
+        if device.cursor is not None:
+            missed = self.memory.greeting(user, device.cursor).missed
+        if missed is None or device.cursor is None:
+            chats = self.hub.correct(self.memory.my_chats(user), head)
+            data = chatd.encode({"chats": chats, "cursor": head})
+            device.receive(json.loads(data))
+        else:
+            page = self.memory.page(user, device.cursor, 2)
+            events = self.hub.correct([e.event for e in page.events], page.upto)
+            data = chatd.encode(events)
+            for event in json.loads(data):
+                device.receive(event)
+            device.cursor = page.cursor
+        self.claim_gone(data)
+
+    def stall(self, number: int) -> None:
+        """The device's socket is full; the next call empties it."""
+        connection = self.devices[number].connection
+        if connection is not None and connection.outbox.stuck:
+            connection.outbox.drain()
+        elif connection is not None:
+            connection.outbox.stuck, connection.outbox.bound = True, 1
+
+    def send(self, number: int) -> None:
+        device = self.devices[number]
+        connection, greeting = device.connection, device.greeting
+        if connection is not None and connection.outbox.waiting:
+            return  # a page is pushed when the outbox is empty
+        cursor = device.cursor
+        super().send(number)
+        if greeting is not None and (cursor is None or greeting.missed is None):
+            # `fresh` or `resync`: nothing of before can be kept.
+            hello = next(f for f in device.frames if f["type"] == "connected")
+            hello["resync"] = True
+
+    def step(self, name: str, argument: Any = None) -> None:
+        before = [len(d.connection.outbox.taken) if d.connection else 0
+                  for d in self.devices]  # fmt: skip
+        super().step(name, argument)
+        news = [
+            data
+            for device, count in zip(self.devices, before, strict=True)
+            for data in (device.connection.outbox.taken[count:]
+                         if device.connection else ())
+        ]  # fmt: skip
+        kept = [entry.built or b"" for entry in self.hub.tail]
+        self.claim_gone(*news, *kept, *[chatd.encode(e.event) for e in self.hub.tail])
+        assert self.hub.tail_size == sum(entry.size for entry in self.hub.tail)
+
+    def finish(self) -> None:
+        """Let all devices get everything; their messages are those of the database."""
+        while self.waiting:
+            self.step("publish")
+        rows = self.memory.store._writer.execute(chatd.MESSAGES).fetchall()
+        stored = {row[0]: chatd.message_of(row) for row in rows}
+        for number, device in enumerate(self.mirrors):
+            if device.connection is not None and device.connection.outbox.stuck:
+                self.step("stall", number)
+            for _ in range(100):
+                for name in ("send", "receive", "poll"):
+                    self.step(name, number)
+                seat = device.connection.seat if device.connection else None
+                done = seat.live if seat else device.cursor == self.hub.head
+                if done and not device.frames:
+                    break
+            self.step("answer", number)
+            self.step("take", number)
+            assert device.marks == self.stored(device.user)
+            assert {m["chat_id"] for m in device.messages.values()} <= {*device.marks}
+            for message in device.messages.values():
+                assert message == json.loads(chatd.encode(stored[message["id"]]))
+
+
+album_works = st.tuples(
+    st.sampled_from([*["send"] * 4, *["edit"] * 4, *["delete"] * 2, "add", "remove"]),
+    st.integers(1, 2),
+    st.integers(1, 3),
+)
+mirror_numbers = st.integers(0, 3)
+random_albums = st.lists(
+    st.one_of(
+        *[st.tuples(st.just("commit"), st.lists(album_works, min_size=1, max_size=4))]
+        * 4,
+        *[st.tuples(st.just("publish"), st.none())] * 4,
+        *[
+            st.tuples(st.just(name), mirror_numbers)
+            for name in ("switch", *["send"] * 3, *["receive"] * 3, "poll", "stall",
+                         "ask", "ask", "answer", "answer", "take", "take")
+        ],
+    ),
+    min_size=40,
+    max_size=70,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("tail_events", "resync_events"), [(2, 6), (5, 50), (99, 999)])
+@property_settings
+@given(day=random_albums)
+def test_who_keeps_the_larger_rev_has_the_messages_of_the_database_in_any_interleaving(
+    tail_events: int, resync_events: int, day: list[tuple[str, Any]]
+) -> None:
+    changes = {"tail_events": tail_events, "resync_events": resync_events}
+    with memory_with(**changes, page_events=2) as memory:
+        album = Album(memory)
+        for number in (0, 1, 2):
+            album.step("switch", number)
+        for name, argument in day:
+            album.step(name, argument)
+        album.finish()
         memory_is_sound(memory)

@@ -129,8 +129,8 @@ async def test_the_stats_count_connections_events_messages_and_refusals(
         "store": {
             "commits": None, "messages": None, "batch_max": None,
             "commit_seconds": {"p50": None, "p99": None, "max": None},
-            "duplicates": None, "failed": None, "degraded": None, "wal_bytes": None,
-            "sqlite": None,
+            "duplicates": None, "failed": None, "joins": None, "degraded": None,
+            "wal_bytes": None, "sqlite": None,
         },
         "resumes": {"fresh": None, "live": None, "replay": None, "resync": None},
         "rate_limited": {}, "errors": {},

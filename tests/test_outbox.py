@@ -191,27 +191,36 @@ async def test_a_client_that_goes_during_a_flush_ends_its_connection(
 
 
 @with_server(outbox_bytes=10_000)
-async def test_the_library_waits_while_the_outbox_is_over_its_limit(
+async def test_a_full_outbox_can_be_waited_for(server: VirtualServer) -> None:
+    raw, box = await connect(server, small=True)
+    fill(box)
+    woken = trio.Event()
+
+    async def wait() -> None:
+        await box.wait_not_full()
+        woken.set()
+
+    server.nursery.start_soon(wait)
+    with trio.move_on_after(9):
+        await woken.wait()
+    assert not woken.is_set()
+    while not woken.is_set():
+        await raw.read(1000)
+    assert not box.full
+
+
+@with_server(outbox_bytes=10_000)
+async def test_a_close_frame_is_answered_behind_the_output_of_a_full_outbox(
     server: VirtualServer,
 ) -> None:
     raw, box = await connect(server, small=True)
     fill(box)
-    sent = trio.Event()
-
-    async def send() -> None:
-        await box.wait_send_all_might_not_block()
-        await box.send_all(numbered_frame(2))
-        sent.set()
-
-    server.nursery.start_soon(send)
-    with trio.move_on_after(9):
-        await sent.wait()
-    assert not sent.is_set()
-    while not sent.is_set():
-        await raw.read(1000)
-    assert not box.full
+    await raw.send(close_bytes(1000))
     await raw.listen()
-    assert numbers_in(raw.data)[-1] == 2
+    *frames, (opcode, _) = take_frames(raw.data)
+    assert opcode == CLOSE
+    assert len(frames) >= 10
+    assert raw.data == b""
 
 
 @with_server(outbox_bytes=10_000)

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from wsproto.frame_protocol import FrameProtocol, Opcode
 
 import chatd
@@ -30,7 +31,11 @@ IDS: list[Any] = [None, "3", 3.5, 1e300, True, 0, -1, 2**53, 10**30, [], {}, [3]
 TEXTS: list[Any] = [None, 5, True, [], {}, ["x"]]
 REFS = [5, True, "x" * 65, [], {}]
 CLIENT_IDS: list[Any] = [5, True, "", "x" * 65, "é", "a\nb", "\x7f", "a\n", [], {}]
-NAMES_OF_COMMANDS = ("ping", "typing", "mark_read", "send_message", "auth")
+TITLES = [5, True, "", " ", "\u2028", "a\nb", "\0", "\x7f", "x" * 201, [], {}]
+NAMES_OF_COMMANDS = (
+    "ping", "typing", "mark_read", "send_message", "edit_message", "delete_message",
+    "auth",
+)  # fmt: skip
 
 # For each field a valid value, and invalid ones.
 BODIES: dict[type, dict[str, tuple[object, list[Any]]]] = {
@@ -47,21 +52,38 @@ BODIES: dict[type, dict[str, tuple[object, list[Any]]]] = {
         "content": ("Привет!", TEXTS),
         "client_id": ("x" * 64, CLIENT_IDS),
     },
+    chatd.EditMessage: {
+        "ref": ("r", REFS),
+        "message_id": (2**53 - 1, IDS),
+        "content": ("Привет!", TEXTS),
+        "if_rev": (7, IDS[1:]),
+    },
+    chatd.DeleteMessage: {"ref": ("r", REFS), "message_id": (1, IDS)},
     chatd.Auth: {"ref": ("r", REFS), "token": ("t", TEXTS)},
     chatd.NewChat: {
         "member_ids": ([1, 2], [None, 5, "12", {}, *[[wrong] for wrong in IDS]]),
-        "title": ("A chat", [5, True, "", "x" * 201, [], {}]),
+        "title": ("A chat", TITLES),
+        "direct": (True, [None, 0, 1, "true", [], {}]),
+        "client_id": ("x" * 64, CLIENT_IDS),
     },
+    chatd.NewTitle: {"title": ("\U0001f600" * 200, TITLES)},
     chatd.UserBody: {"user_id": (6, IDS)},
     chatd.PostMessage: {
         "content": ("hi", TEXTS),
         "client_id": (" ~", CLIENT_IDS),
         "sender_id": (5, IDS[1:]),
     },
+    chatd.PatchMessage: {"content": ("hi", TEXTS), "if_rev": (7, IDS[1:])},
 }
 DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
     body: msgspec.json.Decoder(body)
-    for body in (chatd.NewChat, chatd.UserBody, chatd.PostMessage)
+    for body in (
+        chatd.NewChat,
+        chatd.NewTitle,
+        chatd.UserBody,
+        chatd.PostMessage,
+        chatd.PatchMessage,
+    )
 }
 
 
@@ -351,6 +373,20 @@ MESSAGE = chatd.Message(789, 3, 5, "Привет!", "2025-11-21T13:00:00Z", 13)
             '"read":false}',
         ),
         (
+            chatd.MessageEdited(7, 3, replace(MESSAGE, rev=7, edited_at="T")),
+            '{"type":"message_edited","seq":7,"chat_id":3,"message":{"id":789,"chat_id":3,'
+            '"sender_id":5,"content":"Привет!","created_at":"2025-11-21T13:00:00Z","n":13,'
+            '"rev":7,"edited_at":"T"}}',
+        ),
+        (
+            chatd.MessageDeleted(
+                8, 3, replace(MESSAGE, content="", rev=8, deleted=True)
+            ),
+            '{"type":"message_deleted","seq":8,"chat_id":3,"message":{"id":789,"chat_id":3,'
+            '"sender_id":5,"content":"","created_at":"2025-11-21T13:00:00Z","n":13,'
+            '"rev":8,"deleted":true}}',
+        ),
+        (
             chatd.MessageRead(7, 3, 456, 6, 12),
             '{"type":"message_read","seq":7,"chat_id":3,"message_id":456,"read_by":6,"n":12}',
         ),
@@ -414,6 +450,7 @@ STATUSES = {
     "bad_json": 400, "bad_field": 400, "unknown_type": 400, "token_invalid": 401,
     "token_expired": 401, "token_used": 401, "forbidden": 403, "not_found": 404,
     "method_not_allowed": 405, "timeout": 408, "idempotency_mismatch": 409,
+    "too_late": 403, "deleted": 409, "changed": 409,
     "too_large": 413, "upgrade_required": 426, "rate_limited": 429, "overloaded": 503,
     "storage_failed": 503, "internal": 500, "upstream": 502,
 }  # fmt: skip
@@ -426,8 +463,12 @@ def codes_raised() -> set[str]:
     made = [call for call in calls if ast.unparse(call.func) == "Refusal"]
     codes = {code.value for call in made for code in call.args[:1]
              if isinstance(code, ast.Constant)}  # fmt: skip
-    assert all(isinstance(call.args[0], ast.Constant) for call in made)
-    return {str(code) for code in codes}
+    others = [ast.unparse(call) for call in made
+              if not isinstance(call.args[0], ast.Constant)]  # fmt: skip
+    assert others == ["Refusal(*refusal.split('|'))"]  # those of CHECK_CHANGE
+    return {str(code) for code in codes} | {
+        *re.findall(r"THEN '(\w+)", chatd.CHECK_CHANGE)
+    }
 
 
 def test_the_table_of_refusals_is_as_specified_and_every_code_is_in_use() -> None:

@@ -342,7 +342,7 @@ async def test_a_client_that_resets_before_it_is_accepted_causes_no_error(
     assert server.app.listener.open == 0
 
 
-@with_server(max_connections=1, requests=OFF)
+@with_server(max_connections=1, requests=OFF, sends=OFF)
 async def test_without_a_parked_connection_a_new_one_gets_503_at_once_and_one_log_line(
     server: VirtualServer, caplog: pytest.LogCaptureFixture
 ) -> None:

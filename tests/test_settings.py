@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sqlite3
 import stat
@@ -53,6 +54,9 @@ def parser_of(name: str) -> Callable[[str], object]:
         ("RATE/BURST", "0/7", Rate(0, 0)),
         ("parse_count", "1", 1),
         ("parse_count", "10000", 10_000),
+        ("SECONDS/never", "0", 0),
+        ("SECONDS/never", "86400", 86_400),
+        ("SECONDS/never", "never", math.inf),
         ("SECONDS", "0", 0.0),
         ("SECONDS", "2.5", 2.5),
         *[
@@ -118,6 +122,8 @@ def test_a_value_within_its_limits_is_parsed(
         *[("parse_count", text) for text in ("", "0", "-1", "1.5", "x", "²", "٣")],
         ("parse_count", "9" * 5000),
         *[("SECONDS", text) for text in ("", "-1", "nan", "inf", "x")],
+        *[("SECONDS/never", text) for text in ("", "-1", "1.5", "inf", "1d", "Never")],
+        *[("SECONDS/never", text) for text in ("9" * 11, "never\n", " 1", "1_0")],
         *[
             ("parse_listen", text)
             for text in (
@@ -184,6 +190,8 @@ FLAGS: dict[str, tuple[str, object, str | None]] = {
     "origin": ("https://a.example", ("https://a.example",), "a.example"),
     "trusted_proxy": ("10.0.0.0/8", ("10.0.0.0/8",), "10.0.0.1/8"),
     "chats_by": ("service", "service", "admin"),
+    "invites": ("on", "on", "yes"),
+    "edit_seconds": ("never", math.inf, "1d"),
     "log_level": ("debug", "debug", "loud"),
     "sends": ("1/2", Rate(1, 2), "1"),
     "commands": ("1/2", Rate(1, 2), "1"),
@@ -384,6 +392,7 @@ def test_help_shows_the_unit_the_default_and_the_consequence_of_every_flag(
 # The defaults, as text.
 DEFAULTS = {
     "listen": "127.0.0.1:8086", "db": "chatd.db", "chats_by": "user",
+    "edit_seconds": "86400", "erase_seconds": "30.0",
     "sends": "5/20", "commands": "30/60", "typing": "1/5", "handshakes": "10/50",
     "requests": "20/100", "receive_bytes": "65536/524288", "max_connections": "10000",
     "connections_per_user": "20", "max_message_bytes": "65536",
@@ -489,7 +498,7 @@ async def test_chatd_token_prints_nothing_but_a_token_that_works(
     assert 80 < claims["exp"] - time.time() <= 91
     assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", plain.out)
     me = await server.want(200, "GET /api/v1/me", plain.out.strip())
-    assert me == {"user_id": user, "name": "Ann"}
+    assert (me["user_id"], me["name"]) == (user, "Ann")
     stats = await run_chatd("token", user, *secret, "--scope", "stats")
     target = "GET /api/v1/internal/chat/ws/stats"
     await server.want(200, target, stats.out.strip())

@@ -6,23 +6,29 @@ import contextlib
 import errno
 import functools
 import itertools
+import math
 import os
 import re
 import resource
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 
 import chatd
 from chatd import Refusal, Send, Settings, Store, UsageError
+from tests.client import ServerProcess, wait_until
 from tests.harness import (
     Memory,
     MemoryWork,
@@ -33,8 +39,10 @@ from tests.harness import (
     memory_store,
     memory_with,
     refusal_of,
+    taking,
     usage_error_of,
     with_server,
+    words_hear,
 )
 
 # --- writing: the works --------------------------------------------------------------
@@ -81,7 +89,7 @@ def test_a_service_may_send_for_a_user_outside_the_chat(memory: Memory) -> None:
     refusal = refusal_of(memory.do, *memory.sends(99, 9, service=True))
     assert refusal.code == "not_found"
     assert memory.seqs(9) == []
-    assert [user.user_id for user in memory.read(memory.chats.users)] == [1, 2, 9]
+    assert [user["user_id"] for user in memory.users()] == [1, 2, 9]
 
 
 def test_a_repeated_send_gets_the_same_message_and_makes_no_event(
@@ -319,14 +327,16 @@ def test_in_a_large_chat_a_read_mark_goes_only_to_the_reader() -> None:
 
 def test_a_new_chat_is_one_event_per_member_with_the_whole_chat(memory: Memory) -> None:
     memory.do(memory.chats.rename, 2, "Bob")
-    chat = memory.do(memory.chats.create_chat, "Sofa", [2, 1, 2])
+    chat, is_new = memory.do(memory.chats.create_chat, "Sofa", [2, 1, 2])
+    assert is_new
     (event,) = memory.page(2).events
     assert memory.seqs(1) == [1]
     assert memory_frames(event.frame) == [
         {
-            "type": "chat_added", "seq": 2, "chat_id": chat.id,
+            "type": "chat_added", "seq": 2, "chat_id": chat,
             "chat": {
-                "id": chat.id, "title": "Sofa", "last_n": 0, "last_message": None,
+                "id": chat, "title": "Sofa", "last_n": 0, "last_message": None,
+                "direct": False, "created_by": None, "member_count": 2,
                 "members": [
                     {"user_id": 1, "name": None, "read_n": 0},
                     {"user_id": 2, "name": "Bob", "read_n": 0},
@@ -403,6 +413,210 @@ def test_the_number_of_members_of_a_chat_is_limited() -> None:
         assert memory.do(memory.chats.add_member, chat, 3, 1) is False
 
 
+def create(memory: Memory, *users: int, **how: Any) -> tuple[int, bool]:
+    """Create a chat, without a title unless `title` is given."""
+    return cast("tuple[int, bool]", memory.do(*creation(memory, *users, **how)))
+
+
+def creation(
+    memory: Memory,
+    *users: int,
+    title: str | None = None,
+    by: int | None = None,
+    key: str | None = None,
+    direct: bool = False,
+) -> MemoryWork:
+    """Return the job that creates a chat, for `do` or `commit`."""
+    return (memory.chats.create_chat, title, users, by, key, direct)
+
+
+def test_a_pair_has_one_direct_chat_whoever_creates_it(memory: Memory) -> None:
+    group = memory.chat(3, 7)
+    chat, is_new = create(memory, 7, 3, by=7, direct=True)
+    assert (is_new, chat != group, memory.hub.head) == (True, True, 4)
+    for users, by in (((3, 7), 3), ((7, 3), 7), ((3, 7), None)):
+        assert create(memory, *users, by=by, direct=True) == (chat, False)
+    assert memory.hub.head == 4
+    other, is_new = create(memory, 3, 8, by=3, direct=True)
+    assert (is_new, other != chat) == (True, True)
+    assert [(c.id, c.direct) for c in memory.my_chats(3)] == [
+        (other, True), (chat, True), (group, False),
+    ]  # fmt: skip
+    assert chatd.faults(memory.store._writer) == []
+
+
+def test_a_creator_s_key_names_one_chat_and_nothing_else_is_compared(
+    memory: Memory,
+) -> None:
+    chat, _ = create(memory, 1, 2, by=1, key="k", title="Sofa")
+    assert create(memory, 1, 2, by=1, key="k", title="Sofa") == (chat, False)
+    assert create(memory, 1, *range(9, 30), by=1, key="k") == (chat, False)
+    assert memory.hub.head == 2
+    others = [
+        create(memory, 1, 2, by=2, key="k"),  # another user's key
+        create(memory, 1, 2, by=None, key="k"),  # the services'
+        create(memory, 1, 2, by=1, key="K"),
+        create(memory, 1, 2, by=1),
+        create(memory, 1, 2, by=1),
+    ]
+    assert len({made for made, _ in others} | {chat}) == 6
+    assert all(is_new for _, is_new in others)
+    assert create(memory, 5, by=None, key="k") == (others[1][0], False)
+    assert [c.created_by for c in memory.my_chats(1)] == [1, 1, 1, None, 2, 1]
+    assert chatd.faults(memory.store._writer) == []
+
+
+def test_a_pair_is_looked_up_before_the_key(memory: Memory) -> None:
+    group, _ = create(memory, 1, 3, by=1, key="g")
+    assert create(memory, 1, 2, by=1, key="g", direct=True) == (group, False)
+    direct, _ = create(memory, 1, 2, by=1, key="d", direct=True)
+    assert create(memory, 1, 2, by=1, key="other", direct=True) == (direct, False)
+    assert create(memory, 1, 2, by=1, key="g", direct=True) == (direct, False)
+    assert create(memory, 1, 3, by=1, key="d") == (direct, False)
+    again, is_new = create(memory, 1, 3, by=1, key="other")
+    assert (again != direct, is_new) == (True, True)
+
+
+def test_equal_creations_of_one_batch_make_one_chat(memory: Memory) -> None:
+    for how in ({"by": 1, "direct": True}, {"by": 1, "key": "k"}, {"key": "k"}):
+        before = memory.hub.head
+        works = [creation(memory, 1, 2, **how) for _ in range(3)]
+        batch = memory.commit(*works)
+        memory.hub.publish(batch)
+        first, *others = [outcome for _, outcome in batch.outcomes]
+        assert others == [(first[0], False)] * 2
+        assert (first[1], memory.hub.head) == (True, before + 2)
+
+
+def test_a_refused_creation_leaves_its_key_and_its_pair_unused() -> None:
+    with memory_with(members=1) as memory:
+        for how in ({"by": 1, "direct": True}, {"by": 1, "key": "k"}):
+            refusal = refusal_of(memory.do, *creation(memory, 1, 2, **how))
+            assert refusal.code == "bad_field"
+        assert create(memory, 1, by=1, key="k")[1]
+
+
+def test_the_two_of_a_direct_chat_stay_and_it_has_no_title(memory: Memory) -> None:
+    chat, _ = create(memory, 1, 2, by=1, direct=True)
+    chats = memory.chats
+    before = memory.hub.head
+    for by in (1, 2, None):
+        for work, *what in (
+            (chats.add_member, chat, 3),
+            (chats.add_member, chat, 2),
+            (chats.remove_member, chat, 1),
+            (chats.remove_member, chat, 2),
+            (chats.remove_member, chat, 3),
+            (chats.set_title, chat, "Sofa"),
+            (chats.set_title, chat, None),
+        ):
+            assert refusal_of(memory.do, work, *what, by).code == "direct"
+    for work, *what in ((chats.add_member, chat, 3), (chats.set_title, chat, "x")):
+        assert refusal_of(memory.do, work, *what, 3).code == "not_found"
+    assert memory.hub.head == before
+
+
+def test_in_a_direct_chat_with_a_forgotten_user_the_other_may_leave(
+    memory: Memory,
+) -> None:
+    chat, _ = create(memory, 1, 2, by=1, direct=True)
+    db = memory.store._writer
+    db.execute("UPDATE chat SET direct_key = id")  # as forgetting user 1 does
+    db.execute("DELETE FROM member WHERE user_id = 1")
+    assert chatd.faults(db) == []
+    for work, what in ((memory.chats.add_member, 3), (memory.chats.set_title, "x")):
+        assert refusal_of(memory.do, work, chat, what, 2).code == "direct"
+    assert memory.my_chats(2)[0].direct
+    again, is_new = create(memory, 1, 2, by=2, direct=True)
+    assert (again != chat, is_new) == (True, True)
+    memory.do(memory.chats.remove_member, chat, 2, 2)
+    assert [c.id for c in memory.my_chats(2)] == [again]
+
+
+def test_a_creator_removes_members_while_it_is_one_itself(memory: Memory) -> None:
+    chat, _ = create(memory, 1, 2, 3, 4, by=1)
+    remove = memory.chats.remove_member
+    for user in (1, 3):
+        assert refusal_of(memory.do, remove, chat, user, 2).code == "forbidden"
+    assert refusal_of(memory.do, remove, chat, 9, 1).code == "not_found"
+    memory.do(remove, chat, 3, 1)
+    memory.do(remove, chat, 1, 1)
+    assert refusal_of(memory.do, remove, chat, 2, 1).code == "not_found"
+    memory.do(memory.chats.add_member, chat, 1, 2)  # the creator is back
+    memory.do(remove, chat, 2, 1)
+    of_service = memory.chat(1, 2)
+    assert refusal_of(memory.do, remove, of_service, 2, 1).code == "forbidden"
+
+
+def test_a_new_title_is_one_event_and_the_same_title_none(memory: Memory) -> None:
+    chat, rename = memory.chat(1, 2), memory.chats.set_title
+    seats = [memory.sit(user) for user in (1, 2, 3)]
+    titles: tuple[tuple[str | None, int | None, bool], ...] = (
+        (None, 1, False), ("Sofa", 1, True), ("Sofa", 2, False), ("sofa", 2, True),
+        ("Диван", None, True), (None, 2, True), (None, None, False),
+    )  # fmt: skip
+    told = []
+    for title, by, changes in titles:
+        before = memory.hub.head
+        memory.do(rename, chat, title, by)
+        assert memory.hub.head == before + changes
+        assert memory.my_chats(1)[0].title == title
+        if changes:
+            told.append({
+                "type": "chat_renamed", "seq": before + 1, "chat_id": chat,
+                "title": title, "user_id": by,
+            })  # fmt: skip
+    assert [seat.received() for seat in seats] == [told, told, []]
+    # The event log has each title that there was; the chat has the last one.
+    first, *later = memory.again().page(2).events
+    assert [frame for entry in later for frame in memory_frames(entry.frame)] == told
+    assert memory_frames(first.frame)[0]["chat"]["title"] is None
+
+
+def test_only_a_member_or_a_service_renames(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    for chat_id, by in ((chat, 3), (99, 1), (99, None)):
+        refusal = refusal_of(memory.do, memory.chats.set_title, chat_id, "x", by)
+        assert refusal.code == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("INSERT INTO member VALUES (2, 3, 4, 0)", "user 3 is a member"),
+        ("UPDATE chat SET direct_key = '1:3' WHERE id = 2", "user 2 is a member"),
+        ("UPDATE chat SET direct_key = '1' WHERE id = 2", "its key is 1"),
+        ("UPDATE chat SET direct_key = '' WHERE id = 2", "its key is "),
+        ("UPDATE chat SET direct_key = ':' WHERE id = 2", "its key is :"),
+        ("UPDATE chat SET title = 'Sofa' WHERE id = 2", "it has a title"),
+    ],
+)
+def test_a_direct_chat_of_others_than_its_two_or_with_a_title_is_a_fault(
+    change: str, fault: str, memory: Memory
+) -> None:
+    memory.chat(1, 2, 3)
+    create(memory, 1, 2, by=1, direct=True)
+    db = memory.store._writer
+    assert chatd.faults(db) == []
+    db.execute(change)
+    found = chatd.faults(db)
+    assert f"chat 2: it is direct, but {fault}".strip() in found
+
+
+def test_the_schema_allows_one_direct_chat_of_a_pair_and_one_chat_of_a_key(
+    memory: Memory,
+) -> None:
+    create(memory, 1, 2, by=1, direct=True)
+    create(memory, 1, 2, key="k")
+    for sql in (
+        "INSERT INTO chat (created_at, direct_key) VALUES (0, '1:2')",
+        "INSERT INTO chat (created_at, client_id) VALUES (0, 'k')",
+    ):
+        with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+            memory.store._writer.execute(sql)
+    memory.store._writer.execute("INSERT INTO chat (created_at) VALUES (0)")
+
+
 def test_names_and_revocations_are_kept_and_make_no_events(memory: Memory) -> None:
     for user, name in ((1, "Ann"), (2, "Bob"), (1, "Anna"), (1, "Anna")):
         memory.do(memory.chats.rename, user, name)
@@ -421,9 +635,266 @@ def test_users_are_listed_by_name_up_to_200(memory: Memory) -> None:
     memory.chat(*range(1, 300))
     memory.do(memory.chats.rename, 250, "Zoe")
     memory.do(memory.chats.rename, 251, "Ann")
-    users = memory.read(memory.chats.users)
-    assert (len(users), users[2]) == (200, chatd.User(1, None))
-    assert users[:2] == [chatd.User(251, "Ann"), chatd.User(250, "Zoe")]
+    users = memory.users()
+    assert (len(users), users[2]) == (200, {"user_id": 1, "name": None})
+    assert [user["name"] for user in users[:2]] == ["Ann", "Zoe"]
+    assert [user["user_id"] for user in users[:2]] == [251, 250]
+
+
+# --- editing and deleting ------------------------------------------------------------
+
+
+def test_an_edit_and_a_deletion_are_events_and_change_the_message(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chatd, "now_seconds", lambda: 1_000_000_000)
+    chat = memory.chat(1, 2)
+    sent = memory.send(chat, 1, "helo", "k").message
+    edited = memory.edit(1, sent.id, "hello")
+    assert edited == replace(
+        sent, content="hello", rev=4, edited_at="2001-09-09T01:46:40Z"
+    )
+    deleted = memory.delete(1, sent.id)
+    assert deleted == replace(edited, content="", rev=5, deleted=True)
+    for events in (memory.page(2, 2).events, [*memory.hub.tail][-3:]):
+        assert [(e.seq, e.kind, e.to_chat, e.to_user) for e in events] == [
+            (3, "new_message", True, None),
+            (4, "message_edited", True, None),
+            (5, "message_deleted", True, None),
+        ]
+        assert [e.event for e in events] == [
+            chatd.NewMessage(3, chat, deleted),  # each shows the message as it is now
+            chatd.MessageEdited(4, chat, deleted),
+            chatd.MessageDeleted(5, chat, deleted),
+        ]
+    history = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
+    assert history == ([deleted], False, False)
+    (mine,) = memory.my_chats(2)
+    assert (mine.last_message, mine.last_n, mine.unread) == (deleted, 1, 1)
+    row = "SELECT content, folded, rev, deleted FROM message"
+    assert memory.store._writer.execute(row).fetchall() == [("", None, 5, 1)]
+    memory_is_sound(memory)
+
+
+# Who wants to change a message of user 1 in a chat that user 2 has created: the user
+# (None: a service), and the codes for an edit and for a deletion.
+CHANGERS = {
+    "the sender": (1, "", ""),
+    "the creator": (2, "forbidden", ""),
+    "another member": (3, "forbidden", "forbidden"),
+    "a stranger": (4, "not_found", "not_found"),
+    "a service": (None, "", ""),
+    "a sender who has left": (5, "not_found", "not_found"),
+}
+
+
+@pytest.mark.parametrize("who", CHANGERS)
+@pytest.mark.parametrize("deletes", [False, True])
+def test_who_may_change_a_message(memory: Memory, who: str, deletes: bool) -> None:
+    by, *codes = CHANGERS[who]
+    chat = memory.chat(1, 2, 3, 5)
+    memory.store._writer.execute("UPDATE chat SET created_by = 2")
+    sent = memory.send(chat, 5 if by == 5 else 1, "old")
+    memory.do(memory.chats.remove_member, chat, 5, 5)
+    head = memory.hub.head
+    change = functools.partial(memory.delete, by, sent.message.id)
+    if not deletes:
+        change = functools.partial(memory.edit, by, sent.message.id, "new")
+    if code := codes[deletes]:
+        assert refusal_of(change).code == code
+        assert memory.hub.head == head
+    else:
+        assert change().content == ("" if deletes else "new")
+        assert memory.hub.head == head + 1
+
+
+def test_a_creator_deletes_in_its_group_only_and_only_while_it_is_a_member(
+    memory: Memory,
+) -> None:
+    chat, direct = memory.chat(1, 2), memory.chat(1, 2)
+    db = memory.store._writer
+    db.execute("UPDATE chat SET created_by = 2")
+    db.execute("UPDATE chat SET direct_key = '1:2' WHERE id = ?", (direct,))
+    ids = [memory.send(where, 1).message.id for where in (chat, direct)]
+    assert refusal_of(memory.delete, 2, ids[1]).code == "forbidden"
+    memory.do(memory.chats.remove_member, chat, 2, 2)
+    assert refusal_of(memory.delete, 2, ids[0]).code == "not_found"
+    assert memory.delete(1, ids[1]).deleted
+
+
+def test_an_unknown_message_and_one_of_others_are_refused_alike(memory: Memory) -> None:
+    sent = memory.send(memory.chat(1, 2), 1)
+    for change in (memory.delete, functools.partial(memory.edit, text="x")):
+        alike = {str(refusal_of(change, 3, n)) for n in (sent.message.id, 1, 99, 2**53)}
+        assert alike == {"not_found: message_id: there is no such message for you"}
+    assert refusal_of(memory.delete, None, 99).code == "not_found"
+
+
+# Seconds since it was sent, --edit-seconds, and whether its sender may still change it.
+WINDOWS = [
+    (0, 100, True), (99, 100, True), (100, 100, False), (10**9, 100, False),
+    (-50, 100, True),  # the clock was set back
+    (0, 0, False), (-50, 0, False), (10**9, 0, False),
+    (0, math.inf, True), (10**9, math.inf, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("age", "window", "in_time"), WINDOWS)
+def test_a_sender_has_edit_seconds_and_nobody_else_has_a_limit(
+    age: int, window: float, in_time: bool
+) -> None:
+    with memory_with(edit_seconds=window) as memory:
+        chat = memory.chat(1, 2)
+        db = memory.store._writer
+        ids = [memory.send(chat, 1).message.id for _ in range(4)]
+        ids.append(memory.send(chat, 2).message.id)
+        db.execute("UPDATE message SET created_at = created_at - ?", (age,))
+        if in_time:
+            assert memory.edit(1, ids[0], "new").content == "new"
+            assert memory.delete(1, ids[1]).deleted
+        else:
+            assert refusal_of(memory.edit, 1, ids[0], "new").code == "too_late"
+            assert refusal_of(memory.delete, 1, ids[1]).code == "too_late"
+        assert memory.edit(None, ids[2], "by the service").rev
+        db.execute("UPDATE chat SET created_by = 2")
+        assert memory.delete(2, ids[3]).deleted
+        assert memory.delete(2, ids[4]).deleted  # its own, as the creator
+
+
+# The checks in their order: a message of user 1 with the text "now", edited twice, so
+# that its rev is 5, and three hours old with --edit-seconds 3600. What is tried: the
+# user, the new text (None: a deletion), if_rev; whether it was deleted before; the
+# code, or "" for an ack without an event.
+CHECKS: list[tuple[int | None, str | None, int | None, bool, str]] = [
+    (4, "now", 5, True, "not_found"),
+    (3, "now", 5, True, "forbidden"),
+    (3, None, None, True, "forbidden"),
+    (1, "now", 5, True, "deleted"),
+    (1, "new", 4, True, "deleted"),
+    (None, "new", None, True, "deleted"),
+    (1, None, None, True, ""),
+    (None, None, None, True, ""),
+    (1, "now", 4, False, ""),
+    (1, "now", None, False, ""),
+    (None, "now", 3, False, ""),
+    (1, "new", 4, False, "changed"),
+    (1, "new", 3, False, "changed"),
+    (1, "new", 2**53 - 1, False, "changed"),
+    (None, "new", 4, False, "changed"),
+    (1, "new", 5, False, "too_late"),
+    (1, "new", None, False, "too_late"),
+    (1, None, None, False, "too_late"),
+]
+
+
+@pytest.mark.parametrize(("by", "text", "if_rev", "deleted", "code"), CHECKS)
+def test_the_checks_of_a_change_come_in_their_order(
+    by: int | None, text: str | None, if_rev: int | None, deleted: bool, code: str
+) -> None:
+    with memory_with(edit_seconds=3600) as memory:
+        chat = memory.chat(1, 3)
+        sent = memory.send(chat, 1, "once").message
+        for words in ("then", "now"):
+            memory.edit(1, sent.id, words)
+        if deleted:
+            memory.delete(1, sent.id)
+        db, head = memory.store._writer, memory.hub.head
+        db.execute("UPDATE message SET created_at = created_at - 10800")
+        change = (memory.chats.change_message, by, sent.id, text, if_rev)
+        if code:
+            assert refusal_of(memory.do, *change).code == code
+        else:
+            assert memory.do(*change).rev == head
+        assert memory.hub.head == head
+
+
+def test_the_rev_of_a_message_that_was_never_changed_is_its_id(memory: Memory) -> None:
+    sent = memory.send(memory.chat(1, 2), 1, "old").message
+    assert refusal_of(memory.edit, 1, sent.id, "new", sent.id + 1).code == "changed"
+    assert memory.edit(1, sent.id, "old").rev is None
+    assert memory.edit(1, sent.id, "new", sent.id).rev == 4
+    assert refusal_of(memory.edit, 1, sent.id, "newer", sent.id).code == "changed"
+    assert memory.edit(1, sent.id, "newer", 4).rev == 5
+
+
+def test_an_edit_has_the_rules_of_sending(memory: Memory) -> None:
+    sent = memory.send(memory.chat(1, 2), 1).message
+    for text in ("", " \n", "a\0b", "\x1b", "x" * 4001):
+        assert refusal_of(memory.edit, 1, sent.id, text).code == "bad_field"
+        assert refusal_of(memory.edit, None, 99, text).code == "bad_field"
+    assert memory.edit(1, sent.id, "x" * 4000).content == "x" * 4000
+    assert memory.hub.head == 4
+
+
+def test_a_repeat_of_a_send_is_not_compared_once_the_message_was_changed(
+    memory: Memory,
+) -> None:
+    chat, other = memory.chat(1, 2), memory.chat(1, 2)
+    sent = memory.send(chat, 1, "old", "k").message
+    edited = memory.edit(None, sent.id, "new")
+    for text, where in (("old", chat), ("new", chat), ("else", other)):
+        again = memory.send(where, 1, text, "k")
+        assert again == chatd.Sent(edited, duplicate=True)
+        assert memory.read(memory.store.find_sent, Send(where, 1, text, "k")) == again
+    deleted = memory.delete(1, sent.id)
+    assert memory.send(chat, 1, "old", "k") == chatd.Sent(deleted, duplicate=True)
+    assert memory.count("message") == 1
+
+
+def test_changes_in_one_batch_show_its_end_everywhere(memory: Memory) -> None:
+    chat, change = memory.chat(1, 2), memory.chats.change_message
+    batch = memory.commit(
+        memory.sends(chat, 1, "old text"),  # 3
+        (change, 1, 3, "middle"),
+        (change, 2, 3, "of another"),  # refused
+        (change, 1, 3, "middle"),  # no event
+        (memory.chats.add_member, chat, 3, 1),  # 5, 6
+        (change, 1, 3),
+        (change, 1, 3, "late"),  # refused
+    )
+    outcomes = [getattr(outcome, "code", "") for _, outcome in batch.outcomes]
+    assert outcomes == ["", "", "forbidden", "", "", "", "deleted"]
+    seats = [memory.sit(1), memory.sit(3)]
+    memory.hub.publish(batch)
+    assert [made.seqs() for made in seats] == [[3, 4, 5, 7], [6, 7]]
+    frames = [data for made in seats for data in made.outbox.taken]
+    frames += [entry.frame for entry in memory.hub.tail]
+    assert not any(b"old text" in data or b"middle" in data for data in frames)
+    shown = [m["message"] for m in seats[0].received() if "message" in m]
+    assert all(m["rev"] == 7 and m["deleted"] and m["content"] == "" for m in shown)
+    (added,) = [m for m in seats[1].received() if m["type"] == "chat_added"]
+    assert added["chat"]["last_message"] == shown[0]
+    memory_is_sound(memory)
+
+
+def test_changes_are_recovered_after_a_failed_commit(memory: Memory) -> None:
+    chat, store, hub = memory.chat(1, 2), memory.store, memory.hub
+    sent = memory.send(chat, 1, "old text").message
+    seat = memory.sit(2)
+    for text in ("middle", None):  # committed, but chatd was told that it failed
+        store._transact([memory_job(memory.chats.change_message, 1, sent.id, text)])
+    store.seq, store.failure = 3, "SQLITE_IOERR"
+    hub.publish(store._probe())
+    assert [message["type"] for message in seat.received()] == [
+        "message_edited", "message_deleted",
+    ]  # fmt: skip
+    frames = [*seat.outbox.taken, *[entry.frame for entry in hub.tail]]
+    assert not any(b"old text" in data or b"middle" in data for data in frames)
+    assert hub.tail_size == sum(entry.size for entry in hub.tail)
+
+
+def test_after_a_restart_the_tail_shows_messages_as_they_are(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    chat = memory.chat(1, 2)
+    sent = memory.send(chat, 1, "old text").message
+    memory.edit(1, sent.id, "middle")
+    memory.delete(1, sent.id)
+    frames = [entry.frame for entry in memory.hub.tail][-3:]
+    after = memory.again()
+    assert [entry.frame for entry in after.hub.tail] == frames
+    assert not any(b"old text" in frame or b"middle" in frame for frame in frames)
+    assert after.page(2, 2).events[0].frame == frames[0]
+    after.store.close()
 
 
 # --- writing: the transaction --------------------------------------------------------
@@ -477,7 +948,7 @@ def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
 
 def test_before_the_start_a_work_is_committed_at_once(tmp_path: Path) -> None:
     store = Store(Settings(db=tmp_path / "a.db"))
-    assert store.commit_now(chatd.Chats(store).create_chat, None, [1]).id == 1
+    assert store.commit_now(chatd.Chats(store).create_chat, None, [1]) == (1, True)
     refusal = refusal_of(store.commit_now, store.mark_read, 1, 9)
     assert (refusal.code, store.seq) == ("not_found", 1)
     store.close()
@@ -530,10 +1001,10 @@ def test_a_user_sees_no_event_from_the_time_outside_the_chat(memory: Memory) -> 
     memory.send(chat, 1, "seen again")  # 8
     assert memory.seqs(2) == [2, 4, 7, 8]
     assert memory.seqs(1) == [1, 3, 4, 5, 6, 8]
-    messages, more = memory.read(
+    messages, *more = memory.read(
         memory.chats.history, 2, chat, None, 50, memory.hub.head
     )
-    assert ([message.n for message in messages], more) == ([1, 2, 3], False)
+    assert ([message.n for message in messages], more) == ([1, 2, 3], [False, False])
 
 
 def test_a_chat_that_the_reader_has_left_is_read_as_an_empty_chat(
@@ -545,6 +1016,7 @@ def test_a_chat_that_the_reader_has_left_is_read_as_an_empty_chat(
     (message,) = memory_frames(memory.page(2).events[0].frame)
     assert message["chat"] == {
         "id": chat, "title": None, "members": [], "last_n": 0, "last_message": None,
+        "direct": False, "created_by": None, "member_count": 0,
     }  # fmt: skip
     (message,) = memory_frames(memory.page(1).events[0].frame)
     assert (message["chat"]["title"], message["chat"]["last_n"]) == ("Sofa", 1)
@@ -565,7 +1037,7 @@ def test_pages_of_any_length_add_up_to_the_whole_event_log(
         cursor = page.cursor
     assert found == [1, 5, 7, 9]
     assert cursor == memory.hub.head == 10
-    assert memory.page(1, cursor, limit) == ([], 10)
+    assert memory.page(1, cursor, limit) == ([], 10, 10)
 
 
 def test_a_page_is_limited_in_bytes_and_its_cursor_is_its_last_event() -> None:
@@ -587,7 +1059,7 @@ def test_a_complete_page_moves_the_cursor_to_its_upper_bound(memory: Memory) -> 
     memory.chat(3, 4)
     memory.send(chat, 1)
     assert memory.page(1, 1).cursor == 5
-    assert memory.page(9, 0) == ([], 5)
+    assert memory.page(9, 0) == ([], 5, 5)
     full = memory.page(1, 0, limit=2)
     assert ([event.seq for event in full.events], full.cursor) == ([1, 5], 5)
 
@@ -657,6 +1129,139 @@ def test_a_greeting_holds_the_state_as_of_the_head(memory: Memory) -> None:
     assert memory.greeting(9) == ({}, {}, 0)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 6, 7, 100])
+def test_pages_of_chats_add_up_to_the_whole_list(memory: Memory, limit: int) -> None:
+    chats = [memory.chat(1, 2) for _ in range(7)]
+    for chat in (chats[3], chats[0], chats[3], chats[5]):
+        memory.send(chat, 2)
+    newest = [chats[place] for place in (5, 3, 0, 6, 4, 2, 1)]
+    assert [chat.id for chat in memory.my_chats(1)] == newest
+    listed: list[chatd.MyChat] = []
+    before, more = None, True
+    while more:
+        page = memory.read(memory.chats.my_chats, 1, memory.hub.head, before, limit)
+        more, page = len(page) > limit, page[:limit]
+        assert len(page) == limit or not more
+        listed += page
+        before = page[-1].position
+    assert listed == memory.my_chats(1)
+    assert memory.read(memory.chats.my_chats, 1, memory.hub.head, before, 9) == []
+
+
+def test_a_page_of_chats_reads_no_more_chats_than_it_has(memory: Memory) -> None:
+    def cost() -> int:
+        (reader,) = memory.store._idle_readers
+        query, where = memory.chats.my_chats, (1, memory.hub.head, None, 5)
+        return steps_of(reader, lambda: memory.read(query, *where))
+
+    for _ in range(6):
+        memory.chat(1, 2)
+    memory.my_chats(1)
+    few = cost()
+    for _ in range(200):
+        memory.chat(1, 2)
+    assert (cost() - few) * 10 < 200 * 80  # only the time of each chat's last message
+
+
+def test_a_greeting_has_the_marks_of_the_500_newest_chats(memory: Memory) -> None:
+    memory.commit(*[(memory.chats.create_chat, None, [1])] * 1200)
+    memory = memory.again()
+    memory.send(1, 1)
+    greeting = memory.greeting(1)
+    assert len(greeting.joined) == 1200
+    assert [*greeting.marks] == [str(chat) for chat in (1, *range(1200, 701, -1))]
+    assert greeting.marks["1"] == chatd.Marks(1, 1)
+
+
+def test_the_marks_of_a_greeting_are_at_most_24_kib(memory: Memory) -> None:
+    memory.chat(1)
+    db, most = memory.store._writer, chatd.MAX_ID
+    db.executescript(
+        f"""WITH RECURSIVE c (n) AS (
+            SELECT 0 UNION ALL SELECT n + 1 FROM c WHERE n < 600)
+        INSERT INTO chat (id, created_at, last_n) SELECT {most} - n, 0, {most} FROM c;
+        INSERT INTO member SELECT id, 1, 1, {most} FROM chat WHERE id > 1;
+        INSERT INTO message (id, chat_id, n, sender_id, content, created_at)
+        SELECT 2 + row_number() OVER (ORDER BY id), id, {most}, 1, '', 0 FROM chat
+        WHERE id > 1"""
+    )
+    greeting = memory.read(memory.store.greeting, 1, most, most)
+    size = len(chatd.encode(greeting.marks))
+    assert 24_000 < size <= 24 * 1024
+    assert len(greeting.joined) == 602
+    newest = str(most)  # the one whose message has the largest id
+    assert next(iter(greeting.marks)) == newest
+
+
+def test_no_frame_is_larger_than_32_kib_but_for_the_text_of_a_message() -> None:
+    name, title = "\U0001f600" * 64, "\U0001f600" * 200
+    with memory_with() as memory:
+        seats = {user: memory.sit(user) for user in (1, 50, 51, 5000)}
+        rename = memory.chats.rename
+        memory.commit(*[(rename, user, name) for user in range(1, 5001)])
+        chats = [
+            create(memory, *range(1, most), title=title)[0]
+            for most in (39, 50, 51, 5000)
+        ]
+        for chat in chats:
+            memory.send(chat, 1, "\U0001f600" * 4000)
+            memory.do(memory.chats.add_member, chat, 5000, None)
+            memory.do(memory.chats.set_title, chat, title[1:], None)
+            memory.do(memory.chats.remove_member, chat, 2, None)
+        largest = 0
+        for seat in seats.values():
+            for data in seat.outbox.taken:
+                for _, text in words_hear(data):
+                    largest = max(largest, len(text.encode()))
+        assert 28_000 < largest <= 32 * 1024
+        added = [f for f in seats[5000].received() if f["type"] == "chat_added"]
+        assert [f["chat"]["member_count"] for f in added] == [39, 50, 51, 5000]
+        assert [len(f["chat"]["members"]) for f in added] == [39, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "shown"),
+    [(1, "", 1), (50, "", 50), (51, "", 0), (50, "x" * 64, 50), (50, "é" * 64, 50),
+     (39, "\U0001f600" * 64, 39), (45, "\U0001f600" * 64, 0)],
+)  # fmt: skip
+def test_the_members_of_a_chat_are_left_out_as_a_whole(
+    count: int, name: str, shown: int, memory: Memory
+) -> None:
+    for user in range(1, count + 1):
+        memory.do(memory.chats.rename, user, name)
+    chat = memory.chat(*range(1, count + 1))
+    (mine,) = memory.my_chats(1)
+    assert (mine.id, len(mine.members), mine.member_count) == (chat, shown, count)
+
+
+def test_members_are_listed_by_id_page_by_page(memory: Memory) -> None:
+    chat, other = memory.chat(*range(2, 200, 2)), memory.chat(1, 3)
+    memory.do(memory.chats.rename, 4, "Dan")
+    memory.send(chat, 4)
+    head = memory.hub.head
+    memory.commit(memory.sends(chat, 4, "not published"))
+
+    def members(*page: Any, by: int | None = 2) -> list[chatd.Member]:
+        return memory.read(chatd.read_members, chat, head, by, *page)
+
+    listed, after = [], None
+    while page := members(None, after, 10)[:10]:
+        listed += page
+        after = page[-1].user_id
+    assert [member.user_id for member in listed] == [*range(2, 200, 2)]
+    assert listed[:2] == [chatd.Member(2, None, 0), chatd.Member(4, "Dan", 1)]
+    assert len(members(None, None, 10)) == 11  # one more, for there are more
+    assert members("4,1,2,9007199254740991", None, 100) == listed[:2]
+    assert members("4,1,2", 2, 100) == [listed[1]]
+    assert [m.user_id for m in members("4,2,6", None, 1)] == [2, 4]
+    assert members("4", None, 5, by=None) == [listed[1]]
+    for chat_id, by in ((other, 2), (99, 2), (99, None)):
+        refusal = refusal_of(
+            memory.read, chatd.read_members, chat_id, head, by, None, None, 9
+        )
+        assert refusal.code == "not_found"
+
+
 def test_chats_are_listed_by_their_last_event_with_unread_counts(
     memory: Memory,
 ) -> None:
@@ -672,22 +1277,53 @@ def test_chats_are_listed_by_their_last_event_with_unread_counts(
     assert (third.last_message, third.unread) == (None, 0)
 
 
-def test_a_page_of_history_has_its_oldest_message_first(memory: Memory) -> None:
-    chat, head = memory.chat(1, 2), 0
+# Of the messages 0 to 4: the place of a page, its message, the limit; the page, whether
+# there are older and newer ones.
+HISTORY = (
+    ("before", None, 2, "34", True, False),
+    ("before", 3, 2, "12", True, True),
+    ("before", 1, 2, "0", False, True),
+    ("before", 0, 2, "", False, True),
+    ("before", None, 5, "01234", False, False),
+    ("before", None, 100, "01234", False, False),
+    ("after", 0, 2, "12", True, True),
+    ("after", 2, 2, "34", True, False),
+    ("after", 2, 1, "3", True, True),
+    ("after", 4, 2, "", True, False),
+    ("after", 0, 100, "1234", True, False),
+    ("around", 2, 1, "2", True, True),
+    ("around", 2, 2, "12", True, True),
+    ("around", 2, 3, "123", True, True),
+    ("around", 2, 5, "01234", False, False),
+    ("around", 0, 4, "01", False, True),
+    ("around", 4, 4, "234", True, False),
+    ("around", 4, 1, "4", True, False),
+    ("around", 1, 100, "01234", False, False),
+)
+
+
+@pytest.mark.parametrize(("place", "at", "limit", "page", "older", "newer"), HISTORY)
+def test_a_page_of_history_is_before_after_or_around_a_message(
+    place: str, at: int | None, limit: int, page: str, older: bool, newer: bool,
+    memory: Memory,
+) -> None:  # fmt: skip
+    chat = memory.chat(1, 2)
     ids = [memory.send(chat, 1, str(i)).message.id for i in range(5)]
     head = memory.hub.head
+    memory.commit(memory.sends(chat, 1, "not published"))
+    message_id = None if at is None else ids[at]
+    messages, *more = memory.read(
+        memory.chats.history, 2, chat, message_id, limit, head, place
+    )
+    assert "".join(message.content for message in messages) == page
+    assert more == [older, newer]
 
-    def history(before: int | None, limit: int) -> tuple[list[str], bool]:
-        messages, more = memory.read(
-            memory.chats.history, 2, chat, before, limit, head
-        )  # fmt: skip
-        return [message.content for message in messages], more
 
-    assert history(None, 2) == (["3", "4"], True)
-    assert history(ids[3], 2) == (["1", "2"], True)
-    assert history(ids[1], 2) == (["0"], False)
-    assert history(ids[0], 2) == ([], False)
-    assert history(None, 5) == (["0", "1", "2", "3", "4"], False)
+def test_an_empty_chat_has_no_history(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    assert memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head) == (
+        [], False, False,
+    )  # fmt: skip
 
 
 def test_history_is_for_members_and_before_names_a_message_of_the_chat(
@@ -699,9 +1335,10 @@ def test_history_is_for_members_and_before_names_a_message_of_the_chat(
         assert (
             refusal_of(memory.read, history, 1, chat_id, None, 5, 9).code == "not_found"
         )
-    for before in (foreign, 99, 1):
-        refusal = refusal_of(memory.read, history, 1, chat, before, 5, 9)
-        assert str(refusal) == "bad_field: before: not a message of this chat"
+    for place in ("before", "after", "around"):
+        for at in (foreign, 99, 1):
+            refusal = refusal_of(memory.read, history, 1, chat, at, 5, 9, place)
+            assert str(refusal) == f"bad_field: {place}: not a message of this chat"
 
 
 def test_readers_do_not_see_commits_that_are_not_published(memory: Memory) -> None:
@@ -718,7 +1355,7 @@ def test_readers_do_not_see_commits_that_are_not_published(memory: Memory) -> No
     assert memory.greeting(2).marks == {str(chat): chatd.Marks(1, 1)}
     ((mine,),) = [memory.my_chats(2)]
     assert (mine.id, mine.last_n, mine.read_n, mine.unread) == (chat, 1, 1, 0)
-    messages, _ = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
+    messages, *_ = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
     assert [message.content for message in messages] == ["old"]
     memory.hub.publish(batch)
     assert memory.seqs(2) == [2, 3, 4, 6, 7]
@@ -787,7 +1424,7 @@ def test_no_query_scans_a_table_that_grows(memory: Memory) -> None:
         plan = memory.store._writer.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall()
         scans = [row[3] for row in plan if row[3].startswith("SCAN")]
         # Allowed: rows that were just selected, and the users with revoked tokens.
-        lists = r"\(?subquery|mine|CONSTANT"
+        lists = r"\(?subquery|mine|CONSTANT|json_each"
         right = rf"SCAN ({lists}|user USING (COVERING )?INDEX user_revoked)"
         assert [scan for scan in scans if not re.match(right, scan)] == [], sql
 
@@ -813,7 +1450,7 @@ def test_no_cost_grows_with_the_length_of_the_event_log(memory: Memory) -> None:
     works: list[Callable[[], object]] = [
         lambda: memory.send(chat, 1, "x", f"k{memory.hub.head}"),
         lambda: memory.do(store.mark_read, 2, memory.hub.head - 3),
-        lambda: memory.chat(1, 2),
+        lambda: memory.chat(1, 3),  # not of user 2, whose chats are read above
         lambda: memory.do(memory.chats.add_member, chat, 3, 1),
         lambda: memory.do(memory.chats.remove_member, chat, 3, 3),
     ]
@@ -925,7 +1562,8 @@ async def test_reads_and_writes_work_in_threads(tmp_path: Path) -> None:
             nursery.start_soon(sending)
         for _ in range(50):
             query = memory.chats.my_chats
-            nursery.start_soon(memory.store.read, query, 1, memory.hub.head)
+            where = (1, memory.hub.head, None, None)
+            nursery.start_soon(memory.store.read, query, *where)
     assert memory.send(chat, 1).message.n == 51
     assert 1 <= len(memory.store._idle_readers) <= 4
     memory.store.close()
@@ -1119,7 +1757,7 @@ async def test_while_storage_fails_writes_are_refused_at_once_and_reads_go_on(
             for _ in range(20):
                 assert await refusal_code(memory, work) == "storage_failed"
             assert trio.current_time() == started
-            assert await store.read(memory.chats.my_chats, 1, memory.hub.head)
+            assert await store.read(memory.chats.my_chats, 1, memory.hub.head, None, 9)
             await trio.sleep(60)
             assert bool(store.failure)
         await trio.sleep(chatd.PROBE_SECONDS + 0.1)
@@ -1187,7 +1825,9 @@ async def test_a_long_storage_failure_logs_one_line_and_leaks_no_descriptor(
             for _ in range(10):
                 await trio.sleep(30)
                 assert await refusal_code(memory, work) == "storage_failed"
-                assert await store.read(memory.chats.my_chats, 1, memory.hub.head)
+                assert await store.read(
+                    memory.chats.my_chats, 1, memory.hub.head, None, 9
+                )
                 opened.append(len(os.listdir("/proc/self/fd")))
         await trio.sleep(chatd.PROBE_SECONDS + 0.1)
         assert (await store.commit(*work)).message.n == 1
@@ -1439,7 +2079,9 @@ def test_a_corrupt_table_fails_its_readers_and_its_writers(memory: Memory) -> No
     assert refusal_of(after.my_chats, 1).code == "storage_failed"
     assert all_failed(after.commit(after.sends(chat, 1)))
     assert bool(after.store.failure)
-    assert after.read(after.chats.users) == [chatd.User(1, None), chatd.User(2, None)]
+    assert after.users() == [
+        {"user_id": 1, "name": None}, {"user_id": 2, "name": None},
+    ]  # fmt: skip
     assert after.stats.errors["DatabaseError"] == 1
     after.store.close()
 
@@ -1469,6 +2111,165 @@ def test_an_unreadable_event_fails_its_readers_and_the_next_start(
 def test_reads_fail_after_the_file_was_removed(memory: Memory) -> None:
     memory.settings.db.unlink()
     assert refusal_of(memory.my_chats, 1).code == "storage_failed"
+
+
+# --- what was deleted is gone --------------------------------------------------------
+
+
+LONG = {
+    "short": "Geheimnis!",
+    "in one page": "Geheimnis " * 300,
+    "4000 letters of 4 bytes": "\U0001f600\U0001f601" * 2000,
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("deletes", [True, False])
+def test_a_deleted_text_is_in_no_byte_of_the_files_after_an_erasure(
+    memory: Memory, text: str, deletes: bool
+) -> None:
+    chat, part = memory.chat(1, 2), text[:10].encode()
+    sent = memory.send(chat, 1, text).message
+    assert memory.store._truncate()
+    assert part in memory.store.path.read_bytes()
+    if deletes:
+        memory.delete(1, sent.id)
+    else:
+        memory.edit(1, sent.id, "x")
+    assert part in memory.files()  # until the WAL is truncated
+    assert memory.store._truncate()
+    assert part not in memory.files()
+    assert not chatd.file_bytes(memory.store.wal)
+    memory_is_sound(memory)
+
+
+READER = """
+import sqlite3, sys
+db = sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True, isolation_level=None)
+db.execute("BEGIN")
+print(db.execute("SELECT count(*) FROM message").fetchone(), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_another_process_that_reads_delays_an_erasure_and_nothing_else(
+    memory: Memory,
+) -> None:
+    chat = memory.chat(1, 2)
+    sent = memory.send(chat, 1, "Geheimnis").message
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, str(memory.store.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"(1,)\n"
+        memory.delete(1, sent.id)
+        began = time.monotonic()
+        assert not memory.store._truncate()
+        assert time.monotonic() - began < 2  # it does not wait the usual 5 s
+        assert b"Geheimnis" in memory.files()
+        memory.send(chat, 1, "meanwhile")
+        reader.communicate(b"\n")
+    assert memory.store._truncate()
+    assert b"Geheimnis" not in memory.files()
+    assert memory.store._writer.execute("PRAGMA busy_timeout").fetchone() == (5000,)
+
+
+@with_server()
+async def test_an_idle_server_erases_what_was_deleted_and_writes_no_more(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    await trio.sleep(2)
+    (message,) = await server.post(chat, "Geheimnis", sender=6)
+    await server.command("DELETE", f"/api/v1/messages/{message}")
+    files = (server.store.path, server.store.wal)
+    assert b"Geheimnis" in b"".join(path.read_bytes() for path in files)
+    await trio.sleep(32)
+    assert b"Geheimnis" not in b"".join(path.read_bytes() for path in files)
+    assert not chatd.file_bytes(server.store.wal)
+    times = [path.stat().st_mtime_ns for path in files]
+    await trio.sleep(100)
+    assert [path.stat().st_mtime_ns for path in files] == times
+
+
+@with_server()
+async def test_an_erasure_is_tried_each_second_while_another_process_reads(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    peer = await server.join(6)
+    sent = await peer.ask("send_message", chat_id=chat, content="Geheimnis")
+    files = (server.store.path, server.store.wal)
+    uri = f"file:{server.store.path}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as reader:
+        reader.executescript("BEGIN; SELECT * FROM message")
+        assert (await peer.ask("delete_message", message_id=sent["message_id"]))["rev"]
+        await trio.sleep(50)
+        with taking(0):
+            assert (await peer.ask("send_message", chat_id=chat, content="x"))["n"] == 2
+        assert b"Geheimnis" in b"".join(path.read_bytes() for path in files)
+    await trio.sleep(2)
+    assert b"Geheimnis" not in b"".join(path.read_bytes() for path in files)
+
+
+async def test_what_was_deleted_just_before_a_kill_is_gone_soon_after_the_next_start(
+    server: ServerProcess,
+) -> None:
+    def files() -> bytes:
+        paths = (server.db, chatd.wal_of(server.db))
+        return b"".join(path.read_bytes() for path in paths if path.exists())
+
+    async with server.serving():
+        chat = await server.chat(1, 2)
+        message = (await server.post(chat, 1, "Geheimnis"))["id"]
+        await server.want(204, f"DELETE /api/v1/messages/{message}", server.token(1))
+        await server.kill()
+        assert b"Geheimnis" in files()
+        await server.begin()
+        await wait_until(lambda: b"Geheimnis" not in files())
+        (left,) = await server.history(chat, 2)
+        assert (left["content"], left["deleted"]) == ("", True)
+        await server.stop()
+
+
+async def test_readers_of_chatd_itself_delay_no_erasure(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    memory.store._run_sync = trio.to_thread.run_sync
+    chat = memory.chat(1, 2)
+    for _ in range(300):
+        memory.send(chat, 1, "Geheimnis")
+
+    async def search() -> None:
+        while True:
+            await memory.store.read(
+                lambda db: db.execute("SELECT count(*) FROM message a, message b")
+                .fetchall()
+            )  # fmt: skip
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(search)
+        await trio.testing.wait_all_tasks_blocked()
+        for message in range(3, 303):
+            memory.delete(None, message)
+        await memory.store.erase()
+        assert b"Geheimnis" not in memory.files()
+        nursery.cancel_scope.cancel()
+    assert memory.store._read_limiter.total_tokens == chatd.READERS
+    memory.store.close()
+
+
+async def test_an_erasure_that_the_disk_refuses_is_tried_again(memory: Memory) -> None:
+    sent = memory.send(memory.chat(1, 2), 1, "Geheimnis" * 1000).message
+    memory.delete(1, sent.id)
+    with no_file_grows(memory.store.path):
+        await memory.store.erase()
+        assert b"Geheimnis" in memory.files()
+    await memory.store.erase()
+    assert b"Geheimnis" not in memory.files()
+    memory_is_sound(memory)
 
 
 # --- opening -------------------------------------------------------------------------

@@ -61,7 +61,7 @@ async def run_cases(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]
     try:
         with mock.patch.object(chatd, "Session", Echo):
             async with trio.open_nursery() as nursery:
-                await nursery.start(server.run, listeners)
+                nursery.start_soon(server.run, listeners)
                 await trio.run_process(
                     command, check=False, capture_stdout=True, capture_stderr=True
                 )
