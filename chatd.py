@@ -102,11 +102,10 @@ There are worker threads, and no thread lock. One thread at a time writes: there
 limiter of 1, and Store.run, or Store.erase, waits for it. That thread uses the writer's
 connection, `seq`, `failure` and the commit times; while it runs, the main thread only
 reads these. A cancelled Store.run still waits for it: the thread always finishes its
-transaction. At most 4 threads read, each with a connection of its own. All threads
-share the list of idle connections (`append` and `pop` are atomic), the JSON encoder,
-the cache of `timestamp`, and the counts in Stats, where one may be lost; nothing is
-decided by them. The GIL makes that safe. Tasks, seats and outboxes are the main
-thread's alone.
+transaction. At most 5 threads read, each with a connection of its own; one of them may
+search. All threads share the list of idle connections (`append` and `pop` are atomic),
+the JSON encoder, and the counts in Stats, where one may be lost; nothing is decided by
+them. The GIL makes that safe. Tasks, seats and outboxes are the main thread's alone.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
 `Listener._connection`). One in Store.run, Hub.run, the sweeper or a listening task ends
@@ -214,6 +213,7 @@ from typing import (
     assert_never,
     get_args,
 )
+from unicodedata import category, normalize
 
 import h11
 import idna
@@ -349,6 +349,7 @@ class Server:
         self.typing = bucket_table(settings.typing)
         self.requests = bucket_table(settings.requests)
         self.joins = Bucket(Rate(1, 50))  # of all addresses
+        self.searching = trio.Lock()  # one at a time
         self.names: dict[int, tuple[int, str]] = {}  # the newest: its time, the name
         # A user to be forgotten: up to which id there are no messages of that user.
         self.walked: Counter[int] = Counter()
@@ -1018,7 +1019,7 @@ class Session:
 # `seq` orders everything, so "what did this client miss" is a comparison of two
 # integers, and every way to catch up is the same query with other bounds. One task
 # writes, in one worker thread and on one connection: it takes every job that waits and
-# runs them in one transaction. Reads use connections of their own in at most four
+# runs them in one transaction. Reads use connections of their own in at most five
 # threads. An event is durable when COMMIT has returned, and published only then.
 # =====================================================================================
 
@@ -1382,11 +1383,11 @@ GREETING_CHATS = 500
 GREETING_BYTES = 24_576
 
 PROBE_SECONDS = 2.0  # between two probes of a disk that failed
-READERS = 4  # threads that read at once
+READERS = 5  # threads that read at once; one of them may search
 
 
 class Store:
-    """The database. One task and one connection write; at most 4 threads read.
+    """The database. One task and one connection write; at most 5 threads read.
 
     A write is a Job in a bounded channel. `run` takes all jobs that wait, runs them in
     one transaction, and hands the batch to the hub. While one batch is in fsync the
@@ -1738,8 +1739,8 @@ class Store:
         which = (seq, chat_id, sender_id, content)
         db.execute(
             """INSERT INTO message
-               (id, chat_id, sender_id, content, created_at, n, client_id)
-               VALUES (?, ?, ?, ?, ?, ?, ?)""",
+               (id, chat_id, sender_id, content, created_at, n, client_id, folded)
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, nullif(fold(?4), ?4))""",
             (*which, now, n, client_id),
         )
         message = Message(*which, timestamp(now), n, client_id)
@@ -2873,6 +2874,19 @@ def check_content(content: str, settings: Settings) -> None:
         raise bad_field(f"content: control character U+{ord(found[0]):04X} in it")
 
 
+def fold(text: str) -> str:
+    """Fold a text for search: case, accents, width and the like are gone.
+
+    SQL has this function, too, on the connections of `open_database`.
+    """
+    text = normalize("NFKD", text).casefold().replace("ı", "i")
+    for mark in set(text):
+        # The two that stay make other letters: か to が, は to ぱ.
+        if category(mark) == "Mn" and mark not in "\u3099\u309a":
+            text = text.replace(mark, "")
+    return normalize("NFC", text)
+
+
 def parse_cursor(server: Server, text: str | None) -> int | None:
     """Read a cursor's seq. None: unreadable, of another epoch, or of the future."""
     epoch, _, seq = (text or "").rpartition(".")
@@ -3301,6 +3315,30 @@ class Chats:
         )
         return [message_of(row) for row in rows], start > 1, start + limit <= last_n
 
+    def search(
+        self,
+        db: Db,
+        found: list[Message],
+        user_id: int,
+        chat_id: int | None,
+        *more: object,
+    ) -> int | None:
+        """Find messages in all the user's chats, or in one, the newest first.
+
+        One step of a search: it ends when 50 are found, or after a fiftieth of the
+        time of a search. more: the words as JSON, an id before which to look or None,
+        and upto. Returns where it stopped; None: at the beginning. Raises not_found.
+        """
+        if chat_id:
+            find_chat(db, chat_id, user_id)
+        deadline = time.monotonic() + self.store.settings.search_seconds / 50
+        for at, *row, matches in db.execute(SEARCH, (user_id, chat_id, *more)):
+            if matches:
+                found.append(message_of(row))
+            if len(found) == 50 or time.monotonic() > deadline:
+                return int(at)
+        return None
+
     def name(self, db: Db, user_id: int) -> str | None:
         """Read a user's name."""
         name: str | None = query_value(
@@ -3321,6 +3359,27 @@ class Chats:
                            JOIN member theirs USING (chat_id) WHERE mine.user_id = ?1)
                        ORDER BY name IS NULL, name, id LIMIT 200)"""
         return str(query_value(db, sql, by, self.store.settings.invites))
+
+
+# A search walks back over all messages, or over the events of one chat: one of the two
+# halves has no row. What comes out are the messages found, and one in 512 of all
+# others, so that Python can look at the clock: after 0.1 ms, or 3 ms in long texts.
+FOUND = """NOT EXISTS (
+    SELECT 1 FROM words WHERE NOT instr(coalesce(m.folded, m.content), value)) AS found
+"""
+SEARCH = f"""
+    WITH words AS MATERIALIZED (SELECT value FROM json_each(?3))
+    SELECT m.id AS at, {MESSAGE_COLUMNS}, b.user_id AND {FOUND}
+    FROM message m LEFT JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?1
+    WHERE ?2 IS NULL AND m.id < min(coalesce(?4, ?5 + 1), ?5 + 1)
+      AND (found OR random() & 511 = 0)
+    UNION ALL
+    SELECT e.seq, {MESSAGE_COLUMNS}, m.id AND {FOUND}
+    FROM event e LEFT JOIN message m ON m.id = e.seq
+    WHERE e.chat_id = ?2 AND e.to_chat = 1 AND e.seq < min(coalesce(?4, ?5 + 1), ?5 + 1)
+      AND (found OR random() & 511 = 0)
+    ORDER BY at DESC
+"""
 
 
 class ChatRow(NamedTuple):
@@ -3375,7 +3434,8 @@ CHECK_CHANGE = """
 
 # No text of before stays in any row.
 CHANGE = """
-    UPDATE message SET content = coalesce(?5, ''), folded = NULL, rev = ?6,
+    UPDATE message SET content = coalesce(?5, ''), rev = ?6,
+        folded = nullif(fold(coalesce(?5, '')), coalesce(?5, '')),
         edited_at = iif(?5 IS NULL, edited_at, ?7), deleted = ?5 IS NULL
     WHERE id = ?4
 """
@@ -4827,6 +4887,49 @@ async def get_messages(server: Server, request: Request) -> Answer:
     return json_answer({"messages": messages, "more": older, "more_after": newer})
 
 
+# A query has 1 to 200 characters and 1 to 8 words.
+QUERY = r"(?s)(?=.{1,200}\Z)\s*+(?:[^\s\0-\x1f\x7f]++\s*+){1,8}"
+
+
+async def get_search(server: Server, request: Request) -> Answer:
+    """Search the user's messages, newest first: one step of a walk to the beginning."""
+    query = request.argument("q") or ""
+    words = [fold(word).strip() for word in query.split()]
+    if "" in words or not re.fullmatch(QUERY, query):
+        raise bad_field(
+            f"q: {len(words)} words in {len(query)} characters; it takes 1 to 8 words "
+            "in at most 200 characters, without control characters or lone accents"
+        )
+    chat_id, at = request.number("chat_id", MAX_ID), request.number("before", MAX_ID)
+    # It costs as much as five requests. (A service pays for none.)
+    server.requests(request.by).spend(trio.current_time(), 4)
+    if server.searching.statistics().tasks_waiting >= 64:
+        raise Refusal("overloaded", "too many searches at once", retry_after=3)
+    found: list[Message] = []
+    async with server.searching:
+        deadline = trio.current_time() + server.settings.search_seconds
+        upto = server.hub.head
+        where = (
+            server.chats.search,
+            found,
+            request.user_id,
+            chat_id,
+            json.dumps(words),
+        )
+        while (  # noqa: ASYNC110 (it waits for nothing, but lets others go first)
+            (at := await server.store.read(*where, at, upto))
+            and len(found) < 50
+            and trio.current_time() < deadline
+        ):
+            # Without pauses, on one core, the p50 of sends was five times as long, and
+            # the WAL, which cannot begin anew under a reader, grew by 9 MB a second.
+            await trio.sleep(0.004)
+    server.stats.searches += 1
+    # What was changed meanwhile is shown as it is now, whether or not it matches.
+    messages = server.hub.correct(found, upto)
+    return json_answer({"messages": messages, "before": at})
+
+
 async def post_message(server: Server, request: Request) -> Answer:
     """Send a message (SPEC.md, SendMessage): 201, or 200 for a repeat."""
     claims, (chat_id,), upto = request.claims, request.ids, server.hub.head
@@ -5088,6 +5191,7 @@ ROUTES: dict[str, dict[str, Route]] = {
         "DELETE": Route("user", change_message, changes=True),
     },
     "/api/v1/messages/*/read": {"POST": Route("user", post_read)},
+    "/api/v1/search": {"GET": Route("user", get_search)},
     "/api/v1/events": {"GET": Route("user", get_events)},
     "/api/v1/internal/chat/ws/stats": {"GET": Route("stats", get_stats)},
     "/metrics": {"GET": Route("stats", get_metrics)},
@@ -5204,6 +5308,7 @@ class Stats:
         self.started = time.monotonic()
         self.total = self.deliveries = self.writes = self.catch_ups = self.stalls = 0
         self.commits = self.batch_max = self.duplicates = self.failed = self.joins = 0
+        self.searches = 0
         self.closed = Counter[str]()
         self.refused = Counter[str]()
         self.events = Counter[str]()
@@ -5254,7 +5359,7 @@ def stats_document(server: Server) -> dict[str, Any]:
             "wal_bytes": file_bytes(store.wal),
             "sqlite": sqlite3.sqlite_version,
         },
-        **counted("resumes", "rate_limited", "errors"),
+        **counted("searches", "resumes", "rate_limited", "errors"),
     }
 
 
@@ -5656,6 +5761,7 @@ def open_database(path: Path, *, readonly: bool = True, alone: bool = False) -> 
     db.set_progress_handler(progress(path), 1_000_000)
     try:
         db.executescript("PRAGMA trusted_schema = OFF; PRAGMA temp_store = MEMORY")
+        db.create_function("fold", 1, fold)
         if readonly:
             db.executescript("PRAGMA query_only = ON; PRAGMA wal_autocheckpoint = 0")
             return db
@@ -5803,6 +5909,8 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
             if version < len(steps):
                 db.executescript(
                     f"""BEGIN IMMEDIATE; {"".join(steps[version:])}
+                    UPDATE message SET folded = fold(content)
+                    WHERE folded IS NULL AND fold(content) != content;
                     PRAGMA application_id = {APPLICATION_ID};
                     PRAGMA user_version = {len(steps)};
                     INSERT OR IGNORE INTO meta VALUES ('epoch', {NEW_EPOCH});
@@ -6128,7 +6236,7 @@ def print_result(text: str) -> None:
         with open(1, "wb", closefd=False) as stdout:
             stdout.write(os.fsencode(f"{text}\n"))
     except OSError as error:
-        raise UsageError(f"stdout: {error.strerror}: nothing was printed") from error
+        raise UsageError(f"stdout: {error.strerror}: not all was printed") from error
 
 
 @contextmanager
@@ -6258,6 +6366,62 @@ def restore(db: Path, source: Path) -> None:
             Path(f"{path}{suffix}").unlink(missing_ok=True)
         new.clear()
     mention(f"{path}: restored from {source}: {contents}. Every client will resync.")
+
+
+# Why ?1, a user, or ?2, a chat, cannot be exported.
+NO_EXPORT = """
+SELECT CASE
+    WHEN user_version < 2 THEN 'an older chatd made it; `chatd serve` upgrades it'
+    WHEN ?1 NOT IN (SELECT id FROM user) THEN 'it does not know user ' || ?1
+    WHEN ?2 NOT IN (SELECT id FROM chat) THEN 'it has no chat ' || ?2 END
+FROM pragma_user_version
+"""
+
+# JSON for each user, chat and message, with the fields of the API. Of a user: the user,
+# its chats, and what it has sent. Of a chat: its members, the chat, and its messages.
+# json_patch leaves out what is NULL.
+EXPORT = """
+SELECT json_object('user', json_object('user_id', id, 'name', name)) FROM user
+WHERE (?1 IS NULL OR id = ?1)
+  AND (?2 IS NULL OR id IN (SELECT user_id FROM member WHERE chat_id = ?2))
+UNION ALL
+SELECT json_object('chat', json_object(
+    'id', id, 'title', title,
+    'members', json((
+        SELECT json_group_array(json_object(
+            'user_id', b.user_id, 'name', u.name, 'read_n', b.read_n))
+        FROM member b JOIN user u ON u.id = b.user_id WHERE b.chat_id = chat.id)),
+    'last_n', last_n,
+    'direct', json(iif(direct_key IS NULL, 'false', 'true')),
+    'created_by', created_by,
+    'member_count', (SELECT count(*) FROM member WHERE chat_id = chat.id),
+    'created_at', strftime('%Y-%m-%dT%H:%M:%SZ', created_at, 'unixepoch')))
+FROM chat
+WHERE (?2 IS NULL OR id = ?2)
+  AND (?1 IS NULL OR id IN (SELECT chat_id FROM member WHERE user_id = ?1))
+UNION ALL
+SELECT json_object('message', json_patch('{}', json_object(
+    'id', id, 'chat_id', chat_id, 'sender_id', sender_id, 'content', content,
+    'created_at', strftime('%Y-%m-%dT%H:%M:%SZ', created_at, 'unixepoch'),
+    'n', n, 'client_id', client_id, 'rev', rev,
+    'edited_at', strftime('%Y-%m-%dT%H:%M:%SZ', edited_at, 'unixepoch'),
+    'deleted', iif(deleted, json('true'), NULL))))
+FROM message
+WHERE (?2 IS NULL OR chat_id = ?2) AND (?1 IS NULL OR sender_id = ?1)
+"""
+
+
+def export(path: Path, *which: int | None) -> None:
+    """Print what is stored, of one user or of one chat or all. Raises UsageError.
+
+    It is one statement, so it shows one moment, also while the database is served.
+    """
+    with reading("database", path) as db:
+        if why := query_value(db, NO_EXPORT, *which):
+            raise UsageError(f"database {path}: {why}")
+        lines = db.execute(EXPORT, which)
+        while some := lines.fetchmany(500):
+            print_result("\n".join(map("".join, some)))
 
 
 def faults(db: Db) -> list[str]:
@@ -6425,6 +6589,8 @@ class Settings:
     resync_events: int = 5_000
     page_events: int = 500  # in a page of the event log
     page_bytes: int = 131_072
+    # Then a search stops and says where. Its steps take a fiftieth, with pauses.
+    search_seconds: float = 0.05
     tail_events: int = 16_384
     tail_bytes: int = 16_777_216
     batch_jobs: int = 512  # in one transaction, so that none takes long
@@ -6680,6 +6846,13 @@ def make_parser() -> argparse.ArgumentParser:
     put.add_argument("SRC", type=Path)
     add_flags(put, "db")
 
+    lines = commands.add_parser("export", help="print what is stored, as JSON lines")
+    add = lines.add_mutually_exclusive_group().add_argument
+    for what in ("user", "chat"):
+        which = f"only what belongs to this {what}"
+        add(f"--{what}", metavar="ID", type=parse_user, help=which)
+    add_flags(lines, "db")
+
     look = commands.add_parser("check", help="look whether the database is sound")
     add_flags(look, "db")
     return parser
@@ -6769,6 +6942,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0912 (an arm eac
                 backup(settings.db, options.DEST, options.keep)
             case "restore":
                 restore(settings.db, options.SRC)
+            case "export":
+                export(settings.db, options.user, options.chat)
             case "check":
                 print_check(settings.db)
     except* Exception as group:

@@ -126,7 +126,7 @@ CREATE UNIQUE INDEX chat_client ON chat (coalesce(created_by, 0), client_id)
 
 -- rev is the seq of the message's last change, edited_at the time of its last edit in
 -- Unix seconds (NULL: none). The content of a deleted message is ''. folded is the text
--- that a search looks through, where it differs from the content.
+-- that a search looks through, where it differs from the content: chatd.py's fold(content).
 ALTER TABLE message ADD COLUMN rev INTEGER;
 ALTER TABLE message ADD COLUMN edited_at INTEGER;
 ALTER TABLE message ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0;

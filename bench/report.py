@@ -134,6 +134,15 @@ def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
             (f"start s, {n:,}", "growth", f"start {n}", field("seconds"))
             for n in plan["history"]
         ],
+        "search by chatd: to the end of a history, and sends beside it": [
+            *(
+                (f"{what}, {n:,}", "search", f"all {n}", field(name))
+                for n in plan.get("searched", ())
+                for what, name in (("requests", "count"), ("s", "seconds"))
+            ),
+            ("send p99 ms", "search", "alone", field("p99_ms")),
+            ("beside searches", "search", "beside", field("p99_ms")),
+        ],
     }
 
 
@@ -229,7 +238,7 @@ def measured(results: Results) -> str:
 def section(results: Results) -> str:
     """Write the part of docs/speed.md that stands between the markers."""
     machine, plan = results["machine"], results["plan"]
-    costs, _, _, pairs, connections, growth = tables(plan).values()
+    costs, _, _, pairs, connections, growth, search = tables(plan).values()
     aged = [
         [what, *(cell(values(results, "chatd", c), spread=False) for c in columns)]
         for what in ("page", "poll", "connect", "send")
@@ -262,6 +271,7 @@ def section(results: Results) -> str:
         "",
         *markdown([["", *ages], *aged]),
         "",
+        *looked(results, search),
         *faults(results),
         "",
         "The servers, and what each does besides passing messages on:",
@@ -272,6 +282,20 @@ def section(results: Results) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def looked(results: Results, columns: Sequence[Column]) -> list[str]:
+    """Write the table of the search, if it was measured."""
+    table = rows(results, columns, spread=False)
+    if len(table) == 1:
+        return []
+    return [
+        "**Search**: requests and seconds to look through a history for a word that is "
+        "not there, and the p99 of sends without and with searches all the time:",
+        "",
+        *markdown(table),
+        "",
+    ]
 
 
 def publish(results: Results) -> None:

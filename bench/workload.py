@@ -7,7 +7,10 @@ import dataclasses
 import json
 import sqlite3
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ class Plan:
     storm: int
     missed: int
     history: Sequence[int]
+    searched: Sequence[int]
 
 
 FULL = Plan(
@@ -64,6 +68,7 @@ FULL = Plan(
     storm=1_000,
     missed=20,
     history=(10_000, 1_000_000),
+    searched=(10_000, 100_000, 1_000_000),
 )
 QUICK = Plan(
     rounds=1,
@@ -85,6 +90,7 @@ QUICK = Plan(
     storm=100,
     missed=5,
     history=(1_000,),
+    searched=(1_000, 10_000),
 )
 # Few cases, long windows: the noise of a ratio of two versions is a few percent.
 BESIDE = dataclasses.replace(
@@ -352,6 +358,10 @@ def fill(database: Path, messages: int) -> None:
                 "INSERT INTO event (seq, kind, chat_id, to_chat, message_id)"
                 " SELECT id, 'new_message', chat_id, 1, id FROM message"
             )
+            db.execute(
+                "UPDATE chat SET last_n ="
+                " (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = chat.id)"
+            )
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
@@ -418,6 +428,99 @@ def aged(server: Server, plan: Plan, messages: int) -> Cases:
     yield "send", asked(201, post)
 
 
+# --- search ---------------------------------------------------------------------------
+
+
+NOWHERE = "/api/v1/search?q=nowhere"
+
+
+def search(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """Look through histories for a word that is not there, in steps of one request.
+
+    The last user is in every chat. Then chats of two send at a steady rate, before and
+    while searches run without pause.
+    """
+    if peer.protocol != "chatd":
+        return
+    for messages in plan.searched:
+        with running(peer, command) as server:
+            file = server.seat(plan.pairs * 2, plan.pairs)
+            server.stop()
+            fill(server.folder / "chatd.db", messages)
+            searcher = plan.pairs * 2 + 1
+            join_all(server.folder / "chatd.db", searcher)
+            server.start()
+            for name, path in (("all", NOWHERE), ("one", f"{NOWHERE}&chat_id=1")):
+                yield f"{name} {messages}", walk(server, path, token(searcher))
+            if messages == max(plan.searched) and plan.rate:
+                yield "alone", sending(server, plan, file)
+                with searching(server, token(searcher)):
+                    yield "beside", sending(server, plan, file)
+
+
+def join_all(database: Path, user: int) -> None:
+    """Make a user a member of every chat."""
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.execute("INSERT INTO user (id) VALUES (?)", (user,))
+        db.execute(
+            "INSERT INTO member (chat_id, user_id, joined_seq)"
+            " SELECT id, ?, 0 FROM chat",
+            (user,),
+        )
+
+
+def walk(server: Server, path: str, bearer: str) -> Result:
+    """Search to the beginning, and count the requests."""
+    begin, spent, count, before = time.monotonic(), server.cpu_seconds(), 0, ""
+    longest = 0.0
+    while before is not None:
+        asked = time.monotonic()
+        answer = server.call("GET", f"{path}{before}", None, bearer)
+        longest = max(longest, time.monotonic() - asked)
+        count += 1
+        left = answer["before"]
+        before = None if left is None else f"&before={left}"
+    return {
+        "count": count,
+        "seconds": time.monotonic() - begin,
+        "cpu": server.cpu_seconds() - spent,
+        "longest_ms": longest * 1000,
+    }
+
+
+def sending(server: Server, plan: Plan, file: Path) -> Result:
+    """Send in two-person chats at a steady rate."""
+    return load(
+        "talk",
+        server,
+        file,
+        conns=plan.pairs * 2,
+        rooms=plan.pairs,
+        rate=plan.rate,
+        seconds=10 * plan.seconds,
+        warm=plan.warm,
+    )
+
+
+@contextlib.contextmanager
+def searching(server: Server, bearer: str) -> Iterator[None]:
+    """Let four clients search without pause."""
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            server.call("GET", NOWHERE, None, bearer)
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        try:
+            yield
+        finally:
+            done.set()
+        for each in asking:
+            each.result()
+
+
 WORKLOADS: dict[str, Callable[[Peer, list[str], Plan], Cases]] = {
     "fanout": fanout,
     "flight": flight,
@@ -427,6 +530,7 @@ WORKLOADS: dict[str, Callable[[Peer, list[str], Plan], Cases]] = {
     "handshakes": handshakes,
     "storm": storm,
     "growth": growth,
+    "search": search,
 }
 
 

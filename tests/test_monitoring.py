@@ -132,6 +132,7 @@ async def test_the_stats_count_connections_events_messages_and_refusals(
             "duplicates": None, "failed": None, "joins": None, "degraded": None,
             "wal_bytes": None, "sqlite": None,
         },
+        "searches": None,
         "resumes": {"fresh": None, "live": None, "replay": None, "resync": None},
         "rate_limited": {}, "errors": {},
     }  # fmt: skip

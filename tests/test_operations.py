@@ -1246,12 +1246,12 @@ async def test_a_standard_stream_that_is_closed_full_or_gone_ends_no_command(
     stdout = "stdout" not in case and "all" not in case and "no reader" not in case
     stderr = "stderr" not in case and "all" not in case and "both" not in case
     for words in (
-        ("token", "1"), ("check",), ("backup", copy), ("restore", copy)
+        ("token", "1"), ("check",), ("export",), ("backup", copy), ("restore", copy)
     ):  # fmt: skip
         shell = ("bash", "-c", f'set -o pipefail; "$@" {STREAMS[case]}', "-")
         done = await run_chatd(*words, "--db", server.db, prefix=shell)
-        # `token` and `check` exist only for what they print.
-        needed = words[0] in ("token", "check")
+        # These exist only for what they print.
+        needed = words[0] in ("token", "check", "export")
         assert done.status == (needed and not stdout), (words, done)
         assert bool(done.out) == stdout, (words, done)
         failed = needed and not stdout and stderr

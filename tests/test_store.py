@@ -1565,7 +1565,7 @@ async def test_reads_and_writes_work_in_threads(tmp_path: Path) -> None:
             where = (1, memory.hub.head, None, None)
             nursery.start_soon(memory.store.read, query, *where)
     assert memory.send(chat, 1).message.n == 51
-    assert 1 <= len(memory.store._idle_readers) <= 4
+    assert 1 <= len(memory.store._idle_readers) <= chatd.READERS
     memory.store.close()
 
 
