@@ -36,6 +36,7 @@ from harness import (
     Client,
     Closed,
     Figures,
+    Http,
     Refused,
     Reply,
     WebSocket,
@@ -43,6 +44,7 @@ from harness import (
     close_code,
     http,
     make_chat,
+    post_message,
     reset,
     revoke,
     run_trio,
@@ -158,7 +160,7 @@ class Target:
         self.anna, self.ben = Client(chatd, 1), Client(chatd, 2)
         self.users = 10
         self.chat = self.descriptors = self.sockets = self.rss = 0
-        self.rows = 0
+        self.rows = self.newest = 0
         self.slowest = 0.0  # seconds until a message arrived and was acked
 
     async def prepare(self) -> None:
@@ -203,6 +205,7 @@ class Target:
         assert frame["type"] == "new_message", f"the sender received {frame}"
         assert (await self.anna.receive(seconds=SECONDS))["type"] == "ack"
         event = await self.ben.receive(seconds=SECONDS)
+        self.newest = int(event["seq"])
         assert event["type"] == "new_message", f"the other client received {event}"
         assert event["message"]["content"] == content, "another message arrived"
         self.slowest = max(self.slowest, time.monotonic() - began)
@@ -790,7 +793,7 @@ async def try_frames(target: Target) -> None:
 
 # --- commands and bodies -------------------------------------------------------------
 
-BIG = "9" * 5000
+BIG, MAX_ID = "9" * 5000, 2**53 - 1
 DEEP = "[" * 30_000
 # Not JSON, not an object, or more than one value.
 NOT_JSON: dict[str, bytes] = {
@@ -856,8 +859,11 @@ BAD_CLIENT_IDS = {
 }
 
 
-def broken_commands(chat: int) -> Iterator[tuple[str, bytes, str]]:
-    """Invalid commands: a name, the bytes, and the error's code."""
+def broken_commands(chat: int, foreign: int) -> Iterator[tuple[str, bytes, str]]:
+    """Invalid commands: a name, the bytes, and the error's code.
+
+    foreign: a message of a chat of other users.
+    """
 
     def row(name: str, command: str, code: str) -> tuple[str, bytes, str]:
         return name, command.encode(), code
@@ -873,6 +879,7 @@ def broken_commands(chat: int) -> Iterator[tuple[str, bytes, str]]:
     yield row("a type of 60 KB", '{"type":"%s"}' % ("x" * 60_000), "unknown_type")
     yield row("a ref of 1", '{"type":"ping","ref":1}', "bad_field")
     yield row("a ref of 65", '{"type":"ping","ref":"%s"}' % ("r" * 65), "bad_field")
+    edit = '{"type":"edit_message","message_id":1'
     for name, value in BAD_IDS.items():
         for kind, field, rest in (
             ("mark_read", "message_id", ""),
@@ -881,12 +888,21 @@ def broken_commands(chat: int) -> Iterator[tuple[str, bytes, str]]:
         ):
             command = f'{{"type":"{kind}","{field}":{value}{rest}}}'
             yield row(f"{kind} with {field} {name}", command, "bad_field")
+        for kind, rest in (("edit_message", ',"content":"x"'), ("delete_message", "")):
+            command = f'{{"type":"{kind}","message_id":{value}{rest}}}'
+            yield row(f"{kind} with message_id {name}", command, "bad_field")
+        if name != "null":  # it is as good as none
+            command = f'{edit},"content":"x","if_rev":{value}}}'
+            yield row(f"if_rev {name}", command, "bad_field")
+    yield row("an edit without content", f"{edit}}}", "bad_field")
+    yield row("a deletion of nothing", '{"type":"delete_message"}', "bad_field")
     for value in ("1", "0", '"true"', "null"):
         command = f'{{"type":"typing","chat_id":{chat},"is_typing":{value}}}'
         yield row(f"is_typing {value}", command, "bad_field")
     send = f'{{"type":"send_message","chat_id":{chat}'
     for name, value in BAD_CONTENTS.items():
         yield row(f"a content of {name}", f'{send},"content":{value}}}', "bad_field")
+        yield row(f"an edit to {name}", f'{edit},"content":{value}}}', "bad_field")
     for name, value in BAD_CLIENT_IDS.items():
         command = f'{send},"content":"x","client_id":{value}}}'
         yield row(f"a client_id of {name}", command, "bad_field")
@@ -898,9 +914,10 @@ def broken_commands(chat: int) -> Iterator[tuple[str, bytes, str]]:
     yield row("a chat of other users", command, "not_found")
     command = '{"type":"typing","chat_id":1,"is_typing":true}'
     yield row("typing in that chat", command, "not_found")
-    yield row(
-        "reading in that chat", '{"type":"mark_read","message_id":1}', "not_found"
-    )
+    for kind in ("mark_read", "delete_message", "edit_message"):
+        for message_id in (1, foreign, MAX_ID):
+            command = f'{{"type":"{kind}","message_id":{message_id},"content":"x"}}'
+            yield row(f"{kind} of {message_id}, elsewhere", command, "not_found")
 
 
 async def try_commands(target: Target) -> None:
@@ -909,7 +926,7 @@ async def try_commands(target: Target) -> None:
     chat = await make_chat(target.chatd, [user])
     async with Client(target.chatd, user) as peer:
         assert peer.websocket is not None
-        for name, data, code in broken_commands(chat):
+        for name, data, code in broken_commands(chat, target.newest):
             async with target.attacked(f"a command: {name}"):
                 await peer.websocket.send(client_frame(TEXT, data))
                 answer = await peer.receive(seconds=SECONDS)
@@ -928,8 +945,14 @@ async def try_commands(target: Target) -> None:
     await target.cleaned_up("broken commands")
 
 
-def broken_bodies(chat: int) -> Iterator[tuple[str, str, bytes, int]]:
-    """Invalid bodies: a name, the path, the body, and the status."""
+def broken_bodies(
+    chat: int, own: int, foreign: int
+) -> Iterator[tuple[str, str, bytes, int]]:
+    """Invalid bodies: a name, the path, the body, and the status.
+
+    A path that does not begin with a slash has its method before it; POST otherwise.
+    own: a message of the user, foreign: one of a chat of other users.
+    """
     chats, post = "/api/v1/chats", f"/api/v1/chats/{chat}/messages"
     add = f"/api/v1/chats/{chat}/members"
     for name, data in NOT_JSON.items():
@@ -949,6 +972,68 @@ def broken_bodies(chat: int) -> Iterator[tuple[str, str, bytes, int]]:
         yield f"title {title[:9]}", chats, b'{"title":%s}' % title.encode(), 400
     yield "members as a text", chats, b'{"member_ids":"12"}', 400
     yield "members as a number", chats, b'{"member_ids":12}', 400
+    one, title = f"PATCH /api/v1/messages/{own}", f"PATCH /api/v1/chats/{chat}"
+    for name, data in NOT_JSON.items():
+        for path in (one, title, "PATCH /api/v1/me"):
+            yield f"{path} with {name}", path, data, 403 if path[-2:] == "me" else 400
+    for name, value in BAD_CONTENTS.items():
+        yield f"an edit to {name}", one, b'{"content":%s}' % value.encode(), 400
+    for name, value in BAD_IDS.items():
+        if name != "null":
+            body = b'{"content":"x","if_rev":%s}' % value.encode()
+            yield f"if_rev {name}", one, body, 400
+        for method in ("PATCH", "DELETE"):
+            path = f"{method} /api/v1/messages/{quote(value, safe='')}"
+            yield path[:60], path, b'{"content":"x"}', 404
+        for kind in ("revoke", "forget"):
+            path = f"/api/v1/internal/chat/{kind}"
+            yield f"{kind} {name}", path, b'{"user_id":%s}' % value.encode(), 403
+    yield "an edit without content", one, b"{}", 400
+    yield "an edit of another rev", one, b'{"content":"x","if_rev":1}', 409
+    for method in ("PATCH", "DELETE"):
+        for message_id in (1, foreign, MAX_ID):
+            path = f"{method} /api/v1/messages/{message_id}"
+            yield f"{path}, elsewhere", path, b'{"content":"x"}', 404
+    for value in ('""', '" "', '"a\\nb"', "1", "[]", json.dumps("t" * 201)):
+        yield f"a new title {value[:9]}", title, b'{"title":%s}' % value.encode(), 400
+    yield "the title of that chat", "PATCH /api/v1/chats/1", b'{"title":"x"}', 404
+    for name, value in BAD_CLIENT_IDS.items():
+        yield (
+            f"a chat of client_id {name}",
+            chats,
+            b'{"client_id":%s}' % value.encode(),
+            400,
+        )
+    for value in ("1", '"true"', "null", "[]"):
+        body = b'{"member_ids":[5],"direct":%s}' % value.encode()
+        yield f"direct {value}", chats, body, 400
+    for value in ("[]", "[5,6]", '[5],"title":"x"'):
+        body = b'{"direct":true,"member_ids":%s}' % value.encode()
+        yield f"a direct chat with {value}", chats, body, 400
+    for path in (f"/api/v1/chats/{chat}/invites", "/api/v1/join"):
+        yield f"{path} without --invites", path, b"{}", 403
+    search = "GET /api/v1/search"
+    for q in (
+        "",
+        "?q=",
+        "?q=%20",
+        "?q=" + "x" * 201,
+        "?q=" + "+".join("abcdefghi"),
+        "?q=%00",
+        "?q=%CC%81",
+        "?q=x&q=y",
+        "?q=x&chat_id=0",
+        "?q=x&chat_id=x",
+        "?q=x&before=0",
+        f"?q=x&before={BIG[:40]}",
+        "?q=%FF",
+        "?q=x&before=-1",
+    ):
+        yield f"search {q[:20]}", f"{search}{q}", b"", 400
+    for chat_id in (1, MAX_ID):
+        yield f"search in {chat_id}", f"{search}?q=x&chat_id={chat_id}", b"", 404
+    for path in ("events?cursor=first", "unread", "ws/stats"):
+        yield path, f"GET /api/v1/internal/chat/{path}", b"", 403
     yield "another sender", post, b'{"content":"x","sender_id":1}', 403
     yield "a chat of other users", "/api/v1/chats/1/messages", b'{"content":"x"}', 404
     yield "joining that chat", "/api/v1/chats/1/members", b'{"user_id":99}', 404
@@ -958,16 +1043,20 @@ async def try_bodies(target: Target) -> None:
     """Send all rows; each gets its status, and the user's chats do not change."""
     user = target.new_user()
     token, chat = target.chatd.token(user), await make_chat(target.chatd, [user])
+    own = await post_message(Http(target.chatd), chat, text(), user)
     before = (await http(target.chatd, "GET", "/api/v1/chats", token)).json["chats"]
-    async with RawConnection.open(target.chatd.port) as raw:
-        for name, path, body, status in broken_bodies(chat):
-            async with target.attacked(f"a body: {name}"):
-                lines = (HOST, f"Authorization: Bearer {token}")
-                length = f"Content-Length: {len(body)}"
-                await raw.send(request("POST", path, *lines, length, body=body))
-                replies = await raw.replies()
-                got = [reply.status for reply in replies]
-                assert got == [status], f"answered {replies}, not {status}"
+    for name, path, body, status in broken_bodies(chat, own, target.newest):
+        method, _, where = path.rpartition(" ")
+        length = f"Content-Length: {len(body)}"
+        lines = (HOST, f"Authorization: Bearer {token}", length)
+        async with (
+            target.attacked(f"a body: {name}"),
+            RawConnection.open(target.chatd.port) as raw,
+        ):
+            await raw.send(request(method or "POST", where, *lines, body=body))
+            replies = await raw.replies()
+            got = [reply.status for reply in replies]
+            assert got == [status], f"answered {replies}, not {status}"
     after = (await http(target.chatd, "GET", "/api/v1/chats", token)).json["chats"]
     assert after == before, f"a refused request has changed the chats: {after}"
     await target.cleaned_up("broken bodies")
@@ -1310,6 +1399,64 @@ async def try_strict(chatd: Chatd, keys: Keys) -> None:
         assert not await bearer_code(chatd, token), f"{change} was refused"
 
 
+async def try_invitations(chatd: Chatd) -> int:
+    """Send invalid bodies and tokens to the routes of invitations; count them."""
+    now, chat = int(time.time()), await make_chat(chatd, [7, 8])
+    other, user = await make_chat(chatd, [8]), chatd.token(7)
+    invites = f"/api/v1/chats/{chat}/invites"
+    reply = await http(chatd, "POST", invites, user, {})
+    assert reply.status == 201, f"an invitation was answered {reply.status}"
+    good = reply.json["token"]
+    claims = jwt.decode(good, options={"verify_signature": False})
+    wrong: list[Any] = [None, 0, -1, "x", [], {}, 2**64, other]
+    changed: list[dict[str, Any]] = [
+        {"user_id": 9}, {"user_id": None}, {"exp": now - 60}, {"exp": None},
+        {"use": "session"}, {"use": None}, {"use": ["invite"]},
+    ]  # fmt: skip
+    for name in claims.keys() - {"user_id", "exp", "iat", "use"}:
+        changed += [{name: value} for value in wrong]
+    forged = [
+        chatd.token(7), chatd.token(7, use="invite"), f"{good}x", good[:-4], "",
+        sign_anything({"alg": "none"}, claims, ""),
+        sign_anything({"alg": "HS256"}, claims, "another secret"),
+        *(sign_anything({"alg": "HS256"}, claims | c, chatd.secret) for c in changed),
+    ]  # fmt: skip
+    join, eve = "/api/v1/join", chatd.token(9)
+    rows: list[tuple[str, str, str | None, Any, tuple[int, ...]]] = [
+        ("POST", f"/api/v1/chats/{other}/invites", user, {}, (404,)),
+        ("DELETE", f"/api/v1/chats/{other}/invites", user, None, (404,)),
+        ("POST", "/api/v1/me/link", user, None, (401, 403)),
+        ("POST", join, f"{eve}x", {"token": good, "name": "Eve"}, (401,)),
+        ("POST", join, good, {"token": good}, (401,)),
+        ("GET", "/api/v1/me", good, None, (401,)),
+        ("POST", "/api/v1/session", good, None, (401,)),
+        ("POST", "/api/v1/chats", user, {"member_ids": [99]}, (403,)),
+        ("POST", f"/api/v1/chats/{chat}/members", user, {"user_id": 99}, (403,)),
+    ]
+    ttls: list[Any] = [0, -1, 1.5, "1", True, [], 2_592_001, 2**64]
+    tokens: list[Any] = [1, None, [], {}]
+    names: list[Any] = ["", " ", "\n", "\x00", 1, []]
+    rows += [("POST", invites, user, {"ttl_seconds": ttl}, (400,)) for ttl in ttls]
+    rows += [("POST", join, None, {"token": token}, (400,)) for token in tokens]
+    for name in names:
+        rows += [
+            ("POST", join, None, {"token": good, "name": name}, (400,)),
+            ("PATCH", "/api/v1/me", user, {"name": name}, (400,)),
+        ]
+    for token in forged:
+        for body, bearer in (({}, None), ({"name": "Eve"}, None), ({}, eve)):
+            rows.append(("POST", join, bearer, {"token": token} | body, (401,)))
+    for method, path, bearer, body, statuses in rows:
+        reply = await http(chatd, method, path, bearer, body)
+        got = f"{method} {path} {body} was answered {reply.status} {reply.body!r}"
+        assert reply.status in statuses, f"{got}, not {statuses}"
+    reply = await http(chatd, "POST", join, eve, {"token": good})
+    assert reply.status == 201, f"the good invitation was answered {reply.status}"
+    document = await stats(chatd)
+    assert not document["errors"], f"exceptions in the server: {document['errors']}"
+    return len(rows)
+
+
 # --- attacks that are more than bytes ------------------------------------------------
 
 
@@ -1553,9 +1700,12 @@ def prove(full: bool) -> Figures:
         assert not failed, f"the log has {len(failed)} errors: {failed[0]}"
         with Chatd(f"--jwt-key={keys.files[-1]}", *STRICT) as chatd:
             run_trio(try_strict, chatd, keys)
+    with Chatd("--invites=on") as chatd:
+        invitations = run_trio(try_invitations, chatd)
+        chatd.log_without_traceback()
     with Chatd(before=FEW_DESCRIPTORS) as chatd:
         run_trio(run_out_of_descriptors, chatd)
-    rows = sum(target.rows for target in targets)
+    rows = sum(target.rows for target in targets) + invitations
     slowest = max(target.slowest for target in targets)
     assert grown < 64 * 2**20, f"memory grew by {grown / 2**20:.0f} MiB"
     return Figures(

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import trio
-from crowd import EVENTS_SQL, MESSAGES_SQL, StoredEvent, open_read_only, verify_events
+from crowd import is_kept, read_database, verify_events
 from faults import File, Op, Shim
 from harness import (
+    Change,
     Chatd,
     Client,
     Closed,
@@ -58,6 +59,7 @@ class Table:
         self.listeners = [Client(self.chatd, user_id) for user_id in LISTENERS]
         self.acks: dict[str, Frame] = {}  # by content
         self.sent_at: dict[str, float] = {}
+        self.changes: dict[int, list[Change]] = {}  # of all writers
         self.count: Counter[int] = Counter()  # acks of each writer
         self.refused = 0
         self.writing = True
@@ -113,11 +115,26 @@ class Table:
                         self.refused += 1
                         await trio.sleep(0.2)
                         await client.repeat()
-                self.acks[content] = client.acked[client_id]
+                self.acks[content] = ack = client.acked[client_id]
                 self.count[client.user_id] += 1
+                if self.count[client.user_id] % 4 == 0:
+                    await self._change(client, ack["message_id"])
             await client.receive_until_closed()
         except (Closed, OSError, trio.BrokenResourceError) as end:
             self._ended(end)
+
+    async def _change(self, client: Client, message_id: int) -> None:
+        """Edit a message; repeat that until its ack. Delete each second one so."""
+        for content in [text("z" * self.length), None][: 1 + message_id % 2]:
+            change = await client.change(message_id, content)
+            self.changes[message_id] = client.changes[message_id]
+            while not change.rev:
+                frame = await client.receive()
+                if frame["type"] == "error":
+                    assert frame["code"] == FAILED, f"a change was answered {frame}"
+                    self.refused += 1
+                    await trio.sleep(0.2)
+                    await client.repeat()
 
     async def _post(self) -> None:
         """Write over HTTP, one message after the other, each until its answer."""
@@ -206,16 +223,17 @@ class Table:
 
     def judge(self) -> int:
         """Hold everybody against the file; how many messages were acked."""
-        with contextlib.closing(open_read_only(self.chatd.db)) as db:
-            log = [StoredEvent(*row) for row in db.execute(EVENTS_SQL)]
-            messages = {row[0]: row[1:] for row in db.execute(MESSAGES_SQL)}
-        stored = {row[3]: (key, row[1]) for key, row in messages.items()}
-        assert len(stored) == len(messages), "a message is stored twice"
+        log, messages = read_database(self.chatd.db)
+        contents = {row.content or row.id for row in messages.values()}
+        assert len(contents) == len(messages), "a message is stored twice"
         for content, ack in self.acks.items():
-            kept = stored.get(content)
-            assert kept == (ack["message_id"], ack["n"]), f"{ack} is lost: {kept}"
-        for place, row in enumerate(log, 1):
-            assert row.seq == place, f"seq {row.seq} stands at place {place}"
+            row = messages.get(ack["message_id"])
+            assert row is not None, f"{ack} is lost"
+            assert row.n == ack["n"], f"{ack} is lost: {row}"
+            changes = self.changes.get(row.id, ())
+            assert is_kept(row, content, changes), f"{changes} are lost: {row}"
+        for place, event in enumerate(log, 1):
+            assert event.seq == place, f"seq {event.seq} stands at place {place}"
         for client in self.listeners:
             verify_events(client, log, messages)
         self.chatd.check()

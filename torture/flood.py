@@ -1,11 +1,12 @@
 """Floods cost bounded memory, work and log lines, and honest clients are served.
 
 The server has its default limits. Attackers flood it in one way after another: with
-pings, messages, empty fragments, heads and bodies that never end, heads in single
-bytes, and 10,000 connections that send nothing. All the while two honest clients send
-messages to each other and new ones connect; like real ones they have other addresses
-than the attackers. Each flood costs a bounded amount of memory. A flood that the pacing
-of its connections holds back costs a bounded share of a processor.
+pings, messages, edits, searches, joins, empty fragments, heads and bodies that never
+end, heads in single bytes, and 10,000 connections that send nothing. All the while two
+honest clients send messages to each other and new ones connect; like real ones they
+have other addresses than the attackers. Each flood costs a bounded amount of memory. A
+flood that the pacing of its connections holds back costs a bounded share of a
+processor.
 """
 
 from __future__ import annotations
@@ -275,6 +276,16 @@ def floods(chatd: Chatd) -> dict[str, tuple[Flood, bool]]:
     ping, pong = client_frame(PING, b""), client_frame(PONG, b"")
     empty = client_frame(0, b"", fin=False)
     body = b"POST /api/v1/chats HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n"
+    edit = client_frame(TEXT, b'{"type":"edit_message","message_id":1,"content":"x"}')
+    delete = client_frame(TEXT, b'{"type":"delete_message","message_id":1}')
+    token = chatd.token(2_000_000)
+    search = (
+        "GET /api/v1/search?q=x HTTP/1.1\r\nHost: x\r\n"
+        f"Authorization: Bearer {token}\r\n\r\n"
+    )
+    guess = b'{"token":"a.b.c","name":"x"}'
+    join = b"POST /api/v1/join HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+    join %= len(guess), guess
     return {
         "pings whose pongs are not read": (Flood(chatd, many(ping)), True),
         "pings": (Flood(chatd, many(ping), reads=True), True),
@@ -293,6 +304,11 @@ def floods(chatd: Chatd) -> dict[str, tuple[Flood, bool]]:
         "bodies without a token": (
             Flood(chatd, bytes(1_000_000), first=body, upgrades=False), False
         ),
+        "edits and deletions": (Flood(chatd, many(edit, delete), reads=True), False),
+        "searches": (
+            Flood(chatd, many(search.encode()), upgrades=False, reads=True), False
+        ),
+        "joins": (Flood(chatd, many(join), upgrades=False, reads=True), False),
         "heads in single bytes": (Heads(chatd, b"", upgrades=False), False),
     }  # fmt: skip
 
@@ -330,7 +346,7 @@ async def flood_all(chatd: Chatd, honest: HonestClients, full: bool) -> list[Cos
 
 def prove(full: bool) -> Figures:
     """Run the floods; in the full form with 20 attackers and 12 s for each."""
-    with Chatd(rates=True, log_level="info") as chatd:
+    with Chatd("--invites=on", rates=True, log_level="info") as chatd:
         honest = HonestClients(chatd)
         costs = run_trio(flood_all, chatd, honest, full, seconds=1200)
         lines = chatd.log_without_traceback().count("\n")

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlencode
 
 import hypothesis
 import trio
@@ -30,9 +31,11 @@ from harness import (
     Chatd,
     Client,
     Figures,
+    Http,
     client_frame,
     close_code,
     make_chat,
+    post_message,
     reset,
     run_trio,
     save_evidence,
@@ -50,7 +53,8 @@ CLAIM = (
 CODES = frozenset((1000, 1001, 1002, 1005, 1007, 1008, 1009, 1012, 1013, 4008, 4401,
                    4503, 4504))  # fmt: skip
 ERRORS = frozenset(("bad_json", "bad_field", "unknown_type", "not_found",
-                    "token_invalid", "idempotency_mismatch"))  # fmt: skip
+                    "token_invalid", "idempotency_mismatch", "deleted", "changed",
+                    "forbidden"))  # fmt: skip
 Rng = random.Random
 MAX_ID = 2**53 - 1
 
@@ -61,8 +65,9 @@ MAX_ID = 2**53 - 1
 class Noise:
     """Makes hostile bytes by changing valid traffic at random."""
 
-    def __init__(self, chatd: Chatd, chat: int, user: int) -> None:
+    def __init__(self, chatd: Chatd, chat: int, user: int, message: int) -> None:
         self.chat = chat
+        self.message = message  # of this user
         self.token = chatd.token(user)
         bearer = f"Host: x\r\nAuthorization: Bearer {self.token}\r\n"
         post = f"/api/v1/chats/{chat}/messages"
@@ -75,6 +80,27 @@ class Noise:
             f"{hello}",
             f"POST {post} HTTP/1.1\r\n{bearer}Transfer-Encoding: chunked\r\n\r\n"
             f"{len(hello):x}\r\n{hello}\r\n0\r\n\r\n",
+            *(
+                f"{line} HTTP/1.1\r\n{bearer}Content-Length: {len(body)}\r\n\r\n{body}"
+                for line, body in (
+                    (f"PATCH /api/v1/messages/{message}", hello),
+                    (f"DELETE /api/v1/messages/{message + 1}", ""),
+                    (f"PATCH /api/v1/chats/{chat}", '{"title": "x"}'),
+                    ("PATCH /api/v1/me", '{"name": "x"}'),
+                    (f"GET /api/v1/chats/{chat}/members?ids=3,4", ""),
+                    (f"GET /api/v1/chats/{chat}/members?after=3&limit=5", ""),
+                    ("GET /api/v1/chats?limit=5&before=1-1", ""),
+                    (f"GET /api/v1/search?q=a+b&chat_id={chat}&before=9", ""),
+                    (f"GET {post}?around={message}&limit=5", ""),
+                    (f"POST /api/v1/chats/{chat}/invites", '{"ttl_seconds": 9}'),
+                    (f"DELETE /api/v1/chats/{chat}/invites", ""),
+                    ("POST /api/v1/join", '{"token": "a.b.c", "name": "x"}'),
+                    ("POST /api/v1/me/link", ""),
+                    ("GET /api/v1/internal/chat/events?cursor=first", ""),
+                    ("GET /api/v1/internal/chat/unread?older_than=1", ""),
+                    ("POST /api/v1/internal/chat/forget", '{"user_id": 3}'),
+                )
+            ),
             f"OPTIONS {post} HTTP/1.1\r\nHost: x\r\nOrigin: http://x\r\n\r\n",
         ]
         self.upgrade = upgrade_request(f"/ws/chat?token={self.token}&cursor=x.1")
@@ -96,13 +122,14 @@ class Noise:
             {},
             text(),
         ]
-        kinds = ["ping", "typing", "mark_read", "send_message", "auth", "hack", 1, None]
+        kinds = [*KINDS, "hack", 1, None]
         body = {
             "type": rng.choice(kinds),
             "chat_id": rng.choice([self.chat, *values]),
             "is_typing": rng.choice([True, False, *values]),
             "content": rng.choice([text(), *values]),
-            "message_id": rng.choice(values),
+            "message_id": rng.choice([self.message, self.message, *values]),
+            "if_rev": rng.choice([None, self.message, *values]),
             "token": rng.choice([self.token, *values]),
             "client_id": rng.choice([None, f"{rng.random()}", *values]),
             "ref": rng.choice([None, "r", *values]),
@@ -266,7 +293,9 @@ class Fuzzer:
         chat = await make_chat(chatd, [1, 2])
         # The hostile user has a chat of its own, which it cannot be removed from.
         hostile = await make_chat(chatd, [3])
-        noise = Noise(chatd, hostile, 3)
+        message = await post_message(Http(chatd), hostile, text(), 3)
+        await post_message(Http(chatd), hostile, text(), 3)
+        noise = Noise(chatd, hostile, 3, message)
         async with Client(chatd, 1) as anna, Client(chatd, 2) as ben:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.send_messages, anna, ben, chat)
@@ -349,7 +378,12 @@ class BlockingConnection:
     """One connection with blocking calls, because hypothesis calls plain functions."""
 
     def __init__(self, port: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.port = port
+        self.connect()
+
+    def connect(self) -> None:
+        """Connect, or connect again."""
+        self.sock = socket.create_connection(("127.0.0.1", self.port), timeout=10)
         self.data = b""
 
     def read(self, size_of: Callable[[bytes], int]) -> bytes:
@@ -362,12 +396,18 @@ class BlockingConnection:
         return first
 
     def request(self, data: bytes) -> tuple[int, Any]:
-        """Send a request; return the status and the body of the answer."""
+        """Send a request; return the status and the body of the answer.
+
+        If chatd says that it ends the connection, the next request has a new one.
+        """
         self.sock.sendall(data)
         head = self.read(size_of_head)
         found = re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", head)
         size = int(found[1]) if found else 0
         body = self.read(lambda data: size * (len(data) >= size)) if size else b"{}"
+        if b"connection: close" in head.lower():
+            self.sock.close()
+            self.connect()
         return int(head[9:12]), json.loads(body)
 
     def receive(self) -> dict[str, Any]:
@@ -418,7 +458,7 @@ words = st.text(min_size=1, max_size=40) | st.sampled_from(
 keys = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=66)
 
 
-def commands(chat: int) -> st.SearchStrategy[dict[str, Any]]:
+def commands(chat: int, message: int) -> st.SearchStrategy[dict[str, Any]]:
     """Commands: some are valid, most nearly, and some have fields of other types."""
     chats = st.sampled_from([chat, chat, chat, 1, 0, -1, MAX_ID, MAX_ID + 1]) | odd
     return st.fixed_dictionaries(
@@ -427,7 +467,8 @@ def commands(chat: int) -> st.SearchStrategy[dict[str, Any]]:
             "ref": st.text(max_size=66) | odd,
             "chat_id": chats,
             "is_typing": st.booleans() | odd,
-            "message_id": chats,
+            "message_id": st.sampled_from([message, message]) | chats,
+            "if_rev": st.sampled_from([message, 1, None]) | odd,
             "content": words | odd,
             "client_id": keys | odd,
             "token": st.text(max_size=50) | odd,
@@ -436,13 +477,16 @@ def commands(chat: int) -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
-KINDS = ["ping", "typing", "mark_read", "send_message", "send_message", "auth"]
+KINDS = ["ping", "typing", "mark_read", "send_message", "send_message", "auth",
+         "edit_message", "edit_message", "delete_message"]  # fmt: skip
 FIELDS = {
     "ping": ("ref",),
     "typing": ("ref", "chat_id", "is_typing"),
     "mark_read": ("ref", "message_id"),
     "send_message": ("ref", "chat_id", "content", "client_id"),
     "auth": ("ref", "token"),
+    "edit_message": ("ref", "message_id", "content", "if_rev"),
+    "delete_message": ("ref", "message_id"),
 }
 NO_CONTROL = re.compile(r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*")
 
@@ -456,6 +500,7 @@ VALID: dict[str, Callable[[Any], bool]] = {
     "ref": lambda value: value is None or (type(value) is str and len(value) <= 64),
     "chat_id": is_id,
     "message_id": is_id,
+    "if_rev": lambda value: value is None or is_id(value),
     "is_typing": lambda value: type(value) is bool,
     "token": lambda value: type(value) is str,
     "content": lambda value: (
@@ -469,7 +514,7 @@ VALID: dict[str, Callable[[Any], bool]] = {
         or (type(value) is str and re.fullmatch(r"[ -~]{1,64}", value) is not None)
     ),
 }
-OPTIONAL = ("ref", "client_id")
+OPTIONAL = ("ref", "client_id", "if_rev")
 
 
 def expected_answers(command: dict[str, Any], chat: int) -> set[str]:
@@ -488,6 +533,10 @@ def expected_answers(command: dict[str, Any], chat: int) -> set[str]:
         return {"token_invalid"}
     if kind == "mark_read":
         return {"ack", "not_found"}
+    if kind == "edit_message":
+        return {"ack", "not_found", "deleted", "changed"}
+    if kind == "delete_message":
+        return {"ack", "not_found"}
     if kind in ("typing", "send_message") and command["chat_id"] != chat:
         return {"not_found"}
     if kind == "send_message":
@@ -496,40 +545,45 @@ def expected_answers(command: dict[str, Any], chat: int) -> set[str]:
     return {"nothing" if kind == "typing" else "pong"}
 
 
+STORE_CODES = ("not_found", "idempotency_mismatch", "deleted", "changed")
 NAMES = ("ref", "client_id", "chat_id", "message_id")
 STORED: dict[Any, tuple[str, ...]] = {
     "send_message": ("ref", "client_id", "chat_id"),
     "mark_read": ("ref", "message_id"),
+    "edit_message": ("ref", "message_id"),
+    "delete_message": ("ref", "message_id"),
 }
 
 
-def try_commands(chatd: Chatd, chat: int, examples: int, seed: int) -> None:
+def try_commands(
+    chatd: Chatd, chat: int, message: int, examples: int, seed: int
+) -> None:
     """Send generated commands; each gets one expected answer.
 
     An error names its command: by each of four fields that is valid.
     """
     connection = BlockingConnection(chatd.port)
-    noise = Noise(chatd, chat, 4)
+    noise = Noise(chatd, chat, 4, message)
     connection.sock.sendall(noise.upgrade)
     connection.read(size_of_head)
     assert connection.receive()["type"] == "connected"
 
     @hypothesis.seed(seed)
     @hypothesis.settings(SETTINGS, max_examples=examples)
-    @hypothesis.given(commands(chat))
+    @hypothesis.given(commands(chat, message))
     def answered(command: dict[str, Any]) -> None:
         connection.send(json.dumps(command).encode())
         connection.send(b'{"type":"ping","ref":"end of this example"}')
         answers = []
         while (frame := connection.receive()).get("ref") != "end of this example":
-            if frame["type"] not in ("new_message", "message_read"):
+            if "seq" not in frame:
                 answers.append(frame)
         expected = expected_answers(command, chat)
         got = [frame.get("code", frame["type"]) for frame in answers] or ["nothing"]
         assert len(got) == 1, f"{command} was answered {answers}"
         assert got[0] in expected, f"{command} was answered {answers}, not {expected}"
         # The store's answer knows only the fields that the command's type has.
-        stored = got[0] in ("not_found", "idempotency_mismatch")
+        stored = got[0] in STORE_CODES
         names = STORED.get(command.get("type"), NAMES) if stored else NAMES
         for name in names:
             value = command.get(name)
@@ -583,6 +637,59 @@ def try_bodies(chatd: Chatd, chat: int, examples: int, seed: int) -> None:
     connection.sock.close()
 
 
+def try_routes(chatd: Chatd, chat: int, message: int, examples: int, seed: int) -> None:
+    """Send generated bodies and arguments to the other routes: none is a 5xx.
+
+    Who may not use a route gets no 2xx from it.
+    """
+    connection = BlockingConnection(chatd.port)
+    bearer = f"Host: x\r\nAuthorization: Bearer {chatd.token(4)}\r\n"
+    ids = st.sampled_from([chat, message, message + 1, 1, 4, MAX_ID, MAX_ID + 1, 0, -1])
+    names = ("content", "if_rev", "title", "direct", "member_ids", "user_id", "token",
+             "client_id", "ttl_seconds", "name", "message_id")  # fmt: skip
+    arguments = ("q", "before", "after", "around", "limit", "chat_id", "cursor", "ids",
+                 "older_than")  # fmt: skip
+    some = st.dictionaries(
+        st.sampled_from(names), words | ids | odd | keys, max_size=5
+    ) | st.fixed_dictionaries({"content": words, "title": words, "name": words})
+    queries = st.dictionaries(
+        st.sampled_from(arguments), words | ids.map(str) | keys, max_size=3
+    )
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(SETTINGS, max_examples=examples)
+    @hypothesis.given(st.sampled_from(ROUTES), ids, ids, some, queries)
+    def answered(
+        route: str, one: int, two: int, body: dict[str, Any], query: dict[str, str]
+    ) -> None:
+        method, path = route.format(one, two).split()
+        data = json.dumps(body).encode()
+        target = f"{path}?{urlencode(query, errors='replace')}"
+        head = f"{method} {target} HTTP/1.1\r\n{bearer}Content-Length: {len(data)}"
+        status, answer = connection.request(f"{head}\r\n\r\n".encode() + data)
+        assert status < 500, f"{method} {target} {body} was answered {status} {answer}"
+        if "internal" in path:
+            refused = status in (403, 431)  # or the head is too long
+            assert refused, f"{method} {target} was answered {status} {answer}"
+
+    answered()
+    connection.sock.close()
+
+
+FLAGS = ("--connections-per-user=10000", "--invites=on")
+ROUTES = (
+    "PATCH /api/v1/messages/{}", "DELETE /api/v1/messages/{}",
+    "POST /api/v1/messages/{}/read", "GET /api/v1/search", "GET /api/v1/events",
+    "GET /api/v1/chats", "POST /api/v1/chats", "GET /api/v1/chats/{}",
+    "PATCH /api/v1/chats/{}", "GET /api/v1/chats/{}/messages",
+    "GET /api/v1/chats/{}/members", "POST /api/v1/chats/{}/members",
+    "POST /api/v1/chats/{}/invites", "DELETE /api/v1/chats/{}/invites",
+    "POST /api/v1/join", "POST /api/v1/session", "POST /api/v1/me/link",
+    "GET /api/v1/me", "PATCH /api/v1/me", "GET /api/v1/users",
+    "GET /api/v1/internal/chat/events", "GET /api/v1/internal/chat/unread",
+    "POST /api/v1/internal/chat/forget", "POST /api/v1/internal/chat/revoke",
+)  # fmt: skip
+
 SETTINGS = hypothesis.settings(
     deadline=None,
     database=None,
@@ -616,7 +723,7 @@ def prove(full: bool) -> Figures:
     connections, frames, examples = (
         (60_000, 180_000, 1_500) if full else (10_000, 30_000, 250)
     )
-    with Chatd("--connections-per-user=10000", log_level="info") as chatd:
+    with Chatd(*FLAGS, log_level="info") as chatd:
         started = time.monotonic()
         fuzzer = Fuzzer(chatd, connections, frames)
         rss = chatd.rss_bytes()
@@ -625,8 +732,10 @@ def prove(full: bool) -> Figures:
         grown = chatd.rss_bytes() - rss
         chat = run_trio(make_chat, chatd, [4])
         seed = seeded_rng("structure").randrange(2**32)
-        try_commands(chatd, chat, examples, seed)
+        message = run_trio(post_message, Http(chatd), chat, text(), 4)
+        try_commands(chatd, chat, message, examples, seed)
         try_bodies(chatd, chat, examples, seed)
+        try_routes(chatd, chat, message, examples, seed)
         chatd.log_without_traceback()
     assert fuzzer.connections >= connections, f"only {fuzzer.connections} connections"
     assert fuzzer.frames >= frames, f"only {fuzzer.frames} frames"
@@ -634,7 +743,7 @@ def prove(full: bool) -> Figures:
     return Figures(
         CLAIM,
         f"{fuzzer.connections:,} hostile connections and {fuzzer.frames:,} frames in "
-        f"{seconds:.0f} s, {2 * examples:,} generated commands and bodies: no "
+        f"{seconds:.0f} s, {3 * examples:,} generated commands and bodies: no "
         f"exception; other clients sent {fuzzer.messages:,} messages, the slowest took "
         f"{fuzzer.slowest * 1000:.0f} ms; memory +{grown / 2**20:.0f} MiB",
         {

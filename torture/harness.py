@@ -27,6 +27,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import secrets
 import selectors
@@ -60,6 +61,7 @@ NO_RATES = (
     "--receive-bytes=0",
 )
 MARK = "Xq7Marker"  # in every token and in every text; no log may contain it
+LABEL = re.compile(MARK.encode() + rb" \d+-\d+")  # what tells a text from all others
 
 
 @dataclasses.dataclass
@@ -98,6 +100,11 @@ _numbers = itertools.count(1)
 def text(words: str = "") -> str:
     """Make the text of a message: it has the mark, and a process makes it only once."""
     return f"{MARK} {os.getpid()}-{next(_numbers)} {words}".strip()
+
+
+def labels(data: str | bytes) -> set[bytes]:
+    """Find the texts of `text()`, whatever is around them: what tells them apart."""
+    return set(LABEL.findall(data.encode() if isinstance(data, str) else data))
 
 
 def quantile(share: float, values: Sequence[float]) -> float:
@@ -582,6 +589,19 @@ def reset(stream: trio.SocketStream) -> None:
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
+@dataclasses.dataclass
+class Change:
+    """An edit, or a deletion (content is None), that was asked for.
+
+    rev is that of the ack, 0 before it. refused is the code of the error: whether the
+    change was made is unknown then, since an earlier try may have been.
+    """
+
+    content: str | None
+    rev: int = 0
+    refused: str = ""
+
+
 class WebSocket:
     """A client's WebSocket connection, frame by frame. It shares no code with chatd.
 
@@ -693,12 +713,15 @@ class Client:
     events has every event that it received, over sockets and polls, in the order of
     arrival. sent has all its messages by client_id, in the order of their first send. A
     message moves from unacked to acked, or to refused if a repetition would change
-    nothing; `repeat` sends the unacked ones again. start_seq is the seq of the first
-    cursor: every later event of the user must arrive.
+    nothing; `repeat` sends the unacked ones again. changes has the edits and deletions
+    of each message, in their order; a message has at most one that is unacked, and
+    `repeat` sends it again, too. start_seq is the seq of the first cursor: every later
+    event of the user must arrive.
     """
 
-    # Error codes after which a message is not repeated.
-    FINAL = frozenset(("bad_field", "not_found", "forbidden", "idempotency_mismatch"))
+    # Error codes after which a message or a change is not repeated.
+    FINAL = frozenset(("bad_field", "not_found", "forbidden", "idempotency_mismatch",
+                       "deleted", "changed", "too_late"))  # fmt: skip
 
     def __init__(
         self,
@@ -724,10 +747,15 @@ class Client:
         self.unacked: OrderedDict[str, Frame] = OrderedDict()
         self.acked: dict[str, Frame] = {}
         self.refused: dict[str, Frame] = {}
+        self.changes: dict[
+            int, list[Change]
+        ] = {}  # message id: all that were asked for
+        self.unacked_changes: dict[int, Change] = {}
         self.start_seq: int | None = None
         self.name = f"{user_id}-{secrets.token_hex(4)}"
         self._refs = itertools.count(1)
         self._client_ids: dict[str, str] = {}  # the ref of a send_message: client_id
+        self._change_ids: dict[str, int] = {}  # the ref of a change: message id
 
     async def connect(self, seconds: float = 30) -> Frame:
         """Open a socket, with the cursor if there is one; return `connected`.
@@ -776,12 +804,20 @@ class Client:
             first = self.acked.setdefault(client_id, frame)
             for field in ("message_id", "chat_id", "n", "created_at"):
                 assert first[field] == frame[field], f"acked as {first} and as {frame}"
+        elif frame["type"] == "ack" and frame.get("ref") in self._change_ids:
+            message_id = self._change_ids[frame["ref"]]
+            assert frame["message_id"] == message_id, f"an ack of {frame}"
+            if change := self.unacked_changes.pop(message_id, None):
+                change.rev = frame["rev"]
         elif frame["type"] == "error":
             save_evidence("error", json.dumps(frame, ensure_ascii=False))
             client_id = self._client_ids.get(frame.get("ref", ""), "")
             if client_id in self.unacked and frame["code"] in self.FINAL:
                 del self.unacked[client_id]
                 self.refused[client_id] = frame
+            message_id = self._change_ids.get(frame.get("ref", ""), 0)
+            if message_id in self.unacked_changes and frame["code"] in self.FINAL:
+                self.unacked_changes.pop(message_id).refused = frame["code"]
 
     async def receive(self, kind: str | None = None, seconds: float = 30) -> Frame:
         """Wait for the next frame, or for the next of this type. Raises Closed."""
@@ -805,6 +841,8 @@ class Client:
         ref = f"{self.name}-{next(self._refs)}"
         if "client_id" in fields:
             self._client_ids[ref] = fields["client_id"]
+        if kind in ("edit_message", "delete_message"):
+            self._change_ids[ref] = fields["message_id"]
         frame = json.dumps({"type": kind, "ref": ref} | fields).encode()
         await self.websocket.send(client_frame(TEXT, frame))
         return ref
@@ -817,10 +855,32 @@ class Client:
         await self.send_command("send_message", client_id=client_id, **fields)
         return client_id
 
+    async def change(self, message_id: int, content: str | None) -> Change:
+        """Edit a message, or delete it (None)."""
+        change = self.unacked_changes[message_id] = Change(content)
+        self.changes.setdefault(message_id, []).append(change)
+        await self._send_change(message_id, change)
+        return change
+
+    async def _send_change(self, message_id: int, change: Change) -> None:
+        if change.content is None:
+            await self.send_command("delete_message", message_id=message_id)
+        else:
+            await self.send_command(
+                "edit_message", message_id=message_id, content=change.content
+            )
+
     async def repeat(self) -> None:
-        """Send the unacked messages again, in their order."""
+        """Send the unacked messages and changes again, in their order."""
         for client_id, fields in list(self.unacked.items()):
             await self.send_command("send_message", client_id=client_id, **fields)
+        for message_id, change in list(self.unacked_changes.items()):
+            await self._send_change(message_id, change)
+
+    @property
+    def all_acked(self) -> bool:
+        """Whether every message and every change has its answer."""
+        return not self.unacked and not self.unacked_changes
 
     async def ask(self, kind: str, seconds: float = 30, **fields: Any) -> Frame:
         """Send a command and wait for its answer; record the frames before it."""

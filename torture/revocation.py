@@ -2,19 +2,24 @@
 
 Other users write all the time. The victim reads in every way there is: on a socket, on
 a socket that it reads slowly, on sockets that catch up from an old cursor again and
-again, over polls, over pages of history, and over the list of chats. The moment that
-counts is the answer to the removal or revocation. A later request is refused, or its
-answer lacks the chat. And no event with a `seq` after the removal, or sent after the
-answer to the revocation, reaches the victim.
+again, over polls, over pages of history, searches, and over the list of chats. It also
+sends, edits and deletes, over a socket and HTTP. The moment that counts is the answer
+to the removal or revocation. A later request is refused, or its answer lacks the chat.
+No event with a `seq` after the removal, or sent after the answer to the revocation,
+reaches the victim, and none comes from it. Invitations that a revoked user has made
+let nobody in.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import trio
+from crowd import read_database
 from harness import (
     DISCONNECTED,
     Chatd,
@@ -24,6 +29,7 @@ from harness import (
     Frame,
     Http,
     Refused,
+    Reply,
     http,
     make_chat,
     post_message,
@@ -35,6 +41,7 @@ from harness import (
 )
 
 WRITERS, WITNESS = (1, 2, 3), 4
+JOIN = "/api/v1/join"
 # How long a token counts after its end: on an open socket (Settings), in a request.
 GRACE_SECONDS, LEEWAY_SECONDS = 25.0, 5.0
 LATE_SECONDS = 5.0  # the sweeper looks once a second, and the machine is busy
@@ -71,14 +78,17 @@ class Victim:
         self.fast = Client(chatd, user_id, token=token)
         self.slow = Client(chatd, user_id, token=token, receive_buffer=4096)
         self.old_cursor = ""  # from before the first message
-        self.asked_at = 0.0  # when the newest socket of `_catch_up` was asked for
+        self.asked_at = 0.0  # when the newest socket was asked for
+        self.invitation = ""
+        self.own_id = 0  # the newest message that it posted
 
     def start(self, nursery: trio.Nursery) -> None:
         """Read in all ways, each again and again."""
         for socket in (self._socket, self._slow_socket):
             nursery.start_soon(socket)
-        for read in (self._catch_up, self._poll, self._history, self._chats):
-            nursery.start_soon(self._forever, read)
+        for act in (self._catch_up, self._poll, self._history, self._search,
+                    self._chats, self._change, self._command):  # fmt: skip
+            nursery.start_soon(self._forever, act)
 
     async def connect(self) -> None:
         """Open the two sockets that stay."""
@@ -159,6 +169,62 @@ class Victim:
     async def _history(self) -> None:
         await self._get("history", f"/api/v1/chats/{self.chat_id}/messages?limit=20")
 
+    async def _search(self) -> None:
+        await self._get("history", f"/api/v1/search?q=y&chat_id={self.chat_id}")
+
+    async def _change(self) -> None:
+        """Post a message, edit it, and delete it, each whatever was answered before."""
+        connection = Http(self.chatd)
+        messages = f"/api/v1/chats/{self.chat_id}/messages"
+        body = {"content": text("of the victim")}
+        try:
+            while True:
+                reply = await self._ask(connection, "POST", messages, body)
+                if reply.status == 201:
+                    self.own_id = reply.json["message"]["id"]
+                if not self.own_id:
+                    return
+                path = f"/api/v1/messages/{self.own_id}"
+                body = {"content": text("of the victim, edited")}
+                await self._ask(connection, "PATCH", path, body)
+                if reply.status == 201:
+                    await self._ask(connection, "DELETE", path)
+                await trio.sleep(0.005)
+        finally:
+            await connection.aclose()
+
+    async def _ask(
+        self, connection: Http, method: str, path: str, body: Frame | None = None
+    ) -> Reply:
+        began = trio.current_time()
+        reply = await connection.request(method, path, self.token, body)
+        # An edit after the deletion is refused while the victim is a member, too.
+        self.answered.append(Answered("change", began, reply.status))
+        return reply
+
+    async def _command(self) -> None:
+        """Send, edit and delete on a socket, several commands in flight."""
+        client = Client(self.chatd, self.user_id, token=self.token, remember=False)
+        self.asked_at = trio.current_time()
+        try:
+            await client.connect()
+            while True:
+                began = trio.current_time()
+                await client.send(self.chat_id, text("of the victim"))
+                for ack in list(client.acked.values())[-2:]:
+                    message_id = ack["message_id"]
+                    if message_id not in client.unacked_changes:
+                        content = None if message_id in client.changes else text("z")
+                        await client.change(message_id, content)
+                while not client.all_acked:
+                    frame = await client.receive()
+                    if frame["type"] in ("ack", "error"):
+                        status = 200 if frame["type"] == "ack" else 404
+                        self.answered.append(Answered("command", began, status))
+                await trio.sleep(0.005)
+        finally:
+            client.cut()
+
     async def _chats(self) -> None:
         await self._get("chats", "/api/v1/chats")
 
@@ -176,6 +242,8 @@ class BusyChat:
         self.witness = Client(chatd, WITNESS)
         self.chat_id = 0
         self.sent_at: dict[int, float] = {}  # message id: when its sending began
+        # A user, and the seqs between which no event may be of its messages.
+        self.silences: list[tuple[int, int, int]] = []
         self.rounds = 0
         self.checked = 0  # items and answers that were compared with the moment
 
@@ -252,6 +320,8 @@ async def removed(busy: BusyChat, rounds: int) -> None:
             await trio.sleep(0.2)
             busy.checked += len(victim.received) + len(victim.answered)
             verify_removed(victim, joined_seq, left_seq, moment)
+            newest = await busy.post()
+            busy.silences.append((user_id, left_seq, newest))
             busy.rounds += 1
             await busy.change_member(user_id, "POST")
             joined_seq = await witnessed(busy, "member_added", user_id) + 1
@@ -295,8 +365,8 @@ def verify_removed(
         late = item.asked_at >= moment
         assert own or not late, f"asked for after the removal was answered: {item}"
     for way, asked_at, status in victim.answered:
-        if asked_at >= moment and way == "history":
-            assert status == 404, f"history was answered {status} after the removal"
+        if asked_at >= moment and way in ("history", "change", "command"):
+            assert status == 404, f"{way} was answered {status} after the removal"
 
 
 # --- revoked -------------------------------------------------------------------------
@@ -309,6 +379,7 @@ async def revoked(busy: BusyChat, user_id: int) -> Victim:
     victim = Victim(chatd, user_id, busy.chat_id, chatd.token(user_id))
     await victim.connect()
     unused_ticket = await ticket(chatd, victim.token)
+    invitation = await invite(chatd, victim)
     async with trio.open_nursery() as nursery:
         victim.start(nursery)
         await trio.sleep(0.6)
@@ -321,6 +392,7 @@ async def revoked(busy: BusyChat, user_id: int) -> Victim:
         await trio.sleep(0.3)
         nursery.cancel_scope.cancel()
     verify_ends(victim, 4503)
+    busy.silences.append((user_id, first_after, sys.maxsize))
     for item in victim.received:
         assert item.seq < first_after, f"sent after the revocation: {item}"
     for answer in victim.answered:
@@ -328,6 +400,8 @@ async def revoked(busy: BusyChat, user_id: int) -> Victim:
             f"asked after the revocation was answered: {answer}"
         )
     await verify_refused(chatd, victim.token, unused_ticket)
+    victim.invitation = invitation
+    await verify_nobody_joins(chatd, invitation)
     await verify_signs_in(chatd, user_id)
     busy.rounds += 1
     busy.checked += len(victim.received) + len(victim.answered)
@@ -354,6 +428,27 @@ async def verify_refused(chatd: Chatd, token: str, unused_ticket: str) -> None:
         except Refused as refusal:
             status = refusal.status
         assert status == 401, f"a revoked {which} was answered {status}"
+
+
+async def invite(chatd: Chatd, victim: Victim) -> str:
+    """Make an invitation of the victim's to a chat of its own; it lets somebody in."""
+    chat_id = await make_chat(chatd, [victim.user_id, WITNESS])
+    path = f"/api/v1/chats/{chat_id}/invites"
+    reply = await http(chatd, "POST", path, victim.token, {})
+    assert reply.status == 201, f"an invitation was answered {reply.status}"
+    invitation = str(reply.json["token"])
+    guest = chatd.token(victim.user_id + 1_000)
+    reply = await http(chatd, "POST", JOIN, guest, {"token": invitation})
+    assert reply.status == 201, f"joining was answered {reply.status}"
+    return invitation
+
+
+async def verify_nobody_joins(chatd: Chatd, invitation: str) -> None:
+    """The invitation of a revoked maker shows nothing, and lets nobody in."""
+    body = {"token": invitation}
+    for more, token in (({}, None), ({"name": "Eve"}, None), ({}, chatd.token(5_000))):
+        reply = await http(chatd, "POST", JOIN, token, body | more)
+        assert reply.status == 401, f"a revoked invitation was answered {reply.status}"
 
 
 async def verify_signs_in(chatd: Chatd, user_id: int) -> None:
@@ -402,7 +497,8 @@ async def expired(busy: BusyChat, user_id: int) -> None:
     assert late < LATE_SECONDS + 10, f"the sockets ended {late:.1f} s late"
     verify_ends(victim, 4401)
     for answered in victim.answered:
-        if answered.asked_at > ends_at + LEEWAY_SECONDS + 0.5:
+        limit = GRACE_SECONDS if answered.way == "command" else LEEWAY_SECONDS
+        if answered.asked_at > ends_at + limit + 0.5:
             assert answered.status == 401, f"after the token's end: {answered}"
     for item in victim.received:
         socket = item.way in ("socket", "slow socket", "catching up")
@@ -414,6 +510,23 @@ async def expired(busy: BusyChat, user_id: int) -> None:
     busy.checked += len(victim.received) + len(victim.answered)
     victim.cut()
     renewing.cut()
+
+
+def verify_silences(busy: BusyChat) -> int:
+    """No message was sent or changed by a user who was shut out; count the others."""
+    event_log, messages = read_database(busy.chatd.db)
+    authors = Counter[int]()
+    victims = {user_id for user_id, _, _ in busy.silences}
+    for event in event_log:
+        if event.message_id is not None:
+            author = messages[event.message_id].sender_id
+            authors[author] += 1
+            for user_id, after, before in busy.silences if author in victims else ():
+                late = author == user_id and after < event.seq < before
+                assert not late, f"shut out after seq {after}, user {user_id}: {event}"
+    for user_id in victims:
+        assert authors[user_id], f"user {user_id} never wrote"
+    return sum(authors[user_id] for user_id in victims)
 
 
 async def act(busy: BusyChat, full: bool) -> None:
@@ -441,19 +554,29 @@ async def act(busy: BusyChat, full: bool) -> None:
     await chatd.start_in_thread()
     for victim in victims:
         await verify_refused(chatd, victim.token, victim.token)
+    # All joins together are limited to 50, and one a second.
+    for victim in victims[:10]:
+        await verify_nobody_joins(chatd, victim.invitation)
 
 
 def prove(full: bool) -> Figures:
     """Run all three parts in one busy chat."""
-    with Chatd() as chatd:
+    with Chatd("--invites=on") as chatd:
         busy = BusyChat(chatd)
         run_trio(act, busy, full)
-        sent = len(busy.sent_at)
+        sent, written = len(busy.sent_at), verify_silences(busy)
     return Figures(
         "a member is removed, or a token is revoked or expires, in a busy chat: no "
         "event from after that moment reaches the user, over sockets, polls, history, "
-        "the chat list or while catching up; and a restart changes nothing about it",
+        "search, the chat list or while catching up; no send, edit, deletion or "
+        "invitation of the user counts; and a restart changes nothing about it",
         f"{busy.rounds} times while {sent:,} messages were sent; of {busy.checked:,} "
-        "events and answers 0 came too late",
-        {"rounds": busy.rounds, "messages": sent, "checked": busy.checked},
+        f"events and answers, and of {written:,} sends, edits and deletions of those "
+        "users, 0 came too late",
+        {
+            "rounds": busy.rounds,
+            "messages": sent,
+            "checked": busy.checked,
+            "written": written,
+        },
     )

@@ -53,11 +53,14 @@ PROOFS = (
     "flood",
     "stop",
     "revocation",
+    "erasure",
     "firefox",
     "secrecy",  # the last: it searches the logs and answers of all the others
 )
 FULL_ONLY = frozenset(("firefox",))  # or with --only
-TOGETHER = frozenset(("conformance", "kill9", "power_cut", "disk", "revocation"))
+TOGETHER = frozenset(
+    ("conformance", "kill9", "power_cut", "disk", "revocation", "erasure")
+)
 
 
 @dataclasses.dataclass

@@ -99,6 +99,7 @@ def bad_requests(token: str, host: str) -> Iterator[bytes]:
     key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
     post = "POST /api/v1/chats/1/messages HTTP/1.1"
     make = "POST /api/v1/chats HTTP/1.1"
+    edit, join = "PATCH /api/v1/messages/1 HTTP/1.1", "POST /api/v1/join HTTP/1.1"
     socket = f"GET /ws/chat?token={token}"
     yield from (
         request(f"{token} / HTTP/1.1"),
@@ -143,6 +144,27 @@ def bad_requests(token: str, host: str) -> Iterator[bytes]:
         request(make, bearer, body=f'{{"title": "\\n{MARK}"}}'),
         request(make, bearer, body=f'{{"member_ids": "{MARK}"}}'),
         request("POST /api/v1/session HTTP/1.1", bearer, body=token),
+        request(edit, bearer, body=f'{{"content": "{MARK}'),
+        request(edit, bearer, body=f'{{"content": "\\u0000{MARK}"}}'),
+        request(edit, bearer, body=f'{{"content": "{MARK}", "if_rev": 1}}'),
+        request(edit, bearer, body=f'{{"content": "{MARK}", "if_rev": "{MARK}"}}'),
+        request(f"PATCH /api/v1/messages/{MARK} HTTP/1.1", bearer, body="{}"),
+        request(f"DELETE /api/v1/messages/{MARK} HTTP/1.1", bearer),
+        request(f"GET /api/v1/search?q={MARK}%00 HTTP/1.1", bearer),
+        request(f"GET /api/v1/search?q={MARK}&chat_id={MARK} HTTP/1.1", bearer),
+        request(f"GET /api/v1/search?q={MARK * 30} HTTP/1.1", bearer),
+        request(f"GET /api/v1/search?{MARK} HTTP/1.1", bearer),
+        request(f"GET /api/v1/chats?limit=1&before={MARK} HTTP/1.1", bearer),
+        request(f"GET /api/v1/chats/1/members?ids={MARK} HTTP/1.1", bearer),
+        request(
+            "PATCH /api/v1/chats/1 HTTP/1.1", bearer, body=f'{{"title": "\n{MARK}"}}'
+        ),
+        request("PATCH /api/v1/me HTTP/1.1", bearer, body=f'{{"name": ["{MARK}"]}}'),
+        request(join, body=f'{{"token": "{token}", "name": "{MARK}"}}'),
+        request(join, body=f'{{"token": "{MARK}", "name": "{MARK}"}}'),
+        request(join, f"Authorization: Bearer {token}x", body=f'{{"token": "{MARK}"}}'),
+        request(f"GET /api/v1/internal/chat/events?cursor={MARK} HTTP/1.1", bearer),
+        request("POST /api/v1/internal/chat/forget HTTP/1.1", bearer, body=token),
         request("POST /api/v1/internal/chat/revoke HTTP/1.1", bearer, body=token),
         f"{token}\r\n\r\n".encode(),
         token.encode() * 100,
@@ -165,6 +187,13 @@ def bad_frames(token: str, other: str) -> Iterator[bytes]:
         send | {"client_id": "€"},
         send | {"client_id": "same"},
         send | {"client_id": "same", "content": f"{MARK}2"},
+        {"type": "edit_message", "message_id": 1, "content": f"{MARK}\0"},
+        {"type": "edit_message", "message_id": MARK, "content": MARK},
+        {"type": "edit_message", "message_id": 3, "content": MARK, "if_rev": MARK},
+        {"type": "edit_message", "message_id": 999, "content": MARK},
+        {"type": "edit_message", "message_id": 3, "content": f"{MARK} edited"},
+        {"type": "delete_message", "message_id": MARK},
+        {"type": "delete_message", "message_id": 999, MARK: MARK},
         {"type": "auth", "token": f"{token}x"},
         {"type": "auth", "token": f"x{token}"},
         {"type": "auth", "token": MARK},
@@ -256,6 +285,9 @@ def run_failing_commands(chatd: Chatd) -> int:
         ("check", f"--db={short}"),
         ("restore", str(short), db),
         ("check", db),
+        ("export", f"--db={short}"),
+        ("export", db, "--user=999"),
+        ("export", db, "--chat=999"),
     )
     for command in commands:
         done = subprocess.run(
@@ -269,7 +301,7 @@ def prove(full: bool) -> Figures:
     """Send marks to servers; then search all evidence of this run."""
     count = 0
     for level in ("debug", "info") if full else ("debug",):
-        chatd = Chatd(log_level=level)
+        chatd = Chatd("--invites=on", log_level=level)
         shim = Shim(chatd.folder)
         chatd.env = shim.env
         with chatd:

@@ -1,7 +1,8 @@
 """After a restart all clients come back at once, and all of them catch up.
 
-Each client has a socket and a cursor. The server is killed and started again, and
-messages are sent while no client is connected. Then all clients come back in the same
+Each client has a socket and a cursor. The server is killed and started again. While no
+client is connected, messages are sent, and some that the clients have are edited and
+deleted. Then all clients come back in the same
 moment, while more messages are sent. None may miss an event or receive one twice.
 """
 
@@ -16,6 +17,7 @@ from harness import (
     Figures,
     Http,
     connect_all,
+    http,
     make_chat,
     post_message,
     quantile,
@@ -57,6 +59,18 @@ class Storm:
             self.newest = await post_message(connection, chat_id, content or text())
         await connection.aclose()
 
+    async def change(self, messages: list[int]) -> None:
+        """Edit these messages, and delete the first, as the service does."""
+        token = self.chatd.service_token()
+        for message_id in messages:
+            path, body = f"/api/v1/messages/{message_id}", {"content": text("edited")}
+            reply = await http(self.chatd, "PATCH", path, token, body)
+            assert reply.status == 200, f"an edit was answered {reply.status}"
+            self.newest = int(reply.json["message"]["rev"])
+        path = f"/api/v1/messages/{messages[0]}"
+        reply = await http(self.chatd, "DELETE", path, token)
+        assert reply.status == 204, f"a deletion was answered {reply.status}"
+
     async def follow(self, client: Client) -> None:
         """Receive on one socket until it ends."""
         end = await client.receive_until_closed()
@@ -77,7 +91,9 @@ class Storm:
         self.connected.append(trio.current_time() - began)
         caught_up = False
         while True:
-            event = await client.receive("new_message", 120)
+            event = await client.receive(seconds=120)
+            if "message" not in event:
+                continue
             if event["seq"] >= newest and not caught_up:
                 caught_up = True
                 self.caught_up.append(trio.current_time() - began)
@@ -94,9 +110,12 @@ async def act(storm: Storm, missed: int) -> None:
             nursery.start_soon(storm.follow, client)
         await storm.write([storm.chats[0], *storm.chats])
         await trio.sleep(0.2)
+        seen = [event["message"]["id"] for event in storm.clients[0].events
+                if event["type"] == "new_message"]  # fmt: skip
         chatd.kill()
     await chatd.start_in_thread()
     await storm.write(storm.chats + storm.chats[:1] * missed)
+    await storm.change(seen)
     began, newest = trio.current_time(), storm.newest
     async with trio.open_nursery() as nursery:
         for client in storm.clients:
