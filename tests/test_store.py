@@ -1031,6 +1031,7 @@ def fail_next_commit(memory: Memory | VirtualServer, error: str) -> None:
         check_same_thread=False,
         factory=FailingCommit,
     )
+    made.create_function("fold", 1, chatd.fold)
     made.execute("SELECT count(*) FROM meta")  # an open reader keeps the WAL
     made.error = error
     memory.store._writer.close()
