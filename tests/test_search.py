@@ -20,7 +20,6 @@ import chatd
 from chatd import Message, Rate
 from tests.harness import Memory, VirtualServer, memory_with, refusal_of, with_server
 
-
 DATA = Path(__file__).parent / "data"
 
 
