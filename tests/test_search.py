@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import unicodedata
 import urllib.parse
 from pathlib import Path
@@ -18,6 +19,8 @@ from trio.testing import wait_all_tasks_blocked
 import chatd
 from chatd import Message, Rate
 from tests.harness import Memory, VirtualServer, memory_with, refusal_of, with_server
+
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture
@@ -141,6 +144,19 @@ def test_only_a_text_that_folds_to_another_one_is_stored_twice(memory: Memory) -
         memory.send(chat, 1, text)
     rows = memory.store._writer.execute("SELECT folded FROM message ORDER BY id")
     assert [folded for (folded,) in rows] == [None, "grosse", None, "all caps"]
+
+
+def test_the_upgrade_folds_the_messages_of_1_0(tmp_path: Path) -> None:
+    for suffix in ("", "-wal"):
+        shutil.copy(DATA / f"v1.sqlite{suffix}", tmp_path / f"chatd.db{suffix}")
+    memory = Memory(tmp_path)
+    rows = memory.store._writer.execute("SELECT content, folded FROM message")
+    stored = dict(rows.fetchall())
+    assert len(stored) > 1
+    for content, folded in stored.items():
+        expected = chatd.fold(content)
+        assert folded == (None if expected == content else expected)
+    assert any(stored.values())
 
 
 # --- the walk ------------------------------------------------------------------------
