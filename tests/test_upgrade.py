@@ -37,7 +37,9 @@ from tests.harness import memory_store, usage_error_of
 DATA = Path(__file__).parent / "data"
 STEPS = chatd.schema_steps()
 # The step to version 2, statement by statement. Its comments have no semicolon.
-STATEMENTS = re.findall(r"(?s).+?;\n", STEPS[1])
+STATEMENTS = re.findall(
+    r"(?s)(?:--[^\n]*\n|\s)*(?:CREATE TRIGGER.+?END|.+?);\n", STEPS[1]
+)
 
 
 def copy_1_0(db: Path) -> Path:
