@@ -106,9 +106,10 @@ async def test_a_chat_is_exported_with_its_members_and_messages(memory: Memory) 
 
 async def test_a_changed_message_is_exported_as_it_is_now(memory: Memory) -> None:
     writer = memory.store._writer
-    edited, deleted = writer.execute("SELECT id FROM message WHERE chat_id = 2")
-    rev = memory.edit(None, *edited, "new").rev
-    memory.delete(None, *deleted)
+    sql = "SELECT id FROM message WHERE chat_id = 2"
+    (edited,), (deleted,) = writer.execute(sql)
+    rev = memory.edit(None, edited, "new").rev
+    memory.delete(None, deleted)
     writer.execute("UPDATE change SET edited_at = 60 WHERE rev = ?", (rev,))
     lines = await exported(memory.settings.db, "--chat", 2)
     messages = [line["message"] for line in lines if "message" in line]
