@@ -3386,7 +3386,8 @@ RENAME = (
        FROM user u LEFT JOIN user_name a ON a.id = u.name_id
        WHERE u.id = ?4 AND named_at = ?3 AND coalesce(revoked_at <= ?3, TRUE)
            AND name IS NOT nullif(?1, '')""",
-    """SELECT named_at, coalesce(name, '')
+    # A row, also for the user NULL: nobody could draw an id (see `Chats.join`).
+    """SELECT max(named_at), coalesce(max(name), '')
        FROM user u LEFT JOIN user_name a ON a.id = u.name_id WHERE u.id = ?4""",
 )
 

@@ -763,6 +763,26 @@ def test_nothing_that_was_deleted_is_in_any_byte_of_the_files(
     memory_is_sound(memory)
 
 
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("UPDATE change SET rev = 9", "change 9 of message 3: it has no event"),
+        (
+            "UPDATE message SET content = 'old'",
+            "message 3: it was changed and still has its old text",
+        ),
+    ],
+)
+def test_a_change_without_event_and_a_text_that_is_not_overwritten_are_faults(
+    change: str, fault: str, memory: Memory
+) -> None:
+    chat = memory.chat(1, 2)
+    memory.edit(1, memory.send(chat, 1, "old").message.id, "new")
+    assert chatd.faults(memory.store._writer) == []
+    memory.store._writer.execute(change)
+    assert chatd.faults(memory.store._writer) == [fault]
+
+
 # Who wants to change a message of user 1 in a chat that user 2 has created: the user
 # (None: a service), and the codes for an edit and for a deletion.
 CHANGERS = {
