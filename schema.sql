@@ -109,7 +109,7 @@ CREATE TABLE user_2 (
     id          INTEGER PRIMARY KEY CHECK (id > 0),
     revoked_at  INTEGER,
     named_at    INTEGER,
-    name_id     INTEGER REFERENCES user_name (id)
+    name_id     INTEGER     -- a row of user_name (REFERENCES would scan user for each name)
 ) STRICT;
 
 INSERT INTO user_2
