@@ -291,7 +291,7 @@ def test_what_1_0_has_left_in_unused_parts_of_the_file_is_gone_after_an_upgrade(
             db.execute("INSERT INTO user VALUES (?, ?, NULL)", (user, name))
             # A longer name makes SQLite move the rows beside it.
             db.execute(
-                "UPDATE user SET name = name || name || '' WHERE id = ?",
+                "UPDATE user SET name = name || name WHERE id = ?",
                 (draw.choice(users),),
             )
         make_chats_of_1_0(db, (None, f"901 {' '.join(words)}"))
