@@ -1325,18 +1325,27 @@ VISIBLE = f"""
 """
 COUNT_VISIBLE = f"SELECT count(*) FROM ({VISIBLE} LIMIT :limit)"
 
+# A message as it is now: its newest change says it, if there is one. Then the message's
+# own text is overwritten with NULs, so messages without a change cost no search for it.
+# So is the client_id of a forgotten user.
 MESSAGE_COLUMNS = """
-    m.id, m.chat_id, m.sender_id, m.content,
-    strftime('%Y-%m-%dT%H:%M:%SZ', m.created_at, 'unixepoch'), m.n, m.client_id, m.rev,
-    strftime('%Y-%m-%dT%H:%M:%SZ', m.edited_at, 'unixepoch'), m.deleted
+    m.id, m.chat_id, m.sender_id, coalesce(newest.content, m.content),
+    strftime('%Y-%m-%dT%H:%M:%SZ', m.created_at, 'unixepoch'), m.n,
+    iif(m.client_id >= ' ', m.client_id, NULL), newest.rev,
+    strftime('%Y-%m-%dT%H:%M:%SZ', newest.edited_at, 'unixepoch'), newest.deleted
 """
-MESSAGES = f"SELECT {MESSAGE_COLUMNS} FROM message m"
+NEWEST_CHANGE = """
+    LEFT JOIN change newest ON newest.rev = CASE WHEN m.content < char(1) THEN (
+        SELECT max(rev) FROM change WHERE message_id = m.id) END
+"""
+MESSAGES = f"SELECT {MESSAGE_COLUMNS} FROM message m {NEWEST_CHANGE}"
 
 EVENTS = f"""
-    SELECT e.seq, e.kind, e.chat_id, e.to_chat, e.to_user, e.user_id, u.name, e.body,
+    SELECT e.seq, e.kind, e.chat_id, e.to_chat, e.to_user, e.user_id, a.name, e.body,
            {MESSAGE_COLUMNS}
-    FROM event e LEFT JOIN message m ON m.id = e.message_id
+    FROM event e LEFT JOIN message m ON m.id = e.message_id {NEWEST_CHANGE}
                  LEFT JOIN user u ON u.id = e.user_id
+                 LEFT JOIN user_name a ON a.id = u.name_id
 """
 
 PAGE = f"""{EVENTS} WHERE e.seq IN
@@ -1764,7 +1773,8 @@ class Store:
         if send.client_id is None:
             return None
         row = db.execute(
-            f"{MESSAGES} WHERE sender_id = ? AND client_id = ? AND id <= ?",
+            f"""{MESSAGES} WHERE sender_id = ? AND client_id = ? AND id <= ?
+                AND client_id >= ' '""",
             (send.sender_id, send.client_id, upto),
         ).fetchone()
         if row is None:
@@ -2986,10 +2996,11 @@ UNREAD = """
             'position', chat_id || '-' || user_id)), '$[' || ?3 || ']'),
         'more', json(iif(count(*) > ?3, 'true', 'false'))) AS BLOB)
     FROM (
-        SELECT b.user_id, u.name, b.chat_id, c.last_n - b.read_n AS unread, m.created_at
+        SELECT b.user_id, a.name, b.chat_id, c.last_n - b.read_n AS unread, m.created_at
         FROM member b CROSS JOIN chat c ON c.id = b.chat_id
             CROSS JOIN message m ON m.chat_id = b.chat_id AND m.n = b.read_n + 1
             CROSS JOIN user u ON u.id = b.user_id
+            LEFT JOIN user_name a ON a.id = u.name_id
         WHERE (b.chat_id, b.user_id) > (
                 CAST(?2 AS INTEGER), CAST(substr(?2, instr(?2, '-') + 1) AS INTEGER))
             AND b.read_n < c.last_n AND m.id <= ?4
@@ -3151,14 +3162,9 @@ class Chats:
         A name from the future does not count: it was made by a wrong clock. Returns
         what is stored. It is not an event: names are read when shown.
         """
-        sql = """INSERT INTO user (id, name, named_at) VALUES (?1, nullif(?2, ''), ?3)
-                 ON CONFLICT DO UPDATE SET
-                     name = iif(revoked_at > ?3 OR named_at > ?3 AND named_at <= ?4,
-                                name, excluded.name),
-                     named_at = iif(revoked_at > ?3 OR named_at > ?3 AND named_at <= ?4,
-                                    named_at, ?3)
-                 RETURNING named_at, coalesce(name, '')"""
-        row = db.execute(sql, (user_id, name, named_at, now_seconds())).fetchone()
+        values = (name, now_seconds(), named_at, user_id)
+        for sql in RENAME:
+            row = db.execute(sql, values).fetchone()
         return tuple(row)
 
     def invitation(
@@ -3235,8 +3241,12 @@ class Chats:
             self.remove_member(db, events, chat_id, user_id, None)
         if rows:
             return after
-        sql = """UPDATE message SET client_id = NULL WHERE id > ?2 AND id <= ?2 + 100
-                     AND sender_id = ?1 AND NOT (deleted AND client_id IS NULL)
+        sql = """UPDATE message SET client_id =
+                     nullif(CAST(zeroblob(length(client_id)) AS TEXT), '')
+                 WHERE id > ?2 AND id <= ?2 + 100 AND sender_id = ?1
+                     AND (client_id >= ' ' OR id NOT IN (
+                         SELECT c.message_id FROM change c
+                         WHERE c.message_id = message.id AND deleted))
                  RETURNING id"""
         for row in db.execute(sql, (user_id, after)).fetchall():
             self.change_message(db, events, None, *row)
@@ -3349,7 +3359,10 @@ class Chats:
     def name(self, db: Db, user_id: int) -> str | None:
         """Read a user's name."""
         name: str | None = query_value(
-            db, "SELECT name FROM user WHERE id = ?", user_id
+            db,
+            """SELECT name FROM user_name
+               WHERE id = (SELECT name_id FROM user WHERE id = ?)""",
+            user_id,
         )
         return name
 
@@ -3360,29 +3373,48 @@ class Chats:
         name. With invitations on, a user knows those that it shares a chat with.
         """
         sql = """SELECT json_group_array(json_object('user_id', id, 'name', name))
-                 FROM (SELECT id, name FROM user
-                       WHERE ?2 = 'off' OR ?1 IS NULL OR id IN (
+                 FROM (SELECT u.id, name
+                       FROM user u LEFT JOIN user_name a ON a.id = u.name_id
+                       WHERE ?2 = 'off' OR ?1 IS NULL OR u.id IN (
                            SELECT theirs.user_id FROM member mine
                            JOIN member theirs USING (chat_id) WHERE mine.user_id = ?1)
-                       ORDER BY name IS NULL, name, id LIMIT 200)"""
+                       ORDER BY name IS NULL, name, u.id LIMIT 200)"""
         return str(query_value(db, sql, by, self.store.settings.invites))
 
+
+# A user's name, ?1, that was given at ?3, if it counts at ?2. The row of an older name
+# is overwritten with NULs (schema.sql: name_erases).
+RENAME = (
+    """INSERT INTO user (id, named_at) VALUES (?4, ?3) ON CONFLICT DO UPDATE
+       SET named_at = ?3 WHERE coalesce(named_at <= ?3 OR named_at > ?2, TRUE)
+           AND coalesce(revoked_at <= ?3, TRUE)""",
+    """INSERT INTO user_name (user_id, name)
+       SELECT u.id, nullif(?1, '')
+       FROM user u LEFT JOIN user_name a ON a.id = u.name_id
+       WHERE u.id = ?4 AND named_at = ?3 AND coalesce(revoked_at <= ?3, TRUE)
+           AND name IS NOT nullif(?1, '')""",
+    # A row, also for the user NULL: nobody could draw an id (see `Chats.join`).
+    """SELECT max(named_at), coalesce(max(name), '')
+       FROM user u LEFT JOIN user_name a ON a.id = u.name_id WHERE u.id = ?4""",
+)
 
 # A search walks back over all messages, or over the events of one chat: one of the two
 # halves has no row. What comes out are the messages found, and one in 512 of all
 # others, so that Python can look at the clock: after 0.1 ms, or 3 ms in long texts.
 FOUND = """NOT EXISTS (
-    SELECT 1 FROM words WHERE NOT instr(coalesce(m.folded, m.content), value)) AS found
+    SELECT 1 FROM words WHERE NOT instr(coalesce(
+        newest.folded, newest.content, m.folded, m.content), value)) AS found
 """
 SEARCH = f"""
     WITH words AS MATERIALIZED (SELECT value FROM json_each(?3))
     SELECT m.id AS at, {MESSAGE_COLUMNS}, b.user_id AND {FOUND}
     FROM message m LEFT JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?1
+        {NEWEST_CHANGE}
     WHERE ?2 IS NULL AND m.id < min(coalesce(?4, ?5 + 1), ?5 + 1)
       AND (found OR random() & 511 = 0)
     UNION ALL
     SELECT e.seq, {MESSAGE_COLUMNS}, m.id AND {FOUND}
-    FROM event e LEFT JOIN message m ON m.id = e.seq
+    FROM event e LEFT JOIN message m ON m.id = e.seq {NEWEST_CHANGE}
     WHERE e.chat_id = ?2 AND e.to_chat = 1 AND e.seq < min(coalesce(?4, ?5 + 1), ?5 + 1)
       AND (found OR random() & 511 = 0)
     ORDER BY at DESC
@@ -3420,7 +3452,7 @@ def know_user(db: Db, user_id: int) -> None:
 # is the Refusal's arguments, the second whether nothing is left to do. ?5 is the new
 # content; NULL: a deletion. The creator of a group may delete any message there, at any
 # time.
-CHECK_CHANGE = """
+CHECK_CHANGE = f"""
     SELECT CASE
         WHEN m.id IS NULL OR ?1 NOT IN (SELECT user_id FROM member
                                         WHERE chat_id = m.chat_id)
@@ -3434,17 +3466,20 @@ CHECK_CHANGE = """
             THEN 'too_late'
         END, done
     FROM (SELECT ?4 AS id) LEFT JOIN (
-        SELECT m.*, deleted OR content IS ?5 AS done,
+        SELECT m.*, rev, deleted,
+            iif(deleted, TRUE, coalesce(newest.content, m.content) IS ?5) AS done,
             ?5 IS NULL AND c.direct_key IS NULL AND c.created_by IS ?1 AS is_creator
-        FROM message m JOIN chat c ON c.id = m.chat_id WHERE m.id = ?4) m
+        FROM message m JOIN chat c ON c.id = m.chat_id {NEWEST_CHANGE}
+        WHERE m.id = ?4) m
 """
 
-# No text of before stays in any row.
-CHANGE = """
-    UPDATE message SET content = coalesce(?5, ''), rev = ?6,
-        folded = nullif(fold(coalesce(?5, '')), coalesce(?5, '')),
-        edited_at = iif(?5 IS NULL, edited_at, ?7), deleted = ?5 IS NULL
-    WHERE id = ?4
+# No text of before stays in any row (schema.sql: change_erases).
+CHANGE = f"""
+    INSERT INTO change (rev, message_id, content, folded, edited_at, deleted)
+    SELECT ?6, m.id, coalesce(?5, ''),
+           nullif(fold(coalesce(?5, '')), coalesce(?5, '')),
+           iif(?5 IS NULL, newest.edited_at, ?7), ?5 IS NULL
+    FROM message m {NEWEST_CHANGE} WHERE m.id = ?4
 """
 
 # More members, or bytes of them, are left out of a chat: so no frame exceeds 32 KiB but
@@ -3457,7 +3492,7 @@ CHAT = f"""
            (SELECT count(*) FROM member WHERE chat_id = c.id), {MESSAGE_COLUMNS}
     FROM chat c LEFT JOIN message m ON m.id = (
         SELECT id FROM message WHERE chat_id = c.id AND id <= ?2
-        ORDER BY n DESC LIMIT 1)
+        ORDER BY n DESC LIMIT 1) {NEWEST_CHANGE}
     WHERE c.id = ?1
 """
 
@@ -3487,10 +3522,11 @@ def read_members(
     """
     find_chat(db, chat_id, by)
     rows = db.execute(
-        """SELECT b.user_id, u.name, min(b.read_n, coalesce((
+        """SELECT b.user_id, a.name, min(b.read_n, coalesce((
                SELECT n FROM message WHERE chat_id = ?1 AND id <= ?2
                ORDER BY n DESC LIMIT 1), 0))
            FROM member b JOIN user u ON u.id = b.user_id
+                LEFT JOIN user_name a ON a.id = u.name_id
            WHERE b.chat_id = ?1 AND b.user_id > coalesce(?4, 0)
                AND (?3 IS NULL OR b.user_id IN (
                    SELECT value FROM json_each('[' || ?3 || ']')))
@@ -5861,6 +5897,7 @@ def examine(what: str, path: Path, db: Db) -> int:
     if version < 1:
         raise Damage(f"its schema has version {version}")
     with closing(sqlite3.connect(":memory:")) as model:
+        model.create_function("fold", 1, fold)
         model.executescript("".join(steps[:version]))
         if missing := schema_names(model) - schema_names(db):
             raise Damage(f"without {', '.join(sorted(missing))}")
@@ -5915,13 +5952,13 @@ def prepare_database(path: Path, check_bytes: int) -> Db:
         try:
             if version < len(steps):
                 db.executescript(
-                    f"""BEGIN IMMEDIATE; {"".join(steps[version:])}
-                    UPDATE message SET folded = fold(content)
-                    WHERE folded IS NULL AND fold(content) != content;
+                    f"""PRAGMA foreign_keys = OFF;  -- else no table can be replaced
+                    BEGIN IMMEDIATE; {"".join(steps[version:])}
                     PRAGMA application_id = {APPLICATION_ID};
                     PRAGMA user_version = {len(steps)};
                     INSERT OR IGNORE INTO meta VALUES ('epoch', {NEW_EPOCH});
                     COMMIT;
+                    PRAGMA foreign_keys = ON;
                     -- The file itself, not only its WAL, shows that it is chatd's.
                     PRAGMA wal_checkpoint(TRUNCATE)"""
                 )
@@ -6387,17 +6424,20 @@ FROM pragma_user_version
 # JSON for each user, chat and message, with the fields of the API. Of a user: the user,
 # its chats, and what it has sent. Of a chat: its members, the chat, and its messages.
 # json_patch leaves out what is NULL.
-EXPORT = """
-SELECT json_object('user', json_object('user_id', id, 'name', name)) FROM user
-WHERE (?1 IS NULL OR id = ?1)
-  AND (?2 IS NULL OR id IN (SELECT user_id FROM member WHERE chat_id = ?2))
+EXPORT = f"""
+SELECT json_object('user', json_object('user_id', u.id, 'name', name))
+FROM user u LEFT JOIN user_name a ON a.id = u.name_id
+WHERE (?1 IS NULL OR u.id = ?1)
+  AND (?2 IS NULL OR u.id IN (SELECT user_id FROM member WHERE chat_id = ?2))
 UNION ALL
 SELECT json_object('chat', json_object(
     'id', id, 'title', title,
     'members', json((
         SELECT json_group_array(json_object(
-            'user_id', b.user_id, 'name', u.name, 'read_n', b.read_n))
-        FROM member b JOIN user u ON u.id = b.user_id WHERE b.chat_id = chat.id)),
+            'user_id', b.user_id, 'name', a.name, 'read_n', b.read_n))
+        FROM member b JOIN user u ON u.id = b.user_id
+            LEFT JOIN user_name a ON a.id = u.name_id
+        WHERE b.chat_id = chat.id)),
     'last_n', last_n,
     'direct', json(iif(direct_key IS NULL, 'false', 'true')),
     'created_by', created_by,
@@ -6407,13 +6447,14 @@ FROM chat
 WHERE (?2 IS NULL OR id = ?2)
   AND (?1 IS NULL OR id IN (SELECT chat_id FROM member WHERE user_id = ?1))
 UNION ALL
-SELECT json_object('message', json_patch('{}', json_object(
-    'id', id, 'chat_id', chat_id, 'sender_id', sender_id, 'content', content,
+SELECT json_object('message', json_patch('{{}}', json_object(
+    'id', id, 'chat_id', chat_id, 'sender_id', sender_id,
+    'content', coalesce(newest.content, m.content),
     'created_at', strftime('%Y-%m-%dT%H:%M:%SZ', created_at, 'unixepoch'),
-    'n', n, 'client_id', client_id, 'rev', rev,
+    'n', n, 'client_id', iif(client_id >= ' ', client_id, NULL), 'rev', rev,
     'edited_at', strftime('%Y-%m-%dT%H:%M:%SZ', edited_at, 'unixepoch'),
     'deleted', iif(deleted, json('true'), NULL))))
-FROM message
+FROM message m {NEWEST_CHANGE}
 WHERE (?2 IS NULL OR chat_id = ?2) AND (?1 IS NULL OR sender_id = ?1)
 """
 
@@ -6493,6 +6534,14 @@ SELECT printf('chat %s: it is direct, but its key is %s', id, direct_key) FROM c
 UNION ALL
 SELECT printf('chat %s: it is direct, but it has a title', id) FROM chat
     WHERE direct_key IS NOT NULL AND title IS NOT NULL
+UNION ALL
+SELECT printf('change %s of message %s: it has no event', c.rev, c.message_id)
+    FROM change c LEFT JOIN event e ON e.seq = c.rev AND e.message_id = c.message_id
+    WHERE e.seq IS NULL
+UNION ALL
+SELECT printf('message %s: it was changed and still has its old text', m.id)
+    FROM message m WHERE m.content >= char(1)
+        AND m.id IN (SELECT message_id FROM change)
 """
 
 # =====================================================================================

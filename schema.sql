@@ -5,8 +5,14 @@
 -- transaction together with user_version, so a migration happens whole or not at all.
 -- To change the schema, append a step; never edit one that was released.
 --
--- STRICT tables refuse a text where an integer belongs, and foreign keys are on. A comment
--- names the query that each index serves.
+-- STRICT tables refuse a text where an integer belongs, and foreign keys are on, but for
+-- the time of a step. A comment names the query that each index serves.
+--
+-- What was deleted is gone from every byte of the file. secure_delete alone does not do
+-- that: it overwrites a row, not the copies of it that stay in the unused part of a page
+-- when SQLite moves rows to make room. So from version 2 on, texts and names are in tables
+-- whose rows are never moved: they are only appended, and overwritten in place, with as
+-- many bytes (`message`, `change`, `user_name`). What changes otherwise is elsewhere.
 
 -- version 1
 
@@ -86,9 +92,41 @@ CREATE INDEX event_user ON event (to_user, seq) WHERE to_user IS NOT NULL;
 
 -- version 2
 
--- When the user got its name, in Unix seconds: the iat of the token that said it. The
--- newest name wins. 0: that token had no iat. NULL: by chatd 1.0, or never named.
-ALTER TABLE user ADD COLUMN named_at INTEGER;
+-- The names that users got, each new one in a new row, the newest in user.name_id. NULL:
+-- the user has no name any more.
+CREATE TABLE user_name (
+    id          INTEGER PRIMARY KEY,
+    user_id     INTEGER NOT NULL REFERENCES user (id),
+    name        TEXT
+) STRICT;
+
+INSERT INTO user_name (user_id, name)
+SELECT id, name FROM user WHERE name IS NOT NULL ORDER BY id;
+
+-- named_at is when the user got its name, in Unix seconds: the iat of the token that said
+-- it. The newest name wins. 0: that token had no iat. NULL: by chatd 1.0, or never named.
+CREATE TABLE user_2 (
+    id          INTEGER PRIMARY KEY CHECK (id > 0),
+    revoked_at  INTEGER,
+    named_at    INTEGER,
+    name_id     INTEGER     -- a row of user_name (REFERENCES would scan user for each name)
+) STRICT;
+
+INSERT INTO user_2
+SELECT u.id, u.revoked_at, NULL, a.id FROM user u LEFT JOIN user_name a ON a.user_id = u.id;
+
+DROP TABLE user;
+ALTER TABLE user_2 RENAME TO user;
+
+CREATE INDEX user_revoked ON user (revoked_at) WHERE revoked_at IS NOT NULL;
+
+-- The name of before is overwritten.
+CREATE TRIGGER name_erases AFTER INSERT ON user_name BEGIN
+    UPDATE user_name SET name = nullif(
+        CAST(zeroblob(length(CAST(name AS BLOB))) AS TEXT), '')
+    WHERE id = (SELECT name_id FROM user WHERE id = new.user_id);
+    UPDATE user SET name_id = new.id WHERE id = new.user_id;
+END;
 
 -- direct_key is set in a direct chat, of two users: their ids, the smaller first, as
 -- '3:7'. Once one of them is forgotten it is the chat's own id, without a colon: the chat
@@ -124,13 +162,62 @@ CREATE UNIQUE INDEX chat_direct ON chat (direct_key) WHERE direct_key IS NOT NUL
 CREATE UNIQUE INDEX chat_client ON chat (coalesce(created_by, 0), client_id)
     WHERE client_id IS NOT NULL;
 
--- rev is the seq of the message's last change, edited_at the time of its last edit in
--- Unix seconds (NULL: none). The content of a deleted message is ''. folded is the text
--- that a search looks through, where it differs from the content: chatd.py's fold(content).
-ALTER TABLE message ADD COLUMN rev INTEGER;
-ALTER TABLE message ADD COLUMN edited_at INTEGER;
-ALTER TABLE message ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE message ADD COLUMN folded TEXT;
+-- The messages once more, as in version 1. folded is the text that a search looks through,
+-- where it differs from the content: chatd.py's fold(content). The texts of a message that
+-- was changed are overwritten with NULs, as is the client_id of a forgotten user. No
+-- client has sent any of these with a NUL.
+CREATE TABLE message_2 (
+    id          INTEGER PRIMARY KEY,
+    chat_id     INTEGER NOT NULL REFERENCES chat (id),
+    n           INTEGER NOT NULL,
+    sender_id   INTEGER NOT NULL REFERENCES user (id),
+    content     TEXT NOT NULL,
+    created_at  INTEGER NOT NULL,
+    client_id   TEXT,
+    folded      TEXT,
+    UNIQUE (chat_id, n)     -- the next n; the last message; history, page by page
+) STRICT;
+
+INSERT INTO message_2
+SELECT id, chat_id, n, sender_id, content, created_at, client_id,
+       nullif(fold(content), content)
+FROM message ORDER BY id;
+
+DROP TABLE message;
+ALTER TABLE message_2 RENAME TO message;
+
+-- A repeated send.
+CREATE UNIQUE INDEX message_client ON message (sender_id, client_id)
+    WHERE client_id >= ' ';
+
+-- The edits and deletions. A message is what its newest change says: the one with the
+-- largest rev, which is the seq of its event. The content of a deleted message is ''.
+-- edited_at is the time of the last edit in Unix seconds (NULL: none). The texts of older
+-- changes are overwritten with NULs.
+CREATE TABLE change (
+    rev         INTEGER PRIMARY KEY,
+    message_id  INTEGER NOT NULL REFERENCES message (id),
+    content     TEXT NOT NULL,
+    folded      TEXT,
+    edited_at   INTEGER,
+    deleted     INTEGER NOT NULL
+) STRICT;
+
+-- The newest change of a message.
+CREATE INDEX change_message ON change (message_id);
+
+-- The texts of before are overwritten.
+CREATE TRIGGER change_erases AFTER INSERT ON change BEGIN
+    UPDATE message SET
+        content = CAST(zeroblob(length(CAST(content AS BLOB))) AS TEXT),
+        folded = nullif(CAST(zeroblob(length(CAST(folded AS BLOB))) AS TEXT), '')
+    WHERE id = new.message_id AND content >= char(1);
+    UPDATE change SET
+        content = CAST(zeroblob(length(CAST(content AS BLOB))) AS TEXT),
+        folded = nullif(CAST(zeroblob(length(CAST(folded AS BLOB))) AS TEXT), '')
+    WHERE rev = (SELECT max(rev) FROM change
+                 WHERE message_id = new.message_id AND rev < new.rev);
+END;
 
 ALTER TABLE event RENAME TO event_1;
 DROP INDEX event_chat;

@@ -464,7 +464,7 @@ async def test_a_forgotten_user_is_in_no_answer_but_as_a_number(
     assert not re.search("Quentin|secret|private", after)
     assert "hello Q." in after
     db = server.store._writer
-    assert db.execute("SELECT name FROM user WHERE id = 2").fetchone() == (None,)
+    assert server.app.chats.name(db, 2) is None
     assert chatd.faults(db) == []
 
 
@@ -510,7 +510,7 @@ async def test_forgetting_again_changes_nothing_more(server: VirtualServer) -> N
     # What a service sends in the user's name later is deleted by the next time.
     await server.post(chat, "ghost", sender=2)
     await forget(server, 2)
-    texts = server.store._writer.execute("SELECT content, deleted FROM message")
+    texts = server.store._writer.execute("SELECT content, deleted FROM change")
     assert texts.fetchall() == [("", 1), ("", 1)]
 
 
@@ -540,7 +540,8 @@ async def test_a_request_to_forget_works_for_10_s_and_the_next_one_goes_on(
 ) -> None:
     db, walks = server.store._writer, list[int]()
     db.executescript(
-        """INSERT INTO user (id, name) VALUES (1, NULL), (2, 'Q');
+        """INSERT INTO user (id) VALUES (1), (2);
+        INSERT INTO user_name (user_id, name) VALUES (2, 'Q');
         INSERT INTO chat (id, created_at) VALUES (1, 1), (2, 1);
         INSERT INTO member VALUES (1, 2, 1, 0), (1, 1, 2, 0)"""
     )
@@ -559,7 +560,7 @@ async def test_a_request_to_forget_works_for_10_s_and_the_next_one_goes_on(
         walks.append(server.app.walked[2])
     # 3 s to revoke, then 10 s: three steps. One ended the membership.
     assert walks == [200, 500, 651]
-    assert db.execute("SELECT name FROM user WHERE id = 2").fetchone() == (None,)
+    assert server.app.chats.name(db, 2) is None
     assert db.execute("SELECT user_id FROM member").fetchall() == [(1,)]
 
 
@@ -615,11 +616,13 @@ def test_messages_that_were_deleted_before_lose_their_client_id(memory: Memory) 
     chat = memory.chat(1, 2)
     gone = memory.send(chat, 1, "gone", "key-1").message.id
     kept = memory.send(chat, 2, "kept", "key-2").message.id
-    db.execute("UPDATE message SET content = '', deleted = 1 WHERE id = ?", (gone,))
+    memory.delete(1, gone)
     assert memory.do(memory.chats.forget, 1, 0) == 0  # first it leaves its chats
     memory.do(memory.chats.forget, 1, 0)
-    rows = db.execute("SELECT id, content, client_id, deleted FROM message").fetchall()
-    assert rows == [(gone, "", None, 1), (kept, "kept", "key-2", 0)]
+    rows = db.execute("SELECT content, client_id FROM message").fetchall()
+    assert rows == [("\0" * 4, "\0" * 5), ("kept", "key-2")]
+    messages, *_ = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
+    assert [(m.id, m.client_id) for m in messages] == [(gone, None), (kept, "key-2")]
 
 
 NEEDLES = (b"Quentin", b"utter-secret", b"private-key")

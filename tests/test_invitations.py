@@ -137,7 +137,7 @@ def test_an_id_is_never_drawn_for_ever(memory: Memory) -> None:
     batch = memory.commit((memory.chats.join, invitation(memory, chat, 1), "Cem"))
     memory.hub.publish(batch)
     assert members(memory, chat)[0] == 1
-    assert ("Zoe",) in memory.store._writer.execute("SELECT name FROM user")
+    assert ("Zoe",) in memory.store._writer.execute("SELECT name FROM user_name")
 
 
 ENDS: dict[str, Callable[[Memory, int], MemoryWork]] = {
@@ -163,7 +163,7 @@ def test_what_ends_an_invitation_ends_it_within_the_same_batch(
     assert early[0] is True
     assert isinstance(late, Refusal)
     assert (late.status, late.code) == (401, "token_invalid")
-    assert memory.count("user WHERE name = 'Late'") == 0
+    assert memory.count("user_name WHERE name = 'Late'") == 0
     for who in (None, "Later", 5):
         assert refusal_of(memory.do, memory.chats.join, invite, who).status == 401
     join(memory, elsewhere, "Elsewhere")  # invitations to other chats still count
@@ -239,7 +239,7 @@ def test_of_two_joins_to_the_last_place_one_is_refused_and_leaves_no_user(
     assert isinstance(second, Refusal)
     assert (second.status, second.code) == (400, "bad_field")
     assert known == (False, {"user_id": 2, "chat_id": chat})  # a member already
-    assert memory.count("user WHERE name IS NOT NULL") == 1
+    assert memory.count("user_name") == 1
     memory_is_sound(memory)
 
 

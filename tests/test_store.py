@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -671,9 +672,115 @@ def test_an_edit_and_a_deletion_are_events_and_change_the_message(
     assert history == ([deleted], False, False)
     (mine,) = memory.my_chats(2)
     assert (mine.last_message, mine.last_n, mine.unread) == (deleted, 1, 1)
-    row = "SELECT content, folded, rev, deleted FROM message"
-    assert memory.store._writer.execute(row).fetchall() == [("", None, 5, 1)]
+    rows = memory.store._writer.execute(
+        """SELECT content, folded FROM message UNION ALL
+        SELECT content, folded FROM change"""
+    ).fetchall()
+    assert rows == [("\0" * 4, None), ("\0" * 5, None), ("", None)]
     memory_is_sound(memory)
+
+
+def tokens(data: bytes) -> set[int]:
+    """Find the numbers that are written as <123>."""
+    return {int(number) for number in re.findall(rb"<(\d+)>", data)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_that_was_deleted_is_in_any_byte_of_the_files(
+    memory: Memory, seed: int
+) -> None:
+    """SQLite moves rows to make room, and copies of them stay in unused parts."""
+    draw, chats, count = random.Random(seed), memory.chats, itertools.count()
+    users = draw.sample(range(1, 1 << 41), 400)
+    chat, known, forgotten = memory.chat(*users[:5]), users[:5], set[int]()
+    names: dict[int, set[int]] = {}
+    texts: dict[int, tuple[int, set[int]]] = {}  # by message: the sender, what is in it
+
+    def text(most: int) -> tuple[str, set[int]]:
+        length = min(most, int(draw.lognormvariate(3.5, 1.2)))
+        token = f"<{next(count)}>"
+        # In capitals it is stored twice.
+        return (token * (length // len(token) + 1) + draw.choice("aA")), tokens(
+            token.encode()
+        )
+
+    def work() -> tuple[MemoryWork, Callable[[Any], object]]:
+        kind, by = draw.random(), draw.choice([*{*known} - forgotten])
+        recent = [*texts][-1 - int(draw.expovariate(1 / 60)) :][:1]
+        if kind < 0.65 or not recent:
+            content, inside = text(20_000 if kind < 0.01 else 2000)
+            sender = by if by in users[:5] else next(iter({*users[:5]} - forgotten))
+            return memory.sends(chat, sender, content), lambda sent: texts.update(
+                {sent.message.id: (sender, inside)}
+            )
+        if kind < 0.8:
+            content, inside = text(2000)
+            (message,) = recent
+            sender, _ = texts[message]
+            return (
+                (chats.change_message, None, message, content),
+                lambda _: (
+                    texts.update({message: (sender, inside)})
+                    if message in texts
+                    else None
+                ),
+            )
+        if kind < 0.9:
+            (message,) = recent
+            return (chats.change_message, None, message), lambda _: texts.pop(
+                message, None
+            )
+        if kind < 0.96 and len(known) < len(users):
+            known.append(by := users[len(known)])
+        name, inside = text(100)
+        return (chats.rename, by, name), lambda _: names.update({by: inside})
+
+    def forget(user: int) -> None:
+        forgotten.add(user)
+        memory.do(chats.revoke, user, 1)
+        after = 0
+        while after < memory.store.seq:
+            after = memory.do(chats.forget, user, after)
+        memory.do(chats.rename, user, "", 1)
+        names.pop(user, None)
+        for message in [id_ for id_, (sender, _) in texts.items() if sender == user]:
+            texts.pop(message)
+
+    for turn in range(100):
+        works = [work() for _ in range(40)]
+        batch = memory.commit(*(job for job, _ in works))
+        memory.hub.publish(batch)
+        for (_, then), (_, outcome) in zip(works, batch.outcomes, strict=True):
+            if not isinstance(outcome, Refusal):
+                then(outcome)
+        if turn % 5 == 4:
+            forget(draw.choice(known[5:]) if turn % 25 else known[turn // 25])
+    assert memory.store._truncate()
+    kept = set[int]().union(*names.values(), *(inside for _, inside in texts.values()))
+    assert len(kept) > 500
+    assert next(count) - len(kept) > 500
+    assert tokens(memory.files()) == kept
+    memory_is_sound(memory)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("UPDATE change SET rev = 9", "change 9 of message 3: it has no event"),
+        (
+            "UPDATE message SET content = 'old'",
+            "message 3: it was changed and still has its old text",
+        ),
+    ],
+)
+def test_a_change_without_event_and_a_text_that_is_not_overwritten_are_faults(
+    change: str, fault: str, memory: Memory
+) -> None:
+    chat = memory.chat(1, 2)
+    memory.edit(1, memory.send(chat, 1, "old").message.id, "new")
+    assert chatd.faults(memory.store._writer) == []
+    memory.store._writer.execute(change)
+    assert chatd.faults(memory.store._writer) == [fault]
 
 
 # Who wants to change a message of user 1 in a chat that user 2 has created: the user

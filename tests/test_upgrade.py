@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import re
 import shutil
 import signal
@@ -32,12 +33,14 @@ from tests.client import (
     run_on_a_terminal,
 )
 from tests.data import make_1_0 as of_1_0
-from tests.harness import memory_store, usage_error_of
+from tests.harness import Memory, memory_store, usage_error_of
 
 DATA = Path(__file__).parent / "data"
 STEPS = chatd.schema_steps()
 # The step to version 2, statement by statement. Its comments have no semicolon.
-STATEMENTS = re.findall(r"(?s).+?;\n", STEPS[1])
+STATEMENTS = re.findall(
+    r"(?s)(?:--[^\n]*\n|\s)*(?:CREATE TRIGGER.+?END|.+?);\n", STEPS[1]
+)
 
 
 def copy_1_0(db: Path) -> Path:
@@ -272,6 +275,46 @@ def test_an_upgrade_makes_one_chat_of_each_pair_direct(rule: str, old: Path) -> 
         assert dict(db.execute(sql)) == expected
         sql = "SELECT count(*) FROM chat WHERE created_by NOTNULL OR client_id NOTNULL"
         assert chatd.query_value(db, sql) == 0
+
+
+def test_what_1_0_has_left_in_unused_parts_of_the_file_is_gone_after_an_upgrade(
+    old: Path,
+) -> None:
+    draw = random.Random(1)
+    users = draw.sample(range(1000, 1 << 41), 300)
+    said = [f"Said{'x' * int(draw.lognormvariate(3, 1.5))}{n:05}" for n in range(400)]
+    words = [text.translate(str.maketrans("0123456789", "abcdefghij")) for text in said]
+    with contextlib.closing(chatd.open_database(old, readonly=False)) as db:
+        db.execute("BEGIN")
+        for user in users:
+            name = f"<{user}>" * draw.randint(1, 5)
+            db.execute("INSERT INTO user VALUES (?, ?, NULL)", (user, name))
+            # A longer name makes SQLite move the rows beside it.
+            db.execute(
+                "UPDATE user SET name = name || name WHERE id = ?",
+                (draw.choice(users),),
+            )
+        make_chats_of_1_0(db, (None, f"901 {' '.join(words)}"))
+        db.execute("COMMIT")
+    upgrade(old)
+    memory = Memory(old.parent)
+    gone = draw.sample(users, 150)
+    for user in gone:
+        memory.do(memory.chats.rename, user, "", 1)
+    rows = memory.store._writer.execute("SELECT id, content FROM message").fetchall()
+    texts = {text: id_ for id_, text in rows}
+    for text in words[::2]:
+        memory.delete(None, texts[text])
+    assert memory.store._truncate()
+    data = memory.files()
+    assert [u for u in users if f"<{u}>".encode() in data] == [
+        u for u in users if u not in gone
+    ]
+    for number, text in enumerate(words):
+        for form in (text, chatd.fold(text)):
+            assert (form[-12:].encode() in data) == (number % 2 == 1)
+    assert chatd.faults(memory.store._writer) == []
+    memory.store.close()
 
 
 def test_an_upgraded_database_has_the_schema_of_a_new_one(

@@ -628,8 +628,14 @@ class Crowd:
 
 EVENTS_SQL = """SELECT seq, kind, chat_id, to_chat, to_user, user_id, message_id
                 FROM event ORDER BY seq"""
-MESSAGES_SQL = """SELECT id, chat_id, n, sender_id, content, client_id, rev, deleted
-                  FROM message ORDER BY id"""
+# A message that was changed is as its newest change says.
+MESSAGES_SQL = """
+    SELECT m.id, m.chat_id, m.n, m.sender_id, coalesce(c.content, m.content),
+           iif(m.client_id >= ' ', m.client_id, NULL), c.rev, coalesce(c.deleted, 0)
+    FROM message m LEFT JOIN change c
+        ON c.rev = (SELECT max(rev) FROM change WHERE message_id = m.id)
+    ORDER BY m.id
+"""
 Messages = dict[int, StoredMessage]
 
 

@@ -288,8 +288,13 @@ async def forget(trial: Trial) -> None:
     """Forget a user; kill the server meanwhile, and go on until it is done."""
     chatd = trial.chatd
     with contextlib.closing(open_read_only(chatd.db)) as db:
-        user = db.execute("SELECT name FROM user WHERE id = ?", (FORGOTTEN,)).fetchone()
-        sql = "SELECT content FROM message WHERE sender_id = ?"
+        sql = (
+            "SELECT name FROM user JOIN user_name n ON n.id = name_id WHERE user.id = ?"
+        )
+        user = db.execute(sql, (FORGOTTEN,)).fetchone()
+        sql = """SELECT coalesce(c.content, m.content) FROM message m LEFT JOIN change c
+                     ON c.rev = (SELECT max(rev) FROM change WHERE message_id = m.id)
+                 WHERE m.sender_id = ?"""
         contents = db.execute(sql, (FORGOTTEN,)).fetchall()
     path, token = f"{INTERNAL}/forget", chatd.service_token()
     body: Frame = {"user_id": FORGOTTEN}
