@@ -211,6 +211,7 @@ from typing import (
     NamedTuple,
     TypeVar,
     assert_never,
+    dataclass_transform,
     get_args,
 )
 from unicodedata import category, normalize
@@ -239,6 +240,15 @@ logger = logging.getLogger("chatd")
 T = TypeVar("T")
 Db = sqlite3.Connection
 MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+class Record(msgspec.Struct, frozen=True):
+    """Values with names and types, which msgspec checks. Never changed once made."""
+
+
+class ServerMessage(Record, omit_defaults=True, tag_field="type"):
+    """A message from the server. Fields at their default are left out."""
 
 
 # =====================================================================================
@@ -1027,7 +1037,7 @@ class Session:
 # --- event kinds ---------------------------------------------------------------------
 
 
-class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
+class Event(ServerMessage):
     """One kind of event: its JSON, and what it does to the membership of its `to_user`.
 
     To add a kind, write a subclass, and the Store method that records it and decides
@@ -1041,13 +1051,13 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
     membership: ClassVar[Literal["joins", "leaves", ""]] = ""
 
 
-class MessageEvent(Event, frozen=True):
+class MessageEvent(Event):
     """An event that quotes a message: as it is when the event is sent."""
 
     message: Message
 
 
-class ChatEvent(Event, frozen=True):
+class ChatEvent(Event):
     """An event that shows its `to_user` the chat.
 
     From the tail it is the chat as of the event's commit, but for a change of its last
@@ -1058,14 +1068,14 @@ class ChatEvent(Event, frozen=True):
     chat: Chat
 
 
-class UserEvent(Event, frozen=True):
+class UserEvent(Event):
     """An event that names a user: by the name of today."""
 
     user_id: int
     name: str | None
 
 
-class NewMessage(MessageEvent, frozen=True, tag="new_message"):
+class NewMessage(MessageEvent, tag="new_message"):
     """To all members, and to the sender's own sockets too.
 
     Its sender has read the chat up to it, unless `read` is false.
@@ -1074,7 +1084,7 @@ class NewMessage(MessageEvent, frozen=True, tag="new_message"):
     read: bool = True
 
 
-class MessageRead(Event, frozen=True, tag="message_read"):
+class MessageRead(Event, tag="message_read"):
     """To all members; in a large chat to the reader only."""
 
     message_id: int
@@ -1082,36 +1092,36 @@ class MessageRead(Event, frozen=True, tag="message_read"):
     n: int
 
 
-class ChatAdded(ChatEvent, frozen=True, tag="chat_added"):
+class ChatAdded(ChatEvent, tag="chat_added"):
     """To the user who is in the chat from here on."""
 
     membership = "joins"
 
 
-class MemberAdded(UserEvent, frozen=True, tag="member_added"):
+class MemberAdded(UserEvent, tag="member_added"):
     """To those who were members before."""
 
 
-class ChatRenamed(Event, frozen=True, tag="chat_renamed"):
+class ChatRenamed(Event, tag="chat_renamed"):
     """To all members. user_id is the member who renamed the chat; None: a service."""
 
     title: str | None
     user_id: int | None
 
 
-class MessageChange(MessageEvent, frozen=True):
+class MessageChange(MessageEvent):
     """An event after which the message is another. The hub renews what it has of it."""
 
 
-class MessageEdited(MessageChange, frozen=True, tag="message_edited"):
+class MessageEdited(MessageChange, tag="message_edited"):
     """To all members: the message has another text."""
 
 
-class MessageDeleted(MessageChange, frozen=True, tag="message_deleted"):
+class MessageDeleted(MessageChange, tag="message_deleted"):
     """To all members: the message has no text any more."""
 
 
-class MemberRemoved(Event, frozen=True, tag="member_removed"):
+class MemberRemoved(Event, tag="member_removed"):
     """To the remaining members, and to the removed user, as the chat's last event."""
 
     user_id: int
@@ -1189,7 +1199,7 @@ class Send(NamedTuple):
     client_id: str | None = None
 
 
-class Sent(msgspec.Struct, frozen=True):
+class Sent(Record):
     """The result of a send. The message's id is its event's seq."""
 
     message: Message
@@ -2573,30 +2583,30 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 NAMES = {"ref": Ref, "client_id": ClientId, "chat_id": Id, "message_id": Id}
 
 
-class Command(msgspec.Struct, tag_field="type", frozen=True, kw_only=True):
+class Command(Record, tag_field="type", kw_only=True):
     """A command from a client. Its answer repeats ref, if there is one."""
 
     ref: Ref | None = None
 
 
-class Ping(Command, frozen=True, tag="ping"):
+class Ping(Command, tag="ping"):
     """Answered by pong: a page's own check that the server answers."""
 
 
-class Typing(Command, frozen=True, tag="typing"):
+class Typing(Command, tag="typing"):
     """Sent on to the other members' live connections; never stored."""
 
     chat_id: Id
     is_typing: bool
 
 
-class MarkRead(Command, frozen=True, tag="mark_read"):
+class MarkRead(Command, tag="mark_read"):
     """Moves the user's read mark up to that message, never down."""
 
     message_id: Id
 
 
-class SendMessage(Command, frozen=True, tag="send_message"):
+class SendMessage(Command, tag="send_message"):
     """Stores a message. client_id tells a repeat from a second message."""
 
     chat_id: Id
@@ -2604,7 +2614,7 @@ class SendMessage(Command, frozen=True, tag="send_message"):
     client_id: ClientId | None = None
 
 
-class EditMessage(Command, frozen=True, tag="edit_message"):
+class EditMessage(Command, tag="edit_message"):
     """Gives a message another text. With if_rev only if that is still its rev."""
 
     message_id: Id
@@ -2612,13 +2622,13 @@ class EditMessage(Command, frozen=True, tag="edit_message"):
     if_rev: Id | None = None
 
 
-class DeleteMessage(Command, frozen=True, tag="delete_message"):
+class DeleteMessage(Command, tag="delete_message"):
     """Deletes a message's text, for good."""
 
     message_id: Id
 
 
-class Auth(Command, frozen=True, tag="auth"):
+class Auth(Command, tag="auth"):
     """Replaces the connection's token by a newer one, or a ticket, of the same user."""
 
     token: str
@@ -2632,7 +2642,7 @@ if forgotten := {*Command.__subclasses__()} - {*get_args(AnyCommand)}:
 COMMANDS = msgspec.json.Decoder(AnyCommand)
 
 
-class NewChat(msgspec.Struct, frozen=True):
+class NewChat(Record):
     """Body of POST /api/v1/chats. client_id tells a repeat from a second chat."""
 
     member_ids: list[Id] = []
@@ -2641,13 +2651,13 @@ class NewChat(msgspec.Struct, frozen=True):
     client_id: ClientId | None = None
 
 
-class NewTitle(msgspec.Struct, frozen=True):
+class NewTitle(Record):
     """Body of renaming a chat; null: no title."""
 
     title: Title | None
 
 
-class InviteBody(msgspec.Struct, frozen=True):
+class InviteBody(Record):
     """Body of inviting (ttl_seconds), of joining (token, name), of PATCH /me (name)."""
 
     # A week; at most 30 days.
@@ -2656,13 +2666,13 @@ class InviteBody(msgspec.Struct, frozen=True):
     name: str | None = None
 
 
-class UserBody(msgspec.Struct, frozen=True):
+class UserBody(Record):
     """Body of adding a member, of revoking and of forgetting."""
 
     user_id: Id
 
 
-class PostMessage(msgspec.Struct, frozen=True):
+class PostMessage(Record):
     """Body of SendMessage over HTTP. sender_id is for services only."""
 
     content: str
@@ -2670,18 +2680,14 @@ class PostMessage(msgspec.Struct, frozen=True):
     sender_id: Id | None = None
 
 
-class PatchMessage(msgspec.Struct, frozen=True):
+class PatchMessage(Record):
     """Body of editing a message."""
 
     content: str
     if_rev: Id | None = None
 
 
-class ServerMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
-    """A message from the server. Fields at their default are left out."""
-
-
-class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+class Message(Record, omit_defaults=True):
     """One message. n is its number in its chat: 1, 2, 3, without holes.
 
     rev is the seq of the event that made it what it is: of its last change, or None.
@@ -2760,14 +2766,14 @@ def renewed(shown: Any, changed: Mapping[int, Message]) -> Any:
     return shown
 
 
-class Marks(msgspec.Struct, frozen=True):
+class Marks(Record):
     """A chat's last n, and the user's read mark."""
 
     last_n: int
     read_n: int
 
 
-class Connected(ServerMessage, frozen=True, tag="connected"):
+class Connected(ServerMessage, tag="connected"):
     """The first frame. The events that follow come after cursor."""
 
     user_id: int
@@ -2779,14 +2785,14 @@ class Connected(ServerMessage, frozen=True, tag="connected"):
     more_chats: bool = False
 
 
-class Pong(ServerMessage, frozen=True, tag="pong"):
+class Pong(ServerMessage, tag="pong"):
     """Answer to ping."""
 
     timestamp: str
     ref: str | None = None
 
 
-class TypingSign(ServerMessage, frozen=True, tag="typing"):
+class TypingSign(ServerMessage, tag="typing"):
     """A user types, or has stopped."""
 
     chat_id: int
@@ -2794,7 +2800,7 @@ class TypingSign(ServerMessage, frozen=True, tag="typing"):
     is_typing: bool
 
 
-class Ack(ServerMessage, frozen=True, tag="ack"):
+class Ack(ServerMessage, tag="ack"):
     """A command is done; what it wrote is on disk. The fields depend on the command."""
 
     ref: str | None = None
@@ -2808,7 +2814,7 @@ class Ack(ServerMessage, frozen=True, tag="ack"):
     expires_in: int | None = None
 
 
-class ErrorFrame(ServerMessage, frozen=True, tag="error"):
+class ErrorFrame(ServerMessage, tag="error"):
     """A command was refused. code is one of REFUSALS; the last fields are NAMES."""
 
     code: str
@@ -2820,13 +2826,13 @@ class ErrorFrame(ServerMessage, frozen=True, tag="error"):
     message_id: int | None = None
 
 
-class TokenExpiring(ServerMessage, frozen=True, tag="token_expiring"):
+class TokenExpiring(ServerMessage, tag="token_expiring"):
     """Send `auth` soon."""
 
     expires_in: int
 
 
-class Bye(ServerMessage, frozen=True, tag="bye"):
+class Bye(ServerMessage, tag="bye"):
     """The server stops; reconnect after so many seconds."""
 
     retry_after: float
@@ -2917,7 +2923,7 @@ _frames = FrameProtocol(client=False, extensions=[])
 PING_FRAME = bytes(_frames.ping())
 
 
-def text_frame(message: ServerMessage | Event) -> bytes:
+def text_frame(message: ServerMessage) -> bytes:
     """Encode a message, once for all who get it."""
     return bytes(_frames.send_data(encode(message).decode()))
 
@@ -3641,7 +3647,7 @@ def same_origin(origin: str, hosts: Iterable[str]) -> bool:
 UnixSeconds = Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
 
 
-class Claims(msgspec.Struct, frozen=True, kw_only=True):
+class Claims(Record, kw_only=True):
     """The claims of a verified token. Only chatd's own have those after `foreign`."""
 
     user_id: Id
@@ -4108,7 +4114,7 @@ def clean_name(name: object) -> str | None:
 # =====================================================================================
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(Record):
     """One HTTP answer, whole."""
 
     status: int
