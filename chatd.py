@@ -1950,7 +1950,7 @@ class Person(msgspec.Struct, eq=False):
     seats: list[Seat] = []
     chats: dict[int, int] = {}  # chat -> joined_seq
     known: bool = False
-    changes: list[tuple[int, int | None]] = []
+    changes: dict[int, int | None] = {}
     # One replay of a user at a time: its sockets must not take all reading threads.
     replaying: trio.Lock | None = None
 
@@ -2100,42 +2100,38 @@ class Hub:
                 del self.people[person.user_id]
 
     def set_chats(self, person: Person, joined: dict[int, int]) -> None:
-        """Set a person's chats as they were read, then apply the changes since."""
-        if person.known or not person.seats:
-            return  # another seat's read came first, or all seats have gone
+        """Set a person's chats as they were read, but for the changes since."""
+        if person.known:
+            return  # another seat's read came first
         person.known = True
-        for change in itertools.chain(joined.items(), person.changes):
-            self._change(person, *change)
-        person.changes.clear()
+        for chat_id, joined_seq in (joined | person.changes).items():
+            self._change(person, chat_id, joined_seq)
 
     def _change(self, person: Person, chat_id: int, joined_seq: int | None) -> None:
         """Make a person a member of a chat since joined_seq; None: not a member."""
         if not person.known:
-            person.changes.append((chat_id, joined_seq))
-            return
-        move = self._leave_chat if joined_seq is None else self._enter_chat
-        if joined_seq is not None:
+            person.changes[chat_id] = joined_seq
+        elif joined_seq is None:
+            person.chats.pop(chat_id, None)
+        else:
             person.chats[chat_id] = joined_seq
-        elif person.chats.pop(chat_id, None) is None:
-            return
         for seat in person.seats:
-            if seat.live:
-                move(seat, chat_id)
+            self._place(seat, chat_id)
 
     def _set_live(self, seat: Seat, live: bool) -> None:
         """Make a seat live, and so one of the live seats of its chats; or not live."""
         if live is not seat.live:
             seat.live = live
-            move = self._enter_chat if live else self._leave_chat
             for chat_id in seat.person.chats:
-                move(seat, chat_id)
+                self._place(seat, chat_id)
 
-    def _enter_chat(self, seat: Seat, chat_id: int) -> None:
-        self.live_seats.setdefault(chat_id, set()).add(seat)
-
-    def _leave_chat(self, seat: Seat, chat_id: int) -> None:
-        seats = self.live_seats[chat_id]
-        seats.remove(seat)
+    def _place(self, seat: Seat, chat_id: int) -> None:
+        """Put a seat among the live seats of a chat, or take it out."""
+        seats = self.live_seats.setdefault(chat_id, set())
+        if seat.live and chat_id in seat.person.chats:
+            seats.add(seat)
+        else:
+            seats.discard(seat)
         if not seats:
             del self.live_seats[chat_id]
 
