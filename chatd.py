@@ -1980,7 +1980,7 @@ class Seat(msgspec.Struct, eq=False):
     """A connection as the hub knows it: its user, its cursor and its outbox.
 
     A live seat has been given all up to the hub's head, and its `cursor` means nothing.
-    Only `Hub._push_frames` makes a seat live.
+    Only `Hub.push_page` makes a seat live.
     A seat that is not live has been given all events up to `cursor`; its session's
     `_greet` or `_catch_up` pushes the rest.
     """
@@ -2211,17 +2211,17 @@ class Hub:
         by_chat = sorted(events, key=lambda entry: entry.chat_id)
         audience = operator.attrgetter("chat_id", "to_chat", "to_user")
         for (chat_id, to_chat, to_user), group in itertools.groupby(by_chat, audience):
-            news, person = list(group), self.people.get(to_user)
+            news = list(group)
             seats = set(self.live_seats.get(chat_id, ()) if to_chat else ())
-            if person is not None:
+            if person := self.people.get(to_user):
                 seats.update(seat for seat in person.seats if seat.live)
+                for entry in news:
+                    if effect := entry.event.membership:
+                        joined_seq = entry.seq if effect == "joins" else None
+                        self._change(person, chat_id, joined_seq)
             for seat in seats:
                 if (had := deliveries.setdefault(seat, news)) is not news:
                     deliveries[seat] = sorted(had + news, key=lambda entry: entry.seq)
-            for entry in news:
-                if person is not None and (effect := entry.event.membership):
-                    joined_seq = entry.seq if effect == "joins" else None
-                    self._change(person, chat_id, joined_seq)
         shared: dict[int, tuple[list[Seat], Entries]] = {}
         for seat, news in deliveries.items():
             shared.setdefault(id(news), ([], news))[0].append(seat)
@@ -2271,10 +2271,7 @@ class Hub:
             return
         events = self.correct(page.events, page.upto)
         seat.cursor = page.cursor
-        self._push_frames(seat, [e.frame for e in events if seat.person.sees(e)])
-
-    def _push_frames(self, seat: Seat, frames: list[bytes]) -> None:
-        if frames:
+        if frames := [entry.frame for entry in events if seat.person.sees(entry)]:
             seat.outbox.push(b"".join(frames), always=True)
             self.stats.deliveries += len(frames)
             self.stats.writes += 1
