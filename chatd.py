@@ -2296,6 +2296,7 @@ class Hub:
 # =====================================================================================
 
 
+@dataclasses.dataclass(eq=False)
 class Outbox:
     """One client's stream: every byte to it, and what trio-websocket reads from it.
 
@@ -2310,33 +2311,23 @@ class Outbox:
     sealed and its tasks have ended.
     """
 
-    # fmt: off
-    __slots__ = ("_blocked", "_broke", "_fd", "_nursery", "_owed_pong", "_pace",
-                 "_settings", "buffer", "listening", "moved_at", "received_at",
-                 "sealed", "stream")
-    # fmt: on
+    stream: trio.SocketStream
+    nursery: trio.Nursery
+    settings: Settings
+    broke: Callable[[], None]
 
-    def __init__(
-        self,
-        stream: trio.SocketStream,
-        nursery: trio.Nursery,
-        settings: Settings,
-        broke: Callable[[], None],
-    ) -> None:
-        self.stream = stream
+    def __post_init__(self) -> None:
+        """Begin with nothing buffered."""
         # b"" while nothing waits: testing it does not touch the buffer of an idle
         # connection.
         self.buffer: bytes | bytearray = b""
         self.sealed = False
         self.received_at = self.moved_at = trio.current_time()
-        self._nursery = nursery
-        self._settings = settings
-        self._fd = stream.socket.fileno()
+        self._fd = self.stream.socket.fileno()
         self.listening = False  # waiting for the client, not busy with its command
-        self._pace = Bucket(settings.receive_bytes)
+        self._pace = Bucket(self.settings.receive_bytes)
         self._blocked = trio.lowlevel.ParkingLot()
         self._owed_pong = b""
-        self._broke = broke
 
     @property
     def waiting(self) -> bool:
@@ -2346,7 +2337,7 @@ class Outbox:
     @property
     def full(self) -> bool:
         """Is the buffer at its bound, so that only answers are taken?"""
-        return len(self.buffer) >= self._settings.outbox_bytes
+        return len(self.buffer) >= self.settings.outbox_bytes
 
     def push(self, frames: bytes, always: bool = False) -> bool:
         """Write whole frames now, or buffer them. False: full, nothing was taken.
@@ -2372,7 +2363,7 @@ class Outbox:
         if sent < len(frames):
             self.buffer = bytearray(frames[sent:])
             self.moved_at = trio.current_time()
-            self._nursery.start_soon(self._flush)
+            self.nursery.start_soon(self._flush)
         return True
 
     def seal(self, frame: bytes) -> None:
@@ -2383,10 +2374,8 @@ class Outbox:
     def pong(self, payload: bytes) -> None:
         """Answer a ping; while full, only the newest one (RFC 6455 5.5.3)."""
         frame = bytes(_frames.pong(payload))
-        if self.full:
+        if not self.push(frame):
             self._owed_pong = frame
-        else:
-            self.push(frame)
 
     def charge(self) -> None:
         """Charge 128 bytes for each frame: tiny frames cost that much to handle."""
@@ -2396,7 +2385,7 @@ class Outbox:
         self.sealed = True
         self.buffer = b""
         self._blocked.unpark_all()
-        self._broke()
+        self.broke()
 
     async def _flush(self) -> None:
         """Write the buffer as the socket accepts it: the one task that waits for it."""
@@ -2432,7 +2421,7 @@ class Outbox:
         Closing a socket with unread input makes the kernel send RST, which can overtake
         them.
         """
-        with trio.move_on_after(self._settings.drain_seconds):
+        with trio.move_on_after(self.settings.drain_seconds):
             await self.wait_empty()
         await linger(self.stream)
 
