@@ -631,7 +631,6 @@ class WebSocketReader(WebSocketConnection):
     def __init__(
         self,
         outbox: Outbox,
-        settings: Settings,
         trailing: bytes,
         on_message: Callable[[str | bytes], Awaitable[None]],
     ) -> None:
@@ -640,14 +639,11 @@ class WebSocketReader(WebSocketConnection):
         self._stream: Any = outbox  # the library only reads from it
         self._outbox = outbox
         self._on_message = on_message
-        self._max_message_size = settings.max_message_bytes
-        self._most_fragments = settings.fragments
         self._message_parts: list[Any] = []
         self._message_size = self._fragments = 0
 
-    async def read(self) -> None:
-        """Read and handle messages until the connection ends. Raises ClientFault."""
-        await self._reader_task()
+    # Reads and handles messages until the connection ends. Raises ClientFault.
+    read = WebSocketConnection._reader_task
 
     async def _handle_ping_event(self, event: wsproto.events.Ping) -> None:
         self._outbox.charge()
@@ -668,17 +664,15 @@ class WebSocketReader(WebSocketConnection):
         self, event: wsproto.events.BytesMessage | wsproto.events.TextMessage
     ) -> None:
         self._outbox.charge()
-        data = event.data
+        data, settings = event.data, self._outbox.settings
         self._message_size += len(data.encode() if isinstance(data, str) else data)
         self._fragments += event.frame_finished
-        if self._message_size > self._max_message_size:
-            raise ClientFault(
-                CLOSE_TOO_BIG, f"more than {self._max_message_size} bytes"
-            )
-        if self._fragments > self._most_fragments:
-            raise ClientFault(
-                CLOSE_TOO_BIG, f"more than {self._most_fragments} fragments"
-            )
+        if self._message_size > settings.max_message_bytes:
+            why = f"more than {settings.max_message_bytes} bytes"
+            raise ClientFault(CLOSE_TOO_BIG, why)
+        if self._fragments > settings.fragments:
+            why = f"more than {settings.fragments} fragments"
+            raise ClientFault(CLOSE_TOO_BIG, why)
         self._message_parts.append(data)
         if not event.message_finished:
             return
@@ -726,7 +720,7 @@ class Session:
         """
         server = self.server
         server.opened(self)
-        reader = WebSocketReader(self.outbox, server.settings, trailing, self._receive)
+        reader = WebSocketReader(self.outbox, trailing, self._receive)
         try:
             try:
                 with self.reading:
