@@ -1651,7 +1651,9 @@ class Store:
                 db.execute("BEGIN IMMEDIATE")
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (text,))
                 db.execute("COMMIT")
-            found = self._above(db, self.seq)
+            unpublished = {"cursor": self.seq, "upto": MAX_ID, "limit": -1}
+            rows = db.execute(FEED, unpublished).fetchall()
+            found = [self._entry(db, row, MAX_ID) for row in rows]
             self._committed(found)
         except (sqlite3.Error, OSError) as error:
             self._failed(error)
@@ -1861,11 +1863,6 @@ class Store:
         rows = db.execute(PAGE if user_id else FEED, bounds)
         entries = (self._entry(db, row, upto) for row in rows)
         return page_of(entries, self.settings, upto, limit)
-
-    def _above(self, db: Db, seq: int) -> Entries:
-        """Read the whole event log above seq."""
-        rows = db.execute(f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq", (seq,)).fetchall()
-        return [self._entry(db, row, MAX_ID) for row in rows]
 
     def tail(self) -> Entries:
         """Read the end of the event log for the hub's tail, at the start.
