@@ -2147,7 +2147,7 @@ class Hub:
                 replies.setdefault(job.seat, []).append(reply)
         for seats, events in deliveries:
             joined = b"".join([entry.frame for entry in events])
-            behind_before = len(behind)
+            written = len(seats)
             for seat in seats:
                 if seat in replies:
                     frames = joined + b"".join([reply.frame for reply in replies[seat]])
@@ -2158,7 +2158,7 @@ class Hub:
                 elif seat.outbox.push(joined):
                     continue
                 behind.append(seat)  # it gets the events, and they are counted, later
-            written = len(seats) - len(behind) + behind_before
+                written -= 1
             self.stats.deliveries += written * len(events)
             self.stats.writes += written
         for seat in behind:
@@ -2477,14 +2477,14 @@ class Refusal(Exception):
         message: str = "",
         *,
         retry_after: float | None = None,
-        status: int | None = None,
+        status: int = 0,
         headers: dict[str, str] | None = None,
     ) -> None:
         usual_status, usual_message = REFUSALS[code]
         self.code = code
         self.message = message or usual_message
         self.status = status or usual_status
-        self.retry_after = None if retry_after is None else round(retry_after, 3)
+        self.retry_after = retry_after and round(retry_after, 3)
         self.headers = headers or {}
         super().__init__(f"{code}: {self.message}")
 
@@ -5280,6 +5280,9 @@ def set_up_log(level: str) -> None:
     logging.getLogger("trio-websocket").disabled = True
 
 
+Counts = Counter[str]
+
+
 class Stats:
     """Counts since the start, named as in the stats document."""
 
@@ -5288,12 +5291,12 @@ class Stats:
         self.total = self.deliveries = self.writes = self.catch_ups = self.stalls = 0
         self.commits = self.batch_max = self.duplicates = self.failed = self.joins = 0
         self.searches = 0
-        self.closed = Counter[str]()
-        self.refused = Counter[str]()
-        self.events = Counter[str]()
-        self.rate_limited = Counter[str]()
-        self.errors = Counter[str]()
-        self.resumes = Counter[str](fresh=0, live=0, replay=0, resync=0)
+        self.closed = Counts()
+        self.refused = Counts()
+        self.events = Counts()
+        self.rate_limited = Counts()
+        self.errors = Counts()
+        self.resumes = Counts(fresh=0, live=0, replay=0, resync=0)
         self.commit_times = deque[float](maxlen=1024)
         self.commit_max = 0.0
 
