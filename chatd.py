@@ -394,15 +394,14 @@ class Server:
         trailing holds the bytes that the client sent right behind its handshake.
         """
         async with trio.open_nursery() as nursery:
-            cut = nursery.cancel_scope.cancel
-            outbox = Outbox(stream, nursery, self.settings, cut)
+            outbox = Outbox(stream, nursery, self.settings)
             outbox.push(switching_protocols(key))
-            session = Session(self, outbox, nursery, claims, cursor)
+            session = Session(self, outbox, claims, cursor)
             try:
                 await session.run(trailing)
             finally:
                 outbox.sealed = True  # nothing is written once the stream is closed
-                cut()
+                nursery.cancel_scope.cancel()
 
     async def _sweep(self) -> None:
         """Once a second check deadlines and the database file; feed the watchdog."""
@@ -699,7 +698,6 @@ class Session:
 
     server: Server
     outbox: Outbox
-    nursery: trio.Nursery
     claims: Claims
     cursor: str | None
     close_with: tuple[int, str] | None = None  # code and reason, once known
@@ -751,7 +749,7 @@ class Session:
         if code == CUT:
             user, queued = self.claims.user_id, len(self.outbox.buffer)
             log(INFO, "cut", user=user, why=reason, queued=queued)
-            self.nursery.cancel_scope.cancel()
+            self.outbox.nursery.cancel_scope.cancel()
 
     # --- joining ---------------------------------------------------------------------
 
@@ -816,7 +814,7 @@ class Session:
 
     def _start_catch_up(self) -> None:
         self.server.stats.catch_ups += 1
-        self.nursery.start_soon(self._catch_up)
+        self.outbox.nursery.start_soon(self._catch_up)
 
     async def _catch_up(self) -> None:
         """Push the events that the seat missed, until it is live.
@@ -2017,17 +2015,16 @@ class Seat(msgspec.Struct, eq=False):
         itself reads nothing of the client, a missing pong proves nothing.
         """
         outbox = self.outbox
+        reads = outbox.listening and not outbox.waiting
+        if not reads or self.pinged_at <= outbox.received_at:
+            self.pinged_at = 0.0
         if outbox.waiting:
-            self.pinged_at = 0.0
-            stalled = now - outbox.moved_at > min(STALL_SECONDS, most)
-            return "stalled" if stalled else None
-        if not outbox.listening or self.pinged_at <= outbox.received_at:
-            self.pinged_at = 0.0
-        if self.pinged_at:
-            silent = now - self.pinged_at > min(PONG_SECONDS, most)
-            return "silent" if silent else None
-        silence = now - outbox.received_at
-        if outbox.listening and silence > min(self.ping_after, most):
+            if now - outbox.moved_at > min(STALL_SECONDS, most):
+                return "stalled"
+        elif self.pinged_at:
+            if now - self.pinged_at > min(PONG_SECONDS, most):
+                return "silent"
+        elif reads and now - outbox.received_at > min(self.ping_after, most):
             self.pinged_at = now
             outbox.push(PING_FRAME)
         return None
@@ -2303,9 +2300,8 @@ class Outbox:
     """
 
     stream: trio.SocketStream
-    nursery: trio.Nursery
+    nursery: trio.Nursery  # the connection's
     settings: Settings
-    broke: Callable[[], None]
 
     def __post_init__(self) -> None:
         """Begin with nothing buffered."""
@@ -2376,7 +2372,7 @@ class Outbox:
         self.sealed = True
         self.buffer = b""
         self._blocked.unpark_all()
-        self.broke()
+        self.nursery.cancel_scope.cancel()
 
     async def _flush(self) -> None:
         """Write the buffer as the socket accepts it: the one task that waits for it."""
