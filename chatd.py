@@ -2015,10 +2015,10 @@ class Seat(msgspec.Struct, eq=False):
         itself reads nothing of the client, a missing pong proves nothing.
         """
         outbox = self.outbox
-        reads = outbox.listening and not outbox.waiting
+        reads = outbox.listening and not outbox.buffer
         if not reads or self.pinged_at <= outbox.received_at:
             self.pinged_at = 0.0
-        if outbox.waiting:
+        if outbox.buffer:
             if now - outbox.moved_at > min(STALL_SECONDS, most):
                 return "stalled"
         elif self.pinged_at:
@@ -2271,7 +2271,7 @@ class Hub:
         """Send a typing sign to the other live seats that have no output waiting."""
         frame = text_frame(TypingSign(chat_id, user_id, is_typing))
         for seat in self.live_seats.get(chat_id, ()):
-            if seat.person.user_id != user_id and not seat.outbox.waiting:
+            if seat.person.user_id != user_id and not seat.outbox.buffer:
                 seat.outbox.push(frame)
 
 
@@ -2305,8 +2305,8 @@ class Outbox:
 
     def __post_init__(self) -> None:
         """Begin with nothing buffered."""
-        # b"" while nothing waits: testing it does not touch the buffer of an idle
-        # connection.
+        # The bytes that the kernel has not accepted. b"" while nothing waits: testing
+        # it does not touch the buffer of an idle connection.
         self.buffer: bytes | bytearray = b""
         self.sealed = False
         self.received_at = self.moved_at = trio.current_time()
@@ -2315,11 +2315,6 @@ class Outbox:
         self._pace = Bucket(self.settings.receive_bytes)
         self._blocked = trio.lowlevel.ParkingLot()
         self._owed_pong = b""
-
-    @property
-    def waiting(self) -> bool:
-        """Are bytes buffered that the kernel has not accepted?"""
-        return bool(self.buffer)
 
     @property
     def full(self) -> bool:

@@ -62,7 +62,7 @@ async def test_a_push_reaches_the_kernel_before_it_returns(
     assert box.push(b"hello")
     # No await since the push: the bytes are in the kernel now.
     assert os.read(raw.stream.socket.fileno(), 100) == b"hello"
-    assert not box.waiting
+    assert not box.buffer
     assert len(tasks) == before
 
 
@@ -75,11 +75,11 @@ async def test_unsent_bytes_are_kept_and_flushed_by_a_task_that_then_ends(
     tasks = len(session.outbox.nursery.child_tasks)
     for number in range(100):
         assert session.outbox.push(numbered_frame(number))
-    assert session.outbox.waiting
+    assert session.outbox.buffer
     assert len(session.outbox.nursery.child_tasks) == tasks + 1
     await raw.listen()
     assert numbers_in(raw.data) == list(range(100))
-    assert not session.outbox.waiting
+    assert not session.outbox.buffer
     assert len(session.outbox.nursery.child_tasks) == tasks
 
 
