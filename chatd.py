@@ -431,20 +431,6 @@ class Server:
         """Spread reconnecting clients: 500 a second, none in the first half second."""
         return round(random.uniform(0.5, 1 + len(self.sessions) / 500), 1)
 
-    def opened(self, session: Session) -> None:
-        """Count a socket in."""
-        self.sessions.add(session)
-        self.stats.total += 1
-        log(DEBUG, "joined", user=session.claims.user_id)
-
-    def left(self, session: Session) -> None:
-        """Count a socket out."""
-        self.sessions.discard(session)
-        self.listener.end_parked()
-        code, _ = session.close_with or (CUT, "")
-        self.stats.closed[str(code)] += 1
-        log(DEBUG, "left", user=session.claims.user_id, code=code)
-
 
 # Serves the rest of a connection after a request: a socket, or an answer of a proxy.
 TakeOver = Callable[[trio.SocketStream], Awaitable[None]]
@@ -716,8 +702,10 @@ class Session:
 
         trailing holds the bytes that the client sent right behind its handshake.
         """
-        server = self.server
-        server.opened(self)
+        server, user_id = self.server, self.claims.user_id
+        server.sessions.add(self)
+        server.stats.total += 1
+        log(DEBUG, "joined", user=user_id)
         reader = WebSocketReader(self.outbox, trailing, self._receive)
         try:
             try:
@@ -733,7 +721,11 @@ class Session:
             await self._close()
         finally:
             server.hub.leave(self.seat)
-            server.left(self)
+            server.sessions.discard(self)
+            server.listener.end_parked()
+            code, _ = self.close_with or (CUT, "")
+            server.stats.closed[str(code)] += 1
+            log(DEBUG, "left", user=user_id, code=code)
             # Break the reference cycle between session and seat: all of this is then
             # freed at once and does not wait for a full pass of the collector.
             del self.seat.catch_up, self.seat.end
@@ -4541,7 +4533,7 @@ async def _admit(
     cursor = request.argument("cursor")
     with trio.move_on_after(REQUEST_SECONDS), suppress(Refusal):
         await store_name(server, claims)
-    # No task switch from here until `Server.opened` counts it, so the bound is exact.
+    # No task switch from here until `Session.run` counts it, so the bound is exact.
     if len(server.sessions) >= server.settings.max_connections:
         server.listener.warn("full", "sockets")
         raise Refusal("overloaded", retry_after=server.retry_after_seconds())
