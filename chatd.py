@@ -508,7 +508,10 @@ class Listener:
         try:
             http = HttpConnection(self, stream)
             if self.open > self.settings.max_connections + 128 and not self._evict():
-                await self._turn_away(http)
+                self.warn("full", "connections")
+                await http.refuse(Refusal("overloaded", retry_after=5))
+                if self.open <= self.settings.max_connections + 192:
+                    await linger(stream)  # while there are descriptors for it
                 return
             take_over = await http.run()
             http = None  # a socket does not need its 6 KB
@@ -526,13 +529,6 @@ class Listener:
         finally:
             self.open -= 1
             stream.socket.close()
-
-    async def _turn_away(self, http: HttpConnection) -> None:
-        """Answer 503, with a graceful end while there are descriptors for it."""
-        self.warn("full", "connections")
-        await http.refuse(Refusal("overloaded", retry_after=5))
-        if self.open <= self.settings.max_connections + 192:
-            await linger(http.stream)
 
     def _evict(self) -> bool:
         """End the connection that has waited longest for bytes, if one waits."""
