@@ -1634,9 +1634,7 @@ class Store:
                 # the database, and there are none.
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             for text in ("x" * 65536, str(time.time())):  # the second frees the 64 KB
-                db.execute("BEGIN IMMEDIATE")
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (text,))
-                db.execute("COMMIT")
             unpublished = {"cursor": self.seq, "upto": MAX_ID, "limit": -1}
             rows = db.execute(FEED, unpublished).fetchall()
             found = [self._entry(db, row, MAX_ID) for row in rows]
