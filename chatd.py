@@ -2406,17 +2406,13 @@ class Outbox:
             # minutes.
             await trio.sleep(1)
             debt -= 1
-            if self._hung_up():
+            look = select.poll()
+            look.register(self._fd, getattr(select, "POLLRDHUP", 0))  # else only HUP
+            if look.poll(0):
                 raise trio.BrokenResourceError
         if debt:
             await trio.sleep(debt)
         return data
-
-    def _hung_up(self) -> bool:
-        """Has the client ended its side, even if bytes of it are still unread?"""
-        look = select.poll()
-        look.register(self._fd, getattr(select, "POLLRDHUP", 0))  # else only HUP
-        return bool(look.poll(0))
 
     async def _receive(self, max_bytes: int) -> bytes:
         while True:
