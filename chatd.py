@@ -3937,14 +3937,10 @@ class Keyring:
                 "token: not the kind that this takes. A ticket opens a socket; a "
                 "sign-in link or a session token, a session; an invitation, a chat"
             )
-        if claims.use == "ticket":
-            if use == "socket" and claims.boot != self.boot:
-                raise Refusal(
-                    "token_used", "a ticket from before a restart: get a new one"
-                )
-            if claims.jti in self.spent:
-                raise Refusal("token_used")
-        self.refuse_revoked(claims)
+        if claims.use == "ticket" and use == "socket" and claims.boot != self.boot:
+            why = "a ticket from before a restart: get a new one"
+            raise Refusal("token_used", why)
+        self.recheck(claims)
         return claims
 
     def time_to_sign(self, user_id: int) -> int:
@@ -3955,8 +3951,10 @@ class Keyring:
         now, after = now_seconds(), self.revoked.get(user_id, 0) + 1
         return after if now < after <= now + AHEAD_SECONDS else now
 
-    def refuse_revoked(self, claims: Claims) -> None:
-        """Raise Refusal if the token may be from before a revocation."""
+    def recheck(self, claims: Claims) -> None:
+        """Raise Refusal if the token was used, or may be from before a revocation."""
+        if claims.jti in self.spent:
+            raise Refusal("token_used")
         revoked_at = self.revoked.get(claims.user_id)
         late = LEEWAY_SECONDS * claims.foreign  # the other clock may be ahead
         # In whole seconds: within one, both may have happened in any order.
@@ -3969,11 +3967,9 @@ class Keyring:
         Raises Refusal token_used or token_invalid if it was used, or its user revoked,
         since it was verified.
         """
-        self.refuse_revoked(claims)
+        self.recheck(claims)
         if claims.use != "ticket":
             return
-        if claims.jti in self.spent:
-            raise Refusal("token_used")
         for jti in list(itertools.islice(self.spent, 8)):  # the oldest
             if self.spent[jti] < time.time():  # up to 8 go for each that comes
                 del self.spent[jti]
@@ -4505,7 +4501,7 @@ async def answer_request(
         request.body = await connection.read_body(request)
         if known:
             # The body may have taken long: the user may have been revoked meanwhile.
-            server.keyring.refuse_revoked(request.claims)
+            server.keyring.recheck(request.claims)
             if route.changes:
                 charge_change(server, request.claims)
         answer = route.handler(server, request)
@@ -4609,7 +4605,7 @@ async def post_session(server: Server, request: Request) -> Answer:
     user_id = request.user_id
     name = await server.store.read(server.chats.name, user_id)
     # The user may have been revoked meanwhile. From here on nothing waits.
-    server.keyring.refuse_revoked(request.claims)
+    server.keyring.recheck(request.claims)
     # No name in it: it is newer than the link, and would undo a change of the name.
     token = server.keyring.sign(user_id, SESSION_SECONDS, use="session")
     return json_answer(
@@ -4779,7 +4775,7 @@ async def change_invites(server: Server, request: Request) -> Answer:
     if ends:
         return Answer(204)
     # The user may have been revoked meanwhile: its invitation would count all the same.
-    server.keyring.refuse_revoked(request.claims)
+    server.keyring.recheck(request.claims)
     request.body = request.body or b"{}"
     seconds = request.parse(InviteBody).ttl_seconds
     token = server.keyring.sign(user_id, seconds, use="invite", invite=invite)
