@@ -1565,7 +1565,10 @@ class Store:
                 if len(events) >= self.settings.batch_events:
                     break  # a large chat was created: the other jobs come next
             self._writer.execute("COMMIT")
-            self._committed(events)
+            # After an OSError here they are committed and not counted: `_probe` finds
+            # them.
+            self.check_file()
+            self.seq += len(events)
         except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return self._storage_failed(jobs)
@@ -1590,14 +1593,6 @@ class Store:
             return Refusal("internal")
         db.execute("RELEASE job")
         return outcome
-
-    def _committed(self, events: Entries) -> None:
-        """Count events that COMMIT has stored. Raises what check_file raises.
-
-        After an OSError they are committed and not counted: `_probe` finds them.
-        """
-        self.check_file()
-        self.seq += len(events)
 
     def _failed(self, error: sqlite3.Error | OSError) -> None:
         """Refuse writes until a probe succeeds, whatever is wrong with the disk."""
@@ -1638,7 +1633,8 @@ class Store:
             unpublished = {"cursor": self.seq, "upto": MAX_ID, "limit": -1}
             rows = db.execute(FEED, unpublished).fetchall()
             found = [self._entry(db, row, MAX_ID) for row in rows]
-            self._committed(found)
+            self.check_file()
+            self.seq += len(found)
         except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return Batch([], [])
