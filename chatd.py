@@ -824,8 +824,9 @@ class Session:
             try:
                 person.replaying = person.replaying or trio.Lock()
                 async with person.replaying:
-                    where = (user_id, seat.cursor, hub.head, limit)
-                    page = await store.read(store.events_after, *where)
+                    page = await store.read(
+                        store.events_after, user_id, seat.cursor, hub.head, limit
+                    )
             except Refusal:
                 self.end(CLOSE_LATER, "events cannot be read now: keep your cursor")
                 return
@@ -936,12 +937,20 @@ class Session:
         charge_change(self.server, self.claims)
 
         def reply(message: Message) -> Reply:
-            rev, chat_id = message.rev or message.id, message.chat_id
-            ack = Ack(command.ref, message_id=message.id, chat_id=chat_id, rev=rev)
+            rev = message.rev or message.id
+            ack = Ack(
+                command.ref, message_id=message.id, chat_id=message.chat_id, rev=rev
+            )
             return Reply(text_frame(ack), rev)
 
-        what = (by, command.message_id, *new)
-        await self._submit(command, reply, self.server.chats.change_message, *what)
+        await self._submit(
+            command,
+            reply,
+            self.server.chats.change_message,
+            by,
+            command.message_id,
+            *new,
+        )
 
     async def _mark_read(self, command: MarkRead) -> None:
         ack = text_frame(Ack(ref=command.ref))
