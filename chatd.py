@@ -212,6 +212,7 @@ from typing import (
     NamedTuple,
     TypeVar,
     assert_never,
+    dataclass_transform,
     get_args,
 )
 from unicodedata import category, normalize
@@ -240,6 +241,15 @@ logger = logging.getLogger("chatd")
 T = TypeVar("T")
 Db = sqlite3.Connection
 MAX_ID = 2**53 - 1  # JavaScript's largest safe integer
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+class Record(msgspec.Struct, frozen=True):
+    """Values with names and types, which msgspec checks. Never changed once made."""
+
+
+class ServerMessage(Record, omit_defaults=True, tag_field="type"):
+    """A message from the server. Fields at their default are left out."""
 
 
 # =====================================================================================
@@ -386,15 +396,14 @@ class Server:
         trailing holds the bytes that the client sent right behind its handshake.
         """
         async with trio.open_nursery() as nursery:
-            cut = nursery.cancel_scope.cancel
-            outbox = Outbox(stream, nursery, self.settings, cut)
+            outbox = Outbox(stream, nursery, self.settings)
             outbox.push(switching_protocols(key))
-            session = Session(self, outbox, nursery, claims, cursor)
+            session = Session(self, outbox, claims, cursor)
             try:
                 await session.run(trailing)
             finally:
                 outbox.sealed = True  # nothing is written once the stream is closed
-                cut()
+                nursery.cancel_scope.cancel()
 
     async def _sweep(self) -> None:
         """Once a second check deadlines and the database file; feed the watchdog."""
@@ -428,20 +437,6 @@ class Server:
     def retry_after_seconds(self) -> float:
         """Spread reconnecting clients: 500 a second, none in the first half second."""
         return round(random.uniform(0.5, 1 + len(self.sessions) / 500), 1)
-
-    def opened(self, session: Session) -> None:
-        """Count a socket in."""
-        self.sessions.add(session)
-        self.stats.total += 1
-        log(DEBUG, "joined", user=session.claims.user_id)
-
-    def left(self, session: Session) -> None:
-        """Count a socket out."""
-        self.sessions.discard(session)
-        self.listener.end_parked()
-        code, _ = session.close_with or (CUT, "")
-        self.stats.closed[str(code)] += 1
-        log(DEBUG, "left", user=session.claims.user_id, code=code)
 
 
 # Serves the rest of a connection after a request: a socket, or an answer of a proxy.
@@ -520,7 +515,10 @@ class Listener:
         try:
             http = HttpConnection(self, stream)
             if self.open > self.settings.max_connections + 128 and not self._evict():
-                await self._turn_away(http)
+                self.warn("full", "connections")
+                await http.refuse(Refusal("overloaded", retry_after=5))
+                if self.open <= self.settings.max_connections + 192:
+                    await linger(stream)  # while there are descriptors for it
                 return
             take_over = await http.run()
             http = None  # a socket does not need its 6 KB
@@ -538,13 +536,6 @@ class Listener:
         finally:
             self.open -= 1
             stream.socket.close()
-
-    async def _turn_away(self, http: HttpConnection) -> None:
-        """Answer 503, with a graceful end while there are descriptors for it."""
-        self.warn("full", "connections")
-        await http.refuse(Refusal("overloaded", retry_after=5))
-        if self.open <= self.settings.max_connections + 192:
-            await linger(http.stream)
 
     def _evict(self) -> bool:
         """End the connection that has waited longest for bytes, if one waits."""
@@ -628,7 +619,6 @@ class WebSocketReader(WebSocketConnection):
     def __init__(
         self,
         outbox: Outbox,
-        settings: Settings,
         trailing: bytes,
         on_message: Callable[[str | bytes], Awaitable[None]],
     ) -> None:
@@ -637,14 +627,11 @@ class WebSocketReader(WebSocketConnection):
         self._stream: Any = outbox  # the library only reads from it
         self._outbox = outbox
         self._on_message = on_message
-        self._max_message_size = settings.max_message_bytes
-        self._most_fragments = settings.fragments
         self._message_parts: list[Any] = []
         self._message_size = self._fragments = 0
 
-    async def read(self) -> None:
-        """Read and handle messages until the connection ends. Raises ClientFault."""
-        await self._reader_task()
+    # Reads and handles messages until the connection ends. Raises ClientFault.
+    read = WebSocketConnection._reader_task
 
     async def _handle_ping_event(self, event: wsproto.events.Ping) -> None:
         self._outbox.charge()
@@ -665,17 +652,15 @@ class WebSocketReader(WebSocketConnection):
         self, event: wsproto.events.BytesMessage | wsproto.events.TextMessage
     ) -> None:
         self._outbox.charge()
-        data = event.data
+        data, settings = event.data, self._outbox.settings
         self._message_size += len(data.encode() if isinstance(data, str) else data)
         self._fragments += event.frame_finished
-        if self._message_size > self._max_message_size:
-            raise ClientFault(
-                CLOSE_TOO_BIG, f"more than {self._max_message_size} bytes"
-            )
-        if self._fragments > self._most_fragments:
-            raise ClientFault(
-                CLOSE_TOO_BIG, f"more than {self._most_fragments} fragments"
-            )
+        if self._message_size > settings.max_message_bytes:
+            why = f"more than {settings.max_message_bytes} bytes"
+            raise ClientFault(CLOSE_TOO_BIG, why)
+        if self._fragments > settings.fragments:
+            why = f"more than {settings.fragments} fragments"
+            raise ClientFault(CLOSE_TOO_BIG, why)
         self._message_parts.append(data)
         if not event.message_finished:
             return
@@ -702,7 +687,6 @@ class Session:
 
     server: Server
     outbox: Outbox
-    nursery: trio.Nursery
     claims: Claims
     cursor: str | None
     close_with: tuple[int, str] | None = None  # code and reason, once known
@@ -721,9 +705,11 @@ class Session:
 
         trailing holds the bytes that the client sent right behind its handshake.
         """
-        server = self.server
-        server.opened(self)
-        reader = WebSocketReader(self.outbox, server.settings, trailing, self._receive)
+        server, user_id = self.server, self.claims.user_id
+        server.sessions.add(self)
+        server.stats.total += 1
+        log(DEBUG, "joined", user=user_id)
+        reader = WebSocketReader(self.outbox, trailing, self._receive)
         try:
             try:
                 with self.reading:
@@ -738,7 +724,11 @@ class Session:
             await self._close()
         finally:
             server.hub.leave(self.seat)
-            server.left(self)
+            server.sessions.discard(self)
+            server.listener.end_parked()
+            code, _ = self.close_with or (CUT, "")
+            server.stats.closed[str(code)] += 1
+            log(DEBUG, "left", user=user_id, code=code)
             # Break the reference cycle between session and seat: all of this is then
             # freed at once and does not wait for a full pass of the collector.
             del self.seat.catch_up, self.seat.end
@@ -754,7 +744,7 @@ class Session:
         if code == CUT:
             user, queued = self.claims.user_id, len(self.outbox.buffer)
             log(INFO, "cut", user=user, why=reason, queued=queued)
-            self.nursery.cancel_scope.cancel()
+            self.outbox.nursery.cancel_scope.cancel()
 
     # --- joining ---------------------------------------------------------------------
 
@@ -819,7 +809,7 @@ class Session:
 
     def _start_catch_up(self) -> None:
         self.server.stats.catch_ups += 1
-        self.nursery.start_soon(self._catch_up)
+        self.outbox.nursery.start_soon(self._catch_up)
 
     async def _catch_up(self) -> None:
         """Push the events that the seat missed, until it is live.
@@ -841,8 +831,9 @@ class Session:
             try:
                 person.replaying = person.replaying or trio.Lock()
                 async with person.replaying:
-                    where = (user_id, seat.cursor, hub.head, limit)
-                    page = await store.read(store.events_after, *where)
+                    page = await store.read(
+                        store.events_after, user_id, seat.cursor, hub.head, limit
+                    )
             except Refusal:
                 self.end(CLOSE_LATER, "events cannot be read now: keep your cursor")
                 return
@@ -953,12 +944,20 @@ class Session:
         charge_change(self.server, self.claims)
 
         def reply(message: Message) -> Reply:
-            rev, chat_id = message.rev or message.id, message.chat_id
-            ack = Ack(command.ref, message_id=message.id, chat_id=chat_id, rev=rev)
+            rev = message.rev or message.id
+            ack = Ack(
+                command.ref, message_id=message.id, chat_id=message.chat_id, rev=rev
+            )
             return Reply(text_frame(ack), rev)
 
-        what = (by, command.message_id, *new)
-        await self._submit(command, reply, self.server.chats.change_message, *what)
+        await self._submit(
+            command,
+            reply,
+            self.server.chats.change_message,
+            by,
+            command.message_id,
+            *new,
+        )
 
     async def _mark_read(self, command: MarkRead) -> None:
         ack = text_frame(Ack(ref=command.ref))
@@ -1034,7 +1033,7 @@ class Session:
 # --- event kinds ---------------------------------------------------------------------
 
 
-class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
+class Event(ServerMessage):
     """One kind of event: its JSON, and what it does to the membership of its `to_user`.
 
     To add a kind, write a subclass, and the Store method that records it and decides
@@ -1048,13 +1047,13 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
     membership: ClassVar[Literal["joins", "leaves", ""]] = ""
 
 
-class MessageEvent(Event, frozen=True):
+class MessageEvent(Event):
     """An event that quotes a message: as it is when the event is sent."""
 
     message: Message
 
 
-class ChatEvent(Event, frozen=True):
+class ChatEvent(Event):
     """An event that shows its `to_user` the chat.
 
     From the tail it is the chat as of the event's commit, but for a change of its last
@@ -1065,14 +1064,14 @@ class ChatEvent(Event, frozen=True):
     chat: Chat
 
 
-class UserEvent(Event, frozen=True):
+class UserEvent(Event):
     """An event that names a user: by the name of today."""
 
     user_id: int
     name: str | None
 
 
-class NewMessage(MessageEvent, frozen=True, tag="new_message"):
+class NewMessage(MessageEvent, tag="new_message"):
     """To all members, and to the sender's own sockets too.
 
     Its sender has read the chat up to it, unless `read` is false.
@@ -1081,7 +1080,7 @@ class NewMessage(MessageEvent, frozen=True, tag="new_message"):
     read: bool = True
 
 
-class MessageRead(Event, frozen=True, tag="message_read"):
+class MessageRead(Event, tag="message_read"):
     """To all members; in a large chat to the reader only."""
 
     message_id: int
@@ -1089,36 +1088,36 @@ class MessageRead(Event, frozen=True, tag="message_read"):
     n: int
 
 
-class ChatAdded(ChatEvent, frozen=True, tag="chat_added"):
+class ChatAdded(ChatEvent, tag="chat_added"):
     """To the user who is in the chat from here on."""
 
     membership = "joins"
 
 
-class MemberAdded(UserEvent, frozen=True, tag="member_added"):
+class MemberAdded(UserEvent, tag="member_added"):
     """To those who were members before."""
 
 
-class ChatRenamed(Event, frozen=True, tag="chat_renamed"):
+class ChatRenamed(Event, tag="chat_renamed"):
     """To all members. user_id is the member who renamed the chat; None: a service."""
 
     title: str | None
     user_id: int | None
 
 
-class MessageChange(MessageEvent, frozen=True):
+class MessageChange(MessageEvent):
     """An event after which the message is another. The hub renews what it has of it."""
 
 
-class MessageEdited(MessageChange, frozen=True, tag="message_edited"):
+class MessageEdited(MessageChange, tag="message_edited"):
     """To all members: the message has another text."""
 
 
-class MessageDeleted(MessageChange, frozen=True, tag="message_deleted"):
+class MessageDeleted(MessageChange, tag="message_deleted"):
     """To all members: the message has no text any more."""
 
 
-class MemberRemoved(Event, frozen=True, tag="member_removed"):
+class MemberRemoved(Event, tag="member_removed"):
     """To the remaining members, and to the removed user, as the chat's last event."""
 
     user_id: int
@@ -1196,7 +1195,7 @@ class Send(NamedTuple):
     client_id: str | None = None
 
 
-class Sent(msgspec.Struct, frozen=True):
+class Sent(Record):
     """The result of a send. The message's id is its event's seq."""
 
     message: Message
@@ -1591,7 +1590,10 @@ class Store:
                 if len(events) >= self.settings.batch_events:
                     break  # a large chat was created: the other jobs come next
             self._writer.execute("COMMIT")
-            self._committed(events)
+            # After an OSError here they are committed and not counted: `_probe` finds
+            # them.
+            self.check_file()
+            self.seq += len(events)
         except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return self._storage_failed(jobs)
@@ -1616,14 +1618,6 @@ class Store:
             return Refusal("internal")
         db.execute("RELEASE job")
         return outcome
-
-    def _committed(self, events: Entries) -> None:
-        """Count events that COMMIT has stored. Raises what check_file raises.
-
-        After an OSError they are committed and not counted: `_probe` finds them.
-        """
-        self.check_file()
-        self.seq += len(events)
 
     def _failed(self, error: sqlite3.Error | OSError) -> None:
         """Refuse writes until a probe succeeds, whatever is wrong with the disk."""
@@ -1660,11 +1654,12 @@ class Store:
                 # the database, and there are none.
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             for text in ("x" * 65536, str(time.time())):  # the second frees the 64 KB
-                db.execute("BEGIN IMMEDIATE")
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (text,))
-                db.execute("COMMIT")
-            found = self._above(db, self.seq)
-            self._committed(found)
+            unpublished = {"cursor": self.seq, "upto": MAX_ID, "limit": -1}
+            rows = db.execute(FEED, unpublished).fetchall()
+            found = [self._entry(db, row, MAX_ID) for row in rows]
+            self.check_file()
+            self.seq += len(found)
         except (sqlite3.Error, OSError) as error:
             self._failed(error)
             return Batch([], [])
@@ -1875,11 +1870,6 @@ class Store:
         entries = (self._entry(db, row, upto) for row in rows)
         return page_of(entries, self.settings, upto, limit)
 
-    def _above(self, db: Db, seq: int) -> Entries:
-        """Read the whole event log above seq."""
-        rows = db.execute(f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq", (seq,)).fetchall()
-        return [self._entry(db, row, MAX_ID) for row in rows]
-
     def tail(self) -> Entries:
         """Read the end of the event log for the hub's tail, at the start.
 
@@ -1957,7 +1947,7 @@ class Person(msgspec.Struct, eq=False):
     seats: list[Seat] = []
     chats: dict[int, int] = {}  # chat -> joined_seq
     known: bool = False
-    changes: list[tuple[int, int | None]] = []
+    changes: dict[int, int | None] = {}
     # One replay of a user at a time: its sockets must not take all reading threads.
     replaying: trio.Lock | None = None
 
@@ -1987,7 +1977,7 @@ class Seat(msgspec.Struct, eq=False):
     """A connection as the hub knows it: its user, its cursor and its outbox.
 
     A live seat has been given all up to the hub's head, and its `cursor` means nothing.
-    Only `Hub._push_frames` makes a seat live.
+    Only `Hub.push_page` makes a seat live.
     A seat that is not live has been given all events up to `cursor`; its session's
     `_greet` or `_catch_up` pushes the rest.
     """
@@ -2033,17 +2023,16 @@ class Seat(msgspec.Struct, eq=False):
         itself reads nothing of the client, a missing pong proves nothing.
         """
         outbox = self.outbox
-        if outbox.waiting:
+        reads = outbox.listening and not outbox.buffer
+        if not reads or self.pinged_at <= outbox.received_at:
             self.pinged_at = 0.0
-            stalled = now - outbox.moved_at > min(STALL_SECONDS, most)
-            return "stalled" if stalled else None
-        if not outbox.listening or self.pinged_at <= outbox.received_at:
-            self.pinged_at = 0.0
-        if self.pinged_at:
-            silent = now - self.pinged_at > min(PONG_SECONDS, most)
-            return "silent" if silent else None
-        silence = now - outbox.received_at
-        if outbox.listening and silence > min(self.ping_after, most):
+        if outbox.buffer:
+            if now - outbox.moved_at > min(STALL_SECONDS, most):
+                return "stalled"
+        elif self.pinged_at:
+            if now - self.pinged_at > min(PONG_SECONDS, most):
+                return "silent"
+        elif reads and now - outbox.received_at > min(self.ping_after, most):
             self.pinged_at = now
             outbox.push(PING_FRAME)
         return None
@@ -2107,42 +2096,38 @@ class Hub:
                 del self.people[person.user_id]
 
     def set_chats(self, person: Person, joined: dict[int, int]) -> None:
-        """Set a person's chats as they were read, then apply the changes since."""
-        if person.known or not person.seats:
-            return  # another seat's read came first, or all seats have gone
+        """Set a person's chats as they were read, but for the changes since."""
+        if person.known:
+            return  # another seat's read came first
         person.known = True
-        for change in itertools.chain(joined.items(), person.changes):
-            self._change(person, *change)
-        person.changes.clear()
+        for chat_id, joined_seq in (joined | person.changes).items():
+            self._change(person, chat_id, joined_seq)
 
     def _change(self, person: Person, chat_id: int, joined_seq: int | None) -> None:
         """Make a person a member of a chat since joined_seq; None: not a member."""
         if not person.known:
-            person.changes.append((chat_id, joined_seq))
-            return
-        move = self._leave_chat if joined_seq is None else self._enter_chat
-        if joined_seq is not None:
+            person.changes[chat_id] = joined_seq
+        elif joined_seq is None:
+            person.chats.pop(chat_id, None)
+        else:
             person.chats[chat_id] = joined_seq
-        elif person.chats.pop(chat_id, None) is None:
-            return
         for seat in person.seats:
-            if seat.live:
-                move(seat, chat_id)
+            self._place(seat, chat_id)
 
     def _set_live(self, seat: Seat, live: bool) -> None:
         """Make a seat live, and so one of the live seats of its chats; or not live."""
         if live is not seat.live:
             seat.live = live
-            move = self._enter_chat if live else self._leave_chat
             for chat_id in seat.person.chats:
-                move(seat, chat_id)
+                self._place(seat, chat_id)
 
-    def _enter_chat(self, seat: Seat, chat_id: int) -> None:
-        self.live_seats.setdefault(chat_id, set()).add(seat)
-
-    def _leave_chat(self, seat: Seat, chat_id: int) -> None:
-        seats = self.live_seats[chat_id]
-        seats.remove(seat)
+    def _place(self, seat: Seat, chat_id: int) -> None:
+        """Put a seat among the live seats of a chat, or take it out."""
+        seats = self.live_seats.setdefault(chat_id, set())
+        if seat.live and chat_id in seat.person.chats:
+            seats.add(seat)
+        else:
+            seats.discard(seat)
         if not seats:
             del self.live_seats[chat_id]
 
@@ -2167,7 +2152,7 @@ class Hub:
                 replies.setdefault(job.seat, []).append(reply)
         for seats, events in deliveries:
             joined = b"".join([entry.frame for entry in events])
-            behind_before = len(behind)
+            written = len(seats)
             for seat in seats:
                 if seat in replies:
                     frames = joined + b"".join([reply.frame for reply in replies[seat]])
@@ -2178,7 +2163,7 @@ class Hub:
                 elif seat.outbox.push(joined):
                     continue
                 behind.append(seat)  # it gets the events, and they are counted, later
-            written = len(seats) - len(behind) + behind_before
+                written -= 1
             self.stats.deliveries += written * len(events)
             self.stats.writes += written
         for seat in behind:
@@ -2222,17 +2207,17 @@ class Hub:
         by_chat = sorted(events, key=lambda entry: entry.chat_id)
         audience = operator.attrgetter("chat_id", "to_chat", "to_user")
         for (chat_id, to_chat, to_user), group in itertools.groupby(by_chat, audience):
-            news, person = list(group), self.people.get(to_user)
+            news = list(group)
             seats = set(self.live_seats.get(chat_id, ()) if to_chat else ())
-            if person is not None:
+            if person := self.people.get(to_user):
                 seats.update(seat for seat in person.seats if seat.live)
+                for entry in news:
+                    if effect := entry.event.membership:
+                        joined_seq = entry.seq if effect == "joins" else None
+                        self._change(person, chat_id, joined_seq)
             for seat in seats:
                 if (had := deliveries.setdefault(seat, news)) is not news:
                     deliveries[seat] = sorted(had + news, key=lambda entry: entry.seq)
-            for entry in news:
-                if person is not None and (effect := entry.event.membership):
-                    joined_seq = entry.seq if effect == "joins" else None
-                    self._change(person, chat_id, joined_seq)
         shared: dict[int, tuple[list[Seat], Entries]] = {}
         for seat, news in deliveries.items():
             shared.setdefault(id(news), ([], news))[0].append(seat)
@@ -2282,10 +2267,7 @@ class Hub:
             return
         events = self.correct(page.events, page.upto)
         seat.cursor = page.cursor
-        self._push_frames(seat, [e.frame for e in events if seat.person.sees(e)])
-
-    def _push_frames(self, seat: Seat, frames: list[bytes]) -> None:
-        if frames:
+        if frames := [entry.frame for entry in events if seat.person.sees(entry)]:
             seat.outbox.push(b"".join(frames), always=True)
             self.stats.deliveries += len(frames)
             self.stats.writes += 1
@@ -2297,7 +2279,7 @@ class Hub:
         """Send a typing sign to the other live seats that have no output waiting."""
         frame = text_frame(TypingSign(chat_id, user_id, is_typing))
         for seat in self.live_seats.get(chat_id, ()):
-            if seat.person.user_id != user_id and not seat.outbox.waiting:
+            if seat.person.user_id != user_id and not seat.outbox.buffer:
                 seat.outbox.push(frame)
 
 
@@ -2310,6 +2292,7 @@ class Hub:
 # =====================================================================================
 
 
+@dataclasses.dataclass(eq=False)
 class Outbox:
     """One client's stream: every byte to it, and what trio-websocket reads from it.
 
@@ -2324,43 +2307,27 @@ class Outbox:
     sealed and its tasks have ended.
     """
 
-    # fmt: off
-    __slots__ = ("_blocked", "_broke", "_fd", "_nursery", "_owed_pong", "_pace",
-                 "_settings", "buffer", "listening", "moved_at", "received_at",
-                 "sealed", "stream")
-    # fmt: on
+    stream: trio.SocketStream
+    nursery: trio.Nursery  # the connection's
+    settings: Settings
 
-    def __init__(
-        self,
-        stream: trio.SocketStream,
-        nursery: trio.Nursery,
-        settings: Settings,
-        broke: Callable[[], None],
-    ) -> None:
-        self.stream = stream
-        # b"" while nothing waits: testing it does not touch the buffer of an idle
-        # connection.
+    def __post_init__(self) -> None:
+        """Begin with nothing buffered."""
+        # The bytes that the kernel has not accepted. b"" while nothing waits: testing
+        # it does not touch the buffer of an idle connection.
         self.buffer: bytes | bytearray = b""
         self.sealed = False
         self.received_at = self.moved_at = trio.current_time()
-        self._nursery = nursery
-        self._settings = settings
-        self._fd = stream.socket.fileno()
+        self._fd = self.stream.socket.fileno()
         self.listening = False  # waiting for the client, not busy with its command
-        self._pace = Bucket(settings.receive_bytes)
+        self._pace = Bucket(self.settings.receive_bytes)
         self._blocked = trio.lowlevel.ParkingLot()
         self._owed_pong = b""
-        self._broke = broke
-
-    @property
-    def waiting(self) -> bool:
-        """Are bytes buffered that the kernel has not accepted?"""
-        return bool(self.buffer)
 
     @property
     def full(self) -> bool:
         """Is the buffer at its bound, so that only answers are taken?"""
-        return len(self.buffer) >= self._settings.outbox_bytes
+        return len(self.buffer) >= self.settings.outbox_bytes
 
     def push(self, frames: bytes, always: bool = False) -> bool:
         """Write whole frames now, or buffer them. False: full, nothing was taken.
@@ -2386,7 +2353,7 @@ class Outbox:
         if sent < len(frames):
             self.buffer = bytearray(frames[sent:])
             self.moved_at = trio.current_time()
-            self._nursery.start_soon(self._flush)
+            self.nursery.start_soon(self._flush)
         return True
 
     def seal(self, frame: bytes) -> None:
@@ -2397,10 +2364,8 @@ class Outbox:
     def pong(self, payload: bytes) -> None:
         """Answer a ping; while full, only the newest one (RFC 6455 5.5.3)."""
         frame = bytes(_frames.pong(payload))
-        if self.full:
+        if not self.push(frame):
             self._owed_pong = frame
-        else:
-            self.push(frame)
 
     def charge(self) -> None:
         """Charge 128 bytes for each frame: tiny frames cost that much to handle."""
@@ -2410,7 +2375,7 @@ class Outbox:
         self.sealed = True
         self.buffer = b""
         self._blocked.unpark_all()
-        self._broke()
+        self.nursery.cancel_scope.cancel()
 
     async def _flush(self) -> None:
         """Write the buffer as the socket accepts it: the one task that waits for it."""
@@ -2446,7 +2411,7 @@ class Outbox:
         Closing a socket with unread input makes the kernel send RST, which can overtake
         them.
         """
-        with trio.move_on_after(self._settings.drain_seconds):
+        with trio.move_on_after(self.settings.drain_seconds):
             await self.wait_empty()
         await linger(self.stream)
 
@@ -2463,17 +2428,13 @@ class Outbox:
             # minutes.
             await trio.sleep(1)
             debt -= 1
-            if self._hung_up():
+            look = select.poll()
+            look.register(self._fd, getattr(select, "POLLRDHUP", 0))  # else only HUP
+            if look.poll(0):
                 raise trio.BrokenResourceError
         if debt:
             await trio.sleep(debt)
         return data
-
-    def _hung_up(self) -> bool:
-        """Has the client ended its side, even if bytes of it are still unread?"""
-        look = select.poll()
-        look.register(self._fd, getattr(select, "POLLRDHUP", 0))  # else only HUP
-        return bool(look.poll(0))
 
     async def _receive(self, max_bytes: int) -> bytes:
         while True:
@@ -2511,14 +2472,14 @@ class Refusal(Exception):
         message: str = "",
         *,
         retry_after: float | None = None,
-        status: int | None = None,
+        status: int = 0,
         headers: dict[str, str] | None = None,
     ) -> None:
         usual_status, usual_message = REFUSALS[code]
         self.code = code
         self.message = message or usual_message
         self.status = status or usual_status
-        self.retry_after = None if retry_after is None else round(retry_after, 3)
+        self.retry_after = retry_after and round(retry_after, 3)
         self.headers = headers or {}
         super().__init__(f"{code}: {self.message}")
 
@@ -2590,30 +2551,30 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 NAMES = {"ref": Ref, "client_id": ClientId, "chat_id": Id, "message_id": Id}
 
 
-class Command(msgspec.Struct, tag_field="type", frozen=True, kw_only=True):
+class Command(Record, tag_field="type", kw_only=True):
     """A command from a client. Its answer repeats ref, if there is one."""
 
     ref: Ref | None = None
 
 
-class Ping(Command, frozen=True, tag="ping"):
+class Ping(Command, tag="ping"):
     """Answered by pong: a page's own check that the server answers."""
 
 
-class Typing(Command, frozen=True, tag="typing"):
+class Typing(Command, tag="typing"):
     """Sent on to the other members' live connections; never stored."""
 
     chat_id: Id
     is_typing: bool
 
 
-class MarkRead(Command, frozen=True, tag="mark_read"):
+class MarkRead(Command, tag="mark_read"):
     """Moves the user's read mark up to that message, never down."""
 
     message_id: Id
 
 
-class SendMessage(Command, frozen=True, tag="send_message"):
+class SendMessage(Command, tag="send_message"):
     """Stores a message. client_id tells a repeat from a second message."""
 
     chat_id: Id
@@ -2621,7 +2582,7 @@ class SendMessage(Command, frozen=True, tag="send_message"):
     client_id: ClientId | None = None
 
 
-class EditMessage(Command, frozen=True, tag="edit_message"):
+class EditMessage(Command, tag="edit_message"):
     """Gives a message another text. With if_rev only if that is still its rev."""
 
     message_id: Id
@@ -2629,13 +2590,13 @@ class EditMessage(Command, frozen=True, tag="edit_message"):
     if_rev: Id | None = None
 
 
-class DeleteMessage(Command, frozen=True, tag="delete_message"):
+class DeleteMessage(Command, tag="delete_message"):
     """Deletes a message's text, for good."""
 
     message_id: Id
 
 
-class Auth(Command, frozen=True, tag="auth"):
+class Auth(Command, tag="auth"):
     """Replaces the connection's token by a newer one, or a ticket, of the same user."""
 
     token: str
@@ -2649,7 +2610,7 @@ if forgotten := {*Command.__subclasses__()} - {*get_args(AnyCommand)}:
 COMMANDS = msgspec.json.Decoder(AnyCommand)
 
 
-class NewChat(msgspec.Struct, frozen=True):
+class NewChat(Record):
     """Body of POST /api/v1/chats. client_id tells a repeat from a second chat."""
 
     member_ids: list[Id] = []
@@ -2658,13 +2619,13 @@ class NewChat(msgspec.Struct, frozen=True):
     client_id: ClientId | None = None
 
 
-class NewTitle(msgspec.Struct, frozen=True):
+class NewTitle(Record):
     """Body of renaming a chat; null: no title."""
 
     title: Title | None
 
 
-class InviteBody(msgspec.Struct, frozen=True):
+class InviteBody(Record):
     """Body of inviting (ttl_seconds), of joining (token, name), of PATCH /me (name)."""
 
     # A week; at most 30 days.
@@ -2673,13 +2634,13 @@ class InviteBody(msgspec.Struct, frozen=True):
     name: str | None = None
 
 
-class UserBody(msgspec.Struct, frozen=True):
+class UserBody(Record):
     """Body of adding a member, of revoking and of forgetting."""
 
     user_id: Id
 
 
-class PostMessage(msgspec.Struct, frozen=True):
+class PostMessage(Record):
     """Body of SendMessage over HTTP. sender_id is for services only."""
 
     content: str
@@ -2687,18 +2648,14 @@ class PostMessage(msgspec.Struct, frozen=True):
     sender_id: Id | None = None
 
 
-class PatchMessage(msgspec.Struct, frozen=True):
+class PatchMessage(Record):
     """Body of editing a message."""
 
     content: str
     if_rev: Id | None = None
 
 
-class ServerMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
-    """A message from the server. Fields at their default are left out."""
-
-
-class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+class Message(Record, omit_defaults=True):
     """One message. n is its number in its chat: 1, 2, 3, without holes.
 
     rev is the seq of the event that made it what it is: of its last change, or None.
@@ -2777,14 +2734,14 @@ def renewed(shown: Any, changed: Mapping[int, Message]) -> Any:
     return shown
 
 
-class Marks(msgspec.Struct, frozen=True):
+class Marks(Record):
     """A chat's last n, and the user's read mark."""
 
     last_n: int
     read_n: int
 
 
-class Connected(ServerMessage, frozen=True, tag="connected"):
+class Connected(ServerMessage, tag="connected"):
     """The first frame. The events that follow come after cursor."""
 
     user_id: int
@@ -2796,14 +2753,14 @@ class Connected(ServerMessage, frozen=True, tag="connected"):
     more_chats: bool = False
 
 
-class Pong(ServerMessage, frozen=True, tag="pong"):
+class Pong(ServerMessage, tag="pong"):
     """Answer to ping."""
 
     timestamp: str
     ref: str | None = None
 
 
-class TypingSign(ServerMessage, frozen=True, tag="typing"):
+class TypingSign(ServerMessage, tag="typing"):
     """A user types, or has stopped."""
 
     chat_id: int
@@ -2811,7 +2768,7 @@ class TypingSign(ServerMessage, frozen=True, tag="typing"):
     is_typing: bool
 
 
-class Ack(ServerMessage, frozen=True, tag="ack"):
+class Ack(ServerMessage, tag="ack"):
     """A command is done; what it wrote is on disk. The fields depend on the command."""
 
     ref: str | None = None
@@ -2825,7 +2782,7 @@ class Ack(ServerMessage, frozen=True, tag="ack"):
     expires_in: int | None = None
 
 
-class ErrorFrame(ServerMessage, frozen=True, tag="error"):
+class ErrorFrame(ServerMessage, tag="error"):
     """A command was refused. code is one of REFUSALS; the last fields are NAMES."""
 
     code: str
@@ -2837,13 +2794,13 @@ class ErrorFrame(ServerMessage, frozen=True, tag="error"):
     message_id: int | None = None
 
 
-class TokenExpiring(ServerMessage, frozen=True, tag="token_expiring"):
+class TokenExpiring(ServerMessage, tag="token_expiring"):
     """Send `auth` soon."""
 
     expires_in: int
 
 
-class Bye(ServerMessage, frozen=True, tag="bye"):
+class Bye(ServerMessage, tag="bye"):
     """The server stops; reconnect after so many seconds."""
 
     retry_after: float
@@ -2934,7 +2891,7 @@ _frames = FrameProtocol(client=False, extensions=[])
 PING_FRAME = bytes(_frames.ping())
 
 
-def text_frame(message: ServerMessage | Event) -> bytes:
+def text_frame(message: ServerMessage) -> bytes:
     """Encode a message, once for all who get it."""
     return bytes(_frames.send_data(encode(message).decode()))
 
@@ -3684,7 +3641,7 @@ def same_origin(origin: str, hosts: Iterable[str]) -> bool:
 UnixSeconds = Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
 
 
-class Claims(msgspec.Struct, frozen=True, kw_only=True):
+class Claims(Record, kw_only=True):
     """The claims of a verified token. Only chatd's own have those after `foreign`."""
 
     user_id: Id
@@ -4028,14 +3985,10 @@ class Keyring:
                 "token: not the kind that this takes. A ticket opens a socket; a "
                 "sign-in link or a session token, a session; an invitation, a chat"
             )
-        if claims.use == "ticket":
-            if use == "socket" and claims.boot != self.boot:
-                raise Refusal(
-                    "token_used", "a ticket from before a restart: get a new one"
-                )
-            if claims.jti in self.spent:
-                raise Refusal("token_used")
-        self.refuse_revoked(claims)
+        if claims.use == "ticket" and use == "socket" and claims.boot != self.boot:
+            why = "a ticket from before a restart: get a new one"
+            raise Refusal("token_used", why)
+        self.recheck(claims)
         return claims
 
     def time_to_sign(self, user_id: int) -> int:
@@ -4046,8 +3999,10 @@ class Keyring:
         now, after = now_seconds(), self.revoked.get(user_id, 0) + 1
         return after if now < after <= now + AHEAD_SECONDS else now
 
-    def refuse_revoked(self, claims: Claims) -> None:
-        """Raise Refusal if the token may be from before a revocation."""
+    def recheck(self, claims: Claims) -> None:
+        """Raise Refusal if the token was used, or may be from before a revocation."""
+        if claims.jti in self.spent:
+            raise Refusal("token_used")
         revoked_at = self.revoked.get(claims.user_id)
         late = LEEWAY_SECONDS * claims.foreign  # the other clock may be ahead
         # In whole seconds: within one, both may have happened in any order.
@@ -4060,11 +4015,9 @@ class Keyring:
         Raises Refusal token_used or token_invalid if it was used, or its user revoked,
         since it was verified.
         """
-        self.refuse_revoked(claims)
+        self.recheck(claims)
         if claims.use != "ticket":
             return
-        if claims.jti in self.spent:
-            raise Refusal("token_used")
         for jti in list(itertools.islice(self.spent, 8)):  # the oldest
             if self.spent[jti] < time.time():  # up to 8 go for each that comes
                 del self.spent[jti]
@@ -4151,7 +4104,7 @@ def clean_name(name: object) -> str | None:
 # =====================================================================================
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(Record):
     """One HTTP answer, whole."""
 
     status: int
@@ -4428,18 +4381,15 @@ class HttpConnection:
                 body += event.data
                 chunks += event.chunk_start
             elif event is h11.NEED_DATA:
-                await self._more_body()
+                # Nearly every body comes with its head: without a scope, it saves 3 us.
+                with trio.CancelScope() as scope:
+                    try:
+                        await self._receive(scope)
+                    finally:
+                        self.listener.parked.pop(scope, None)
+                if scope.cancelled_caught:
+                    raise trio.BrokenResourceError
         return bytes(body)
-
-    async def _more_body(self) -> None:
-        # Nearly every body comes with its head and needs no scope: that saves 3 us.
-        with trio.CancelScope() as scope:
-            try:
-                await self._receive(scope)
-            finally:
-                self.listener.parked.pop(scope, None)
-        if scope.cancelled_caught:
-            raise trio.BrokenResourceError
 
     async def _respond(self, request: Request | None, answer: Answer) -> None:
         """Write an answer.
@@ -4599,7 +4549,7 @@ async def answer_request(
         request.body = await connection.read_body(request)
         if known:
             # The body may have taken long: the user may have been revoked meanwhile.
-            server.keyring.refuse_revoked(request.claims)
+            server.keyring.recheck(request.claims)
             if route.changes:
                 charge_change(server, request.claims)
         answer = route.handler(server, request)
@@ -4614,7 +4564,7 @@ async def _admit(
     cursor = request.argument("cursor")
     with trio.move_on_after(REQUEST_SECONDS), suppress(Refusal):
         await store_name(server, claims)
-    # No task switch from here until `Server.opened` counts it, so the bound is exact.
+    # No task switch from here until `Session.run` counts it, so the bound is exact.
     if len(server.sessions) >= server.settings.max_connections:
         server.listener.warn("full", "sockets")
         raise Refusal("overloaded", retry_after=server.retry_after_seconds())
@@ -4703,7 +4653,7 @@ async def post_session(server: Server, request: Request) -> Answer:
     user_id = request.user_id
     name = await server.store.read(server.chats.name, user_id)
     # The user may have been revoked meanwhile. From here on nothing waits.
-    server.keyring.refuse_revoked(request.claims)
+    server.keyring.recheck(request.claims)
     # No name in it: it is newer than the link, and would undo a change of the name.
     token = server.keyring.sign(user_id, SESSION_SECONDS, use="session")
     return json_answer(
@@ -4873,7 +4823,7 @@ async def change_invites(server: Server, request: Request) -> Answer:
     if ends:
         return Answer(204)
     # The user may have been revoked meanwhile: its invitation would count all the same.
-    server.keyring.refuse_revoked(request.claims)
+    server.keyring.recheck(request.claims)
     request.body = request.body or b"{}"
     seconds = request.parse(InviteBody).ttl_seconds
     token = server.keyring.sign(user_id, seconds, use="invite", invite=invite)
@@ -5344,6 +5294,9 @@ def set_up_log(level: str) -> None:
     logging.getLogger("trio-websocket").disabled = True
 
 
+Counts = Counter[str]
+
+
 class Stats:
     """Counts since the start, named as in the stats document."""
 
@@ -5352,12 +5305,12 @@ class Stats:
         self.total = self.deliveries = self.writes = self.catch_ups = self.stalls = 0
         self.commits = self.batch_max = self.duplicates = self.failed = self.joins = 0
         self.searches = 0
-        self.closed = Counter[str]()
-        self.refused = Counter[str]()
-        self.events = Counter[str]()
-        self.rate_limited = Counter[str]()
-        self.errors = Counter[str]()
-        self.resumes = Counter[str](fresh=0, live=0, replay=0, resync=0)
+        self.closed = Counts()
+        self.refused = Counts()
+        self.events = Counts()
+        self.rate_limited = Counts()
+        self.errors = Counts()
+        self.resumes = Counts(fresh=0, live=0, replay=0, resync=0)
         self.commit_times = deque[float](maxlen=1024)
         self.commit_max = 0.0
 

@@ -182,7 +182,7 @@ class MemoryOutbox:
         self.listening = True
 
     @property
-    def waiting(self) -> bool:
+    def buffer(self) -> bool:
         return self.unsent > 0
 
     @property

@@ -136,12 +136,11 @@ async def test_the_reader_has_every_attribute_that_the_library_uses_of_it(
     server: VirtualServer,
 ) -> None:
     await server.join(6)
-    outbox, settings = server.session(6).outbox, server.app.settings
 
     async def receive(message: str | bytes) -> None:
         pass
 
-    reader = chatd.WebSocketReader(outbox, settings, b"", receive)
+    reader = chatd.WebSocketReader(server.session(6).outbox, b"", receive)
     library = trio_websocket.WebSocketConnection
     methods = (library._reader_task, library._abort_web_socket,
                library._close_web_socket, library.__str__)  # fmt: skip

@@ -758,7 +758,7 @@ class Play:
     def _is_behind(self, client: PlayClient, *, in_tail: bool) -> bool:
         """Whether its outbox is empty, it is behind, and the tail has what it lacks."""
         connection = client.connection
-        if connection is None or not client.known or connection.outbox.waiting:
+        if connection is None or not client.known or connection.outbox.buffer:
             return False
         seat = connection.seat
         return not seat.live and self.hub.in_tail(seat.cursor) is in_tail
@@ -1421,7 +1421,7 @@ class Album(Desk):
     def send(self, number: int) -> None:
         device = self.devices[number]
         connection, greeting = device.connection, device.greeting
-        if connection is not None and connection.outbox.waiting:
+        if connection is not None and connection.outbox.buffer:
             return  # a page is pushed when the outbox is empty
         cursor = device.cursor
         super().send(number)

@@ -57,12 +57,12 @@ async def test_a_push_reaches_the_kernel_before_it_returns(
     server: VirtualServer,
 ) -> None:
     raw = await server.join_raw(6)
-    box, tasks = server.session(6).outbox, server.session(6).nursery.child_tasks
+    box, tasks = server.session(6).outbox, server.session(6).outbox.nursery.child_tasks
     before = len(tasks)
     assert box.push(b"hello")
     # No await since the push: the bytes are in the kernel now.
     assert os.read(raw.stream.socket.fileno(), 100) == b"hello"
-    assert not box.waiting
+    assert not box.buffer
     assert len(tasks) == before
 
 
@@ -72,15 +72,15 @@ async def test_unsent_bytes_are_kept_and_flushed_by_a_task_that_then_ends(
 ) -> None:
     raw = await server.join_raw(6, small=True)
     session = server.session(6)
-    tasks = len(session.nursery.child_tasks)
+    tasks = len(session.outbox.nursery.child_tasks)
     for number in range(100):
         assert session.outbox.push(numbered_frame(number))
-    assert session.outbox.waiting
-    assert len(session.nursery.child_tasks) == tasks + 1
+    assert session.outbox.buffer
+    assert len(session.outbox.nursery.child_tasks) == tasks + 1
     await raw.listen()
     assert numbers_in(raw.data) == list(range(100))
-    assert not session.outbox.waiting
-    assert len(session.nursery.child_tasks) == tasks
+    assert not session.outbox.buffer
+    assert len(session.outbox.nursery.child_tasks) == tasks
 
 
 @with_server(outbox_bytes=20_000)
@@ -111,7 +111,7 @@ async def test_a_cancelled_flush_cuts_no_frame_but_the_last(
         session.outbox.push(numbered_frame(number, 3333))
     await raw.read(5000)
     await wait_all_tasks_blocked()
-    session.nursery.cancel_scope.cancel()
+    session.outbox.nursery.cancel_scope.cancel()
     session.outbox.push(numbered_frame(1000))
     session.outbox.seal(closing(1000))
     await raw.ends()

@@ -1780,6 +1780,7 @@ def fail_next_commit(memory: Memory | VirtualServer, error: str) -> None:
     made.execute("SELECT count(*) FROM meta")  # an open reader keeps the WAL
     made.error = error
     memory.store._writer.close()
+    made.create_function("fold", 1, chatd.fold)
     memory.store._writer = made
 
 
