@@ -5139,6 +5139,9 @@ def preflight(server: Server, request: Request) -> Answer:
     return Answer(204, headers=headers)
 
 
+Handler = Callable[[Server, Request], Answer | Awaitable[Answer]]
+
+
 class Route(NamedTuple):
     """The token that a route needs, and its handler.
 
@@ -5147,62 +5150,51 @@ class Route(NamedTuple):
     """
 
     who: str
-    handler: Callable[[Server, Request], Answer | Awaitable[Answer]]
+    handler: Handler
     changes: bool = False
 
 
-# A * is a number in the path. To add a route, write its row and its handler, and the
-# Store method or the struct of a body that the handler needs.
-ROUTES: dict[str, dict[str, Route]] = {
-    **{path: {"GET": Route("anyone", get_page)} for path in PAGE_FILES},
-    "/ws/chat": {"GET": Route("anyone", get_socket)},
-    "/api/v2/ws-token": {"GET": Route("user", get_ws_token)},
-    "/api/v1/session": {"POST": Route("signin", post_session)},
-    "/api/v1/me": {
-        "GET": Route("user", about_me),
-        "PATCH": Route("user", about_me, changes=True),
-    },
-    "/api/v1/me/link": {"POST": Route("session", post_link)},
-    "/api/v1/users": {"GET": Route("user", get_users)},
-    "/api/v1/chats": {
-        "GET": Route("user", get_chats),
-        "POST": Route("user", post_chat, changes=True),
-    },
-    "/api/v1/chats/*": {
-        "GET": Route("user", get_chat),
-        "PATCH": Route("user", patch_chat, changes=True),
-    },
-    "/api/v1/chats/*/members": {
-        "GET": Route("user", get_members),
-        "POST": Route("user", post_member, changes=True),
-    },
-    "/api/v1/chats/*/members/*": {"DELETE": Route("user", delete_member, changes=True)},
-    "/api/v1/chats/*/invites": {
-        "POST": Route("user", change_invites),
-        "DELETE": Route("user", change_invites),
-    },
-    "/api/v1/join": {"POST": Route("guest", post_join, changes=True)},
-    "/api/v1/chats/*/messages": {
-        "GET": Route("user", get_messages),
-        "POST": Route("user", post_message),
-    },
-    "/api/v1/messages/*": {
-        "PATCH": Route("user", change_message, changes=True),
-        "DELETE": Route("user", change_message, changes=True),
-    },
-    "/api/v1/messages/*/read": {"POST": Route("user", post_read)},
-    "/api/v1/search": {"GET": Route("user", get_search)},
-    "/api/v1/events": {"GET": Route("user", get_events)},
-    "/api/v1/internal/chat/ws/stats": {"GET": Route("stats", get_stats)},
-    "/metrics": {"GET": Route("stats", get_metrics)},
-    "/api/v1/internal/chat/events": {
-        "GET": Route("service", partial(get_events, feed=True))
-    },
-    "/api/v1/internal/chat/unread": {"GET": Route("service", get_unread)},
-    "/api/v1/internal/chat/revoke": {"POST": Route("service", post_revoke)},
-    "/api/v1/internal/chat/forget": {"POST": Route("service", post_forget)},
-    "/healthz": {"GET": Route("anyone", get_health)},
+# Method and path, then `who` and perhaps `changes` of the Route. A * is a number in the
+# path. To add a route, write its row and its handler, and the Store method or the
+# struct of a body that the handler needs.
+ROUTE_ROWS: dict[str, Handler] = {
+    **{f"GET {path} anyone": get_page for path in PAGE_FILES},
+    "GET    /ws/chat                         anyone": get_socket,
+    "GET    /api/v2/ws-token                 user": get_ws_token,
+    "POST   /api/v1/session                  signin": post_session,
+    "GET    /api/v1/me                       user": about_me,
+    "PATCH  /api/v1/me                       user    changes": about_me,
+    "POST   /api/v1/me/link                  session": post_link,
+    "GET    /api/v1/users                    user": get_users,
+    "GET    /api/v1/chats                    user": get_chats,
+    "POST   /api/v1/chats                    user    changes": post_chat,
+    "GET    /api/v1/chats/*                  user": get_chat,
+    "PATCH  /api/v1/chats/*                  user    changes": patch_chat,
+    "GET    /api/v1/chats/*/members          user": get_members,
+    "POST   /api/v1/chats/*/members          user    changes": post_member,
+    "DELETE /api/v1/chats/*/members/*        user    changes": delete_member,
+    "POST   /api/v1/chats/*/invites          user": change_invites,
+    "DELETE /api/v1/chats/*/invites          user": change_invites,
+    "POST   /api/v1/join                     guest   changes": post_join,
+    "GET    /api/v1/chats/*/messages         user": get_messages,
+    "POST   /api/v1/chats/*/messages         user": post_message,
+    "PATCH  /api/v1/messages/*               user    changes": change_message,
+    "DELETE /api/v1/messages/*               user    changes": change_message,
+    "POST   /api/v1/messages/*/read          user": post_read,
+    "GET    /api/v1/search                   user": get_search,
+    "GET    /api/v1/events                   user": get_events,
+    "GET    /api/v1/internal/chat/ws/stats   stats": get_stats,
+    "GET    /metrics                         stats": get_metrics,
+    "GET    /api/v1/internal/chat/events     service": partial(get_events, feed=True),
+    "GET    /api/v1/internal/chat/unread     service": get_unread,
+    "POST   /api/v1/internal/chat/revoke     service": post_revoke,
+    "POST   /api/v1/internal/chat/forget     service": post_forget,
+    "GET    /healthz                         anyone": get_health,
 }
+ROUTES: dict[str, dict[str, Route]] = {}
+for row, handler in ROUTE_ROWS.items():
+    method, path, who, *more = row.split()
+    ROUTES.setdefault(path, {})[method] = Route(who, handler, bool(more))
 for methods in ROUTES.values():
     if "GET" in methods:
         methods["HEAD"] = methods["GET"]  # without the body (RFC 9110 9.3.2)

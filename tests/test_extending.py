@@ -99,9 +99,9 @@ COMMAND_METHOD = """
 """
 # A route: its row; its handler; the struct of its body, or a Store method (above).
 ROUTE_ROWS = """
-    "/api/v1/chats/*/waves": {"POST": Route("user", post_wave)},
-    "/api/v1/chats/*/guests": {"POST": Route("service", post_guest)},
-    "/api/v1/chats/*/guests/*": {"DELETE": Route("service", delete_guest)},"""
+    "POST   /api/v1/chats/*/waves            user": post_wave,
+    "POST   /api/v1/chats/*/guests           service": post_guest,
+    "DELETE /api/v1/chats/*/guests/*         service": delete_guest,"""
 ROUTE_BODY = '''
 class WaveBody(msgspec.Struct, frozen=True):
     """Body of waving."""
@@ -139,7 +139,7 @@ PLACES = {
     COMMAND_NAME: "\nif forgotten := ",
     COMMAND_ARM: "\n            case _:\n                assert_never(command)",
     COMMAND_METHOD: "\n    def _set_token(self,",
-    ROUTE_ROWS: '\n    "/healthz": {"GET": Route(',
+    ROUTE_ROWS: '\n    "GET    /healthz                         anyone"',
     ROUTE_BODY: "\nclass PostMessage(",
     ROUTE_HANDLERS: "\ndef get_health(",
 }
