@@ -2962,6 +2962,21 @@ def error_frame(refusal: Refusal, command: str | bytes = b"{}") -> bytes:
 # =====================================================================================
 
 
+NAME = "SELECT name FROM user WHERE id = ?"
+
+# The answer to a request for the known users, those with a name first, at most 200. A
+# user is known that is or was a member of a chat, has sent a message, or has a name. If
+# ?2, which is --invites, is on, user ?1 knows those that it shares a chat with.
+USERS = """
+    SELECT CAST(json_object(
+        'users', json_group_array(json_object('user_id', id, 'name', name))) AS BLOB)
+    FROM (SELECT id, name FROM user
+          WHERE ?2 = 'off' OR ?1 IS NULL OR id IN (
+              SELECT theirs.user_id FROM member mine
+              JOIN member theirs USING (chat_id) WHERE mine.user_id = ?1)
+          ORDER BY name IS NULL, name, id LIMIT 200)
+"""
+
 # The answer to a request for the members whose oldest unread message is older than ?1
 # seconds, in the order of their positions, which are CHAT-USER. It walks `member` along
 # its key from ?2 on, until it has one more than ?3. It counts nothing: last_n gives the
@@ -3063,7 +3078,7 @@ class Chats:
         self._join(db, chat_id, user_id, seq + 1, by)
         chat = read_chat(db, chat_id, seq + 1)
         self._check_size(chat.member_count)
-        added = MemberAdded(seq, chat_id, user_id, self.name(db, user_id))
+        added = MemberAdded(seq, chat_id, user_id, query_value(db, NAME, user_id))
         self.store.record(db, events, Entry(added, to_chat=True))
         self.store.record(db, events, Entry(ChatAdded(seq + 1, chat_id, chat), user_id))
         return True
@@ -3339,27 +3354,6 @@ class Chats:
                 return int(at)
         return None
 
-    def name(self, db: Db, user_id: int) -> str | None:
-        """Read a user's name."""
-        name: str | None = query_value(
-            db, "SELECT name FROM user WHERE id = ?", user_id
-        )
-        return name
-
-    def users(self, db: Db, by: int | None) -> str:
-        """Read the known users as JSON, those with a name first, at most 200.
-
-        A user is known that is or was a member of a chat, has sent a message, or has a
-        name. With invitations on, a user knows those that it shares a chat with.
-        """
-        sql = """SELECT json_group_array(json_object('user_id', id, 'name', name))
-                 FROM (SELECT id, name FROM user
-                       WHERE ?2 = 'off' OR ?1 IS NULL OR id IN (
-                           SELECT theirs.user_id FROM member mine
-                           JOIN member theirs USING (chat_id) WHERE mine.user_id = ?1)
-                       ORDER BY name IS NULL, name, id LIMIT 200)"""
-        return str(query_value(db, sql, by, self.store.settings.invites))
-
 
 # A search walks back over all messages, or over the events of one chat: one of the two
 # halves has no row. What comes out are the messages found, and one in 512 of all
@@ -3385,16 +3379,14 @@ SEARCH = f"""
 class ChatRow(NamedTuple):
     """What the row of a chat says of who may do what."""
 
-    title: str | None
     direct_key: str | None  # None: it is a group
     created_by: int | None
-    invite_key: str | None
 
 
 def find_chat(db: Db, chat_id: int, by: int | None) -> ChatRow:
     """Find a chat for one of its members; by is None: a service. Raises not_found."""
     row = db.execute(
-        """SELECT title, direct_key, created_by, invite_key FROM chat
+        """SELECT direct_key, created_by FROM chat
            WHERE id = ?1 AND (?2 IS NULL OR EXISTS (
                SELECT 1 FROM member WHERE chat_id = ?1 AND user_id = ?2))""",
         (chat_id, by),
@@ -4658,7 +4650,7 @@ def get_ws_token(server: Server, request: Request) -> Answer:
 async def post_session(server: Server, request: Request) -> Answer:
     """Exchange a sign-in link's token for a session token."""
     user_id = request.user_id
-    name = await server.store.read(server.chats.name, user_id)
+    name = await server.store.read(query_value, NAME, user_id)
     # The user may have been revoked meanwhile. From here on nothing waits.
     server.keyring.refuse_revoked(request.claims)
     # No name in it: it is newer than the link, and would undo a change of the name.
@@ -4694,7 +4686,7 @@ async def about_me(server: Server, request: Request) -> Answer:
             raise bad_field("name: it is empty")
         now = msgspec.structs.replace(request.claims, name=name, iat=now_seconds())
         await store_name(server, now)
-    name = await server.store.read(server.chats.name, request.user_id)
+    name = await server.store.read(query_value, NAME, request.user_id)
     allowed = {
         "max_content_chars": settings.max_content_chars,
         "edit_seconds": settings.edit_seconds,
@@ -4708,8 +4700,8 @@ async def about_me(server: Server, request: Request) -> Answer:
 async def get_users(server: Server, request: Request) -> Answer:
     """Return the known users, where users may create chats."""
     _check_may_change_chats(server, request)
-    users = await server.store.read(server.chats.users, request.by)
-    return json_answer({"users": msgspec.Raw(users)})
+    bounds = (request.by, server.settings.invites)
+    return Answer(200, await server.store.read(query_value, USERS, *bounds))
 
 
 def _check_may_change_chats(server: Server, request: Request) -> None:

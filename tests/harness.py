@@ -312,7 +312,9 @@ class Memory:
         return self.read(self.chats.my_chats, user, self.hub.head, None, None)
 
     def users(self, by: int | None = None) -> list[Any]:
-        found: list[Any] = json.loads(self.read(self.chats.users, by))
+        invites = self.store.settings.invites
+        read = self.read(chatd.query_value, chatd.USERS, by, invites)
+        found: list[Any] = json.loads(read)["users"]
         return found
 
     def count(self, table: str) -> int:

@@ -571,10 +571,10 @@ async def test_a_user_who_comes_back_after_being_forgotten_has_a_name_again(
     old = server.token(2, name="Quentin", iat=now - 60)
     assert (await server.ask("GET", "/api/v1/me", token=old)).json["name"] == "Quentin"
     await forget(server, 2)
-    rename, name = server.app.chats.rename, server.app.chats.name
+    rename, name = server.app.chats.rename, (chatd.query_value, chatd.NAME)
     # A request that was on its way with an old token is too late.
     await server.store.commit(rename, 2, "Quentin", now - 60)
-    assert await server.store.read(name, 2) is None
+    assert await server.store.read(*name, 2) is None
     new = server.app.keyring.sign(2, 60, name="Quentin")
     assert (await server.ask("GET", "/api/v1/me", token=new)).json["name"] == "Quentin"
 

@@ -61,7 +61,8 @@ STORE_METHODS = '''
         """Make a user a member."""
         seq = self.store.next_seq(events)
         self._join(db, chat_id, user_id, seq)
-        event = Invited(seq, chat_id, user_id, self.name(db, user_id), "a friend")
+        name = query_value(db, NAME, user_id)
+        event = Invited(seq, chat_id, user_id, name, "a friend")
         self.store.record(db, events, Entry(event, user_id, to_chat=True))
 
     def expel(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:

@@ -624,10 +624,8 @@ def test_names_and_revocations_are_kept_and_make_no_events(memory: Memory) -> No
     memory.do(memory.chats.revoke, 3, 1_700_000_001)
     memory.do(memory.chats.revoke, 3, 1_600_000_000)  # anew, also back
     assert memory.again().store.revoked() == {2: 1_700_000_000, 3: 1_600_000_000}
-    assert (memory.read(memory.chats.name, 1), memory.read(memory.chats.name, 9)) == (
-        "Anna",
-        None,
-    )
+    names = [memory.read(chatd.query_value, chatd.NAME, user) for user in (1, 9)]
+    assert names == ["Anna", None]
     assert memory.hub.head == 0
 
 
@@ -1405,7 +1403,7 @@ def run_every_query(memory: Memory, key: str) -> None:
     memory.my_chats(1)
     memory.read(memory.chats.history, 1, chat, sent.message.id, 5, head)
     memory.read(store.find_sent, Send(chat, 1, "hi", key))
-    memory.read(memory.chats.name, 1)
+    memory.read(chatd.query_value, chatd.NAME, 1)
     store.tail()
     store.revoked()
     store._probe()
