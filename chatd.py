@@ -2700,19 +2700,14 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     deleted: bool = False
 
 
-class User(msgspec.Struct):
-    """A user that is a member of a chat, has sent a message, or has a name."""
-
-    user_id: int
-    name: str | None
-
-
-class Member(User, omit_defaults=True):
+class Member(msgspec.Struct, omit_defaults=True):
     """One member of a chat, who has read the messages up to n = read_n.
 
     online: has it a socket now? Only where one chat is asked for.
     """
 
+    user_id: int
+    name: str | None
     read_n: int
     online: bool | None = None
 
@@ -3028,7 +3023,7 @@ class Chats:
         before, as the direct chat of these two, or under this creator's client_id;
         nothing else is compared. Raises Refusal bad_field.
         """
-        members, first = sorted(set(member_ids)), self.store.next_seq(events)
+        members = sorted(set(member_ids))
         key = ":".join(map(str, members)) if direct else None
         found = query_value(
             db,
@@ -3042,7 +3037,6 @@ class Chats:
         )
         if found:
             return found, False
-        self._check_size(len(members))
         if by:
             know_user(db, by)
         chat_id = query_value(
@@ -3055,11 +3049,7 @@ class Chats:
             client_id,
             key,
         )
-        for seq, user_id in enumerate(members, first):
-            self._join(db, chat_id, user_id, seq, by)
-        chat = read_chat(db, chat_id, first)
-        for seq, user_id in enumerate(members, first):
-            self.store.record(db, events, Entry(ChatAdded(seq, chat_id, chat), user_id))
+        self._let_in(db, events, chat_id, members, by)
         return chat_id, True
 
     def add_member(
@@ -3074,13 +3064,11 @@ class Chats:
             raise Refusal("direct")
         if query_value(db, IS_MEMBER, chat_id, user_id):
             return False
-        seq = self.store.next_seq(events)
-        self._join(db, chat_id, user_id, seq + 1, by)
-        chat = read_chat(db, chat_id, seq + 1)
-        self._check_size(chat.member_count)
-        added = MemberAdded(seq, chat_id, user_id, query_value(db, NAME, user_id))
+        know_user(db, user_id)
+        seq, name = self.store.next_seq(events), query_value(db, NAME, user_id)
+        added = MemberAdded(seq, chat_id, user_id, name)
         self.store.record(db, events, Entry(added, to_chat=True))
-        self.store.record(db, events, Entry(ChatAdded(seq + 1, chat_id, chat), user_id))
+        self._let_in(db, events, chat_id, [user_id], by)
         return True
 
     def remove_member(
@@ -3091,9 +3079,7 @@ class Chats:
         Raises Refusal not_found, direct, forbidden.
         """
         chat = find_chat(db, chat_id, by)
-        if (
-            ":" in f"{chat.direct_key}"
-        ):  # else it is None, or one of the two is forgotten
+        if ":" in str(chat.direct_key):  # not None, and neither of the two is forgotten
             raise Refusal("direct")
         if by not in (None, user_id, chat.created_by):
             raise Refusal("forbidden", "only the member or the chat's creator may")
@@ -3250,29 +3236,34 @@ class Chats:
             self.change_message(db, events, None, *row)
         return min(after + 100, self.store.seq)
 
-    def _join(
-        self, db: Db, chat_id: int, user_id: int, seq: int, by: int | None = None
+    def _let_in(
+        self, db: Db, events: Entries, chat_id: int, users: list[int], by: int | None
     ) -> None:
-        """Make a user a member who has read all messages so far.
+        """Make users members who have read all messages so far: an event to each.
 
         With invitations on, by may add only people it shares another chat with. Raises
-        Refusal forbidden.
+        Refusal bad_field, forbidden.
         """
-        know_user(db, user_id)
+        first, settings = self.store.next_seq(events), self.store.settings
+        sql = "SELECT count(*) + ? FROM member WHERE chat_id = ?"
+        count = query_value(db, sql, len(users), chat_id)
+        if count > settings.members:
+            raise bad_field(f"member_ids: {count} members; at most {settings.members}")
         sql = """INSERT INTO member (chat_id, user_id, joined_seq, read_n)
                  SELECT ?1, ?2, ?3, last_n FROM chat
                  WHERE id = ?1 AND (?5 = 'off' OR ?4 IS NULL OR ?4 = ?2 OR EXISTS (
                      SELECT 1 FROM member mine JOIN member theirs USING (chat_id)
                      WHERE mine.user_id = ?4 AND theirs.user_id = ?2
                        AND mine.chat_id != ?1))"""
-        bounds = (chat_id, user_id, seq, by, self.store.settings.invites)
-        if not db.execute(sql, bounds).rowcount:
-            raise Refusal("forbidden", f"you share no chat with {user_id}: invite them")
-
-    def _check_size(self, members: int) -> None:
-        most = self.store.settings.members
-        if members > most:
-            raise bad_field(f"member_ids: {members} members; at most {most}")
+        for seq, user_id in enumerate(users, first):
+            know_user(db, user_id)
+            bounds = (chat_id, user_id, seq, by, settings.invites)
+            if not db.execute(sql, bounds).rowcount:
+                why = f"you share no chat with {user_id}: invite them"
+                raise Refusal("forbidden", why)
+        chat = read_chat(db, chat_id, first)
+        for seq, user_id in enumerate(users, first):
+            self.store.record(db, events, Entry(ChatAdded(seq, chat_id, chat), user_id))
 
     # --- reading ---------------------------------------------------------------------
 

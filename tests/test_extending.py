@@ -60,7 +60,9 @@ STORE_METHODS = '''
     def invite(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:
         """Make a user a member."""
         seq = self.store.next_seq(events)
-        self._join(db, chat_id, user_id, seq)
+        know_user(db, user_id)
+        sql = "INSERT INTO member SELECT id, ?, ?, last_n FROM chat WHERE id = ?"
+        db.execute(sql, (user_id, seq, chat_id))
         name = query_value(db, NAME, user_id)
         event = Invited(seq, chat_id, user_id, name, "a friend")
         self.store.record(db, events, Entry(event, user_id, to_chat=True))
