@@ -2573,30 +2573,30 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 NAMES = {"ref": Ref, "client_id": ClientId, "chat_id": Id, "message_id": Id}
 
 
-class Command(msgspec.Struct, tag_field="type", frozen=True, kw_only=True):
+class Command(msgspec.Struct, tag_field="type", kw_only=True):
     """A command from a client. Its answer repeats ref, if there is one."""
 
     ref: Ref | None = None
 
 
-class Ping(Command, frozen=True, tag="ping"):
+class Ping(Command, tag="ping"):
     """Answered by pong: a page's own check that the server answers."""
 
 
-class Typing(Command, frozen=True, tag="typing"):
+class Typing(Command, tag="typing"):
     """Sent on to the other members' live connections; never stored."""
 
     chat_id: Id
     is_typing: bool
 
 
-class MarkRead(Command, frozen=True, tag="mark_read"):
+class MarkRead(Command, tag="mark_read"):
     """Moves the user's read mark up to that message, never down."""
 
     message_id: Id
 
 
-class SendMessage(Command, frozen=True, tag="send_message"):
+class SendMessage(Command, tag="send_message"):
     """Stores a message. client_id tells a repeat from a second message."""
 
     chat_id: Id
@@ -2604,7 +2604,7 @@ class SendMessage(Command, frozen=True, tag="send_message"):
     client_id: ClientId | None = None
 
 
-class EditMessage(Command, frozen=True, tag="edit_message"):
+class EditMessage(Command, tag="edit_message"):
     """Gives a message another text. With if_rev only if that is still its rev."""
 
     message_id: Id
@@ -2612,13 +2612,13 @@ class EditMessage(Command, frozen=True, tag="edit_message"):
     if_rev: Id | None = None
 
 
-class DeleteMessage(Command, frozen=True, tag="delete_message"):
+class DeleteMessage(Command, tag="delete_message"):
     """Deletes a message's text, for good."""
 
     message_id: Id
 
 
-class Auth(Command, frozen=True, tag="auth"):
+class Auth(Command, tag="auth"):
     """Replaces the connection's token by a newer one, or a ticket, of the same user."""
 
     token: str
@@ -2632,7 +2632,7 @@ if forgotten := {*Command.__subclasses__()} - {*get_args(AnyCommand)}:
 COMMANDS = msgspec.json.Decoder(AnyCommand)
 
 
-class NewChat(msgspec.Struct, frozen=True):
+class NewChat(msgspec.Struct):
     """Body of POST /api/v1/chats. client_id tells a repeat from a second chat."""
 
     member_ids: list[Id] = []
@@ -2641,13 +2641,13 @@ class NewChat(msgspec.Struct, frozen=True):
     client_id: ClientId | None = None
 
 
-class NewTitle(msgspec.Struct, frozen=True):
+class NewTitle(msgspec.Struct):
     """Body of renaming a chat; null: no title."""
 
     title: Title | None
 
 
-class InviteBody(msgspec.Struct, frozen=True):
+class InviteBody(msgspec.Struct):
     """Body of inviting (ttl_seconds), of joining (token, name), of PATCH /me (name)."""
 
     # A week; at most 30 days.
@@ -2656,13 +2656,13 @@ class InviteBody(msgspec.Struct, frozen=True):
     name: str | None = None
 
 
-class UserBody(msgspec.Struct, frozen=True):
+class UserBody(msgspec.Struct):
     """Body of adding a member, of revoking and of forgetting."""
 
     user_id: Id
 
 
-class PostMessage(msgspec.Struct, frozen=True):
+class PostMessage(msgspec.Struct):
     """Body of SendMessage over HTTP. sender_id is for services only."""
 
     content: str
@@ -2670,14 +2670,14 @@ class PostMessage(msgspec.Struct, frozen=True):
     sender_id: Id | None = None
 
 
-class PatchMessage(msgspec.Struct, frozen=True):
+class PatchMessage(msgspec.Struct):
     """Body of editing a message."""
 
     content: str
     if_rev: Id | None = None
 
 
-class ServerMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
+class ServerMessage(msgspec.Struct, omit_defaults=True, tag_field="type"):
     """A message from the server. Fields at their default are left out."""
 
 
@@ -2762,7 +2762,7 @@ class Marks(msgspec.Struct, frozen=True):
     read_n: int
 
 
-class Connected(ServerMessage, frozen=True, tag="connected"):
+class Connected(ServerMessage, tag="connected"):
     """The first frame. The events that follow come after cursor."""
 
     user_id: int
@@ -2774,14 +2774,14 @@ class Connected(ServerMessage, frozen=True, tag="connected"):
     more_chats: bool = False
 
 
-class Pong(ServerMessage, frozen=True, tag="pong"):
+class Pong(ServerMessage, tag="pong"):
     """Answer to ping."""
 
     timestamp: str
     ref: str | None = None
 
 
-class TypingSign(ServerMessage, frozen=True, tag="typing"):
+class TypingSign(ServerMessage, tag="typing"):
     """A user types, or has stopped."""
 
     chat_id: int
@@ -2789,7 +2789,7 @@ class TypingSign(ServerMessage, frozen=True, tag="typing"):
     is_typing: bool
 
 
-class Ack(ServerMessage, frozen=True, tag="ack"):
+class Ack(ServerMessage, tag="ack"):
     """A command is done; what it wrote is on disk. The fields depend on the command."""
 
     ref: str | None = None
@@ -2803,7 +2803,7 @@ class Ack(ServerMessage, frozen=True, tag="ack"):
     expires_in: int | None = None
 
 
-class ErrorFrame(ServerMessage, frozen=True, tag="error"):
+class ErrorFrame(ServerMessage, tag="error"):
     """A command was refused. code is one of REFUSALS; the last fields are NAMES."""
 
     code: str
@@ -2815,13 +2815,13 @@ class ErrorFrame(ServerMessage, frozen=True, tag="error"):
     message_id: int | None = None
 
 
-class TokenExpiring(ServerMessage, frozen=True, tag="token_expiring"):
+class TokenExpiring(ServerMessage, tag="token_expiring"):
     """Send `auth` soon."""
 
     expires_in: int
 
 
-class Bye(ServerMessage, frozen=True, tag="bye"):
+class Bye(ServerMessage, tag="bye"):
     """The server stops; reconnect after so many seconds."""
 
     retry_after: float

@@ -76,7 +76,7 @@ STORE_METHODS = '''
 '''
 # A command: its struct and its name in the union; its arm in `match`; its method.
 COMMAND_STRUCT = '''
-class Wave(Command, frozen=True, tag="wave"):
+class Wave(Command, tag="wave"):
     """Waves to a chat."""
 
     chat_id: Id
