@@ -342,6 +342,7 @@ class Server:
         self.stats = store.stats
         self.keyring = keyring
         self.store, self.chats = store, Chats(store)
+        self.read, self.commit = store.read, store.commit
         self.hub = Hub(store)
         keyring.revoked = store.revoked()
         self.pages = page_answers()
@@ -3280,10 +3281,7 @@ class Chats:
                 WHERE active < coalesce(?3, 1 << 62) LIMIT coalesce(?4, -2) + 1""",
             (user_id, upto, *page),
         )
-        return [
-            MyChat(*msgspec.structs.astuple(read_chat(db, row[0], upto)), *row[1:])
-            for row in rows
-        ]
+        return [MyChat(*astuple(read_chat(db, row[0], upto)), *row[1:]) for row in rows]
 
     def history(
         self,
@@ -4587,7 +4585,7 @@ async def store_name(server: Server, claims: Claims) -> None:
         server.names.clear()
     # `then` is called in the order of the commits, so the table has the newest name.
     rename, stored = server.chats.rename, partial(server.names.__setitem__, user_id)
-    await server.store.commit(rename, user_id, name, named_at, then=stored)
+    await server.commit(rename, user_id, name, named_at, then=stored)
 
 
 def loggable(text: str) -> str:
@@ -4641,7 +4639,7 @@ def get_ws_token(server: Server, request: Request) -> Answer:
 async def post_session(server: Server, request: Request) -> Answer:
     """Exchange a sign-in link's token for a session token."""
     user_id = request.user_id
-    name = await server.store.read(query_value, NAME, user_id)
+    name = await server.read(query_value, NAME, user_id)
     # The user may have been revoked meanwhile. From here on nothing waits.
     server.keyring.refuse_revoked(request.claims)
     # No name in it: it is newer than the link, and would undo a change of the name.
@@ -4675,9 +4673,9 @@ async def about_me(server: Server, request: Request) -> Answer:
             )
         if not (name := clean_name(request.parse(InviteBody).name)):
             raise bad_field("name: it is empty")
-        now = msgspec.structs.replace(request.claims, name=name, iat=now_seconds())
+        now = replace(request.claims, name=name, iat=now_seconds())
         await store_name(server, now)
-    name = await server.store.read(query_value, NAME, request.user_id)
+    name = await server.read(query_value, NAME, request.user_id)
     allowed = {
         "max_content_chars": settings.max_content_chars,
         "edit_seconds": settings.edit_seconds,
@@ -4692,7 +4690,7 @@ async def get_users(server: Server, request: Request) -> Answer:
     """Return the known users, where users may create chats."""
     _check_may_change_chats(server, request)
     bounds = (request.by, server.settings.invites)
-    return Answer(200, await server.store.read(query_value, USERS, *bounds))
+    return Answer(200, await server.read(query_value, USERS, *bounds))
 
 
 def _check_may_change_chats(server: Server, request: Request) -> None:
@@ -4703,7 +4701,7 @@ def _check_may_change_chats(server: Server, request: Request) -> None:
 async def get_chats(server: Server, request: Request) -> Answer:
     """Return the user's chats, and the cursor after which their events follow."""
     limit, upto = request.number("limit", 100), server.hub.head
-    found = await server.store.read(
+    found = await server.read(
         server.chats.my_chats,
         request.user_id,
         upto,
@@ -4733,7 +4731,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
         raise bad_field(
             "direct: it is with one other user (a service: of two), untitled"
         )
-    chat_id, is_new = await server.store.commit(
+    chat_id, is_new = await server.commit(
         server.chats.create_chat,
         new.title,
         members,
@@ -4748,7 +4746,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
 async def get_chat(server: Server, request: Request, status: int = 200) -> Answer:
     """Return one chat, to a member or a service."""
     upto = server.hub.head
-    chat = await server.store.read(read_chat, *request.ids, upto, request.by)
+    chat = await server.read(read_chat, *request.ids, upto, request.by)
     (chat,) = server.hub.correct([chat], upto)
     for member in chat.members:
         member.online = member.user_id in server.hub.people
@@ -4758,7 +4756,7 @@ async def get_chat(server: Server, request: Request, status: int = 200) -> Answe
 async def patch_chat(server: Server, request: Request) -> Answer:
     """Rename a chat."""
     _check_may_change_chats(server, request)
-    await server.store.commit(
+    await server.commit(
         server.chats.set_title, *request.ids, request.parse(NewTitle).title, request.by
     )
     return await get_chat(server, request)
@@ -4769,7 +4767,7 @@ async def get_members(server: Server, request: Request) -> Answer:
     ids, limit = request.argument("ids"), request.number("limit", 500) or 100
     if not re.fullmatch(r"[1-9][0-9]{0,15}(,[1-9][0-9]{0,15}){0,99}", ids or "1"):
         raise bad_field("ids: must be 1 to 100 user ids, with commas between them")
-    found = await server.store.read(
+    found = await server.read(
         read_members,
         *request.ids,
         server.hub.head,
@@ -4788,9 +4786,7 @@ async def post_member(server: Server, request: Request) -> Answer:
     _check_may_change_chats(server, request)
     (chat_id,) = request.ids
     user_id = request.parse(UserBody).user_id
-    added = await server.store.commit(
-        server.chats.add_member, chat_id, user_id, request.by
-    )
+    added = await server.commit(server.chats.add_member, chat_id, user_id, request.by)
     return json_answer({"chat_id": chat_id, "user_id": user_id}, 201 if added else 200)
 
 
@@ -4799,7 +4795,7 @@ async def delete_member(server: Server, request: Request) -> Answer:
     chat_id, user_id = request.ids
     if request.by != user_id:
         _check_may_change_chats(server, request)
-    await server.store.commit(server.chats.remove_member, chat_id, user_id, request.by)
+    await server.commit(server.chats.remove_member, chat_id, user_id, request.by)
     return Answer(204)
 
 
@@ -4807,9 +4803,7 @@ async def change_invites(server: Server, request: Request) -> Answer:
     """POST: make an invitation to a group. DELETE: end all that were made."""
     check_invites(server)
     ends, user_id = request.method == "DELETE", request.user_id
-    invite = await server.store.commit(
-        server.chats.invitation, *request.ids, user_id, ends
-    )
+    invite = await server.commit(server.chats.invitation, *request.ids, user_id, ends)
     if ends:
         return Answer(204)
     # The user may have been revoked meanwhile: its invitation would count all the same.
@@ -4837,7 +4831,7 @@ async def post_join(server: Server, request: Request) -> Answer:
         raise bad_field("name: it is empty")
     if who is not None:
         charge(server.stats, "joins", server.joins)
-    added, answer = await server.store.commit(server.chats.join, invite, who)
+    added, answer = await server.commit(server.chats.join, invite, who)
     server.stats.joins += added
     if isinstance(who, str):
         token = server.keyring.sign(answer["user_id"], SESSION_SECONDS, use="session")
@@ -4857,7 +4851,7 @@ async def get_messages(server: Server, request: Request) -> Answer:
     place, *others = request.query.keys() & {"before", "after", "around"} or ["before"]
     if others:
         raise bad_field(f"{place}: give only one of before, after and around")
-    messages, older, newer = await server.store.read(
+    messages, older, newer = await server.read(
         server.chats.history,
         request.user_id,
         *request.ids,
@@ -4891,16 +4885,9 @@ async def get_search(server: Server, request: Request) -> Answer:
     found: list[Message] = []
     async with server.searching:
         deadline = trio.current_time() + server.settings.search_seconds
-        upto = server.hub.head
-        where = (
-            server.chats.search,
-            found,
-            request.user_id,
-            chat_id,
-            json.dumps(words),
-        )
+        where, upto = (request.user_id, chat_id, json.dumps(words)), server.hub.head
         while (  # noqa: ASYNC110 (it waits for nothing, but lets others go first)
-            (at := await server.store.read(*where, at, upto))
+            (at := await server.read(server.chats.search, found, *where, at, upto))
             and len(found) < 50
             and trio.current_time() < deadline
         ):
@@ -4924,9 +4911,7 @@ async def post_message(server: Server, request: Request) -> Answer:
     send = Send(chat_id, sender_id, post.content, _idempotency_key(request, post))
     sent = await allow_send(server, claims, send)
     if sent is None:
-        sent = await server.store.commit(
-            server.store.send_message, send, claims.service
-        )
+        sent = await server.commit(server.store.send_message, send, claims.service)
         count_sent(server, sent, sender_id)
     sent = renewed(sent, changes(server.hub.since(upto)))
     return json_answer(sent, 200 if sent.duplicate else 201)
@@ -4936,7 +4921,7 @@ async def change_message(server: Server, request: Request) -> Answer:
     """Edit a message, or delete it."""
     patches, upto = request.method == "PATCH", server.hub.head
     new = astuple(request.parse(PatchMessage)) if patches else ()
-    message = await server.store.commit(
+    message = await server.commit(
         server.chats.change_message, request.by, *request.ids, *new
     )
     message = renewed(message, changes(server.hub.since(upto)))
@@ -4945,7 +4930,7 @@ async def change_message(server: Server, request: Request) -> Answer:
 
 async def post_read(server: Server, request: Request) -> Answer:
     """Mark messages as read up to this one (SPEC.md, MarkMessageAsRead)."""
-    message_id, chat_id, n, _seq = await server.store.commit(
+    message_id, chat_id, n, _seq = await server.commit(
         server.store.mark_read, request.user_id, *request.ids
     )
     return json_answer({"message_id": message_id, "chat_id": chat_id, "n": n})
@@ -5003,7 +4988,7 @@ async def get_unread(server: Server, request: Request) -> Answer:
         server.hub.head,
         encode([*server.hub.people]),
     )
-    return Answer(200, await server.store.read(query_value, UNREAD, *bounds))
+    return Answer(200, await server.read(query_value, UNREAD, *bounds))
 
 
 def get_stats(server: Server, request: Request) -> Answer:
@@ -5031,7 +5016,7 @@ async def post_revoke(server: Server, request: Request) -> Answer:
     # Refuse them before the write: during it, an old token could get a new one signed.
     keyring = server.keyring
     keyring.revoked[user_id] = revoked_at = keyring.time_to_sign(user_id)
-    await server.store.commit(server.chats.revoke, user_id, revoked_at, then=close)
+    await server.commit(server.chats.revoke, user_id, revoked_at, then=close)
     return json_answer({"user_id": user_id, "closed": len(theirs)})
 
 
@@ -5077,7 +5062,7 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
         return None
     if send.client_id is not None:
         # As of the head: a message that is not published yet is not answered yet.
-        sent = await server.store.read(server.store.find_sent, send, server.hub.head)
+        sent = await server.read(server.store.find_sent, send, server.hub.head)
         if sent is not None:
             server.stats.duplicates += 1
             return sent

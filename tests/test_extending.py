@@ -117,20 +117,20 @@ async def post_wave(server: Server, request: Request) -> Answer:
     """Wave to a chat."""
     mood = request.parse(WaveBody).mood
     wave = server.chats.wave
-    seq = await server.store.commit(wave, *request.ids, request.user_id, mood)
+    seq = await server.commit(wave, *request.ids, request.user_id, mood)
     return json_answer({"seq": seq}, 201)
 
 
 async def post_guest(server: Server, request: Request) -> Answer:
     """Make a user a member of a chat."""
     user_id = request.parse(UserBody).user_id
-    await server.store.commit(server.chats.invite, *request.ids, user_id)
+    await server.commit(server.chats.invite, *request.ids, user_id)
     return Answer(204)
 
 
 async def delete_guest(server: Server, request: Request) -> Answer:
     """Remove a member of a chat."""
-    await server.store.commit(server.chats.expel, *request.ids)
+    await server.commit(server.chats.expel, *request.ids)
     return Answer(204)
 
 '''
