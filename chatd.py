@@ -4538,8 +4538,10 @@ async def answer_request(
         if known:
             # The body may have taken long: the user may have been revoked meanwhile.
             server.keyring.refuse_revoked(request.claims)
-            if route.changes:
+            if "changes" in route.needs:
                 charge_change(server, request.claims)
+            if "chats_by" in route.needs:
+                check_chats_by(server, request)
         answer = route.handler(server, request)
         return answer if isinstance(answer, Answer) else await answer
 
@@ -4688,12 +4690,12 @@ async def about_me(server: Server, request: Request) -> Answer:
 
 async def get_users(server: Server, request: Request) -> Answer:
     """Return the known users, where users may create chats."""
-    _check_may_change_chats(server, request)
-    bounds = (request.by, server.settings.invites)
-    return Answer(200, await server.read(query_value, USERS, *bounds))
+    found = await server.read(query_value, USERS, request.by, server.settings.invites)
+    return Answer(200, found)
 
 
-def _check_may_change_chats(server: Server, request: Request) -> None:
+def check_chats_by(server: Server, request: Request) -> None:
+    """Refuse what needs --chats-by user, unless a service asks for it."""
     if request.by and server.settings.chats_by != "user":
         raise Refusal("forbidden", "here only the service creates and changes chats")
 
@@ -4721,7 +4723,6 @@ async def get_chats(server: Server, request: Request) -> Answer:
 
 async def post_chat(server: Server, request: Request) -> Answer:
     """Create a chat: 201, or 200 for a repeat. A user is a member of its own chats."""
-    _check_may_change_chats(server, request)
     new, by = request.parse(NewChat), request.by
     members = new.member_ids + ([by] if by else [])
     if by:
@@ -4755,7 +4756,6 @@ async def get_chat(server: Server, request: Request, status: int = 200) -> Answe
 
 async def patch_chat(server: Server, request: Request) -> Answer:
     """Rename a chat."""
-    _check_may_change_chats(server, request)
     await server.commit(
         server.chats.set_title, *request.ids, request.parse(NewTitle).title, request.by
     )
@@ -4783,7 +4783,6 @@ async def get_members(server: Server, request: Request) -> Answer:
 
 async def post_member(server: Server, request: Request) -> Answer:
     """Add a user to a chat: 201, or 200 if the user is a member already."""
-    _check_may_change_chats(server, request)
     (chat_id,) = request.ids
     user_id = request.parse(UserBody).user_id
     added = await server.commit(server.chats.add_member, chat_id, user_id, request.by)
@@ -4794,7 +4793,7 @@ async def delete_member(server: Server, request: Request) -> Answer:
     """Leave a chat; its creator and a service may remove others. Effective at once."""
     chat_id, user_id = request.ids
     if request.by != user_id:
-        _check_may_change_chats(server, request)
+        check_chats_by(server, request)
     await server.commit(server.chats.remove_member, chat_id, user_id, request.by)
     return Answer(204)
 
@@ -4981,14 +4980,16 @@ async def get_unread(server: Server, request: Request) -> Answer:
     after = request.argument("after") or "0-0"
     if not re.fullmatch("[0-9]{1,16}-[0-9]{1,16}", after):
         raise bad_field("after: not the position of a member in an earlier answer")
-    bounds = (
+    found = await server.read(
+        query_value,
+        UNREAD,
         request.number("older_than", MAX_ID) or 300,
         after,
         request.number("limit", 500) or 100,
         server.hub.head,
         encode([*server.hub.people]),
     )
-    return Answer(200, await server.read(query_value, UNREAD, *bounds))
+    return Answer(200, found)
 
 
 def get_stats(server: Server, request: Request) -> Answer:
@@ -5114,17 +5115,18 @@ class Route(NamedTuple):
     """The token that a route needs, and its handler.
 
     anyone: none; guest: a user's token or none; else a purpose of Keyring.verify.
-    changes: a user's request costs a token of --sends, as a message does.
+    needs, of a user: "changes", a token of --sends, as a message does; "chats_by", that
+    users may change chats here.
     """
 
     who: str
     handler: Handler
-    changes: bool = False
+    needs: Collection[str] = ()
 
 
-# Method and path, then `who` and perhaps `changes` of the Route. A * is a number in the
-# path. To add a route, write its row and its handler, and the Store method or the
-# struct of a body that the handler needs.
+# Method and path, then `who` and `needs` of the Route. A * is a number in the path. To
+# add a route, write its row and its handler, and the Store method or the struct of a
+# body that the handler needs.
 ROUTE_ROWS: dict[str, Handler] = {
     **{f"GET {path} anyone": get_page for path in PAGE_FILES},
     "GET    /ws/chat                         anyone": get_socket,
@@ -5133,13 +5135,13 @@ ROUTE_ROWS: dict[str, Handler] = {
     "GET    /api/v1/me                       user": about_me,
     "PATCH  /api/v1/me                       user    changes": about_me,
     "POST   /api/v1/me/link                  session": post_link,
-    "GET    /api/v1/users                    user": get_users,
+    "GET    /api/v1/users                    user    chats_by": get_users,
     "GET    /api/v1/chats                    user": get_chats,
-    "POST   /api/v1/chats                    user    changes": post_chat,
+    "POST   /api/v1/chats                    user    changes chats_by": post_chat,
     "GET    /api/v1/chats/*                  user": get_chat,
-    "PATCH  /api/v1/chats/*                  user    changes": patch_chat,
+    "PATCH  /api/v1/chats/*                  user    changes chats_by": patch_chat,
     "GET    /api/v1/chats/*/members          user": get_members,
-    "POST   /api/v1/chats/*/members          user    changes": post_member,
+    "POST   /api/v1/chats/*/members          user    changes chats_by": post_member,
     "DELETE /api/v1/chats/*/members/*        user    changes": delete_member,
     "POST   /api/v1/chats/*/invites          user": change_invites,
     "DELETE /api/v1/chats/*/invites          user": change_invites,
@@ -5161,8 +5163,8 @@ ROUTE_ROWS: dict[str, Handler] = {
 }
 ROUTES: dict[str, dict[str, Route]] = {}
 for row, handler in ROUTE_ROWS.items():
-    method, path, who, *more = row.split()
-    ROUTES.setdefault(path, {})[method] = Route(who, handler, bool(more))
+    method, path, who, *needs = row.split()
+    ROUTES.setdefault(path, {})[method] = Route(who, handler, needs)
 for methods in ROUTES.values():
     if "GET" in methods:
         methods["HEAD"] = methods["GET"]  # without the body (RFC 9110 9.3.2)
