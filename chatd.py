@@ -3061,8 +3061,7 @@ class Chats:
         by is the member who adds; None: a service. Returns False if the user is a
         member already. Raises Refusal not_found, direct.
         """
-        if find_chat(db, chat_id, by).direct_key:
-            raise Refusal("direct")
+        find_chat(db, chat_id, by, "change")
         if query_value(db, IS_MEMBER, chat_id, user_id):
             return False
         know_user(db, user_id)
@@ -3079,10 +3078,8 @@ class Chats:
 
         Raises Refusal not_found, direct, forbidden.
         """
-        chat = find_chat(db, chat_id, by)
-        if ":" in str(chat.direct_key):  # not None, and neither of the two is forgotten
-            raise Refusal("direct")
-        if by not in (None, user_id, chat.created_by):
+        created_by = find_chat(db, chat_id, by, "leave")
+        if by not in (None, user_id, created_by):
             raise Refusal("forbidden", "only the member or the chat's creator may")
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         if not db.execute(sql, (chat_id, user_id)).rowcount:
@@ -3100,8 +3097,7 @@ class Chats:
 
         by is the member who does it; None: a service. Raises Refusal not_found, direct.
         """
-        if find_chat(db, chat_id, by).direct_key:
-            raise Refusal("direct")
+        find_chat(db, chat_id, by, "change")
         sql = "UPDATE chat SET title = ?1 WHERE id = ?2 AND title IS NOT ?1"
         if db.execute(sql, (title, chat_id)).rowcount:
             event = ChatRenamed(self.store.next_seq(events), chat_id, title, by)
@@ -3163,8 +3159,7 @@ class Chats:
 
         Raises Refusal not_found, direct.
         """
-        if find_chat(db, chat_id, by).direct_key:
-            raise Refusal("direct")
+        find_chat(db, chat_id, by, "change")
         sql = """UPDATE chat SET invite_key = iif(?2 OR invite_key IS NULL,
                      lower(hex(randomblob(9))), invite_key)
                  WHERE id = ?1 RETURNING id || ':' || invite_key"""
@@ -3365,24 +3360,27 @@ SEARCH = f"""
 """
 
 
-class ChatRow(NamedTuple):
-    """What the row of a chat says of who may do what."""
+def find_chat(
+    db: Db, chat_id: int, by: int | None, to: Literal["see", "change", "leave"] = "see"
+) -> Any:
+    """Find a chat for one of its members; by is None: a service. Returns its creator.
 
-    direct_key: str | None  # None: it is a group
-    created_by: int | None
-
-
-def find_chat(db: Db, chat_id: int, by: int | None) -> ChatRow:
-    """Find a chat for one of its members; by is None: a service. Raises not_found."""
+    A direct chat cannot be changed; nor left, unless one of the two is forgotten.
+    Raises Refusal not_found, direct.
+    """
     row = db.execute(
-        """SELECT direct_key, created_by FROM chat
-           WHERE id = ?1 AND (?2 IS NULL OR EXISTS (
+        """SELECT created_by, CASE ?3 WHEN 'change' THEN direct_key IS NOT NULL
+                                      WHEN 'leave' THEN direct_key LIKE '%:%' END
+           FROM chat WHERE id = ?1 AND (?2 IS NULL OR EXISTS (
                SELECT 1 FROM member WHERE chat_id = ?1 AND user_id = ?2))""",
-        (chat_id, by),
+        (chat_id, by, to),
     ).fetchone()
     if row is None:
         raise no_chat()
-    return ChatRow(*row)
+    created_by, barred = row
+    if barred:
+        raise Refusal("direct")
+    return created_by
 
 
 def know_user(db: Db, user_id: int) -> None:
