@@ -3009,14 +3009,7 @@ class Chats:
     store: Store
 
     def create_chat(
-        self,
-        db: Db,
-        events: Entries,
-        title: str | None,
-        member_ids: Iterable[int],
-        by: int | None = None,
-        client_id: str | None = None,
-        direct: bool = False,
+        self, db: Db, events: Entries, new: NewChat, by: int | None = None
     ) -> tuple[int, bool]:
         """Create a chat, with one event for each member. Returns its id, and True.
 
@@ -3024,8 +3017,8 @@ class Chats:
         before, as the direct chat of these two, or under this creator's client_id;
         nothing else is compared. Raises Refusal bad_field.
         """
-        members = sorted(set(member_ids))
-        key = ":".join(map(str, members)) if direct else None
+        members = sorted(set(new.member_ids))
+        key = ":".join(map(str, members)) if new.direct else None
         found = query_value(
             db,
             """SELECT coalesce((SELECT id FROM chat WHERE direct_key = ?1), (
@@ -3034,7 +3027,7 @@ class Chats:
             """,
             key,
             by,
-            client_id,
+            new.client_id,
         )
         if found:
             return found, False
@@ -3044,10 +3037,10 @@ class Chats:
             db,
             """INSERT INTO chat (title, created_at, created_by, client_id, direct_key)
                VALUES (?, ?, ?, ?, ?) RETURNING id""",
-            title,
+            new.title,
             now_seconds(),
             by,
-            client_id,
+            new.client_id,
             key,
         )
         self._let_in(db, events, chat_id, members, by)
@@ -4722,22 +4715,17 @@ async def get_chats(server: Server, request: Request) -> Answer:
 async def post_chat(server: Server, request: Request) -> Answer:
     """Create a chat: 201, or 200 for a repeat. A user is a member of its own chats."""
     new, by = request.parse(NewChat), request.by
-    members = new.member_ids + ([by] if by else [])
+    members = new.member_ids
     if by:
+        members.append(by)
         # Every member gets an event: charge one request for ten.
         server.requests(by).spend(trio.current_time(), len(members) // 10)
     if new.direct and (new.title or not len(members) == len({*members}) == 2):
         raise bad_field(
             "direct: it is with one other user (a service: of two), untitled"
         )
-    chat_id, is_new = await server.commit(
-        server.chats.create_chat,
-        new.title,
-        members,
-        by,
-        _idempotency_key(request, new),
-        new.direct,
-    )
+    new.client_id = _idempotency_key(request, new)
+    chat_id, is_new = await server.commit(server.chats.create_chat, new, by)
     request.ids = (chat_id,)
     return await get_chat(server, request, 201 if is_new else 200)
 
@@ -6150,7 +6138,7 @@ def serve_demo(settings: Settings) -> None:
             chats = Chats(store)
             for user_id, name in people.items():
                 store.commit_now(chats.rename, user_id, name)
-            store.commit_now(chats.create_chat, "Demo", people)
+            store.commit_now(chats.create_chat, NewChat([*people], "Demo"))
 
         def ready(url: str) -> None:
             announce(url)

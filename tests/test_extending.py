@@ -283,7 +283,7 @@ def test_a_reader_is_a_member_until_its_removal_is_published(tmp_path: Path) -> 
         store = more.Store(settings, run_sync=run_inline)
         chats = more.Chats(store)
         with contextlib.closing(store):
-            chat, _ = store.commit_now(chats.create_chat, None, [1])
+            chat, _ = store.commit_now(chats.create_chat, more.NewChat([1]))
             store.commit_now(chats.invite, chat, 2)
             store.commit_now(chats.wave, chat, 1, "glad")
             store.commit_now(chats.expel, chat, 2)  # seq 4 is not published yet
