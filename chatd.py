@@ -4215,7 +4215,7 @@ class Request:
         """Decode the body. Raises Refusal, naming the field that is wrong."""
         return parse(self.body, msgspec.json.Decoder(form))
 
-    def number(self, name: str, most: int) -> int | None:
+    def number(self, name: str, most: int = MAX_ID) -> int | None:
         """Read a query parameter from 1 to most. Raises Refusal bad_field."""
         text = self.argument(name)
         if text is None:
@@ -4695,11 +4695,7 @@ async def get_chats(server: Server, request: Request) -> Answer:
     """Return the user's chats, and the cursor after which their events follow."""
     limit, upto = request.number("limit", 100), server.hub.head
     found = await server.read(
-        server.chats.my_chats,
-        request.user_id,
-        upto,
-        request.number("before", MAX_ID),
-        limit,
+        server.chats.my_chats, request.user_id, upto, request.number("before"), limit
     )
     chats = server.hub.correct(found[:limit], upto)
     return json_answer(
@@ -4759,7 +4755,7 @@ async def get_members(server: Server, request: Request) -> Answer:
         server.hub.head,
         request.by,
         ids,
-        request.number("after", MAX_ID),
+        request.number("after"),
         limit,
     )
     for member in found:
@@ -4840,7 +4836,7 @@ async def get_messages(server: Server, request: Request) -> Answer:
         server.chats.history,
         request.user_id,
         *request.ids,
-        request.number(place, MAX_ID),
+        request.number(place),
         limit,
         upto,
         place,
@@ -4862,7 +4858,7 @@ async def get_search(server: Server, request: Request) -> Answer:
             f"q: {len(words)} words in {len(query)} characters; it takes 1 to 8 words "
             "in at most 200 characters, without control characters or lone accents"
         )
-    chat_id, at = request.number("chat_id", MAX_ID), request.number("before", MAX_ID)
+    chat_id, at = request.number("chat_id"), request.number("before")
     # It costs as much as five requests. (A service pays for none.)
     server.requests(request.by).spend(trio.current_time(), 4)
     if server.searching.statistics().tasks_waiting >= 64:
@@ -4969,7 +4965,7 @@ async def get_unread(server: Server, request: Request) -> Answer:
     found = await server.read(
         query_value,
         UNREAD,
-        request.number("older_than", MAX_ID) or 300,
+        request.number("older_than") or 300,
         after,
         request.number("limit", 500) or 100,
         server.hub.head,
@@ -6774,18 +6770,33 @@ def make_parser() -> argparse.ArgumentParser:
     add = token.add_argument
     add("USER_ID", type=parse_user)
     add("--name", help="what others see")
-    how_long = "how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)"
-    add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
+    add(
+        "--ttl",
+        metavar="TIME",
+        type=parse_ttl,
+        help="how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)",
+    )
     add = token.add_mutually_exclusive_group().add_argument  # a link has no scopes
     add("--scope", type=parse_scope, help="service, stats")
-    link = "a sign-in link to the page at BASE (default: at the address of --listen)"
-    add("--link", metavar="BASE", nargs="?", const=True, type=parse_base, help=link)
+    add(
+        "--link",
+        metavar="BASE",
+        nargs="?",
+        const=True,
+        type=parse_base,
+        help="a sign-in link to the page at BASE (default: at the address of --listen)",
+    )
     add_flags(token, "db", "secret_file", "listen")
 
     copy = commands.add_parser("backup", help="copy the database, also while it serves")
     copy.add_argument("DEST", type=Path)
-    kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
-    copy.add_argument("--keep", metavar="COUNT", type=parse_count, default=0, help=kept)
+    copy.add_argument(
+        "--keep",
+        metavar="COUNT",
+        type=parse_count,
+        default=0,
+        help="DEST is a folder: name the copy by its time, keep the newest COUNT",
+    )
     add_flags(copy, "db")
 
     put = commands.add_parser(
@@ -6797,12 +6808,17 @@ def make_parser() -> argparse.ArgumentParser:
     lines = commands.add_parser("export", help="print what is stored, as JSON lines")
     add = lines.add_mutually_exclusive_group().add_argument
     for what in ("user", "chat"):
-        which = f"only what belongs to this {what}"
-        add(f"--{what}", metavar="ID", type=parse_user, help=which)
+        add(
+            f"--{what}",
+            metavar="ID",
+            type=parse_user,
+            help=f"only what belongs to this {what}",
+        )
     add_flags(lines, "db")
 
-    look = commands.add_parser("check", help="look whether the database is sound")
-    add_flags(look, "db")
+    add_flags(
+        commands.add_parser("check", help="look whether the database is sound"), "db"
+    )
     return parser
 
 
