@@ -932,7 +932,7 @@ class Session:
             return
 
         def reply(sent: Sent) -> Reply:
-            count_sent(server, sent, user_id)
+            count_sent(server, sent)
             return sent_reply(sent, command.ref)
 
         await self._submit(
@@ -4135,6 +4135,7 @@ class Request:
     """The head of one request, checked; then its claims and body."""
 
     claims: Claims  # set when the route asks for a token
+    methods: str  # those that the path takes
     ids: tuple[int, ...]  # the numbers in the path
     body: bytes
 
@@ -4567,17 +4568,17 @@ async def store_name(server: Server, claims: Claims) -> None:
     Raises Refusal storage_failed, which is no reason to refuse a request.
     """
     user_id, name, now = claims.user_id, claims.name, now_seconds()
-    named_at = min(int(claims.iat), now)
-    newest_at, newest = server.names.get(user_id, (0, None))
+    named_at, names = min(int(claims.iat), now), server.names
+    newest_at, newest = names.get(user_id, (0, None))
     if name is None or named_at < newest_at <= now:
         return
     if name == newest:  # saves a write for each new token
-        server.names[user_id] = named_at, name
+        names[user_id] = named_at, name
         return
-    if len(server.names) >= TABLE_KEYS:
-        server.names.clear()
+    if len(names) >= TABLE_KEYS:
+        names.clear()
     # `then` is called in the order of the commits, so the table has the newest name.
-    rename, stored = server.chats.rename, partial(server.names.__setitem__, user_id)
+    rename, stored = server.chats.rename, partial(names.__setitem__, user_id)
     await server.commit(rename, user_id, name, named_at, then=stored)
 
 
@@ -4893,7 +4894,7 @@ async def post_message(server: Server, request: Request) -> Answer:
     sent = await allow_send(server, claims, send)
     if sent is None:
         sent = await server.commit(server.store.send_message, send, claims.service)
-        count_sent(server, sent, sender_id)
+        count_sent(server, sent)
     sent = renewed(sent, changes(server.hub.since(upto)))
     return json_answer(sent, 200 if sent.duplicate else 201)
 
@@ -5059,11 +5060,11 @@ def charge_change(server: Server, claims: Claims) -> None:
         charge(server.stats, "sends", server.sends(claims.user_id))
 
 
-def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
+def count_sent(server: Server, sent: Sent) -> None:
     """Count a repeat; it gets its token back."""
     if sent.duplicate:
         server.stats.duplicates += 1
-        server.sends(sender_id).spend(trio.current_time(), -1)
+        server.sends(sent.message.sender_id).spend(trio.current_time(), -1)
 
 
 def _idempotency_key(request: Request, post: PostMessage | NewChat) -> str | None:
@@ -5080,10 +5081,9 @@ def _idempotency_key(request: Request, post: PostMessage | NewChat) -> str | Non
 
 def preflight(server: Server, request: Request) -> Answer:
     """Answer OPTIONS, which a browser sends before a request from another origin."""
-    allow = ", ".join(ROUTES[NUMBER.sub("*", request.path)])
     headers = {
-        "Allow": allow,
-        "Access-Control-Allow-Methods": allow,
+        "Allow": request.methods,
+        "Access-Control-Allow-Methods": request.methods,
         "Access-Control-Allow-Headers": "authorization, content-type, idempotency-key",
         "Access-Control-Max-Age": "600",
     }
@@ -5159,11 +5159,11 @@ def find_route(request: Request) -> Route:
     path = NUMBER.sub("*", request.path)
     if path not in ROUTES or "*" in request.path:
         raise Refusal("not_found", "there is nothing at this path")
-    methods = ROUTES[path]
-    if request.method not in methods:
-        raise Refusal("method_not_allowed", headers={"Allow": ", ".join(methods)})
+    request.methods = ", ".join(ROUTES[path])
+    if request.method not in ROUTES[path]:
+        raise Refusal("method_not_allowed", headers={"Allow": request.methods})
     request.ids = tuple(map(int, NUMBER.findall(request.path)))
-    return methods[request.method]
+    return ROUTES[path][request.method]
 
 
 # =====================================================================================
@@ -6140,7 +6140,7 @@ def serve_demo(settings: Settings) -> None:
             announce(url)
             keyring, base = read_keyring(settings), page_url(url.split())
             for user_id, name in people.items():
-                token = keyring.sign(user_id, LINK_SECONDS, use="signin", name=name)
+                token = keyring.sign(user_id, LINK_SECONDS, use="signin")
                 mention(f"{name + ':':6}{base}/#token={token}")
             upstream = base.removeprefix("http://")
             mention(
