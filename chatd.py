@@ -2527,7 +2527,7 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "too_large": (413, "the request is too large"),
     "upgrade_required": (426, "this path speaks WebSocket: send an upgrade request"),
     "rate_limited": (429, "too many at once: slow down"),
-    "overloaded": (503, "the server is full: come back later"),
+    "overloaded": (503, "the server is full, or restarts: come back later"),
     "storage_failed": (503, "it may not be stored: repeat it with the same client_id"),
     "internal": (500, "the server made a mistake; it has been logged"),
     "upstream": (502, "the chat service is away: come back later"),
@@ -4547,15 +4547,11 @@ async def _admit(
     with trio.move_on_after(REQUEST_SECONDS), suppress(Refusal):
         await store_name(server, claims)
     # No task switch from here until `Server.opened` counts it, so the bound is exact.
-    if len(server.sessions) >= server.settings.max_connections:
+    full = len(server.sessions) >= server.settings.max_connections
+    if full:
         server.listener.warn("full", "sockets")
+    if full or server.listener.stopping.is_set():
         raise Refusal("overloaded", retry_after=server.retry_after_seconds())
-    if server.listener.stopping.is_set():
-        raise Refusal(
-            "overloaded",
-            "the server restarts",
-            retry_after=server.retry_after_seconds(),
-        )
     server.keyring.spend(claims)
     key = request.header("sec-websocket-key")
     trailing = connection.h11.trailing_data[0]
@@ -4784,15 +4780,15 @@ async def delete_member(server: Server, request: Request) -> Answer:
 async def change_invites(server: Server, request: Request) -> Answer:
     """POST: make an invitation to a group. DELETE: end all that were made."""
     check_invites(server)
-    ends, user_id = request.method == "DELETE", request.user_id
-    invite = await server.commit(server.chats.invitation, *request.ids, user_id, ends)
+    ends, by = request.method == "DELETE", request.user_id
+    invite = await server.commit(server.chats.invitation, *request.ids, by, ends)
     if ends:
         return Answer(204)
     # The user may have been revoked meanwhile: its invitation would count all the same.
     server.keyring.refuse_revoked(request.claims)
     request.body = request.body or b"{}"
     seconds = request.parse(InviteBody).ttl_seconds
-    token = server.keyring.sign(user_id, seconds, use="invite", invite=invite)
+    token = server.keyring.sign(by, seconds, use="invite", invite=invite)
     return json_answer({"token": token, "expires_in": seconds}, 201)
 
 
@@ -4998,8 +4994,8 @@ async def post_revoke(server: Server, request: Request) -> Answer:
             session.end(CLOSE_SIGN_IN, "revoked: sign in again")
 
     # Refuse them before the write: during it, an old token could get a new one signed.
-    keyring = server.keyring
-    keyring.revoked[user_id] = revoked_at = keyring.time_to_sign(user_id)
+    revoked_at = server.keyring.time_to_sign(user_id)
+    server.keyring.revoked[user_id] = revoked_at
     await server.commit(server.chats.revoke, user_id, revoked_at, then=close)
     return json_answer({"user_id": user_id, "closed": len(theirs)})
 
