@@ -353,6 +353,7 @@ class Server:
         self.stats = store.stats
         self.keyring = keyring
         self.store, self.chats = store, Chats(store)
+        self.read, self.commit = store.read, store.commit
         self.hub = Hub(store)
         keyring.revoked = store.revoked()
         self.pages = page_answers()
@@ -929,7 +930,7 @@ class Session:
             return
 
         def reply(sent: Sent) -> Reply:
-            count_sent(server, sent, user_id)
+            count_sent(server, sent)
             return sent_reply(sent, command.ref)
 
         await self._submit(
@@ -2504,7 +2505,7 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "too_large": (413, "the request is too large"),
     "upgrade_required": (426, "this path speaks WebSocket: send an upgrade request"),
     "rate_limited": (429, "too many at once: slow down"),
-    "overloaded": (503, "the server is full: come back later"),
+    "overloaded": (503, "the server is full, or restarts: come back later"),
     "storage_failed": (503, "it may not be stored: repeat it with the same client_id"),
     "internal": (500, "the server made a mistake; it has been logged"),
     "upstream": (502, "the chat service is away: come back later"),
@@ -2610,7 +2611,7 @@ if forgotten := {*Command.__subclasses__()} - {*get_args(AnyCommand)}:
 COMMANDS = msgspec.json.Decoder(AnyCommand)
 
 
-class NewChat(Record):
+class NewChat(msgspec.Struct):
     """Body of POST /api/v1/chats. client_id tells a repeat from a second chat."""
 
     member_ids: list[Id] = []
@@ -2674,19 +2675,14 @@ class Message(Record, omit_defaults=True):
     deleted: bool = False
 
 
-class User(msgspec.Struct):
-    """A user that is a member of a chat, has sent a message, or has a name."""
-
-    user_id: int
-    name: str | None
-
-
-class Member(User, omit_defaults=True):
+class Member(msgspec.Struct, omit_defaults=True):
     """One member of a chat, who has read the messages up to n = read_n.
 
     online: has it a socket now? Only where one chat is asked for.
     """
 
+    user_id: int
+    name: str | None
     read_n: int
     online: bool | None = None
 
@@ -2936,6 +2932,23 @@ def error_frame(refusal: Refusal, command: str | bytes = b"{}") -> bytes:
 # =====================================================================================
 
 
+NAME = """
+    SELECT name FROM user_name WHERE id = (SELECT name_id FROM user WHERE id = ?)
+"""
+
+# The answer to a request for the known users, those with a name first, at most 200. A
+# user is known that is or was a member of a chat, has sent a message, or has a name. If
+# ?2, which is --invites, is on, user ?1 knows those that it shares a chat with.
+USERS = """
+    SELECT CAST(json_object(
+        'users', json_group_array(json_object('user_id', id, 'name', name))) AS BLOB)
+    FROM (SELECT u.id, name FROM user u LEFT JOIN user_name a ON a.id = u.name_id
+          WHERE ?2 = 'off' OR ?1 IS NULL OR u.id IN (
+              SELECT theirs.user_id FROM member mine
+              JOIN member theirs USING (chat_id) WHERE mine.user_id = ?1)
+          ORDER BY name IS NULL, name, u.id LIMIT 200)
+"""
+
 # The answer to a request for the members whose oldest unread message is older than ?1
 # seconds, in the order of their positions, which are CHAT-USER. It walks `member` along
 # its key from ?2 on, until it has one more than ?3. It counts nothing: last_n gives the
@@ -2973,14 +2986,7 @@ class Chats:
     store: Store
 
     def create_chat(
-        self,
-        db: Db,
-        events: Entries,
-        title: str | None,
-        member_ids: Iterable[int],
-        by: int | None = None,
-        client_id: str | None = None,
-        direct: bool = False,
+        self, db: Db, events: Entries, new: NewChat, by: int | None = None
     ) -> tuple[int, bool]:
         """Create a chat, with one event for each member. Returns its id, and True.
 
@@ -2988,8 +2994,8 @@ class Chats:
         before, as the direct chat of these two, or under this creator's client_id;
         nothing else is compared. Raises Refusal bad_field.
         """
-        members, first = sorted(set(member_ids)), self.store.next_seq(events)
-        key = ":".join(map(str, members)) if direct else None
+        members = sorted(set(new.member_ids))
+        key = ":".join(map(str, members)) if new.direct else None
         found = query_value(
             db,
             """SELECT coalesce((SELECT id FROM chat WHERE direct_key = ?1), (
@@ -2998,28 +3004,23 @@ class Chats:
             """,
             key,
             by,
-            client_id,
+            new.client_id,
         )
         if found:
             return found, False
-        self._check_size(len(members))
         if by:
             know_user(db, by)
         chat_id = query_value(
             db,
             """INSERT INTO chat (title, created_at, created_by, client_id, direct_key)
                VALUES (?, ?, ?, ?, ?) RETURNING id""",
-            title,
+            new.title,
             now_seconds(),
             by,
-            client_id,
+            new.client_id,
             key,
         )
-        for seq, user_id in enumerate(members, first):
-            self._join(db, chat_id, user_id, seq, by)
-        chat = read_chat(db, chat_id, first)
-        for seq, user_id in enumerate(members, first):
-            self.store.record(db, events, Entry(ChatAdded(seq, chat_id, chat), user_id))
+        self._let_in(db, events, chat_id, members, by)
         return chat_id, True
 
     def add_member(
@@ -3030,17 +3031,14 @@ class Chats:
         by is the member who adds; None: a service. Returns False if the user is a
         member already. Raises Refusal not_found, direct.
         """
-        if find_chat(db, chat_id, by).direct_key:
-            raise Refusal("direct")
+        find_chat(db, chat_id, by, "change")
         if query_value(db, IS_MEMBER, chat_id, user_id):
             return False
-        seq = self.store.next_seq(events)
-        self._join(db, chat_id, user_id, seq + 1, by)
-        chat = read_chat(db, chat_id, seq + 1)
-        self._check_size(chat.member_count)
-        added = MemberAdded(seq, chat_id, user_id, self.name(db, user_id))
+        know_user(db, user_id)
+        seq, name = self.store.next_seq(events), query_value(db, NAME, user_id)
+        added = MemberAdded(seq, chat_id, user_id, name)
         self.store.record(db, events, Entry(added, to_chat=True))
-        self.store.record(db, events, Entry(ChatAdded(seq + 1, chat_id, chat), user_id))
+        self._let_in(db, events, chat_id, [user_id], by)
         return True
 
     def remove_member(
@@ -3050,12 +3048,8 @@ class Chats:
 
         Raises Refusal not_found, direct, forbidden.
         """
-        chat = find_chat(db, chat_id, by)
-        if (
-            ":" in f"{chat.direct_key}"
-        ):  # else it is None, or one of the two is forgotten
-            raise Refusal("direct")
-        if by not in (None, user_id, chat.created_by):
+        created_by = find_chat(db, chat_id, by, "leave")
+        if by not in (None, user_id, created_by):
             raise Refusal("forbidden", "only the member or the chat's creator may")
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         if not db.execute(sql, (chat_id, user_id)).rowcount:
@@ -3073,8 +3067,7 @@ class Chats:
 
         by is the member who does it; None: a service. Raises Refusal not_found, direct.
         """
-        if find_chat(db, chat_id, by).direct_key:
-            raise Refusal("direct")
+        find_chat(db, chat_id, by, "change")
         sql = "UPDATE chat SET title = ?1 WHERE id = ?2 AND title IS NOT ?1"
         if db.execute(sql, (title, chat_id)).rowcount:
             event = ChatRenamed(self.store.next_seq(events), chat_id, title, by)
@@ -3131,8 +3124,7 @@ class Chats:
 
         Raises Refusal not_found, direct.
         """
-        if find_chat(db, chat_id, by).direct_key:
-            raise Refusal("direct")
+        find_chat(db, chat_id, by, "change")
         sql = """UPDATE chat SET invite_key = iif(?2 OR invite_key IS NULL,
                      lower(hex(randomblob(9))), invite_key)
                  WHERE id = ?1 RETURNING id || ':' || invite_key"""
@@ -3209,29 +3201,34 @@ class Chats:
             self.change_message(db, events, None, *row)
         return min(after + 100, self.store.seq)
 
-    def _join(
-        self, db: Db, chat_id: int, user_id: int, seq: int, by: int | None = None
+    def _let_in(
+        self, db: Db, events: Entries, chat_id: int, users: list[int], by: int | None
     ) -> None:
-        """Make a user a member who has read all messages so far.
+        """Make users members who have read all messages so far: an event to each.
 
         With invitations on, by may add only people it shares another chat with. Raises
-        Refusal forbidden.
+        Refusal bad_field, forbidden.
         """
-        know_user(db, user_id)
+        first, settings = self.store.next_seq(events), self.store.settings
+        sql = "SELECT count(*) + ? FROM member WHERE chat_id = ?"
+        count = query_value(db, sql, len(users), chat_id)
+        if count > settings.members:
+            raise bad_field(f"member_ids: {count} members; at most {settings.members}")
         sql = """INSERT INTO member (chat_id, user_id, joined_seq, read_n)
                  SELECT ?1, ?2, ?3, last_n FROM chat
                  WHERE id = ?1 AND (?5 = 'off' OR ?4 IS NULL OR ?4 = ?2 OR EXISTS (
                      SELECT 1 FROM member mine JOIN member theirs USING (chat_id)
                      WHERE mine.user_id = ?4 AND theirs.user_id = ?2
                        AND mine.chat_id != ?1))"""
-        bounds = (chat_id, user_id, seq, by, self.store.settings.invites)
-        if not db.execute(sql, bounds).rowcount:
-            raise Refusal("forbidden", f"you share no chat with {user_id}: invite them")
-
-    def _check_size(self, members: int) -> None:
-        most = self.store.settings.members
-        if members > most:
-            raise bad_field(f"member_ids: {members} members; at most {most}")
+        for seq, user_id in enumerate(users, first):
+            know_user(db, user_id)
+            bounds = (chat_id, user_id, seq, by, settings.invites)
+            if not db.execute(sql, bounds).rowcount:
+                why = f"you share no chat with {user_id}: invite them"
+                raise Refusal("forbidden", why)
+        chat = read_chat(db, chat_id, first)
+        for seq, user_id in enumerate(users, first):
+            self.store.record(db, events, Entry(ChatAdded(seq, chat_id, chat), user_id))
 
     # --- reading ---------------------------------------------------------------------
 
@@ -3248,10 +3245,7 @@ class Chats:
                 WHERE active < coalesce(?3, 1 << 62) LIMIT coalesce(?4, -2) + 1""",
             (user_id, upto, *page),
         )
-        return [
-            MyChat(*msgspec.structs.astuple(read_chat(db, row[0], upto)), *row[1:])
-            for row in rows
-        ]
+        return [MyChat(*astuple(read_chat(db, row[0], upto)), *row[1:]) for row in rows]
 
     def history(
         self,
@@ -3313,31 +3307,6 @@ class Chats:
                 return int(at)
         return None
 
-    def name(self, db: Db, user_id: int) -> str | None:
-        """Read a user's name."""
-        name: str | None = query_value(
-            db,
-            """SELECT name FROM user_name
-               WHERE id = (SELECT name_id FROM user WHERE id = ?)""",
-            user_id,
-        )
-        return name
-
-    def users(self, db: Db, by: int | None) -> str:
-        """Read the known users as JSON, those with a name first, at most 200.
-
-        A user is known that is or was a member of a chat, has sent a message, or has a
-        name. With invitations on, a user knows those that it shares a chat with.
-        """
-        sql = """SELECT json_group_array(json_object('user_id', id, 'name', name))
-                 FROM (SELECT u.id, name
-                       FROM user u LEFT JOIN user_name a ON a.id = u.name_id
-                       WHERE ?2 = 'off' OR ?1 IS NULL OR u.id IN (
-                           SELECT theirs.user_id FROM member mine
-                           JOIN member theirs USING (chat_id) WHERE mine.user_id = ?1)
-                       ORDER BY name IS NULL, name, u.id LIMIT 200)"""
-        return str(query_value(db, sql, by, self.store.settings.invites))
-
 
 # A user's name, ?1, that was given at ?3, if it counts at ?2. The row of an older name
 # is overwritten with NULs (schema.sql: name_erases).
@@ -3378,26 +3347,27 @@ SEARCH = f"""
 """
 
 
-class ChatRow(NamedTuple):
-    """What the row of a chat says of who may do what."""
+def find_chat(
+    db: Db, chat_id: int, by: int | None, to: Literal["see", "change", "leave"] = "see"
+) -> Any:
+    """Find a chat for one of its members; by is None: a service. Returns its creator.
 
-    title: str | None
-    direct_key: str | None  # None: it is a group
-    created_by: int | None
-    invite_key: str | None
-
-
-def find_chat(db: Db, chat_id: int, by: int | None) -> ChatRow:
-    """Find a chat for one of its members; by is None: a service. Raises not_found."""
+    A direct chat cannot be changed; nor left, unless one of the two is forgotten.
+    Raises Refusal not_found, direct.
+    """
     row = db.execute(
-        """SELECT title, direct_key, created_by, invite_key FROM chat
-           WHERE id = ?1 AND (?2 IS NULL OR EXISTS (
+        """SELECT created_by, CASE ?3 WHEN 'change' THEN direct_key IS NOT NULL
+                                      WHEN 'leave' THEN direct_key LIKE '%:%' END
+           FROM chat WHERE id = ?1 AND (?2 IS NULL OR EXISTS (
                SELECT 1 FROM member WHERE chat_id = ?1 AND user_id = ?2))""",
-        (chat_id, by),
+        (chat_id, by, to),
     ).fetchone()
     if row is None:
         raise no_chat()
-    return ChatRow(*row)
+    created_by, barred = row
+    if barred:
+        raise Refusal("direct")
+    return created_by
 
 
 def know_user(db: Db, user_id: int) -> None:
@@ -4159,6 +4129,7 @@ class Request:
     """The head of one request, checked; then its claims and body."""
 
     claims: Claims  # set when the route asks for a token
+    methods: str  # those that the path takes
     ids: tuple[int, ...]  # the numbers in the path
     body: bytes
 
@@ -4239,7 +4210,7 @@ class Request:
         """Decode the body. Raises Refusal, naming the field that is wrong."""
         return parse(self.body, msgspec.json.Decoder(form))
 
-    def number(self, name: str, most: int) -> int | None:
+    def number(self, name: str, most: int = MAX_ID) -> int | None:
         """Read a query parameter from 1 to most. Raises Refusal bad_field."""
         text = self.argument(name)
         if text is None:
@@ -4550,8 +4521,10 @@ async def answer_request(
         if known:
             # The body may have taken long: the user may have been revoked meanwhile.
             server.keyring.recheck(request.claims)
-            if route.changes:
+            if "changes" in route.needs:
                 charge_change(server, request.claims)
+            if "chats_by" in route.needs:
+                check_chats_by(server, request)
         answer = route.handler(server, request)
         return answer if isinstance(answer, Answer) else await answer
 
@@ -4565,15 +4538,11 @@ async def _admit(
     with trio.move_on_after(REQUEST_SECONDS), suppress(Refusal):
         await store_name(server, claims)
     # No task switch from here until `Session.run` counts it, so the bound is exact.
-    if len(server.sessions) >= server.settings.max_connections:
+    full = len(server.sessions) >= server.settings.max_connections
+    if full:
         server.listener.warn("full", "sockets")
+    if full or server.listener.stopping.is_set():
         raise Refusal("overloaded", retry_after=server.retry_after_seconds())
-    if server.listener.stopping.is_set():
-        raise Refusal(
-            "overloaded",
-            "the server restarts",
-            retry_after=server.retry_after_seconds(),
-        )
     server.keyring.spend(claims)
     key = request.header("sec-websocket-key")
     trailing = connection.h11.trailing_data[0]
@@ -4586,18 +4555,18 @@ async def store_name(server: Server, claims: Claims) -> None:
     Raises Refusal storage_failed, which is no reason to refuse a request.
     """
     user_id, name, now = claims.user_id, claims.name, now_seconds()
-    named_at = min(int(claims.iat), now)
-    newest_at, newest = server.names.get(user_id, (0, None))
+    named_at, names = min(int(claims.iat), now), server.names
+    newest_at, newest = names.get(user_id, (0, None))
     if name is None or named_at < newest_at <= now:
         return
     if name == newest:  # saves a write for each new token
-        server.names[user_id] = named_at, name
+        names[user_id] = named_at, name
         return
-    if len(server.names) >= TABLE_KEYS:
-        server.names.clear()
+    if len(names) >= TABLE_KEYS:
+        names.clear()
     # `then` is called in the order of the commits, so the table has the newest name.
-    rename, stored = server.chats.rename, partial(server.names.__setitem__, user_id)
-    await server.store.commit(rename, user_id, name, named_at, then=stored)
+    rename, stored = server.chats.rename, partial(names.__setitem__, user_id)
+    await server.commit(rename, user_id, name, named_at, then=stored)
 
 
 def loggable(text: str) -> str:
@@ -4651,7 +4620,7 @@ def get_ws_token(server: Server, request: Request) -> Answer:
 async def post_session(server: Server, request: Request) -> Answer:
     """Exchange a sign-in link's token for a session token."""
     user_id = request.user_id
-    name = await server.store.read(server.chats.name, user_id)
+    name = await server.read(query_value, NAME, user_id)
     # The user may have been revoked meanwhile. From here on nothing waits.
     server.keyring.recheck(request.claims)
     # No name in it: it is newer than the link, and would undo a change of the name.
@@ -4685,9 +4654,9 @@ async def about_me(server: Server, request: Request) -> Answer:
             )
         if not (name := clean_name(request.parse(InviteBody).name)):
             raise bad_field("name: it is empty")
-        now = msgspec.structs.replace(request.claims, name=name, iat=now_seconds())
+        now = replace(request.claims, name=name, iat=now_seconds())
         await store_name(server, now)
-    name = await server.store.read(server.chats.name, request.user_id)
+    name = await server.read(query_value, NAME, request.user_id)
     allowed = {
         "max_content_chars": settings.max_content_chars,
         "edit_seconds": settings.edit_seconds,
@@ -4700,12 +4669,12 @@ async def about_me(server: Server, request: Request) -> Answer:
 
 async def get_users(server: Server, request: Request) -> Answer:
     """Return the known users, where users may create chats."""
-    _check_may_change_chats(server, request)
-    users = await server.store.read(server.chats.users, request.by)
-    return json_answer({"users": msgspec.Raw(users)})
+    found = await server.read(query_value, USERS, request.by, server.settings.invites)
+    return Answer(200, found)
 
 
-def _check_may_change_chats(server: Server, request: Request) -> None:
+def check_chats_by(server: Server, request: Request) -> None:
+    """Refuse what needs --chats-by user, unless a service asks for it."""
     if request.by and server.settings.chats_by != "user":
         raise Refusal("forbidden", "here only the service creates and changes chats")
 
@@ -4713,12 +4682,8 @@ def _check_may_change_chats(server: Server, request: Request) -> None:
 async def get_chats(server: Server, request: Request) -> Answer:
     """Return the user's chats, and the cursor after which their events follow."""
     limit, upto = request.number("limit", 100), server.hub.head
-    found = await server.store.read(
-        server.chats.my_chats,
-        request.user_id,
-        upto,
-        request.number("before", MAX_ID),
-        limit,
+    found = await server.read(
+        server.chats.my_chats, request.user_id, upto, request.number("before"), limit
     )
     chats = server.hub.correct(found[:limit], upto)
     return json_answer(
@@ -4733,24 +4698,18 @@ async def get_chats(server: Server, request: Request) -> Answer:
 
 async def post_chat(server: Server, request: Request) -> Answer:
     """Create a chat: 201, or 200 for a repeat. A user is a member of its own chats."""
-    _check_may_change_chats(server, request)
     new, by = request.parse(NewChat), request.by
-    members = new.member_ids + ([by] if by else [])
+    members = new.member_ids
     if by:
+        members.append(by)
         # Every member gets an event: charge one request for ten.
         server.requests(by).spend(trio.current_time(), len(members) // 10)
     if new.direct and (new.title or not len(members) == len({*members}) == 2):
         raise bad_field(
             "direct: it is with one other user (a service: of two), untitled"
         )
-    chat_id, is_new = await server.store.commit(
-        server.chats.create_chat,
-        new.title,
-        members,
-        by,
-        _idempotency_key(request, new),
-        new.direct,
-    )
+    new.client_id = _idempotency_key(request, new)
+    chat_id, is_new = await server.commit(server.chats.create_chat, new, by)
     request.ids = (chat_id,)
     return await get_chat(server, request, 201 if is_new else 200)
 
@@ -4758,7 +4717,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
 async def get_chat(server: Server, request: Request, status: int = 200) -> Answer:
     """Return one chat, to a member or a service."""
     upto = server.hub.head
-    chat = await server.store.read(read_chat, *request.ids, upto, request.by)
+    chat = await server.read(read_chat, *request.ids, upto, request.by)
     (chat,) = server.hub.correct([chat], upto)
     for member in chat.members:
         member.online = member.user_id in server.hub.people
@@ -4767,8 +4726,7 @@ async def get_chat(server: Server, request: Request, status: int = 200) -> Answe
 
 async def patch_chat(server: Server, request: Request) -> Answer:
     """Rename a chat."""
-    _check_may_change_chats(server, request)
-    await server.store.commit(
+    await server.commit(
         server.chats.set_title, *request.ids, request.parse(NewTitle).title, request.by
     )
     return await get_chat(server, request)
@@ -4779,13 +4737,13 @@ async def get_members(server: Server, request: Request) -> Answer:
     ids, limit = request.argument("ids"), request.number("limit", 500) or 100
     if not re.fullmatch(r"[1-9][0-9]{0,15}(,[1-9][0-9]{0,15}){0,99}", ids or "1"):
         raise bad_field("ids: must be 1 to 100 user ids, with commas between them")
-    found = await server.store.read(
+    found = await server.read(
         read_members,
         *request.ids,
         server.hub.head,
         request.by,
         ids,
-        request.number("after", MAX_ID),
+        request.number("after"),
         limit,
     )
     for member in found:
@@ -4795,12 +4753,9 @@ async def get_members(server: Server, request: Request) -> Answer:
 
 async def post_member(server: Server, request: Request) -> Answer:
     """Add a user to a chat: 201, or 200 if the user is a member already."""
-    _check_may_change_chats(server, request)
     (chat_id,) = request.ids
     user_id = request.parse(UserBody).user_id
-    added = await server.store.commit(
-        server.chats.add_member, chat_id, user_id, request.by
-    )
+    added = await server.commit(server.chats.add_member, chat_id, user_id, request.by)
     return json_answer({"chat_id": chat_id, "user_id": user_id}, 201 if added else 200)
 
 
@@ -4808,25 +4763,23 @@ async def delete_member(server: Server, request: Request) -> Answer:
     """Leave a chat; its creator and a service may remove others. Effective at once."""
     chat_id, user_id = request.ids
     if request.by != user_id:
-        _check_may_change_chats(server, request)
-    await server.store.commit(server.chats.remove_member, chat_id, user_id, request.by)
+        check_chats_by(server, request)
+    await server.commit(server.chats.remove_member, chat_id, user_id, request.by)
     return Answer(204)
 
 
 async def change_invites(server: Server, request: Request) -> Answer:
     """POST: make an invitation to a group. DELETE: end all that were made."""
     check_invites(server)
-    ends, user_id = request.method == "DELETE", request.user_id
-    invite = await server.store.commit(
-        server.chats.invitation, *request.ids, user_id, ends
-    )
+    ends, by = request.method == "DELETE", request.user_id
+    invite = await server.commit(server.chats.invitation, *request.ids, by, ends)
     if ends:
         return Answer(204)
     # The user may have been revoked meanwhile: its invitation would count all the same.
     server.keyring.recheck(request.claims)
     request.body = request.body or b"{}"
     seconds = request.parse(InviteBody).ttl_seconds
-    token = server.keyring.sign(user_id, seconds, use="invite", invite=invite)
+    token = server.keyring.sign(by, seconds, use="invite", invite=invite)
     return json_answer({"token": token, "expires_in": seconds}, 201)
 
 
@@ -4847,7 +4800,7 @@ async def post_join(server: Server, request: Request) -> Answer:
         raise bad_field("name: it is empty")
     if who is not None:
         charge(server.stats, "joins", server.joins)
-    added, answer = await server.store.commit(server.chats.join, invite, who)
+    added, answer = await server.commit(server.chats.join, invite, who)
     server.stats.joins += added
     if isinstance(who, str):
         token = server.keyring.sign(answer["user_id"], SESSION_SECONDS, use="session")
@@ -4867,11 +4820,11 @@ async def get_messages(server: Server, request: Request) -> Answer:
     place, *others = request.query.keys() & {"before", "after", "around"} or ["before"]
     if others:
         raise bad_field(f"{place}: give only one of before, after and around")
-    messages, older, newer = await server.store.read(
+    messages, older, newer = await server.read(
         server.chats.history,
         request.user_id,
         *request.ids,
-        request.number(place, MAX_ID),
+        request.number(place),
         limit,
         upto,
         place,
@@ -4893,7 +4846,7 @@ async def get_search(server: Server, request: Request) -> Answer:
             f"q: {len(words)} words in {len(query)} characters; it takes 1 to 8 words "
             "in at most 200 characters, without control characters or lone accents"
         )
-    chat_id, at = request.number("chat_id", MAX_ID), request.number("before", MAX_ID)
+    chat_id, at = request.number("chat_id"), request.number("before")
     # It costs as much as five requests. (A service pays for none.)
     server.requests(request.by).spend(trio.current_time(), 4)
     if server.searching.statistics().tasks_waiting >= 64:
@@ -4901,16 +4854,9 @@ async def get_search(server: Server, request: Request) -> Answer:
     found: list[Message] = []
     async with server.searching:
         deadline = trio.current_time() + server.settings.search_seconds
-        upto = server.hub.head
-        where = (
-            server.chats.search,
-            found,
-            request.user_id,
-            chat_id,
-            json.dumps(words),
-        )
+        where, upto = (request.user_id, chat_id, json.dumps(words)), server.hub.head
         while (  # noqa: ASYNC110 (it waits for nothing, but lets others go first)
-            (at := await server.store.read(*where, at, upto))
+            (at := await server.read(server.chats.search, found, *where, at, upto))
             and len(found) < 50
             and trio.current_time() < deadline
         ):
@@ -4934,10 +4880,8 @@ async def post_message(server: Server, request: Request) -> Answer:
     send = Send(chat_id, sender_id, post.content, _idempotency_key(request, post))
     sent = await allow_send(server, claims, send)
     if sent is None:
-        sent = await server.store.commit(
-            server.store.send_message, send, claims.service
-        )
-        count_sent(server, sent, sender_id)
+        sent = await server.commit(server.store.send_message, send, claims.service)
+        count_sent(server, sent)
     sent = renewed(sent, changes(server.hub.since(upto)))
     return json_answer(sent, 200 if sent.duplicate else 201)
 
@@ -4946,7 +4890,7 @@ async def change_message(server: Server, request: Request) -> Answer:
     """Edit a message, or delete it."""
     patches, upto = request.method == "PATCH", server.hub.head
     new = astuple(request.parse(PatchMessage)) if patches else ()
-    message = await server.store.commit(
+    message = await server.commit(
         server.chats.change_message, request.by, *request.ids, *new
     )
     message = renewed(message, changes(server.hub.since(upto)))
@@ -4955,7 +4899,7 @@ async def change_message(server: Server, request: Request) -> Answer:
 
 async def post_read(server: Server, request: Request) -> Answer:
     """Mark messages as read up to this one (SPEC.md, MarkMessageAsRead)."""
-    message_id, chat_id, n, _seq = await server.store.commit(
+    message_id, chat_id, n, _seq = await server.commit(
         server.store.mark_read, request.user_id, *request.ids
     )
     return json_answer({"message_id": message_id, "chat_id": chat_id, "n": n})
@@ -5006,14 +4950,16 @@ async def get_unread(server: Server, request: Request) -> Answer:
     after = request.argument("after") or "0-0"
     if not re.fullmatch("[0-9]{1,16}-[0-9]{1,16}", after):
         raise bad_field("after: not the position of a member in an earlier answer")
-    bounds = (
-        request.number("older_than", MAX_ID) or 300,
+    found = await server.read(
+        query_value,
+        UNREAD,
+        request.number("older_than") or 300,
         after,
         request.number("limit", 500) or 100,
         server.hub.head,
         encode([*server.hub.people]),
     )
-    return Answer(200, await server.store.read(query_value, UNREAD, *bounds))
+    return Answer(200, found)
 
 
 def get_stats(server: Server, request: Request) -> Answer:
@@ -5039,9 +4985,9 @@ async def post_revoke(server: Server, request: Request) -> Answer:
             session.end(CLOSE_SIGN_IN, "revoked: sign in again")
 
     # Refuse them before the write: during it, an old token could get a new one signed.
-    keyring = server.keyring
-    keyring.revoked[user_id] = revoked_at = keyring.time_to_sign(user_id)
-    await server.store.commit(server.chats.revoke, user_id, revoked_at, then=close)
+    revoked_at = server.keyring.time_to_sign(user_id)
+    server.keyring.revoked[user_id] = revoked_at
+    await server.commit(server.chats.revoke, user_id, revoked_at, then=close)
     return json_answer({"user_id": user_id, "closed": len(theirs)})
 
 
@@ -5087,7 +5033,7 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
         return None
     if send.client_id is not None:
         # As of the head: a message that is not published yet is not answered yet.
-        sent = await server.store.read(server.store.find_sent, send, server.hub.head)
+        sent = await server.read(server.store.find_sent, send, server.hub.head)
         if sent is not None:
             server.stats.duplicates += 1
             return sent
@@ -5101,11 +5047,11 @@ def charge_change(server: Server, claims: Claims) -> None:
         charge(server.stats, "sends", server.sends(claims.user_id))
 
 
-def count_sent(server: Server, sent: Sent, sender_id: int) -> None:
+def count_sent(server: Server, sent: Sent) -> None:
     """Count a repeat; it gets its token back."""
     if sent.duplicate:
         server.stats.duplicates += 1
-        server.sends(sender_id).spend(trio.current_time(), -1)
+        server.sends(sent.message.sender_id).spend(trio.current_time(), -1)
 
 
 def _idempotency_key(request: Request, post: PostMessage | NewChat) -> str | None:
@@ -5122,80 +5068,72 @@ def _idempotency_key(request: Request, post: PostMessage | NewChat) -> str | Non
 
 def preflight(server: Server, request: Request) -> Answer:
     """Answer OPTIONS, which a browser sends before a request from another origin."""
-    allow = ", ".join(ROUTES[NUMBER.sub("*", request.path)])
     headers = {
-        "Allow": allow,
-        "Access-Control-Allow-Methods": allow,
+        "Allow": request.methods,
+        "Access-Control-Allow-Methods": request.methods,
         "Access-Control-Allow-Headers": "authorization, content-type, idempotency-key",
         "Access-Control-Max-Age": "600",
     }
     return Answer(204, headers=headers)
 
 
+Handler = Callable[[Server, Request], Answer | Awaitable[Answer]]
+
+
 class Route(NamedTuple):
     """The token that a route needs, and its handler.
 
     anyone: none; guest: a user's token or none; else a purpose of Keyring.verify.
-    changes: a user's request costs a token of --sends, as a message does.
+    needs, of a user: "changes", a token of --sends, as a message does; "chats_by", that
+    users may change chats here.
     """
 
     who: str
-    handler: Callable[[Server, Request], Answer | Awaitable[Answer]]
-    changes: bool = False
+    handler: Handler
+    needs: Collection[str] = ()
 
 
-# A * is a number in the path. To add a route, write its row and its handler, and the
-# Store method or the struct of a body that the handler needs.
-ROUTES: dict[str, dict[str, Route]] = {
-    **{path: {"GET": Route("anyone", get_page)} for path in PAGE_FILES},
-    "/ws/chat": {"GET": Route("anyone", get_socket)},
-    "/api/v2/ws-token": {"GET": Route("user", get_ws_token)},
-    "/api/v1/session": {"POST": Route("signin", post_session)},
-    "/api/v1/me": {
-        "GET": Route("user", about_me),
-        "PATCH": Route("user", about_me, changes=True),
-    },
-    "/api/v1/me/link": {"POST": Route("session", post_link)},
-    "/api/v1/users": {"GET": Route("user", get_users)},
-    "/api/v1/chats": {
-        "GET": Route("user", get_chats),
-        "POST": Route("user", post_chat, changes=True),
-    },
-    "/api/v1/chats/*": {
-        "GET": Route("user", get_chat),
-        "PATCH": Route("user", patch_chat, changes=True),
-    },
-    "/api/v1/chats/*/members": {
-        "GET": Route("user", get_members),
-        "POST": Route("user", post_member, changes=True),
-    },
-    "/api/v1/chats/*/members/*": {"DELETE": Route("user", delete_member, changes=True)},
-    "/api/v1/chats/*/invites": {
-        "POST": Route("user", change_invites),
-        "DELETE": Route("user", change_invites),
-    },
-    "/api/v1/join": {"POST": Route("guest", post_join, changes=True)},
-    "/api/v1/chats/*/messages": {
-        "GET": Route("user", get_messages),
-        "POST": Route("user", post_message),
-    },
-    "/api/v1/messages/*": {
-        "PATCH": Route("user", change_message, changes=True),
-        "DELETE": Route("user", change_message, changes=True),
-    },
-    "/api/v1/messages/*/read": {"POST": Route("user", post_read)},
-    "/api/v1/search": {"GET": Route("user", get_search)},
-    "/api/v1/events": {"GET": Route("user", get_events)},
-    "/api/v1/internal/chat/ws/stats": {"GET": Route("stats", get_stats)},
-    "/metrics": {"GET": Route("stats", get_metrics)},
-    "/api/v1/internal/chat/events": {
-        "GET": Route("service", partial(get_events, feed=True))
-    },
-    "/api/v1/internal/chat/unread": {"GET": Route("service", get_unread)},
-    "/api/v1/internal/chat/revoke": {"POST": Route("service", post_revoke)},
-    "/api/v1/internal/chat/forget": {"POST": Route("service", post_forget)},
-    "/healthz": {"GET": Route("anyone", get_health)},
+# Method and path, then `who` and `needs` of the Route. A * is a number in the path. To
+# add a route, write its row and its handler, and the Store method or the struct of a
+# body that the handler needs.
+ROUTE_ROWS: dict[str, Handler] = {
+    **{f"GET {path} anyone": get_page for path in PAGE_FILES},
+    "GET    /ws/chat                         anyone": get_socket,
+    "GET    /api/v2/ws-token                 user": get_ws_token,
+    "POST   /api/v1/session                  signin": post_session,
+    "GET    /api/v1/me                       user": about_me,
+    "PATCH  /api/v1/me                       user    changes": about_me,
+    "POST   /api/v1/me/link                  session": post_link,
+    "GET    /api/v1/users                    user    chats_by": get_users,
+    "GET    /api/v1/chats                    user": get_chats,
+    "POST   /api/v1/chats                    user    changes chats_by": post_chat,
+    "GET    /api/v1/chats/*                  user": get_chat,
+    "PATCH  /api/v1/chats/*                  user    changes chats_by": patch_chat,
+    "GET    /api/v1/chats/*/members          user": get_members,
+    "POST   /api/v1/chats/*/members          user    changes chats_by": post_member,
+    "DELETE /api/v1/chats/*/members/*        user    changes": delete_member,
+    "POST   /api/v1/chats/*/invites          user": change_invites,
+    "DELETE /api/v1/chats/*/invites          user": change_invites,
+    "POST   /api/v1/join                     guest   changes": post_join,
+    "GET    /api/v1/chats/*/messages         user": get_messages,
+    "POST   /api/v1/chats/*/messages         user": post_message,
+    "PATCH  /api/v1/messages/*               user    changes": change_message,
+    "DELETE /api/v1/messages/*               user    changes": change_message,
+    "POST   /api/v1/messages/*/read          user": post_read,
+    "GET    /api/v1/search                   user": get_search,
+    "GET    /api/v1/events                   user": get_events,
+    "GET    /api/v1/internal/chat/ws/stats   stats": get_stats,
+    "GET    /metrics                         stats": get_metrics,
+    "GET    /api/v1/internal/chat/events     service": partial(get_events, feed=True),
+    "GET    /api/v1/internal/chat/unread     service": get_unread,
+    "POST   /api/v1/internal/chat/revoke     service": post_revoke,
+    "POST   /api/v1/internal/chat/forget     service": post_forget,
+    "GET    /healthz                         anyone": get_health,
 }
+ROUTES: dict[str, dict[str, Route]] = {}
+for row, handler in ROUTE_ROWS.items():
+    method, path, who, *needs = row.split()
+    ROUTES.setdefault(path, {})[method] = Route(who, handler, needs)
 for methods in ROUTES.values():
     if "GET" in methods:
         methods["HEAD"] = methods["GET"]  # without the body (RFC 9110 9.3.2)
@@ -5208,11 +5146,11 @@ def find_route(request: Request) -> Route:
     path = NUMBER.sub("*", request.path)
     if path not in ROUTES or "*" in request.path:
         raise Refusal("not_found", "there is nothing at this path")
-    methods = ROUTES[path]
-    if request.method not in methods:
-        raise Refusal("method_not_allowed", headers={"Allow": ", ".join(methods)})
+    request.methods = ", ".join(ROUTES[path])
+    if request.method not in ROUTES[path]:
+        raise Refusal("method_not_allowed", headers={"Allow": request.methods})
     request.ids = tuple(map(int, NUMBER.findall(request.path)))
-    return methods[request.method]
+    return ROUTES[path][request.method]
 
 
 # =====================================================================================
@@ -6187,13 +6125,13 @@ def serve_demo(settings: Settings) -> None:
             chats = Chats(store)
             for user_id, name in people.items():
                 store.commit_now(chats.rename, user_id, name)
-            store.commit_now(chats.create_chat, "Demo", people)
+            store.commit_now(chats.create_chat, NewChat([*people], "Demo"))
 
         def ready(url: str) -> None:
             announce(url)
             keyring, base = read_keyring(settings), page_url(url.split())
             for user_id, name in people.items():
-                token = keyring.sign(user_id, LINK_SECONDS, use="signin", name=name)
+                token = keyring.sign(user_id, LINK_SECONDS, use="signin")
                 mention(f"{name + ':':6}{base}/#token={token}")
             upstream = base.removeprefix("http://")
             mention(
@@ -6835,18 +6773,33 @@ def make_parser() -> argparse.ArgumentParser:
     add = token.add_argument
     add("USER_ID", type=parse_user)
     add("--name", help="what others see")
-    how_long = "how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)"
-    add("--ttl", metavar="TIME", type=parse_ttl, help=how_long)
+    add(
+        "--ttl",
+        metavar="TIME",
+        type=parse_ttl,
+        help="how long it is good: 30d, 12h, 15m, 90s (default 30d; a link 1d)",
+    )
     add = token.add_mutually_exclusive_group().add_argument  # a link has no scopes
     add("--scope", type=parse_scope, help="service, stats")
-    link = "a sign-in link to the page at BASE (default: at the address of --listen)"
-    add("--link", metavar="BASE", nargs="?", const=True, type=parse_base, help=link)
+    add(
+        "--link",
+        metavar="BASE",
+        nargs="?",
+        const=True,
+        type=parse_base,
+        help="a sign-in link to the page at BASE (default: at the address of --listen)",
+    )
     add_flags(token, "db", "secret_file", "listen")
 
     copy = commands.add_parser("backup", help="copy the database, also while it serves")
     copy.add_argument("DEST", type=Path)
-    kept = "DEST is a folder: name the copy by its time, keep the newest COUNT"
-    copy.add_argument("--keep", metavar="COUNT", type=parse_count, default=0, help=kept)
+    copy.add_argument(
+        "--keep",
+        metavar="COUNT",
+        type=parse_count,
+        default=0,
+        help="DEST is a folder: name the copy by its time, keep the newest COUNT",
+    )
     add_flags(copy, "db")
 
     put = commands.add_parser(
@@ -6858,12 +6811,17 @@ def make_parser() -> argparse.ArgumentParser:
     lines = commands.add_parser("export", help="print what is stored, as JSON lines")
     add = lines.add_mutually_exclusive_group().add_argument
     for what in ("user", "chat"):
-        which = f"only what belongs to this {what}"
-        add(f"--{what}", metavar="ID", type=parse_user, help=which)
+        add(
+            f"--{what}",
+            metavar="ID",
+            type=parse_user,
+            help=f"only what belongs to this {what}",
+        )
     add_flags(lines, "db")
 
-    look = commands.add_parser("check", help="look whether the database is sound")
-    add_flags(look, "db")
+    add_flags(
+        commands.add_parser("check", help="look whether the database is sound"), "db"
+    )
     return parser
 
 

@@ -44,7 +44,17 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from wsproto.frame_protocol import FrameProtocol, Opcode
 
 import chatd
-from chatd import Job, Keyring, Rate, Refusal, Send, Settings, Store, UsageError
+from chatd import (
+    Job,
+    Keyring,
+    NewChat,
+    Rate,
+    Refusal,
+    Send,
+    Settings,
+    Store,
+    UsageError,
+)
 from tests.client import Frame, HttpAnswer, RawClient, request_bytes, upgrade_bytes
 
 V = TypeVar("V")
@@ -268,7 +278,7 @@ class Memory:
         return cast(V, outcome)
 
     def chat(self, *users: int, title: str | None = None) -> int:
-        return self.do(self.chats.create_chat, title, users)[0]
+        return self.do(self.chats.create_chat, NewChat([*users], title))[0]
 
     def send(self, chat: int, user: int, text: str = "hi", key: str = "") -> chatd.Sent:
         return cast(chatd.Sent, self.do(*self.sends(chat, user, text, key)))
@@ -312,7 +322,9 @@ class Memory:
         return self.read(self.chats.my_chats, user, self.hub.head, None, None)
 
     def users(self, by: int | None = None) -> list[Any]:
-        found: list[Any] = json.loads(self.read(self.chats.users, by))
+        invites = self.store.settings.invites
+        read = self.read(chatd.query_value, chatd.USERS, by, invites)
+        found: list[Any] = json.loads(read)["users"]
         return found
 
     def count(self, table: str) -> int:

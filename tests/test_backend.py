@@ -464,7 +464,7 @@ async def test_a_forgotten_user_is_in_no_answer_but_as_a_number(
     assert not re.search("Quentin|secret|private", after)
     assert "hello Q." in after
     db = server.store._writer
-    assert server.app.chats.name(db, 2) is None
+    assert chatd.query_value(db, chatd.NAME, 2) is None
     assert chatd.faults(db) == []
 
 
@@ -560,7 +560,7 @@ async def test_a_request_to_forget_works_for_10_s_and_the_next_one_goes_on(
         walks.append(server.app.walked[2])
     # 3 s to revoke, then 10 s: three steps. One ended the membership.
     assert walks == [200, 500, 651]
-    assert server.app.chats.name(db, 2) is None
+    assert chatd.query_value(db, chatd.NAME, 2) is None
     assert db.execute("SELECT user_id FROM member").fetchall() == [(1,)]
 
 
@@ -572,10 +572,10 @@ async def test_a_user_who_comes_back_after_being_forgotten_has_a_name_again(
     old = server.token(2, name="Quentin", iat=now - 60)
     assert (await server.ask("GET", "/api/v1/me", token=old)).json["name"] == "Quentin"
     await forget(server, 2)
-    rename, name = server.app.chats.rename, server.app.chats.name
+    rename, name = server.app.chats.rename, (chatd.query_value, chatd.NAME)
     # A request that was on its way with an old token is too late.
     await server.store.commit(rename, 2, "Quentin", now - 60)
-    assert await server.store.read(name, 2) is None
+    assert await server.store.read(*name, 2) is None
     new = server.app.keyring.sign(2, 60, name="Quentin")
     assert (await server.ask("GET", "/api/v1/me", token=new)).json["name"] == "Quentin"
 

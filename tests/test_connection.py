@@ -389,7 +389,7 @@ async def test_connected_has_the_500_newest_chats_and_events_come_from_all(
     create = server.app.chats.create_chat
     async with trio.open_nursery() as nursery:
         for _ in range(count):
-            nursery.start_soon(server.store.commit, create, None, [6, 7])
+            nursery.start_soon(server.store.commit, create, chatd.NewChat([6, 7]))
     await server.post(1, "hi", sender=7)
     raw = server.dial()
     await raw.send(upgrade_bytes(server.target(6)))

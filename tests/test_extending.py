@@ -60,8 +60,11 @@ STORE_METHODS = '''
     def invite(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:
         """Make a user a member."""
         seq = self.store.next_seq(events)
-        self._join(db, chat_id, user_id, seq)
-        event = Invited(seq, chat_id, user_id, self.name(db, user_id), "a friend")
+        know_user(db, user_id)
+        sql = "INSERT INTO member SELECT id, ?, ?, last_n FROM chat WHERE id = ?"
+        db.execute(sql, (user_id, seq, chat_id))
+        name = query_value(db, NAME, user_id)
+        event = Invited(seq, chat_id, user_id, name, "a friend")
         self.store.record(db, events, Entry(event, user_id, to_chat=True))
 
     def expel(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:
@@ -73,7 +76,7 @@ STORE_METHODS = '''
 '''
 # A command: its struct and its name in the union; its arm in `match`; its method.
 COMMAND_STRUCT = '''
-class Wave(Command, frozen=True, tag="wave"):
+class Wave(Command, tag="wave"):
     """Waves to a chat."""
 
     chat_id: Id
@@ -99,9 +102,9 @@ COMMAND_METHOD = """
 """
 # A route: its row; its handler; the struct of its body, or a Store method (above).
 ROUTE_ROWS = """
-    "/api/v1/chats/*/waves": {"POST": Route("user", post_wave)},
-    "/api/v1/chats/*/guests": {"POST": Route("service", post_guest)},
-    "/api/v1/chats/*/guests/*": {"DELETE": Route("service", delete_guest)},"""
+    "POST   /api/v1/chats/*/waves            user": post_wave,
+    "POST   /api/v1/chats/*/guests           service": post_guest,
+    "DELETE /api/v1/chats/*/guests/*         service": delete_guest,"""
 ROUTE_BODY = '''
 class WaveBody(msgspec.Struct, frozen=True):
     """Body of waving."""
@@ -114,20 +117,20 @@ async def post_wave(server: Server, request: Request) -> Answer:
     """Wave to a chat."""
     mood = request.parse(WaveBody).mood
     wave = server.chats.wave
-    seq = await server.store.commit(wave, *request.ids, request.user_id, mood)
+    seq = await server.commit(wave, *request.ids, request.user_id, mood)
     return json_answer({"seq": seq}, 201)
 
 
 async def post_guest(server: Server, request: Request) -> Answer:
     """Make a user a member of a chat."""
     user_id = request.parse(UserBody).user_id
-    await server.store.commit(server.chats.invite, *request.ids, user_id)
+    await server.commit(server.chats.invite, *request.ids, user_id)
     return Answer(204)
 
 
 async def delete_guest(server: Server, request: Request) -> Answer:
     """Remove a member of a chat."""
-    await server.store.commit(server.chats.expel, *request.ids)
+    await server.commit(server.chats.expel, *request.ids)
     return Answer(204)
 
 '''
@@ -139,7 +142,7 @@ PLACES = {
     COMMAND_NAME: "\nif forgotten := ",
     COMMAND_ARM: "\n            case _:\n                assert_never(command)",
     COMMAND_METHOD: "\n    def _set_token(self,",
-    ROUTE_ROWS: '\n    "/healthz": {"GET": Route(',
+    ROUTE_ROWS: '\n    "GET    /healthz                         anyone"',
     ROUTE_BODY: "\nclass PostMessage(",
     ROUTE_HANDLERS: "\ndef get_health(",
 }
@@ -280,7 +283,7 @@ def test_a_reader_is_a_member_until_its_removal_is_published(tmp_path: Path) -> 
         store = more.Store(settings, run_sync=run_inline)
         chats = more.Chats(store)
         with contextlib.closing(store):
-            chat, _ = store.commit_now(chats.create_chat, None, [1])
+            chat, _ = store.commit_now(chats.create_chat, more.NewChat([1]))
             store.commit_now(chats.invite, chat, 2)
             store.commit_now(chats.wave, chat, 1, "glad")
             store.commit_now(chats.expel, chat, 2)  # seq 4 is not published yet

@@ -18,7 +18,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 import chatd
-from chatd import Claims, Rate, Refusal
+from chatd import Claims, NewChat, Rate, Refusal
 from tests.client import (
     HttpAnswer,
     ProxyProcess,
@@ -251,8 +251,8 @@ def test_with_invitations_a_user_adds_and_sees_only_those_in_a_chat_with_it(
     add, create = memory.chats.add_member, memory.chats.create_chat
     for stranger in (3, 4, 5, FIRST):
         for work in (
-            (add, tea, stranger, 1), (create, None, [1, stranger], 1),
-            (create, None, [1, 2, stranger], 1),
+            (add, tea, stranger, 1), (create, NewChat([1, stranger]), 1),
+            (create, NewChat([1, 2, stranger]), 1),
         ):  # fmt: skip
             before = memory.count("user"), memory.count("chat")
             refusal = refusal_of(memory.do, *work)
@@ -261,9 +261,9 @@ def test_with_invitations_a_user_adds_and_sees_only_those_in_a_chat_with_it(
             assert (memory.count("user"), memory.count("chat")) == before
     assert memory.do(add, tea, 3, 2)  # 2 is in the club with 3
     assert not memory.do(add, tea, 3, 1)  # now 3 is a member
-    _, is_new = memory.do(create, None, [1, 2, 3], 1)
+    _, is_new = memory.do(create, NewChat([1, 2, 3]), 1)
     assert is_new
-    assert memory.do(create, None, [7], 7)[1]  # oneself
+    assert memory.do(create, NewChat([7]), 7)[1]  # oneself
     memory.do(add, club, 9, None)  # a service adds anybody
     memory.do(memory.chats.remove_member, club, 4, 4)
     for user, seen in ((1, [1, 2, 3]), (2, [1, 2, 3, 9]), (4, []), (7, [7]), (8, [])):
@@ -278,7 +278,7 @@ def test_without_invitations_a_user_adds_and_sees_everybody(tmp_path: Path) -> N
     memory = Memory(tmp_path)
     chat = memory.chat(1)
     assert memory.do(memory.chats.add_member, chat, 5, 1)
-    assert memory.do(memory.chats.create_chat, None, [1, 6], 1)[1]
+    assert memory.do(memory.chats.create_chat, NewChat([1, 6]), 1)[1]
     assert [row["user_id"] for row in memory.users(1)] == [1, 5, 6]
 
 

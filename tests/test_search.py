@@ -399,7 +399,7 @@ async def test_a_change_while_a_search_runs_is_shown(server: VirtualServer) -> N
     before = (await server.ask("GET", target(), user=7)).json["messages"]
     three, two, one = (msgspec.convert(m, Message) for m in before)
     store, app = server.app.store, server.app
-    read, late = store.read, []
+    read, late = app.read, []
 
     async def slow_read(query: Any, *args: Any) -> Any:
         result = await read(query, *args)
@@ -410,7 +410,7 @@ async def test_a_change_while_a_search_runs_is_shown(server: VirtualServer) -> N
         late.append(app.hub.head)
         return result
 
-    store.read = slow_read  # type: ignore[method-assign]
+    app.read = slow_read
     answer = await server.ask("GET", target(), user=7)
     assert late
     shown = [(m["content"], m.get("deleted")) for m in answer.json["messages"]]

@@ -28,7 +28,7 @@ import trio.testing
 from msgspec.structs import replace
 
 import chatd
-from chatd import Refusal, Send, Settings, Store, UsageError
+from chatd import NewChat, Refusal, Send, Settings, Store, UsageError
 from tests.client import ServerProcess, wait_until
 from tests.harness import (
     Memory,
@@ -328,7 +328,7 @@ def test_in_a_large_chat_a_read_mark_goes_only_to_the_reader() -> None:
 
 def test_a_new_chat_is_one_event_per_member_with_the_whole_chat(memory: Memory) -> None:
     memory.do(memory.chats.rename, 2, "Bob")
-    chat, is_new = memory.do(memory.chats.create_chat, "Sofa", [2, 1, 2])
+    chat, is_new = memory.do(memory.chats.create_chat, NewChat([2, 1, 2], "Sofa"))
     assert is_new
     (event,) = memory.page(2).events
     assert memory.seqs(1) == [1]
@@ -428,7 +428,8 @@ def creation(
     direct: bool = False,
 ) -> MemoryWork:
     """Return the job that creates a chat, for `do` or `commit`."""
-    return (memory.chats.create_chat, title, users, by, key, direct)
+    new = NewChat([*users], title, direct, key)
+    return (memory.chats.create_chat, new, by)
 
 
 def test_a_pair_has_one_direct_chat_whoever_creates_it(memory: Memory) -> None:
@@ -625,10 +626,8 @@ def test_names_and_revocations_are_kept_and_make_no_events(memory: Memory) -> No
     memory.do(memory.chats.revoke, 3, 1_700_000_001)
     memory.do(memory.chats.revoke, 3, 1_600_000_000)  # anew, also back
     assert memory.again().store.revoked() == {2: 1_700_000_000, 3: 1_600_000_000}
-    assert (memory.read(memory.chats.name, 1), memory.read(memory.chats.name, 9)) == (
-        "Anna",
-        None,
-    )
+    names = [memory.read(chatd.query_value, chatd.NAME, user) for user in (1, 9)]
+    assert names == ["Anna", None]
     assert memory.hub.head == 0
 
 
@@ -1012,7 +1011,7 @@ def refused_after_writes(memory: Memory, chat: int) -> MemoryWork:
 
     def work(db: sqlite3.Connection, events: list[chatd.Entry]) -> None:
         memory.store.send_message(db, events, Send(chat, 1, "spoiled"))
-        memory.chats.create_chat(db, events, None, [1, 77])
+        memory.chats.create_chat(db, events, NewChat([1, 77]))
         raise Refusal("forbidden")
 
     return (work,)
@@ -1044,7 +1043,7 @@ def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
 ) -> None:
     chat, store = memory.chat(1, 2), memory.store
     batch = memory.commit(
-        (memory.chats.create_chat, None, [1, user_id]), memory.sends(chat, 1)
+        (memory.chats.create_chat, NewChat([1, user_id])), memory.sends(chat, 1)
     )
     assert batch.outcomes[0][1].code == "internal"
     assert batch.outcomes[1][1].message.n == 1
@@ -1055,7 +1054,7 @@ def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
 
 def test_before_the_start_a_work_is_committed_at_once(tmp_path: Path) -> None:
     store = Store(Settings(db=tmp_path / "a.db"))
-    assert store.commit_now(chatd.Chats(store).create_chat, None, [1]) == (1, True)
+    assert store.commit_now(chatd.Chats(store).create_chat, NewChat([1])) == (1, True)
     refusal = refusal_of(store.commit_now, store.mark_read, 1, 9)
     assert (refusal.code, store.seq) == ("not_found", 1)
     store.close()
@@ -1271,7 +1270,7 @@ def test_a_page_of_chats_reads_no_more_chats_than_it_has(memory: Memory) -> None
 
 
 def test_a_greeting_has_the_marks_of_the_500_newest_chats(memory: Memory) -> None:
-    memory.commit(*[(memory.chats.create_chat, None, [1])] * 1200)
+    memory.commit(*[(memory.chats.create_chat, NewChat([1]))] * 1200)
     memory = memory.again()
     memory.send(1, 1)
     greeting = memory.greeting(1)
@@ -1453,7 +1452,7 @@ def test_readers_do_not_see_commits_that_are_not_published(memory: Memory) -> No
     memory.send(chat, 1, "old")
     batch = memory.commit(
         memory.sends(chat, 1, "new", "k"),
-        (memory.chats.create_chat, None, [1, 2]),
+        (memory.chats.create_chat, NewChat([1, 2])),
         (store.mark_read, 2, 4),
     )
     assert (store.seq, memory.hub.head) == (7, 3)
@@ -1512,7 +1511,7 @@ def run_every_query(memory: Memory, key: str) -> None:
     memory.my_chats(1)
     memory.read(memory.chats.history, 1, chat, sent.message.id, 5, head)
     memory.read(store.find_sent, Send(chat, 1, "hi", key))
-    memory.read(memory.chats.name, 1)
+    memory.read(chatd.query_value, chatd.NAME, 1)
     store.tail()
     store.revoked()
     store._probe()
@@ -1721,7 +1720,7 @@ def test_an_error_at_any_step_of_a_batch_rolls_all_of_it_back(memory: Memory) ->
         memory.sends(chat, 1, "hi", "k"),
         (store.mark_read, 2, 3),
         refused_after_writes(memory, chat),
-        (memory.chats.create_chat, None, [1, 3]),
+        (memory.chats.create_chat, NewChat([1, 3])),
         (memory.chats.add_member, chat, 3, 1),
         (memory.chats.remove_member, chat, 2, None),
         memory.sends(chat, 9, service=True),
@@ -1842,7 +1841,7 @@ async def test_all_kinds_of_events_are_recovered_after_a_failed_commit(
     batch = memory.commit(
         memory.sends(chat, 1, "hi", "k"),
         (store.mark_read, 2, 3),
-        (memory.chats.create_chat, "new", [1, 2]),
+        (memory.chats.create_chat, NewChat([1, 2], "new")),
         (memory.chats.add_member, chat, 3, 1),
         (memory.chats.remove_member, chat, 1, 1),
     )
@@ -2095,7 +2094,7 @@ def test_a_large_new_chat_ends_its_transaction_and_the_other_jobs_come_next(
 ) -> None:
     memory = Memory(tmp_path, batch_events=3)
     create = memory.chats.create_chat
-    works = [(create, None, [1, 2, 3]), (create, None, [1]), (create, None, [2])]
+    works = [(create, NewChat(users)) for users in ([1, 2, 3], [1], [2])]
     batch = memory.commit(*works)
     assert (len(batch.outcomes), len(batch.events)) == (1, 3)
     assert (memory.stats.commits, memory.stats.batch_max) == (1, 1)  # only what ran
@@ -2109,7 +2108,7 @@ async def test_jobs_after_a_large_new_chat_are_all_answered(tmp_path: Path) -> N
     async with running(memory), trio.open_nursery() as nursery:
         for users in ([1, 2, 3], [1], [2], [4, 5, 6], [7]):
             nursery.start_soon(
-                memory.store.commit, memory.chats.create_chat, None, users
+                memory.store.commit, memory.chats.create_chat, NewChat(users)
             )
     assert (memory.count("chat"), memory.hub.head) == (5, 9)
     memory.store.close()
