@@ -3305,7 +3305,7 @@ class Chats:
                 ORDER BY n""",
             (chat_id, upto, start, limit),
         )
-        return [message_of(row) for row in rows], start > 1, start + limit <= last_n
+        return [*map(message_of, rows)], start > 1, start + limit <= last_n
 
     def search(
         self,
@@ -4666,14 +4666,19 @@ async def about_me(server: Server, request: Request) -> Answer:
         now = replace(request.claims, name=name, iat=now_seconds())
         await store_name(server, now)
     name = await server.read(query_value, NAME, request.user_id)
-    allowed = {
-        "max_content_chars": settings.max_content_chars,
-        "edit_seconds": settings.edit_seconds,
-        "create_chats": settings.chats_by == "user",
-        "invites": settings.invites == "on",
-        "rename": not settings.jwt_key,
-    }
-    return json_answer({"user_id": request.user_id, "name": name, "server": allowed})
+    return json_answer(
+        {
+            "user_id": request.user_id,
+            "name": name,
+            "server": {
+                "max_content_chars": settings.max_content_chars,
+                "edit_seconds": settings.edit_seconds,
+                "create_chats": settings.chats_by == "user",
+                "invites": settings.invites == "on",
+                "rename": not settings.jwt_key,
+            },
+        }
+    )
 
 
 async def get_users(server: Server, request: Request) -> Answer:
@@ -4921,7 +4926,7 @@ async def get_events(server: Server, request: Request, feed: bool = False) -> An
     it: where a user has to resync, it begins again with the oldest event.
     """
     limit = request.number("limit", 500) or 100
-    given, hub, store = request.argument("cursor"), server.hub, server.store
+    given, hub = request.argument("cursor"), server.hub
     start, upto = parse_cursor(server, given), hub.head
     resync = given is not None and start is None
     if feed and resync:
@@ -4931,10 +4936,10 @@ async def get_events(server: Server, request: Request, feed: bool = False) -> An
     which = None if feed else request.user_id, start, upto
     if (feed or start == upto) and hub.in_tail(start):
         page = page_of(hub.since(start), server.settings, upto, limit)
-    elif not feed and await store.read(store.missed, *which) is None:
+    elif not feed and await server.read(server.store.missed, *which) is None:
         page, resync = Page([], upto, upto), True
     else:
-        page = await store.read(store.events_after, *which, limit)
+        page = await server.read(server.store.events_after, *which, limit)
     return json_answer(
         {
             "events": [
