@@ -4187,10 +4187,10 @@ class Request:
 
     def argument(self, name: str) -> str | None:
         """Read a query parameter, given at most once. Raises Refusal bad_field."""
-        values = self.query.get(name, [])
-        if len(values) > 1:
-            raise bad_field(f"{name}: given {len(values)} times in the query")
-        return values[0] if values else None
+        value, *more = self.query.get(name, [None])
+        if more:
+            raise bad_field(f"{name}: given {len(more) + 1} times in the query")
+        return value
 
     def parse(self, form: type[T]) -> T:
         """Decode the body. Raises Refusal, naming the field that is wrong."""
