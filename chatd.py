@@ -515,7 +515,7 @@ class Listener:
                 return
             take_over = await http.run()
             http = None  # a socket does not need its 6 KB
-            if take_over is not None:
+            if take_over:
                 await take_over(stream)
         except* trio.BrokenResourceError:
             pass
@@ -524,7 +524,7 @@ class Listener:
                 self.stats.errors[type(error).__name__] += 1
                 if self.bugs.take(trio.current_time()) == 0.0:
                     log_bug("failed", error)
-            if http is not None:
+            if http:
                 await http.refuse(Refusal("internal"))
         finally:
             self.open -= 1
@@ -712,7 +712,7 @@ class Session:
                         await reader.read()
             except ClientFault as fault:
                 self.end(*fault.args)
-            if reader.closed is not None and self.close_with is None:
+            if reader.closed and not self.close_with:
                 self.close_with = (reader.closed.code, reader.closed.reason or "")
             await self._close()
         finally:
@@ -731,7 +731,7 @@ class Session:
 
         CUT ends it at once: a client that takes no bytes would not get a close frame.
         """
-        if self.close_with is None:
+        if not self.close_with:
             self.close_with = (code, reason)
             self.reading.cancel()
         if code == CUT:
@@ -840,7 +840,7 @@ class Session:
         A command that needs no write is answered at once, and so before the acks of
         earlier commands. A client tells its answers apart by `ref`.
         """
-        if self.close_with is not None:
+        if self.close_with:
             return  # it was read together with the bytes that ended the connection
         if self.outbox.full:
             await self.outbox.wait_not_full()
@@ -2131,7 +2131,7 @@ class Hub:
         replies: dict[Seat, list[Reply]] = {}
         for job, outcome in batch.outcomes:
             reply = job.done(outcome)
-            if reply is not None and job.seat is not None:
+            if reply and job.seat:
                 replies.setdefault(job.seat, []).append(reply)
         for seats, events in deliveries:
             joined = b"".join([entry.frame for entry in events])
@@ -4260,7 +4260,7 @@ class HttpConnection:
             if not isinstance(answer, Answer):
                 return answer
         except Refusal as refusal:
-            if request is not None and request.upgrades:
+            if request and request.upgrades:
                 self.listener.stats.refused[refusal.code] += 1
             answer = refusal_answer(refusal)
         except trio.TooSlowError:
@@ -4365,7 +4365,7 @@ class HttpConnection:
         if body:
             headers["Content-Type"] = answer.content_type
             headers["Content-Length"] = str(len(body))
-        if request is not None:
+        if request:
             headers |= cors_headers(self.listener.settings, request)
             if request.method == "HEAD":
                 body = b""
@@ -4373,7 +4373,7 @@ class HttpConnection:
         # Behind an Upgrade h11 is not DONE either, whatever the header proposes.
         unread = self.h11.their_state is not h11.DONE
         ends = self.listener.stopping.is_set() or not self.listener.keeps_alive
-        if request is None or unread or ends:
+        if not request or unread or ends:
             lines.append(("Connection", "close"))  # a 426 has one more Connection
         reason = http.HTTPStatus(answer.status).phrase
         head = h11.Response(status_code=answer.status, headers=lines, reason=reason)
