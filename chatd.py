@@ -523,7 +523,7 @@ class Listener:
                 return
             take_over = await http.run()
             http = None  # a socket does not need its 6 KB
-            if take_over is not None:
+            if take_over:
                 await take_over(stream)
         except* trio.BrokenResourceError:
             pass
@@ -532,7 +532,7 @@ class Listener:
                 self.stats.errors[type(error).__name__] += 1
                 if self.bugs.take(trio.current_time()) == 0.0:
                     log_bug("failed", error)
-            if http is not None:
+            if http:
                 await http.refuse(Refusal("internal"))
         finally:
             self.open -= 1
@@ -720,7 +720,7 @@ class Session:
                         await reader.read()
             except ClientFault as fault:
                 self.end(*fault.args)
-            if reader.closed is not None and self.close_with is None:
+            if reader.closed and not self.close_with:
                 self.close_with = (reader.closed.code, reader.closed.reason or "")
             await self._close()
         finally:
@@ -739,7 +739,7 @@ class Session:
 
         CUT ends it at once: a client that takes no bytes would not get a close frame.
         """
-        if self.close_with is None:
+        if not self.close_with:
             self.close_with = (code, reason)
             self.reading.cancel()
         if code == CUT:
@@ -848,7 +848,7 @@ class Session:
         A command that needs no write is answered at once, and so before the acks of
         earlier commands. A client tells its answers apart by `ref`.
         """
-        if self.close_with is not None:
+        if self.close_with:
             return  # it was read together with the bytes that ended the connection
         if self.outbox.full:
             await self.outbox.wait_not_full()
@@ -2149,7 +2149,7 @@ class Hub:
         replies: dict[Seat, list[Reply]] = {}
         for job, outcome in batch.outcomes:
             reply = job.done(outcome)
-            if reply is not None and job.seat is not None:
+            if reply and job.seat:
                 replies.setdefault(job.seat, []).append(reply)
         for seats, events in deliveries:
             joined = b"".join([entry.frame for entry in events])
@@ -3281,7 +3281,7 @@ class Chats:
                 ORDER BY n""",
             (chat_id, upto, start, limit),
         )
-        return [message_of(row) for row in rows], start > 1, start + limit <= last_n
+        return [*map(message_of, rows)], start > 1, start + limit <= last_n
 
     def search(
         self,
@@ -4201,10 +4201,10 @@ class Request:
 
     def argument(self, name: str) -> str | None:
         """Read a query parameter, given at most once. Raises Refusal bad_field."""
-        values = self.query.get(name, [])
-        if len(values) > 1:
-            raise bad_field(f"{name}: given {len(values)} times in the query")
-        return values[0] if values else None
+        value, *more = self.query.get(name, [None])
+        if more:
+            raise bad_field(f"{name}: given {len(more) + 1} times in the query")
+        return value
 
     def parse(self, form: type[T]) -> T:
         """Decode the body. Raises Refusal, naming the field that is wrong."""
@@ -4274,7 +4274,7 @@ class HttpConnection:
             if not isinstance(answer, Answer):
                 return answer
         except Refusal as refusal:
-            if request is not None and request.upgrades:
+            if request and request.upgrades:
                 self.listener.stats.refused[refusal.code] += 1
             answer = refusal_answer(refusal)
         except trio.TooSlowError:
@@ -4379,7 +4379,7 @@ class HttpConnection:
         if body:
             headers["Content-Type"] = answer.content_type
             headers["Content-Length"] = str(len(body))
-        if request is not None:
+        if request:
             headers |= cors_headers(self.listener.settings, request)
             if request.method == "HEAD":
                 body = b""
@@ -4387,7 +4387,7 @@ class HttpConnection:
         # Behind an Upgrade h11 is not DONE either, whatever the header proposes.
         unread = self.h11.their_state is not h11.DONE
         ends = self.listener.stopping.is_set() or not self.listener.keeps_alive
-        if request is None or unread or ends:
+        if not request or unread or ends:
             lines.append(("Connection", "close"))  # a 426 has one more Connection
         reason = http.HTTPStatus(answer.status).phrase
         head = h11.Response(status_code=answer.status, headers=lines, reason=reason)
@@ -4657,14 +4657,19 @@ async def about_me(server: Server, request: Request) -> Answer:
         now = replace(request.claims, name=name, iat=now_seconds())
         await store_name(server, now)
     name = await server.read(query_value, NAME, request.user_id)
-    allowed = {
-        "max_content_chars": settings.max_content_chars,
-        "edit_seconds": settings.edit_seconds,
-        "create_chats": settings.chats_by == "user",
-        "invites": settings.invites == "on",
-        "rename": not settings.jwt_key,
-    }
-    return json_answer({"user_id": request.user_id, "name": name, "server": allowed})
+    return json_answer(
+        {
+            "user_id": request.user_id,
+            "name": name,
+            "server": {
+                "max_content_chars": settings.max_content_chars,
+                "edit_seconds": settings.edit_seconds,
+                "create_chats": settings.chats_by == "user",
+                "invites": settings.invites == "on",
+                "rename": not settings.jwt_key,
+            },
+        }
+    )
 
 
 async def get_users(server: Server, request: Request) -> Answer:
@@ -4912,7 +4917,7 @@ async def get_events(server: Server, request: Request, feed: bool = False) -> An
     it: where a user has to resync, it begins again with the oldest event.
     """
     limit = request.number("limit", 500) or 100
-    given, hub, store = request.argument("cursor"), server.hub, server.store
+    given, hub = request.argument("cursor"), server.hub
     start, upto = parse_cursor(server, given), hub.head
     resync = given is not None and start is None
     if feed and resync:
@@ -4922,10 +4927,10 @@ async def get_events(server: Server, request: Request, feed: bool = False) -> An
     which = None if feed else request.user_id, start, upto
     if (feed or start == upto) and hub.in_tail(start):
         page = page_of(hub.since(start), server.settings, upto, limit)
-    elif not feed and await store.read(store.missed, *which) is None:
+    elif not feed and await server.read(server.store.missed, *which) is None:
         page, resync = Page([], upto, upto), True
     else:
-        page = await store.read(store.events_after, *which, limit)
+        page = await server.read(server.store.events_after, *which, limit)
     return json_answer(
         {
             "events": [

@@ -27,21 +27,21 @@ from tests.harness import run_inline
 # Three events: one with fields of its own, and two that change membership. Each has a
 # class and the Store method that records it.
 EVENT_CLASSES = '''
-class Waved(Event, frozen=True, tag="waved"):
+class Waved(Event, tag="waved"):
     """To all members."""
 
     user_id: int
     moods: list[str]
 
 
-class Invited(UserEvent, frozen=True, tag="invited"):
+class Invited(UserEvent, tag="invited"):
     """To all members and to the user that becomes one."""
 
     why: str
     membership = "joins"
 
 
-class Expelled(Event, frozen=True, tag="expelled"):
+class Expelled(Event, tag="expelled"):
     """To the remaining members and to the user that was removed."""
 
     user_id: int
@@ -106,7 +106,7 @@ ROUTE_ROWS = """
     "POST   /api/v1/chats/*/guests           service": post_guest,
     "DELETE /api/v1/chats/*/guests/*         service": delete_guest,"""
 ROUTE_BODY = '''
-class WaveBody(msgspec.Struct, frozen=True):
+class WaveBody(Record):
     """Body of waving."""
 
     mood: Title
