@@ -125,7 +125,9 @@ def tag_of(kind: type[msgspec.Struct]) -> str:
 def server_messages() -> dict[str, type[msgspec.Struct]]:
     events = {tag: kind for tag, (kind, _) in chatd.KINDS.items()}
     return events | {
-        tag_of(kind): kind for kind in chatd.ServerMessage.__subclasses__()
+        tag_of(kind): kind
+        for kind in chatd.ServerMessage.__subclasses__()
+        if kind is not chatd.Event
     }
 
 
