@@ -120,11 +120,8 @@ def take_frames(data: bytearray) -> Iterator[tuple[int, bytes]]:
         assert data[0] & 0x70 == 0, "reserved bits"
         assert data[0] & 0x80, "a fragment"
         assert data[1] < 128, "a server's frame is not masked"
-        size, start = data[1], 2
-        if size == 126:
-            (size,), start = struct.unpack_from("!H", data, 2), 4
-        elif size == 127:
-            (size,), start = struct.unpack_from("!Q", data, 2), 10
+        start = 2 + {126: 2, 127: 8}.get(data[1], 0)
+        size = int.from_bytes(data[2:start], "big") if start > 2 else data[1]
         if len(data) < start + size:
             return
         opcode, payload = data[0] & 15, bytes(data[start : start + size])
