@@ -3086,6 +3086,9 @@ def test_an_edit_and_a_deletion_reach_each_page(
     history = page.evaluate("(id) => chat.history(id)", chat)["messages"]
     assert [one["content"] for one in history] == ["New", ""]
     page.evaluate(change, [first["id"], first["id"]])  # the same again: an ack
+    # An edit that follows an unanswered one would be based on its answer.
+    sent = "received.filter(({ state }) => state === 'sent').length"
+    until(lambda: bool(page.evaluate(sent) == 3))
     page.evaluate("(id) => chat.editMessage(id, 'Other', { ifRev: id })", first["id"])
     page.evaluate("(id) => chat.editMessage(id, 'Other')", second["id"])
     codes = "received.flatMap(({ type, code }) => (type === 'delivery' && code) || [])"
