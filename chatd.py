@@ -364,7 +364,7 @@ class Server:
         self.searching = trio.Lock()  # one at a time
         self.names: dict[int, tuple[int, str]] = {}  # the newest: its time, the name
         # A user to be forgotten: up to which id there are no messages of that user.
-        self.walked: Counter[int] = Counter()
+        self.walked = Counter[int]()
         self.sessions: set[Session] = set()
         self.listener = Listener(
             settings, self.stats, self.sessions, partial(answer_request, self)
@@ -1838,7 +1838,7 @@ class Store:
         try:
             return self._idle_readers.pop()  # atomic; never more than READERS
         except IndexError:
-            return open_database(self.path, readonly=True)
+            return open_database(self.path)
 
     def greeting(self, db: Db, user_id: int, upto: int, cursor: int) -> Greeting:
         """Read a user's chats as of upto, and count the events missed since cursor."""
@@ -4803,7 +4803,7 @@ async def post_join(server: Server, request: Request) -> Answer:
         who = request.user_id
     if who == "":
         raise bad_field("name: it is empty")
-    if who is not None:
+    if who:
         charge(server.stats, "joins", server.joins)
     added, answer = await server.commit(server.chats.join, invite, who)
     server.stats.joins += added
@@ -5031,19 +5031,19 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
     With an empty bucket a repeat is not refused: the message that it repeats is
     returned.
     """
-    if claims.service:
-        return None
-    wait = server.sends(send.sender_id).take(trio.current_time())
-    if not wait:
-        return None
-    if send.client_id is not None:
+    try:
+        charge_change(server, claims)
+    except Refusal:
+        if send.client_id is None:
+            raise
         # As of the head: a message that is not published yet is not answered yet.
         sent = await server.read(server.store.find_sent, send, server.hub.head)
-        if sent is not None:
-            server.stats.duplicates += 1
-            return sent
-    server.stats.rate_limited["sends"] += 1
-    raise Refusal("rate_limited", retry_after=wait)
+        if sent is None:
+            raise
+        server.stats.rate_limited["sends"] -= 1
+        server.stats.duplicates += 1
+        return sent
+    return None
 
 
 def charge_change(server: Server, claims: Claims) -> None:
