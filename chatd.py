@@ -84,7 +84,7 @@ the last connection ends, the store and the hub still run and can answer it.
           |- Store.run                  commits, one batch after another
           |- Hub.run                    publishes each batch
           |- Server._sweep              once a second: deadlines, the file, watchdog
-          |- Server._erase              truncates the WAL: what was deleted is gone
+          |- Store.erase                truncates the WAL: what was deleted is gone
           `- Listener.run
              `- connections             (a nursery: ends with its last connection)
                 |- accepting            (a nursery: ends at the first signal)
@@ -105,14 +105,16 @@ connection, `seq`, `failure` and the commit times; while it runs, the main threa
 reads these. A cancelled Store.run still waits for it: the thread always finishes its
 transaction. At most 5 threads read, each with a connection of its own; one of them may
 search. All threads share the list of idle connections (`append` and `pop` are atomic),
-the JSON encoder, and the counts in Stats, where one may be lost; nothing is decided by
-them. The GIL makes that safe. Tasks, seats and outboxes are the main thread's alone.
+the JSON encoder, the cache of `timestamp`, and the counts in Stats, where one may be
+lost; nothing is decided by them. The GIL makes that safe. Tasks, seats and outboxes are
+the main thread's alone.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
-`Listener._connection`). One in Store.run, Hub.run, the sweeper or a listening task ends
-the process: acks would be lies without them. Only what SQLite or the disk reports is an
-answer (`Store._transact`). So no input of a client may make a Store method that writes
-(`Job.write`) or a callback (`Job.done`) fail: they run in Store.run and in Hub.run.
+`Listener._connection`). One in Store.run, Store.erase, Hub.run, the sweeper or a
+listening task ends the process: acks would be lies without them. Only what SQLite or
+the disk reports is an answer (`Store._transact`). So no input of a client may make a
+method that writes (`Job.write`) or a callback (`Job.done`) fail: they run in Store.run
+and in Hub.run.
 
 BOUNDS AND DEADLINES
 
@@ -215,7 +217,7 @@ from typing import (
     dataclass_transform,
     get_args,
 )
-from unicodedata import category, normalize
+from unicodedata import category, combining, normalize
 
 import h11
 import idna
@@ -379,7 +381,7 @@ class Server:
             nursery.start_soon(self.hub.run, from_store)
             async with trio.open_nursery() as sweeping:
                 sweeping.start_soon(self._sweep)
-                sweeping.start_soon(self._erase)
+                sweeping.start_soon(self.store.erase)
                 await self.listener.run(sockets)
                 sweeping.cancel_scope.cancel()
             self.store.finish()
@@ -428,12 +430,6 @@ class Server:
                 sick = "; no writing" if self.store.failure else ""
                 state = f"WATCHDOG=1\nSTATUS=sockets: {len(self.sessions)}{sick}"
                 notify(state, wait_seconds=0)
-
-    async def _erase(self) -> None:
-        """Once a second let the store look whether the WAL is to be truncated."""
-        while True:
-            await trio.sleep(1)
-            await self.store.erase()
 
     def retry_after_seconds(self) -> float:
         """Spread reconnecting clients: 500 a second, none in the first half second."""
@@ -563,14 +559,15 @@ class Listener:
         if self.warnings(verb).take(trio.current_time()) == 0.0:
             log(WARNING, verb, why=why, open=self.open)
 
-    def check_handshakes(self, address: Address | None) -> None:
-        """Take a token of the address's bucket. Raises Refusal rate_limited.
+    def check_handshakes(self, address: Address | None, amount: int = 1) -> None:
+        """Take tokens of the address's bucket. Raises Refusal rate_limited.
 
         A reverse proxy on a Unix socket may not name its client. Then there is no
         address, and no limit, which the log says once.
         """
         if address != UNIX_PEER:
-            charge(self.stats, "handshakes", self.handshakes(address_key(address)))
+            bucket = self.handshakes(address_key(address))
+            charge(self.stats, "handshakes", bucket, amount)
         elif not self.unlimited:
             self.unlimited = True
             log(
@@ -777,19 +774,21 @@ class Session:
         given, user_id = parse_cursor(self.server, self.cursor), self.claims.user_id
         start = upto if given is None else given
         try:
-            greeting = await store.read(store.greeting, user_id, upto, start)
+            joined, marks, missed = await store.read(
+                store.greeting, user_id, upto, start
+            )
         except Refusal as refusal:
             self.outbox.push(error_frame(refusal))
             self.end(CLOSE_LATER, "the database cannot be read: come back later")
             return False
         if self.cursor is None:
             resume = "fresh"
-        elif given is None or greeting.missed is None:
+        elif given is None or missed is None:
             resume, start = "resync", upto
         else:
-            resume = "replay" if greeting.missed else "live"
+            resume = "replay" if missed else "live"
         self.server.stats.resumes[resume] += 1
-        hub.set_chats(self.seat.person, greeting.joined)
+        hub.set_chats(self.seat.person, joined)
         self.seat.cursor = start
         connected = Connected(
             user_id=user_id,
@@ -797,8 +796,8 @@ class Session:
             cursor=write_cursor(self.server, start),
             resume=resume,
             expires_in=self.claims.expires_in(),
-            chats=greeting.marks,
-            more_chats=len(greeting.marks) < len(greeting.joined),
+            chats=marks,
+            more_chats=len(marks) < len(joined),
         )
         self._answer(text_frame(connected))
         self.seat.warned = False
@@ -1212,18 +1211,6 @@ class Marked(NamedTuple):
     seq: int
 
 
-class Greeting(NamedTuple):
-    """The state a socket begins with: chat -> joined_seq, marks, missed events.
-
-    marks has only the newest chats if there are many. missed is None if there are too
-    many to replay.
-    """
-
-    joined: dict[int, int]
-    marks: dict[str, Marks]
-    missed: int | None
-
-
 class Page(NamedTuple):
     """A page of the event log: all events that a reader sees in (start, cursor].
 
@@ -1536,19 +1523,25 @@ class Store:
         return batch
 
     async def erase(self) -> None:
-        """Truncate the WAL, when it is time: it has texts that were deleted since.
+        """Truncate the WAL now and then: it may have texts that were deleted since.
 
         That needs a moment without readers. chatd's own wait, for at most a second;
-        while another process reads, each call tries again.
+        while another process reads, it is tried each second. While the disk fails, only
+        `_probe` writes.
         """
-        if trio.current_time() < self.erase_at:
-            return
-        self._read_limiter.total_tokens = 1
-        with trio.move_on_after(1):
-            async with self._read_limiter:
-                if await self._run_sync(self._truncate, limiter=self._write_limiter):
-                    self.erase_at = trio.current_time() + self.settings.erase_seconds
-        self._read_limiter.total_tokens = READERS
+        while True:
+            await trio.sleep(1)
+            if self.failure or trio.current_time() < self.erase_at:
+                continue
+            self._read_limiter.total_tokens = 1
+            with trio.move_on_after(1):
+                async with self._read_limiter:
+                    if await self._run_sync(
+                        self._truncate, limiter=self._write_limiter
+                    ):
+                        now = trio.current_time()
+                        self.erase_at = now + self.settings.erase_seconds
+            self._read_limiter.total_tokens = READERS
 
     async def _heal(self, to_hub: trio.MemorySendChannel[Batch]) -> None:
         """After a failure: refuse jobs for 2 s, then try to write again."""
@@ -1780,6 +1773,10 @@ class Store:
         same = (message.chat_id, message.content) == (send.chat_id, send.content)
         if not (same or message.rev):
             raise Refusal("idempotency_mismatch")
+        if message.rev and not query_value(
+            db, IS_MEMBER, message.chat_id, send.sender_id
+        ):
+            raise no_chat()
         return Sent(message, duplicate=True)
 
     def mark_read(
@@ -1840,14 +1837,21 @@ class Store:
         except IndexError:
             return open_database(self.path)
 
-    def greeting(self, db: Db, user_id: int, upto: int, cursor: int) -> Greeting:
-        """Read a user's chats as of upto, and count the events missed since cursor."""
+    def greeting(
+        self, db: Db, user_id: int, upto: int, cursor: int
+    ) -> tuple[dict[int, int], dict[str, Marks], int | None]:
+        """Read the state that a socket begins with, as of upto.
+
+        Returns the user's chats, each with its joined_seq; marks, of the newest chats
+        only if there are many; and how many events were missed since cursor, None if
+        they are too many to replay.
+        """
         rows = db.execute(NEWEST_FIRST, (user_id, upto)).fetchall()
         marks = {str(row[0]): Marks(*row[2:4]) for row in rows[:GREETING_CHATS]}
         while len(encode(marks)) > GREETING_BYTES:
             marks.popitem()
         missed = self.missed(db, user_id, cursor, upto)
-        return Greeting(dict(row[:2] for row in rows), marks, missed)
+        return dict(row[:2] for row in rows), marks, missed
 
     def missed(self, db: Db, user_id: int, cursor: int, upto: int) -> int | None:
         """Count a user's events in (cursor, upto]. None: too many to replay."""
@@ -2849,12 +2853,17 @@ def fold(text: str) -> str:
 
     SQL has this function, too, on the connections of `open_database`.
     """
-    text = normalize("NFKD", text).casefold().replace("ı", "i")
-    for mark in set(text):
-        # The two that stay make other letters: か to が, は to ぱ.
-        if category(mark) == "Mn" and mark not in "\u3099\u309a":
-            text = text.replace(mark, "")
-    return normalize("NFC", text)
+    if text.isascii():
+        return text.lower()
+    # One character at a time: to sort many marks of one letter takes quadratic time.
+    apart = "".join(map(partial(normalize, "NFKD"), text)).casefold().replace("ı", "i")
+    # The two that stay make other letters: か to が, は to ぱ.
+    kept = (
+        one
+        for one in apart
+        if one in "\u3099\u309a" or not (combining(one) or category(one) == "Mn")
+    )
+    return normalize("NFC", "".join(kept))
 
 
 def parse_cursor(server: Server, text: str | None) -> int | None:
@@ -3381,8 +3390,8 @@ def know_user(db: Db, user_id: int) -> None:
 # time.
 CHECK_CHANGE = f"""
     SELECT CASE
-        WHEN m.id IS NULL OR ?1 NOT IN (SELECT user_id FROM member
-                                        WHERE chat_id = m.chat_id)
+        WHEN m.id IS NULL OR ?1 IS NOT NULL AND NOT EXISTS (
+                SELECT 1 FROM member WHERE chat_id = m.chat_id AND user_id = ?1)
             THEN 'not_found|message_id: there is no such message for you'
         WHEN ?1 != m.sender_id AND NOT is_creator
             THEN 'forbidden|message_id: it is another user''s message'
@@ -3492,10 +3501,10 @@ class Bucket:
     rate: Rate
     full_at: float = 0.0
 
-    def take(self, now: float) -> float:
-        """Take one token. Returns 0.0, or else the seconds until there is one."""
+    def take(self, now: float, amount: int = 1) -> float:
+        """Take tokens, all or none. Returns 0.0, or else the seconds until they are."""
         before = self.full_at
-        wait = self.spend(now, 1)
+        wait = self.spend(now, amount)
         if wait > 1e-9:
             self.full_at = before
             return wait
@@ -3525,9 +3534,9 @@ def bucket_table(rate: Rate) -> Callable[[Hashable], Bucket]:
     return lru_cache(TABLE_KEYS)(lambda _key: Bucket(rate))
 
 
-def charge(stats: Stats, limit: str, bucket: Bucket) -> None:
-    """Take a token of a bucket. Raises Refusal rate_limited, and counts it."""
-    if wait := bucket.take(trio.current_time()):
+def charge(stats: Stats, limit: str, bucket: Bucket, amount: int = 1) -> None:
+    """Take tokens of a bucket. Raises Refusal rate_limited, and counts it."""
+    if wait := bucket.take(trio.current_time(), amount):
         stats.rate_limited[limit] += 1
         raise Refusal("rate_limited", retry_after=wait)
 
@@ -4518,6 +4527,8 @@ async def answer_request(
             with suppress(Refusal):
                 await store_name(server, request.claims)
         request.body = await connection.read_body(request)
+        if "invites" in route.needs and server.settings.invites == "off":
+            raise Refusal("forbidden", "there are no invitations here (--invites off)")
         if known:
             # The body may have taken long: the user may have been revoked meanwhile.
             server.keyring.recheck(request.claims)
@@ -4775,15 +4786,14 @@ async def delete_member(server: Server, request: Request) -> Answer:
 
 async def change_invites(server: Server, request: Request) -> Answer:
     """POST: make an invitation to a group. DELETE: end all that were made."""
-    check_invites(server)
     ends, by = request.method == "DELETE", request.user_id
+    request.body = request.body or b"{}"
+    seconds = request.parse(InviteBody).ttl_seconds
     invite = await server.commit(server.chats.invitation, *request.ids, by, ends)
     if ends:
         return Answer(204)
     # The user may have been revoked meanwhile: its invitation would count all the same.
     server.keyring.recheck(request.claims)
-    request.body = request.body or b"{}"
-    seconds = request.parse(InviteBody).ttl_seconds
     token = server.keyring.sign(by, seconds, use="invite", invite=invite)
     return json_answer({"token": token, "expires_in": seconds}, 201)
 
@@ -4793,9 +4803,8 @@ async def post_join(server: Server, request: Request) -> Answer:
 
     Without a name and a token of a user it only shows the chat: 200.
     """
-    check_invites(server)
-    for _ in range(10):  # so that no address makes users, or tries tokens, in bulk
-        server.listener.check_handshakes(request.address)
+    # So that no address makes users, or tries tokens, in bulk.
+    server.listener.check_handshakes(request.address, 10)
     body = request.parse(InviteBody)
     invite = server.keyring.verify(body.token, "invite")
     who: int | str | None = clean_name(body.name)
@@ -4811,12 +4820,6 @@ async def post_join(server: Server, request: Request) -> Answer:
         token = server.keyring.sign(answer["user_id"], SESSION_SECONDS, use="session")
         answer |= {"token": token, "expires_in": SESSION_SECONDS, "name": who}
     return json_answer(answer, 201 if added else 200)
-
-
-def check_invites(server: Server) -> None:
-    """Refuse what needs --invites on."""
-    if server.settings.invites == "off":
-        raise Refusal("forbidden", "there are no invitations here (--invites off)")
 
 
 async def get_messages(server: Server, request: Request) -> Answer:
@@ -4858,16 +4861,15 @@ async def get_search(server: Server, request: Request) -> Answer:
         raise Refusal("overloaded", "too many searches at once", retry_after=3)
     found: list[Message] = []
     async with server.searching:
-        deadline = trio.current_time() + server.settings.search_seconds
         where, upto = (request.user_id, chat_id, json.dumps(words)), server.hub.head
-        while (  # noqa: ASYNC110 (it waits for nothing, but lets others go first)
-            (at := await server.read(server.chats.search, found, *where, at, upto))
-            and len(found) < 50
-            and trio.current_time() < deadline
-        ):
-            # Without pauses, on one core, the p50 of sends was five times as long, and
-            # the WAL, which cannot begin anew under a reader, grew by 9 MB a second.
-            await trio.sleep(0.004)
+        with trio.move_on_after(server.settings.search_seconds):
+            while (  # noqa: ASYNC110 (it waits for nothing, but lets others go first)
+                at := await server.read(server.chats.search, found, *where, at, upto)
+            ) and len(found) < 50:
+                # Without pauses, on one core, the p50 of sends was five times as long,
+                # and the WAL, which cannot begin anew under a reader, grew by 9 MB a
+                # second.
+                await trio.sleep(0.004)
     server.stats.searches += 1
     # What was changed meanwhile is shown as it is now, whether or not it matches.
     messages = server.hub.correct(found, upto)
@@ -4974,8 +4976,8 @@ def get_stats(server: Server, request: Request) -> Answer:
 
 def get_metrics(server: Server, request: Request) -> Answer:
     """Return the same numbers for Prometheus."""
-    kind = "text/plain; version=0.0.4; charset=utf-8"
-    return Answer(200, prometheus_text(stats_document(server)), kind)
+    text = prometheus_text(stats_document(server))
+    return Answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
 
 async def post_revoke(server: Server, request: Request) -> Answer:
@@ -5003,11 +5005,11 @@ async def post_forget(server: Server, request: Request) -> Answer:
     """
     await post_revoke(server, request)
     user_id = request.parse(UserBody).user_id
-    store, chats, walked = server.store, server.chats, server.walked
+    chats, walked = server.chats, server.walked
     with trio.move_on_after(10) as scope:
-        while walked[user_id] < store.seq:
-            walked[user_id] = await store.commit(chats.forget, user_id, walked[user_id])
-        await store.commit(chats.rename, user_id, "", server.keyring.revoked[user_id])
+        while (after := walked[user_id]) < server.store.seq:
+            walked[user_id] = await server.commit(chats.forget, user_id, after)
+        await server.commit(chats.rename, user_id, "", server.keyring.revoked[user_id])
         # The tail shows the name: from here on, all readers read the event log.
         server.names.pop(user_id, None)
         server.hub.tail.clear()
@@ -5028,8 +5030,8 @@ def get_health(server: Server, request: Request) -> Answer:
 async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
     """Take a token of the sender's bucket. Raises Refusal rate_limited.
 
-    With an empty bucket a repeat is not refused: the message that it repeats is
-    returned.
+    With an empty bucket a repeat is not refused, though it is counted: the message
+    that it repeats is returned.
     """
     try:
         charge_change(server, claims)
@@ -5040,7 +5042,6 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
         sent = await server.read(server.store.find_sent, send, server.hub.head)
         if sent is None:
             raise
-        server.stats.rate_limited["sends"] -= 1
         server.stats.duplicates += 1
         return sent
     return None
@@ -5117,9 +5118,9 @@ ROUTE_ROWS: dict[str, Handler] = {
     "GET    /api/v1/chats/*/members          user": get_members,
     "POST   /api/v1/chats/*/members          user    changes chats_by": post_member,
     "DELETE /api/v1/chats/*/members/*        user    changes": delete_member,
-    "POST   /api/v1/chats/*/invites          user": change_invites,
-    "DELETE /api/v1/chats/*/invites          user": change_invites,
-    "POST   /api/v1/join                     guest   changes": post_join,
+    "POST   /api/v1/chats/*/invites          user    invites": change_invites,
+    "DELETE /api/v1/chats/*/invites          user    invites": change_invites,
+    "POST   /api/v1/join                     guest   changes invites": post_join,
     "GET    /api/v1/chats/*/messages         user": get_messages,
     "POST   /api/v1/chats/*/messages         user": post_message,
     "PATCH  /api/v1/messages/*               user    changes": change_message,

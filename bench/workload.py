@@ -471,8 +471,8 @@ def join_all(database: Path, user: int) -> None:
 
 def walk(server: Server, path: str, bearer: str) -> Result:
     """Search to the beginning, and count the requests."""
-    begin, spent, count, before = time.monotonic(), server.cpu_seconds(), 0, ""
-    longest = 0.0
+    begin, spent, count, longest = time.monotonic(), server.cpu_seconds(), 0, 0.0
+    before: str | None = ""
     while before is not None:
         asked = time.monotonic()
         answer = server.call("GET", f"{path}{before}", None, bearer)

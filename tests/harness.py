@@ -247,6 +247,14 @@ def memory_store(*args: Any, **more: Any) -> Store:
     return STORES[-1]
 
 
+class Greeting(NamedTuple):
+    """What Store.greeting returns."""
+
+    joined: dict[int, int]
+    marks: dict[str, chatd.Marks]
+    missed: int | None
+
+
 class Memory:
     """A store and a hub, driven step by step."""
 
@@ -342,10 +350,10 @@ class Memory:
         made.seat.cursor = self.hub.head
         return made
 
-    def greeting(self, user: int, cursor: int | None = None) -> chatd.Greeting:
+    def greeting(self, user: int, cursor: int | None = None) -> Greeting:
         upto = self.hub.head
         start = upto if cursor is None else cursor
-        return self.read(self.store.greeting, user, upto, start)
+        return Greeting(*self.read(self.store.greeting, user, upto, start))
 
     def catch_up(self, made: MemorySeat) -> None:
         """Push a seat the events that it missed, until it is live."""

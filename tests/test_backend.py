@@ -499,6 +499,21 @@ async def test_forgetting_revokes_removes_deletes_in_this_order(
 
 
 @with_server()
+async def test_the_messages_of_an_emptied_chat_are_deleted_too(
+    server: VirtualServer,
+) -> None:
+    alone, both = await server.chat(7), await server.chat(7, 8)
+    for chat in (alone, both):
+        await server.post(chat, "private", sender=7)
+    await server.post(both, "private, too", sender=8)
+    await forget(server, 7)
+    await forget(server, 8)  # the chat of the two has no member any more
+    rows = server.store._writer.execute("SELECT deleted FROM change").fetchall()
+    assert rows == [(1,)] * 3
+    assert chatd.faults(server.store._writer) == []
+
+
+@with_server()
 async def test_forgetting_again_changes_nothing_more(server: VirtualServer) -> None:
     chat = await server.chat(1, 2)
     await server.post(chat, "hi", sender=2)

@@ -697,7 +697,7 @@ class UnreadableStore(chatd.Store):
 
     broken = "greeting"
 
-    def greeting(self, db: sqlite3.Connection, *args: Any) -> chatd.Greeting:
+    def greeting(self, db: sqlite3.Connection, *args: Any) -> Any:
         if self.broken == "greeting":
             db.execute("SELECT * FROM nothing")
         return super().greeting(db, *args)

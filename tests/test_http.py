@@ -2348,3 +2348,18 @@ async def test_a_handshake_with_64_header_lines_is_accepted(
     more: dict[str, Any] = {f"X-{i}": "y" for i in range(63 - len(UPGRADE_LINES))}
     peer = await shared_server.peer(next(new_users), **more)
     await peer.receives_nothing()
+
+
+@with_server()
+async def test_a_removed_member_gets_no_later_text_by_repeating_a_send(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    path, body = f"/api/v1/chats/{chat}/messages", {"content": "hi", "client_id": "k"}
+    message = (await server.ask("POST", path, body, user=6)).json["message"]["id"]
+    await server.command("DELETE", f"/api/v1/chats/{chat}/members/6")
+    assert (await server.ask("POST", path, body, user=6)).status == 200  # its own text
+    edit = {"content": "by a service"}
+    where = f"/api/v1/messages/{message}"
+    await server.command("PATCH", where, edit)
+    assert (await server.ask("POST", path, body, user=6)).status == 404

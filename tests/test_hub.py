@@ -20,6 +20,7 @@ from msgspec.structs import replace
 import chatd
 from chatd import Job, Refusal
 from tests.harness import (
+    Greeting,
     Memory,
     MemorySeat,
     MemoryWork,
@@ -662,7 +663,7 @@ class PlayClient:
         self.cursor: int | None = None
         self.seqs: list[int] = []
         self.connection: MemorySeat | None = None
-        self.greeting: chatd.Greeting | None = None  # read, not delivered yet
+        self.greeting: Greeting | None = None  # read, not delivered yet
         self.page: chatd.Page | None = None  # the same
         # The lengths that the event log may have had at the read.
         self.moments = range(0)
@@ -725,8 +726,8 @@ class Play:
             client.moments = range(head, len(self.model.log) + 1)
         elif not client.known:
             start = client.upto if client.cursor is None else client.cursor
-            client.greeting = memory.read(
-                memory.store.greeting, client.user, client.upto, start
+            client.greeting = Greeting(
+                *memory.read(memory.store.greeting, client.user, client.upto, start)
             )
         elif self._is_behind(client, in_tail=False):
             client.page = memory.page(client.user, client.connection.seat.cursor, 2)
@@ -892,7 +893,7 @@ class Device:
         self.cursor: int | None = None
         self.marks: dict[int, tuple[int, int]] = {}  # chat: last_n, read_n
         self.connection: MemorySeat | None = None
-        self.greeting: chatd.Greeting | None = None  # read, and not sent yet
+        self.greeting: Greeting | None = None  # read, and not sent yet
         self.upto = 0  # the head when it was read
         self.page: chatd.Page | None = None  # the same
         self.frames: list[dict[str, Any]] = []  # sent, and not received yet

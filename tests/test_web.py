@@ -701,6 +701,93 @@ def test_users_create_a_chat_add_a_member_and_leave(
     expect(annas.locator("#pane-members")).not_to_contain_text("Zora Kis")
 
 
+def test_an_invitation_lets_a_stranger_and_a_user_into_the_chat(
+    make_server: Callable[..., Server], chromium: Chromium
+) -> None:
+    server = make_server("--invites", "on")
+    annas = sign_in(chromium.context(), server.link(server.add_user("Anna")))
+    annas.get_by_role("button", name="New chat").click()
+    expect(annas.locator("#people-empty")).to_contain_text("invite people")
+    annas.get_by_label("Title").fill("Chess <i>club</i>")
+    annas.get_by_role("button", name="Create").click()
+    annas.get_by_role("button", name="People in this chat").click()
+    annas.get_by_role("button", name="Invite people").click()
+    link = annas.get_by_label("Invitation link")
+    expect(link).to_have_value(re.compile(re.escape(f"{server.url}/#invite=") + "."))
+    expect(link).to_have_attribute("readonly", "")
+    expect(annas.get_by_text("For 7 days, anyone")).to_be_visible()
+    axe(annas)
+    annas.get_by_role("button", name="Copy").click()
+    expect(annas.get_by_role("button", name="Copied")).to_be_visible()
+    url = link.input_value()
+    annas.get_by_role("button", name="Close").click()
+
+    strangers = chromium.page()
+    strangers.goto(url)
+    title = strangers.get_by_role("heading", name="Join “Chess <i>club</i>”")
+    expect(title).to_be_visible()
+    expect(strangers.get_by_text("1 member so far.")).to_be_visible()
+    assert strangers.url == f"{server.url}/"
+    axe(strangers)
+    strangers.get_by_role("button", name="Join").click()
+    expect(strangers.get_by_role("alert")).to_contain_text("Give a name")
+    strangers.get_by_label("Your name").fill("Zora")
+    strangers.get_by_label("Your name").press("Enter")
+    expect(strangers.locator("#pane-title")).to_have_text("Chess <i>club</i>")
+    write(strangers, "Here I am")
+    expect(bubbles(annas)).to_have_text(["Here I am"])
+    write(annas, "Welcome")
+    expect(bubbles(strangers)).to_have_text(["Here I am", "Welcome"])
+    strangers.reload()
+    expect(strangers.locator("#me-name")).to_have_text("Zora")
+    expect(bubbles(strangers)).to_have_text(["Here I am", "Welcome"])
+
+    bens = sign_in(chromium.context(), server.link(server.add_user("Ben")))
+    for answer in ("Cancel", "Join"):
+        bens.goto(url)
+        dialog = bens.get_by_role("dialog", name="Join “Chess")
+        expect(dialog).to_contain_text("2 members so far. You join as Ben.")
+        dialog.get_by_role("button", name=answer).click()
+    expect(bubbles(bens)).to_have_text(["Here I am", "Welcome"])
+
+
+def test_an_invitation_that_does_not_count_is_explained(
+    make_server: Callable[..., Server], chromium: Chromium
+) -> None:
+    server = make_server("--invites", "on")
+    anna, ben, chat = pair(server)
+    page = chromium.page()
+    old = {"use": "invite", "invite": f"{chat}:1"}
+    for token, words in (
+        ("nonsense", "no longer valid"),
+        (server.token(anna, exp=1, **old), "has expired"),
+        (server.token(anna, **old), "no longer valid"),
+    ):
+        page.goto(f"{server.url}/#invite={token}")
+        expect(page.get_by_role("alert")).to_contain_text(words)
+        assert page.url == f"{server.url}/"
+    path = f"/api/v1/chats/{chat}/invites"
+    token = server.request("POST", path, {}, user_id=anna)["token"]
+    page.goto(f"{server.url}/#invite={token}")
+    page.get_by_label("Your name").fill("Zora")
+    for status, code, sentence, words in (
+        (400, "bad_field", "member_ids: 9 members; at most 8", "The chat is full."),
+        (403, "forbidden", "there are none here", "no invitations here"),
+        (429, "rate_limited", "too many at once: slow down", "too much at once"),
+    ):
+        body = {"error": {"code": code, "message": sentence}}
+        answer = functools.partial(refuse, status=status, body=body)
+        page.route(re.compile("/join"), answer)
+        page.get_by_role("button", name="Join").click()
+        expect(page.get_by_role("alert")).to_contain_text(words)
+        page.unroute_all()
+    bens = sign_in(chromium.context(), server.link(ben), chat)
+    bens.goto(f"{server.url}/#invite=nonsense")
+    expect(bens.get_by_text("no longer valid")).to_be_visible()
+    write(bens, "Still signed in")
+    expect(ticks(bens)).to_have_text("Sent")
+
+
 # --- without a network ---------------------------------------------------------------
 
 

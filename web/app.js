@@ -7,8 +7,8 @@
  * after the next frame, whatever the order of the events was. chat-websocket.js owns
  * the connection; this file has what the user sees and does.
  *
- * Sections: Loading, Tools, Sign-in, Model, Events, Reading, Top and lists, The open
- * chat, Links, Drafts, Writing, Dialogs, Notifications, Start.
+ * Sections: Loading, Tools, Sign-in, Invitations, Model, Events, Reading, Top and
+ * lists, The open chat, Links, Drafts, Writing, Dialogs, Notifications, Start.
  *
  * A rule of this file: text that users have written is never markup. It enters the page
  * only through textContent.
@@ -63,6 +63,7 @@ const REFETCH_SECONDS = 5;
  * cannot even be loaded or read, style.css shows the words .stuck after some seconds.
  * ---------------------------------------------------------------------------------- */
 
+const SCREENS = ["loading", "sign-in", "join", "chat"];
 let loading = true;
 
 /** @param {any} event an error event, or a rejection that nobody handles */
@@ -70,7 +71,7 @@ function onLoadError(event) {
   const error = event.error ?? event.reason;
   // Without an error it is only a notice, for example of a ResizeObserver.
   if (!loading || !error) return;
-  for (const id of ["loading", "sign-in", "chat"]) {
+  for (const id of SCREENS) {
     const screen = document.getElementById(id);
     if (screen) screen.hidden = id !== "loading";
   }
@@ -423,15 +424,16 @@ function sessionToResume() {
 }
 
 /**
- * Returns the token of a sign-in link and removes it from the address bar.
+ * Follows a sign-in link or an invitation, and removes it from the address bar.
  * @param {string} [hash] the part of the address that replaces it
- * @returns {string | null}
+ * @returns {boolean} whether the address has one
  */
-function extractLinkToken(hash = "") {
-  const match = /^#token=(.+)$/.exec(location.hash);
-  if (!match?.[1]) return null;
+function followLink(hash = "") {
+  const match = /^#(token|invite)=(.+)$/.exec(location.hash);
+  if (!match?.[2]) return false;
   history.replaceState(null, "", location.pathname + location.search + hash);
-  return decoded(match[1]);
+  void (match[1] === "token" ? signInWith : openInvite)(decoded(match[2]));
+  return true;
 }
 
 /** @param {string} text from an address; it may be mistyped */
@@ -445,24 +447,28 @@ function decoded(text) {
 
 /** @param {string} token of a sign-in link @returns {Promise<Session>} */
 async function exchangeLinkToken(token) {
-  const client = new ChatWebSocket({ bearer: token, storage: null, log: null });
-  const answer = await client.request("POST", "/api/v1/session");
+  const answer = await visitor(token).request("POST", "/api/v1/session");
   return { token: answer.token, user_id: answer.user_id, name: answer.name ?? null };
 }
 
 /** @param {string} token of a sign-in link */
 async function signInWith(token) {
   const current = model.session ?? readSession(storages.tab);
-  const saved = readSession(storages.browser);
   try {
     const session = await exchangeLinkToken(token);
     if (current && !(await confirmSwitch(session, current))) start(current);
-    else if (!current && saved && saved.user_id !== session.user_id)
-      startInThisTab(session, saved);
-    else saveAndStart(session);
+    else if (current) saveAndStart(session);
+    else startFirst(session);
   } catch (error) {
     signInFailed(token, error);
   }
+}
+
+/** Starts the first session of a tab. @param {Session} session */
+function startFirst(session) {
+  const saved = readSession(storages.browser);
+  if (saved && saved.user_id !== session.user_id) startInThisTab(session, saved);
+  else saveAndStart(session);
 }
 
 /** @param {Session} session @param {Session} current @returns {Promise<boolean>} */
@@ -537,9 +543,9 @@ function showSignIn({ reason = "", error = "" } = {}) {
   loading = false;
 }
 
-/** @param {"loading" | "sign-in" | "chat"} screen */
+/** @param {"loading" | "sign-in" | "join" | "chat"} screen */
 function showScreen(screen) {
-  for (const id of ["loading", "sign-in", "chat"]) box(id).hidden = id !== screen;
+  for (const id of SCREENS) box(id).hidden = id !== screen;
 }
 
 /** @param {SubmitEvent} event */
@@ -624,6 +630,93 @@ function onSignedOutElsewhere({ data }) {
 }
 
 /* -------------------------------------------------------------------------------------
+ * Invitations. A link lets anyone into a chat.
+ * ---------------------------------------------------------------------------------- */
+
+let invite = "";
+
+/** Not the model's client: there a 401 ends the session. */
+function visitor(bearer = "") {
+  return new ChatWebSocket({ bearer, storage: null, log: null });
+}
+
+/** Shows what an invitation is for. @param {string} token */
+async function openInvite(token) {
+  const session = model.session ?? sessionToResume();
+  if (session) start(session);
+  try {
+    const preview = await visitor().previewInvite(token);
+    const name = isBlank(preview.title ?? "") ? "a chat" : `“${preview.title}”`;
+    const title = `Join ${name}`;
+    let text = `${plural("member", preview.member_count)} so far.`;
+    if (session) {
+      text += ` You join as ${personName(session.user_id, session.name)}.`;
+      if (!(await ask({ title, text, yes: "Join", no: "Cancel" }))) return;
+      const { chat_id } = await visitor(session.token).join(token);
+      location.hash = `#chat/${chat_id}`;
+      return;
+    }
+    invite = token;
+    setText("join-title", title);
+    setText("join-text", text);
+    setText("join-error", "");
+    showScreen("join");
+    document.title = "Join · chatd";
+    loading = false;
+  } catch (error) {
+    if (session) toast(inviteErrorText(error));
+    else showSignIn({ error: inviteErrorText(error) });
+  }
+}
+
+/** @param {SubmitEvent} event */
+async function onJoinForm(event) {
+  event.preventDefault();
+  setText("join-error", "");
+  button("join-submit").disabled = true; // a second request would make a second user
+  try {
+    const answer = await visitor().joinAsNewUser(invite, field("join-name").value);
+    history.replaceState(null, "", `#chat/${answer.chat_id}`);
+    startFirst(answer);
+  } catch (error) {
+    setText("join-error", inviteErrorText(error));
+  } finally {
+    button("join-submit").disabled = false;
+  }
+}
+
+/** @param {unknown} error @returns {string} */
+function inviteErrorText(error) {
+  const { code, status, message } = /** @type {ChatError} */ (error);
+  const state = code === "token_expired" ? "has expired" : "is no longer valid";
+  if (status === 401) return `This invitation ${state}. Please ask for a new one.`;
+  if (status === 403) return "There are no invitations here at the moment.";
+  if (message.startsWith("name")) return "Give a name that the others can read.";
+  return (maximumIn(message) ? "The chat is full. " : "") + errorText(error);
+}
+
+async function onInfoInvite() {
+  const { client, open: chat } = model;
+  if (!client || !chat) return;
+  try {
+    const { token } = await client.createInvite(chat.id);
+    if (chat !== model.open) return;
+    field("info-link").value = new URL(`#invite=${token}`, location.href).href;
+    setText("info-copy", "Copy");
+    box("info-link-box").hidden = false;
+    field("info-link").select();
+  } catch (error) {
+    dialog("info").close();
+    toast(errorText(error));
+  }
+}
+
+function onInfoCopy() {
+  field("info-link").select();
+  if (document.execCommand("copy")) setText("info-copy", "Copied");
+}
+
+/* -------------------------------------------------------------------------------------
  * Model. Everything that the page shows. The counters only grow, so an event, an answer
  * and `connected` may bring a number in any order.
  * ---------------------------------------------------------------------------------- */
@@ -632,6 +725,7 @@ function onSignedOutElsewhere({ data }) {
  * @typedef {object} ChatView
  * @property {number} id
  * @property {string | null} title
+ * @property {boolean} direct
  * @property {Map<number, number>} members user id -> read_n; empty if there are many
  * @property {number} memberCount
  * @property {number} last_n
@@ -667,6 +761,7 @@ const model = {
   marks: {},
   /** The users one may add to a chat; null: not allowed. @type {number[] | null} */
   people: null,
+  invites: false,
   /** @type {State} */
   connection: "closed",
   /** The list of chats has arrived at least once. */
@@ -685,6 +780,7 @@ function resetModel() {
     client: null,
     marks: {},
     people: null,
+    invites: false,
     chatsLoaded: false,
     epoch: "",
     connection: "closed",
@@ -747,6 +843,7 @@ function putChat(received) {
   const chat = before ?? {
     id: received.id,
     title: null,
+    direct: false,
     members: new Map(),
     memberCount: 0,
     last_n: 0,
@@ -762,6 +859,7 @@ function putChat(received) {
     activeAt: 0,
   };
   chat.title = received.title;
+  chat.direct = received.direct;
   chat.last_message = newer(chat.last_message, received.last_message);
   chat.last_n = Math.max(chat.last_n, received.last_n);
   // A large chat that the user was just added to says nothing of the user's mark.
@@ -1050,7 +1148,10 @@ async function fetchChats() {
   try {
     await client?.fetchChats();
     // A client that polls never receives `connected`.
-    if (client === model.client && model.people === null) void loadPeople();
+    if (client === model.client && model.people === null) {
+      void loadPeople();
+      void loadLimits();
+    }
   } catch (error) {
     const refused = error instanceof ChatError && error.status === 401;
     if (!refused)
@@ -1078,7 +1179,9 @@ async function loadLimits() {
   const { client } = model;
   const me = await client?.request("GET", "/api/v1/me").catch(() => null);
   const most = me?.server?.max_content_chars;
-  if (client === model.client && most) model.maxCharacters = most;
+  if (client !== model.client) return;
+  if (most) model.maxCharacters = most;
+  if (me) model.invites = me.server?.invites === true;
   composer.fit();
 }
 
@@ -2352,10 +2455,16 @@ function filterCandidates() {
     row.classList.toggle("next", isNext);
   }
   const anyone = box("people-list").childElementCount > 0;
-  const none = anyone ? `No one here is called “${text}”.` : "There is no one to add.";
+  const nobody = mayBeAlone()
+    ? "There is no one to add. Choose a title, then invite people."
+    : "There is no one to add.";
+  const none = anyone ? `No one here is called “${text}”.` : nobody;
   setText("people-empty", found > 0 ? "" : none);
   return { found, next };
 }
+
+/** People are invited to a new chat later. */
+const mayBeAlone = () => model.invites && !addingTo;
 
 /**
  * Enter chooses the highlighted person. Without a filter it submits, as in any field.
@@ -2382,14 +2491,15 @@ async function onPeopleForm(event) {
   const chosen = inputs
     .filter(({ checked }) => checked)
     .map(({ value }) => Number(value));
-  if (chosen.length === 0) {
+  const title = field("people-chat-title").value.trim() || null;
+  if (chosen.length === 0 && !(mayBeAlone() && title)) {
     setText("people-error", "Choose at least one person.");
     return;
   }
   button("people-submit").disabled = true;
   try {
     if (addingTo) await addMembers(addingTo, chosen);
-    else await createChat(field("people-chat-title").value.trim() || null, chosen);
+    else await createChat(title, chosen);
     dialog("people").close();
   } catch (error) {
     setText("people-error", errorText(error));
@@ -2442,6 +2552,8 @@ function showInfo() {
   setText("info-title", chatTitle(chat));
   void showMembers(chat);
   button("info-add").hidden = model.people === null;
+  button("info-invite").hidden = !model.invites || chat.direct;
+  box("info-link-box").hidden = true;
   dialog("info").showModal();
 }
 
@@ -2585,6 +2697,7 @@ function addListeners() {
   on(document, "visibilitychange", onWatched);
   on(window, "focus", onWatched);
   on(box("sign-in-form"), "submit", onSignInForm);
+  on(box("join-form"), "submit", (event) => void onJoinForm(event));
   on(button("sign-out"), "click", () => void onSignOut());
   on(box("me-panel"), "toggle", showDrafts);
   on(button("drafts-delete"), "click", () => void onDeleteDrafts());
@@ -2608,6 +2721,8 @@ function addListeners() {
   on(button("chat-info"), "click", showInfo);
   on(button("info-close"), "click", () => dialog("info").close());
   on(button("info-add"), "click", onInfoAdd);
+  on(button("info-invite"), "click", () => void onInfoInvite());
+  on(button("info-copy"), "click", onInfoCopy);
   on(button("info-leave"), "click", () => void onInfoLeave());
   on(button("ask-yes"), "click", () => dialog("ask").close("yes"));
   on(button("ask-no"), "click", () => dialog("ask").close("no"));
@@ -2619,9 +2734,7 @@ function addListeners() {
 
 /** @param {HashChangeEvent} event */
 function onHash({ oldURL }) {
-  const token = extractLinkToken(new URL(oldURL).hash);
-  if (token) void signInWith(token);
-  else route();
+  if (!followLink(new URL(oldURL).hash)) route();
 }
 
 /** @param {Event} event */
@@ -2672,10 +2785,9 @@ function onSecond() {
 function begin() {
   if (!("popover" in HTMLElement.prototype)) throw new Error("It is too old.");
   addListeners();
-  const token = extractLinkToken();
+  if (followLink()) return;
   const session = sessionToResume();
-  if (token) void signInWith(token);
-  else if (session) start(session);
+  if (session) start(session);
   else showSignIn();
 }
 
