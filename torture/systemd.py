@@ -522,7 +522,7 @@ def sandbox(machine: Machine, clients: Clients) -> str:
     modes = machine.run("stat -L -c '%a %u' /var/lib/chatd /var/lib/chatd/chatd.*")
     assert set(modes.split("\n")) == {f"700 {user}", f"600 {user}"}, modes
     assert machine.show("NFileDescriptorStore") == "1"
-    link = machine.run(commands("chatd token 1 --name Anna --link https"))
+    link = machine.run(commands("chatd/bin/chatd token 1 --name Anna"))
     status_code, session = clients.request(
         "POST", "/api/v1/session", link.partition("#token=")[2]
     )
