@@ -119,11 +119,12 @@ and in Hub.run.
 BOUNDS AND DEADLINES
 
 Every queue has a bound: jobs for the store (4,096), commands of one connection without
-an answer (64), bytes of one outbox (256 KiB and the batch that crossed the line), the
-tail (16,384 events, 16 MiB). Every wait for a client has a deadline: the first byte of
-a request 10 s, or 75 s on a connection that is kept alive; its head 10 s more, its body
-and its work 15 s, its answer 15 s; on a WebSocket silence 35 s, output that the kernel
-does not accept 40 s, or 3 s if the user needs the place; a stop 5 s.
+an answer (64), searches that wait (64), bytes of one outbox (256 KiB and the batch that
+crossed the line), the tail (16,384 events, 16 MiB). Every wait for a client has a
+deadline: the first byte of a request 10 s, or 75 s on a connection that is kept alive;
+its head 10 s more, its body and its work 15 s, its answer 15 s; on a WebSocket silence
+35 s, output that the kernel does not accept 40 s, or 3 s if the user needs the place; a
+stop 5 s.
 
 A commit cannot be cut short, by a second signal either. A batch that is committed then
 is acked to nobody, and every client reads it after the next start. While chatd serves,
@@ -604,7 +605,7 @@ class WebSocketReader(WebSocketConnection):
     has a test.
     """
 
-    # What the library's reader task uses; a test compares. The library's own __init__
+    # The library's reader task uses these; a test compares. The library's own __init__
     # would add 3 KB to each connection for handshakes, pings and tasks that wait.
     _id = 0
     _initial_request = None
@@ -1036,7 +1037,7 @@ class Session:
 class Event(ServerMessage):
     """One kind of event: its JSON, and what it does to the membership of its `to_user`.
 
-    To add a kind, write a subclass, and the Store method that records it and decides
+    To add a kind, write a subclass, and the method that records it and decides
     its audience. The fields that a kind adds to its base are stored in the `body` of
     the event's row. Those of the bases below are never copied: they are joined each
     time the event is read.
@@ -1106,7 +1107,7 @@ class ChatRenamed(Event, tag="chat_renamed"):
 
 
 class MessageChange(MessageEvent):
-    """An event after which the message is another. The hub renews what it has of it."""
+    """An event that changes a message. The hub renews its entries that show it."""
 
 
 class MessageEdited(MessageChange, tag="message_edited"):
@@ -1225,7 +1226,7 @@ class Page(NamedTuple):
 def page_of(
     entries: Iterable[Entry], settings: Settings, upto: int, limit: int = MAX_ID
 ) -> Page:
-    """Make a page of the first of these entries, about 128 KiB.
+    """Make a page of the first of these entries, at most about 128 KiB.
 
     A page that is not cut short by its limits moves the cursor to upto.
     """
@@ -1769,7 +1770,7 @@ class Store:
         if row is None:
             return None
         message = message_of(row)
-        # What was changed is not compared.
+        # A message that was changed is not compared.
         same = (message.chat_id, message.content) == (send.chat_id, send.content)
         if not (same or message.rev):
             raise Refusal("idempotency_mismatch")
@@ -2180,7 +2181,7 @@ class Hub:
                 seat.reply(reply)
 
     def _append(self, events: Entries) -> None:
-        """Append to the tail. What it shows of a message that changes is renewed."""
+        """Append to the tail, and renew its entries that show a changed message."""
         for entry in events:
             self.stats.events[entry.kind] += 1
             self.tail_size += entry.size
@@ -3093,8 +3094,8 @@ class Chats:
     ) -> Message:
         """Edit a message; without content delete it. Returns it as it is now.
 
-        by is the user who changes it; None: a service. What was done already is not
-        done again, and makes no event. Raises the Refusal that CHECK_CHANGE names.
+        by is the user who changes it; None: a service. A repeat changes nothing and
+        makes no event. Raises the Refusal that CHECK_CHANGE names.
         """
         if content is not None:
             check_content(content, self.store.settings)
@@ -3334,8 +3335,8 @@ RENAME = (
 )
 
 # A search walks back over all messages, or over the events of one chat: one of the two
-# halves has no row. What comes out are the messages found, and one in 512 of all
-# others, so that Python can look at the clock: after 0.1 ms, or 3 ms in long texts.
+# halves has no row. It returns the messages found, and one in 512 of all others, so
+# that Python can look at the clock: after 0.1 ms, or 3 ms in long texts.
 FOUND = """NOT EXISTS (
     SELECT 1 FROM words WHERE NOT instr(coalesce(
         newest.folded, newest.content, m.folded, m.content), value)) AS found
@@ -3409,7 +3410,7 @@ CHECK_CHANGE = f"""
         WHERE m.id = ?4) m
 """
 
-# No text of before stays in any row (schema.sql: change_erases).
+# A trigger overwrites the texts that it replaces (schema.sql: change_erases).
 CHANGE = f"""
     INSERT INTO change (rev, message_id, content, folded, edited_at, deleted)
     SELECT ?6, m.id, coalesce(?5, ''),
@@ -3884,7 +3885,8 @@ def is_curve_point(data: bytes) -> bool:
     return False
 
 
-# What the purposes of `Keyring.verify` take. Any other takes a plain or session token.
+# The kinds of token that a purpose of `Keyring.verify` takes. Any other purpose takes a
+# plain or a session token.
 USES = {
     "signin": "signin session",
     "session": "session",
@@ -4078,8 +4080,8 @@ def clean_name(name: object) -> str | None:
 # HTTP: one connection, requests one after another
 #
 # h11 reads a request's head before trio-websocket sees a byte, under one deadline and
-# one bound. ROUTES is the table of paths and methods, and of the token that each needs.
-# To add a route: a row of ROUTES, its handler, and the Store method that it calls.
+# one bound. ROUTE_ROWS is the table of methods and paths, and of the token that each
+# needs; it says how to add a route.
 # =====================================================================================
 
 
@@ -4629,7 +4631,7 @@ def get_ws_token(server: Server, request: Request) -> Answer:
 
 
 async def post_session(server: Server, request: Request) -> Answer:
-    """Exchange a sign-in link's token for a session token."""
+    """Exchange the token of a sign-in link or of a session for a new session token."""
     user_id = request.user_id
     name = await server.read(query_value, NAME, user_id)
     # The user may have been revoked meanwhile. From here on nothing waits.
@@ -4665,8 +4667,7 @@ async def about_me(server: Server, request: Request) -> Answer:
             )
         if not (name := clean_name(request.parse(InviteBody).name)):
             raise bad_field("name: it is empty")
-        now = replace(request.claims, name=name, iat=now_seconds())
-        await store_name(server, now)
+        await store_name(server, replace(request.claims, name=name, iat=now_seconds()))
     name = await server.read(query_value, NAME, request.user_id)
     return json_answer(
         {
@@ -4685,8 +4686,9 @@ async def about_me(server: Server, request: Request) -> Answer:
 
 async def get_users(server: Server, request: Request) -> Answer:
     """Return the known users, where users may create chats."""
-    found = await server.read(query_value, USERS, request.by, server.settings.invites)
-    return Answer(200, found)
+    return Answer(
+        200, await server.read(query_value, USERS, request.by, server.settings.invites)
+    )
 
 
 def check_chats_by(server: Server, request: Request) -> None:
@@ -4861,17 +4863,19 @@ async def get_search(server: Server, request: Request) -> Answer:
         raise Refusal("overloaded", "too many searches at once", retry_after=3)
     found: list[Message] = []
     async with server.searching:
-        where, upto = (request.user_id, chat_id, json.dumps(words)), server.hub.head
-        with trio.move_on_after(server.settings.search_seconds):
-            while (  # noqa: ASYNC110 (it waits for nothing, but lets others go first)
-                at := await server.read(server.chats.search, found, *where, at, upto)
-            ) and len(found) < 50:
-                # Without pauses, on one core, the p50 of sends was five times as long,
-                # and the WAL, which cannot begin anew under a reader, grew by 9 MB a
-                # second.
-                await trio.sleep(0.004)
+        deadline = trio.current_time() + server.settings.search_seconds
+        where = request.user_id, chat_id, json.dumps(words)
+        upto = server.hub.head
+        while (  # noqa: ASYNC110 (it waits for nothing, but lets others go first)
+            (at := await server.read(server.chats.search, found, *where, at, upto))
+            and len(found) < 50
+            and trio.current_time() < deadline
+        ):
+            # Without pauses, on one core, the p50 of sends was five times as long, and
+            # the WAL, which cannot begin anew under a reader, grew by 9 MB a second.
+            await trio.sleep(0.004)
     server.stats.searches += 1
-    # What was changed meanwhile is shown as it is now, whether or not it matches.
+    # A message that was changed meanwhile is shown as it is now; it may not match.
     messages = server.hub.correct(found, upto)
     return json_answer({"messages": messages, "before": at})
 
@@ -4957,7 +4961,7 @@ async def get_unread(server: Server, request: Request) -> Answer:
     after = request.argument("after") or "0-0"
     if not re.fullmatch("[0-9]{1,16}-[0-9]{1,16}", after):
         raise bad_field("after: not the position of a member in an earlier answer")
-    found = await server.read(
+    answer = await server.read(
         query_value,
         UNREAD,
         request.number("older_than") or 300,
@@ -4966,7 +4970,7 @@ async def get_unread(server: Server, request: Request) -> Answer:
         server.hub.head,
         encode([*server.hub.people]),
     )
-    return Answer(200, found)
+    return Answer(200, answer)
 
 
 def get_stats(server: Server, request: Request) -> Answer:
@@ -4976,8 +4980,11 @@ def get_stats(server: Server, request: Request) -> Answer:
 
 def get_metrics(server: Server, request: Request) -> Answer:
     """Return the same numbers for Prometheus."""
-    text = prometheus_text(stats_document(server))
-    return Answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
+    return Answer(
+        200,
+        prometheus_text(stats_document(server)),
+        "text/plain; version=0.0.4; charset=utf-8",
+    )
 
 
 async def post_revoke(server: Server, request: Request) -> Answer:
@@ -5005,7 +5012,7 @@ async def post_forget(server: Server, request: Request) -> Answer:
     """
     await post_revoke(server, request)
     user_id = request.parse(UserBody).user_id
-    chats, walked = server.chats, server.walked
+    walked, chats = server.walked, server.chats
     with trio.move_on_after(10) as scope:
         while (after := walked[user_id]) < server.store.seq:
             walked[user_id] = await server.commit(chats.forget, user_id, after)
@@ -5092,8 +5099,8 @@ class Route(NamedTuple):
     """The token that a route needs, and its handler.
 
     anyone: none; guest: a user's token or none; else a purpose of Keyring.verify.
-    needs, of a user: "changes", a token of --sends, as a message does; "chats_by", that
-    users may change chats here.
+    needs: "invites", that there are invitations here; and of a user: "changes", a token
+    of --sends, as a message does; "chats_by", that users may change chats here.
     """
 
     who: str
@@ -5102,7 +5109,7 @@ class Route(NamedTuple):
 
 
 # Method and path, then `who` and `needs` of the Route. A * is a number in the path. To
-# add a route, write its row and its handler, and the Store method or the struct of a
+# add a route, write its row and its handler, and the method of Chats or the struct of a
 # body that the handler needs.
 ROUTE_ROWS: dict[str, Handler] = {
     **{f"GET {path} anyone": get_page for path in PAGE_FILES},
@@ -6550,7 +6557,7 @@ class Settings:
     tail_bytes: int = 16_777_216
     batch_jobs: int = 512  # in one transaction, so that none takes long
     batch_events: int = 2_000  # in one transaction
-    # Members of a chat: each new member gets an event with all. Over it: bad_field.
+    # Members of a chat: each new member gets an event. Over it: bad_field.
     members: int = 5_000
     large_chat: int = 50  # members; over it the read marks go to the reader only
     # A text that was edited or deleted may be in the WAL for so long, and for some
@@ -6630,7 +6637,7 @@ parse_listen = parser(
     r"unix:[^@].{0,106}|(\[\S+\]|[^][:/@*\s]+):[0-9]{1,5}",
     _listen,
 )
-parse_user = parser(f"a user's id, a number from 1 to {MAX_ID}", COUNT, int, MAX_ID)
+parse_id = parser(f"an id, a number from 1 to {MAX_ID}", COUNT, int, MAX_ID)
 parse_ttl = parser(
     "a time of at most 100 years, such as 30d, 12h, 15m or 90s",
     "0*[1-9][0-9]{0,9}[smhd]?",
@@ -6779,7 +6786,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     token = commands.add_parser("token", help="print a token, or a sign-in link")
     add = token.add_argument
-    add("USER_ID", type=parse_user)
+    add("USER_ID", type=parse_id)
     add("--name", help="what others see")
     add(
         "--ttl",
@@ -6822,7 +6829,7 @@ def make_parser() -> argparse.ArgumentParser:
         add(
             f"--{what}",
             metavar="ID",
-            type=parse_user,
+            type=parse_id,
             help=f"only what belongs to this {what}",
         )
     add_flags(lines, "db")

@@ -12,7 +12,8 @@
 -- that: it overwrites a row, not the copies of it that stay in the unused part of a page
 -- when SQLite moves rows to make room. So from version 2 on, texts and names are in tables
 -- whose rows are never moved: they are only appended, and overwritten in place, with as
--- many bytes (`message`, `change`, `user_name`). What changes otherwise is elsewhere.
+-- many bytes (`message`, `change`, `user_name`). Other fields that change are in other
+-- tables.
 
 -- version 1
 
@@ -120,7 +121,7 @@ ALTER TABLE user_2 RENAME TO user;
 
 CREATE INDEX user_revoked ON user (revoked_at) WHERE revoked_at IS NOT NULL;
 
--- The name of before is overwritten.
+-- Overwrites the earlier name.
 CREATE TRIGGER name_erases AFTER INSERT ON user_name BEGIN
     UPDATE user_name SET name = nullif(
         CAST(zeroblob(length(CAST(name AS BLOB))) AS TEXT), '')
@@ -206,7 +207,7 @@ CREATE TABLE change (
 -- The newest change of a message.
 CREATE INDEX change_message ON change (message_id);
 
--- The texts of before are overwritten.
+-- Overwrites the earlier texts of the message.
 CREATE TRIGGER change_erases AFTER INSERT ON change BEGIN
     UPDATE message SET
         content = CAST(zeroblob(length(CAST(content AS BLOB))) AS TEXT),

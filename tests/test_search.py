@@ -18,6 +18,7 @@ from trio.testing import wait_all_tasks_blocked
 
 import chatd
 from chatd import Message, Rate
+from tests.client import HttpAnswer
 from tests.harness import Memory, VirtualServer, memory_with, refusal_of, with_server
 
 DATA = Path(__file__).parent / "data"
@@ -390,6 +391,28 @@ def change(kind: type[chatd.MessageChange], message: Message, **fields: Any) -> 
         store.record(db, events, chatd.Entry(event, to_chat=True))
 
     return write
+
+
+@with_server()
+async def test_a_search_that_waits_for_the_disk_still_looks_through_something(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+    (message,) = await server.post(chat, "apple", sender=6)
+    server.disk.hold(reads=True)
+    answers: list[HttpAnswer] = []
+
+    async def ask() -> None:
+        answers.append(await server.ask("GET", target(), user=7))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await trio.sleep(1)  # longer than the time of a search
+        assert not answers
+        server.disk.go()
+    (answer,) = answers
+    assert [found["id"] for found in answer.json["messages"]] == [message]
+    assert answer.json["before"] is None
 
 
 @with_server()
