@@ -366,8 +366,8 @@ class Server:
         self.joins = Bucket(Rate(1, 50))  # of all addresses
         self.searching = trio.Lock()  # one at a time
         self.names: dict[int, tuple[int, str]] = {}  # the newest: its time, the name
-        # A user to be forgotten: up to which id there are no messages of that user.
-        self.walked = Counter[int]()
+        # A user to be forgotten: from which id on there are no messages of that user.
+        self.walked: dict[int, int] = {}
         self.sessions: set[Session] = set()
         self.listener = Listener(
             settings, self.stats, self.sessions, partial(answer_request, self)
@@ -527,7 +527,7 @@ class Listener:
         except* Exception as group:  # the one bulkhead
             for error in leaves(group):
                 self.stats.errors[type(error).__name__] += 1
-                if self.bugs.take(trio.current_time()) == 0.0:
+                if self.bugs.take() == 0.0:
                     log_bug("failed", error)
             if http:
                 await http.refuse(Refusal("internal"))
@@ -557,7 +557,7 @@ class Listener:
 
     def warn(self, verb: str, why: object) -> None:
         """Log a warning that every connection could cause: at most one in 10 s."""
-        if self.warnings(verb).take(trio.current_time()) == 0.0:
+        if self.warnings(verb).take() == 0.0:
             log(WARNING, verb, why=why, open=self.open)
 
     def check_handshakes(self, address: Address | None, amount: int = 1) -> None:
@@ -856,7 +856,7 @@ class Session:
             self._check_rate()
             if isinstance(text, bytes):
                 raise Refusal("bad_json", "a binary message; send JSON as text")
-            await self._handle(parse(text, COMMANDS))
+            await self._handle(parse(text.encode(), COMMANDS))
         except Refusal as refusal:
             self._answer(error_frame(refusal, text))
 
@@ -930,7 +930,7 @@ class Session:
             return
 
         def reply(sent: Sent) -> Reply:
-            count_sent(server, sent)
+            count_sent(server, self.claims, sent)
             return sent_reply(sent, command.ref)
 
         await self._submit(
@@ -961,7 +961,7 @@ class Session:
         )
 
     async def _mark_read(self, command: MarkRead) -> None:
-        ack = text_frame(Ack(ref=command.ref))
+        ack = text_frame(Ack(command.ref))
         await self._submit(
             command,
             lambda marked: Reply(ack, marked.seq),
@@ -988,7 +988,7 @@ class Session:
         self.server.keyring.spend(claims)
         self._set_token(claims)
         self.seat.warned = False
-        self._answer(text_frame(Ack(ref=command.ref, expires_in=claims.expires_in())))
+        self._answer(text_frame(Ack(command.ref, expires_in=claims.expires_in())))
 
     def _set_token(self, claims: Claims) -> None:
         self.claims = claims
@@ -1058,15 +1058,15 @@ class ChatEvent(Event):
     """An event that shows its `to_user` the chat.
 
     From the tail it is the chat as of the event's commit, but for a change of its last
-    message; from the event log the chat as it is then, and nothing of it for a user who
-    has left since.
+    message; from the event log the chat as it is then. A user who has left since is
+    told nothing of the chat: by a poll it is empty, and a socket leaves the event out.
     """
 
     chat: Chat
 
 
 class UserEvent(Event):
-    """An event that names a user: by the name of today."""
+    """An event that names a user: by the name of its time, or by a later one."""
 
     user_id: int
     name: str | None
@@ -1234,7 +1234,7 @@ def page_of(
     size = 0
     for entry in entries:
         events.append(entry)
-        size += entry.size
+        size += len(entry.frame)
         if size >= settings.page_bytes or len(events) >= limit:
             return Page(events, entry.seq, upto)
     return Page(events, upto, upto)
@@ -1434,8 +1434,9 @@ class Store:
         for db in self._idle_readers:
             db.close()
         with suppress(sqlite3.Error):  # a failed disk: the WAL has it all
-            self._writer.execute("PRAGMA optimize")
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._writer.executescript(
+                "PRAGMA optimize; PRAGMA wal_checkpoint(TRUNCATE)"
+            )
         self._writer.close()
 
     # --- writing: the task -----------------------------------------------------------
@@ -1759,26 +1760,33 @@ class Store:
         return Sent(message, duplicate=False)
 
     def find_sent(self, db: Db, send: Send, upto: int = MAX_ID) -> Sent | None:
-        """Find the message with this sender and key. Raises idempotency_mismatch."""
+        """Find the message with this sender and key. Raises idempotency_mismatch.
+
+        A message that was changed is not compared, and shown to a member only: raises
+        not_found.
+        """
         if send.client_id is None:
             return None
         row = db.execute(
-            f"""{MESSAGES} WHERE sender_id = ? AND client_id = ? AND id <= ?
-                AND client_id >= ' '""",
-            (send.sender_id, send.client_id, upto),
+            f"""SELECT CASE
+                    WHEN rev IS NULL AND (m.chat_id != ?1 OR m.content != ?3)
+                        THEN 'idempotency_mismatch'
+                    WHEN rev AND NOT EXISTS (
+                            SELECT 1 FROM member
+                            WHERE chat_id = m.chat_id AND user_id = ?2)
+                        THEN 'not_found|chat_id: there is no such chat for you'
+                    END, {MESSAGE_COLUMNS}
+                FROM message m {NEWEST_CHANGE}
+                WHERE sender_id = ?2 AND client_id = ?4 AND client_id >= ' '
+                    AND m.id <= ?5""",
+            (*send, upto),
         ).fetchone()
         if row is None:
             return None
-        message = message_of(row)
-        # A message that was changed is not compared.
-        same = (message.chat_id, message.content) == (send.chat_id, send.content)
-        if not (same or message.rev):
-            raise Refusal("idempotency_mismatch")
-        if message.rev and not query_value(
-            db, IS_MEMBER, message.chat_id, send.sender_id
-        ):
-            raise no_chat()
-        return Sent(message, duplicate=True)
+        refusal, *message = row
+        if refusal:
+            raise Refusal(*refusal.split("|"))
+        return Sent(message_of(message), duplicate=True)
 
     def mark_read(
         self, db: Db, events: Entries, user_id: int, message_id: int
@@ -1876,27 +1884,25 @@ class Store:
         entries = (self._entry(db, row, upto) for row in rows)
         return page_of(entries, self.settings, upto, limit)
 
-    def tail(self) -> Entries:
-        """Read the end of the event log for the hub's tail, at the start.
+    def tail(self) -> Iterator[Entry]:
+        """Read the end of the event log for the hub's tail, the newest event first.
 
-        It goes back to the last event that shows a chat, and not beyond: such an event
-        shows the chat as of the moment it is read, so later readers must query it.
+        It ends before the last event that shows a chat or a name: see Hub.set_tail.
         """
         db, floor = self._writer, max(0, self.seq - self.settings.tail_events)
-        sql = f"{EVENTS} WHERE e.seq > ? ORDER BY e.seq DESC"
-        newest_first: Entries = []
+        sql = f"""{EVENTS} WHERE e.seq > max(?1, coalesce((
+                SELECT seq FROM event
+                WHERE seq > ?1 AND (kind IN ({JOINS}) OR user_id IS NOT NULL)
+                ORDER BY seq DESC LIMIT 1), 0))
+            ORDER BY e.seq DESC"""
         bytes_left = self.settings.tail_bytes
         with file_errors("database", self.path):
             for row in db.execute(sql, (floor,)):
-                cls, _ = KINDS.get(row[1], (Event, ()))
-                if issubclass(cls, ChatEvent):
-                    break
                 entry = self._entry(db, row, self.seq)
                 bytes_left -= entry.size
                 if bytes_left < 0:
                     break
-                newest_first.append(entry)
-        return newest_first[::-1]
+                yield entry
 
     def revoked(self) -> dict[int, int]:
         """Read, at the start, the users whose older tokens are refused."""
@@ -1920,7 +1926,6 @@ class Store:
             event = cls(seq, chat_id, *joined, **msgspec.json.decode(body or "{}"))
         except (KeyError, TypeError, msgspec.MsgspecError) as error:
             unread = sqlite3.DatabaseError(f"event {seq}, a {kind!r}: {error!r}")
-            unread.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
             raise unread from error
         return Entry(event, to_user, bool(to_chat))
 
@@ -1958,9 +1963,9 @@ class Person(msgspec.Struct, eq=False):
     replaying: trio.Lock | None = None
 
     def sees(self, entry: Entry) -> bool:
-        """Is this event for the user?"""
+        """Is this event for the user? Of a chat that it has left, the removal is."""
         if entry.to_user == self.user_id:
-            return True
+            return entry.event.membership != "joins" or entry.chat_id in self.chats
         joined_seq = self.chats.get(entry.chat_id) if entry.to_chat else None
         return joined_seq is not None and entry.seq > joined_seq
 
@@ -2072,8 +2077,7 @@ class Hub:
         self.live_seats: dict[int, set[Seat]] = {}
         # The last published events. seq is dense, so the entry of a seq is found by
         # subtraction: tail[i].seq == tail[0].seq + i.
-        self.tail = deque(store.tail())
-        self.tail_size = sum(entry.size for entry in self.tail)
+        self.set_tail(store.tail())
 
     async def run(self, batches: trio.MemoryReceiveChannel[Batch]) -> None:
         """Publish batches, until the store closes the channel."""
@@ -2136,6 +2140,20 @@ class Hub:
             seats.discard(seat)
         if not seats:
             del self.live_seats[chat_id]
+
+    # --- the tail --------------------------------------------------------------------
+
+    def set_tail(self, newest_first: Iterable[Entry]) -> None:
+        """Make these the tail, back to the last one that shows a chat or a name.
+
+        Such an event shows them as of the moment it was read: later readers query it.
+        """
+        kept = itertools.takewhile(
+            lambda entry: not isinstance(entry.event, ChatEvent | UserEvent),
+            newest_first,
+        )
+        self.tail = deque([*kept][::-1])
+        self.tail_size = sum(entry.size for entry in self.tail)
 
     # --- publishing ------------------------------------------------------------------
 
@@ -2375,7 +2393,7 @@ class Outbox:
 
     def charge(self) -> None:
         """Charge 128 bytes for each frame: tiny frames cost that much to handle."""
-        self._pace.spend(self.received_at, 128)
+        self._pace.spend(128, self.received_at)
 
     def _break(self) -> None:
         self.sealed = True
@@ -2428,7 +2446,7 @@ class Outbox:
         """
         data = await self._receive(max_bytes)
         now = self.received_at = trio.current_time()
-        debt = self._pace.spend(now, len(data))
+        debt = self._pace.spend(len(data), now)
         while debt > 1:
             # A client that floods and hangs up is not read to the end: that could take
             # minutes.
@@ -2543,10 +2561,11 @@ Ref = Annotated[str, msgspec.Meta(max_length=64)]
 ClientId = Annotated[
     str, msgspec.Meta(min_length=1, max_length=64, pattern=r"\A[\x20-\x7e]+\Z")
 ]
-# Not blank, and without control characters.
 Title = Annotated[
     str, msgspec.Meta(max_length=200, pattern=r"\A(?=.*\S)[^\x00-\x1f\x7f]+\Z")
 ]
+
+NOT_BLANK = "without control characters, not blank (a client_id: printable ASCII)"
 
 # Text may have tabs and line ends. The other control characters of ASCII have no place
 # in a chat: they steer terminals, and SQLite's length() stops at NUL.
@@ -2811,17 +2830,17 @@ encode = msgspec.json.Encoder().encode
 
 
 # In JSON a character above U+FFFF may be escaped as a pair (RFC 8259 7). Half of one:
-LONE_SURROGATE = r"""(?xi) (?<!\\)(?:\\\\)*
+LONE_SURROGATE = rb"""(?xi) (?<!\\)(?:\\\\)*
     (?: \\u d[89ab] [0-9a-f]{2} (?! \\u d[c-f] )
     | (?<! \\u d[89ab] [0-9a-f]{2} ) \\u d[c-f] )"""
 
 
-def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
+def parse(text: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Decode one command or body. Raises Refusal, naming the field that is wrong."""
     try:
         return decoder.decode(text)
     except msgspec.ValidationError as error:
-        sentence = str(error)
+        sentence = re.sub("matching regex '.*'", NOT_BLANK, str(error))
         if sentence.startswith("Invalid value"):  # msgspec says so of a tag only
             raise Refusal("unknown_type") from None
         if sentence.startswith("Expected `object`"):
@@ -2832,8 +2851,7 @@ def parse(text: str | bytes, decoder: msgspec.json.Decoder[T]) -> T:
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         # Deep nesting is a RecursionError even in a field that chatd ignores.
         why = str(error)
-        raw = text.decode(errors="replace") if isinstance(text, bytes) else text
-        if re.search(LONE_SURROGATE, raw):  # msgspec may call it truncated
+        if re.search(LONE_SURROGATE, text):  # msgspec may call it truncated
             why = "a lone surrogate (half of a \\uXXXX\\uXXXX pair) is no character"
         raise Refusal("bad_json", f"not JSON: {why}") from None
 
@@ -2903,17 +2921,9 @@ def text_frame(message: ServerMessage) -> bytes:
 
 
 def sent_reply(sent: Sent, ref: str | None) -> Reply:
-    message = sent.message
-    ack = Ack(
-        ref=ref,
-        client_id=message.client_id,
-        message_id=message.id,
-        chat_id=message.chat_id,
-        n=message.n,
-        created_at=message.created_at,
-        duplicate=sent.duplicate,
-    )
-    return Reply(text_frame(ack), message.id)
+    m = sent.message
+    ack = Ack(ref, m.client_id, m.id, m.chat_id, m.n, m.created_at, sent.duplicate)
+    return Reply(text_frame(ack), m.id)
 
 
 def error_frame(refusal: Refusal, command: str | bytes = b"{}") -> bytes:
@@ -3106,8 +3116,8 @@ class Chats:
             raise Refusal(*refusal.split("|"))
         if not done:
             db.execute(CHANGE, values)
-        row = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,)).fetchone()
-        message = message_of(row)
+        rows = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,))
+        message = message_of(rows.fetchone())
         if not done:
             kind = MessageEdited if content else MessageDeleted
             event = kind(seq, message.chat_id, message)
@@ -3122,7 +3132,7 @@ class Chats:
         A name from the future does not count: it was made by a wrong clock. Returns
         what is stored. It is not an event: names are read when shown.
         """
-        values = (name, now_seconds(), named_at, user_id)
+        values = (name, now_seconds() + 1, named_at, user_id)
         for sql in RENAME:
             row = db.execute(sql, values).fetchone()
         return tuple(row)
@@ -3158,10 +3168,13 @@ class Chats:
                      SELECT id FROM drawn WHERE id NOT IN (SELECT id FROM user) LIMIT 1
                  )), json_object('title', c.title, 'member_count', (
                      SELECT count(*) FROM member WHERE chat_id = c.id))
-                 FROM chat c JOIN member maker ON maker.chat_id = c.id
-                 WHERE c.id = CAST(?1 AS INTEGER) AND maker.user_id = ?2
+                 FROM chat c JOIN member b ON b.chat_id = c.id
+                             JOIN user maker ON maker.id = b.user_id
+                 WHERE c.id = CAST(?1 AS INTEGER) AND maker.id = ?2
+                   AND coalesce(maker.revoked_at < ?4, TRUE)
                    AND c.id || ':' || c.invite_key = ?1"""
-        row = db.execute(sql, (invite.invite, invite.user_id, who)).fetchone()
+        bounds = (invite.invite, invite.user_id, who, invite.iat)
+        row = db.execute(sql, bounds).fetchone()
         if row is None:
             raise bad_token("token: this invitation has ended: ask for another one")
         chat_id, user_id, shown = row
@@ -3178,12 +3191,13 @@ class Chats:
                  ON CONFLICT DO UPDATE SET revoked_at = ?2"""
         db.execute(sql, (user_id, revoked_at))
 
-    def forget(self, db: Db, events: Entries, user_id: int, after: int) -> int:
+    def forget(self, db: Db, events: Entries, user_id: int, before: int) -> int:
         """Do a step of forgetting a user: small, so that sends get in between.
 
-        It takes the user out of 20 chats. If there are none, it deletes the user's
-        messages in the next 100 ids. Returns up to which id they are gone. A direct
-        chat stays one, by a key of its own, and lets its other member leave.
+        It takes the user out of 20 chats. If there are none, it deletes 50 of the
+        user's messages in the 1,000 ids before this one. Returns from which id on they
+        are gone. A direct chat stays one, by a key of its own, and lets its other
+        member leave.
         """
         db.execute(
             """UPDATE chat SET client_id = NULL
@@ -3199,17 +3213,22 @@ class Chats:
         for (chat_id,) in rows:
             self.remove_member(db, events, chat_id, user_id, None)
         if rows:
-            return after
+            return before
+        # A user without a chat sends no more: none of the messages are above this.
+        before = min(before, self.store.next_seq(events))
         sql = """UPDATE message SET client_id =
                      nullif(CAST(zeroblob(length(client_id)) AS TEXT), '')
-                 WHERE id > ?2 AND id <= ?2 + 100 AND sender_id = ?1
-                     AND (client_id >= ' ' OR id NOT IN (
-                         SELECT c.message_id FROM change c
-                         WHERE c.message_id = message.id AND deleted))
+                 WHERE id IN (
+                     SELECT id FROM message m
+                     WHERE id < ?2 AND id >= ?2 - 1000 AND sender_id = ?1
+                         AND (client_id >= ' ' OR NOT EXISTS (
+                             SELECT 1 FROM change WHERE message_id = m.id AND deleted))
+                     LIMIT 50)
                  RETURNING id"""
-        for row in db.execute(sql, (user_id, after)).fetchall():
+        rows = db.execute(sql, (user_id, before)).fetchall()
+        for row in rows:
             self.change_message(db, events, None, *row)
-        return min(after + 100, self.store.seq)
+        return before if rows else before - 1000
 
     def _let_in(
         self, db: Db, events: Entries, chat_id: int, users: list[int], by: int | None
@@ -3223,7 +3242,7 @@ class Chats:
         sql = "SELECT count(*) + ? FROM member WHERE chat_id = ?"
         count = query_value(db, sql, len(users), chat_id)
         if count > settings.members:
-            raise bad_field(f"member_ids: {count} members; at most {settings.members}")
+            raise bad_field(f"members: {count} of them; at most {settings.members}")
         sql = """INSERT INTO member (chat_id, user_id, joined_seq, read_n)
                  SELECT ?1, ?2, ?3, last_n FROM chat
                  WHERE id = ?1 AND (?5 = 'off' OR ?4 IS NULL OR ?4 = ?2 OR EXISTS (
@@ -3318,8 +3337,8 @@ class Chats:
         return None
 
 
-# A user's name, ?1, that was given at ?3, if it counts at ?2. The row of an older name
-# is overwritten with NULs (schema.sql: name_erases).
+# A user's name, ?1, that was given at ?3; a time after ?2 does not count. The row of an
+# older name is overwritten with NULs (schema.sql: name_erases).
 RENAME = (
     """INSERT INTO user (id, named_at) VALUES (?4, ?3) ON CONFLICT DO UPDATE
        SET named_at = ?3 WHERE coalesce(named_at <= ?3 OR named_at > ?2, TRUE)
@@ -3419,10 +3438,10 @@ CHANGE = f"""
     FROM message m {NEWEST_CHANGE} WHERE m.id = ?4
 """
 
-# More members, or bytes of them, are left out of a chat: so no frame exceeds 32 KiB but
-# for a message's own text. GET /api/v1/chats/ID/members has them.
+# More members, or more bytes a member, are left out of a chat in events and lists: no
+# frame exceeds 32 KiB but for a message's own text. A request for one chat has all.
 CHAT_MEMBERS = 50
-CHAT_MEMBERS_BYTES = 12_288
+MEMBER_BYTES = 245
 
 CHAT = f"""
     SELECT coalesce(m.n, 0), c.title, c.direct_key IS NOT NULL, c.created_by,
@@ -3434,13 +3453,16 @@ CHAT = f"""
 """
 
 
-def read_chat(db: Db, chat_id: int, upto: int, by: int | None = None) -> Chat:
+def read_chat(
+    db: Db, chat_id: int, upto: int, by: int | None = None, most: int = CHAT_MEMBERS
+) -> Chat:
     """Read a chat: its messages as of upto, its title and members as they are now.
 
-    by is the member who reads it; None: a service, or the server. Raises not_found.
+    by is the member who reads it; None: a service, or the server. It has no members
+    if they are more than most, or too many bytes. Raises not_found.
     """
-    members = read_members(db, chat_id, upto, by, None, 0, CHAT_MEMBERS)
-    if len(members) > CHAT_MEMBERS or len(encode(members)) > CHAT_MEMBERS_BYTES:
+    members = read_members(db, chat_id, upto, by, None, 0, most)
+    if len(members) > most or len(encode(members)) > most * MEMBER_BYTES:
         members = []
     n, title, direct, created_by, count, *message = db.execute(
         CHAT, (chat_id, upto)
@@ -3502,23 +3524,25 @@ class Bucket:
     rate: Rate
     full_at: float = 0.0
 
-    def take(self, now: float, amount: int = 1) -> float:
+    def take(self, amount: int = 1, now: float | None = None) -> float:
         """Take tokens, all or none. Returns 0.0, or else the seconds until they are."""
         before = self.full_at
-        wait = self.spend(now, amount)
+        wait = self.spend(amount, now)
         if wait > 1e-9:
             self.full_at = before
             return wait
         return 0.0
 
-    def spend(self, now: float, amount: float) -> float:
+    def spend(self, amount: float, now: float | None = None) -> float:
         """Take an amount, even into debt. Returns the seconds until nothing is owed.
 
-        A negative amount is given back.
+        A negative amount is given back. now is trio.current_time(), unless given.
         """
         per_second, burst = self.rate
         if not per_second:
             return 0.0
+        if now is None:
+            now = trio.current_time()
         self.full_at = max(self.full_at, now) + amount / per_second
         return max(0.0, self.full_at - now - burst / per_second)
 
@@ -3537,7 +3561,7 @@ def bucket_table(rate: Rate) -> Callable[[Hashable], Bucket]:
 
 def charge(stats: Stats, limit: str, bucket: Bucket, amount: int = 1) -> None:
     """Take tokens of a bucket. Raises Refusal rate_limited, and counts it."""
-    if wait := bucket.take(trio.current_time(), amount):
+    if wait := bucket.take(amount):
         stats.rate_limited[limit] += 1
         raise Refusal("rate_limited", retry_after=wait)
 
@@ -3933,6 +3957,10 @@ class Keyring:
         body = {name: value for name, value in body.items() if value is not None}
         return jwt.encode(body, self.secret, "HS256")
 
+    def grant(self, user_id: int, seconds: int, **claims: Any) -> dict[str, Any]:
+        """Sign a token: the fields of the answer that brings it to its user."""
+        return {"token": self.sign(user_id, seconds, **claims), "expires_in": seconds}
+
     def ticket(self, claims: Claims) -> str:
         """Sign a ticket: for one socket, soon, which may live as long as this token."""
         return self.sign(
@@ -3988,7 +4016,7 @@ class Keyring:
         late = LEEWAY_SECONDS * claims.foreign  # the other clock may be ahead
         # In whole seconds: within one, both may have happened in any order.
         if revoked_at is not None and int(claims.iat) <= revoked_at + late:
-            raise bad_token("this token was revoked: sign in again")
+            raise bad_token("this token was revoked: get a new one")
 
     def spend(self, claims: Claims) -> None:
         """Let a verified token open a socket, and use it up if it is a ticket.
@@ -4521,9 +4549,11 @@ async def answer_request(
         return await _admit(server, connection, request)
     with trio.fail_after(REQUEST_SECONDS):
         route = find_route(request)
-        known = route.who != "anyone" and (
-            route.who != "guest" or "authorization" in request.fields
-        )
+        known = route.who != "anyone"
+        if route.who == "guest":
+            # So that no address makes users, or tries tokens, in bulk.
+            server.listener.check_handshakes(request.address, 10)
+            known = "authorization" in request.fields
         if known:
             authorize(server, request, route.who)
             with suppress(Refusal):
@@ -4570,7 +4600,7 @@ async def store_name(server: Server, claims: Claims) -> None:
     user_id, name, now = claims.user_id, claims.name, now_seconds()
     named_at, names = min(int(claims.iat), now), server.names
     newest_at, newest = names.get(user_id, (0, None))
-    if name is None or named_at < newest_at <= now:
+    if name is None or named_at < newest_at <= now + 1:
         return
     if name == newest:  # saves a write for each new token
         names[user_id] = named_at, name
@@ -4637,21 +4667,13 @@ async def post_session(server: Server, request: Request) -> Answer:
     # The user may have been revoked meanwhile. From here on nothing waits.
     server.keyring.recheck(request.claims)
     # No name in it: it is newer than the link, and would undo a change of the name.
-    token = server.keyring.sign(user_id, SESSION_SECONDS, use="session")
-    return json_answer(
-        {
-            "token": token,
-            "expires_in": SESSION_SECONDS,
-            "user_id": user_id,
-            "name": name,
-        }
-    )
+    session = server.keyring.grant(user_id, SESSION_SECONDS, use="session")
+    return json_answer({**session, "user_id": user_id, "name": name})
 
 
 def post_link(server: Server, request: Request) -> Answer:
     """Return the token of a sign-in link, for a second device of the same user."""
-    token = server.keyring.sign(request.user_id, 600, use="signin")
-    return json_answer({"token": token, "expires_in": 600})
+    return json_answer(server.keyring.grant(request.user_id, 600, use="signin"))
 
 
 async def about_me(server: Server, request: Request) -> Answer:
@@ -4667,7 +4689,14 @@ async def about_me(server: Server, request: Request) -> Answer:
             )
         if not (name := clean_name(request.parse(InviteBody).name)):
             raise bad_field("name: it is empty")
-        await store_name(server, replace(request.claims, name=name, iat=now_seconds()))
+        stored = partial(server.names.__setitem__, request.user_id)
+        await server.commit(
+            server.chats.rename,
+            request.user_id,
+            name,
+            now_seconds() + 1,  # newer than the name in a token of this second
+            then=stored,
+        )
     name = await server.read(query_value, NAME, request.user_id)
     return json_answer(
         {
@@ -4676,7 +4705,7 @@ async def about_me(server: Server, request: Request) -> Answer:
             "server": {
                 "max_content_chars": settings.max_content_chars,
                 "edit_seconds": settings.edit_seconds,
-                "create_chats": settings.chats_by == "user",
+                "create_chats": not request.by or settings.chats_by == "user",
                 "invites": settings.invites == "on",
                 "rename": not settings.jwt_key,
             },
@@ -4721,7 +4750,7 @@ async def post_chat(server: Server, request: Request) -> Answer:
     if by:
         members.append(by)
         # Every member gets an event: charge one request for ten.
-        server.requests(by).spend(trio.current_time(), len(members) // 10)
+        server.requests(by).spend(len(members) // 10)
     if new.direct and (new.title or not len(members) == len({*members}) == 2):
         raise bad_field(
             "direct: it is with one other user (a service: of two), untitled"
@@ -4733,9 +4762,9 @@ async def post_chat(server: Server, request: Request) -> Answer:
 
 
 async def get_chat(server: Server, request: Request, status: int = 200) -> Answer:
-    """Return one chat, to a member or a service."""
+    """Return one chat with all its members, to a member or a service."""
     upto = server.hub.head
-    chat = await server.read(read_chat, *request.ids, upto, request.by)
+    chat = await server.read(read_chat, *request.ids, upto, request.by, MAX_ID)
     (chat,) = server.hub.correct([chat], upto)
     for member in chat.members:
         member.online = member.user_id in server.hub.people
@@ -4789,15 +4818,16 @@ async def delete_member(server: Server, request: Request) -> Answer:
 async def change_invites(server: Server, request: Request) -> Answer:
     """POST: make an invitation to a group. DELETE: end all that were made."""
     ends, by = request.method == "DELETE", request.user_id
-    request.body = request.body or b"{}"
+    if ends or not request.body:
+        request.body = b"{}"
     seconds = request.parse(InviteBody).ttl_seconds
     invite = await server.commit(server.chats.invitation, *request.ids, by, ends)
     if ends:
         return Answer(204)
     # The user may have been revoked meanwhile: its invitation would count all the same.
     server.keyring.recheck(request.claims)
-    token = server.keyring.sign(by, seconds, use="invite", invite=invite)
-    return json_answer({"token": token, "expires_in": seconds}, 201)
+    made = server.keyring.grant(by, seconds, use="invite", invite=invite)
+    return json_answer(made, 201)
 
 
 async def post_join(server: Server, request: Request) -> Answer:
@@ -4805,8 +4835,6 @@ async def post_join(server: Server, request: Request) -> Answer:
 
     Without a name and a token of a user it only shows the chat: 200.
     """
-    # So that no address makes users, or tries tokens, in bulk.
-    server.listener.check_handshakes(request.address, 10)
     body = request.parse(InviteBody)
     invite = server.keyring.verify(body.token, "invite")
     who: int | str | None = clean_name(body.name)
@@ -4819,8 +4847,8 @@ async def post_join(server: Server, request: Request) -> Answer:
     added, answer = await server.commit(server.chats.join, invite, who)
     server.stats.joins += added
     if isinstance(who, str):
-        token = server.keyring.sign(answer["user_id"], SESSION_SECONDS, use="session")
-        answer |= {"token": token, "expires_in": SESSION_SECONDS, "name": who}
+        user_id, sign = answer["user_id"], server.keyring.grant
+        answer |= {"name": who, **sign(user_id, SESSION_SECONDS, use="session")}
     return json_answer(answer, 201 if added else 200)
 
 
@@ -4858,7 +4886,7 @@ async def get_search(server: Server, request: Request) -> Answer:
         )
     chat_id, at = request.number("chat_id"), request.number("before")
     # It costs as much as five requests. (A service pays for none.)
-    server.requests(request.by).spend(trio.current_time(), 4)
+    server.requests(request.by).spend(4)
     if server.searching.statistics().tasks_waiting >= 64:
         raise Refusal("overloaded", "too many searches at once", retry_after=3)
     found: list[Message] = []
@@ -4892,7 +4920,7 @@ async def post_message(server: Server, request: Request) -> Answer:
     sent = await allow_send(server, claims, send)
     if sent is None:
         sent = await server.commit(server.store.send_message, send, claims.service)
-        count_sent(server, sent)
+        count_sent(server, claims, sent)
     sent = renewed(sent, changes(server.hub.since(upto)))
     return json_answer(sent, 200 if sent.duplicate else 201)
 
@@ -4990,18 +5018,14 @@ def get_metrics(server: Server, request: Request) -> Answer:
 async def post_revoke(server: Server, request: Request) -> Answer:
     """Refuse all tokens of a user so far, and close the user's sockets."""
     user_id = request.parse(UserBody).user_id
-    theirs: list[Session] = []
-
-    def close(_: object) -> None:
-        theirs.extend(s for s in server.sessions if s.claims.user_id == user_id)
-        log(INFO, "revoked", user=user_id, sockets=len(theirs))
-        for session in theirs:
-            session.end(CLOSE_SIGN_IN, "revoked: sign in again")
-
     # Refuse them before the write: during it, an old token could get a new one signed.
     revoked_at = server.keyring.time_to_sign(user_id)
     server.keyring.revoked[user_id] = revoked_at
-    await server.commit(server.chats.revoke, user_id, revoked_at, then=close)
+    theirs = [each for each in server.sessions if each.claims.user_id == user_id]
+    log(INFO, "revoked", user=user_id, sockets=len(theirs))
+    for session in theirs:
+        session.end(CLOSE_SIGN_IN, "revoked: sign in again")
+    await server.commit(server.chats.revoke, user_id, revoked_at)
     return json_answer({"user_id": user_id, "closed": len(theirs)})
 
 
@@ -5014,13 +5038,17 @@ async def post_forget(server: Server, request: Request) -> Answer:
     user_id = request.parse(UserBody).user_id
     walked, chats = server.walked, server.chats
     with trio.move_on_after(10) as scope:
-        while (after := walked[user_id]) < server.store.seq:
-            walked[user_id] = await server.commit(chats.forget, user_id, after)
-        await server.commit(chats.rename, user_id, "", server.keyring.revoked[user_id])
-        # The tail shows the name: from here on, all readers read the event log.
+        while (before := walked.get(user_id, MAX_ID)) > 0:
+            walked[user_id] = await server.commit(chats.forget, user_id, before)
+        await server.commit(
+            chats.rename,
+            user_id,
+            "",
+            server.keyring.revoked[user_id] + 1,
+            then=lambda _: server.hub.set_tail(reversed(server.hub.tail)),
+        )
         server.names.pop(user_id, None)
-        server.hub.tail.clear()
-        server.hub.tail_size = 0
+        walked.pop(user_id, None)
     return json_answer({"more": scope.cancelled_caught})
 
 
@@ -5062,11 +5090,12 @@ def charge_change(server: Server, claims: Claims) -> None:
         charge(server.stats, "sends", server.sends(claims.user_id))
 
 
-def count_sent(server: Server, sent: Sent) -> None:
+def count_sent(server: Server, claims: Claims, sent: Sent) -> None:
     """Count a repeat; it gets its token back."""
     if sent.duplicate:
         server.stats.duplicates += 1
-        server.sends(sent.message.sender_id).spend(trio.current_time(), -1)
+        if not claims.service:
+            server.sends(claims.user_id).spend(-1)
 
 
 def _idempotency_key(request: Request, post: PostMessage | NewChat) -> str | None:
@@ -5426,20 +5455,16 @@ class Proxy:
             check_upgrade(request, self.keyring, "edge")
         with trio.fail_after(REQUEST_SECONDS):
             body = await connection.read_body(request)
-        status, failed = 0, None
+        status = 0
         try:
             upstream, begun = await self._ask(self._head_up(request, body) + body)
             status = int(begun[9:])
-        except Refusal as refusal:
-            failed = refusal.code
-            raise
         finally:
             # An unknown path or method may contain a token, so it is not logged.
             path = request.path if NUMBER.sub("*", request.path) in ROUTES else "?"
             known = request.method in http.HTTPMethod.__members__
             log(DEBUG, "passed", method=request.method if known else "?",
-                path=path, client=request.address, status=status,
-                failed=failed)  # fmt: skip
+                path=path, client=request.address, status=status)  # fmt: skip
         opened = request.upgrades and begun == b"HTTP/1.1 101"
         sent = connection.h11.trailing_data[0] if opened else None
         return Tunnel(self, upstream, sent, begun).run
@@ -6322,8 +6347,8 @@ def restore(db: Path, source: Path) -> None:
 NO_EXPORT = """
 SELECT CASE
     WHEN user_version < 2 THEN 'an older chatd made it; `chatd serve` upgrades it'
-    WHEN ?1 NOT IN (SELECT id FROM user) THEN 'it does not know user ' || ?1
-    WHEN ?2 NOT IN (SELECT id FROM chat) THEN 'it has no chat ' || ?2 END
+    WHEN ?1 > 0 AND ?1 NOT IN (SELECT id FROM user) THEN 'it does not know user ' || ?1
+    WHEN ?2 > 0 AND ?2 NOT IN (SELECT id FROM chat) THEN 'it has no chat ' || ?2 END
 FROM pragma_user_version
 """
 
@@ -6511,7 +6536,7 @@ class Settings:
     log_level: str = flag("info", "LEVEL",
         "what to log: debug, info, warning or error")
     sends: Rate = flag(Rate(5, 20), "RATE/BURST",
-        "messages a second per user, so that no user floods a chat",
+        "messages and changes a second per user, so that no user floods a chat",
         "over it: rate_limited")
     commands: Rate = flag(Rate(30, 60), "RATE/BURST",
         "commands a second per connection",
@@ -6676,7 +6701,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "BYTES": parse_count,
     "CHARACTERS": parse_count,
     "SECONDS/never": parser(
-        "a whole number of seconds, or never",
+        "a whole number of seconds, of at most 10 digits, or never",
         "never|[0-9]{1,10}",
         lambda text: math.inf if text == "never" else int(text),
     ),
@@ -6910,7 +6935,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0912 (an arm eac
                 settings.jwt_key or settings.chats_by != "user"
             ):
                 options.refuse(
-                    "--invites on: not with --jwt-key, nor --chats-by service"
+                    "--invites on: not with --jwt-key or --chats-by service, also in "
+                    "CHATD_ variables: there the site's backend says who is in a chat"
                 )
             case "serve" if options.demo:
                 serve_demo(settings)

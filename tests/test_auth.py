@@ -72,25 +72,25 @@ from tests.harness import (
 
 def test_a_bucket_allows_its_burst_at_once_and_then_its_rate() -> None:
     bucket = chatd.Bucket(Rate(5, 20))
-    assert [bucket.take(100.0) for _ in range(20)] == [0.0] * 20
-    assert bucket.take(100.0) == pytest.approx(0.2)
-    assert bucket.take(100.1) == pytest.approx(0.1)
-    assert [bucket.take(100.2), bucket.take(100.2)] == pytest.approx([0.0, 0.2])
+    assert [bucket.take(now=100.0) for _ in range(20)] == [0.0] * 20
+    assert bucket.take(now=100.0) == pytest.approx(0.2)
+    assert bucket.take(now=100.1) == pytest.approx(0.1)
+    assert [bucket.take(now=100.2), bucket.take(now=100.2)] == pytest.approx([0.0, 0.2])
 
 
 def test_an_idle_bucket_fills_up_to_its_burst_and_no_further() -> None:
     bucket = chatd.Bucket(Rate(1, 3))
-    assert [bucket.take(0.0) for _ in range(4)] == pytest.approx([0, 0, 0, 1])
-    assert [bucket.take(1e6) for _ in range(4)] == pytest.approx([0, 0, 0, 1])
+    assert [bucket.take(now=0.0) for _ in range(4)] == pytest.approx([0, 0, 0, 1])
+    assert [bucket.take(now=1e6) for _ in range(4)] == pytest.approx([0, 0, 0, 1])
 
 
 def test_a_rate_of_0_means_no_limit() -> None:
     bucket, buckets = chatd.Bucket(Rate(0, 0)), chatd.bucket_table(Rate(0, 0))
-    assert not any(bucket.take(0.0) for _ in range(1000))
-    assert not any(buckets(key).take(0.0) for key in [*range(1000), *[0] * 1000])
-    assert bucket.spend(0.0, -1) == 0
-    assert bucket.spend(0.0, 1e12) == 0
-    assert not any(bucket.take(0.0) for _ in range(1000))
+    assert not any(bucket.take(now=0.0) for _ in range(1000))
+    assert not any(buckets(key).take(now=0.0) for key in [*range(1000), *[0] * 1000])
+    assert bucket.spend(-1, 0.0) == 0
+    assert bucket.spend(1e12, 0.0) == 0
+    assert not any(bucket.take(now=0.0) for _ in range(1000))
 
 
 @given(
@@ -103,11 +103,11 @@ def test_over_any_interval_a_bucket_allows_at_most_its_burst_plus_its_rate(
 ) -> None:
     bucket, given_at = chatd.Bucket(Rate(rate, burst)), list[float]()
     for now in itertools.accumulate(pauses):
-        wait = bucket.take(now)
+        wait = bucket.take(now=now)
         if not wait:
             given_at.append(now)
         else:  # and the wait that it returns is long enough
-            assert not copy_of(bucket).take(now + wait + 1e-6)
+            assert not copy_of(bucket).take(now=now + wait + 1e-6)
     for first, last in itertools.combinations(range(len(given_at)), 2):
         seconds = given_at[last] - given_at[first]
         assert last - first + 1 <= burst + seconds * rate + 1e-6
@@ -122,16 +122,16 @@ def copy_of(bucket: chatd.Bucket) -> chatd.Bucket:
 
 def test_each_key_has_its_own_bucket() -> None:
     buckets = chatd.bucket_table(Rate(1, 1))
-    assert [buckets(key).take(5.0) for key in "aab"] == pytest.approx([0, 1, 0])
+    assert [buckets(key).take(now=5.0) for key in "aab"] == pytest.approx([0, 1, 0])
 
 
 def test_a_bucket_token_that_is_given_back_can_be_taken_once_more() -> None:
     used, full = chatd.Bucket(Rate(1, 2)), chatd.Bucket(Rate(1, 2))
-    assert [used.take(5.0) for _ in range(3)] == pytest.approx([0, 0, 1])
-    used.spend(5.0, -1)
-    full.spend(5.0, -1)
-    assert [used.take(5.0) for _ in range(2)] == pytest.approx([0, 1])
-    assert [full.take(5.0) for _ in range(3)] == pytest.approx([0, 0, 1])
+    assert [used.take(now=5.0) for _ in range(3)] == pytest.approx([0, 0, 1])
+    used.spend(-1, 5.0)
+    full.spend(-1, 5.0)
+    assert [used.take(now=5.0) for _ in range(2)] == pytest.approx([0, 1])
+    assert [full.take(now=5.0) for _ in range(3)] == pytest.approx([0, 0, 1])
 
 
 def test_a_table_of_buckets_is_bounded_and_drops_the_least_recently_used(
@@ -140,27 +140,27 @@ def test_a_table_of_buckets_is_bounded_and_drops_the_least_recently_used(
     monkeypatch.setattr(chatd, "TABLE_KEYS", 3)
     buckets = chatd.bucket_table(Rate(1, 1))
     for key in ("a", "b", "c", "a", "d"):
-        buckets(key).spend(0.0, 1)
-    assert [buckets(key).take(0.0) for key in "cad"] == pytest.approx([1, 2, 1])
-    assert buckets("b").take(0.0) == 0  # it was dropped, so its new bucket is full
+        buckets(key).spend(1, 0.0)
+    assert [buckets(key).take(now=0.0) for key in "cad"] == pytest.approx([1, 2, 1])
+    assert buckets("b").take(now=0.0) == 0  # it was dropped, so its new bucket is full
 
 
 def test_spend_may_overdraw_and_returns_the_seconds_until_the_debt_is_paid() -> None:
     bucket = chatd.Bucket(Rate(100, 500))
-    assert bucket.spend(10.0, 500) == 0
-    assert bucket.spend(10.0, 250) == pytest.approx(2.5)
-    assert bucket.spend(12.0, 0) == pytest.approx(0.5)
-    assert bucket.take(12.0) == pytest.approx(0.51)
-    assert bucket.spend(1000.0, 0) == 0
-    assert bucket.spend(1000.0, 501) == pytest.approx(0.01)
+    assert bucket.spend(500, 10.0) == 0
+    assert bucket.spend(250, 10.0) == pytest.approx(2.5)
+    assert bucket.spend(0, 12.0) == pytest.approx(0.5)
+    assert bucket.take(now=12.0) == pytest.approx(0.51)
+    assert bucket.spend(0, 1000.0) == 0
+    assert bucket.spend(501, 1000.0) == pytest.approx(0.01)
 
 
 def test_a_refused_take_costs_nothing_and_an_overdraft_delays_the_next_take() -> None:
     bucket = chatd.Bucket(Rate(1, 2))
-    assert [bucket.take(0.0) for _ in range(9)] == pytest.approx([0, 0] + [1] * 7)
-    assert bucket.spend(0.0, 3) == pytest.approx(3)
-    assert bucket.take(3.0) == pytest.approx(1)
-    assert bucket.take(4.0) == 0
+    assert [bucket.take(now=0.0) for _ in range(9)] == pytest.approx([0, 0] + [1] * 7)
+    assert bucket.spend(3, 0.0) == pytest.approx(3)
+    assert bucket.take(now=3.0) == pytest.approx(1)
+    assert bucket.take(now=4.0) == 0
 
 
 # --- addresses and origins -----------------------------------------------------------

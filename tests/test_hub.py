@@ -191,7 +191,7 @@ def test_one_push_from_the_tail_is_bounded_in_bytes() -> None:
         made.seat.cursor = 2
         memory.hub.set_chats(made.seat.person, memory.greeting(2).joined)
         memory.hub.push_tail(made.seat)
-        assert (made.seqs(), made.seat.live) == ([3], False)  # 2,000 bytes, 3 times
+        assert (made.seqs(), made.seat.live) == ([3, 4, 5], False)  # 2,000 bytes each
         memory.catch_up(made)
         assert made.seqs() == [*range(3, 13)]
 
