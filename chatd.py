@@ -1152,7 +1152,7 @@ class Entry(msgspec.Struct, eq=False):
 
     def __post_init__(self) -> None:
         """Derive the other fields from the event."""
-        event = self.event
+        event, self.built = self.event, None
         self.seq, self.chat_id = event.seq, event.chat_id
         if isinstance(event, MessageEvent):
             self.quotes = event.message.id
@@ -2210,7 +2210,7 @@ class Hub:
             for entry in self.since(min(changed) - 1):
                 if entry.quotes in changed:
                     self.tail_size -= entry.size
-                    entry.event, entry.built = renewed(entry.event, changed), None
+                    entry.event = renewed(entry.event, changed)
                     entry.__post_init__()
                     self.tail_size += entry.size
         most, most_bytes = self.settings.tail_events, self.settings.tail_bytes
@@ -4597,10 +4597,10 @@ async def store_name(server: Server, claims: Claims) -> None:
 
     Raises Refusal storage_failed, which is no reason to refuse a request.
     """
-    user_id, name, now = claims.user_id, claims.name, now_seconds()
-    named_at, names = min(int(claims.iat), now), server.names
+    user_id, name, latest = claims.user_id, claims.name, now_seconds() + 1
+    named_at, names = min(int(claims.iat), latest), server.names
     newest_at, newest = names.get(user_id, (0, None))
-    if name is None or named_at < newest_at <= now + 1:
+    if name is None or named_at < newest_at <= latest:
         return
     if name == newest:  # saves a write for each new token
         names[user_id] = named_at, name

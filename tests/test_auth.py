@@ -1509,6 +1509,20 @@ async def test_over_the_rate_a_repeated_message_is_still_acked(
     assert (over_http.status, over_http.json["duplicate"]) == (200, True)
 
 
+@with_server(sends=Rate(0.001, 1))
+async def test_a_service_that_repeats_a_message_gives_its_sender_no_token(
+    server: VirtualServer,
+) -> None:
+    path = f"/api/v1/chats/{await server.chat(6)}/messages"
+    body = {"content": "a", "client_id": "1"}
+    assert (await server.ask("POST", path, body, user=6)).status == 201
+    for _ in range(3):
+        repeat = await server.command("POST", path, {**body, "sender_id": 6})
+        assert repeat["duplicate"] is True
+    answer = await server.ask("POST", path, {"content": "b"}, user=6)
+    assert (answer.status, answer.code) == (429, "rate_limited")
+
+
 @with_server()
 async def test_a_service_is_not_limited_by_the_rate_of_users(
     server: VirtualServer,

@@ -96,6 +96,15 @@ async def test_a_user_is_exported_with_its_chats_and_all_it_has_sent(
     ]  # fmt: skip
 
 
+async def test_what_a_database_does_not_know_is_refused(tmp_path: Path) -> None:
+    empty = Memory(tmp_path)
+    empty.store.close()
+    for flag, why in (("--chat", "it has no chat 5"), ("--user", "not know user 5")):
+        done = await run_chatd("export", "--db", empty.settings.db, flag, 5)
+        assert (done.status, done.out) == (1, ""), done
+        assert why in done.err
+
+
 async def test_a_chat_is_exported_with_its_members_and_messages(memory: Memory) -> None:
     lines = await exported(memory.settings.db, "--chat", 2)
     assert kinds(lines)[:3] == [("user", 2), ("user", 3), ("chat", 2)]

@@ -348,9 +348,9 @@ def test_a_page_is_filtered_again_when_it_is_pushed(memory: Memory) -> None:
     page = memory.page(2)  # read before the removal
     memory.do(memory.chats.remove_member, chat, 2, None)
     memory.hub.push_page(made.seat, page)
-    assert (made.seqs(), made.seat.cursor, made.seat.live) == ([2], 3, False)
+    assert (made.seqs(), made.seat.cursor, made.seat.live) == ([], 3, False)
     memory.catch_up(made)
-    assert made.seqs() == [2, 4]
+    assert made.seqs() == [4]
 
 
 def test_typing_goes_to_other_members_that_are_live_with_an_empty_outbox(
@@ -1167,6 +1167,30 @@ def test_a_replay_from_the_tail_shows_messages_as_they_are(memory: Memory) -> No
     (added, deleted) = seen.received()
     assert added["chat"]["last_message"]["content"] == "middle text"
     assert deleted["message"]["content"] == ""
+
+
+@pytest.mark.parametrize("tail_events", [100, 0])
+def test_a_removed_member_is_told_nothing_that_was_written_later(
+    tail_events: int,
+) -> None:
+    with memory_with(tail_events=tail_events) as memory:
+        chat, message = quoting(memory)
+        added = memory.hub.head
+        memory.do(memory.chats.remove_member, chat, 3, None)
+        memory.edit(1, message, "written later")
+        memory.do(memory.chats.set_title, chat, "later", 1)
+        # From the tail or in pages: the removal, and nothing of the chat.
+        made = memory.sit(3, cursor=0)
+        memory.catch_up(made)
+        assert made.seqs() == [added + 1]
+        (told, removal) = memory.page(3).events
+        assert (told.seq, removal.seq) == (added, added + 1)
+        assert b"later" not in b"".join([*made.outbox.taken, told.frame])
+        # Back in the chat the user sees it as it is.
+        memory.do(memory.chats.add_member, chat, 3, 1)
+        again = memory.sit(3, cursor=0)
+        memory.catch_up(again)
+        assert b"written later" in b"".join(again.outbox.taken)
 
 
 @pytest.mark.parametrize(("user", "seqs"), [(2, [2, 3, 4, 5]), (3, [6])])

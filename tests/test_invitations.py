@@ -15,6 +15,7 @@ from typing import Any
 import jwt
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import wait_all_tasks_blocked
 
 import chatd
@@ -167,6 +168,23 @@ def test_what_ends_an_invitation_ends_it_within_the_same_batch(
     for who in (None, "Later", 5):
         assert refusal_of(memory.do, memory.chats.join, invite, who).status == 401
     join(memory, elsewhere, "Elsewhere")  # invitations to other chats still count
+    memory_is_sound(memory)
+
+
+def test_a_revocation_of_the_maker_ends_its_invitations_within_the_same_batch(
+    memory: Memory,
+) -> None:
+    chat = memory.chat(1, 2)
+    old = invitation(memory, chat, 2)
+    others, new = invitation(memory, chat, 1), replace(old, iat=1001)
+    works = [(memory.chats.join, invite, "Cem") for invite in (old, others, new)]
+    before, after = works[:1], works
+    batch = memory.commit(*before, (memory.chats.revoke, 2, 1000), *after)
+    memory.hub.publish(batch)
+    joined = [not isinstance(outcome, Refusal) for _, outcome in batch.outcomes]
+    assert joined == [True, True, False, True, True]
+    refusal = batch.outcomes[2][1]
+    assert (refusal.status, refusal.code) == (401, "token_invalid")
     memory_is_sound(memory)
 
 
@@ -508,8 +526,8 @@ async def test_delete_revokes_all_invitations_so_far_whoever_made_them(
     kept, target = await invite(server, other), f"/api/v1/chats/{chat}/invites"
     assert (await server.ask("DELETE", target, user=8)).status == 404
     assert (await server.ask("DELETE", target)).status == 401
-    for _ in range(2):  # also when there is none
-        assert (await server.ask("DELETE", target, user=7)).status == 204
+    for body in (None, {"ttl_seconds": 0}):  # it is not read; also if there is none
+        assert (await server.ask("DELETE", target, body, user=7)).status == 204
     for token in old:
         assert code(await joins(server, token, name="Eve")) == (401, "token_invalid")
     for token in (kept, await invite(server, chat)):
@@ -569,12 +587,16 @@ async def test_a_join_and_a_guess_cost_ten_handshakes_of_the_address(
     token = await invite(server, chat)
     for address in ("203.0.113.1", "2001:db8::1"):
         from_there = {"X_Forwarded_For": address}
-        guesses = [(token, None), ("x", None), (token, "Cem"), ("", "Cem"), (token, "")]
-        for given, name in guesses:
+        # A wrong token of a user costs as much, and one handshake as each 401 does.
+        answer = await joins(server, token, headers=from_there, bearer="x")
+        assert code(answer) == (401, "token_invalid")
+        for given, name in ((token, None), ("x", None), (token, "Cem")):
             answer = await joins(server, given, name=name, headers=from_there)
             assert answer.status != 429
-        for given in (token, "x"):
-            answer = await joins(server, given, name="Eve", headers=from_there)
+        for given, bearer in ((token, ""), ("x", ""), (token, "x")):
+            answer = await joins(
+                server, given, name="Eve", headers=from_there, bearer=bearer
+            )
             assert code(answer) == (429, "rate_limited")
             assert 0 < answer.json["error"]["retry_after"] <= 1
         # Elsewhere, and a second later, it works.
@@ -744,6 +766,33 @@ def test_me_says_what_the_server_allows(
     check(tmp_path=tmp_path)
 
 
+@with_server(chats_by="service")
+async def test_me_says_that_a_service_may_create_chats(server: VirtualServer) -> None:
+    token = server.token(6, scope="service")
+    me = (await server.ask("GET", "/api/v1/me", token=token)).json
+    assert me["server"]["create_chats"] is True
+    answer = await server.ask("POST", "/api/v1/chats", {"title": "Tea"}, token=token)
+    assert answer.status == 201
+
+
+@with_server()
+async def test_a_chosen_name_is_newer_than_that_of_a_token_of_its_second(
+    server: VirtualServer,
+) -> None:
+    async def name(method: str, body: object, said: str) -> str:
+        token = server.token(6, iat=int(time.time()), name=said)
+        answer = await server.ask(method, "/api/v1/me", body, token=token)
+        return str(answer.json["name"])
+
+    assert await name("GET", None, "Ann") == "Ann"
+    for chosen in ("Anna", "Annie"):  # twice in a second: the last one counts
+        assert await name("PATCH", {"name": chosen}, "Ann") == chosen
+        for restarted in (False, True):
+            if restarted:
+                server.app.names.clear()
+            assert await name("GET", None, "Ann") == chosen
+
+
 @with_server()
 async def test_the_newest_name_wins_whether_a_token_or_the_user_said_it(
     server: VirtualServer,
@@ -898,7 +947,7 @@ async def test_invitations_exclude_other_ways_to_say_who_may_chat(
     for words in (("--jwt-key", key), ("--chats-by", "service")):
         done = await run_chatd("serve", *db, "--invites=on", *words)
         assert (done.status, done.out) == (2, ""), done
-        assert "--invites on: not with --jwt-key, nor --chats-by service" in done.err
+        assert "--invites on: not with --jwt-key or --chats-by service" in done.err
     for value in ("yes", "1", "ON", "user"):
         done = await run_chatd("serve", *db, f"--invites={value}")
         assert done.status == 2
