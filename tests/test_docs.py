@@ -88,7 +88,7 @@ def shown_commands() -> Iterator[tuple[str, list[str]]]:
     for name, document in DOCUMENTS.items():
         for block in (*blocks(document, "sh"), *blocks(document, "ini")):
             lines = re.sub(r"\$\([^)]*\)", "X", block.replace("\\\n", " "))
-            for part in re.split(r"&&|\|\||[\n|;]", lines):
+            for part in re.split(r"&&|\|\||[\n|;>]", lines):
                 call = re.match(
                     r"\s*(?:sudo |ExecStart=)?(?:\S+/bin/)?chatd (.*)", part
                 )
@@ -100,7 +100,8 @@ def test_every_command_line_in_the_documents_is_valid() -> None:
     shown, seen = list(shown_commands()), set()
     for _, words in shown:
         seen.add(chatd.make_parser().parse_args(words).command)
-    assert seen == {"serve", "proxy", "token", "backup", "restore", "check"}
+    commands = {"serve", "proxy", "token", "backup", "restore", "check", "export"}
+    assert seen == commands
     assert {name for name, _ in shown} >= {"README.md", "docs/operating.md"}
     assert len(shown) >= 15
 
