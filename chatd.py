@@ -568,7 +568,7 @@ class Listener:
         """
         if address != UNIX_PEER:
             bucket = self.handshakes(address_key(address))
-            charge(self.stats, "handshakes", bucket, amount)
+            charge(self, "handshakes", bucket, amount)
         elif not self.unlimited:
             self.unlimited = True
             log(
@@ -862,7 +862,7 @@ class Session:
 
     def _check_rate(self) -> None:
         try:
-            charge(self.server.stats, "commands", self.bucket)
+            charge(self.server, "commands", self.bucket)
             self.refused = 0
         except Refusal:
             self.refused += 1
@@ -976,7 +976,7 @@ class Session:
             raise no_chat()
         with suppress(Refusal):  # a sign over the rate is dropped
             bucket = self.server.typing((user_id, chat_id))
-            charge(self.server.stats, "typing", bucket)
+            charge(self.server, "typing", bucket)
             self.server.hub.show_typing(user_id, chat_id, command.is_typing)
 
     def _auth(self, command: Auth) -> None:
@@ -3559,10 +3559,12 @@ def bucket_table(rate: Rate) -> Callable[[Hashable], Bucket]:
     return lru_cache(TABLE_KEYS)(lambda _key: Bucket(rate))
 
 
-def charge(stats: Stats, limit: str, bucket: Bucket, amount: int = 1) -> None:
+def charge(
+    owner: Server | Listener, limit: str, bucket: Bucket, amount: int = 1
+) -> None:
     """Take tokens of a bucket. Raises Refusal rate_limited, and counts it."""
     if wait := bucket.take(amount):
-        stats.rate_limited[limit] += 1
+        owner.stats.rate_limited[limit] += 1
         raise Refusal("rate_limited", retry_after=wait)
 
 
@@ -4638,7 +4640,7 @@ def authorize(server: Server, request: Request, who: str) -> None:
     if who in ("service", "stats") and who not in claims.scopes:
         raise Refusal("forbidden", f"the token must have scope {who}")
     if not claims.service:
-        charge(server.stats, "requests", server.requests(claims.user_id))
+        charge(server, "requests", server.requests(claims.user_id))
 
 
 def get_page(server: Server, request: Request) -> Answer:
@@ -4843,7 +4845,7 @@ async def post_join(server: Server, request: Request) -> Answer:
     if who == "":
         raise bad_field("name: it is empty")
     if who:
-        charge(server.stats, "joins", server.joins)
+        charge(server, "joins", server.joins)
     added, answer = await server.commit(server.chats.join, invite, who)
     server.stats.joins += added
     if isinstance(who, str):
@@ -5087,7 +5089,7 @@ async def allow_send(server: Server, claims: Claims, send: Send) -> Sent | None:
 def charge_change(server: Server, claims: Claims) -> None:
     """Take a token of the user's bucket; a service needs none. Raises rate_limited."""
     if not claims.service:
-        charge(server.stats, "sends", server.sends(claims.user_id))
+        charge(server, "sends", server.sends(claims.user_id))
 
 
 def count_sent(server: Server, claims: Claims, sent: Sent) -> None:
