@@ -635,7 +635,7 @@ function onSignedOutElsewhere({ data }) {
 
 let invite = "";
 
-/** Not the model's client: there a 401 ends the session. */
+/** Not the model's client, whose token it would send. */
 function visitor(bearer = "") {
   return new ChatWebSocket({ bearer, storage: null, log: null });
 }
@@ -652,8 +652,8 @@ async function openInvite(token) {
     if (session) {
       text += ` You join as ${personName(session.user_id, session.name)}.`;
       if (!(await ask({ title, text, yes: "Join", no: "Cancel" }))) return;
-      const { chat_id } = await visitor(session.token).join(token);
-      location.hash = `#chat/${chat_id}`;
+      const joined = await model.client?.join(token);
+      if (joined) location.hash = `#chat/${joined.chat_id}`;
       return;
     }
     invite = token;
@@ -664,8 +664,8 @@ async function openInvite(token) {
     document.title = "Join · chatd";
     loading = false;
   } catch (error) {
-    if (session) toast(inviteErrorText(error));
-    else showSignIn({ error: inviteErrorText(error) });
+    if (model.session) toast(inviteErrorText(error));
+    else if (!session) showSignIn({ error: inviteErrorText(error) });
   }
 }
 
@@ -1090,8 +1090,8 @@ function onMemberRemoved(chatId, userId) {
   const chat = model.chats.get(chatId);
   if (!chat) return;
   if (userId !== myId()) {
-    chat.members.delete(userId);
-    chat.memberCount -= 1;
+    // The chat may have come without this member already.
+    if (chat.members.delete(userId) || !isWhole(chat)) chat.memberCount -= 1;
     stopTyping(chat, userId);
     return;
   }
@@ -1212,7 +1212,7 @@ function markSeen() {
 
 /** Loads the newest messages. @param {ChatView} chat */
 async function loadLatest(chat) {
-  await loadHistory(chat, "");
+  await loadHistory(chat);
   chat.loaded = chat.loading === "no";
   requestRender();
 }
@@ -1220,20 +1220,19 @@ async function loadLatest(chat) {
 /** @param {ChatView} chat */
 async function loadOlder(chat) {
   const [first] = chat.messages;
-  if (first && chat.more) await loadHistory(chat, `&before=${first.id}`);
+  if (first && chat.more) await loadHistory(chat, first.id);
   if (!chat.loaded) await loadLatest(chat); // there was a resync meanwhile
 }
 
-/**
- * @param {ChatView} chat @param {string} before part of a query; "": the newest ones
- */
-async function loadHistory(chat, before) {
-  if (chat.loading === "yes") return;
+/** @param {ChatView} chat @param {number | null} [before] an id; null: the newest */
+async function loadHistory(chat, before = null) {
+  const { client } = model;
+  if (!client || chat.loading === "yes") return;
   chat.loading = "yes";
   requestRender();
   try {
-    const path = `/api/v1/chats/${chat.id}/messages?limit=${HISTORY_LIMIT}${before}`;
-    const { messages, more } = await model.client?.request("GET", path);
+    const where = { limit: HISTORY_LIMIT, before };
+    const { messages, more } = await client.history(chat.id, where);
     if (chat.stale && !before) Object.assign(chat, { messages: [], stale: false });
     merge(chat, messages);
     if (!more) chat.more = false;

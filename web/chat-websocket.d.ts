@@ -191,7 +191,8 @@ export type Delivery = {
     kept: boolean;
     /**
      * the stored message, if `state` is "sent". (A change
-     * that went over the socket has none: its event comes first.)
+     * that went over the socket has none: its event comes first. Nor has a repeat of a
+     * message that was stored before: it may have changed since.)
      */
     message?: Message;
     /**
@@ -405,7 +406,8 @@ export type Options = {
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
  * @property {Message} [message] the stored message, if `state` is "sent". (A change
- *   that went over the socket has none: its event comes first.)
+ *   that went over the socket has none: its event comes first. Nor has a repeat of a
+ *   message that was stored before: it may have changed since.)
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
@@ -474,6 +476,11 @@ export type Unsent = {
     message_id: number;
     content: string;
     if_rev: number | undefined;
+    /**
+     * of a change: in another one, message_id may be
+     * the id of another message
+     */
+    epoch: string | undefined;
     /**
      * it is in storage, too
      */
@@ -550,7 +557,8 @@ export declare class ChatWebSocket {
         ifRev?: number;
     }): string;
     /**
-     * Deletes a message like send. Drops the edits of it that wait or have failed.
+     * Deletes a message like send. Drops what waits or has failed of its edits, and its
+     * deletions that have failed.
      * @param {number} messageId
      * @returns {string} its client_id
      */
@@ -592,11 +600,12 @@ export declare class ChatWebSocket {
     /**
      * Fetches messages, oldest first: the newest, or those before, after or around an id.
      * @param {number} chatId
-     * @param {{before?: number, after?: number, around?: number, limit?: number}} [where]
+     * @param {{before?: number | null, after?: number, around?: number,
+     *   limit?: number}} [where]
      * @returns {Promise<History>}
      */
     history(chatId: number, where?: {
-        before?: number;
+        before?: number | null;
         after?: number;
         around?: number;
         limit?: number;
@@ -604,14 +613,15 @@ export declare class ChatWebSocket {
     /**
      * Searches messages for all words of `q`, newest first. Any page may be empty: go on
      * with its `before` until that is null.
-     * @param {{q: string, chatId?: number, before?: number}} what
+     * @param {{q: string, chatId?: number, before?: number | null}} what
+     * @param {AbortSignal} [signal] ends the request, for a search that nobody waits for
      * @returns {Promise<{messages: Message[], before: number | null}>}
      */
     search({ q, chatId, before }: {
         q: string;
         chatId?: number;
-        before?: number;
-    }): Promise<{
+        before?: number | null;
+    }, signal?: AbortSignal): Promise<{
         messages: Message[];
         before: number | null;
     }>;

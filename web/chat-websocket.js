@@ -234,7 +234,8 @@ const FINAL_REFUSALS = new Set([
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
  * @property {Message} [message] the stored message, if `state` is "sent". (A change
- *   that went over the socket has none: its event comes first.)
+ *   that went over the socket has none: its event comes first. Nor has a repeat of a
+ *   message that was stored before: it may have changed since.)
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
@@ -319,6 +320,8 @@ export class ChatError extends Error {
  * @property {number} message_id
  * @property {string} content
  * @property {number | undefined} if_rev
+ * @property {string | undefined} epoch of a change: in another one, message_id may be
+ *   the id of another message
  * @property {boolean} kept it is in storage, too
  * @property {"waiting" | "socket" | "http" | "failed"} place on its way, or refused
  * @property {number} sentAt when it was last sent over the socket, as now()
@@ -448,11 +451,11 @@ class UnsentMessages {
   /** Whether another tab has settled this change. @param {Unsent} entry */
   isGone(entry) {
     /** @type {string | null} */
-    let item = null;
-    const read = this.#store((storage) => {
+    let item = "";
+    this.#store((storage) => {
       item = storage.getItem(this.#prefix + entry.client_id);
     });
-    return entry.kind !== "message" && entry.kept && read && item === null;
+    return entry.kind !== "message" && entry.kept && item === null;
   }
 
   /**
@@ -486,14 +489,12 @@ class UnsentMessages {
 
   /** @param {Unsent} entry */
   #keep(entry) {
-    const { kind, client_id, chat_id, message_id, content, if_rev } = entry;
-    const { code, reason } = entry;
-    const change = { kind, message_id, if_rev };
     // A page of 1.0 would send an item with a chat_id as a message.
-    const fields = kind === "message" ? { chat_id } : change;
-    const text = JSON.stringify({ ...fields, content, code, reason });
+    const change = ["kind", "message_id", "if_rev", "epoch"];
+    const target = entry.kind === "message" ? ["chat_id"] : change;
+    const text = JSON.stringify(entry, [...target, "content", "code", "reason"]);
     entry.kept = this.#store((storage) =>
-      storage.setItem(this.#prefix + client_id, text),
+      storage.setItem(this.#prefix + entry.client_id, text),
     );
   }
 
@@ -537,6 +538,7 @@ function newUnsent(client_id, fields) {
     message_id: 0,
     content: "",
     if_rev: undefined,
+    epoch: undefined,
     kept: false,
     place: "waiting",
     sentAt: 0,
@@ -554,15 +556,13 @@ function newUnsent(client_id, fields) {
  * @returns {Unsent | null} null: the item is not an unsent message, or no longer one
  */
 function readUnsent(clientId, text) {
-  const { kind = "message", chat_id, message_id, content, if_rev, code, reason } =
-    parseObject(text) ?? {};
-  const target = kind === "message" ? { chat_id } : { message_id };
-  const [id] = Object.values(target);
+  const item = parseObject(text) ?? {};
+  const { kind = "message", chat_id, message_id, content, code } = item;
+  const id = kind === "message" ? chat_id : message_id;
   if (typeof content !== "string" || !Number.isInteger(id)) return null;
   if (!["message", "edit", "delete"].includes(kind)) return null;
-  const entry = newUnsent(clientId, { kind, ...target, content, if_rev, code, reason });
   const place = code ? "failed" : "waiting";
-  return Object.assign(entry, { kept: true, tried: true, place });
+  return newUnsent(clientId, { ...item, kept: true, tried: true, place });
 }
 
 /** @param {Unsent} entry @returns {object} the command that sends it */
@@ -847,21 +847,27 @@ export class ChatWebSocket {
    * @returns {string} its client_id
    */
   editMessage(messageId, content, { ifRev } = {}) {
-    this.#dropEdits(messageId, ({ tried, place }) => !tried || place === "failed");
+    this.#dropChanges(
+      messageId,
+      ({ kind, tried, place }) => kind === "edit" && (!tried || place === "failed"),
+    );
     const edit = { message_id: messageId, content: validText(content), if_rev: ifRev };
     return this.#enqueue({ kind: "edit", ...edit });
   }
 
   /**
-   * Deletes a message like send. Drops the edits of it that wait or have failed.
+   * Deletes a message like send. Drops what waits or has failed of its edits, and its
+   * deletions that have failed.
    * @param {number} messageId
    * @returns {string} its client_id
    */
   deleteMessage(messageId) {
-    this.#dropEdits(messageId, () => true);
+    this.#dropChanges(
+      messageId,
+      ({ kind, place }) => kind === "edit" || place === "failed",
+    );
     const deletion = this.#unsent.entries.find(
-      ({ kind, message_id, place }) =>
-        kind === "delete" && message_id === messageId && place !== "failed",
+      ({ kind, message_id }) => kind === "delete" && message_id === messageId,
     );
     if (deletion) return deletion.client_id;
     return this.#enqueue({ kind: "delete", message_id: messageId });
@@ -945,16 +951,15 @@ export class ChatWebSocket {
    */
   fetchChats() {
     this.#held ??= [];
-    this.#fetching ??= this.#fetchChats().finally(() => {
-      this.#fetching = null;
-    });
+    this.#fetching ??= this.#fetchChats();
     return this.#fetching;
   }
 
   /**
    * Fetches messages, oldest first: the newest, or those before, after or around an id.
    * @param {number} chatId
-   * @param {{before?: number, after?: number, around?: number, limit?: number}} [where]
+   * @param {{before?: number | null, after?: number, around?: number,
+   *   limit?: number}} [where]
    * @returns {Promise<History>}
    */
   history(chatId, where) {
@@ -964,12 +969,13 @@ export class ChatWebSocket {
   /**
    * Searches messages for all words of `q`, newest first. Any page may be empty: go on
    * with its `before` until that is null.
-   * @param {{q: string, chatId?: number, before?: number}} what
+   * @param {{q: string, chatId?: number, before?: number | null}} what
+   * @param {AbortSignal} [signal] ends the request, for a search that nobody waits for
    * @returns {Promise<{messages: Message[], before: number | null}>}
    */
-  search({ q, chatId, before }) {
+  search({ q, chatId, before }, signal) {
     const text = query({ q, chat_id: chatId, before });
-    return this.request("GET", `/api/v1/search${text}`);
+    return this.request("GET", `/api/v1/search${text}`, undefined, signal);
   }
 
   /**
@@ -1081,12 +1087,14 @@ export class ChatWebSocket {
   async request(method, path, body, signal) {
     for (let tries = 1; ; tries++) {
       const gaps = this.#gaps;
+      const { epoch } = this.#cursor;
       this.#newest.requestBegins();
       try {
         const answer = await this.#request(method, path, body, signal);
         // What happened in a gap may be missing in the answer.
-        if (gaps === this.#gaps) this.#newest.putInto(answer);
-        else if (method === "GET" && answer.messages && tries < 5) continue;
+        const old = gaps !== this.#gaps && method === "GET" && answer.messages;
+        if (old && tries < 5) continue;
+        if (epoch === this.#cursor.epoch) this.#newest.putInto(answer);
         return answer;
       } finally {
         this.#newest.requestEnds(this.#cursor.seq);
@@ -1096,20 +1104,19 @@ export class ChatWebSocket {
 
   /** @param {Partial<Unsent>} fields @returns {string} its client_id */
   #enqueue(fields) {
-    const entry = this.#unsent.add(fields);
+    const entry = this.#unsent.add({ epoch: this.#cursor.epoch, ...fields });
     this.#reportDelivery(entry, "sending");
     this.#sendUnsent();
     return entry.client_id;
   }
 
   /**
-   * Drops edits of a message that are not on their way.
-   * @param {number} messageId @param {(edit: Unsent) => boolean} which
+   * Drops changes of a message that are not on their way.
+   * @param {number} messageId @param {(change: Unsent) => boolean} which
    */
-  #dropEdits(messageId, which) {
+  #dropChanges(messageId, which) {
     for (const entry of [...this.#unsent.at("waiting"), ...this.#unsent.at("failed")])
-      if (entry.kind === "edit" && entry.message_id === messageId && which(entry))
-        this.#discard(entry);
+      if (entry.message_id === messageId && which(entry)) this.#discard(entry);
   }
 
   /** @param {(entry: Unsent) => boolean} which @returns {Delivery[]} */
@@ -1407,7 +1414,10 @@ export class ChatWebSocket {
   #restartAt(text) {
     const { epoch } = this.#cursor;
     this.#cursor = parseCursor(text);
-    if (epoch !== this.#cursor.epoch) this.#newest.forget();
+    if (epoch && epoch !== this.#cursor.epoch) {
+      this.#newest.forget();
+      this.#marks.clear(); // their ids may be larger than those of the messages now
+    }
     this.#gaps += 1;
     this.#listedUpTo = -1;
     this.#gaplessFrom = this.#cursor.seq;
@@ -1424,13 +1434,16 @@ export class ChatWebSocket {
     try {
       const snapshot = await this.#freshSnapshot();
       const { epoch, seq } = parseCursor(snapshot.cursor);
-      if (epoch === this.#cursor.epoch) this.#listedUpTo = seq;
+      const known = this.#cursor;
+      if (epoch === known.epoch) this.#listedUpTo = seq;
       else this.#restartAt(snapshot.cursor);
+      // After a restore, this list may be the first to tell of it.
+      if (epoch !== known.epoch && known.seq >= 0) this.#emit("resync", {});
       this.#emit("chats", snapshot);
       return snapshot;
     } finally {
       const held = this.#held ?? [];
-      this.#held = null;
+      this.#held = this.#fetching = null; // a listener may call fetchChats again
       for (const event of held) this.#deliver(event);
       this.#newest.requestEnds(this.#cursor.seq);
     }
@@ -1640,8 +1653,12 @@ export class ChatWebSocket {
     const [next] = this.#unsent.at("waiting");
     if (!next || this.#unsent.at("socket").length || this.#unsent.at("http").length)
       return;
-    if (this.#unsent.isGone(next)) {
-      this.#discard(next);
+    const { epoch } = this.#cursor;
+    const otherEpoch = next.epoch && epoch && next.epoch !== epoch;
+    const gone = this.#unsent.isGone(next);
+    if (gone || (otherEpoch && next.kind !== "message")) {
+      if (gone) this.#discard(next);
+      else this.#messageRefused(next, "not_found", "A backup was restored since.");
       this.#sendUnsent();
       return;
     }
@@ -1688,15 +1705,11 @@ export class ChatWebSocket {
     const entry = this.#unsent.find(ack.client_id ?? ack.ref);
     if (!entry || ack.message_id === undefined) return;
     if (entry.kind !== "message") return this.#changeStored(entry, ack.rev);
-    this.#messageStored({
-      id: ack.message_id,
-      chat_id: entry.chat_id,
-      sender_id: this.#userId ?? 0,
-      content: entry.content,
-      created_at: ack.created_at ?? "",
-      n: ack.n ?? 0,
-      client_id: entry.client_id,
-    });
+    const { chat_id, content, client_id } = entry;
+    const { message_id: id, created_at = "", n = 0 } = ack;
+    const sender_id = this.#userId ?? 0;
+    const message = { id, chat_id, sender_id, content, created_at, n, client_id };
+    this.#messageStored(message, ack.duplicate);
   }
 
   /** @param {Refusal} refusal */
@@ -1715,16 +1728,14 @@ export class ChatWebSocket {
   /**
    * The server has stored the message. The ack, the 201 and the event all say so; the
    * first to arrive counts.
-   * @param {Message} message
+   * @param {Message} message @param {boolean} [mayHaveChanged]
    */
-  #messageStored(message) {
+  #messageStored(message, mayHaveChanged) {
     const entry = this.#unsent.find(message.client_id);
     if (!entry || message.sender_id !== this.#userId) return;
     this.#unsent.remove(entry);
-    this.#emit("delivery", {
-      ...delivery(entry, "sent"),
-      message: this.#newest.of(message),
-    });
+    const stored = !mayHaveChanged && { message: this.#newest.of(message) };
+    this.#emit("delivery", { ...delivery(entry, "sent"), ...stored });
     this.#sendUnsent();
   }
 
@@ -1747,6 +1758,7 @@ export class ChatWebSocket {
    * @param {number} [seconds] the wait that the server asked for
    */
   #messageRefused(entry, code, reason, seconds) {
+    if (!this.#unsent.entries.includes(entry)) return; // another tab has dropped it
     if (FINAL_REFUSALS.has(code)) {
       this.#unsent.fail(entry, code, reason);
       this.#reportDelivery(entry, "failed");
@@ -1833,12 +1845,15 @@ export class ChatWebSocket {
    * @param {AbortSignal} [signal] @returns {Promise<any>}
    */
   async #request(method, path, body, signal) {
+    // There, a 401 may be about the invitation. So another request tries the token.
+    const joins = path === "/api/v1/join";
+    if (joins) await this.#request("GET", "/api/v1/me");
     const token = await this.#httpToken(false);
     try {
       return await this.#fetch(method, path, token, body, signal);
     } catch (error) {
-      if (!isSignedOut(error)) throw error;
-      return this.#fetchAgain(method, path, body, signal, error);
+      if (joins || !isSignedOut(error)) throw error;
+      return this.#fetchAgain(method, path, body, signal, token, error);
     }
   }
 
@@ -1856,18 +1871,21 @@ export class ChatWebSocket {
   }
 
   /**
-   * After a 401, repeats the request once with a new token, if there is a function that
-   * fetches one. If a fixed token or `bearer` is refused, the user has to sign in
-   * again. The token function of connect may return tickets, which HTTP refuses.
+   * After a 401, repeats the request once with a new token, if there is one: a function
+   * fetches it, or connect was called with it meanwhile. If a fixed token or `bearer`
+   * is refused, the user has to sign in again. The token function of connect may return
+   * tickets, which HTTP refuses.
    * @param {string} method @param {string} path @param {object | undefined} body
-   * @param {AbortSignal | undefined} signal @param {unknown} refusal
+   * @param {AbortSignal | undefined} signal
+   * @param {string} refused the token @param {unknown} refusal
    */
-  async #fetchAgain(method, path, body, signal, refusal) {
-    const source = this.#bearer ?? this.#token;
+  async #fetchAgain(method, path, body, signal, refused, refusal) {
     try {
-      if (typeof source !== "function") throw refusal;
-      return await this.#fetch(method, path, await this.#httpToken(true), body, signal);
+      const token = await this.#httpToken(true);
+      if (token === refused) throw refusal;
+      return await this.#fetch(method, path, token, body, signal);
     } catch (error) {
+      const source = this.#bearer ?? this.#token;
       const mayBeTicket = this.#bearer === undefined && typeof source === "function";
       if (!mayBeTicket && isSignedOut(error)) this.#end("signed_out");
       throw error;
@@ -1886,6 +1904,7 @@ export class ChatWebSocket {
     const limit = new AbortController();
     const abort = () => limit.abort();
     const timer = after(REQUEST_SECONDS, abort);
+    if (signal?.aborted) abort();
     signal?.addEventListener("abort", abort);
     try {
       return await readAnswer(
@@ -1962,9 +1981,9 @@ function validText(content) {
   return String(content).replace(LONE_SURROGATE, "\ufffd");
 }
 
-/** @param {object} [parameters] those that are undefined are left out */
+/** @param {object} [parameters] those that are null or undefined are left out */
 function query(parameters = {}) {
-  const given = Object.entries(parameters).filter(([, value]) => value !== undefined);
+  const given = Object.entries(parameters).filter(([, value]) => value != null);
   return given.length ? `?${new URLSearchParams(given)}` : "";
 }
 
@@ -2000,7 +2019,8 @@ async function readAnswer(answer) {
   const body = await answer.json().catch(() => null);
   if (answer.ok && body) return body;
   const {
-    code = "internal",
+    // A proxy answers while chatd is away, or too slow for it: that is no refusal.
+    code = /^4(?!08|29)/.test(String(answer.status)) ? "internal" : "upstream",
     message = `The chat server answered with HTTP status ${answer.status}.`,
     retry_after,
   } = body?.error ?? {};
