@@ -1065,7 +1065,6 @@ function onConnected(chats) {
     moveReadMark(chat, myId(), read_n);
   }
   void loadPeople();
-  void loadLimits();
 }
 
 /** @param {Message} message @param {boolean} read */
@@ -1148,10 +1147,7 @@ async function fetchChats() {
   try {
     await client?.fetchChats();
     // A client that polls never receives `connected`.
-    if (client === model.client && model.people === null) {
-      void loadPeople();
-      void loadLimits();
-    }
+    if (client === model.client && model.people === null) void loadPeople();
   } catch (error) {
     const refused = error instanceof ChatError && error.status === 401;
     if (!refused)
@@ -1161,6 +1157,7 @@ async function fetchChats() {
 
 async function loadPeople() {
   const { client } = model;
+  void loadLimits();
   try {
     const { users } = await client?.request("GET", "/api/v1/users");
     if (client !== model.client) return;
@@ -2521,26 +2518,24 @@ async function addMembers(chat, userIds) {
  * Creates a chat and opens it. If the chat would be a second direct chat with the same
  * person, opens the first one instead.
  * @param {string | null} title
- * @param {number[]} member_ids
+ * @param {number[]} memberIds
  */
-async function createChat(title, member_ids) {
+async function createChat(title, memberIds) {
   const direct =
     !title &&
-    member_ids.length === 1 &&
+    memberIds.length === 1 &&
     [...model.chats.values()].find(
       (chat) =>
         !chat.title &&
         others(chat).length === 1 &&
-        chat.members.has(member_ids[0] ?? 0),
+        chat.members.has(memberIds[0] ?? 0),
     );
   if (direct) {
     location.hash = `#chat/${direct.id}`;
     return;
   }
-  const { chat } = await model.client?.request("POST", "/api/v1/chats", {
-    title,
-    member_ids,
-  });
+  const chat = await model.client?.createChat({ title, memberIds });
+  if (!chat) return;
   putChat(chat).activeAt = Date.now();
   location.hash = `#chat/${chat.id}`;
 }

@@ -1160,8 +1160,7 @@ export class ChatWebSocket {
   #newSocket(token) {
     const url = new URL("ws/chat", this.#base);
     url.protocol = url.protocol.replace("http", "ws");
-    url.searchParams.set("token", token);
-    if (this.#cursor.seq >= 0) url.searchParams.set("cursor", this.#cursorText());
+    url.search = query({ token, cursor: this.#cursorText() });
     const socket = new WebSocket(url);
     socket.onopen = () => this.#log?.log("[WebSocket] Connected");
     socket.onmessage = ({ data }) => this.#receive(data);
@@ -1176,7 +1175,9 @@ export class ChatWebSocket {
   async #socketToken() {
     if (!this.#token) return (await this.request("GET", "/api/v2/ws-token")).token;
     if (typeof this.#token === "string") {
-      if (this.#tokenInDoubt) await this.#checkToken();
+      // A browser does not say why a handshake was refused. If it was because of this
+      // token, this request ends the connection; any other error says nothing of it.
+      if (this.#tokenInDoubt) await this.request("GET", "/api/v1/me").catch(() => {});
       return this.#token;
     }
     const token = await this.#token();
@@ -1185,19 +1186,6 @@ export class ChatWebSocket {
     if (this.#bearer === undefined) this.#fetchedToken = token;
     this.#learnUserFrom(token);
     return token;
-  }
-
-  /**
-   * A browser does not say why a handshake was refused. The reason may be a fixed token
-   * that is no longer valid, and then the client must stop. An HTTP request finds out.
-   */
-  async #checkToken() {
-    try {
-      await this.request("GET", "/api/v1/me");
-    } catch {
-      // After a 401, #fetchAgain has ended the connection. Any other error says
-      // nothing about the token.
-    }
   }
 
   /**
@@ -1414,18 +1402,32 @@ export class ChatWebSocket {
   #restartAt(text) {
     const { epoch } = this.#cursor;
     this.#cursor = parseCursor(text);
-    if (epoch && epoch !== this.#cursor.epoch) {
-      this.#newest.forget();
-      this.#marks.clear(); // their ids may be larger than those of the messages now
-    }
     this.#gaps += 1;
     this.#listedUpTo = -1;
     this.#gaplessFrom = this.#cursor.seq;
     if (this.#held) this.#held = [];
+    if (epoch !== this.#cursor.epoch) this.#handleNewEpoch(!epoch);
+  }
+
+  /**
+   * A backup was restored, unless this is the first epoch that the client knows. Ids may
+   * be those of other messages now.
+   * @param {boolean} first
+   */
+  #handleNewEpoch(first) {
+    if (!first) {
+      this.#newest.forget();
+      this.#marks.clear();
+    }
+    // Other tabs may know of a newer epoch; what they leave later is sent.
+    for (const entry of this.#unsent.at("waiting"))
+      if (entry.kind !== "message" && entry.epoch && entry.epoch !== this.#cursor.epoch)
+        this.#messageRefused(entry, "not_found", "A backup was restored since.");
   }
 
   #cursorText() {
-    return `${this.#cursor.epoch}.${this.#cursor.seq}`;
+    const { epoch, seq } = this.#cursor;
+    return seq < 0 ? null : `${epoch}.${seq}`;
   }
 
   /** @returns {Promise<Snapshot>} */
@@ -1464,7 +1466,7 @@ export class ChatWebSocket {
       if (epoch === known ? seq >= this.#gaplessFrom : before === known)
         return snapshot;
     }
-    throw new ChatError(0, "unreachable", "The server's list of chats is out of date.");
+    throw unreachable("The server's list of chats is out of date.");
   }
 
   /**
@@ -1548,7 +1550,7 @@ export class ChatWebSocket {
     if (typeof this.#token === "string") return; // there is no newer one; 4401 follows
     const attempt = this.#attempt;
     const wait = RENEW_SECONDS - elapsed(this.#renewedAt);
-    if (wait > 0) await pause(wait);
+    if (wait > 0) await new Promise((resolve) => after(wait, () => resolve(0)));
     if (attempt !== this.#attempt) return;
     this.#renewedAt = now();
     try {
@@ -1581,11 +1583,12 @@ export class ChatWebSocket {
     const { signal } = this.#fallback;
     let wait = POLL_SECONDS;
     try {
-      const withoutCursor = this.#cursor.seq < 0;
-      const answer = await this.request("GET", this.#pollPath(), undefined, signal);
+      const cursor = this.#cursorText();
+      const path = `/api/v1/events${query({ limit: 500, cursor })}`;
+      const answer = await this.request("GET", path, undefined, signal);
       if (signal.aborted) return;
       if (answer.more) wait = 0;
-      this.#handlePoll(answer, withoutCursor);
+      this.#handlePoll(answer, cursor === null);
     } catch (error) {
       if (signal.aborted) return;
       wait = Math.max(wait, retryAfter(error) ?? 0);
@@ -1593,12 +1596,6 @@ export class ChatWebSocket {
     }
     if (signal.aborted) return;
     this.#pollTimer = after(wait, () => void this.#pollOnce());
-  }
-
-  #pollPath() {
-    const query = new URLSearchParams({ limit: "500" });
-    if (this.#cursor.seq >= 0) query.set("cursor", this.#cursorText());
-    return `/api/v1/events?${query}`;
   }
 
   /**
@@ -1653,12 +1650,8 @@ export class ChatWebSocket {
     const [next] = this.#unsent.at("waiting");
     if (!next || this.#unsent.at("socket").length || this.#unsent.at("http").length)
       return;
-    const { epoch } = this.#cursor;
-    const otherEpoch = next.epoch && epoch && next.epoch !== epoch;
-    const gone = this.#unsent.isGone(next);
-    if (gone || (otherEpoch && next.kind !== "message")) {
-      if (gone) this.#discard(next);
-      else this.#messageRefused(next, "not_found", "A backup was restored since.");
+    if (this.#unsent.isGone(next)) {
+      this.#discard(next);
       this.#sendUnsent();
       return;
     }
@@ -1691,7 +1684,9 @@ export class ChatWebSocket {
       this.#messageStored({ ...answer.message, client_id });
     } catch (error) {
       if (signal.aborted) return; // the socket is back and sends the message
-      const { status, code, message, retryAfter } = asChatError(error);
+      // Or else no token could be fetched.
+      const known = error instanceof ChatError ? error : unreachable();
+      const { status, code, message, retryAfter } = known;
       this.#messageRefused(entry, code, message, status ? retryAfter : POLL_SECONDS);
       this.#sendUnsent();
     }
@@ -1841,6 +1836,9 @@ export class ChatWebSocket {
   /* ---- HTTP ---- */
 
   /**
+   * After a 401, repeats the request once with a new token, if there is one: a function
+   * fetches it, or connect was called with it meanwhile. Otherwise the user has to sign
+   * in again. (The token function of connect may return tickets, which HTTP refuses.)
    * @param {string} method @param {string} path @param {object} [body]
    * @param {AbortSignal} [signal] @returns {Promise<any>}
    */
@@ -1851,9 +1849,17 @@ export class ChatWebSocket {
     const token = await this.#httpToken(false);
     try {
       return await this.#fetch(method, path, token, body, signal);
-    } catch (error) {
-      if (joins || !isSignedOut(error)) throw error;
-      return this.#fetchAgain(method, path, body, signal, token, error);
+    } catch (refusal) {
+      if (joins || !isSignedOut(refusal)) throw refusal;
+      try {
+        const newer = await this.#httpToken(true);
+        if (newer === token) throw refusal;
+        return await this.#fetch(method, path, newer, body, signal);
+      } catch (error) {
+        const mayBeTicket = !this.#bearer && typeof this.#token === "function";
+        if (!mayBeTicket && isSignedOut(error)) this.#end("signed_out");
+        throw error;
+      }
     }
   }
 
@@ -1868,28 +1874,6 @@ export class ChatWebSocket {
     if (typeof source === "string") return source;
     if (fresh || this.#fetchedToken === undefined) this.#fetchedToken = await source();
     return this.#fetchedToken;
-  }
-
-  /**
-   * After a 401, repeats the request once with a new token, if there is one: a function
-   * fetches it, or connect was called with it meanwhile. If a fixed token or `bearer`
-   * is refused, the user has to sign in again. The token function of connect may return
-   * tickets, which HTTP refuses.
-   * @param {string} method @param {string} path @param {object | undefined} body
-   * @param {AbortSignal | undefined} signal
-   * @param {string} refused the token @param {unknown} refusal
-   */
-  async #fetchAgain(method, path, body, signal, refused, refusal) {
-    try {
-      const token = await this.#httpToken(true);
-      if (token === refused) throw refusal;
-      return await this.#fetch(method, path, token, body, signal);
-    } catch (error) {
-      const source = this.#bearer ?? this.#token;
-      const mayBeTicket = this.#bearer === undefined && typeof source === "function";
-      if (!mayBeTicket && isSignedOut(error)) this.#end("signed_out");
-      throw error;
-    }
   }
 
   /**
@@ -1919,7 +1903,7 @@ export class ChatWebSocket {
       );
     } catch (error) {
       if (error instanceof ChatError) throw error;
-      throw new ChatError(0, "unreachable", "The chat server does not answer.");
+      throw unreachable();
     } finally {
       clearTimeout(timer);
       signal?.removeEventListener("abort", abort);
@@ -2037,10 +2021,8 @@ function retryAfter(error) {
   return error instanceof ChatError ? error.retryAfter : undefined;
 }
 
-/** @param {unknown} error perhaps from a token function @returns {ChatError} */
-function asChatError(error) {
-  if (error instanceof ChatError) return error;
-  return new ChatError(0, "unreachable", "No token could be fetched.");
+function unreachable(text = "The chat server does not answer.") {
+  return new ChatError(0, "unreachable", text);
 }
 
 /** Milliseconds of a clock that never goes back, unlike Date.now(). */
@@ -2056,11 +2038,6 @@ function elapsed(since) {
 /** @param {number} seconds @param {() => void} task @returns {number} */
 function after(seconds, task) {
   return Number(setTimeout(task, seconds * 1000));
-}
-
-/** @param {number} seconds @returns {Promise<void>} */
-function pause(seconds) {
-  return new Promise((resolve) => void after(seconds, resolve));
 }
 
 /** @param {number} seconds @param {() => void} task @returns {number} */
