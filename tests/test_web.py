@@ -1220,6 +1220,7 @@ def test_each_chat_has_its_draft_and_the_field_its_height(
     second = server.create_chat(anna, ben, title="Second")
     server.post(first, ben, "Hello")
     page = sign_in(chromium.context(), server.link(anna), first)
+    until(lambda: unread(server, anna, first) == 0)  # or else no draft is shown
 
     def height() -> float:
         box = field(page).bounding_box()

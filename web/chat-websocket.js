@@ -387,15 +387,9 @@ class UnsentMessages {
     return this.entries.find((entry) => entry.client_id === clientId);
   }
 
-  /** @param {Unsent} entry @param {string} code @param {string} reason */
-  fail(entry, code, reason) {
-    Object.assign(entry, { place: "failed", code, reason });
-    this.#keep(entry);
-  }
-
-  /** @param {Unsent} entry */
-  retry(entry) {
-    Object.assign(entry, { place: "waiting", code: undefined, reason: undefined });
+  /** @param {Unsent} entry @param {Partial<Unsent>} fields */
+  update(entry, fields) {
+    Object.assign(entry, fields);
     this.#keep(entry);
   }
 
@@ -891,8 +885,8 @@ export class ChatWebSocket {
   resend(clientId) {
     const entry = this.#unsent.find(clientId);
     if (entry?.place !== "failed") return;
-    this.#unsent.retry(entry);
-    this.#reportDelivery(entry, "sending");
+    this.#unsent.update(entry, { place: "waiting", code: undefined, reason: undefined });
+    this.#reportDelivery(entry);
     this.#sendUnsent();
   }
 
@@ -1105,7 +1099,7 @@ export class ChatWebSocket {
   /** @param {Partial<Unsent>} fields @returns {string} its client_id */
   #enqueue(fields) {
     const entry = this.#unsent.add({ epoch: this.#cursor.epoch, ...fields });
-    this.#reportDelivery(entry, "sending");
+    this.#reportDelivery(entry);
     this.#sendUnsent();
     return entry.client_id;
   }
@@ -1121,9 +1115,7 @@ export class ChatWebSocket {
 
   /** @param {(entry: Unsent) => boolean} which @returns {Delivery[]} */
   #pending(which) {
-    return this.#unsent.entries
-      .filter(which)
-      .map((entry) => delivery(entry, entry.place === "failed" ? "failed" : "sending"));
+    return this.#unsent.entries.filter(which).map((entry) => delivery(entry));
   }
 
   /* ---- connecting ---- */
@@ -1358,7 +1350,7 @@ export class ChatWebSocket {
     if (this.#userId === undefined) {
       this.#userId = userId;
       this.#unsent.open(`chatd.unsent.${this.#base.host}.${userId}.`);
-      this.#reportAdopted(this.#unsent.entries);
+      for (const entry of this.#unsent.entries) this.#reportDelivery(entry);
     }
     return true;
   }
@@ -1692,11 +1684,17 @@ export class ChatWebSocket {
     }
   }
 
+  /** @param {string} [ref] `read CHAT MESSAGE`, or that of another command */
+  #markOf(ref = "") {
+    const [kind, chatId, messageId] = ref.split(" ");
+    const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
+    return { mark, chatId: Number(chatId), messageId: Number(messageId) };
+  }
+
   /** @param {Ack} ack */
   #handleAck(ack) {
-    const [kind, chatId, messageId] = (ack.ref ?? "").split(" ");
-    const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
-    if (mark) mark.settled = Math.max(mark.settled, Number(messageId));
+    const { mark, messageId } = this.#markOf(ack.ref);
+    if (mark) mark.settled = Math.max(mark.settled, messageId);
     const entry = this.#unsent.find(ack.client_id ?? ack.ref);
     if (!entry || ack.message_id === undefined) return;
     if (entry.kind !== "message") return this.#changeStored(entry, ack.rev);
@@ -1709,11 +1707,9 @@ export class ChatWebSocket {
 
   /** @param {Refusal} refusal */
   #handleError({ ref, client_id, code, message, retry_after }) {
-    const [kind, chatId, messageId] = (ref ?? "").split(" ");
-    const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
-    if (mark && FINAL_REFUSALS.has(code)) mark.settled = Number(messageId);
-    else if (mark)
-      after(retry_after ?? REFUSED_SECONDS, () => this.#sendMark(Number(chatId)));
+    const { mark, chatId, messageId } = this.#markOf(ref);
+    if (mark && FINAL_REFUSALS.has(code)) mark.settled = messageId;
+    else if (mark) after(retry_after ?? REFUSED_SECONDS, () => this.#sendMark(chatId));
     const entry = this.#unsent.find(client_id ?? ref); // chatd 1.0 repeats only `ref`
     if (entry?.place !== "socket") return;
     this.#messageRefused(entry, code, message, retry_after);
@@ -1755,8 +1751,8 @@ export class ChatWebSocket {
   #messageRefused(entry, code, reason, seconds) {
     if (!this.#unsent.entries.includes(entry)) return; // another tab has dropped it
     if (FINAL_REFUSALS.has(code)) {
-      this.#unsent.fail(entry, code, reason);
-      this.#reportDelivery(entry, "failed");
+      this.#unsent.update(entry, { place: "failed", code, reason });
+      this.#reportDelivery(entry);
       return;
     }
     entry.place = "waiting";
@@ -1773,15 +1769,8 @@ export class ChatWebSocket {
 
   /** Sends the messages that closed tabs have left. */
   #adopt() {
-    this.#reportAdopted(this.#unsent.adopt());
+    for (const entry of this.#unsent.adopt()) this.#reportDelivery(entry);
     this.#sendUnsent();
-  }
-
-  /** @param {Unsent[]} entries */
-  #reportAdopted(entries) {
-    for (const entry of entries) {
-      this.#reportDelivery(entry, entry.place === "failed" ? "failed" : "sending");
-    }
   }
 
   /** @param {Unsent} entry */
@@ -1929,7 +1918,7 @@ export class ChatWebSocket {
     this.#emit("state", { state, retryIn: this.retryIn });
   }
 
-  /** @param {Unsent} entry @param {Delivery["state"]} state */
+  /** @param {Unsent} entry @param {Delivery["state"]} [state] */
   #reportDelivery(entry, state) {
     this.#emit("delivery", delivery(entry, state));
   }
@@ -1950,8 +1939,10 @@ export class ChatWebSocket {
  * Small functions.
  * ---------------------------------------------------------------------------------- */
 
-/** @param {Unsent} entry @param {Delivery["state"]} state @returns {Delivery} */
-function delivery(entry, state) {
+/**
+ * @param {Unsent} entry @param {Delivery["state"]} [state] @returns {Delivery}
+ */
+function delivery(entry, state = entry.place === "failed" ? "failed" : "sending") {
   const { kind, client_id, chat_id, message_id, content, kept, code, reason } = entry;
   const failure = code && { code, reason: reason ?? "" };
   return { state, kind, client_id, chat_id, message_id, content, kept, ...failure };
