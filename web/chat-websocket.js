@@ -6,15 +6,13 @@
  *
  *     const chat = new ChatWebSocket();
  *     chat.on("new_message", ({ message }) => show(message));
- *     chat.on("state", ({ state }) => console.log(state));
  *     chat.connect(token);                  // or: chat.connect(async () => newToken())
  *     chat.send(3, "Hello");                // sent again until it is stored
  *
  * It makes three promises:
  *
  * - Every event of your chats reaches your listeners once and in order, or "resync"
- *   tells you to fetch your chats again. The client keeps the server's cursor, and
- *   drops every event that it has passed, whether it comes by socket or by poll.
+ *   tells you to fetch your chats again. The client keeps the server's cursor.
  * - A message that you send is stored once. It stays in localStorage until the server's
  *   ack, and the server stores each client_id once. Edits and deletions wait in line.
  * - The client reconnects by itself, after a random delay, so that ten thousand pages
@@ -88,9 +86,9 @@ const STAY_AWAY = /** @type {Record<number, "signed_out" | "too_many">} */ ({
 const STAY_AWAY_FROM = 4500;
 
 /**
- * What is refused with one of these codes would be refused again. It is reported as
- * failed, so that it does not block what was written after it. After "internal"
- * the message may be stored nevertheless; then its event reports it as sent.
+ * What is refused with one of these codes fails, so that it does not block what was
+ * written after it. After "internal" the message may be stored nevertheless; then its
+ * event reports it as sent.
  */
 const FINAL_REFUSALS = new Set([
   "bad_field",
@@ -233,9 +231,8 @@ const FINAL_REFUSALS = new Set([
  * @property {string} content
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
- * @property {Message} [message] the stored message, if `state` is "sent". (A change
- *   that went over the socket has none: its event comes first. Nor has a repeat of a
- *   message that was stored before: it may have changed since.)
+ * @property {Message} [message] the stored message, if `state` is "sent" and no event
+ *   or answer that came before has brought it
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
@@ -304,12 +301,11 @@ export class ChatError extends Error {
 }
 
 /* -------------------------------------------------------------------------------------
- * Unsent messages, edits and deletions, until the client knows that they are stored, in
- * the order of writing. Each entry is a separate item in storage, so that the tabs of
- * one user never overwrite each other's items. A tab may be closed at any moment:
- * another tab, or the next visit, adopts its entries. If two tabs send one message, the
- * server stores its client_id once. But a tab drops an edit or a deletion that another
- * tab has settled, because a later edit may have followed.
+ * Unsent messages, edits and deletions, in the order of writing. Each is an item of its
+ * own in storage, so that tabs never overwrite each other's. Another tab, or the next
+ * visit, adopts what a closed tab has left. If two tabs send one message, the server
+ * stores its client_id once. But a tab drops an edit or a deletion that another tab has
+ * settled, because a later edit may have followed.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -319,15 +315,14 @@ export class ChatError extends Error {
  * @property {number} chat_id
  * @property {number} message_id
  * @property {string} content
- * @property {number | undefined} if_rev
- * @property {string | undefined} epoch of a change: in another one, message_id may be
- *   the id of another message
+ * @property {number | undefined} [if_rev]
+ * @property {string} [epoch] in another one, message_id may mean another message
  * @property {boolean} kept it is in storage, too
  * @property {"waiting" | "socket" | "http" | "failed"} place on its way, or refused
  * @property {number} sentAt when it was last sent over the socket, as now()
  * @property {boolean} tried it may have been sent
- * @property {string | undefined} code the code of the error, if it failed
- * @property {string | undefined} reason
+ * @property {string | undefined} [code] the code of the error, if it failed
+ * @property {string | undefined} [reason]
  */
 
 /** The value of an item just before it is removed, so that other tabs drop it, too. */
@@ -531,14 +526,10 @@ function newUnsent(client_id, fields) {
     chat_id: 0,
     message_id: 0,
     content: "",
-    if_rev: undefined,
-    epoch: undefined,
     kept: false,
     place: "waiting",
     sentAt: 0,
     tried: false,
-    code: undefined,
-    reason: undefined,
     ...fields,
     client_id,
   };
@@ -850,8 +841,7 @@ export class ChatWebSocket {
   }
 
   /**
-   * Deletes a message like send. Drops what waits or has failed of its edits, and its
-   * deletions that have failed.
+   * Deletes a message like send. Drops its edits that wait, and changes that failed.
    * @param {number} messageId
    * @returns {string} its client_id
    */
@@ -964,7 +954,7 @@ export class ChatWebSocket {
    * Searches messages for all words of `q`, newest first. Any page may be empty: go on
    * with its `before` until that is null.
    * @param {{q: string, chatId?: number, before?: number | null}} what
-   * @param {AbortSignal} [signal] ends the request, for a search that nobody waits for
+   * @param {AbortSignal} [signal] ends the request
    * @returns {Promise<{messages: Message[], before: number | null}>}
    */
   search({ q, chatId, before }, signal) {
@@ -1167,8 +1157,8 @@ export class ChatWebSocket {
   async #socketToken() {
     if (!this.#token) return (await this.request("GET", "/api/v2/ws-token")).token;
     if (typeof this.#token === "string") {
-      // A browser does not say why a handshake was refused. If it was because of this
-      // token, this request ends the connection; any other error says nothing of it.
+      // A browser does not say why a handshake was refused: perhaps because of this
+      // token. Then this request ends the connection.
       if (this.#tokenInDoubt) await this.request("GET", "/api/v1/me").catch(() => {});
       return this.#token;
     }
@@ -1633,9 +1623,8 @@ export class ChatWebSocket {
   /* ---- sending ---- */
 
   /**
-   * Sends the oldest unsent entry, over the socket, or over HTTP while the client
-   * polls. The next one waits for the answer, or else the server could refuse the first
-   * with `rate_limited` and store the second before it.
+   * Sends the oldest unsent entry. The next one waits for the answer, or else the server
+   * could refuse the first with `rate_limited` and store the second before it.
    */
   #sendUnsent() {
     if (this.#ended) return;
@@ -1825,9 +1814,9 @@ export class ChatWebSocket {
   /* ---- HTTP ---- */
 
   /**
-   * After a 401, repeats the request once with a new token, if there is one: a function
-   * fetches it, or connect was called with it meanwhile. Otherwise the user has to sign
-   * in again. (The token function of connect may return tickets, which HTTP refuses.)
+   * After a 401, repeats the request once with a new token: a function fetches it, or
+   * connect was called with it meanwhile. Without one, the user has to sign in again.
+   * (The token function of connect may return tickets, which HTTP refuses.)
    * @param {string} method @param {string} path @param {object} [body]
    * @param {AbortSignal} [signal] @returns {Promise<any>}
    */
