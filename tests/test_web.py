@@ -786,6 +786,14 @@ def test_an_invitation_that_does_not_count_is_explained(
     expect(bens.get_by_text("no longer valid")).to_be_visible()
     write(bens, "Still signed in")
     expect(ticks(bens)).to_have_text("Sent")
+    token = server.request("POST", path, {}, user_id=anna)["token"]
+    bens.goto(f"{server.url}/#invite={token}")
+    dialog = bens.get_by_role("dialog", name="Join")
+    expect(dialog).to_be_visible()
+    server.request("DELETE", path, user_id=anna)  # while Ben decides
+    dialog.get_by_role("button", name="Join").click()
+    expect(bens.get_by_text("no longer valid")).to_be_visible()
+    expect(bens.locator("#me-name")).to_have_text("Ben")
 
 
 # --- without a network ---------------------------------------------------------------
@@ -1212,6 +1220,7 @@ def test_each_chat_has_its_draft_and_the_field_its_height(
     second = server.create_chat(anna, ben, title="Second")
     server.post(first, ben, "Hello")
     page = sign_in(chromium.context(), server.link(anna), first)
+    until(lambda: unread(server, anna, first) == 0)  # or else no draft is shown
 
     def height() -> float:
         box = field(page).bounding_box()
@@ -2720,6 +2729,8 @@ class Script:
                 self.held[name] = route
             elif isinstance(answer, int):
                 route.fulfill(status=answer)
+            elif isinstance(answer, tuple):
+                route.fulfill(status=answer[0], json=answer[1])
             elif "error" in answer:
                 route.fulfill(status=409, json=answer)
             else:
@@ -2760,6 +2771,24 @@ class Script:
 
         until(arrived)
         return self.commands.pop(0)
+
+    def hold(self, part: str, call: str) -> None:
+        """Hold the answer to the request of a method."""
+        self.answers[part] = "hold"
+        self.page.evaluate(
+            f"void chat.{call}.then((answer) => (window.answer = answer))"
+        )
+        until(lambda: bool(self.page.evaluate("1") and self.held))
+
+    def release(self, body: Any, status: int = 200) -> None:
+        (name,) = self.held
+        self.held.pop(name).fulfill(json=body, status=status)
+
+    def restore(self) -> None:
+        """Come back as a server does after a restore: in another epoch."""
+        self.cursor, self.resume = "e2.50", "resync"
+        self.sockets[-1].close(code=1012)
+        self.wait_for("got.some(({ type }) => type === 'resync')")
 
     def deliveries(self) -> list[tuple[str, str, str | None]]:
         got = self.page.evaluate("got.filter(({ type }) => type === 'delivery')")
@@ -2831,6 +2860,31 @@ def test_a_change_is_sent_again_until_it_is_acknowledged(script: Script) -> None
     assert script.next_command() == first
     script.sockets[-1].close(code=1012)
     assert script.next_command() == first
+
+
+def test_a_message_that_was_stored_before_is_not_shown_as_it_was(
+    script: Script,
+) -> None:
+    """After a lost ack it may have been edited or deleted since."""
+    for duplicate, shown in ((False, "Hello"), (True, None)):
+        script.do("send(3, 'Hello')")
+        sent = script.next_command()
+        names = {"ref": sent["ref"], "client_id": sent["client_id"]}
+        ids = {"message_id": 9, "chat_id": 3, "n": 9}
+        script.tell(type="ack", **names, **ids, duplicate=duplicate)
+        script.wait_for("chat.unsent(3).length === 0")
+        assert script.page.evaluate("got.at(-1).message?.content ?? null") == shown
+
+
+def test_a_deletion_replaces_one_that_has_failed(script: Script) -> None:
+    script.do("deleteMessage(7)")
+    ref = script.next_command()["ref"]
+    script.tell(type="error", ref=ref, code="too_late", message="Why")
+    script.wait_for("chat.unsentChanges()[0].state === 'failed'")
+    again = script.do("deleteMessage(7)")
+    assert script.next_command()["ref"] == again
+    (waiting,) = script.do("unsentChanges()")
+    assert waiting["client_id"] == again
 
 
 def test_changes_made_offline_wait_in_line_across_a_reload(
@@ -2911,6 +2965,92 @@ def test_without_a_socket_changes_go_over_http(
     assert script.page.evaluate(edited) == new
 
 
+def poll_only(server: Server, chromium: Chromium) -> Script:
+    """Return a script whose client polls."""
+    script = Script(chromium.page(clock=True), server)
+    script.wait_for("chat.state === 'connected'")
+    script.blocked = True
+    poll = {"events": [], "cursor": "e1.100", "more": False, "resync": False}
+    script.answers = {"GET events": poll}
+    script.sockets[-1].close(code=1012)
+
+    def polls() -> bool:
+        script.page.clock.run_for(1_000)
+        return bool(script.page.evaluate("chat.state === 'polling'"))
+
+    until(polls)
+    return script
+
+
+def test_a_change_that_another_tab_has_dropped_stays_dropped(
+    server: Server, chromium: Chromium
+) -> None:
+    script = poll_only(server, chromium)
+    script.answers["PATCH messages/7"] = "hold"
+    script.do("editMessage(7, 'New')")
+    until(lambda: bool(script.page.evaluate("1") and script.held))
+    other = script.page.context.new_page()
+    other.goto(server.url)
+    other.evaluate(
+        """for (const key of Object.keys(localStorage)) {
+            if (!key.startsWith("chatd.unsent.")) continue;
+            localStorage.setItem(key, "discarded");
+            localStorage.removeItem(key);
+        }"""
+    )
+    script.wait_for("got.some(({ state }) => state === 'discarded')")
+    script.release({"error": {"code": "deleted", "message": "Gone"}}, 409)
+    script.do("send(3, 'Hello')")
+    until(lambda: script.requests[-1][0] == "POST" or script.page.evaluate("0"))
+    assert script.page.evaluate("Object.values(localStorage).join()").count("New") == 0
+    edits = [state for kind, state, _ in script.deliveries() if kind == "edit"]
+    assert edits == ["sending", "discarded"]
+
+
+@pytest.mark.parametrize(
+    ("status", "fails"),
+    [
+        (502, False),
+        (503, False),
+        (504, False),
+        (500, False),
+        (429, False),
+        (408, False),
+        (200, False),  # the sign-in page of a hotel
+        (413, True),
+        (405, True),
+        (403, True),
+    ],
+)
+def test_only_a_refusal_that_would_come_again_fails_a_message(
+    server: Server, chromium: Chromium, status: int, fails: bool
+) -> None:
+    """A proxy answers, without chatd's JSON."""
+    script = poll_only(server, chromium)
+    script.answers["POST chats/3/messages"] = status
+    script.answers["PATCH messages/7"] = status
+    script.do("editMessage(7, 'New')")
+    script.do("send(3, 'Hello')")
+    until(lambda: script.requests[-1][0] != "GET" or script.page.evaluate("0"))
+    if fails:
+        script.wait_for("chat.unsent(3)[0].state === 'failed'")
+        assert script.do("unsentChanges()")[0]["state"] == "failed"
+        return
+    _, new = old_and_new(7, 101)
+    script.answers["PATCH messages/7"] = {"message": new}
+    sent = {**old_and_new(9, 102)[0], "sender_id": 1}
+    script.answers["POST chats/3/messages"] = {"message": sent}
+
+    def stored() -> bool:
+        script.page.clock.run_for(1_000)
+        return script.deliveries()[-1] == ("message", "sent", None)
+
+    until(stored)
+    assert [state for _, state, _ in script.deliveries()] == ["sending"] * 2 + [
+        "sent"
+    ] * 2
+
+
 LATE_ANSWERS = {
     "history": ("history(3)", "GET chats/3/messages", "messages"),
     "search": ("search({ q: 'new' })", "GET search", "messages"),
@@ -2931,17 +3071,13 @@ def test_an_answer_is_never_older_than_an_event(
     call, name, key = LATE_ANSWERS[kind]
     state: Frame = {"content": "", "deleted": True} if deleted else {}
     old, new = old_and_new(7, 101, **state)
-    script.answers = {name: "hold"}
-    script.page.evaluate(f"void chat.{call}.then((answer) => (window.answer = answer))")
-    script.wait_for("true")
-    until(lambda: bool(script.page.evaluate("1") and script.held))
+    script.hold(name, call)
     event = "message_deleted" if deleted else "message_edited"
     script.tell(type=event, seq=101, chat_id=3, message=new)
     script.wait_for(f"got.some(({{ type }}) => type === '{event}')")
-    (route,) = script.held.values()
     chat = {"id": 3, "last_message": old}
     body = {"messages": [old], "chats": [chat], "more": False, "before": None}
-    route.fulfill(json={**body, "cursor": "e1.101"})
+    script.release({**body, "cursor": "e1.101"})
     script.wait_for("window.answer")
     (one,) = script.page.evaluate("answer")[key]
     assert (one["last_message"] if kind == "list" else one) == new
@@ -2965,10 +3101,70 @@ def test_a_new_epoch_forgets_each_rev(script: Script) -> None:
     assert script.do("history(3)")["messages"] == [new]
     script.answers = {"GET chats/3/messages": {"messages": [old], "more": False}}
     assert script.do("history(3)")["messages"] == [new]  # its event is still to come
-    script.cursor, script.resume = "e2.50", "resync"
+    script.restore()
+    assert script.do("history(3)")["messages"] == [old]
+
+
+def test_a_mark_from_before_a_restore_holds_back_no_later_one(script: Script) -> None:
+    script.do("markRead(3, 900)")
+    ref = script.next_command()["ref"]
+    script.tell(type="ack", ref=ref, chat_id=3, message_id=900, n=900)
+    script.restore()
+    script.do("markRead(3, 40)")  # the newest message there is now
+    assert script.next_command()["message_id"] == 40
+
+
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_change_from_before_a_restore_reaches_no_other_message(
+    script: Script, server: Server, reload: bool
+) -> None:
+    script.blocked = True
+    script.sockets[-1].close(code=1012)
+    for call in ("deleteMessage(70)", "editMessage(71, 'New', { ifRev: 71 })"):
+        script.do(call)  # in the other epoch, 70 and 71 may be other messages
+    script.do("send(3, 'Hello')")
+    script.blocked, script.cursor, script.resume = False, "e2.50", "resync"
+    if reload:
+        script.load(server)
+    assert script.next_command()["content"] == "Hello"
+    assert script.deliveries()[-2:] == [
+        ("delete", "failed", "not_found"),
+        ("edit", "failed", "not_found"),
+    ]
+
+
+def test_a_list_of_another_epoch_is_a_resync(script: Script) -> None:
+    script.answers = {"GET chats?": {"chats": [], "cursor": "e2.50"}}
+    script.do("fetchChats()")
+    told = script.page.evaluate("got.map(({ type }) => type)")
+    assert told[-2:] == ["resync", "chats"]
+
+
+def test_an_answer_from_before_a_gap_is_not_older_than_what_was_loaded(
+    script: Script,
+) -> None:
+    _, edited = old_and_new(7, 150)
+    _, new = old_and_new(7, 5_900, content="Newer")
+    script.hold("PATCH messages/7", "request('PATCH', '/api/v1/messages/7', {})")
+    script.cursor, script.resume = "e1.6000", "resync"
     script.sockets[-1].close(code=1012)
     script.wait_for("got.some(({ type }) => type === 'resync')")
-    assert script.do("history(3)")["messages"] == [old]
+    script.answers["GET chats/3/messages"] = {"messages": [new], "more": False}
+    assert script.do("history(3)")["messages"] == [new]
+    script.release({"message": edited})
+    script.wait_for("window.answer")
+    assert script.page.evaluate("answer.message") == new
+
+
+def test_a_listener_may_fetch_the_chats_again(script: Script) -> None:
+    script.page.evaluate("void chat.on('chat_renamed', () => void chat.fetchChats())")
+    script.hold("GET chats?", "fetchChats()")
+    script.tell(type="chat_renamed", seq=101, chat_id=3, title="One", user_id=2)
+    script.answers["GET chats?"] = {"chats": [], "cursor": "e1.101"}
+    script.release({"chats": [], "cursor": "e1.100"})
+    script.wait_for("got.filter(({ type }) => type === 'chats').length === 2")
+    script.tell(type="chat_renamed", seq=102, chat_id=3, title="Two", user_id=2)
+    script.wait_for("got.some(({ title }) => title === 'Two')")
 
 
 def test_the_list_of_chats_comes_by_pages_and_misses_none(script: Script) -> None:
@@ -3020,6 +3216,7 @@ CALLS: dict[str, tuple[str, str, Frame | None]] = {
         "search?q=a+b&chat_id=3&before=9",
         None,
     ),
+    "search({ q: 'a', before: null })": ("GET", "search?q=a", None),
     "chat(3)": ("GET", "chats/3", None),
     "members(3, { ids: [5, 6] })": ("GET", "chats/3/members?ids=5%2C6", None),
     "members(3, { after: 5, limit: 9 })": (
@@ -3064,6 +3261,49 @@ def test_each_method_sends_its_request(script: Script) -> None:
         assert (token is not None) == signed_in
 
 
+def test_a_search_that_nobody_waits_for_can_be_ended(script: Script) -> None:
+    end = "(part) => { window.end = new AbortController(); if (part) end.abort(); }"
+    search = "search({ q: 'a' }, end.signal).catch(({ code }) => code)"
+    script.page.evaluate(end, 0)
+    script.hold("GET search", search)
+    script.page.evaluate("end.abort()")
+    script.wait_for("window.answer === 'unreachable'")
+    asked = len(script.requests)
+    script.page.evaluate(end, 1)
+    assert script.do(search) == "unreachable"
+    assert len(script.requests) == asked  # it did not begin
+
+
+JOINS = ("join('t')", "request('POST', '/api/v1/join', { token: 't' })")
+
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("signed_in", [True, False])
+def test_only_the_end_of_the_session_ends_it_and_no_invitation(
+    script: Script, join: str, signed_in: bool
+) -> None:
+    refusal = {"error": {"code": "token_invalid", "message": "Not this one"}}
+    script.answers = {"POST join": (401, refusal), "GET me": {"user_id": 1}}
+    if not signed_in:
+        script.answers["GET me"] = (401, refusal)
+    error = script.do(f"{join}.catch(({{ status, code }}) => [status, code])")
+    assert error == [401, "token_invalid"]
+    assert script.do("state") == ("connected" if signed_in else "signed_out")
+
+
+def test_the_refusal_of_an_old_token_does_not_end_a_new_session(
+    script: Script, server: Server
+) -> None:
+    script.hold("GET me", "request('GET', '/api/v1/me')")
+    new = server.token(1, jti="new")
+    script.page.evaluate("(token) => chat.connect(token)", new)
+    script.answers["GET me"] = {"user_id": 1}
+    script.release({"error": {"code": "token_expired", "message": "Old"}}, 401)
+    script.wait_for("window.answer")
+    assert script.requests[-1][3] == f"Bearer {new}"
+    script.wait_for("chat.state === 'connected'")
+
+
 # --- what the page shows of changes ---------------------------------------------------
 
 
@@ -3098,6 +3338,26 @@ def test_the_page_shows_an_edit_a_deletion_and_a_new_title(
     expect(page.locator("#pane-title")).to_have_text("Car")
     expect(page.locator("#chat-list .row-title")).to_have_text("Car")
     expect(bubbles(page)).to_have_text(["1 <b>", "Message deleted"])
+
+
+def test_a_member_that_the_page_does_not_know_is_not_counted_off(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, _ = pair(server)
+    chat = server.create_chat(anna, ben, server.add_user("Cleo"))
+    server.post(chat, ben, "Hello")
+    page = chromium.page()
+    relay = Relay.connected(page, server.link(anna), chat)
+    last = page.locator("#chat-list .row-last").first
+    expect(last).to_have_text("Ben: Hello")  # with the name, in a chat of three
+    seq = max(frame.get("seq", 0) for frame in relay.received) + 1_000
+    # The list of chats may be newer than this event.
+    removed = {"type": "member_removed", "chat_id": chat, "user_id": 999, "seq": seq}
+    relay.sockets[-1].send(json.dumps(removed))
+    renamed = {"type": "chat_renamed", "chat_id": chat, "seq": seq + 1, "user_id": ben}
+    relay.sockets[-1].send(json.dumps({**renamed, "title": "Bike"}))
+    expect(page.locator("#pane-title")).to_have_text("Bike")
+    expect(last).to_have_text("Ben: Hello")
 
 
 def test_names_of_a_large_chat_are_fetched_when_they_are_shown(
@@ -3241,6 +3501,9 @@ def test_each_method_works_against_the_server(
     assert joined["chat_id"] == chat
     assert do(f"join('{invite}')")["chat_id"] == chat  # Anna is there already
     do(f"revokeInvites({chat})")
+    code = f"join('{invite}').catch(({{ code }}) => code)"
+    assert do(code) == "token_invalid"
+    assert do("state") == "connected"
     status = f"chat.previewInvite('{invite}').catch(({{ status }}) => status)"
     assert page.evaluate(status) == 401
     do("renameMe('Anna B.')")

@@ -465,6 +465,8 @@ class Tab {
       this.ids.set(n, id);
       if (sender_id === 1 && read !== false) this.read(n);
     });
+    // A page may fetch its chats again while events still wait for a list.
+    client.on("message_deleted", () => this.world.chance(0.5) && this.fetchChats());
     client.on("message_read", ({ n, read_by }) => {
       if (read_by === 1) this.read(n);
     });
@@ -479,7 +481,6 @@ class Tab {
     });
     client.on("chats", ({ chats, cursor }) => {
       const [epoch] = cursor.split(".");
-      if (epoch !== this.epoch) this.shown.clear();
       this.epoch = epoch;
       this.n = chats[0].last_n;
       this.read(chats[0].read_n);

@@ -635,7 +635,7 @@ function onSignedOutElsewhere({ data }) {
 
 let invite = "";
 
-/** Not the model's client: there a 401 ends the session. */
+/** Not the model's client, whose token it would send. */
 function visitor(bearer = "") {
   return new ChatWebSocket({ bearer, storage: null, log: null });
 }
@@ -652,8 +652,8 @@ async function openInvite(token) {
     if (session) {
       text += ` You join as ${personName(session.user_id, session.name)}.`;
       if (!(await ask({ title, text, yes: "Join", no: "Cancel" }))) return;
-      const { chat_id } = await visitor(session.token).join(token);
-      location.hash = `#chat/${chat_id}`;
+      const joined = await model.client?.join(token);
+      if (joined) location.hash = `#chat/${joined.chat_id}`;
       return;
     }
     invite = token;
@@ -664,8 +664,8 @@ async function openInvite(token) {
     document.title = "Join · chatd";
     loading = false;
   } catch (error) {
-    if (session) toast(inviteErrorText(error));
-    else showSignIn({ error: inviteErrorText(error) });
+    if (model.session) toast(inviteErrorText(error));
+    else if (!session) showSignIn({ error: inviteErrorText(error) });
   }
 }
 
@@ -1065,7 +1065,6 @@ function onConnected(chats) {
     moveReadMark(chat, myId(), read_n);
   }
   void loadPeople();
-  void loadLimits();
 }
 
 /** @param {Message} message @param {boolean} read */
@@ -1090,8 +1089,8 @@ function onMemberRemoved(chatId, userId) {
   const chat = model.chats.get(chatId);
   if (!chat) return;
   if (userId !== myId()) {
-    chat.members.delete(userId);
-    chat.memberCount -= 1;
+    // The chat may have come without this member already.
+    if (chat.members.delete(userId) || !isWhole(chat)) chat.memberCount -= 1;
     stopTyping(chat, userId);
     return;
   }
@@ -1148,10 +1147,7 @@ async function fetchChats() {
   try {
     await client?.fetchChats();
     // A client that polls never receives `connected`.
-    if (client === model.client && model.people === null) {
-      void loadPeople();
-      void loadLimits();
-    }
+    if (client === model.client && model.people === null) void loadPeople();
   } catch (error) {
     const refused = error instanceof ChatError && error.status === 401;
     if (!refused)
@@ -1161,6 +1157,7 @@ async function fetchChats() {
 
 async function loadPeople() {
   const { client } = model;
+  void loadLimits();
   try {
     const { users } = await client?.request("GET", "/api/v1/users");
     if (client !== model.client) return;
@@ -1212,7 +1209,7 @@ function markSeen() {
 
 /** Loads the newest messages. @param {ChatView} chat */
 async function loadLatest(chat) {
-  await loadHistory(chat, "");
+  await loadHistory(chat);
   chat.loaded = chat.loading === "no";
   requestRender();
 }
@@ -1220,20 +1217,19 @@ async function loadLatest(chat) {
 /** @param {ChatView} chat */
 async function loadOlder(chat) {
   const [first] = chat.messages;
-  if (first && chat.more) await loadHistory(chat, `&before=${first.id}`);
+  if (first && chat.more) await loadHistory(chat, first.id);
   if (!chat.loaded) await loadLatest(chat); // there was a resync meanwhile
 }
 
-/**
- * @param {ChatView} chat @param {string} before part of a query; "": the newest ones
- */
-async function loadHistory(chat, before) {
-  if (chat.loading === "yes") return;
+/** @param {ChatView} chat @param {number | null} [before] an id; null: the newest */
+async function loadHistory(chat, before = null) {
+  const { client } = model;
+  if (!client || chat.loading === "yes") return;
   chat.loading = "yes";
   requestRender();
   try {
-    const path = `/api/v1/chats/${chat.id}/messages?limit=${HISTORY_LIMIT}${before}`;
-    const { messages, more } = await model.client?.request("GET", path);
+    const where = { limit: HISTORY_LIMIT, before };
+    const { messages, more } = await client.history(chat.id, where);
     if (chat.stale && !before) Object.assign(chat, { messages: [], stale: false });
     merge(chat, messages);
     if (!more) chat.more = false;
@@ -2522,26 +2518,24 @@ async function addMembers(chat, userIds) {
  * Creates a chat and opens it. If the chat would be a second direct chat with the same
  * person, opens the first one instead.
  * @param {string | null} title
- * @param {number[]} member_ids
+ * @param {number[]} memberIds
  */
-async function createChat(title, member_ids) {
+async function createChat(title, memberIds) {
   const direct =
     !title &&
-    member_ids.length === 1 &&
+    memberIds.length === 1 &&
     [...model.chats.values()].find(
       (chat) =>
         !chat.title &&
         others(chat).length === 1 &&
-        chat.members.has(member_ids[0] ?? 0),
+        chat.members.has(memberIds[0] ?? 0),
     );
   if (direct) {
     location.hash = `#chat/${direct.id}`;
     return;
   }
-  const { chat } = await model.client?.request("POST", "/api/v1/chats", {
-    title,
-    member_ids,
-  });
+  const chat = await model.client?.createChat({ title, memberIds });
+  if (!chat) return;
   putChat(chat).activeAt = Date.now();
   location.hash = `#chat/${chat.id}`;
 }

@@ -5,15 +5,13 @@
  *
  *     const chat = new ChatWebSocket();
  *     chat.on("new_message", ({ message }) => show(message));
- *     chat.on("state", ({ state }) => console.log(state));
  *     chat.connect(token);                  // or: chat.connect(async () => newToken())
  *     chat.send(3, "Hello");                // sent again until it is stored
  *
  * It makes three promises:
  *
  * - Every event of your chats reaches your listeners once and in order, or "resync"
- *   tells you to fetch your chats again. The client keeps the server's cursor, and
- *   drops every event that it has passed, whether it comes by socket or by poll.
+ *   tells you to fetch your chats again. The client keeps the server's cursor.
  * - A message that you send is stored once. It stays in localStorage until the server's
  *   ack, and the server stores each client_id once. Edits and deletions wait in line.
  * - The client reconnects by itself, after a random delay, so that ten thousand pages
@@ -190,8 +188,8 @@ export type Delivery = {
      */
     kept: boolean;
     /**
-     * the stored message, if `state` is "sent". (A change
-     * that went over the socket has none: its event comes first.)
+     * the stored message, if `state` is "sent" and no event
+     * or answer that came before has brought it
      */
     message?: Message;
     /**
@@ -404,8 +402,8 @@ export type Options = {
  * @property {string} content
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
- * @property {Message} [message] the stored message, if `state` is "sent". (A change
- *   that went over the socket has none: its event comes first.)
+ * @property {Message} [message] the stored message, if `state` is "sent" and no event
+ *   or answer that came before has brought it
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
@@ -473,7 +471,11 @@ export type Unsent = {
     chat_id: number;
     message_id: number;
     content: string;
-    if_rev: number | undefined;
+    if_rev?: number | undefined;
+    /**
+     * in another one, message_id may mean another message
+     */
+    epoch?: string;
     /**
      * it is in storage, too
      */
@@ -493,8 +495,8 @@ export type Unsent = {
     /**
      * the code of the error, if it failed
      */
-    code: string | undefined;
-    reason: string | undefined;
+    code?: string | undefined;
+    reason?: string | undefined;
 };
 export declare class ChatWebSocket {
     #private;
@@ -550,7 +552,7 @@ export declare class ChatWebSocket {
         ifRev?: number;
     }): string;
     /**
-     * Deletes a message like send. Drops the edits of it that wait or have failed.
+     * Deletes a message like send. Drops its edits that wait, and changes that failed.
      * @param {number} messageId
      * @returns {string} its client_id
      */
@@ -592,11 +594,12 @@ export declare class ChatWebSocket {
     /**
      * Fetches messages, oldest first: the newest, or those before, after or around an id.
      * @param {number} chatId
-     * @param {{before?: number, after?: number, around?: number, limit?: number}} [where]
+     * @param {{before?: number | null, after?: number, around?: number,
+     *   limit?: number}} [where]
      * @returns {Promise<History>}
      */
     history(chatId: number, where?: {
-        before?: number;
+        before?: number | null;
         after?: number;
         around?: number;
         limit?: number;
@@ -604,14 +607,15 @@ export declare class ChatWebSocket {
     /**
      * Searches messages for all words of `q`, newest first. Any page may be empty: go on
      * with its `before` until that is null.
-     * @param {{q: string, chatId?: number, before?: number}} what
+     * @param {{q: string, chatId?: number, before?: number | null}} what
+     * @param {AbortSignal} [signal] ends the request
      * @returns {Promise<{messages: Message[], before: number | null}>}
      */
     search({ q, chatId, before }: {
         q: string;
         chatId?: number;
-        before?: number;
-    }): Promise<{
+        before?: number | null;
+    }, signal?: AbortSignal): Promise<{
         messages: Message[];
         before: number | null;
     }>;

@@ -6,15 +6,13 @@
  *
  *     const chat = new ChatWebSocket();
  *     chat.on("new_message", ({ message }) => show(message));
- *     chat.on("state", ({ state }) => console.log(state));
  *     chat.connect(token);                  // or: chat.connect(async () => newToken())
  *     chat.send(3, "Hello");                // sent again until it is stored
  *
  * It makes three promises:
  *
  * - Every event of your chats reaches your listeners once and in order, or "resync"
- *   tells you to fetch your chats again. The client keeps the server's cursor, and
- *   drops every event that it has passed, whether it comes by socket or by poll.
+ *   tells you to fetch your chats again. The client keeps the server's cursor.
  * - A message that you send is stored once. It stays in localStorage until the server's
  *   ack, and the server stores each client_id once. Edits and deletions wait in line.
  * - The client reconnects by itself, after a random delay, so that ten thousand pages
@@ -88,9 +86,9 @@ const STAY_AWAY = /** @type {Record<number, "signed_out" | "too_many">} */ ({
 const STAY_AWAY_FROM = 4500;
 
 /**
- * What is refused with one of these codes would be refused again. It is reported as
- * failed, so that it does not block what was written after it. After "internal"
- * the message may be stored nevertheless; then its event reports it as sent.
+ * What is refused with one of these codes fails, so that it does not block what was
+ * written after it. After "internal" the message may be stored nevertheless; then its
+ * event reports it as sent.
  */
 const FINAL_REFUSALS = new Set([
   "bad_field",
@@ -233,8 +231,8 @@ const FINAL_REFUSALS = new Set([
  * @property {string} content
  * @property {boolean} kept it is in storage and survives a reload; false if storage is
  *   full or forbidden
- * @property {Message} [message] the stored message, if `state` is "sent". (A change
- *   that went over the socket has none: its event comes first.)
+ * @property {Message} [message] the stored message, if `state` is "sent" and no event
+ *   or answer that came before has brought it
  * @property {string} [code] the code of the error, if `state` is "failed"
  * @property {string} [reason] the same error as a sentence
  */
@@ -303,12 +301,11 @@ export class ChatError extends Error {
 }
 
 /* -------------------------------------------------------------------------------------
- * Unsent messages, edits and deletions, until the client knows that they are stored, in
- * the order of writing. Each entry is a separate item in storage, so that the tabs of
- * one user never overwrite each other's items. A tab may be closed at any moment:
- * another tab, or the next visit, adopts its entries. If two tabs send one message, the
- * server stores its client_id once. But a tab drops an edit or a deletion that another
- * tab has settled, because a later edit may have followed.
+ * Unsent messages, edits and deletions, in the order of writing. Each is an item of its
+ * own in storage, so that tabs never overwrite each other's. Another tab, or the next
+ * visit, adopts what a closed tab has left. If two tabs send one message, the server
+ * stores its client_id once. But a tab drops an edit or a deletion that another tab has
+ * settled, because a later edit may have followed.
  * ---------------------------------------------------------------------------------- */
 
 /**
@@ -318,13 +315,14 @@ export class ChatError extends Error {
  * @property {number} chat_id
  * @property {number} message_id
  * @property {string} content
- * @property {number | undefined} if_rev
+ * @property {number | undefined} [if_rev]
+ * @property {string} [epoch] in another one, message_id may mean another message
  * @property {boolean} kept it is in storage, too
  * @property {"waiting" | "socket" | "http" | "failed"} place on its way, or refused
  * @property {number} sentAt when it was last sent over the socket, as now()
  * @property {boolean} tried it may have been sent
- * @property {string | undefined} code the code of the error, if it failed
- * @property {string | undefined} reason
+ * @property {string | undefined} [code] the code of the error, if it failed
+ * @property {string | undefined} [reason]
  */
 
 /** The value of an item just before it is removed, so that other tabs drop it, too. */
@@ -384,15 +382,9 @@ class UnsentMessages {
     return this.entries.find((entry) => entry.client_id === clientId);
   }
 
-  /** @param {Unsent} entry @param {string} code @param {string} reason */
-  fail(entry, code, reason) {
-    Object.assign(entry, { place: "failed", code, reason });
-    this.#keep(entry);
-  }
-
-  /** @param {Unsent} entry */
-  retry(entry) {
-    Object.assign(entry, { place: "waiting", code: undefined, reason: undefined });
+  /** @param {Unsent} entry @param {Partial<Unsent>} fields */
+  update(entry, fields) {
+    Object.assign(entry, fields);
     this.#keep(entry);
   }
 
@@ -448,11 +440,11 @@ class UnsentMessages {
   /** Whether another tab has settled this change. @param {Unsent} entry */
   isGone(entry) {
     /** @type {string | null} */
-    let item = null;
-    const read = this.#store((storage) => {
+    let item = "";
+    this.#store((storage) => {
       item = storage.getItem(this.#prefix + entry.client_id);
     });
-    return entry.kind !== "message" && entry.kept && read && item === null;
+    return entry.kind !== "message" && entry.kept && item === null;
   }
 
   /**
@@ -486,14 +478,12 @@ class UnsentMessages {
 
   /** @param {Unsent} entry */
   #keep(entry) {
-    const { kind, client_id, chat_id, message_id, content, if_rev } = entry;
-    const { code, reason } = entry;
-    const change = { kind, message_id, if_rev };
     // A page of 1.0 would send an item with a chat_id as a message.
-    const fields = kind === "message" ? { chat_id } : change;
-    const text = JSON.stringify({ ...fields, content, code, reason });
+    const change = ["kind", "message_id", "if_rev", "epoch"];
+    const target = entry.kind === "message" ? ["chat_id"] : change;
+    const text = JSON.stringify(entry, [...target, "content", "code", "reason"]);
     entry.kept = this.#store((storage) =>
-      storage.setItem(this.#prefix + client_id, text),
+      storage.setItem(this.#prefix + entry.client_id, text),
     );
   }
 
@@ -536,13 +526,10 @@ function newUnsent(client_id, fields) {
     chat_id: 0,
     message_id: 0,
     content: "",
-    if_rev: undefined,
     kept: false,
     place: "waiting",
     sentAt: 0,
     tried: false,
-    code: undefined,
-    reason: undefined,
     ...fields,
     client_id,
   };
@@ -554,15 +541,13 @@ function newUnsent(client_id, fields) {
  * @returns {Unsent | null} null: the item is not an unsent message, or no longer one
  */
 function readUnsent(clientId, text) {
-  const { kind = "message", chat_id, message_id, content, if_rev, code, reason } =
-    parseObject(text) ?? {};
-  const target = kind === "message" ? { chat_id } : { message_id };
-  const [id] = Object.values(target);
+  const item = parseObject(text) ?? {};
+  const { kind = "message", chat_id, message_id, content, code } = item;
+  const id = kind === "message" ? chat_id : message_id;
   if (typeof content !== "string" || !Number.isInteger(id)) return null;
   if (!["message", "edit", "delete"].includes(kind)) return null;
-  const entry = newUnsent(clientId, { kind, ...target, content, if_rev, code, reason });
   const place = code ? "failed" : "waiting";
-  return Object.assign(entry, { kept: true, tried: true, place });
+  return newUnsent(clientId, { ...item, kept: true, tried: true, place });
 }
 
 /** @param {Unsent} entry @returns {object} the command that sends it */
@@ -847,21 +832,26 @@ export class ChatWebSocket {
    * @returns {string} its client_id
    */
   editMessage(messageId, content, { ifRev } = {}) {
-    this.#dropEdits(messageId, ({ tried, place }) => !tried || place === "failed");
+    this.#dropChanges(
+      messageId,
+      ({ kind, tried, place }) => kind === "edit" && (!tried || place === "failed"),
+    );
     const edit = { message_id: messageId, content: validText(content), if_rev: ifRev };
     return this.#enqueue({ kind: "edit", ...edit });
   }
 
   /**
-   * Deletes a message like send. Drops the edits of it that wait or have failed.
+   * Deletes a message like send. Drops its edits that wait, and changes that failed.
    * @param {number} messageId
    * @returns {string} its client_id
    */
   deleteMessage(messageId) {
-    this.#dropEdits(messageId, () => true);
+    this.#dropChanges(
+      messageId,
+      ({ kind, place }) => kind === "edit" || place === "failed",
+    );
     const deletion = this.#unsent.entries.find(
-      ({ kind, message_id, place }) =>
-        kind === "delete" && message_id === messageId && place !== "failed",
+      ({ kind, message_id }) => kind === "delete" && message_id === messageId,
     );
     if (deletion) return deletion.client_id;
     return this.#enqueue({ kind: "delete", message_id: messageId });
@@ -885,8 +875,8 @@ export class ChatWebSocket {
   resend(clientId) {
     const entry = this.#unsent.find(clientId);
     if (entry?.place !== "failed") return;
-    this.#unsent.retry(entry);
-    this.#reportDelivery(entry, "sending");
+    this.#unsent.update(entry, { place: "waiting", code: undefined, reason: undefined });
+    this.#reportDelivery(entry);
     this.#sendUnsent();
   }
 
@@ -945,16 +935,15 @@ export class ChatWebSocket {
    */
   fetchChats() {
     this.#held ??= [];
-    this.#fetching ??= this.#fetchChats().finally(() => {
-      this.#fetching = null;
-    });
+    this.#fetching ??= this.#fetchChats();
     return this.#fetching;
   }
 
   /**
    * Fetches messages, oldest first: the newest, or those before, after or around an id.
    * @param {number} chatId
-   * @param {{before?: number, after?: number, around?: number, limit?: number}} [where]
+   * @param {{before?: number | null, after?: number, around?: number,
+   *   limit?: number}} [where]
    * @returns {Promise<History>}
    */
   history(chatId, where) {
@@ -964,12 +953,13 @@ export class ChatWebSocket {
   /**
    * Searches messages for all words of `q`, newest first. Any page may be empty: go on
    * with its `before` until that is null.
-   * @param {{q: string, chatId?: number, before?: number}} what
+   * @param {{q: string, chatId?: number, before?: number | null}} what
+   * @param {AbortSignal} [signal] ends the request
    * @returns {Promise<{messages: Message[], before: number | null}>}
    */
-  search({ q, chatId, before }) {
+  search({ q, chatId, before }, signal) {
     const text = query({ q, chat_id: chatId, before });
-    return this.request("GET", `/api/v1/search${text}`);
+    return this.request("GET", `/api/v1/search${text}`, undefined, signal);
   }
 
   /**
@@ -1081,12 +1071,14 @@ export class ChatWebSocket {
   async request(method, path, body, signal) {
     for (let tries = 1; ; tries++) {
       const gaps = this.#gaps;
+      const { epoch } = this.#cursor;
       this.#newest.requestBegins();
       try {
         const answer = await this.#request(method, path, body, signal);
         // What happened in a gap may be missing in the answer.
-        if (gaps === this.#gaps) this.#newest.putInto(answer);
-        else if (method === "GET" && answer.messages && tries < 5) continue;
+        const old = gaps !== this.#gaps && method === "GET" && answer.messages;
+        if (old && tries < 5) continue;
+        if (epoch === this.#cursor.epoch) this.#newest.putInto(answer);
         return answer;
       } finally {
         this.#newest.requestEnds(this.#cursor.seq);
@@ -1096,27 +1088,24 @@ export class ChatWebSocket {
 
   /** @param {Partial<Unsent>} fields @returns {string} its client_id */
   #enqueue(fields) {
-    const entry = this.#unsent.add(fields);
-    this.#reportDelivery(entry, "sending");
+    const entry = this.#unsent.add({ epoch: this.#cursor.epoch, ...fields });
+    this.#reportDelivery(entry);
     this.#sendUnsent();
     return entry.client_id;
   }
 
   /**
-   * Drops edits of a message that are not on their way.
-   * @param {number} messageId @param {(edit: Unsent) => boolean} which
+   * Drops changes of a message that are not on their way.
+   * @param {number} messageId @param {(change: Unsent) => boolean} which
    */
-  #dropEdits(messageId, which) {
+  #dropChanges(messageId, which) {
     for (const entry of [...this.#unsent.at("waiting"), ...this.#unsent.at("failed")])
-      if (entry.kind === "edit" && entry.message_id === messageId && which(entry))
-        this.#discard(entry);
+      if (entry.message_id === messageId && which(entry)) this.#discard(entry);
   }
 
   /** @param {(entry: Unsent) => boolean} which @returns {Delivery[]} */
   #pending(which) {
-    return this.#unsent.entries
-      .filter(which)
-      .map((entry) => delivery(entry, entry.place === "failed" ? "failed" : "sending"));
+    return this.#unsent.entries.filter(which).map((entry) => delivery(entry));
   }
 
   /* ---- connecting ---- */
@@ -1153,8 +1142,7 @@ export class ChatWebSocket {
   #newSocket(token) {
     const url = new URL("ws/chat", this.#base);
     url.protocol = url.protocol.replace("http", "ws");
-    url.searchParams.set("token", token);
-    if (this.#cursor.seq >= 0) url.searchParams.set("cursor", this.#cursorText());
+    url.search = query({ token, cursor: this.#cursorText() });
     const socket = new WebSocket(url);
     socket.onopen = () => this.#log?.log("[WebSocket] Connected");
     socket.onmessage = ({ data }) => this.#receive(data);
@@ -1169,7 +1157,9 @@ export class ChatWebSocket {
   async #socketToken() {
     if (!this.#token) return (await this.request("GET", "/api/v2/ws-token")).token;
     if (typeof this.#token === "string") {
-      if (this.#tokenInDoubt) await this.#checkToken();
+      // A browser does not say why a handshake was refused: perhaps because of this
+      // token. Then this request ends the connection.
+      if (this.#tokenInDoubt) await this.request("GET", "/api/v1/me").catch(() => {});
       return this.#token;
     }
     const token = await this.#token();
@@ -1178,19 +1168,6 @@ export class ChatWebSocket {
     if (this.#bearer === undefined) this.#fetchedToken = token;
     this.#learnUserFrom(token);
     return token;
-  }
-
-  /**
-   * A browser does not say why a handshake was refused. The reason may be a fixed token
-   * that is no longer valid, and then the client must stop. An HTTP request finds out.
-   */
-  async #checkToken() {
-    try {
-      await this.request("GET", "/api/v1/me");
-    } catch {
-      // After a 401, #fetchAgain has ended the connection. Any other error says
-      // nothing about the token.
-    }
   }
 
   /**
@@ -1363,7 +1340,7 @@ export class ChatWebSocket {
     if (this.#userId === undefined) {
       this.#userId = userId;
       this.#unsent.open(`chatd.unsent.${this.#base.host}.${userId}.`);
-      this.#reportAdopted(this.#unsent.entries);
+      for (const entry of this.#unsent.entries) this.#reportDelivery(entry);
     }
     return true;
   }
@@ -1407,15 +1384,32 @@ export class ChatWebSocket {
   #restartAt(text) {
     const { epoch } = this.#cursor;
     this.#cursor = parseCursor(text);
-    if (epoch !== this.#cursor.epoch) this.#newest.forget();
     this.#gaps += 1;
     this.#listedUpTo = -1;
     this.#gaplessFrom = this.#cursor.seq;
     if (this.#held) this.#held = [];
+    if (epoch !== this.#cursor.epoch) this.#handleNewEpoch(!epoch);
+  }
+
+  /**
+   * A backup was restored, unless this is the first epoch that the client knows. Ids may
+   * be those of other messages now.
+   * @param {boolean} first
+   */
+  #handleNewEpoch(first) {
+    if (!first) {
+      this.#newest.forget();
+      this.#marks.clear();
+    }
+    // Other tabs may know of a newer epoch; what they leave later is sent.
+    for (const entry of this.#unsent.at("waiting"))
+      if (entry.kind !== "message" && entry.epoch && entry.epoch !== this.#cursor.epoch)
+        this.#messageRefused(entry, "not_found", "A backup was restored since.");
   }
 
   #cursorText() {
-    return `${this.#cursor.epoch}.${this.#cursor.seq}`;
+    const { epoch, seq } = this.#cursor;
+    return seq < 0 ? null : `${epoch}.${seq}`;
   }
 
   /** @returns {Promise<Snapshot>} */
@@ -1424,13 +1418,16 @@ export class ChatWebSocket {
     try {
       const snapshot = await this.#freshSnapshot();
       const { epoch, seq } = parseCursor(snapshot.cursor);
-      if (epoch === this.#cursor.epoch) this.#listedUpTo = seq;
+      const known = this.#cursor;
+      if (epoch === known.epoch) this.#listedUpTo = seq;
       else this.#restartAt(snapshot.cursor);
+      // After a restore, this list may be the first to tell of it.
+      if (epoch !== known.epoch && known.seq >= 0) this.#emit("resync", {});
       this.#emit("chats", snapshot);
       return snapshot;
     } finally {
       const held = this.#held ?? [];
-      this.#held = null;
+      this.#held = this.#fetching = null; // a listener may call fetchChats again
       for (const event of held) this.#deliver(event);
       this.#newest.requestEnds(this.#cursor.seq);
     }
@@ -1451,7 +1448,7 @@ export class ChatWebSocket {
       if (epoch === known ? seq >= this.#gaplessFrom : before === known)
         return snapshot;
     }
-    throw new ChatError(0, "unreachable", "The server's list of chats is out of date.");
+    throw unreachable("The server's list of chats is out of date.");
   }
 
   /**
@@ -1535,7 +1532,7 @@ export class ChatWebSocket {
     if (typeof this.#token === "string") return; // there is no newer one; 4401 follows
     const attempt = this.#attempt;
     const wait = RENEW_SECONDS - elapsed(this.#renewedAt);
-    if (wait > 0) await pause(wait);
+    if (wait > 0) await new Promise((resolve) => after(wait, () => resolve(0)));
     if (attempt !== this.#attempt) return;
     this.#renewedAt = now();
     try {
@@ -1568,11 +1565,12 @@ export class ChatWebSocket {
     const { signal } = this.#fallback;
     let wait = POLL_SECONDS;
     try {
-      const withoutCursor = this.#cursor.seq < 0;
-      const answer = await this.request("GET", this.#pollPath(), undefined, signal);
+      const cursor = this.#cursorText();
+      const path = `/api/v1/events${query({ limit: 500, cursor })}`;
+      const answer = await this.request("GET", path, undefined, signal);
       if (signal.aborted) return;
       if (answer.more) wait = 0;
-      this.#handlePoll(answer, withoutCursor);
+      this.#handlePoll(answer, cursor === null);
     } catch (error) {
       if (signal.aborted) return;
       wait = Math.max(wait, retryAfter(error) ?? 0);
@@ -1580,12 +1578,6 @@ export class ChatWebSocket {
     }
     if (signal.aborted) return;
     this.#pollTimer = after(wait, () => void this.#pollOnce());
-  }
-
-  #pollPath() {
-    const query = new URLSearchParams({ limit: "500" });
-    if (this.#cursor.seq >= 0) query.set("cursor", this.#cursorText());
-    return `/api/v1/events?${query}`;
   }
 
   /**
@@ -1631,9 +1623,8 @@ export class ChatWebSocket {
   /* ---- sending ---- */
 
   /**
-   * Sends the oldest unsent entry, over the socket, or over HTTP while the client
-   * polls. The next one waits for the answer, or else the server could refuse the first
-   * with `rate_limited` and store the second before it.
+   * Sends the oldest unsent entry. The next one waits for the answer, or else the server
+   * could refuse the first with `rate_limited` and store the second before it.
    */
   #sendUnsent() {
     if (this.#ended) return;
@@ -1674,38 +1665,40 @@ export class ChatWebSocket {
       this.#messageStored({ ...answer.message, client_id });
     } catch (error) {
       if (signal.aborted) return; // the socket is back and sends the message
-      const { status, code, message, retryAfter } = asChatError(error);
+      // Or else no token could be fetched.
+      const known = error instanceof ChatError ? error : unreachable();
+      const { status, code, message, retryAfter } = known;
       this.#messageRefused(entry, code, message, status ? retryAfter : POLL_SECONDS);
       this.#sendUnsent();
     }
   }
 
+  /** @param {string} [ref] `read CHAT MESSAGE`, or that of another command */
+  #markOf(ref = "") {
+    const [kind, chatId, messageId] = ref.split(" ");
+    const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
+    return { mark, chatId: Number(chatId), messageId: Number(messageId) };
+  }
+
   /** @param {Ack} ack */
   #handleAck(ack) {
-    const [kind, chatId, messageId] = (ack.ref ?? "").split(" ");
-    const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
-    if (mark) mark.settled = Math.max(mark.settled, Number(messageId));
+    const { mark, messageId } = this.#markOf(ack.ref);
+    if (mark) mark.settled = Math.max(mark.settled, messageId);
     const entry = this.#unsent.find(ack.client_id ?? ack.ref);
     if (!entry || ack.message_id === undefined) return;
     if (entry.kind !== "message") return this.#changeStored(entry, ack.rev);
-    this.#messageStored({
-      id: ack.message_id,
-      chat_id: entry.chat_id,
-      sender_id: this.#userId ?? 0,
-      content: entry.content,
-      created_at: ack.created_at ?? "",
-      n: ack.n ?? 0,
-      client_id: entry.client_id,
-    });
+    const { chat_id, content, client_id } = entry;
+    const { message_id: id, created_at = "", n = 0 } = ack;
+    const sender_id = this.#userId ?? 0;
+    const message = { id, chat_id, sender_id, content, created_at, n, client_id };
+    this.#messageStored(message, ack.duplicate);
   }
 
   /** @param {Refusal} refusal */
   #handleError({ ref, client_id, code, message, retry_after }) {
-    const [kind, chatId, messageId] = (ref ?? "").split(" ");
-    const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
-    if (mark && FINAL_REFUSALS.has(code)) mark.settled = Number(messageId);
-    else if (mark)
-      after(retry_after ?? REFUSED_SECONDS, () => this.#sendMark(Number(chatId)));
+    const { mark, chatId, messageId } = this.#markOf(ref);
+    if (mark && FINAL_REFUSALS.has(code)) mark.settled = messageId;
+    else if (mark) after(retry_after ?? REFUSED_SECONDS, () => this.#sendMark(chatId));
     const entry = this.#unsent.find(client_id ?? ref); // chatd 1.0 repeats only `ref`
     if (entry?.place !== "socket") return;
     this.#messageRefused(entry, code, message, retry_after);
@@ -1715,16 +1708,14 @@ export class ChatWebSocket {
   /**
    * The server has stored the message. The ack, the 201 and the event all say so; the
    * first to arrive counts.
-   * @param {Message} message
+   * @param {Message} message @param {boolean} [mayHaveChanged]
    */
-  #messageStored(message) {
+  #messageStored(message, mayHaveChanged) {
     const entry = this.#unsent.find(message.client_id);
     if (!entry || message.sender_id !== this.#userId) return;
     this.#unsent.remove(entry);
-    this.#emit("delivery", {
-      ...delivery(entry, "sent"),
-      message: this.#newest.of(message),
-    });
+    const stored = !mayHaveChanged && { message: this.#newest.of(message) };
+    this.#emit("delivery", { ...delivery(entry, "sent"), ...stored });
     this.#sendUnsent();
   }
 
@@ -1747,9 +1738,10 @@ export class ChatWebSocket {
    * @param {number} [seconds] the wait that the server asked for
    */
   #messageRefused(entry, code, reason, seconds) {
+    if (!this.#unsent.entries.includes(entry)) return; // another tab has dropped it
     if (FINAL_REFUSALS.has(code)) {
-      this.#unsent.fail(entry, code, reason);
-      this.#reportDelivery(entry, "failed");
+      this.#unsent.update(entry, { place: "failed", code, reason });
+      this.#reportDelivery(entry);
       return;
     }
     entry.place = "waiting";
@@ -1766,15 +1758,8 @@ export class ChatWebSocket {
 
   /** Sends the messages that closed tabs have left. */
   #adopt() {
-    this.#reportAdopted(this.#unsent.adopt());
+    for (const entry of this.#unsent.adopt()) this.#reportDelivery(entry);
     this.#sendUnsent();
-  }
-
-  /** @param {Unsent[]} entries */
-  #reportAdopted(entries) {
-    for (const entry of entries) {
-      this.#reportDelivery(entry, entry.place === "failed" ? "failed" : "sending");
-    }
   }
 
   /** @param {Unsent} entry */
@@ -1829,16 +1814,30 @@ export class ChatWebSocket {
   /* ---- HTTP ---- */
 
   /**
+   * After a 401, repeats the request once with a new token: a function fetches it, or
+   * connect was called with it meanwhile. Without one, the user has to sign in again.
+   * (The token function of connect may return tickets, which HTTP refuses.)
    * @param {string} method @param {string} path @param {object} [body]
    * @param {AbortSignal} [signal] @returns {Promise<any>}
    */
   async #request(method, path, body, signal) {
+    // There, a 401 may be about the invitation. So another request tries the token.
+    const joins = path === "/api/v1/join";
+    if (joins) await this.#request("GET", "/api/v1/me");
     const token = await this.#httpToken(false);
     try {
       return await this.#fetch(method, path, token, body, signal);
-    } catch (error) {
-      if (!isSignedOut(error)) throw error;
-      return this.#fetchAgain(method, path, body, signal, error);
+    } catch (refusal) {
+      if (joins || !isSignedOut(refusal)) throw refusal;
+      try {
+        const newer = await this.#httpToken(true);
+        if (newer === token) throw refusal;
+        return await this.#fetch(method, path, newer, body, signal);
+      } catch (error) {
+        const mayBeTicket = !this.#bearer && typeof this.#token === "function";
+        if (!mayBeTicket && isSignedOut(error)) this.#end("signed_out");
+        throw error;
+      }
     }
   }
 
@@ -1856,25 +1855,6 @@ export class ChatWebSocket {
   }
 
   /**
-   * After a 401, repeats the request once with a new token, if there is a function that
-   * fetches one. If a fixed token or `bearer` is refused, the user has to sign in
-   * again. The token function of connect may return tickets, which HTTP refuses.
-   * @param {string} method @param {string} path @param {object | undefined} body
-   * @param {AbortSignal | undefined} signal @param {unknown} refusal
-   */
-  async #fetchAgain(method, path, body, signal, refusal) {
-    const source = this.#bearer ?? this.#token;
-    try {
-      if (typeof source !== "function") throw refusal;
-      return await this.#fetch(method, path, await this.#httpToken(true), body, signal);
-    } catch (error) {
-      const mayBeTicket = this.#bearer === undefined && typeof source === "function";
-      if (!mayBeTicket && isSignedOut(error)) this.#end("signed_out");
-      throw error;
-    }
-  }
-
-  /**
    * @param {string} method @param {string} path
    * @param {string | null} token null: none
    * @param {object} [body] @param {AbortSignal} [signal]
@@ -1886,6 +1866,7 @@ export class ChatWebSocket {
     const limit = new AbortController();
     const abort = () => limit.abort();
     const timer = after(REQUEST_SECONDS, abort);
+    if (signal?.aborted) abort();
     signal?.addEventListener("abort", abort);
     try {
       return await readAnswer(
@@ -1900,7 +1881,7 @@ export class ChatWebSocket {
       );
     } catch (error) {
       if (error instanceof ChatError) throw error;
-      throw new ChatError(0, "unreachable", "The chat server does not answer.");
+      throw unreachable();
     } finally {
       clearTimeout(timer);
       signal?.removeEventListener("abort", abort);
@@ -1926,7 +1907,7 @@ export class ChatWebSocket {
     this.#emit("state", { state, retryIn: this.retryIn });
   }
 
-  /** @param {Unsent} entry @param {Delivery["state"]} state */
+  /** @param {Unsent} entry @param {Delivery["state"]} [state] */
   #reportDelivery(entry, state) {
     this.#emit("delivery", delivery(entry, state));
   }
@@ -1947,8 +1928,10 @@ export class ChatWebSocket {
  * Small functions.
  * ---------------------------------------------------------------------------------- */
 
-/** @param {Unsent} entry @param {Delivery["state"]} state @returns {Delivery} */
-function delivery(entry, state) {
+/**
+ * @param {Unsent} entry @param {Delivery["state"]} [state] @returns {Delivery}
+ */
+function delivery(entry, state = entry.place === "failed" ? "failed" : "sending") {
   const { kind, client_id, chat_id, message_id, content, kept, code, reason } = entry;
   const failure = code && { code, reason: reason ?? "" };
   return { state, kind, client_id, chat_id, message_id, content, kept, ...failure };
@@ -1962,9 +1945,9 @@ function validText(content) {
   return String(content).replace(LONE_SURROGATE, "\ufffd");
 }
 
-/** @param {object} [parameters] those that are undefined are left out */
+/** @param {object} [parameters] those that are null or undefined are left out */
 function query(parameters = {}) {
-  const given = Object.entries(parameters).filter(([, value]) => value !== undefined);
+  const given = Object.entries(parameters).filter(([, value]) => value != null);
   return given.length ? `?${new URLSearchParams(given)}` : "";
 }
 
@@ -2000,7 +1983,8 @@ async function readAnswer(answer) {
   const body = await answer.json().catch(() => null);
   if (answer.ok && body) return body;
   const {
-    code = "internal",
+    // A proxy answers while chatd is away, or too slow for it: that is no refusal.
+    code = /^4(?!08|29)/.test(String(answer.status)) ? "internal" : "upstream",
     message = `The chat server answered with HTTP status ${answer.status}.`,
     retry_after,
   } = body?.error ?? {};
@@ -2017,10 +2001,8 @@ function retryAfter(error) {
   return error instanceof ChatError ? error.retryAfter : undefined;
 }
 
-/** @param {unknown} error perhaps from a token function @returns {ChatError} */
-function asChatError(error) {
-  if (error instanceof ChatError) return error;
-  return new ChatError(0, "unreachable", "No token could be fetched.");
+function unreachable(text = "The chat server does not answer.") {
+  return new ChatError(0, "unreachable", text);
 }
 
 /** Milliseconds of a clock that never goes back, unlike Date.now(). */
@@ -2036,11 +2018,6 @@ function elapsed(since) {
 /** @param {number} seconds @param {() => void} task @returns {number} */
 function after(seconds, task) {
   return Number(setTimeout(task, seconds * 1000));
-}
-
-/** @param {number} seconds @returns {Promise<void>} */
-function pause(seconds) {
-  return new Promise((resolve) => void after(seconds, resolve));
 }
 
 /** @param {number} seconds @param {() => void} task @returns {number} */
