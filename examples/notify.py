@@ -16,7 +16,9 @@ A member is told once that there is something unread in a chat, and again only a
 messages that were sent later, when the ones before are read. For each such member
 --state holds a time: whatever was sent before it is told. It is the time of the oldest
 unread message plus --older-than. The list showed the member, so chatd's clock was past
-that time already; no other clock matters.
+that time already. The clock of this machine only says when old notes may be dropped. If
+chatd's clock was far ahead and is set right, move the notes away: they are from a time
+that is still to come.
 
 The note is written after the mail server has accepted the mail. If this program is
 killed between the two, it repeats the mail, with the same Message-ID.
@@ -25,6 +27,7 @@ killed between the two, it repeats the mail, with the same Message-ID.
 from __future__ import annotations
 
 import argparse
+import email.header
 import email.message
 import email.policy
 import email.utils
@@ -32,6 +35,7 @@ import fcntl
 import http.client
 import json
 import os
+import signal
 import smtplib
 import sys
 import time
@@ -39,13 +43,15 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-NET_SECONDS = 30  # for one answer of chatd, of the mail server, or of ntfy
+NET_SECONDS = 30  # for one answer of chatd, of the mail server, or of ntfy, to begin
+WHOLE_SECONDS = 120  # for a whole mail, push or request, however it dawdles
 RETRY_SECONDS = 60  # after a failure; doubled each time, up to an hour
+LOOK_SECONDS = 600  # the unread list is asked for at least so often
 
 
 class Problem(Exception):
@@ -53,7 +59,24 @@ class Problem(Exception):
 
 
 def say(sentence: object) -> None:
-    print(f"notify: {sentence}", file=sys.stderr, flush=True)
+    # One line, whatever a server has answered.
+    print("notify:", *str(sentence).split(), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Raise TimeoutError after WHOLE_SECONDS. A socket's timeout begins anew with each
+    byte, so without this a server that sends one now and then stops everything."""
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError(f"not done after {WHOLE_SECONDS} s")
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, WHOLE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -77,10 +100,11 @@ def ask(options: argparse.Namespace, path: str, **query: object) -> Any:
     headers = {"Authorization": f"Bearer {read_token(options)}"}
     try:
         request = urllib.request.Request(url, headers=headers)
-        with web.open(request, timeout=NET_SECONDS) as answer:
+        with limited(), web.open(request, timeout=NET_SECONDS) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        with error:
+        why = ""
+        with error, suppress(*NO_ANSWER), limited():
             why = error.read(500).decode(errors="replace")
         advice = ""
         if error.code in (401, 403):
@@ -98,7 +122,7 @@ def read_token(options: argparse.Namespace) -> str:
 
 def read_file(what: str, path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")  # some editors begin a file with a mark
     except (OSError, UnicodeError) as error:
         raise Problem(f"{what} {path}: {error}") from None
 
@@ -109,17 +133,20 @@ class Feed:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.cursor = ""
+        self.found = True
 
     def has_new_messages(self) -> bool:
         """Read up to the end. True also where it cannot know: at first, and after a
         restore of the database."""
-        found, more = not self.cursor, True
+        more = True
         while more:
             query = {"cursor": self.cursor, "limit": 500} if self.cursor else {}
             page = ask(self.options, "events", **query)
             kinds = {event["type"] for event in page["events"]}
-            found |= page["resync"] or "new_message" in kinds
+            # Kept, in case the next page fails.
+            self.found |= page["resync"] or "new_message" in kinds
             self.cursor, more = page["cursor"], page["more"]
+        found, self.found = self.found, False
         return found
 
 
@@ -142,7 +169,7 @@ class Unread(NamedTuple):
 
     def message_id(self, options: argparse.Namespace) -> str:
         """The same whenever the same unread messages are told."""
-        _, _, domain = options.sender.rpartition("@")
+        _, _, domain = email.utils.parseaddr(options.sender)[1].rpartition("@")
         return f"<chatd.{self.user_id}.{self.chat_id}.{self.sent_at}@{domain}>"
 
 
@@ -256,7 +283,7 @@ class Mailer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.server: smtplib.SMTP | None = None
-        self.down = False  # it is not there: do not wait for it for each recipient
+        self.down = False  # no answer: do not wait for one for each recipient
 
     def send(self, address: str, unread: Unread) -> None:
         """Return when the mail server has accepted the mail. Raises Problem."""
@@ -275,15 +302,21 @@ class Mailer:
         except (ValueError, IndexError) as error:
             raise Problem(f"{address}: {error}") from None
         host, _, port = options.smtp.rpartition(":")
+        began = time.monotonic()
         try:
-            if self.server is None:
-                self.down = True
-                self.server = smtplib.SMTP(host, int(port), timeout=NET_SECONDS)
-                self.down = False
-            self.server.send_message(mail)
+            with limited():
+                if self.server is None:
+                    self.server = smtplib.SMTP(
+                        host.strip("[]"), int(port), timeout=NET_SECONDS
+                    )
+                self.server.send_message(mail)
         except smtplib.SMTPRecipientsRefused as error:
+            if self.server and not self.server.sock:  # 421 ends the connection
+                self.close()
             raise Problem(f"refused: {error.recipients}") from None
         except (OSError, UnicodeError) as error:  # smtplib's errors are OSErrors
+            hangs = time.monotonic() - began >= NET_SECONDS
+            self.down = self.server is None or hangs
             self.close()
             raise Problem(f"mail server {options.smtp}: {error}") from None
 
@@ -291,7 +324,7 @@ class Mailer:
         """Leave, if there is a connection. What was accepted stays accepted."""
         server, self.server = self.server, None
         if server is not None:
-            with suppress(OSError):
+            with suppress(OSError), limited():
                 server.quit()
 
 
@@ -299,10 +332,13 @@ def push(topic: str, unread: Unread, options: argparse.Namespace) -> None:
     """Send a push to a topic of ntfy. Return when it is accepted. Raises Problem."""
     url = topic if "://" in topic else f"{options.ntfy.rstrip('/')}/{topic}"
     subject, text = text_about(unread, options)
-    headers = {"Title": subject, "Message-ID": unread.message_id(options)}
+    headers = {
+        "Title": email.header.Header(subject).encode(maxlinelen=0),
+        "Message-ID": unread.message_id(options),
+    }
     try:
         request = urllib.request.Request(url, text.encode(), headers, method="POST")
-        with web.open(request, timeout=NET_SECONDS):
+        with limited(), web.open(request, timeout=NET_SECONDS):
             return
     except urllib.error.HTTPError as error:
         error.close()
@@ -358,18 +394,21 @@ class Round:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Tell whenever a message may have become old enough, for ever."""
+    """Tell whenever a message may have become old enough, for ever.
+
+    Now and then it looks even so: an address was corrected, or a clock was set.
+    """
     feed, tell = Feed(options), Round(options, Told(options.state))
-    due, wait = {0.0}, options.every
+    due: set[float] = set()
+    look, wait = 0.0, options.every
     while True:
         try:
             if feed.has_new_messages():
                 # A second more: the times of messages are in whole seconds.
                 due.add(time.monotonic() // 1 + options.older_than + 1)
             now = time.monotonic()
-            if min(due, default=now + 1) <= now:
-                if not tell.run():
-                    due.add(now + RETRY_SECONDS)
+            if min(due | {look}) <= now:
+                look = now + (LOOK_SECONDS if tell.run() else RETRY_SECONDS)
                 due = {at for at in due if at > now}
             wait = options.every
         except Problem as problem:
@@ -451,7 +490,8 @@ def read_options() -> argparse.Namespace:
     )
     options = parser.parse_args()  # fmt: skip
     options.url = options.url.rstrip("/")
-    if options.smtp and not options.smtp.rpartition(":")[2].isdecimal():
+    host, _, port = (options.smtp or "localhost:25").rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
         parser.error(f"--smtp {options.smtp}: not HOST:PORT")
     if options.older_than < 1 or options.every <= 0:
         parser.error("--older-than and --every must be more than 0")

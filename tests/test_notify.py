@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import email.message
 import json
+import math
 import os
 import random
 import re
@@ -13,8 +14,10 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -38,11 +41,13 @@ UNREAD = "/api/v1/internal/chat/unread"
 
 
 class Inbox:
-    """A mail server. It refuses the addresses in `refuses`, for good."""
+    """A mail server. It refuses the addresses in `refuses`, for good; at those in
+    `hangs_up` it ends the connection."""
 
     def __init__(self) -> None:
         self.mails: list[email.message.Message] = []
         self.refuses: set[str] = set()
+        self.hangs_up: set[str] = set()
         self.arrived = threading.Event()  # a mail has come, and is not accepted yet
         self.accepts = threading.Event()
         self.accepts.set()
@@ -53,6 +58,8 @@ class Inbox:
     ) -> str:
         if address in self.refuses:
             return "550 no such mailbox"
+        if address in self.hangs_up:
+            return "421 try later"
         envelope.rcpt_tos.append(address)
         return "250 OK"
 
@@ -124,12 +131,87 @@ class TopicsHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def topics() -> Iterator[Topics]:
-    with Topics() as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.01,))
-        thread.start()
+    with Topics() as made, serving(made):
         yield made
-        made.shutdown()
+
+
+@contextmanager
+def serving(http: ThreadingHTTPServer) -> Iterator[None]:
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield
+    finally:
+        http.shutdown()
         thread.join()
+
+
+@contextmanager
+def dawdling(first: bytes, then: bytes) -> Iterator[int]:
+    """Listen at a port: each client gets `first`, and then `then`, again and again."""
+
+    def serve(stream: socket.socket) -> None:
+        with stream, suppress(OSError):
+            stream.sendall(first)
+            while not over.wait(0.02):
+                stream.sendall(then)
+
+    def accept() -> None:
+        while not over.is_set():
+            with suppress(TimeoutError):
+                threads.append(
+                    threading.Thread(target=serve, args=listener.accept()[:1])
+                )
+                threads[-1].start()
+
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        threads = [threading.Thread(target=accept)]
+        threads[0].start()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+
+
+class Relay(ThreadingHTTPServer):
+    """Passes requests on to chatd. It lets so many pages of the feed through."""
+
+    daemon_threads = True
+
+    def __init__(self, server: ServerProcess) -> None:
+        super().__init__(("127.0.0.1", 0), RelayHandler)
+        self.upstream = server.url
+        self.pages: float = math.inf
+        self.refused = 0
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class RelayHandler(BaseHTTPRequestHandler):
+    server: Relay
+
+    def do_GET(self) -> None:
+        if "/events?" in self.path:
+            self.server.pages -= 1
+        status, body = 503, b"later"
+        if self.server.pages >= 0:
+            headers = {"Authorization": self.headers["Authorization"]}
+            url = self.server.upstream + self.path
+            request = urllib.request.Request(url, headers=headers)
+            with urllib.request.urlopen(request) as answer:
+                status, body = answer.status, answer.read()
+        else:
+            self.server.refused += 1
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
 
 
 # --- the program ---------------------------------------------------------------------
@@ -155,10 +237,20 @@ class Notifier:
             "--older-than": "1",
             "--every": "0.05",
         }
+        self.constants: dict[str, object] = {}  # those of the program that differ
 
     def command(self, *more: str) -> list[str]:
         words = [f"{flag}={value}" for flag, value in self.flags.items()]
-        return [sys.executable, str(NOTIFY), *words, *more]
+        if not self.constants:
+            return [sys.executable, str(NOTIFY), *words, *more]
+        program = f"""
+import sys
+sys.path.insert(0, {str(NOTIFY.parent)!r})
+import notify
+vars(notify).update({self.constants!r})
+sys.exit(notify.main())
+"""
+        return [sys.executable, "-c", program, *words, *more]
 
     async def once(self) -> CommandResult:
         """Ask once and tell. No failure may be a traceback."""
@@ -196,6 +288,15 @@ async def notifier(
         yield Notifier(server, inbox, topics)
 
 
+async def until_it_waits_for_messages(process: subprocess.Popen[bytes]) -> None:
+    """Line 1 of its recipients is wrong: it says so at its start and in each round. The
+    first two rounds need no message: one at once, and one --older-than later."""
+    assert process.stderr
+    for _ in range(3):
+        line = await trio.to_thread.run_sync(process.stderr.readline)
+        assert b"line 1: not a user id" in line
+
+
 def end(process: subprocess.Popen[bytes], signum: int = signal.SIGTERM) -> str:
     process.send_signal(signum)
     _, err = process.communicate(timeout=30)
@@ -211,8 +312,10 @@ async def test_what_stays_unread_is_told_once_until_it_was_read(
 ) -> None:
     server = notifier.server
     notifier.recipients.write_text(
-        "# people\n2 two@shop.example\n\n3 secret-topic  # a push\n"
+        # As some editors write it.
+        "\ufeff2 two@shop.example\r\n\r\n# people\r\n3 secret-topic  # a push\r\n"
     )
+    notifier.flags["--from"] = "The shop <chat@shop.example>"
     chat = await server.chat(1, 2, 3, 4)
     await server.want(200, "GET /api/v1/me", server.token(2, name="Zoë"))
     first = await server.post(chat, 1, "secret words")
@@ -221,7 +324,8 @@ async def test_what_stays_unread_is_told_once_until_it_was_read(
         assert await notifier.once() == CommandResult(0, "", "")
     (mail,) = inbox.mails
     assert mail["To"] == "two@shop.example"
-    assert mail["From"] == "chat@shop.example"
+    assert mail["From"] == "The shop <chat@shop.example>"
+    assert str(mail["Message-ID"]).endswith("@shop.example>")
     assert mail["Subject"] == "You have 1 unread message"
     assert mail["Auto-Submitted"] == "auto-generated"
     assert mail["Date"]
@@ -288,6 +392,44 @@ async def test_it_tells_of_what_came_while_it_did_not_run(
         await wait_until(notifier.state.exists)
         end(process)
     assert len(inbox.mails) == 1
+
+
+async def test_a_message_counts_even_if_the_next_page_of_the_feed_fails(
+    notifier: Notifier, inbox: Inbox
+) -> None:
+    server = notifier.server
+    notifier.recipients.write_text("2\n2 two@shop.example\n")
+    chat = await server.chat(1, 2)
+    with Relay(server) as relay, serving(relay):
+        notifier.flags["--url"] = relay.url
+        with notifier.start() as process:
+            await until_it_waits_for_messages(process)
+            relay.pages = 0
+            await server.post(chat, 1, "hi")
+            await server.chat(*range(1000, 1600))  # more events than one page has
+            await notifier.listed(f"{chat}-2")
+            relay.pages = 1
+            refused = relay.refused
+            await wait_until(lambda: relay.refused > refused)
+            relay.pages = math.inf
+            await wait_until(lambda: inbox.told["two@shop.example"] == 1)
+            end(process)
+
+
+async def test_an_address_that_was_corrected_is_told_without_a_new_message(
+    notifier: Notifier, inbox: Inbox
+) -> None:
+    server = notifier.server
+    notifier.recipients.write_text("2 no address\n")
+    chat = await server.chat(1, 2)
+    await server.post(chat, 1, "hi")
+    await notifier.listed(f"{chat}-2")
+    notifier.constants["LOOK_SECONDS"] = 0.1
+    with notifier.start() as process:
+        await until_it_waits_for_messages(process)
+        notifier.recipients.write_text("2 two@shop.example\n")
+        await wait_until(lambda: inbox.told["two@shop.example"] == 1)
+        end(process)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -382,6 +524,74 @@ async def test_a_mail_server_that_is_down_is_tried_again(
     assert len(topics.pushes) == 1
 
 
+async def test_an_address_that_ends_the_connection_does_not_stop_the_next(
+    notifier: Notifier, inbox: Inbox
+) -> None:
+    server = notifier.server
+    notifier.recipients.write_text("2 two@x.example\n3 three@x.example\n")
+    inbox.hangs_up.add("two@x.example")
+    chat = await server.chat(1, 2, 3)
+    await server.post(chat, 1, "hi")
+    await notifier.listed(f"{chat}-2", f"{chat}-3")
+    got = await notifier.once()
+    assert got.status == 1
+    assert "user 2: refused: " in got.err
+    assert inbox.told == {"three@x.example": 1}
+
+
+async def test_a_server_that_dawdles_stops_nobody_else(
+    notifier: Notifier, topics: Topics
+) -> None:
+    server = notifier.server
+    chat = await server.chat(1, 2, 3, 4, 5)
+    await server.post(chat, 1, "hi")
+    await notifier.listed(*(f"{chat}-{user}" for user in (2, 3, 4, 5)))
+    notifier.constants.update(NET_SECONDS=0.4, WHOLE_SECONDS=0.6)
+    with (
+        dawdling(b"HTTP/1.1 200 OK\r\nX-Never-Ends: ", b"x") as topic,
+        dawdling(b"220-", b"x") as mail,
+    ):
+        notifier.recipients.write_text(
+            f"2 http://127.0.0.1:{topic}/x\n3 a@x.example\n4 b@x.example\n5 topic\n"
+        )
+        notifier.flags["--smtp"] = f"127.0.0.1:{mail}"
+        got = await notifier.once()
+    assert got.status == 1
+    assert len(topics.pushes) == 1
+    assert got.err.count("not done after 0.6 s") == 2  # the mail server: only once
+
+
+async def test_a_mail_server_that_hangs_is_waited_for_once(
+    notifier: Notifier, topics: Topics
+) -> None:
+    server = notifier.server
+    notifier.recipients.write_text("2 two@x.example\n3 three@x.example\n4 topic\n")
+    chat = await server.chat(1, 2, 3, 4)
+    await server.post(chat, 1, "hi")
+    await notifier.listed(*(f"{chat}-{user}" for user in (2, 3, 4)))
+    notifier.constants["NET_SECONDS"] = 0.4
+    with dawdling(b"220 hi\r\n", b"") as mail:  # and then not a byte
+        notifier.flags["--smtp"] = f"127.0.0.1:{mail}"
+        got = await notifier.once()
+    assert got.status == 1
+    assert got.err.count("mail server") == 1
+    assert len(topics.pushes) == 1
+
+
+async def test_a_servers_words_are_one_line_of_the_log(notifier: Notifier) -> None:
+    server = notifier.server
+    chat = await server.chat(1, 2)
+    await server.post(chat, 1, "hi")
+    await notifier.listed(f"{chat}-2")
+    with dawdling(b"nonsense\r\nnotify: all is well\r\n\r\n", b"") as topic:
+        notifier.recipients.write_text(f"2 http://127.0.0.1:{topic}/x\n")
+        got = await notifier.once()
+    assert got.status == 1
+    (line,) = got.err.splitlines()
+    assert line.startswith("notify: user 2: ")
+    assert "nonsense" in line
+
+
 @pytest.mark.parametrize("status", [302, 403, 429, 500])
 async def test_a_push_counts_only_when_it_is_accepted(
     notifier: Notifier, topics: Topics, status: int
@@ -438,6 +648,8 @@ async def test_what_is_wrong_is_said_in_a_sentence(
         ({"--url": "http://127.0.0.1:1"}, 1, "does not answer"),
         ({"--url": "nonsense"}, 1, "does not answer"),
         ({"--smtp": "localhost"}, 2, "not HOST:PORT"),
+        ({"--smtp": ":25"}, 2, "not HOST:PORT"),
+        ({"--smtp": "localhost:99999"}, 2, "not HOST:PORT"),
         ({"--older-than": "0"}, 2, "more than 0"),
         ({"--every": "0"}, 2, "more than 0"),
         ({"--state": str(wrong_token)}, 1, "not written by this program"),
