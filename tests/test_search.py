@@ -274,6 +274,17 @@ def test_pages_give_each_message_once_whatever_is_sent_meanwhile(
         assert ids == expected
 
 
+def test_a_search_looks_at_the_clock_more_often_in_long_texts(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    for _ in range(400):
+        memory.send(chat, 1, "a" * 4000)
+    for which in (None, chat):
+        bounds = 1, which, json.dumps(["a" * 199 + "b"]), None, memory.hub.head
+        rows = memory.read(lambda db, *to: db.execute(chatd.SEARCH, to).fetchall(),
+                           *bounds)  # fmt: skip
+        assert len(rows) > 10  # one in 512 is 50 ms apart
+
+
 def test_long_texts_are_searched_to_their_end(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     text = "Ж" * 3000 + "page" + "ж" * 990 + "end"
