@@ -392,6 +392,24 @@ async def test_one_search_runs_at_a_time_and_64_wait(server: VirtualServer) -> N
     assert (await server.ask("GET", target(), user=7)).status == 200
 
 
+@with_server(requests=Rate(0, 0))
+async def test_a_search_that_waits_while_its_user_is_revoked_shows_nothing(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+
+    async def search() -> None:
+        answer = await server.ask("GET", target(), user=7)
+        assert (answer.status, answer.code) == (401, "token_invalid")
+
+    async with trio.open_nursery() as nursery, server.app.searching:
+        nursery.start_soon(search)
+        await wait_all_tasks_blocked()
+        revoke = "/api/v1/internal/chat/revoke"
+        await server.command("POST", revoke, {"user_id": 7})
+        await server.post(chat, "apple from after it", sender=6)
+
+
 def change(kind: type[chatd.MessageChange], message: Message, **fields: Any) -> Any:
     """Return a write that records a change of a message."""
 
