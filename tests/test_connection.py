@@ -1747,7 +1747,7 @@ async def test_a_reader_that_is_behind_gets_its_removal_and_nothing_later(
 
 
 @with_server()
-async def test_who_was_removed_meanwhile_is_shown_nothing_of_the_chat(
+async def test_a_user_removed_while_away_is_shown_nothing_of_the_chat(
     server: VirtualServer,
 ) -> None:
     away = await server.join(6)
