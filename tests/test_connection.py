@@ -1747,6 +1747,25 @@ async def test_a_reader_that_is_behind_gets_its_removal_and_nothing_later(
 
 
 @with_server()
+async def test_a_user_removed_while_away_is_shown_nothing_of_the_chat(
+    server: VirtualServer,
+) -> None:
+    away = await server.join(6)
+    await away.leave()
+    chat = await server.chat(7, 8)
+    (message,) = await server.post(chat, "from before", sender=7)
+    await server.command("POST", f"/api/v1/chats/{chat}/members", {"user_id": 6})
+    await server.command("DELETE", f"/api/v1/chats/{chat}/members/6")
+    path, changed = f"/api/v1/messages/{message}", {"content": "from after it"}
+    await server.command("PATCH", path, changed)
+    peer = await server.join(6, cursor=away.hello["cursor"])
+    added = await peer.receive("chat_added")
+    await peer.receive("member_removed")
+    assert (added["chat_id"], added["chat"]["members"]) == (chat, [])
+    assert added["chat"]["last_message"] is None
+
+
+@with_server()
 async def test_membership_changes_before_connected_are_not_missed(
     server: VirtualServer,
 ) -> None:

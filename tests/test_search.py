@@ -274,6 +274,17 @@ def test_pages_give_each_message_once_whatever_is_sent_meanwhile(
         assert ids == expected
 
 
+def test_a_search_looks_at_the_clock_more_often_in_long_texts(memory: Memory) -> None:
+    chat = memory.chat(1, 2)
+    for _ in range(400):
+        memory.send(chat, 1, "a" * 4000)
+    for which in (None, chat):
+        bounds = 1, which, json.dumps(["a" * 199 + "b"]), None, memory.hub.head
+        rows = memory.read(lambda db, *to: db.execute(chatd.SEARCH, to).fetchall(),
+                           *bounds)  # fmt: skip
+        assert len(rows) > 10  # one in 512 is 50 ms apart
+
+
 def test_long_texts_are_searched_to_their_end(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     text = "Ж" * 3000 + "page" + "ж" * 990 + "end"
@@ -379,6 +390,24 @@ async def test_one_search_runs_at_a_time_and_64_wait(server: VirtualServer) -> N
         server.disk.go()
     assert statuses == [200] * 65
     assert (await server.ask("GET", target(), user=7)).status == 200
+
+
+@with_server(requests=Rate(0, 0))
+async def test_a_search_that_waits_while_its_user_is_revoked_shows_nothing(
+    server: VirtualServer,
+) -> None:
+    chat = await server.chat(6, 7)
+
+    async def search() -> None:
+        answer = await server.ask("GET", target(), user=7)
+        assert (answer.status, answer.code) == (401, "token_invalid")
+
+    async with trio.open_nursery() as nursery, server.app.searching:
+        nursery.start_soon(search)
+        await wait_all_tasks_blocked()
+        revoke = "/api/v1/internal/chat/revoke"
+        await server.command("POST", revoke, {"user_id": 7})
+        await server.post(chat, "apple from after it", sender=6)
 
 
 def change(kind: type[chatd.MessageChange], message: Message, **fields: Any) -> Any:

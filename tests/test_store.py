@@ -2369,6 +2369,34 @@ async def test_readers_of_chatd_itself_delay_no_erasure(tmp_path: Path) -> None:
     memory.store.close()
 
 
+async def test_a_long_queue_of_readers_delays_no_erasure(
+    memory: Memory, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def run_slowly(
+        function: Callable[..., Any], *args: Any, limiter: trio.CapacityLimiter
+    ) -> Any:
+        async with limiter:
+            await trio.sleep(0.13)  # a list of 2,000 chats takes so long
+            return function(*args)
+
+    async def read() -> None:
+        while True:
+            await memory.store.read(lambda db: db.execute("SELECT 1").fetchone())
+
+    memory.store._run_sync = run_slowly
+    sent = memory.send(memory.chat(1, 2), 1, "Geheimnis").message
+    async with trio.open_nursery() as nursery:
+        for _ in range(40):
+            nursery.start_soon(read)
+        await trio.sleep(1)
+        memory.delete(1, sent.id)
+        nursery.start_soon(memory.store.erase)
+        await trio.sleep(60)
+        assert b"Geheimnis" not in memory.files()
+        nursery.cancel_scope.cancel()
+    memory_is_sound(memory)
+
+
 async def test_an_erasure_that_the_disk_refuses_is_tried_again(
     memory: Memory, autojump_clock: trio.testing.MockClock
 ) -> None:
