@@ -715,7 +715,7 @@ def test_without_a_configured_audience_any_audience_is_accepted(
 def test_a_ticket_ends_in_a_minute_but_its_socket_with_the_requesting_token() -> None:
     ring = keyring_of()
     asking = ring.verify(make_token(exp=time_in(9000), scope="service"))
-    ticket = ring.verify(ring.ticket(asking), "socket")
+    ticket = ring.verify(ring.ticket(asking)["token"], "socket")
     assert (ticket.user_id, ticket.use, ticket.ends) == (6, "ticket", asking.exp)
     assert ticket.service
     assert 55 <= ticket.exp - time.time() <= 60
@@ -724,7 +724,7 @@ def test_a_ticket_ends_in_a_minute_but_its_socket_with_the_requesting_token() ->
 
 def test_a_ticket_works_once() -> None:
     ring = keyring_of()
-    token = ring.ticket(ring.verify(make_token()))
+    token = ring.ticket(ring.verify(make_token()))["token"]
     first, second = ring.verify(token, "socket"), ring.verify(token + "=", "socket")
     ring.spend(first)
     for again in (first, second):
@@ -736,7 +736,7 @@ def test_two_tickets_from_one_token_are_independent() -> None:
     ring = keyring_of()
     asking = ring.verify(make_token())
     for _ in range(2):
-        ring.spend(ring.verify(ring.ticket(asking), "socket"))
+        ring.spend(ring.verify(ring.ticket(asking)["token"], "socket"))
     ring.spend(asking)
     ring.spend(asking)  # a plain token can be used again
     assert len(ring.spent) == 2
@@ -744,7 +744,7 @@ def test_two_tickets_from_one_token_are_independent() -> None:
 
 def test_a_ticket_is_valid_only_in_the_process_that_issued_it() -> None:
     ring, next_process = keyring_of(), keyring_of()
-    ticket = ring.ticket(ring.verify(make_token()))
+    ticket = ring.ticket(ring.verify(make_token()))["token"]
     refusal = refusal_of(next_process.verify, ticket, "socket")
     assert (refusal.code, refusal.status) == ("token_used", 401)
     assert refusal.message == "a ticket from before a restart: get a new one"
@@ -755,7 +755,9 @@ def test_a_ticket_is_valid_only_in_the_process_that_issued_it() -> None:
 @pytest.mark.parametrize("use", [None, "signin"])
 def test_a_ticket_is_never_a_bearer_token(use: str | None) -> None:
     ring = keyring_of()
-    refusal = refusal_of(ring.verify, ring.ticket(ring.verify(make_token())), use)
+    refusal = refusal_of(
+        ring.verify, ring.ticket(ring.verify(make_token()))["token"], use
+    )
     assert (refusal.code, "ticket" in refusal.message) == ("token_invalid", True)
 
 
@@ -862,7 +864,7 @@ def new_tokens(ring: Keyring) -> list[tuple[str, str | None]]:
     return [
         (session, None),
         (ring.sign(6, 60, use="signin"), "signin"),
-        (ring.ticket(ring.verify(session)), "socket"),
+        (ring.ticket(ring.verify(session))["token"], "socket"),
     ]
 
 
@@ -940,7 +942,7 @@ def test_a_revocation_covers_tickets_and_sign_in_links(purpose: str | None) -> N
     ring = keyring_of()
     token = {
         None: ring.sign(6, 60),
-        "socket": ring.ticket(ring.verify(ring.sign(6, 60))),
+        "socket": ring.ticket(ring.verify(ring.sign(6, 60)))["token"],
         "signin": ring.sign(6, 60, use="signin"),
     }[purpose]
     ring.revoked[6] = chatd.now_seconds()

@@ -249,7 +249,9 @@ def settings_table() -> str:
 
 
 def test_the_table_of_settings_has_a_row_for_every_flag() -> None:
-    assert "\n| `--sends RATE/BURST` | `5/20` | messages and changes" in settings_table()
+    assert (
+        "\n| `--sends RATE/BURST` | `5/20` | messages and changes" in settings_table()
+    )
     assert settings_table() in section(OPERATING, "## Settings")
 
 

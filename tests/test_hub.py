@@ -348,9 +348,10 @@ def test_a_page_is_filtered_again_when_it_is_pushed(memory: Memory) -> None:
     page = memory.page(2)  # read before the removal
     memory.do(memory.chats.remove_member, chat, 2, None)
     memory.hub.push_page(made.seat, page)
-    assert (made.seqs(), made.seat.cursor, made.seat.live) == ([], 3, False)
+    assert (made.seqs(), made.seat.cursor, made.seat.live) == ([2], 3, False)
     memory.catch_up(made)
-    assert made.seqs() == [4]
+    assert made.seqs() == [2, 4]
+    assert made.received()[0]["chat"]["members"] == []
 
 
 def test_typing_goes_to_other_members_that_are_live_with_an_empty_outbox(
@@ -1179,13 +1180,18 @@ def test_a_removed_member_is_told_nothing_that_was_written_later(
         memory.do(memory.chats.remove_member, chat, 3, None)
         memory.edit(1, message, "written later")
         memory.do(memory.chats.set_title, chat, "later", 1)
-        # From the tail or in pages: the removal, and nothing of the chat.
+        # From the tail, in pages and in a poll: the removal, and nothing of the chat.
         made = memory.sit(3, cursor=0)
         memory.catch_up(made)
-        assert made.seqs() == [added + 1]
-        (told, removal) = memory.page(3).events
-        assert (told.seq, removal.seq) == (added, added + 1)
-        assert b"later" not in b"".join([*made.outbox.taken, told.frame])
+        assert made.seqs() == [added, added + 1]
+        polled = memory.page(3).events
+        assert made.received() == [f for e in polled for f in memory_frames(e.frame)]
+        assert made.received()[0] == {
+            "type": "chat_added", "seq": added, "chat_id": chat, "chat": {
+                "id": chat, "title": None, "members": [], "member_count": 0,
+                "last_n": 0, "last_message": None, "direct": False, "created_by": None,
+            },
+        }  # fmt: skip
         # Back in the chat the user sees it as it is.
         memory.do(memory.chats.add_member, chat, 3, 1)
         again = memory.sit(3, cursor=0)

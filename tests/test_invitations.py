@@ -376,7 +376,7 @@ async def test_a_wrong_token_of_a_user_is_401_and_never_a_new_user(
     chat = await server.chat(6)
     token = await invite(server, chat)
     ring = server.app.keyring
-    ticket = ring.ticket(ring.verify(server.token(6)))
+    ticket = ring.ticket(ring.verify(server.token(6)))["token"]
     for auth in (
         "", "Bearer", "Bearer x", "Basic eDp5", f"Bearer {token}", f"Bearer {ticket}",
         f"Bearer {server.token(7, -60)}", f"Bearer {server.token(7, use='signin')}",
@@ -710,7 +710,7 @@ async def test_a_session_is_renewed_until_its_user_is_revoked(
     ring = server.app.keyring
     for token in (
         server.token(6), server.token(6, scope="service"), "x", "",
-        ring.sign(6, -60, use="session"), ring.ticket(ring.verify(server.token(6))),
+        ring.sign(6, -60, use="session"), ring.ticket(ring.verify(server.token(6)))["token"],
     ):  # fmt: skip
         answer = await server.ask("POST", "/api/v1/session", token=token)
         assert answer.status == 401

@@ -313,12 +313,14 @@ def test_a_ping_has_no_payload() -> None:
 def test_an_error_frame_omits_fields_that_are_not_set() -> None:
     refusal = Refusal("rate_limited", retry_after=1.23456)
     command = '{"ref":"r1","chat_id":"1"}'
-    ((_, text),) = words_hear(chatd.error_frame(refusal, command))
+    ((_, text),) = words_hear(chatd.text_frame(chatd.error_of(refusal, command)))
     assert json.loads(text) == {
         "type": "error", "code": "rate_limited", "ref": "r1", "retry_after": 1.235,
         "message": "too many at once: slow down",
     }  # fmt: skip
-    ((_, text),) = words_hear(chatd.error_frame(Refusal("not_found", "chat_id: none")))
+    ((_, text),) = words_hear(
+        chatd.text_frame(chatd.error_of(Refusal("not_found", "chat_id: none")))
+    )
     assert json.loads(text) == {
         "type": "error", "code": "not_found", "message": "chat_id: none",
     }  # fmt: skip
@@ -346,7 +348,7 @@ def test_an_error_frame_names_a_command_by_exactly_its_valid_fields(
         return False
 
     valid = {name: value for name, value in command.items() if is_valid(name, value)}
-    frame = chatd.error_frame(Refusal("bad_json"), json.dumps(command))
+    frame = chatd.text_frame(chatd.error_of(Refusal("bad_json"), json.dumps(command)))
     ((_, text),) = words_hear(frame)
     error = json.loads(text)
     assert {name: error[name] for name in error.keys() & chatd.NAMES.keys()} == valid

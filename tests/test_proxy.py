@@ -836,7 +836,7 @@ async def test_the_proxy_passes_the_upstreams_ticket_and_does_not_spend_it(
     proxy: VirtualProxy,
 ) -> None:
     above = Keyring(Settings(), TEST_SECRET)
-    ticket = above.ticket(above.verify(above.sign(6, 600)))
+    ticket = above.ticket(above.verify(above.sign(6, 600)))["token"]
     for _ in range(2):
         raw = proxy.dial()
         await raw.send(upgrade_bytes(f"/ws/chat?token={ticket}"))
@@ -848,7 +848,7 @@ async def test_the_proxy_passes_the_upstreams_ticket_and_does_not_spend_it(
             above.spend(claims)
         above = Keyring(Settings(), TEST_SECRET)
         above.boot = "another"
-        ticket = above.ticket(above.verify(above.sign(6, 600)))
+        ticket = above.ticket(above.verify(above.sign(6, 600)))["token"]
 
 
 @proxied(handshakes=Rate(1, 3))
