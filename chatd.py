@@ -3972,7 +3972,7 @@ class Keyring:
         return {"token": self.sign(user_id, seconds, **claims), "expires_in": seconds}
 
     def ticket(self, claims: Claims) -> dict[str, Any]:
-        """Grant a ticket: for one socket, soon, which may live as long as this token."""
+        """Grant a ticket: for one socket, soon, which may last as long as the token."""
         return self.grant(
             claims.user_id,
             TICKET_SECONDS,

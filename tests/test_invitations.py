@@ -708,9 +708,10 @@ async def test_a_session_is_renewed_until_its_user_is_revoked(
         assert claims.keys() == {"user_id", "iat", "exp", "use"}  # no name, no scope
         assert claims["exp"] - claims["iat"] == SESSION
     ring = server.app.keyring
+    ticket = ring.ticket(ring.verify(server.token(6)))["token"]
     for token in (
         server.token(6), server.token(6, scope="service"), "x", "",
-        ring.sign(6, -60, use="session"), ring.ticket(ring.verify(server.token(6)))["token"],
+        ring.sign(6, -60, use="session"), ticket,
     ):  # fmt: skip
         answer = await server.ask("POST", "/api/v1/session", token=token)
         assert answer.status == 401
