@@ -104,10 +104,11 @@ limiter of 1, and Store.run, or Store.erase, waits for it. That thread uses the 
 connection, `seq`, `failure` and the commit times; while it runs, the main thread only
 reads these. A cancelled Store.run still waits for it: the thread always finishes its
 transaction. At most 5 threads read, each with a connection of its own; one of them may
-search. All threads share the list of idle connections (`append` and `pop` are atomic),
-the JSON encoder, the cache of `timestamp`, and the counts in Stats, where one may be
-lost; nothing is decided by them. The GIL makes that safe. Tasks, seats and outboxes are
-the main thread's alone.
+search. While Store.erase waits for its turn, one thread reads at a time. All threads
+share the list of idle connections (`append` and `pop` are atomic), the JSON encoder,
+the cache of `timestamp`, and the counts in Stats, where one may be lost; nothing is
+decided by them. The GIL makes that safe. Tasks, seats and outboxes are the main
+thread's alone.
 
 An exception in a connection's tasks ends that connection (the bulkhead in
 `Listener._connection`). One in Store.run, Store.erase, Hub.run, the sweeper or a
@@ -1057,15 +1058,15 @@ class ChatEvent(Event):
     """An event that shows its `to_user` the chat.
 
     From the tail it is the chat as of the event's commit, but for a change of its last
-    message; from the event log the chat as it is then, and nothing of it for a user who
-    has left since.
+    message; from the event log it is the chat as it is then. To a user who has left
+    since, either shows the chat empty (`hidden_chat`).
     """
 
     chat: Chat
 
 
 class UserEvent(Event):
-    """An event that names a user: by the name of its time, or by a later one."""
+    """An event that names a user: by the name at the event's commit, or a later one."""
 
     user_id: int
     name: str | None
@@ -1526,9 +1527,9 @@ class Store:
     async def erase(self) -> None:
         """Truncate the WAL now and then: it may have texts that were deleted since.
 
-        That needs a moment without readers. chatd's own read one at a time until it is
-        this task's turn, for at most 20 s; while another process reads, it is tried
-        each second. While the disk fails, only `_probe` writes.
+        That needs a moment without readers. chatd's own then read one at a time, until
+        this task gets its turn or 20 s are over. While another process reads, it tries
+        again each second. While the disk fails, only `_probe` writes.
         """
         while True:
             await trio.sleep(1)
@@ -1761,8 +1762,8 @@ class Store:
     def find_sent(self, db: Db, send: Send, upto: int = MAX_ID) -> Sent | None:
         """Find the message with this sender and key. Raises idempotency_mismatch.
 
-        A message that was changed is not compared, and shown to a member only: raises
-        not_found.
+        A message that was changed since is not compared. It is returned to a member
+        only: to others raises not_found.
         """
         if send.client_id is None:
             return None
@@ -1886,7 +1887,8 @@ class Store:
     def tail(self) -> Iterator[Entry]:
         """Read the end of the event log for the hub's tail, the newest event first.
 
-        It ends before the last event that shows a chat or a name: see Hub.set_tail.
+        It goes back to the last event that shows a chat or a name (see Hub.set_tail),
+        without that event: so no chat is read for it.
         """
         db, floor = self._writer, max(0, self.seq - self.settings.tail_events)
         sql = f"""{EVENTS} WHERE e.seq > max(?1, coalesce((
@@ -1962,9 +1964,9 @@ class Person(msgspec.Struct, eq=False):
     replaying: trio.Lock | None = None
 
     def view(self, entry: Entry) -> Entry | None:
-        """Return an event as the user may see it: of a chat that it has left, nothing.
+        """Return an event as the user may see it; None: it is not for the user.
 
-        None: it is not for the user.
+        A `chat_added` of a chat that the user has left since shows that chat empty.
         """
         if entry.to_user == self.user_id:
             if isinstance(entry.event, ChatEvent) and entry.chat_id not in self.chats:
@@ -2149,9 +2151,10 @@ class Hub:
     # --- the tail --------------------------------------------------------------------
 
     def set_tail(self, newest_first: Iterable[Entry]) -> None:
-        """Make these the tail, back to the last one that shows a chat or a name.
+        """Make these the tail: all that are newer than one that shows a chat or a name.
 
-        Such an event shows them as of the moment it was read: later readers query it.
+        Such an event shows them as they were when it was read, so later readers have to
+        query it.
         """
         kept = itertools.takewhile(
             lambda entry: not isinstance(entry.event, ChatEvent | UserEvent),
@@ -2566,6 +2569,7 @@ Ref = Annotated[str, msgspec.Meta(max_length=64)]
 ClientId = Annotated[
     str, msgspec.Meta(min_length=1, max_length=64, pattern=r"\A[\x20-\x7e]+\Z")
 ]
+# Not blank, and without control characters.
 Title = Annotated[
     str, msgspec.Meta(max_length=200, pattern=r"\A(?=.*\S)[^\x00-\x1f\x7f]+\Z")
 ]
@@ -2738,7 +2742,7 @@ class MyChat(Chat):
 
 
 def hidden_chat(chat_id: int) -> Chat:
-    """Make what a user who has left a chat sees of it."""
+    """Return an empty chat: a user who has left a chat sees nothing more of it."""
     return Chat(chat_id, None, [], 0, None, False, None, 0)
 
 
@@ -2937,7 +2941,7 @@ def sent_reply(sent: Sent, ref: str | None) -> Reply:
 
 
 def error_of(refusal: Refusal, command: str | bytes = b"{}") -> ErrorFrame:
-    """Make of a Refusal the answer to a command, with its fields that are NAMES.
+    """Return the answer to a refused command, with the command's fields that are NAMES.
 
     A field that is not valid is left out. Python's json reads a command that msgspec
     refuses as a whole: one with half of a surrogate pair in some field.
@@ -3137,7 +3141,8 @@ class Chats:
     ) -> tuple[int, str]:
         """Store a user's name, "" for none, unless it was named or revoked later.
 
-        A name from the future does not count: it was made by a wrong clock. Returns
+        A stored name from the future does not count: a wrong clock made it. A name that
+        the user has chosen is a second ahead (see about_me), and does count. Returns
         what is stored. It is not an event: names are read when shown.
         """
         values = (name, now_seconds() + 1, named_at, user_id)
@@ -3202,9 +3207,9 @@ class Chats:
     def forget(self, db: Db, events: Entries, user_id: int, before: int) -> int:
         """Do a step of forgetting a user: small, so that sends get in between.
 
-        It takes the user out of 20 chats. If there are none, it deletes 50 of the
-        user's messages in the 1,000 ids before this one. Returns from which id on they
-        are gone. A direct chat stays one, by a key of its own, and lets its other
+        It takes the user out of 20 chats. If there are none, it deletes at most 50 of
+        the user's messages in the 1,000 ids before this one. Returns from which id on
+        they are gone. A direct chat stays one, by a key of its own, and lets its other
         member leave.
         """
         db.execute(
@@ -3222,7 +3227,8 @@ class Chats:
             self.remove_member(db, events, chat_id, user_id, None)
         if rows:
             return before
-        # A user without a chat sends no more: none of the messages are above this.
+        # A user without a chat sends no more: none of the messages are above this, but
+        # for those that a service sends in the user's name meanwhile.
         before = min(before, self.store.next_seq(events))
         sql = """UPDATE message SET client_id =
                      nullif(CAST(zeroblob(length(client_id)) AS TEXT), '')
@@ -3363,7 +3369,8 @@ RENAME = (
 
 # A search walks back over all messages, or over the events of one chat: one of the two
 # halves has no row. It returns the messages found, and some of all others, so that
-# Python can look at the clock: one in 512, or in 8 of 4,000 characters.
+# Python can look at the clock: one in 512 of the short ones, one in 8 of those with
+# 4,000 characters.
 FOUND = """NOT EXISTS (
     SELECT 1 FROM words WHERE NOT instr(coalesce(
         newest.folded, newest.content, m.folded, m.content), value)) AS found
@@ -3446,8 +3453,9 @@ CHANGE = f"""
     FROM message m {NEWEST_CHANGE} WHERE m.id = ?4
 """
 
-# More members, or more bytes a member, are left out of a chat in events and lists: no
-# frame exceeds 32 KiB but for a message's own text. A request for one chat has all.
+# A chat in an event or a list has its members only if they are at most 50, of at most
+# 50 * 245 bytes together. So no frame exceeds 32 KiB but for a message's own text. A
+# request for one chat has all its members.
 CHAT_MEMBERS = 50
 MEMBER_BYTES = 245
 
@@ -3466,8 +3474,8 @@ def read_chat(
 ) -> Chat:
     """Read a chat: its messages as of upto, its title and members as they are now.
 
-    by is the member who reads it; None: a service, or the server. It has no members
-    if they are more than most, or too many bytes. Raises not_found.
+    by is the member who reads it; None: a service, or the server. If it has more than
+    most members, or these have too many bytes, they are left out. Raises not_found.
     """
     members = read_members(db, chat_id, upto, by, None, 0, most)
     if len(members) > most or len(encode(members)) > most * MEMBER_BYTES:
@@ -3972,7 +3980,7 @@ class Keyring:
         return {"token": self.sign(user_id, seconds, **claims), "expires_in": seconds}
 
     def ticket(self, claims: Claims) -> dict[str, Any]:
-        """Grant a ticket: for one socket, soon, which may last as long as the token."""
+        """Grant a ticket: for a socket soon, which may last as long as the token."""
         return self.grant(
             claims.user_id,
             TICKET_SECONDS,
@@ -5026,7 +5034,8 @@ def get_metrics(server: Server, request: Request) -> Answer:
 async def post_revoke(server: Server, request: Request) -> Answer:
     """Refuse all tokens of a user so far, and close the user's sockets."""
     user_id = request.parse(UserBody).user_id
-    # Refuse them before the write: during it, an old token could get a new one signed.
+    # Before the write: during it, an old token could get a new one signed, and a socket
+    # could go on. If the write fails, so does the request: it has to be sent again.
     revoked_at = server.keyring.time_to_sign(user_id)
     server.keyring.revoked[user_id] = revoked_at
     theirs = [each for each in server.sessions if each.claims.user_id == user_id]
@@ -5048,6 +5057,7 @@ async def post_forget(server: Server, request: Request) -> Answer:
     with trio.move_on_after(10) as scope:
         while (before := walked.get(user_id, MAX_ID)) > 0:
             walked[user_id] = await server.commit(chats.forget, user_id, before)
+        # The tail may show the name: cut it, and all readers read the event log.
         await server.commit(
             chats.rename,
             user_id,

@@ -105,7 +105,8 @@ INSERT INTO user_name (user_id, name)
 SELECT id, name FROM user WHERE name IS NOT NULL ORDER BY id;
 
 -- named_at is when the user got its name, in Unix seconds: the iat of the token that said
--- it. The newest name wins. 0: that token had no iat. NULL: by chatd 1.0, or never named.
+-- it; a second after the request, if the user chose it. The newest name wins. 0: that token
+-- had no iat. NULL: by chatd 1.0, or never named.
 CREATE TABLE user_2 (
     id          INTEGER PRIMARY KEY CHECK (id > 0),
     revoked_at  INTEGER,

@@ -7,8 +7,9 @@ It needs Python 3.11 and nothing else. It uses two requests of chatd:
 
 - The feed, every few seconds, says that there is a new message: --older-than seconds
   later somebody may have to be told.
-- Then the unread list says who. Nothing else decides, so a message that came while this
-  program did not run is told like any other.
+- Then the unread list names the members to tell. Nothing else decides, so a message
+  that came while this program did not run is told like any other. It is asked for at
+  least every ten minutes.
 
 NOBODY IS FORGOTTEN, AND NOBODY IS TOLD TWICE
 
@@ -48,7 +49,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-NET_SECONDS = 30  # for one answer of chatd, of the mail server, or of ntfy, to begin
+NET_SECONDS = 30  # for the next bytes of chatd, of the mail server, or of ntfy
 WHOLE_SECONDS = 120  # for a whole mail, push or request, however it dawdles
 RETRY_SECONDS = 60  # after a failure; doubled each time, up to an hour
 LOOK_SECONDS = 600  # the unread list is asked for at least so often
@@ -65,8 +66,11 @@ def say(sentence: object) -> None:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Raise TimeoutError after WHOLE_SECONDS. A socket's timeout begins anew with each
-    byte, so without this a server that sends one now and then stops everything."""
+    """Raise TimeoutError after WHOLE_SECONDS.
+
+    A socket's timeout begins anew with each byte. Without this, a server that sends a
+    byte now and then would stop everything.
+    """
 
     def too_long(*_: object) -> None:
         raise TimeoutError(f"not done after {WHOLE_SECONDS} s")
@@ -396,7 +400,8 @@ class Round:
 def run(options: argparse.Namespace) -> None:
     """Tell whenever a message may have become old enough, for ever.
 
-    Now and then it looks even so: an address was corrected, or a clock was set.
+    It also looks every LOOK_SECONDS: an address may have been corrected, or a clock
+    set.
     """
     feed, tell = Feed(options), Round(options, Told(options.state))
     due: set[float] = set()

@@ -546,7 +546,7 @@ async def test_a_server_that_dawdles_stops_nobody_else(
     chat = await server.chat(1, 2, 3, 4, 5)
     await server.post(chat, 1, "hi")
     await notifier.listed(*(f"{chat}-{user}" for user in (2, 3, 4, 5)))
-    notifier.constants.update(NET_SECONDS=0.4, WHOLE_SECONDS=0.6)
+    notifier.constants["WHOLE_SECONDS"] = 2  # chatd's own answers come sooner
     with (
         dawdling(b"HTTP/1.1 200 OK\r\nX-Never-Ends: ", b"x") as topic,
         dawdling(b"220-", b"x") as mail,
@@ -558,7 +558,7 @@ async def test_a_server_that_dawdles_stops_nobody_else(
         got = await notifier.once()
     assert got.status == 1
     assert len(topics.pushes) == 1
-    assert got.err.count("not done after 0.6 s") == 2  # the mail server: only once
+    assert got.err.count("not done after 2 s") == 2  # the mail server: only once
 
 
 async def test_a_mail_server_that_hangs_is_waited_for_once(
@@ -569,7 +569,7 @@ async def test_a_mail_server_that_hangs_is_waited_for_once(
     chat = await server.chat(1, 2, 3, 4)
     await server.post(chat, 1, "hi")
     await notifier.listed(*(f"{chat}-{user}" for user in (2, 3, 4)))
-    notifier.constants["NET_SECONDS"] = 0.4
+    notifier.constants["NET_SECONDS"] = 2  # chatd's own answers come sooner
     with dawdling(b"220 hi\r\n", b"") as mail:  # and then not a byte
         notifier.flags["--smtp"] = f"127.0.0.1:{mail}"
         got = await notifier.once()

@@ -1401,7 +1401,7 @@ export class ChatWebSocket {
       this.#newest.forget();
       this.#marks.clear();
     }
-    // Other tabs may know of a newer epoch; what they leave later is sent.
+    // Not when an entry is adopted later: its tab may have known a newer epoch than this.
     for (const entry of this.#unsent.at("waiting"))
       if (entry.kind !== "message" && entry.epoch && entry.epoch !== this.#cursor.epoch)
         this.#messageRefused(entry, "not_found", "A backup was restored since.");
