@@ -1234,7 +1234,7 @@ def page_of(
     size = 0
     for entry in entries:
         events.append(entry)
-        size += len(entry.frame)
+        size += len(entry.built or encode(entry.event))
         if size >= settings.page_bytes or len(events) >= limit:
             return Page(events, entry.seq, upto)
     return Page(events, upto, upto)
@@ -1926,8 +1926,9 @@ class Store:
                 joined = (user_id, name)
             event = cls(seq, chat_id, *joined, **msgspec.json.decode(body or "{}"))
         except (KeyError, TypeError, msgspec.MsgspecError) as error:
-            unread = sqlite3.DatabaseError(f"event {seq}, a {kind!r}: {error!r}")
-            raise unread from error
+            raise sqlite3.DatabaseError(
+                f"event {seq}, a {kind!r}: {error!r}"
+            ) from error
         return Entry(event, to_user, bool(to_chat))
 
 
@@ -2574,8 +2575,6 @@ Title = Annotated[
     str, msgspec.Meta(max_length=200, pattern=r"\A(?=.*\S)[^\x00-\x1f\x7f]+\Z")
 ]
 
-NOT_BLANK = "without control characters, not blank (a client_id: printable ASCII)"
-
 # Text may have tabs and line ends. The other control characters of ASCII have no place
 # in a chat: they steer terminals, and SQLite's length() stops at NUL.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -2854,7 +2853,12 @@ def parse(text: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(text)
     except msgspec.ValidationError as error:
-        sentence = re.sub("matching regex '.*'", NOT_BLANK, str(error))
+        # In words, the patterns of Title and ClientId.
+        sentence = re.sub(
+            "matching regex '.*'",
+            "without control characters, not blank (a client_id: printable ASCII)",
+            str(error),
+        )
         if sentence.startswith("Invalid value"):  # msgspec says so of a tag only
             raise Refusal("unknown_type") from None
         if sentence.startswith("Expected `object`"):
@@ -3226,7 +3230,7 @@ class Chats:
         for (chat_id,) in rows:
             self.remove_member(db, events, chat_id, user_id, None)
         if rows:
-            return before
+            return MAX_ID  # meanwhile the user may have sent something
         # A user without a chat sends no more: none of the messages are above this, but
         # for those that a service sends in the user's name meanwhile.
         before = min(before, self.store.next_seq(events))
@@ -3381,12 +3385,14 @@ SEARCH = f"""
     FROM message m LEFT JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?1
         {NEWEST_CHANGE}
     WHERE ?2 IS NULL AND m.id < min(coalesce(?4, ?5 + 1), ?5 + 1)
-      AND (found OR random() & 511 <= length(coalesce(newest.content, m.content)) >> 6)
+      AND (found OR random() & 511
+           <= length(coalesce(newest.content, m.content, '')) >> 6)
     UNION ALL
     SELECT e.seq, {MESSAGE_COLUMNS}, m.id AND {FOUND}
     FROM event e LEFT JOIN message m ON m.id = e.seq {NEWEST_CHANGE}
     WHERE e.chat_id = ?2 AND e.to_chat = 1 AND e.seq < min(coalesce(?4, ?5 + 1), ?5 + 1)
-      AND (found OR random() & 511 <= length(coalesce(newest.content, m.content)) >> 6)
+      AND (found OR random() & 511
+           <= length(coalesce(newest.content, m.content, '')) >> 6)
     ORDER BY at DESC
 """
 
@@ -6365,8 +6371,10 @@ def restore(db: Path, source: Path) -> None:
 NO_EXPORT = """
 SELECT CASE
     WHEN user_version < 2 THEN 'an older chatd made it; `chatd serve` upgrades it'
-    WHEN ?1 > 0 AND ?1 NOT IN (SELECT id FROM user) THEN 'it does not know user ' || ?1
-    WHEN ?2 > 0 AND ?2 NOT IN (SELECT id FROM chat) THEN 'it has no chat ' || ?2 END
+    WHEN ?1 IS NOT NULL AND ?1 NOT IN (SELECT id FROM user)
+        THEN 'it does not know user ' || ?1
+    WHEN ?2 IS NOT NULL AND ?2 NOT IN (SELECT id FROM chat)
+        THEN 'it has no chat ' || ?2 END
 FROM pragma_user_version
 """
 
@@ -6952,8 +6960,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0912 (an arm eac
                 settings.jwt_key or settings.chats_by != "user"
             ):
                 options.refuse(
-                    "--invites on: not with --jwt-key or --chats-by service, also in "
-                    "CHATD_ variables: there the site's backend says who is in a chat"
+                    "--invites on: not with --jwt-key or --chats-by service, nor with "
+                    "their CHATD_ variables: then the backend says who is in a chat"
                 )
             case "serve" if options.demo:
                 serve_demo(settings)

@@ -663,14 +663,25 @@ def test_a_forgotten_creators_keys_are_gone(memory: Memory) -> None:
     assert rows == [(chat, 1, None), (other, 2, f"key {other}")]
 
 
+def test_a_user_who_comes_back_while_being_forgotten_is_walked_for_anew(
+    memory: Memory,
+) -> None:
+    chat, before = memory.chat(1, 2), 1  # the walk is nearly at its end
+    late = memory.send(chat, 1, "late").message.id
+    while before > 0:
+        before = memory.do(memory.chats.forget, 1, before)
+    messages, *_ = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
+    assert [(one.id, one.deleted) for one in messages] == [(late, True)]
+
+
 def test_messages_that_were_deleted_before_lose_their_client_id(memory: Memory) -> None:
     db = memory.store._writer
     chat = memory.chat(1, 2)
     gone = memory.send(chat, 1, "gone", "key-1").message.id
     kept = memory.send(chat, 2, "kept", "key-2").message.id
     memory.delete(1, gone)
-    first = memory.do(memory.chats.forget, 1, 1000)
-    assert first == 1000  # first it leaves its chats
+    left = memory.do(memory.chats.forget, 1, 1000)
+    assert left == chatd.MAX_ID  # first it leaves its chats, and then the walk begins
     memory.do(memory.chats.forget, 1, 1000)
     rows = db.execute("SELECT content, client_id FROM message").fetchall()
     assert rows == [("\0" * 4, "\0" * 5), ("kept", "key-2")]

@@ -285,6 +285,20 @@ def test_a_search_looks_at_the_clock_more_often_in_long_texts(memory: Memory) ->
         assert len(rows) > 10  # one in 512 is 50 ms apart
 
 
+def test_a_search_looks_at_the_clock_among_events_that_are_no_messages(
+    memory: Memory,
+) -> None:
+    chat, first = memory.chat(1, 2), memory.store.seq + 1
+    event = "INSERT INTO event VALUES (?, 'chat_renamed', ?, 1, NULL, NULL, NULL, NULL)"
+    rows = [(seq, chat) for seq in range(first, first + 20_000)]
+    memory.store._writer.executemany(event, rows)
+    bounds = 1, chat, json.dumps(["page"]), None, rows[-1][0]
+    found = memory.read(lambda db, *to: db.execute(chatd.SEARCH, to).fetchall(),
+                        *bounds)  # fmt: skip
+    assert 5 < len(found) < 200  # about one in 512
+    assert not any(row[-1] for row in found)
+
+
 def test_long_texts_are_searched_to_their_end(memory: Memory) -> None:
     chat = memory.chat(1, 2)
     text = "Ж" * 3000 + "page" + "ж" * 990 + "end"

@@ -1065,6 +1065,7 @@ function onConnected(chats) {
     moveReadMark(chat, myId(), read_n);
   }
   void loadPeople();
+  void loadLimits();
 }
 
 /** @param {Message} message @param {boolean} read */
@@ -1147,7 +1148,10 @@ async function fetchChats() {
   try {
     await client?.fetchChats();
     // A client that polls never receives `connected`.
-    if (client === model.client && model.people === null) void loadPeople();
+    if (client === model.client && model.people === null) {
+      void loadPeople();
+      void loadLimits();
+    }
   } catch (error) {
     const refused = error instanceof ChatError && error.status === 401;
     if (!refused)
@@ -1157,7 +1161,6 @@ async function fetchChats() {
 
 async function loadPeople() {
   const { client } = model;
-  void loadLimits();
   try {
     const { users } = await client?.request("GET", "/api/v1/users");
     if (client !== model.client) return;

@@ -1823,7 +1823,7 @@ export class ChatWebSocket {
   async #request(method, path, body, signal) {
     // There, a 401 may be about the invitation. So another request tries the token.
     const joins = path === "/api/v1/join";
-    if (joins) await this.#request("GET", "/api/v1/me");
+    if (joins) await this.#request("GET", "/api/v1/me", undefined, signal);
     const token = await this.#httpToken(false);
     try {
       return await this.#fetch(method, path, token, body, signal);
