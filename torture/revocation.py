@@ -4,11 +4,10 @@ Other users write all the time. The victim reads in every way there is: on a soc
 a socket that it reads slowly, on sockets that catch up from an old cursor again and
 again, over polls, over pages of history, searches, and over the list of chats. It also
 sends, edits and deletes, over a socket and HTTP. The moment that counts is the answer
-to the removal or revocation. A later request is refused, or its answer lacks the chat.
-An old `chat_added` then shows the chat's number only.
-No event with a `seq` after the removal, or sent after the answer to the revocation,
-reaches the victim, and none comes from it. Invitations that a revoked user has made
-let nobody in.
+to the removal or revocation. A later request is refused, or its answer lacks the chat:
+an old `chat_added` then shows only the chat's number. No event with a `seq` after the
+removal, or sent after the answer to the revocation, reaches the victim, and none comes
+from it. Invitations that a revoked user has made let nobody in.
 """
 
 from __future__ import annotations
