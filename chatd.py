@@ -367,8 +367,8 @@ class Server:
         self.joins = Bucket(Rate(1, 50))  # of all addresses
         self.searching = trio.Lock()  # one at a time
         self.names: dict[int, tuple[int, str]] = {}  # the newest: its time, the name
-        # A user to be forgotten: from which id on there are no messages of that user.
-        self.walked: dict[int, int] = {}
+        # A user to be forgotten: up to which id there are no messages of that user.
+        self.walked = Counter[int]()
         self.sessions: set[Session] = set()
         self.listener = Listener(
             settings, self.stats, self.sessions, partial(answer_request, self)
@@ -3208,13 +3208,12 @@ class Chats:
                  ON CONFLICT DO UPDATE SET revoked_at = ?2"""
         db.execute(sql, (user_id, revoked_at))
 
-    def forget(self, db: Db, events: Entries, user_id: int, before: int) -> int:
+    def forget(self, db: Db, events: Entries, user_id: int, after: int) -> int:
         """Do a step of forgetting a user: small, so that sends get in between.
 
-        It takes the user out of 20 chats. If there are none, it deletes at most 50 of
-        the user's messages in the 1,000 ids before this one. Returns from which id on
-        they are gone. A direct chat stays one, by a key of its own, and lets its other
-        member leave.
+        It takes the user out of 20 chats. If there are none, it deletes 15 of the
+        user's messages in the next 4,000 ids. Returns up to which id they are gone. A
+        direct chat stays one, by a key of its own, and lets its other member leave.
         """
         db.execute(
             """UPDATE chat SET client_id = NULL
@@ -3230,23 +3229,20 @@ class Chats:
         for (chat_id,) in rows:
             self.remove_member(db, events, chat_id, user_id, None)
         if rows:
-            return MAX_ID  # meanwhile the user may have sent something
-        # A user without a chat sends no more: none of the messages are above this, but
-        # for those that a service sends in the user's name meanwhile.
-        before = min(before, self.store.next_seq(events))
+            return after
         sql = """UPDATE message SET client_id =
                      nullif(CAST(zeroblob(length(client_id)) AS TEXT), '')
                  WHERE id IN (
                      SELECT id FROM message m
-                     WHERE id < ?2 AND id >= ?2 - 1000 AND sender_id = ?1
+                     WHERE id > ?2 AND id <= ?2 + 4000 AND sender_id = ?1
                          AND (client_id >= ' ' OR NOT EXISTS (
                              SELECT 1 FROM change WHERE message_id = m.id AND deleted))
-                     LIMIT 50)
+                     LIMIT 15)
                  RETURNING id"""
-        rows = db.execute(sql, (user_id, before)).fetchall()
+        rows = db.execute(sql, (user_id, after)).fetchall()
         for row in rows:
             self.change_message(db, events, None, *row)
-        return before if rows else before - 1000
+        return after if rows else min(after + 4000, self.store.seq)
 
     def _let_in(
         self, db: Db, events: Entries, chat_id: int, users: list[int], by: int | None
@@ -3360,11 +3356,11 @@ class Chats:
 RENAME = (
     """INSERT INTO user (id, named_at) VALUES (?4, ?3) ON CONFLICT DO UPDATE
        SET named_at = ?3 WHERE coalesce(named_at <= ?3 OR named_at > ?2, TRUE)
-           AND coalesce(revoked_at <= ?3, TRUE)""",
+           AND coalesce(min(revoked_at, ?2) <= ?3, TRUE)""",
     """INSERT INTO user_name (user_id, name)
        SELECT u.id, nullif(?1, '')
        FROM user u LEFT JOIN user_name a ON a.id = u.name_id
-       WHERE u.id = ?4 AND named_at = ?3 AND coalesce(revoked_at <= ?3, TRUE)
+       WHERE u.id = ?4 AND named_at = ?3 AND coalesce(min(revoked_at, ?2) <= ?3, TRUE)
            AND name IS NOT nullif(?1, '')""",
     # A row, also for the user NULL: nobody could draw an id (see `Chats.join`).
     """SELECT max(named_at), coalesce(max(name), '')
@@ -5059,10 +5055,12 @@ async def post_forget(server: Server, request: Request) -> Answer:
     """
     await post_revoke(server, request)
     user_id = request.parse(UserBody).user_id
-    walked, chats = server.walked, server.chats
+    walked, chats, upto = server.walked, server.chats, server.store.seq
     with trio.move_on_after(10) as scope:
-        while (before := walked.get(user_id, MAX_ID)) > 0:
-            walked[user_id] = await server.commit(chats.forget, user_id, before)
+        while (after := walked[user_id]) < upto:
+            walked[user_id] = await server.commit(chats.forget, user_id, after)
+            # Without pauses, the p99 of sends was up to 2.8 times as long.
+            await trio.sleep(0.004)
         # The tail may show the name: cut it, and all readers read the event log.
         await server.commit(
             chats.rename,
@@ -5072,7 +5070,6 @@ async def post_forget(server: Server, request: Request) -> Answer:
             then=lambda _: server.hub.set_tail(reversed(server.hub.tail)),
         )
         server.names.pop(user_id, None)
-        walked.pop(user_id, None)
     return json_answer({"more": scope.cancelled_caught})
 
 

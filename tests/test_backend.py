@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -543,10 +543,13 @@ async def test_forgetting_a_bad_user_id_is_a_bad_field(
 
 
 class SlowStore(chatd.Store):
-    """A store of which each write takes 3 s."""
+    """A store of which each write takes 3 s, while others make 2,000 events."""
+
+    grow: Callable[[], None]
 
     async def commit(self, *args: Any, **more: Any) -> Any:
         await trio.sleep(3)
+        self.grow()
         return await super().commit(*args, **more)
 
 
@@ -554,7 +557,7 @@ class SlowStore(chatd.Store):
 async def test_a_request_to_forget_works_for_10_s_and_the_next_one_goes_on(
     server: VirtualServer,
 ) -> None:
-    db, walks = server.store._writer, list[int | None]()
+    db, walks = server.store._writer, list[int]()
     db.executescript(
         """INSERT INTO user (id) VALUES (1), (2);
         INSERT INTO user_name (user_id, name) VALUES (2, 'Q');
@@ -564,27 +567,29 @@ async def test_a_request_to_forget_works_for_10_s_and_the_next_one_goes_on(
     event = "INSERT INTO event VALUES (?, 'chat_renamed', 1, 1, NULL, NULL, NULL, ?)"
     body = '{"title":null,"user_id":null}'
 
-    def grow(count: int) -> None:
-        """Let others make events meanwhile."""
+    def grow(count: int = 2_000) -> None:
         first = server.store.seq + 1
         rows = ((seq, body) for seq in range(first, first + count))
         db.executemany(event, rows)
         server.store.seq = server.app.hub.head = first + count - 1
 
-    grow(2_650)
+    grow(10_000)
+    assert isinstance(server.store, SlowStore)
+    server.store.grow = grow
     raw = server.dial()
     raw.soon, token = 20, server.token(9, scope="service")
     more = True
     while more:
-        with taking(6, 16):
+        with taking(6, 16.1):
             answer = await raw.ask("POST", FORGET, {"user_id": 2}, token=token)
         assert answer.status == 200
         more = answer.json["more"]
-        walks.append(server.app.walked.get(2))
-        grow(20_000)
-    # 3 s to revoke, then 10 s: three steps. One ended the membership. The walk goes
-    # back, so events that are made meanwhile do not make it longer.
-    assert walks == [652, None]
+        walks.append(server.app.walked[2])
+    # 3 s to revoke, then 10 s: three steps. The first one ended the membership. Each
+    # request ends where the event log ended at its start.
+    assert walks[:2] == [8_000, 20_000]
+    assert len(walks) <= 5
+    assert walks[-1] < server.store.seq
     assert chatd.query_value(db, chatd.NAME, 2) is None
     assert db.execute("SELECT user_id FROM member").fetchall() == [(1,)]
 
@@ -656,22 +661,37 @@ def test_a_forgotten_creators_keys_are_gone(memory: Memory) -> None:
     db = memory.store._writer
     chat, other = memory.chat(1, 2), memory.chat(1, 2)
     db.execute("UPDATE chat SET created_by = id, client_id = 'key ' || id")
-    memory.do(memory.chats.forget, 1, chatd.MAX_ID)
+    memory.do(memory.chats.forget, 1, 0)
     rows = db.execute(
         "SELECT id, created_by, client_id FROM chat ORDER BY id"
     ).fetchall()
     assert rows == [(chat, 1, None), (other, 2, f"key {other}")]
 
 
-def test_a_user_who_comes_back_while_being_forgotten_is_walked_for_anew(
+def test_what_is_sent_between_two_requests_to_forget_is_gone_after_the_second(
     memory: Memory,
 ) -> None:
-    chat, before = memory.chat(1, 2), 1  # the walk is nearly at its end
-    late = memory.send(chat, 1, "late").message.id
-    while before > 0:
-        before = memory.do(memory.chats.forget, 1, before)
-    messages, *_ = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
-    assert [(one.id, one.deleted) for one in messages] == [(late, True)]
+    def walk(after: int) -> int:
+        upto = memory.store.seq
+        while after < upto:
+            after = memory.do(memory.chats.forget, 1, after)
+        return after
+
+    chat, others = memory.chat(1, 2), memory.chat(2, 3)
+    for number in range(40):
+        memory.send(chat, 1, f"early {number}")
+    kept = memory.send(chat, 2, "kept").message.id
+    after = walk(0)
+    memory.do(memory.chats.add_member, others, 1, 2)
+    memory.send(others, 1, "as a member again")
+    memory.do(memory.store.send_message, chatd.Send(chat, 1, "by a service"), True)
+    walk(after)
+    for where, users in ((chat, 41), (others, 0)):
+        history = (memory.chats.history, 2, where, None, 100, memory.hub.head)
+        messages, *_ = memory.read(*history)
+        left = [one.id for one in messages if not one.deleted]
+        assert left == [kept][: bool(users)]
+        assert len(messages) == (users + 1 if users else 1)
 
 
 def test_messages_that_were_deleted_before_lose_their_client_id(memory: Memory) -> None:
@@ -680,9 +700,8 @@ def test_messages_that_were_deleted_before_lose_their_client_id(memory: Memory) 
     gone = memory.send(chat, 1, "gone", "key-1").message.id
     kept = memory.send(chat, 2, "kept", "key-2").message.id
     memory.delete(1, gone)
-    left = memory.do(memory.chats.forget, 1, 1000)
-    assert left == chatd.MAX_ID  # first it leaves its chats, and then the walk begins
-    memory.do(memory.chats.forget, 1, 1000)
+    assert memory.do(memory.chats.forget, 1, 0) == 0  # first it leaves its chats
+    memory.do(memory.chats.forget, 1, 0)
     rows = db.execute("SELECT content, client_id FROM message").fetchall()
     assert rows == [("\0" * 4, "\0" * 5), ("kept", "key-2")]
     messages, *_ = memory.read(memory.chats.history, 2, chat, None, 9, memory.hub.head)
@@ -911,7 +930,7 @@ def test_the_feed_is_the_event_log_whatever_happens_between_its_pages(
                 ):
                     memory.do(memory.chats.remove_member, chats[0], 3, None)
                 case "forget":
-                    memory.do(memory.chats.forget, 2, chatd.MAX_ID)
+                    memory.do(memory.chats.forget, 2, 0)
                     hub.set_tail(reversed(hub.tail))
                 case _:
                     limit, upto = data.draw(st.integers(1, 5)), hub.head

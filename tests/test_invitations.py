@@ -796,6 +796,18 @@ async def test_a_chosen_name_is_newer_than_that_of_a_token_of_its_second(
 
 
 @with_server()
+async def test_after_several_revocations_in_a_second_a_user_may_choose_a_name(
+    server: VirtualServer,
+) -> None:
+    for revocations in range(5):
+        for _ in range(revocations):
+            await server.command("POST", "/api/v1/internal/chat/revoke", {"user_id": 6})
+        token, name = server.app.keyring.sign(6, 60), f"Anna {revocations}"
+        answer = await server.ask("PATCH", "/api/v1/me", {"name": name}, token=token)
+        assert (answer.status, answer.json["name"]) == (200, name)
+
+
+@with_server()
 async def test_the_newest_name_wins_whether_a_token_or_the_user_said_it(
     server: VirtualServer,
 ) -> None:

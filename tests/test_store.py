@@ -737,9 +737,9 @@ def test_nothing_that_was_deleted_is_in_any_byte_of_the_files(
     def forget(user: int) -> None:
         forgotten.add(user)
         memory.do(chats.revoke, user, 1)
-        before = chatd.MAX_ID
-        while before > 0:
-            before = memory.do(chats.forget, user, before)
+        after, upto = 0, memory.store.seq
+        while after < upto:
+            after = memory.do(chats.forget, user, after)
         memory.do(chats.rename, user, "", 1)
         names.pop(user, None)
         for message in [id_ for id_, (sender, _) in texts.items() if sender == user]:
