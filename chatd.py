@@ -3370,7 +3370,7 @@ RENAME = (
 # A search walks back over all messages, or over the events of one chat: one of the two
 # halves has no row. It returns the messages found, and some of all others, so that
 # Python can look at the clock: one in 512 of the short ones, one in 8 of those with
-# 4,000 characters.
+# 4,000 characters. To ask every row for its length would take a fifth more time.
 FOUND = """NOT EXISTS (
     SELECT 1 FROM words WHERE NOT instr(coalesce(
         newest.folded, newest.content, m.folded, m.content), value)) AS found
@@ -3381,13 +3381,13 @@ SEARCH = f"""
     FROM message m LEFT JOIN member b ON b.chat_id = m.chat_id AND b.user_id = ?1
         {NEWEST_CHANGE}
     WHERE ?2 IS NULL AND m.id < min(coalesce(?4, ?5 + 1), ?5 + 1)
-      AND (found OR random() & 511
+      AND (found OR random() & 7 = 0 AND random() & 63
            <= length(coalesce(newest.content, m.content, '')) >> 6)
     UNION ALL
     SELECT e.seq, {MESSAGE_COLUMNS}, m.id AND {FOUND}
     FROM event e LEFT JOIN message m ON m.id = e.seq {NEWEST_CHANGE}
     WHERE e.chat_id = ?2 AND e.to_chat = 1 AND e.seq < min(coalesce(?4, ?5 + 1), ?5 + 1)
-      AND (found OR random() & 511
+      AND (found OR random() & 7 = 0 AND random() & 63
            <= length(coalesce(newest.content, m.content, '')) >> 6)
     ORDER BY at DESC
 """
