@@ -3211,9 +3211,10 @@ class Chats:
     def forget(self, db: Db, events: Entries, user_id: int, after: int) -> int:
         """Do a step of forgetting a user: small, so that sends get in between.
 
-        It takes the user out of 20 chats. If there are none, it deletes 15 of the
-        user's messages in the next 4,000 ids. Returns up to which id they are gone. A
-        direct chat stays one, by a key of its own, and lets its other member leave.
+        It takes the user out of 20 chats. If there are none, it deletes the user's
+        next 15 messages, as far as they are in the next 1,000 ids. Returns up to which
+        id they are gone. A direct chat stays one, by a key of its own, and lets its
+        other member leave.
         """
         db.execute(
             """UPDATE chat SET client_id = NULL
@@ -3234,15 +3235,15 @@ class Chats:
                      nullif(CAST(zeroblob(length(client_id)) AS TEXT), '')
                  WHERE id IN (
                      SELECT id FROM message m
-                     WHERE id > ?2 AND id <= ?2 + 4000 AND sender_id = ?1
+                     WHERE id > ?2 AND id <= ?2 + 1000 AND sender_id = ?1
                          AND (client_id >= ' ' OR NOT EXISTS (
                              SELECT 1 FROM change WHERE message_id = m.id AND deleted))
-                     LIMIT 15)
+                     ORDER BY id LIMIT 15)
                  RETURNING id"""
         rows = db.execute(sql, (user_id, after)).fetchall()
         for row in rows:
             self.change_message(db, events, None, *row)
-        return after if rows else min(after + 4000, self.store.seq)
+        return max(rows)[0] if rows else min(after + 1000, self.store.seq)
 
     def _let_in(
         self, db: Db, events: Entries, chat_id: int, users: list[int], by: int | None

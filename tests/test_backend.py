@@ -543,7 +543,7 @@ async def test_forgetting_a_bad_user_id_is_a_bad_field(
 
 
 class SlowStore(chatd.Store):
-    """A store of which each write takes 3 s, while others make 2,000 events."""
+    """A store of which each write takes 3 s, while others make 200 events."""
 
     grow: Callable[[], None]
 
@@ -567,13 +567,13 @@ async def test_a_request_to_forget_works_for_10_s_and_the_next_one_goes_on(
     event = "INSERT INTO event VALUES (?, 'chat_renamed', 1, 1, NULL, NULL, NULL, ?)"
     body = '{"title":null,"user_id":null}'
 
-    def grow(count: int = 2_000) -> None:
+    def grow(count: int = 200) -> None:
         first = server.store.seq + 1
         rows = ((seq, body) for seq in range(first, first + count))
         db.executemany(event, rows)
         server.store.seq = server.app.hub.head = first + count - 1
 
-    grow(10_000)
+    grow(2_500)
     assert isinstance(server.store, SlowStore)
     server.store.grow = grow
     raw = server.dial()
@@ -587,7 +587,7 @@ async def test_a_request_to_forget_works_for_10_s_and_the_next_one_goes_on(
         walks.append(server.app.walked[2])
     # 3 s to revoke, then 10 s: three steps. The first one ended the membership. Each
     # request ends where the event log ended at its start.
-    assert walks[:2] == [8_000, 20_000]
+    assert walks[0] == 2_000
     assert len(walks) <= 5
     assert walks[-1] < server.store.seq
     assert chatd.query_value(db, chatd.NAME, 2) is None
