@@ -568,8 +568,7 @@ class Listener:
         address, and no limit, which the log says once.
         """
         if address != UNIX_PEER:
-            bucket = self.handshakes(address_key(address))
-            charge(self, "handshakes", bucket, amount)
+            charge(self, "handshakes", self.handshakes(address_key(address)), amount)
         elif not self.unlimited:
             self.unlimited = True
             log(
@@ -975,8 +974,7 @@ class Session:
         if chat_id not in self.seat.person.chats:
             raise no_chat()
         with suppress(Refusal):  # a sign over the rate is dropped
-            bucket = self.server.typing((user_id, chat_id))
-            charge(self.server, "typing", bucket)
+            charge(self.server, "typing", self.server.typing((user_id, chat_id)))
             self.server.hub.show_typing(user_id, chat_id, command.is_typing)
 
     def _auth(self, command: Auth) -> None:
@@ -2232,12 +2230,21 @@ class Hub:
         Consecutive events of one chat with the same `to_chat` and `to_user` have the
         same readers, because an event changes the membership of its `to_user` only.
         Such events are one list, shared by all seats that get no others of the batch.
+        Events for one user that change no membership come last: else each sender's
+        read mark would begin a new list for all others (in a chat of 500, with 32
+        messages in a batch, a delivery took four times as long).
         """
         readers = {(entry.chat_id, entry.to_user) for entry in events}
         if len(readers) == 1 and events[0].to_user is None:  # nearly always
             return [(self.live_seats.get(events[0].chat_id, ()), events)]
         deliveries: dict[Seat, Entries] = {}
-        by_chat = sorted(events, key=lambda entry: entry.chat_id)
+        by_chat = sorted(
+            events,
+            key=lambda entry: (
+                entry.chat_id,
+                not (entry.to_chat or entry.event.membership),
+            ),
+        )
         audience = operator.attrgetter("chat_id", "to_chat", "to_user")
         for (chat_id, to_chat, to_user), group in itertools.groupby(by_chat, audience):
             news = list(group)
@@ -4687,8 +4694,13 @@ async def post_session(server: Server, request: Request) -> Answer:
     # The user may have been revoked meanwhile. From here on nothing waits.
     server.keyring.recheck(request.claims)
     # No name in it: it is newer than the link, and would undo a change of the name.
-    session = server.keyring.grant(user_id, SESSION_SECONDS, use="session")
-    return json_answer({**session, "user_id": user_id, "name": name})
+    return json_answer(
+        {
+            **server.keyring.grant(user_id, SESSION_SECONDS, use="session"),
+            "user_id": user_id,
+            "name": name,
+        }
+    )
 
 
 def post_link(server: Server, request: Request) -> Answer:
@@ -4842,8 +4854,9 @@ async def change_invites(server: Server, request: Request) -> Answer:
         return Answer(204)
     # The user may have been revoked meanwhile: its invitation would count all the same.
     server.keyring.recheck(request.claims)
-    made = server.keyring.grant(by, seconds, use="invite", invite=invite)
-    return json_answer(made, 201)
+    return json_answer(
+        server.keyring.grant(by, seconds, use="invite", invite=invite), 201
+    )
 
 
 async def post_join(server: Server, request: Request) -> Answer:
@@ -4863,10 +4876,10 @@ async def post_join(server: Server, request: Request) -> Answer:
     added, answer = await server.commit(server.chats.join, invite, who)
     server.stats.joins += added
     if isinstance(who, str):
-        session = server.keyring.grant(
-            answer["user_id"], SESSION_SECONDS, use="session"
-        )
-        answer |= {"name": who, **session}
+        answer |= {
+            **server.keyring.grant(answer["user_id"], SESSION_SECONDS, use="session"),
+            "name": who,
+        }
     return json_answer(answer, 201 if added else 200)
 
 
@@ -5056,15 +5069,15 @@ async def post_forget(server: Server, request: Request) -> Answer:
     """
     await post_revoke(server, request)
     user_id = request.parse(UserBody).user_id
-    walked, chats, upto = server.walked, server.chats, server.store.seq
+    walked, upto = server.walked, server.store.seq
     with trio.move_on_after(10) as scope:
         while (after := walked[user_id]) < upto:
-            walked[user_id] = await server.commit(chats.forget, user_id, after)
+            walked[user_id] = await server.commit(server.chats.forget, user_id, after)
             # Without pauses, the p99 of sends was up to 2.8 times as long.
             await trio.sleep(0.004)
         # The tail may show the name: cut it, and all readers read the event log.
         await server.commit(
-            chats.rename,
+            server.chats.rename,
             user_id,
             "",
             server.keyring.revoked[user_id] + 1,
