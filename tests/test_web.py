@@ -3350,6 +3350,7 @@ def test_a_member_that_the_page_does_not_know_is_not_counted_off(
     relay = Relay.connected(page, server.link(anna), chat)
     last = page.locator("#chat-list .row-last").first
     expect(last).to_have_text("Ben: Hello")  # with the name, in a chat of three
+    page.wait_for_load_state("networkidle")  # no list of chats is on its way
     seq = max(frame.get("seq", 0) for frame in relay.received) + 1_000
     # The list of chats may be newer than this event.
     removed = {"type": "member_removed", "chat_id": chat, "user_id": 999, "seq": seq}
