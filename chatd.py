@@ -1035,10 +1035,10 @@ class Session:
 class Event(ServerMessage):
     """One kind of event: its JSON, and what it does to the membership of its `to_user`.
 
-    To add a kind, write a subclass, and the method that records it and decides
-    its audience. The fields that a kind adds to its base are stored in the `body` of
-    the event's row. Those of the bases below are never copied: they are joined each
-    time the event is read.
+    To add a kind, write a subclass, and the method that records it and decides its
+    audience. The fields that a kind adds to its base are stored in the `body` of the
+    event's row. Those of the bases below are never copied: they are joined each time
+    the event is read.
     """
 
     seq: int

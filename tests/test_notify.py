@@ -269,6 +269,13 @@ sys.exit(notify.main())
     def start(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(self.command(), stderr=subprocess.PIPE)
 
+    async def unread(self, *users: int) -> int:
+        """Write to these users in a chat of theirs; wait until they are listed."""
+        chat = await self.server.chat(1, *users)
+        await self.server.post(chat, 1, "hi")
+        await self.listed(*(f"{chat}-{user}" for user in users))
+        return chat
+
     async def listed(self, *keys: str) -> None:
         """Wait until the unread list has exactly these members."""
 
@@ -419,11 +426,8 @@ async def test_a_message_counts_even_if_the_next_page_of_the_feed_fails(
 async def test_an_address_that_was_corrected_is_told_without_a_new_message(
     notifier: Notifier, inbox: Inbox
 ) -> None:
-    server = notifier.server
     notifier.recipients.write_text("2 no address\n")
-    chat = await server.chat(1, 2)
-    await server.post(chat, 1, "hi")
-    await notifier.listed(f"{chat}-2")
+    await notifier.unread(2)
     notifier.constants["LOOK_SECONDS"] = 0.1
     with notifier.start() as process:
         await until_it_waits_for_messages(process)
@@ -436,14 +440,12 @@ async def test_an_address_that_was_corrected_is_told_without_a_new_message(
 async def test_killed_at_any_moment_it_forgets_nobody(
     notifier: Notifier, inbox: Inbox, topics: Topics, seed: int
 ) -> None:
-    server, people, rng = notifier.server, [*range(2, 42)], random.Random(seed)
+    people, rng = [*range(2, 42)], random.Random(seed)
     notifier.recipients.write_text("".join(
         f"{user} {user}@shop.example\n" if user % 2 else f"{user} topic{user}\n"
         for user in people
     ))  # fmt: skip
-    chat = await server.chat(1, *people)
-    await server.post(chat, 1, "hi")
-    await notifier.listed(*(f"{chat}-{user}" for user in people))
+    await notifier.unread(*people)
     kills = 0
 
     def told() -> int:
@@ -476,16 +478,13 @@ async def test_killed_at_any_moment_it_forgets_nobody(
 async def test_an_address_that_fails_does_not_stop_the_others(
     notifier: Notifier, inbox: Inbox, topics: Topics
 ) -> None:
-    server = notifier.server
     notifier.recipients.write_text(
         "2 bad@shop.example\n3 three@shop.example\nnonsense\n4 http://127.0.0.1:1/x\n"
         "5 five@shop.example\n6 a@b@c\n7 topic\n8 \N{SNOWMAN}@shop.example\n9 no url://\n"
         "10 ten@shop.example\n11 ftp://x/y\n"
     )
     inbox.refuses.add("bad@shop.example")
-    chat = await server.chat(1, *range(2, 12))
-    await server.post(chat, 1, "hi")
-    await notifier.listed(*(f"{chat}-{user}" for user in range(2, 12)))
+    await notifier.unread(*range(2, 12))
     got = await notifier.once()
     assert got.status == 1
     assert {"three@shop.example", "five@shop.example", "ten@shop.example"} <= set(
@@ -508,11 +507,8 @@ async def test_an_address_that_fails_does_not_stop_the_others(
 async def test_a_mail_server_that_is_down_is_tried_again(
     notifier: Notifier, inbox: Inbox, topics: Topics
 ) -> None:
-    server = notifier.server
     notifier.recipients.write_text("2 two@x.example\n3 three@x.example\n4 topic\n")
-    chat = await server.chat(1, 2, 3, 4)
-    await server.post(chat, 1, "hi")
-    await notifier.listed(*(f"{chat}-{user}" for user in (2, 3, 4)))
+    await notifier.unread(2, 3, 4)
     notifier.flags["--smtp"] = f"127.0.0.1:{free_port()}"
     got = await notifier.once()
     assert got.status == 1
@@ -527,12 +523,9 @@ async def test_a_mail_server_that_is_down_is_tried_again(
 async def test_an_address_that_ends_the_connection_does_not_stop_the_next(
     notifier: Notifier, inbox: Inbox
 ) -> None:
-    server = notifier.server
     notifier.recipients.write_text("2 two@x.example\n3 three@x.example\n")
     inbox.hangs_up.add("two@x.example")
-    chat = await server.chat(1, 2, 3)
-    await server.post(chat, 1, "hi")
-    await notifier.listed(f"{chat}-2", f"{chat}-3")
+    await notifier.unread(2, 3)
     got = await notifier.once()
     assert got.status == 1
     assert "user 2: refused: " in got.err
@@ -542,10 +535,7 @@ async def test_an_address_that_ends_the_connection_does_not_stop_the_next(
 async def test_a_server_that_dawdles_stops_nobody_else(
     notifier: Notifier, topics: Topics
 ) -> None:
-    server = notifier.server
-    chat = await server.chat(1, 2, 3, 4, 5)
-    await server.post(chat, 1, "hi")
-    await notifier.listed(*(f"{chat}-{user}" for user in (2, 3, 4, 5)))
+    await notifier.unread(2, 3, 4, 5)
     notifier.constants["WHOLE_SECONDS"] = 2  # chatd's own answers come sooner
     with (
         dawdling(b"HTTP/1.1 200 OK\r\nX-Never-Ends: ", b"x") as topic,
@@ -564,11 +554,8 @@ async def test_a_server_that_dawdles_stops_nobody_else(
 async def test_a_mail_server_that_hangs_is_waited_for_once(
     notifier: Notifier, topics: Topics
 ) -> None:
-    server = notifier.server
     notifier.recipients.write_text("2 two@x.example\n3 three@x.example\n4 topic\n")
-    chat = await server.chat(1, 2, 3, 4)
-    await server.post(chat, 1, "hi")
-    await notifier.listed(*(f"{chat}-{user}" for user in (2, 3, 4)))
+    await notifier.unread(2, 3, 4)
     notifier.constants["NET_SECONDS"] = 2  # chatd's own answers come sooner
     with dawdling(b"220 hi\r\n", b"") as mail:  # and then not a byte
         notifier.flags["--smtp"] = f"127.0.0.1:{mail}"
@@ -579,10 +566,7 @@ async def test_a_mail_server_that_hangs_is_waited_for_once(
 
 
 async def test_a_servers_words_are_one_line_of_the_log(notifier: Notifier) -> None:
-    server = notifier.server
-    chat = await server.chat(1, 2)
-    await server.post(chat, 1, "hi")
-    await notifier.listed(f"{chat}-2")
+    await notifier.unread(2)
     with dawdling(b"nonsense\r\nnotify: all is well\r\n\r\n", b"") as topic:
         notifier.recipients.write_text(f"2 http://127.0.0.1:{topic}/x\n")
         got = await notifier.once()
@@ -596,11 +580,8 @@ async def test_a_servers_words_are_one_line_of_the_log(notifier: Notifier) -> No
 async def test_a_push_counts_only_when_it_is_accepted(
     notifier: Notifier, topics: Topics, status: int
 ) -> None:
-    server = notifier.server
     notifier.recipients.write_text(f"2 {topics.url}/a\n")
-    chat = await server.chat(1, 2)
-    await server.post(chat, 1, "hi")
-    await notifier.listed(f"{chat}-2")
+    await notifier.unread(2)
     topics.status = status
     got = await notifier.once()
     assert got.status == 1
@@ -614,11 +595,8 @@ async def test_a_push_counts_only_when_it_is_accepted(
 async def test_nobody_is_told_while_the_notes_cannot_be_written(
     notifier: Notifier, inbox: Inbox
 ) -> None:
-    server = notifier.server
     notifier.recipients.write_text("2 two@shop.example\n")
-    chat = await server.chat(1, 2)
-    await server.post(chat, 1, "hi")
-    await notifier.listed(f"{chat}-2")
+    await notifier.unread(2)
     partial = notifier.state.with_name("told.json.partial")
     partial.mkdir()  # so that it cannot be written, by root either
     got = await notifier.once()
@@ -705,9 +683,7 @@ async def test_the_commands_of_the_documentation_work(
     block = block.replace(".venv/bin/chatd token", f"{sys.executable} -m chatd token")
     block = block.replace("python3 examples/notify.py", f"{sys.executable} {NOTIFY}")
     block = block.replace("localhost:25", inbox.smtp)
-    chat = await server.chat(1, 6)
-    await server.post(chat, 1, "hi")
-    await notifier.listed(f"{chat}-6")
+    await notifier.unread(6)
     done = await trio.run_process(
         ["bash", "-euc", f"{block.rstrip()} --older-than=1 --url={server.url} --once"],
         cwd=home, capture_stderr=True,
