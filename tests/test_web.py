@@ -3403,6 +3403,7 @@ def test_after_a_resync_the_page_shows_no_message_from_before(
         server.post(chat, ben, f"Message {i}")
     page = chromium.page()
     relay = Relay.connected(page, server.link(anna), chat)
+    expect(bubbles(page)).to_have_count(50)
     page.evaluate("scroller.scrollTop = 0")
     expect(bubbles(page)).to_have_count(60)
     page.evaluate("scroller.scrollTop = scroller.scrollHeight")
