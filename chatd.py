@@ -19,8 +19,8 @@ An ack means the message is on disk. A client that keeps its cursor sees every e
 its chats exactly once and in order: over the socket, over the poll, or over any mix of
 the two, across lost connections and server restarts. A client that missed too much is
 told so (`resync`). Its chats are those that it is a member of when it reads; of a chat
-that it was removed from it sees the removal. Only typing is best effort. What was
-deleted is gone: from the database, from every replay, from search.
+that it was removed from it sees the removal. Only typing is best effort. Deleted text
+is gone: from the database, from every replay, from search.
 
 ONE IDEA
 
@@ -6442,7 +6442,7 @@ def export(path: Path, *which: int | None) -> None:
 
 def faults(db: Db) -> list[str]:
     """Return what is wrong in a database, a sentence each; empty if it is sound."""
-    sql = FAULTS + FAULTS_2 * (query_value(db, "PRAGMA user_version") > 1)
+    sql = FAULTS if query_value(db, "PRAGMA user_version") < 2 else FAULTS + FAULTS_2
     return [" ".join(sentence.split()) for (sentence,) in db.execute(sql)]
 
 

@@ -1419,10 +1419,13 @@ export class ChatWebSocket {
       const snapshot = await this.#freshSnapshot();
       const { epoch, seq } = parseCursor(snapshot.cursor);
       const known = this.#cursor;
-      if (epoch === known.epoch) this.#listedUpTo = seq;
-      else this.#restartAt(snapshot.cursor);
-      // After a restore, this list may be the first to tell of it.
-      if (epoch !== known.epoch && known.seq >= 0) this.#emit("resync", {});
+      if (epoch === known.epoch) {
+        this.#listedUpTo = seq;
+      } else {
+        this.#restartAt(snapshot.cursor);
+        // After a restore, this list may be the first to tell of it.
+        if (known.seq >= 0) this.#emit("resync", {});
+      }
       this.#emit("chats", snapshot);
       return snapshot;
     } finally {
