@@ -220,6 +220,12 @@ class Chromium:
             page.clock.install()
         return page
 
+    def hurry(self, page: Page) -> None:
+        """Let the page's CSS animations take a fiftieth of their time."""
+        cdp = page.context.new_cdp_session(page)
+        cdp.send("Animation.enable")
+        cdp.send("Animation.setPlaybackRate", {"playbackRate": 50})
+
     def _record(self, message: sync_api.ConsoleMessage) -> None:
         self.console.append(message.text)
         if message.type in ("error", "warning") and not NETWORK.search(message.text):

@@ -1577,6 +1577,7 @@ def test_a_script_that_does_not_load_ends_in_words(
     server: Server, chromium: Chromium, file: str, answer: dict[str, Any] | None
 ) -> None:
     page = chromium.context(reduced_motion="reduce").new_page()
+    chromium.hurry(page)  # the words come after 4 s
     page.route(f"**/web/{file}", lambda r: r.fulfill(**answer) if answer else r.abort())
     page.goto(server.url)
     expect(page.get_by_text("reload the page, or try another browser")).to_be_visible()
@@ -1652,6 +1653,7 @@ def test_an_exception_while_loading_ends_in_words(
     if visit == "next":
         sign_in(context, server.link(anna)).close()
     page = context.new_page()
+    chromium.hurry(page)  # the words of some come after 4 s
     page.add_init_script(BROKEN[what])
     page.goto(server.link(anna) if visit == "first" else server.url)
     words = re.compile("try another browser|Sign in|No connection|went wrong")
