@@ -407,7 +407,7 @@ const ru = {
 };
 
 /** @type {Record<string, Record<Key, Words>>} */
-const TABLES = { en, ru };
+export const TABLES = { en, ru };
 /** Letters and marks that turn the direction of the words around them. */
 const TURNS =
   /[\p{Bidi_C}\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
