@@ -756,7 +756,7 @@ const model = {
   names: new Map(),
   /**
    * What `connected` said of each chat.
-   * @type {import("./chat-websocket.js").Connected["chats"]}
+   * @type {ChatEvents["connected"]["chats"]}
    */
   marks: {},
   /** The users one may add to a chat; null: not allowed. @type {number[] | null} */
@@ -1022,7 +1022,7 @@ function addHandlers(client) {
   }
 }
 
-/** @param {import("./chat-websocket.js").StateChange} change */
+/** @param {ChatEvents["state"]} change */
 function onState({ state }) {
   const [title] = bannerText(state);
   if (state !== model.connection && title) announce(title);
@@ -1030,7 +1030,7 @@ function onState({ state }) {
   if (state === "signed_out") onSignedOut();
 }
 
-/** @param {import("./chat-websocket.js").Snapshot} snapshot */
+/** @param {ChatEvents["chats"]} snapshot */
 function onChats({ chats, cursor }) {
   const epoch = cursor.slice(0, cursor.lastIndexOf("."));
   if (epoch !== model.epoch) model.chats.forEach(resetChat);
