@@ -4551,6 +4551,7 @@ PAGE_FILES = {
     "/web/words.js": "text/javascript; charset=utf-8",
     "/web/icons.svg": "image/svg+xml",
     "/web/chat-websocket.js": "text/javascript; charset=utf-8",
+    "/web/drafts.js": "text/javascript; charset=utf-8",
 }
 
 
