@@ -566,6 +566,7 @@ class Tab {
       URL,
       URLSearchParams,
       AbortController,
+      AbortSignal,
       atob,
       console,
       crypto: { getRandomValues: (words) => words.map(() => world.random() * 2 ** 32) },

@@ -14,6 +14,7 @@
  * only through textContent.
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
+import { Drafts } from "./drafts.js";
 import { locale, say } from "./words.js";
 
 /** @typedef {import("./chat-websocket.js").Message} Message */
@@ -47,8 +48,6 @@ const COUNT_FROM = 0.9;
 /** A text below this size is never folded, so its height need not be measured. */
 const SHORT_CHARACTERS = 600;
 const SHORT_LINES = 20;
-/** All drafts but the newest. localStorage has room for ten times this. */
-const DRAFT_CHARACTERS = 500_000;
 /** So many addresses of one message become links. */
 const MAX_LINKS = 200;
 /** How long a toast stays. */
@@ -733,7 +732,7 @@ const model = {
   names: new Map(),
   /**
    * What `connected` said of each chat.
-   * @type {import("./chat-websocket.js").Connected["chats"]}
+   * @type {ChatEvents["connected"]["chats"]}
    */
   marks: {},
   /** The users one may add to a chat; null: not allowed. @type {number[] | null} */
@@ -999,7 +998,7 @@ function addHandlers(client) {
   }
 }
 
-/** @param {import("./chat-websocket.js").StateChange} change */
+/** @param {ChatEvents["state"]} change */
 function onState({ state }) {
   const [title] = bannerText(state);
   if (state !== model.connection && title) announce(title);
@@ -1007,7 +1006,7 @@ function onState({ state }) {
   if (state === "signed_out") onSignedOut();
 }
 
-/** @param {import("./chat-websocket.js").Snapshot} snapshot */
+/** @param {ChatEvents["chats"]} snapshot */
 function onChats({ chats, cursor }) {
   const epoch = cursor.slice(0, cursor.lastIndexOf("."));
   if (epoch !== model.epoch) model.chats.forEach(resetChat);
@@ -2110,96 +2109,25 @@ function isWebAddress(text, labels) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Drafts: what the user has written but not sent, for each user and chat. They are in
- * localStorage, or else in memory. They survive a reload, the end of the session and a
- * sign-out in any tab; the panel of the account shows how many there are, and deletes
- * them.
+ * Drafts (drafts.js) survive a reload, the end of the session and a sign-out in any tab;
+ * the panel of the account shows how many there are, and deletes them.
  * ---------------------------------------------------------------------------------- */
 
-const DRAFT_PREFIX = "chatd.draft.";
+const drafts = new Drafts(openStorage(), myId);
 
-const drafts = {
-  /** The drafts that are not in storage, by key. @type {Map<string, string>} */
-  unstored: new Map(),
-
-  /** @param {number} chatId */
-  key(chatId) {
-    return `${DRAFT_PREFIX}${myId()}.${chatId}`;
-  },
-
-  /** @param {number} chatId @returns {string} "": there is none */
-  get(chatId) {
-    const key = this.key(chatId);
-    return this.unstored.get(key) ?? readDraft(this.item(key)).text;
-  },
-
-  /** @param {number} chatId @param {string} text "": removes it */
-  set(chatId, text) {
-    const key = this.key(chatId);
-    this.unstored.delete(key);
-    try {
-      if (text === "") localStorage.removeItem(key);
-      else localStorage.setItem(key, JSON.stringify({ text, at: Date.now() }));
-    } catch {
-      if (text !== "") this.unstored.set(key, text);
-    }
-  },
-
-  /** @param {string} key */
-  item(key) {
-    try {
-      return localStorage.getItem(key);
-    } catch {
-      return null;
-    }
-  },
-
-  /** The keys of this user's drafts. @param {string} [prefix] of other keys */
-  keys(prefix = `${DRAFT_PREFIX}${myId()}.`) {
-    const all = [...this.unstored.keys()];
-    try {
-      for (let i = 0; i < localStorage.length; i++) all.push(localStorage.key(i) ?? "");
-    } catch {
-      // Storage is forbidden.
-    }
-    return [...new Set(all)].filter((key) => key.startsWith(prefix));
-  },
-
-  /** Drops the oldest drafts of all users, but never the newest. */
-  prune() {
-    let room = DRAFT_CHARACTERS;
-    const stored = this.keys(DRAFT_PREFIX).map((key) => ({
-      key,
-      value: this.item(key),
-    }));
-    stored.sort((a, b) => readDraft(b.value).at - readDraft(a.value).at);
-    for (const { key, value } of stored.slice(1)) {
-      room -= key.length + (value?.length ?? 0);
-      if (room < 0 && value !== null) localStorage.removeItem(key);
-    }
-  },
-};
-
-/** @param {string | null} value of an item @returns {{text: string, at: number}} */
-function readDraft(value) {
+function openStorage() {
   try {
-    const { text, at } = JSON.parse(value ?? "");
-    return { text: String(text), at: Number(at) };
+    return localStorage;
   } catch {
-    return { text: "", at: 0 };
+    return null; // it is forbidden
   }
 }
 
-/**
- * Another tab has changed a draft. A tab that shows the same text follows, or else a
- * text that was sent there would stay here.
- * @param {StorageEvent} event
- */
-function onDraftElsewhere({ key, oldValue, newValue }) {
-  if (!key?.startsWith(DRAFT_PREFIX)) return;
-  const isOpen = model.open && key === drafts.key(model.open.id);
-  if (isOpen && composer.field.value === readDraft(oldValue).text)
-    composer.setText(readDraft(newValue).text);
+/** @param {StorageEvent} event */
+function onDraftElsewhere(event) {
+  const shown = composer.field.value;
+  const text = drafts.follow(event, model.open?.id ?? 0, shown);
+  if (text !== shown) composer.setText(text);
   requestRender();
 }
 
@@ -2287,21 +2215,19 @@ const composer = {
     chat.divider = null;
     chat.activeAt = Date.now();
     model.client?.sendTyping(chat.id, false);
-    model.client?.send(chat.id, content); // it is in storage now, so the draft may go
-    drafts.set(chat.id, "");
+    if (model.client) drafts.send(model.client, chat.id, content);
     this.setText("");
     pane.follow = true;
     requestRender();
   },
 
   /** Takes a refused message back into the field. @param {Delivery} delivery */
-  edit({ client_id, chat_id, content }) {
+  edit(delivery) {
     if (!isBlank(this.field.value)) {
       toast(say("writingAnother"));
-    } else {
-      model.client?.discard(client_id);
-      drafts.set(chat_id, content);
-      this.setText(content);
+    } else if (model.client) {
+      drafts.takeBack(model.client, delivery);
+      this.setText(delivery.content);
     }
     this.field.focus();
   },

@@ -1,95 +1,43 @@
 // @ts-check
 /**
- * chat-websocket.js: a dependable connection to chatd, for any page.
+ * chat-websocket.js: a dependable connection to chatd (docs/embedding.md). Each event
+ * comes once and in order, or else "resync". What you send is stored once. The client
+ * reconnects by itself, and polls while there is no socket.
  *
- *     import { ChatWebSocket } from "https://chat.example.com/web/chat-websocket.js";
- *
- *     const chat = new ChatWebSocket();
- *     chat.on("new_message", ({ message }) => show(message));
- *     chat.connect(token);                  // or: chat.connect(async () => newToken())
- *     chat.send(3, "Hello");                // sent again until it is stored
- *
- * It makes three promises:
- *
- * - Every event of your chats reaches your listeners once and in order, or "resync"
- *   tells you to fetch your chats again. The client keeps the server's cursor.
- * - A message that you send is stored once. It stays in localStorage until the server's
- *   ack, and the server stores each client_id once. Edits and deletions wait in line.
- * - The client reconnects by itself, after a random delay, so that ten thousand pages
- *   do not reconnect at once. After 5 s without a socket it polls, and tries the socket
- *   again every 30 s.
- *
- * Only typing is best effort. This file needs no other file.
+ * @import { Ack, ChatPage, ChatsQuery, Connected, Found, History, HistoryQuery, Joined,
+ *   LoggedEvent, MemberPage, MembersQuery, NewChat, Options, Preview, Refusal,
+ *   SearchQuery, Snapshot, StorageLike, Token, TokenSource, Unsent } from "./protocol.js"
+ * @typedef {import("./protocol.js").Chat} Chat
+ * @typedef {import("./protocol.js").ChatEvents} ChatEvents
+ * @typedef {import("./protocol.js").Delivery} Delivery
+ * @typedef {import("./protocol.js").Message} Message
+ * @typedef {import("./protocol.js").State} State
  */
 
-/* -------------------------------------------------------------------------------------
- * Limits.
- * ---------------------------------------------------------------------------------- */
-
-/**
- * A reconnect waits for a random part of this bound. Each failure doubles the bound.
- */
+/** Doubled by each failure. A reconnect waits for a random part of it. */
 const FIRST_RETRY_SECONDS = 0.5;
-/** After this long without a socket the client polls, and the state says so. */
 const FALLBACK_SECONDS = 5;
-/** The pause between two polls. */
 const POLL_SECONDS = 5;
-/** While the client polls, it tries the socket again this often. */
 const RETRY_SECONDS = 30;
-/** A socket that is not ready after this long counts as refused. */
 const CONNECT_SECONDS = 10;
-/** A connection that lasted this long resets the bound of the delay. */
 const STEADY_SECONDS = 5;
-/**
- * After this long without a message from the server, the client sends a `ping`. The
- * server's own pings are WebSocket frames that JavaScript cannot see.
- */
+/** Then the client sends a `ping`: JavaScript cannot see the server's own. */
 const SILENCE_SECONDS = 25;
-/** Without an answer to that ping for this long, the connection is dead. */
 const PONG_SECONDS = 10;
-/** The same, after the network has changed or the tab has become visible. */
 const PROBE_SECONDS = 4;
-/** How often the client checks for silence. */
 const WATCH_SECONDS = 2;
-/** The shortest time between two renewals: the new token may expire soon, too. */
 const RENEW_SECONDS = 15;
-/** A message without an answer for this long means that the connection is dead. */
 const ANSWER_SECONDS = 20;
-/** An HTTP request fails after this long. */
 const REQUEST_SECONDS = 15;
-/** The wait after a refusal without `retry_after`. */
+/** Without `retry_after`. */
 const REFUSED_SECONDS = 2;
-/**
- * How often the client looks in storage for messages of other tabs. A message that it
- * finds twice was left by a closed tab, so the client sends it.
- */
 const ADOPT_SECONDS = 15;
-/** `is_typing: true` is sent at most this often. */
 const TYPING_REPEAT_SECONDS = 3;
-/** `is_typing: false` is sent this long after the last call of sendTyping. */
 const TYPING_STOP_SECONDS = 5;
-/** A read mark is sent at most this often for each chat. */
 const MARK_SECONDS = 1;
-/** fetchChats fetches this many chats with one request. */
 const CHATS_PER_PAGE = 100;
 
-const LONE_SURROGATE =
-  /[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
-
-/**
- * Close codes from 4500 to 4999 mean "stay away". These two have states of their own.
- */
-const STAY_AWAY = /** @type {Record<number, "signed_out" | "too_many">} */ ({
-  4503: "signed_out", // revoked, or the token of another user
-  4504: "too_many", // too many connections of this user
-});
-const STAY_AWAY_FROM = 4500;
-
-/**
- * What is refused with one of these codes fails, so that it does not block what was
- * written after it. After "internal" the message may be stored nevertheless; then its
- * event reports it as sent.
- */
+/** These fail for good. (After "internal", an event may say that it was stored.) */
 const FINAL_REFUSALS = new Set([
   "bad_field",
   "bad_json",
@@ -104,192 +52,14 @@ const FINAL_REFUSALS = new Set([
   "unknown_type",
 ]);
 
-/* -------------------------------------------------------------------------------------
- * Types. The server messages, and the client's own events.
- * ---------------------------------------------------------------------------------- */
-
-/**
- * `rev` grows with each edit or deletion; without it, the `id` counts as the `rev`.
- * @typedef {object} Message
- * @property {number} id
- * @property {number} chat_id
- * @property {number} sender_id
- * @property {string} content
- * @property {string} created_at UTC, RFC 3339
- * @property {number} n its position in the chat: 1, 2, 3, without holes
- * @property {string} [client_id]
- * @property {number} [rev]
- * @property {string} [edited_at]
- * @property {boolean} [deleted]
- */
-/**
- * @typedef {{user_id: number, name: string | null, read_n: number,
- *   online?: boolean}} Member
- */
-/**
- * @typedef {object} Chat
- * @property {number} id
- * @property {string | null} title
- * @property {boolean} direct
- * @property {number | null} created_by
- * @property {number} member_count
- * @property {Member[]} members empty if there are many: see members()
- * @property {number} last_n the `n` of its last message; 0: it has none
- * @property {Message | null} last_message
- * @property {number} [read_n] the `n` of the last message that you have read
- * @property {number} [unread]
- */
-/**
- * @typedef {object} Connected
- * @property {"connected"} type
- * @property {number} user_id
- * @property {string} timestamp
- * @property {string} cursor
- * @property {"fresh" | "live" | "replay" | "resync"} resume
- * @property {number} expires_in seconds
- * @property {Record<string, {last_n: number, read_n: number}>} chats
- * @property {boolean} [more_chats] `chats` has only the newest ones
- */
-/**
- * Its sender has read the chat up to it, unless `read` is false: then a service has sent
- * it in the sender's name, and the messages before it are still unread.
- * @typedef {{type: "new_message", seq: number, chat_id: number,
- *   message: Message, read?: false}} NewMessage
- */
-/**
- * @typedef {{type: "message_read", seq: number, message_id: number, chat_id: number,
- * read_by: number, n: number}} MessageRead
- */
-/**
- * @typedef {{type: "chat_added", seq: number, chat_id: number, chat: Chat}} ChatAdded
- */
-/**
- * @typedef {{type: "member_added", seq: number, chat_id: number, user_id: number,
- * name: string | null}} MemberAdded
- */
-/**
- * @typedef {{type: "member_removed", seq: number, chat_id: number,
- *   user_id: number}} MemberRemoved
- */
-/**
- * @typedef {{type: "chat_renamed", seq: number, chat_id: number,
- *   title: string | null, user_id: number | null}} ChatRenamed
- */
-/**
- * `message` is the newest known state: an edited message may have been deleted since.
- * @template {string} Type
- * @typedef {{type: Type, seq: number, chat_id: number, message: Message}} Changed
- */
-/**
- * @typedef {{type: "typing", chat_id: number, user_id: number,
- *   is_typing: boolean}} Typing
- */
-/**
- * @typedef {{type: "ack", ref?: string, client_id?: string, message_id?: number,
- * chat_id?: number, n?: number, created_at?: string, duplicate?: boolean, rev?: number,
- * expires_in?: number}} Ack
- */
-/**
- * @typedef {{type: "error", code: string, message: string, ref?: string,
- * client_id?: string, chat_id?: number, message_id?: number, retry_after?: number
- * }} Refusal
- */
-/**
- * @typedef {NewMessage | MessageRead | Changed<"message_edited">
- *   | Changed<"message_deleted"> | ChatAdded | ChatRenamed | MemberAdded
- *   | MemberRemoved} LoggedEvent
- */
-
-/**
- * The state of the connection:
- * - `connecting`: there is no socket yet, or it was lost less than 5 s ago
- * - `polling`: there is no socket; the client uses HTTP
- * - `offline`: polls fail, too
- * - `signed_out`: the token is no longer valid; call connect with a new one
- * - `too_many`: too many connections; the client waits until the user comes back
- * - `refused`: the server told the client to stay away
- * - `closed`: disconnect was called, or connect was never called
- * @typedef {"connecting" | "connected" | "polling" | "offline" | "signed_out"
- *   | "too_many"
- *   | "refused" | "closed"} State
- */
-/**
- * @typedef {object} StateChange
- * @property {State} state
- * @property {number | null} retryIn seconds until the next attempt to open a socket;
- *   null: none is scheduled
- */
-/**
- * The state of a message that you sent, or of a change: an edit or a deletion.
- * `discarded` follows `failed`, forget(), a later change, or the same in another tab.
- * @typedef {object} Delivery
- * @property {"sending" | "sent" | "failed" | "discarded"} state
- * @property {"message" | "edit" | "delete"} kind
- * @property {string} client_id
- * @property {number} chat_id of a message; 0 for a change
- * @property {number} message_id of a change; 0 for a message
- * @property {string} content
- * @property {boolean} kept it is in storage and survives a reload; false if storage is
- *   full or forbidden
- * @property {Message} [message] the stored message, if `state` is "sent" and no event
- *   or answer that came before has brought it
- * @property {string} [code] the code of the error, if `state` is "failed"
- * @property {string} [reason] the same error as a sentence
- */
-/** @typedef {{chats: Chat[], cursor: string}} Snapshot */
-/** @typedef {Snapshot & {more?: boolean, position?: string | number}} ChatPage */
-/** @typedef {{messages: Message[], more: boolean, more_after?: boolean}} History */
-/** @typedef {{token: string, expires_in: number}} Token */
-/**
- * @typedef {object} ChatEvents
- * @property {StateChange} state
- * @property {Delivery} delivery
- * @property {Snapshot} chats the answer of fetchChats
- * @property {{}} resync too much was missed: call fetchChats, and load again what you
- *   show
- * @property {Connected} connected
- * @property {NewMessage} new_message
- * @property {MessageRead} message_read
- * @property {Changed<"message_edited">} message_edited
- * @property {Changed<"message_deleted">} message_deleted
- * @property {ChatAdded} chat_added
- * @property {ChatRenamed} chat_renamed
- * @property {MemberAdded} member_added
- * @property {MemberRemoved} member_removed
- * @property {Typing} typing
- * @property {Ack} ack
- * @property {Refusal} error
- * @property {{type: "pong", timestamp: string}} pong
- * @property {{type: "token_expiring", expires_in: number}} token_expiring
- * @property {{type: "bye", retry_after: number}} bye
- */
-
-/** @typedef {string | (() => string | Promise<string>)} TokenSource */
-/**
- * @typedef {Pick<Storage, "getItem" | "setItem" | "removeItem" | "key" | "length">
- *   } StorageLike
- */
-/**
- * @typedef {object} Options
- * @property {string | URL} [server] chatd's address. Default: the server that this file
- *   came from.
- * @property {TokenSource} [bearer] the token for HTTP requests. With it, connect()
- *   needs no token: the client fetches a ticket, so that the long-lived token is in no
- *   URL.
- * @property {StorageLike | null} [storage] where unsent messages are kept across
- *   reloads. Default: localStorage; null: nowhere.
- * @property {Pick<Console, "log"> | null} [log] where the client writes log lines.
- *   Default: the console; null: nowhere.
- */
+/** The ids of the message that the page `wanted` to mark, and of the last answer. */
+const NEW_MARK = { wanted: 0, settled: 0, sentAt: -Infinity, timer: 0 };
 
 /** A request that was refused (`status` is the HTTP status) or not answered (0). */
 export class ChatError extends Error {
   /**
-   * @param {number} status
-   * @param {string} code chatd's error code, e.g. "not_found"; "unreachable" if
-   *   `status` is 0
-   * @param {string} message a sentence for the user
-   * @param {number} [retryAfter] seconds
+   * @param {number} status @param {string} code of docs/protocol.md, or "unreachable"
+   * @param {string} message @param {number} [retryAfter] seconds
    */
   constructor(status, code, message, retryAfter) {
     super(message);
@@ -300,65 +70,37 @@ export class ChatError extends Error {
   }
 }
 
-/* -------------------------------------------------------------------------------------
- * Unsent messages, edits and deletions, in the order of writing. Each is an item of its
- * own in storage, so that tabs never overwrite each other's. Another tab, or the next
- * visit, adopts what a closed tab has left. If two tabs send one message, the server
- * stores its client_id once. But a tab drops an edit or a deletion that another tab has
- * settled, because a later edit may have followed.
- * ---------------------------------------------------------------------------------- */
-
-/**
- * @typedef {object} Unsent
- * @property {Delivery["kind"]} kind
- * @property {string} client_id
- * @property {number} chat_id
- * @property {number} message_id
- * @property {string} content
- * @property {number | undefined} [if_rev]
- * @property {string} [epoch] in another one, message_id may mean another message
- * @property {boolean} kept it is in storage, too
- * @property {"waiting" | "socket" | "http" | "failed"} place on its way, or refused
- * @property {number} sentAt when it was last sent over the socket, as now()
- * @property {boolean} tried it may have been sent
- * @property {string | undefined} [code] the code of the error, if it failed
- * @property {string | undefined} [reason]
- */
-
-/** The value of an item just before it is removed, so that other tabs drop it, too. */
+/** The last value of an item that other tabs shall drop, too. */
 const DISCARDED = "discarded";
 
+/**
+ * Unsent messages, edits and deletions, each in an item of its own, because tabs share
+ * the storage. If two tabs send a message, the server stores it once. But a tab drops a
+ * change that another tab has settled, because a later one may have followed.
+ */
 class UnsentMessages {
   /** Oldest first. @type {Unsent[]} */
   entries = [];
   #storage;
-  /** Begins the keys in storage. "" until the user is known: nothing is stored yet. */
+  /** Of the keys; "" until the user is known: nothing is stored yet. */
   #prefix = "";
   #lastTime = 0;
-  /** The items of other tabs at the last call of adopt. @type {Set<string>} */
+  /** @type {Set<string>} */
   #othersBefore = new Set();
 
-  /** @param {StorageLike | null} storage */
+  /** @param {StorageLike | null | undefined} storage */
   constructor(storage) {
     this.#storage = storage;
   }
 
-  /**
-   * Stores the entries under this prefix from now on, and adopts the entries that are
-   * already there. A second call does nothing.
-   * @param {string} prefix
-   */
+  /** @param {string} prefix */
   open(prefix) {
-    if (this.#prefix) return;
     this.#prefix = prefix;
     this.entries.forEach((entry) => this.#keep(entry));
     this.#insert(this.#others());
   }
 
-  /**
-   * Adopts the items of other tabs that were in storage at the last call and still are.
-   * @returns {Unsent[]}
-   */
+  /** Adopts what was there at the last call and still is: its tab has closed. */
   adopt() {
     const others = this.#others();
     const left = others.filter(({ client_id }) => this.#othersBefore.has(client_id));
@@ -367,13 +109,12 @@ class UnsentMessages {
     return left;
   }
 
-  /** @param {Partial<Unsent>} fields @returns {Unsent} */
+  /** @param {Partial<Unsent>} fields */
   add(fields) {
     const entry = newUnsent(this.#newId(), fields);
     this.entries.push(entry);
-    // Also the entries that did not fit before, so that a tab that adopts them later
-    // has all of them in order.
-    this.entries.filter(({ kept }) => !kept).forEach((unkept) => this.#keep(unkept));
+    // Also those that did not fit before: another tab would adopt them out of order.
+    for (const each of this.entries) if (!each.kept) this.#keep(each);
     return entry;
   }
 
@@ -388,43 +129,36 @@ class UnsentMessages {
     this.#keep(entry);
   }
 
-  /**
-   * Removes an entry that the server has stored.
-   * @param {Unsent} entry @param {number} [rev] of the message after a change
-   */
+  /** @param {Unsent} entry @param {number} [rev] */
   remove(entry, rev) {
-    this.entries = this.entries.filter((other) => other !== entry);
     const key = this.#prefix + entry.client_id;
     if (rev) this.#store((storage) => storage.setItem(key, String(rev)));
     this.#store((storage) => storage.removeItem(key));
-    this.#rebase(entry, rev);
+    this.#drop(entry, rev);
   }
 
   /**
-   * An edit was stored. A later edit of the same state becomes one of the new state.
-   * @param {Unsent} edit @param {number | undefined} rev
+   * A later edit of the same state becomes one of the new state.
+   * @param {Unsent} entry @param {number | undefined} rev
    */
-  #rebase({ message_id, if_rev }, rev) {
+  #drop(entry, rev) {
+    const { message_id, if_rev } = entry;
+    this.entries = this.entries.filter((other) => other !== entry);
     for (const later of this.entries)
-      if (rev && if_rev && later.message_id === message_id && later.if_rev === if_rev) {
-        later.if_rev = rev;
-        this.#keep(later);
-      }
+      if (rev && if_rev && later.message_id === message_id && later.if_rev === if_rev)
+        this.update(later, { if_rev: rev });
   }
 
-  /** Removes an unsent entry in all tabs. @param {Unsent} entry */
+  /** @param {Unsent} entry */
   discard(entry) {
-    this.#store((storage) =>
-      storage.setItem(this.#prefix + entry.client_id, DISCARDED),
-    );
+    const key = this.#prefix + entry.client_id;
+    this.#store((storage) => storage.setItem(key, DISCARDED));
     this.remove(entry);
   }
 
   /**
-   * Another tab has changed an item in storage. If it has discarded an entry of this
-   * tab, or settled a change, removes that entry and returns it.
-   * @param {string | null} key
-   * @param {string | null} value
+   * Another tab has discarded an entry, or settled a change.
+   * @param {string | null} key @param {string | null} value
    */
   discardedElsewhere(key, value) {
     if (!this.#prefix || !key?.startsWith(this.#prefix)) return;
@@ -432,25 +166,20 @@ class UnsentMessages {
     const rev = Number(value); // as in remove, or 0, or NaN
     const settled = rev >= 0 && entry?.kind !== "message";
     if (!entry || (value !== DISCARDED && !settled)) return;
-    this.entries = this.entries.filter((other) => other !== entry);
-    this.#rebase(entry, rev);
+    this.#drop(entry, rev);
     return entry;
   }
 
-  /** Whether another tab has settled this change. @param {Unsent} entry */
-  isGone(entry) {
-    /** @type {string | null} */
-    let item = "";
+  /** @param {Unsent} entry */
+  isGone({ kind, kept, client_id }) {
+    let gone = false;
     this.#store((storage) => {
-      item = storage.getItem(this.#prefix + entry.client_id);
+      gone = storage.getItem(this.#prefix + client_id) === null;
     });
-    return entry.kind !== "message" && entry.kept && item === null;
+    return gone && kept && kind !== "message";
   }
 
-  /**
-   * Lets the entries that are on their way wait again.
-   * @param {"socket" | "http"} place
-   */
+  /** @param {"socket" | "http"} place */
   requeue(place) {
     for (const entry of this.at(place)) entry.place = "waiting";
   }
@@ -460,12 +189,11 @@ class UnsentMessages {
     return this.entries.filter((entry) => entry.place === place);
   }
 
-  /** Ids sort in the order of writing, across reloads and if the clock is set back. */
+  /** Ids sort in the order of writing. */
   #newId() {
     this.#lastTime = Math.max(this.#lastTime + 1, Date.now());
-    const random = crypto.getRandomValues(new Uint32Array(3));
-    const digits = [...random].map((number) => number.toString(36).padStart(7, "0"));
-    return `${this.#lastTime.toString(36).padStart(9, "0")}-${digits.join("")}`;
+    const random = crypto.getRandomValues(new Uint32Array(3)).join("-");
+    return `${this.#lastTime.toString(36).padStart(9, "0")}-${random}`;
   }
 
   /** @param {Unsent[]} entries */
@@ -487,7 +215,6 @@ class UnsentMessages {
     );
   }
 
-  /** The items in storage that are not among the entries. @returns {Unsent[]} */
   #others() {
     /** @type {Unsent[]} */
     const found = [];
@@ -502,16 +229,11 @@ class UnsentMessages {
     return found;
   }
 
-  /**
-   * Storage may be full or forbidden. Then an entry is in memory only, and its `kept`
-   * is false.
-   * @param {(storage: StorageLike) => void} use
-   * @returns {boolean} whether it worked
-   */
+  /** Whether it worked. @param {(storage: StorageLike) => void} use */
   #store(use) {
-    if (!this.#storage || !this.#prefix) return false;
+    if (this.#storage === null || !this.#prefix) return false;
     try {
-      use(this.#storage);
+      use(this.#storage ?? localStorage);
       return true;
     } catch {
       return false;
@@ -535,11 +257,7 @@ function newUnsent(client_id, fields) {
   };
 }
 
-/**
- * @param {string} clientId
- * @param {string | null} text
- * @returns {Unsent | null} null: the item is not an unsent message, or no longer one
- */
+/** @param {string} clientId @param {string | null} text */
 function readUnsent(clientId, text) {
   const item = parseObject(text) ?? {};
   const { kind = "message", chat_id, message_id, content, code } = item;
@@ -550,7 +268,7 @@ function readUnsent(clientId, text) {
   return newUnsent(clientId, { ...item, kept: true, tried: true, place });
 }
 
-/** @param {Unsent} entry @returns {object} the command that sends it */
+/** @param {Unsent} entry */
 function commandFor({ kind, client_id, chat_id, message_id, content, if_rev }) {
   const ref = client_id;
   if (kind === "edit")
@@ -559,7 +277,7 @@ function commandFor({ kind, client_id, chat_id, message_id, content, if_rev }) {
   return { type: "send_message", chat_id, content, client_id, ref };
 }
 
-/** @param {Unsent} entry @returns {[string, string, object?]} the same over HTTP */
+/** @param {Unsent} entry @returns {[string, string, object?]} */
 function requestFor({ kind, client_id, chat_id, message_id, content, if_rev }) {
   const path = `/api/v1/messages/${message_id}`;
   if (kind === "edit") return ["PATCH", path, { content, if_rev }];
@@ -567,28 +285,16 @@ function requestFor({ kind, client_id, chat_id, message_id, content, if_rev }) {
   return ["POST", `/api/v1/chats/${chat_id}/messages`, { content, client_id }];
 }
 
-/** @returns {StorageLike | null} */
-function defaultStorage() {
-  try {
-    return globalThis.localStorage ?? null;
-  } catch {
-    return null; // a browser may forbid even the access to the property
-  }
-}
-
-/* -------------------------------------------------------------------------------------
- * The rule of rev: of two states of a message, the one with the larger rev counts.
- * Events and answers overtake each other. So the client keeps the newest state as long
- * as an older one may be on its way, in an earlier event or in the answer to a request.
- * ---------------------------------------------------------------------------------- */
-
+/**
+ * The rule of rev: of two states of a message, the one with the larger rev counts. The
+ * newest is kept as long as an older one may be on its way, in an event or an answer.
+ */
 class NewestMessages {
   /** @type {Map<number, Message>} */
   #changed = new Map();
-  /** Requests without an answer. */
   #requests = 0;
 
-  /** The newest known state of a message. @param {Message} message */
+  /** @param {Message} message */
   of(message) {
     const known = this.#changed.get(message.id);
     if (known && (known.rev ?? 0) > (message.rev ?? message.id)) return known;
@@ -596,7 +302,7 @@ class NewestMessages {
     return message;
   }
 
-  /** Puts the newest states into an answer or an event. @param {any} answer */
+  /** @param {any} answer */
   putInto(answer) {
     const { message, messages, chat, chats = [chat] } = answer ?? {};
     if (message) answer.message = this.of(message);
@@ -610,41 +316,31 @@ class NewestMessages {
     this.#requests += 1;
   }
 
-  /** @param {number} seq of the cursor */
+  /** @param {number} seq */
   requestEnds(seq) {
     this.#requests -= 1;
     this.prune(seq);
   }
 
-  /** Forgets what is no longer needed. @param {number} seq of the cursor */
+  /** @param {number} seq */
   prune(seq) {
     if (this.#requests > 0) return;
     for (const [id, { rev = 0 }] of this.#changed)
       if (rev <= seq) this.#changed.delete(id);
   }
 
-  /** In another epoch, each rev means something else. */
   forget() {
     this.#changed.clear();
   }
 }
 
-/**
- * @param {string} cursor `"<epoch>.<seq>"`
- * @returns {{epoch: string, seq: number}}
- */
+/** @param {string} cursor */
 function parseCursor(cursor) {
   const dot = cursor.lastIndexOf(".");
   return { epoch: cursor.slice(0, dot), seq: Number(cursor.slice(dot + 1)) };
 }
 
-/* -------------------------------------------------------------------------------------
- * ChatWebSocket. It owns at most one socket, at most one poll, and the cursor. The
- * state is not stored: #state computes it from these, so it cannot be out of date.
- * After an `await`, a method checks whether its work is still wanted (#attempt,
- * AbortController).
- * ---------------------------------------------------------------------------------- */
-
+/** After an `await`, #attempt says whether the work is still wanted. */
 export class ChatWebSocket {
   #base;
   #bearer;
@@ -654,32 +350,27 @@ export class ChatWebSocket {
   /** @type {Map<string, Set<(event: any) => void>>} */
   #listeners = new Map();
 
-  /** The argument of connect. @type {TokenSource | undefined} */
+  /** @type {TokenSource | undefined} */
   #token;
-  /** The last token of the token function, for HTTP. @type {string | undefined} */
+  /** @type {string | undefined} */
   #fetchedToken;
   /** @type {number | undefined} */
   #userId;
 
-  /**
-   * The state that ended the connection; null: it has not ended.
-   * @type {State | null}
-   */
+  /** @type {State | null} */
   #ended = "closed";
   /** @type {WebSocket | null} */
   #socket = null;
-  /** `connected` has arrived on #socket. */
   #ready = false;
-  /** Counts attempts. A method that finds a new number after an `await` returns. */
   #attempt = 0;
   #failures = 0;
+  // Times are as now().
   #connectedAt = 0;
   #attemptAt = 0;
-  /** The last socket closed as it would if the token were refused. */
   #tokenInDoubt = false;
-  /** The `retry_after` of `bye`. @type {number | null} */
+  /** @type {number | null} */
   #byeSeconds = null;
-  /** When the next attempt to open a socket begins, as now(). @type {number | null} */
+  /** @type {number | null} */
   #retryAt = null;
   #retryTimer = 0;
   #connectTimer = 0;
@@ -687,68 +378,50 @@ export class ChatWebSocket {
   #watchedAt = 0;
   #adoptTimer = 0;
   #receivedAt = 0;
-  /** When the answer to a ping is due, as now(); 0: no ping is unanswered. */
   #pongBy = 0;
   #renewedAt = -Infinity;
 
-  /** A poll is running or scheduled. */
   #polling = false;
   #pollTimer = 0;
   /** Aborts every request that replaces the socket. */
   #fallback = new AbortController();
-  /** The last poll was answered. */
   #reachable = true;
 
-  /** The position in the event log up to which events were accepted. */
   #cursor = { epoch: "", seq: -1 };
-  /** No event after this seq was missed. A list of chats from before it is too old. */
+  /** No event after this seq was missed. */
   #gaplessFrom = -1;
-  /** Counts the restarts at another cursor. */
   #gaps = 0;
   /** The last list of chats has what the events up to here say of them. */
   #listedUpTo = -1;
-  /**
-   * Events that wait for fetchChats; null: it does not run.
-   * @type {LoggedEvent[] | null}
-   */
+  /** Events that wait for #fetching. @type {LoggedEvent[] | null} */
   #held = null;
   /** @type {Promise<Snapshot> | null} */
   #fetching = null;
 
-  /** No message is sent before this time, as now(): the server asked for a wait. */
   #sendNotBefore = 0;
   #sendTimer = 0;
-  /**
-   * The read mark of each chat, as message ids: the one that the page `wanted`, and the
-   * one for which the server's answer has `settled` it.
-   * @type {Map<number,
-   *   {wanted: number, settled: number, sentAt: number, timer: number}>}
-   */
+  /** @type {Map<number, typeof NEW_MARK>} */
   #marks = new Map();
   /** @type {Map<number, {sentAt: number, timer: number}>} */
   #typing = new Map();
   #lastState = "";
 
   /** @param {Options} [options] */
-  constructor(options = {}) {
-    this.#base = new URL(options.server ?? new URL("..", import.meta.url));
+  constructor({ server, bearer, storage, log = console } = {}) {
+    this.#base = new URL(server ?? new URL("..", import.meta.url));
     if (!this.#base.pathname.endsWith("/")) this.#base.pathname += "/";
-    this.#bearer = options.bearer;
-    this.#log = options.log === undefined ? console : options.log;
-    this.#unsent = new UnsentMessages(
-      options.storage === undefined ? defaultStorage() : options.storage,
-    );
-    this.#learnUserFrom(this.#bearer);
+    this.#bearer = bearer;
+    this.#log = log;
+    this.#unsent = new UnsentMessages(storage);
+    this.#learnUserFrom(bearer);
   }
 
   /* ---- public methods ---- */
 
   /**
-   * Calls `listener` for each event of this type, until the returned function is
-   * called. An exception in a listener is reported as an uncaught error.
+   * Calls `listener` for each such event, until the returned function is called.
    * @template {keyof ChatEvents} Type
-   * @param {Type} type
-   * @param {(event: ChatEvents[Type]) => void} listener
+   * @param {Type} type @param {(event: ChatEvents[Type]) => void} listener
    * @returns {() => void}
    */
   on(type, listener) {
@@ -758,48 +431,44 @@ export class ChatWebSocket {
   }
 
   /**
-   * Connects, until disconnect is called; "state" events report the progress. A second
-   * call reconnects with the new token.
+   * Connects, or connects anew.
    * @param {TokenSource} [token] a JWT, or a function that fetches one for each
-   *   connection. If it throws an error whose `status` is 401, the client stops
-   *   (`signed_out`). If it returns tickets (GET /api/v2/ws-token), which cannot poll,
-   *   also pass `bearer` to the constructor. Default: the client fetches tickets.
+   *   connection, or throws an error with `status` 401. Default: tickets, by `bearer`.
    */
   connect(token) {
-    if (token === undefined && this.#bearer === undefined) {
+    if (token === undefined && this.#bearer === undefined)
       throw new TypeError("connect: pass a token, or pass `bearer` to the constructor");
-    }
     this.#stop();
     this.#token = token;
     this.#fetchedToken = undefined;
     this.#tokenInDoubt = false;
-    if (!this.#learnUserFrom(token)) return;
-    this.#start();
+    if (this.#learnUserFrom(token)) this.#start();
   }
 
-  /** Closes the connection until the next connect. Unsent messages are kept. */
+  /** Closes the connection until the next connect. */
   disconnect() {
     this.#end("closed");
   }
 
-  /** Like disconnect, and discards the user's unsent messages: for signing out. */
+  /** Also drops what is unsent: for signing out. */
   forget() {
     this.disconnect();
     for (const entry of this.#unsent.entries) this.#discard(entry);
   }
 
-  /** Tries to open the socket now, if an attempt is scheduled, or in `too_many`. */
+  /** Tries the socket now, if an attempt is scheduled, or in `too_many`. */
   retry() {
-    if (this.#ended === "too_many") {
-      this.#start();
-    } else if (this.#retryTimer) {
-      void this.#open();
-    }
+    if (this.#ended === "too_many") this.#start();
+    else if (this.#retryAt !== null) void this.#open();
   }
 
   /** @returns {State} */
   get state() {
-    return this.#state();
+    if (this.#ended) return this.#ended;
+    if (this.#ready) return "connected";
+    const network = globalThis.navigator?.onLine !== false;
+    if (this.#polling) return this.#reachable && network ? "polling" : "offline";
+    return "connecting";
   }
 
   /** Seconds until the next attempt to open a socket; null: none is scheduled. */
@@ -807,28 +476,22 @@ export class ChatWebSocket {
     return this.#retryAt === null ? null : Math.max(0, (this.#retryAt - now()) / 1000);
   }
 
-  /** The user's id; undefined until it is known. */
   get userId() {
     return this.#userId;
   }
 
   /**
-   * Sends a message now, or as soon as possible, even after a reload. "delivery" events
-   * report its state.
-   * @param {number} chatId
-   * @param {string} content
-   * @returns {string} its client_id
+   * Sends a message as soon as possible; "delivery" events report its state.
+   * @param {number} chatId @param {string} content @returns {string} its client_id
    */
   send(chatId, content) {
-    return this.#enqueue({ chat_id: chatId, content: validText(content) });
+    return this.#enqueue({ chat_id: chatId, content });
   }
 
   /**
-   * Edits a message like send. Replaces edits of it that failed or were never tried.
-   * @param {number} messageId
-   * @param {string} content
-   * @param {{ifRev?: number}} [options] the `rev`, or else the `id`, of the message
-   *   that the user has edited: if it was changed since, the edit fails ("changed")
+   * Replaces edits of the message that failed or were never tried.
+   * @param {number} messageId @param {string} content
+   * @param {{ifRev?: number}} [options] the edit fails if the message has another rev
    * @returns {string} its client_id
    */
   editMessage(messageId, content, { ifRev } = {}) {
@@ -836,14 +499,13 @@ export class ChatWebSocket {
       messageId,
       ({ kind, tried, place }) => kind === "edit" && (!tried || place === "failed"),
     );
-    const edit = { message_id: messageId, content: validText(content), if_rev: ifRev };
+    const edit = { message_id: messageId, content, if_rev: ifRev };
     return this.#enqueue({ kind: "edit", ...edit });
   }
 
   /**
-   * Deletes a message like send. Drops its edits that wait, and changes that failed.
-   * @param {number} messageId
-   * @returns {string} its client_id
+   * Drops the message's edits that wait, and changes that failed.
+   * @param {number} messageId @returns {string} its client_id
    */
   deleteMessage(messageId) {
     this.#dropChanges(
@@ -857,16 +519,12 @@ export class ChatWebSocket {
     return this.#enqueue({ kind: "delete", message_id: messageId });
   }
 
-  /**
-   * The unsent messages of a chat, oldest first.
-   * @param {number} chatId
-   * @returns {Delivery[]}
-   */
+  /** The unsent messages of a chat, oldest first. @param {number} chatId */
   unsent(chatId) {
     return this.#pending((entry) => entry.chat_id === chatId);
   }
 
-  /** The edits and deletions that wait or have failed, oldest first. */
+  /** The edits and deletions that wait or have failed. */
   unsentChanges() {
     return this.#pending((entry) => entry.kind !== "message");
   }
@@ -887,39 +545,28 @@ export class ChatWebSocket {
   }
 
   /**
-   * Shows the other members that the user is typing. Call it at each key; the typing
-   * sign ends by itself 5 s after the last call.
-   * @param {number} chatId
-   * @param {boolean} isTyping
+   * Call it at each key; the typing sign ends 5 s after the last call.
+   * @param {number} chatId @param {boolean} isTyping
    */
   sendTyping(chatId, isTyping) {
     const before = this.#typing.get(chatId);
+    const command = { type: "typing", chat_id: chatId, is_typing: isTyping };
     clearTimeout(before?.timer);
     if (!isTyping) {
-      if (this.#typing.delete(chatId)) this.#sendTypingCommand(chatId, false);
+      if (this.#typing.delete(chatId)) this.#sendCommand(command);
       return;
     }
     const due = !before || elapsed(before.sentAt) >= TYPING_REPEAT_SECONDS;
-    if (due) this.#sendTypingCommand(chatId, true);
+    if (due) this.#sendCommand(command);
     this.#typing.set(chatId, {
       sentAt: due ? now() : before.sentAt,
       timer: after(TYPING_STOP_SECONDS, () => this.sendTyping(chatId, false)),
     });
   }
 
-  /**
-   * Marks a chat as read up to this message. The mark is sent at most once a second for
-   * each chat, and again until the server answers.
-   * @param {number} chatId
-   * @param {number} messageId
-   */
+  /** Up to this message. @param {number} chatId @param {number} messageId */
   markRead(chatId, messageId) {
-    const mark = this.#marks.get(chatId) ?? {
-      wanted: 0,
-      settled: 0,
-      sentAt: -Infinity,
-      timer: 0,
-    };
+    const mark = this.#marks.get(chatId) ?? { ...NEW_MARK };
     if (messageId <= mark.wanted) return;
     mark.wanted = messageId;
     this.#marks.set(chatId, mark);
@@ -927,11 +574,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * Fetches all chats of the user. Events wait meanwhile: "chats" comes first, then the
-   * events after it. Call it before connect if you passed `bearer`, otherwise at the
-   * first "connected"; and call it at each "resync".
-   * @returns {Promise<Snapshot>}
-   * @throws {ChatError} the events that waited are delivered anyway; try again
+   * Fetches all chats. Events wait meanwhile: "chats" comes first, then what followed.
+   * @returns {Promise<Snapshot>} @throws {ChatError} then try again
    */
   fetchChats() {
     this.#held ??= [];
@@ -940,33 +584,23 @@ export class ChatWebSocket {
   }
 
   /**
-   * Fetches messages, oldest first: the newest, or those before, after or around an id.
-   * @param {number} chatId
-   * @param {{before?: number | null, after?: number, around?: number,
-   *   limit?: number}} [where]
-   * @returns {Promise<History>}
+   * Fetches messages, oldest first.
+   * @param {number} chatId @param {HistoryQuery} [where] @returns {Promise<History>}
    */
   history(chatId, where) {
     return this.request("GET", `/api/v1/chats/${chatId}/messages${query(where)}`);
   }
 
   /**
-   * Searches messages for all words of `q`, newest first. Any page may be empty: go on
-   * with its `before` until that is null.
-   * @param {{q: string, chatId?: number, before?: number | null}} what
-   * @param {AbortSignal} [signal] ends the request
-   * @returns {Promise<{messages: Message[], before: number | null}>}
+   * Newest first; go on with `before` until it is null.
+   * @param {SearchQuery} what @param {AbortSignal} [signal] @returns {Promise<Found>}
    */
   search({ q, chatId, before }, signal) {
     const text = query({ q, chat_id: chatId, before });
     return this.request("GET", `/api/v1/search${text}`, undefined, signal);
   }
 
-  /**
-   * Fetches a page of the list of chats. (fetchChats fetches all, in step with events.)
-   * @param {{limit?: number, before?: string | number}} [page] `before`: a `position`
-   * @returns {Promise<ChatPage>}
-   */
+  /** One page of the list. @param {ChatsQuery} [page] @returns {Promise<ChatPage>} */
   chats(page) {
     return this.request("GET", `/api/v1/chats${query(page)}`);
   }
@@ -977,36 +611,27 @@ export class ChatWebSocket {
   }
 
   /**
-   * Fetches members of a chat: those with these ids (at most 100), or a page.
-   * @param {number} chatId
-   * @param {{ids?: number[], after?: number, limit?: number}} [which] `after`: an id
-   * @returns {Promise<{members: Member[], more: boolean}>}
+   * @param {number} chatId @param {MembersQuery} [which] @returns {Promise<MemberPage>}
    */
   members(chatId, { ids, ...page } = {}) {
     const text = query({ ids: ids?.join(","), ...page });
     return this.request("GET", `/api/v1/chats/${chatId}/members${text}`);
   }
 
-  /**
-   * Creates a chat. With `direct` or the same `clientId` it may be there already.
-   * @param {{title?: string | null, memberIds: number[], direct?: boolean,
-   *   clientId?: string}} chat
-   * @returns {Promise<Chat>}
-   */
+  /** @param {NewChat} chat @returns {Promise<Chat>} */
   async createChat({ title, memberIds, direct, clientId }) {
     const body = { title, member_ids: memberIds, direct, client_id: clientId };
     return (await this.request("POST", "/api/v1/chats", body)).chat;
   }
 
-  /** @param {number} chatId @param {string | null} title @returns {Promise<any>} */
+  /** @param {number} chatId @param {string | null} title */
   renameChat(chatId, title) {
     return this.request("PATCH", `/api/v1/chats/${chatId}`, { title });
   }
 
   /**
-   * Makes an invitation, for a link to `/#invite=TOKEN`.
-   * @param {number} chatId
-   * @param {{ttlSeconds?: number}} [options] default: 7 days
+   * For a link to `/#invite=TOKEN`.
+   * @param {number} chatId @param {{ttlSeconds?: number}} [options]
    * @returns {Promise<Token>}
    */
   createInvite(chatId, { ttlSeconds } = {}) {
@@ -1014,57 +639,43 @@ export class ChatWebSocket {
     return this.request("POST", `/api/v1/chats/${chatId}/invites`, body);
   }
 
-  /** Revokes a chat's invitations. @param {number} chatId @returns {Promise<any>} */
+  /** Revokes all of the chat. @param {number} chatId */
   revokeInvites(chatId) {
     return this.request("DELETE", `/api/v1/chats/${chatId}/invites`);
   }
 
-  /**
-   * Tells what an invitation is for, also before anyone has signed in.
-   * @param {string} token
-   * @returns {Promise<{title: string | null, member_count: number}>}
-   */
+  /** Needs no connect. @param {string} token @returns {Promise<Preview>} */
   previewInvite(token) {
     return this.#fetch("POST", "/api/v1/join", null, { token });
   }
 
   /**
-   * Accepts an invitation as a new user. The answer's token is a session token.
-   * @param {string} token @param {string} name
-   * @returns {Promise<Token & {user_id: number, name: string, chat_id: number}>}
+   * Needs no connect.
+   * @param {string} token @param {string} name @returns {Promise<Joined>}
    */
   joinAsNewUser(token, name) {
     return this.#fetch("POST", "/api/v1/join", null, { token, name });
   }
 
-  /**
-   * Accepts an invitation as the signed-in user.
-   * @param {string} token @returns {Promise<{chat_id: number}>}
-   */
+  /** @param {string} token @returns {Promise<{chat_id: number}>} */
   join(token) {
     return this.request("POST", "/api/v1/join", { token });
   }
 
-  /** Renames the user. @param {string} name @returns {Promise<any>} */
+  /** @param {string} name */
   renameMe(name) {
     return this.request("PATCH", "/api/v1/me", { name });
   }
 
-  /**
-   * Makes a sign-in token for a second device, for a link to `/#token=TOKEN`.
-   * @returns {Promise<Token>}
-   */
+  /** For a link to `/#token=TOKEN`. @returns {Promise<Token>} */
   linkDevice() {
     return this.request("POST", "/api/v1/me/link");
   }
 
   /**
-   * Sends one HTTP request to chatd, with the token. Where a message in the answer is
-   * older than what is known, it is replaced by its newest state.
-   * @param {string} method
-   * @param {string} path e.g. "/api/v1/chats"
-   * @param {object} [body] sent as JSON
-   * @param {AbortSignal} [signal]
+   * Sends one HTTP request, with the token.
+   * @param {string} method @param {string} path e.g. "/api/v1/chats"
+   * @param {object} [body] sent as JSON @param {AbortSignal} [signal]
    * @returns {Promise<any>} the answer's JSON; null for 204
    * @throws {ChatError}
    */
@@ -1086,24 +697,22 @@ export class ChatWebSocket {
     }
   }
 
-  /** @param {Partial<Unsent>} fields @returns {string} its client_id */
+  /** @param {Partial<Unsent>} fields */
   #enqueue(fields) {
-    const entry = this.#unsent.add({ epoch: this.#cursor.epoch, ...fields });
+    const content = String(fields.content ?? "").toWellFormed();
+    const entry = this.#unsent.add({ ...fields, content, epoch: this.#cursor.epoch });
     this.#reportDelivery(entry);
     this.#sendUnsent();
     return entry.client_id;
   }
 
-  /**
-   * Drops changes of a message that are not on their way.
-   * @param {number} messageId @param {(change: Unsent) => boolean} which
-   */
+  /** @param {number} messageId @param {(change: Unsent) => boolean} which */
   #dropChanges(messageId, which) {
     for (const entry of [...this.#unsent.at("waiting"), ...this.#unsent.at("failed")])
       if (entry.message_id === messageId && which(entry)) this.#discard(entry);
   }
 
-  /** @param {(entry: Unsent) => boolean} which @returns {Delivery[]} */
+  /** @param {(entry: Unsent) => boolean} which */
   #pending(which) {
     return this.#unsent.entries.filter(which).map((entry) => delivery(entry));
   }
@@ -1114,16 +723,17 @@ export class ChatWebSocket {
     this.#ended = null;
     this.#failures = 0;
     this.#listenToBrowser(true);
-    this.#adoptTimer = every(ADOPT_SECONDS, () => this.#adopt());
+    this.#adoptTimer = every(ADOPT_SECONDS, () => {
+      for (const entry of this.#unsent.adopt()) this.#reportDelivery(entry);
+      this.#sendUnsent();
+    });
     this.#schedulePolling();
     void this.#open();
   }
 
-  /** Fetches a token and opens a socket. Then #receive or #connectionLost is called. */
   async #open() {
     const attempt = ++this.#attempt;
     clearTimeout(this.#retryTimer);
-    this.#retryTimer = 0;
     this.#retryAt = null;
     this.#attemptAt = now();
     this.#reportState();
@@ -1131,14 +741,14 @@ export class ChatWebSocket {
     try {
       const token = await this.#socketToken();
       if (attempt === this.#attempt) this.#socket = this.#newSocket(token);
-    } catch (error) {
+    } catch (/** @type {any} */ error) {
       if (attempt !== this.#attempt) return;
       if (isSignedOut(error)) this.#end("signed_out");
-      else this.#connectionLost(0, retryAfter(error));
+      else this.#connectionLost(0, error?.retryAfter);
     }
   }
 
-  /** @param {string} token @returns {WebSocket} */
+  /** @param {string} token */
   #newSocket(token) {
     const url = new URL("ws/chat", this.#base);
     url.protocol = url.protocol.replace("http", "ws");
@@ -1157,8 +767,7 @@ export class ChatWebSocket {
   async #socketToken() {
     if (!this.#token) return (await this.request("GET", "/api/v2/ws-token")).token;
     if (typeof this.#token === "string") {
-      // A browser does not say why a handshake was refused: perhaps because of this
-      // token. Then this request ends the connection.
+      // A browser does not say why a handshake was refused, but a request does.
       if (this.#tokenInDoubt) await this.request("GET", "/api/v1/me").catch(() => {});
       return this.#token;
     }
@@ -1170,28 +779,23 @@ export class ChatWebSocket {
     return token;
   }
 
-  /**
-   * The socket has closed, or could not be opened. Decides whether and when to
-   * reconnect.
-   * @param {number} code the close code; 0: no token could be fetched
-   * @param {number} [retryAfterSeconds] the wait that the server asked for
-   */
+  /** @param {number} code @param {number} [retryAfterSeconds] */
   #connectionLost(code, retryAfterSeconds) {
     const steady = this.#ready && elapsed(this.#connectedAt) >= STEADY_SECONDS;
     const wait = this.#byeSeconds ?? retryAfterSeconds;
-    if (code === 1009) this.#frameTooLarge();
-    this.#dropSocket(1000);
+    const [onItsWay] = this.#unsent.at("socket");
+    if (code === 1009 && onItsWay)
+      this.#messageRefused(onItsWay, "too_large", "The message is too long.");
+    this.#dropSocket();
     if (steady) this.#failures = 0;
-    if (code >= STAY_AWAY_FROM && code < 5000) {
-      this.#end(STAY_AWAY[code] ?? "refused");
-      return;
-    }
+    if (code === 4503) return this.#end("signed_out");
+    if (code === 4504) return this.#end("too_many");
+    if (code >= 4500 && code < 5000) return this.#end("refused");
     this.#tokenInDoubt = code === 1006 || code === 4401;
     this.#schedulePolling();
     this.#retryIn(wait ?? this.#backoff());
   }
 
-  /** Full jitter: a random part of a bound that doubles. @returns {number} seconds */
   #backoff() {
     if (this.#polling) return Math.max(0, RETRY_SECONDS - elapsed(this.#attemptAt));
     const bound = Math.min(RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** this.#failures);
@@ -1207,17 +811,12 @@ export class ChatWebSocket {
     this.#reportState();
   }
 
-  /** The network may be back, or have changed: tests the socket, or opens one now. */
   #probeOrRetry() {
     if (this.#ready) this.#ping(PROBE_SECONDS);
     else if (elapsed(this.#attemptAt) >= 1) this.retry();
   }
 
-  /**
-   * Closes the socket, in any state, and ignores what still arrives on it.
-   * @param {number} code the close code
-   */
-  #dropSocket(code) {
+  #dropSocket() {
     this.#attempt += 1;
     clearTimeout(this.#connectTimer);
     clearInterval(this.#watchTimer);
@@ -1229,23 +828,14 @@ export class ChatWebSocket {
     this.#unsent.requeue("socket");
     if (!socket) return;
     socket.onopen = socket.onmessage = socket.onclose = null;
-    socket.close(code);
+    socket.close(1000);
   }
 
-  /** Ends the socket, the polls and the timers. */
   #stop() {
-    this.#dropSocket(1000);
+    this.#dropSocket();
     this.#stopPolling();
     clearTimeout(this.#retryTimer);
-    clearTimeout(this.#sendTimer);
     clearInterval(this.#adoptTimer);
-    for (const { timer } of this.#typing.values()) clearTimeout(timer);
-    for (const mark of this.#marks.values()) {
-      clearTimeout(mark.timer);
-      mark.timer = 0;
-    }
-    this.#typing.clear();
-    this.#retryTimer = this.#sendTimer = 0;
     this.#retryAt = null;
   }
 
@@ -1266,28 +856,14 @@ export class ChatWebSocket {
     this.#log?.log("WebSocket message:", frame);
     this.#receivedAt = now();
     this.#pongBy = 0;
-    if (frame.type === "connected") this.#handleConnected(frame);
-    else if (typeof frame.seq === "number") this.#acceptEvent(frame);
-    else this.#handleTransient(frame);
-  }
-
-  /** @param {any} frame one without a seq: it is not in the event log */
-  #handleTransient(frame) {
-    switch (frame.type) {
-      case "ack":
-        this.#handleAck(frame);
-        break;
-      case "error":
-        this.#handleError(frame);
-        break;
-      case "token_expiring":
-        void this.#renewToken();
-        break;
-      case "bye":
-        this.#byeSeconds = frame.retry_after;
-        break;
-    }
-    this.#emit(frame.type, frame);
+    const { type } = frame;
+    if (type === "connected") return this.#handleConnected(frame);
+    if (frame.seq) return this.#acceptEvent(frame);
+    if (type === "ack") this.#handleAck(frame);
+    else if (type === "error") this.#handleError(frame);
+    else if (type === "token_expiring") void this.#renewToken();
+    else if (type === "bye") this.#byeSeconds = frame.retry_after;
+    this.#emit(type, frame);
   }
 
   /** @param {Connected} frame */
@@ -1299,10 +875,9 @@ export class ChatWebSocket {
     this.#sendNotBefore = 0;
     this.#connectedAt = now();
     this.#watchedAt = Date.now();
-    clearInterval(this.#watchTimer);
     this.#watchTimer = every(WATCH_SECONDS, () => this.#watch());
-    // "fresh" means that the socket was opened without a cursor. If there is a cursor
-    // now, a poll brought it meanwhile, and the events between the two are missing.
+    // A socket without a cursor is "fresh". If a poll has brought a cursor meanwhile,
+    // the events between the two are missing.
     const hasCursor = this.#cursor.seq >= 0;
     const fresh = frame.resume === "fresh";
     const resync = frame.resume === "resync" || (fresh && hasCursor);
@@ -1311,44 +886,28 @@ export class ChatWebSocket {
     this.#reportState();
     this.#emit("connected", frame);
     if (resync) this.#emit("resync", {});
-    for (const chatId of this.#marks.keys()) this.#sendMark(chatId);
-    this.#sendUnsent();
+    this.#sendWaiting();
   }
 
-  /**
-   * Reads the user's id from the token, so that a message written before the server
-   * answers is stored for the right user.
-   * @param {TokenSource | undefined} token
-   * @returns {boolean} false: it is the token of another user than before
-   */
+  /** @param {TokenSource | undefined} token @returns {boolean} */
   #learnUserFrom(token) {
     const userId = typeof token === "string" ? userIdOf(token) : undefined;
     return userId === undefined || this.#acceptUser(userId);
   }
 
-  /**
-   * Sets the user's id, or compares it with the known one. Another user than before
-   * ends the connection, because chats and unsent messages belong to one user.
-   * @param {number} userId
-   * @returns {boolean} false: it is another user than before
-   */
+  /** Another user than before ends it. @param {number} userId @returns {boolean} */
   #acceptUser(userId) {
-    if (this.#userId !== undefined && this.#userId !== userId) {
-      this.#end("signed_out");
-      return false;
-    }
     if (this.#userId === undefined) {
       this.#userId = userId;
       this.#unsent.open(`chatd.unsent.${this.#base.host}.${userId}.`);
       for (const entry of this.#unsent.entries) this.#reportDelivery(entry);
     }
-    return true;
+    if (this.#userId === userId) return true;
+    this.#end("signed_out");
+    return false;
   }
 
-  /**
-   * Delivers an event from the socket or a poll, unless the cursor has passed it.
-   * @param {LoggedEvent} event
-   */
+  /** @param {LoggedEvent} event */
   #acceptEvent(event) {
     if (event.seq <= this.#cursor.seq) return;
     this.#cursor.seq = event.seq;
@@ -1368,19 +927,14 @@ export class ChatWebSocket {
     this.#newest.prune(this.#cursor.seq);
   }
 
-  /**
-   * Moves the cursor, but never back within an epoch: a poll may have been ahead of the
-   * socket.
-   * @param {string} text
-   */
+  /** A poll may have been ahead of the socket. @param {string} text */
   #moveCursor(text) {
     const cursor = parseCursor(text);
-    const sameEpoch = cursor.epoch === this.#cursor.epoch;
-    if (!sameEpoch) this.#restartAt(text);
+    if (cursor.epoch !== this.#cursor.epoch) this.#restartAt(text);
     else if (cursor.seq > this.#cursor.seq) this.#cursor = cursor;
   }
 
-  /** Continues at another cursor and skips the events between. @param {string} text */
+  /** @param {string} text */
   #restartAt(text) {
     const { epoch } = this.#cursor;
     this.#cursor = parseCursor(text);
@@ -1388,20 +942,13 @@ export class ChatWebSocket {
     this.#listedUpTo = -1;
     this.#gaplessFrom = this.#cursor.seq;
     if (this.#held) this.#held = [];
-    if (epoch !== this.#cursor.epoch) this.#handleNewEpoch(!epoch);
-  }
-
-  /**
-   * A backup was restored, unless this is the first epoch that the client knows. Ids may
-   * be those of other messages now.
-   * @param {boolean} first
-   */
-  #handleNewEpoch(first) {
-    if (!first) {
+    if (epoch === this.#cursor.epoch) return;
+    if (epoch) {
+      // A backup was restored: ids may mean others now.
       this.#newest.forget();
       this.#marks.clear();
     }
-    // Not when an entry is adopted later: its tab may have known a newer epoch than this.
+    // Not when an entry is adopted later: its tab may have known a newer epoch.
     for (const entry of this.#unsent.at("waiting"))
       if (entry.kind !== "message" && entry.epoch && entry.epoch !== this.#cursor.epoch)
         this.#messageRefused(entry, "not_found", "A backup was restored since.");
@@ -1436,12 +983,7 @@ export class ChatWebSocket {
     }
   }
 
-  /**
-   * Fetches the list of chats until it is new enough. A list from before #gaplessFrom
-   * would leave a gap. A list of another epoch is older than the cursor if the cursor's
-   * epoch has changed since the request began.
-   * @returns {Promise<Snapshot>}
-   */
+  /** A list from before #gaplessFrom has a gap; one of another epoch may be older. */
   async #freshSnapshot() {
     for (let tries = 0; tries < 5; tries++) {
       const before = this.#cursor.epoch;
@@ -1454,11 +996,7 @@ export class ChatWebSocket {
     throw unreachable("The server's list of chats is out of date.");
   }
 
-  /**
-   * Fetches all chats. One that becomes active meanwhile moves to the first page, so
-   * that page is fetched again until it has no new chat.
-   * @returns {Promise<Snapshot>}
-   */
+  /** A chat that becomes active moves to the first page, so it is fetched once more. */
   async #allChats() {
     /** @type {Map<number, Chat>} */
     const chats = new Map();
@@ -1477,7 +1015,7 @@ export class ChatWebSocket {
 
   /* ---- keeping alive ---- */
 
-  /** Runs every 2 s while connected. A late run means that the computer has slept. */
+  /** A late run means that the computer has slept. */
   #watch() {
     const slept = Date.now() - this.#watchedAt > SILENCE_SECONDS * 1000;
     this.#watchedAt = Date.now();
@@ -1494,7 +1032,7 @@ export class ChatWebSocket {
     }
   }
 
-  /** @param {number} seconds for the answer */
+  /** @param {number} seconds */
   #ping(seconds) {
     const by = now() + seconds * 1000;
     if (this.#pongBy && this.#pongBy <= by) return;
@@ -1505,12 +1043,11 @@ export class ChatWebSocket {
   /** @param {boolean} on */
   #listenToBrowser(on) {
     const change = on ? "addEventListener" : "removeEventListener";
-    const page = globalThis.document;
     globalThis[change]?.("online", this.#onNetwork);
     globalThis[change]?.("offline", this.#onNetwork);
     globalThis[change]?.("focus", this.#onVisible);
     globalThis[change]?.("storage", this.#onStorage);
-    page?.[change]("visibilitychange", this.#onVisible);
+    globalThis.document?.[change]("visibilitychange", this.#onVisible);
   }
 
   #onNetwork = () => {
@@ -1530,7 +1067,6 @@ export class ChatWebSocket {
     if (globalThis.document?.visibilityState !== "hidden") this.#probeOrRetry();
   };
 
-  /** Sends a newer token before this one ends. The answer needs no action. */
   async #renewToken() {
     if (typeof this.#token === "string") return; // there is no newer one; 4401 follows
     const attempt = this.#attempt;
@@ -1543,14 +1079,12 @@ export class ChatWebSocket {
       if (attempt === this.#attempt)
         this.#sendCommand({ type: "auth", token, ref: "auth" });
     } catch {
-      // The socket stays open until the token ends. Then 4401 closes it, and the client
-      // reconnects.
+      // The client reconnects after 4401.
     }
   }
 
   /* ---- polling ---- */
 
-  /** Starts to poll in 5 s, unless that is scheduled already. */
   #schedulePolling() {
     this.#pollTimer ||= after(FALLBACK_SECONDS, () => {
       this.#log?.log(`[WebSocket] Not connected, polling every ${POLL_SECONDS} s`);
@@ -1561,52 +1095,40 @@ export class ChatWebSocket {
     });
   }
 
-  /**
-   * Fetches events and delivers them. Runs again in 5 s, or at once if there are more.
-   */
   async #pollOnce() {
     const { signal } = this.#fallback;
+    const cursor = this.#cursorText();
     let wait = POLL_SECONDS;
     try {
-      const cursor = this.#cursorText();
       const path = `/api/v1/events${query({ limit: 500, cursor })}`;
       const answer = await this.request("GET", path, undefined, signal);
-      if (signal.aborted) return;
       if (answer.more) wait = 0;
-      this.#handlePoll(answer, cursor === null);
-    } catch (error) {
-      if (signal.aborted) return;
-      wait = Math.max(wait, retryAfter(error) ?? 0);
-      this.#setReachable(false);
+      if (!signal.aborted) this.#handlePoll(answer, cursor === null);
+    } catch (/** @type {any} */ error) {
+      wait = Math.max(wait, error.retryAfter ?? 0);
+      if (!signal.aborted) this.#setReachable(false);
     }
-    if (signal.aborted) return;
-    this.#pollTimer = after(wait, () => void this.#pollOnce());
+    if (!signal.aborted) this.#pollTimer = after(wait, () => void this.#pollOnce());
   }
 
   /**
-   * @param {{events: LoggedEvent[], cursor: string, more: boolean, resync: boolean}}
-   *   answer
-   * @param {boolean} withoutCursor the request had no cursor
+   * @param {{events: LoggedEvent[], cursor: string, resync: boolean}} answer
+   * @param {boolean} withoutCursor
    */
-  #handlePoll(answer, withoutCursor) {
+  #handlePoll({ events, cursor, resync }, withoutCursor) {
     const { signal } = this.#fallback;
-    for (const event of answer.events) {
+    for (const event of events) {
       if (signal.aborted) return; // a listener has called disconnect
       this.#acceptEvent(event);
     }
-    if (answer.resync || (withoutCursor && this.#cursor.seq < 0))
-      this.#restartAt(answer.cursor);
-    else if (!withoutCursor) this.#moveCursor(answer.cursor);
-    if (answer.resync) this.#emit("resync", {});
+    if (resync || (withoutCursor && this.#cursor.seq < 0)) this.#restartAt(cursor);
+    else if (!withoutCursor) this.#moveCursor(cursor);
+    if (resync) this.#emit("resync", {});
     this.#setReachable(true);
-    for (const chatId of this.#marks.keys()) this.#sendMark(chatId);
-    this.#sendUnsent();
+    this.#sendWaiting();
   }
 
-  /**
-   * Once the server answers again, the client tries to open a socket at once.
-   * @param {boolean} reachable
-   */
+  /** @param {boolean} reachable */
   #setReachable(reachable) {
     const back = reachable && !this.#reachable;
     this.#reachable = reachable;
@@ -1625,10 +1147,12 @@ export class ChatWebSocket {
 
   /* ---- sending ---- */
 
-  /**
-   * Sends the oldest unsent entry. The next one waits for the answer, or else the server
-   * could refuse the first with `rate_limited` and store the second before it.
-   */
+  #sendWaiting() {
+    for (const chatId of this.#marks.keys()) this.#sendMark(chatId);
+    this.#sendUnsent();
+  }
+
+  /** One at a time, or the server could refuse the first and store the second. */
   #sendUnsent() {
     if (this.#ended) return;
     const [next] = this.#unsent.at("waiting");
@@ -1642,14 +1166,10 @@ export class ChatWebSocket {
     const wait = (this.#sendNotBefore - now()) / 1000;
     clearTimeout(this.#sendTimer);
     if (wait > 0) this.#sendTimer = after(wait, () => this.#sendUnsent());
-    else if (this.#ready) this.#sendBySocket(next);
-    else if (this.#polling) void this.#sendByHttp(next);
-  }
-
-  /** @param {Unsent} entry */
-  #sendBySocket(entry) {
-    Object.assign(entry, { place: "socket", sentAt: now(), tried: true });
-    this.#sendCommand(commandFor(entry));
+    else if (this.#ready) {
+      Object.assign(next, { place: "socket", sentAt: now(), tried: true });
+      this.#sendCommand(commandFor(next));
+    } else if (this.#polling) void this.#sendByHttp(next);
   }
 
   /** @param {Unsent} entry */
@@ -1659,13 +1179,11 @@ export class ChatWebSocket {
     Object.assign(entry, { place: "http", tried: true });
     const [method, path, body] = requestFor(entry);
     try {
-      const answer = await this.request(method, path, body, signal);
-      if (entry.kind !== "message") {
-        const { message } = answer ?? {};
+      const { message } = (await this.request(method, path, body, signal)) ?? {};
+      if (entry.kind !== "message")
         return this.#changeStored(entry, message?.rev ?? message?.id, message);
-      }
-      this.#acceptUser(answer.message.sender_id);
-      this.#messageStored({ ...answer.message, client_id });
+      this.#acceptUser(message.sender_id);
+      this.#messageStored({ ...message, client_id });
     } catch (error) {
       if (signal.aborted) return; // the socket is back and sends the message
       // Or else no token could be fetched.
@@ -1676,17 +1194,18 @@ export class ChatWebSocket {
     }
   }
 
-  /** @param {string} [ref] `read CHAT MESSAGE`, or that of another command */
-  #markOf(ref = "") {
+  /** @param {string} [ref] `read CHAT MESSAGE` @param {number} [retry] seconds */
+  #markAnswered(ref = "", retry) {
     const [kind, chatId, messageId] = ref.split(" ");
-    const mark = kind === "read" ? this.#marks.get(Number(chatId)) : undefined;
-    return { mark, chatId: Number(chatId), messageId: Number(messageId) };
+    const mark = this.#marks.get(Number(chatId));
+    if (kind !== "read" || !mark) return;
+    if (retry !== undefined) after(retry, () => this.#sendMark(Number(chatId)));
+    else mark.settled = Math.max(mark.settled, Number(messageId));
   }
 
   /** @param {Ack} ack */
   #handleAck(ack) {
-    const { mark, messageId } = this.#markOf(ack.ref);
-    if (mark) mark.settled = Math.max(mark.settled, messageId);
+    this.#markAnswered(ack.ref);
     const entry = this.#unsent.find(ack.client_id ?? ack.ref);
     if (!entry || ack.message_id === undefined) return;
     if (entry.kind !== "message") return this.#changeStored(entry, ack.rev);
@@ -1699,9 +1218,8 @@ export class ChatWebSocket {
 
   /** @param {Refusal} refusal */
   #handleError({ ref, client_id, code, message, retry_after }) {
-    const { mark, chatId, messageId } = this.#markOf(ref);
-    if (mark && FINAL_REFUSALS.has(code)) mark.settled = messageId;
-    else if (mark) after(retry_after ?? REFUSED_SECONDS, () => this.#sendMark(chatId));
+    const final = FINAL_REFUSALS.has(code);
+    this.#markAnswered(ref, final ? undefined : (retry_after ?? REFUSED_SECONDS));
     const entry = this.#unsent.find(client_id ?? ref); // chatd 1.0 repeats only `ref`
     if (entry?.place !== "socket") return;
     this.#messageRefused(entry, code, message, retry_after);
@@ -1709,8 +1227,7 @@ export class ChatWebSocket {
   }
 
   /**
-   * The server has stored the message. The ack, the 201 and the event all say so; the
-   * first to arrive counts.
+   * The ack, the 201 and the event all say so; the first to arrive counts.
    * @param {Message} message @param {boolean} [mayHaveChanged]
    */
   #messageStored(message, mayHaveChanged) {
@@ -1723,7 +1240,6 @@ export class ChatWebSocket {
   }
 
   /**
-   * The server has stored an edit or a deletion.
    * @param {Unsent} entry @param {number | undefined} rev @param {Message} [message]
    */
   #changeStored(entry, rev, message) {
@@ -1734,11 +1250,8 @@ export class ChatWebSocket {
   }
 
   /**
-   * The entry was not stored. It has failed, or it is sent again after a wait.
-   * @param {Unsent} entry
-   * @param {string} code
-   * @param {string} reason
-   * @param {number} [seconds] the wait that the server asked for
+   * @param {Unsent} entry @param {string} code @param {string} reason
+   * @param {number} [seconds]
    */
   #messageRefused(entry, code, reason, seconds) {
     if (!this.#unsent.entries.includes(entry)) return; // another tab has dropped it
@@ -1749,20 +1262,6 @@ export class ChatWebSocket {
     }
     entry.place = "waiting";
     this.#sendNotBefore = now() + (seconds ?? REFUSED_SECONDS) * 1000;
-  }
-
-  /**
-   * The server refused a frame as too large (1009): the message must not be repeated.
-   */
-  #frameTooLarge() {
-    const [entry] = this.#unsent.at("socket");
-    if (entry) this.#messageRefused(entry, "too_large", "The message is too long.");
-  }
-
-  /** Sends the messages that closed tabs have left. */
-  #adopt() {
-    for (const entry of this.#unsent.adopt()) this.#reportDelivery(entry);
-    this.#sendUnsent();
   }
 
   /** @param {Unsent} entry */
@@ -1784,42 +1283,33 @@ export class ChatWebSocket {
       return;
     }
     const message_id = mark.wanted;
+    const settle = () => {
+      mark.settled = Math.max(mark.settled, message_id);
+    };
     mark.sentAt = now();
     if (this.#ready) {
-      this.#sendCommand({
-        type: "mark_read",
-        message_id,
-        ref: `read ${chatId} ${message_id}`,
-      });
+      const ref = `read ${chatId} ${message_id}`;
+      this.#sendCommand({ type: "mark_read", message_id, ref });
     } else if (this.#polling) {
       this.request("POST", `/api/v1/messages/${message_id}/read`).then(
-        () => {
-          mark.settled = Math.max(mark.settled, message_id);
-        },
-        (error) => {
-          if (FINAL_REFUSALS.has(error.code)) mark.settled = message_id;
-          // after any other error, the next poll or connection sends it again
-        },
+        settle,
+        // After any other error, the next poll or connection sends it again.
+        ({ code }) => FINAL_REFUSALS.has(code) && settle(),
       );
     }
   }
 
-  /** @param {number} chat_id @param {boolean} is_typing */
-  #sendTypingCommand(chat_id, is_typing) {
-    if (this.#ready) this.#sendCommand({ type: "typing", chat_id, is_typing });
-  }
-
   /** @param {object} command */
   #sendCommand(command) {
-    if (this.#socket?.readyState === 1) this.#socket.send(JSON.stringify(command));
+    if (this.#ready && this.#socket?.readyState === 1)
+      this.#socket.send(JSON.stringify(command));
   }
 
   /* ---- HTTP ---- */
 
   /**
-   * After a 401, repeats the request once with a new token: a function fetches it, or
-   * connect was called with it meanwhile. Without one, the user has to sign in again.
-   * (The token function of connect may return tickets, which HTTP refuses.)
+   * After a 401, tries a newer token once. (The function of connect may return tickets,
+   * which HTTP refuses.)
    * @param {string} method @param {string} path @param {object} [body]
    * @param {AbortSignal} [signal] @returns {Promise<any>}
    */
@@ -1844,10 +1334,7 @@ export class ChatWebSocket {
     }
   }
 
-  /**
-   * @param {boolean} fresh fetch a new one
-   * @returns {Promise<string>}
-   */
+  /** @param {boolean} fresh */
   async #httpToken(fresh) {
     const source = this.#bearer ?? this.#token;
     if (source === undefined)
@@ -1858,28 +1345,24 @@ export class ChatWebSocket {
   }
 
   /**
-   * @param {string} method @param {string} path
-   * @param {string | null} token null: none
+   * @param {string} method @param {string} path @param {string | null} token
    * @param {object} [body] @param {AbortSignal} [signal]
    */
   async #fetch(method, path, token, body, signal) {
-    /** @type {Record<string, string>} */
-    const headers = token === null ? {} : { Authorization: `Bearer ${token}` };
-    if (body) headers["Content-Type"] = "application/json";
     const limit = new AbortController();
-    const abort = () => limit.abort();
-    const timer = after(REQUEST_SECONDS, abort);
-    if (signal?.aborted) abort();
-    signal?.addEventListener("abort", abort);
+    const timer = after(REQUEST_SECONDS, () => limit.abort());
     try {
       return await readAnswer(
         await fetch(new URL(path.replace(/^\//, ""), this.#base), {
           method,
-          headers,
+          headers: {
+            ...(token && { Authorization: `Bearer ${token}` }),
+            ...(body && { "Content-Type": "application/json" }),
+          },
           body: body ? JSON.stringify(body) : null,
           cache: "no-store",
           credentials: "omit",
-          signal: limit.signal,
+          signal: AbortSignal.any(signal ? [signal, limit.signal] : [limit.signal]),
         }),
       );
     } catch (error) {
@@ -1887,27 +1370,17 @@ export class ChatWebSocket {
       throw unreachable();
     } finally {
       clearTimeout(timer);
-      signal?.removeEventListener("abort", abort);
     }
   }
 
   /* ---- reporting ---- */
 
-  /** @returns {State} */
-  #state() {
-    if (this.#ended) return this.#ended;
-    if (this.#ready) return "connected";
-    const network = globalThis.navigator?.onLine !== false;
-    if (this.#polling) return this.#reachable && network ? "polling" : "offline";
-    return "connecting";
-  }
-
   #reportState() {
-    const state = this.#state();
+    const { state, retryIn } = this;
     const text = `${state} ${this.#retryAt}`;
     if (text === this.#lastState) return;
     this.#lastState = text;
-    this.#emit("state", { state, retryIn: this.retryIn });
+    this.#emit("state", { state, retryIn });
   }
 
   /** @param {Unsent} entry @param {Delivery["state"]} [state] */
@@ -1927,34 +1400,22 @@ export class ChatWebSocket {
   }
 }
 
-/* -------------------------------------------------------------------------------------
- * Small functions.
- * ---------------------------------------------------------------------------------- */
+/* ---- small functions ---- */
 
-/**
- * @param {Unsent} entry @param {Delivery["state"]} [state] @returns {Delivery}
- */
+/** @param {Unsent} entry @param {Delivery["state"]} [state] @returns {Delivery} */
 function delivery(entry, state = entry.place === "failed" ? "failed" : "sending") {
   const { kind, client_id, chat_id, message_id, content, kept, code, reason } = entry;
   const failure = code && { code, reason: reason ?? "" };
   return { state, kind, client_id, chat_id, message_id, content, kept, ...failure };
 }
 
-/**
- * Half of a surrogate pair is not valid text: the server would refuse it.
- * @param {string} content
- */
-function validText(content) {
-  return String(content).replace(LONE_SURROGATE, "\ufffd");
-}
-
-/** @param {object} [parameters] those that are null or undefined are left out */
+/** @param {object} [parameters] */
 function query(parameters = {}) {
   const given = Object.entries(parameters).filter(([, value]) => value != null);
   return given.length ? `?${new URLSearchParams(given)}` : "";
 }
 
-/** @param {any} text JSON @returns {any} the object, or null */
+/** @param {any} text @returns {any} */
 function parseObject(text) {
   try {
     const value = JSON.parse(text);
@@ -1964,11 +1425,7 @@ function parseObject(text) {
   }
 }
 
-/**
- * Reads the user's id from a token, as chatd does. Only the server checks the token.
- * @param {string} token
- * @returns {number | undefined} undefined: the token has no readable id
- */
+/** @param {string} token @returns {number | undefined} */
 function userIdOf(token) {
   try {
     const part = (token.split(".")[1] ?? "").replace(/-/g, "+").replace(/_/g, "/");
@@ -1994,36 +1451,31 @@ async function readAnswer(answer) {
   throw new ChatError(answer.status, code, message, retry_after);
 }
 
-/** @param {unknown} error */
+/** @param {any} error */
 function isSignedOut(error) {
-  return Number(/** @type {{status?: number}} */ (error)?.status) === 401;
-}
-
-/** @param {unknown} error @returns {number | undefined} seconds */
-function retryAfter(error) {
-  return error instanceof ChatError ? error.retryAfter : undefined;
+  return Number(error?.status) === 401;
 }
 
 function unreachable(text = "The chat server does not answer.") {
   return new ChatError(0, "unreachable", text);
 }
 
-/** Milliseconds of a clock that never goes back, unlike Date.now(). */
+/** Unlike Date.now(), it never goes back. */
 function now() {
   return performance.now();
 }
 
-/** @param {number} since as now() @returns {number} seconds */
+/** @param {number} since @returns {number} */
 function elapsed(since) {
   return (now() - since) / 1000;
 }
 
-/** @param {number} seconds @param {() => void} task @returns {number} */
+/** @param {number} seconds @param {() => void} task */
 function after(seconds, task) {
-  return Number(setTimeout(task, seconds * 1000));
+  return setTimeout(task, seconds * 1000);
 }
 
-/** @param {number} seconds @param {() => void} task @returns {number} */
+/** @param {number} seconds @param {() => void} task */
 function every(seconds, task) {
-  return Number(setInterval(task, seconds * 1000));
+  return setInterval(task, seconds * 1000);
 }
