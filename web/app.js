@@ -1092,7 +1092,9 @@ function onMemberRemoved({ chat_id, user_id: userId, seq }) {
  */
 function addLine(chat, seq, text) {
   if (chat.lines.some((line) => line.seq === seq)) return;
-  chat.lines = [...chat.lines, { seq, n: chat.last_n, text }].slice(-MAX_LINES);
+  // `connected` has moved last_n over the messages that a replay brings only now.
+  const line = { seq, n: chat.last_message?.n ?? 0, text };
+  chat.lines = [...chat.lines, line].slice(-MAX_LINES);
   if (chat === model.open) announce(text());
 }
 

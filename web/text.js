@@ -72,6 +72,7 @@ export function contentNode(content) {
       appendText(node, before);
       node.append(hiddenSign("div", line), pre, hiddenSign("div", end[0]));
       BLOCK.lastIndex = CODE_END.lastIndex;
+      quote = null;
     } else continue;
     done = BLOCK.lastIndex;
   }
@@ -135,7 +136,7 @@ const IN_ADDRESS =
 const LABEL = "[\\p{L}\\p{N}](?:[\\p{L}\\p{N}-]{0,61}[\\p{L}\\p{N}])?";
 const PART = new RegExp(
   [
-    "(?<!`)(?<ticks>`{1,3})(?<code>[^`\\n]+)\\k<ticks>(?!`)",
+    "(?<!`)(?<ticks>`{1,3})(?=[ \\t]*[^`\\s])(?<code>[^`\\n]+)\\k<ticks>(?!`)",
     `(?<web>(?<![a-z\\d])https?://(?:${IN_ADDRESS}){1,4000})`,
     `(?<www>(?<![a-z\\d@./-])www\\.(?:${IN_ADDRESS}){1,4000})`,
     "(?<mail>(?<![\\p{Script=Latin}\\p{N}._%+/@-])" +
