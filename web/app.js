@@ -52,10 +52,38 @@ const DRAFT_CHARACTERS = 500_000;
 const MAX_LINKS = 200;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
+/** A search begins when the user has paused for this long. */
+const SEARCH_PAUSE_SECONDS = 0.3;
+/** So many chats are shown above the messages that were found. */
+const SEARCH_CHATS = 5;
 /** The first connection waits at most this long for the list of chats. */
 const FIRST_LIST_SECONDS = 2;
 /** After a failure, the list of chats is fetched again after this long. */
 const REFETCH_SECONDS = 5;
+
+/** @param {string} key @param {Record<string, any>} [values] */
+function say(key, values = {}) {
+  /** @type {Record<string, string>} */
+  const words = {
+    notFound: "It is not there any more, or not for you.",
+    searchHere: "Only in “{title}”",
+    searching: "Searching…",
+    searchFound: "{count} messages found.",
+    searchNothing: "No messages found.",
+    searchMore: "Search further back",
+    searchedBack: "Searched back to {when}.",
+    tryAgain: "Try again",
+  };
+  return (words[key] ?? key).replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
+}
+/** @param {string} content @param {string} query */
+function markedNode(content, query) {
+  const node = document.createElement("span");
+  const words = query.trim().split(/\s+/).map((w) => w.replace(/[^\p{L}\p{N}]/gu, "\\$&"));
+  for (const part of content.split(new RegExp(`(${words.join("|")})`, "iu")))
+    node.append(words.some((w) => part.toLowerCase() === w.toLowerCase()) ? Object.assign(document.createElement("mark"), {textContent: part}) : part);
+  return node;
+}
 
 /* -------------------------------------------------------------------------------------
  * Loading. Until the page shows the user's chats or asks to sign in, any exception ends
@@ -731,11 +759,10 @@ function onInfoCopy() {
  * @property {number} last_n
  * @property {number} read_n
  * @property {Message | null} last_message
- * @property {Message[]} messages the loaded messages, without holes, up to the newest
- *   known one
- * @property {boolean} loaded `messages` includes the chat's newest message
- * @property {boolean} stale events were missed, so the loaded messages may be old
+ * @property {Message[]} messages the loaded messages, without holes
+ * @property {boolean} loaded no event was missed since they were loaded
  * @property {boolean} more there are messages before the loaded ones
+ * @property {boolean} moreAfter there are messages after the loaded ones
  * @property {"no" | "yes" | "failed"} loading
  * @property {number | null} divider the new messages begin after this n
  * @property {Map<number, number>} typing user id -> timer that ends the typing sign
@@ -788,6 +815,8 @@ function resetModel() {
   });
   model.chats.clear();
   model.names.clear();
+  field("search-text").value = "";
+  search.start();
 }
 
 const myId = () => model.session?.user_id ?? 0;
@@ -851,8 +880,8 @@ function putChat(received) {
     last_message: null,
     messages: [],
     loaded: false,
-    stale: false,
     more: true,
+    moreAfter: false,
     loading: "no",
     divider: null,
     typing: new Map(),
@@ -907,6 +936,8 @@ function onChange(message) {
   if (chat.last_message?.n === message.n)
     chat.last_message = newer(chat.last_message, message);
   if (chat.messages.some(({ n }) => n === message.n)) merge(chat, [message]);
+  for (const one of search.found)
+    if (one.id === message.id) Object.assign(one, newer(one, message));
 }
 
 /**
@@ -952,7 +983,8 @@ function putMessage(message, read) {
     moveReadMark(chat, message.sender_id, message.n);
   stopTyping(chat, message.sender_id);
   void learnNames(chat, [message.sender_id]);
-  if (chat.loaded || chat.loading === "yes") merge(chat, [message]);
+  const upToDate = chat.loaded || chat.loading === "yes";
+  if (upToDate && !chat.moreAfter) merge(chat, [message]);
 }
 
 /** @param {ChatView} chat @param {number} userId */
@@ -978,10 +1010,7 @@ function removeChat(chatId) {
 /** @type {{[Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void}} */
 const handlers = {
   state: onState,
-  resync: () => {
-    for (const chat of model.chats.values()) chat.stale = true;
-    void fetchChats();
-  },
+  resync: () => void fetchChats(),
   chats: onChats,
   connected: ({ chats }) => onConnected(chats),
   new_message: ({ message, read }) => onNewMessage(message, read !== false),
@@ -1040,7 +1069,7 @@ function onChats({ chats, cursor }) {
   for (const received of chats) putChat(received).loaded = false;
   model.chatsLoaded = true;
   route();
-  if (model.open) void loadLatest(model.open);
+  search.start(true); // what was found may have changed
 }
 
 /** A backup was restored, so the newer events are gone. @param {ChatView} chat */
@@ -1050,6 +1079,7 @@ function resetChat(chat) {
     read_n: 0,
     last_message: null,
     messages: [],
+    moreAfter: false,
     divider: null,
   };
   Object.assign(chat, empty, { members: new Map() });
@@ -1064,6 +1094,8 @@ function onConnected(chats) {
     chat.last_n = Math.max(chat.last_n, last_n);
     moveReadMark(chat, myId(), read_n);
   }
+  if (model.open && !model.open.loaded) retryLoading(model.open);
+  if (search.error) search.retry();
   void loadPeople();
   void loadLimits();
 }
@@ -1210,36 +1242,59 @@ function markSeen() {
   requestRender();
 }
 
-/** Loads the newest messages. @param {ChatView} chat */
-async function loadLatest(chat) {
-  await loadHistory(chat);
-  chat.loaded = chat.loading === "no";
-  requestRender();
+/** Loads the page of messages that the pane shows or goes to. @param {ChatView} chat */
+function loadPage(chat) {
+  const { goTo, anchor } = pane;
+  const around = Number(goTo) || (goTo === "stay" && chat.moreAfter ? anchor.id : 0);
+  if (around) return loadHistory(chat, { around });
+  // The older ones stay until the answer, unless there is a hole before the newest.
+  if (chat.moreAfter) Object.assign(chat, { messages: [], loaded: false, moreAfter: false });
+  return loadHistory(chat);
 }
 
-/** @param {ChatView} chat */
-async function loadOlder(chat) {
-  const [first] = chat.messages;
-  if (first && chat.more) await loadHistory(chat, first.id);
-  if (!chat.loaded) await loadLatest(chat); // there was a resync meanwhile
-}
-
-/** @param {ChatView} chat @param {number | null} [before] an id; null: the newest */
-async function loadHistory(chat, before = null) {
+/**
+ * @param {ChatView} chat
+ * @param {{before?: number, after?: number, around?: number}} [where] ids
+ */
+async function loadHistory(chat, where = {}) {
   const { client } = model;
+  const { last_n } = chat;
+  const { before, after, around } = where;
   if (!client || chat.loading === "yes") return;
   chat.loading = "yes";
   requestRender();
   try {
-    const where = { limit: HISTORY_LIMIT, before };
-    const { messages, more } = await client.history(chat.id, where);
-    if (chat.stale && !before) Object.assign(chat, { messages: [], stale: false });
+    const page = { limit: HISTORY_LIMIT, ...where };
+    const { messages } = await client.history(chat.id, page);
+    if (!before && !after) {
+      // What was loaded before may be old, but not what came meanwhile.
+      chat.messages = around ? [] : chat.messages.filter(({ n }) => n > last_n);
+      chat.loaded = true;
+    }
     merge(chat, messages);
-    if (!more) chat.more = false;
+    const newest = chat.messages.at(-1)?.n ?? 0;
+    if (after || around) chat.moreAfter = messages.length > 0 && newest < chat.last_n;
     chat.loading = "no";
-  } catch {
+  } catch (error) {
     chat.loading = "failed";
+    if (around && chat === model.open) cannotGo(chat, error);
   }
+  requestRender();
+}
+
+/** @param {ChatView} chat @param {unknown} error */
+function cannotGo(chat, error) {
+  const gone = error instanceof ChatError && error.status === 400;
+  toast(gone ? say("notFound") : errorText(error));
+  if (!gone) return;
+  chat.loading = "no";
+  pane.goTo = "start";
+  location.replace(`#chat/${chat.id}`);
+}
+
+/** @param {ChatView} chat */
+function retryLoading(chat) {
+  if (chat.loading === "failed") chat.loading = "no";
   requestRender();
 }
 
@@ -1266,6 +1321,7 @@ function render() {
   renderList();
   renderBell();
   pane.render();
+  search.render();
   markSeen();
   if (model.chatsLoaded) loading = false;
 }
@@ -1481,8 +1537,14 @@ function renderBell() {
  * ---------------------------------------------------------------------------------- */
 
 const pane = {
-  /** Where to scroll when the messages have been loaded. @type {"stay" | "start"} */
+  /**
+   * Where to scroll when it is loaded: to a message, or to the first new message or else
+   * the end ("start").
+   * @type {"stay" | "start" | number}
+   */
   goTo: "stay",
+  /** The message that the address names. @type {string | undefined} */
+  at: undefined,
   /** The end is visible and stays visible. */
   follow: true,
   /** The newest n that was drawn. A message after it appears with a small animation. */
@@ -1492,11 +1554,17 @@ const pane = {
   /** The sizes when the position was last right. */
   sizes: "",
   /** The row at the top of the view, and how far below the top it begins. */
-  anchor: { key: "", top: 0 },
+  anchor: { key: "", id: 0, top: 0 },
 
+  /** Whether the chat's end is visible. */
   atEnd() {
+    return !model.open?.moreAfter && this.below() < END_MARGIN;
+  },
+
+  /** So many pixels are below the view. */
+  below() {
     const { scrollHeight, scrollTop, clientHeight } = box("scroller");
-    return scrollHeight - scrollTop - clientHeight < END_MARGIN;
+    return scrollHeight - scrollTop - clientHeight;
   },
 
   scrollToEnd() {
@@ -1518,6 +1586,7 @@ const pane = {
     if (row)
       this.anchor = {
         key: row.dataset["key"] ?? "",
+        id: Number(row.dataset["id"]),
         top: row.getBoundingClientRect().top - view.top,
       };
   },
@@ -1571,10 +1640,10 @@ const pane = {
     this.showFolds();
     this.restore();
     this.drawn = chat.messages.at(-1)?.n ?? this.drawn;
-    this.scrollToStart(chat);
+    this.go(chat);
     this.renderJump(chat);
     setText("typing", typingText(chat));
-    this.loadOlderIfNear(chat);
+    this.loadMore(chat);
   },
 
   /** @param {ChatView} chat */
@@ -1617,23 +1686,39 @@ const pane = {
     }
   },
 
-  /**
-   * Scrolls a chat that was just opened to its first new message, or else to its end.
-   * @param {ChatView} chat
-   */
-  scrollToStart(chat) {
-    if (this.goTo !== "start" || !chat.loaded) return;
+  /** Scrolls to where the user wants to be, as soon as it is loaded. @param {ChatView} chat */
+  go(chat) {
+    const { goTo } = this;
+    const isThere = {
+      stay: true,
+      start: !chat.moreAfter,
+    }[goTo] ?? chat.messages.some(({ id }) => id === goTo);
+    if (!chat.loaded || !isThere) {
+      if (chat.loading === "no") void loadPage(chat);
+      return;
+    }
+    if (goTo === "stay") return;
     this.goTo = "stay";
-    const divider = box("messages").querySelector(".divider");
-    if (!divider) return this.scrollToEnd();
+    const target = goTo === "start" ? ".divider" : `[data-id="${goTo}"]`;
+    /** @type {HTMLElement | null} */
+    const row = box("messages").querySelector(target);
+    if (!row) return this.scrollToEnd();
     // scrollIntoView could also scroll the page itself.
     const scroller = box("scroller");
     const { top, height } = scroller.getBoundingClientRect();
     // On a low screen there is room for the new message only.
     const above = Math.max(0, Math.min(height / 3, height - 150));
-    scroller.scrollTop += divider.getBoundingClientRect().top - top - above;
+    scroller.scrollTop += row.getBoundingClientRect().top - top - above;
     this.follow = this.atEnd();
     this.remember();
+    row.tabIndex = -1;
+    if (goTo !== "start") row.focus({ preventScroll: true });
+  },
+
+  /** Shows the newest messages. The address names no older one any more. */
+  showLatest() {
+    if (this.at) location.hash = `#chat/${model.open?.id}`;
+    this.scrollToEnd();
   },
 
   /** @param {ChatView} chat */
@@ -1643,11 +1728,15 @@ const pane = {
     setText("jump-text", count ? plural("new message", count) : "Latest messages");
   },
 
-  /** @param {ChatView} chat */
-  loadOlderIfNear(chat) {
-    const scroller = box("scroller");
-    const near = scroller.clientHeight > 0 && scroller.scrollTop < HISTORY_MARGIN;
-    if (near && chat.loaded && chat.loading === "no" && chat.more) void loadOlder(chat);
+  /** Loads older or newer messages if their place is near. @param {ChatView} chat */
+  loadMore(chat) {
+    const { clientHeight, scrollTop } = box("scroller");
+    if (clientHeight === 0 || !chat.loaded || chat.loading !== "no") return;
+    const [first, last] = [chat.messages[0], chat.messages.at(-1)];
+    if (first && chat.more && scrollTop < HISTORY_MARGIN)
+      void loadHistory(chat, { before: first.id });
+    else if (last && chat.moreAfter && this.below() < HISTORY_MARGIN)
+      void loadHistory(chat, { after: last.id });
   },
 
   onScroll() {
@@ -1657,7 +1746,7 @@ const pane = {
     this.follow = this.atEnd();
     this.remember();
     this.renderJump(open);
-    this.loadOlderIfNear(open);
+    this.loadMore(open);
     markSeen();
   },
 
@@ -1698,7 +1787,7 @@ function messageRows(chat) {
     rows.push(messageRow(chat, message, first));
     before = message;
   }
-  const unsent = notYetStored(chat);
+  const unsent = chat.moreAfter ? [] : notYetStored(chat);
   const startsGroup = before?.sender_id !== myId();
   return [
     ...rows,
@@ -1742,16 +1831,11 @@ function historyRow(chat) {
       if (look === "failed")
         row.append(
           " ",
-          textButton("Try again", () => void reload(chat)),
+          textButton("Try again", () => retryLoading(chat)),
         );
       return row;
     },
   };
-}
-
-/** @param {ChatView} chat */
-function reload(chat) {
-  return chat.loaded ? loadOlder(chat) : loadLatest(chat);
 }
 
 /** @param {Message} message @returns {Row} */
@@ -1788,7 +1872,7 @@ function messageRow(chat, message, first) {
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
   const tick = own ? tickText(chat, n) : "";
-  const arriving = n > pane.drawn && !own;
+  const arriving = n > pane.drawn && pane.follow && !own;
   const key = own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`;
   const unfolded = pane.unfolded.has(key);
   return {
@@ -1828,7 +1912,7 @@ function flow(key, { content, deleted = false }, stamp) {
     else pane.unfolded.add(key);
     pane.follow = false; // the user reads on where the text was cut
     pane.remember();
-    if (unfolded) pane.anchor = { key, top: 0 };
+    if (unfolded) Object.assign(pane.anchor, { key, top: 0 });
     requestRender();
   });
   fold.classList.add("fold");
@@ -1978,18 +2062,23 @@ function selectChat(chat) {
   composer.show(chat);
   if (!chat) return;
   chat.divider = unread(chat) > 0 ? chat.read_n : null;
-  if (!chat.loaded) void loadLatest(chat);
+  retryLoading(chat);
 }
 
-/** The address bar says which chat is open, so the browser's back button works. */
+/** The address says which chat is open, and perhaps at which message. */
 function route() {
-  const match = /^#chat\/(\d+)$/.exec(location.hash);
-  const chat = model.chats.get(Number(match?.[1])) ?? null;
-  if (match && !chat && !model.chatsLoaded) return; // the list of chats will come
+  const [, id, at] = /^#chat\/(\d+)(?:\/(\d+))?$/.exec(location.hash) ?? [];
+  const chat = model.chats.get(Number(id)) ?? null;
+  if (id && !chat && !model.chatsLoaded) return; // the list of chats will come
   const before = model.open;
   selectChat(chat);
+  if (at !== pane.at) {
+    pane.at = at;
+    pane.goTo = Number(at) || "start";
+    if (at && !chat) toast(say("notFound"));
+  }
   requestRender();
-  if (before !== chat && document.activeElement !== document.body) {
+  if (before !== chat && !at && document.activeElement !== document.body) {
     requestAnimationFrame(() => moveFocus(before));
   }
 }
@@ -2317,7 +2406,7 @@ const composer = {
     model.client?.send(chat.id, content); // it is in storage now, so the draft may go
     drafts.set(chat.id, "");
     this.setText("");
-    pane.follow = true;
+    pane.showLatest();
     requestRender();
   },
 
@@ -2351,6 +2440,170 @@ function sendable(text) {
  */
 function isComposing(event) {
   return event.isComposing || event.keyCode === 229;
+}
+
+/* -------------------------------------------------------------------------------------
+ * Search. Chats come first, by their titles and members, then messages as the server
+ * finds them. Each request looks back for a moment. While the end of the list is on the
+ * screen, a render lets the search go on.
+ * ---------------------------------------------------------------------------------- */
+
+const search = {
+  q: "",
+  /** 0: in all chats */
+  chatId: 0,
+  /** @type {Message[]} */
+  found: [],
+  /** It goes on before this id. null: it is complete. @type {number | null | undefined} */
+  before: null,
+  busy: false,
+  error: "",
+  timer: 0,
+  running: new AbortController(),
+
+  /** @param {boolean} here in the open chat */
+  open(here) {
+    field("search-here").checked = here;
+    if (!dialog("search").open) dialog("search").showModal();
+    field("search-text").select();
+    this.start();
+  },
+
+  start(again = false) {
+    const q = field("search-text").value.trim();
+    const chatId = (field("search-here").checked && model.open?.id) || 0;
+    requestRender();
+    if (!again && q === this.q && chatId === this.chatId) return;
+    this.running.abort();
+    this.running = new AbortController();
+    Object.assign(this, { q, chatId, found: [], before: q ? undefined : null });
+    this.retry(SEARCH_PAUSE_SECONDS);
+  },
+
+  retry(seconds = 0) {
+    this.busy = true;
+    this.error = "";
+    clearTimeout(this.timer);
+    this.timer = after(seconds, () => {
+      this.busy = false;
+      requestRender();
+    });
+  },
+
+  async goOn() {
+    const { signal } = this.running;
+    const { chatId, before } = this;
+    if (this.busy || this.error || before === null) return;
+    this.busy = true;
+    try {
+      const q = this.q.split(/\s+/, 8).join(" "); // the server takes no more words
+      const where = chatId ? { chatId } : {};
+      const what = { q, before: before ?? null, ...where };
+      const answer = await model.client?.search(what, signal);
+      if (signal.aborted || !answer) return;
+      this.found.push(...answer.messages);
+      this.before = answer.before;
+    } catch (error) {
+      if (signal.aborted) return;
+      const { retryAfter } = /** @type {ChatError} */ (error);
+      if (retryAfter) return this.retry(retryAfter);
+      this.error = errorText(error);
+    }
+    this.busy = false;
+    requestRender();
+  },
+
+  render() {
+    if (!dialog("search").open) return;
+    const { q, chatId, before, error } = this;
+    const { open, chats } = model;
+    box("search-scope").hidden = !open;
+    setText("search-scope-text", say("searchHere", { title: open ? chatTitle(open) : "" }));
+    const list = box("search-list");
+    const called = chatId ? [] : sortedChats().filter((chat) => isCalled(chat, q));
+    const found = this.found.filter((one) => !one.deleted && chats.has(one.chat_id));
+    showRows(list, [
+      ...called.slice(0, SEARCH_CHATS).map((chat) => chatRow(chat, false)),
+      ...found.map((message) => this.row(message)),
+    ]);
+    // The first marked word can be far down in its text.
+    for (const text of list.querySelectorAll(".row-last"))
+      text.scrollTop = (text.querySelector("mark")?.offsetTop ?? 0) - END_MARGIN / 2;
+    if (list.scrollHeight - list.scrollTop - list.clientHeight < END_MARGIN) void this.goOn();
+    const count = found.length;
+    const result = count ? say("searchFound", { count }) : say("searchNothing");
+    const text = error || (this.busy ? say("searching") : result);
+    box("search-status").setAttribute("aria-busy", String(this.busy));
+    setText("search-status", q && `${text} ${before ? this.searchedBack(before) : ""}`);
+    button("search-retry").hidden = !error;
+  },
+
+  /** An answer says only the id up to which it has looked. @param {number} before */
+  searchedBack(before) {
+    const last = sortedChats().flatMap((chat) => chat.last_message ?? []);
+    const later = [...this.found, ...last].filter(({ id }) => id >= before);
+    const [when] = later.map(({ created_at }) => created_at).sort();
+    return when ? say("searchedBack", { when: shortTime(when) }) : "";
+  },
+
+  /** @param {Message} message @returns {Row} */
+  row({ id, chat_id, sender_id, created_at, content, rev }) {
+    const { q, chatId } = this;
+    const chat = model.chats.get(chat_id);
+    const names = [personName(sender_id), chat && !chatId ? chatTitle(chat) : ""];
+    const when = shortTime(created_at);
+    return {
+      key: `m ${id}`,
+      look: JSON.stringify([names, when, rev, q]),
+      build: () =>
+        el(
+          "li",
+          {},
+          el(
+            "a",
+            { class: "row", href: `#chat/${chat_id}/${id}` },
+            personAvatar(sender_id),
+            el("span", { class: "row-title" }, ...names.map((name) => el("bdi", {}, name))),
+            el("span", { class: "row-time" }, when),
+            el("span", { class: "row-last", dir: "auto" }, markedNode(visibleText(content), q)),
+          ),
+        ),
+    };
+  },
+
+  /** @param {KeyboardEvent} event */
+  onKey(event) {
+    /** @type {HTMLElement[]} */
+    const stops = [field("search-text"), ...box("search-list").querySelectorAll("a")];
+    const at = stops.findIndex((node) => node === document.activeElement);
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (step) stops[at + step]?.focus();
+    else if (event.key === "Enter" && at === 0 && !isComposing(event)) stops[1]?.click();
+    else return;
+    event.preventDefault();
+  },
+
+  /** The same link may be chosen again. */
+  onClick() {
+    dialog("search").close();
+    pane.at = undefined;
+    after(0, route);
+  },
+};
+
+/** @param {ChatView} chat @param {string} q */
+function isCalled(chat, q) {
+  const names = others(chat).map((id) => personName(id));
+  return folded([chatTitle(chat), ...names].join()).includes(folded(q));
+}
+
+/** @param {KeyboardEvent} event */
+function onSearchKey(event) {
+  const { key, code, ctrlKey, metaKey, shiftKey, altKey } = event;
+  const isK = (key === "k" || code === "KeyK") && !shiftKey && !altKey;
+  if (!isK || !(ctrlKey || metaKey) || box("chat").hidden) return;
+  event.preventDefault();
+  if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2710,6 +2963,16 @@ function addListeners() {
   // The focus stays in the field, or else a phone would close its keyboard.
   for (const id of ["send", "jump"])
     on(button(id), "mousedown", (event) => event.preventDefault());
+  on(document, "keydown", onSearchKey);
+  on(button("find"), "click", () => search.open(false));
+  on(button("chat-find"), "click", () => search.open(true));
+  on(field("search-text"), "input", () => search.start());
+  on(field("search-here"), "change", () => search.start());
+  on(dialog("search"), "keydown", (event) => search.onKey(event));
+  on(box("search-list"), "click", (event) => search.onClick(event));
+  on(box("search-list"), "scroll", requestRender);
+  on(button("search-retry"), "click", () => search.retry());
+  on(button("search-close"), "click", () => dialog("search").close());
   on(button("new-chat"), "click", () => choosePeople(null));
   on(box("people-form"), "submit", (event) => void onPeopleForm(event));
   on(field("people-filter"), "input", filterCandidates);
@@ -2741,7 +3004,7 @@ function onSkip(event) {
 }
 
 function onJump() {
-  pane.scrollToEnd(); // at once: smooth scrolling through a long history can make dizzy
+  pane.showLatest(); // at once: smooth scrolling through a long history can make dizzy
   // The button is gone now. The keyboard of a phone stays as it is.
   if (document.activeElement !== composer.field)
     box("scroller").focus({ preventScroll: true });
