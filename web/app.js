@@ -2509,7 +2509,8 @@ const search = {
   row({ id, chat_id, sender_id, created_at, content, rev }) {
     const { q, chatId } = this;
     const chat = model.chats.get(chat_id);
-    const names = [personName(sender_id), chat && !chatId ? chatTitle(chat) : ""];
+    const name = personName(sender_id);
+    const names = [...new Set([name, chat && !chatId ? chatTitle(chat) : name])];
     const when = shortTime(created_at);
     return {
       key: `m ${id}`,
@@ -2925,8 +2926,8 @@ function addListeners() {
   on(field("search-text"), "input", () => search.start());
   on(field("search-here"), "change", () => search.start());
   on(dialog("search"), "keydown", (event) => search.onKey(event));
-  on(box("search-list"), "click", (event) => search.onClick(event));
-  on(box("search-list"), "scroll", requestRender);
+  on(box("search-list"), "click", () => search.onClick());
+  on(box("search-list"), "scroll", () => requestRender());
   on(button("search-retry"), "click", () => search.retry());
   on(button("search-close"), "click", () => dialog("search").close());
   on(button("new-chat"), "click", () => choosePeople(null));
