@@ -53,8 +53,6 @@ const MAX_LINES = 100;
 const TOAST_SECONDS = 6;
 /** A search begins when the user has paused for this long. */
 const SEARCH_PAUSE_SECONDS = 0.3;
-/** So many chats are shown above the messages that were found. */
-const SEARCH_CHATS = 5;
 /** The first connection waits at most this long for the list of chats. */
 const FIRST_LIST_SECONDS = 2;
 /** After a failure, the list of chats is fetched again after this long. */
@@ -1027,6 +1025,7 @@ function onChats({ chats, cursor }) {
   for (const received of chats) putChat(received).loaded = false;
   model.chatsLoaded = true;
   route();
+  if (model.open) retryLoading(model.open);
   search.start(true); // what was found may have changed
 }
 
@@ -1042,6 +1041,7 @@ function resetChat(chat) {
     divider: null,
   };
   Object.assign(chat, empty, { members: new Map() });
+  pane.follow = true;
 }
 
 /** @param {Record<string, {last_n: number, read_n: number}>} chats */
@@ -1215,12 +1215,12 @@ function markSeen() {
   requestRender();
 }
 
-/** Loads the page of messages that the pane shows or goes to. @param {ChatView} chat */
-function loadPage(chat) {
-  const { goTo, anchor } = pane;
-  const around = Number(goTo) || (goTo === "stay" && chat.moreAfter ? anchor.id : 0);
+/** Loads the messages around those that the user reads or looks for, or the newest. */
+function loadPage(/** @type {ChatView} */ chat) {
+  const { goTo, follow, anchor } = pane;
+  const around = Number(goTo) || (goTo === "stay" && !follow ? anchor.id : 0);
   if (around) return loadHistory(chat, { around });
-  // The older ones stay until the answer, unless there is a hole before the newest.
+  // The older ones stay until the answer, unless there is a hole after them.
   if (chat.moreAfter) Object.assign(chat, { messages: [], loaded: false, moreAfter: false });
   return loadHistory(chat);
 }
@@ -1259,10 +1259,10 @@ async function loadHistory(chat, where = {}) {
 function cannotGo(chat, error) {
   const gone = error instanceof ChatError && error.status === 400;
   toast(gone ? say("notThere") : errorText(error));
-  if (!gone) return;
+  if (gone) location.replace(`#chat/${chat.id}`);
+  else if (!chat.loaded) return; // the user can try again
+  pane.goTo = gone ? "start" : "stay";
   chat.loading = "no";
-  pane.goTo = "start";
-  location.replace(`#chat/${chat.id}`);
 }
 
 /** @param {ChatView} chat */
@@ -1532,7 +1532,6 @@ const pane = {
     return !model.open?.moreAfter && this.below() < END_MARGIN;
   },
 
-  /** So many pixels are below the view. */
   below() {
     const { scrollHeight, scrollTop, clientHeight } = box("scroller");
     return scrollHeight - scrollTop - clientHeight;
@@ -1661,10 +1660,10 @@ const pane = {
   /** Scrolls to where the user wants to be, as soon as it is loaded. @param {ChatView} chat */
   go(chat) {
     const { goTo } = this;
-    const isThere = {
-      stay: true,
-      start: !chat.moreAfter,
-    }[goTo] ?? chat.messages.some(({ id }) => id === goTo);
+    const isThere =
+      typeof goTo === "number"
+        ? chat.messages.some(({ id }) => id === goTo)
+        : goTo === "stay" || !chat.moreAfter;
     if (!chat.loaded || !isThere) {
       if (chat.loading === "no") void loadPage(chat);
       return;
@@ -1683,14 +1682,15 @@ const pane = {
     scroller.scrollTop += row.getBoundingClientRect().top - top - above;
     this.follow = this.atEnd();
     this.remember();
+    if (goTo === "start") return;
     row.tabIndex = -1;
-    if (goTo !== "start") row.focus({ preventScroll: true });
+    row.focus({ preventScroll: true });
   },
 
   /** Shows the newest messages. The address names no older one any more. */
   showLatest() {
     if (this.at) location.hash = `#chat/${model.open?.id}`;
-    this.scrollToEnd();
+    else this.scrollToEnd();
   },
 
   /** @param {ChatView} chat */
@@ -2404,6 +2404,11 @@ const search = {
       if (signal.aborted || !answer) return;
       this.found.push(...answer.messages);
       this.before = answer.before;
+      for (const chat of model.chats.values()) {
+        const here = answer.messages.filter((one) => one.chat_id === chat.id);
+        const senders = here.map(({ sender_id }) => sender_id);
+        void learnNames(chat, senders);
+      }
     } catch (error) {
       if (signal.aborted) return;
       const { retryAfter } = /** @type {ChatError} */ (error);
@@ -2424,7 +2429,7 @@ const search = {
     const called = chatId ? [] : sortedChats().filter((chat) => isCalled(chat, q));
     const found = this.found.filter((one) => !one.deleted && chats.has(one.chat_id));
     showRows(list, [
-      ...called.slice(0, SEARCH_CHATS).map((chat) => chatRow(chat, false)),
+      ...called.slice(0, 5).map((chat) => chatRow(chat, false)),
       ...found.map((message) => this.row(message)),
     ]);
     if (list.scrollHeight - list.scrollTop - list.clientHeight < END_MARGIN) void this.goOn();
@@ -2482,8 +2487,9 @@ const search = {
     event.preventDefault();
   },
 
-  /** The same link may be chosen again. */
-  onClick() {
+  /** The address may have been the same before. @param {Event} event */
+  onClick({ target, currentTarget }) {
+    if (target === currentTarget) return;
     dialog("search").close();
     pane.at = undefined;
     after(0, route);
@@ -2498,9 +2504,9 @@ function isCalled(chat, q) {
 
 /** @param {KeyboardEvent} event */
 function onSearchKey(event) {
-  const { key, code, ctrlKey, metaKey, shiftKey, altKey } = event;
-  const isK = (key === "k" || code === "KeyK") && !shiftKey && !altKey;
-  if (!isK || !(ctrlKey || metaKey) || box("chat").hidden) return;
+  const isK = event.key === "k" || event.code === "KeyK";
+  const isCommand = (event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey;
+  if (!isK || !isCommand || box("chat").hidden) return;
   event.preventDefault();
   if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
 }
@@ -2860,7 +2866,7 @@ function addListeners() {
   on(field("search-text"), "input", () => search.start());
   on(field("search-here"), "change", () => search.start());
   on(dialog("search"), "keydown", (event) => search.onKey(event));
-  on(box("search-list"), "click", () => search.onClick());
+  on(box("search-list"), "click", (event) => search.onClick(event));
   on(box("search-list"), "scroll", () => requestRender());
   on(button("search-retry"), "click", () => search.retry());
   on(button("new-chat"), "click", () => choosePeople(null));
