@@ -113,7 +113,7 @@ def test_a_search_finds_chats_and_messages_in_all_chats_or_in_one(
     text.fill("чай")
     expect(results(page)).to_have_count(2)  # the chat, and the message
     expect(results(page).locator("mark")).to_have_text(["ЧАЙ"])
-    page.get_by_role("checkbox", name="Only in “Zoltán Kiss”").check()
+    page.get_by_role("checkbox", name="Only in this chat").check()
     expect(results(page)).to_have_count(0)
     expect(page.locator("#search-status")).to_have_text("No messages found.")
     text.fill("coffee no")

@@ -1215,31 +1215,21 @@ function markSeen() {
   requestRender();
 }
 
-/** Loads the messages around those that the user reads or looks for, or the newest. */
-function loadPage(/** @type {ChatView} */ chat) {
-  const { goTo, follow, anchor } = pane;
-  const around = Number(goTo) || (goTo === "stay" && !follow ? anchor.id : 0);
-  if (around) return loadHistory(chat, { around });
-  // The older ones stay until the answer, unless there is a hole after them.
-  if (chat.moreAfter) Object.assign(chat, { messages: [], loaded: false, moreAfter: false });
-  return loadHistory(chat);
-}
-
 /**
- * @param {ChatView} chat
- * @param {{before?: number, after?: number, around?: number}} [where] ids
+ * Loads messages before, after or around an id, or the newest.
+ * @param {ChatView} chat @param {{before?: number, after?: number, around?: number}} where
  */
-async function loadHistory(chat, where = {}) {
+async function loadHistory(chat, where) {
   const { client } = model;
   const { last_n } = chat;
-  const { before, after, around } = where;
+  const { after, around } = where;
   if (!client || chat.loading === "yes") return;
   chat.loading = "yes";
   requestRender();
   try {
     const page = { limit: HISTORY_LIMIT, ...where };
     const { messages } = await client.history(chat.id, page);
-    if (!before && !after) {
+    if (!where.before && !after) {
       // What was loaded before may be old, but not what came meanwhile.
       chat.messages = around ? [] : chat.messages.filter(({ n }) => n > last_n);
       chat.loaded = true;
@@ -1508,11 +1498,8 @@ function renderBell() {
  * ---------------------------------------------------------------------------------- */
 
 const pane = {
-  /**
-   * Where to scroll when it is loaded: to a message, or to the first new message or else
-   * the end ("start").
-   * @type {"stay" | "start" | number}
-   */
+  /** A message's id, or "start": the first new message or else the end.
+   * @type {"stay" | "start" | number} */
   goTo: "stay",
   /** The message that the address names. @type {string | undefined} */
   at: undefined,
@@ -1657,20 +1644,21 @@ const pane = {
     }
   },
 
-  /** Scrolls to where the user wants to be, as soon as it is loaded. @param {ChatView} chat */
+  /** Loads where the user is, or wants to be, and scrolls there. @param {ChatView} chat */
   go(chat) {
-    const { goTo } = this;
-    const isThere =
-      typeof goTo === "number"
-        ? chat.messages.some(({ id }) => id === goTo)
-        : goTo === "stay" || !chat.moreAfter;
-    if (!chat.loaded || !isThere) {
-      if (chat.loading === "no") void loadPage(chat);
-      return;
+    const { goTo, follow, anchor } = this;
+    const id = Number(goTo) || (goTo === "stay" && !follow ? anchor.id : 0);
+    const there = id ? chat.messages.some((one) => one.id === id) : !chat.moreAfter;
+    if (!chat.loaded || !there) {
+      if (chat.loading !== "no") return;
+      // The shown messages stay until the answer, unless a hole follows them.
+      if (!id && chat.moreAfter)
+        Object.assign(chat, { messages: [], loaded: false, moreAfter: false });
+      return void loadHistory(chat, id ? { around: id } : {});
     }
     if (goTo === "stay") return;
     this.goTo = "stay";
-    const target = goTo === "start" ? ".divider" : `[data-id="${goTo}"]`;
+    const target = goTo === "start" ? ".divider" : `[data-id="${id}"]`;
     /** @type {HTMLElement | null} */
     const row = box("messages").querySelector(target);
     if (!row) return this.scrollToEnd();
@@ -2344,9 +2332,8 @@ function isComposing(event) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Search. Chats come first, by their titles and members, then messages as the server
- * finds them. Each request looks back for a moment. While the end of the list is on the
- * screen, a render lets the search go on.
+ * Search. Each request looks back for a moment. A render lets the search go on as long as
+ * the end of the list is on the screen.
  * ---------------------------------------------------------------------------------- */
 
 const search = {
@@ -2405,9 +2392,8 @@ const search = {
       this.found.push(...answer.messages);
       this.before = answer.before;
       for (const chat of model.chats.values()) {
-        const here = answer.messages.filter((one) => one.chat_id === chat.id);
-        const senders = here.map(({ sender_id }) => sender_id);
-        void learnNames(chat, senders);
+        const here = answer.messages.filter(({ chat_id }) => chat_id === chat.id);
+        void learnNames(chat, here.map(({ sender_id }) => sender_id));
       }
     } catch (error) {
       if (signal.aborted) return;
@@ -2422,12 +2408,10 @@ const search = {
   render() {
     if (!dialog("search").open) return;
     const { q, chatId, before, error } = this;
-    const { open, chats } = model;
-    box("search-scope").hidden = !open;
-    setText("search-scope-text", say("searchHere", { title: open ? chatTitle(open) : "" }));
+    box("search-scope").hidden = !model.open;
     const list = box("search-list");
-    const called = chatId ? [] : sortedChats().filter((chat) => isCalled(chat, q));
-    const found = this.found.filter((one) => !one.deleted && chats.has(one.chat_id));
+    const called = sortedChats().filter((chat) => !chatId && isCalled(chat, q));
+    const found = this.found.filter((one) => !one.deleted && model.chats.has(one.chat_id));
     showRows(list, [
       ...called.slice(0, 5).map((chat) => chatRow(chat, false)),
       ...found.map((message) => this.row(message)),

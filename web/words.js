@@ -146,7 +146,7 @@ const en = {
 
   search: "Search",
   searchChat: "Search in this chat",
-  searchHere: "Only in “{title}”",
+  searchHere: "Only in this chat",
   searching: "Searching…",
   searchedBack: "Searched back to {when}.",
   found: { one: "{count} message found.", other: "{count} messages found." },
@@ -364,7 +364,7 @@ const ru = {
 
   search: "Поиск",
   searchChat: "Поиск в этом чате",
-  searchHere: "Только в чате «{title}»",
+  searchHere: "Только в этом чате",
   searching: "Идёт поиск…",
   searchedBack: "Просмотрено вплоть до: {when}.",
   found: {
