@@ -15,7 +15,7 @@
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 import { Drafts } from "./drafts.js";
-import { contentNode, folded, isBlank, visibleText } from "./text.js";
+import { contentNode, folded, isBlank, markedNode, visibleText } from "./text.js";
 import { locale, say } from "./words.js";
 
 /** @typedef {import("./chat-websocket.js").Message} Message */
@@ -50,6 +50,8 @@ const SHORT_LINES = 20;
 const MAX_LINES = 100;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
+/** A search begins when the user has paused for this long. */
+const SEARCH_PAUSE_SECONDS = 0.3;
 /** The first connection waits at most this long for the list of chats. */
 const FIRST_LIST_SECONDS = 2;
 /** After a failure, the list of chats is fetched again after this long. */
@@ -700,11 +702,10 @@ function onInfoCopy() {
  * @property {number} last_n
  * @property {number} read_n
  * @property {Message | null} last_message
- * @property {Message[]} messages the loaded messages, without holes, up to the newest
- *   known one
- * @property {boolean} loaded `messages` includes the chat's newest message
- * @property {boolean} stale events were missed, so the loaded messages may be old
+ * @property {Message[]} messages the loaded messages, without holes
+ * @property {boolean} loaded no event was missed since they were loaded
  * @property {boolean} more there are messages before the loaded ones
+ * @property {boolean} moreAfter there are messages after the loaded ones
  * @property {"no" | "yes" | "failed"} loading
  * @property {number | null} divider the new messages begin after this n
  * @property {Map<number, number>} typing user id -> timer that ends the typing sign
@@ -758,6 +759,8 @@ function resetModel() {
   });
   model.chats.clear();
   model.names.clear();
+  field("search-text").value = "";
+  search.start();
 }
 
 const myId = () => model.session?.user_id ?? 0;
@@ -821,8 +824,8 @@ function putChat(received) {
     last_message: null,
     messages: [],
     loaded: false,
-    stale: false,
     more: true,
+    moreAfter: false,
     loading: "no",
     divider: null,
     typing: new Map(),
@@ -878,6 +881,8 @@ function onChange(message) {
   if (chat.last_message?.n === message.n)
     chat.last_message = newer(chat.last_message, message);
   if (chat.messages.some(({ n }) => n === message.n)) merge(chat, [message]);
+  for (const one of search.found)
+    if (one.id === message.id) Object.assign(one, newer(one, message));
 }
 
 /**
@@ -923,7 +928,8 @@ function putMessage(message, read) {
     moveReadMark(chat, message.sender_id, message.n);
   stopTyping(chat, message.sender_id);
   void learnNames(chat, [message.sender_id]);
-  if (chat.loaded || chat.loading === "yes") merge(chat, [message]);
+  const upToDate = chat.loaded || chat.loading === "yes";
+  if (upToDate && !chat.moreAfter) merge(chat, [message]);
 }
 
 /** @param {ChatView} chat @param {number} userId */
@@ -949,10 +955,7 @@ function removeChat(chatId) {
 /** @type {{[Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void}} */
 const handlers = {
   state: onState,
-  resync: () => {
-    for (const chat of model.chats.values()) chat.stale = true;
-    void fetchChats();
-  },
+  resync: () => void fetchChats(),
   chats: onChats,
   connected: ({ chats }) => onConnected(chats),
   new_message: ({ message, read }) => onNewMessage(message, read !== false),
@@ -1021,7 +1024,8 @@ function onChats({ chats, cursor }) {
   for (const received of chats) putChat(received).loaded = false;
   model.chatsLoaded = true;
   route();
-  if (model.open) void loadLatest(model.open);
+  if (model.open) retryLoading(model.open);
+  search.start(true); // what was found may have changed
 }
 
 /** A backup was restored, so the newer events are gone. @param {ChatView} chat */
@@ -1031,10 +1035,12 @@ function resetChat(chat) {
     read_n: 0,
     last_message: null,
     messages: [],
+    moreAfter: false,
     lines: [],
     divider: null,
   };
   Object.assign(chat, empty, { members: new Map() });
+  pane.follow = true;
 }
 
 /** @param {Record<string, {last_n: number, read_n: number}>} chats */
@@ -1046,6 +1052,8 @@ function onConnected(chats) {
     chat.last_n = Math.max(chat.last_n, last_n);
     moveReadMark(chat, myId(), read_n);
   }
+  if (model.open && !model.open.loaded) retryLoading(model.open);
+  if (search.error) search.retry();
   void loadPeople();
   void loadLimits();
 }
@@ -1208,36 +1216,49 @@ function markSeen() {
   requestRender();
 }
 
-/** Loads the newest messages. @param {ChatView} chat */
-async function loadLatest(chat) {
-  await loadHistory(chat);
-  chat.loaded = chat.loading === "no";
-  requestRender();
-}
-
-/** @param {ChatView} chat */
-async function loadOlder(chat) {
-  const [first] = chat.messages;
-  if (first && chat.more) await loadHistory(chat, first.id);
-  if (!chat.loaded) await loadLatest(chat); // there was a resync meanwhile
-}
-
-/** @param {ChatView} chat @param {number | null} [before] an id; null: the newest */
-async function loadHistory(chat, before = null) {
+/**
+ * Loads messages before, after or around an id, or the newest.
+ * @param {ChatView} chat @param {{before?: number, after?: number, around?: number}} where
+ */
+async function loadHistory(chat, where) {
   const { client } = model;
+  const { last_n } = chat;
+  const { after, around } = where;
   if (!client || chat.loading === "yes") return;
   chat.loading = "yes";
   requestRender();
   try {
-    const where = { limit: HISTORY_LIMIT, before };
-    const { messages, more } = await client.history(chat.id, where);
-    if (chat.stale && !before) Object.assign(chat, { messages: [], stale: false });
+    const page = { limit: HISTORY_LIMIT, ...where };
+    const { messages } = await client.history(chat.id, page);
+    if (!where.before && !after) {
+      // What was loaded before may be old, but not what came meanwhile.
+      chat.messages = around ? [] : chat.messages.filter(({ n }) => n > last_n);
+      chat.loaded = true;
+    }
     merge(chat, messages);
-    if (!more) chat.more = false;
+    const newest = chat.messages.at(-1)?.n ?? 0;
+    if (after || around) chat.moreAfter = messages.length > 0 && newest < chat.last_n;
     chat.loading = "no";
-  } catch {
+  } catch (error) {
     chat.loading = "failed";
+    if (around && chat === model.open) cannotGo(chat, error);
   }
+  requestRender();
+}
+
+/** @param {ChatView} chat @param {unknown} error */
+function cannotGo(chat, error) {
+  const gone = error instanceof ChatError && error.status === 400;
+  toast(gone ? say("notThere") : errorText(error));
+  if (gone) location.replace(`#chat/${chat.id}`);
+  else if (!chat.loaded) return; // the user can try again
+  pane.goTo = gone ? "start" : "stay";
+  chat.loading = "no";
+}
+
+/** @param {ChatView} chat */
+function retryLoading(chat) {
+  if (chat.loading === "failed") chat.loading = "no";
   requestRender();
 }
 
@@ -1264,6 +1285,7 @@ function render() {
   renderList();
   renderBell();
   pane.render();
+  search.render();
   markSeen();
   if (model.chatsLoaded) loading = false;
 }
@@ -1477,8 +1499,11 @@ function renderBell() {
  * ---------------------------------------------------------------------------------- */
 
 const pane = {
-  /** Where to scroll when the messages have been loaded. @type {"stay" | "start"} */
+  /** A message's id, or "start": the first new message or else the end.
+   * @type {"stay" | "start" | number} */
   goTo: "stay",
+  /** The message that the address names. @type {string | undefined} */
+  at: undefined,
   /** The end is visible and stays visible. */
   follow: true,
   /** The newest n that was drawn. A message after it appears with a small animation. */
@@ -1488,11 +1513,16 @@ const pane = {
   /** The sizes when the position was last right. */
   sizes: "",
   /** The row at the top of the view, and how far below the top it begins. */
-  anchor: { key: "", top: 0 },
+  anchor: { key: "", id: 0, top: 0 },
 
+  /** Whether the chat's end is visible. */
   atEnd() {
+    return !model.open?.moreAfter && this.below() < END_MARGIN;
+  },
+
+  below() {
     const { scrollHeight, scrollTop, clientHeight } = box("scroller");
-    return scrollHeight - scrollTop - clientHeight < END_MARGIN;
+    return scrollHeight - scrollTop - clientHeight;
   },
 
   scrollToEnd() {
@@ -1514,6 +1544,7 @@ const pane = {
     if (row)
       this.anchor = {
         key: row.dataset["key"] ?? "",
+        id: Number(row.dataset["id"]),
         top: row.getBoundingClientRect().top - view.top,
       };
   },
@@ -1567,10 +1598,10 @@ const pane = {
     this.showFolds();
     this.restore();
     this.drawn = chat.messages.at(-1)?.n ?? this.drawn;
-    this.scrollToStart(chat);
+    this.go(chat);
     this.renderJump(chat);
     setText("typing", typingText(chat));
-    this.loadOlderIfNear(chat);
+    this.loadMore(chat);
   },
 
   /** @param {ChatView} chat */
@@ -1614,23 +1645,41 @@ const pane = {
     }
   },
 
-  /**
-   * Scrolls a chat that was just opened to its first new message, or else to its end.
-   * @param {ChatView} chat
-   */
-  scrollToStart(chat) {
-    if (this.goTo !== "start" || !chat.loaded) return;
+  /** Loads where the user is, or wants to be, and scrolls there. @param {ChatView} chat */
+  go(chat) {
+    const { goTo, follow, anchor } = this;
+    const id = Number(goTo) || (goTo === "stay" && !follow ? anchor.id : 0);
+    const there = id ? chat.messages.some((one) => one.id === id) : !chat.moreAfter;
+    if (!chat.loaded || !there) {
+      if (chat.loading !== "no") return;
+      // The shown messages stay until the answer, unless a hole follows them.
+      if (!id && chat.moreAfter)
+        Object.assign(chat, { messages: [], loaded: false, moreAfter: false });
+      return void loadHistory(chat, id ? { around: id } : {});
+    }
+    if (goTo === "stay") return;
     this.goTo = "stay";
-    const divider = box("messages").querySelector(".divider");
-    if (!divider) return this.scrollToEnd();
+    const target = goTo === "start" ? ".divider" : `[data-id="${id}"]`;
+    /** @type {HTMLElement | null} */
+    const row = box("messages").querySelector(target);
+    if (!row) return this.scrollToEnd();
     // scrollIntoView could also scroll the page itself.
     const scroller = box("scroller");
     const { top, height } = scroller.getBoundingClientRect();
     // On a low screen there is room for the new message only.
     const above = Math.max(0, Math.min(height / 3, height - 150));
-    scroller.scrollTop += divider.getBoundingClientRect().top - top - above;
+    scroller.scrollTop += row.getBoundingClientRect().top - top - above;
     this.follow = this.atEnd();
     this.remember();
+    if (goTo === "start") return;
+    row.tabIndex = -1;
+    row.focus({ preventScroll: true });
+  },
+
+  /** Shows the newest messages. The address names no older one any more. */
+  showLatest() {
+    if (this.at) location.hash = `#chat/${model.open?.id}`;
+    else this.scrollToEnd();
   },
 
   /** @param {ChatView} chat */
@@ -1640,11 +1689,15 @@ const pane = {
     setText("jump-text", count ? say("newCount", { count }) : say("latest"));
   },
 
-  /** @param {ChatView} chat */
-  loadOlderIfNear(chat) {
-    const scroller = box("scroller");
-    const near = scroller.clientHeight > 0 && scroller.scrollTop < HISTORY_MARGIN;
-    if (near && chat.loaded && chat.loading === "no" && chat.more) void loadOlder(chat);
+  /** Loads older or newer messages if their place is near. @param {ChatView} chat */
+  loadMore(chat) {
+    const { clientHeight, scrollTop } = box("scroller");
+    if (clientHeight === 0 || !chat.loaded || chat.loading !== "no") return;
+    const [first, last] = [chat.messages[0], chat.messages.at(-1)];
+    if (first && chat.more && scrollTop < HISTORY_MARGIN)
+      void loadHistory(chat, { before: first.id });
+    else if (last && chat.moreAfter && this.below() < HISTORY_MARGIN)
+      void loadHistory(chat, { after: last.id });
   },
 
   onScroll() {
@@ -1654,7 +1707,7 @@ const pane = {
     this.follow = this.atEnd();
     this.remember();
     this.renderJump(open);
-    this.loadOlderIfNear(open);
+    this.loadMore(open);
     markSeen();
   },
 
@@ -1685,7 +1738,7 @@ function messageRows(chat) {
     chat.lines.filter((line) => line.n === n).map(lineRow);
   let lines = linesAfter((chat.messages[0]?.n ?? 1) - 1);
   /** @type {Row[]} */
-  const rows = [historyRow(chat), ...lines];
+  const rows = [historyRow(chat, "older", chat.more), ...lines];
   /** @type {Message | null} */
   let before = null;
   for (const message of chat.messages) {
@@ -1700,6 +1753,7 @@ function messageRows(chat) {
     rows.push(messageRow(chat, message, first), ...lines);
     before = message;
   }
+  if (chat.moreAfter) return [...rows, historyRow(chat, "newer", true)];
   const unsent = notYetStored(chat);
   const startsGroup = lines.length > 0 || before?.sender_id !== myId();
   return [
@@ -1721,14 +1775,14 @@ function notYetStored(chat) {
 }
 
 /**
- * @param {ChatView} chat
- * @returns {Row} the top row: the beginning of the chat, or the state of loading
+ * The beginning of the chat, or the state of loading.
+ * @param {ChatView} chat @param {string} key @param {boolean} more @returns {Row}
  */
-function historyRow(chat) {
-  const look = chat.loading === "no" ? (chat.more ? "more" : "start") : chat.loading;
+function historyRow(chat, key, more) {
+  const look = chat.loading === "no" ? (more ? "more" : "start") : chat.loading;
   const text = { more: "", yes: say("loading"), failed: say("notLoaded") };
   return {
-    key: "history",
+    key,
     look: `${look} ${chat.last_n > 0}`,
     build: () => {
       if (look === "start") {
@@ -1742,16 +1796,11 @@ function historyRow(chat) {
       if (look === "failed")
         row.append(
           " ",
-          textButton(say("tryAgain"), () => void reload(chat)),
+          textButton(say("tryAgain"), () => retryLoading(chat)),
         );
       return row;
     },
   };
-}
-
-/** @param {ChatView} chat */
-function reload(chat) {
-  return chat.loaded ? loadOlder(chat) : loadLatest(chat);
 }
 
 /** @param {Message} message @returns {Row} */
@@ -1797,7 +1846,7 @@ function messageRow(chat, message, first) {
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
   const tick = own ? tickOf(chat, n) : null;
-  const arriving = n > pane.drawn && !own;
+  const arriving = n > pane.drawn && pane.follow && !own;
   const key = own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`;
   const unfolded = pane.unfolded.has(key);
   return {
@@ -1837,7 +1886,7 @@ function flow(key, { content, deleted = false }, stamp) {
     else pane.unfolded.add(key);
     pane.follow = false; // the user reads on where the text was cut
     pane.remember();
-    if (unfolded) pane.anchor = { key, top: 0 };
+    if (unfolded) Object.assign(pane.anchor, { key, top: 0 });
     requestRender();
   });
   fold.classList.add("fold");
@@ -2030,18 +2079,23 @@ function selectChat(chat) {
   composer.show(chat);
   if (!chat) return;
   chat.divider = unread(chat) > 0 ? chat.read_n : null;
-  if (!chat.loaded) void loadLatest(chat);
+  retryLoading(chat);
 }
 
-/** The address bar says which chat is open, so the browser's back button works. */
+/** The address says which chat is open, and perhaps at which message. */
 function route() {
-  const match = /^#chat\/(\d+)$/.exec(location.hash);
-  const chat = model.chats.get(Number(match?.[1])) ?? null;
-  if (match && !chat && !model.chatsLoaded) return; // the list of chats will come
+  const [, id, at] = /^#chat\/(\d+)(?:\/(\d+))?$/.exec(location.hash) ?? [];
+  const chat = model.chats.get(Number(id)) ?? null;
+  if (id && !chat && !model.chatsLoaded) return; // the list of chats will come
   const before = model.open;
   selectChat(chat);
+  if (at !== pane.at) {
+    pane.at = at;
+    pane.goTo = Number(at) || "start";
+    if (at && !chat) toast(say("notThere"));
+  }
   requestRender();
-  if (before !== chat && document.activeElement !== document.body) {
+  if (before !== chat && !at && document.activeElement !== document.body) {
     requestAnimationFrame(() => moveFocus(before));
   }
 }
@@ -2170,7 +2224,7 @@ const composer = {
     model.client?.sendTyping(chat.id, false);
     if (model.client) drafts.send(model.client, chat.id, content);
     this.setText("");
-    pane.follow = true;
+    pane.showLatest();
     requestRender();
   },
 
@@ -2203,6 +2257,170 @@ function sendable(text) {
  */
 function isComposing(event) {
   return event.isComposing || event.keyCode === 229;
+}
+
+/* -------------------------------------------------------------------------------------
+ * Search. Each request looks back for a moment. A render lets the search go on as long as
+ * the end of the list is on the screen.
+ * ---------------------------------------------------------------------------------- */
+
+const search = {
+  q: "",
+  /** 0: in all chats */
+  chatId: 0,
+  /** @type {Message[]} */
+  found: [],
+  /** It goes on before this id. null: it is complete. @type {number | null | undefined} */
+  before: null,
+  busy: false,
+  error: "",
+  timer: 0,
+  running: new AbortController(),
+
+  /** @param {boolean} here in the open chat */
+  open(here) {
+    field("search-here").checked = here;
+    if (!dialog("search").open) dialog("search").showModal();
+    field("search-text").select();
+    this.start();
+  },
+
+  start(again = false) {
+    const q = field("search-text").value.trim();
+    const chatId = (field("search-here").checked && model.open?.id) || 0;
+    requestRender();
+    if (!again && q === this.q && chatId === this.chatId) return;
+    this.running.abort();
+    this.running = new AbortController();
+    Object.assign(this, { q, chatId, found: [], before: q ? undefined : null });
+    this.retry(SEARCH_PAUSE_SECONDS);
+  },
+
+  retry(seconds = 0) {
+    this.busy = true;
+    this.error = "";
+    clearTimeout(this.timer);
+    this.timer = after(seconds, () => {
+      this.busy = false;
+      requestRender();
+    });
+  },
+
+  async goOn() {
+    const { signal } = this.running;
+    const { chatId, before } = this;
+    if (this.busy || this.error || before === null) return;
+    this.busy = true;
+    try {
+      const q = this.q.split(/\s+/, 8).join(" "); // the server takes no more words
+      const where = chatId ? { chatId } : {};
+      const what = { q, before: before ?? null, ...where };
+      const answer = await model.client?.search(what, signal);
+      if (signal.aborted || !answer) return;
+      this.found.push(...answer.messages);
+      this.before = answer.before;
+      for (const chat of model.chats.values()) {
+        const here = answer.messages.filter(({ chat_id }) => chat_id === chat.id);
+        void learnNames(chat, here.map(({ sender_id }) => sender_id));
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      const { retryAfter } = /** @type {ChatError} */ (error);
+      if (retryAfter) return this.retry(retryAfter);
+      this.error = errorText(error);
+    }
+    this.busy = false;
+    requestRender();
+  },
+
+  render() {
+    if (!dialog("search").open) return;
+    const { q, chatId, before, error } = this;
+    box("search-scope").hidden = !model.open;
+    const list = box("search-list");
+    const called = sortedChats().filter((chat) => !chatId && isCalled(chat, q));
+    const found = this.found.filter((one) => !one.deleted && model.chats.has(one.chat_id));
+    showRows(list, [
+      ...called.slice(0, 5).map((chat) => chatRow(chat, false)),
+      ...found.map((message) => this.row(message)),
+    ]);
+    if (list.scrollHeight - list.scrollTop - list.clientHeight < END_MARGIN) void this.goOn();
+    const count = found.length;
+    const result = count ? say("found", { count }) : say("foundNothing");
+    const text = error || (this.busy ? say("searching") : result);
+    box("search-status").setAttribute("aria-busy", String(this.busy));
+    setText("search-status", q && `${text} ${before ? this.searchedBack(before) : ""}`);
+    button("search-retry").hidden = !error;
+  },
+
+  /** An answer says only the id up to which it has looked. @param {number} before */
+  searchedBack(before) {
+    const last = sortedChats().flatMap((chat) => chat.last_message ?? []);
+    const later = [...this.found, ...last].filter(({ id }) => id >= before);
+    const [when] = later.map(({ created_at }) => created_at).sort();
+    return when ? say("searchedBack", { when: shortTime(when) }) : "";
+  },
+
+  /** @param {Message} message @returns {Row} */
+  row({ id, chat_id, sender_id, created_at, content, rev }) {
+    const { q, chatId } = this;
+    const chat = model.chats.get(chat_id);
+    const name = personName(sender_id);
+    const names = [...new Set([name, chat && !chatId ? chatTitle(chat) : name])];
+    const when = shortTime(created_at);
+    return {
+      key: `m ${id}`,
+      look: JSON.stringify([names, when, rev, q]),
+      build: () =>
+        el(
+          "li",
+          {},
+          el(
+            "a",
+            { class: "row found", href: `#chat/${chat_id}/${id}` },
+            personAvatar(sender_id),
+            el("span", { class: "row-title" }, ...names.map((name) => el("bdi", {}, name))),
+            el("span", { class: "row-time" }, when),
+            el("span", { class: "row-last", dir: "auto" }, markedNode(visibleText(content), q)),
+          ),
+        ),
+    };
+  },
+
+  /** @param {KeyboardEvent} event */
+  onKey(event) {
+    /** @type {HTMLElement[]} */
+    const stops = [field("search-text"), ...box("search-list").querySelectorAll("a")];
+    const at = stops.findIndex((node) => node === document.activeElement);
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (step) stops[at + step]?.focus();
+    else if (event.key === "Enter" && at === 0 && !isComposing(event)) stops[1]?.click();
+    else return;
+    event.preventDefault();
+  },
+
+  /** The address may have been the same before. @param {Event} event */
+  onClick({ target, currentTarget }) {
+    if (target === currentTarget) return;
+    dialog("search").close();
+    pane.at = undefined;
+    after(0, route);
+  },
+};
+
+/** @param {ChatView} chat @param {string} q */
+function isCalled(chat, q) {
+  const names = others(chat).map((id) => personName(id));
+  return folded([chatTitle(chat), ...names].join()).includes(folded(q));
+}
+
+/** @param {KeyboardEvent} event */
+function onSearchKey(event) {
+  const isK = event.key === "k" || event.code === "KeyK";
+  const isCommand = (event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey;
+  if (!isK || !isCommand || box("chat").hidden) return;
+  event.preventDefault();
+  if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2554,6 +2772,15 @@ function addListeners() {
   // The focus stays in the field, or else a phone would close its keyboard.
   for (const id of ["send", "jump"])
     on(button(id), "mousedown", (event) => event.preventDefault());
+  on(document, "keydown", onSearchKey);
+  on(button("find"), "click", () => search.open(false));
+  on(button("chat-find"), "click", () => search.open(true));
+  on(field("search-text"), "input", () => search.start());
+  on(field("search-here"), "change", () => search.start());
+  on(dialog("search"), "keydown", (event) => search.onKey(event));
+  on(box("search-list"), "click", (event) => search.onClick(event));
+  on(box("search-list"), "scroll", () => requestRender());
+  on(button("search-retry"), "click", () => search.retry());
   on(button("new-chat"), "click", () => choosePeople(null));
   on(box("people-form"), "submit", (event) => void onPeopleForm(event));
   on(field("people-filter"), "input", filterCandidates);
@@ -2587,7 +2814,7 @@ function onSkip(event) {
 }
 
 function onJump() {
-  pane.scrollToEnd(); // at once: smooth scrolling through a long history can make dizzy
+  pane.showLatest(); // at once: smooth scrolling through a long history can make dizzy
   // The button is gone now. The keyboard of a phone stays as it is.
   if (document.activeElement !== composer.field)
     box("scroller").focus({ preventScroll: true });

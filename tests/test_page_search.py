@@ -1,0 +1,353 @@
+"""Finding messages and chats on the page, and a chat that is opened at a message."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+
+import pytest
+
+from tests.browser import (
+    FIXTURES,
+    Chromium,
+    Locator,
+    Page,
+    Relay,
+    Route,
+    Server,
+    axe,
+    bubbles,
+    expect,
+    expect_state,
+    field,
+    pair,
+    screenshot,
+    sign_in,
+    until,
+    write,
+)
+
+pytestmark = pytest.mark.browser
+site, server, make_server, browser, chromium, example_chats = FIXTURES
+
+LENGTH = 300
+
+
+@pytest.fixture(scope="module")
+def garden(server: Server) -> tuple[int, int, int, list[int]]:
+    """Make a long chat that Anna has read. Return Anna, Ben, the chat and the ids."""
+    anna, ben, chat = pair(server, title="Garden")
+    ids = [
+        server.post(chat, anna if n % 3 else ben, f"Plant number {n}")["id"]
+        for n in range(1, LENGTH + 1)
+    ]
+    server.request("POST", f"/api/v1/messages/{ids[-1]}/read", user_id=anna)
+    return anna, ben, chat, ids
+
+
+def search(page: Page, text: str) -> None:
+    page.keyboard.press("Control+k")
+    page.get_by_role("textbox", name="Search").fill(text)
+
+
+def results(page: Page) -> Locator:
+    return page.locator("#search-list a")
+
+
+def shown(page: Page) -> list[str]:
+    """Return the texts on the screen, from top to bottom."""
+    texts: list[str] = page.evaluate(
+        """() => {
+            const { top, bottom } = scroller.getBoundingClientRect();
+            return [...document.querySelectorAll("#messages .message")].filter((row) => {
+                const box = row.getBoundingClientRect();
+                return box.bottom > top && box.top < bottom;
+            }).map((row) => row.querySelector(".content").textContent);
+        }"""
+    )
+    return texts
+
+
+def top_of(row: Locator) -> float:
+    place = row.bounding_box()
+    assert place
+    return place["y"]
+
+
+def test_a_search_finds_chats_and_messages_in_all_chats_or_in_one(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, tea = pair(server, title="Tea & Чай")
+    zoltan = server.add_user("Zoltán Kiss")
+    direct = server.create_chat(anna, zoltan)
+    hidden = server.create_chat(ben, zoltan)
+    server.post(tea, ben, "Крепкий ЧАЙ и <b>café</b>")
+    long = "word " * 700 + "the café at the end"
+    server.post(direct, zoltan, long)
+    server.post(direct, anna, "No coffee")
+    server.post(hidden, ben, "café that Anna may not see")
+    page = sign_in(chromium.context(), server.link(anna))
+    page.get_by_role("button", name="Search").click()
+    expect(results(page)).to_have_count(2)  # the chats, to jump to one
+    text = page.get_by_role("textbox", name="Search")
+    text.fill("zoltan")
+    expect(results(page)).to_have_attribute("href", f"#chat/{direct}")
+    expect(page.locator("#search-status")).to_have_text("No messages found.")
+    text.press("Enter")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.locator("#pane-title")).to_have_text("Zoltán Kiss")
+    search(page, "CAFE")
+    expect(results(page)).to_have_count(2)
+    status = page.get_by_role("status").and_(page.locator("#search-status"))
+    expect(status).to_have_text("2 messages found.")
+    expect(results(page).locator(".row-title")).to_have_text(
+        ["Zoltán Kiss", "BenTea & Чай"]
+    )
+    expect(results(page).locator("mark")).to_have_text(["café", "café"])
+    expect(results(page).locator(".row-time")).to_have_text([re.compile(r"\d:\d\d")] * 2)
+    expect(results(page).first.locator("mark")).to_be_in_viewport()
+    expect(results(page).last.locator(".row-last")).to_have_text(
+        "Крепкий ЧАЙ и <b>café</b>"
+    )
+    text.fill("чай")
+    expect(results(page)).to_have_count(2)  # the chat, and the message
+    expect(results(page).locator("mark")).to_have_text(["ЧАЙ"])
+    page.get_by_role("checkbox", name="Only in this chat").check()
+    expect(results(page)).to_have_count(0)
+    expect(page.locator("#search-status")).to_have_text("No messages found.")
+    text.fill("coffee no")
+    expect(page.locator("#search-status")).to_have_text("1 message found.")
+    expect(results(page).locator("mark")).to_have_text(["No", "coffee"])
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Search in this chat").click()
+    expect(page.get_by_role("checkbox")).to_be_checked()
+    expect(results(page)).to_have_count(1)
+
+
+def test_a_search_goes_on_to_its_end_and_can_be_used_with_the_keyboard(
+    server: Server, chromium: Chromium, garden: tuple[int, int, int, list[int]]
+) -> None:
+    anna, _, chat, ids = garden
+    page = sign_in(chromium.context(), server.link(anna), chat)
+    expect(field(page)).to_be_focused()
+    page.keyboard.press("Control+k")
+    page.keyboard.type("plant number")
+    expect(page.locator("#search-status")).to_contain_text("50 messages found.")
+    expect(page.locator("#search-status")).to_contain_text("Searched back to")
+    links = [f"#chat/{chat}/{one}" for one in reversed(ids)]
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    expect(results(page).nth(2)).to_be_focused()
+    page.keyboard.press("ArrowUp")
+    expect(results(page).nth(1)).to_be_focused()
+
+    status = page.locator("#search-status")
+
+    def is_complete() -> bool:
+        page.locator("#search-list").evaluate("(list) => list.scrollTo(0, 1e6)")
+        return status.inner_text() == f"{LENGTH} messages found."
+
+    until(is_complete)
+    hrefs = results(page).evaluate_all("all => all.map((a) => a.getAttribute('href'))")
+    assert hrefs == links  # each once, the newest first
+    page.keyboard.press("Escape")
+    expect(field(page)).to_be_focused()
+    search(page, "number 17")
+    expect(results(page)).to_have_count(13)  # also 117, 217, 170 to 179
+    for _ in range(13):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(f"{server.url}/#chat/{chat}/{ids[16]}")
+    expect(page.locator(":focus")).to_contain_text("Plant number 17")
+
+
+def test_a_chat_opens_at_a_message_and_leads_back_to_the_latest(
+    server: Server, chromium: Chromium, garden: tuple[int, int, int, list[int]]
+) -> None:
+    anna, ben, chat, ids = garden
+    page = sign_in(chromium.context(reduced_motion="reduce"), server.link(anna), chat)
+    expect(bubbles(page).last).to_be_in_viewport()
+    search(page, "number 120")
+    results(page).click()
+    target = page.locator(f"[data-id='{ids[119]}']")
+    expect(target).to_be_focused()  # and so it is highlighted
+    expect(target.locator(".bubble")).to_have_css("outline-style", "solid")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    texts = shown(page)
+    middle = texts.index("Plant number 120")
+    assert 0 < middle < len(texts) - 1
+    first = 120 - middle
+    assert texts == [f"Plant number {first + i}" for i in range(len(texts))]
+    expect(page.get_by_role("button", name="Latest messages")).to_be_visible()
+    # What arrives meanwhile is new, and not shown after a hole.
+    place = top_of(target)
+    server.post(chat, ben, "A new message")
+    expect(page.get_by_role("button", name="1 new message").last).to_be_visible()
+    expect(page.locator("#bell-count")).to_have_text("1")
+    expect(page.get_by_text("A new message").and_(bubbles(page))).to_have_count(0)
+    assert top_of(target) == place
+    # It opens there again after a reload, and the browser's buttons know the place.
+    page.reload()
+    expect(target).to_be_in_viewport()
+    page.get_by_role("button", name="1 new message").last.click()
+    expect(page).to_have_url(f"{server.url}/#chat/{chat}")
+    expect(page.get_by_text("A new message").and_(bubbles(page))).to_be_in_viewport()
+    expect(page.locator("#jump")).to_be_hidden()
+    expect(page.locator("#bell-count")).to_be_hidden()
+    page.go_back()
+    expect(target).to_be_in_viewport()
+    expect(bubbles(page).get_by_text("A new message")).to_have_count(0)
+    page.go_forward()
+    expect(bubbles(page).last).to_have_text("A new message")
+    expect(bubbles(page).last).to_be_in_viewport()
+    # One's own message leads to the end, too.
+    page.go_back()
+    expect(target).to_be_in_viewport()
+    write(page, "My answer")
+    expect(bubbles(page).last).to_have_text("My answer")
+    expect(bubbles(page).last).to_be_in_viewport()
+    # Within the loaded messages, nothing is requested.
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.evaluate("location.hash += '/' + messages.children[40].dataset.id")
+    expect(page.locator("#messages :focus, #messages > :focus")).to_be_in_viewport()
+    assert not [url for url in asked if "around" in url]
+
+
+def test_messages_after_a_place_are_loaded_on_the_way_down_and_move_nothing(
+    server: Server, chromium: Chromium, garden: tuple[int, int, int, list[int]]
+) -> None:
+    anna, _, chat, ids = garden
+    page = chromium.page()
+    relay = Relay(page)
+    page.goto(server.link(anna))
+    expect_state(page, "connected")
+    page.goto(f"{server.url}/#chat/{chat}/{ids[99]}")
+    expect(page.locator(f"[data-id='{ids[99]}']")).to_be_in_viewport()
+    # After a resync the place is the same.
+    texts = shown(page)
+    connected = relay.received[0]
+    with page.expect_response(re.compile("around=")):
+        relay.sockets[-1].send(json.dumps({**connected, "resume": "resync"}))
+    expect(page.locator(f"[data-id='{ids[99]}']")).to_be_in_viewport()
+    assert shown(page) == texts
+    seen = [int(texts[0].split()[-1])]
+    page.locator("#scroller").hover()
+
+    def at_end() -> bool:
+        page.mouse.wheel(0, 400)
+        page.evaluate("() => new Promise((done) => requestAnimationFrame(done))")
+        words = shown(page)[0].split()
+        if words[0] == "Plant":
+            seen.append(int(words[-1]))
+        return page.locator("#jump").is_hidden()
+
+    until(at_end)
+    assert seen == sorted(seen)
+    assert max(b - a for a, b in zip(seen, seen[1:], strict=False)) < 25  # no hole
+    numbers = [
+        int(text.split()[-1])
+        for text in bubbles(page).all_inner_texts()
+        if text.startswith("Plant number")
+    ]
+    assert numbers == list(range(numbers[0], LENGTH + 1))
+    write(page, "At the end")
+    expect(bubbles(page).last).to_have_text("At the end")
+
+
+def test_an_address_of_a_message_that_is_not_there_is_explained(
+    server: Server, chromium: Chromium, garden: tuple[int, int, int, list[int]]
+) -> None:
+    anna, ben, chat, _ = garden
+    other = server.post(server.create_chat(ben, server.add_user("Cleo")), ben, "No")
+    page = sign_in(chromium.context(), server.link(anna))
+    for address in (f"#chat/{chat}/{other['id']}", f"#chat/{other['chat_id']}/1"):
+        page.evaluate("(hash) => { location.hash = hash; }", address)
+        toast = page.locator(".toast", has_text="not there any more")
+        expect(toast.last).to_be_visible()
+        if str(chat) in address:
+            expect(page).to_have_url(f"{server.url}/#chat/{chat}")
+            expect(bubbles(page).last).to_be_in_viewport()
+    expect(page.locator("#pane-empty")).to_be_visible()
+
+
+def test_results_follow_what_happens_and_a_search_survives_the_network(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server, title="Shed")
+    other = server.create_chat(anna, ben, title="Attic")
+    ids = [server.post(chat, ben, f"Spade {n}")["id"] for n in (1, 2, 3)]
+    server.post(other, ben, "Spade 4")
+    page = chromium.page()
+    refusals = [
+        lambda route: route.fulfill(
+            status=429,
+            json={"error": {"code": "rate_limited", "message": "", "retry_after": 0.1}},
+        ),
+        lambda route: route.abort(),
+    ]
+
+    def hinder(route: Route) -> None:
+        (refusals.pop(0) if refusals else Route.continue_)(route)
+
+    page.route(re.compile("/api/v1/search"), hinder)
+    page.goto(server.link(anna))
+    expect_state(page, "connected")
+    search(page, "spade")
+    expect(page.locator("#search-status")).to_contain_text("does not answer")
+    assert not refusals  # it has waited, and come back
+    page.get_by_role("button", name="Try again").click()
+    texts = results(page).locator("mark").locator("..")
+    expect(texts).to_have_text(["Spade 4", "Spade 3", "Spade 2", "Spade 1"])
+    server.request("DELETE", f"/api/v1/messages/{ids[1]}")
+    expect(texts).to_have_text(["Spade 4", "Spade 3", "Spade 1"])
+    expect(page.locator("#search-status")).to_have_text("3 messages found.")
+    edit = {"content": "Spade three"}
+    server.request("PATCH", f"/api/v1/messages/{ids[2]}", edit)
+    expect(texts).to_have_text(["Spade 4", "Spade three", "Spade 1"])
+    server.request("DELETE", f"/api/v1/chats/{other}/members/{anna}")
+    expect(texts).to_have_text(["Spade three", "Spade 1"])
+    # A page of results may be empty, and the answer to an old text comes too late.
+    held: list[Route] = []
+    page.unroute(re.compile("/api/v1/search"))
+    page.route(re.compile("/api/v1/search"), lambda route: held.append(route))
+    page.get_by_role("textbox", name="Search").fill("spade 1")
+    until(lambda: bool(page.title()) and len(held) == 1)
+    expect(page.locator("#search-status")).to_have_text("Searching…")
+    held[0].fulfill(json={"messages": [], "before": ids[1]})
+    until(lambda: bool(page.title()) and len(held) == 2)
+    assert f"before={ids[1]}" in held[1].request.url
+    expect(page.locator("#search-status")).to_contain_text("Searching… Searched back")
+    expect(page.locator("#search-status")).to_have_attribute("aria-busy", "true")
+    with page.expect_event("requestfailed"):
+        page.get_by_role("textbox", name="Search").fill("spade three")
+    until(lambda: bool(page.title()) and len(held) == 3)
+    held[2].continue_()
+    expect(texts).to_have_text("Spade three")
+    expect(page.locator("#search-status")).to_have_attribute("aria-busy", "false")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_search_fits_each_screen_and_axe_finds_no_fault(
+    server: Server,
+    chromium: Chromium,
+    example_chats: tuple[int, int],
+    scheme: str,
+) -> None:
+    anna, chat = example_chats
+    for width, height in ((390, 844), (1280, 800)):
+        context = chromium.context(
+            color_scheme=scheme, viewport={"width": width, "height": height}
+        )
+        page = sign_in(context, server.link(anna), chat)
+        search(page, "is the")
+        expect(page.locator("#search-status")).to_contain_text("found.")
+        screenshot(page, f"search-{width}-{scheme}")
+        axe(page)
+        if width == 390:
+            expect(page.get_by_role("dialog")).to_have_css("width", "390px")
+        results(page).last.click()
+        expect(page.locator("#messages > :focus")).to_be_in_viewport()
+        screenshot(page, f"found-{width}-{scheme}")
+        axe(page)
