@@ -461,7 +461,7 @@ def test_a_library_that_playwright_lacks_is_named_once_before_any_test(
     more = {"CHROMIUM": str(chromium), "PLAYWRIGHT_NODEJS_PATH": str(node)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", selected,
-         "tests/test_web.py", "tests/test_docs.py"],
+         "tests/test_page.py", "tests/test_docs.py"],
         cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
