@@ -50,6 +50,8 @@ const SHORT_LINES = 20;
 const DRAFT_CHARACTERS = 500_000;
 /** So many addresses of one message become links. */
 const MAX_LINKS = 200;
+/** So many colours of people can be told apart. */
+const HUES = 12;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
 /** The first connection waits at most this long for the list of chats. */
@@ -153,11 +155,16 @@ function icon(name, className = "") {
 
 /**
  * Makes the container show these rows, in this order. A row with the same key and look
- * keeps its element, and so its focus, its selection and a screen reader's position.
+ * keeps its element, and so its selection and a screen reader's position. The focus
+ * stays in its row also if that is moved or replaced; else it goes to a neighbour.
  * @param {HTMLElement} container
  * @param {Row[]} rows
  */
 function showRows(container, rows) {
+  const active = document.activeElement;
+  const focused = [...container.children].findIndex((row) => row.contains(active));
+  const row = container.children[focused];
+  const part = row ? tabStops(row).findIndex((node) => node === active) : 0;
   /** @type {Map<string | undefined, HTMLElement>} */
   const old = new Map();
   for (const child of container.children) {
@@ -170,12 +177,24 @@ function showRows(container, rows) {
     const node = before?.dataset["look"] === row.look ? before : newRow(row);
     if (before && before !== node) {
       if (at === before) at = node;
-      replaceRow(before, node);
+      before.replaceWith(node);
     }
     if (node === at) at = at.nextElementSibling;
     else container.insertBefore(node, at);
   }
   for (const node of old.values()) node.remove();
+  if (!row || row.contains(document.activeElement)) return;
+  const key = /** @type {HTMLElement} */ (row).dataset["key"];
+  const same = rowsOf(container.id).find(({ dataset }) => dataset["key"] === key);
+  const stops = tabStops(same ?? [...container.children].slice(0, focused + 1).at(-1));
+  const target = stops[part] ?? stops[0] ?? container.closest("[tabindex]");
+  /** @type {HTMLElement | null} */ (target)?.focus({ preventScroll: true });
+}
+
+/** What can have the focus in a row. @param {Element} [row] */
+function tabStops(row) {
+  const all = row ? [row, ...row.querySelectorAll("*")] : [];
+  return all.filter((node) => node instanceof HTMLElement && node.tabIndex >= 0);
 }
 
 /** @param {string} id of a container @returns {HTMLElement[]} */
@@ -189,16 +208,6 @@ function newRow({ key, look, build }) {
   node.dataset["key"] = key;
   node.dataset["look"] = look;
   return node;
-}
-
-/** @param {HTMLElement} before @param {HTMLElement} node */
-function replaceRow(before, node) {
-  const focused = before.contains(document.activeElement);
-  before.replaceWith(node);
-  if (!focused) return;
-  /** @type {HTMLElement | null} */
-  const target = node.querySelector("a, button");
-  target?.focus({ preventScroll: true });
 }
 
 /** @param {string} word @param {number} count */
@@ -738,6 +747,7 @@ function onInfoCopy() {
  * @property {boolean} more there are messages before the loaded ones
  * @property {"no" | "yes" | "failed"} loading
  * @property {number | null} divider the new messages begin after this n
+ * @property {Map<number, number>} hues user id -> colour
  * @property {Map<number, number>} typing user id -> timer that ends the typing sign
  * @property {number} activeAt ms, when it was added, or the user wrote in it, during
  *   this visit; otherwise 0
@@ -855,6 +865,7 @@ function putChat(received) {
     more: true,
     loading: "no",
     divider: null,
+    hues: new Map(),
     typing: new Map(),
     activeAt: 0,
   };
@@ -873,6 +884,7 @@ function putChat(received) {
       Math.max(read_n ?? 0, chat.members.get(user_id) ?? 0),
     ]),
   );
+  for (const id of chat.members.keys()) hueOf(id, chat);
   model.chats.set(chat.id, chat);
   void learnNames(chat, chat.last_message ? [chat.last_message.sender_id] : []);
   return chat;
@@ -1290,7 +1302,7 @@ function renderTop() {
   box("connection").dataset["state"] = state === "closed" ? "connecting" : state;
   setText("me-name", me);
   setText("me-panel-name", `Signed in as ${me}`);
-  fillAvatar(box("me-avatar"), myId(), me);
+  fillAvatar(box("me-avatar"), hueOf(myId()), me);
   setText("bell-count", total > 99 ? "99+" : String(total));
   box("bell-count").hidden = total === 0;
   setText("bell-label", total ? plural("new message", total) : "No new messages");
@@ -1439,24 +1451,43 @@ function badge(count) {
   );
 }
 
-/** @param {ChatView} chat */
-function avatar(chat) {
+/** @param {ChatView} chat @param {HTMLElement} [node] */
+function avatar(chat, node = el("span", { class: "avatar", "aria-hidden": "true" })) {
   const [first = myId(), second] = others(chat);
   const direct = !chat.title && second === undefined;
-  const node = el("span", { class: "avatar", "aria-hidden": "true" });
-  fillAvatar(node, direct ? first : chat.id * 7, chatTitle(chat));
+  const hue = direct ? hueOf(first, chat) : hueOf(chat.id);
+  return fillAvatar(node, hue, chatTitle(chat));
+}
+
+/**
+ * Of the members of a chat who would have the same colour, the one that the page meets
+ * later takes the next free one, so those that are added change no other's.
+ * @param {number} id @param {ChatView} [chat]
+ */
+function hueOf(id, chat) {
+  let hue = chat?.hues.get(id) ?? ((id % HUES) * 5) % HUES;
+  if (!chat || chat.hues.has(id)) return hue;
+  const taken = new Set(chat.hues.values());
+  while (taken.has(hue) && taken.size < HUES) hue = (hue + 1) % HUES;
+  chat.hues.set(id, hue);
+  return hue;
+}
+
+/** @param {HTMLElement} node @param {number} hue */
+function paint(node, hue) {
+  node.style.setProperty("--hue", String((hue * 360) / HUES));
   return node;
 }
 
-/** @param {HTMLElement} node @param {number} seed @param {string} name */
-function fillAvatar(node, seed, name) {
+/** @param {HTMLElement} node @param {number} hue @param {string} name */
+function fillAvatar(node, hue, name) {
   const words = name.split(/\s+/).map((word) => word.replace(/[^\p{L}\p{N}]/gu, ""));
   const letters = words
     .filter(Boolean)
     .slice(0, 2)
     .map((word) => [...word][0] ?? "");
   node.textContent = letters.join("").toUpperCase() || "?";
-  node.style.setProperty("--hue", String((seed * 67 + 110) % 360));
+  return paint(node, hue);
 }
 
 function renderBell() {
@@ -1511,6 +1542,7 @@ const pane = {
 
   /** Notes what is where, so that restore can put it there again. */
   remember() {
+    this.hidePastDays();
     this.sizes = this.currentSizes();
     if (this.follow) return;
     const view = box("scroller").getBoundingClientRect();
@@ -1520,6 +1552,15 @@ const pane = {
         key: row.dataset["key"] ?? "",
         top: row.getBoundingClientRect().top - view.top,
       };
+  },
+
+  /** Of the days that stick to the top, only the last is visible. */
+  hidePastDays() {
+    const days = rowsOf("messages").filter((row) => row.matches(".day"));
+    days.forEach((day, i) => {
+      const next = days[i + 1]?.getBoundingClientRect().top ?? Infinity;
+      day.classList.toggle("past", next < day.getBoundingClientRect().bottom);
+    });
   },
 
   /** Shows the end again, or else the first visible row where it was. */
@@ -1586,8 +1627,7 @@ const pane = {
       : `${grouped(chat.memberCount)} people`;
     setText("pane-title", title);
     setText("pane-members", chat.title || chat.memberCount > 2 ? names : "Direct chat");
-    const direct = !chat.title && people.length === 1;
-    fillAvatar(box("pane-avatar"), direct ? (people[0] ?? 0) : chat.id * 7, title);
+    avatar(chat, box("pane-avatar"));
     box("scroller").setAttribute("aria-label", `Messages in ${title}`);
   },
 
@@ -1802,11 +1842,11 @@ function messageRow(chat, message, first) {
           "data-id": message.id,
           "data-n": message.n,
         },
-        own ? null : personAvatar(message.sender_id),
+        own ? null : personAvatar(message.sender_id, chat),
         el(
           "div",
           { class: "bubble" },
-          senderLine(own, first, name),
+          paint(senderLine(own, first, name), hueOf(message.sender_id, chat)),
           flow(key, message, stamp(message.created_at, tick)),
         ),
       ),
@@ -1844,11 +1884,10 @@ function flow(key, { content, deleted = false }, stamp) {
   );
 }
 
-/** @param {number} userId */
-function personAvatar(userId) {
+/** @param {number} userId @param {ChatView} [chat] */
+function personAvatar(userId, chat) {
   const node = el("span", { class: "avatar small", "aria-hidden": "true" });
-  fillAvatar(node, userId, personName(userId));
-  return node;
+  return fillAvatar(node, hueOf(userId, chat), personName(userId));
 }
 
 /**
@@ -2687,7 +2726,7 @@ async function showMembers(chat) {
       el(
         "li",
         { class: "person" },
-        personAvatar(id),
+        personAvatar(id, chat),
         el("span", { dir: "auto" }, personName(id)),
         id === myId() ? el("span", { class: "quiet" }, "you") : null,
       ),
