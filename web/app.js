@@ -2873,6 +2873,7 @@ function addListeners() {
   on(field("info-mute"), "change", onMute);
   on(button("info-leave"), "click", () => void onInfoLeave());
   on(button("rename-me"), "click", onRenameMe);
+  on(button("shortcuts"), "click", showKeys);
   on(button("link-device"), "click", () => void onLinkDevice());
   for (const node of document.querySelectorAll(".close"))
     on(node, "click", () => node.closest("dialog")?.close());
@@ -2898,7 +2899,12 @@ function onShortcut(event) {
   }
   if (document.querySelector("dialog[open], :popover-open")) return;
   if (key === "Escape" && model.open) location.hash = "#chats";
-  if (key === "?" && !target.matches("input, textarea")) box("keys").showPopover();
+  if (key === "?" && !target.matches("input, textarea")) showKeys();
+}
+
+function showKeys() {
+  box("me-panel").hidePopover();
+  dialog("keys").showModal();
 }
 
 /** @param {HashChangeEvent} event */
