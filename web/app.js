@@ -22,6 +22,7 @@ import { locale, say } from "./words.js";
 /** @typedef {import("./chat-websocket.js").Chat} ServerChat */
 /** @typedef {import("./chat-websocket.js").Delivery} Delivery */
 /** @typedef {import("./chat-websocket.js").State} State */
+/** @typedef {import("./words.js").Key} Key */
 
 /** One request for history fetches this many messages. */
 const HISTORY_LIMIT = 50;
@@ -48,6 +49,8 @@ const SHORT_CHARACTERS = 600;
 const SHORT_LINES = 20;
 /** A chat keeps so many lines about joining, leaving and renaming. */
 const MAX_LINES = 100;
+/** So many colours of people can be told apart. */
+const HUES = 12;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
 /** A search begins when the user has paused for this long. */
@@ -155,11 +158,9 @@ function icon(name, className = "") {
  * @param {Row[]} rows
  */
 function showRows(container, rows) {
-  /** @type {Map<string | undefined, HTMLElement>} */
-  const old = new Map();
-  for (const child of container.children) {
-    if (child instanceof HTMLElement) old.set(child.dataset["key"], child);
-  }
+  const before = rowsOf(container.id);
+  const focused = before.findIndex((row) => row.contains(document.activeElement));
+  const old = new Map(before.map((row) => [row.dataset["key"], row]));
   let at = container.firstElementChild;
   for (const row of rows) {
     const before = old.get(row.key);
@@ -173,6 +174,14 @@ function showRows(container, rows) {
     else container.insertBefore(node, at);
   }
   for (const node of old.values()) node.remove();
+  if (focused < 0 || document.activeElement !== document.body) return;
+  // The row with the focus was moved or is gone.
+  const key = before[focused]?.dataset["key"];
+  const now = rowsOf(container.id);
+  const row = now.find(({ dataset }) => dataset["key"] === key) ?? now[focused] ?? now.at(-1);
+  /** @type {HTMLElement | null | undefined} */
+  const target = row?.querySelector("a, button") ?? container.closest("[tabindex]");
+  target?.focus({ preventScroll: true });
 }
 
 /** @param {string} id of a container @returns {HTMLElement[]} */
@@ -265,9 +274,16 @@ function countCharacters(text) {
   return [...text].length;
 }
 
-/** Shows a short text for some seconds. @param {string} text */
-function toast(text) {
+/**
+ * Shows a short text for some seconds.
+ * @param {string} text @param {{text: string, press: () => void}} [action]
+ */
+function toast(text, action) {
   const node = el("p", { class: "toast" }, text);
+  if (action) {
+    node.append(textButton(action.text, action.press));
+    node.addEventListener("click", () => node.remove());
+  }
   box("toasts").append(node);
   after(TOAST_SECONDS, () => node.remove());
 }
@@ -282,7 +298,7 @@ function announce(text) {
 /**
  * The page's own words for the codes of docs/protocol.md that a user can meet. The
  * server's sentences are for programmers.
- * @type {Record<string, import("./words.js").Key>}
+ * @type {Record<string, Key>}
  */
 const REFUSALS = {
   changed: "wasChanged",
@@ -309,6 +325,7 @@ function refusalText(code, detail) {
   if (known) return say(known);
   if (code !== "bad_field") return say("otherError", { code });
   if (detail.startsWith("title")) return say("badTitle");
+  if (detail.startsWith("name")) return say("badName");
   if (!detail.startsWith("member_ids") && !detail.startsWith("user_id"))
     return say("notAccepted");
   return most ? say("mostPeople", { most }) : say("cannotAdd");
@@ -369,9 +386,14 @@ const storages = {
  * @returns {Session | null | undefined} null: signed out; undefined: nothing is known
  */
 function readSession(storage) {
+  const session = readStored(storage, SESSION_KEY);
+  return session === null || typeof session?.token === "string" ? session : undefined;
+}
+
+/** @param {() => Storage} storage @param {string} key @returns {any} */
+function readStored(storage, key) {
   try {
-    const session = JSON.parse(storage().getItem(SESSION_KEY) ?? "");
-    return session === null || typeof session.token === "string" ? session : undefined;
+    return JSON.parse(storage().getItem(key) ?? "0");
   } catch {
     return undefined;
   }
@@ -379,12 +401,13 @@ function readSession(storage) {
 
 /**
  * @param {() => Storage} storage
- * @param {Session | null} session
+ * @param {unknown} value
+ * @param {string} [key]
  * @returns {boolean} false: storage is forbidden or full
  */
-function writeSession(storage, session) {
+function writeSession(storage, value, key = SESSION_KEY) {
   try {
-    storage().setItem(SESSION_KEY, JSON.stringify(session));
+    storage().setItem(key, JSON.stringify(value));
     return true;
   } catch {
     return false;
@@ -501,7 +524,7 @@ function startInThisTab(session, saved) {
  */
 function showSignIn({ reason = "", error = "" } = {}) {
   showScreen("sign-in");
-  document.title = `${say("signIn")} · chatd`;
+  showTitle(say("signIn"));
   field("sign-in-link").value = "";
   setText("sign-in-text", `${reason} ${say("openLink")}`);
   setText("sign-in-error", error);
@@ -510,7 +533,11 @@ function showSignIn({ reason = "", error = "" } = {}) {
 
 /** @param {"loading" | "sign-in" | "join" | "chat"} screen */
 function showScreen(screen) {
+  const hadFocus = document.activeElement !== document.body;
   for (const id of SCREENS) box(id).hidden = id !== screen;
+  /** @type {HTMLElement | null} */
+  const first = box(screen).querySelector("input, nav");
+  if (hadFocus) first?.focus();
 }
 
 /** @param {SubmitEvent} event */
@@ -627,7 +654,7 @@ async function openInvite(token) {
     setText("join-text", text);
     setText("join-error", "");
     showScreen("join");
-    document.title = `${say("join")} · chatd`;
+    showTitle(say("join"));
     loading = false;
   } catch (error) {
     if (model.session) toast(inviteErrorText(error));
@@ -657,7 +684,6 @@ function inviteErrorText(error) {
   if (code === "token_expired") return say("inviteExpired");
   if (status === 401) return say("inviteInvalid");
   if (status === 403) return say("noInvites");
-  if (message.startsWith("name")) return say("badName");
   return (maximumIn(message) ? `${say("chatFull")} ` : "") + errorText(error);
 }
 
@@ -708,6 +734,7 @@ function onInfoCopy() {
  * @property {boolean} moreAfter there are messages after the loaded ones
  * @property {"no" | "yes" | "failed"} loading
  * @property {number | null} divider the new messages begin after this n
+ * @property {Map<number, number>} hues user id -> colour
  * @property {Map<number, number>} typing user id -> timer that ends the typing sign
  * @property {Line[]} lines of this visit
  * @property {number} activeAt ms, when it was added, or the user wrote in it, during
@@ -733,6 +760,8 @@ const model = {
   /** The users one may add to a chat; null: not allowed. @type {number[] | null} */
   people: null,
   invites: false,
+  /** What the server allows. @type {{rename?: boolean}} */
+  server: {},
   /** @type {State} */
   connection: "closed",
   /** The list of chats has arrived at least once. */
@@ -765,6 +794,12 @@ function resetModel() {
 
 const myId = () => model.session?.user_id ?? 0;
 const unread = (/** @type {ChatView} */ chat) => Math.max(0, chat.last_n - chat.read_n);
+/** Muting is for one user in one browser. @param {ChatView} chat */
+const mutedKey = (chat) => `chatd.muted.${myId()}.${chat.id}`;
+/** @param {ChatView} chat */
+const isMuted = (chat) => readStored(storages.browser, mutedKey(chat)) === true;
+/** What the title and the badges count. @param {ChatView} chat */
+const counted = (chat) => (isMuted(chat) ? 0 : unread(chat));
 
 /** @param {number} userId @param {string | null} [name] */
 function personName(userId, name = model.names.get(userId) ?? null) {
@@ -828,6 +863,7 @@ function putChat(received) {
     moreAfter: false,
     loading: "no",
     divider: null,
+    hues: new Map(),
     typing: new Map(),
     lines: [],
     activeAt: 0,
@@ -847,6 +883,7 @@ function putChat(received) {
       Math.max(read_n ?? 0, chat.members.get(user_id) ?? 0),
     ]),
   );
+  for (const id of chat.members.keys()) hueOf(id, chat);
   model.chats.set(chat.id, chat);
   void learnNames(chat, chat.last_message ? [chat.last_message.sender_id] : []);
   return chat;
@@ -1008,8 +1045,8 @@ function addHandlers(client) {
 
 /** @param {ChatEvents["state"]} change */
 function onState({ state }) {
-  const [title] = bannerText(state);
-  if (state !== model.connection && title) announce(title);
+  const [title] = BANNERS[state] ?? [];
+  if (state !== model.connection && title) announce(say(title));
   model.connection = state;
   if (state === "signed_out") onSignedOut();
 }
@@ -1069,12 +1106,9 @@ function onNewMessage(message, read) {
   }
   const name = personName(message.sender_id);
   const text = visibleText(message.content).slice(0, 200);
-  announce(
-    chat === model.open
-      ? say("lastOf", { name, text })
-      : say("lastIn", { name, text, title: chatTitle(chat) }),
-  );
-  notify(chat, message);
+  if (chat === model.open) announce(say("lastOf", { name, text }));
+  else if (counted(chat)) announce(say("lastIn", { name, text, title: chatTitle(chat) }));
+  if (counted(chat)) notify(chat, message);
 }
 
 /** @param {import("./chat-websocket.js").MemberRemoved} event */
@@ -1187,7 +1221,11 @@ async function loadLimits() {
   const most = me?.server?.max_content_chars;
   if (client !== model.client) return;
   if (most) model.maxCharacters = most;
-  if (me) model.invites = me.server?.invites === true;
+  if (me) {
+    model.invites = me.server?.invites === true;
+    model.server = me.server ?? {};
+    setMyName(me.name);
+  }
   composer.fit();
 }
 
@@ -1290,33 +1328,50 @@ function render() {
   if (model.chatsLoaded) loading = false;
 }
 
-/** @type {Record<State, import("./words.js").Key>} */
-const CONNECTION_WORDS = {
-  connecting: "connecting",
-  connected: "connected",
-  polling: "polling",
-  offline: "offline",
-  signed_out: "leftOff",
-  too_many: "paused",
-  refused: "disconnected",
-  closed: "connecting",
-};
-
 function renderTop() {
-  const state = model.connection;
-  const total = [...model.chats.values()].reduce((sum, chat) => sum + unread(chat), 0);
-  const me = personName(myId(), model.session?.name);
-  setText("connection-text", say(CONNECTION_WORDS[state]));
-  box("connection").dataset["state"] = state === "closed" ? "connecting" : state;
+  const { connection } = model;
+  const closed = connection === "closed" || connection === "signed_out";
+  const state = closed ? "connecting" : connection;
+  const total = [...model.chats.values()].reduce((sum, chat) => sum + counted(chat), 0);
+  const elsewhere = total - (model.open ? counted(model.open) : 0);
+  const me = personName(myId());
+  setText("connection-text", say(state));
+  box("connection").dataset["state"] = state;
   setText("me-name", me);
   setText("me-panel-name", say("signedInAs", { name: me }));
-  fillAvatar(box("me-avatar"), myId(), me);
-  setText("bell-count", total > 99 ? "99+" : String(total));
-  box("bell-count").hidden = total === 0;
+  fillAvatar(box("me-avatar"), hueOf(myId()), me);
+  showBadge("bell-count", total);
+  showBadge("back-count", elsewhere);
   setText("bell-label", total ? say("newCount", { count: total }) : say("noneNew"));
-  const place = model.open ? `${chatTitle(model.open)} · chatd` : "chatd";
-  document.title = total ? `(${total}) ${place}` : place;
+  const more = elsewhere ? `, ${say("newCount", { count: elsewhere })}` : "";
+  setText("back-label", say("back") + more);
+  showTitle(model.open ? chatTitle(model.open) : "", total);
+  button("rename-me").hidden = !model.server.rename;
   button("new-chat").hidden = model.people === null;
+}
+
+/** @param {number} count */
+const badgeText = (count) => (count > 99 ? "99+" : String(count));
+
+/** @param {string} id @param {number} count */
+function showBadge(id, count) {
+  setText(id, badgeText(count));
+  box(id).hidden = count === 0;
+}
+
+let shownTitle = "";
+
+/**
+ * The icons of the tab and of an installed app say, too, that messages are new.
+ * @param {string} place @param {number} [total]
+ */
+function showTitle(place, total = 0) {
+  const title = (total ? `(${total}) ` : "") + (place && `${place} · `) + "chatd";
+  if (title === shownTitle) return;
+  document.title = shownTitle = title;
+  const icon = byId("tab-icon", HTMLLinkElement);
+  icon.href = total ? "web/icon-new.svg" : "web/icon.svg";
+  navigator.setAppBadge?.(total).catch(() => {}); // the title says it anyway
 }
 
 /**
@@ -1329,34 +1384,26 @@ function setText(id, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** @param {State} state @returns {string[]} the problem, and what happens meanwhile */
-function bannerText(state) {
-  switch (state) {
-    case "polling":
-      return [say("pollingTitle"), say("pollingText")];
-    case "offline":
-      return [say("offlineTitle"), say("offlineText")];
-    case "too_many":
-      return [say("tooManyTitle"), say("tooManyText")];
-    case "refused":
-      return [say("refusedTitle"), say("refusedText")];
-    default:
-      return [];
-  }
-}
+/** @type {Partial<Record<State, [problem: Key, meanwhile: Key]>>} */
+const BANNERS = {
+  polling: ["pollingTitle", "pollingText"],
+  offline: ["offlineTitle", "offlineText"],
+  too_many: ["tooManyTitle", "tooManyText"],
+  refused: ["refusedTitle", "refusedText"],
+};
 
 function renderBanner() {
   const state = model.connection;
-  const [title, meanwhile = ""] = bannerText(state);
+  const [title, text] = BANNERS[state] ?? [];
+  if (!title && box("banner").contains(document.activeElement)) moveFocus();
   box("banner").hidden = !title;
-  setText("banner-title", title ?? "");
-  if (!title) return;
+  if (!title || !text) return;
+  setText("banner-title", say(title));
   const seconds = Math.ceil(model.client?.retryIn ?? 0);
   const waiting = state === "polling" || state === "offline";
   const next = seconds > 0 ? say("tryingIn", { seconds }) : say("tryingNow");
-  setText("banner-next", waiting ? `${meanwhile} ${next}` : meanwhile);
+  setText("banner-next", waiting ? `${say(text)} ${next}` : say(text));
   button("banner-retry").hidden = state === "refused";
-  button("banner-retry").disabled = waiting && seconds === 0;
 }
 
 function renderList() {
@@ -1374,9 +1421,10 @@ function chatRow(chat, current) {
   const when =
     stored && chat.last_message ? shortTime(chat.last_message.created_at) : "";
   const count = unread(chat);
+  const muted = isMuted(chat);
   return {
     key: String(chat.id),
-    look: JSON.stringify([title, last, when, count, current]),
+    look: JSON.stringify([title, last, when, count, current, muted]),
     build: () =>
       el(
         "li",
@@ -1390,7 +1438,13 @@ function chatRow(chat, current) {
           },
           avatar(chat),
           el("span", { class: "row-title", dir: "auto" }, title),
-          el("span", { class: "row-time" }, when),
+          el(
+            "span",
+            { class: "row-time" },
+            muted ? icon("muted") : null,
+            muted ? el("span", { class: "sr-only" }, say("muted")) : null,
+            when,
+          ),
           el(
             "span",
             { class: `row-last is-${last.kind}`, dir: "auto" },
@@ -1400,7 +1454,7 @@ function chatRow(chat, current) {
               : null,
             last.text,
           ),
-          count ? badge(count) : null,
+          count ? badge(count, muted) : null,
         ),
       ),
   };
@@ -1447,43 +1501,63 @@ function excerpt(content) {
   return visibleText(content).trim().slice(0, 120);
 }
 
-/** @param {number} count */
-function badge(count) {
+/** @param {number} count @param {boolean} muted */
+function badge(count, muted) {
   return el(
     "span",
-    { class: "badge" },
-    count > 99 ? "99+" : String(count),
+    { class: classes("badge", { muted }) },
+    badgeText(count),
     el("span", { class: "sr-only" }, ` ${say("unread")}`),
   );
 }
 
-/** @param {ChatView} chat */
-function avatar(chat) {
+/** @param {ChatView} chat @param {HTMLElement} [node] */
+function avatar(chat, node = el("span", { class: "avatar", "aria-hidden": "true" })) {
   const [first = myId(), second] = others(chat);
   const direct = !chat.title && second === undefined;
-  const node = el("span", { class: "avatar", "aria-hidden": "true" });
-  fillAvatar(node, direct ? first : chat.id * 7, chatTitle(chat));
+  const hue = direct ? hueOf(first, chat) : hueOf(chat.id);
+  return fillAvatar(node, hue, chatTitle(chat));
+}
+
+/**
+ * Of two members with the same colour, the one met later takes the next free one.
+ * @param {number} id @param {ChatView} [chat]
+ */
+function hueOf(id, chat) {
+  let hue = chat?.hues.get(id) ?? ((id % HUES) * 5) % HUES;
+  if (!chat || chat.hues.has(id)) return hue;
+  const taken = new Set(chat.hues.values());
+  while (taken.has(hue) && taken.size < HUES) hue = (hue + 1) % HUES;
+  chat.hues.set(id, hue);
+  return hue;
+}
+
+/** @param {HTMLElement} node @param {number} hue */
+function paint(node, hue) {
+  node.style.setProperty("--hue", String((hue * 360) / HUES));
   return node;
 }
 
-/** @param {HTMLElement} node @param {number} seed @param {string} name */
-function fillAvatar(node, seed, name) {
+/** @param {HTMLElement} node @param {number} hue @param {string} name */
+function fillAvatar(node, hue, name) {
   const words = name.split(/\s+/).map((word) => word.replace(/[^\p{L}\p{N}]/gu, ""));
   const letters = words
     .filter(Boolean)
     .slice(0, 2)
     .map((word) => [...word][0] ?? "");
   node.textContent = letters.join("").toUpperCase() || "?";
-  node.style.setProperty("--hue", String((seed * 67 + 110) % 360));
+  return paint(node, hue);
 }
 
 function renderBell() {
   const rows = sortedChats()
-    .filter(unread)
+    .filter(counted)
     .map((chat) => chatRow(chat, false));
   showRows(box("bell-list"), rows);
   box("bell-empty").hidden = rows.length > 0;
-  const permission = window.Notification?.permission;
+  // Phones allow notifications only from service workers, and chatd has none.
+  const phone = matchMedia("(pointer: coarse)").matches;
+  const permission = phone ? "" : window.Notification?.permission;
   button("notify").hidden = permission !== "default";
   box("notify-denied").hidden = permission !== "denied";
 }
@@ -1537,6 +1611,7 @@ const pane = {
 
   /** Notes what is where, so that restore can put it there again. */
   remember() {
+    this.hidePastDays();
     this.sizes = this.currentSizes();
     if (this.follow) return;
     const view = box("scroller").getBoundingClientRect();
@@ -1547,6 +1622,16 @@ const pane = {
         id: Number(row.dataset["id"]),
         top: row.getBoundingClientRect().top - view.top,
       };
+  },
+
+  /** Of the days that stick to the top, only the last is visible. */
+  hidePastDays() {
+    let next = Infinity;
+    for (const day of [...box("messages").querySelectorAll(".day")].reverse()) {
+      const { top, bottom } = day.getBoundingClientRect();
+      day.classList.toggle("past", next < bottom);
+      next = top;
+    }
   },
 
   /** Shows the end again, or else the first visible row where it was. */
@@ -1614,8 +1699,7 @@ const pane = {
     setText("pane-title", title);
     const group = chat.title || chat.memberCount > 2;
     setText("pane-members", group ? names : say("directChat"));
-    const direct = !chat.title && people.length === 1;
-    fillAvatar(box("pane-avatar"), direct ? (people[0] ?? 0) : chat.id * 7, title);
+    avatar(chat, box("pane-avatar"));
     box("scroller").setAttribute("aria-label", say("messagesIn", { title }));
   },
 
@@ -1860,11 +1944,11 @@ function messageRow(chat, message, first) {
           "data-id": message.id,
           "data-n": message.n,
         },
-        own ? null : personAvatar(message.sender_id),
+        own ? null : personAvatar(message.sender_id, chat),
         el(
           "div",
           { class: "bubble" },
-          senderLine(own, first, name),
+          paint(senderLine(own, first, name), hueOf(message.sender_id, chat)),
           flow(key, message, stamp(message.created_at, tick)),
         ),
       ),
@@ -1902,11 +1986,10 @@ function flow(key, { content, deleted = false }, stamp) {
   );
 }
 
-/** @param {number} userId */
-function personAvatar(userId) {
+/** @param {number} userId @param {ChatView} [chat] */
+function personAvatar(userId, chat) {
   const node = el("span", { class: "avatar small", "aria-hidden": "true" });
-  fillAvatar(node, userId, personName(userId));
-  return node;
+  return fillAvatar(node, hueOf(userId, chat), personName(userId));
 }
 
 /**
@@ -2101,9 +2184,8 @@ function route() {
 }
 
 /**
- * Moves the focus into the chat that was opened, or to the row of the chat that was
- * closed.
- * @param {ChatView | null} before
+ * Moves the focus into the open chat, or else to the row of the chat that was closed.
+ * @param {ChatView | null} [before]
  */
 function moveFocus(before) {
   /** @type {HTMLElement | null} */
@@ -2112,7 +2194,7 @@ function moveFocus(before) {
       ? composer.field
       : box("scroller")
     : box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
-  target?.focus({ preventScroll: true });
+  (target ?? box("chats")).focus({ preventScroll: true });
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2225,6 +2307,7 @@ const composer = {
     if (model.client) drafts.send(model.client, chat.id, content);
     this.setText("");
     pane.showLatest();
+    offerNotifications();
     requestRender();
   },
 
@@ -2429,23 +2512,102 @@ function onSearchKey(event) {
 
 /**
  * Asks a question and waits for the answer. Closing the dialog means no.
- * @param {{title: string, text: string, yes: string, no: string}} texts
+ * @param {{title: string, text: string, yes: string, no: string, value?: string}} texts
+ *   value: asks for a text, too
  * @returns {Promise<boolean>}
  */
-function ask({ title, text, yes, no }) {
+function ask({ title, text, yes, no, value }) {
   const node = dialog("ask");
   if (node.open) node.close("no");
   setText("ask-title", title);
   setText("ask-text", text);
   setText("ask-yes", yes);
   setText("ask-no", no);
+  const input = field("ask-input");
+  input.hidden = value === undefined;
+  input.value = value ?? "";
   node.returnValue = "no";
   node.showModal();
+  input.select();
   return new Promise((resolve) => {
     node.addEventListener("close", () => resolve(node.returnValue === "yes"), {
       once: true,
     });
   });
+}
+
+/**
+ * Asks for a name or a title until it is saved.
+ * @param {string} title @param {string} value @param {number} most characters
+ * @param {(text: string) => Promise<unknown>} save
+ */
+async function askName(title, value, most, save) {
+  const input = field("ask-input");
+  input.maxLength = most;
+  let text = "";
+  while (await ask({ title, text, value, yes: say("save"), no: say("cancel") })) {
+    try {
+      value = input.value.trim();
+      await save(value);
+      return;
+    } catch (error) {
+      text = errorText(error);
+    }
+  }
+}
+
+function onRenameMe() {
+  box("me-panel").hidePopover();
+  const { client, names } = model;
+  void askName(say("changeName"), names.get(myId()) ?? "", 64, async (text) => {
+    const { name } = await client?.renameMe(text);
+    if (client === model.client) setMyName(name);
+  });
+}
+
+/** It may also change in another tab or device. @param {string | null} name */
+function setMyName(name) {
+  if (model.session) model.session.name = name;
+  model.names.set(myId(), name);
+  requestRender();
+}
+
+async function onLinkDevice() {
+  box("me-panel").hidePopover();
+  const { client } = model;
+  try {
+    const answer = await client?.linkDevice();
+    if (!answer || client !== model.client) return;
+    const url = new URL(`#token=${answer.token}`, location.href).href;
+    showLink(say("otherDevice"), say("otherDeviceText"), url);
+  } catch (error) {
+    toast(errorText(error));
+  }
+}
+
+/**
+ * Shows a link to copy or, where the browser can, to share.
+ * @param {string} title @param {string} text @param {string} url
+ */
+function showLink(title, text, url) {
+  setText("link-title", title);
+  setText("link-text", text);
+  setText("link-copy", say("copy"));
+  field("link-url").value = url;
+  button("link-share").hidden = !("share" in navigator);
+  dialog("link").showModal();
+}
+
+function onLinkCopy() {
+  field("link-url").select();
+  // navigator.clipboard would need https.
+  if (document.execCommand("copy")) setText("link-copy", say("copied"));
+  button("link-copy").focus();
+}
+
+function onLinkShare() {
+  // It is rejected if the user cancels. The link can still be copied.
+  navigator.share({ url: field("link-url").value }).catch(() => {});
 }
 
 /**
@@ -2615,6 +2777,7 @@ function showInfo() {
   button("info-add").hidden = model.people === null;
   button("info-invite").hidden = !model.invites || chat.direct;
   box("info-link-box").hidden = true;
+  field("info-mute").checked = isMuted(chat);
   dialog("info").showModal();
 }
 
@@ -2637,7 +2800,7 @@ async function showMembers(chat) {
       el(
         "li",
         { class: "person" },
-        personAvatar(id),
+        personAvatar(id, chat),
         el("span", { dir: "auto" }, personName(id)),
         id === myId() ? el("span", { class: "quiet" }, say("you")) : null,
       ),
@@ -2671,11 +2834,28 @@ async function onInfoLeave() {
 
 /* -------------------------------------------------------------------------------------
  * Notifications. They appear only while the user does not watch the tab, and only after
- * the user has turned them on.
+ * the user has turned them on. A chat can be muted: in this browser, like a draft.
  * ---------------------------------------------------------------------------------- */
 
 async function onNotifyButton() {
   await Notification.requestPermission();
+  button("bell").focus(); // the button is gone now
+  requestRender();
+}
+
+/** Offers notifications once: after the first message that the user has written. */
+function offerNotifications() {
+  const key = "chatd.notify";
+  if (button("notify").hidden || readStored(storages.browser, key)) return;
+  if (writeSession(storages.browser, "offered", key))
+    toast(say("offerNotify"), { text: say("turnOn"), press: onNotifyButton });
+}
+
+function onMute() {
+  const { open } = model;
+  const { checked } = field("info-mute");
+  if (open && !writeSession(storages.browser, checked, mutedKey(open)))
+    toast(say("noStorage"));
   requestRender();
 }
 
@@ -2752,6 +2932,8 @@ function addListeners() {
   if (signedOut) on(signedOut, "message", onSignedOutElsewhere);
   on(window, "beforeunload", onBeforeUnload);
   on(window, "storage", onDraftElsewhere);
+  on(window, "storage", requestRender);
+  on(document, "keydown", onShortcut);
   // Renders at once: a tab that is hidden now may never get the requested frame.
   on(document, "visibilitychange", onWatched);
   on(window, "focus", onWatched);
@@ -2785,21 +2967,47 @@ function addListeners() {
   on(box("people-form"), "submit", (event) => void onPeopleForm(event));
   on(field("people-filter"), "input", filterCandidates);
   on(field("people-filter"), "keydown", onFilterKey);
-  on(button("people-cancel"), "click", () => dialog("people").close());
   on(button("chat-info"), "click", showInfo);
   on(box("messages"), "click", onTick);
   on(box("messages"), "copy", onCopy);
-  on(button("info-close"), "click", () => dialog("info").close());
   on(button("info-add"), "click", onInfoAdd);
   on(button("info-invite"), "click", () => void onInfoInvite());
   on(button("info-copy"), "click", onInfoCopy);
+  on(field("info-mute"), "change", onMute);
   on(button("info-leave"), "click", () => void onInfoLeave());
-  on(button("ask-yes"), "click", () => dialog("ask").close("yes"));
-  on(button("ask-no"), "click", () => dialog("ask").close("no"));
+  on(button("rename-me"), "click", onRenameMe);
+  on(button("shortcuts"), "click", showKeys);
+  on(button("link-device"), "click", () => void onLinkDevice());
+  for (const node of document.querySelectorAll(".close"))
+    on(node, "click", () => node.closest("dialog")?.close());
+  on(button("link-copy"), "click", onLinkCopy);
+  on(button("link-share"), "click", onLinkShare);
   const observer = new ResizeObserver(() => pane.onResize());
   for (const id of ["scroller", "messages"]) observer.observe(box(id));
   if (window.visualViewport) on(window.visualViewport, "resize", onViewport);
   setInterval(onSecond, 1000);
+}
+
+/** Dialogs and panels close by themselves. @param {any} event of a key */
+function onShortcut(event) {
+  const { key, target } = event;
+  if (event.defaultPrevented || isComposing(event)) return;
+  /** @type {Record<string, string>} */
+  const steps = { ArrowDown: "nextSibling", ArrowUp: "previousSibling" };
+  const to = steps[key];
+  const row = to && target.closest(".rows > li")?.[to];
+  if (row) {
+    event.preventDefault();
+    row.querySelector("a").focus();
+  }
+  if (document.querySelector("dialog[open], :popover-open")) return;
+  if (key === "Escape" && model.open) location.hash = "#chats";
+  if (key === "?" && !target.matches("input, textarea")) showKeys();
+}
+
+function showKeys() {
+  box("me-panel").hidePopover();
+  dialog("keys").showModal();
 }
 
 /** @param {HashChangeEvent} event */
@@ -2810,7 +3018,8 @@ function onHash({ oldURL }) {
 /** @param {Event} event */
 function onSkip(event) {
   event.preventDefault();
-  (model.open ? composer.field : box("chat-list").querySelector("a"))?.focus();
+  if (model.open) composer.field.focus();
+  else moveFocus();
 }
 
 function onJump() {

@@ -77,9 +77,8 @@ const en = {
   connected: "Live",
   polling: "Delayed",
   offline: "Offline",
-  leftOff: "Signed out",
-  paused: "Paused",
-  disconnected: "Disconnected",
+  too_many: "Paused",
+  refused: "Disconnected",
   connection: "Connection",
   pollingTitle: "Live updates are interrupted.",
   pollingText: "chatd checks for new messages every 5 seconds.",
@@ -217,6 +216,24 @@ const en = {
     "You will receive no more messages from this chat unless someone adds you again.",
   leave: "Leave",
   stay: "Stay",
+
+  changeName: "Change your name",
+  save: "Save",
+  otherDevice: "Sign in on another device",
+  otherDeviceText:
+    "Open this link there within 10 minutes. Whoever has it is signed in as you, so give it to nobody else.",
+  share: "Share",
+  mute: "Mute: no notifications, and not counted as new",
+  muted: "Muted",
+  offerNotify: "Be notified of new messages while you look elsewhere?",
+  turnOn: "Turn on",
+  shortcuts: "Keyboard shortcuts",
+  keyFind: "Find messages",
+  keyRows: "Move in the list of chats",
+  keyOpen: "Open the chat, or send the message",
+  keyLine: "New line",
+  keyEdit: "Edit your last message, in an empty field",
+  keyClose: "Leave what is open",
 };
 
 /** @type {Record<Key, Words>} */
@@ -288,9 +305,8 @@ const ru = {
   connected: "На связи",
   polling: "С задержкой",
   offline: "Нет связи",
-  leftOff: "Вы вышли",
-  paused: "Пауза",
-  disconnected: "Отключено",
+  too_many: "Пауза",
+  refused: "Отключено",
   connection: "Соединение",
   pollingTitle: "Связь прерывается.",
   pollingText: "chatd проверяет новые сообщения каждые 5 секунд.",
@@ -437,6 +453,24 @@ const ru = {
   leaveText: "Вы не будете получать сообщения этого чата, пока вас не добавят снова.",
   leave: "Покинуть",
   stay: "Остаться",
+
+  changeName: "Изменить имя",
+  save: "Сохранить",
+  otherDevice: "Войти на другом устройстве",
+  otherDeviceText:
+    "Откройте эту ссылку там в течение 10 минут. По ней входят под вашим именем, поэтому никому её не передавайте.",
+  share: "Поделиться",
+  mute: "Без звука: не уведомлять и не считать новые сообщения",
+  muted: "Без уведомлений",
+  offerNotify: "Уведомлять о новых сообщениях, когда вы не смотрите сюда?",
+  turnOn: "Включить",
+  shortcuts: "Сочетания клавиш",
+  keyFind: "Найти сообщения",
+  keyRows: "Перемещаться по списку чатов",
+  keyOpen: "Открыть чат или отправить сообщение",
+  keyLine: "Новая строка",
+  keyEdit: "Изменить своё последнее сообщение (в пустом поле)",
+  keyClose: "Выйти из того, что открыто",
 };
 
 /** @type {Record<string, Record<Key, Words>>} */
