@@ -653,7 +653,7 @@ async function openInvite(token) {
       text += ` You join as ${personName(session.user_id, session.name)}.`;
       if (!(await ask({ title, text, yes: "Join", no: "Cancel" }))) return;
       const joined = await model.client?.join(token);
-      if (joined) location.hash = `#chat/${joined.chat_id}`;
+      if (joined) openChat(joined.chat_id);
       return;
     }
     invite = token;
@@ -661,6 +661,7 @@ async function openInvite(token) {
     setText("join-text", text);
     setText("join-error", "");
     showScreen("join");
+    field("join-name").focus();
     document.title = "Join · chatd";
     loading = false;
   } catch (error) {
@@ -670,19 +671,14 @@ async function openInvite(token) {
 }
 
 /** @param {SubmitEvent} event */
-async function onJoinForm(event) {
+function onJoinForm(event) {
   event.preventDefault();
-  setText("join-error", "");
-  button("join-submit").disabled = true; // a second request would make a second user
-  try {
+  const join = async () => {
     const answer = await visitor().joinAsNewUser(invite, field("join-name").value);
-    history.replaceState(null, "", `#chat/${answer.chat_id}`);
+    openChat(answer.chat_id);
     startFirst(answer);
-  } catch (error) {
-    setText("join-error", inviteErrorText(error));
-  } finally {
-    button("join-submit").disabled = false;
-  }
+  };
+  void submit("join-error", join, inviteErrorText);
 }
 
 /** @param {unknown} error @returns {string} */
@@ -695,25 +691,28 @@ function inviteErrorText(error) {
   return (maximumIn(message) ? "The chat is full. " : "") + errorText(error);
 }
 
-async function onInfoInvite() {
+/**
+ * Shows a new link into the open chat.
+ * @param {boolean} [revoke] the earlier links end
+ */
+async function showInvite(revoke = false) {
   const { client, open: chat } = model;
   if (!client || !chat) return;
-  try {
-    const { token } = await client.createInvite(chat.id);
-    if (chat !== model.open) return;
-    field("info-link").value = new URL(`#invite=${token}`, location.href).href;
-    setText("info-copy", "Copy");
-    box("info-link-box").hidden = false;
-    field("info-link").select();
-  } catch (error) {
-    dialog("info").close();
-    toast(errorText(error));
+  if (revoke) {
+    await client.revokeInvites(chat.id);
+    field("link-url").value = ""; // it has ended, even if there will be no new one
   }
+  const { token, expires_in } = await client.createInvite(chat.id);
+  if (chat !== model.open) return;
+  const valid = say("inviteValid", { count: Math.round(expires_in / 86_400) });
+  const text = revoke ? `${say("linksEnded")} ${valid}` : valid;
+  const url = new URL(`#invite=${token}`, location.href).href;
+  showLink(say("inviteTo", { title: chatTitle(chat) }), text, url, true);
 }
 
-function onInfoCopy() {
-  field("info-link").select();
-  if (document.execCommand("copy")) setText("info-copy", "Copied");
+async function onInvite() {
+  dialog("info").close();
+  await showInvite().catch((error) => toast(errorText(error)));
 }
 
 /* -------------------------------------------------------------------------------------
@@ -722,10 +721,17 @@ function onInfoCopy() {
  * ---------------------------------------------------------------------------------- */
 
 /**
+ * `server` in the answer to GET /api/v1/me.
+ * @typedef {{max_content_chars: number, edit_seconds: number | null,
+ *   create_chats: boolean, invites: boolean, rename: boolean}} ServerRules
+ */
+
+/**
  * @typedef {object} ChatView
  * @property {number} id
  * @property {string | null} title
  * @property {boolean} direct
+ * @property {number | null} created_by
  * @property {Map<number, number>} members user id -> read_n; empty if there are many
  * @property {number} memberCount
  * @property {number} last_n
@@ -759,9 +765,10 @@ const model = {
    * @type {import("./chat-websocket.js").Connected["chats"]}
    */
   marks: {},
-  /** The users one may add to a chat; null: not allowed. @type {number[] | null} */
+  /** The users one may add to a chat; null: not known yet. @type {number[] | null} */
   people: null,
-  invites: false,
+  /** What the server allows this user; empty until it has said so. */
+  server: /** @type {Partial<ServerRules>} */ ({}),
   /** @type {State} */
   connection: "closed",
   /** The list of chats has arrived at least once. */
@@ -780,7 +787,7 @@ function resetModel() {
     client: null,
     marks: {},
     people: null,
-    invites: false,
+    server: {},
     chatsLoaded: false,
     epoch: "",
     connection: "closed",
@@ -844,6 +851,7 @@ function putChat(received) {
     id: received.id,
     title: null,
     direct: false,
+    created_by: null,
     members: new Map(),
     memberCount: 0,
     last_n: 0,
@@ -860,6 +868,7 @@ function putChat(received) {
   };
   chat.title = received.title;
   chat.direct = received.direct;
+  chat.created_by = received.created_by;
   chat.last_message = newer(chat.last_message, received.last_message);
   chat.last_n = Math.max(chat.last_n, received.last_n);
   // A large chat that the user was just added to says nothing of the user's mark.
@@ -1005,6 +1014,8 @@ const handlers = {
     if (!chat || chat.members.has(user_id)) return;
     if (isWhole(chat)) chat.members.set(user_id, chat.last_n);
     chat.memberCount += 1;
+    if (chat === model.open && dialog("info").open)
+      void loadMembers({ ids: [user_id] });
   },
   member_removed: ({ chat_id, user_id }) => onMemberRemoved(chat_id, user_id),
   typing: ({ chat_id, user_id, is_typing }) => onTyping(chat_id, user_id, is_typing),
@@ -1038,6 +1049,8 @@ function onChats({ chats, cursor }) {
   const ids = new Set(chats.map(({ id }) => id));
   for (const id of model.chats.keys()) if (!ids.has(id)) removeChat(id);
   for (const received of chats) putChat(received).loaded = false;
+  const [only] = chats;
+  if (only && !chats[1] && !model.chatsLoaded && !location.hash) openChat(only.id);
   model.chatsLoaded = true;
   route();
   if (model.open) void loadLatest(model.open);
@@ -1064,8 +1077,7 @@ function onConnected(chats) {
     chat.last_n = Math.max(chat.last_n, last_n);
     moveReadMark(chat, myId(), read_n);
   }
-  void loadPeople();
-  void loadLimits();
+  void loadServer();
 }
 
 /** @param {Message} message @param {boolean} read */
@@ -1092,6 +1104,7 @@ function onMemberRemoved(chatId, userId) {
   if (userId !== myId()) {
     // The chat may have come without this member already.
     if (chat.members.delete(userId) || !isWhole(chat)) chat.memberCount -= 1;
+    if (chat === model.open) info.online.delete(userId);
     stopTyping(chat, userId);
     return;
   }
@@ -1148,10 +1161,7 @@ async function fetchChats() {
   try {
     await client?.fetchChats();
     // A client that polls never receives `connected`.
-    if (client === model.client && model.people === null) {
-      void loadPeople();
-      void loadLimits();
-    }
+    if (client === model.client && !("invites" in model.server)) void loadServer();
   } catch (error) {
     const refused = error instanceof ChatError && error.status === 401;
     if (!refused)
@@ -1159,30 +1169,16 @@ async function fetchChats() {
   }
 }
 
-async function loadPeople() {
-  const { client } = model;
-  try {
-    const { users } = await client?.request("GET", "/api/v1/users");
-    if (client !== model.client) return;
-    for (const { user_id, name } of users) model.names.set(user_id, name);
-    model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
-  } catch (error) {
-    // A refusal means that users may not create chats on this server. After any other
-    // failure, the next connection tries again.
-    if (error instanceof ChatError && error.status > 0) model.people = null;
-  }
-  requestRender();
-}
-
-/** A server that does not say its limits, or does not answer, has the usual ones. */
-async function loadLimits() {
+/** Learns what the server allows. If it does not answer, the next connection asks. */
+async function loadServer() {
   const { client } = model;
   const me = await client?.request("GET", "/api/v1/me").catch(() => null);
-  const most = me?.server?.max_content_chars;
-  if (client !== model.client) return;
-  if (most) model.maxCharacters = most;
-  if (me) model.invites = me.server?.invites === true;
+  if (client !== model.client || !me?.server) return;
+  model.server = me.server;
+  model.maxCharacters = me.server.max_content_chars ?? model.maxCharacters;
+  setMyName(me.name);
   composer.fit();
+  requestRender();
 }
 
 /* -------------------------------------------------------------------------------------
@@ -1265,6 +1261,8 @@ function render() {
   renderBanner();
   renderList();
   renderBell();
+  renderEmpty();
+  renderDialogs();
   pane.render();
   markSeen();
   if (model.chatsLoaded) loading = false;
@@ -1296,7 +1294,7 @@ function renderTop() {
   setText("bell-label", total ? plural("new message", total) : "No new messages");
   const place = model.open ? `${chatTitle(model.open)} · chatd` : "chatd";
   document.title = total ? `(${total}) ${place}` : place;
-  button("new-chat").hidden = model.people === null;
+  button("new-chat").hidden = !model.server.create_chats;
 }
 
 /**
@@ -1351,8 +1349,23 @@ function renderBanner() {
 function renderList() {
   const rows = sortedChats().map((chat) => chatRow(chat, chat === model.open));
   showRows(box("chat-list"), rows);
-  box("chat-list-empty").hidden = rows.length > 0;
-  setText("chat-list-empty", model.chatsLoaded ? "No chats yet." : "Loading…");
+}
+
+/** What to do while no chat is open. */
+function renderEmpty() {
+  const { create_chats, invites } = model.server;
+  const start = model.chats.size === 0 && model.chatsLoaded && create_chats;
+  setText("empty-text", say(emptyKey(), { name: personName(myId()) }));
+  button("empty-start").hidden = !start;
+  setText("empty-start", say(invites ? "invitePeople" : "newChat"));
+}
+
+function emptyKey() {
+  const { create_chats, invites } = model.server;
+  if (model.chats.size > 0) return "chooseChat";
+  if (!model.chatsLoaded || create_chats === undefined) return "loading";
+  if (!create_chats) return "noChatsWait";
+  return invites ? "noChatsInvite" : "noChatsStart";
 }
 
 /** @param {ChatView} chat @param {boolean} current @returns {Row} */
@@ -1585,7 +1598,7 @@ const pane = {
       ? [...people.map((id) => personName(id)), "you"].join(", ")
       : `${grouped(chat.memberCount)} people`;
     setText("pane-title", title);
-    setText("pane-members", chat.title || chat.memberCount > 2 ? names : "Direct chat");
+    setText("pane-members", chat.direct ? "Direct chat" : names);
     const direct = !chat.title && people.length === 1;
     fillAvatar(box("pane-avatar"), direct ? (people[0] ?? 0) : chat.id * 7, title);
     box("scroller").setAttribute("aria-label", `Messages in ${title}`);
@@ -1970,6 +1983,8 @@ function selectChat(chat) {
     model.client?.sendTyping(before.id, false);
   }
   model.open = chat;
+  for (const node of document.querySelectorAll("dialog"))
+    if (node.id !== "ask") node.close();
   box("messages").replaceChildren();
   pane.drawn = Infinity;
   pane.follow = true;
@@ -1979,6 +1994,12 @@ function selectChat(chat) {
   if (!chat) return;
   chat.divider = unread(chat) > 0 ? chat.read_n : null;
   if (!chat.loaded) void loadLatest(chat);
+}
+
+/** Opens a chat, also as the first thing of a visit. Back leads to the list. */
+function openChat(/** @type {number} */ id) {
+  if (!location.hash) history.replaceState(null, "", "#chats");
+  location.hash = `#chat/${id}`;
 }
 
 /** The address bar says which chat is open, so the browser's back button works. */
@@ -2384,14 +2405,14 @@ function ask({ title, text, yes, no }) {
  * @param {string} errorId where a failure is explained
  * @param {() => Promise<unknown>} request
  */
-async function submit(errorId, request) {
+async function submit(errorId, request, words = errorText) {
   if (submitting) return;
   submitting = true;
   setText(errorId, "");
   try {
     await request();
   } catch (error) {
-    setText(errorId, errorText(error));
+    setText(errorId, words(error));
   } finally {
     submitting = false;
     requestRender();
@@ -2471,13 +2492,15 @@ async function onLinkDevice() {
  * Shows a link to copy or, where the browser can, to share.
  * @param {string} title @param {string} text @param {string} url
  */
-function showLink(title, text, url) {
+function showLink(title, text, url, isInvite = false) {
   setText("link-title", title);
   setText("link-text", text);
   setText("link-copy", "Copy");
+  setText("link-error", "");
   field("link-url").value = url;
   button("link-share").hidden = !("share" in navigator);
-  dialog("link").showModal();
+  button("link-revoke").hidden = !isInvite;
+  if (!dialog("link").open) dialog("link").showModal();
 }
 
 function onLinkCopy() {
@@ -2493,30 +2516,66 @@ function onLinkShare() {
 }
 
 /**
- * The chat to which the people dialog adds members; null: it creates a chat.
- * @type {ChatView | null}
+ * The people dialog. `chat` receives the chosen people; null: they get a new chat.
+ * `chosen` is the other one of a direct chat, which stays as it is: a group begins.
+ * A creation that is tried again has the same `key`, so that it makes one chat.
  */
-let addingTo = null;
+const people = {
+  /** @type {ChatView | null} */
+  chat: null,
+  /** @type {number[]} */
+  chosen: [],
+  wish: "",
+  key: "",
+};
 
-/** @param {ChatView | null} chat */
-function choosePeople(chat) {
-  addingTo = chat;
-  setText("people-title", chat ? `Add people to “${chatTitle(chat)}”` : "New chat");
-  setText("people-submit", chat ? "Add" : "Create");
+/** @param {ChatView | null} chat @param {number[]} [chosen] */
+function choosePeople(chat, chosen = []) {
+  Object.assign(people, { chat, chosen, wish: "" });
+  const [other] = chosen;
+  const title = chat
+    ? say("addPeopleTo", { title: chatTitle(chat) })
+    : say(other ? "newGroup" : "newChat");
+  setText("people-title", title);
+  setText("people-note", other ? say("groupWith", { name: personName(other) }) : "");
+  setText("people-submit", say(chat ? "add" : "create"));
   setText("people-error", "");
-  box("people-name").hidden = chat !== null;
-  field("people-chat-title").value = "";
-  field("people-filter").value = "";
+  byId("people-form", HTMLFormElement).reset();
+  box("people-list").replaceChildren();
   showCandidates();
   dialog("people").showModal();
-  void loadPeople().then(showCandidates);
+  void loadPeople();
+}
+
+async function loadPeople() {
+  const { client } = model;
+  try {
+    const { users } = await client?.request("GET", "/api/v1/users");
+    if (client !== model.client) return;
+    for (const { user_id, name } of users) model.names.set(user_id, name);
+    model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
+  } catch (error) {
+    setText("people-error", errorText(error));
+  }
+  requestRender();
+}
+
+/** Shows in the open dialogs what has changed. */
+function renderDialogs() {
+  if (dialog("people").open) showCandidates();
+  if (dialog("info").open) renderInfo();
+}
+
+/** @param {Iterable<number>} ids */
+function sortedByName(ids) {
+  return [...ids].sort((a, b) => personName(a).localeCompare(personName(b)));
 }
 
 /** Fills the list of the people dialog. Users who are chosen already stay chosen. */
 function showCandidates() {
-  const members = addingTo?.members ?? new Map([[myId(), 0]]);
-  const ids = (model.people ?? []).filter((id) => !members.has(id));
-  ids.sort((a, b) => personName(a).localeCompare(personName(b)));
+  const members = people.chat?.members ?? new Map([[myId(), 0]]);
+  const all = new Set([...(model.people ?? []), ...people.chosen]);
+  const ids = sortedByName(all).filter((id) => !members.has(id));
   showRows(
     box("people-list"),
     ids.map((id) => ({
@@ -2536,7 +2595,11 @@ function candidate(userId) {
     el(
       "label",
       { class: "person" },
-      el("input", { type: "checkbox", value: userId }),
+      el("input", {
+        type: "checkbox",
+        value: userId,
+        checked: people.chosen.includes(userId),
+      }),
       personAvatar(userId),
       el("span", { dir: "auto" }, personName(userId)),
     ),
@@ -2568,16 +2631,21 @@ function filterCandidates() {
     row.classList.toggle("next", isNext);
   }
   const anyone = box("people-list").childElementCount > 0;
-  const nobody = mayBeAlone()
-    ? "There is no one to add. Choose a title, then invite people."
-    : "There is no one to add.";
-  const none = anyone ? `No one here is called “${text}”.` : nobody;
-  setText("people-empty", found > 0 ? "" : none);
+  const nobody = say(mayBeAlone() ? "nobodyYet" : "nobodyToAdd");
+  const none = anyone ? say("nobodyCalled", { text }) : nobody;
+  setText("people-empty", found > 0 || !model.people ? "" : none);
+  showTitle();
   return { found, next };
 }
 
-/** People are invited to a new chat later. */
-const mayBeAlone = () => model.invites && !addingTo;
+/** Only a group has a title. Without one, it is shown as the names of its members. */
+function showTitle() {
+  const chosen = chosenPeople();
+  const grows = chosen.length > people.chosen.length;
+  const direct = grows && chosen.length === 1;
+  box("people-name").hidden = people.chat !== null || direct || !(grows || mayBeAlone());
+  field("people-chat-title").placeholder = chosen.map((id) => personName(id)).join(", ");
+}
 
 /**
  * Enter chooses the highlighted person. Without a filter it submits, as in any field.
@@ -2597,29 +2665,29 @@ function onFilterKey(event) {
   filterCandidates();
 }
 
+function chosenPeople() {
+  const inputs = box("people-list").querySelectorAll("input");
+  return [...inputs].filter(({ checked }) => checked).map(({ value }) => Number(value));
+}
+
+/** People can be invited to a new group later. */
+const mayBeAlone = () => model.server.invites === true && !people.chat;
+
 /** @param {SubmitEvent} event */
-async function onPeopleForm(event) {
+function onPeopleForm(event) {
   event.preventDefault();
-  const inputs = [...box("people-list").querySelectorAll("input")];
-  const chosen = inputs
-    .filter(({ checked }) => checked)
-    .map(({ value }) => Number(value));
-  const title = field("people-chat-title").value.trim() || null;
-  if (chosen.length === 0 && !(mayBeAlone() && title)) {
-    setText("people-error", "Choose at least one person.");
-    return;
-  }
-  button("people-submit").disabled = true;
-  try {
-    if (addingTo) await addMembers(addingTo, chosen);
-    else await createChat(title, chosen);
+  void submit("people-error", async () => {
+    const { chat } = people;
+    const chosen = chosenPeople();
+    const grows = chosen.length > people.chosen.length;
+    const title = box("people-name").hidden
+      ? null
+      : field("people-chat-title").value.trim() || null;
+    if (!grows && !title) throw new Error(say(mayBeAlone() ? "chooseOrTitle" : "chooseOne"));
+    if (chat) await addMembers(chat, chosen);
+    else await createChat(title, chosen, !grows);
     dialog("people").close();
-  } catch (error) {
-    setText("people-error", errorText(error));
-  } finally {
-    button("people-submit").disabled = false;
-    requestRender();
-  }
+  });
 }
 
 /** @param {ChatView} chat @param {number[]} userIds */
@@ -2632,93 +2700,163 @@ async function addMembers(chat, userIds) {
 }
 
 /**
- * Creates a chat and opens it. If the chat would be a second direct chat with the same
- * person, opens the first one instead.
- * @param {string | null} title
- * @param {number[]} memberIds
+ * Creates a chat and opens it. With one person it is the direct chat, old or new.
+ * @param {string | null} title @param {number[]} memberIds @param {boolean} invites
  */
-async function createChat(title, memberIds) {
-  const direct =
-    !title &&
-    memberIds.length === 1 &&
-    [...model.chats.values()].find(
-      (chat) =>
-        !chat.title &&
-        others(chat).length === 1 &&
-        chat.members.has(memberIds[0] ?? 0),
-    );
-  if (direct) {
-    location.hash = `#chat/${direct.id}`;
-    return;
-  }
-  const chat = await model.client?.createChat({ title, memberIds });
-  if (!chat) return;
-  putChat(chat).activeAt = Date.now();
-  location.hash = `#chat/${chat.id}`;
+async function createChat(title, memberIds, invites) {
+  const { client } = model;
+  const direct = !invites && memberIds.length === 1;
+  const wish = JSON.stringify([title, memberIds]);
+  if (wish !== people.wish)
+    Object.assign(people, { wish, key: `${Date.now()}-${Math.random()}` });
+  const made = await client?.createChat(
+    direct ? { memberIds, direct } : { title, memberIds, clientId: people.key },
+  );
+  if (!made || client !== model.client) return;
+  const isNew = !model.chats.has(made.id);
+  const chat = putChat(made);
+  if (isNew) chat.activeAt = Date.now();
+  openChat(chat.id);
+  route();
+  if (invites) void onInvite();
 }
+
+/** The members that the info dialog has loaded, by pages. */
+const info = {
+  /** user id -> whether that user is online @type {Map<number, boolean>} */
+  online: new Map(),
+  /** The last id of a page. */
+  after: 0,
+  more: true,
+};
 
 function showInfo() {
-  const chat = model.open;
-  if (!chat) return;
-  setText("info-title", chatTitle(chat));
-  void showMembers(chat);
-  button("info-add").hidden = model.people === null;
-  button("info-invite").hidden = !model.invites || chat.direct;
-  box("info-link-box").hidden = true;
+  info.online.clear();
+  Object.assign(info, { after: 0, more: true });
+  setText("info-error", "");
   dialog("info").showModal();
+  renderInfo();
+  void loadMembers();
 }
 
-/** Shows the first members. @param {ChatView} chat */
-async function showMembers(chat) {
-  /** @type {number[]} */
-  let ids = others(chat);
-  if (!isWhole(chat)) {
-    box("info-members").replaceChildren();
-    const { client } = model;
-    const answer = await client?.members(chat.id, { limit: 100 }).catch(() => null);
-    if (client !== model.client || chat !== model.open) return;
-    const found = (answer?.members ?? []).filter(({ user_id }) => user_id !== myId());
-    for (const { user_id, name } of found) model.names.set(user_id, name);
-    ids = found.map(({ user_id }) => user_id);
-  }
-  const left = chat.memberCount - ids.length - 1;
-  box("info-members").replaceChildren(
-    ...[...ids, myId()].map((id) =>
-      el(
-        "li",
-        { class: "person" },
-        personAvatar(id),
-        el("span", { dir: "auto" }, personName(id)),
-        id === myId() ? el("span", { class: "quiet" }, "you") : null,
-      ),
-    ),
-    ...(left > 0 ? [el("li", { class: "quiet" }, `and ${grouped(left)} more`)] : []),
-  );
-}
-
-function onInfoAdd() {
-  dialog("info").close();
-  if (model.open) choosePeople(model.open);
-}
-
-async function onInfoLeave() {
-  const chat = model.open;
-  dialog("info").close();
-  if (!chat) return;
-  const sure = await ask({
-    title: `Leave “${chatTitle(chat)}”?`,
-    text:
-      "You will receive no more messages from this chat unless someone adds you " +
-      "again.",
-    yes: "Leave",
-    no: "Stay",
-  });
-  if (!sure) return;
+/** Fetches members of the open chat. @param {{ids?: number[]}} [which] or a page */
+async function loadMembers(which) {
+  const { client, open: chat } = model;
+  if (!client || !chat) return;
   try {
-    await model.client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${myId()}`);
+    const page = { after: info.after, limit: 100 };
+    const { members, more } = await client.members(chat.id, which ?? page);
+    if (client !== model.client || chat !== model.open) return;
+    for (const { user_id, name, online = false } of members) {
+      model.names.set(user_id, name);
+      info.online.set(user_id, online);
+    }
+    if (!which) Object.assign(info, { more, after: members.at(-1)?.user_id });
+    // An event can tell of a member that the list of chats has counted already.
+    if (!info.more && !isWhole(chat)) chat.memberCount = info.online.size;
   } catch (error) {
-    toast(errorText(error));
+    setText("info-error", errorText(error));
   }
+  requestRender();
+}
+
+function renderInfo() {
+  const chat = model.open;
+  if (!chat) return;
+  const { create_chats = false, invites = false } = model.server;
+  const known = isWhole(chat) ? chat.members : info.online;
+  const ids = sortedByName(known.keys()).filter((id) => id !== myId());
+  const rows = [myId(), ...ids].map((id) => memberRow(chat, id));
+  const left = chat.memberCount - rows.length;
+  if (left > 0) rows.push(moreMembersRow(left));
+  setText("info-title", chatTitle(chat));
+  showRows(box("info-members"), rows);
+  button("info-rename").hidden = chat.direct || !create_chats;
+  button("info-add").hidden = !create_chats;
+  button("info-invite").hidden = chat.direct || !invites;
+  button("info-leave").hidden = chat.direct && ids.length > 0;
+}
+
+/** @param {ChatView} chat @param {number} id @returns {Row} */
+function memberRow(chat, id) {
+  const name = personName(id);
+  const online = info.online.get(id) === true;
+  const creator = !chat.direct && chat.created_by === id;
+  const notes = [id === myId() ? say("you") : "", creator ? say("creator") : ""];
+  const creates = !chat.direct && chat.created_by === myId();
+  const removable = creates && id !== myId() && model.server.create_chats === true;
+  return {
+    key: String(id),
+    look: JSON.stringify([name, online, notes, removable]),
+    build: () => {
+      const remove = textButton(say("remove"), () => void removeMember(chat, id));
+      remove.setAttribute("aria-label", `${say("remove")} ${name}`);
+      return el(
+        "li",
+        { class: classes("person", { online }) },
+        personAvatar(id),
+        el("span", { dir: "auto" }, name),
+        online ? el("span", { class: "sr-only" }, say("online")) : null,
+        el("span", { class: "quiet" }, notes.filter(Boolean).join(", ")),
+        removable ? remove : null,
+      );
+    },
+  };
+}
+
+/** @param {number} count @returns {Row} */
+function moreMembersRow(count) {
+  const load = () => void loadMembers();
+  return {
+    key: "more",
+    look: String(count),
+    build: () => el("li", {}, textButton(say("moreMembers", { count }), load)),
+  };
+}
+
+function onInfoRename() {
+  const { client, open: chat } = model;
+  if (!chat) return;
+  askName(say("renameChat"), chat.title ?? "", 200, async (text) => {
+    await client?.renameChat(chat.id, text || null);
+    chat.title = text || null;
+  });
+}
+
+/** In a direct chat, a group begins. */
+function onInfoAdd() {
+  const { open: chat } = model;
+  dialog("info").close();
+  if (chat?.direct) choosePeople(null, others(chat));
+  else choosePeople(chat);
+}
+
+/** @param {ChatView} chat @param {number} userId the user, who leaves, or another one */
+async function removeMember(chat, userId) {
+  const leaves = userId === myId();
+  const ends = model.server.invites ? ` ${say("linksEnded")}` : "";
+  const sure = await ask(
+    leaves
+      ? {
+          title: say("leaveTitle", { title: chatTitle(chat) }),
+          text: say("leaveText"),
+          yes: say("leave"),
+          no: say("stay"),
+        }
+      : {
+          title: say("removeTitle", { name: personName(userId) }),
+          text: say("removeText") + ends,
+          yes: say("remove"),
+          no: say("cancel"),
+        },
+  );
+  if (!sure) return;
+  await submit("info-error", async () => {
+    const path = `/api/v1/chats/${chat.id}/members/${userId}`;
+    await model.client?.request("DELETE", path);
+    if (leaves) removeChat(chat.id);
+    else button("info-close").focus(); // the button in the row goes
+  });
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2808,7 +2946,7 @@ function addListeners() {
   on(document, "visibilitychange", onWatched);
   on(window, "focus", onWatched);
   on(box("sign-in-form"), "submit", onSignInForm);
-  on(box("join-form"), "submit", (event) => void onJoinForm(event));
+  on(box("join-form"), "submit", onJoinForm);
   on(button("sign-out"), "click", () => void onSignOut());
   on(box("me-panel"), "toggle", showDrafts);
   on(button("drafts-delete"), "click", () => void onDeleteDrafts());
@@ -2825,16 +2963,19 @@ function addListeners() {
   for (const id of ["send", "jump"])
     on(button(id), "mousedown", (event) => event.preventDefault());
   on(button("new-chat"), "click", () => choosePeople(null));
-  on(box("people-form"), "submit", (event) => void onPeopleForm(event));
-  on(field("people-filter"), "input", filterCandidates);
+  on(button("empty-start"), "click", () => choosePeople(null));
+  on(box("people-form"), "submit", onPeopleForm);
+  on(box("people-form"), "input", filterCandidates);
   on(field("people-filter"), "keydown", onFilterKey);
   on(button("people-cancel"), "click", () => dialog("people").close());
   on(button("chat-info"), "click", showInfo);
   on(button("info-close"), "click", () => dialog("info").close());
+  on(button("info-rename"), "click", onInfoRename);
   on(button("info-add"), "click", onInfoAdd);
-  on(button("info-invite"), "click", () => void onInfoInvite());
-  on(button("info-copy"), "click", onInfoCopy);
-  on(button("info-leave"), "click", () => void onInfoLeave());
+  on(button("info-invite"), "click", () => void onInvite());
+  on(button("info-leave"), "click", () => {
+    if (model.open) void removeMember(model.open, myId());
+  });
   on(button("rename-me"), "click", onRenameMe);
   on(button("link-device"), "click", () => void onLinkDevice());
   on(box("name-form"), "submit", onNameForm);
@@ -2842,6 +2983,8 @@ function addListeners() {
   on(button("link-close"), "click", () => dialog("link").close());
   on(button("link-copy"), "click", onLinkCopy);
   on(button("link-share"), "click", onLinkShare);
+  const revoke = () => submit("link-error", () => showInvite(true));
+  on(button("link-revoke"), "click", () => void revoke());
   on(button("ask-yes"), "click", () => dialog("ask").close("yes"));
   on(button("ask-no"), "click", () => dialog("ask").close("no"));
   const observer = new ResizeObserver(() => pane.onResize());
