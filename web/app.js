@@ -14,11 +14,13 @@
  * only through textContent.
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
+import { locale, say } from "./words.js";
 
 /** @typedef {import("./chat-websocket.js").Message} Message */
 /** @typedef {import("./chat-websocket.js").Chat} ServerChat */
 /** @typedef {import("./chat-websocket.js").Delivery} Delivery */
 /** @typedef {import("./chat-websocket.js").State} State */
+/** @typedef {import("./words.js").Key} Key */
 
 /** One request for history fetches this many messages. */
 const HISTORY_LIMIT = 50;
@@ -50,6 +52,8 @@ const SHORT_LINES = 20;
 const DRAFT_CHARACTERS = 500_000;
 /** So many addresses of one message become links. */
 const MAX_LINKS = 200;
+/** So many colours of people can be told apart. */
+const HUES = 12;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
 /** The first connection waits at most this long for the list of chats. */
@@ -59,7 +63,7 @@ const REFETCH_SECONDS = 5;
 
 /* -------------------------------------------------------------------------------------
  * Loading. Until the page shows the user's chats or asks to sign in, any exception ends
- * in words. So this section comes first and uses nothing below it. For a script that
+ * in words. So this section comes first and uses only words.js. For a script that
  * cannot even be loaded or read, style.css shows the words .stuck after some seconds.
  * ---------------------------------------------------------------------------------- */
 
@@ -76,10 +80,7 @@ function onLoadError(event) {
     if (screen) screen.hidden = id !== "loading";
   }
   const words = document.getElementById("loading");
-  if (words)
-    words.textContent =
-      "chatd could not open in this browser. Reload the page; if that does not " +
-      `help, try another browser. (${error.message ?? error})`;
+  if (words) words.textContent = say("broken", { error: error.message ?? `${error}` });
 }
 
 addEventListener("error", onLoadError);
@@ -137,7 +138,7 @@ function classes(base, extra) {
 function icon(name, className = "") {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
-  use.setAttribute("href", `#icon-${name}`);
+  use.setAttribute("href", `web/icons.svg#${name}`);
   svg.setAttribute("aria-hidden", "true");
   svg.setAttribute("class", className);
   svg.append(use);
@@ -158,11 +159,9 @@ function icon(name, className = "") {
  * @param {Row[]} rows
  */
 function showRows(container, rows) {
-  /** @type {Map<string | undefined, HTMLElement>} */
-  const old = new Map();
-  for (const child of container.children) {
-    if (child instanceof HTMLElement) old.set(child.dataset["key"], child);
-  }
+  const before = rowsOf(container.id);
+  const focused = before.findIndex((row) => row.contains(document.activeElement));
+  const old = new Map(before.map((row) => [row.dataset["key"], row]));
   let at = container.firstElementChild;
   for (const row of rows) {
     const before = old.get(row.key);
@@ -176,6 +175,14 @@ function showRows(container, rows) {
     else container.insertBefore(node, at);
   }
   for (const node of old.values()) node.remove();
+  if (focused < 0 || document.activeElement !== document.body) return;
+  // The row with the focus was moved or is gone.
+  const key = before[focused]?.dataset["key"];
+  const now = rowsOf(container.id);
+  const row = now.find(({ dataset }) => dataset["key"] === key) ?? now[focused] ?? now.at(-1);
+  /** @type {HTMLElement | null | undefined} */
+  const target = row?.querySelector("a, button") ?? container.closest("[tabindex]");
+  target?.focus({ preventScroll: true });
 }
 
 /** @param {string} id of a container @returns {HTMLElement[]} */
@@ -201,21 +208,12 @@ function replaceRow(before, node) {
   target?.focus({ preventScroll: true });
 }
 
-/** @param {string} word @param {number} count */
-function plural(word, count) {
-  return `${grouped(count)} ${word}${count === 1 ? "" : "s"}`;
-}
-
-/**
- * The formats of times, all of one locale: English, like the page, with the user's
- * region and clock of 12 or 24 hours.
- */
+/** The formats of times, all of the page's locale, with the user's clock of 12 or 24 hours. */
 function newFormats() {
-  const english = navigator.languages?.find((tag) => /^en(-[a-z\d]{2,8})*$/i.test(tag));
   const hours = hourCycle();
   const cycle = hours ? { hourCycle: hours } : {};
   const format = (/** @type {Intl.DateTimeFormatOptions} */ options) =>
-    new Intl.DateTimeFormat(english ?? "en", options);
+    new Intl.DateTimeFormat(locale, options);
   return {
     /** Another offset means another time zone, or the other half of the year. */
     offset: new Date().getTimezoneOffset(),
@@ -249,8 +247,8 @@ function daysAgo(then) {
 function dayName(created_at) {
   const date = new Date(created_at);
   const days = daysAgo(date);
-  if (days === 0) return "Today";
-  if (days === 1) return "Yesterday";
+  if (days === 0) return say("today");
+  if (days === 1) return say("yesterday");
   return (Math.abs(days) < 300 ? formats.dayNear : formats.dayFar).format(date);
 }
 
@@ -274,12 +272,12 @@ function isBlank(text) {
 
 /** What a message is shown as. @param {string} content */
 function visibleText(content) {
-  return isBlank(content) ? "(blank message)" : content;
+  return isBlank(content) ? say("blank") : content;
 }
 
 /** @param {Message} message */
 function shownText({ content, deleted }) {
-  return deleted ? "Message deleted" : visibleText(content);
+  return deleted ? say("deleted") : visibleText(content);
 }
 
 /** Characters as the server counts them: code points. @param {string} text */
@@ -287,14 +285,16 @@ function countCharacters(text) {
   return [...text].length;
 }
 
-/** @param {number} number */
-function grouped(number) {
-  return number.toLocaleString("en");
-}
-
-/** Shows a short text for some seconds. @param {string} text */
-function toast(text) {
+/**
+ * Shows a short text for some seconds.
+ * @param {string} text @param {{text: string, press: () => void}} [action]
+ */
+function toast(text, action) {
   const node = el("p", { class: "toast" }, text);
+  if (action) {
+    node.append(textButton(action.text, action.press));
+    node.addEventListener("click", () => node.remove());
+  }
   box("toasts").append(node);
   after(TOAST_SECONDS, () => node.remove());
 }
@@ -309,21 +309,21 @@ function announce(text) {
 /**
  * The page's own words for the codes of docs/protocol.md that a user can meet. The
  * server's sentences are for programmers.
- * @type {Record<string, string>}
+ * @type {Record<string, Key>}
  */
-const REFUSAL_TEXT = {
-  changed: "It was changed meanwhile.",
-  deleted: "It was deleted meanwhile.",
-  forbidden: "You are not allowed to do this.",
-  internal: "Something went wrong on the server. Try again later.",
-  not_found: "It is not there any more, or not for you.",
-  overloaded: "The server is busy. Try again in a moment.",
-  rate_limited: "That was too much at once. Wait a moment, then try again.",
-  storage_failed: "The server can store nothing at the moment. Try again later.",
-  too_large: "It is too long.",
-  too_late: "It is too old to be changed.",
-  unreachable: "The chat server does not answer.",
-  upstream: "The chat server does not answer.",
+const REFUSALS = {
+  changed: "wasChanged",
+  deleted: "wasDeleted",
+  forbidden: "notAllowed",
+  internal: "serverError",
+  not_found: "notThere",
+  overloaded: "busy",
+  rate_limited: "tooMuch",
+  storage_failed: "cannotStore",
+  too_large: "tooLong",
+  too_late: "tooLate",
+  unreachable: "noAnswer",
+  upstream: "noAnswer",
 };
 
 /**
@@ -332,12 +332,14 @@ const REFUSAL_TEXT = {
  */
 function refusalText(code, detail) {
   const most = maximumIn(detail);
-  if (code !== "bad_field") return REFUSAL_TEXT[code] ?? `It did not work (${code}).`;
-  if (detail.startsWith("title"))
-    return "Choose another title: this one cannot be used.";
+  const known = REFUSALS[code];
+  if (known) return say(known);
+  if (code !== "bad_field") return say("otherError", { code });
+  if (detail.startsWith("title")) return say("badTitle");
+  if (detail.startsWith("name")) return say("badName");
   if (!detail.startsWith("member_ids") && !detail.startsWith("user_id"))
-    return "The server does not accept this.";
-  return most ? `A chat has at most ${most} people.` : "These people cannot be added.";
+    return say("notAccepted");
+  return most ? say("mostPeople", { most }) : say("cannotAdd");
 }
 
 /** @param {string} detail @returns {number} the limit that it names; else 0 */
@@ -395,9 +397,14 @@ const storages = {
  * @returns {Session | null | undefined} null: signed out; undefined: nothing is known
  */
 function readSession(storage) {
+  const session = readStored(storage, SESSION_KEY);
+  return session === null || typeof session?.token === "string" ? session : undefined;
+}
+
+/** @param {() => Storage} storage @param {string} key @returns {any} */
+function readStored(storage, key) {
   try {
-    const session = JSON.parse(storage().getItem(SESSION_KEY) ?? "");
-    return session === null || typeof session.token === "string" ? session : undefined;
+    return JSON.parse(storage().getItem(key) ?? "0");
   } catch {
     return undefined;
   }
@@ -405,12 +412,13 @@ function readSession(storage) {
 
 /**
  * @param {() => Storage} storage
- * @param {Session | null} session
+ * @param {unknown} value
+ * @param {string} [key]
  * @returns {boolean} false: storage is forbidden or full
  */
-function writeSession(storage, session) {
+function writeSession(storage, value, key = SESSION_KEY) {
   try {
-    storage().setItem(SESSION_KEY, JSON.stringify(session));
+    storage().setItem(key, JSON.stringify(value));
     return true;
   } catch {
     return false;
@@ -474,15 +482,13 @@ function startFirst(session) {
 /** @param {Session} session @param {Session} current @returns {Promise<boolean>} */
 async function confirmSwitch(session, current) {
   if (session.user_id === current.user_id) return true;
-  const other = personName(session.user_id, session.name);
+  const name = personName(session.user_id, session.name);
   const me = personName(current.user_id, current.name);
   return ask({
-    title: `Continue as ${other}?`,
-    text:
-      `You are signed in as ${me}. This link signs this tab in as ${other}. ` +
-      "Your other tabs do not change.",
-    yes: `Continue as ${other}`,
-    no: `Stay as ${me}`,
+    title: say("continueAsTitle", { name }),
+    text: say("continueAsText", { me, name }),
+    yes: say("continueAs", { name }),
+    no: say("stayAs", { name: me }),
   });
 }
 
@@ -491,9 +497,7 @@ function signInFailed(token, error) {
   const current = model.session ?? sessionToResume();
   const refused = error instanceof ChatError && error.status > 0;
   const text =
-    refused && error.status === 401
-      ? "This sign-in link is no longer valid. Please ask for a new one."
-      : errorText(error);
+    refused && error.status === 401 ? say("linkInvalid") : errorText(error);
   if (current) {
     toast(text);
     start(current);
@@ -521,10 +525,8 @@ function saveAndStart(session) {
  */
 function startInThisTab(session, saved) {
   start(session);
-  const [me, other] = [session, saved].map(({ user_id, name }) =>
-    personName(user_id, name),
-  );
-  toast(`This tab is signed in as ${me}. Other tabs stay signed in as ${other}.`);
+  const me = personName(session.user_id, session.name);
+  toast(say("twoUsers", { me, name: personName(saved.user_id, saved.name) }));
 }
 
 /**
@@ -533,19 +535,20 @@ function startInThisTab(session, saved) {
  */
 function showSignIn({ reason = "", error = "" } = {}) {
   showScreen("sign-in");
-  document.title = "Sign in · chatd";
+  showTitle(say("signIn"));
   field("sign-in-link").value = "";
-  setText(
-    "sign-in-text",
-    `${reason} Open the sign-in link you were given, or paste it here.`,
-  );
+  setText("sign-in-text", `${reason} ${say("openLink")}`);
   setText("sign-in-error", error);
   loading = false;
 }
 
 /** @param {"loading" | "sign-in" | "join" | "chat"} screen */
 function showScreen(screen) {
+  const hadFocus = document.activeElement !== document.body;
   for (const id of SCREENS) box(id).hidden = id !== screen;
+  /** @type {HTMLElement | null} */
+  const first = box(screen).querySelector("input, nav");
+  if (hadFocus) first?.focus();
 }
 
 /** @param {SubmitEvent} event */
@@ -555,7 +558,7 @@ function onSignInForm(event) {
   const token =
     /#token=(\S+)$/.exec(text)?.[1] ?? /^[\w-]+\.[\w-]+\.[\w-]+$/.exec(text)?.[0];
   if (!token) {
-    setText("sign-in-error", "This is not a sign-in link: it has no #token=.");
+    setText("sign-in-error", say("notALink"));
     return;
   }
   setText("sign-in-error", "");
@@ -582,16 +585,16 @@ async function onSignOut() {
   const sure =
     unsent.length === 0 ||
     (await ask({
-      title: "Sign out?",
-      text: `${plural("unsent message", unsent.length)} will be lost.`,
-      yes: "Sign out",
-      no: "Cancel",
+      title: say("signOutTitle"),
+      text: say("signOutText", { count: unsent.length }),
+      yes: say("signOut"),
+      no: say("cancel"),
     }));
   if (!sure) return;
   signedOut?.postMessage(myId());
   model.client?.forget();
   const kept = drafts.keys().length > 0;
-  endSession(`You are signed out.${kept ? " Your drafts stay in this browser." : ""}`);
+  endSession(say("signedOut") + (kept ? ` ${say("draftsStay")}` : ""));
 }
 
 /**
@@ -616,7 +619,7 @@ function onSignedOut() {
     .map(readSession)
     .find((saved) => saved?.user_id === old?.user_id && saved?.token !== old?.token);
   if (newer) start(newer);
-  else endSession("Your session has ended.");
+  else endSession(say("sessionEnded"));
 }
 
 /**
@@ -626,7 +629,7 @@ function onSignedOut() {
 function onSignedOutElsewhere({ data }) {
   if (!model.session || data !== myId()) return;
   model.client?.forget();
-  endSession("You signed out in another tab.");
+  endSession(say("signedOutElsewhere"));
 }
 
 /* -------------------------------------------------------------------------------------
@@ -646,12 +649,13 @@ async function openInvite(token) {
   if (session) start(session);
   try {
     const preview = await visitor().previewInvite(token);
-    const name = isBlank(preview.title ?? "") ? "a chat" : `“${preview.title}”`;
-    const title = `Join ${name}`;
-    let text = `${plural("member", preview.member_count)} so far.`;
+    const of = preview.title ?? "";
+    const title = isBlank(of) ? say("joinChat") : say("joinTitle", { title: of });
+    let text = say("membersSoFar", { count: preview.member_count });
     if (session) {
-      text += ` You join as ${personName(session.user_id, session.name)}.`;
-      if (!(await ask({ title, text, yes: "Join", no: "Cancel" }))) return;
+      const name = personName(session.user_id, session.name);
+      text += ` ${say("joinAs", { name })}`;
+      if (!(await ask({ title, text, yes: say("join"), no: say("cancel") }))) return;
       const joined = await model.client?.join(token);
       if (joined) openChat(joined.chat_id);
       return;
@@ -662,7 +666,7 @@ async function openInvite(token) {
     setText("join-error", "");
     showScreen("join");
     field("join-name").focus();
-    document.title = "Join · chatd";
+    showTitle(say("join"));
     loading = false;
   } catch (error) {
     if (model.session) toast(inviteErrorText(error));
@@ -684,11 +688,10 @@ function onJoinForm(event) {
 /** @param {unknown} error @returns {string} */
 function inviteErrorText(error) {
   const { code, status, message } = /** @type {ChatError} */ (error);
-  const state = code === "token_expired" ? "has expired" : "is no longer valid";
-  if (status === 401) return `This invitation ${state}. Please ask for a new one.`;
-  if (status === 403) return "There are no invitations here at the moment.";
-  if (message.startsWith("name")) return "Give a name that the others can read.";
-  return (maximumIn(message) ? "The chat is full. " : "") + errorText(error);
+  if (code === "token_expired") return say("inviteExpired");
+  if (status === 401) return say("inviteInvalid");
+  if (status === 403) return say("noInvites");
+  return (maximumIn(message) ? `${say("chatFull")} ` : "") + errorText(error);
 }
 
 /**
@@ -707,7 +710,7 @@ async function showInvite(revoke = false) {
   const valid = say("inviteValid", { count: Math.round(expires_in / 86_400) });
   const text = revoke ? `${say("linksEnded")} ${valid}` : valid;
   const url = new URL(`#invite=${token}`, location.href).href;
-  showLink(say("inviteTo", { title: chatTitle(chat) }), text, url, true);
+  showLink(say("invitePeople"), text, url, true);
 }
 
 async function onInvite() {
@@ -744,6 +747,7 @@ async function onInvite() {
  * @property {boolean} more there are messages before the loaded ones
  * @property {"no" | "yes" | "failed"} loading
  * @property {number | null} divider the new messages begin after this n
+ * @property {Map<number, number>} hues user id -> colour
  * @property {Map<number, number>} typing user id -> timer that ends the typing sign
  * @property {number} activeAt ms, when it was added, or the user wrote in it, during
  *   this visit; otherwise 0
@@ -799,10 +803,16 @@ function resetModel() {
 
 const myId = () => model.session?.user_id ?? 0;
 const unread = (/** @type {ChatView} */ chat) => Math.max(0, chat.last_n - chat.read_n);
+/** Muting is for one user in one browser. @param {ChatView} chat */
+const mutedKey = (chat) => `chatd.muted.${myId()}.${chat.id}`;
+/** @param {ChatView} chat */
+const isMuted = (chat) => readStored(storages.browser, mutedKey(chat)) === true;
+/** What the title and the badges count. @param {ChatView} chat */
+const counted = (chat) => (isMuted(chat) ? 0 : unread(chat));
 
 /** @param {number} userId @param {string | null} [name] */
 function personName(userId, name = model.names.get(userId) ?? null) {
-  return name && !isBlank(name) ? name : `User ${userId}`;
+  return name && !isBlank(name) ? name : say("user", { id: `${userId}` });
 }
 
 /** @param {ChatView} chat */
@@ -818,9 +828,9 @@ function isWhole(chat) {
 /** @param {ChatView} chat */
 function chatTitle(chat) {
   if (chat.title && !isBlank(chat.title)) return chat.title;
-  if (!isWhole(chat)) return `${grouped(chat.memberCount)} people`;
+  if (!isWhole(chat)) return say("people", { count: chat.memberCount });
   const names = others(chat).map((id) => personName(id));
-  return names.join(", ") || "Only you";
+  return names.join(", ") || say("onlyYou");
 }
 
 /**
@@ -863,6 +873,7 @@ function putChat(received) {
     more: true,
     loading: "no",
     divider: null,
+    hues: new Map(),
     typing: new Map(),
     activeAt: 0,
   };
@@ -882,6 +893,7 @@ function putChat(received) {
       Math.max(read_n ?? 0, chat.members.get(user_id) ?? 0),
     ]),
   );
+  for (const id of chat.members.keys()) hueOf(id, chat);
   model.chats.set(chat.id, chat);
   void learnNames(chat, chat.last_message ? [chat.last_message.sender_id] : []);
   return chat;
@@ -1035,8 +1047,8 @@ function addHandlers(client) {
 
 /** @param {import("./chat-websocket.js").StateChange} change */
 function onState({ state }) {
-  const [title] = bannerText(state);
-  if (state !== model.connection && title) announce(title);
+  const [title] = BANNERS[state] ?? [];
+  if (state !== model.connection && title) announce(say(title));
   model.connection = state;
   if (state === "signed_out") onSignedOut();
 }
@@ -1089,12 +1101,11 @@ function onNewMessage(message, read) {
   if (chat === model.open && chat.divider === null && !endIsVisible()) {
     chat.divider = message.n - 1;
   }
-  const where = chat === model.open ? "" : ` in ${chatTitle(chat)}`;
-  announce(
-    `${personName(message.sender_id)}${where}: ` +
-      visibleText(message.content).slice(0, 200),
-  );
-  notify(chat, message);
+  const name = personName(message.sender_id);
+  const text = visibleText(message.content).slice(0, 200);
+  if (chat === model.open) announce(say("lastOf", { name, text }));
+  else if (counted(chat)) announce(say("lastIn", { name, text, title: chatTitle(chat) }));
+  if (counted(chat)) notify(chat, message);
 }
 
 /** @param {number} chatId @param {number} userId */
@@ -1108,7 +1119,7 @@ function onMemberRemoved(chatId, userId) {
     stopTyping(chat, userId);
     return;
   }
-  toast(`You are no longer in “${chatTitle(chat)}”.`);
+  toast(say("noLonger", { title: chatTitle(chat) }));
   removeChat(chatId);
 }
 
@@ -1141,8 +1152,8 @@ function onDelivery(delivery) {
     model.maxCharacters = maximumIn(reason) || model.maxCharacters;
   const chat = model.chats.get(chat_id);
   if (chat === model.open)
-    announce(`Your message was not sent: ${failureText(delivery)}`);
-  else if (chat) toast(`A message in “${chatTitle(chat)}” was not sent.`);
+    announce(say("notSentReason", { reason: failureText(delivery) }));
+  else if (chat) toast(say("notSentIn", { title: chatTitle(chat) }));
   // The user is no longer in this chat, so the page cannot show the failed message.
   else if (model.chatsLoaded) model.client?.discard(client_id);
 }
@@ -1151,7 +1162,7 @@ function onDelivery(delivery) {
 function onChangeDelivery({ state, client_id, message, code = "", reason = "" }) {
   if (message) onChange(message);
   if (state !== "failed") return;
-  toast(`A message could not be changed: ${refusalText(code, reason)}`);
+  toast(say("notChanged", { reason: refusalText(code, reason) }));
   model.client?.discard(client_id);
 }
 
@@ -1268,33 +1279,50 @@ function render() {
   if (model.chatsLoaded) loading = false;
 }
 
-/** @type {Record<State, string>} */
-const CONNECTION_TEXT = {
-  connecting: "Connecting…",
-  connected: "Live",
-  polling: "Delayed",
-  offline: "Offline",
-  signed_out: "Signed out",
-  too_many: "Paused",
-  refused: "Disconnected",
-  closed: "Connecting…",
-};
-
 function renderTop() {
-  const state = model.connection;
-  const total = [...model.chats.values()].reduce((sum, chat) => sum + unread(chat), 0);
-  const me = personName(myId(), model.session?.name);
-  setText("connection-text", CONNECTION_TEXT[state]);
-  box("connection").dataset["state"] = state === "closed" ? "connecting" : state;
+  const { connection } = model;
+  const closed = connection === "closed" || connection === "signed_out";
+  const state = closed ? "connecting" : connection;
+  const total = [...model.chats.values()].reduce((sum, chat) => sum + counted(chat), 0);
+  const elsewhere = total - (model.open ? counted(model.open) : 0);
+  const me = personName(myId());
+  setText("connection-text", say(state));
+  box("connection").dataset["state"] = state;
   setText("me-name", me);
-  setText("me-panel-name", `Signed in as ${me}`);
-  fillAvatar(box("me-avatar"), myId(), me);
-  setText("bell-count", total > 99 ? "99+" : String(total));
-  box("bell-count").hidden = total === 0;
-  setText("bell-label", total ? plural("new message", total) : "No new messages");
-  const place = model.open ? `${chatTitle(model.open)} · chatd` : "chatd";
-  document.title = total ? `(${total}) ${place}` : place;
+  setText("me-panel-name", say("signedInAs", { name: me }));
+  fillAvatar(box("me-avatar"), hueOf(myId()), me);
+  showBadge("bell-count", total);
+  showBadge("back-count", elsewhere);
+  setText("bell-label", total ? say("newCount", { count: total }) : say("noneNew"));
+  const more = elsewhere ? `, ${say("newCount", { count: elsewhere })}` : "";
+  setText("back-label", say("back") + more);
+  showTitle(model.open ? chatTitle(model.open) : "", total);
+  button("rename-me").hidden = !model.server.rename;
   button("new-chat").hidden = !model.server.create_chats;
+}
+
+/** @param {number} count */
+const badgeText = (count) => (count > 99 ? "99+" : String(count));
+
+/** @param {string} id @param {number} count */
+function showBadge(id, count) {
+  setText(id, badgeText(count));
+  box(id).hidden = count === 0;
+}
+
+let shownTitle = "";
+
+/**
+ * The icons of the tab and of an installed app say, too, that messages are new.
+ * @param {string} place @param {number} [total]
+ */
+function showTitle(place, total = 0) {
+  const title = (total ? `(${total}) ` : "") + (place && `${place} · `) + "chatd";
+  if (title === shownTitle) return;
+  document.title = shownTitle = title;
+  const icon = byId("tab-icon", HTMLLinkElement);
+  icon.href = total ? "web/icon-new.svg" : "web/icon.svg";
+  navigator.setAppBadge?.(total).catch(() => {}); // the title says it anyway
 }
 
 /**
@@ -1307,43 +1335,26 @@ function setText(id, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** @param {State} state @returns {string[]} the problem, and what happens meanwhile */
-function bannerText(state) {
-  switch (state) {
-    case "polling":
-      return [
-        "Live updates are interrupted.",
-        "chatd checks for new messages every 5 seconds.",
-      ];
-    case "offline":
-      return ["No connection.", "Your messages are kept and sent later."];
-    case "too_many":
-      return [
-        "chatd is open in too many places.",
-        "Close one of them, then come back here.",
-      ];
-    case "refused":
-      return [
-        "The server has closed the connection.",
-        "Reload the page to connect again.",
-      ];
-    default:
-      return [];
-  }
-}
+/** @type {Partial<Record<State, [problem: Key, meanwhile: Key]>>} */
+const BANNERS = {
+  polling: ["pollingTitle", "pollingText"],
+  offline: ["offlineTitle", "offlineText"],
+  too_many: ["tooManyTitle", "tooManyText"],
+  refused: ["refusedTitle", "refusedText"],
+};
 
 function renderBanner() {
   const state = model.connection;
-  const [title, meanwhile = ""] = bannerText(state);
+  const [title, text] = BANNERS[state] ?? [];
+  if (!title && box("banner").contains(document.activeElement)) moveFocus();
   box("banner").hidden = !title;
-  setText("banner-title", title ?? "");
-  if (!title) return;
+  if (!title || !text) return;
+  setText("banner-title", say(title));
   const seconds = Math.ceil(model.client?.retryIn ?? 0);
   const waiting = state === "polling" || state === "offline";
-  const next = seconds > 0 ? `Trying again in ${seconds} s.` : "Trying again now…";
-  setText("banner-next", waiting ? `${meanwhile} ${next}` : meanwhile);
+  const next = seconds > 0 ? say("tryingIn", { seconds }) : say("tryingNow");
+  setText("banner-next", waiting ? `${say(text)} ${next}` : say(text));
   button("banner-retry").hidden = state === "refused";
-  button("banner-retry").disabled = waiting && seconds === 0;
 }
 
 function renderList() {
@@ -1355,17 +1366,18 @@ function renderList() {
 function renderEmpty() {
   const { create_chats, invites } = model.server;
   const start = model.chats.size === 0 && model.chatsLoaded && create_chats;
-  setText("empty-text", say(emptyKey(), { name: personName(myId()) }));
+  setText("empty-text", emptyText());
   button("empty-start").hidden = !start;
   setText("empty-start", say(invites ? "invitePeople" : "newChat"));
 }
 
-function emptyKey() {
+function emptyText() {
   const { create_chats, invites } = model.server;
-  if (model.chats.size > 0) return "chooseChat";
-  if (!model.chatsLoaded || create_chats === undefined) return "loading";
-  if (!create_chats) return "noChatsWait";
-  return invites ? "noChatsInvite" : "noChatsStart";
+  if (model.chats.size > 0) return say("chooseChat");
+  if (!model.chatsLoaded || create_chats === undefined) return say("loading");
+  const start = invites ? "startInvite" : "startChat";
+  const name = personName(myId());
+  return `${say("noChats")} ${say(create_chats ? start : "waitForChat", { name })}`;
 }
 
 /** @param {ChatView} chat @param {boolean} current @returns {Row} */
@@ -1376,9 +1388,10 @@ function chatRow(chat, current) {
   const when =
     stored && chat.last_message ? shortTime(chat.last_message.created_at) : "";
   const count = unread(chat);
+  const muted = isMuted(chat);
   return {
     key: String(chat.id),
-    look: JSON.stringify([title, last, when, count, current]),
+    look: JSON.stringify([title, last, when, count, current, muted]),
     build: () =>
       el(
         "li",
@@ -1392,17 +1405,23 @@ function chatRow(chat, current) {
           },
           avatar(chat),
           el("span", { class: "row-title", dir: "auto" }, title),
-          el("span", { class: "row-time" }, when),
+          el(
+            "span",
+            { class: "row-time" },
+            muted ? icon("muted") : null,
+            muted ? el("span", { class: "sr-only" }, say("muted")) : null,
+            when,
+          ),
           el(
             "span",
             { class: `row-last is-${last.kind}`, dir: "auto" },
             last.kind === "sending" ? icon("sending") : null,
             last.kind === "sending"
-              ? el("span", { class: "sr-only" }, "Sending")
+              ? el("span", { class: "sr-only" }, say("sending"))
               : null,
             last.text,
           ),
-          count ? badge(count) : null,
+          count ? badge(count, muted) : null,
         ),
       ),
   };
@@ -1417,24 +1436,31 @@ function chatRow(chat, current) {
 function lastLine(chat, current) {
   const unsent = notYetStored(chat);
   const failed = unsent.filter(({ state }) => state === "failed").at(-1);
-  if (failed) return { kind: "failed", text: `Not sent: ${excerpt(failed.content)}` };
+  if (failed) {
+    const text = excerpt(failed.content);
+    return { kind: "failed", text: say("notSentText", { text }) };
+  }
   const typing = typingText(chat);
   if (typing) return { kind: "typing", text: typing };
   const waiting = unsent.at(-1);
-  if (waiting) return { kind: "sending", text: `You: ${excerpt(waiting.content)}` };
+  if (waiting) {
+    const text = excerpt(waiting.content);
+    return { kind: "sending", text: say("ownLast", { text }) };
+  }
   const draft = current || unread(chat) > 0 ? "" : drafts.get(chat.id);
-  if (!isBlank(draft)) return { kind: "draft", text: `Draft: ${excerpt(draft)}` };
+  if (!isBlank(draft))
+    return { kind: "draft", text: say("draft", { text: excerpt(draft) }) };
   return { kind: "message", text: lastMessageText(chat) };
 }
 
 /** @param {ChatView} chat */
 function lastMessageText(chat) {
   const message = chat.last_message;
-  if (!message) return "No messages yet";
+  if (!message) return say("noMessages");
   const text = excerpt(shownText(message));
-  if (message.sender_id === myId()) return `You: ${text}`;
-  const [first] = personName(message.sender_id).split(" ");
-  return chat.memberCount > 2 ? `${first}: ${text}` : text;
+  if (message.sender_id === myId()) return say("ownLast", { text });
+  const [name = ""] = personName(message.sender_id).split(" ");
+  return chat.memberCount > 2 ? say("lastOf", { name, text }) : text;
 }
 
 /** @param {string} content */
@@ -1442,43 +1468,63 @@ function excerpt(content) {
   return visibleText(content).trim().slice(0, 120);
 }
 
-/** @param {number} count */
-function badge(count) {
+/** @param {number} count @param {boolean} muted */
+function badge(count, muted) {
   return el(
     "span",
-    { class: "badge" },
-    count > 99 ? "99+" : String(count),
-    el("span", { class: "sr-only" }, " unread"),
+    { class: classes("badge", { muted }) },
+    badgeText(count),
+    el("span", { class: "sr-only" }, ` ${say("unread")}`),
   );
 }
 
-/** @param {ChatView} chat */
-function avatar(chat) {
+/** @param {ChatView} chat @param {HTMLElement} [node] */
+function avatar(chat, node = el("span", { class: "avatar", "aria-hidden": "true" })) {
   const [first = myId(), second] = others(chat);
   const direct = !chat.title && second === undefined;
-  const node = el("span", { class: "avatar", "aria-hidden": "true" });
-  fillAvatar(node, direct ? first : chat.id * 7, chatTitle(chat));
+  const hue = direct ? hueOf(first, chat) : hueOf(chat.id);
+  return fillAvatar(node, hue, chatTitle(chat));
+}
+
+/**
+ * Of two members with the same colour, the one met later takes the next free one.
+ * @param {number} id @param {ChatView} [chat]
+ */
+function hueOf(id, chat) {
+  let hue = chat?.hues.get(id) ?? ((id % HUES) * 5) % HUES;
+  if (!chat || chat.hues.has(id)) return hue;
+  const taken = new Set(chat.hues.values());
+  while (taken.has(hue) && taken.size < HUES) hue = (hue + 1) % HUES;
+  chat.hues.set(id, hue);
+  return hue;
+}
+
+/** @param {HTMLElement} node @param {number} hue */
+function paint(node, hue) {
+  node.style.setProperty("--hue", String((hue * 360) / HUES));
   return node;
 }
 
-/** @param {HTMLElement} node @param {number} seed @param {string} name */
-function fillAvatar(node, seed, name) {
+/** @param {HTMLElement} node @param {number} hue @param {string} name */
+function fillAvatar(node, hue, name) {
   const words = name.split(/\s+/).map((word) => word.replace(/[^\p{L}\p{N}]/gu, ""));
   const letters = words
     .filter(Boolean)
     .slice(0, 2)
     .map((word) => [...word][0] ?? "");
   node.textContent = letters.join("").toUpperCase() || "?";
-  node.style.setProperty("--hue", String((seed * 67 + 110) % 360));
+  return paint(node, hue);
 }
 
 function renderBell() {
   const rows = sortedChats()
-    .filter(unread)
+    .filter(counted)
     .map((chat) => chatRow(chat, false));
   showRows(box("bell-list"), rows);
   box("bell-empty").hidden = rows.length > 0;
-  const permission = window.Notification?.permission;
+  // Phones allow notifications only from service workers, and chatd has none.
+  const phone = matchMedia("(pointer: coarse)").matches;
+  const permission = phone ? "" : window.Notification?.permission;
   button("notify").hidden = permission !== "default";
   box("notify-denied").hidden = permission !== "denied";
 }
@@ -1524,6 +1570,7 @@ const pane = {
 
   /** Notes what is where, so that restore can put it there again. */
   remember() {
+    this.hidePastDays();
     this.sizes = this.currentSizes();
     if (this.follow) return;
     const view = box("scroller").getBoundingClientRect();
@@ -1533,6 +1580,16 @@ const pane = {
         key: row.dataset["key"] ?? "",
         top: row.getBoundingClientRect().top - view.top,
       };
+  },
+
+  /** Of the days that stick to the top, only the last is visible. */
+  hidePastDays() {
+    let next = Infinity;
+    for (const day of [...box("messages").querySelectorAll(".day")].reverse()) {
+      const { top, bottom } = day.getBoundingClientRect();
+      day.classList.toggle("past", next < bottom);
+      next = top;
+    }
   },
 
   /** Shows the end again, or else the first visible row where it was. */
@@ -1595,13 +1652,12 @@ const pane = {
     const title = chatTitle(chat);
     const people = others(chat);
     const names = isWhole(chat)
-      ? [...people.map((id) => personName(id)), "you"].join(", ")
-      : `${grouped(chat.memberCount)} people`;
+      ? [...people.map((id) => personName(id)), say("you")].join(", ")
+      : say("people", { count: chat.memberCount });
     setText("pane-title", title);
-    setText("pane-members", chat.direct ? "Direct chat" : names);
-    const direct = !chat.title && people.length === 1;
-    fillAvatar(box("pane-avatar"), direct ? (people[0] ?? 0) : chat.id * 7, title);
-    box("scroller").setAttribute("aria-label", `Messages in ${title}`);
+    setText("pane-members", chat.direct ? say("directChat") : names);
+    avatar(chat, box("pane-avatar"));
+    box("scroller").setAttribute("aria-label", say("messagesIn", { title }));
   },
 
   /**
@@ -1653,7 +1709,7 @@ const pane = {
   renderJump(chat) {
     const count = unread(chat);
     button("jump").hidden = this.atEnd();
-    setText("jump-text", count ? plural("new message", count) : "Latest messages");
+    setText("jump-text", count ? say("newCount", { count }) : say("latest"));
   },
 
   /** @param {ChatView} chat */
@@ -1685,10 +1741,10 @@ const pane = {
 
 /** @param {ChatView} chat @returns {string} "": no one is typing */
 function typingText(chat) {
-  const names = [...chat.typing.keys()].map((id) => personName(id));
-  if (names.length === 0) return "";
-  if (names.length > 2) return "Several people are typing…";
-  return `${names.join(" and ")} ${names.length === 1 ? "is" : "are"} typing…`;
+  const [name, other, ...more] = [...chat.typing.keys()].map((id) => personName(id));
+  if (!name) return "";
+  if (more.length > 0) return say("manyTyping");
+  return other ? say("twoTyping", { name, other }) : say("typing", { name });
 }
 
 /**
@@ -1737,7 +1793,7 @@ function notYetStored(chat) {
  */
 function historyRow(chat) {
   const look = chat.loading === "no" ? (chat.more ? "more" : "start") : chat.loading;
-  const text = { more: "", yes: "Loading…", failed: "Messages could not be loaded." };
+  const text = { more: "", yes: say("loading"), failed: say("notLoaded") };
   return {
     key: "history",
     look: `${look} ${chat.last_n > 0}`,
@@ -1746,16 +1802,14 @@ function historyRow(chat) {
         return el(
           "li",
           { class: "history" },
-          chat.last_n > 0
-            ? "The beginning of this chat"
-            : "No messages yet. Say hello.",
+          chat.last_n > 0 ? say("beginning") : say("sayHello"),
         );
       }
       const row = el("li", { class: "history" }, text[look]);
       if (look === "failed")
         row.append(
           " ",
-          textButton("Try again", () => void reload(chat)),
+          textButton(say("tryAgain"), () => void reload(chat)),
         );
       return row;
     },
@@ -1781,7 +1835,7 @@ function dayRow({ created_at, n }) {
 const DIVIDER_ROW = {
   key: "divider",
   look: "",
-  build: () => el("li", { class: "divider" }, "New messages"),
+  build: () => el("li", { class: "divider" }, say("newMessages")),
 };
 
 /** @param {Message} a @param {Message} b */
@@ -1800,7 +1854,7 @@ function messageRow(chat, message, first) {
   const { n, rev } = message;
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
-  const tick = own ? tickText(chat, n) : "";
+  const tick = own ? tickOf(chat, n) : null;
   const arriving = n > pane.drawn && !own;
   const key = own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`;
   const unfolded = pane.unfolded.has(key);
@@ -1815,11 +1869,11 @@ function messageRow(chat, message, first) {
           "data-id": message.id,
           "data-n": message.n,
         },
-        own ? null : personAvatar(message.sender_id),
+        own ? null : personAvatar(message.sender_id, chat),
         el(
           "div",
           { class: "bubble" },
-          senderLine(own, first, name),
+          paint(senderLine(own, first, name), hueOf(message.sender_id, chat)),
           flow(key, message, stamp(message.created_at, tick)),
         ),
       ),
@@ -1836,7 +1890,7 @@ function flow(key, { content, deleted = false }, stamp) {
   const lines = content.split("\n", SHORT_LINES + 1).length;
   const long = content.length > SHORT_CHARACTERS || lines > SHORT_LINES;
   const unfolded = pane.unfolded.has(key);
-  const fold = textButton(unfolded ? "Show less" : "Show all", () => {
+  const fold = textButton(unfolded ? say("showLess") : say("showAll"), () => {
     if (unfolded) pane.unfolded.delete(key);
     else pane.unfolded.add(key);
     pane.follow = false; // the user reads on where the text was cut
@@ -1850,18 +1904,17 @@ function flow(key, { content, deleted = false }, stamp) {
     "div",
     { class: classes("flow", { long, unfolded: long && unfolded }) },
     deleted
-      ? el("div", { class: "content blank" }, "Message deleted")
+      ? el("div", { class: "content blank" }, say("deleted"))
       : contentNode(content),
     long ? fold : null,
     stamp,
   );
 }
 
-/** @param {number} userId */
-function personAvatar(userId) {
+/** @param {number} userId @param {ChatView} [chat] */
+function personAvatar(userId, chat) {
   const node = el("span", { class: "avatar small", "aria-hidden": "true" });
-  fillAvatar(node, userId, personName(userId));
-  return node;
+  return fillAvatar(node, hueOf(userId, chat), personName(userId));
 }
 
 /**
@@ -1871,25 +1924,25 @@ function personAvatar(userId) {
  * @param {string} name
  */
 function senderLine(own, first, name) {
-  if (own) return el("p", { class: "sr-only" }, "You:");
+  if (own) return el("p", { class: "sr-only" }, say("youSaid"));
   return el("p", { class: first ? "sender" : "sr-only", dir: "auto" }, name);
 }
 
-/** @param {ChatView} chat @param {number} n @returns {string} the text of the tick */
-function tickText(chat, n) {
-  const people = others(chat);
-  const readers = people.filter((id) => (chat.members.get(id) ?? 0) >= n).length;
-  if (readers === 0) return "Sent";
-  return readers === people.length ? "Read" : `Read by ${readers} of ${people.length}`;
+/** Who has read the user's message. @param {ChatView} chat @param {number} n */
+function tickOf(chat, n) {
+  const people = others(chat).length;
+  const readers = others(chat).filter((id) => (chat.members.get(id) ?? 0) >= n).length;
+  if (readers === 0) return { icon: "sent", text: say("sent") };
+  if (readers < people) return { icon: "read", text: say("readBy", { readers, people }) };
+  return { icon: "read", text: say("read"), className: "tick-read" };
 }
 
-/** @param {string} created_at @param {string} tick @returns {HTMLElement} */
+/** @param {string} created_at @param {ReturnType<typeof tickOf> | null} tick */
 function stamp(created_at, tick) {
   const date = new Date(created_at);
-  const read = tick.startsWith("Read");
   const node = el(
     "span",
-    { class: "stamp", title: tick || null },
+    { class: "stamp", title: tick?.text },
     el(
       "time",
       { datetime: created_at, title: formats.moment.format(date) },
@@ -1898,8 +1951,8 @@ function stamp(created_at, tick) {
   );
   if (tick) {
     node.append(
-      icon(read ? "read" : "sent", tick === "Read" ? "tick-read" : ""),
-      el("span", { class: "sr-only" }, tick),
+      icon(tick.icon, tick.className),
+      el("span", { class: "sr-only" }, tick.text),
     );
   }
   return node;
@@ -1928,7 +1981,7 @@ function unsentRow(delivery, first) {
               "span",
               { class: "stamp" },
               icon(failed ? "failed" : "sending"),
-              el("span", { class: "sr-only" }, failed ? "Not sent" : "Sending"),
+              el("span", { class: "sr-only" }, failed ? say("notSent") : say("sending")),
             ),
           ),
           failed ? failureLine(delivery) : null,
@@ -1947,11 +2000,11 @@ function failureLine(delivery) {
   return el(
     "p",
     { class: "failure" },
-    `Not sent: ${failureText(delivery)} `,
+    `${say("notSentText", { text: failureText(delivery) })} `,
     textIsWrong
-      ? textButton("Edit", () => composer.edit(delivery))
-      : textButton("Try again", () => model.client?.resend(client_id)),
-    textButton("Delete", () => model.client?.discard(client_id)),
+      ? textButton(say("edit"), () => composer.edit(delivery))
+      : textButton(say("tryAgain"), () => model.client?.resend(client_id)),
+    textButton(say("delete"), () => model.client?.discard(client_id)),
   );
 }
 
@@ -1960,10 +2013,9 @@ function failureText({ content, code = "", reason = "" }) {
   const most = maximumIn(reason) || model.maxCharacters;
   const over = countCharacters(content) - most;
   if ((code === "bad_field" || code === "too_large") && over > 0)
-    return `It is ${plural("character", over)} too long: at most ${grouped(most)} fit.`;
-  if (code === "bad_field") return "It has characters that cannot be sent.";
-  if (code === "not_found" || code === "forbidden")
-    return "You may not write in this chat.";
+    return say("tooLongBy", { count: over, most });
+  if (code === "bad_field") return say("badCharacters");
+  if (code === "not_found" || code === "forbidden") return say("mayNotWrite");
   return refusalText(code, reason);
 }
 
@@ -2016,9 +2068,8 @@ function route() {
 }
 
 /**
- * Moves the focus into the chat that was opened, or to the row of the chat that was
- * closed.
- * @param {ChatView | null} before
+ * Moves the focus into the open chat, or else to the row of the chat that was closed.
+ * @param {ChatView | null} [before]
  */
 function moveFocus(before) {
   /** @type {HTMLElement | null} */
@@ -2027,7 +2078,7 @@ function moveFocus(before) {
       ? composer.field
       : box("scroller")
     : box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
-  target?.focus({ preventScroll: true });
+  (target ?? box("chats")).focus({ preventScroll: true });
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2252,16 +2303,16 @@ function onDraftElsewhere({ key, oldValue, newValue }) {
 function showDrafts() {
   const count = drafts.keys().length;
   box("drafts").hidden = count === 0;
-  setText("drafts-text", `${plural("draft", count)} in this browser.`);
+  setText("drafts-text", say("draftsHere", { count }));
 }
 
 async function onDeleteDrafts() {
   box("me-panel").hidePopover();
   const sure = await ask({
-    title: "Delete your drafts?",
-    text: "Everything that you have written in this browser and not sent will be lost.",
-    yes: "Delete drafts",
-    no: "Cancel",
+    title: say("deleteDraftsTitle"),
+    text: say("deleteDraftsText"),
+    yes: say("deleteDrafts"),
+    no: say("cancel"),
   });
   if (!sure) return;
   for (const key of drafts.keys()) drafts.set(Number(key.split(".").at(-1)), "");
@@ -2296,14 +2347,12 @@ const composer = {
    */
   fit() {
     box("composer-box").dataset["text"] = this.field.value;
-    const count = countCharacters(sendable(this.field.value));
-    const left = model.maxCharacters - count;
+    const used = countCharacters(sendable(this.field.value));
+    const most = model.maxCharacters;
     const text =
-      left < 0
-        ? `${plural("character", -left)} too long`
-        : `${grouped(count)} of ${grouped(model.maxCharacters)} characters`;
-    setText("composer-count", count < COUNT_FROM * model.maxCharacters ? "" : text);
-    box("composer-count").classList.toggle("over", left < 0);
+      used > most ? say("over", { count: used - most }) : say("used", { used, most });
+    setText("composer-count", used < COUNT_FROM * most ? "" : text);
+    box("composer-count").classList.toggle("over", used > most);
   },
 
   onInput() {
@@ -2329,7 +2378,7 @@ const composer = {
     const content = sendable(this.field.value);
     if (!chat || !content) return;
     if (isBlank(content)) {
-      toast("Nothing of this message could be seen, so it was not sent.");
+      toast(say("invisible"));
       return;
     }
     chat.divider = null;
@@ -2339,13 +2388,14 @@ const composer = {
     drafts.set(chat.id, "");
     this.setText("");
     pane.follow = true;
+    offerNotifications();
     requestRender();
   },
 
   /** Takes a refused message back into the field. @param {Delivery} delivery */
   edit({ client_id, chat_id, content }) {
     if (!isBlank(this.field.value)) {
-      toast("You are writing another message. Send it or delete it first.");
+      toast(say("writingAnother"));
     } else {
       model.client?.discard(client_id);
       drafts.set(chat_id, content);
@@ -2380,18 +2430,23 @@ function isComposing(event) {
 
 /**
  * Asks a question and waits for the answer. Closing the dialog means no.
- * @param {{title: string, text: string, yes: string, no: string}} texts
+ * @param {{title: string, text: string, yes: string, no: string, value?: string}} texts
+ *   value: asks for a text, too
  * @returns {Promise<boolean>}
  */
-function ask({ title, text, yes, no }) {
+function ask({ title, text, yes, no, value }) {
   const node = dialog("ask");
   if (node.open) node.close("no");
   setText("ask-title", title);
   setText("ask-text", text);
   setText("ask-yes", yes);
   setText("ask-no", no);
+  const input = field("ask-input");
+  input.hidden = value === undefined;
+  input.value = value ?? "";
   node.returnValue = "no";
   node.showModal();
+  input.select();
   return new Promise((resolve) => {
     node.addEventListener("close", () => resolve(node.returnValue === "yes"), {
       once: true,
@@ -2399,6 +2454,7 @@ function ask({ title, text, yes, no }) {
   });
 }
 
+/**
 /**
  * Sends a form's request, one at a time: a repeat could make a second chat or user. The
  * button is not disabled meanwhile, or else the focus would be lost.
@@ -2420,52 +2476,39 @@ async function submit(errorId, request, words = errorText) {
 }
 let submitting = false;
 
-/** @type {(text: string) => Promise<unknown>} */
-let saveName;
-
 /**
- * Asks for a name or a title. The dialog stays open until it is saved.
+ * Asks for a name or a title until it is saved.
  * @param {string} title @param {string} value @param {number} most characters
  * @param {(text: string) => Promise<unknown>} save
  */
-function askName(title, value, most, save) {
-  saveName = save;
-  setText("name-title", title);
-  setText("name-error", "");
-  const input = field("name-text");
+async function askName(title, value, most, save) {
+  const input = field("ask-input");
   input.maxLength = most;
-  input.value = value;
-  dialog("name").showModal();
-  input.select();
-}
-
-/** @param {SubmitEvent} event */
-function onNameForm(event) {
-  event.preventDefault();
-  void submit("name-error", async () => {
-    await saveName(field("name-text").value.trim());
-    dialog("name").close();
-  });
+  let text = "";
+  while (await ask({ title, text, value, yes: say("save"), no: say("cancel") })) {
+    try {
+      value = input.value.trim();
+      await save(value);
+      return;
+    } catch (error) {
+      text = errorText(error);
+    }
+  }
 }
 
 function onRenameMe() {
   box("me-panel").hidePopover();
-  const { client, session } = model;
-  askName("Change your name", session?.name ?? "", 64, async (text) => {
+  const { client, names } = model;
+  void askName(say("changeName"), names.get(myId()) ?? "", 64, async (text) => {
     const { name } = await client?.renameMe(text);
     if (client === model.client) setMyName(name);
   });
 }
 
-/** The name can also change in another tab or device. @param {string | null} name */
+/** It may also change in another tab or device. @param {string | null} name */
 function setMyName(name) {
-  const { session } = model;
-  if (!session || session.name === name) return;
-  session.name = name;
+  if (model.session) model.session.name = name;
   model.names.set(myId(), name);
-  writeSession(storages.tab, session);
-  if (readSession(storages.browser)?.user_id === myId())
-    writeSession(storages.browser, session);
   requestRender();
 }
 
@@ -2475,14 +2518,8 @@ async function onLinkDevice() {
   try {
     const answer = await client?.linkDevice();
     if (!answer || client !== model.client) return;
-    const minutes = Math.round(answer.expires_in / 60);
     const url = new URL(`#token=${answer.token}`, location.href).href;
-    showLink(
-      "Sign in on another device",
-      `Open this link there within ${minutes} minutes. Whoever has it is signed in ` +
-        "as you, so show it to nobody else.",
-      url,
-    );
+    showLink(say("otherDevice"), say("otherDeviceText"), url);
   } catch (error) {
     toast(errorText(error));
   }
@@ -2495,7 +2532,7 @@ async function onLinkDevice() {
 function showLink(title, text, url, isInvite = false) {
   setText("link-title", title);
   setText("link-text", text);
-  setText("link-copy", "Copy");
+  setText("link-copy", say("copy"));
   setText("link-error", "");
   field("link-url").value = url;
   button("link-share").hidden = !("share" in navigator);
@@ -2506,7 +2543,7 @@ function showLink(title, text, url, isInvite = false) {
 function onLinkCopy() {
   field("link-url").select();
   // navigator.clipboard would need https.
-  if (document.execCommand("copy")) setText("link-copy", "Copied");
+  if (document.execCommand("copy")) setText("link-copy", say("copied"));
   button("link-copy").focus();
 }
 
@@ -2631,15 +2668,15 @@ function filterCandidates() {
     row.classList.toggle("next", isNext);
   }
   const anyone = box("people-list").childElementCount > 0;
-  const nobody = say(mayBeAlone() ? "nobodyYet" : "nobodyToAdd");
-  const none = anyone ? say("nobodyCalled", { text }) : nobody;
+  const nobody = say("noOneToAdd") + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
+  const none = anyone ? say("noOneCalled", { name: text }) : nobody;
   setText("people-empty", found > 0 || !model.people ? "" : none);
-  showTitle();
+  showTitleField();
   return { found, next };
 }
 
 /** Only a group has a title. Without one, it is shown as the names of its members. */
-function showTitle() {
+function showTitleField() {
   const chosen = chosenPeople();
   const grows = chosen.length > people.chosen.length;
   const direct = grows && chosen.length === 1;
@@ -2659,7 +2696,7 @@ function onFilterKey(event) {
   if (found === 0) return;
   if (next) {
     next.checked = true;
-    announce(`${personName(Number(next.value))} is chosen.`);
+    announce(say("chosen", { name: personName(Number(next.value)) }));
   }
   field("people-filter").value = "";
   filterCandidates();
@@ -2734,6 +2771,7 @@ function showInfo() {
   info.online.clear();
   Object.assign(info, { after: 0, more: true });
   setText("info-error", "");
+  if (model.open) field("info-mute").checked = isMuted(model.open);
   dialog("info").showModal();
   renderInfo();
   void loadMembers();
@@ -2744,7 +2782,7 @@ async function loadMembers(which) {
   const { client, open: chat } = model;
   if (!client || !chat) return;
   try {
-    const page = { after: info.after, limit: 100 };
+    const page = info.after ? { after: info.after, limit: 100 } : { limit: 100 };
     const { members, more } = await client.members(chat.id, which ?? page);
     if (client !== model.client || chat !== model.open) return;
     for (const { user_id, name, online = false } of members) {
@@ -2794,7 +2832,7 @@ function memberRow(chat, id) {
       return el(
         "li",
         { class: classes("person", { online }) },
-        personAvatar(id),
+        personAvatar(id, chat),
         el("span", { dir: "auto" }, name),
         online ? el("span", { class: "sr-only" }, say("online")) : null,
         el("span", { class: "quiet" }, notes.filter(Boolean).join(", ")),
@@ -2810,14 +2848,14 @@ function moreMembersRow(count) {
   return {
     key: "more",
     look: String(count),
-    build: () => el("li", {}, textButton(say("moreMembers", { count }), load)),
+    build: () => el("li", {}, textButton(say("andMore", { left: count }), load)),
   };
 }
 
 function onInfoRename() {
   const { client, open: chat } = model;
   if (!chat) return;
-  askName(say("renameChat"), chat.title ?? "", 200, async (text) => {
+  void askName(say("rename"), chat.title ?? "", 200, async (text) => {
     await client?.renameChat(chat.id, text || null);
     chat.title = text || null;
   });
@@ -2855,17 +2893,34 @@ async function removeMember(chat, userId) {
     const path = `/api/v1/chats/${chat.id}/members/${userId}`;
     await model.client?.request("DELETE", path);
     if (leaves) removeChat(chat.id);
-    else button("info-close").focus(); // the button in the row goes
+    else dialog("info").querySelector("button")?.focus(); // the row goes
   });
 }
 
 /* -------------------------------------------------------------------------------------
  * Notifications. They appear only while the user does not watch the tab, and only after
- * the user has turned them on.
+ * the user has turned them on. A chat can be muted: in this browser, like a draft.
  * ---------------------------------------------------------------------------------- */
 
 async function onNotifyButton() {
   await Notification.requestPermission();
+  button("bell").focus(); // the button is gone now
+  requestRender();
+}
+
+/** Offers notifications once: after the first message that the user has written. */
+function offerNotifications() {
+  const key = "chatd.notify";
+  if (button("notify").hidden || readStored(storages.browser, key)) return;
+  if (writeSession(storages.browser, "offered", key))
+    toast(say("offerNotify"), { text: say("turnOn"), press: onNotifyButton });
+}
+
+function onMute() {
+  const { open } = model;
+  const { checked } = field("info-mute");
+  if (open && !writeSession(storages.browser, checked, mutedKey(open)))
+    toast(say("noStorage"));
   requestRender();
 }
 
@@ -2882,10 +2937,10 @@ function notify(chat, message) {
 
 /** @param {ChatView} chat @param {Message} message */
 function showNotification(chat, message) {
-  const sender = personName(message.sender_id);
-  const title = chat.title ? `${sender} in ${chat.title}` : sender;
+  const name = personName(message.sender_id);
+  const { title } = chat;
   try {
-    const shown = new Notification(title, {
+    const shown = new Notification(title ? say("senderIn", { name, title }) : name, {
       body: visibleText(message.content).slice(0, 200),
       tag: `chatd.${myId()}.${chat.id}`, // all tabs of a user share one notification
     });
@@ -2914,7 +2969,7 @@ function start(session) {
   model.client?.disconnect();
   resetModel();
   if (!writeSession(storages.tab, session))
-    toast("This browser lets chatd store nothing: a reload will sign you out.");
+    toast(say("noStorage"));
   const client = new ChatWebSocket({ bearer: session.token });
   model.session = session;
   model.client = client;
@@ -2942,6 +2997,8 @@ function addListeners() {
   if (signedOut) on(signedOut, "message", onSignedOutElsewhere);
   on(window, "beforeunload", onBeforeUnload);
   on(window, "storage", onDraftElsewhere);
+  on(window, "storage", requestRender);
+  on(document, "keydown", onShortcut);
   // Renders at once: a tab that is hidden now may never get the requested frame.
   on(document, "visibilitychange", onWatched);
   on(window, "focus", onWatched);
@@ -2967,30 +3024,43 @@ function addListeners() {
   on(box("people-form"), "submit", onPeopleForm);
   on(box("people-form"), "input", filterCandidates);
   on(field("people-filter"), "keydown", onFilterKey);
-  on(button("people-cancel"), "click", () => dialog("people").close());
   on(button("chat-info"), "click", showInfo);
-  on(button("info-close"), "click", () => dialog("info").close());
   on(button("info-rename"), "click", onInfoRename);
   on(button("info-add"), "click", onInfoAdd);
   on(button("info-invite"), "click", () => void onInvite());
+  on(field("info-mute"), "change", onMute);
   on(button("info-leave"), "click", () => {
     if (model.open) void removeMember(model.open, myId());
   });
   on(button("rename-me"), "click", onRenameMe);
   on(button("link-device"), "click", () => void onLinkDevice());
-  on(box("name-form"), "submit", onNameForm);
-  on(button("name-cancel"), "click", () => dialog("name").close());
-  on(button("link-close"), "click", () => dialog("link").close());
+  for (const node of document.querySelectorAll(".close"))
+    on(node, "click", () => node.closest("dialog")?.close());
   on(button("link-copy"), "click", onLinkCopy);
   on(button("link-share"), "click", onLinkShare);
   const revoke = () => submit("link-error", () => showInvite(true));
   on(button("link-revoke"), "click", () => void revoke());
-  on(button("ask-yes"), "click", () => dialog("ask").close("yes"));
-  on(button("ask-no"), "click", () => dialog("ask").close("no"));
   const observer = new ResizeObserver(() => pane.onResize());
   for (const id of ["scroller", "messages"]) observer.observe(box(id));
   if (window.visualViewport) on(window.visualViewport, "resize", onViewport);
   setInterval(onSecond, 1000);
+}
+
+/** Dialogs and panels close by themselves. @param {any} event of a key */
+function onShortcut(event) {
+  const { key, target } = event;
+  if (event.defaultPrevented || isComposing(event)) return;
+  /** @type {Record<string, string>} */
+  const steps = { ArrowDown: "nextSibling", ArrowUp: "previousSibling" };
+  const to = steps[key];
+  const row = to && target.closest(".rows > li")?.[to];
+  if (row) {
+    event.preventDefault();
+    row.querySelector("a").focus();
+  }
+  if (document.querySelector("dialog[open], :popover-open")) return;
+  if (key === "Escape" && model.open) location.hash = "#chats";
+  if (key === "?" && !target.matches("input, textarea")) box("keys").showPopover();
 }
 
 /** @param {HashChangeEvent} event */
@@ -3001,7 +3071,8 @@ function onHash({ oldURL }) {
 /** @param {Event} event */
 function onSkip(event) {
   event.preventDefault();
-  (model.open ? composer.field : box("chat-list").querySelector("a"))?.focus();
+  if (model.open) composer.field.focus();
+  else moveFocus();
 }
 
 function onJump() {
@@ -3044,7 +3115,7 @@ function onSecond() {
 }
 
 function begin() {
-  if (!("popover" in HTMLElement.prototype)) throw new Error("It is too old.");
+  if (!("popover" in HTMLElement.prototype)) throw new Error(say("tooOld"));
   addListeners();
   if (followLink()) return;
   const session = sessionToResume();
