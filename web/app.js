@@ -2062,7 +2062,7 @@ function route() {
   const before = model.open;
   selectChat(chat);
   requestRender();
-  if (before !== chat && document.activeElement !== document.body) {
+  if (before !== chat && (!before || document.activeElement !== document.body)) {
     requestAnimationFrame(() => moveFocus(before));
   }
 }
@@ -2456,8 +2456,7 @@ function ask({ title, text, yes, no, value }) {
 
 /**
 /**
- * Sends a form's request, one at a time: a repeat could make a second chat or user. The
- * button is not disabled meanwhile, or else the focus would be lost.
+ * Sends a form's request, one at a time. (A button that is disabled loses the focus.)
  * @param {string} errorId where a failure is explained
  * @param {() => Promise<unknown>} request
  */
@@ -2555,20 +2554,19 @@ function onLinkShare() {
 /**
  * The people dialog. `chat` receives the chosen people; null: they get a new chat.
  * `chosen` is the other one of a direct chat, which stays as it is: a group begins.
- * A creation that is tried again has the same `key`, so that it makes one chat.
+ * The same choice has the same `key`: tried again, it makes one chat.
  */
 const people = {
   /** @type {ChatView | null} */
   chat: null,
   /** @type {number[]} */
   chosen: [],
-  wish: "",
   key: "",
 };
 
 /** @param {ChatView | null} chat @param {number[]} [chosen] */
 function choosePeople(chat, chosen = []) {
-  Object.assign(people, { chat, chosen, wish: "" });
+  Object.assign(people, { chat, chosen });
   const [other] = chosen;
   const title = chat
     ? say("addPeopleTo", { title: chatTitle(chat) })
@@ -2576,10 +2574,10 @@ function choosePeople(chat, chosen = []) {
   setText("people-title", title);
   setText("people-note", other ? say("groupWith", { name: personName(other) }) : "");
   setText("people-submit", say(chat ? "add" : "create"));
-  setText("people-error", "");
   byId("people-form", HTMLFormElement).reset();
   box("people-list").replaceChildren();
   showCandidates();
+  onChoice();
   dialog("people").showModal();
   void loadPeople();
 }
@@ -2675,6 +2673,12 @@ function filterCandidates() {
   return { found, next };
 }
 
+function onChoice() {
+  people.key = String(Math.random());
+  setText("people-error", "");
+  filterCandidates();
+}
+
 /** Only a group has a title. Without one, it is shown as the names of its members. */
 function showTitleField() {
   const chosen = chosenPeople();
@@ -2699,7 +2703,7 @@ function onFilterKey(event) {
     announce(say("chosen", { name: personName(Number(next.value)) }));
   }
   field("people-filter").value = "";
-  filterCandidates();
+  onChoice();
 }
 
 function chosenPeople() {
@@ -2743,9 +2747,6 @@ async function addMembers(chat, userIds) {
 async function createChat(title, memberIds, invites) {
   const { client } = model;
   const direct = !invites && memberIds.length === 1;
-  const wish = JSON.stringify([title, memberIds]);
-  if (wish !== people.wish)
-    Object.assign(people, { wish, key: `${Date.now()}-${Math.random()}` });
   const made = await client?.createChat(
     direct ? { memberIds, direct } : { title, memberIds, clientId: people.key },
   );
@@ -2819,10 +2820,10 @@ function renderInfo() {
 function memberRow(chat, id) {
   const name = personName(id);
   const online = info.online.get(id) === true;
-  const creator = !chat.direct && chat.created_by === id;
-  const notes = [id === myId() ? say("you") : "", creator ? say("creator") : ""];
-  const creates = !chat.direct && chat.created_by === myId();
-  const removable = creates && id !== myId() && model.server.create_chats === true;
+  const me = id === myId();
+  const creator = chat.direct ? null : chat.created_by;
+  const notes = [me && say("you"), id === creator && say("creator")];
+  const removable = !me && creator === myId() && model.server.create_chats;
   return {
     key: String(id),
     look: JSON.stringify([name, online, notes, removable]),
@@ -3022,7 +3023,7 @@ function addListeners() {
   on(button("new-chat"), "click", () => choosePeople(null));
   on(button("empty-start"), "click", () => choosePeople(null));
   on(box("people-form"), "submit", onPeopleForm);
-  on(box("people-form"), "input", filterCandidates);
+  on(box("people-form"), "input", onChoice);
   on(field("people-filter"), "keydown", onFilterKey);
   on(button("chat-info"), "click", showInfo);
   on(button("info-rename"), "click", onInfoRename);

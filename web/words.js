@@ -202,7 +202,7 @@ const en = {
   inviteLater: "Choose a title, then invite people.",
   noOneCalled: "No one here is called “{name}”.",
   chosen: "{name} is chosen.",
-  chooseOne: "Choose at least one person.",
+  chooseOne: "Choose whom to add.",
   chooseOrTitle: "Choose people, or give the group a title and invite people later.",
   close: "Close",
   andMore: "and {left} more",
@@ -439,7 +439,7 @@ const ru = {
   inviteLater: "Выберите название, затем пригласите людей.",
   noOneCalled: "Здесь никого не зовут «{name}».",
   chosen: "Выбрано: {name}.",
-  chooseOne: "Выберите хотя бы одного человека.",
+  chooseOne: "Выберите, кого добавить.",
   chooseOrTitle:
     "Выберите людей или дайте группе название, а людей пригласите позже.",
   close: "Закрыть",
