@@ -256,9 +256,16 @@ def chromium(browser: sync_api.Browser) -> Iterator[Chromium]:
 # --- what users do on the page -------------------------------------------------------
 
 
+# A single chat opens by itself, unless the address says that the list is open.
+STAY_AT_THE_LIST = """addEventListener("DOMContentLoaded", () => {
+  if (!location.hash) history.replaceState(null, "", "#chats");
+});"""
+
+
 def sign_in(context: Context, link: str, chat: int | None = None) -> Page:
-    """Open a sign-in link in a new tab, and then a chat."""
+    """Open a sign-in link in a new tab, and then a chat, or else the list."""
     page = context.new_page()
+    page.add_init_script(STAY_AT_THE_LIST)
     page.goto(link)
     expect(page.locator("#me-name")).not_to_be_empty()
     if chat is not None:
@@ -317,6 +324,7 @@ class Relay:
     def connected(cls, page: Page, link: str, chat: int | None = None) -> Relay:
         """Open a sign-in link through a relay, wait for the socket, open a chat."""
         relay = cls(page)
+        page.add_init_script(STAY_AT_THE_LIST)
         page.goto(link)
         expect_state(page, "connected")
         if chat is not None:

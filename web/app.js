@@ -646,7 +646,7 @@ async function openInvite(token) {
       text += ` ${say("joinAs", { name })}`;
       if (!(await ask({ title, text, yes: say("join"), no: say("cancel") }))) return;
       const joined = await model.client?.join(token);
-      if (joined) location.hash = `#chat/${joined.chat_id}`;
+      if (joined) openChat(joined.chat_id);
       return;
     }
     invite = token;
@@ -654,6 +654,7 @@ async function openInvite(token) {
     setText("join-text", text);
     setText("join-error", "");
     showScreen("join");
+    field("join-name").focus();
     showTitle(say("join"));
     loading = false;
   } catch (error) {
@@ -663,19 +664,14 @@ async function openInvite(token) {
 }
 
 /** @param {SubmitEvent} event */
-async function onJoinForm(event) {
+function onJoinForm(event) {
   event.preventDefault();
-  setText("join-error", "");
-  button("join-submit").disabled = true; // a second request would make a second user
-  try {
+  const join = async () => {
     const answer = await visitor().joinAsNewUser(invite, field("join-name").value);
-    history.replaceState(null, "", `#chat/${answer.chat_id}`);
+    openChat(answer.chat_id);
     startFirst(answer);
-  } catch (error) {
-    setText("join-error", inviteErrorText(error));
-  } finally {
-    button("join-submit").disabled = false;
-  }
+  };
+  void submit("join-error", join, inviteErrorText);
 }
 
 /** @param {unknown} error @returns {string} */
@@ -687,25 +683,28 @@ function inviteErrorText(error) {
   return (maximumIn(message) ? `${say("chatFull")} ` : "") + errorText(error);
 }
 
-async function onInfoInvite() {
+/**
+ * Shows a new link into the open chat.
+ * @param {boolean} [revoke] the earlier links end
+ */
+async function showInvite(revoke = false) {
   const { client, open: chat } = model;
   if (!client || !chat) return;
-  try {
-    const { token } = await client.createInvite(chat.id);
-    if (chat !== model.open) return;
-    field("info-link").value = new URL(`#invite=${token}`, location.href).href;
-    setText("info-copy", say("copy"));
-    box("info-link-box").hidden = false;
-    field("info-link").select();
-  } catch (error) {
-    dialog("info").close();
-    toast(errorText(error));
+  if (revoke) {
+    await client.revokeInvites(chat.id);
+    field("link-url").value = ""; // it has ended, even if there will be no new one
   }
+  const { token, expires_in } = await client.createInvite(chat.id);
+  if (chat !== model.open) return;
+  const valid = say("inviteValid", { count: Math.round(expires_in / 86_400) });
+  const text = revoke ? `${say("linksEnded")} ${valid}` : valid;
+  const url = new URL(`#invite=${token}`, location.href).href;
+  showLink(say("invitePeople"), text, url, true);
 }
 
-function onInfoCopy() {
-  field("info-link").select();
-  if (document.execCommand("copy")) setText("info-copy", say("copied"));
+async function onInvite() {
+  dialog("info").close();
+  await showInvite().catch((error) => toast(errorText(error)));
 }
 
 /* -------------------------------------------------------------------------------------
@@ -719,10 +718,17 @@ function onInfoCopy() {
  */
 
 /**
+ * `server` in the answer to GET /api/v1/me.
+ * @typedef {{max_content_chars: number, edit_seconds: number | null,
+ *   create_chats: boolean, invites: boolean, rename: boolean}} ServerRules
+ */
+
+/**
  * @typedef {object} ChatView
  * @property {number} id
  * @property {string | null} title
  * @property {boolean} direct
+ * @property {number | null} created_by
  * @property {Map<number, number>} members user id -> read_n; empty if there are many
  * @property {number} memberCount
  * @property {number} last_n
@@ -757,11 +763,10 @@ const model = {
    * @type {ChatEvents["connected"]["chats"]}
    */
   marks: {},
-  /** The users one may add to a chat; null: not allowed. @type {number[] | null} */
+  /** The users one may add to a chat; null: not known yet. @type {number[] | null} */
   people: null,
-  invites: false,
-  /** What the server allows. @type {{rename?: boolean}} */
-  server: {},
+  /** What the server allows this user; empty until it has said so. */
+  server: /** @type {Partial<ServerRules>} */ ({}),
   /** @type {State} */
   connection: "closed",
   /** The list of chats has arrived at least once. */
@@ -780,7 +785,7 @@ function resetModel() {
     client: null,
     marks: {},
     people: null,
-    invites: false,
+    server: {},
     chatsLoaded: false,
     epoch: "",
     connection: "closed",
@@ -852,6 +857,7 @@ function putChat(received) {
     id: received.id,
     title: null,
     direct: false,
+    created_by: null,
     members: new Map(),
     memberCount: 0,
     last_n: 0,
@@ -870,6 +876,7 @@ function putChat(received) {
   };
   chat.title = received.title;
   chat.direct = received.direct;
+  chat.created_by = received.created_by;
   chat.last_message = newer(chat.last_message, received.last_message);
   chat.last_n = Math.max(chat.last_n, received.last_n);
   // A large chat that the user was just added to says nothing of the user's mark.
@@ -1026,6 +1033,8 @@ const handlers = {
     if (chat.members.has(user_id)) return;
     if (isWhole(chat)) chat.members.set(user_id, chat.last_n);
     chat.memberCount += 1;
+    if (chat === model.open && dialog("info").open)
+      void loadMembers({ ids: [user_id] });
   },
   member_removed: onMemberRemoved,
   typing: ({ chat_id, user_id, is_typing }) => onTyping(chat_id, user_id, is_typing),
@@ -1059,6 +1068,8 @@ function onChats({ chats, cursor }) {
   const ids = new Set(chats.map(({ id }) => id));
   for (const id of model.chats.keys()) if (!ids.has(id)) removeChat(id);
   for (const received of chats) putChat(received).loaded = false;
+  const [only] = chats;
+  if (only && !chats[1] && !model.chatsLoaded && !location.hash) openChat(only.id);
   model.chatsLoaded = true;
   route();
   if (model.open) retryLoading(model.open);
@@ -1091,8 +1102,7 @@ function onConnected(chats) {
   }
   if (model.open && !model.open.loaded) retryLoading(model.open);
   if (search.error) search.retry();
-  void loadPeople();
-  void loadLimits();
+  void loadServer();
 }
 
 /** @param {Message} message @param {boolean} read */
@@ -1118,6 +1128,7 @@ function onMemberRemoved({ chat_id, user_id: userId, seq }) {
   if (userId !== myId()) {
     // The chat may have come without this member already.
     if (chat.members.delete(userId) || !isWhole(chat)) chat.memberCount -= 1;
+    if (chat === model.open) info.online.delete(userId);
     stopTyping(chat, userId);
     addLine(chat, seq, () => say("left", { name: personName(userId) }));
     return;
@@ -1188,10 +1199,7 @@ async function fetchChats() {
   try {
     await client?.fetchChats();
     // A client that polls never receives `connected`.
-    if (client === model.client && model.people === null) {
-      void loadPeople();
-      void loadLimits();
-    }
+    if (client === model.client && !("invites" in model.server)) void loadServer();
   } catch (error) {
     const refused = error instanceof ChatError && error.status === 401;
     if (!refused)
@@ -1199,34 +1207,16 @@ async function fetchChats() {
   }
 }
 
-async function loadPeople() {
-  const { client } = model;
-  try {
-    const { users } = await client?.request("GET", "/api/v1/users");
-    if (client !== model.client) return;
-    for (const { user_id, name } of users) model.names.set(user_id, name);
-    model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
-  } catch (error) {
-    // A refusal means that users may not create chats on this server. After any other
-    // failure, the next connection tries again.
-    if (error instanceof ChatError && error.status > 0) model.people = null;
-  }
-  requestRender();
-}
-
-/** A server that does not say its limits, or does not answer, has the usual ones. */
-async function loadLimits() {
+/** Learns what the server allows. If it does not answer, the next connection asks. */
+async function loadServer() {
   const { client } = model;
   const me = await client?.request("GET", "/api/v1/me").catch(() => null);
-  const most = me?.server?.max_content_chars;
-  if (client !== model.client) return;
-  if (most) model.maxCharacters = most;
-  if (me) {
-    model.invites = me.server?.invites === true;
-    model.server = me.server ?? {};
-    setMyName(me.name);
-  }
+  if (client !== model.client || !me?.server) return;
+  model.server = me.server;
+  model.maxCharacters = me.server.max_content_chars ?? model.maxCharacters;
+  setMyName(me.name);
   composer.fit();
+  requestRender();
 }
 
 /* -------------------------------------------------------------------------------------
@@ -1322,6 +1312,8 @@ function render() {
   renderBanner();
   renderList();
   renderBell();
+  renderEmpty();
+  renderDialogs();
   pane.render();
   search.render();
   markSeen();
@@ -1347,7 +1339,7 @@ function renderTop() {
   setText("back-label", say("back") + more);
   showTitle(model.open ? chatTitle(model.open) : "", total);
   button("rename-me").hidden = !model.server.rename;
-  button("new-chat").hidden = model.people === null;
+  button("new-chat").hidden = !model.server.create_chats;
 }
 
 /** @param {number} count */
@@ -1409,8 +1401,24 @@ function renderBanner() {
 function renderList() {
   const rows = sortedChats().map((chat) => chatRow(chat, chat === model.open));
   showRows(box("chat-list"), rows);
-  box("chat-list-empty").hidden = rows.length > 0;
-  setText("chat-list-empty", model.chatsLoaded ? say("noChats") : say("loading"));
+}
+
+/** What to do while no chat is open. */
+function renderEmpty() {
+  const { create_chats, invites } = model.server;
+  const start = model.chats.size === 0 && model.chatsLoaded && create_chats;
+  setText("empty-text", emptyText());
+  button("empty-start").hidden = !start;
+  setText("empty-start", say(invites ? "invitePeople" : "newChat"));
+}
+
+function emptyText() {
+  const { create_chats, invites } = model.server;
+  if (model.chats.size > 0) return say("chooseChat");
+  if (!model.chatsLoaded || create_chats === undefined) return say("loading");
+  const start = invites ? "startInvite" : "startChat";
+  const name = personName(myId());
+  return `${say("noChats")} ${say(create_chats ? start : "waitForChat", { name })}`;
 }
 
 /** @param {ChatView} chat @param {boolean} current @returns {Row} */
@@ -1697,8 +1705,7 @@ const pane = {
       ? [...people.map((id) => personName(id)), say("you")].join(", ")
       : say("people", { count: chat.memberCount });
     setText("pane-title", title);
-    const group = chat.title || chat.memberCount > 2;
-    setText("pane-members", group ? names : say("directChat"));
+    setText("pane-members", chat.direct ? say("directChat") : names);
     avatar(chat, box("pane-avatar"));
     box("scroller").setAttribute("aria-label", say("messagesIn", { title }));
   },
@@ -2154,6 +2161,8 @@ function selectChat(chat) {
     model.client?.sendTyping(before.id, false);
   }
   model.open = chat;
+  for (const node of document.querySelectorAll("dialog"))
+    if (node.id !== "ask") node.close();
   box("messages").replaceChildren();
   pane.drawn = Infinity;
   pane.follow = true;
@@ -2163,6 +2172,12 @@ function selectChat(chat) {
   if (!chat) return;
   chat.divider = unread(chat) > 0 ? chat.read_n : null;
   retryLoading(chat);
+}
+
+/** Opens a chat, also as the first thing of a visit. Back leads to the list. */
+function openChat(/** @type {number} */ id) {
+  if (!location.hash) history.replaceState(null, "", "#chats");
+  location.hash = `#chat/${id}`;
 }
 
 /** The address says which chat is open, and perhaps at which message. */
@@ -2178,7 +2193,8 @@ function route() {
     if (at && !chat) toast(say("notThere"));
   }
   requestRender();
-  if (before !== chat && !at && document.activeElement !== document.body) {
+  const mayMove = !before || document.activeElement !== document.body;
+  if (before !== chat && !at && mayMove) {
     requestAnimationFrame(() => moveFocus(before));
   }
 }
@@ -2537,6 +2553,27 @@ function ask({ title, text, yes, no, value }) {
 }
 
 /**
+/**
+ * Sends a form's request, one at a time. (A button that is disabled loses the focus.)
+ * @param {string} errorId where a failure is explained
+ * @param {() => Promise<unknown>} request
+ */
+async function submit(errorId, request, words = errorText) {
+  if (submitting) return;
+  submitting = true;
+  setText(errorId, "");
+  try {
+    await request();
+  } catch (error) {
+    setText(errorId, words(error));
+  } finally {
+    submitting = false;
+    requestRender();
+  }
+}
+let submitting = false;
+
+/**
  * Asks for a name or a title until it is saved.
  * @param {string} title @param {string} value @param {number} most characters
  * @param {(text: string) => Promise<unknown>} save
@@ -2589,13 +2626,15 @@ async function onLinkDevice() {
  * Shows a link to copy or, where the browser can, to share.
  * @param {string} title @param {string} text @param {string} url
  */
-function showLink(title, text, url) {
+function showLink(title, text, url, isInvite = false) {
   setText("link-title", title);
   setText("link-text", text);
   setText("link-copy", say("copy"));
+  setText("link-error", "");
   field("link-url").value = url;
   button("link-share").hidden = !("share" in navigator);
-  dialog("link").showModal();
+  button("link-revoke").hidden = !isInvite;
+  if (!dialog("link").open) dialog("link").showModal();
 }
 
 function onLinkCopy() {
@@ -2611,31 +2650,65 @@ function onLinkShare() {
 }
 
 /**
- * The chat to which the people dialog adds members; null: it creates a chat.
- * @type {ChatView | null}
+ * The people dialog. `chat` receives the chosen people; null: they get a new chat.
+ * `chosen` is the other one of a direct chat, which stays as it is: a group begins.
+ * The same choice has the same `key`: tried again, it makes one chat.
  */
-let addingTo = null;
+const people = {
+  /** @type {ChatView | null} */
+  chat: null,
+  /** @type {number[]} */
+  chosen: [],
+  key: "",
+};
 
-/** @param {ChatView | null} chat */
-function choosePeople(chat) {
-  addingTo = chat;
-  const title = chat ? chatTitle(chat) : "";
-  setText("people-title", chat ? say("addPeopleTo", { title }) : say("newChat"));
-  setText("people-submit", chat ? say("add") : say("create"));
-  setText("people-error", "");
-  box("people-name").hidden = chat !== null;
-  field("people-chat-title").value = "";
-  field("people-filter").value = "";
+/** @param {ChatView | null} chat @param {number[]} [chosen] */
+function choosePeople(chat, chosen = []) {
+  Object.assign(people, { chat, chosen });
+  const [other] = chosen;
+  const title = chat
+    ? say("addPeopleTo", { title: chatTitle(chat) })
+    : say(other ? "newGroup" : "newChat");
+  setText("people-title", title);
+  setText("people-note", other ? say("groupWith", { name: personName(other) }) : "");
+  setText("people-submit", say(chat ? "add" : "create"));
+  byId("people-form", HTMLFormElement).reset();
+  box("people-list").replaceChildren();
   showCandidates();
+  onChoice();
   dialog("people").showModal();
-  void loadPeople().then(showCandidates);
+  void loadPeople();
+}
+
+async function loadPeople() {
+  const { client } = model;
+  try {
+    const { users } = await client?.request("GET", "/api/v1/users");
+    if (client !== model.client) return;
+    for (const { user_id, name } of users) model.names.set(user_id, name);
+    model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
+  } catch (error) {
+    setText("people-error", errorText(error));
+  }
+  requestRender();
+}
+
+/** Shows in the open dialogs what has changed. */
+function renderDialogs() {
+  if (dialog("people").open) showCandidates();
+  if (dialog("info").open) renderInfo();
+}
+
+/** @param {Iterable<number>} ids */
+function sortedByName(ids) {
+  return [...ids].sort((a, b) => personName(a).localeCompare(personName(b)));
 }
 
 /** Fills the list of the people dialog. Users who are chosen already stay chosen. */
 function showCandidates() {
-  const members = addingTo?.members ?? new Map([[myId(), 0]]);
-  const ids = (model.people ?? []).filter((id) => !members.has(id));
-  ids.sort((a, b) => personName(a).localeCompare(personName(b)));
+  const members = people.chat?.members ?? new Map([[myId(), 0]]);
+  const all = new Set([...(model.people ?? []), ...people.chosen]);
+  const ids = sortedByName(all).filter((id) => !members.has(id));
   showRows(
     box("people-list"),
     ids.map((id) => ({
@@ -2655,7 +2728,11 @@ function candidate(userId) {
     el(
       "label",
       { class: "person" },
-      el("input", { type: "checkbox", value: userId }),
+      el("input", {
+        type: "checkbox",
+        value: userId,
+        checked: people.chosen.includes(userId),
+      }),
       personAvatar(userId),
       el("span", { dir: "auto" }, personName(userId)),
     ),
@@ -2684,12 +2761,25 @@ function filterCandidates() {
   const anyone = box("people-list").childElementCount > 0;
   const nobody = say("noOneToAdd") + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
   const none = anyone ? say("noOneCalled", { name: text }) : nobody;
-  setText("people-empty", found > 0 ? "" : none);
+  setText("people-empty", found > 0 || !model.people ? "" : none);
+  showTitleField();
   return { found, next };
 }
 
-/** People are invited to a new chat later. */
-const mayBeAlone = () => model.invites && !addingTo;
+function onChoice() {
+  people.key = String(Math.random());
+  setText("people-error", "");
+  filterCandidates();
+}
+
+/** Only a group has a title. Without one, it is shown as the names of its members. */
+function showTitleField() {
+  const chosen = chosenPeople();
+  const grows = chosen.length > people.chosen.length;
+  const direct = grows && chosen.length === 1;
+  box("people-name").hidden = people.chat !== null || direct || !(grows || mayBeAlone());
+  field("people-chat-title").placeholder = chosen.map((id) => personName(id)).join(", ");
+}
 
 /**
  * Enter chooses the highlighted person. Without a filter it submits, as in any field.
@@ -2706,32 +2796,32 @@ function onFilterKey(event) {
     announce(say("chosen", { name: personName(Number(next.value)) }));
   }
   field("people-filter").value = "";
-  filterCandidates();
+  onChoice();
 }
 
+function chosenPeople() {
+  const inputs = box("people-list").querySelectorAll("input");
+  return [...inputs].filter(({ checked }) => checked).map(({ value }) => Number(value));
+}
+
+/** People can be invited to a new group later. */
+const mayBeAlone = () => model.server.invites === true && !people.chat;
+
 /** @param {SubmitEvent} event */
-async function onPeopleForm(event) {
+function onPeopleForm(event) {
   event.preventDefault();
-  const inputs = [...box("people-list").querySelectorAll("input")];
-  const chosen = inputs
-    .filter(({ checked }) => checked)
-    .map(({ value }) => Number(value));
-  const title = field("people-chat-title").value.trim() || null;
-  if (chosen.length === 0 && !(mayBeAlone() && title)) {
-    setText("people-error", say("chooseOne"));
-    return;
-  }
-  button("people-submit").disabled = true;
-  try {
-    if (addingTo) await addMembers(addingTo, chosen);
-    else await createChat(title, chosen);
+  void submit("people-error", async () => {
+    const { chat } = people;
+    const chosen = chosenPeople();
+    const grows = chosen.length > people.chosen.length;
+    const title = box("people-name").hidden
+      ? null
+      : field("people-chat-title").value.trim() || null;
+    if (!grows && !title) throw new Error(say(mayBeAlone() ? "chooseOrTitle" : "chooseOne"));
+    if (chat) await addMembers(chat, chosen);
+    else await createChat(title, chosen, !grows);
     dialog("people").close();
-  } catch (error) {
-    setText("people-error", errorText(error));
-  } finally {
-    button("people-submit").disabled = false;
-    requestRender();
-  }
+  });
 }
 
 /** @param {ChatView} chat @param {number[]} userIds */
@@ -2744,92 +2834,161 @@ async function addMembers(chat, userIds) {
 }
 
 /**
- * Creates a chat and opens it. If the chat would be a second direct chat with the same
- * person, opens the first one instead.
- * @param {string | null} title
- * @param {number[]} memberIds
+ * Creates a chat and opens it. With one person it is the direct chat, old or new.
+ * @param {string | null} title @param {number[]} memberIds @param {boolean} invites
  */
-async function createChat(title, memberIds) {
-  const direct =
-    !title &&
-    memberIds.length === 1 &&
-    [...model.chats.values()].find(
-      (chat) =>
-        !chat.title &&
-        others(chat).length === 1 &&
-        chat.members.has(memberIds[0] ?? 0),
-    );
-  if (direct) {
-    location.hash = `#chat/${direct.id}`;
-    return;
-  }
-  const chat = await model.client?.createChat({ title, memberIds });
-  if (!chat) return;
-  putChat(chat).activeAt = Date.now();
-  location.hash = `#chat/${chat.id}`;
+async function createChat(title, memberIds, invites) {
+  const { client } = model;
+  const direct = !invites && memberIds.length === 1;
+  const made = await client?.createChat(
+    direct ? { memberIds, direct } : { title, memberIds, clientId: people.key },
+  );
+  if (!made || client !== model.client) return;
+  const isNew = !model.chats.has(made.id);
+  const chat = putChat(made);
+  if (isNew) chat.activeAt = Date.now();
+  openChat(chat.id);
+  route();
+  if (invites) void onInvite();
 }
+
+/** The members that the info dialog has loaded, by pages. */
+const info = {
+  /** user id -> whether that user is online @type {Map<number, boolean>} */
+  online: new Map(),
+  /** The last id of a page. */
+  after: 0,
+  more: true,
+};
 
 function showInfo() {
-  const chat = model.open;
-  if (!chat) return;
-  setText("info-title", chatTitle(chat));
-  void showMembers(chat);
-  button("info-add").hidden = model.people === null;
-  button("info-invite").hidden = !model.invites || chat.direct;
-  box("info-link-box").hidden = true;
-  field("info-mute").checked = isMuted(chat);
+  info.online.clear();
+  Object.assign(info, { after: 0, more: true });
+  setText("info-error", "");
+  if (model.open) field("info-mute").checked = isMuted(model.open);
   dialog("info").showModal();
+  renderInfo();
+  void loadMembers();
 }
 
-/** Shows the first members. @param {ChatView} chat */
-async function showMembers(chat) {
-  /** @type {number[]} */
-  let ids = others(chat);
-  if (!isWhole(chat)) {
-    box("info-members").replaceChildren();
-    const { client } = model;
-    const answer = await client?.members(chat.id, { limit: 100 }).catch(() => null);
-    if (client !== model.client || chat !== model.open) return;
-    const found = (answer?.members ?? []).filter(({ user_id }) => user_id !== myId());
-    for (const { user_id, name } of found) model.names.set(user_id, name);
-    ids = found.map(({ user_id }) => user_id);
-  }
-  const left = chat.memberCount - ids.length - 1;
-  box("info-members").replaceChildren(
-    ...[...ids, myId()].map((id) =>
-      el(
-        "li",
-        { class: "person" },
-        personAvatar(id, chat),
-        el("span", { dir: "auto" }, personName(id)),
-        id === myId() ? el("span", { class: "quiet" }, say("you")) : null,
-      ),
-    ),
-    ...(left > 0 ? [el("li", { class: "quiet" }, say("andMore", { left }))] : []),
-  );
-}
-
-function onInfoAdd() {
-  dialog("info").close();
-  if (model.open) choosePeople(model.open);
-}
-
-async function onInfoLeave() {
-  const chat = model.open;
-  dialog("info").close();
-  if (!chat) return;
-  const sure = await ask({
-    title: say("leaveTitle", { title: chatTitle(chat) }),
-    text: say("leaveText"),
-    yes: say("leave"),
-    no: say("stay"),
-  });
-  if (!sure) return;
+/** Fetches members of the open chat. @param {{ids?: number[]}} [which] or a page */
+async function loadMembers(which) {
+  const { client, open: chat } = model;
+  if (!client || !chat) return;
   try {
-    await model.client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${myId()}`);
+    const page = info.after ? { after: info.after, limit: 100 } : { limit: 100 };
+    const { members, more } = await client.members(chat.id, which ?? page);
+    if (client !== model.client || chat !== model.open) return;
+    for (const { user_id, name, online = false } of members) {
+      model.names.set(user_id, name);
+      info.online.set(user_id, online);
+    }
+    if (!which) Object.assign(info, { more, after: members.at(-1)?.user_id });
+    // An event can tell of a member that the list of chats has counted already.
+    if (!info.more && !isWhole(chat)) chat.memberCount = info.online.size;
   } catch (error) {
-    toast(errorText(error));
+    setText("info-error", errorText(error));
   }
+  requestRender();
+}
+
+function renderInfo() {
+  const chat = model.open;
+  if (!chat) return;
+  const { create_chats = false, invites = false } = model.server;
+  const known = isWhole(chat) ? chat.members : info.online;
+  const ids = sortedByName(known.keys()).filter((id) => id !== myId());
+  const rows = [myId(), ...ids].map((id) => memberRow(chat, id));
+  const left = chat.memberCount - rows.length;
+  if (left > 0) rows.push(moreMembersRow(left));
+  setText("info-title", chatTitle(chat));
+  showRows(box("info-members"), rows);
+  button("info-rename").hidden = chat.direct || !create_chats;
+  button("info-add").hidden = !create_chats;
+  button("info-invite").hidden = chat.direct || !invites;
+  button("info-leave").hidden = chat.direct && ids.length > 0;
+}
+
+/** @param {ChatView} chat @param {number} id @returns {Row} */
+function memberRow(chat, id) {
+  const name = personName(id);
+  const online = info.online.get(id) === true;
+  const me = id === myId();
+  const creator = chat.direct ? null : chat.created_by;
+  const notes = [me && say("you"), id === creator && say("creator")];
+  const removable = !me && creator === myId() && model.server.create_chats;
+  return {
+    key: String(id),
+    look: JSON.stringify([name, online, notes, removable]),
+    build: () => {
+      const remove = textButton(say("remove"), () => void removeMember(chat, id));
+      remove.setAttribute("aria-label", `${say("remove")} ${name}`);
+      return el(
+        "li",
+        { class: classes("person", { online }) },
+        personAvatar(id, chat),
+        el("span", { dir: "auto" }, name),
+        online ? el("span", { class: "sr-only" }, say("online")) : null,
+        el("span", { class: "quiet" }, notes.filter(Boolean).join(", ")),
+        removable ? remove : null,
+      );
+    },
+  };
+}
+
+/** @param {number} count @returns {Row} */
+function moreMembersRow(count) {
+  const load = () => void loadMembers();
+  return {
+    key: "more",
+    look: String(count),
+    build: () => el("li", {}, textButton(say("andMore", { left: count }), load)),
+  };
+}
+
+function onInfoRename() {
+  const { client, open: chat } = model;
+  if (!chat) return;
+  void askName(say("rename"), chat.title ?? "", 200, async (text) => {
+    await client?.renameChat(chat.id, text || null);
+    chat.title = text || null;
+  });
+}
+
+/** In a direct chat, a group begins. */
+function onInfoAdd() {
+  const { open: chat } = model;
+  dialog("info").close();
+  if (chat?.direct) choosePeople(null, others(chat));
+  else choosePeople(chat);
+}
+
+/** @param {ChatView} chat @param {number} userId the user, who leaves, or another one */
+async function removeMember(chat, userId) {
+  const leaves = userId === myId();
+  const ends = model.server.invites ? ` ${say("linksEnded")}` : "";
+  const sure = await ask(
+    leaves
+      ? {
+          title: say("leaveTitle", { title: chatTitle(chat) }),
+          text: say("leaveText"),
+          yes: say("leave"),
+          no: say("stay"),
+        }
+      : {
+          title: say("removeTitle", { name: personName(userId) }),
+          text: say("removeText") + ends,
+          yes: say("remove"),
+          no: say("cancel"),
+        },
+  );
+  if (!sure) return;
+  await submit("info-error", async () => {
+    const path = `/api/v1/chats/${chat.id}/members/${userId}`;
+    await model.client?.request("DELETE", path);
+    if (leaves) removeChat(chat.id);
+    else dialog("info").querySelector("button")?.focus(); // the row goes
+  });
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2938,7 +3097,7 @@ function addListeners() {
   on(document, "visibilitychange", onWatched);
   on(window, "focus", onWatched);
   on(box("sign-in-form"), "submit", onSignInForm);
-  on(box("join-form"), "submit", (event) => void onJoinForm(event));
+  on(box("join-form"), "submit", onJoinForm);
   on(button("sign-out"), "click", () => void onSignOut());
   on(box("me-panel"), "toggle", showDrafts);
   on(button("drafts-delete"), "click", () => void onDeleteDrafts());
@@ -2964,17 +3123,20 @@ function addListeners() {
   on(box("search-list"), "scroll", () => requestRender());
   on(button("search-retry"), "click", () => search.retry());
   on(button("new-chat"), "click", () => choosePeople(null));
-  on(box("people-form"), "submit", (event) => void onPeopleForm(event));
-  on(field("people-filter"), "input", filterCandidates);
+  on(button("empty-start"), "click", () => choosePeople(null));
+  on(box("people-form"), "submit", onPeopleForm);
+  on(box("people-form"), "input", onChoice);
   on(field("people-filter"), "keydown", onFilterKey);
   on(button("chat-info"), "click", showInfo);
   on(box("messages"), "click", onTick);
   on(box("messages"), "copy", onCopy);
+  on(button("info-rename"), "click", onInfoRename);
   on(button("info-add"), "click", onInfoAdd);
-  on(button("info-invite"), "click", () => void onInfoInvite());
-  on(button("info-copy"), "click", onInfoCopy);
+  on(button("info-invite"), "click", () => void onInvite());
   on(field("info-mute"), "change", onMute);
-  on(button("info-leave"), "click", () => void onInfoLeave());
+  on(button("info-leave"), "click", () => {
+    if (model.open) void removeMember(model.open, myId());
+  });
   on(button("rename-me"), "click", onRenameMe);
   on(button("shortcuts"), "click", showKeys);
   on(button("link-device"), "click", () => void onLinkDevice());
@@ -2982,6 +3144,8 @@ function addListeners() {
     on(node, "click", () => node.closest("dialog")?.close());
   on(button("link-copy"), "click", onLinkCopy);
   on(button("link-share"), "click", onLinkShare);
+  const revoke = () => submit("link-error", () => showInvite(true));
+  on(button("link-revoke"), "click", () => void revoke());
   const observer = new ResizeObserver(() => pane.onResize());
   for (const id of ["scroller", "messages"]) observer.observe(box(id));
   if (window.visualViewport) on(window.visualViewport, "resize", onViewport);
