@@ -48,7 +48,7 @@ const SHORT_LINES = 20;
 /** All drafts but the newest. localStorage has room for ten times this. */
 const DRAFT_CHARACTERS = 500_000;
 /** A chat keeps so many lines about joining, leaving and renaming. */
-const MAX_LINES = 100;
+const MAX_LINES = 50;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
 /** The first connection waits at most this long for the list of chats. */
