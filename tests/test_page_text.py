@@ -101,7 +101,7 @@ MARKED = {
         "NFD", "한mark(국)어"),
     ("100% of c++ [a-z]", "% c++ [a-z]"): "100mark(%) of mark(c++) mark([a-z])",
     ("one\ntwo `three`", "two"): "one\nmark(two) `three`",
-    ("👍🏽 👍", "👍"): "mark(👍)🏽 mark(👍)",
+    ("👍🏽 👍", "👍"): "mark(👍🏽) mark(👍)",
     ("<b>x</b>", "<b>"): "mark(<b>)x</b>",
     ("nothing of it", "else"): "nothing of it",
     ("a" * 100 + "needle" + "b" * 400, "NEEDLE"): (
@@ -163,7 +163,7 @@ def test_a_hostile_text_costs_no_time_and_few_elements(
             return parts.map((part) => {
                 const text = part.repeat(2_000_000 / part.length) + "x";
                 const node = contentNode(text);
-                const found = markedNode(text.slice(0, 200_000), "a ` x");
+                const found = markedNode(text.slice(0, 50_000), "a ` x");
                 const count = (node) => node.querySelectorAll("*").length;
                 return [node.textContent === text, count(node), count(found)];
             });
@@ -241,9 +241,7 @@ def test_rich_text_is_shown_in_its_bubble_and_copied_as_it_was_written(
     code.focus()
     page.keyboard.press("End")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(
-        "() => document.querySelector('pre code').scrollLeft > 0"
-    )
+    page.wait_for_function("() => document.querySelector('pre code').scrollLeft > 0")
     # More than 40 lines are folded.
     fold = page.locator(".fold:visible")
     expect(fold).to_have_count(2)
@@ -372,7 +370,7 @@ def test_a_line_about_people_moves_nobody_who_reads(
     server: Server, chromium: Chromium
 ) -> None:
     anna, ben, chat = group(server, "Anna", "Ben")
-    for i in range(70):
+    for i in range(40):
         server.post(chat, anna, f"Message {i} " + "words " * 20)
     page = sign_in(chromium.context(), server.link(anna), chat)
     expect(bubbles(page).last).to_be_in_viewport()
@@ -381,13 +379,15 @@ def test_a_line_about_people_moves_nobody_who_reads(
     line = page.locator("#messages .line")
     expect(line).to_have_text("The chat is now called “At the end”")
     expect(line).to_be_in_viewport(ratio=1)  # the end was visible, and it is
-    page.locator("[data-n='55']").evaluate("(row) => row.scrollIntoView()")
+    page.locator("[data-n='30']").evaluate("(row) => row.scrollIntoView()")
     expect(page.locator("#jump")).to_be_visible()
-    place = "() => document.querySelector(\"[data-n='55']\").getBoundingClientRect().top"
+    place = (
+        "() => document.querySelector(\"[data-n='30']\").getBoundingClientRect().top"
+    )
     before = page.evaluate(place)
-    for i in range(110):
+    for i in range(55):
         server.request("PATCH", url, {"title": f"Title {i}"})
     server.request("DELETE", f"{url}/members/{ben}")
     expect(line.last).to_have_text("Ben left")
-    expect(line).to_have_count(100)  # the newest ones
+    expect(line).to_have_count(50)  # the newest ones
     assert page.evaluate(place) == before
