@@ -29,12 +29,14 @@ from tests.browser import (
     screenshot,
     sign_in,
     until,
+    wait_until_connected,
     write,
 )
 
 pytestmark = pytest.mark.browser
 site, server, make_server, browser, chromium, example_chats = FIXTURES
-PHONE = {"width": 390, "height": 844}
+PHONE: Any = {"width": 390, "height": 844}
+SCHEMES: list[Any] = ["light", "dark"]
 
 # A browser that prints whether it was asked to allow notifications, what they say, and
 # the badge of the installed app.
@@ -58,18 +60,15 @@ def row(page: Page, chat: int) -> Any:
     return page.locator(f"#chat-list a[href='#chat/{chat}']")
 
 
-# --- a phone --------------------------------------------------------------------------
+# --- a phone -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_an_open_chat_has_one_bar_and_says_what_is_new_elsewhere(
-    server: Server, chromium: Chromium, scheme: Any
+    server: Server, chromium: Chromium
 ) -> None:
     anna, ben, chat = long_chat(server)
     other = server.create_chat(anna, ben, title="Other")
-    context = chromium.context(
-        viewport=PHONE, has_touch=True, is_mobile=True, color_scheme=scheme
-    )
+    context = chromium.context(viewport=PHONE, has_touch=True, is_mobile=True)
     page = context.new_page()
     page.clock.install()
     relay = Relay.connected(page, server.link(anna))
@@ -86,8 +85,10 @@ def test_an_open_chat_has_one_bar_and_says_what_is_new_elsewhere(
     expect(bubbles(page).last).to_have_text("Here")
     expect(bubbles(page).last).to_be_in_viewport()
     expect(page.locator("#back-count")).to_have_text("1")
-    screenshot(page, f"one-bar-{scheme}")
-    axe(page)
+    for scheme in SCHEMES:
+        page.emulate_media(color_scheme=scheme)
+        screenshot(page, f"one-bar-{scheme}")
+        axe(page)
 
     relay.cut(1011, block=True)
     page.route(re.compile("/api/"), lambda route: route.abort())
@@ -107,7 +108,8 @@ def test_an_open_chat_has_one_bar_and_says_what_is_new_elsewhere(
         }"""
     )
     send = page.get_by_role("button", name="Send").bounding_box()
-    assert send is not None and send["y"] + send["height"] <= 420
+    assert send is not None
+    assert send["y"] + send["height"] <= 420
     back.tap()
     expect(page.locator(".top")).to_be_visible()
     expect(page.locator("#bell-count")).to_have_text("1")
@@ -193,7 +195,7 @@ def test_the_page_can_be_installed(server: Server, chromium: Chromium) -> None:
     assert page.request.get(apple).ok
 
 
-# --- muting, counting, notifying -------------------------------------------------------
+# --- muting, counting, notifying -----------------------------------------------------
 
 
 def test_a_muted_chat_is_quiet(server: Server, chromium: Chromium) -> None:
@@ -308,14 +310,17 @@ def test_notifications_are_offered_once_after_the_first_message(
     expect(phone.locator(".toast")).to_have_count(0)
 
 
-# --- colours ---------------------------------------------------------------------------
+# --- colours -------------------------------------------------------------------------
 
-# The red, green and blue of what the browser has computed.
-COLOUR = """([node, property]) => {
-    const context = document.createElement("canvas").getContext("2d");
-    context.fillStyle = getComputedStyle(node)[property];
-    context.fillRect(0, 0, 1, 1);
-    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3); }"""
+# The red, green and blue of a property of some elements, as they are drawn.
+COLOURS = """([selector, property]) => {
+    const canvas = document.createElement("canvas");
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    return [...document.querySelectorAll(selector)].map((node) => {
+        context.fillStyle = getComputedStyle(node)[property];
+        context.fillRect(0, 0, 1, 1);
+        return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    }); }"""
 
 
 def contrast(one: list[int], other: list[int]) -> float:
@@ -333,55 +338,49 @@ def contrast(one: list[int], other: list[int]) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_each_member_of_a_group_has_a_readable_colour_that_stays(
-    server: Server, chromium: Chromium, scheme: Any
+    server: Server, chromium: Chromium
 ) -> None:
-    # Ids like these would all have the same colour.
-    base = 10_000_000 + 1_000 * server.add_user("Anna")
-    ids = [base + 12 * i for i in range(1, 12)]
+    # All these ids would have the same colour.
+    ids = [1_000_000 + 12 * i for i in range(12)]
+    late, *first = ids
     for i, user in enumerate(ids):
         server.request("GET", "/api/v1/me", user_id=user, name=f"Person {i}")
-    chat = server.create_chat(*ids, title="All")
-    for user in ids:
+    chat = server.create_chat(*first, title="All")
+    for user in first:
         server.post(chat, user, f"I am {user}")
-    page = sign_in(chromium.context(color_scheme=scheme), server.link(ids[0]), chat)
+    page = sign_in(chromium.context(), server.link(first[0]), chat)
     senders = page.locator("#messages .sender")
-    expect(senders).to_have_count(len(ids) - 1)
+    expect(senders).to_have_count(len(first) - 1)
 
-    def colours() -> list[list[int]]:
-        return [
-            node.evaluate(f"(node) => ({COLOUR})([node, 'color'])")
-            for node in senders.all()
-        ]
+    def colours(selector: str, name: str) -> list[list[int]]:
+        found: list[list[int]] = page.evaluate(COLOURS, [selector, name])
+        return found
 
-    before = colours()
-    for one, other in itertools.combinations(before, 2):
-        assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) > 25
-    ground = page.locator(".bubble").nth(1)
-    behind = ground.evaluate(f"(node) => ({COLOUR})([node, 'backgroundColor'])")
-    assert all(contrast(colour, behind) >= 4.5 for colour in before)
-    for avatar in page.locator("#messages .avatar, #chat-list .avatar").all():
-        text, disc = (
-            avatar.evaluate(f"(node) => ({COLOUR})([node, '{name}'])")
-            for name in ("color", "backgroundColor")
+    for scheme in SCHEMES:
+        page.emulate_media(color_scheme=scheme)
+        names = colours("#messages .sender", "color")
+        for one, other in itertools.combinations(names, 2):
+            assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) > 25
+        (bubble, *_) = colours(
+            "#messages .message:not(.own) .bubble", "backgroundColor"
         )
-        assert contrast(text, disc) >= 4.5
-    first = page.locator("#messages .message:not(.own)").first
-    disc = first.locator(".avatar").evaluate(
-        f"(node) => ({COLOUR})([node, 'backgroundColor'])"
-    )
-    assert disc == before[0]
+        assert all(contrast(colour, bubble) >= 4.5 for colour in names)
+        discs = colours("#messages .first > .avatar", "backgroundColor")
+        assert discs == names
+        letters = colours("#messages .first > .avatar", "color")
+        for disc, letter in zip(discs, letters, strict=True):
+            assert contrast(disc, letter) >= 4.5
     path = f"/api/v1/chats/{chat}/members"
-    server.request("POST", path, {"user_id": base})  # its id comes before the others
-    server.post(chat, base, "I am new")
-    expect(senders).to_have_count(len(ids))
-    after = colours()
-    assert after[:-1] == before
-    assert after[-1] not in before
+    server.request("POST", path, {"user_id": late})  # an id before all others
+    server.post(chat, late, "I am new")
+    expect(senders).to_have_count(len(first))
+    *same, new = colours("#messages .sender", "color")
+    assert same == names
+    assert new not in names
 
 
-# --- the keyboard ----------------------------------------------------------------------
+# --- the keyboard --------------------------------------------------------------------
 
 
 def test_the_keyboard_leads_everywhere_and_the_focus_is_never_lost(
@@ -468,11 +467,11 @@ def test_the_button_of_the_banner_takes_no_focus_with_it(
     expect(retry).to_be_focused()
     page.unroute_all()
     relay.unblock()
-    until(lambda: bool(page.clock.run_for(1_000)) or retry.is_hidden())
+    wait_until_connected(page)
     expect(field(page)).to_be_focused()
 
 
-# --- the account -----------------------------------------------------------------------
+# --- the account ---------------------------------------------------------------------
 
 
 def test_a_user_changes_the_name_and_signs_in_on_a_second_device(

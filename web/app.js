@@ -280,12 +280,14 @@ function countCharacters(text) {
  */
 function toast(text, action) {
   const node = el("p", { class: "toast" }, text);
-  if (action) {
-    node.append(textButton(action.text, action.press));
-    node.addEventListener("click", () => node.remove());
-  }
+  const end = () => {
+    if (node.contains(document.activeElement)) moveFocus();
+    node.remove();
+  };
+  if (action) node.append(textButton(action.text, action.press));
+  node.addEventListener("click", end);
   box("toasts").append(node);
-  after(TOAST_SECONDS, () => node.remove());
+  after(TOAST_SECONDS, end);
 }
 
 /** Announces a text to screen readers only. @param {string} text */
@@ -2985,7 +2987,7 @@ async function removeMember(chat, userId) {
 
 async function onNotifyButton() {
   await Notification.requestPermission();
-  button("bell").focus(); // the button is gone now
+  if (document.activeElement === button("notify")) button("bell").focus();
   requestRender();
 }
 
