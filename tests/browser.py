@@ -47,6 +47,7 @@ Context = sync_api.BrowserContext
 Locator = sync_api.Locator
 Page = sync_api.Page
 Request = sync_api.Request
+Response = sync_api.Response
 Route = sync_api.Route
 WebSocketRoute = sync_api.WebSocketRoute
 users = itertools.count(1)

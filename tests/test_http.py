@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import random
 import sqlite3
@@ -18,6 +19,7 @@ from trio.testing import wait_all_tasks_blocked
 import chatd
 from chatd import Rate
 from tests.client import (
+    CHECKOUT,
     NO_RATES,
     PING,
     UPGRADE_LINES,
@@ -434,28 +436,113 @@ async def test_every_answer_has_the_security_headers(server: VirtualServer) -> N
         assert "set-cookie" not in headers
 
 
+PAGE_TYPES = {
+    ".css": "text/css; charset=utf-8", ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8", ".png": "image/png",
+    ".svg": "image/svg+xml", ".webmanifest": "application/manifest+json",
+}  # fmt: skip
+PAGE_FILES = {f"/web/{file.name}": file for file in (CHECKOUT / "web").iterdir()}
+
+
+@with_server()
+async def test_the_files_of_the_page_are_all_served_with_their_types(
+    server: VirtualServer,
+) -> None:
+    raw = server.dial()
+    for path, file in {"/": CHECKOUT / "web/index.html", **PAGE_FILES}.items():
+        answer = await raw.ask("GET", path)
+        if file.name.endswith(".d.ts"):  # for those who write programs
+            assert answer.status == 404
+            continue
+        assert (answer.status, answer.body) == (200, file.read_bytes()), path
+        assert answer.headers["content-type"] == PAGE_TYPES[file.suffix]
+
+
 @with_server()
 async def test_the_page_files_have_a_content_security_policy_and_an_etag(
     server: VirtualServer,
 ) -> None:
     raw = server.dial()
-    for path, kind in {
-        "/": "text/html", "/web/index.html": "text/html", "/web/style.css": "text/css",
-        "/web/app.js": "text/javascript", "/web/chat-websocket.js": "text/javascript",
-    }.items():  # fmt: skip
+    for path in ("/", "/web/index.html", "/web/style.css", "/web/app.js"):
         answer = await raw.ask("GET", path)
-        assert answer.status == 200
-        assert answer.headers["content-type"].startswith(kind)
         assert answer.headers["cache-control"] == "no-cache"
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "frame-ancestors 'none'" in policy
         assert "unsafe" not in policy
-        again = await raw.ask("GET", path, If_None_Match=answer.headers["etag"])
-        assert (again.status, again.body) == (304, b"")
-        assert again.headers["etag"] == answer.headers["etag"]
-        other = await raw.ask("GET", path, If_None_Match='"older"')
+        etag = answer.headers["etag"]
+        for known in (etag, f'"older", {etag}'):
+            again = await raw.ask("GET", path, If_None_Match=known)
+            assert (again.status, again.body) == (304, b"")
+            for name in ("etag", "vary", "cache-control"):  # RFC 9110 15.4.5
+                assert again.headers[name] == answer.headers[name]
+            assert "content-encoding" not in again.headers
+        other = await raw.ask("GET", path, If_None_Match='W/"older"')
         assert other.body == answer.body
+
+
+@pytest.mark.parametrize(
+    ("accepted", "packed"),
+    [
+        ("gzip, deflate, br, zstd", True),  # what browsers send
+        ("deflate,GZIP", True),
+        ("gzip;q=0", False),
+        ("br, gzip; q=0, *", False),
+        ("*;q=0, identity;q=0, gzip", True),
+        ("identity", False),
+        ("*", False),
+        ("x-gzipped, br", False),
+        ("", False),
+    ],
+)
+@with_server(origin=("https://shop.example",))
+async def test_the_page_is_compressed_for_a_client_that_accepts_gzip(
+    server: VirtualServer, accepted: str, packed: bool
+) -> None:
+    raw = server.dial()
+    for path in ("/", "/web/app.js", "/web/style.css"):
+        plain = await raw.ask("GET", path)
+        answer = await raw.ask("GET", path, Accept_Encoding=accepted)
+        head = await raw.ask("HEAD", path, Accept_Encoding=accepted)
+        assert head.headers == answer.headers
+        assert answer.headers["vary"] == plain.headers["vary"]
+        assert answer.headers["vary"] == "Accept-Encoding, Origin"
+        if packed:
+            assert answer.headers["content-encoding"] == "gzip"
+            assert gzip.decompress(answer.body) == plain.body
+            assert len(answer.body) < len(plain.body) / 2
+        else:
+            assert "content-encoding" not in answer.headers
+            assert answer.body == plain.body
+        # Both are the same file: a weak ETag says so (RFC 9110 8.8.1).
+        etag = answer.headers["etag"]
+        assert etag.startswith('W/"')
+        for encoding in ("gzip", "identity"):
+            headers = {"Accept_Encoding": encoding, "If_None_Match": etag}
+            assert (await raw.ask("GET", path, **headers)).status == 304
+
+
+@with_server()
+async def test_what_is_compressed_already_is_sent_as_it_is(
+    server: VirtualServer,
+) -> None:
+    raw = server.dial()
+    api = await raw.ask("GET", "/healthz", Accept_Encoding="gzip")
+    assert api.json == {"status": "ok"}
+    for path, file in PAGE_FILES.items():
+        if file.suffix == ".png":
+            answer = await raw.ask("GET", path, Accept_Encoding="gzip")
+            assert "content-encoding" not in answer.headers
+            assert answer.body == file.read_bytes()
+
+
+async def test_the_compressed_page_passes_a_proxy(either_server: ServerProcess) -> None:
+    plain = await either_server.ask("GET", "/web/app.js")
+    answer = await either_server.ask("GET", "/web/app.js", Accept_Encoding="gzip")
+    assert answer.headers["content-encoding"] == "gzip"
+    assert gzip.decompress(answer.body) == plain.body
+    known = {"If_None_Match": answer.headers["etag"], "Accept_Encoding": "gzip"}
+    assert (await either_server.ask("GET", "/web/app.js", **known)).status == 304
 
 
 # --- the WebSocket handshake ---------------------------------------------------------
@@ -1499,7 +1586,7 @@ async def test_an_answer_with_a_chat_has_its_last_message_as_it_is_now(
     def edit(db: sqlite3.Connection, events: list[chatd.Entry]) -> None:
         message = chatd.Message(upto, chats[1], 7, "after", "", 1, rev=upto + 1)
         event = chatd.MessageEdited(server.store.next_seq(events), chats[1], message)
-        server.store.record(db, events, chatd.Entry(event, to_chat=True))
+        server.store.record(db, events, chatd.Entry(event))
 
     await server.store.commit(edit)
     read = app.hub.correct(read, upto)

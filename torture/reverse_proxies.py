@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import grp
+import gzip
 import http.client
 import itertools
 import json
@@ -373,18 +374,20 @@ def behind_proxy(
 
 
 def page(proxy: Endpoint, chatd: Chatd) -> str:
-    """The page loads. Its own Origin is accepted, and another is refused."""
+    """The page loads, compressed too. Only its own Origin is accepted."""
     size = 0
     for target in ("/", "/web/app.js", "/web/chat-websocket.js", "/web/style.css"):
         status, body = proxy.request(target, Origin=proxy.origin)
         check(status == 200, f"GET {target}: {status}")
-        size += len(body)
+        _, packed = proxy.request(target, Accept_Encoding="gzip")
+        check(gzip.decompress(packed) == body, f"GET {target}: not as gzip")
+        size += len(packed)
     status, _ = proxy.request("/api/v1/me", chatd.token(6), Origin=proxy.origin)
     check(status == 200, f"the page's own Origin: {status}")
     forged = {"Origin": "https://evil.example", "X_Forwarded_Host": "evil.example"}
     status, _ = proxy.request("/api/v1/me", chatd.token(6), **forged)
     check(status == 403, f"another Origin: {status}")
-    return f"the page, {size} bytes; only its own Origin is accepted"
+    return f"the page, {size} bytes as gzip; only its own Origin is accepted"
 
 
 def browser(proxy: Endpoint, chatd: Chatd) -> str:

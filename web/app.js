@@ -3034,6 +3034,7 @@ function addListeners() {
     if (model.open) void removeMember(model.open, myId());
   });
   on(button("rename-me"), "click", onRenameMe);
+  on(button("shortcuts"), "click", showKeys);
   on(button("link-device"), "click", () => void onLinkDevice());
   for (const node of document.querySelectorAll(".close"))
     on(node, "click", () => node.closest("dialog")?.close());
@@ -3061,7 +3062,12 @@ function onShortcut(event) {
   }
   if (document.querySelector("dialog[open], :popover-open")) return;
   if (key === "Escape" && model.open) location.hash = "#chats";
-  if (key === "?" && !target.matches("input, textarea")) box("keys").showPopover();
+  if (key === "?" && !target.matches("input, textarea")) showKeys();
+}
+
+function showKeys() {
+  box("me-panel").hidePopover();
+  dialog("keys").showModal();
 }
 
 /** @param {HashChangeEvent} event */
