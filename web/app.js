@@ -1333,7 +1333,6 @@ function renderTop() {
   setText("back-label", say("back") + more);
   showTitle(model.open ? chatTitle(model.open) : "", total);
   button("rename-me").hidden = !model.server.rename;
-  button("new-chat").hidden = !model.server.create_chats;
 }
 
 /** @param {number} count */
@@ -1403,6 +1402,7 @@ function renderEmpty() {
   const start = model.chats.size === 0 && model.chatsLoaded && create_chats;
   setText("empty-text", emptyText());
   button("empty-start").hidden = !start;
+  button("new-chat").hidden = !create_chats || start === true;
   setText("empty-start", say(invites ? "invitePeople" : "newChat"));
 }
 
