@@ -275,7 +275,9 @@ def sign_in(context: Context, link: str, chat: int | None = None) -> Page:
 
 def open_chat(page: Page, chat: int) -> None:
     row = page.locator(f"#chat-list a[href='#chat/{chat}']")
-    row.click()
+    expect(row).to_be_attached()
+    if row.get_attribute("aria-current") is None:  # a single chat opens by itself
+        row.click()
     expect(row).to_have_attribute("aria-current", "page")
     expect(page.locator("#composer")).to_be_visible()
 
