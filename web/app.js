@@ -48,7 +48,7 @@ const SHORT_LINES = 20;
 /** All drafts but the newest. localStorage has room for ten times this. */
 const DRAFT_CHARACTERS = 500_000;
 /** A chat keeps so many lines about joining, leaving and renaming. */
-const MAX_LINES = 100;
+const MAX_LINES = 50;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
 /** A search begins when the user has paused for this long. */
@@ -695,11 +695,6 @@ function onInfoCopy() {
  * ---------------------------------------------------------------------------------- */
 
 /**
- * What happened in a chat after its message n.
- * @typedef {{seq: number, n: number, text: () => string}} Line
- */
-
-/**
  * @typedef {object} ChatView
  * @property {number} id
  * @property {string | null} title
@@ -716,7 +711,8 @@ function onInfoCopy() {
  * @property {"no" | "yes" | "failed"} loading
  * @property {number | null} divider the new messages begin after this n
  * @property {Map<number, number>} typing user id -> timer that ends the typing sign
- * @property {Line[]} lines of this visit
+ * @property {{seq: number, n: number, text: () => string}[]} lines what has happened
+ *   during this visit, each after a message n
  * @property {number} activeAt ms, when it was added, or the user wrote in it, during
  *   this visit; otherwise 0
  */
@@ -997,7 +993,7 @@ const handlers = {
     if (isWhole(chat)) chat.members.set(user_id, chat.last_n);
     chat.memberCount += 1;
   },
-  member_removed: onMemberRemoved,
+  member_removed: ({ chat_id, user_id, seq }) => onMemberRemoved(chat_id, user_id, seq),
   typing: ({ chat_id, user_id, is_typing }) => onTyping(chat_id, user_id, is_typing),
   delivery: onDelivery,
 };
@@ -1084,9 +1080,9 @@ function onNewMessage(message, read) {
   notify(chat, message);
 }
 
-/** @param {import("./chat-websocket.js").MemberRemoved} event */
-function onMemberRemoved({ chat_id, user_id: userId, seq }) {
-  const chat = model.chats.get(chat_id);
+/** @param {number} chatId @param {number} userId @param {number} seq */
+function onMemberRemoved(chatId, userId, seq) {
+  const chat = model.chats.get(chatId);
   if (!chat) return;
   if (userId !== myId()) {
     // The chat may have come without this member already.
@@ -1096,17 +1092,15 @@ function onMemberRemoved({ chat_id, user_id: userId, seq }) {
     return;
   }
   toast(say("noLonger", { title: chatTitle(chat) }));
-  removeChat(chat_id);
+  removeChat(chatId);
 }
 
-/**
- * @param {ChatView} chat
- * @param {number} seq of the event
- * @param {() => string} text changes when a name becomes known
- */
+/** @param {ChatView} chat @param {number} seq @param {() => string} text */
 function addLine(chat, seq, text) {
   if (chat.lines.some((line) => line.seq === seq)) return;
-  chat.lines = [...chat.lines, { seq, n: chat.last_n, text }].slice(-MAX_LINES);
+  // `connected` has moved last_n over the messages that a replay brings only now.
+  const line = { seq, n: chat.last_message?.n ?? 0, text };
+  chat.lines = [...chat.lines, line].slice(-MAX_LINES);
   if (chat === model.open) announce(text());
 }
 
@@ -1734,8 +1728,12 @@ function typingText(chat) {
  * @returns {Row[]}
  */
 function messageRows(chat) {
-  const linesAfter = (/** @type {number} */ n) =>
-    chat.lines.filter((line) => line.n === n).map(lineRow);
+  const linesAfter = (/** @type {number} */ after) =>
+    chat.lines.filter(({ n }) => n === after).map(({ seq, text }) => ({
+      key: `line ${seq}`,
+      look: text(),
+      build: () => el("li", { class: "history line" }, text()),
+    }));
   let lines = linesAfter((chat.messages[0]?.n ?? 1) - 1);
   /** @type {Row[]} */
   const rows = [historyRow(chat, "older", chat.more), ...lines];
@@ -1810,15 +1808,6 @@ function dayRow({ created_at, n }) {
     key: `day ${n}`, // not the date: a clock that is set back repeats a day
     look: name,
     build: () => el("li", { class: "day" }, name),
-  };
-}
-
-/** @param {Line} line @returns {Row} */
-function lineRow({ seq, text }) {
-  return {
-    key: `line ${seq}`,
-    look: text(),
-    build: () => el("li", { class: "history line" }, text()),
   };
 }
 
@@ -1961,7 +1950,7 @@ function onTick({ target }) {
   if (open && message && knowsReaders(open)) showReaders(open, message);
 }
 
-/** What is copied is plain text; a part of one message, as written. @param {ClipboardEvent} event */
+/** A copy is plain text; of one message, as it was written. @param {ClipboardEvent} event */
 function onCopy(event) {
   const selection = getSelection();
   if (!selection || selection.isCollapsed) return;

@@ -1,8 +1,8 @@
 // @ts-check
 /**
- * text.js: the texts of messages as nodes: links, `code`, blocks of code, quotes and
- * large emoji. Text is never markup. A node has the whole text of its message, also the
- * signs of code and quotes: they are hidden, but copied. Long texts are walked once.
+ * text.js: texts of messages as nodes, with links, `code`, blocks of code, quotes and
+ * large emoji. Text is never markup. A node has all of its text: the signs of code and
+ * quotes are hidden, but copied.
  */
 import { say } from "./words.js";
 
@@ -43,8 +43,8 @@ let room = 0;
 /** @param {string} content of a message */
 export function contentNode(content) {
   const text = visibleText(content);
-  const emoji = text.length < 100 && EMOJI.test(text) ? "emoji" : "";
-  const className = `content ${text === content ? emoji : "blank"}`;
+  const kind = text !== content ? "blank" : EMOJI.test(text) ? "emoji" : "";
+  const className = `content ${kind}`;
   const node = make("div", "", { className, dir: "auto" });
   /** @type {HTMLElement | null} */
   let quote = null;
@@ -72,6 +72,7 @@ export function contentNode(content) {
       appendText(node, before);
       node.append(hiddenSign("div", line), pre, hiddenSign("div", end[0]));
       BLOCK.lastIndex = CODE_END.lastIndex;
+      quote = null;
     } else continue;
     done = BLOCK.lastIndex;
   }
@@ -88,8 +89,6 @@ export function folded(text) {
     .normalize("NFC");
 }
 
-/** A syllable of Hangul, or any character, with its marks. */
-const LETTER = /(?:[\u1100-\u115f][\u1160-\u11ff]+|[^])\p{M}*/gu;
 const RESULT_LETTERS = 200;
 const RESULT_LETTERS_BEFORE = 30;
 
@@ -102,8 +101,8 @@ export function markedNode(content, query) {
   const words = query.split(/\s+/).map(folded).filter(Boolean);
   const escaped = (/** @type {string} */ one) => one.replace(/[^\p{L}\p{N}]/u, "\\$&");
   const pattern = words.map((word) => [...word].map(escaped).join("\0*")).join("|");
-  // \0 stands between letters, \1 and \2 around matches: no message has them.
-  const letters = content.match(LETTER) ?? [];
+  // \0 stands between letters, \x01 and \x02 around matches: no message has them.
+  const letters = [...new Intl.Segmenter().segment(content)].map((one) => one.segment);
   const all = letters.map(folded).join("\0");
   const parts = all.replace(new RegExp(pattern, "g"), "\x01$&\x02").split("\0");
   const first = parts.findIndex((part) => part.includes("\x01"));
@@ -119,14 +118,12 @@ export function markedNode(content, query) {
   return node;
 }
 
-/* -------------------------------------------------------------------------------------
- * Links: http and https, www. and mail addresses. A sentence may go on right after an
- * address, so the page takes all that could belong to it, and then cuts off the rest.
- * ---------------------------------------------------------------------------------- */
+// Links. A sentence may go on right after an address, so all that could belong to it is
+// taken, and then the rest is cut off.
 
 /**
- * A character of an address: no white space, no quote, and no mark outside of ASCII
- * that ends a sentence, opens or closes. (But ’ may be part of a French title.)
+ * No white space, no quote, and no mark outside of ASCII that ends a sentence, opens or
+ * closes. (But ’ may be part of a French title.)
  */
 const IN_ADDRESS =
   "(?!(?![\\x00-\\x7f’])[\\p{Term}\\p{Ps}\\p{Pe}\\p{Pi}\\p{Pf}…—―〜" +
@@ -135,7 +132,7 @@ const IN_ADDRESS =
 const LABEL = "[\\p{L}\\p{N}](?:[\\p{L}\\p{N}-]{0,61}[\\p{L}\\p{N}])?";
 const PART = new RegExp(
   [
-    "(?<!`)(?<ticks>`{1,3})(?<code>[^`\\n]+)\\k<ticks>(?!`)",
+    "(?<!`)(?<ticks>`{1,3})(?=[ \\t]*[^`\\s])(?<code>[^`\\n]+)\\k<ticks>(?!`)",
     `(?<web>(?<![a-z\\d])https?://(?:${IN_ADDRESS}){1,4000})`,
     `(?<www>(?<![a-z\\d@./-])www\\.(?:${IN_ADDRESS}){1,4000})`,
     "(?<mail>(?<![\\p{Script=Latin}\\p{N}._%+/@-])" +
