@@ -25,6 +25,7 @@ from tests.browser import (
     screenshot,
     sign_in,
     until,
+    wait_until_connected,
     write,
 )
 
@@ -358,3 +359,49 @@ def test_the_search_fits_each_screen_and_axe_finds_no_fault(
     expect(page.locator("#messages > :focus")).to_be_in_viewport()
     screenshot(page, f"found-{width}-{scheme}")
     axe(page)
+
+
+def test_without_a_connection_the_place_stays_or_says_why_it_is_not_there(
+    server: Server, chromium: Chromium, garden: tuple[int, int, int, list[int]]
+) -> None:
+    anna, _, chat, ids = garden
+    page = chromium.page(clock=True)
+    relay = Relay.connected(page, server.link(anna), chat)
+    expect(bubbles(page).last).to_be_in_viewport()
+    page.route(re.compile("/api/"), lambda route: route.abort())
+    relay.cut(1011, block=True)
+    page.clock.run_for(5_100)
+    expect_state(page, "offline")
+    texts = shown(page)
+    page.evaluate("(hash) => { location.hash = hash; }", f"#chat/{chat}/{ids[9]}")
+    toast = page.locator(".toast", has_text="does not answer")
+    expect(toast).to_be_visible()
+    assert shown(page) == texts
+    search(page, "plant")
+    page.clock.run_for(1_000)
+    expect(page.locator("#search-status")).to_contain_text("does not answer")
+    relay.unblock()
+    page.unroute(re.compile("/api/"))
+    wait_until_connected(page)
+    expect(results(page).first).to_be_visible()  # it has gone on by itself
+    page.clock.run_for(1_000)
+    page.keyboard.press("Escape")
+    page.evaluate("(hash) => { location.hash = hash; }", f"#chat/{chat}/{ids[19]}")
+    page.clock.run_for(1_000)
+    expect(page.locator(f"[data-id='{ids[19]}']")).to_be_in_viewport()
+    # A message that is written there waits at the end, which is loaded later.
+    page.route(re.compile("/api/"), lambda route: route.abort())
+    relay.cut(1011, block=True)
+    page.clock.run_for(5_100)
+    expect_state(page, "offline")
+    write(page, "From the tunnel")
+    page.clock.run_for(1_000)
+    expect(bubbles(page)).to_have_text(["From the tunnel"])
+    expect(page.locator("#messages")).to_contain_text("could not be loaded")
+    relay.unblock()
+    page.unroute(re.compile("/api/"))
+    wait_until_connected(page)
+    page.clock.run_for(1_000)
+    expect(bubbles(page).nth(40)).to_be_attached()
+    expect(bubbles(page).last).to_have_text("From the tunnel")
+    expect(bubbles(page).last).to_be_in_viewport()
