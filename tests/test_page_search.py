@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -25,6 +25,7 @@ from tests.browser import (
     screenshot,
     sign_in,
     until,
+    wait_until_connected,
     write,
 )
 
@@ -60,7 +61,8 @@ def shown(page: Page) -> list[str]:
     texts: list[str] = page.evaluate(
         """() => {
             const { top, bottom } = scroller.getBoundingClientRect();
-            return [...document.querySelectorAll("#messages .message")].filter((row) => {
+            const rows = [...document.querySelectorAll("#messages .message")];
+            return rows.filter((row) => {
                 const box = row.getBoundingClientRect();
                 return box.bottom > top && box.top < bottom;
             }).map((row) => row.querySelector(".content").textContent);
@@ -105,7 +107,9 @@ def test_a_search_finds_chats_and_messages_in_all_chats_or_in_one(
         ["Zoltán Kiss", "BenTea & Чай"]
     )
     expect(results(page).locator("mark")).to_have_text(["café", "café"])
-    expect(results(page).locator(".row-time")).to_have_text([re.compile(r"\d:\d\d")] * 2)
+    expect(results(page).locator(".row-time")).to_have_text(
+        [re.compile(r"\d:\d\d")] * 2
+    )
     expect(results(page).first.locator("mark")).to_be_in_viewport()
     expect(results(page).last.locator(".row-last")).to_have_text(
         "Крепкий ЧАЙ и <b>café</b>"
@@ -245,7 +249,7 @@ def test_messages_after_a_place_are_loaded_on_the_way_down_and_move_nothing(
 
     until(at_end)
     assert seen == sorted(seen)
-    assert max(b - a for a, b in zip(seen, seen[1:], strict=False)) < 25  # no hole
+    assert max(b - a for a, b in pairwise(seen)) < 25  # no hole
     numbers = [
         int(text.split()[-1])
         for text in bubbles(page).all_inner_texts()
@@ -311,7 +315,11 @@ def test_results_follow_what_happens_and_a_search_survives_the_network(
     # A page of results may be empty, and the answer to an old text comes too late.
     held: list[Route] = []
     page.unroute(re.compile("/api/v1/search"))
-    page.route(re.compile("/api/v1/search"), lambda route: held.append(route))
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route(re.compile("/api/v1/search"), hold)
     page.get_by_role("textbox", name="Search").fill("spade 1")
     until(lambda: bool(page.title()) and len(held) == 1)
     expect(page.locator("#search-status")).to_have_text("Searching…")
@@ -328,26 +336,72 @@ def test_results_follow_what_happens_and_a_search_survives_the_network(
     expect(page.locator("#search-status")).to_have_attribute("aria-busy", "false")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])
 def test_the_search_fits_each_screen_and_axe_finds_no_fault(
     server: Server,
     chromium: Chromium,
     example_chats: tuple[int, int],
+    width: int,
     scheme: str,
 ) -> None:
     anna, chat = example_chats
-    for width, height in ((390, 844), (1280, 800)):
-        context = chromium.context(
-            color_scheme=scheme, viewport={"width": width, "height": height}
-        )
-        page = sign_in(context, server.link(anna), chat)
-        search(page, "is the")
-        expect(page.locator("#search-status")).to_contain_text("found.")
-        screenshot(page, f"search-{width}-{scheme}")
-        axe(page)
-        if width == 390:
-            expect(page.get_by_role("dialog")).to_have_css("width", "390px")
-        results(page).last.click()
-        expect(page.locator("#messages > :focus")).to_be_in_viewport()
-        screenshot(page, f"found-{width}-{scheme}")
-        axe(page)
+    context = chromium.context(
+        color_scheme=scheme, viewport={"width": width, "height": 800}
+    )
+    page = sign_in(context, server.link(anna), chat)
+    search(page, "is the")
+    expect(page.locator("#search-status")).to_contain_text("found.")
+    screenshot(page, f"search-{width}-{scheme}")
+    axe(page)
+    if width == 390:
+        expect(page.get_by_role("dialog")).to_have_css("width", "390px")
+    results(page).last.press("Enter")
+    expect(page.locator("#messages > :focus")).to_be_in_viewport()
+    screenshot(page, f"found-{width}-{scheme}")
+    axe(page)
+
+
+def test_without_a_connection_the_place_stays_or_says_why_it_is_not_there(
+    server: Server, chromium: Chromium, garden: tuple[int, int, int, list[int]]
+) -> None:
+    anna, _, chat, ids = garden
+    page = chromium.page(clock=True)
+    relay = Relay.connected(page, server.link(anna), chat)
+    expect(bubbles(page).last).to_be_in_viewport()
+    page.route(re.compile("/api/"), lambda route: route.abort())
+    relay.cut(1011, block=True)
+    page.clock.run_for(5_100)
+    expect_state(page, "offline")
+    texts = shown(page)
+    page.evaluate("(hash) => { location.hash = hash; }", f"#chat/{chat}/{ids[9]}")
+    toast = page.locator(".toast", has_text="does not answer")
+    expect(toast).to_be_visible()
+    assert shown(page) == texts
+    search(page, "plant")
+    page.clock.run_for(1_000)
+    expect(page.locator("#search-status")).to_contain_text("does not answer")
+    relay.unblock()
+    page.unroute(re.compile("/api/"))
+    wait_until_connected(page)
+    expect(results(page).first).to_be_visible()  # it has gone on by itself
+    page.clock.run_for(1_000)
+    page.keyboard.press("Escape")
+    page.evaluate("(hash) => { location.hash = hash; }", f"#chat/{chat}/{ids[19]}")
+    page.clock.run_for(1_000)
+    expect(page.locator(f"[data-id='{ids[19]}']")).to_be_in_viewport()
+    # A message that is written there waits at the end, which is loaded later.
+    page.route(re.compile("/api/"), lambda route: route.abort())
+    relay.cut(1011, block=True)
+    page.clock.run_for(5_100)
+    expect_state(page, "offline")
+    write(page, "From the tunnel")
+    page.clock.run_for(1_000)
+    expect(bubbles(page)).to_have_text(["From the tunnel"])
+    expect(page.locator("#messages")).to_contain_text("could not be loaded")
+    relay.unblock()
+    page.unroute(re.compile("/api/"))
+    wait_until_connected(page)
+    page.clock.run_for(1_000)
+    expect(bubbles(page).nth(40)).to_be_attached()
+    expect(bubbles(page).last).to_have_text("From the tunnel")
+    expect(bubbles(page).last).to_be_in_viewport()

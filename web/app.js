@@ -184,6 +184,12 @@ function showRows(container, rows) {
   target?.focus({ preventScroll: true });
 }
 
+/** So many pixels are left to scroll. @param {string} id */
+function below(id) {
+  const { scrollHeight, scrollTop, clientHeight } = box(id);
+  return scrollHeight - scrollTop - clientHeight;
+}
+
 /** @param {string} id of a container @returns {HTMLElement[]} */
 function rowsOf(id) {
   return /** @type {HTMLElement[]} */ ([...box(id).children]);
@@ -1239,8 +1245,8 @@ function markSeen() {
 }
 
 /**
- * Loads messages before, after or around an id, or the newest.
- * @param {ChatView} chat @param {{before?: number, after?: number, around?: number}} where
+ * @param {ChatView} chat
+ * @param {{before?: number, after?: number, around?: number}} where {}: the newest
  */
 async function loadHistory(chat, where) {
   const { client } = model;
@@ -1593,12 +1599,7 @@ const pane = {
 
   /** Whether the chat's end is visible. */
   atEnd() {
-    return !model.open?.moreAfter && this.below() < END_MARGIN;
-  },
-
-  below() {
-    const { scrollHeight, scrollTop, clientHeight } = box("scroller");
-    return scrollHeight - scrollTop - clientHeight;
+    return !model.open?.moreAfter && below("scroller") < END_MARGIN;
   },
 
   scrollToEnd() {
@@ -1730,7 +1731,7 @@ const pane = {
     }
   },
 
-  /** Loads where the user is, or wants to be, and scrolls there. @param {ChatView} chat */
+  /** Loads what the user wants to see, and goes there. @param {ChatView} chat */
   go(chat) {
     const { goTo, follow, anchor } = this;
     const id = Number(goTo) || (goTo === "stay" && !follow ? anchor.id : 0);
@@ -1781,7 +1782,7 @@ const pane = {
     const [first, last] = [chat.messages[0], chat.messages.at(-1)];
     if (first && chat.more && scrollTop < HISTORY_MARGIN)
       void loadHistory(chat, { before: first.id });
-    else if (last && chat.moreAfter && this.below() < HISTORY_MARGIN)
+    else if (last && chat.moreAfter && below("scroller") < HISTORY_MARGIN)
       void loadHistory(chat, { after: last.id });
   },
 
@@ -2156,6 +2157,7 @@ function selectChat(chat) {
   pane.drawn = Infinity;
   pane.follow = true;
   pane.goTo = "start";
+  pane.at = undefined;
   pane.unfolded.clear();
   composer.show(chat);
   if (!chat) return;
@@ -2348,7 +2350,7 @@ function isComposing(event) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Search. Each request looks back for a moment. A render lets the search go on as long as
+ * Search. Each request looks back for a moment. A render lets the search go on while
  * the end of the list is on the screen.
  * ---------------------------------------------------------------------------------- */
 
@@ -2358,7 +2360,7 @@ const search = {
   chatId: 0,
   /** @type {Message[]} */
   found: [],
-  /** It goes on before this id. null: it is complete. @type {number | null | undefined} */
+  /** It goes on before this id; null: no further. @type {number | null | undefined} */
   before: null,
   busy: false,
   error: "",
@@ -2424,19 +2426,19 @@ const search = {
   render() {
     if (!dialog("search").open) return;
     const { q, chatId, before, error } = this;
-    box("search-scope").hidden = !model.open;
-    const list = box("search-list");
+    const { open, chats } = model;
+    box("search-scope").hidden = !open;
     const called = sortedChats().filter((chat) => !chatId && isCalled(chat, q));
-    const found = this.found.filter((one) => !one.deleted && model.chats.has(one.chat_id));
-    showRows(list, [
+    const found = this.found.filter((one) => !one.deleted && chats.has(one.chat_id));
+    showRows(box("search-list"), [
       ...called.slice(0, 5).map((chat) => chatRow(chat, false)),
       ...found.map((message) => this.row(message)),
     ]);
-    if (list.scrollHeight - list.scrollTop - list.clientHeight < END_MARGIN) void this.goOn();
+    if (below("search-list") < END_MARGIN) void this.goOn();
     const count = found.length;
     const result = count ? say("found", { count }) : say("foundNothing");
     const text = error || (this.busy ? say("searching") : result);
-    box("search-status").setAttribute("aria-busy", String(this.busy));
+    box("search-status").setAttribute("aria-busy", String(this.busy)); // not read out
     setText("search-status", q && `${text} ${before ? this.searchedBack(before) : ""}`);
     button("search-retry").hidden = !error;
   },
@@ -2456,6 +2458,8 @@ const search = {
     const name = personName(sender_id);
     const names = [...new Set([name, chat && !chatId ? chatTitle(chat) : name])];
     const when = shortTime(created_at);
+    const text = () => markedNode(visibleText(content), q);
+    const bdi = (/** @type {string} */ one) => el("bdi", {}, one);
     return {
       key: `m ${id}`,
       look: JSON.stringify([names, when, rev, q]),
@@ -2467,9 +2471,9 @@ const search = {
             "a",
             { class: "row found", href: `#chat/${chat_id}/${id}` },
             personAvatar(sender_id),
-            el("span", { class: "row-title" }, ...names.map((name) => el("bdi", {}, name))),
+            el("span", { class: "row-title" }, ...names.map(bdi)),
             el("span", { class: "row-time" }, when),
-            el("span", { class: "row-last", dir: "auto" }, markedNode(visibleText(content), q)),
+            el("span", { class: "row-last", dir: "auto" }, text()),
           ),
         ),
     };
@@ -2482,8 +2486,8 @@ const search = {
     const at = stops.findIndex((node) => node === document.activeElement);
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (step) stops[at + step]?.focus();
-    else if (event.key === "Enter" && at === 0 && !isComposing(event)) stops[1]?.click();
-    else return;
+    else if (event.key !== "Enter" || at !== 0 || isComposing(event)) return;
+    else stops[1]?.click();
     event.preventDefault();
   },
 
@@ -2504,9 +2508,9 @@ function isCalled(chat, q) {
 
 /** @param {KeyboardEvent} event */
 function onSearchKey(event) {
-  const isK = event.key === "k" || event.code === "KeyK";
-  const isCommand = (event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey;
-  if (!isK || !isCommand || box("chat").hidden) return;
+  const { key, code, ctrlKey, metaKey, shiftKey, altKey } = event;
+  const isCommand = (ctrlKey || metaKey) && !shiftKey && !altKey;
+  if (!isCommand || (key !== "k" && code !== "KeyK") || box("chat").hidden) return;
   event.preventDefault();
   if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
 }
