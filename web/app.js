@@ -2375,7 +2375,6 @@ const composer = {
     drafts.set(chat.id, "");
     this.setText("");
     pane.follow = true;
-    offerNotifications();
     requestRender();
   },
 
@@ -2753,7 +2752,7 @@ async function onNotifyButton() {
   requestRender();
 }
 
-/** Offers notifications once: after the first message that the user has written. */
+/** Offers notifications once: to a user who comes back and finds new messages. */
 function offerNotifications() {
   const key = "chatd.notify";
   if (button("notify").hidden || readStored(storages.browser, key)) return;
@@ -2943,6 +2942,7 @@ function onViewport() {
 
 /** The user has come back, perhaps on another day. */
 function onWatched() {
+  if (isWatched() && [...model.chats.values()].some(counted)) offerNotifications();
   onSecond();
   render();
 }
