@@ -2314,7 +2314,6 @@ const composer = {
     if (model.client) drafts.send(model.client, chat.id, content);
     this.setText("");
     pane.showLatest();
-    offerNotifications();
     requestRender();
   },
 
@@ -2995,7 +2994,7 @@ async function onNotifyButton() {
   requestRender();
 }
 
-/** Offers notifications once: after the first message that the user has written. */
+/** Offers notifications once: to a user who comes back and finds new messages. */
 function offerNotifications() {
   const key = "chatd.notify";
   if (button("notify").hidden || readStored(storages.browser, key)) return;
@@ -3201,6 +3200,7 @@ function onViewport() {
 
 /** The user has come back, perhaps on another day. */
 function onWatched() {
+  if (isWatched() && [...model.chats.values()].some(counted)) offerNotifications();
   onSecond();
   render();
 }
