@@ -2379,6 +2379,120 @@ function ask({ title, text, yes, no }) {
 }
 
 /**
+ * Sends a form's request, one at a time: a repeat could make a second chat or user. The
+ * button is not disabled meanwhile, or else the focus would be lost.
+ * @param {string} errorId where a failure is explained
+ * @param {() => Promise<unknown>} request
+ */
+async function submit(errorId, request) {
+  if (submitting) return;
+  submitting = true;
+  setText(errorId, "");
+  try {
+    await request();
+  } catch (error) {
+    setText(errorId, errorText(error));
+  } finally {
+    submitting = false;
+    requestRender();
+  }
+}
+let submitting = false;
+
+/** @type {(text: string) => Promise<unknown>} */
+let saveName;
+
+/**
+ * Asks for a name or a title. The dialog stays open until it is saved.
+ * @param {string} title @param {string} value @param {number} most characters
+ * @param {(text: string) => Promise<unknown>} save
+ */
+function askName(title, value, most, save) {
+  saveName = save;
+  setText("name-title", title);
+  setText("name-error", "");
+  const input = field("name-text");
+  input.maxLength = most;
+  input.value = value;
+  dialog("name").showModal();
+  input.select();
+}
+
+/** @param {SubmitEvent} event */
+function onNameForm(event) {
+  event.preventDefault();
+  void submit("name-error", async () => {
+    await saveName(field("name-text").value.trim());
+    dialog("name").close();
+  });
+}
+
+function onRenameMe() {
+  box("me-panel").hidePopover();
+  const { client, session } = model;
+  askName("Change your name", session?.name ?? "", 64, async (text) => {
+    const { name } = await client?.renameMe(text);
+    if (client === model.client) setMyName(name);
+  });
+}
+
+/** The name can also change in another tab or device. @param {string | null} name */
+function setMyName(name) {
+  const { session } = model;
+  if (!session || session.name === name) return;
+  session.name = name;
+  model.names.set(myId(), name);
+  writeSession(storages.tab, session);
+  if (readSession(storages.browser)?.user_id === myId())
+    writeSession(storages.browser, session);
+  requestRender();
+}
+
+async function onLinkDevice() {
+  box("me-panel").hidePopover();
+  const { client } = model;
+  try {
+    const answer = await client?.linkDevice();
+    if (!answer || client !== model.client) return;
+    const minutes = Math.round(answer.expires_in / 60);
+    const url = new URL(`#token=${answer.token}`, location.href).href;
+    showLink(
+      "Sign in on another device",
+      `Open this link there within ${minutes} minutes. Whoever has it is signed in ` +
+        "as you, so show it to nobody else.",
+      url,
+    );
+  } catch (error) {
+    toast(errorText(error));
+  }
+}
+
+/**
+ * Shows a link to copy or, where the browser can, to share.
+ * @param {string} title @param {string} text @param {string} url
+ */
+function showLink(title, text, url) {
+  setText("link-title", title);
+  setText("link-text", text);
+  setText("link-copy", "Copy");
+  field("link-url").value = url;
+  button("link-share").hidden = !("share" in navigator);
+  dialog("link").showModal();
+}
+
+function onLinkCopy() {
+  field("link-url").select();
+  // navigator.clipboard would need https.
+  if (document.execCommand("copy")) setText("link-copy", "Copied");
+  button("link-copy").focus();
+}
+
+function onLinkShare() {
+  // It is rejected if the user cancels. The link can still be copied.
+  navigator.share({ url: field("link-url").value }).catch(() => {});
+}
+
+/**
  * The chat to which the people dialog adds members; null: it creates a chat.
  * @type {ChatView | null}
  */
@@ -2721,6 +2835,13 @@ function addListeners() {
   on(button("info-invite"), "click", () => void onInfoInvite());
   on(button("info-copy"), "click", onInfoCopy);
   on(button("info-leave"), "click", () => void onInfoLeave());
+  on(button("rename-me"), "click", onRenameMe);
+  on(button("link-device"), "click", () => void onLinkDevice());
+  on(box("name-form"), "submit", onNameForm);
+  on(button("name-cancel"), "click", () => dialog("name").close());
+  on(button("link-close"), "click", () => dialog("link").close());
+  on(button("link-copy"), "click", onLinkCopy);
+  on(button("link-share"), "click", onLinkShare);
   on(button("ask-yes"), "click", () => dialog("ask").close("yes"));
   on(button("ask-no"), "click", () => dialog("ask").close("no"));
   const observer = new ResizeObserver(() => pane.onResize());
