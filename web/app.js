@@ -50,6 +50,10 @@ const SHORT_LINES = 20;
 const DRAFT_CHARACTERS = 500_000;
 /** So many addresses of one message become links. */
 const MAX_LINKS = 200;
+/** A deletion can be undone for this long. */
+const UNDO_SECONDS = 5;
+/** A finger that stays on a message for this long opens its menu. */
+const LONG_PRESS_SECONDS = 0.5;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
 /** The first connection waits at most this long for the list of chats. */
@@ -193,12 +197,15 @@ function newRow({ key, look, build }) {
 
 /** @param {HTMLElement} before @param {HTMLElement} node */
 function replaceRow(before, node) {
-  const focused = before.contains(document.activeElement);
+  const { activeElement } = document;
+  const focused = before.contains(activeElement);
+  const more = before.querySelector(".more"); // an open menu may belong to it
+  if (more) node.querySelector(".more")?.replaceWith(more);
   before.replaceWith(node);
   if (!focused) return;
-  /** @type {HTMLElement | null} */
-  const target = node.querySelector("a, button");
-  target?.focus({ preventScroll: true });
+  const first = node.querySelector("a, button") ?? node.closest("[tabindex]");
+  const target = node.contains(activeElement) ? activeElement : first;
+  if (target instanceof HTMLElement) target.focus({ preventScroll: true });
 }
 
 /** @param {string} word @param {number} count */
@@ -726,6 +733,7 @@ function onInfoCopy() {
  * @property {number} id
  * @property {string | null} title
  * @property {boolean} direct
+ * @property {number | null} created_by
  * @property {Map<number, number>} members user id -> read_n; empty if there are many
  * @property {number} memberCount
  * @property {number} last_n
@@ -737,6 +745,7 @@ function onInfoCopy() {
  * @property {boolean} stale events were missed, so the loaded messages may be old
  * @property {boolean} more there are messages before the loaded ones
  * @property {"no" | "yes" | "failed"} loading
+ * @property {Message | null} editing the message that the composer edits, as it was
  * @property {number | null} divider the new messages begin after this n
  * @property {Map<number, number>} typing user id -> timer that ends the typing sign
  * @property {number} activeAt ms, when it was added, or the user wrote in it, during
@@ -844,6 +853,7 @@ function putChat(received) {
     id: received.id,
     title: null,
     direct: false,
+    created_by: null,
     members: new Map(),
     memberCount: 0,
     last_n: 0,
@@ -854,12 +864,14 @@ function putChat(received) {
     stale: false,
     more: true,
     loading: "no",
+    editing: null,
     divider: null,
     typing: new Map(),
     activeAt: 0,
   };
   chat.title = received.title;
   chat.direct = received.direct;
+  chat.created_by = received.created_by;
   chat.last_message = newer(chat.last_message, received.last_message);
   chat.last_n = Math.max(chat.last_n, received.last_n);
   // A large chat that the user was just added to says nothing of the user's mark.
@@ -1266,6 +1278,7 @@ function render() {
   renderList();
   renderBell();
   pane.render();
+  if (!menuAnchor?.isConnected) box("menu").hidePopover();
   markSeen();
   if (model.chatsLoaded) loading = false;
 }
@@ -2010,6 +2023,114 @@ function moveFocus(before) {
 }
 
 /* -------------------------------------------------------------------------------------
+ * Changing. Each message has a menu. An edit or a deletion waits like a message, and the
+ * row shows what will be. For some seconds a deletion is only held, and can be undone.
+ * ---------------------------------------------------------------------------------- */
+
+/** The deletions that can be undone, and the timers that send them, by message id. */
+const held = new Map();
+
+/** The newest unsent change of a message. @param {number} id */
+function changeOf(id) {
+  const changes = model.client?.unsentChanges() ?? [];
+  return changes.filter(({ message_id }) => message_id === id).at(-1);
+}
+
+/** A message as it will be. @param {Message} message */
+function shown({ id, content, deleted = false }) {
+  const change = held.has(id) ? undefined : changeOf(id);
+  if (change?.kind === "edit") return { change, content: change.content, deleted: false };
+  const going = held.has(id) || (change && change.state !== "failed");
+  return { change, content, deleted: deleted || going === true };
+}
+
+/** Whether the server will take an edit. @param {Message} message */
+function mayEdit({ sender_id, created_at, deleted }) {
+  const { edit_seconds = 0 } = model.server;
+  const age = (Date.now() - Date.parse(created_at)) / 1000;
+  const inTime = edit_seconds === null || age < edit_seconds; // null: without end
+  return sender_id === myId() && !deleted && inTime;
+}
+
+/** Opens the menu of a message. @param {HTMLElement | null} row */
+function openActions(row) {
+  const anchor = row?.querySelector("button.more");
+  const chat = model.open;
+  const message = chat?.messages.find(({ id }) => id === Number(row?.dataset["id"]));
+  if (!anchor || !chat || !message) return;
+  const copy = { text: say("copy"), press: () => copyText(shown(message).content) };
+  const edit = { text: say("edit"), press: () => composer.change(message) };
+  const remove = { text: say("delete"), press: () => hold(message.id) };
+  const owner = !chat.direct && chat.created_by === myId() && !message.deleted;
+  if (mayEdit(message)) showMenu(anchor, [copy, edit, remove]);
+  else showMenu(anchor, owner ? [copy, remove] : [copy]);
+}
+
+let press = 0;
+
+/**
+ * A finger stays on a message, which is no event on iOS. On a link, the browser has a
+ * menu of its own.
+ * @param {PointerEvent & {target: Element}} event
+ */
+function onPress({ pointerType, pointerId, target }) {
+  clearTimeout(press);
+  if (pointerType !== "touch" || target.closest("a, button")) return;
+  press = after(LONG_PRESS_SECONDS, () => {
+    openActions(target.closest(".message"));
+    // Or else the menu would close when the finger is lifted outside of it.
+    if (menuIsOpen()) box("menu").setPointerCapture(pointerId);
+  });
+}
+
+/** Up and down move between the messages. @param {KeyboardEvent} event */
+function onMessagesKey(event) {
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  if (!step) return;
+  const all = [...box("messages").querySelectorAll("button.more")];
+  const end = box("scroller").getBoundingClientRect().bottom;
+  const visible = all.filter((node) => node.getBoundingClientRect().bottom <= end);
+  const at = all.findIndex((node) => node === document.activeElement);
+  const next = at < 0 ? visible.at(-1) : all[at + step];
+  if (!(next instanceof HTMLElement)) return;
+  event.preventDefault();
+  next.focus();
+}
+
+/** Deletes a message, unless the user undoes it in time. @param {number} id */
+function hold(id) {
+  if (model.open?.editing?.id === id) composer.leave();
+  held.set(
+    id,
+    after(UNDO_SECONDS, () => release(id)),
+  );
+  requestRender();
+}
+
+/** @param {number} id @param {boolean} [undo] */
+function release(id, undo = false) {
+  clearTimeout(held.get(id));
+  held.delete(id);
+  if (!undo) model.client?.deleteMessage(id);
+  requestRender();
+}
+
+/** The user leaves the chat or the page, and can undo nothing there. */
+function releaseAll() {
+  for (const id of held.keys()) release(id);
+}
+
+/** Copies a text, also over http, without a clipboard. @param {string} text */
+function copyText(text) {
+  const node = el("textarea", {}, text);
+  document.body.append(node);
+  node.select();
+  toast(say(document.execCommand("copy") ? "copied" : "notCopied"));
+  node.remove();
+  menuAnchor?.focus();
+}
+
+/* -------------------------------------------------------------------------------------
  * Links: http and https, www. and mail addresses. A sentence may go on right after an
  * address, so the page takes all that could belong to it, and then cuts off the rest.
  * ---------------------------------------------------------------------------------- */
@@ -2492,6 +2613,52 @@ function onLinkShare() {
   navigator.share({ url: field("link-url").value }).catch(() => {});
 }
 
+/** What the menu belongs to. @type {HTMLElement | null} */
+let menuAnchor = null;
+const menuIsOpen = () => box("menu").matches(":popover-open");
+
+/**
+ * Shows a menu at an element. The focus goes in, and back when the menu closes.
+ * @param {HTMLElement} anchor
+ * @param {{text: string, press: () => void}[]} items
+ */
+function showMenu(anchor, items) {
+  const menu = box("menu");
+  menu.hidePopover();
+  menuAnchor = anchor;
+  const buttons = items.map(({ text, press }) => {
+    const item = el("button", { role: "menuitem", type: "button" }, text);
+    item.addEventListener("click", () => {
+      menu.hidePopover();
+      press();
+    });
+    return item;
+  });
+  menu.replaceChildren(...buttons);
+  // Outside of an open dialog it would be inert.
+  (anchor.closest("dialog") ?? box("main")).append(menu);
+  menu.showPopover();
+  buttons[0]?.focus();
+  const { left, top, bottom } = anchor.getBoundingClientRect();
+  const { offsetWidth, offsetHeight } = menu;
+  const { clientWidth, clientHeight } = box("chat");
+  const fits = bottom + offsetHeight < clientHeight;
+  const start = Math.min(left, clientWidth - offsetWidth - 8);
+  menu.style.left = `${Math.max(8, start)}px`;
+  menu.style.top = `${Math.max(8, fits ? bottom : top - offsetHeight)}px`;
+}
+
+/** @param {KeyboardEvent} event */
+function onMenuKey(event) {
+  const items = rowsOf("menu");
+  const at = items.findIndex((item) => item === document.activeElement);
+  const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 }[event.key];
+  if (event.key === "Tab") box("menu").hidePopover();
+  if (to === undefined) return;
+  event.preventDefault();
+  items.at(to % items.length)?.focus();
+}
+
 /**
  * The chat to which the people dialog adds members; null: it creates a chat.
  * @type {ChatView | null}
@@ -2818,11 +2985,23 @@ function addListeners() {
   on(box("skip"), "click", onSkip);
   on(button("jump"), "click", onJump);
   on(box("scroller"), "scroll", () => pane.onScroll());
+  on(box("scroller"), "keydown", onMessagesKey);
+  on(box("messages"), "click", ({ target }) => {
+    if (target.closest(".more")) openActions(target.closest(".message"));
+  });
+  on(box("messages"), "pointerdown", onPress);
+  // Windows reports a long touch, too.
+  on(box("messages"), "contextmenu", (event) => menuIsOpen() && event.preventDefault());
+  for (const type of ["pointerup", "pointercancel"])
+    on(window, type, () => clearTimeout(press));
+  on(box("menu"), "keydown", onMenuKey);
+  on(button("edit-cancel"), "click", () => composer.leave());
+  on(window, "pagehide", releaseAll);
   on(box("composer"), "submit", (event) => composer.send(event));
   on(composer.field, "input", () => composer.onInput());
   on(composer.field, "keydown", (event) => composer.onKey(event));
   // The focus stays in the field, or else a phone would close its keyboard.
-  for (const id of ["send", "jump"])
+  for (const id of ["send", "jump", "edit-cancel"])
     on(button(id), "mousedown", (event) => event.preventDefault());
   on(button("new-chat"), "click", () => choosePeople(null));
   on(box("people-form"), "submit", (event) => void onPeopleForm(event));
