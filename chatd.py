@@ -4548,6 +4548,8 @@ PAGE_FILES = {
     "/web/index.html": "text/html; charset=utf-8",
     "/web/style.css": "text/css; charset=utf-8",
     "/web/app.js": "text/javascript; charset=utf-8",
+    "/web/words.js": "text/javascript; charset=utf-8",
+    "/web/icons.svg": "image/svg+xml",
     "/web/chat-websocket.js": "text/javascript; charset=utf-8",
 }
 

@@ -14,6 +14,7 @@
  * only through textContent.
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
+import { locale, say } from "./words.js";
 
 /** @typedef {import("./chat-websocket.js").Message} Message */
 /** @typedef {import("./chat-websocket.js").Chat} ServerChat */
@@ -63,7 +64,7 @@ const REFETCH_SECONDS = 5;
 
 /* -------------------------------------------------------------------------------------
  * Loading. Until the page shows the user's chats or asks to sign in, any exception ends
- * in words. So this section comes first and uses nothing below it. For a script that
+ * in words. So this section comes first and uses only words.js. For a script that
  * cannot even be loaded or read, style.css shows the words .stuck after some seconds.
  * ---------------------------------------------------------------------------------- */
 
@@ -80,10 +81,7 @@ function onLoadError(event) {
     if (screen) screen.hidden = id !== "loading";
   }
   const words = document.getElementById("loading");
-  if (words)
-    words.textContent =
-      "chatd could not open in this browser. Reload the page; if that does not " +
-      `help, try another browser. (${error.message ?? error})`;
+  if (words) words.textContent = say("broken", { error: error.message ?? `${error}` });
 }
 
 addEventListener("error", onLoadError);
@@ -141,7 +139,7 @@ function classes(base, extra) {
 function icon(name, className = "") {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
-  use.setAttribute("href", `#icon-${name}`);
+  use.setAttribute("href", `web/icons.svg#${name}`);
   svg.setAttribute("aria-hidden", "true");
   svg.setAttribute("class", className);
   svg.append(use);
@@ -208,21 +206,12 @@ function replaceRow(before, node) {
   if (target instanceof HTMLElement) target.focus({ preventScroll: true });
 }
 
-/** @param {string} word @param {number} count */
-function plural(word, count) {
-  return `${grouped(count)} ${word}${count === 1 ? "" : "s"}`;
-}
-
-/**
- * The formats of times, all of one locale: English, like the page, with the user's
- * region and clock of 12 or 24 hours.
- */
+/** The formats of times, all of the page's locale, with the user's clock of 12 or 24 hours. */
 function newFormats() {
-  const english = navigator.languages?.find((tag) => /^en(-[a-z\d]{2,8})*$/i.test(tag));
   const hours = hourCycle();
   const cycle = hours ? { hourCycle: hours } : {};
   const format = (/** @type {Intl.DateTimeFormatOptions} */ options) =>
-    new Intl.DateTimeFormat(english ?? "en", options);
+    new Intl.DateTimeFormat(locale, options);
   return {
     /** Another offset means another time zone, or the other half of the year. */
     offset: new Date().getTimezoneOffset(),
@@ -256,8 +245,8 @@ function daysAgo(then) {
 function dayName(created_at) {
   const date = new Date(created_at);
   const days = daysAgo(date);
-  if (days === 0) return "Today";
-  if (days === 1) return "Yesterday";
+  if (days === 0) return say("today");
+  if (days === 1) return say("yesterday");
   return (Math.abs(days) < 300 ? formats.dayNear : formats.dayFar).format(date);
 }
 
@@ -281,22 +270,17 @@ function isBlank(text) {
 
 /** What a message is shown as. @param {string} content */
 function visibleText(content) {
-  return isBlank(content) ? "(blank message)" : content;
+  return isBlank(content) ? say("blank") : content;
 }
 
 /** @param {Message} message */
 function shownText({ content, deleted }) {
-  return deleted ? "Message deleted" : visibleText(content);
+  return deleted ? say("deleted") : visibleText(content);
 }
 
 /** Characters as the server counts them: code points. @param {string} text */
 function countCharacters(text) {
   return [...text].length;
-}
-
-/** @param {number} number */
-function grouped(number) {
-  return number.toLocaleString("en");
 }
 
 /** Shows a short text for some seconds. @param {string} text */
@@ -316,21 +300,21 @@ function announce(text) {
 /**
  * The page's own words for the codes of docs/protocol.md that a user can meet. The
  * server's sentences are for programmers.
- * @type {Record<string, string>}
+ * @type {Record<string, import("./words.js").Key>}
  */
-const REFUSAL_TEXT = {
-  changed: "It was changed meanwhile.",
-  deleted: "It was deleted meanwhile.",
-  forbidden: "You are not allowed to do this.",
-  internal: "Something went wrong on the server. Try again later.",
-  not_found: "It is not there any more, or not for you.",
-  overloaded: "The server is busy. Try again in a moment.",
-  rate_limited: "That was too much at once. Wait a moment, then try again.",
-  storage_failed: "The server can store nothing at the moment. Try again later.",
-  too_large: "It is too long.",
-  too_late: "It is too old to be changed.",
-  unreachable: "The chat server does not answer.",
-  upstream: "The chat server does not answer.",
+const REFUSALS = {
+  changed: "wasChanged",
+  deleted: "wasDeleted",
+  forbidden: "notAllowed",
+  internal: "serverError",
+  not_found: "notThere",
+  overloaded: "busy",
+  rate_limited: "tooMuch",
+  storage_failed: "cannotStore",
+  too_large: "tooLong",
+  too_late: "tooLate",
+  unreachable: "noAnswer",
+  upstream: "noAnswer",
 };
 
 /**
@@ -339,12 +323,13 @@ const REFUSAL_TEXT = {
  */
 function refusalText(code, detail) {
   const most = maximumIn(detail);
-  if (code !== "bad_field") return REFUSAL_TEXT[code] ?? `It did not work (${code}).`;
-  if (detail.startsWith("title"))
-    return "Choose another title: this one cannot be used.";
+  const known = REFUSALS[code];
+  if (known) return say(known);
+  if (code !== "bad_field") return say("otherError", { code });
+  if (detail.startsWith("title")) return say("badTitle");
   if (!detail.startsWith("member_ids") && !detail.startsWith("user_id"))
-    return "The server does not accept this.";
-  return most ? `A chat has at most ${most} people.` : "These people cannot be added.";
+    return say("notAccepted");
+  return most ? say("mostPeople", { most }) : say("cannotAdd");
 }
 
 /** @param {string} detail @returns {number} the limit that it names; else 0 */
@@ -481,15 +466,13 @@ function startFirst(session) {
 /** @param {Session} session @param {Session} current @returns {Promise<boolean>} */
 async function confirmSwitch(session, current) {
   if (session.user_id === current.user_id) return true;
-  const other = personName(session.user_id, session.name);
+  const name = personName(session.user_id, session.name);
   const me = personName(current.user_id, current.name);
   return ask({
-    title: `Continue as ${other}?`,
-    text:
-      `You are signed in as ${me}. This link signs this tab in as ${other}. ` +
-      "Your other tabs do not change.",
-    yes: `Continue as ${other}`,
-    no: `Stay as ${me}`,
+    title: say("continueAsTitle", { name }),
+    text: say("continueAsText", { me, name }),
+    yes: say("continueAs", { name }),
+    no: say("stayAs", { name: me }),
   });
 }
 
@@ -498,9 +481,7 @@ function signInFailed(token, error) {
   const current = model.session ?? sessionToResume();
   const refused = error instanceof ChatError && error.status > 0;
   const text =
-    refused && error.status === 401
-      ? "This sign-in link is no longer valid. Please ask for a new one."
-      : errorText(error);
+    refused && error.status === 401 ? say("linkInvalid") : errorText(error);
   if (current) {
     toast(text);
     start(current);
@@ -528,10 +509,8 @@ function saveAndStart(session) {
  */
 function startInThisTab(session, saved) {
   start(session);
-  const [me, other] = [session, saved].map(({ user_id, name }) =>
-    personName(user_id, name),
-  );
-  toast(`This tab is signed in as ${me}. Other tabs stay signed in as ${other}.`);
+  const me = personName(session.user_id, session.name);
+  toast(say("twoUsers", { me, name: personName(saved.user_id, saved.name) }));
 }
 
 /**
@@ -540,12 +519,9 @@ function startInThisTab(session, saved) {
  */
 function showSignIn({ reason = "", error = "" } = {}) {
   showScreen("sign-in");
-  document.title = "Sign in · chatd";
+  document.title = `${say("signIn")} · chatd`;
   field("sign-in-link").value = "";
-  setText(
-    "sign-in-text",
-    `${reason} Open the sign-in link you were given, or paste it here.`,
-  );
+  setText("sign-in-text", `${reason} ${say("openLink")}`);
   setText("sign-in-error", error);
   loading = false;
 }
@@ -562,7 +538,7 @@ function onSignInForm(event) {
   const token =
     /#token=(\S+)$/.exec(text)?.[1] ?? /^[\w-]+\.[\w-]+\.[\w-]+$/.exec(text)?.[0];
   if (!token) {
-    setText("sign-in-error", "This is not a sign-in link: it has no #token=.");
+    setText("sign-in-error", say("notALink"));
     return;
   }
   setText("sign-in-error", "");
@@ -589,16 +565,16 @@ async function onSignOut() {
   const sure =
     unsent.length === 0 ||
     (await ask({
-      title: "Sign out?",
-      text: `${plural("unsent message", unsent.length)} will be lost.`,
-      yes: "Sign out",
-      no: "Cancel",
+      title: say("signOutTitle"),
+      text: say("signOutText", { count: unsent.length }),
+      yes: say("signOut"),
+      no: say("cancel"),
     }));
   if (!sure) return;
   signedOut?.postMessage(myId());
   model.client?.forget();
   const kept = drafts.keys().length > 0;
-  endSession(`You are signed out.${kept ? " Your drafts stay in this browser." : ""}`);
+  endSession(say("signedOut") + (kept ? ` ${say("draftsStay")}` : ""));
 }
 
 /**
@@ -623,7 +599,7 @@ function onSignedOut() {
     .map(readSession)
     .find((saved) => saved?.user_id === old?.user_id && saved?.token !== old?.token);
   if (newer) start(newer);
-  else endSession("Your session has ended.");
+  else endSession(say("sessionEnded"));
 }
 
 /**
@@ -633,7 +609,7 @@ function onSignedOut() {
 function onSignedOutElsewhere({ data }) {
   if (!model.session || data !== myId()) return;
   model.client?.forget();
-  endSession("You signed out in another tab.");
+  endSession(say("signedOutElsewhere"));
 }
 
 /* -------------------------------------------------------------------------------------
@@ -653,12 +629,13 @@ async function openInvite(token) {
   if (session) start(session);
   try {
     const preview = await visitor().previewInvite(token);
-    const name = isBlank(preview.title ?? "") ? "a chat" : `“${preview.title}”`;
-    const title = `Join ${name}`;
-    let text = `${plural("member", preview.member_count)} so far.`;
+    const of = preview.title ?? "";
+    const title = isBlank(of) ? say("joinChat") : say("joinTitle", { title: of });
+    let text = say("membersSoFar", { count: preview.member_count });
     if (session) {
-      text += ` You join as ${personName(session.user_id, session.name)}.`;
-      if (!(await ask({ title, text, yes: "Join", no: "Cancel" }))) return;
+      const name = personName(session.user_id, session.name);
+      text += ` ${say("joinAs", { name })}`;
+      if (!(await ask({ title, text, yes: say("join"), no: say("cancel") }))) return;
       const joined = await model.client?.join(token);
       if (joined) location.hash = `#chat/${joined.chat_id}`;
       return;
@@ -668,7 +645,7 @@ async function openInvite(token) {
     setText("join-text", text);
     setText("join-error", "");
     showScreen("join");
-    document.title = "Join · chatd";
+    document.title = `${say("join")} · chatd`;
     loading = false;
   } catch (error) {
     if (model.session) toast(inviteErrorText(error));
@@ -695,11 +672,11 @@ async function onJoinForm(event) {
 /** @param {unknown} error @returns {string} */
 function inviteErrorText(error) {
   const { code, status, message } = /** @type {ChatError} */ (error);
-  const state = code === "token_expired" ? "has expired" : "is no longer valid";
-  if (status === 401) return `This invitation ${state}. Please ask for a new one.`;
-  if (status === 403) return "There are no invitations here at the moment.";
-  if (message.startsWith("name")) return "Give a name that the others can read.";
-  return (maximumIn(message) ? "The chat is full. " : "") + errorText(error);
+  if (code === "token_expired") return say("inviteExpired");
+  if (status === 401) return say("inviteInvalid");
+  if (status === 403) return say("noInvites");
+  if (message.startsWith("name")) return say("badName");
+  return (maximumIn(message) ? `${say("chatFull")} ` : "") + errorText(error);
 }
 
 async function onInfoInvite() {
@@ -709,7 +686,7 @@ async function onInfoInvite() {
     const { token } = await client.createInvite(chat.id);
     if (chat !== model.open) return;
     field("info-link").value = new URL(`#invite=${token}`, location.href).href;
-    setText("info-copy", "Copy");
+    setText("info-copy", say("copy"));
     box("info-link-box").hidden = false;
     field("info-link").select();
   } catch (error) {
@@ -720,7 +697,7 @@ async function onInfoInvite() {
 
 function onInfoCopy() {
   field("info-link").select();
-  if (document.execCommand("copy")) setText("info-copy", "Copied");
+  if (document.execCommand("copy")) setText("info-copy", say("copied"));
 }
 
 /* -------------------------------------------------------------------------------------
@@ -804,7 +781,7 @@ const unread = (/** @type {ChatView} */ chat) => Math.max(0, chat.last_n - chat.
 
 /** @param {number} userId @param {string | null} [name] */
 function personName(userId, name = model.names.get(userId) ?? null) {
-  return name && !isBlank(name) ? name : `User ${userId}`;
+  return name && !isBlank(name) ? name : say("user", { id: `${userId}` });
 }
 
 /** @param {ChatView} chat */
@@ -820,9 +797,9 @@ function isWhole(chat) {
 /** @param {ChatView} chat */
 function chatTitle(chat) {
   if (chat.title && !isBlank(chat.title)) return chat.title;
-  if (!isWhole(chat)) return `${grouped(chat.memberCount)} people`;
+  if (!isWhole(chat)) return say("people", { count: chat.memberCount });
   const names = others(chat).map((id) => personName(id));
-  return names.join(", ") || "Only you";
+  return names.join(", ") || say("onlyYou");
 }
 
 /**
@@ -1089,10 +1066,12 @@ function onNewMessage(message, read) {
   if (chat === model.open && chat.divider === null && !endIsVisible()) {
     chat.divider = message.n - 1;
   }
-  const where = chat === model.open ? "" : ` in ${chatTitle(chat)}`;
+  const name = personName(message.sender_id);
+  const text = visibleText(message.content).slice(0, 200);
   announce(
-    `${personName(message.sender_id)}${where}: ` +
-      visibleText(message.content).slice(0, 200),
+    chat === model.open
+      ? say("lastOf", { name, text })
+      : say("lastIn", { name, text, title: chatTitle(chat) }),
   );
   notify(chat, message);
 }
@@ -1107,7 +1086,7 @@ function onMemberRemoved(chatId, userId) {
     stopTyping(chat, userId);
     return;
   }
-  toast(`You are no longer in “${chatTitle(chat)}”.`);
+  toast(say("noLonger", { title: chatTitle(chat) }));
   removeChat(chatId);
 }
 
@@ -1140,8 +1119,8 @@ function onDelivery(delivery) {
     model.maxCharacters = maximumIn(reason) || model.maxCharacters;
   const chat = model.chats.get(chat_id);
   if (chat === model.open)
-    announce(`Your message was not sent: ${failureText(delivery)}`);
-  else if (chat) toast(`A message in “${chatTitle(chat)}” was not sent.`);
+    announce(say("notSentReason", { reason: failureText(delivery) }));
+  else if (chat) toast(say("notSentIn", { title: chatTitle(chat) }));
   // The user is no longer in this chat, so the page cannot show the failed message.
   else if (model.chatsLoaded) model.client?.discard(client_id);
 }
@@ -1150,7 +1129,7 @@ function onDelivery(delivery) {
 function onChangeDelivery({ state, client_id, message, code = "", reason = "" }) {
   if (message) onChange(message);
   if (state !== "failed") return;
-  toast(`A message could not be changed: ${refusalText(code, reason)}`);
+  toast(say("notChanged", { reason: refusalText(code, reason) }));
   model.client?.discard(client_id);
 }
 
@@ -1283,30 +1262,30 @@ function render() {
   if (model.chatsLoaded) loading = false;
 }
 
-/** @type {Record<State, string>} */
-const CONNECTION_TEXT = {
-  connecting: "Connecting…",
-  connected: "Live",
-  polling: "Delayed",
-  offline: "Offline",
-  signed_out: "Signed out",
-  too_many: "Paused",
-  refused: "Disconnected",
-  closed: "Connecting…",
+/** @type {Record<State, import("./words.js").Key>} */
+const CONNECTION_WORDS = {
+  connecting: "connecting",
+  connected: "connected",
+  polling: "polling",
+  offline: "offline",
+  signed_out: "leftOff",
+  too_many: "paused",
+  refused: "disconnected",
+  closed: "connecting",
 };
 
 function renderTop() {
   const state = model.connection;
   const total = [...model.chats.values()].reduce((sum, chat) => sum + unread(chat), 0);
   const me = personName(myId(), model.session?.name);
-  setText("connection-text", CONNECTION_TEXT[state]);
+  setText("connection-text", say(CONNECTION_WORDS[state]));
   box("connection").dataset["state"] = state === "closed" ? "connecting" : state;
   setText("me-name", me);
-  setText("me-panel-name", `Signed in as ${me}`);
+  setText("me-panel-name", say("signedInAs", { name: me }));
   fillAvatar(box("me-avatar"), myId(), me);
   setText("bell-count", total > 99 ? "99+" : String(total));
   box("bell-count").hidden = total === 0;
-  setText("bell-label", total ? plural("new message", total) : "No new messages");
+  setText("bell-label", total ? say("newCount", { count: total }) : say("noneNew"));
   const place = model.open ? `${chatTitle(model.open)} · chatd` : "chatd";
   document.title = total ? `(${total}) ${place}` : place;
   button("new-chat").hidden = model.people === null;
@@ -1326,22 +1305,13 @@ function setText(id, text) {
 function bannerText(state) {
   switch (state) {
     case "polling":
-      return [
-        "Live updates are interrupted.",
-        "chatd checks for new messages every 5 seconds.",
-      ];
+      return [say("pollingTitle"), say("pollingText")];
     case "offline":
-      return ["No connection.", "Your messages are kept and sent later."];
+      return [say("offlineTitle"), say("offlineText")];
     case "too_many":
-      return [
-        "chatd is open in too many places.",
-        "Close one of them, then come back here.",
-      ];
+      return [say("tooManyTitle"), say("tooManyText")];
     case "refused":
-      return [
-        "The server has closed the connection.",
-        "Reload the page to connect again.",
-      ];
+      return [say("refusedTitle"), say("refusedText")];
     default:
       return [];
   }
@@ -1355,7 +1325,7 @@ function renderBanner() {
   if (!title) return;
   const seconds = Math.ceil(model.client?.retryIn ?? 0);
   const waiting = state === "polling" || state === "offline";
-  const next = seconds > 0 ? `Trying again in ${seconds} s.` : "Trying again now…";
+  const next = seconds > 0 ? say("tryingIn", { seconds }) : say("tryingNow");
   setText("banner-next", waiting ? `${meanwhile} ${next}` : meanwhile);
   button("banner-retry").hidden = state === "refused";
   button("banner-retry").disabled = waiting && seconds === 0;
@@ -1365,7 +1335,7 @@ function renderList() {
   const rows = sortedChats().map((chat) => chatRow(chat, chat === model.open));
   showRows(box("chat-list"), rows);
   box("chat-list-empty").hidden = rows.length > 0;
-  setText("chat-list-empty", model.chatsLoaded ? "No chats yet." : "Loading…");
+  setText("chat-list-empty", model.chatsLoaded ? say("noChats") : say("loading"));
 }
 
 /** @param {ChatView} chat @param {boolean} current @returns {Row} */
@@ -1398,7 +1368,7 @@ function chatRow(chat, current) {
             { class: `row-last is-${last.kind}`, dir: "auto" },
             last.kind === "sending" ? icon("sending") : null,
             last.kind === "sending"
-              ? el("span", { class: "sr-only" }, "Sending")
+              ? el("span", { class: "sr-only" }, say("sending"))
               : null,
             last.text,
           ),
@@ -1417,24 +1387,31 @@ function chatRow(chat, current) {
 function lastLine(chat, current) {
   const unsent = notYetStored(chat);
   const failed = unsent.filter(({ state }) => state === "failed").at(-1);
-  if (failed) return { kind: "failed", text: `Not sent: ${excerpt(failed.content)}` };
+  if (failed) {
+    const text = excerpt(failed.content);
+    return { kind: "failed", text: say("notSentText", { text }) };
+  }
   const typing = typingText(chat);
   if (typing) return { kind: "typing", text: typing };
   const waiting = unsent.at(-1);
-  if (waiting) return { kind: "sending", text: `You: ${excerpt(waiting.content)}` };
+  if (waiting) {
+    const text = excerpt(waiting.content);
+    return { kind: "sending", text: say("ownLast", { text }) };
+  }
   const draft = current || unread(chat) > 0 ? "" : drafts.get(chat.id);
-  if (!isBlank(draft)) return { kind: "draft", text: `Draft: ${excerpt(draft)}` };
+  if (!isBlank(draft))
+    return { kind: "draft", text: say("draft", { text: excerpt(draft) }) };
   return { kind: "message", text: lastMessageText(chat) };
 }
 
 /** @param {ChatView} chat */
 function lastMessageText(chat) {
   const message = chat.last_message;
-  if (!message) return "No messages yet";
+  if (!message) return say("noMessages");
   const text = excerpt(shownText(message));
-  if (message.sender_id === myId()) return `You: ${text}`;
-  const [first] = personName(message.sender_id).split(" ");
-  return chat.memberCount > 2 ? `${first}: ${text}` : text;
+  if (message.sender_id === myId()) return say("ownLast", { text });
+  const [name = ""] = personName(message.sender_id).split(" ");
+  return chat.memberCount > 2 ? say("lastOf", { name, text }) : text;
 }
 
 /** @param {string} content */
@@ -1448,7 +1425,7 @@ function badge(count) {
     "span",
     { class: "badge" },
     count > 99 ? "99+" : String(count),
-    el("span", { class: "sr-only" }, " unread"),
+    el("span", { class: "sr-only" }, ` ${say("unread")}`),
   );
 }
 
@@ -1595,13 +1572,14 @@ const pane = {
     const title = chatTitle(chat);
     const people = others(chat);
     const names = isWhole(chat)
-      ? [...people.map((id) => personName(id)), "you"].join(", ")
-      : `${grouped(chat.memberCount)} people`;
+      ? [...people.map((id) => personName(id)), say("you")].join(", ")
+      : say("people", { count: chat.memberCount });
     setText("pane-title", title);
-    setText("pane-members", chat.title || chat.memberCount > 2 ? names : "Direct chat");
+    const group = chat.title || chat.memberCount > 2;
+    setText("pane-members", group ? names : say("directChat"));
     const direct = !chat.title && people.length === 1;
     fillAvatar(box("pane-avatar"), direct ? (people[0] ?? 0) : chat.id * 7, title);
-    box("scroller").setAttribute("aria-label", `Messages in ${title}`);
+    box("scroller").setAttribute("aria-label", say("messagesIn", { title }));
   },
 
   /**
@@ -1653,7 +1631,7 @@ const pane = {
   renderJump(chat) {
     const count = unread(chat);
     button("jump").hidden = this.atEnd();
-    setText("jump-text", count ? plural("new message", count) : "Latest messages");
+    setText("jump-text", count ? say("newCount", { count }) : say("latest"));
   },
 
   /** @param {ChatView} chat */
@@ -1685,10 +1663,10 @@ const pane = {
 
 /** @param {ChatView} chat @returns {string} "": no one is typing */
 function typingText(chat) {
-  const names = [...chat.typing.keys()].map((id) => personName(id));
-  if (names.length === 0) return "";
-  if (names.length > 2) return "Several people are typing…";
-  return `${names.join(" and ")} ${names.length === 1 ? "is" : "are"} typing…`;
+  const [name, other, ...more] = [...chat.typing.keys()].map((id) => personName(id));
+  if (!name) return "";
+  if (more.length > 0) return say("manyTyping");
+  return other ? say("twoTyping", { name, other }) : say("typing", { name });
 }
 
 /**
@@ -1737,7 +1715,7 @@ function notYetStored(chat) {
  */
 function historyRow(chat) {
   const look = chat.loading === "no" ? (chat.more ? "more" : "start") : chat.loading;
-  const text = { more: "", yes: "Loading…", failed: "Messages could not be loaded." };
+  const text = { more: "", yes: say("loading"), failed: say("notLoaded") };
   return {
     key: "history",
     look: `${look} ${chat.last_n > 0}`,
@@ -1746,16 +1724,14 @@ function historyRow(chat) {
         return el(
           "li",
           { class: "history" },
-          chat.last_n > 0
-            ? "The beginning of this chat"
-            : "No messages yet. Say hello.",
+          chat.last_n > 0 ? say("beginning") : say("sayHello"),
         );
       }
       const row = el("li", { class: "history" }, text[look]);
       if (look === "failed")
         row.append(
           " ",
-          textButton("Try again", () => void reload(chat)),
+          textButton(say("tryAgain"), () => void reload(chat)),
         );
       return row;
     },
@@ -1781,7 +1757,7 @@ function dayRow({ created_at, n }) {
 const DIVIDER_ROW = {
   key: "divider",
   look: "",
-  build: () => el("li", { class: "divider" }, "New messages"),
+  build: () => el("li", { class: "divider" }, say("newMessages")),
 };
 
 /** @param {Message} a @param {Message} b */
@@ -1800,7 +1776,7 @@ function messageRow(chat, message, first) {
   const { n, rev } = message;
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
-  const tick = own ? tickText(chat, n) : "";
+  const tick = own ? tickOf(chat, n) : null;
   const arriving = n > pane.drawn && !own;
   const key = own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`;
   const unfolded = pane.unfolded.has(key);
@@ -1836,7 +1812,7 @@ function flow(key, { content, deleted = false }, stamp) {
   const lines = content.split("\n", SHORT_LINES + 1).length;
   const long = content.length > SHORT_CHARACTERS || lines > SHORT_LINES;
   const unfolded = pane.unfolded.has(key);
-  const fold = textButton(unfolded ? "Show less" : "Show all", () => {
+  const fold = textButton(unfolded ? say("showLess") : say("showAll"), () => {
     if (unfolded) pane.unfolded.delete(key);
     else pane.unfolded.add(key);
     pane.follow = false; // the user reads on where the text was cut
@@ -1850,7 +1826,7 @@ function flow(key, { content, deleted = false }, stamp) {
     "div",
     { class: classes("flow", { long, unfolded: long && unfolded }) },
     deleted
-      ? el("div", { class: "content blank" }, "Message deleted")
+      ? el("div", { class: "content blank" }, say("deleted"))
       : contentNode(content),
     long ? fold : null,
     stamp,
@@ -1871,25 +1847,25 @@ function personAvatar(userId) {
  * @param {string} name
  */
 function senderLine(own, first, name) {
-  if (own) return el("p", { class: "sr-only" }, "You:");
+  if (own) return el("p", { class: "sr-only" }, say("youSaid"));
   return el("p", { class: first ? "sender" : "sr-only", dir: "auto" }, name);
 }
 
-/** @param {ChatView} chat @param {number} n @returns {string} the text of the tick */
-function tickText(chat, n) {
-  const people = others(chat);
-  const readers = people.filter((id) => (chat.members.get(id) ?? 0) >= n).length;
-  if (readers === 0) return "Sent";
-  return readers === people.length ? "Read" : `Read by ${readers} of ${people.length}`;
+/** Who has read the user's message. @param {ChatView} chat @param {number} n */
+function tickOf(chat, n) {
+  const people = others(chat).length;
+  const readers = others(chat).filter((id) => (chat.members.get(id) ?? 0) >= n).length;
+  if (readers === 0) return { icon: "sent", text: say("sent") };
+  if (readers < people) return { icon: "read", text: say("readBy", { readers, people }) };
+  return { icon: "read", text: say("read"), className: "tick-read" };
 }
 
-/** @param {string} created_at @param {string} tick @returns {HTMLElement} */
+/** @param {string} created_at @param {ReturnType<typeof tickOf> | null} tick */
 function stamp(created_at, tick) {
   const date = new Date(created_at);
-  const read = tick.startsWith("Read");
   const node = el(
     "span",
-    { class: "stamp", title: tick || null },
+    { class: "stamp", title: tick?.text },
     el(
       "time",
       { datetime: created_at, title: formats.moment.format(date) },
@@ -1898,8 +1874,8 @@ function stamp(created_at, tick) {
   );
   if (tick) {
     node.append(
-      icon(read ? "read" : "sent", tick === "Read" ? "tick-read" : ""),
-      el("span", { class: "sr-only" }, tick),
+      icon(tick.icon, tick.className),
+      el("span", { class: "sr-only" }, tick.text),
     );
   }
   return node;
@@ -1928,7 +1904,7 @@ function unsentRow(delivery, first) {
               "span",
               { class: "stamp" },
               icon(failed ? "failed" : "sending"),
-              el("span", { class: "sr-only" }, failed ? "Not sent" : "Sending"),
+              el("span", { class: "sr-only" }, failed ? say("notSent") : say("sending")),
             ),
           ),
           failed ? failureLine(delivery) : null,
@@ -1947,11 +1923,11 @@ function failureLine(delivery) {
   return el(
     "p",
     { class: "failure" },
-    `Not sent: ${failureText(delivery)} `,
+    `${say("notSentText", { text: failureText(delivery) })} `,
     textIsWrong
-      ? textButton("Edit", () => composer.edit(delivery))
-      : textButton("Try again", () => model.client?.resend(client_id)),
-    textButton("Delete", () => model.client?.discard(client_id)),
+      ? textButton(say("edit"), () => composer.edit(delivery))
+      : textButton(say("tryAgain"), () => model.client?.resend(client_id)),
+    textButton(say("delete"), () => model.client?.discard(client_id)),
   );
 }
 
@@ -1960,10 +1936,9 @@ function failureText({ content, code = "", reason = "" }) {
   const most = maximumIn(reason) || model.maxCharacters;
   const over = countCharacters(content) - most;
   if ((code === "bad_field" || code === "too_large") && over > 0)
-    return `It is ${plural("character", over)} too long: at most ${grouped(most)} fit.`;
-  if (code === "bad_field") return "It has characters that cannot be sent.";
-  if (code === "not_found" || code === "forbidden")
-    return "You may not write in this chat.";
+    return say("tooLongBy", { count: over, most });
+  if (code === "bad_field") return say("badCharacters");
+  if (code === "not_found" || code === "forbidden") return say("mayNotWrite");
   return refusalText(code, reason);
 }
 
@@ -2352,16 +2327,16 @@ function onDraftElsewhere({ key, oldValue, newValue }) {
 function showDrafts() {
   const count = drafts.keys().length;
   box("drafts").hidden = count === 0;
-  setText("drafts-text", `${plural("draft", count)} in this browser.`);
+  setText("drafts-text", say("draftsHere", { count }));
 }
 
 async function onDeleteDrafts() {
   box("me-panel").hidePopover();
   const sure = await ask({
-    title: "Delete your drafts?",
-    text: "Everything that you have written in this browser and not sent will be lost.",
-    yes: "Delete drafts",
-    no: "Cancel",
+    title: say("deleteDraftsTitle"),
+    text: say("deleteDraftsText"),
+    yes: say("deleteDrafts"),
+    no: say("cancel"),
   });
   if (!sure) return;
   for (const key of drafts.keys()) drafts.set(Number(key.split(".").at(-1)), "");
@@ -2396,14 +2371,12 @@ const composer = {
    */
   fit() {
     box("composer-box").dataset["text"] = this.field.value;
-    const count = countCharacters(sendable(this.field.value));
-    const left = model.maxCharacters - count;
+    const used = countCharacters(sendable(this.field.value));
+    const most = model.maxCharacters;
     const text =
-      left < 0
-        ? `${plural("character", -left)} too long`
-        : `${grouped(count)} of ${grouped(model.maxCharacters)} characters`;
-    setText("composer-count", count < COUNT_FROM * model.maxCharacters ? "" : text);
-    box("composer-count").classList.toggle("over", left < 0);
+      used > most ? say("over", { count: used - most }) : say("used", { used, most });
+    setText("composer-count", used < COUNT_FROM * most ? "" : text);
+    box("composer-count").classList.toggle("over", used > most);
   },
 
   onInput() {
@@ -2429,7 +2402,7 @@ const composer = {
     const content = sendable(this.field.value);
     if (!chat || !content) return;
     if (isBlank(content)) {
-      toast("Nothing of this message could be seen, so it was not sent.");
+      toast(say("invisible"));
       return;
     }
     chat.divider = null;
@@ -2445,7 +2418,7 @@ const composer = {
   /** Takes a refused message back into the field. @param {Delivery} delivery */
   edit({ client_id, chat_id, content }) {
     if (!isBlank(this.field.value)) {
-      toast("You are writing another message. Send it or delete it first.");
+      toast(say("writingAnother"));
     } else {
       model.client?.discard(client_id);
       drafts.set(chat_id, content);
@@ -2668,8 +2641,9 @@ let addingTo = null;
 /** @param {ChatView | null} chat */
 function choosePeople(chat) {
   addingTo = chat;
-  setText("people-title", chat ? `Add people to “${chatTitle(chat)}”` : "New chat");
-  setText("people-submit", chat ? "Add" : "Create");
+  const title = chat ? chatTitle(chat) : "";
+  setText("people-title", chat ? say("addPeopleTo", { title }) : say("newChat"));
+  setText("people-submit", chat ? say("add") : say("create"));
   setText("people-error", "");
   box("people-name").hidden = chat !== null;
   field("people-chat-title").value = "";
@@ -2735,10 +2709,8 @@ function filterCandidates() {
     row.classList.toggle("next", isNext);
   }
   const anyone = box("people-list").childElementCount > 0;
-  const nobody = mayBeAlone()
-    ? "There is no one to add. Choose a title, then invite people."
-    : "There is no one to add.";
-  const none = anyone ? `No one here is called “${text}”.` : nobody;
+  const nobody = say("noOneToAdd") + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
+  const none = anyone ? say("noOneCalled", { name: text }) : nobody;
   setText("people-empty", found > 0 ? "" : none);
   return { found, next };
 }
@@ -2758,7 +2730,7 @@ function onFilterKey(event) {
   if (found === 0) return;
   if (next) {
     next.checked = true;
-    announce(`${personName(Number(next.value))} is chosen.`);
+    announce(say("chosen", { name: personName(Number(next.value)) }));
   }
   field("people-filter").value = "";
   filterCandidates();
@@ -2773,7 +2745,7 @@ async function onPeopleForm(event) {
     .map(({ value }) => Number(value));
   const title = field("people-chat-title").value.trim() || null;
   if (chosen.length === 0 && !(mayBeAlone() && title)) {
-    setText("people-error", "Choose at least one person.");
+    setText("people-error", say("chooseOne"));
     return;
   }
   button("people-submit").disabled = true;
@@ -2856,10 +2828,10 @@ async function showMembers(chat) {
         { class: "person" },
         personAvatar(id),
         el("span", { dir: "auto" }, personName(id)),
-        id === myId() ? el("span", { class: "quiet" }, "you") : null,
+        id === myId() ? el("span", { class: "quiet" }, say("you")) : null,
       ),
     ),
-    ...(left > 0 ? [el("li", { class: "quiet" }, `and ${grouped(left)} more`)] : []),
+    ...(left > 0 ? [el("li", { class: "quiet" }, say("andMore", { left }))] : []),
   );
 }
 
@@ -2873,12 +2845,10 @@ async function onInfoLeave() {
   dialog("info").close();
   if (!chat) return;
   const sure = await ask({
-    title: `Leave “${chatTitle(chat)}”?`,
-    text:
-      "You will receive no more messages from this chat unless someone adds you " +
-      "again.",
-    yes: "Leave",
-    no: "Stay",
+    title: say("leaveTitle", { title: chatTitle(chat) }),
+    text: say("leaveText"),
+    yes: say("leave"),
+    no: say("stay"),
   });
   if (!sure) return;
   try {
@@ -2911,10 +2881,10 @@ function notify(chat, message) {
 
 /** @param {ChatView} chat @param {Message} message */
 function showNotification(chat, message) {
-  const sender = personName(message.sender_id);
-  const title = chat.title ? `${sender} in ${chat.title}` : sender;
+  const name = personName(message.sender_id);
+  const { title } = chat;
   try {
-    const shown = new Notification(title, {
+    const shown = new Notification(title ? say("senderIn", { name, title }) : name, {
       body: visibleText(message.content).slice(0, 200),
       tag: `chatd.${myId()}.${chat.id}`, // all tabs of a user share one notification
     });
@@ -2943,7 +2913,7 @@ function start(session) {
   model.client?.disconnect();
   resetModel();
   if (!writeSession(storages.tab, session))
-    toast("This browser lets chatd store nothing: a reload will sign you out.");
+    toast(say("noStorage"));
   const client = new ChatWebSocket({ bearer: session.token });
   model.session = session;
   model.client = client;
@@ -3080,7 +3050,7 @@ function onSecond() {
 }
 
 function begin() {
-  if (!("popover" in HTMLElement.prototype)) throw new Error("It is too old.");
+  if (!("popover" in HTMLElement.prototype)) throw new Error(say("tooOld"));
   addListeners();
   if (followLink()) return;
   const session = sessionToResume();
