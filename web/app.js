@@ -273,7 +273,7 @@ function visibleText(content) {
   return isBlank(content) ? say("blank") : content;
 }
 
-/** @param {Message} message */
+/** @param {{content: string, deleted?: boolean}} message */
 function shownText({ content, deleted }) {
   return deleted ? say("deleted") : visibleText(content);
 }
@@ -561,6 +561,7 @@ function onBeforeUnload(event) {
 
 async function onSignOut() {
   box("me-panel").hidePopover();
+  releaseAll();
   const unsent = allUnsent();
   const sure =
     unsent.length === 0 ||
@@ -706,6 +707,12 @@ function onInfoCopy() {
  * ---------------------------------------------------------------------------------- */
 
 /**
+ * `server` in the answer to GET /api/v1/me.
+ * @typedef {{max_content_chars: number, edit_seconds: number | null,
+ *   create_chats: boolean, invites: boolean, rename: boolean}} ServerRules
+ */
+
+/**
  * @typedef {object} ChatView
  * @property {number} id
  * @property {string | null} title
@@ -748,6 +755,8 @@ const model = {
   /** The users one may add to a chat; null: not allowed. @type {number[] | null} */
   people: null,
   invites: false,
+  /** What the server allows this user; empty until it has said so. */
+  server: /** @type {Partial<ServerRules>} */ ({}),
   /** @type {State} */
   connection: "closed",
   /** The list of chats has arrived at least once. */
@@ -767,6 +776,7 @@ function resetModel() {
     marks: {},
     people: null,
     invites: false,
+    server: {},
     chatsLoaded: false,
     epoch: "",
     connection: "closed",
@@ -1126,11 +1136,14 @@ function onDelivery(delivery) {
 }
 
 /** The state of an edit or a deletion. @param {Delivery} delivery */
-function onChangeDelivery({ state, client_id, message, code = "", reason = "" }) {
+function onChangeDelivery(delivery) {
+  const { state, client_id, message_id, message, code } = delivery;
   if (message) onChange(message);
   if (state !== "failed") return;
-  toast(say("notChanged", { reason: refusalText(code, reason) }));
-  model.client?.discard(client_id);
+  const text = say("notChanged", { reason: failureText(delivery) });
+  if (model.open && contains(model.open, message_id)) return announce(text);
+  toast(text);
+  if (code === "not_found") model.client?.discard(client_id); // no row can show it
 }
 
 /** Fetches the list of chats, and tries again until it succeeds or the user changes. */
@@ -1172,6 +1185,7 @@ async function loadLimits() {
   const most = me?.server?.max_content_chars;
   if (client !== model.client) return;
   if (most) model.maxCharacters = most;
+  model.server = me?.server ?? model.server;
   if (me) model.invites = me.server?.invites === true;
   composer.fit();
 }
@@ -1385,17 +1399,23 @@ function chatRow(chat, current) {
  * @returns {{kind: string, text: string}} the kind is a part of a class in style.css
  */
 function lastLine(chat, current) {
-  const unsent = notYetStored(chat);
+  const changes = model.client?.unsentChanges() ?? [];
+  const unsent = [
+    ...changes.filter(({ message_id }) => contains(chat, message_id)),
+    ...notYetStored(chat),
+  ];
   const failed = unsent.filter(({ state }) => state === "failed").at(-1);
   if (failed) {
-    const text = excerpt(failed.content);
-    return { kind: "failed", text: say("notSentText", { text }) };
+    const { kind, content } = failed;
+    const text = kind === "delete" ? failureText(failed) : excerpt(content);
+    return { kind: "failed", text: say(NOT_DONE[kind], { text }) };
   }
   const typing = typingText(chat);
   if (typing) return { kind: "typing", text: typing };
   const waiting = unsent.at(-1);
   if (waiting) {
-    const text = excerpt(waiting.content);
+    const deleted = waiting.kind === "delete";
+    const text = excerpt(shownText({ ...waiting, deleted }));
     return { kind: "sending", text: say("ownLast", { text }) };
   }
   const draft = current || unread(chat) > 0 ? "" : drafts.get(chat.id);
@@ -1408,7 +1428,7 @@ function lastLine(chat, current) {
 function lastMessageText(chat) {
   const message = chat.last_message;
   if (!message) return say("noMessages");
-  const text = excerpt(shownText(message));
+  const text = excerpt(shownText(shown(message)));
   if (message.sender_id === myId()) return say("ownLast", { text });
   const [name = ""] = personName(message.sender_id).split(" ");
   return chat.memberCount > 2 ? say("lastOf", { name, text }) : text;
@@ -1557,6 +1577,7 @@ const pane = {
     box("typing").hidden = !chat;
     if (!chat) return;
     this.renderHead(chat);
+    composer.showMode(chat);
     showRows(box("messages"), messageRows(chat));
     this.showFolds();
     this.restore();
@@ -1773,33 +1794,65 @@ function sameGroup(a, b) {
  * @returns {Row}
  */
 function messageRow(chat, message, first) {
-  const { n, rev } = message;
+  const { id, n, rev } = message;
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
-  const tick = own ? tickOf(chat, n) : null;
+  const { change, content, deleted } = shown(message);
+  const undoable = held.has(id);
+  const failed = change?.state === "failed";
+  const tick = change ? unsentTick(change) : own ? tickOf(chat, n) : null;
   const arriving = n > pane.drawn && !own;
-  const key = own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`;
+  const key = own && message.client_id ? `c ${message.client_id}` : `m ${id}`;
   const unfolded = pane.unfolded.has(key);
   return {
     key,
-    look: JSON.stringify([n, rev, first, name, tick, unfolded, formats.offset]),
+    look: JSON.stringify([
+      ...[n, rev, first, name, tick, unfolded, formats.offset],
+      ...[undoable, change?.client_id, change?.code],
+    ]),
     build: () =>
       el(
         "li",
         {
-          class: classes("message", { own, first, arriving }),
-          "data-id": message.id,
-          "data-n": message.n,
+          id: `message-${id}`,
+          class: classes("message", { own, first, arriving, failed }),
+          "data-id": id,
+          "data-n": n,
         },
         own ? null : personAvatar(message.sender_id),
         el(
           "div",
           { class: "bubble" },
           senderLine(own, first, name),
-          flow(key, message, stamp(message.created_at, tick)),
+          flow(
+            key,
+            { content, deleted },
+            undoable
+              ? textButton(say("undo"), () => release(id, true))
+              : stamp(message, tick),
+          ),
+          failed ? failureLine(change) : null,
         ),
+        deleted ? null : moreButton(id),
       ),
   };
+}
+
+/** The keyboard reaches it with onMessagesKey. @param {number} id of the message */
+function moreButton(id) {
+  const node = el(
+    "button",
+    {
+      class: "icon-button more",
+      type: "button",
+      tabindex: -1,
+      "aria-label": say("actions"),
+      "aria-describedby": `message-${id}`,
+      "aria-haspopup": "menu",
+    },
+    icon("more"),
+  );
+  return node;
 }
 
 /**
@@ -1860,25 +1913,38 @@ function tickOf(chat, n) {
   return { icon: "read", text: say("read"), className: "tick-read" };
 }
 
-/** @param {string} created_at @param {ReturnType<typeof tickOf> | null} tick */
-function stamp(created_at, tick) {
-  const date = new Date(created_at);
-  const node = el(
+/** @param {Delivery} delivery */
+function unsentTick({ state }) {
+  return state === "failed"
+    ? { icon: "failed", text: say("notSent") }
+    : { icon: "sending", text: say("sending") };
+}
+
+/**
+ * @param {{created_at?: string, edited_at?: string, deleted?: boolean}} message
+ * @param {{icon: string, text: string, className?: string} | null} tick
+ */
+function stamp({ created_at, edited_at, deleted }, tick) {
+  return el(
     "span",
     { class: "stamp", title: tick?.text },
-    el(
-      "time",
-      { datetime: created_at, title: formats.moment.format(date) },
-      formats.clock.format(date),
-    ),
+    edited_at && !deleted ? timeNode(edited_at, say("edited")) : null,
+    created_at ? timeNode(created_at) : null,
+    tick && icon(tick.icon, tick.className),
+    tick && el("span", { class: "sr-only" }, tick.text),
   );
-  if (tick) {
-    node.append(
-      icon(tick.icon, tick.className),
-      el("span", { class: "sr-only" }, tick.text),
-    );
-  }
-  return node;
+}
+
+/** @param {string} at @param {string} [text] instead of the time of the day */
+function timeNode(at, text) {
+  const date = new Date(at);
+  const title = formats.moment.format(date);
+  return el(
+    "time",
+    { datetime: at, title },
+    text ?? formats.clock.format(date),
+    text ? el("span", { class: "sr-only" }, ` ${title}`) : null,
+  );
 }
 
 /** @param {Delivery} delivery @param {boolean} first @returns {Row} */
@@ -1897,48 +1963,48 @@ function unsentRow(delivery, first) {
           "div",
           { class: "bubble" },
           senderLine(true, first, ""),
-          flow(
-            key,
-            delivery,
-            el(
-              "span",
-              { class: "stamp" },
-              icon(failed ? "failed" : "sending"),
-              el("span", { class: "sr-only" }, failed ? say("notSent") : say("sending")),
-            ),
-          ),
+          flow(key, delivery, stamp({}, unsentTick(delivery))),
           failed ? failureLine(delivery) : null,
         ),
       ),
   };
 }
 
+/** @type {Record<Delivery["kind"], import("./words.js").Key>} */
+const NOT_DONE = { message: "notSentText", edit: "notSaved", delete: "notDeleted" };
+
 /**
- * The user can edit a message whose text was refused, and resend any other one.
+ * The user can edit a text that was refused, and repeat what may succeed later.
  * @param {Delivery} delivery
  */
 function failureLine(delivery) {
-  const { client_id, code } = delivery;
-  const textIsWrong = code === "bad_field" || code === "too_large";
+  const { client_id, kind, code = "" } = delivery;
+  const textIsWrong = ["bad_field", "too_large", "changed"].includes(code);
+  const mayRepeat = kind === "message" || code === "internal";
   return el(
     "p",
     { class: "failure" },
-    `${say("notSentText", { text: failureText(delivery) })} `,
+    `${say(NOT_DONE[kind], { text: failureText(delivery) })} `,
     textIsWrong
       ? textButton(say("edit"), () => composer.edit(delivery))
-      : textButton(say("tryAgain"), () => model.client?.resend(client_id)),
-    textButton(say("delete"), () => model.client?.discard(client_id)),
+      : mayRepeat
+        ? textButton(say("tryAgain"), () => model.client?.resend(client_id))
+        : null,
+    textButton(say(kind === "message" ? "delete" : "discard"), () =>
+      model.client?.discard(client_id),
+    ),
   );
 }
 
-/** Why a message was not sent. @param {Delivery} delivery @returns {string} */
-function failureText({ content, code = "", reason = "" }) {
+/** Why it was not done. @param {Delivery} delivery @returns {string} */
+function failureText({ kind, content, code = "", reason = "" }) {
   const most = maximumIn(reason) || model.maxCharacters;
   const over = countCharacters(content) - most;
   if ((code === "bad_field" || code === "too_large") && over > 0)
     return say("tooLongBy", { count: over, most });
   if (code === "bad_field") return say("badCharacters");
-  if (code === "not_found" || code === "forbidden") return say("mayNotWrite");
+  if (kind === "message" && (code === "not_found" || code === "forbidden"))
+    return say("mayNotWrite");
   return refusalText(code, reason);
 }
 
@@ -1954,6 +2020,7 @@ function selectChat(chat) {
   const before = model.open;
   if (before === chat) return;
   if (before) {
+    releaseAll();
     before.divider = null;
     model.client?.sendTyping(before.id, false);
   }
@@ -2011,6 +2078,11 @@ function changeOf(id) {
   return changes.filter(({ message_id }) => message_id === id).at(-1);
 }
 
+/** Whether the page has the message. @param {ChatView} chat @param {number} id */
+function contains({ messages, last_message }, id) {
+  return [...messages, last_message].some((message) => message?.id === id);
+}
+
 /** A message as it will be. @param {Message} message */
 function shown({ id, content, deleted = false }) {
   const change = held.has(id) ? undefined : changeOf(id);
@@ -2029,7 +2101,8 @@ function mayEdit({ sender_id, created_at, deleted }) {
 
 /** Opens the menu of a message. @param {HTMLElement | null} row */
 function openActions(row) {
-  const anchor = row?.querySelector("button.more");
+  /** @type {HTMLElement | null | undefined} */
+  const anchor = row?.querySelector(".more");
   const chat = model.open;
   const message = chat?.messages.find(({ id }) => id === Number(row?.dataset["id"]));
   if (!anchor || !chat || !message) return;
@@ -2052,7 +2125,7 @@ function onPress({ pointerType, pointerId, target }) {
   clearTimeout(press);
   if (pointerType !== "touch" || target.closest("a, button")) return;
   press = after(LONG_PRESS_SECONDS, () => {
-    openActions(target.closest(".message"));
+    openActions(target.closest("li"));
     // Or else the menu would close when the finger is lifted outside of it.
     if (menuIsOpen()) box("menu").setPointerCapture(pointerId);
   });
@@ -2062,12 +2135,14 @@ function onPress({ pointerType, pointerId, target }) {
 function onMessagesKey(event) {
   const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
   if (!step) return;
-  const all = [...box("messages").querySelectorAll("button.more")];
+  /** @type {NodeListOf<HTMLElement>} */
+  const buttons = box("messages").querySelectorAll(".more");
+  const all = [...buttons];
   const end = box("scroller").getBoundingClientRect().bottom;
   const visible = all.filter((node) => node.getBoundingClientRect().bottom <= end);
   const at = all.findIndex((node) => node === document.activeElement);
   const next = at < 0 ? visible.at(-1) : all[at + step];
-  if (!(next instanceof HTMLElement)) return;
+  if (!next) return;
   event.preventDefault();
   next.focus();
 }
@@ -2318,7 +2393,7 @@ function readDraft(value) {
  */
 function onDraftElsewhere({ key, oldValue, newValue }) {
   if (!key?.startsWith(DRAFT_PREFIX)) return;
-  const isOpen = model.open && key === drafts.key(model.open.id);
+  const isOpen = model.open && key === drafts.key(composer.draftId(model.open));
   if (isOpen && composer.field.value === readDraft(oldValue).text)
     composer.setText(readDraft(newValue).text);
   requestRender();
@@ -2352,10 +2427,27 @@ async function onDeleteDrafts() {
 const composer = {
   field: byId("composer-text", HTMLTextAreaElement),
 
+  /** A message that is edited has a draft of its own. @param {ChatView} chat */
+  draftId({ id, editing }) {
+    return editing ? -editing.id : id;
+  },
+
   /** Shows the draft of a chat. @param {ChatView | null} chat */
   show(chat) {
     drafts.prune();
-    this.setText(chat ? drafts.get(chat.id) : "");
+    const draft = chat ? drafts.get(this.draftId(chat)) : "";
+    this.setText(draft || (chat?.editing?.content ?? ""));
+  },
+
+  /** Says whether the field writes or edits a message. @param {ChatView} chat */
+  showMode({ editing, messages }) {
+    box("edit-bar").hidden = !editing;
+    button("send").ariaLabel = say(editing ? "save" : "send");
+    if (!editing) return;
+    const now = messages.find(({ id }) => id === editing.id);
+    const { content, deleted } = now ? shown(now) : editing;
+    const changed = content === editing.content ? "" : ` ${say("wasChanged")}`;
+    setText("edit-text", say("editing") + (deleted ? ` ${say("wasDeleted")}` : changed));
   },
 
   /** @param {string} text */
@@ -2382,8 +2474,10 @@ const composer = {
   onInput() {
     this.fit();
     if (!model.open) return;
-    drafts.set(model.open.id, this.field.value);
-    model.client?.sendTyping(model.open.id, !isBlank(this.field.value));
+    const { editing, id } = model.open;
+    const { value } = this.field;
+    drafts.set(this.draftId(model.open), value === editing?.content ? "" : value);
+    if (!editing) model.client?.sendTyping(id, !isBlank(value));
   },
 
   /**
@@ -2391,8 +2485,17 @@ const composer = {
    * @param {KeyboardEvent} event
    */
   onKey(event) {
-    if (event.key !== "Enter" || event.shiftKey || isComposing(event)) return;
-    if (!matchMedia("(pointer: coarse)").matches) this.send(event);
+    const { key } = event;
+    const { editing = null, messages = [] } = model.open ?? {};
+    if (isComposing(event)) return;
+    if (key === "Enter" && !event.shiftKey && !matchMedia("(pointer: coarse)").matches)
+      return this.send(event);
+    const last = messages.filter((one) => mayEdit(one) && !shown(one).deleted).at(-1);
+    if (key === "Escape" && editing) this.leave();
+    else if (key === "ArrowUp" && last && !editing && this.field.value === "")
+      this.change(last);
+    else return;
+    event.preventDefault();
   },
 
   /** @param {Event} event */
@@ -2400,6 +2503,7 @@ const composer = {
     event.preventDefault();
     const chat = model.open;
     const content = sendable(this.field.value);
+    if (chat?.editing) return void this.save(chat, chat.editing, content);
     if (!chat || !content) return;
     if (isBlank(content)) {
       toast(say("invisible"));
@@ -2415,9 +2519,59 @@ const composer = {
     requestRender();
   },
 
-  /** Takes a refused message back into the field. @param {Delivery} delivery */
-  edit({ client_id, chat_id, content }) {
-    if (!isBlank(this.field.value)) {
+  /** Takes a message into the field, and the text of its unsent change. @param {Message} message */
+  change(message) {
+    const chat = model.open;
+    if (!chat) return;
+    const change = changeOf(message.id);
+    let { content } = message;
+    if (change?.state === "failed") {
+      if (change.content) drafts.set(-message.id, change.content);
+      model.client?.discard(change.client_id);
+    } else if (change) content = change.content;
+    chat.editing = { ...message, content };
+    this.show(chat);
+    this.field.focus();
+    requestRender();
+  },
+
+  /**
+   * @param {ChatView} chat
+   * @param {Message} before what the user has changed
+   * @param {string} content
+   */
+  async save(chat, before, content) {
+    const { id } = before;
+    if (isBlank(content)) {
+      const title = say("deleteTitle");
+      const answers = { yes: say("delete"), no: say("cancel") };
+      if (await ask({ title, text: say("deleteText"), ...answers })) hold(id);
+      return;
+    }
+    const now = chat.messages.find((message) => message.id === id);
+    // The user's own edit before this one may have been stored meanwhile.
+    const { rev = id } = now?.content === before.content ? now : before;
+    if (content !== sendable(before.content))
+      model.client?.editMessage(id, content, { ifRev: rev });
+    this.leave();
+  },
+
+  /** Ends an edit and shows the draft again. */
+  leave() {
+    const chat = model.open;
+    if (!chat?.editing) return;
+    drafts.set(-chat.editing.id, "");
+    chat.editing = null;
+    this.show(chat);
+    this.field.focus();
+    requestRender();
+  },
+
+  /** Takes a refused text back into the field. @param {Delivery} delivery */
+  edit({ kind, client_id, chat_id, message_id, content }) {
+    const message = model.open?.messages.find(({ id }) => id === message_id);
+    if (kind === "edit" && message) return this.change(message);
+    if (model.open?.editing || !isBlank(this.field.value)) {
       toast(say("writingAnother"));
     } else {
       model.client?.discard(client_id);
@@ -2957,7 +3111,7 @@ function addListeners() {
   on(box("scroller"), "scroll", () => pane.onScroll());
   on(box("scroller"), "keydown", onMessagesKey);
   on(box("messages"), "click", ({ target }) => {
-    if (target.closest(".more")) openActions(target.closest(".message"));
+    if (target.closest(".more")) openActions(target.closest("li"));
   });
   on(box("messages"), "pointerdown", onPress);
   // Windows reports a long touch, too.
