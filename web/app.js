@@ -53,8 +53,8 @@ const DRAFT_CHARACTERS = 500_000;
 const MAX_LINKS = 200;
 /** A deletion can be undone for this long. */
 const UNDO_SECONDS = 5;
-/** A finger that stays on a message for this long opens its menu. */
-const LONG_PRESS_SECONDS = 0.5;
+/** A touch opens the menu of a message after this long. */
+const LONG_TOUCH_SECONDS = 0.5;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
 /** The first connection waits at most this long for the list of chats. */
@@ -1135,6 +1135,11 @@ function onDelivery(delivery) {
   else if (model.chatsLoaded) model.client?.discard(client_id);
 }
 
+/** Whether the page has the message. @param {ChatView} chat @param {number} id */
+function contains({ messages, last_message }, id) {
+  return [...messages, last_message].some((message) => message?.id === id);
+}
+
 /** The state of an edit or a deletion. @param {Delivery} delivery */
 function onChangeDelivery(delivery) {
   const { state, client_id, message_id, message, code } = delivery;
@@ -1399,23 +1404,20 @@ function chatRow(chat, current) {
  * @returns {{kind: string, text: string}} the kind is a part of a class in style.css
  */
 function lastLine(chat, current) {
-  const changes = model.client?.unsentChanges() ?? [];
-  const unsent = [
-    ...changes.filter(({ message_id }) => contains(chat, message_id)),
-    ...notYetStored(chat),
-  ];
+  const changes = (model.client?.unsentChanges() ?? []).filter(({ message_id }) =>
+    contains(chat, message_id),
+  );
+  const unsent = [...changes, ...notYetStored(chat)];
   const failed = unsent.filter(({ state }) => state === "failed").at(-1);
   if (failed) {
-    const { kind, content } = failed;
-    const text = kind === "delete" ? failureText(failed) : excerpt(content);
-    return { kind: "failed", text: say(NOT_DONE[kind], { text }) };
+    const text = excerpt(failed.content || failureText(failed));
+    return { kind: "failed", text: say(NOT_DONE[failed.kind], { text }) };
   }
   const typing = typingText(chat);
   if (typing) return { kind: "typing", text: typing };
   const waiting = unsent.at(-1);
   if (waiting) {
-    const deleted = waiting.kind === "delete";
-    const text = excerpt(shownText({ ...waiting, deleted }));
+    const text = excerpt(waiting.content || say("deleted"));
     return { kind: "sending", text: say("ownLast", { text }) };
   }
   const draft = current || unread(chat) > 0 ? "" : drafts.get(chat.id);
@@ -1714,7 +1716,10 @@ function messageRows(chat) {
   const startsGroup = before?.sender_id !== myId();
   return [
     ...rows,
-    ...unsent.map((delivery, i) => unsentRow(delivery, startsGroup && i === 0)),
+    ...unsent.map((delivery, i) => {
+      const message = { ...delivery, id: 0, n: 0, sender_id: myId(), created_at: "" };
+      return messageRow(chat, message, startsGroup && i === 0, delivery);
+    }),
   ];
 }
 
@@ -1791,33 +1796,31 @@ function sameGroup(a, b) {
  * @param {ChatView} chat
  * @param {Message} message
  * @param {boolean} first of a group
+ * @param {Delivery} [unsent] if the message is not stored yet
  * @returns {Row}
  */
-function messageRow(chat, message, first) {
+function messageRow(chat, message, first, unsent) {
   const { id, n, rev } = message;
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
-  const { change, content, deleted } = shown(message);
-  const undoable = held.has(id);
+  const { change = unsent, content, deleted } = shown(message);
   const failed = change?.state === "failed";
   const tick = change ? unsentTick(change) : own ? tickOf(chat, n) : null;
   const arriving = n > pane.drawn && !own;
   const key = own && message.client_id ? `c ${message.client_id}` : `m ${id}`;
   const unfolded = pane.unfolded.has(key);
+  const state = [tick, unfolded, formats.offset, held.has(id), change];
   return {
     key,
-    look: JSON.stringify([
-      ...[n, rev, first, name, tick, unfolded, formats.offset],
-      ...[undoable, change?.client_id, change?.code],
-    ]),
+    look: JSON.stringify([n, rev, first, name, ...state]),
     build: () =>
       el(
         "li",
         {
-          id: `message-${id}`,
+          id: id ? `message-${id}` : null,
           class: classes("message", { own, first, arriving, failed }),
-          "data-id": id,
-          "data-n": n,
+          "data-id": id || null,
+          "data-n": n || null,
         },
         own ? null : personAvatar(message.sender_id),
         el(
@@ -1827,32 +1830,22 @@ function messageRow(chat, message, first) {
           flow(
             key,
             { content, deleted },
-            undoable
+            held.has(id)
               ? textButton(say("undo"), () => release(id, true))
               : stamp(message, tick),
           ),
           failed ? failureLine(change) : null,
         ),
-        deleted ? null : moreButton(id),
+        id && !deleted ? moreButton(id) : null,
       ),
   };
 }
 
-/** The keyboard reaches it with onMessagesKey. @param {number} id of the message */
+/** Opens the message's menu: see openActions. @param {number} id */
 function moreButton(id) {
-  const node = el(
-    "button",
-    {
-      class: "icon-button more",
-      type: "button",
-      tabindex: -1,
-      "aria-label": say("actions"),
-      "aria-describedby": `message-${id}`,
-      "aria-haspopup": "menu",
-    },
-    icon("more"),
-  );
-  return node;
+  const label = { "aria-label": say("actions"), "aria-describedby": `message-${id}` };
+  const attributes = { class: "icon-button more", type: "button", tabindex: -1 };
+  return el("button", { ...attributes, ...label }, icon("more"));
 }
 
 /**
@@ -1915,9 +1908,8 @@ function tickOf(chat, n) {
 
 /** @param {Delivery} delivery */
 function unsentTick({ state }) {
-  return state === "failed"
-    ? { icon: "failed", text: say("notSent") }
-    : { icon: "sending", text: say("sending") };
+  if (state === "failed") return { icon: "failed", text: say("notSent") };
+  return { icon: "sending", text: say("sending") };
 }
 
 /**
@@ -1935,39 +1927,13 @@ function stamp({ created_at, edited_at, deleted }, tick) {
   );
 }
 
-/** @param {string} at @param {string} [text] instead of the time of the day */
+/** @param {string} at @param {string} [text] instead of the time */
 function timeNode(at, text) {
   const date = new Date(at);
   const title = formats.moment.format(date);
-  return el(
-    "time",
-    { datetime: at, title },
-    text ?? formats.clock.format(date),
-    text ? el("span", { class: "sr-only" }, ` ${title}`) : null,
-  );
-}
-
-/** @param {Delivery} delivery @param {boolean} first @returns {Row} */
-function unsentRow(delivery, first) {
-  const { client_id, state, reason = "" } = delivery;
-  const failed = state === "failed";
-  const key = `c ${client_id}`;
-  return {
-    key,
-    look: JSON.stringify([state, reason, first, pane.unfolded.has(key)]),
-    build: () =>
-      el(
-        "li",
-        { class: classes("message own", { first, failed }) },
-        el(
-          "div",
-          { class: "bubble" },
-          senderLine(true, first, ""),
-          flow(key, delivery, stamp({}, unsentTick(delivery))),
-          failed ? failureLine(delivery) : null,
-        ),
-      ),
-  };
+  const spoken = text ? el("span", { class: "sr-only" }, ` ${title}`) : null;
+  const attributes = { datetime: at, title };
+  return el("time", attributes, text ?? formats.clock.format(date), spoken);
 }
 
 /** @type {Record<Delivery["kind"], import("./words.js").Key>} */
@@ -1980,20 +1946,15 @@ const NOT_DONE = { message: "notSentText", edit: "notSaved", delete: "notDeleted
 function failureLine(delivery) {
   const { client_id, kind, code = "" } = delivery;
   const textIsWrong = ["bad_field", "too_large", "changed"].includes(code);
-  const mayRepeat = kind === "message" || code === "internal";
-  return el(
-    "p",
-    { class: "failure" },
-    `${say(NOT_DONE[kind], { text: failureText(delivery) })} `,
-    textIsWrong
-      ? textButton(say("edit"), () => composer.edit(delivery))
-      : mayRepeat
-        ? textButton(say("tryAgain"), () => model.client?.resend(client_id))
-        : null,
-    textButton(say(kind === "message" ? "delete" : "discard"), () =>
-      model.client?.discard(client_id),
-    ),
-  );
+  const message = kind === "message";
+  let repeat = null;
+  if (textIsWrong) repeat = textButton(say("edit"), () => composer.edit(delivery));
+  else if (message || code === "internal")
+    repeat = textButton(say("tryAgain"), () => model.client?.resend(client_id));
+  const discard = () => model.client?.discard(client_id);
+  const text = say(NOT_DONE[kind], { text: failureText(delivery) });
+  const last = textButton(say(message ? "delete" : "discard"), discard);
+  return el("p", { class: "failure" }, `${text} `, repeat, last);
 }
 
 /** Why it was not done. @param {Delivery} delivery @returns {string} */
@@ -2065,11 +2026,11 @@ function moveFocus(before) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Changing. Each message has a menu. An edit or a deletion waits like a message, and the
- * row shows what will be. For some seconds a deletion is only held, and can be undone.
+ * Changing. An edit or a deletion waits like a message, and the row shows what will be.
+ * A deletion is held for some seconds before, and can be undone.
  * ---------------------------------------------------------------------------------- */
 
-/** The deletions that can be undone, and the timers that send them, by message id. */
+/** Message id -> timer that sends its deletion. @type {Map<number, number>} */
 const held = new Map();
 
 /** The newest unsent change of a message. @param {number} id */
@@ -2078,101 +2039,95 @@ function changeOf(id) {
   return changes.filter(({ message_id }) => message_id === id).at(-1);
 }
 
-/** Whether the page has the message. @param {ChatView} chat @param {number} id */
-function contains({ messages, last_message }, id) {
-  return [...messages, last_message].some((message) => message?.id === id);
-}
-
 /** A message as it will be. @param {Message} message */
 function shown({ id, content, deleted = false }) {
-  const change = held.has(id) ? undefined : changeOf(id);
-  if (change?.kind === "edit") return { change, content: change.content, deleted: false };
-  const going = held.has(id) || (change && change.state !== "failed");
-  return { change, content, deleted: deleted || going === true };
+  if (held.has(id)) return { content, deleted: true };
+  const change = changeOf(id);
+  if (change?.kind === "edit")
+    return { change, content: change.content, deleted: false };
+  return { change, content, deleted: deleted || change?.state === "sending" };
 }
 
-/** Whether the server will take an edit. @param {Message} message */
+/** @param {Message} message */
 function mayEdit({ sender_id, created_at, deleted }) {
   const { edit_seconds = 0 } = model.server;
-  const age = (Date.now() - Date.parse(created_at)) / 1000;
-  const inTime = edit_seconds === null || age < edit_seconds; // null: without end
-  return sender_id === myId() && !deleted && inTime;
+  const left = Date.parse(created_at) + (edit_seconds ?? Infinity) * 1000 - Date.now();
+  return sender_id === myId() && !deleted && left > 0;
 }
 
-/** Opens the menu of a message. @param {HTMLElement | null} row */
+/** A message of the open chat. @param {number} id */
+function messageOf(id) {
+  return model.open?.messages.find((message) => message.id === id);
+}
+
+/** Opens the menu of a message. @param {HTMLElement} row */
 function openActions(row) {
-  /** @type {HTMLElement | null | undefined} */
-  const anchor = row?.querySelector(".more");
+  /** @type {HTMLElement | null} */
+  const anchor = row.querySelector(".more");
   const chat = model.open;
-  const message = chat?.messages.find(({ id }) => id === Number(row?.dataset["id"]));
+  const message = messageOf(Number(row.dataset["id"]));
   if (!anchor || !chat || !message) return;
   const copy = { text: say("copy"), press: () => copyText(shown(message).content) };
   const edit = { text: say("edit"), press: () => composer.change(message) };
   const remove = { text: say("delete"), press: () => hold(message.id) };
   const owner = !chat.direct && chat.created_by === myId() && !message.deleted;
-  if (mayEdit(message)) showMenu(anchor, [copy, edit, remove]);
-  else showMenu(anchor, owner ? [copy, remove] : [copy]);
+  const rest = mayEdit(message) ? [edit, remove] : owner ? [remove] : [];
+  showMenu(anchor, [copy, ...rest]);
 }
 
-let press = 0;
+let longTouch = 0;
 
-/**
- * A finger stays on a message, which is no event on iOS. On a link, the browser has a
- * menu of its own.
- * @param {PointerEvent & {target: Element}} event
- */
-function onPress({ pointerType, pointerId, target }) {
-  clearTimeout(press);
-  if (pointerType !== "touch" || target.closest("a, button")) return;
-  press = after(LONG_PRESS_SECONDS, () => {
-    openActions(target.closest("li"));
+/** iOS has no event for a long touch. @param {PointerEvent & {target: Element}} event */
+function onTouch({ pointerType, pointerId, target }) {
+  clearTimeout(longTouch);
+  const row = target.closest("li");
+  if (pointerType !== "touch" || !row || target.closest("a, button")) return;
+  longTouch = after(LONG_TOUCH_SECONDS, () => {
+    openActions(row);
     // Or else the menu would close when the finger is lifted outside of it.
-    if (menuIsOpen()) box("menu").setPointerCapture(pointerId);
+    box("menu").setPointerCapture(pointerId);
   });
 }
 
 /** Up and down move between the messages. @param {KeyboardEvent} event */
 function onMessagesKey(event) {
   const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-  if (!step) return;
   /** @type {NodeListOf<HTMLElement>} */
-  const buttons = box("messages").querySelectorAll(".more");
-  const all = [...buttons];
+  const found = box("messages").querySelectorAll(".more");
+  const all = [...found];
   const end = box("scroller").getBoundingClientRect().bottom;
   const visible = all.filter((node) => node.getBoundingClientRect().bottom <= end);
   const at = all.findIndex((node) => node === document.activeElement);
-  const next = at < 0 ? visible.at(-1) : all[at + step];
-  if (!next) return;
+  const next = at < 0 ? visible.at(-1) : all[at + (step ?? 0)];
+  if (!step || !next) return;
   event.preventDefault();
   next.focus();
 }
 
-/** Deletes a message, unless the user undoes it in time. @param {number} id */
+/** @param {number} id */
 function hold(id) {
   if (model.open?.editing?.id === id) composer.leave();
-  held.set(
-    id,
-    after(UNDO_SECONDS, () => release(id)),
-  );
+  const timer = after(UNDO_SECONDS, () => release(id));
+  held.set(id, timer);
   requestRender();
 }
 
 /** @param {number} id @param {boolean} [undo] */
-function release(id, undo = false) {
+function release(id, undo) {
   clearTimeout(held.get(id));
   held.delete(id);
   if (!undo) model.client?.deleteMessage(id);
   requestRender();
 }
 
-/** The user leaves the chat or the page, and can undo nothing there. */
+/** Nothing can be undone where the user does not see it. */
 function releaseAll() {
   for (const id of held.keys()) release(id);
 }
 
-/** Copies a text, also over http, without a clipboard. @param {string} text */
+/** @param {string} text */
 function copyText(text) {
-  const node = el("textarea", {}, text);
+  const node = el("textarea", {}, text); // navigator.clipboard would need https
   document.body.append(node);
   node.select();
   toast(say(document.execCommand("copy") ? "copied" : "notCopied"));
@@ -2427,7 +2382,7 @@ async function onDeleteDrafts() {
 const composer = {
   field: byId("composer-text", HTMLTextAreaElement),
 
-  /** A message that is edited has a draft of its own. @param {ChatView} chat */
+  /** An edit has a draft of its own. @param {ChatView} chat */
   draftId({ id, editing }) {
     return editing ? -editing.id : id;
   },
@@ -2435,19 +2390,19 @@ const composer = {
   /** Shows the draft of a chat. @param {ChatView | null} chat */
   show(chat) {
     drafts.prune();
-    const draft = chat ? drafts.get(this.draftId(chat)) : "";
+    const draft = chat && drafts.get(this.draftId(chat));
     this.setText(draft || (chat?.editing?.content ?? ""));
   },
 
-  /** Says whether the field writes or edits a message. @param {ChatView} chat */
-  showMode({ editing, messages }) {
+  /** Says what the field is for. @param {ChatView} chat */
+  showMode({ editing }) {
     box("edit-bar").hidden = !editing;
     button("send").ariaLabel = say(editing ? "save" : "send");
     if (!editing) return;
-    const now = messages.find(({ id }) => id === editing.id);
-    const { content, deleted } = now ? shown(now) : editing;
-    const changed = content === editing.content ? "" : ` ${say("wasChanged")}`;
-    setText("edit-text", say("editing") + (deleted ? ` ${say("wasDeleted")}` : changed));
+    const now = shown(messageOf(editing.id) ?? editing);
+    const changed = now.content === editing.content ? "" : say("wasChanged");
+    const news = now.deleted ? say("wasDeleted") : changed;
+    setText("edit-text", `${say("editing")} ${news}`);
   },
 
   /** @param {string} text */
@@ -2485,17 +2440,16 @@ const composer = {
    * @param {KeyboardEvent} event
    */
   onKey(event) {
-    const { key } = event;
-    const { editing = null, messages = [] } = model.open ?? {};
     if (isComposing(event)) return;
-    if (key === "Enter" && !event.shiftKey && !matchMedia("(pointer: coarse)").matches)
-      return this.send(event);
+    const enter = event.key === "Enter" && !event.shiftKey;
+    if (enter && !matchMedia("(pointer: coarse)").matches) return this.send(event);
+    const { editing = null, messages = [] } = model.open ?? {};
+    if (event.key === "Escape" && editing) this.leave();
+    if (event.key !== "ArrowUp" || editing || this.field.value) return;
     const last = messages.filter((one) => mayEdit(one) && !shown(one).deleted).at(-1);
-    if (key === "Escape" && editing) this.leave();
-    else if (key === "ArrowUp" && last && !editing && this.field.value === "")
-      this.change(last);
-    else return;
+    if (!last) return;
     event.preventDefault();
+    this.change(last);
   },
 
   /** @param {Event} event */
@@ -2503,7 +2457,7 @@ const composer = {
     event.preventDefault();
     const chat = model.open;
     const content = sendable(this.field.value);
-    if (chat?.editing) return void this.save(chat, chat.editing, content);
+    if (chat?.editing) return void this.save(chat.editing, content);
     if (!chat || !content) return;
     if (isBlank(content)) {
       toast(say("invisible"));
@@ -2519,12 +2473,12 @@ const composer = {
     requestRender();
   },
 
-  /** Takes a message into the field, and the text of its unsent change. @param {Message} message */
+  /** Takes a message into the field, or its edit that failed. @param {Message} message */
   change(message) {
     const chat = model.open;
     if (!chat) return;
-    const change = changeOf(message.id);
     let { content } = message;
+    const change = changeOf(message.id);
     if (change?.state === "failed") {
       if (change.content) drafts.set(-message.id, change.content);
       model.client?.discard(change.client_id);
@@ -2535,21 +2489,17 @@ const composer = {
     requestRender();
   },
 
-  /**
-   * @param {ChatView} chat
-   * @param {Message} before what the user has changed
-   * @param {string} content
-   */
-  async save(chat, before, content) {
+  /** @param {Message} before what is edited @param {string} content */
+  async save(before, content) {
     const { id } = before;
     if (isBlank(content)) {
-      const title = say("deleteTitle");
-      const answers = { yes: say("delete"), no: say("cancel") };
-      if (await ask({ title, text: say("deleteText"), ...answers })) hold(id);
+      const [yes, no] = [say("delete"), say("cancel")];
+      const text = say("deleteText");
+      if (await ask({ title: say("deleteTitle"), text, yes, no })) hold(id);
       return;
     }
-    const now = chat.messages.find((message) => message.id === id);
-    // The user's own edit before this one may have been stored meanwhile.
+    // The user's edit before this one may have been stored meanwhile.
+    const now = messageOf(id);
     const { rev = id } = now?.content === before.content ? now : before;
     if (content !== sendable(before.content))
       model.client?.editMessage(id, content, { ifRev: rev });
@@ -2568,9 +2518,9 @@ const composer = {
   },
 
   /** Takes a refused text back into the field. @param {Delivery} delivery */
-  edit({ kind, client_id, chat_id, message_id, content }) {
-    const message = model.open?.messages.find(({ id }) => id === message_id);
-    if (kind === "edit" && message) return this.change(message);
+  edit({ client_id, chat_id, message_id, content }) {
+    const message = messageOf(message_id);
+    if (message) return this.change(message);
     if (model.open?.editing || !isBlank(this.field.value)) {
       toast(say("writingAnother"));
     } else {
@@ -2742,7 +2692,6 @@ function onLinkShare() {
 
 /** What the menu belongs to. @type {HTMLElement | null} */
 let menuAnchor = null;
-const menuIsOpen = () => box("menu").matches(":popover-open");
 
 /**
  * Shows a menu at an element. The focus goes in, and back when the menu closes.
@@ -2767,12 +2716,12 @@ function showMenu(anchor, items) {
   menu.showPopover();
   buttons[0]?.focus();
   const { left, top, bottom } = anchor.getBoundingClientRect();
-  const { offsetWidth, offsetHeight } = menu;
   const { clientWidth, clientHeight } = box("chat");
-  const fits = bottom + offsetHeight < clientHeight;
-  const start = Math.min(left, clientWidth - offsetWidth - 8);
-  menu.style.left = `${Math.max(8, start)}px`;
-  menu.style.top = `${Math.max(8, fits ? bottom : top - offsetHeight)}px`;
+  const above = bottom + menu.offsetHeight > clientHeight;
+  const x = Math.min(left, clientWidth - menu.offsetWidth - 8);
+  const y = above ? top - menu.offsetHeight : bottom;
+  menu.style.left = `${Math.max(8, x)}px`;
+  menu.style.top = `${Math.max(8, y)}px`;
 }
 
 /** @param {KeyboardEvent} event */
@@ -3113,11 +3062,9 @@ function addListeners() {
   on(box("messages"), "click", ({ target }) => {
     if (target.closest(".more")) openActions(target.closest("li"));
   });
-  on(box("messages"), "pointerdown", onPress);
-  // Windows reports a long touch, too.
-  on(box("messages"), "contextmenu", (event) => menuIsOpen() && event.preventDefault());
+  on(box("messages"), "pointerdown", onTouch);
   for (const type of ["pointerup", "pointercancel"])
-    on(window, type, () => clearTimeout(press));
+    on(window, type, () => clearTimeout(longTouch));
   on(box("menu"), "keydown", onMenuKey);
   on(button("edit-cancel"), "click", () => composer.leave());
   on(window, "pagehide", releaseAll);
