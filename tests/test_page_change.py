@@ -183,6 +183,7 @@ def test_all_of_it_works_with_the_keyboard_alone(
     bens.reload()  # the deletion does not wait longer than the page
     expect(bubbles(annas).first).to_have_text("Message deleted")
     expect(annas.get_by_role("menu")).to_be_hidden()
+    expect(annas.locator("#scroller")).to_be_focused()
 
 
 def test_a_long_touch_opens_the_menu(server: Server, chromium: Chromium) -> None:

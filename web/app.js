@@ -1276,7 +1276,10 @@ function render() {
   renderList();
   renderBell();
   pane.render();
-  if (!menuAnchor?.isConnected) box("menu").hidePopover();
+  if (!menuAnchor?.isConnected && box("menu").contains(document.activeElement)) {
+    box("menu").hidePopover();
+    box("scroller").focus({ preventScroll: true });
+  }
   markSeen();
   if (model.chatsLoaded) loading = false;
 }
@@ -2069,7 +2072,7 @@ function openActions(row) {
   if (!anchor || !chat || !message) return;
   const copy = { text: say("copy"), press: () => copyText(shown(message).content) };
   const edit = { text: say("edit"), press: () => composer.change(message) };
-  const remove = { text: say("delete"), press: () => hold(message.id) };
+  const remove = { text: say("delete"), press: () => hold(message.id), danger: true };
   const owner = !chat.direct && chat.created_by === myId() && !message.deleted;
   const rest = mayEdit(message) ? [edit, remove] : owner ? [remove] : [];
   showMenu(anchor, [copy, ...rest]);
@@ -2077,7 +2080,7 @@ function openActions(row) {
 
 let longTouch = 0;
 
-/** iOS has no event for a long touch. @param {PointerEvent & {target: Element}} event */
+/** iOS has no long touch. @param {PointerEvent & {target: Element}} event */
 function onTouch({ pointerType, pointerId, target }) {
   clearTimeout(longTouch);
   const row = target.closest("li");
@@ -2127,12 +2130,13 @@ function releaseAll() {
 
 /** @param {string} text */
 function copyText(text) {
+  const { activeElement } = document;
   const node = el("textarea", {}, text); // navigator.clipboard would need https
   document.body.append(node);
   node.select();
   toast(say(document.execCommand("copy") ? "copied" : "notCopied"));
   node.remove();
-  menuAnchor?.focus();
+  if (activeElement instanceof HTMLElement) activeElement.focus();
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2473,7 +2477,7 @@ const composer = {
     requestRender();
   },
 
-  /** Takes a message into the field, or its edit that failed. @param {Message} message */
+  /** Takes a message, or its failed edit, into the field. @param {Message} message */
   change(message) {
     const chat = model.open;
     if (!chat) return;
@@ -2696,14 +2700,15 @@ let menuAnchor = null;
 /**
  * Shows a menu at an element. The focus goes in, and back when the menu closes.
  * @param {HTMLElement} anchor
- * @param {{text: string, press: () => void}[]} items
+ * @param {{text: string, press: () => void, danger?: boolean}[]} items
  */
 function showMenu(anchor, items) {
   const menu = box("menu");
   menu.hidePopover();
   menuAnchor = anchor;
-  const buttons = items.map(({ text, press }) => {
-    const item = el("button", { role: "menuitem", type: "button" }, text);
+  const buttons = items.map(({ text, press, danger = false }) => {
+    const attributes = { role: "menuitem", type: "button" };
+    const item = el("button", { ...attributes, class: danger && "danger" }, text);
     item.addEventListener("click", () => {
       menu.hidePopover();
       press();
