@@ -4549,6 +4549,7 @@ PAGE_FILES = {
     "/web/style.css": "text/css; charset=utf-8",
     "/web/app.js": "text/javascript; charset=utf-8",
     "/web/words.js": "text/javascript; charset=utf-8",
+    "/web/text.js": "text/javascript; charset=utf-8",
     "/web/icons.svg": "image/svg+xml",
     "/web/chat-websocket.js": "text/javascript; charset=utf-8",
 }

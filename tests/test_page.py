@@ -1396,7 +1396,7 @@ LINKS: dict[str, list[str]] = {
     "https://example.com/a_(b)?c=1&d=2#e, (http://example.net/x)": [
         "https://example.com/a_(b)?c=1&d=2#e", "http://example.net/x"],
     "https://example.com/a[1]{2}": ["https://example.com/a[1]{2}"],
-    "`https://example.com/a` **https://example.com/b** ~~https://example.com/c~~": [
+    "https://example.com/a` **https://example.com/b** ~~https://example.com/c~~": [
         "https://example.com/a", "https://example.com/b", "https://example.com/c"],
     "_https://example.com/a_b_ https://example.com/__init__": [
         "https://example.com/a_b", "https://example.com/__init__"],

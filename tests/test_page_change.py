@@ -320,7 +320,7 @@ def test_a_refused_change_says_why_and_loses_no_text(
     # Its creator may delete in a group. What is too late is not offered.
     assert offered(page, "A word") == ["Copy", "Delete"]
     open_chat(page, chat)
-    assert offered(page, "One") == ["Copy"]
+    assert offered(page, "One") == ["Copy", "Who has read it"]
     field(page).press("ArrowUp")
     expect(field(page)).to_have_value("")
     # In the next part the time is over only when the change arrives.
@@ -369,7 +369,7 @@ def test_a_refused_change_says_why_and_loses_no_text(
     field(page).press("Enter")
     expect(failure).to_contain_text("Not saved: It was deleted meanwhile.")
     expect(bubbles(page).last).to_have_text("Three or four")
-    assert offered(page, "Three or four") == ["Copy"]
+    assert offered(page, "Three or four") == ["Copy", "Who has read it"]
     failure.get_by_role("button", name="Discard").click()
     expect(bubbles(page).last).to_have_text("Message deleted")
     open_chat(page, group)

@@ -8,12 +8,13 @@
  * the connection; this file has what the user sees and does.
  *
  * Sections: Loading, Tools, Sign-in, Invitations, Model, Events, Reading, Top and
- * lists, The open chat, Links, Drafts, Writing, Dialogs, Notifications, Start.
+ * lists, The open chat, Changing, Drafts, Writing, Dialogs, Notifications, Start.
  *
  * A rule of this file: text that users have written is never markup. It enters the page
  * only through textContent.
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
+import { contentNode, folded, isBlank, visibleText } from "./text.js";
 import { locale, say } from "./words.js";
 
 /** @typedef {import("./chat-websocket.js").Message} Message */
@@ -37,9 +38,6 @@ const GROUP_SECONDS = 300;
 const NOTIFY_SECONDS = 1;
 /** All control characters but tab, line feed and carriage return. */
 const CONTROL_CHARACTERS = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
-/** A character that can be seen. Many that are not white space leave nothing to see. */
-const VISIBLE =
-  /[^\s\p{Z}\p{Cc}\p{DI}\u2800\ufff9-\ufffb\u{13441}\u{13442}\u{16fe4}\u{1d159}]/u;
 /** The longest message, until the server has said what it allows. */
 const USUAL_MAX_CHARACTERS = 4000;
 /** The composer counts from this part of the longest message on. */
@@ -49,12 +47,12 @@ const SHORT_CHARACTERS = 600;
 const SHORT_LINES = 20;
 /** All drafts but the newest. localStorage has room for ten times this. */
 const DRAFT_CHARACTERS = 500_000;
-/** So many addresses of one message become links. */
-const MAX_LINKS = 200;
 /** A deletion can be undone for this long. */
 const UNDO_SECONDS = 5;
 /** A touch opens the menu of a message after this long. */
 const LONG_TOUCH_SECONDS = 0.5;
+/** A chat keeps so many lines about joining, leaving and renaming. */
+const MAX_LINES = 100;
 /** How long a toast stays. */
 const TOAST_SECONDS = 6;
 /** The first connection waits at most this long for the list of chats. */
@@ -261,16 +259,6 @@ function shortTime(created_at) {
 /** @param {number} seconds @param {() => void} task */
 function after(seconds, task) {
   return Number(setTimeout(task, seconds * 1000));
-}
-
-/** Whether nothing of the text can be seen. @param {string} text */
-function isBlank(text) {
-  return !VISIBLE.test(text);
-}
-
-/** What a message is shown as. @param {string} content */
-function visibleText(content) {
-  return isBlank(content) ? say("blank") : content;
 }
 
 /** @param {{content: string, deleted?: boolean}} message */
@@ -713,6 +701,11 @@ function onInfoCopy() {
  */
 
 /**
+ * What happened in a chat after its message n.
+ * @typedef {{seq: number, n: number, text: () => string}} Line
+ */
+
+/**
  * @typedef {object} ChatView
  * @property {number} id
  * @property {string | null} title
@@ -732,6 +725,7 @@ function onInfoCopy() {
  * @property {Message | null} editing the message that the composer edits, as it was
  * @property {number | null} divider the new messages begin after this n
  * @property {Map<number, number>} typing user id -> timer that ends the typing sign
+ * @property {Line[]} lines of this visit
  * @property {number} activeAt ms, when it was added, or the user wrote in it, during
  *   this visit; otherwise 0
  */
@@ -854,6 +848,7 @@ function putChat(received) {
     editing: null,
     divider: null,
     typing: new Map(),
+    lines: [],
     activeAt: 0,
   };
   chat.title = received.title;
@@ -994,18 +989,28 @@ const handlers = {
     putChat(chat).activeAt = Date.now();
     route();
   },
-  chat_renamed: ({ chat_id, title }) => {
+  chat_renamed: ({ chat_id, title, user_id, seq }) => {
     const chat = model.chats.get(chat_id);
-    if (chat) chat.title = title;
+    if (!chat) return;
+    chat.title = title;
+    const shown = chatTitle(chat);
+    void learnNames(chat, user_id ? [user_id] : []);
+    addLine(chat, seq, () =>
+      user_id
+        ? say("renamed", { name: personName(user_id), title: shown })
+        : say("nowCalled", { title: shown }),
+    );
   },
-  member_added: ({ chat_id, user_id, name }) => {
+  member_added: ({ chat_id, user_id, name, seq }) => {
     const chat = model.chats.get(chat_id);
     model.names.set(user_id, name);
-    if (!chat || chat.members.has(user_id)) return;
+    if (!chat) return;
+    addLine(chat, seq, () => say("joined", { name: personName(user_id) }));
+    if (chat.members.has(user_id)) return;
     if (isWhole(chat)) chat.members.set(user_id, chat.last_n);
     chat.memberCount += 1;
   },
-  member_removed: ({ chat_id, user_id }) => onMemberRemoved(chat_id, user_id),
+  member_removed: onMemberRemoved,
   typing: ({ chat_id, user_id, is_typing }) => onTyping(chat_id, user_id, is_typing),
   delivery: onDelivery,
 };
@@ -1049,6 +1054,7 @@ function resetChat(chat) {
     read_n: 0,
     last_message: null,
     messages: [],
+    lines: [],
     divider: null,
   };
   Object.assign(chat, empty, { members: new Map() });
@@ -1086,18 +1092,32 @@ function onNewMessage(message, read) {
   notify(chat, message);
 }
 
-/** @param {number} chatId @param {number} userId */
-function onMemberRemoved(chatId, userId) {
-  const chat = model.chats.get(chatId);
+/** @param {import("./chat-websocket.js").MemberRemoved} event */
+function onMemberRemoved({ chat_id, user_id: userId, seq }) {
+  const chat = model.chats.get(chat_id);
   if (!chat) return;
   if (userId !== myId()) {
     // The chat may have come without this member already.
     if (chat.members.delete(userId) || !isWhole(chat)) chat.memberCount -= 1;
     stopTyping(chat, userId);
+    addLine(chat, seq, () => say("left", { name: personName(userId) }));
     return;
   }
   toast(say("noLonger", { title: chatTitle(chat) }));
-  removeChat(chatId);
+  removeChat(chat_id);
+}
+
+/**
+ * @param {ChatView} chat
+ * @param {number} seq of the event
+ * @param {() => string} text changes when a name becomes known
+ */
+function addLine(chat, seq, text) {
+  if (chat.lines.some((line) => line.seq === seq)) return;
+  // `connected` has moved last_n over the messages that a replay brings only now.
+  const line = { seq, n: chat.last_message?.n ?? 0, text };
+  chat.lines = [...chat.lines, line].slice(-MAX_LINES);
+  if (chat === model.open) announce(text());
 }
 
 /** @param {number} chatId @param {number} userId @param {boolean} isTyping */
@@ -1701,8 +1721,11 @@ function typingText(chat) {
  * @returns {Row[]}
  */
 function messageRows(chat) {
+  const linesAfter = (/** @type {number} */ n) =>
+    chat.lines.filter((line) => line.n === n).map(lineRow);
+  let lines = linesAfter((chat.messages[0]?.n ?? 1) - 1);
   /** @type {Row[]} */
-  const rows = [historyRow(chat)];
+  const rows = [historyRow(chat), ...lines];
   /** @type {Message | null} */
   let before = null;
   for (const message of chat.messages) {
@@ -1711,12 +1734,14 @@ function messageRows(chat) {
     const newPart = chat.divider !== null && message.n === chat.divider + 1;
     if (newDay) rows.push(dayRow(message));
     if (newPart) rows.push(DIVIDER_ROW);
-    const first = newDay || newPart || !before || !sameGroup(before, message);
-    rows.push(messageRow(chat, message, first));
+    const apart = newDay || newPart || lines.length > 0;
+    const first = apart || !before || !sameGroup(before, message);
+    lines = linesAfter(message.n);
+    rows.push(messageRow(chat, message, first), ...lines);
     before = message;
   }
   const unsent = notYetStored(chat);
-  const startsGroup = before?.sender_id !== myId();
+  const startsGroup = lines.length > 0 || before?.sender_id !== myId();
   return [
     ...rows,
     ...unsent.map((delivery, i) => {
@@ -1779,6 +1804,15 @@ function dayRow({ created_at, n }) {
     key: `day ${n}`, // not the date: a clock that is set back repeats a day
     look: name,
     build: () => el("li", { class: "day" }, name),
+  };
+}
+
+/** @param {Line} line @returns {Row} */
+function lineRow({ seq, text }) {
+  return {
+    key: `line ${seq}`,
+    look: text(),
+    build: () => el("li", { class: "history line" }, text()),
   };
 }
 
@@ -1913,6 +1947,50 @@ function tickOf(chat, n) {
 function unsentTick({ state }) {
   if (state === "failed") return { icon: "failed", text: say("notSent") };
   return { icon: "sending", text: say("sending") };
+}
+
+/** Whether the page can tell who has read a message. @param {ChatView} chat */
+function knowsReaders(chat) {
+  return !chat.direct && isWhole(chat) && others(chat).length > 0;
+}
+
+/** @param {ChatView} chat @param {Message} message */
+function showReaders(chat, { n, sender_id }) {
+  const ids = [...chat.members.keys()].filter((id) => id !== sender_id);
+  const hasRead = (/** @type {number} */ id) => (chat.members.get(id) ?? 0) >= n;
+  ids.sort((a, b) => Number(hasRead(b)) - Number(hasRead(a)));
+  box("readers-list").replaceChildren(
+    ...ids.map((id) =>
+      el(
+        "li",
+        { class: "person" },
+        personAvatar(id),
+        el("span", { dir: "auto" }, personName(id)),
+        el("span", { class: "quiet" }, hasRead(id) ? say("read") : say("notYet")),
+      ),
+    ),
+  );
+  dialog("readers").showModal();
+}
+
+/** A click on a tick. @param {{target: Element}} event */
+function onTick({ target }) {
+  const { open } = model;
+  const n = Number(target.closest(".own .stamp")?.closest("li")?.dataset["n"]);
+  const message = open?.messages.find((one) => one.n === n);
+  if (open && message && knowsReaders(open)) showReaders(open, message);
+}
+
+/** What is copied is plain text; a part of one message, as written. @param {ClipboardEvent} event */
+function onCopy(event) {
+  const selection = getSelection();
+  if (!selection || selection.isCollapsed) return;
+  const range = selection.getRangeAt(0);
+  const { commonAncestorContainer: node } = range;
+  const parent = node instanceof Element ? node : node.parentElement;
+  const copied = parent?.closest(".content") ? range : selection;
+  event.clipboardData?.setData("text/plain", String(copied));
+  event.preventDefault();
 }
 
 /**
@@ -2074,8 +2152,14 @@ function openActions(row) {
   const edit = { text: say("edit"), press: () => composer.change(message) };
   const remove = { text: say("delete"), press: () => hold(message.id), danger: true };
   const owner = !chat.direct && chat.created_by === myId() && !message.deleted;
-  const rest = mayEdit(message) ? [edit, remove] : owner ? [remove] : [];
-  showMenu(anchor, [copy, ...rest]);
+  const readers = { text: say("readers"), press: () => showReaders(chat, message) };
+  const editable = mayEdit(message);
+  showMenu(anchor, [
+    copy,
+    ...(editable ? [edit] : []),
+    ...(message.sender_id === myId() && knowsReaders(chat) ? [readers] : []),
+    ...(editable || owner ? [remove] : []),
+  ]);
 }
 
 let longTouch = 0;
@@ -2137,131 +2221,6 @@ function copyText(text) {
   toast(say(document.execCommand("copy") ? "copied" : "notCopied"));
   node.remove();
   if (activeElement instanceof HTMLElement) activeElement.focus();
-}
-
-/* -------------------------------------------------------------------------------------
- * Links: http and https, www. and mail addresses. A sentence may go on right after an
- * address, so the page takes all that could belong to it, and then cuts off the rest.
- * ---------------------------------------------------------------------------------- */
-
-/**
- * A character of an address: no white space, no quote, and no mark outside of ASCII
- * that ends a sentence, opens or closes. (But ’ may be part of a French title.)
- */
-const IN_ADDRESS =
-  "(?!(?![\\x00-\\x7f’])[\\p{Term}\\p{Ps}\\p{Pe}\\p{Pi}\\p{Pf}…—―〜" +
-  "\\uff01-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65])" +
-  '[^\\s\\p{Cc}<>"`\\\\\\u200b\\u200e\\u200f\\u202a-\\u202e\\u2060-\\u206f]';
-const LABEL = "[\\p{L}\\p{N}](?:[\\p{L}\\p{N}-]{0,61}[\\p{L}\\p{N}])?";
-const ADDRESS = new RegExp(
-  [
-    `(?<web>(?<![a-z\\d])https?://(?:${IN_ADDRESS})+)`,
-    `(?<www>(?<![a-z\\d@./-])www\\.(?:${IN_ADDRESS})+)`,
-    "(?<mail>(?<![\\p{Script=Latin}\\p{N}._%+/@-])" +
-      `[a-z\\d](?:[a-z\\d._%+'-]{0,62}[a-z\\d_+-])?@(?:${LABEL}\\.){1,9}` +
-      // The last part is ASCII, or has none: other text may follow without a space.
-      "(?:xn--[a-z\\d-]{2,59}|[a-z]{2,63}|(?:(?![\\x00-\\x7f])\\p{L}){2,63})" +
-      "(?![a-z\\d@_]|[:/][a-z\\d]))", // git@host:path is no mail address
-  ].join("|"),
-  "giu",
-);
-/** An address that follows the first ends before the second. */
-const PAIRS = /** @type {Record<string, string>} */ ({
-  "'": "'",
-  "‘": "’",
-  "*": "*",
-  "|": "|",
-});
-const OPENING = /** @type {Record<string, string>} */ ({
-  ")": "(",
-  "]": "[",
-  "}": "{",
-});
-const TRAILING = /(?:[.,:;!?*'~|([{]|(?![\x00-\x7f])[\p{P}\p{S}\ufe0f\u200d])+$/u;
-
-/** The text of a message, with links. @param {string} content */
-function contentNode(content) {
-  const text = visibleText(content);
-  const blank = text !== content;
-  const node = el("div", { class: classes("content", { blank }), dir: "auto" });
-  let done = 0;
-  for (const { at, address, href } of linksIn(text)) {
-    const target = href.startsWith("mailto:") ? null : "_blank";
-    const rel = "noopener noreferrer nofollow";
-    node.append(text.slice(done, at), el("a", { href, target, rel }, address));
-    done = at + address.length;
-  }
-  node.append(text.slice(done));
-  return node;
-}
-
-/** @param {string} text @returns {{at: number, address: string, href: string}[]} */
-function linksIn(text) {
-  const links = [];
-  ADDRESS.lastIndex = 0;
-  for (let tries = 0; tries < MAX_LINKS; tries++) {
-    const match = ADDRESS.exec(text);
-    if (!match?.groups) break;
-    const { web, mail } = match.groups;
-    const address = mail ?? addressIn(match[0], text[match.index - 1] ?? "");
-    const href = mail ? `mailto:${mail}` : web ? address : `https://${address}`;
-    if (mail || isWebAddress(href, web ? 1 : 3))
-      links.push({ at: match.index, address, href });
-    // What was cut off may begin with the next address.
-    ADDRESS.lastIndex = match.index + Math.max(address.length, "www.".length);
-  }
-  return links;
-}
-
-/**
- * Cuts off what belongs to the sentence around the address.
- * @param {string} found
- * @param {string} before the character before it
- */
-function addressIn(found, before) {
-  const list = /[,;|]+(?=https?:\/\/|www\.)|\*\*/iu; // the next address, bold text
-  const [first = ""] = found.split(list, 1);
-  const pair = PAIRS[before];
-  const [inside = ""] = pair ? first.split(pair, 1) : [first];
-  const address = withoutTextAfterHost(inside.slice(0, closedAt(inside)));
-  const short = address.replace(TRAILING, "");
-  return before === "_" ? short.replace(/_+$/, "") : short;
-}
-
-/** The place of the first bracket that closes and was not opened in the address. */
-function closedAt(/** @type {string} */ address) {
-  const open = [];
-  for (let i = 0; i < address.length; i++) {
-    const sign = address[i] ?? "";
-    if ("([{".includes(sign)) open.push(sign);
-    else if (OPENING[sign] && open.pop() !== OPENING[sign]) return i;
-  }
-  return address.length;
-}
-
-/**
- * In "example.comを見て" and "example.com's" a text follows the host: the last part of
- * a host never mixes ASCII with another script, and has no punctuation.
- * @param {string} address
- */
-function withoutTextAfterHost(address) {
-  const [host = ""] = /^(?:https?:\/\/)?[^/?#]*/iu.exec(address) ?? [];
-  const start = Math.max(...[".", "/", "@"].map((sign) => host.lastIndexOf(sign))) + 1;
-  const label =
-    /^(?:[a-z\d-]{2,}|\d+)(?::\d*)?(?=[!$&'()*+,;=|]|(?!\p{M})[^\x00-\u024f])/iu;
-  const [last] = label.exec(host.slice(start)) ?? [];
-  return last ? address.slice(0, start + last.length) : address;
-}
-
-/** @param {string} text @param {number} labels that its host has at least */
-function isWebAddress(text, labels) {
-  try {
-    const { protocol, hostname } = new URL(text);
-    const known = protocol === "https:" || protocol === "http:";
-    return known && hostname.split(".").filter(Boolean).length >= labels;
-  } catch {
-    return false;
-  }
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2792,11 +2751,6 @@ function candidate(userId) {
   );
 }
 
-/** Without accents, widths and capitals: "zoltan" finds Zoltán. @param {string} name */
-function folded(name) {
-  return name.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
-}
-
 /**
  * Shows the people whose names contain the filter's text, and those who are chosen.
  * Highlights the one that Enter chooses.
@@ -3085,6 +3039,8 @@ function addListeners() {
   on(field("people-filter"), "keydown", onFilterKey);
   on(button("people-cancel"), "click", () => dialog("people").close());
   on(button("chat-info"), "click", showInfo);
+  on(box("messages"), "click", onTick);
+  on(box("messages"), "copy", onCopy);
   on(button("info-close"), "click", () => dialog("info").close());
   on(button("info-add"), "click", onInfoAdd);
   on(button("info-invite"), "click", () => void onInfoInvite());
