@@ -2164,15 +2164,20 @@ function openActions(row) {
 
 let longTouch = 0;
 
-/** iOS has no long touch. @param {PointerEvent & {target: Element}} event */
-function onTouch({ pointerType, pointerId, target }) {
+/** The browser has a menu of its own for a link. @param {PointerEvent} event */
+function isTouchOfText({ pointerType, target }) {
+  return pointerType === "touch" && !(/** @type {Element} */ (target).closest("a, button"));
+}
+
+/** iOS reports no long touch. @param {PointerEvent & {target: Element}} event */
+function onTouch(event) {
   clearTimeout(longTouch);
-  const row = target.closest("li");
-  if (pointerType !== "touch" || !row || target.closest("a, button")) return;
+  const row = event.target.closest("li");
+  if (!row || !isTouchOfText(event)) return;
   longTouch = after(LONG_TOUCH_SECONDS, () => {
     openActions(row);
     // Or else the menu would close when the finger is lifted outside of it.
-    box("menu").setPointerCapture(pointerId);
+    box("menu").setPointerCapture(event.pointerId);
   });
 }
 
@@ -2533,9 +2538,8 @@ function ask({ title, text, yes, no }) {
   node.returnValue = "no";
   node.showModal();
   return new Promise((resolve) => {
-    node.addEventListener("close", () => resolve(node.returnValue === "yes"), {
-      once: true,
-    });
+    // The event of the question before may come in the next frame.
+    node.onclose = () => node.open || resolve(node.returnValue === "yes");
   });
 }
 
@@ -3022,6 +3026,13 @@ function addListeners() {
     if (target.closest(".more")) openActions(target.closest("li"));
   });
   on(box("messages"), "pointerdown", onTouch);
+  on(box("messages"), "contextmenu", (event) => {
+    if (isTouchOfText(event)) event.preventDefault();
+  });
+  // The touch that opens the menu clicks on nothing in it.
+  on(box("messages"), "touchend", (event) => {
+    if (box("menu").matches(":popover-open")) event.preventDefault();
+  });
   for (const type of ["pointerup", "pointercancel"])
     on(window, type, () => clearTimeout(longTouch));
   on(box("menu"), "keydown", onMenuKey);
