@@ -8,7 +8,7 @@
  * the connection; this file has what the user sees and does.
  *
  * Sections: Loading, Tools, Sign-in, Invitations, Model, Events, Reading, Top and
- * lists, The open chat, Drafts, Writing, Dialogs, Notifications, Start.
+ * lists, The open chat, Changing, Drafts, Writing, Dialogs, Notifications, Start.
  *
  * A rule of this file: text that users have written is never markup. It enters the page
  * only through textContent.
@@ -47,6 +47,10 @@ const COUNT_FROM = 0.9;
 /** A text below this size is never folded, so its height need not be measured. */
 const SHORT_CHARACTERS = 600;
 const SHORT_LINES = 20;
+/** A deletion can be undone for this long. */
+const UNDO_SECONDS = 5;
+/** A touch opens the menu of a message after this long. */
+const LONG_TOUCH_SECONDS = 0.5;
 /** A chat keeps so many lines about joining, leaving and renaming. */
 const MAX_LINES = 50;
 /** So many colours of people can be told apart. */
@@ -205,12 +209,15 @@ function newRow({ key, look, build }) {
 
 /** @param {HTMLElement} before @param {HTMLElement} node */
 function replaceRow(before, node) {
-  const focused = before.contains(document.activeElement);
+  const { activeElement } = document;
+  const focused = before.contains(activeElement);
+  const more = before.querySelector(".more"); // an open menu may belong to it
+  if (more) node.querySelector(".more")?.replaceWith(more);
   before.replaceWith(node);
   if (!focused) return;
-  /** @type {HTMLElement | null} */
-  const target = node.querySelector("a, button");
-  target?.focus({ preventScroll: true });
+  const first = node.querySelector("a, button") ?? node.closest("[tabindex]");
+  const target = node.contains(activeElement) ? activeElement : first;
+  if (target instanceof HTMLElement) target.focus({ preventScroll: true });
 }
 
 /** The formats of times, all of the page's locale, with the user's clock of 12 or 24 hours. */
@@ -270,7 +277,7 @@ function after(seconds, task) {
   return Number(setTimeout(task, seconds * 1000));
 }
 
-/** @param {Message} message */
+/** @param {{content: string, deleted?: boolean}} message */
 function shownText({ content, deleted }) {
   return deleted ? say("deleted") : visibleText(content);
 }
@@ -578,6 +585,7 @@ function onBeforeUnload(event) {
 
 async function onSignOut() {
   box("me-panel").hidePopover();
+  releaseAll();
   const unsent = allUnsent();
   const sure =
     unsent.length === 0 ||
@@ -742,6 +750,7 @@ async function onInvite() {
  * @property {boolean} more there are messages before the loaded ones
  * @property {boolean} moreAfter there are messages after the loaded ones
  * @property {"no" | "yes" | "failed"} loading
+ * @property {Message | null} editing the message that the composer edits, as it was
  * @property {number | null} divider the new messages begin after this n
  * @property {Map<number, number>} hues user id -> colour
  * @property {Map<number, number>} typing user id -> timer that ends the typing sign
@@ -872,6 +881,7 @@ function putChat(received) {
     more: true,
     moreAfter: false,
     loading: "no",
+    editing: null,
     divider: null,
     hues: new Map(),
     typing: new Map(),
@@ -1185,12 +1195,20 @@ function onDelivery(delivery) {
   else if (model.chatsLoaded) model.client?.discard(client_id);
 }
 
+/** Whether the page has the message. @param {ChatView} chat @param {number} id */
+function contains({ messages, last_message }, id) {
+  return [...messages, last_message].some((message) => message?.id === id);
+}
+
 /** The state of an edit or a deletion. @param {Delivery} delivery */
-function onChangeDelivery({ state, client_id, message, code = "", reason = "" }) {
+function onChangeDelivery(delivery) {
+  const { state, client_id, message_id, message, code } = delivery;
   if (message) onChange(message);
   if (state !== "failed") return;
-  toast(say("notChanged", { reason: refusalText(code, reason) }));
-  model.client?.discard(client_id);
+  const text = say("notChanged", { reason: failureText(delivery) });
+  if (model.open && contains(model.open, message_id)) return announce(text);
+  toast(text);
+  if (code === "not_found") model.client?.discard(client_id); // no row can show it
 }
 
 /** Fetches the list of chats, and tries again until it succeeds or the user changes. */
@@ -1316,6 +1334,10 @@ function render() {
   renderDialogs();
   pane.render();
   search.render();
+  if (!menuAnchor?.isConnected && box("menu").contains(document.activeElement)) {
+    box("menu").hidePopover();
+    box("scroller").focus({ preventScroll: true });
+  }
   markSeen();
   if (model.chatsLoaded) loading = false;
 }
@@ -1475,17 +1497,20 @@ function chatRow(chat, current) {
  * @returns {{kind: string, text: string}} the kind is a part of a class in style.css
  */
 function lastLine(chat, current) {
-  const unsent = notYetStored(chat);
+  const changes = (model.client?.unsentChanges() ?? []).filter(({ message_id }) =>
+    contains(chat, message_id),
+  );
+  const unsent = [...changes, ...notYetStored(chat)];
   const failed = unsent.filter(({ state }) => state === "failed").at(-1);
   if (failed) {
-    const text = excerpt(failed.content);
-    return { kind: "failed", text: say("notSentText", { text }) };
+    const text = excerpt(failed.content || failureText(failed));
+    return { kind: "failed", text: say(NOT_DONE[failed.kind], { text }) };
   }
   const typing = typingText(chat);
   if (typing) return { kind: "typing", text: typing };
   const waiting = unsent.at(-1);
   if (waiting) {
-    const text = excerpt(waiting.content);
+    const text = excerpt(waiting.content || say("deleted"));
     return { kind: "sending", text: say("ownLast", { text }) };
   }
   const draft = current || unread(chat) > 0 ? "" : drafts.get(chat.id);
@@ -1498,7 +1523,7 @@ function lastLine(chat, current) {
 function lastMessageText(chat) {
   const message = chat.last_message;
   if (!message) return say("noMessages");
-  const text = excerpt(shownText(message));
+  const text = excerpt(shownText(shown(message)));
   if (message.sender_id === myId()) return say("ownLast", { text });
   const [name = ""] = personName(message.sender_id).split(" ");
   return chat.memberCount > 2 ? say("lastOf", { name, text }) : text;
@@ -1682,6 +1707,7 @@ const pane = {
     box("typing").hidden = !chat;
     if (!chat) return;
     this.renderHead(chat);
+    composer.showMode(chat);
     showRows(box("messages"), messageRows(chat));
     this.showFolds();
     this.restore();
@@ -1848,7 +1874,10 @@ function messageRows(chat) {
   const startsGroup = lines.length > 0 || before?.sender_id !== myId();
   return [
     ...rows,
-    ...unsent.map((delivery, i) => unsentRow(delivery, startsGroup && i === 0)),
+    ...unsent.map((delivery, i) => {
+      const message = { ...delivery, id: 0, n: 0, sender_id: myId(), created_at: "" };
+      return messageRow(chat, message, startsGroup && i === 0, delivery);
+    }),
   ];
 }
 
@@ -1920,36 +1949,56 @@ function sameGroup(a, b) {
  * @param {ChatView} chat
  * @param {Message} message
  * @param {boolean} first of a group
+ * @param {Delivery} [unsent] if the message is not stored yet
  * @returns {Row}
  */
-function messageRow(chat, message, first) {
-  const { n, rev } = message;
+function messageRow(chat, message, first, unsent) {
+  const { id, n, rev } = message;
   const own = message.sender_id === myId();
   const name = personName(message.sender_id);
-  const tick = own ? tickOf(chat, n) : null;
+  const { change = unsent, content, deleted } = shown(message);
+  const failed = change?.state === "failed";
+  const tick = change ? unsentTick(change) : own ? tickOf(chat, n) : null;
   const arriving = n > pane.drawn && pane.follow && !own;
-  const key = own && message.client_id ? `c ${message.client_id}` : `m ${message.id}`;
+  const key = own && message.client_id ? `c ${message.client_id}` : `m ${id}`;
   const unfolded = pane.unfolded.has(key);
+  const state = [tick, unfolded, formats.offset, held.has(id), change];
   return {
     key,
-    look: JSON.stringify([n, rev, first, name, tick, unfolded, formats.offset]),
+    look: JSON.stringify([n, rev, first, name, ...state]),
     build: () =>
       el(
         "li",
         {
-          class: classes("message", { own, first, arriving }),
-          "data-id": message.id,
-          "data-n": message.n,
+          id: id ? `message-${id}` : null,
+          class: classes("message", { own, first, arriving, failed }),
+          "data-id": id || null,
+          "data-n": n || null,
         },
         own ? null : personAvatar(message.sender_id, chat),
         el(
           "div",
           { class: "bubble" },
           paint(senderLine(own, first, name), hueOf(message.sender_id, chat)),
-          flow(key, message, stamp(message.created_at, tick)),
+          flow(
+            key,
+            { content, deleted },
+            held.has(id)
+              ? textButton(say("undo"), () => release(id, true))
+              : stamp(message, tick),
+          ),
+          failed ? failureLine(change) : null,
         ),
+        id && !deleted ? moreButton(id) : null,
       ),
   };
+}
+
+/** Opens the message's menu: see openActions. @param {number} id */
+function moreButton(id) {
+  const label = { "aria-label": say("actions"), "aria-describedby": `message-${id}` };
+  const attributes = { class: "icon-button more", type: "button", tabindex: -1 };
+  return el("button", { ...attributes, ...label }, icon("more"));
 }
 
 /**
@@ -2009,6 +2058,12 @@ function tickOf(chat, n) {
   return { icon: "read", text: say("read"), className: "tick-read" };
 }
 
+/** @param {Delivery} delivery */
+function unsentTick({ state }) {
+  if (state === "failed") return { icon: "failed", text: say("notSent") };
+  return { icon: "sending", text: say("sending") };
+}
+
 /** Whether the page can tell who has read a message. @param {ChatView} chat */
 function knowsReaders(chat) {
   return !chat.direct && isWhole(chat) && others(chat).length > 0;
@@ -2053,85 +2108,60 @@ function onCopy(event) {
   event.preventDefault();
 }
 
-/** @param {string} created_at @param {ReturnType<typeof tickOf> | null} tick */
-function stamp(created_at, tick) {
-  const date = new Date(created_at);
-  const node = el(
+/**
+ * @param {{created_at?: string, edited_at?: string, deleted?: boolean}} message
+ * @param {{icon: string, text: string, className?: string} | null} tick
+ */
+function stamp({ created_at, edited_at, deleted }, tick) {
+  return el(
     "span",
     { class: "stamp", title: tick?.text },
-    el(
-      "time",
-      { datetime: created_at, title: formats.moment.format(date) },
-      formats.clock.format(date),
-    ),
+    edited_at && !deleted ? timeNode(edited_at, say("edited")) : null,
+    created_at ? timeNode(created_at) : null,
+    tick && icon(tick.icon, tick.className),
+    tick && el("span", { class: "sr-only" }, tick.text),
   );
-  if (tick) {
-    node.append(
-      icon(tick.icon, tick.className),
-      el("span", { class: "sr-only" }, tick.text),
-    );
-  }
-  return node;
 }
 
-/** @param {Delivery} delivery @param {boolean} first @returns {Row} */
-function unsentRow(delivery, first) {
-  const { client_id, state, reason = "" } = delivery;
-  const failed = state === "failed";
-  const key = `c ${client_id}`;
-  return {
-    key,
-    look: JSON.stringify([state, reason, first, pane.unfolded.has(key)]),
-    build: () =>
-      el(
-        "li",
-        { class: classes("message own", { first, failed }) },
-        el(
-          "div",
-          { class: "bubble" },
-          senderLine(true, first, ""),
-          flow(
-            key,
-            delivery,
-            el(
-              "span",
-              { class: "stamp" },
-              icon(failed ? "failed" : "sending"),
-              el("span", { class: "sr-only" }, failed ? say("notSent") : say("sending")),
-            ),
-          ),
-          failed ? failureLine(delivery) : null,
-        ),
-      ),
-  };
+/** @param {string} at @param {string} [text] instead of the time */
+function timeNode(at, text) {
+  const date = new Date(at);
+  const title = formats.moment.format(date);
+  const spoken = text ? el("span", { class: "sr-only" }, ` ${title}`) : null;
+  const attributes = { datetime: at, title };
+  return el("time", attributes, text ?? formats.clock.format(date), spoken);
 }
+
+/** @type {Record<Delivery["kind"], import("./words.js").Key>} */
+const NOT_DONE = { message: "notSentText", edit: "notSaved", delete: "notDeleted" };
 
 /**
- * The user can edit a message whose text was refused, and resend any other one.
+ * The user can edit a text that was refused, and repeat what may succeed later.
  * @param {Delivery} delivery
  */
 function failureLine(delivery) {
-  const { client_id, code } = delivery;
-  const textIsWrong = code === "bad_field" || code === "too_large";
-  return el(
-    "p",
-    { class: "failure" },
-    `${say("notSentText", { text: failureText(delivery) })} `,
-    textIsWrong
-      ? textButton(say("edit"), () => composer.edit(delivery))
-      : textButton(say("tryAgain"), () => model.client?.resend(client_id)),
-    textButton(say("delete"), () => model.client?.discard(client_id)),
-  );
+  const { client_id, kind, code = "" } = delivery;
+  const textIsWrong = ["bad_field", "too_large", "changed"].includes(code);
+  const message = kind === "message";
+  let repeat = null;
+  if (textIsWrong) repeat = textButton(say("edit"), () => composer.edit(delivery));
+  else if (message || code === "internal")
+    repeat = textButton(say("tryAgain"), () => model.client?.resend(client_id));
+  const discard = () => model.client?.discard(client_id);
+  const text = say(NOT_DONE[kind], { text: failureText(delivery) });
+  const last = textButton(say(message ? "delete" : "discard"), discard);
+  return el("p", { class: "failure" }, `${text} `, repeat, last);
 }
 
-/** Why a message was not sent. @param {Delivery} delivery @returns {string} */
-function failureText({ content, code = "", reason = "" }) {
+/** Why it was not done. @param {Delivery} delivery @returns {string} */
+function failureText({ kind, content, code = "", reason = "" }) {
   const most = maximumIn(reason) || model.maxCharacters;
   const over = countCharacters(content) - most;
   if ((code === "bad_field" || code === "too_large") && over > 0)
     return say("tooLongBy", { count: over, most });
   if (code === "bad_field") return say("badCharacters");
-  if (code === "not_found" || code === "forbidden") return say("mayNotWrite");
+  if (kind === "message" && (code === "not_found" || code === "forbidden"))
+    return say("mayNotWrite");
   return refusalText(code, reason);
 }
 
@@ -2147,6 +2177,7 @@ function selectChat(chat) {
   const before = model.open;
   if (before === chat) return;
   if (before) {
+    releaseAll();
     before.divider = null;
     model.client?.sendTyping(before.id, false);
   }
@@ -2205,6 +2236,128 @@ function moveFocus(before) {
 }
 
 /* -------------------------------------------------------------------------------------
+ * Changing. An edit or a deletion waits like a message, and the row shows what will be.
+ * A deletion is held for some seconds before, and can be undone.
+ * ---------------------------------------------------------------------------------- */
+
+/** Message id -> timer that sends its deletion. @type {Map<number, number>} */
+const held = new Map();
+
+/** The newest unsent change of a message. @param {number} id */
+function changeOf(id) {
+  const changes = model.client?.unsentChanges() ?? [];
+  return changes.filter(({ message_id }) => message_id === id).at(-1);
+}
+
+/** A message as it will be. @param {Message} message */
+function shown({ id, content, deleted = false }) {
+  if (held.has(id)) return { content, deleted: true };
+  const change = changeOf(id);
+  if (change?.kind === "edit")
+    return { change, content: change.content, deleted: false };
+  return { change, content, deleted: deleted || change?.state === "sending" };
+}
+
+/** @param {Message} message */
+function mayEdit({ sender_id, created_at, deleted }) {
+  const { edit_seconds = 0 } = model.server;
+  const left = Date.parse(created_at) + (edit_seconds ?? Infinity) * 1000 - Date.now();
+  return sender_id === myId() && !deleted && left > 0;
+}
+
+/** A message of the open chat. @param {number} id */
+function messageOf(id) {
+  return model.open?.messages.find((message) => message.id === id);
+}
+
+/** Opens the menu of a message. @param {HTMLElement} row */
+function openActions(row) {
+  /** @type {HTMLElement | null} */
+  const anchor = row.querySelector(".more");
+  const chat = model.open;
+  const message = messageOf(Number(row.dataset["id"]));
+  if (!anchor || !chat || !message) return;
+  const copy = { text: say("copy"), press: () => copyText(shown(message).content) };
+  const edit = { text: say("edit"), press: () => composer.change(message) };
+  const remove = { text: say("delete"), press: () => hold(message.id), danger: true };
+  const owner = !chat.direct && chat.created_by === myId() && !message.deleted;
+  const readers = { text: say("readers"), press: () => showReaders(chat, message) };
+  const editable = mayEdit(message);
+  showMenu(anchor, [
+    copy,
+    ...(editable ? [edit] : []),
+    ...(message.sender_id === myId() && knowsReaders(chat) ? [readers] : []),
+    ...(editable || owner ? [remove] : []),
+  ]);
+}
+
+let longTouch = 0;
+
+/** The browser has a menu of its own for a link. @param {PointerEvent} event */
+function isTouchOfText({ pointerType, target }) {
+  return pointerType === "touch" && !(/** @type {Element} */ (target).closest("a, button"));
+}
+
+/** iOS reports no long touch. @param {PointerEvent & {target: Element}} event */
+function onTouch(event) {
+  clearTimeout(longTouch);
+  const row = event.target.closest("li");
+  if (!row || !isTouchOfText(event)) return;
+  longTouch = after(LONG_TOUCH_SECONDS, () => {
+    openActions(row);
+    // Or else the menu would close when the finger is lifted outside of it.
+    box("menu").setPointerCapture(event.pointerId);
+  });
+}
+
+/** Up and down move between the messages. @param {KeyboardEvent} event */
+function onMessagesKey(event) {
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  /** @type {NodeListOf<HTMLElement>} */
+  const found = box("messages").querySelectorAll(".more");
+  const all = [...found];
+  const end = box("scroller").getBoundingClientRect().bottom;
+  const visible = all.filter((node) => node.getBoundingClientRect().bottom <= end);
+  const at = all.findIndex((node) => node === document.activeElement);
+  const next = at < 0 ? visible.at(-1) : all[at + (step ?? 0)];
+  if (!step || !next) return;
+  event.preventDefault();
+  next.focus();
+}
+
+/** @param {number} id */
+function hold(id) {
+  if (model.open?.editing?.id === id) composer.leave();
+  const timer = after(UNDO_SECONDS, () => release(id));
+  held.set(id, timer);
+  requestRender();
+}
+
+/** @param {number} id @param {boolean} [undo] */
+function release(id, undo) {
+  clearTimeout(held.get(id));
+  held.delete(id);
+  if (!undo) model.client?.deleteMessage(id);
+  requestRender();
+}
+
+/** Nothing can be undone where the user does not see it. */
+function releaseAll() {
+  for (const id of held.keys()) release(id);
+}
+
+/** @param {string} text */
+function copyText(text) {
+  const { activeElement } = document;
+  const node = el("textarea", {}, text); // navigator.clipboard would need https
+  document.body.append(node);
+  node.select();
+  toast(say(document.execCommand("copy") ? "copied" : "notCopied"));
+  node.remove();
+  if (activeElement instanceof HTMLElement) activeElement.focus();
+}
+
+/* -------------------------------------------------------------------------------------
  * Drafts (drafts.js) survive a reload, the end of the session and a sign-out in any tab;
  * the panel of the account shows how many there are, and deletes them.
  * ---------------------------------------------------------------------------------- */
@@ -2222,7 +2375,7 @@ function openStorage() {
 /** @param {StorageEvent} event */
 function onDraftElsewhere(event) {
   const shown = composer.field.value;
-  const text = drafts.follow(event, model.open?.id ?? 0, shown);
+  const text = drafts.follow(event, model.open ? composer.draftId(model.open) : 0, shown);
   if (text !== shown) composer.setText(text);
   requestRender();
 }
@@ -2255,10 +2408,27 @@ async function onDeleteDrafts() {
 const composer = {
   field: byId("composer-text", HTMLTextAreaElement),
 
+  /** An edit has a draft of its own. @param {ChatView} chat */
+  draftId({ id, editing }) {
+    return editing ? -editing.id : id;
+  },
+
   /** Shows the draft of a chat. @param {ChatView | null} chat */
   show(chat) {
     drafts.prune();
-    this.setText(chat ? drafts.get(chat.id) : "");
+    const draft = chat && drafts.get(this.draftId(chat));
+    this.setText(draft || (chat?.editing?.content ?? ""));
+  },
+
+  /** Says what the field is for. @param {ChatView} chat */
+  showMode({ editing }) {
+    box("edit-bar").hidden = !editing;
+    button("send").ariaLabel = say(editing ? "save" : "send");
+    if (!editing) return;
+    const now = shown(messageOf(editing.id) ?? editing);
+    const changed = now.content === editing.content ? "" : say("wasChanged");
+    const news = now.deleted ? say("wasDeleted") : changed;
+    setText("edit-text", `${say("editing")} ${news}`);
   },
 
   /** @param {string} text */
@@ -2285,8 +2455,10 @@ const composer = {
   onInput() {
     this.fit();
     if (!model.open) return;
-    drafts.set(model.open.id, this.field.value);
-    model.client?.sendTyping(model.open.id, !isBlank(this.field.value));
+    const { editing, id } = model.open;
+    const { value } = this.field;
+    drafts.set(this.draftId(model.open), value === editing?.content ? "" : value);
+    if (!editing) model.client?.sendTyping(id, !isBlank(value));
   },
 
   /**
@@ -2294,8 +2466,16 @@ const composer = {
    * @param {KeyboardEvent} event
    */
   onKey(event) {
-    if (event.key !== "Enter" || event.shiftKey || isComposing(event)) return;
-    if (!matchMedia("(pointer: coarse)").matches) this.send(event);
+    if (isComposing(event)) return;
+    const enter = event.key === "Enter" && !event.shiftKey;
+    if (enter && !matchMedia("(pointer: coarse)").matches) return this.send(event);
+    const { editing = null, messages = [] } = model.open ?? {};
+    if (event.key === "Escape" && editing) this.leave();
+    if (event.key !== "ArrowUp" || editing || this.field.value) return;
+    const last = messages.filter((one) => mayEdit(one) && !shown(one).deleted).at(-1);
+    if (!last) return;
+    event.preventDefault();
+    this.change(last);
   },
 
   /** @param {Event} event */
@@ -2303,6 +2483,7 @@ const composer = {
     event.preventDefault();
     const chat = model.open;
     const content = sendable(this.field.value);
+    if (chat?.editing) return void this.save(chat.editing, content);
     if (!chat || !content) return;
     if (isBlank(content)) {
       toast(say("invisible"));
@@ -2317,9 +2498,55 @@ const composer = {
     requestRender();
   },
 
-  /** Takes a refused message back into the field. @param {Delivery} delivery */
+  /** Takes a message, or its failed edit, into the field. @param {Message} message */
+  change(message) {
+    const chat = model.open;
+    if (!chat) return;
+    let { content } = message;
+    const change = changeOf(message.id);
+    if (change?.state === "failed") {
+      if (change.content) drafts.set(-message.id, change.content);
+      model.client?.discard(change.client_id);
+    } else if (change) content = change.content;
+    chat.editing = { ...message, content };
+    this.show(chat);
+    this.field.focus();
+    requestRender();
+  },
+
+  /** @param {Message} before what is edited @param {string} content */
+  async save(before, content) {
+    const { id } = before;
+    if (isBlank(content)) {
+      const [yes, no] = [say("delete"), say("cancel")];
+      const text = say("deleteText");
+      if (await ask({ title: say("deleteTitle"), text, yes, no })) hold(id);
+      return;
+    }
+    // The user's edit before this one may have been stored meanwhile.
+    const now = messageOf(id);
+    const { rev = id } = now?.content === before.content ? now : before;
+    if (content !== sendable(before.content))
+      model.client?.editMessage(id, content, { ifRev: rev });
+    this.leave();
+  },
+
+  /** Ends an edit and shows the draft again. */
+  leave() {
+    const chat = model.open;
+    if (!chat?.editing) return;
+    drafts.set(-chat.editing.id, "");
+    chat.editing = null;
+    this.show(chat);
+    this.field.focus();
+    requestRender();
+  },
+
+  /** Takes a refused text back into the field. @param {Delivery} delivery */
   edit(delivery) {
-    if (!isBlank(this.field.value)) {
+    const message = messageOf(delivery.message_id);
+    if (message) return this.change(message);
+    if (model.open?.editing || !isBlank(this.field.value)) {
       toast(say("writingAnother"));
     } else if (model.client) {
       drafts.takeBack(model.client, delivery);
@@ -2538,9 +2765,8 @@ function ask({ title, text, yes, no, value }) {
   node.showModal();
   input.select();
   return new Promise((resolve) => {
-    node.addEventListener("close", () => resolve(node.returnValue === "yes"), {
-      once: true,
-    });
+    // The event of the question before may come in the next frame.
+    node.onclose = () => node.open || resolve(node.returnValue === "yes");
   });
 }
 
@@ -2639,6 +2865,52 @@ function onLinkCopy() {
 function onLinkShare() {
   // It is rejected if the user cancels. The link can still be copied.
   navigator.share({ url: field("link-url").value }).catch(() => {});
+}
+
+/** What the menu belongs to. @type {HTMLElement | null} */
+let menuAnchor = null;
+
+/**
+ * Shows a menu at an element. The focus goes in, and back when the menu closes.
+ * @param {HTMLElement} anchor
+ * @param {{text: string, press: () => void, danger?: boolean}[]} items
+ */
+function showMenu(anchor, items) {
+  const menu = box("menu");
+  menu.hidePopover();
+  menuAnchor = anchor;
+  const buttons = items.map(({ text, press, danger = false }) => {
+    const attributes = { role: "menuitem", type: "button" };
+    const item = el("button", { ...attributes, class: danger && "danger" }, text);
+    item.addEventListener("click", () => {
+      menu.hidePopover();
+      press();
+    });
+    return item;
+  });
+  menu.replaceChildren(...buttons);
+  // Outside of an open dialog it would be inert.
+  (anchor.closest("dialog") ?? box("main")).append(menu);
+  menu.showPopover();
+  buttons[0]?.focus();
+  const { left, top, bottom } = anchor.getBoundingClientRect();
+  const { clientWidth, clientHeight } = box("chat");
+  const above = bottom + menu.offsetHeight > clientHeight;
+  const x = Math.min(left, clientWidth - menu.offsetWidth - 8);
+  const y = above ? top - menu.offsetHeight : bottom;
+  menu.style.left = `${Math.max(8, x)}px`;
+  menu.style.top = `${Math.max(8, y)}px`;
+}
+
+/** @param {KeyboardEvent} event */
+function onMenuKey(event) {
+  const items = rowsOf("menu");
+  const at = items.findIndex((item) => item === document.activeElement);
+  const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 }[event.key];
+  if (event.key === "Tab") box("menu").hidePopover();
+  if (to === undefined) return;
+  event.preventDefault();
+  items.at(to % items.length)?.focus();
 }
 
 /**
@@ -3099,11 +3371,28 @@ function addListeners() {
   on(box("skip"), "click", onSkip);
   on(button("jump"), "click", onJump);
   on(box("scroller"), "scroll", () => pane.onScroll());
+  on(box("scroller"), "keydown", onMessagesKey);
+  on(box("messages"), "click", ({ target }) => {
+    if (target.closest(".more")) openActions(target.closest("li"));
+  });
+  on(box("messages"), "pointerdown", onTouch);
+  on(box("messages"), "contextmenu", (event) => {
+    if (isTouchOfText(event)) event.preventDefault();
+  });
+  // The touch that opens the menu clicks on nothing in it.
+  on(box("messages"), "touchend", (event) => {
+    if (box("menu").matches(":popover-open")) event.preventDefault();
+  });
+  for (const type of ["pointerup", "pointercancel"])
+    on(window, type, () => clearTimeout(longTouch));
+  on(box("menu"), "keydown", onMenuKey);
+  on(button("edit-cancel"), "click", () => composer.leave());
+  on(window, "pagehide", releaseAll);
   on(box("composer"), "submit", (event) => composer.send(event));
   on(composer.field, "input", () => composer.onInput());
   on(composer.field, "keydown", (event) => composer.onKey(event));
   // The focus stays in the field, or else a phone would close its keyboard.
-  for (const id of ["send", "jump"])
+  for (const id of ["send", "jump", "edit-cancel"])
     on(button(id), "mousedown", (event) => event.preventDefault());
   on(document, "keydown", onSearchKey);
   on(button("find"), "click", () => search.open(false));

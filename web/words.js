@@ -194,6 +194,17 @@ const en = {
   mayNotWrite: "You may not write in this chat.",
   edit: "Edit",
   delete: "Delete",
+  actions: "Actions for the message",
+  notCopied: "This browser does not let chatd copy.",
+  undo: "Undo",
+  edited: "edited",
+  editing: "Editing a message.",
+  save: "Save",
+  discard: "Discard",
+  notSaved: "Not saved: {text}",
+  notDeleted: "Not deleted: {text}",
+  deleteTitle: "Delete this message?",
+  deleteText: "Nothing is left of its text.",
   noLonger: "You are no longer in “{title}”.",
 
   yourMessage: "Your message",
@@ -234,7 +245,6 @@ const en = {
   stay: "Stay",
 
   changeName: "Change your name",
-  save: "Save",
   otherDevice: "Sign in on another device",
   otherDeviceText:
     "Open this link there within 10 minutes. Whoever has it is signed in as you, so give it to nobody else.",
@@ -449,6 +459,17 @@ const ru = {
   mayNotWrite: "Вы не можете писать в этот чат.",
   edit: "Изменить",
   delete: "Удалить",
+  actions: "Действия с сообщением",
+  notCopied: "Браузер не даёт chatd копировать.",
+  undo: "Вернуть",
+  edited: "изменено",
+  editing: "Изменение сообщения.",
+  save: "Сохранить",
+  discard: "Отменить изменение",
+  notSaved: "Не сохранено: {text}",
+  notDeleted: "Не удалено: {text}",
+  deleteTitle: "Удалить это сообщение?",
+  deleteText: "От текста ничего не осталось.",
   noLonger: "Вы больше не участвуете в чате «{title}».",
 
   yourMessage: "Ваше сообщение",
@@ -490,7 +511,6 @@ const ru = {
   stay: "Остаться",
 
   changeName: "Изменить имя",
-  save: "Сохранить",
   otherDevice: "Войти на другом устройстве",
   otherDeviceText:
     "Откройте эту ссылку там в течение 10 минут. По ней входят под вашим именем, поэтому никому её не передавайте.",

@@ -1,0 +1,407 @@
+"""The page: the menu of a message, editing, deleting and undoing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.browser import (
+    FIXTURES,
+    Chromium,
+    Locator,
+    Page,
+    Relay,
+    Server,
+    axe,
+    bubbles,
+    expect,
+    expect_state,
+    field,
+    open_chat,
+    pair,
+    screenshot,
+    sign_in,
+    until,
+    wait_until_connected,
+    write,
+)
+
+pytestmark = pytest.mark.browser
+site, server, make_server, browser, chromium, example_chats = FIXTURES
+
+
+def row(page: Page, text: str) -> Locator:
+    return page.locator("#messages .message").filter(has_text=text)
+
+
+def act(page: Page, text: str, action: str) -> None:
+    """Choose an item of a message's menu with the mouse."""
+    row(page, text).hover()
+    row(page, text).get_by_role("button", name="Actions").click()
+    page.get_by_role("menuitem", name=action).click()
+
+
+def ticks(page: Page) -> Locator:
+    """Leave out the times of the edits."""
+    return page.locator("#messages .own .stamp > .sr-only")
+
+
+def offered(page: Page, text: str) -> list[str]:
+    row(page, text).hover()
+    row(page, text).get_by_role("button", name="Actions").click()
+    items = page.get_by_role("menuitem").all_inner_texts()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("menu")).to_be_hidden()
+    return items
+
+
+def test_two_people_see_what_is_edited_and_deleted(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    context = chromium.context(permissions=["clipboard-read"])
+    annas = sign_in(context, server.link(anna), chat)
+    bens = sign_in(chromium.context(), server.link(ben), chat)
+    for text in ("See you at six", "Bring the key", "Forget this"):
+        write(annas, text)
+    expect(ticks(annas)).to_have_text(["Read"] * 3)
+    field(annas).fill("A draft")
+    act(annas, "See you at six", "Edit")
+    bar = annas.locator("#edit-bar")
+    expect(bar).to_contain_text("Editing a message")
+    expect(field(annas)).to_have_value("See you at six")
+    expect(field(annas)).to_be_focused()
+    write(annas, "See you at seven")
+    for page in (annas, bens):
+        expect(bubbles(page).first).to_have_text("See you at seven")
+        edited = page.locator(".stamp").first.get_by_text("edited")
+        expect(edited).to_have_attribute("title", re.compile(r"20\d\d.*:\d\d"))
+    expect(bar).to_be_hidden()
+    expect(field(annas)).to_have_value("A draft")
+    act(annas, "Forget this", "Delete")
+    expect(bubbles(annas).last).to_have_text("Message deleted")
+    expect(bubbles(bens).last).to_have_text("Forget this")
+    annas.get_by_role("button", name="Undo").click()
+    expect(bubbles(annas).last).to_have_text("Forget this")
+    act(annas, "Forget this", "Delete")
+    open_chat(annas, server.create_chat(anna, ben, title="Elsewhere"))
+    expect(bubbles(bens).last).to_have_text("Message deleted")
+    last = annas.locator(f"#chat-list [href='#chat/{chat}'] .row-last")
+    expect(last).to_have_text("Draft: A draft")
+    open_chat(annas, chat)
+    expect(bubbles(annas).last).to_have_text("Message deleted")
+    expect(row(annas, "Message deleted").get_by_role("button")).to_have_count(0)
+    act(annas, "Bring the key", "Copy")
+    expect(annas.locator(".toast")).to_have_text("Copied")
+    assert annas.evaluate("navigator.clipboard.readText()") == "Bring the key"
+    assert offered(bens, "Bring the key") == ["Copy"]  # it is not Ben's
+
+
+def test_all_of_it_works_with_the_keyboard_alone(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    for sender, text in ((ben, "From Ben"), (anna, "One"), (anna, "Two")):
+        server.post(chat, sender, text)
+    annas = sign_in(chromium.context(), server.link(anna), chat)
+    expect(bubbles(annas)).to_have_count(3)
+    press = annas.keyboard.press
+    focused = annas.locator(":focus")
+    press("Shift+Tab")
+    expect(annas.get_by_role("log", name="Messages in Ben")).to_be_focused()
+    press("ArrowUp")
+    expect(row(annas, "Two").get_by_role("button", name="Actions")).to_be_focused()
+    expect(focused).to_have_css("opacity", "1")
+    assert focused.evaluate("(e) => getComputedStyle(e).outlineWidth") != "0px"
+    expect(focused).to_have_accessible_description(re.compile("You: Two"))
+    press("ArrowUp")
+    press("ArrowUp")
+    expect(row(annas, "From Ben").get_by_role("button")).to_be_focused()
+    press("ArrowDown")
+    press("Enter")
+    expect(annas.get_by_role("menuitem", name="Copy")).to_be_focused()
+    for key, name in (
+        ("ArrowDown", "Edit"), ("End", "Delete"), ("ArrowDown", "Copy"),
+        ("ArrowUp", "Delete"), ("Home", "Copy"),
+    ):  # fmt: skip
+        press(key)
+        expect(annas.get_by_role("menuitem", name=name)).to_be_focused()
+    # The row is drawn anew when Ben has read it. The menu stays.
+    bens = sign_in(chromium.context(), server.link(ben), chat)
+    expect(ticks(annas)).to_have_text(["Read"] * 2)
+    expect(annas.get_by_role("menuitem", name="Copy")).to_be_focused()
+    press("Escape")
+    expect(annas.get_by_role("menu")).to_be_hidden()
+    expect(row(annas, "One").get_by_role("button", name="Actions")).to_be_focused()
+    press("Enter")
+    press("End")
+    press("Enter")
+    expect(annas.get_by_role("button", name="Undo")).to_be_focused()
+    press("Enter")
+    expect(bubbles(annas).nth(1)).to_have_text("One")
+    expect(row(annas, "One").get_by_role("button", name="Actions")).to_be_focused()
+    press("Tab")
+    expect(field(annas)).to_be_focused()
+    press("ArrowUp")
+    expect(field(annas)).to_have_value("Two")
+    annas.keyboard.type("!")
+    press("Escape")
+    expect(field(annas)).to_have_value("")
+    press("ArrowUp")
+    expect(field(annas)).to_have_value("Two")
+    press("Enter")  # nothing has changed
+    expect(annas.locator("#edit-bar")).to_be_hidden()
+    press("ArrowUp")
+    annas.keyboard.type(" or three")
+    press("Enter")
+    expect(bubbles(bens).last).to_have_text("Two or three")
+    press("ArrowUp")
+    press("Control+A")
+    press("Delete")
+    press("Enter")
+    question = annas.get_by_role("dialog", name="Delete this message?")
+    expect(question).to_be_visible()
+    press("Escape")
+    expect(question).to_be_hidden()
+    expect(annas.locator("#edit-bar")).to_be_visible()
+    press("Enter")
+    annas.get_by_role("button", name="Delete").press("Enter")
+    expect(bubbles(annas).last).to_have_text("Message deleted")
+    expect(field(annas)).to_be_focused()
+    # Ben deletes a message while Anna has its menu open.
+    press("Shift+Tab")
+    expect(annas.locator("#scroller")).to_be_focused()
+    press("ArrowUp")
+    press("ArrowUp")
+    press("Enter")
+    expect(annas.get_by_role("menu")).to_be_visible()
+    act(bens, "From Ben", "Delete")
+    bens.reload()  # the deletion does not wait longer than the page
+    expect(bubbles(annas).first).to_have_text("Message deleted")
+    expect(annas.get_by_role("menu")).to_be_hidden()
+    expect(annas.locator("#scroller")).to_be_focused()
+
+
+def test_a_long_touch_opens_the_menu(server: Server, chromium: Chromium) -> None:
+    anna, _, chat = pair(server)
+    for i in range(20):
+        server.post(chat, anna, f"Message {i}")
+    server.post(chat, anna, "Mine, with so much to say. " * 9)
+    phone = {"viewport": {"width": 390, "height": 700}, "has_touch": True}
+    page = sign_in(chromium.context(**phone, is_mobile=True), server.link(anna), chat)
+    expect(bubbles(page)).to_have_count(21)
+    menu = page.get_by_role("menu")
+    session = page.context.new_cdp_session(page)
+
+    def touch(kind: str, x: float = 0, y: float = 0) -> None:
+        points = [] if kind == "touchEnd" else [{"x": x, "y": y}]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    def middle(text: str) -> tuple[float, float]:
+        place = row(page, text).locator(".bubble").bounding_box()
+        assert place is not None
+        return place["x"] + 30, place["y"] + place["height"] - 12
+
+    x, y = middle("Mine")
+    touch("touchStart", x, y)
+    expect(menu).to_be_visible()
+    touch("touchEnd")
+    items = ["Copy", "Edit", "Who has read it", "Delete"]
+    expect(menu.get_by_role("menuitem")).to_have_text(items)
+    place = menu.bounding_box()
+    assert place is not None
+    assert 8 <= place["x"] <= 382 - place["width"]
+    assert 8 <= place["y"] <= 692 - place["height"]
+    # The finger was over an item, and that did not choose it.
+    assert place["x"] < x < place["x"] + place["width"]
+    assert place["y"] < y < place["y"] + place["height"]
+    screenshot(page, "phone-menu")
+    page.get_by_role("menuitem", name="Delete").tap()
+    page.get_by_role("button", name="Undo").tap()
+    expect(row(page, "Mine")).to_be_visible()
+    x, y = middle("Mine")
+    touch("touchStart", x, y)
+    page.get_by_role("menuitem", name="Edit").wait_for()
+    touch("touchEnd")
+    page.get_by_role("menuitem", name="Edit").tap()
+    expect(field(page)).to_be_focused()
+    screenshot(page, "phone-edit")
+    page.get_by_role("button", name="Cancel").tap()
+    expect(field(page)).to_have_value("")
+    # A finger that scrolls opens no menu.
+    page.clock.install()
+    page.reload()
+    x, y = middle("Message 17")
+    touch("touchStart", x, y)
+    touch("touchMove", x, y + 60)
+    touch("touchMove", x, y + 120)
+    end = "scroller.scrollHeight - scroller.clientHeight - scroller.scrollTop"
+    until(lambda: bool(page.evaluate(end) > 50))
+    page.clock.run_for(2_000)
+    expect(menu).to_be_hidden()
+    touch("touchEnd")
+
+
+def test_changes_made_offline_wait_across_a_reload(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    for text in ("Old text", "Remove me", "Keep me"):
+        server.post(chat, anna, text)
+    bens = sign_in(chromium.context(), server.link(ben), chat)
+    page = chromium.page(clock=True)
+    relay = Relay.connected(page, server.link(anna), chat)
+    expect(ticks(page)).to_have_text(["Read"] * 3)
+    page.route(re.compile("/api/v1/messages/"), lambda route: route.abort())
+    relay.cut(1011, block=True)
+    last = page.locator("#chat-list .row-last")
+    act(page, "Old text", "Edit")
+    write(page, "New text")
+    expect(bubbles(page).first).to_have_text("New text")
+    expect(ticks(page)).to_have_text(["Sending", "Read", "Read"])
+    expect(last).to_have_text("SendingYou: New text")
+    act(page, "Remove me", "Delete")
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+    page.clock.run_for(5_000)
+    expect(page.get_by_role("button", name="Undo")).to_be_hidden()
+    expect(ticks(page)).to_have_text(["Sending", "Sending", "Read"])
+    act(page, "Keep me", "Delete")
+    page.clock.run_for(4_000)
+    page.get_by_role("button", name="Undo").click()
+    page.clock.run_for(4_000)
+    page.reload()
+    expect(ticks(page)).to_have_text(["Sending", "Sending", "Read"])
+    expect(bubbles(page)).to_have_text(["New text", "Message deleted", "Keep me"])
+    expect(bubbles(bens)).to_have_text(["Old text", "Remove me", "Keep me"])
+    page.unroute_all()
+    relay.unblock()
+    wait_until_connected(page)
+    expect(bubbles(bens)).to_have_text(["New text", "Message deleted", "Keep me"])
+    expect(ticks(page)).to_have_text(["Read"] * 3)
+    expect(last).to_have_text("You: Keep me")
+
+
+def test_an_unfinished_edit_is_kept(server: Server, chromium: Chromium) -> None:
+    anna, ben, chat = pair(server)
+    other = server.create_chat(anna, ben, title="Other")
+    server.post(chat, anna, "Hello")
+    page = sign_in(chromium.context(), server.link(anna), chat)
+    expect(bubbles(page)).to_have_text(["Hello"])
+    field(page).fill("A draft")
+    act(page, "Hello", "Edit")
+    field(page).fill("Hello, Be")
+    open_chat(page, other)
+    expect(page.locator("#edit-bar")).to_be_hidden()
+    expect(field(page)).to_have_value("")
+    open_chat(page, chat)
+    expect(page.locator("#edit-bar")).to_be_visible()
+    expect(field(page)).to_have_value("Hello, Be")
+    page.reload()
+    expect(field(page)).to_have_value("A draft")
+    act(page, "Hello", "Edit")
+    expect(field(page)).to_have_value("Hello, Be")
+    write(page, "Hello, Ben")
+    expect(bubbles(page)).to_have_text(["Hello, Ben"])
+    expect(field(page)).to_have_value("A draft")
+    act(page, "Hello, Ben", "Edit")
+    expect(field(page)).to_have_value("Hello, Ben")
+
+
+def test_a_refused_change_says_why_and_loses_no_text(
+    make_server: Callable[..., Server], chromium: Chromium
+) -> None:
+    server = make_server("--edit-seconds", "0", "--max-content-chars", "20")
+    anna, ben, chat = pair(server, title="Ours")
+    group = server.request(
+        "POST", "/api/v1/chats", {"title": "Anna's", "member_ids": [ben]}, user_id=anna
+    )["chat"]["id"]
+    ids = [server.post(chat, anna, text)["id"] for text in ("One", "Two", "Three")]
+    server.post(group, ben, "A word")
+    page = sign_in(chromium.context(), server.link(anna), group)
+    # Its creator may delete in a group. What is too late is not offered.
+    assert offered(page, "A word") == ["Copy", "Delete"]
+    open_chat(page, chat)
+    assert offered(page, "One") == ["Copy", "Who has read it"]
+    field(page).press("ArrowUp")
+    expect(field(page)).to_have_value("")
+    # In the next part the time is over only when the change arrives.
+    rules = {"edit_seconds": 86_400, "max_content_chars": 4_000}
+    page.route(
+        re.compile("/v1/me$"), lambda route: route.fulfill(json={"server": rules})
+    )
+    page.reload()
+    expect_state(page, "connected")
+    expect(bubbles(page)).to_have_count(3)
+    failure = page.locator(".failure")
+    act(page, "One", "Edit")
+    write(page, "This is longer than twenty")
+    expect(failure).to_contain_text("Not saved: It is 6 characters too long")
+    page.reload()
+    expect(failure).to_contain_text("Not saved: It is 6 characters too long")
+    expect(bubbles(page).first).to_have_text("This is longer than twenty")
+    last = page.locator(f"#chat-list [href='#chat/{chat}'] .row-last")
+    expect(last).to_have_text("Not saved: This is longer than twenty")
+    failure.get_by_role("button", name="Edit").click()
+    expect(field(page)).to_have_value("This is longer than twenty")
+    write(page, "One or two")
+    expect(failure).to_have_text("Not saved: It is too old to be changed. Discard")
+    expect(bubbles(page).first).to_have_text("One or two")
+    failure.get_by_role("button", name="Discard").click()
+    expect(bubbles(page)).to_have_text(["One", "Two", "Three"])
+    act(page, "Two", "Delete")
+    open_chat(page, group)
+    expect(last).to_have_text("Not deleted: It is too old to be changed.")
+    expect(page.locator(".toast")).to_contain_text("A message could not be changed")
+    open_chat(page, chat)
+    expect(bubbles(page)).to_have_text(["One", "Two", "Three"])
+    failure.get_by_role("button", name="Discard").click()
+    # It is changed or deleted by someone else during an edit.
+    bar = page.locator("#edit-bar")
+    act(page, "Three", "Edit")
+    field(page).fill("Three or four")
+    change = {"content": "Drei"}
+    server.request("PATCH", f"/api/v1/messages/{ids[2]}", change)
+    expect(bar).to_contain_text("It was changed meanwhile.")
+    field(page).press("Enter")
+    expect(failure).to_contain_text("Not saved: It was changed meanwhile.")
+    failure.get_by_role("button", name="Edit").click()
+    expect(bubbles(page).last).to_have_text("Drei")
+    expect(field(page)).to_have_value("Three or four")
+    server.request("DELETE", f"/api/v1/messages/{ids[2]}")
+    expect(bar).to_contain_text("It was deleted meanwhile.")
+    field(page).press("Enter")
+    expect(failure).to_contain_text("Not saved: It was deleted meanwhile.")
+    expect(bubbles(page).last).to_have_text("Three or four")
+    assert offered(page, "Three or four") == ["Copy", "Who has read it"]
+    failure.get_by_role("button", name="Discard").click()
+    expect(bubbles(page).last).to_have_text("Message deleted")
+    open_chat(page, group)
+    act(page, "A word", "Delete")
+    open_chat(page, chat)
+    until(lambda: server.texts(group, ben) == [""])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_menu_and_the_changes_are_accessible(
+    server: Server, chromium: Chromium, example_chats: tuple[int, int], scheme: Any
+) -> None:
+    anna, chat = example_chats
+    size = {"width": 1280, "height": 800}
+    context = chromium.context(
+        color_scheme=scheme, viewport=size, reduced_motion="reduce"
+    )
+    page = sign_in(context, server.link(anna), chat)
+    act(page, "Thursday is fine", "Edit")
+    row(page, "Yes, it is").hover()
+    row(page, "Yes, it is").get_by_role("button").click()
+    expect(page.get_by_role("menu")).to_be_visible()
+    screenshot(page, f"wide-{scheme}-menu")
+    axe(page)
+    page.get_by_role("menuitem", name="Delete").click()
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+    screenshot(page, f"wide-{scheme}-undo")
+    axe(page)
+    page.get_by_role("button", name="Undo").click()
