@@ -223,7 +223,7 @@ def test_a_long_touch_opens_the_menu(server: Server, chromium: Chromium) -> None
     page.get_by_role("button", name="Undo").tap()
     expect(row(page, "Mine")).to_be_visible()
     x, y = middle("Mine")
-    touch("touchStart", x, y)
+    touch("touchStart", x + 270, y)  # beside the menu
     page.get_by_role("menuitem", name="Edit").wait_for()
     touch("touchEnd")
     page.get_by_role("menuitem", name="Edit").tap()
