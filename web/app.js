@@ -18,11 +18,10 @@ import { Drafts } from "./drafts.js";
 import { contentNode, folded, isBlank, markedNode, visibleText } from "./text.js";
 import { locale, say } from "./words.js";
 
-/** @typedef {import("./chat-websocket.js").Message} Message */
-/** @typedef {import("./chat-websocket.js").Chat} ServerChat */
-/** @typedef {import("./chat-websocket.js").Delivery} Delivery */
-/** @typedef {import("./chat-websocket.js").State} State */
-/** @typedef {import("./words.js").Key} Key */
+/**
+ * @import { Action, Chat, ChatEvents, ChatView, Delivery, Key, Message, Model, Row,
+ *   Session, State } from "./page.js"
+ */
 
 /** One request for history fetches this many messages. */
 const HISTORY_LIMIT = 50;
@@ -40,8 +39,6 @@ const GROUP_SECONDS = 300;
 const NOTIFY_SECONDS = 1;
 /** All control characters but tab, line feed and carriage return. */
 const CONTROL_CHARACTERS = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
-/** The longest message, until the server has said what it allows. */
-const USUAL_MAX_CHARACTERS = 4000;
 /** The composer counts from this part of the longest message on. */
 const COUNT_FROM = 0.9;
 /** A text below this size is never folded, so its height need not be measured. */
@@ -147,13 +144,6 @@ function icon(name, className = "") {
   svg.append(use);
   return svg;
 }
-
-/**
- * @typedef {object} Row
- * @property {string} key identifies the row in its container
- * @property {string} look everything that the row's appearance depends on
- * @property {() => HTMLElement} build
- */
 
 /**
  * Makes the container show these rows, in this order. A row with the same key and look
@@ -289,7 +279,7 @@ function countCharacters(text) {
 
 /**
  * Shows a short text for some seconds.
- * @param {string} text @param {{text: string, press: () => void}} [action]
+ * @param {string} text @param {Action} [action]
  */
 function toast(text, action) {
   const node = el("p", { class: "toast" }, text);
@@ -366,13 +356,6 @@ function errorText(error) {
  * write under its name. So an open tab asks before it changes its user, and a new tab
  * with another user shows a notice and does not change the copy for the next visit.
  * ---------------------------------------------------------------------------------- */
-
-/**
- * @typedef {object} Session
- * @property {string} token
- * @property {number} user_id
- * @property {string | null} name
- */
 
 const SESSION_KEY = "chatd.session";
 /**
@@ -728,84 +711,28 @@ async function onInvite() {
  * and `connected` may bring a number in any order.
  * ---------------------------------------------------------------------------------- */
 
-/**
- * `server` in the answer to GET /api/v1/me.
- * @typedef {{max_content_chars: number, edit_seconds: number | null,
- *   create_chats: boolean, invites: boolean, rename: boolean}} ServerRules
- */
-
-/**
- * @typedef {object} ChatView
- * @property {number} id
- * @property {string | null} title
- * @property {boolean} direct
- * @property {number | null} created_by
- * @property {Map<number, number>} members user id -> read_n; empty if there are many
- * @property {number} memberCount
- * @property {number} last_n
- * @property {number} read_n
- * @property {Message | null} last_message
- * @property {Message[]} messages the loaded messages, without holes
- * @property {boolean} loaded no event was missed since they were loaded
- * @property {boolean} more there are messages before the loaded ones
- * @property {boolean} moreAfter there are messages after the loaded ones
- * @property {"no" | "yes" | "failed"} loading
- * @property {Message | null} editing the message that the composer edits, as it was
- * @property {number | null} divider the new messages begin after this n
- * @property {Map<number, number>} hues user id -> colour
- * @property {Map<number, number>} typing user id -> timer that ends the typing sign
- * @property {{seq: number, n: number, text: () => string}[]} lines what has happened
- *   during this visit, each after a message n
- * @property {number} activeAt ms, when it was added, or the user wrote in it, during
- *   this visit; otherwise 0
- */
-
-const model = {
-  /** @type {Session | null} */
+/** @returns {Model} */
+const newModel = () => ({
   session: null,
-  /** @type {ChatWebSocket | null} */
   client: null,
-  /** @type {Map<number, ChatView>} */
   chats: new Map(),
-  /** @type {ChatView | null} */
   open: null,
-  /** @type {Map<number, string | null>} */
   names: new Map(),
-  /**
-   * What `connected` said of each chat.
-   * @type {ChatEvents["connected"]["chats"]}
-   */
   marks: {},
-  /** The users one may add to a chat; null: not known yet. @type {number[] | null} */
   people: null,
-  /** What the server allows this user; empty until it has said so. */
-  server: /** @type {Partial<ServerRules>} */ ({}),
-  /** @type {State} */
+  server: {},
   connection: "closed",
-  /** The list of chats has arrived at least once. */
   chatsLoaded: false,
-  /** The epoch of the last list of chats. Another epoch resets all counters. */
   epoch: "",
-  /** The longest message that the server is known to take. */
-  maxCharacters: USUAL_MAX_CHARACTERS,
-};
+  maxCharacters: 4000, // until the server has said what it allows
+});
+
+const model = newModel();
 
 function resetModel() {
   document.querySelectorAll("dialog").forEach((node) => node.close());
   selectChat(null);
-  Object.assign(model, {
-    session: null,
-    client: null,
-    marks: {},
-    people: null,
-    server: {},
-    chatsLoaded: false,
-    epoch: "",
-    connection: "closed",
-    maxCharacters: USUAL_MAX_CHARACTERS,
-  });
-  model.chats.clear();
-  model.names.clear();
+  Object.assign(model, newModel());
   field("search-text").value = "";
   search.start();
 }
@@ -858,7 +785,7 @@ function sortedChats() {
 
 /**
  * Puts a chat from the server into the model, and keeps what only the page knows of it.
- * @param {ServerChat} received
+ * @param {Chat} received
  * @returns {ChatView}
  */
 function putChat(received) {
@@ -1009,7 +936,6 @@ function removeChat(chatId) {
  * Events. One table: each event of the client, and what it changes in the model.
  * ---------------------------------------------------------------------------------- */
 
-/** @typedef {import("./chat-websocket.js").ChatEvents} ChatEvents */
 /** @type {{[Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void}} */
 const handlers = {
   state: onState,
