@@ -80,7 +80,7 @@ function onLoadError(event) {
     if (screen) screen.hidden = id !== "loading";
   }
   const words = document.getElementById("loading");
-  if (words) words.textContent = say("broken", { error: error.message ?? `${error}` });
+  if (words) words.textContent = `${say("broken")} (${error.message ?? error})`;
 }
 
 addEventListener("error", onLoadError);
@@ -312,9 +312,9 @@ const REFUSALS = {
   internal: "serverError",
   not_found: "notThere",
   overloaded: "busy",
-  rate_limited: "tooMuch",
-  storage_failed: "cannotStore",
-  too_large: "tooLong",
+  rate_limited: "busy",
+  storage_failed: "serverError",
+  too_large: "notAccepted",
   too_late: "tooLate",
   unreachable: "noAnswer",
   upstream: "noAnswer",
@@ -329,11 +329,9 @@ function refusalText(code, detail) {
   const known = REFUSALS[code];
   if (known) return say(known);
   if (code !== "bad_field") return say("otherError", { code });
-  if (detail.startsWith("title")) return say("badTitle");
-  if (detail.startsWith("name")) return say("badName");
-  if (!detail.startsWith("member_ids") && !detail.startsWith("user_id"))
-    return say("notAccepted");
-  return most ? say("mostPeople", { most }) : say("cannotAdd");
+  if (/^(title|name)/.test(detail)) return say("badName");
+  const people = /^(member_ids|user_id)/.test(detail);
+  return most && people ? say("mostPeople", { most }) : say("notAccepted");
 }
 
 /** @param {string} detail @returns {number} the limit that it names; else 0 */
@@ -472,7 +470,7 @@ async function confirmSwitch(session, current) {
   const name = personName(session.user_id, session.name);
   const me = personName(current.user_id, current.name);
   return ask({
-    title: say("continueAsTitle", { name }),
+    title: say("continueAs", { name }),
     text: say("continueAsText", { me, name }),
     yes: say("continueAs", { name }),
     no: say("stayAs", { name: me }),
@@ -573,7 +571,7 @@ async function onSignOut() {
   const sure =
     unsent.length === 0 ||
     (await ask({
-      title: say("signOutTitle"),
+      title: say("signOut"),
       text: say("signOutText", { count: unsent.length }),
       yes: say("signOut"),
       no: say("cancel"),
@@ -581,8 +579,8 @@ async function onSignOut() {
   if (!sure) return;
   signedOut?.postMessage(myId());
   model.client?.forget();
-  const kept = drafts.keys().length > 0;
-  endSession(say("signedOut") + (kept ? ` ${say("draftsStay")}` : ""));
+  const count = drafts.keys().length;
+  endSession(say("signedOut") + (count ? ` ${say("draftsHere", { count })}` : ""));
 }
 
 /**
@@ -638,11 +636,11 @@ async function openInvite(token) {
   try {
     const preview = await visitor().previewInvite(token);
     const of = preview.title ?? "";
-    const title = isBlank(of) ? say("joinChat") : say("joinTitle", { title: of });
-    let text = say("membersSoFar", { count: preview.member_count });
+    const title = isBlank(of) ? say("join") : say("joinTitle", { title: of });
+    let text = say("people", { count: preview.member_count });
     if (session) {
       const name = personName(session.user_id, session.name);
-      text += ` ${say("joinAs", { name })}`;
+      text += ` · ${say("signedInAs", { name })}`;
       if (!(await ask({ title, text, yes: say("join"), no: say("cancel") }))) return;
       const joined = await model.client?.join(token);
       if (joined) openChat(joined.chat_id);
@@ -675,11 +673,9 @@ function onJoinForm(event) {
 
 /** @param {unknown} error @returns {string} */
 function inviteErrorText(error) {
-  const { code, status, message } = /** @type {ChatError} */ (error);
-  if (code === "token_expired") return say("inviteExpired");
-  if (status === 401) return say("inviteInvalid");
-  if (status === 403) return say("noInvites");
-  return (maximumIn(message) ? `${say("chatFull")} ` : "") + errorText(error);
+  const { status } = /** @type {ChatError} */ (error);
+  if (status === 401) return say("linkInvalid");
+  return status === 403 ? say("noInvites") : errorText(error);
 }
 
 /**
@@ -695,7 +691,8 @@ async function showInvite(revoke = false) {
   }
   const { token, expires_in } = await client.createInvite(chat.id);
   if (chat !== model.open) return;
-  const valid = say("inviteValid", { count: Math.round(expires_in / 86_400) });
+  const end = new Date(Date.now() + expires_in * 1000);
+  const valid = say("inviteValid", { when: shortTime(end.toISOString()) });
   const text = revoke ? `${say("linksEnded")} ${valid}` : valid;
   const url = new URL(`#invite=${token}`, location.href).href;
   showLink(say("invitePeople"), text, url, true);
@@ -994,8 +991,8 @@ function addHandlers(client) {
 
 /** @param {ChatEvents["state"]} change */
 function onState({ state }) {
-  const [title] = BANNERS[state] ?? [];
-  if (state !== model.connection && title) announce(say(title));
+  const problem = BANNERS[state];
+  if (state !== model.connection && problem) announce(say(problem));
   model.connection = state;
   if (state === "signed_out") onSignedOut();
 }
@@ -1054,10 +1051,11 @@ function onNewMessage(message, read) {
   if (chat === model.open && chat.divider === null && !endIsVisible()) {
     chat.divider = message.n - 1;
   }
-  const name = personName(message.sender_id);
+  const sender = personName(message.sender_id);
   const text = visibleText(message.content).slice(0, 200);
-  if (chat === model.open) announce(say("lastOf", { name, text }));
-  else if (counted(chat)) announce(say("lastIn", { name, text, title: chatTitle(chat) }));
+  const here = chat === model.open;
+  const name = here ? sender : say("senderIn", { name: sender, title: chatTitle(chat) });
+  if (here || counted(chat)) announce(say("lastOf", { name, text }));
   if (counted(chat)) notify(chat, message);
 }
 
@@ -1114,9 +1112,9 @@ function onDelivery(delivery) {
   if (reason.startsWith("content"))
     model.maxCharacters = maximumIn(reason) || model.maxCharacters;
   const chat = model.chats.get(chat_id);
-  if (chat === model.open)
-    announce(say("notSentReason", { reason: failureText(delivery) }));
-  else if (chat) toast(say("notSentIn", { title: chatTitle(chat) }));
+  const text = say("notSentText", { text: failureText(delivery) });
+  if (chat === model.open) announce(text);
+  else if (chat) toast(say("lastOf", { name: chatTitle(chat), text }));
   // The user is no longer in this chat, so the page cannot show the failed message.
   else if (model.chatsLoaded) model.client?.discard(client_id);
 }
@@ -1131,7 +1129,7 @@ function onChangeDelivery(delivery) {
   const { state, client_id, message_id, message, code } = delivery;
   if (message) onChange(message);
   if (state !== "failed") return;
-  const text = say("notChanged", { reason: failureText(delivery) });
+  const text = say(NOT_DONE[delivery.kind], { text: failureText(delivery) });
   if (model.open && contains(model.open, message_id)) return announce(text);
   toast(text);
   if (code === "not_found") model.client?.discard(client_id); // no row can show it
@@ -1323,25 +1321,24 @@ function setText(id, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** @type {Partial<Record<State, [problem: Key, meanwhile: Key]>>} */
+/** @type {Partial<Record<State, Key>>} */
 const BANNERS = {
-  polling: ["pollingTitle", "pollingText"],
-  offline: ["offlineTitle", "offlineText"],
-  too_many: ["tooManyTitle", "tooManyText"],
-  refused: ["refusedTitle", "refusedText"],
+  polling: "pollingText",
+  offline: "offlineText",
+  too_many: "tooManyText",
+  refused: "refusedText",
 };
 
 function renderBanner() {
   const state = model.connection;
-  const [title, text] = BANNERS[state] ?? [];
-  if (!title && box("banner").contains(document.activeElement)) moveFocus();
-  box("banner").hidden = !title;
-  if (!title || !text) return;
-  setText("banner-title", say(title));
+  const text = BANNERS[state];
+  if (!text && box("banner").contains(document.activeElement)) moveFocus();
+  box("banner").hidden = !text;
+  if (!text) return;
   const seconds = Math.ceil(model.client?.retryIn ?? 0);
   const waiting = state === "polling" || state === "offline";
-  const next = seconds > 0 ? say("tryingIn", { seconds }) : say("tryingNow");
-  setText("banner-next", waiting ? `${say(text)} ${next}` : say(text));
+  const next = seconds > 0 ? say("tryingIn", { seconds }) : say("connecting");
+  setText("banner-text", waiting ? `${say(text)} ${next}` : say(text));
   button("banner-retry").hidden = state === "refused";
 }
 
@@ -1646,15 +1643,13 @@ const pane = {
 
   /** @param {ChatView} chat */
   renderHead(chat) {
-    const title = chatTitle(chat);
     const people = others(chat);
     const names = isWhole(chat)
       ? [...people.map((id) => personName(id)), say("you")].join(", ")
       : say("people", { count: chat.memberCount });
-    setText("pane-title", title);
+    setText("pane-title", chatTitle(chat));
     setText("pane-members", chat.direct ? say("directChat") : names);
     avatar(chat, box("pane-avatar"));
-    box("scroller").setAttribute("aria-label", say("messagesIn", { title }));
   },
 
   /**
@@ -1834,7 +1829,7 @@ function historyRow(chat, key, more) {
         return el(
           "li",
           { class: "history" },
-          chat.last_n > 0 ? say("beginning") : say("sayHello"),
+          chat.last_n > 0 ? say("beginning") : say("noMessages"),
         );
       }
       const row = el("li", { class: "history" }, text[look]);
@@ -1971,7 +1966,7 @@ function personAvatar(userId, chat) {
  * @param {string} name
  */
 function senderLine(own, first, name) {
-  if (own) return el("p", { class: "sr-only" }, say("youSaid"));
+  if (own) return el("p", { class: "sr-only" }, say("ownLast", { text: "" }));
   return el("p", { class: first ? "sender" : "sr-only", dir: "auto" }, name);
 }
 
@@ -2075,7 +2070,7 @@ function failureLine(delivery) {
     repeat = textButton(say("tryAgain"), () => model.client?.resend(client_id));
   const discard = () => model.client?.discard(client_id);
   const text = say(NOT_DONE[kind], { text: failureText(delivery) });
-  const last = textButton(say(message ? "delete" : "discard"), discard);
+  const last = textButton(say(message ? "delete" : "cancel"), discard);
   return el("p", { class: "failure" }, `${text} `, repeat, last);
 }
 
@@ -2084,10 +2079,8 @@ function failureText({ kind, content, code = "", reason = "" }) {
   const most = maximumIn(reason) || model.maxCharacters;
   const over = countCharacters(content) - most;
   if ((code === "bad_field" || code === "too_large") && over > 0)
-    return say("tooLongBy", { count: over, most });
-  if (code === "bad_field") return say("badCharacters");
-  if (kind === "message" && (code === "not_found" || code === "forbidden"))
-    return say("mayNotWrite");
+    return say("over", { count: over, most });
+  if (kind === "message" && code === "not_found") return say("notAllowed");
   return refusalText(code, reason);
 }
 
@@ -2315,9 +2308,9 @@ function showDrafts() {
 async function onDeleteDrafts() {
   box("me-panel").hidePopover();
   const sure = await ask({
-    title: say("deleteDraftsTitle"),
-    text: say("deleteDraftsText"),
-    yes: say("deleteDrafts"),
+    title: say("deleteDrafts"),
+    text: say("draftsHere", { count: drafts.keys().length }),
+    yes: say("delete"),
     no: say("cancel"),
   });
   if (!sure) return;
@@ -2372,10 +2365,10 @@ const composer = {
     box("composer-box").dataset["text"] = this.field.value;
     const used = countCharacters(sendable(this.field.value));
     const most = model.maxCharacters;
-    const text =
-      used > most ? say("over", { count: used - most }) : say("used", { used, most });
+    const over = used > most;
+    const text = over ? say("over", { count: used - most, most }) : say("used", { used, most });
     setText("composer-count", used < COUNT_FROM * most ? "" : text);
-    box("composer-count").classList.toggle("over", used > most);
+    box("composer-count").classList.toggle("over", over);
   },
 
   onInput() {
@@ -2412,7 +2405,7 @@ const composer = {
     if (chat?.editing) return void this.save(chat.editing, content);
     if (!chat || !content) return;
     if (isBlank(content)) {
-      toast(say("invisible"));
+      toast(say("notSentText", { text: say("blank") }));
       return;
     }
     chat.divider = null;
@@ -2445,8 +2438,7 @@ const composer = {
     const { id } = before;
     if (isBlank(content)) {
       const [yes, no] = [say("delete"), say("cancel")];
-      const text = say("deleteText");
-      if (await ask({ title: say("deleteTitle"), text, yes, no })) hold(id);
+      if (await ask({ title: say("deleteTitle"), text: "", yes, no })) hold(id);
       return;
     }
     // The user's edit before this one may have been stored meanwhile.
@@ -2857,7 +2849,7 @@ function choosePeople(chat, chosen = []) {
   Object.assign(people, { chat, chosen });
   const [other] = chosen;
   const title = chat
-    ? say("addPeopleTo", { title: chatTitle(chat) })
+    ? say("addPeople")
     : say(other ? "newGroup" : "newChat");
   setText("people-title", title);
   setText("people-note", other ? say("groupWith", { name: personName(other) }) : "");
@@ -2949,7 +2941,7 @@ function filterCandidates() {
     row.classList.toggle("next", isNext);
   }
   const anyone = box("people-list").childElementCount > 0;
-  const nobody = say("noOneToAdd") + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
+  const nobody = orInvite("noOneToAdd");
   const none = anyone ? say("noOneCalled", { name: text }) : nobody;
   setText("people-empty", found > 0 || !model.people ? "" : none);
   showTitleField();
@@ -2996,6 +2988,8 @@ function chosenPeople() {
 
 /** People can be invited to a new group later. */
 const mayBeAlone = () => model.server.invites === true && !people.chat;
+const orInvite = (/** @type {Key} */ key) =>
+  say(key) + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
 
 /** @param {SubmitEvent} event */
 function onPeopleForm(event) {
@@ -3007,7 +3001,7 @@ function onPeopleForm(event) {
     const title = box("people-name").hidden
       ? null
       : field("people-chat-title").value.trim() || null;
-    if (!grows && !title) throw new Error(say(mayBeAlone() ? "chooseOrTitle" : "chooseOne"));
+    if (!grows && !title) throw new Error(orInvite("chooseOne"));
     if (chat) await addMembers(chat, chosen);
     else await createChat(title, chosen, !grows);
     dialog("people").close();
@@ -3162,8 +3156,8 @@ async function removeMember(chat, userId) {
       ? {
           title: say("leaveTitle", { title: chatTitle(chat) }),
           text: say("leaveText"),
-          yes: say("leave"),
-          no: say("stay"),
+          yes: say("leaveChat"),
+          no: say("cancel"),
         }
       : {
           title: say("removeTitle", { name: personName(userId) }),
@@ -3197,7 +3191,7 @@ function offerNotifications() {
   const key = "chatd.notify";
   if (button("notify").hidden || readStored(storages.browser, key)) return;
   if (writeSession(storages.browser, "offered", key))
-    toast(say("offerNotify"), { text: say("turnOn"), press: onNotifyButton });
+    toast(say("offerNotify"), { text: say("notify"), press: onNotifyButton });
 }
 
 function onMute() {
@@ -3434,7 +3428,7 @@ function onSecond() {
 }
 
 function begin() {
-  if (!("popover" in HTMLElement.prototype)) throw new Error(say("tooOld"));
+  if (!("popover" in HTMLElement.prototype)) throw new Error("popover");
   addListeners();
   if (followLink()) return;
   const session = sessionToResume();
