@@ -21,6 +21,19 @@ export interface Action {
   danger?: boolean;
 }
 
+/** The arguments of el. What is false, null or "" is left out; true has no value. */
+export type Attributes = Record<string, string | number | boolean | null | undefined>;
+export type Child = Node | string | false | null | undefined;
+
+export type EventHandlers = {
+  [Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void;
+};
+export type ChatEventHandlers = {
+  [Type in keyof ChatEvents]?: (chat: ChatView, event: ChatEvents[Type]) => void;
+};
+
+export type StorageName = "localStorage" | "sessionStorage";
+
 export interface Session {
   token: string;
   user_id: number;
