@@ -1039,7 +1039,8 @@ function render() {
   renderList();
   renderBell();
   renderEmpty();
-  renderDialogs();
+  if (dialog("people").open) renderPeople();
+  if (dialog("info").open) renderInfo();
   pane.render();
   search.render();
   if (!menuAnchor?.isConnected && box("menu").contains(document.activeElement)) {
@@ -2548,13 +2549,6 @@ function showLink(title, text, hash) {
   if (!dialog("link").open) dialog("link").showModal();
 }
 
-function onLinkCopy() {
-  field("link-url").select();
-  // navigator.clipboard would need https.
-  if (document.execCommand("copy")) setText("link-copy", say("copied"));
-  button("link-copy").focus();
-}
-
 /** What the menu belongs to. @type {HTMLElement | null} */
 let menuAnchor = null;
 
@@ -2578,23 +2572,6 @@ function showMenu(anchor, actions) {
   menu.style.top = `${Math.max(8, Math.min(bottom, clientHeight - offsetHeight - 8))}px`;
 }
 
-/** @param {KeyboardEvent} event */
-function onMenuKey(event) {
-  const items = rowsOf("menu");
-  const at = items.findIndex((item) => item === document.activeElement);
-  const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 }[event.key];
-  if (event.key === "Tab") box("menu").hidePopover();
-  if (to === undefined) return;
-  event.preventDefault();
-  items.at(to % items.length)?.focus();
-}
-
-/** Shows in the open dialogs what has changed. */
-function renderDialogs() {
-  if (dialog("people").open) renderPeople();
-  if (dialog("info").open) renderInfo();
-}
-
 const people = {
   /** It receives the chosen people; null: they get a new chat. @type {ChatView | null} */
   chat: null,
@@ -2616,16 +2593,14 @@ function choosePeople(chat, given = []) {
   box("people-list").replaceChildren();
   onChoice();
   dialog("people").showModal();
-  void explain("people-error", loadPeople);
-}
-
-async function loadPeople() {
-  const { client, names } = model;
-  /** @type {{users: Session[]}} */
-  const { users } = await client?.request("GET", "/api/v1/users");
-  if (client !== model.client) return;
-  for (const { user_id, name } of users) names.set(user_id, name);
-  model.people = users.map(({ user_id }) => user_id);
+  void explain("people-error", async () => {
+    const { client, names } = model;
+    /** @type {{users: Session[]}} */
+    const { users } = await client?.request("GET", "/api/v1/users");
+    if (client !== model.client) return;
+    for (const { user_id, name } of users) names.set(user_id, name);
+    model.people = users.map(({ user_id }) => user_id);
+  });
 }
 
 /** @param {Iterable<number>} ids */
@@ -2638,7 +2613,14 @@ function renderPeople() {
   const { chat, given } = people;
   const members = chat?.members ?? new Map([[myId(), 0]]);
   const ids = sortedByName(new Set([...(model.people ?? []), ...given]));
-  const candidates = ids.filter((id) => !members.has(id)).map(candidate);
+  const checkbox = (/** @type {number} */ value) =>
+    el("input", { type: "checkbox", value, checked: given.includes(value) });
+  const candidates = ids.filter((id) => !members.has(id)).map((id) => ({
+    key: `${id}`,
+    look: personName(id),
+    build: () =>
+      el("li", {}, el("label", { class: "person" }, checkbox(id), ...personCells(id))),
+  }));
   showRows(box("people-list"), candidates);
 
   const name = field("people-filter").value.trim();
@@ -2664,14 +2646,6 @@ function renderPeople() {
   return fitting.length;
 }
 
-/** @param {number} id @returns {Row} */
-function candidate(id) {
-  const attributes = { type: "checkbox", value: id, checked: people.given.includes(id) };
-  const label = () =>
-    el("label", { class: "person" }, el("input", attributes), ...personCells(id));
-  return { key: `${id}`, look: personName(id), build: () => el("li", {}, label()) };
-}
-
 /** @param {number} id @param {ChatView} [chat] */
 function personCells(id, chat) {
   return [personAvatar(id, chat), el("span", { dir: "auto" }, personName(id))];
@@ -2688,6 +2662,39 @@ function onChoice() {
   renderPeople();
 }
 
+/** People can be invited to a new group later. */
+const mayBeAlone = () => model.server.invites === true && !people.chat;
+const orInvite = (/** @type {Key} */ key) =>
+  say(key) + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
+
+/** Adds the chosen people, or creates a chat with them and opens it. */
+async function addPeople() {
+  const { client, chats } = model;
+  const { chat, given, key: clientId } = people;
+  const memberIds = chosenPeople();
+  const title = field("people-chat-title").value.trim();
+  const alone = memberIds.length <= given.length;
+  if (alone && !title) throw new Error(orInvite("chooseOne"));
+  if (chat) {
+    for (const user_id of memberIds)
+      await client?.request("POST", `/api/v1/chats/${chat.id}/members`, { user_id });
+    return dialog("people").close();
+  }
+  // With one person it is the direct chat, old or new.
+  const direct = box("people-name").hidden === true;
+  const made = await client?.createChat(
+    direct ? { memberIds, direct } : { title: title || null, memberIds, clientId },
+  );
+  if (!made || client !== model.client) return;
+  const isNew = !chats.has(made.id);
+  const opened = putChat(made);
+  if (isNew) opened.activeAt = Date.now();
+  openChat(made.id);
+  route();
+  dialog("people").close();
+  if (alone) onInvite();
+}
+
 /** Without a filter, Enter submits, as in any field. @param {KeyboardEvent} event */
 function onFilterKey(event) {
   const filter = field("people-filter");
@@ -2702,47 +2709,6 @@ function onFilterKey(event) {
   }
   filter.value = "";
   onChoice();
-}
-
-/** People can be invited to a new group later. */
-const mayBeAlone = () => model.server.invites === true && !people.chat;
-const orInvite = (/** @type {Key} */ key) =>
-  say(key) + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
-
-/** @param {SubmitEvent} event */
-function onPeopleForm(event) {
-  event.preventDefault();
-  void submit("people-error", async () => {
-    const { chat, given } = people;
-    const chosen = chosenPeople();
-    const title = field("people-chat-title").value.trim();
-    const alone = chosen.length <= given.length;
-    if (alone && !title) throw new Error(orInvite("chooseOne"));
-    if (!chat) await createChat(title, chosen, alone);
-    else
-      for (const user_id of chosen)
-        await model.client?.request("POST", `/api/v1/chats/${chat.id}/members`, { user_id });
-    dialog("people").close();
-  });
-}
-
-/** @param {string} title @param {number[]} memberIds @param {boolean} alone */
-async function createChat(title, memberIds, alone) {
-  const { client, chats } = model;
-  // With one person it is the direct chat, old or new.
-  const direct = box("people-name").hidden === true;
-  const made = await client?.createChat(
-    direct
-      ? { memberIds, direct }
-      : { title: title || null, memberIds, clientId: people.key },
-  );
-  if (!made || client !== model.client) return;
-  const isNew = !chats.has(made.id);
-  const chat = putChat(made);
-  if (isNew) chat.activeAt = Date.now();
-  openChat(chat.id);
-  route();
-  if (alone) onInvite();
 }
 
 /** The members that the info dialog has loaded, by pages. */
@@ -2862,14 +2828,6 @@ function offerNotifications() {
     toast(say("offerNotify"), { text: say("notify"), press: onNotifyButton });
 }
 
-function onMute() {
-  const { open } = model;
-  const { checked } = field("info-mute");
-  if (open && !writeStored("localStorage", mutedKey(open), checked))
-    toast(say("noStorage"));
-  requestRender();
-}
-
 /** @param {ChatView} chat @param {Message} message */
 function notify(chat, message) {
   if (window.Notification?.permission !== "granted" || isWatched()) return;
@@ -2877,23 +2835,20 @@ function notify(chat, message) {
   after(1, () => {
     const all = [...chat.messages, chat.last_message];
     const now = all.find((one) => one?.id === message.id) ?? message;
-    const seen = chat.read_n >= message.n || isWatched() || now.deleted;
-    if (!seen && model.chats.has(chat.id)) showNotification(chat, now);
-  });
-}
-
-/** @param {ChatView} chat @param {Message} message */
-function showNotification({ id, title }, { sender_id, content }) {
-  const sender = personName(sender_id);
-  const name = title ? say("senderIn", { name: sender, title }) : sender;
-  const body = visibleText(content).slice(0, 200);
-  const tag = `chatd.${myId()}.${id}`; // all tabs of a user share one notification
-  // Some phones allow notifications only from service workers. chatd has none.
-  const shown = attempt(() => new Notification(name, { body, tag }));
-  shown?.addEventListener("click", () => {
-    window.focus();
-    location.hash = `#chat/${id}`;
-    shown.close();
+    const { sender_id, content, deleted } = now;
+    if (deleted || chat.read_n >= message.n || isWatched() || !model.chats.has(chat.id)) return;
+    const { id, title } = chat;
+    const sender = personName(sender_id);
+    const name = title ? say("senderIn", { name: sender, title }) : sender;
+    const body = visibleText(content).slice(0, 200);
+    const tag = `chatd.${myId()}.${id}`; // all tabs of a user share one notification
+    // Some phones allow notifications only from service workers. chatd has none.
+    const shown = attempt(() => new Notification(name, { body, tag }));
+    shown?.addEventListener("click", () => {
+      window.focus();
+      location.hash = `#chat/${id}`;
+      shown.close();
+    });
   });
 }
 
@@ -2922,16 +2877,20 @@ function start(session) {
   });
 }
 
-/** What a click on a button does. @type {Record<string, (event: Event) => unknown>} */
-const CLICKS = {
+/** An element's id, and an event if it is not a click -> what happens then.
+ * @type {Record<string, (event: any) => unknown>} */
+const LISTENERS = {
+  "sign-in-form submit": onSignInForm,
+  "join-form submit": onJoinForm,
   skip: (event) => {
     event.preventDefault();
     if (model.open) composer.field.focus();
     else moveFocus();
   },
   "banner-retry": () => model.client?.retry(),
-
   notify: onNotifyButton,
+
+  "me-panel toggle": showDrafts,
   "drafts-delete": onDeleteDrafts,
   "rename-me": () => {
     const { client, names } = model;
@@ -2946,19 +2905,65 @@ const CLICKS = {
 
   find: () => search.open(false),
   "chat-find": () => search.open(true),
+  "search-text input": () => search.start(),
+  "search-here change": () => search.start(),
+  "search keydown": (event) => search.onKey(event),
+  "search-list": (event) => search.onClick(event),
+  "search-list scroll": requestRender,
   "search-retry": () => search.retry(),
-  "new-chat": () => choosePeople(null),
-  "empty-start": () => choosePeople(null),
 
+  "scroller scroll": () => pane.onScroll(),
+  "scroller keydown": onMessagesKey,
   jump: () => {
     pane.showLatest(); // at once: smooth scrolling through a long history can make dizzy
     // The button is gone now. The keyboard of a phone stays as it is.
     if (document.activeElement !== composer.field)
       box("scroller").focus({ preventScroll: true });
   },
+  messages: (event) => {
+    onTick(event);
+    if (event.target.closest(".more")) openActions(event.target.closest("li"));
+  },
+  "messages copy": onCopy,
+  "messages pointerdown": onTouch,
+  "messages contextmenu": (event) => {
+    if (isTouchOfText(event)) event.preventDefault();
+  },
+  // The touch that opens the menu clicks on nothing in it.
+  "messages touchend": (event) => {
+    if (box("menu").matches(":popover-open")) event.preventDefault();
+  },
+  "menu keydown": (/** @type {KeyboardEvent} */ event) => {
+    const items = rowsOf("menu");
+    const at = items.findIndex((item) => item === event.target);
+    const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 }[event.key];
+    if (event.key === "Tab") box("menu").hidePopover();
+    if (to === undefined) return;
+    event.preventDefault();
+    items.at(to % items.length)?.focus();
+  },
+
+  "composer submit": (event) => composer.send(event),
+  "composer-text input": () => composer.onInput(),
+  "composer-text keydown": (event) => composer.onKey(event),
   "edit-cancel": () => composer.leave(),
 
+  "new-chat": () => choosePeople(null),
+  "empty-start": () => choosePeople(null),
+  "people-form input": onChoice,
+  "people-form submit": (event) => {
+    event.preventDefault();
+    return submit("people-error", addPeople);
+  },
+  "people-filter keydown": onFilterKey,
+
   "chat-info": showInfo,
+  "info-mute change": ({ target }) => {
+    const { open } = model;
+    if (open && !writeStored("localStorage", mutedKey(open), target.checked))
+      toast(say("noStorage"));
+    requestRender();
+  },
   "info-rename": () => {
     const { client, open: chat } = model;
     return askName(say("rename"), chat?.title, 200, async (text) => {
@@ -2974,81 +2979,16 @@ const CLICKS = {
   "info-invite": onInvite,
   "info-leave": () => model.open && removeMember(model.open, myId()),
 
-  "link-copy": onLinkCopy,
+  "link-copy": ({ target }) => {
+    field("link-url").select();
+    // navigator.clipboard would need https.
+    if (document.execCommand("copy")) setText("link-copy", say("copied"));
+    target.focus();
+  },
   // It is rejected if the user cancels. The link can still be copied.
   "link-share": () => navigator.share({ url: field("link-url").value }).catch(() => {}),
   "link-revoke": () => submit("link-error", () => showInvite(true)),
 };
-
-/** @param {EventTarget | string} target or an id @param {string} type
- * @param {(event: any) => void} handle */
-function on(target, type, handle, capture = false) {
-  const node = typeof target === "string" ? box(target) : target;
-  node.addEventListener(type, handle, capture);
-}
-
-function addListeners() {
-  for (const [id, press] of Object.entries(CLICKS)) on(id, "click", press);
-  // Before the button's own handler, so that the focus is back when that moves it.
-  on(document, "click", onClosingClick, true);
-  on(window, "hashchange", onHash);
-  if (signedOut) on(signedOut, "message", onSignedOutElsewhere);
-  on(window, "beforeunload", onBeforeUnload);
-  on(window, "pagehide", releaseAll);
-  on(window, "storage", onDraftElsewhere);
-  on(document, "keydown", onShortcut);
-  on(document, "keydown", onSearchKey);
-  // Renders at once: a tab that is hidden now may never get the requested frame.
-  on(document, "visibilitychange", onWatched);
-  on(window, "focus", onWatched);
-  on("sign-in-form", "submit", onSignInForm);
-  on("join-form", "submit", onJoinForm);
-  on("me-panel", "toggle", showDrafts);
-  on("scroller", "scroll", () => pane.onScroll());
-  on("scroller", "keydown", onMessagesKey);
-  on("messages", "click", ({ target }) => {
-    if (target.closest(".more")) openActions(target.closest("li"));
-  });
-  on("messages", "click", onTick);
-  on("messages", "copy", onCopy);
-  on("messages", "pointerdown", onTouch);
-  on("messages", "contextmenu", (event) => {
-    if (isTouchOfText(event)) event.preventDefault();
-  });
-  // The touch that opens the menu clicks on nothing in it.
-  on("messages", "touchend", (event) => {
-    if (box("menu").matches(":popover-open")) event.preventDefault();
-  });
-  for (const type of ["pointerup", "pointercancel"])
-    on(window, type, () => clearTimeout(longTouch));
-  on("menu", "keydown", onMenuKey);
-  on("composer", "submit", (event) => composer.send(event));
-  on(composer.field, "input", () => composer.onInput());
-  on(composer.field, "keydown", (event) => composer.onKey(event));
-  // The focus stays in the field, or else a phone would close its keyboard.
-  for (const id of ["send", "jump", "edit-cancel"])
-    on(id, "mousedown", (event) => event.preventDefault());
-  on("search-text", "input", () => search.start());
-  on("search-here", "change", () => search.start());
-  on("search", "keydown", (event) => search.onKey(event));
-  on("search-list", "click", (event) => search.onClick(event));
-  on("search-list", "scroll", requestRender);
-  on("people-form", "submit", onPeopleForm);
-  on("people-form", "input", onChoice);
-  on("people-filter", "keydown", onFilterKey);
-  on("info-mute", "change", onMute);
-  const observer = new ResizeObserver(() => pane.onResize());
-  for (const id of ["scroller", "messages"]) observer.observe(box(id));
-  if (window.visualViewport) on(window.visualViewport, "resize", onViewport);
-  setInterval(onSecond, 1000);
-}
-
-/** A choice closes its panel. @param {any} event */
-function onClosingClick({ target }) {
-  const choice = target.closest("#me-panel button, #bell-list a, #menu button");
-  choice?.closest("[popover]").hidePopover();
-  target.closest(".close")?.closest("dialog").close();
-}
 
 /** @param {any} event of a key */
 function onShortcut(event) {
@@ -3066,20 +3006,6 @@ function onShortcut(event) {
   if (document.querySelector("dialog[open], :popover-open")) return;
   if (key === "Escape" && model.open) location.hash = "#chats";
   if (key === "?" && !target.matches("input, textarea")) dialog("keys").showModal();
-}
-
-/** @param {HashChangeEvent} event */
-function onHash({ oldURL }) {
-  if (!followLink(new URL(oldURL).hash)) route();
-}
-
-/** If a keyboard covers a part of the page, as on iOS, the other part is the page. */
-function onViewport() {
-  const view = window.visualViewport;
-  if (!view || view.scale > 1.01) return; // the user has zoomed in
-  const covered = view.height < window.innerHeight - 1;
-  box("chat").style.setProperty("--view-height", covered ? `${view.height}px` : "");
-  window.scrollTo(0, 0);
 }
 
 /** The user has come back, perhaps on another day. */
@@ -3102,7 +3028,46 @@ function onSecond() {
 }
 
 if (!("popover" in HTMLElement.prototype)) throw new Error("popover");
-addListeners();
+for (const [what, handle] of Object.entries(LISTENERS)) {
+  const [id = "", type = "click"] = what.split(" ");
+  box(id).addEventListener(type, handle);
+}
+// The focus stays in the field, or else a phone would close its keyboard.
+for (const id of ["send", "jump", "edit-cancel"])
+  box(id).addEventListener("mousedown", (event) => event.preventDefault());
+// A choice closes its panel: first, so that the focus is back when its handler moves it.
+const closeAround = (/** @type {any} */ { target }) => {
+  const choice = target.closest("#me-panel button, #bell-list a, #menu button");
+  choice?.closest("[popover]").hidePopover();
+  target.closest(".close")?.closest("dialog").close();
+};
+document.addEventListener("click", closeAround, true);
+document.addEventListener("keydown", onShortcut);
+document.addEventListener("keydown", onSearchKey);
+// Renders at once: a tab that is hidden now may never get the requested frame.
+document.addEventListener("visibilitychange", onWatched);
+addEventListener("focus", onWatched);
+addEventListener("beforeunload", onBeforeUnload);
+addEventListener("pagehide", releaseAll);
+addEventListener("storage", onDraftElsewhere);
+addEventListener("pointerup", () => clearTimeout(longTouch));
+addEventListener("pointercancel", () => clearTimeout(longTouch));
+addEventListener("hashchange", ({ oldURL }) => {
+  if (!followLink(new URL(oldURL).hash)) route();
+});
+signedOut?.addEventListener("message", onSignedOutElsewhere);
+// If a keyboard covers a part of the page, as on iOS, the other part is the page.
+const view = window.visualViewport;
+view?.addEventListener("resize", () => {
+  if (view.scale > 1.01) return; // the user has zoomed in
+  const covered = view.height < window.innerHeight - 1;
+  box("chat").style.setProperty("--view-height", covered ? `${view.height}px` : "");
+  window.scrollTo(0, 0);
+});
+const observer = new ResizeObserver(() => pane.onResize());
+for (const id of ["scroller", "messages"]) observer.observe(box(id));
+setInterval(onSecond, 1000);
+
 if (!followLink()) {
   const session = sessionToResume();
   if (session) start(session);
