@@ -1098,7 +1098,7 @@ function showTitle(place, total = 0) {
   navigator.setAppBadge?.(total).catch(() => {}); // the title says it anyway
 }
 
-/** Screen readers read what is written, even if it is the same. @param {string} id @param {string} text */
+/** Screen readers would read the same text again. @param {string} id @param {string} text */
 function setText(id, text) {
   const node = box(id);
   if (node.textContent !== text) node.textContent = text;
@@ -1159,7 +1159,7 @@ function renderEmpty() {
 function chatRow(chat) {
   const current = chat === model.open;
   const title = chatTitle(chat);
-  const { kind, text } = lastLine(chat);
+  const [kind, text] = lastLine(chat);
   const stored = kind !== "failed" && kind !== "sending";
   const when =
     stored && chat.last_message ? shortTime(chat.last_message.created_at) : "";
@@ -1214,19 +1214,18 @@ function lastLine(chat) {
   const failed = unsent.findLast(({ state }) => state === "failed");
   if (failed) {
     const text = excerpt(failed.content || failureText(failed));
-    return { kind: "failed", text: say(NOT_DONE[failed.kind], { text }) };
+    return ["failed", say(NOT_DONE[failed.kind], { text })];
   }
   const typing = typingText(chat);
-  if (typing) return { kind: "typing", text: typing };
+  if (typing) return ["typing", typing];
   const waiting = unsent.at(-1);
   if (waiting) {
     const text = excerpt(waiting.content || say("deleted"));
-    return { kind: "sending", text: say("ownLast", { text }) };
+    return ["sending", say("ownLast", { text })];
   }
   const draft = chat === model.open || unread(chat) > 0 ? "" : drafts.get(chat.id);
-  if (!isBlank(draft))
-    return { kind: "draft", text: say("draft", { text: excerpt(draft) }) };
-  return { kind: "message", text: lastMessageText(chat) };
+  if (!isBlank(draft)) return ["draft", say("draft", { text: excerpt(draft) })];
+  return ["message", lastMessageText(chat)];
 }
 
 /** @param {ChatView} chat */
@@ -1260,7 +1259,7 @@ function avatar(name, hue, className) {
   return paint(el("span", { class: className, "aria-hidden": "true" }, text), hue);
 }
 
-/** So many colours of people can be told apart. */
+/** So many colours can be told apart. */
 const HUES = 12;
 
 /** @param {HTMLElement} node @param {number} hue */
@@ -1284,7 +1283,7 @@ function hueOf(id, chat) {
  * moved: if the sizes are the same, the user did it; else the pane scrolls back.
  * ---------------------------------------------------------------------------------- */
 
-/** Messages are fetched when their place is less than this many pixels away. */
+/** Messages are fetched when they are this many pixels away. */
 const HISTORY_MARGIN = 500;
 /** A message is seen when this many pixels of it are on the screen. */
 const SEEN_PIXELS = 24;
@@ -1325,7 +1324,7 @@ const pane = {
     this.anchor = { key, id: Number(id), top: topOf(row) };
   },
 
-  /** Of the days that stick to the top, only the last is visible. */
+  /** The labels stick to the top: only the last is visible. */
   hidePastDays() {
     let next = Infinity;
     for (const day of [...box("messages").querySelectorAll(".day")].reverse()) {
@@ -1383,7 +1382,6 @@ const pane = {
     box("scroller").ariaLabel = say("messagesIn", { title });
   },
 
-  /** Only a message that is cut has a button to unfold it. */
   showFolds() {
     const folded = box("messages").querySelectorAll(".long:not(.unfolded) .content");
     for (const { scrollHeight, clientHeight, nextElementSibling } of folded)
@@ -1462,7 +1460,7 @@ const pane = {
   },
 };
 
-/** How far an element begins below the top of the view. @param {Element} node */
+/** Pixels below the top of the view. @param {Element} node */
 function topOf(node) {
   const { top } = box("scroller").getBoundingClientRect();
   return node.getBoundingClientRect().top - top;
@@ -1509,14 +1507,14 @@ function linesAfter({ lines }, after) {
 /** A message whose answer was lost is both, stored and unsent. @param {ChatView} chat */
 function notYetStored({ id, messages }) {
   const own = messages.filter(({ sender_id }) => sender_id === myId());
-  const stored = new Set(own.map(({ client_id }) => client_id));
+  const stored = own.map(({ client_id }) => client_id);
   const unsent = model.client?.unsent(id) ?? [];
-  return unsent.filter(({ client_id }) => !stored.has(client_id));
+  return unsent.filter(({ client_id }) => !stored.includes(client_id));
 }
 
 /**
  * @param {string} key @param {string} className @param {string} text
- * @param {Node} [action]
+ * @param {Child} [action]
  * @returns {Row}
  */
 function textRow(key, className, text, action) {
@@ -1530,10 +1528,10 @@ function historyRow(chat, key, more) {
   const start = say(last_n > 0 ? "beginning" : "sayHello");
   const texts = { no: more ? "" : start, yes: say("loading"), failed: say("notLoaded") };
   const retry = textButton(say("tryAgain"), () => retryLoading(chat));
-  return textRow(key, "history", texts[loading], loading === "failed" ? retry : undefined);
+  return textRow(key, "history", texts[loading], loading === "failed" && retry);
 }
 
-/** Messages of one sender form a group if each follows within this time. */
+/** A group ends if the next message comes this much later. */
 const GROUP_SECONDS = 300;
 
 /** @param {Message} message @param {Message} [above] */
@@ -1665,10 +1663,8 @@ function onCopy(event) {
   const selection = getSelection();
   if (!selection || selection.isCollapsed) return;
   const range = selection.getRangeAt(0);
-  const { commonAncestorContainer: node } = range;
-  const parent = node instanceof Element ? node : node.parentElement;
-  const copied = parent?.closest(".content") ? range : selection;
-  event.clipboardData?.setData("text/plain", String(copied));
+  const many = range.cloneContents().querySelector(".content");
+  event.clipboardData?.setData("text/plain", String(many ? selection : range));
   event.preventDefault();
 }
 
@@ -1683,17 +1679,12 @@ function stamp({ created_at, edited_at, deleted }, tick) {
   );
 }
 
-/** @param {string} at @param {string} [text] instead of the time */
-function timeNode(at, text) {
-  const date = new Date(at);
+/** @param {string} datetime @param {string} [text] instead of the time */
+function timeNode(datetime, text) {
+  const date = new Date(datetime);
   const title = formats.moment.format(date);
-  const attributes = { datetime: at, title };
-  return el(
-    "time",
-    attributes,
-    text ?? formats.clock.format(date),
-    text && spoken(` ${title}`),
-  );
+  const note = text && spoken(` ${title}`);
+  return el("time", { datetime, title }, text ?? formats.clock.format(date), note);
 }
 
 /** @type {NotDone} */
@@ -1729,8 +1720,7 @@ function failureText({ kind, content, code = "", reason = "" }) {
 
 /** @param {string} text @param {() => void} press */
 function textButton(text, press, className = "") {
-  const attributes = { class: `text-button ${className}`, type: "button" };
-  const node = el("button", attributes, text);
+  const node = el("button", { class: `text-button ${className}`, type: "button" }, text);
   node.addEventListener("click", press);
   return node;
 }
@@ -1756,13 +1746,12 @@ function selectChat(chat) {
   retryLoading(chat);
 }
 
-/** Back leads to the list, also at the beginning of a visit. @param {number} id */
+/** Back leads to the list, even at first. @param {number} id */
 function openChat(id) {
   if (!location.hash) history.replaceState(null, "", "#chats");
   location.hash = `#chat/${id}`;
 }
 
-/** The address says what is open. */
 function route() {
   const [, id, at] = /^#chat\/(\d+)(?:\/(\d+))?$/.exec(location.hash) ?? [];
   const chat = model.chats.get(Number(id)) ?? null;
@@ -1779,7 +1768,7 @@ function route() {
   if (before !== chat && !at && mayMove) requestAnimationFrame(() => moveFocus(before));
 }
 
-/** Moves the focus into the open chat, or to the row of the closed one. @param {ChatView | null} [before] */
+/** @param {ChatView | null} [before] the chat that was closed */
 function moveFocus(before) {
   /** @type {HTMLElement | null} */
   const row = box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);

@@ -156,12 +156,11 @@ export interface Pane {
 /** The state of a message: an icon, its meaning, a class for the icon. */
 export type Tick = [icon: string, text: string, className?: string];
 
-/** What a row of the list says of its chat. */
-export interface LastLine {
-  /** A part of a class in style.css. */
-  kind: "failed" | "typing" | "sending" | "draft" | "message";
-  text: string;
-}
+/** What a row of the list says of its chat. `kind` is a part of a class in style.css. */
+export type LastLine = [
+  kind: "failed" | "typing" | "sending" | "draft" | "message",
+  text: string,
+];
 
 /** States of the connection that a banner explains. */
 export type Banners = Partial<Record<State, [problem: Key, meanwhile: Key]>>;
