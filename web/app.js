@@ -1,8 +1,7 @@
 // @ts-check
 /**
- * app.js: chatd's page (docs/page.md). An event or a click changes the model, and only a
- * render writes to the page. Text that users have written is never markup: it enters the
- * page only through textContent.
+ * app.js: chatd's page (docs/page.md). An event or a click changes the model; only a
+ * render writes to the page. Text that users have written enters it as textContent.
  *
  * @import { Action, Attributes, Chat, ChatEventHandlers, ChatEvents, ChatView, Child,
  *   Delivery, EventHandlers, Key, Message, Model, Row, Session, State, StorageName }
@@ -14,14 +13,14 @@ import { contentNode, folded, isBlank, markedNode, visibleText } from "./text.js
 import { locale, say } from "./words.js";
 
 /* -------------------------------------------------------------------------------------
- * Loading. Until a screen is shown, any exception ends in words. So this comes first and
- * uses only words.js. For a script that cannot be read, style.css shows .stuck.
+ * Loading. Until a screen is shown, any exception ends in words. So this comes first,
+ * and uses only words.js. For a script that does not load, style.css shows .stuck.
  * ---------------------------------------------------------------------------------- */
 
 const SCREENS = ["loading", "sign-in", "join", "chat"];
 let loading = true;
 
-/** @param {any} event an error event, or a rejection that nobody handles */
+/** @param {any} event */
 function onLoadError(event) {
   const error = event.error ?? event.reason;
   // Without an error it is only a notice, for example of a ResizeObserver.
@@ -55,8 +54,8 @@ const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
 
 /**
  * Makes an element. Strings become text. What is false, null or "" is left out.
- * @template {keyof HTMLElementTagNameMap} Tag
- * @param {Tag} tag @param {Attributes} [attributes] @param {...Child} children
+ * @template {keyof HTMLElementTagNameMap} Tag @param {Tag} tag
+ * @param {Attributes} [attributes] @param {...Child} children
  */
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -105,7 +104,8 @@ function showRows(container, rows) {
   if (focused < 0 || document.activeElement !== document.body) return;
   // The row with the focus was replaced or moved, or is gone.
   const key = before[focused]?.dataset["key"];
-  const row = nodes.find((node) => node.dataset["key"] === key) ?? nodes[focused] ?? nodes.at(-1);
+  const now = nodes.find((node) => node.dataset["key"] === key);
+  const row = now ?? nodes[focused] ?? nodes.at(-1);
   /** @type {HTMLElement | null | undefined} */
   const first = row?.querySelector("a, button") ?? container.closest("[tabindex]");
   const same = row?.contains(activeElement) && activeElement instanceof HTMLElement;
@@ -136,7 +136,7 @@ function below(id) {
 /** The end counts as visible when it is less than this many pixels away. */
 const END_MARGIN = 60;
 
-/** @template Value @param {() => Value} get what the browser may forbid or not know */
+/** What the browser may forbid or not know. @template Value @param {() => Value} get */
 function attempt(get) {
   try {
     return get();
@@ -152,13 +152,12 @@ function newFormats() {
   const format = (/** @type {Intl.DateTimeFormatOptions} */ options) =>
     new Intl.DateTimeFormat(locale, options);
   return {
-    /** Another offset means another time zone, or the other half of the year. */
     offset: new Date().getTimezoneOffset(),
     clock: format({ timeStyle: "short", hourCycle }),
     dayNear: format({ weekday: "long", day: "numeric", month: "long" }),
-    dayFar: format({ day: "numeric", month: "long", year: "numeric" }),
+    dayFar: format({ dateStyle: "long" }),
     dayShort: format({ day: "numeric", month: "short" }),
-    dayShortFar: format({ day: "numeric", month: "short", year: "numeric" }),
+    dayShortFar: format({ dateStyle: "medium" }),
     moment: format({ dateStyle: "full", timeStyle: "short", hourCycle }),
   };
 }
@@ -226,8 +225,8 @@ function announce(text) {
 }
 
 /**
- * Words for the codes of docs/protocol.md that a user can meet. (The server's sentences
- * are for programmers.)
+ * For the codes of docs/protocol.md, and the wrong field of bad_field, that a user can
+ * meet. (The server's sentences are for programmers.)
  * @type {Record<string, Key>}
  */
 const REFUSALS = {
@@ -235,26 +234,28 @@ const REFUSALS = {
   deleted: "wasDeleted",
   forbidden: "notAllowed",
   internal: "serverError",
+  member_ids: "cannotAdd",
+  name: "badName",
   not_found: "notThere",
   overloaded: "busy",
   rate_limited: "tooMuch",
   storage_failed: "cannotStore",
+  title: "badTitle",
   too_large: "tooLong",
   too_late: "tooLate",
   unreachable: "noAnswer",
   upstream: "noAnswer",
+  user_id: "cannotAdd",
 };
 
 /** @param {string} code @param {string} detail begins with the field that is wrong */
 function refusalText(code, detail) {
-  const known = REFUSALS[code];
-  if (known) return say(known);
-  if (code !== "bad_field") return say("otherError", { code });
-  if (detail.startsWith("title")) return say("badTitle");
-  if (detail.startsWith("name")) return say("badName");
-  if (!/^(member_ids|user_id)/.test(detail)) return say("notAccepted");
+  const bad = code === "bad_field";
+  const key = REFUSALS[bad ? (detail.match(/\w+/)?.[0] ?? "") : code];
   const most = maximumIn(detail);
-  return most ? say("mostPeople", { most }) : say("cannotAdd");
+  if (key === "cannotAdd" && most) return say("mostPeople", { most });
+  if (key) return say(key);
+  return bad ? say("notAccepted") : say("otherError", { code });
 }
 
 /** The limit that a server's sentence names, or 0. @param {string} detail */
@@ -269,10 +270,10 @@ function errorText(error) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Sign-in. A session belongs to its tab, so two tabs can be two users. A copy in
- * localStorage is for the next visit. Somebody could send you a link for an account that
- * they can read, and hope that you write under its name. So an open tab asks before it
- * changes its user, and a new tab with another user than the copy's says so.
+ * Sign-in. A session belongs to its tab; its copy in localStorage is for the next visit.
+ * Somebody could send you a link for an account that they can read, and hope that you
+ * write under its name. So an open tab asks before it changes its user, and a new tab
+ * says that its user is not the one of the copy.
  * ---------------------------------------------------------------------------------- */
 
 const SESSION_KEY = "chatd.session";
@@ -312,16 +313,12 @@ function sessionToResume() {
   return own === undefined ? readSession("localStorage") : own;
 }
 
-/**
- * Follows a sign-in link or an invitation, and removes it from the address bar.
- * @param {string} [hash] the part of the address that replaces it
- * @returns {boolean} whether the address has one
- */
+/** Follows a link, if the address has one. @param {string} [hash] replaces it there */
 function followLink(hash = "") {
-  const match = /^#(token|invite)=(.+)$/.exec(location.hash);
-  if (!match?.[2]) return false;
+  const [, kind, token] = /^#(token|invite)=(.+)$/.exec(location.hash) ?? [];
+  if (!token) return false;
   history.replaceState(null, "", location.pathname + location.search + hash);
-  void (match[1] === "token" ? signInWith : openInvite)(decoded(match[2]));
+  void (kind === "token" ? signInWith : openInvite)(decoded(token));
   return true;
 }
 
@@ -372,20 +369,22 @@ function userName({ user_id, name }) {
 
 /** @param {string} token @param {unknown} error */
 function signInFailed(token, error) {
-  const current = model.session ?? sessionToResume();
-  const { status = 0 } = /** @type {ChatError} */ (error);
-  const text = status === 401 ? say("linkInvalid") : errorText(error);
-  if (current) {
-    toast(text);
-    start(current);
-    return;
-  }
-  showSignIn("", text);
+  const { status } = /** @type {ChatError} */ (error);
+  linkFailed(status === 401 ? say("linkInvalid") : errorText(error));
   // Without an answer the link may still be valid, so the button can try it again.
-  if (!status) field("sign-in-link").value = new URL(`#token=${token}`, location.href).href;
+  const { href } = new URL(`#token=${token}`, location.href);
+  if (!status) field("sign-in-link").value = href;
 }
 
-/** If the user is in this tab already, nothing else changes. @param {Session} session */
+/** @param {string} text */
+function linkFailed(text) {
+  const session = model.session ?? sessionToResume();
+  if (!session) return showSignIn("", text);
+  toast(text);
+  start(session);
+}
+
+/** @param {Session} session perhaps of the user that this tab has already */
 function saveAndStart(session) {
   for (const storage of STORAGES) writeStored(storage, SESSION_KEY, session);
   if (model.session?.user_id !== session.user_id) start(session);
@@ -449,7 +448,7 @@ async function onSignOut() {
   endSession(say("signedOut") + (kept ? ` ${say("draftsStay")}` : ""));
 }
 
-/** Also the copy for the next visit ends, if it is of this user. @param {string} reason */
+/** Also its copy for the next visit. @param {string} reason */
 function endSession(reason) {
   const saved = readSession("localStorage");
   if (saved?.user_id === model.session?.user_id)
@@ -495,9 +494,17 @@ async function openInvite(token) {
   if (session) start(session);
   try {
     const { title: called, member_count: count } = await visitor().previewInvite(token);
-    const title = called && !isBlank(called) ? say("joinTitle", { title: called }) : say("joinChat");
+    const unnamed = isBlank(called ?? "");
+    const title = say(unnamed ? "joinChat" : "joinTitle", { title: called ?? "" });
     const text = say("membersSoFar", { count });
-    if (session) return await joinAs(session, token, title, text);
+    if (session) {
+      const yourself = `${text} ${say("joinAs", { name: userName(session) })}`;
+      const [yes, no] = [say("join"), say("cancel")];
+      if (!(await ask({ title, text: yourself, yes, no }))) return;
+      const joined = await model.client?.join(token);
+      if (joined) openChat(joined.chat_id);
+      return;
+    }
     invite = token;
     setText("join-title", title);
     setText("join-text", text);
@@ -506,18 +513,8 @@ async function openInvite(token) {
     showScreen("join");
     field("join-name").focus();
   } catch (error) {
-    const text = inviteErrorText(error);
-    if (model.session) toast(text);
-    else if (!session) showSignIn("", text);
+    linkFailed(inviteErrorText(error));
   }
-}
-
-/** @param {Session} session @param {string} token @param {string} title @param {string} text */
-async function joinAs(session, token, title, text) {
-  text += ` ${say("joinAs", { name: userName(session) })}`;
-  if (!(await ask({ title, text, yes: say("join"), no: say("cancel") }))) return;
-  const joined = await model.client?.join(token);
-  if (joined) openChat(joined.chat_id);
 }
 
 /** @param {SubmitEvent} event */
@@ -624,7 +621,7 @@ function chatTitle(chat) {
   return names.join(", ") || say("onlyYou");
 }
 
-/** Newest activity first. Being added, and writing without a connection, count as such. */
+/** Newest activity first. To be added and to write offline count as such. */
 function sortedChats() {
   const when = (/** @type {ChatView} */ { last_message, activeAt }) =>
     Math.max(Date.parse(last_message?.created_at ?? "") || 0, activeAt);
@@ -704,7 +701,7 @@ function onChange(chat, message) {
   if (found) Object.assign(found, newer(found, message));
 }
 
-/** The user has read up to n. @param {ChatView} chat @param {number} userId @param {number} n */
+/** @param {ChatView} chat @param {number} userId @param {number} n */
 function moveReadMark(chat, userId, n) {
   if (userId === myId()) chat.read_n = Math.max(chat.read_n, n);
   const before = chat.members.get(userId);
@@ -712,8 +709,8 @@ function moveReadMark(chat, userId, n) {
 }
 
 /**
- * Adds messages to the loaded ones. Messages before a hole are dropped: they are fetched
- * again when the user scrolls there.
+ * Adds to the loaded messages. Those before a hole are dropped, and fetched again when
+ * the user scrolls there.
  * @param {ChatView} chat @param {Message[]} messages
  */
 function merge(chat, messages) {
@@ -729,8 +726,7 @@ function merge(chat, messages) {
 
 /**
  * @param {ChatView} chat @param {Message} message
- * @param {boolean} [read] whether its sender has read the chat up to it; by default the
- *   user has, if nothing before it is unread
+ * @param {boolean} [read] its sender has read the chat up to it. Default: for one's own
  */
 function putMessage(chat, message, read = message.n === chat.read_n + 1) {
   const { n, sender_id } = message;
@@ -778,26 +774,22 @@ const chatHandlers = {
   message_edited: (chat, { message }) => onChange(chat, message),
   message_deleted: (chat, { message }) => onChange(chat, message),
   message_read: (chat, { read_by, n }) => moveReadMark(chat, read_by, n),
-  chat_renamed: (chat, { title, user_id, seq }) => {
-    chat.title = title;
-    const shown = chatTitle(chat);
-    if (user_id) void learnNames(chat, [user_id]);
-    addLine(chat, seq, () =>
-      user_id
-        ? say("renamed", { name: personName(user_id), title: shown })
-        : say("nowCalled", { title: shown }),
-    );
+  chat_renamed: (chat, event) => {
+    chat.title = event.title;
+    addLine(chat, event.user_id ? "renamed" : "nowCalled", event);
   },
-  member_added: (chat, { user_id, name, seq }) => {
+  member_added: (chat, event) => {
+    const { user_id, name } = event;
     model.names.set(user_id, name);
-    addLine(chat, seq, () => say("joined", { name: personName(user_id) }));
+    addLine(chat, "joined", event);
     if (chat.members.has(user_id)) return;
     if (isWhole(chat)) chat.members.set(user_id, chat.last_n);
     chat.memberCount += 1;
     if (chat === model.open && dialog("info").open)
       void loadMembers({ ids: [user_id] });
   },
-  member_removed: (chat, { user_id, seq }) => {
+  member_removed: (chat, event) => {
+    const { user_id } = event;
     if (user_id === myId()) {
       toast(say("noLonger", { title: chatTitle(chat) }));
       return removeChat(chat);
@@ -806,7 +798,7 @@ const chatHandlers = {
     if (chat.members.delete(user_id) || !isWhole(chat)) chat.memberCount -= 1;
     if (chat === model.open) info.online.delete(user_id);
     stopTyping(chat, user_id);
-    addLine(chat, seq, () => say("left", { name: personName(user_id) }));
+    addLine(chat, "left", event);
   },
   typing: (chat, { user_id, is_typing }) => {
     stopTyping(chat, user_id);
@@ -890,9 +882,16 @@ function onNewMessage(chat, message, read = true) {
   if (counted(chat)) notify(chat, message);
 }
 
-/** Something has happened. @param {ChatView} chat @param {number} seq @param {() => string} text */
-function addLine(chat, seq, text) {
+/**
+ * @param {ChatView} chat @param {Key} key
+ * @param {{seq: number, user_id: number | null}} event
+ */
+function addLine(chat, key, { seq, user_id }) {
   if (chat.lines.some((line) => line.seq === seq)) return;
+  const id = user_id ?? 0;
+  const title = chatTitle(chat);
+  const text = () => say(key, { name: personName(id), title });
+  if (user_id) void learnNames(chat, [user_id]);
   // `connected` has moved last_n over the messages that a replay brings only now.
   const line = { seq, n: chat.last_message?.n ?? 0, text };
   chat.lines = [...chat.lines, line].slice(-50);
@@ -902,21 +901,15 @@ function addLine(chat, seq, text) {
 /** @param {Delivery} delivery */
 function onDelivery(delivery) {
   if (delivery.kind !== "message") return onChangeDelivery(delivery);
-  const { state, client_id, chat_id, content, message, reason = "" } = delivery;
+  const { state, client_id, chat_id, message } = delivery;
   const chat = model.chats.get(chat_id);
-  if (state === "sent" && message) {
-    if (chat) putMessage(chat, message);
-    model.maxCharacters = Math.max(model.maxCharacters, countCharacters(content));
-  }
+  if (chat && message) putMessage(chat, message);
   if (state !== "failed") return;
-  if (reason.startsWith("content"))
-    model.maxCharacters = maximumIn(reason) || model.maxCharacters;
-  if (!chat) {
-    // The user is no longer in this chat, so the page cannot show the failed message.
-    if (model.chatsLoaded) model.client?.discard(client_id);
-  } else if (chat === model.open)
+  if (chat && chat === model.open)
     announce(say("notSentReason", { reason: failureText(delivery) }));
-  else toast(say("notSentIn", { title: chatTitle(chat) }));
+  else if (chat) toast(say("notSentIn", { title: chatTitle(chat) }));
+  // The user is no longer in this chat, so the page cannot show the failed message.
+  else if (model.chatsLoaded) model.client?.discard(client_id);
 }
 
 /** Whether the page has the message. @param {ChatView} chat @param {number} id */
@@ -936,7 +929,7 @@ function onChangeDelivery(delivery) {
   if (code === "not_found") model.client?.discard(client_id); // no row can show it
 }
 
-/** Fetches the list of chats, and tries again until it succeeds or the user changes. */
+/** Until it succeeds or the user changes. */
 async function fetchChats() {
   const { client } = model;
   try {
@@ -949,13 +942,13 @@ async function fetchChats() {
   }
 }
 
-/** Learns what the server allows. If it does not answer, the next connection asks. */
+/** What the server allows. If it does not answer, the next connection asks. */
 async function loadServer() {
   const { client } = model;
   const me = await client?.request("GET", "/api/v1/me").catch(() => null);
   if (client !== model.client || !me?.server) return;
   model.server = me.server;
-  model.maxCharacters = me.server.max_content_chars ?? model.maxCharacters;
+  model.maxCharacters = me.server.max_content_chars;
   setMyName(me.name);
   composer.fit();
   requestRender();
@@ -970,12 +963,10 @@ function isWatched() {
   return document.visibilityState === "visible" && document.hasFocus();
 }
 
-/** Whether the user sees the end of the open chat. */
 function endIsVisible() {
   return isWatched() && pane.atEnd();
 }
 
-/** Moves the user's read mark to the last message that is on the screen. */
 function markSeen() {
   const chat = model.open;
   if (!chat || !isWatched() || unread(chat) === 0) return;
