@@ -1,8 +1,7 @@
 // @ts-check
 /**
- * app.js: chatd's page (docs/page.md). An event or a click changes the model, and only a
- * render writes to the page. Text that users have written is never markup: it enters the
- * page only through textContent.
+ * app.js: chatd's page (docs/page.md). An event or a click changes the model; only a
+ * render writes to the page. Text that users have written enters it as textContent.
  *
  * @import { Action, Attributes, Banners, Chat, ChatEventHandlers, ChatEvents, ChatView, Child,
  *   Delivery, EventHandlers, Key, LastLine, Message, Model, NotDone, Pane, Row, Session,
@@ -14,14 +13,14 @@ import { contentNode, folded, isBlank, markedNode, visibleText } from "./text.js
 import { locale, say } from "./words.js";
 
 /* -------------------------------------------------------------------------------------
- * Loading. Until a screen is shown, any exception ends in words. So this comes first and
- * uses only words.js. For a script that cannot be read, style.css shows .stuck.
+ * Loading. Until a screen is shown, any exception ends in words. So this comes first,
+ * and uses only words.js. For a script that does not load, style.css shows .stuck.
  * ---------------------------------------------------------------------------------- */
 
 const SCREENS = ["loading", "sign-in", "join", "chat"];
 let loading = true;
 
-/** @param {any} event an error event, or a rejection that nobody handles */
+/** @param {any} event */
 function onLoadError(event) {
   const error = event.error ?? event.reason;
   // Without an error it is only a notice, for example of a ResizeObserver.
@@ -55,8 +54,8 @@ const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
 
 /**
  * Makes an element. Strings become text. What is false, null or "" is left out.
- * @template {keyof HTMLElementTagNameMap} Tag
- * @param {Tag} tag @param {Attributes} [attributes] @param {...Child} children
+ * @template {keyof HTMLElementTagNameMap} Tag @param {Tag} tag
+ * @param {Attributes} [attributes] @param {...Child} children
  */
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -105,7 +104,8 @@ function showRows(container, rows) {
   if (focused < 0 || document.activeElement !== document.body) return;
   // The row with the focus was replaced or moved, or is gone.
   const key = before[focused]?.dataset["key"];
-  const row = nodes.find((node) => node.dataset["key"] === key) ?? nodes[focused] ?? nodes.at(-1);
+  const now = nodes.find((node) => node.dataset["key"] === key);
+  const row = now ?? nodes[focused] ?? nodes.at(-1);
   /** @type {HTMLElement | null | undefined} */
   const first = row?.querySelector("a, button") ?? container.closest("[tabindex]");
   const same = row?.contains(activeElement) && activeElement instanceof HTMLElement;
@@ -136,7 +136,7 @@ function below(id) {
 /** The end counts as visible when it is less than this many pixels away. */
 const END_MARGIN = 60;
 
-/** @template Value @param {() => Value} get what the browser may forbid or not know */
+/** What the browser may forbid or not know. @template Value @param {() => Value} get */
 function attempt(get) {
   try {
     return get();
@@ -152,13 +152,12 @@ function newFormats() {
   const format = (/** @type {Intl.DateTimeFormatOptions} */ options) =>
     new Intl.DateTimeFormat(locale, options);
   return {
-    /** Another offset means another time zone, or the other half of the year. */
     offset: new Date().getTimezoneOffset(),
     clock: format({ timeStyle: "short", hourCycle }),
     dayNear: format({ weekday: "long", day: "numeric", month: "long" }),
-    dayFar: format({ day: "numeric", month: "long", year: "numeric" }),
+    dayFar: format({ dateStyle: "long" }),
     dayShort: format({ day: "numeric", month: "short" }),
-    dayShortFar: format({ day: "numeric", month: "short", year: "numeric" }),
+    dayShortFar: format({ dateStyle: "medium" }),
     moment: format({ dateStyle: "full", timeStyle: "short", hourCycle }),
   };
 }
@@ -226,8 +225,8 @@ function announce(text) {
 }
 
 /**
- * Words for the codes of docs/protocol.md that a user can meet. (The server's sentences
- * are for programmers.)
+ * For the codes of docs/protocol.md, and the wrong field of bad_field, that a user can
+ * meet. (The server's sentences are for programmers.)
  * @type {Record<string, Key>}
  */
 const REFUSALS = {
@@ -235,26 +234,28 @@ const REFUSALS = {
   deleted: "wasDeleted",
   forbidden: "notAllowed",
   internal: "serverError",
+  member_ids: "cannotAdd",
+  name: "badName",
   not_found: "notThere",
   overloaded: "busy",
   rate_limited: "tooMuch",
   storage_failed: "cannotStore",
+  title: "badTitle",
   too_large: "tooLong",
   too_late: "tooLate",
   unreachable: "noAnswer",
   upstream: "noAnswer",
+  user_id: "cannotAdd",
 };
 
 /** @param {string} code @param {string} detail begins with the field that is wrong */
 function refusalText(code, detail) {
-  const known = REFUSALS[code];
-  if (known) return say(known);
-  if (code !== "bad_field") return say("otherError", { code });
-  if (detail.startsWith("title")) return say("badTitle");
-  if (detail.startsWith("name")) return say("badName");
-  if (!/^(member_ids|user_id)/.test(detail)) return say("notAccepted");
+  const bad = code === "bad_field";
+  const key = REFUSALS[bad ? (detail.match(/\w+/)?.[0] ?? "") : code];
   const most = maximumIn(detail);
-  return most ? say("mostPeople", { most }) : say("cannotAdd");
+  if (key === "cannotAdd" && most) return say("mostPeople", { most });
+  if (key) return say(key);
+  return bad ? say("notAccepted") : say("otherError", { code });
 }
 
 /** The limit that a server's sentence names, or 0. @param {string} detail */
@@ -269,10 +270,10 @@ function errorText(error) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Sign-in. A session belongs to its tab, so two tabs can be two users. A copy in
- * localStorage is for the next visit. Somebody could send you a link for an account that
- * they can read, and hope that you write under its name. So an open tab asks before it
- * changes its user, and a new tab with another user than the copy's says so.
+ * Sign-in. A session belongs to its tab; its copy in localStorage is for the next visit.
+ * Somebody could send you a link for an account that they can read, and hope that you
+ * write under its name. So an open tab asks before it changes its user, and a new tab
+ * says that its user is not the one of the copy.
  * ---------------------------------------------------------------------------------- */
 
 const SESSION_KEY = "chatd.session";
@@ -312,16 +313,12 @@ function sessionToResume() {
   return own === undefined ? readSession("localStorage") : own;
 }
 
-/**
- * Follows a sign-in link or an invitation, and removes it from the address bar.
- * @param {string} [hash] the part of the address that replaces it
- * @returns {boolean} whether the address has one
- */
+/** Follows a link, if the address has one. @param {string} [hash] replaces it there */
 function followLink(hash = "") {
-  const match = /^#(token|invite)=(.+)$/.exec(location.hash);
-  if (!match?.[2]) return false;
+  const [, kind, token] = /^#(token|invite)=(.+)$/.exec(location.hash) ?? [];
+  if (!token) return false;
   history.replaceState(null, "", location.pathname + location.search + hash);
-  void (match[1] === "token" ? signInWith : openInvite)(decoded(match[2]));
+  void (kind === "token" ? signInWith : openInvite)(decoded(token));
   return true;
 }
 
@@ -372,20 +369,22 @@ function userName({ user_id, name }) {
 
 /** @param {string} token @param {unknown} error */
 function signInFailed(token, error) {
-  const current = model.session ?? sessionToResume();
-  const { status = 0 } = /** @type {ChatError} */ (error);
-  const text = status === 401 ? say("linkInvalid") : errorText(error);
-  if (current) {
-    toast(text);
-    start(current);
-    return;
-  }
-  showSignIn("", text);
+  const { status } = /** @type {ChatError} */ (error);
+  linkFailed(status === 401 ? say("linkInvalid") : errorText(error));
   // Without an answer the link may still be valid, so the button can try it again.
-  if (!status) field("sign-in-link").value = new URL(`#token=${token}`, location.href).href;
+  const { href } = new URL(`#token=${token}`, location.href);
+  if (!status) field("sign-in-link").value = href;
 }
 
-/** If the user is in this tab already, nothing else changes. @param {Session} session */
+/** @param {string} text */
+function linkFailed(text) {
+  const session = model.session ?? sessionToResume();
+  if (!session) return showSignIn("", text);
+  toast(text);
+  start(session);
+}
+
+/** @param {Session} session perhaps of the user that this tab has already */
 function saveAndStart(session) {
   for (const storage of STORAGES) writeStored(storage, SESSION_KEY, session);
   if (model.session?.user_id !== session.user_id) start(session);
@@ -433,7 +432,6 @@ function onBeforeUnload(event) {
 }
 
 async function onSignOut() {
-  box("me-panel").hidePopover();
   releaseAll();
   const count = allUnsent().length;
   const question = {
@@ -449,7 +447,7 @@ async function onSignOut() {
   endSession(say("signedOut") + (kept ? ` ${say("draftsStay")}` : ""));
 }
 
-/** Also the copy for the next visit ends, if it is of this user. @param {string} reason */
+/** Also its copy for the next visit. @param {string} reason */
 function endSession(reason) {
   const saved = readSession("localStorage");
   if (saved?.user_id === model.session?.user_id)
@@ -495,9 +493,17 @@ async function openInvite(token) {
   if (session) start(session);
   try {
     const { title: called, member_count: count } = await visitor().previewInvite(token);
-    const title = called && !isBlank(called) ? say("joinTitle", { title: called }) : say("joinChat");
+    const unnamed = isBlank(called ?? "");
+    const title = say(unnamed ? "joinChat" : "joinTitle", { title: called ?? "" });
     const text = say("membersSoFar", { count });
-    if (session) return await joinAs(session, token, title, text);
+    if (session) {
+      const yourself = `${text} ${say("joinAs", { name: userName(session) })}`;
+      const [yes, no] = [say("join"), say("cancel")];
+      if (!(await ask({ title, text: yourself, yes, no }))) return;
+      const joined = await model.client?.join(token);
+      if (joined) openChat(joined.chat_id);
+      return;
+    }
     invite = token;
     setText("join-title", title);
     setText("join-text", text);
@@ -506,18 +512,8 @@ async function openInvite(token) {
     showScreen("join");
     field("join-name").focus();
   } catch (error) {
-    const text = inviteErrorText(error);
-    if (model.session) toast(text);
-    else if (!session) showSignIn("", text);
+    linkFailed(inviteErrorText(error));
   }
-}
-
-/** @param {Session} session @param {string} token @param {string} title @param {string} text */
-async function joinAs(session, token, title, text) {
-  text += ` ${say("joinAs", { name: userName(session) })}`;
-  if (!(await ask({ title, text, yes: say("join"), no: say("cancel") }))) return;
-  const joined = await model.client?.join(token);
-  if (joined) openChat(joined.chat_id);
 }
 
 /** @param {SubmitEvent} event */
@@ -552,13 +548,11 @@ async function showInvite(revoke = false) {
   if (chat !== model.open) return;
   const valid = say("inviteValid", { count: Math.round(expires_in / 86_400) });
   const text = revoke ? `${say("linksEnded")} ${valid}` : valid;
-  const url = new URL(`#invite=${token}`, location.href).href;
-  showLink(say("invitePeople"), text, url, true);
+  showLink("invitePeople", text, `#invite=${token}`);
 }
 
-async function onInvite() {
-  dialog("info").close();
-  await showInvite().catch((error) => toast(errorText(error)));
+function onInvite() {
+  void showInvite().catch(toastError);
 }
 
 /* -------------------------------------------------------------------------------------
@@ -624,7 +618,7 @@ function chatTitle(chat) {
   return names.join(", ") || say("onlyYou");
 }
 
-/** Newest activity first. Being added, and writing without a connection, count as such. */
+/** Newest activity first. To be added and to write offline count as such. */
 function sortedChats() {
   const when = (/** @type {ChatView} */ { last_message, activeAt }) =>
     Math.max(Date.parse(last_message?.created_at ?? "") || 0, activeAt);
@@ -704,7 +698,7 @@ function onChange(chat, message) {
   if (found) Object.assign(found, newer(found, message));
 }
 
-/** The user has read up to n. @param {ChatView} chat @param {number} userId @param {number} n */
+/** @param {ChatView} chat @param {number} userId @param {number} n */
 function moveReadMark(chat, userId, n) {
   if (userId === myId()) chat.read_n = Math.max(chat.read_n, n);
   const before = chat.members.get(userId);
@@ -712,8 +706,8 @@ function moveReadMark(chat, userId, n) {
 }
 
 /**
- * Adds messages to the loaded ones. Messages before a hole are dropped: they are fetched
- * again when the user scrolls there.
+ * Adds to the loaded messages. Those before a hole are dropped, and fetched again when
+ * the user scrolls there.
  * @param {ChatView} chat @param {Message[]} messages
  */
 function merge(chat, messages) {
@@ -729,8 +723,7 @@ function merge(chat, messages) {
 
 /**
  * @param {ChatView} chat @param {Message} message
- * @param {boolean} [read] whether its sender has read the chat up to it; by default the
- *   user has, if nothing before it is unread
+ * @param {boolean} [read] its sender has read the chat up to it. Default: for one's own
  */
 function putMessage(chat, message, read = message.n === chat.read_n + 1) {
   const { n, sender_id } = message;
@@ -778,26 +771,22 @@ const chatHandlers = {
   message_edited: (chat, { message }) => onChange(chat, message),
   message_deleted: (chat, { message }) => onChange(chat, message),
   message_read: (chat, { read_by, n }) => moveReadMark(chat, read_by, n),
-  chat_renamed: (chat, { title, user_id, seq }) => {
-    chat.title = title;
-    const shown = chatTitle(chat);
-    if (user_id) void learnNames(chat, [user_id]);
-    addLine(chat, seq, () =>
-      user_id
-        ? say("renamed", { name: personName(user_id), title: shown })
-        : say("nowCalled", { title: shown }),
-    );
+  chat_renamed: (chat, event) => {
+    chat.title = event.title;
+    addLine(chat, event.user_id ? "renamed" : "nowCalled", event);
   },
-  member_added: (chat, { user_id, name, seq }) => {
+  member_added: (chat, event) => {
+    const { user_id, name } = event;
     model.names.set(user_id, name);
-    addLine(chat, seq, () => say("joined", { name: personName(user_id) }));
+    addLine(chat, "joined", event);
     if (chat.members.has(user_id)) return;
     if (isWhole(chat)) chat.members.set(user_id, chat.last_n);
     chat.memberCount += 1;
     if (chat === model.open && dialog("info").open)
       void loadMembers({ ids: [user_id] });
   },
-  member_removed: (chat, { user_id, seq }) => {
+  member_removed: (chat, event) => {
+    const { user_id } = event;
     if (user_id === myId()) {
       toast(say("noLonger", { title: chatTitle(chat) }));
       return removeChat(chat);
@@ -806,7 +795,7 @@ const chatHandlers = {
     if (chat.members.delete(user_id) || !isWhole(chat)) chat.memberCount -= 1;
     if (chat === model.open) info.online.delete(user_id);
     stopTyping(chat, user_id);
-    addLine(chat, seq, () => say("left", { name: personName(user_id) }));
+    addLine(chat, "left", event);
   },
   typing: (chat, { user_id, is_typing }) => {
     stopTyping(chat, user_id);
@@ -890,9 +879,16 @@ function onNewMessage(chat, message, read = true) {
   if (counted(chat)) notify(chat, message);
 }
 
-/** Something has happened. @param {ChatView} chat @param {number} seq @param {() => string} text */
-function addLine(chat, seq, text) {
+/**
+ * @param {ChatView} chat @param {Key} key
+ * @param {{seq: number, user_id: number | null}} event
+ */
+function addLine(chat, key, { seq, user_id }) {
   if (chat.lines.some((line) => line.seq === seq)) return;
+  const id = user_id ?? 0;
+  const title = chatTitle(chat);
+  const text = () => say(key, { name: personName(id), title });
+  if (user_id) void learnNames(chat, [user_id]);
   // `connected` has moved last_n over the messages that a replay brings only now.
   const line = { seq, n: chat.last_message?.n ?? 0, text };
   chat.lines = [...chat.lines, line].slice(-50);
@@ -902,21 +898,15 @@ function addLine(chat, seq, text) {
 /** @param {Delivery} delivery */
 function onDelivery(delivery) {
   if (delivery.kind !== "message") return onChangeDelivery(delivery);
-  const { state, client_id, chat_id, content, message, reason = "" } = delivery;
+  const { state, client_id, chat_id, message } = delivery;
   const chat = model.chats.get(chat_id);
-  if (state === "sent" && message) {
-    if (chat) putMessage(chat, message);
-    model.maxCharacters = Math.max(model.maxCharacters, countCharacters(content));
-  }
+  if (chat && message) putMessage(chat, message);
   if (state !== "failed") return;
-  if (reason.startsWith("content"))
-    model.maxCharacters = maximumIn(reason) || model.maxCharacters;
-  if (!chat) {
-    // The user is no longer in this chat, so the page cannot show the failed message.
-    if (model.chatsLoaded) model.client?.discard(client_id);
-  } else if (chat === model.open)
+  if (chat && chat === model.open)
     announce(say("notSentReason", { reason: failureText(delivery) }));
-  else toast(say("notSentIn", { title: chatTitle(chat) }));
+  else if (chat) toast(say("notSentIn", { title: chatTitle(chat) }));
+  // The user is no longer in this chat, so the page cannot show the failed message.
+  else if (model.chatsLoaded) model.client?.discard(client_id);
 }
 
 /** Whether the page has the message. @param {ChatView} chat @param {number} id */
@@ -936,7 +926,7 @@ function onChangeDelivery(delivery) {
   if (code === "not_found") model.client?.discard(client_id); // no row can show it
 }
 
-/** Fetches the list of chats, and tries again until it succeeds or the user changes. */
+/** Until it succeeds or the user changes. */
 async function fetchChats() {
   const { client } = model;
   try {
@@ -949,13 +939,13 @@ async function fetchChats() {
   }
 }
 
-/** Learns what the server allows. If it does not answer, the next connection asks. */
+/** What the server allows. If it does not answer, the next connection asks. */
 async function loadServer() {
   const { client } = model;
   const me = await client?.request("GET", "/api/v1/me").catch(() => null);
   if (client !== model.client || !me?.server) return;
   model.server = me.server;
-  model.maxCharacters = me.server.max_content_chars ?? model.maxCharacters;
+  model.maxCharacters = me.server.max_content_chars;
   setMyName(me.name);
   composer.fit();
   requestRender();
@@ -970,12 +960,10 @@ function isWatched() {
   return document.visibilityState === "visible" && document.hasFocus();
 }
 
-/** Whether the user sees the end of the open chat. */
 function endIsVisible() {
   return isWatched() && pane.atEnd();
 }
 
-/** Moves the user's read mark to the last message that is on the screen. */
 function markSeen() {
   const chat = model.open;
   if (!chat || !isWatched() || unread(chat) === 0) return;
@@ -1925,7 +1913,6 @@ function showDrafts() {
 }
 
 async function onDeleteDrafts() {
-  box("me-panel").hidePopover();
   const sure = await ask({
     title: say("deleteDraftsTitle"),
     text: say("deleteDraftsText"),
@@ -2293,18 +2280,15 @@ function onSearchKey(event) {
  * ---------------------------------------------------------------------------------- */
 
 /**
- * Asks a question and waits for the answer. Closing the dialog means no.
- * @param {{title: string, text: string, yes: string, no: string, value?: string}} texts
- *   value: asks for a text, too
+ * Asks a question, or for a text, and waits for the answer. To close the dialog means no.
+ * @param {{title: string, text?: string, yes: string, no?: string, value?: string}} texts
  * @returns {Promise<boolean>}
  */
-function ask({ title, text, yes, no, value }) {
+function ask({ title, text = "", yes, no = say("cancel"), value }) {
   const node = dialog("ask");
-  if (node.open) node.close("no");
-  setText("ask-title", title);
-  setText("ask-text", text);
-  setText("ask-yes", yes);
-  setText("ask-no", no);
+  node.close();
+  for (const [part, words] of Object.entries({ title, text, yes, no }))
+    setText(`ask-${part}`, words);
   const input = field("ask-input");
   input.hidden = value === undefined;
   input.value = value ?? "";
@@ -2318,50 +2302,54 @@ function ask({ title, text, yes, no, value }) {
 }
 
 /**
-/**
- * Sends a form's request, one at a time. (A button that is disabled loses the focus.)
- * @param {string} errorId where a failure is explained
- * @param {() => Promise<unknown>} request
- */
-async function submit(errorId, request, words = errorText) {
-  if (submitting) return;
-  submitting = true;
-  setText(errorId, "");
-  try {
-    await request();
-  } catch (error) {
-    setText(errorId, words(error));
-  } finally {
-    submitting = false;
-    requestRender();
-  }
-}
-let submitting = false;
-
-/**
  * Asks for a name or a title until it is saved.
- * @param {string} title @param {string} value @param {number} most characters
- * @param {(text: string) => Promise<unknown>} save
+ * @param {Key} title @param {string | null | undefined} value
+ * @param {number} most characters @param {(text: string) => Promise<unknown>} save
  */
 async function askName(title, value, most, save) {
   const input = field("ask-input");
-  input.maxLength = most;
+  const [heading, yes] = [say(title), say("save")];
   let text = "";
-  while (await ask({ title, text, value, yes: say("save"), no: say("cancel") })) {
+  input.maxLength = most;
+  while (await ask({ title: heading, text, value: value ?? "", yes })) {
+    value = input.value.trim();
     try {
-      value = input.value.trim();
-      await save(value);
-      return;
+      return await save(value);
     } catch (error) {
       text = errorText(error);
     }
   }
 }
 
+/**
+ * Sends a form's request, one at a time. (A button that is disabled loses the focus.)
+ * @param {string} errorId @param {() => Promise<unknown>} request
+ */
+async function submit(errorId, request, words = errorText) {
+  if (submitting) return;
+  submitting = true;
+  setText(errorId, "");
+  await explain(errorId, request, words);
+  submitting = false;
+}
+let submitting = false;
+
+/** @param {string} errorId @param {() => Promise<unknown>} request */
+async function explain(errorId, request, words = errorText) {
+  try {
+    await request();
+  } catch (error) {
+    setText(errorId, words(error));
+  }
+  requestRender();
+}
+
+/** @param {unknown} error */
+const toastError = (error) => toast(errorText(error));
+
 function onRenameMe() {
-  box("me-panel").hidePopover();
   const { client, names } = model;
-  void askName(say("changeName"), names.get(myId()) ?? "", 64, async (text) => {
+  void askName("changeName", names.get(myId()), 64, async (text) => {
     const { name } = await client?.renameMe(text);
     if (client === model.client) setMyName(name);
   });
@@ -2375,30 +2363,21 @@ function setMyName(name) {
 }
 
 async function onLinkDevice() {
-  box("me-panel").hidePopover();
   const { client } = model;
-  try {
-    const answer = await client?.linkDevice();
-    if (!answer || client !== model.client) return;
-    const url = new URL(`#token=${answer.token}`, location.href).href;
-    showLink(say("otherDevice"), say("otherDeviceText"), url);
-  } catch (error) {
-    toast(errorText(error));
-  }
+  const answer = await client?.linkDevice().catch(toastError);
+  if (!answer || client !== model.client) return;
+  showLink("otherDevice", say("otherDeviceText"), `#token=${answer.token}`);
 }
 
-/**
- * Shows a link to copy or, where the browser can, to share.
- * @param {string} title @param {string} text @param {string} url
- */
-function showLink(title, text, url, isInvite = false) {
-  setText("link-title", title);
+/** @param {Key} title @param {string} text @param {string} hash of the link */
+function showLink(title, text, hash) {
+  setText("link-title", say(title));
   setText("link-text", text);
   setText("link-copy", say("copy"));
   setText("link-error", "");
-  field("link-url").value = url;
+  field("link-url").value = new URL(hash, location.href).href;
   button("link-share").hidden = !("share" in navigator);
-  button("link-revoke").hidden = !isInvite;
+  button("link-revoke").hidden = title !== "invitePeople";
   if (!dialog("link").open) dialog("link").showModal();
 }
 
@@ -2427,24 +2406,18 @@ function showMenu(anchor, items) {
   menu.hidePopover();
   menuAnchor = anchor;
   const buttons = items.map(({ text, press, danger = false }) => {
-    const attributes = { role: "menuitem", type: "button" };
-    const item = el("button", { ...attributes, class: danger && "danger" }, text);
-    item.addEventListener("click", () => {
-      menu.hidePopover();
-      press();
-    });
+    const item = el("button", { role: "menuitem", class: danger && "danger" }, text);
+    item.addEventListener("click", press);
     return item;
   });
   menu.replaceChildren(...buttons);
-  // Outside of an open dialog it would be inert.
-  (anchor.closest("dialog") ?? box("main")).append(menu);
   menu.showPopover();
   buttons[0]?.focus();
   const { left, top, bottom } = anchor.getBoundingClientRect();
   const { clientWidth, clientHeight } = box("chat");
-  const above = bottom + menu.offsetHeight > clientHeight;
-  const x = Math.min(left, clientWidth - menu.offsetWidth - 8);
-  const y = above ? top - menu.offsetHeight : bottom;
+  const { offsetWidth, offsetHeight } = menu;
+  const x = Math.min(left, clientWidth - offsetWidth - 8);
+  const y = bottom + offsetHeight > clientHeight ? top - offsetHeight : bottom;
   menu.style.left = `${Math.max(8, x)}px`;
   menu.style.top = `${Math.max(8, y)}px`;
 }
@@ -2460,23 +2433,19 @@ function onMenuKey(event) {
   items.at(to % items.length)?.focus();
 }
 
-/**
- * The people dialog. `chat` receives the chosen people; null: they get a new chat.
- * `chosen` is the other one of a direct chat, which stays as it is: a group begins.
- * The same choice has the same `key`: tried again, it makes one chat.
- */
 const people = {
-  /** @type {ChatView | null} */
+  /** It receives the chosen people; null: they get a new chat. @type {ChatView | null} */
   chat: null,
-  /** @type {number[]} */
-  chosen: [],
+  /** The other one of a direct chat, which stays as it is. @type {number[]} */
+  given: [],
+  /** The same choice, tried again, makes one chat. */
   key: "",
 };
 
-/** @param {ChatView | null} chat @param {number[]} [chosen] */
-function choosePeople(chat, chosen = []) {
-  Object.assign(people, { chat, chosen });
-  const [other] = chosen;
+/** @param {ChatView | null} chat @param {number[]} [given] */
+function choosePeople(chat, given = []) {
+  Object.assign(people, { chat, given });
+  const [other] = given;
   const title = chat
     ? say("addPeopleTo", { title: chatTitle(chat) })
     : say(other ? "newGroup" : "newChat");
@@ -2485,28 +2454,22 @@ function choosePeople(chat, chosen = []) {
   setText("people-submit", say(chat ? "add" : "create"));
   byId("people-form", HTMLFormElement).reset();
   box("people-list").replaceChildren();
-  showCandidates();
   onChoice();
   dialog("people").showModal();
-  void loadPeople();
+  void explain("people-error", loadPeople);
 }
 
 async function loadPeople() {
   const { client } = model;
-  try {
-    const { users } = await client?.request("GET", "/api/v1/users");
-    if (client !== model.client) return;
-    for (const { user_id, name } of users) model.names.set(user_id, name);
-    model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
-  } catch (error) {
-    setText("people-error", errorText(error));
-  }
-  requestRender();
+  const { users } = await client?.request("GET", "/api/v1/users");
+  if (client !== model.client) return;
+  for (const { user_id, name } of users) model.names.set(user_id, name);
+  model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
 }
 
 /** Shows in the open dialogs what has changed. */
 function renderDialogs() {
-  if (dialog("people").open) showCandidates();
+  if (dialog("people").open) renderPeople();
   if (dialog("info").open) renderInfo();
 }
 
@@ -2515,81 +2478,62 @@ function sortedByName(ids) {
   return [...ids].sort((a, b) => personName(a).localeCompare(personName(b)));
 }
 
-/** Fills the list of the people dialog. Users who are chosen already stay chosen. */
-function showCandidates() {
-  const members = people.chat?.members ?? new Map([[myId(), 0]]);
-  const all = new Set([...(model.people ?? []), ...people.chosen]);
-  const ids = sortedByName(all).filter((id) => !members.has(id));
-  showRows(
-    box("people-list"),
-    ids.map((id) => ({
-      key: String(id),
-      look: personName(id),
-      build: () => candidate(id),
-    })),
-  );
-  filterCandidates();
-}
-
-/** @param {number} userId */
-function candidate(userId) {
-  return el(
-    "li",
-    {},
-    el(
-      "label",
-      { class: "person" },
-      el("input", {
-        type: "checkbox",
-        value: userId,
-        checked: people.chosen.includes(userId),
-      }),
-      personAvatar(userId),
-      el("span", { dir: "auto" }, personName(userId)),
-    ),
-  );
-}
-
 /**
  * Shows the people whose names contain the filter's text, and those who are chosen.
  * Highlights the one that Enter chooses.
- * @returns {{found: number, next: HTMLInputElement | undefined}} next: its checkbox
+ * @returns {number} how many have such a name
  */
-function filterCandidates() {
-  const text = field("people-filter").value.trim();
-  /** @type {HTMLInputElement | undefined} */
-  let next;
-  let found = 0;
-  for (const row of rowsOf("people-list")) {
-    const input = row.querySelector("input") ?? undefined;
-    const fits = folded(row.dataset["look"] ?? "").includes(folded(text));
-    if (fits) found += 1;
-    row.hidden = !fits && !input?.checked;
-    const isNext = text !== "" && fits && !next && !input?.checked;
-    if (isNext) next = input;
-    row.classList.toggle("next", isNext);
+function renderPeople() {
+  const { chat, given } = people;
+  const members = chat?.members ?? new Map([[myId(), 0]]);
+  const ids = sortedByName(new Set([...(model.people ?? []), ...given]));
+  const candidates = ids.filter((id) => !members.has(id)).map(candidate);
+  showRows(box("people-list"), candidates);
+
+  const name = field("people-filter").value.trim();
+  const rows = rowsOf("people-list");
+  const fitting = rows.filter(({ dataset }) =>
+    folded(dataset["look"] ?? "").includes(folded(name)),
+  );
+  const next = name && fitting.find((row) => !row.matches(":has(:checked)"));
+  for (const row of rows) {
+    row.hidden = !fitting.includes(row) && !row.matches(":has(:checked)");
+    row.classList.toggle("next", row === next);
   }
-  const anyone = box("people-list").childElementCount > 0;
   const nobody = say("noOneToAdd") + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
-  const none = anyone ? say("noOneCalled", { name: text }) : nobody;
-  setText("people-empty", found > 0 || !model.people ? "" : none);
-  showTitleField();
-  return { found, next };
+  const none = rows.length > 0 ? say("noOneCalled", { name }) : nobody;
+  setText("people-empty", fitting.length > 0 || !model.people ? "" : none);
+
+  // Only a group has a title. Without one, it is shown as the names of its members.
+  const chosen = chosenPeople();
+  const grows = chosen.length > given.length;
+  const direct = grows && chosen.length === 1;
+  box("people-name").hidden = chat !== null || direct || !(grows || mayBeAlone());
+  field("people-chat-title").placeholder = chosen.map((id) => personName(id)).join(", ");
+  return fitting.length;
+}
+
+/** @param {number} id @returns {Row} */
+function candidate(id) {
+  const attributes = { type: "checkbox", value: id, checked: people.given.includes(id) };
+  const build = () =>
+    el(
+      "li",
+      {},
+      el("label", { class: "person" }, el("input", attributes), ...personCells(id)),
+    );
+  return { key: String(id), look: personName(id), build };
+}
+
+/** @param {number} id @param {ChatView} [chat] */
+function personCells(id, chat) {
+  return [personAvatar(id, chat), el("span", { dir: "auto" }, personName(id))];
 }
 
 function onChoice() {
   people.key = String(Math.random());
   setText("people-error", "");
-  filterCandidates();
-}
-
-/** Only a group has a title. Without one, it is shown as the names of its members. */
-function showTitleField() {
-  const chosen = chosenPeople();
-  const grows = chosen.length > people.chosen.length;
-  const direct = grows && chosen.length === 1;
-  box("people-name").hidden = people.chat !== null || direct || !(grows || mayBeAlone());
-  field("people-chat-title").placeholder = chosen.map((id) => personName(id)).join(", ");
+  renderPeople();
 }
 
 /**
@@ -2597,16 +2541,16 @@ function showTitleField() {
  * @param {KeyboardEvent} event
  */
 function onFilterKey(event) {
-  const text = field("people-filter").value.trim();
-  if (event.key !== "Enter" || text === "" || isComposing(event)) return;
+  const filter = field("people-filter");
+  if (event.key !== "Enter" || !filter.value.trim() || isComposing(event)) return;
   event.preventDefault();
-  const { found, next } = filterCandidates();
-  if (found === 0) return;
-  if (next) {
+  if (renderPeople() === 0) return;
+  const next = box("people-list").querySelector(".next input");
+  if (next instanceof HTMLInputElement) {
     next.checked = true;
     announce(say("chosen", { name: personName(Number(next.value)) }));
   }
-  field("people-filter").value = "";
+  filter.value = "";
   onChoice();
 }
 
@@ -2621,27 +2565,20 @@ const mayBeAlone = () => model.server.invites === true && !people.chat;
 /** @param {SubmitEvent} event */
 function onPeopleForm(event) {
   event.preventDefault();
-  void submit("people-error", async () => {
-    const { chat } = people;
-    const chosen = chosenPeople();
-    const grows = chosen.length > people.chosen.length;
-    const title = box("people-name").hidden
-      ? null
-      : field("people-chat-title").value.trim() || null;
-    if (!grows && !title) throw new Error(say(mayBeAlone() ? "chooseOrTitle" : "chooseOne"));
-    if (chat) await addMembers(chat, chosen);
-    else await createChat(title, chosen, !grows);
-    dialog("people").close();
-  });
+  void submit("people-error", addPeople);
 }
 
-/** @param {ChatView} chat @param {number[]} userIds */
-async function addMembers(chat, userIds) {
-  for (const user_id of userIds) {
-    await model.client?.request("POST", `/api/v1/chats/${chat.id}/members`, {
-      user_id,
-    });
-  }
+async function addPeople() {
+  const { chat, given } = people;
+  const chosen = chosenPeople();
+  const alone = chosen.length <= given.length;
+  const hasTitle = !box("people-name").hidden;
+  const title = (hasTitle && field("people-chat-title").value.trim()) || null;
+  if (alone && !title) throw new Error(say(mayBeAlone() ? "chooseOrTitle" : "chooseOne"));
+  if (!chat) await createChat(title, chosen, alone);
+  for (const user_id of chat ? chosen : [])
+    await model.client?.request("POST", `/api/v1/chats/${chat?.id}/members`, { user_id });
+  dialog("people").close();
 }
 
 /**
@@ -2649,58 +2586,54 @@ async function addMembers(chat, userIds) {
  * @param {string | null} title @param {number[]} memberIds @param {boolean} invites
  */
 async function createChat(title, memberIds, invites) {
-  const { client } = model;
+  const { client, chats } = model;
   const direct = !invites && memberIds.length === 1;
   const made = await client?.createChat(
     direct ? { memberIds, direct } : { title, memberIds, clientId: people.key },
   );
   if (!made || client !== model.client) return;
-  const isNew = !model.chats.has(made.id);
+  const isNew = !chats.has(made.id);
   const chat = putChat(made);
   if (isNew) chat.activeAt = Date.now();
   openChat(chat.id);
   route();
-  if (invites) void onInvite();
+  if (invites) onInvite();
 }
 
 /** The members that the info dialog has loaded, by pages. */
 const info = {
   /** user id -> whether that user is online @type {Map<number, boolean>} */
   online: new Map(),
-  /** The last id of a page. */
-  after: 0,
+  /** The next one. */
+  page: {},
   more: true,
 };
 
 function showInfo() {
   info.online.clear();
-  Object.assign(info, { after: 0, more: true });
+  Object.assign(info, { page: {}, more: true });
   setText("info-error", "");
   if (model.open) field("info-mute").checked = isMuted(model.open);
   dialog("info").showModal();
   renderInfo();
-  void loadMembers();
+  loadMembers();
 }
 
 /** Fetches members of the open chat. @param {{ids?: number[]}} [which] or a page */
-async function loadMembers(which) {
-  const { client, open: chat } = model;
-  if (!client || !chat) return;
-  try {
-    const page = info.after ? { after: info.after, limit: 100 } : { limit: 100 };
-    const { members, more } = await client.members(chat.id, which ?? page);
+function loadMembers(which) {
+  void explain("info-error", async () => {
+    const { client, open: chat } = model;
+    if (!client || !chat) return;
+    const { members, more } = await client.members(chat.id, which ?? info.page);
     if (client !== model.client || chat !== model.open) return;
     for (const { user_id, name, online = false } of members) {
       model.names.set(user_id, name);
       info.online.set(user_id, online);
     }
-    if (!which) Object.assign(info, { more, after: members.at(-1)?.user_id });
+    if (!which) Object.assign(info, { more, page: { after: members.at(-1)?.user_id } });
     // An event can tell of a member that the list of chats has counted already.
     if (!info.more && !isWhole(chat)) chat.memberCount = info.online.size;
-  } catch (error) {
-    setText("info-error", errorText(error));
-  }
-  requestRender();
+  });
 }
 
 function renderInfo() {
@@ -2711,7 +2644,9 @@ function renderInfo() {
   const ids = sortedByName(known.keys()).filter((id) => id !== myId());
   const rows = [myId(), ...ids].map((id) => memberRow(chat, id));
   const left = chat.memberCount - rows.length;
-  if (left > 0) rows.push(moreMembersRow(left));
+  const rest = () =>
+    el("li", {}, textButton(say("andMore", { left }), () => loadMembers()));
+  if (left > 0) rows.push({ key: "more", look: String(left), build: rest });
   setText("info-title", chatTitle(chat));
   showRows(box("info-members"), rows);
   button("info-rename").hidden = chat.direct || !create_chats;
@@ -2726,7 +2661,7 @@ function memberRow(chat, id) {
   const online = info.online.get(id) === true;
   const me = id === myId();
   const creator = chat.direct ? null : chat.created_by;
-  const notes = [me && say("you"), id === creator && say("creator")];
+  const notes = [me && say("you"), id === creator && say("creator")].filter(Boolean);
   const removable = !me && creator === myId() && model.server.create_chats;
   return {
     key: String(id),
@@ -2737,39 +2672,28 @@ function memberRow(chat, id) {
       return el(
         "li",
         { class: classes("person", { online }) },
-        personAvatar(id, chat),
-        el("span", { dir: "auto" }, name),
+        ...personCells(id, chat),
         online ? el("span", { class: "sr-only" }, say("online")) : null,
-        el("span", { class: "quiet" }, notes.filter(Boolean).join(", ")),
+        el("span", { class: "quiet" }, notes.join(", ")),
         removable ? remove : null,
       );
     },
   };
 }
 
-/** @param {number} count @returns {Row} */
-function moreMembersRow(count) {
-  const load = () => void loadMembers();
-  return {
-    key: "more",
-    look: String(count),
-    build: () => el("li", {}, textButton(say("andMore", { left: count }), load)),
-  };
-}
-
 function onInfoRename() {
   const { client, open: chat } = model;
   if (!chat) return;
-  void askName(say("rename"), chat.title ?? "", 200, async (text) => {
-    await client?.renameChat(chat.id, text || null);
-    chat.title = text || null;
+  void askName("rename", chat.title, 200, async (text) => {
+    const title = text || null;
+    await client?.renameChat(chat.id, title);
+    chat.title = title;
   });
 }
 
 /** In a direct chat, a group begins. */
 function onInfoAdd() {
   const { open: chat } = model;
-  dialog("info").close();
   if (chat?.direct) choosePeople(null, others(chat));
   else choosePeople(chat);
 }
@@ -2790,7 +2714,6 @@ async function removeMember(chat, userId) {
           title: say("removeTitle", { name: personName(userId) }),
           text: say("removeText") + ends,
           yes: say("remove"),
-          no: say("cancel"),
         },
   );
   if (!sure) return;
@@ -2803,8 +2726,7 @@ async function removeMember(chat, userId) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Notifications. They appear only while the user does not watch the tab, and only after
- * the user has turned them on. A chat can be muted: in this browser, like a draft.
+ * Notifications. A chat can be muted: in this browser, like a draft.
  * ---------------------------------------------------------------------------------- */
 
 async function onNotifyButton() {
@@ -2835,6 +2757,7 @@ const NOTIFY_SECONDS = 1;
 /** @param {ChatView} chat @param {Message} message */
 function notify(chat, message) {
   if (window.Notification?.permission !== "granted" || isWatched()) return;
+  // Another tab may show the message already.
   after(NOTIFY_SECONDS, () => {
     const all = [...chat.messages, chat.last_message];
     const now = all.find((one) => one?.id === message.id) ?? message;
@@ -2844,17 +2767,16 @@ function notify(chat, message) {
 }
 
 /** @param {ChatView} chat @param {Message} message */
-function showNotification(chat, message) {
-  const name = personName(message.sender_id);
-  const { title } = chat;
+function showNotification({ id, title }, { sender_id, content }) {
+  const name = personName(sender_id);
   try {
     const shown = new Notification(title ? say("senderIn", { name, title }) : name, {
-      body: visibleText(message.content).slice(0, 200),
-      tag: `chatd.${myId()}.${chat.id}`, // all tabs of a user share one notification
+      body: visibleText(content).slice(0, 200),
+      tag: `chatd.${myId()}.${id}`, // all tabs of a user share one notification
     });
     shown.addEventListener("click", () => {
       window.focus();
-      location.hash = `#chat/${chat.id}`;
+      location.hash = `#chat/${id}`;
       shown.close();
     });
   } catch {
@@ -2866,14 +2788,7 @@ function showNotification(chat, message) {
  * Start.
  * ---------------------------------------------------------------------------------- */
 
-/** The first connection waits at most this long for the list of chats. */
-const FIRST_LIST_SECONDS = 2;
-
-/**
- * Shows the chats of the session's user and connects. A previous session in this tab
- * ends.
- * @param {Session} session
- */
+/** Ends the tab's session, if it has one, and begins another. @param {Session} session */
 function start(session) {
   if (model.session?.token === session.token) return;
   loading = true;
@@ -2881,108 +2796,117 @@ function start(session) {
   resetModel();
   if (!writeStored("sessionStorage", SESSION_KEY, session)) toast(say("noStorage"));
   const client = new ChatWebSocket({ bearer: session.token });
-  model.session = session;
-  model.client = client;
+  Object.assign(model, { session, client });
   model.names.set(session.user_id, session.name);
   addHandlers(client);
   showScreen("chat");
   requestRender();
   // The socket continues without a gap from the cursor of the list. But a slow list
   // must not delay the connection, nor the notice that there is none.
-  const timeout = new Promise((resolve) => {
-    after(FIRST_LIST_SECONDS, () => resolve(null));
-  });
+  const timeout = new Promise((resolve) => after(2, () => resolve(0)));
   void Promise.race([fetchChats(), timeout]).then(() => {
     if (client === model.client) client.connect();
   });
 }
 
+/**
+ * @param {EventTarget | string} target or its id @param {string} type
+ * @param {(event: any) => void} handle
+ */
+function on(target, type, handle, capture = false) {
+  const node = typeof target === "string" ? box(target) : target;
+  node.addEventListener(type, handle, capture);
+}
+
+/** What the buttons do. @type {Record<string, (event: any) => void>} */
+const CLICKS = {
+  "sign-out": onSignOut,
+  "drafts-delete": onDeleteDrafts,
+  "banner-retry": () => model.client?.retry(),
+  notify: onNotifyButton,
+  skip: onSkip,
+  jump: onJump,
+  "edit-cancel": () => composer.leave(),
+  find: () => search.open(false),
+  "chat-find": () => search.open(true),
+  "search-retry": () => search.retry(),
+  "new-chat": () => choosePeople(null),
+  "empty-start": () => choosePeople(null),
+  "chat-info": showInfo,
+  "info-rename": onInfoRename,
+  "info-add": onInfoAdd,
+  "info-invite": onInvite,
+  "info-leave": () => model.open && removeMember(model.open, myId()),
+  "rename-me": onRenameMe,
+  shortcuts: showKeys,
+  "link-device": onLinkDevice,
+  "link-copy": onLinkCopy,
+  "link-share": onLinkShare,
+  "link-revoke": () => submit("link-error", () => showInvite(true)),
+};
+
 function addListeners() {
-  const on = (
-    /** @type {EventTarget} */ target,
-    /** @type {string} */ type,
-    /** @type {(event: any) => void} */ handle,
-  ) => target.addEventListener(type, handle);
+  for (const [id, press] of Object.entries(CLICKS)) on(id, "click", press);
+  // First, so that the focus is back when a button opens something else.
+  on(document, "click", onClosingClick, true);
   on(window, "hashchange", onHash);
   if (signedOut) on(signedOut, "message", onSignedOutElsewhere);
   on(window, "beforeunload", onBeforeUnload);
+  on(window, "pagehide", releaseAll);
   on(window, "storage", onDraftElsewhere);
   on(window, "storage", requestRender);
   on(document, "keydown", onShortcut);
+  on(document, "keydown", onSearchKey);
   // Renders at once: a tab that is hidden now may never get the requested frame.
   on(document, "visibilitychange", onWatched);
   on(window, "focus", onWatched);
-  on(box("sign-in-form"), "submit", onSignInForm);
-  on(box("join-form"), "submit", onJoinForm);
-  on(button("sign-out"), "click", () => void onSignOut());
-  on(box("me-panel"), "toggle", showDrafts);
-  on(button("drafts-delete"), "click", () => void onDeleteDrafts());
-  on(button("banner-retry"), "click", () => model.client?.retry());
-  on(button("notify"), "click", () => void onNotifyButton());
-  on(box("bell-list"), "click", () => box("bell-panel").hidePopover());
-  on(box("skip"), "click", onSkip);
-  on(button("jump"), "click", onJump);
-  on(box("scroller"), "scroll", () => pane.onScroll());
-  on(box("scroller"), "keydown", onMessagesKey);
-  on(box("messages"), "click", ({ target }) => {
+  on("sign-in-form", "submit", onSignInForm);
+  on("join-form", "submit", onJoinForm);
+  on("me-panel", "toggle", showDrafts);
+  on("scroller", "scroll", () => pane.onScroll());
+  on("scroller", "keydown", onMessagesKey);
+  on("messages", "click", ({ target }) => {
     if (target.closest(".more")) openActions(target.closest("li"));
   });
-  on(box("messages"), "pointerdown", onTouch);
-  on(box("messages"), "contextmenu", (event) => {
+  on("messages", "click", onTick);
+  on("messages", "copy", onCopy);
+  on("messages", "pointerdown", onTouch);
+  on("messages", "contextmenu", (event) => {
     if (isTouchOfText(event)) event.preventDefault();
   });
   // The touch that opens the menu clicks on nothing in it.
-  on(box("messages"), "touchend", (event) => {
+  on("messages", "touchend", (event) => {
     if (box("menu").matches(":popover-open")) event.preventDefault();
   });
   for (const type of ["pointerup", "pointercancel"])
     on(window, type, () => clearTimeout(longTouch));
-  on(box("menu"), "keydown", onMenuKey);
-  on(button("edit-cancel"), "click", () => composer.leave());
-  on(window, "pagehide", releaseAll);
-  on(box("composer"), "submit", (event) => composer.send(event));
-  on(composer.field, "input", () => composer.onInput());
-  on(composer.field, "keydown", (event) => composer.onKey(event));
+  on("menu", "keydown", onMenuKey);
+  on("composer", "submit", (event) => composer.send(event));
+  on("composer-text", "input", () => composer.onInput());
+  on("composer-text", "keydown", (event) => composer.onKey(event));
   // The focus stays in the field, or else a phone would close its keyboard.
   for (const id of ["send", "jump", "edit-cancel"])
-    on(button(id), "mousedown", (event) => event.preventDefault());
-  on(document, "keydown", onSearchKey);
-  on(button("find"), "click", () => search.open(false));
-  on(button("chat-find"), "click", () => search.open(true));
-  on(field("search-text"), "input", () => search.start());
-  on(field("search-here"), "change", () => search.start());
-  on(dialog("search"), "keydown", (event) => search.onKey(event));
-  on(box("search-list"), "click", (event) => search.onClick(event));
-  on(box("search-list"), "scroll", () => requestRender());
-  on(button("search-retry"), "click", () => search.retry());
-  on(button("new-chat"), "click", () => choosePeople(null));
-  on(button("empty-start"), "click", () => choosePeople(null));
-  on(box("people-form"), "submit", onPeopleForm);
-  on(box("people-form"), "input", onChoice);
-  on(field("people-filter"), "keydown", onFilterKey);
-  on(button("chat-info"), "click", showInfo);
-  on(box("messages"), "click", onTick);
-  on(box("messages"), "copy", onCopy);
-  on(button("info-rename"), "click", onInfoRename);
-  on(button("info-add"), "click", onInfoAdd);
-  on(button("info-invite"), "click", () => void onInvite());
-  on(field("info-mute"), "change", onMute);
-  on(button("info-leave"), "click", () => {
-    if (model.open) void removeMember(model.open, myId());
-  });
-  on(button("rename-me"), "click", onRenameMe);
-  on(button("shortcuts"), "click", showKeys);
-  on(button("link-device"), "click", () => void onLinkDevice());
-  for (const node of document.querySelectorAll(".close"))
-    on(node, "click", () => node.closest("dialog")?.close());
-  on(button("link-copy"), "click", onLinkCopy);
-  on(button("link-share"), "click", onLinkShare);
-  const revoke = () => submit("link-error", () => showInvite(true));
-  on(button("link-revoke"), "click", () => void revoke());
+    on(id, "mousedown", (event) => event.preventDefault());
+  on("search-text", "input", () => search.start());
+  on("search-here", "change", () => search.start());
+  on("search", "keydown", (event) => search.onKey(event));
+  on("search-list", "click", (event) => search.onClick(event));
+  on("search-list", "scroll", requestRender);
+  on("people-form", "submit", onPeopleForm);
+  on("people-form", "input", onChoice);
+  on("people-filter", "keydown", onFilterKey);
+  on("info-mute", "change", onMute);
   const observer = new ResizeObserver(() => pane.onResize());
   for (const id of ["scroller", "messages"]) observer.observe(box(id));
   if (window.visualViewport) on(window.visualViewport, "resize", onViewport);
   setInterval(onSecond, 1000);
+}
+
+/** A panel closes with a choice in it, a dialog with some buttons. @param {any} event */
+function onClosingClick({ target }) {
+  const choice = target.closest("#me-panel button, #bell-list a, #menu button");
+  choice?.closest("[popover]").hidePopover();
+  target.closest(".close")?.closest("dialog").close();
 }
 
 /** Dialogs and panels close by themselves. @param {any} event of a key */
@@ -3003,7 +2927,6 @@ function onShortcut(event) {
 }
 
 function showKeys() {
-  box("me-panel").hidePopover();
   dialog("keys").showModal();
 }
 
@@ -3034,8 +2957,7 @@ function onViewport() {
   const view = window.visualViewport;
   if (!view || view.scale > 1.01) return;
   const covered = view.height < window.innerHeight - 1;
-  if (covered) box("chat").style.setProperty("--view-height", `${view.height}px`);
-  else box("chat").style.removeProperty("--view-height");
+  box("chat").style.setProperty("--view-height", covered ? `${view.height}px` : "");
   window.scrollTo(0, 0);
 }
 
