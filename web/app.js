@@ -1045,7 +1045,7 @@ function render() {
   search.render();
   if (!menuAnchor?.isConnected && box("menu").contains(document.activeElement)) {
     box("menu").hidePopover();
-    box("scroller").focus({ preventScroll: true });
+    scroller.focus({ preventScroll: true });
   }
   if (model.chatsLoaded) loading = false;
 }
@@ -1086,7 +1086,10 @@ function showTitle(place, total = 0) {
   navigator.setAppBadge?.(total).catch(() => {}); // the title says it anyway
 }
 
-/** Screen readers would read the same text again. @param {string} id @param {string} text */
+/**
+ * A screen reader would read the same text again.
+ * @param {string} id @param {string} text
+ */
 function setText(id, text) {
   const node = box(id);
   if (node.textContent !== text) node.textContent = text;
@@ -1242,7 +1245,7 @@ function personAvatar(userId, chat) {
 
 /** @param {string} name @param {number} hue @param {string} className */
 function avatar(name, hue, className) {
-  const letters = name.split(/\s+/).flatMap((word) => word.match(/[\p{L}\p{N}]/u) ?? []);
+  const letters = name.split(/\s+/).flatMap((one) => one.match(/[\p{L}\p{N}]/u) ?? []);
   const text = letters.slice(0, 2).join("").toUpperCase() || "?";
   return paint(el("span", { class: className, "aria-hidden": "true" }, text), hue);
 }
@@ -1276,6 +1279,8 @@ const HISTORY_MARGIN = 500;
 /** A message is seen when this many pixels of it are on the screen. */
 const SEEN_PIXELS = 24;
 
+const scroller = box("scroller");
+
 /** @type {Pane} */
 const pane = {
   goTo: "stay",
@@ -1296,7 +1301,7 @@ const pane = {
   },
 
   currentSizes() {
-    const { scrollHeight, clientHeight, clientWidth } = box("scroller");
+    const { scrollHeight, clientHeight, clientWidth } = scroller;
     return `${clientWidth} ${clientHeight} ${scrollHeight}`;
   },
 
@@ -1323,7 +1328,6 @@ const pane = {
   },
 
   restore() {
-    const scroller = box("scroller");
     const { key, top } = this.anchor;
     if (scroller.clientHeight === 0) return; // it is not on the screen
     const row = rowsOf("messages").find(({ dataset }) => dataset["key"] === key);
@@ -1335,7 +1339,7 @@ const pane = {
   },
 
   lastSeen() {
-    const { clientHeight } = box("scroller");
+    const { clientHeight } = scroller;
     const row = rowsOf("messages").findLast(
       (one) =>
         one.dataset["n"] &&
@@ -1367,7 +1371,7 @@ const pane = {
     setText("pane-title", title);
     setText("pane-members", chat.direct ? say("directChat") : members);
     box("pane-avatar").replaceChildren(chatAvatar(chat));
-    box("scroller").ariaLabel = say("messagesIn", { title });
+    scroller.ariaLabel = say("messagesIn", { title });
   },
 
   showFolds() {
@@ -1402,7 +1406,6 @@ const pane = {
     /** @type {HTMLElement | null} */
     const row = box("messages").querySelector(target);
     if (!row) return this.scrollToEnd();
-    const scroller = box("scroller");
     const height = scroller.clientHeight;
     // scrollIntoView could also scroll the page. A low screen has room for one message.
     scroller.scrollTop += topOf(row) - Math.max(0, Math.min(height / 3, height - 150));
@@ -1434,7 +1437,7 @@ const pane = {
   onMoved() {
     const chat = model.open;
     if (!chat) return;
-    const { scrollTop, clientHeight } = box("scroller");
+    const { scrollTop, clientHeight } = scroller;
     const count = unread(chat);
     button("jump").hidden = this.atEnd();
     setText("jump-text", count ? say("newCount", { count }) : say("latest"));
@@ -1450,8 +1453,7 @@ const pane = {
 
 /** Pixels below the top of the view. @param {Element} node */
 function topOf(node) {
-  const { top } = box("scroller").getBoundingClientRect();
-  return node.getBoundingClientRect().top - top;
+  return node.getBoundingClientRect().top - scroller.getBoundingClientRect().top;
 }
 
 /** @param {ChatView} chat @returns {string} "": no one is typing */
@@ -1492,7 +1494,7 @@ function linesAfter({ lines }, after) {
   return here.map(({ seq, text }) => textRow(`line ${seq}`, "history line", text()));
 }
 
-/** A message whose answer was lost is both, stored and unsent. @param {ChatView} chat */
+/** If its answer was lost, a message is stored and unsent. @param {ChatView} chat */
 function notYetStored({ id, messages }) {
   const own = messages.filter(({ sender_id }) => sender_id === myId());
   const stored = own.map(({ client_id }) => client_id);
@@ -1514,9 +1516,9 @@ function textRow(key, className, text, action) {
 function historyRow(chat, key, more) {
   const { loading, last_n } = chat;
   const start = say(last_n > 0 ? "beginning" : "sayHello");
-  const texts = { no: more ? "" : start, yes: say("loading"), failed: say("notLoaded") };
+  const texts = { no: !more && start, yes: say("loading"), failed: say("notLoaded") };
   const retry = textButton(say("tryAgain"), () => retryLoading(chat));
-  return textRow(key, "history", texts[loading], loading === "failed" && retry);
+  return textRow(key, "history", texts[loading] || "", loading === "failed" && retry);
 }
 
 /** A group ends if the next message comes this much later. */
@@ -1605,7 +1607,10 @@ function flow(key, content, deleted, stamp) {
   );
 }
 
-/** @param {ChatView} chat @param {number} n @param {Delivery} [change] @returns {Tick} */
+/**
+ * @param {ChatView} chat @param {number} n @param {Delivery} [change]
+ * @returns {Tick}
+ */
 function tickOf(chat, n, change) {
   if (change?.state === "failed") return ["failed", say("notSent")];
   if (change) return ["sending", say("sending")];
@@ -1631,8 +1636,7 @@ function showReaders(chat, { n, sender_id }) {
   ids.sort((a, b) => late(a) - late(b));
   const rows = ids.map((id) => {
     const note = el("span", { class: "quiet" }, say(late(id) ? "notYet" : "read"));
-    const name = el("span", { dir: "auto" }, personName(id));
-    return el("li", { class: "person" }, personAvatar(id), name, note);
+    return el("li", { class: "person" }, ...personCells(id), note);
   });
   box("readers-list").replaceChildren(...rows);
   dialog("readers").showModal();
@@ -1646,7 +1650,7 @@ function onTick({ target }) {
   if (open && message && knowsReaders(open)) showReaders(open, message);
 }
 
-/** A copy is plain text; of one message, as it was written. @param {ClipboardEvent} event */
+/** Plain text; of one message, as it was written. @param {ClipboardEvent} event */
 function onCopy(event) {
   const selection = getSelection();
   if (!selection || selection.isCollapsed) return;
@@ -1708,7 +1712,8 @@ function failureText({ kind, content, code = "", reason = "" }) {
 
 /** @param {string} text @param {() => void} press */
 function textButton(text, press, className = "") {
-  const node = el("button", { class: `text-button ${className}`, type: "button" }, text);
+  const attributes = { class: `text-button ${className}`, type: "button" };
+  const node = el("button", attributes, text);
   node.addEventListener("click", press);
   return node;
 }
@@ -1761,7 +1766,7 @@ function moveFocus(before) {
   /** @type {HTMLElement | null} */
   const row = box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
   const keyboard = matchMedia("(pointer: fine)").matches;
-  const inChat = keyboard ? composer.field : box("scroller");
+  const inChat = keyboard ? composer.field : scroller;
   const target = model.open ? inChat : (row ?? box("chats"));
   target.focus({ preventScroll: true });
 }
