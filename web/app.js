@@ -1515,10 +1515,10 @@ function textRow(key, className, text, action) {
 /** @param {ChatView} chat @param {string} key @param {boolean} more */
 function historyRow(chat, key, more) {
   const { loading, last_n } = chat;
-  const start = say(last_n > 0 ? "beginning" : "sayHello");
-  const texts = { no: !more && start, yes: say("loading"), failed: say("notLoaded") };
+  const start = more ? "" : say(last_n > 0 ? "beginning" : "sayHello");
+  const texts = { no: start, yes: say("loading"), failed: say("notLoaded") };
   const retry = textButton(say("tryAgain"), () => retryLoading(chat));
-  return textRow(key, "history", texts[loading] || "", loading === "failed" && retry);
+  return textRow(key, "history", texts[loading], loading === "failed" && retry);
 }
 
 /** A group ends if the next message comes this much later. */
