@@ -1,73 +1,21 @@
 // @ts-check
 /**
- * app.js: chatd's page.
+ * app.js: chatd's page (docs/page.md). An event or a click changes the model, and only a
+ * render writes to the page. Text that users have written is never markup: it enters the
+ * page only through textContent.
  *
- * An event changes the model, and each change requests a render. Only a render writes
- * to the page: it makes the page show the model. So a badge, a tick or a list is right
- * after the next frame, whatever the order of the events was. chat-websocket.js owns
- * the connection; this file has what the user sees and does.
- *
- * Sections: Loading, Tools, Sign-in, Invitations, Model, Events, Reading, Top and
- * lists, The open chat, Changing, Drafts, Writing, Dialogs, Notifications, Start.
- *
- * A rule of this file: text that users have written is never markup. It enters the page
- * only through textContent.
+ * @import { Action, Attributes, Chat, ChatEventHandlers, ChatEvents, ChatView, Child,
+ *   Delivery, EventHandlers, Key, Message, Model, Row, Session, State, StorageName }
+ *   from "./page.js"
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 import { Drafts } from "./drafts.js";
 import { contentNode, folded, isBlank, markedNode, visibleText } from "./text.js";
 import { locale, say } from "./words.js";
 
-/** @typedef {import("./chat-websocket.js").Message} Message */
-/** @typedef {import("./chat-websocket.js").Chat} ServerChat */
-/** @typedef {import("./chat-websocket.js").Delivery} Delivery */
-/** @typedef {import("./chat-websocket.js").State} State */
-/** @typedef {import("./words.js").Key} Key */
-
-/** One request for history fetches this many messages. */
-const HISTORY_LIMIT = 50;
-/** Older messages are fetched when the top is less than this many pixels away. */
-const HISTORY_MARGIN = 500;
-/** The end counts as visible when it is less than this many pixels away. */
-const END_MARGIN = 60;
-/** A message counts as seen when this many pixels of it are on the screen. */
-const SEEN_PIXELS = 24;
-/** A typing sign ends after this long: a little more than twice the repeat of 3 s. */
-const TYPING_SECONDS = 7;
-/** Messages of one sender form a group if each follows within this time. */
-const GROUP_SECONDS = 300;
-/** A notification waits this long, because another tab may show the message already. */
-const NOTIFY_SECONDS = 1;
-/** All control characters but tab, line feed and carriage return. */
-const CONTROL_CHARACTERS = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
-/** The longest message, until the server has said what it allows. */
-const USUAL_MAX_CHARACTERS = 4000;
-/** The composer counts from this part of the longest message on. */
-const COUNT_FROM = 0.9;
-/** A text below this size is never folded, so its height need not be measured. */
-const SHORT_CHARACTERS = 600;
-const SHORT_LINES = 20;
-/** A deletion can be undone for this long. */
-const UNDO_SECONDS = 5;
-/** A touch opens the menu of a message after this long. */
-const LONG_TOUCH_SECONDS = 0.5;
-/** A chat keeps so many lines about joining, leaving and renaming. */
-const MAX_LINES = 50;
-/** So many colours of people can be told apart. */
-const HUES = 12;
-/** How long a toast stays. */
-const TOAST_SECONDS = 6;
-/** A search begins when the user has paused for this long. */
-const SEARCH_PAUSE_SECONDS = 0.3;
-/** The first connection waits at most this long for the list of chats. */
-const FIRST_LIST_SECONDS = 2;
-/** After a failure, the list of chats is fetched again after this long. */
-const REFETCH_SECONDS = 5;
-
 /* -------------------------------------------------------------------------------------
- * Loading. Until the page shows the user's chats or asks to sign in, any exception ends
- * in words. So this section comes first and uses only words.js. For a script that
- * cannot even be loaded or read, style.css shows the words .stuck after some seconds.
+ * Loading. Until a screen is shown, any exception ends in words. So this comes first and
+ * uses only words.js. For a script that cannot be read, style.css shows .stuck.
  * ---------------------------------------------------------------------------------- */
 
 const SCREENS = ["loading", "sign-in", "join", "chat"];
@@ -93,12 +41,7 @@ addEventListener("unhandledrejection", onLoadError);
  * Tools. Elements, keyed rows, times, words.
  * ---------------------------------------------------------------------------------- */
 
-/**
- * @template {Element} Kind
- * @param {string} id
- * @param {new () => Kind} kind
- * @returns {Kind}
- */
+/** @template {Element} Kind @param {string} id @param {new () => Kind} kind */
 function byId(id, kind) {
   const found = document.getElementById(id);
   if (!(found instanceof kind)) throw new Error(`index.html has no #${id}`);
@@ -111,28 +54,19 @@ const dialog = (/** @type {string} */ id) => byId(id, HTMLDialogElement);
 const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
 
 /**
- * Makes an element. Strings become text, never markup; null children are left out.
+ * Makes an element. Strings become text. What is false, null or "" is left out.
  * @template {keyof HTMLElementTagNameMap} Tag
- * @param {Tag} tag
- * @param {Record<string, string | number | boolean | null | undefined>} [attributes]
- *   true: an empty attribute; false, null, undefined: none
- * @param {...(Node | string | null)} children
- * @returns {HTMLElementTagNameMap[Tag]}
+ * @param {Tag} tag @param {Attributes} [attributes] @param {...Child} children
  */
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === false || value === null || value === undefined) continue;
-    node.setAttribute(name, value === true ? "" : String(value));
-  }
-  node.append(...children.filter((child) => child !== null));
+  for (const [name, value] of Object.entries(attributes))
+    if (value) node.setAttribute(name, value === true ? "" : String(value));
+  for (const child of children) if (child) node.append(child);
   return node;
 }
 
-/**
- * @param {string} base
- * @param {Record<string, boolean>} extra name -> whether it applies
- */
+/** @param {string} base @param {Record<string, boolean>} extra */
 function classes(base, extra) {
   return [base, ...Object.keys(extra).filter((name) => extra[name])].join(" ");
 }
@@ -149,43 +83,48 @@ function icon(name, className = "") {
 }
 
 /**
- * @typedef {object} Row
- * @property {string} key identifies the row in its container
- * @property {string} look everything that the row's appearance depends on
- * @property {() => HTMLElement} build
- */
-
-/**
  * Makes the container show these rows, in this order. A row with the same key and look
  * keeps its element, and so its focus, its selection and a screen reader's position.
- * @param {HTMLElement} container
- * @param {Row[]} rows
+ * @param {HTMLElement} container @param {Row[]} rows
  */
 function showRows(container, rows) {
+  const { activeElement } = document;
   const before = rowsOf(container.id);
-  const focused = before.findIndex((row) => row.contains(document.activeElement));
-  const old = new Map(before.map((row) => [row.dataset["key"], row]));
-  let at = container.firstElementChild;
-  for (const row of rows) {
-    const before = old.get(row.key);
+  const focused = before.findIndex((node) => node.contains(activeElement));
+  const old = new Map(before.map((node) => [node.dataset["key"], node]));
+  const nodes = rows.map((row) => {
+    const node = old.get(row.key);
     old.delete(row.key);
-    const node = before?.dataset["look"] === row.look ? before : newRow(row);
-    if (before && before !== node) {
-      if (at === before) at = node;
-      replaceRow(before, node);
-    }
-    if (node === at) at = at.nextElementSibling;
-    else container.insertBefore(node, at);
-  }
-  for (const node of old.values()) node.remove();
+    return node?.dataset["look"] === row.look ? node : newRow(row, node);
+  });
+  old.forEach((node) => node.remove());
+  nodes.forEach((node, i) => {
+    const there = container.children[i] ?? null;
+    if (node !== there) container.insertBefore(node, there);
+  });
   if (focused < 0 || document.activeElement !== document.body) return;
-  // The row with the focus was moved or is gone.
+  // The row with the focus was replaced or moved, or is gone.
   const key = before[focused]?.dataset["key"];
-  const now = rowsOf(container.id);
-  const row = now.find(({ dataset }) => dataset["key"] === key) ?? now[focused] ?? now.at(-1);
+  const row = nodes.find((node) => node.dataset["key"] === key) ?? nodes[focused] ?? nodes.at(-1);
   /** @type {HTMLElement | null | undefined} */
-  const target = row?.querySelector("a, button") ?? container.closest("[tabindex]");
-  target?.focus({ preventScroll: true });
+  const first = row?.querySelector("a, button") ?? container.closest("[tabindex]");
+  const same = row?.contains(activeElement) && activeElement instanceof HTMLElement;
+  (same ? activeElement : first)?.focus({ preventScroll: true });
+}
+
+/** @param {Row} row @param {HTMLElement} [before] the row that it replaces */
+function newRow({ key, look, build }, before) {
+  const node = build();
+  Object.assign(node.dataset, { key, look });
+  const more = before?.querySelector(".more"); // an open menu may belong to it
+  if (more) node.querySelector(".more")?.replaceWith(more);
+  before?.replaceWith(node);
+  return node;
+}
+
+/** @param {string} id of a container @returns {HTMLElement[]} */
+function rowsOf(id) {
+  return /** @type {HTMLElement[]} */ ([...box(id).children]);
 }
 
 /** So many pixels are left to scroll. @param {string} id */
@@ -194,57 +133,34 @@ function below(id) {
   return scrollHeight - scrollTop - clientHeight;
 }
 
-/** @param {string} id of a container @returns {HTMLElement[]} */
-function rowsOf(id) {
-  return /** @type {HTMLElement[]} */ ([...box(id).children]);
+/** The end counts as visible when it is less than this many pixels away. */
+const END_MARGIN = 60;
+
+/** @template Value @param {() => Value} get what the browser may forbid or not know */
+function attempt(get) {
+  try {
+    return get();
+  } catch {
+    return undefined;
+  }
 }
 
-/** @param {Row} row */
-function newRow({ key, look, build }) {
-  const node = build();
-  node.dataset["key"] = key;
-  node.dataset["look"] = look;
-  return node;
-}
-
-/** @param {HTMLElement} before @param {HTMLElement} node */
-function replaceRow(before, node) {
-  const { activeElement } = document;
-  const focused = before.contains(activeElement);
-  const more = before.querySelector(".more"); // an open menu may belong to it
-  if (more) node.querySelector(".more")?.replaceWith(more);
-  before.replaceWith(node);
-  if (!focused) return;
-  const first = node.querySelector("a, button") ?? node.closest("[tabindex]");
-  const target = node.contains(activeElement) ? activeElement : first;
-  if (target instanceof HTMLElement) target.focus({ preventScroll: true });
-}
-
-/** The formats of times, all of the page's locale, with the user's clock of 12 or 24 hours. */
+/** In the page's locale, with the user's clock of 12 or 24 hours. */
 function newFormats() {
-  const hours = hourCycle();
-  const cycle = hours ? { hourCycle: hours } : {};
+  const user = attempt(() => new Intl.DateTimeFormat(undefined, { hour: "numeric" }));
+  const hourCycle = user?.resolvedOptions().hourCycle;
   const format = (/** @type {Intl.DateTimeFormatOptions} */ options) =>
     new Intl.DateTimeFormat(locale, options);
   return {
     /** Another offset means another time zone, or the other half of the year. */
     offset: new Date().getTimezoneOffset(),
-    clock: format({ timeStyle: "short", ...cycle }),
+    clock: format({ timeStyle: "short", hourCycle }),
     dayNear: format({ weekday: "long", day: "numeric", month: "long" }),
     dayFar: format({ day: "numeric", month: "long", year: "numeric" }),
     dayShort: format({ day: "numeric", month: "short" }),
     dayShortFar: format({ day: "numeric", month: "short", year: "numeric" }),
-    moment: format({ dateStyle: "full", timeStyle: "short", ...cycle }),
+    moment: format({ dateStyle: "full", timeStyle: "short", hourCycle }),
   };
-}
-
-function hourCycle() {
-  try {
-    const user = new Intl.DateTimeFormat(undefined, { hour: "numeric" });
-    return user.resolvedOptions().hourCycle;
-  } catch {
-    return undefined; // the browser's own locale may be one that it does not know
-  }
 }
 
 let formats = newFormats();
@@ -287,10 +203,9 @@ function countCharacters(text) {
   return [...text].length;
 }
 
-/**
- * Shows a short text for some seconds.
- * @param {string} text @param {{text: string, press: () => void}} [action]
- */
+const TOAST_SECONDS = 6;
+
+/** @param {string} text @param {Action} [action] */
 function toast(text, action) {
   const node = el("p", { class: "toast" }, text);
   const end = () => {
@@ -303,7 +218,7 @@ function toast(text, action) {
   after(TOAST_SECONDS, end);
 }
 
-/** Announces a text to screen readers only. @param {string} text */
+/** To screen readers only. @param {string} text */
 function announce(text) {
   const node = el("p", {}, text);
   box("announcer").append(node);
@@ -311,8 +226,8 @@ function announce(text) {
 }
 
 /**
- * The page's own words for the codes of docs/protocol.md that a user can meet. The
- * server's sentences are for programmers.
+ * Words for the codes of docs/protocol.md that a user can meet. (The server's sentences
+ * are for programmers.)
  * @type {Record<string, Key>}
  */
 const REFUSALS = {
@@ -330,109 +245,71 @@ const REFUSALS = {
   upstream: "noAnswer",
 };
 
-/**
- * @param {string} code
- * @param {string} detail the server's sentence: it begins with the field that is wrong
- */
+/** @param {string} code @param {string} detail begins with the field that is wrong */
 function refusalText(code, detail) {
-  const most = maximumIn(detail);
   const known = REFUSALS[code];
   if (known) return say(known);
   if (code !== "bad_field") return say("otherError", { code });
   if (detail.startsWith("title")) return say("badTitle");
   if (detail.startsWith("name")) return say("badName");
-  if (!detail.startsWith("member_ids") && !detail.startsWith("user_id"))
-    return say("notAccepted");
+  if (!/^(member_ids|user_id)/.test(detail)) return say("notAccepted");
+  const most = maximumIn(detail);
   return most ? say("mostPeople", { most }) : say("cannotAdd");
 }
 
-/** @param {string} detail @returns {number} the limit that it names; else 0 */
+/** The limit that a server's sentence names, or 0. @param {string} detail */
 function maximumIn(detail) {
   return Number(/at most (\d+)/.exec(detail)?.[1] ?? 0);
 }
 
-/** @param {unknown} error @returns {string} */
+/** @param {unknown} error */
 function errorText(error) {
   if (error instanceof ChatError) return refusalText(error.code, error.message);
   return error instanceof Error ? error.message : String(error);
 }
 
 /* -------------------------------------------------------------------------------------
- * Sign-in. The page exchanges the token of a sign-in link for a session token at once.
- * The session belongs to the tab (sessionStorage), so that two tabs can be two users. A
- * copy in localStorage is for the next visit.
- *
- * Somebody could send you a link for an account that they can read, and hope that you
- * write under its name. So an open tab asks before it changes its user, and a new tab
- * with another user shows a notice and does not change the copy for the next visit.
+ * Sign-in. A session belongs to its tab, so two tabs can be two users. A copy in
+ * localStorage is for the next visit. Somebody could send you a link for an account that
+ * they can read, and hope that you write under its name. So an open tab asks before it
+ * changes its user, and a new tab with another user than the copy's says so.
  * ---------------------------------------------------------------------------------- */
 
-/**
- * @typedef {object} Session
- * @property {string} token
- * @property {number} user_id
- * @property {string | null} name
- */
-
 const SESSION_KEY = "chatd.session";
-/**
- * Carries the id of a user that has signed out to the other tabs. null: the browser
- * forbids it, as Firefox does when cookies are blocked.
- */
-const signedOut = openChannel("chatd.signed-out");
+/** @type {StorageName[]} */
+const STORAGES = ["sessionStorage", "localStorage"];
+/** Tells the other tabs the id of a user that has signed out. */
+const signedOut = attempt(() => new BroadcastChannel("chatd.signed-out"));
 
-/** @param {string} name @returns {BroadcastChannel | null} */
-function openChannel(name) {
-  try {
-    return new BroadcastChannel(name);
-  } catch {
-    return null;
-  }
+/** @param {StorageName} storage @param {string} key @returns {any} */
+function readStored(storage, key) {
+  return attempt(() => JSON.parse(window[storage].getItem(key) ?? "0"));
 }
 
-/** A browser may forbid storage. Then the session ends with the page. */
-const storages = {
-  tab: () => window.sessionStorage,
-  browser: () => window.localStorage,
-};
+/**
+ * @param {StorageName} storage @param {string} key @param {unknown} value
+ * @returns {boolean} false: storage is forbidden or full
+ */
+function writeStored(storage, key, value) {
+  const write = () => {
+    window[storage].setItem(key, JSON.stringify(value));
+    return true;
+  };
+  return attempt(write) ?? false;
+}
 
 /**
- * @param {() => Storage} storage
+ * @param {StorageName} storage
  * @returns {Session | null | undefined} null: signed out; undefined: nothing is known
  */
 function readSession(storage) {
   const session = readStored(storage, SESSION_KEY);
-  return session === null || typeof session?.token === "string" ? session : undefined;
+  return session === null || session?.token ? session : undefined;
 }
 
-/** @param {() => Storage} storage @param {string} key @returns {any} */
-function readStored(storage, key) {
-  try {
-    return JSON.parse(storage().getItem(key) ?? "0");
-  } catch {
-    return undefined;
-  }
-}
-
-/**
- * @param {() => Storage} storage
- * @param {unknown} value
- * @param {string} [key]
- * @returns {boolean} false: storage is forbidden or full
- */
-function writeSession(storage, value, key = SESSION_KEY) {
-  try {
-    storage().setItem(key, JSON.stringify(value));
-    return true;
-  } catch {
-    return false;
-  }
-}
-
-/** Returns the tab's session, or else the copy that was saved for the next visit. */
 function sessionToResume() {
-  const own = readSession(storages.tab);
-  return own === undefined ? readSession(storages.browser) : own;
+  const own = readSession("sessionStorage");
+  return own === undefined ? readSession("localStorage") : own;
 }
 
 /**
@@ -450,27 +327,18 @@ function followLink(hash = "") {
 
 /** @param {string} text from an address; it may be mistyped */
 function decoded(text) {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text;
-  }
+  return attempt(() => decodeURIComponent(text)) ?? text;
 }
 
-/** @param {string} token of a sign-in link @returns {Promise<Session>} */
-async function exchangeLinkToken(token) {
-  const answer = await visitor(token).request("POST", "/api/v1/session");
-  return { token: answer.token, user_id: answer.user_id, name: answer.name ?? null };
-}
-
-/** @param {string} token of a sign-in link */
+/** Exchanges a sign-in link's token for a session. @param {string} token */
 async function signInWith(token) {
-  const current = model.session ?? readSession(storages.tab);
+  const current = model.session ?? readSession("sessionStorage");
   try {
-    const session = await exchangeLinkToken(token);
-    if (current && !(await confirmSwitch(session, current))) start(current);
-    else if (current) saveAndStart(session);
-    else startFirst(session);
+    /** @type {Session} */
+    const session = await visitor(token).request("POST", "/api/v1/session");
+    if (!current) startFirst(session);
+    else if (await confirmSwitch(session, current)) saveAndStart(session);
+    else start(current);
   } catch (error) {
     signInFailed(token, error);
   }
@@ -478,16 +346,17 @@ async function signInWith(token) {
 
 /** Starts the first session of a tab. @param {Session} session */
 function startFirst(session) {
-  const saved = readSession(storages.browser);
-  if (saved && saved.user_id !== session.user_id) startInThisTab(session, saved);
-  else saveAndStart(session);
+  const saved = readSession("localStorage");
+  if (!saved || saved.user_id === session.user_id) return saveAndStart(session);
+  start(session);
+  toast(say("twoUsers", { me: userName(session), name: userName(saved) }));
 }
 
-/** @param {Session} session @param {Session} current @returns {Promise<boolean>} */
+/** @param {Session} session @param {Session} current */
 async function confirmSwitch(session, current) {
   if (session.user_id === current.user_id) return true;
-  const name = personName(session.user_id, session.name);
-  const me = personName(current.user_id, current.name);
+  const name = userName(session);
+  const me = userName(current);
   return ask({
     title: say("continueAsTitle", { name }),
     text: say("continueAsText", { me, name }),
@@ -496,63 +365,49 @@ async function confirmSwitch(session, current) {
   });
 }
 
+/** @param {Session} session */
+function userName({ user_id, name }) {
+  return personName(user_id, name);
+}
+
 /** @param {string} token @param {unknown} error */
 function signInFailed(token, error) {
   const current = model.session ?? sessionToResume();
-  const refused = error instanceof ChatError && error.status > 0;
-  const text =
-    refused && error.status === 401 ? say("linkInvalid") : errorText(error);
+  const { status = 0 } = /** @type {ChatError} */ (error);
+  const text = status === 401 ? say("linkInvalid") : errorText(error);
   if (current) {
     toast(text);
     start(current);
     return;
   }
-  showSignIn({ error: text });
+  showSignIn("", text);
   // Without an answer the link may still be valid, so the button can try it again.
-  if (!refused) field("sign-in-link").value = new URL(`#token=${token}`, location.href).href;
+  if (!status) field("sign-in-link").value = new URL(`#token=${token}`, location.href).href;
 }
 
-/**
- * Saves the session. If its user is in this tab already, nothing else changes.
- * @param {Session} session
- */
+/** If the user is in this tab already, nothing else changes. @param {Session} session */
 function saveAndStart(session) {
-  for (const storage of [storages.tab, storages.browser])
-    writeSession(storage, session);
+  for (const storage of STORAGES) writeStored(storage, SESSION_KEY, session);
   if (model.session?.user_id !== session.user_id) start(session);
 }
 
-/**
- * A new tab starts with another user than the one saved for the next visit.
- * @param {Session} session
- * @param {Session} saved
- */
-function startInThisTab(session, saved) {
-  start(session);
-  const me = personName(session.user_id, session.name);
-  toast(say("twoUsers", { me, name: personName(saved.user_id, saved.name) }));
-}
-
-/**
- * @param {{reason?: string, error?: string}} [texts] why the user has to sign in; what
- *   was wrong with a link
- */
-function showSignIn({ reason = "", error = "" } = {}) {
-  showScreen("sign-in");
+/** @param {string} [reason] @param {string} [error] what is wrong with a link */
+function showSignIn(reason = "", error = "") {
   showTitle(say("signIn"));
   field("sign-in-link").value = "";
   setText("sign-in-text", `${reason} ${say("openLink")}`);
   setText("sign-in-error", error);
-  loading = false;
+  showScreen("sign-in");
 }
 
-/** @param {"loading" | "sign-in" | "join" | "chat"} screen */
+/** @param {"sign-in" | "join" | "chat"} screen */
 function showScreen(screen) {
   const hadFocus = document.activeElement !== document.body;
   for (const id of SCREENS) box(id).hidden = id !== screen;
   /** @type {HTMLElement | null} */
   const first = box(screen).querySelector("input, nav");
   if (hadFocus) first?.focus();
+  loading = screen === "chat"; // until its chats are there
 }
 
 /** @param {SubmitEvent} event */
@@ -561,24 +416,18 @@ function onSignInForm(event) {
   const text = field("sign-in-link").value.trim();
   const token =
     /#token=(\S+)$/.exec(text)?.[1] ?? /^[\w-]+\.[\w-]+\.[\w-]+$/.exec(text)?.[0];
-  if (!token) {
-    setText("sign-in-error", say("notALink"));
-    return;
-  }
-  setText("sign-in-error", "");
-  void signInWith(decoded(token));
+  setText("sign-in-error", token ? "" : say("notALink"));
+  if (token) void signInWith(decoded(token));
 }
 
 /** The unsent messages of all chats, and the unsent edits and deletions. */
 function allUnsent() {
-  const messages = [...model.chats.keys()].map((id) => model.client?.unsent(id) ?? []);
-  return [...messages, model.client?.unsentChanges() ?? []].flat();
+  const { chats, client } = model;
+  const messages = [...chats.keys()].map((id) => client?.unsent(id) ?? []);
+  return [...messages, client?.unsentChanges() ?? []].flat();
 }
 
-/**
- * The browser asks before it closes the page if unsent messages are not in storage.
- * @param {Event} event
- */
+/** The browser asks if unsent messages are not in storage. @param {Event} event */
 function onBeforeUnload(event) {
   if (allUnsent().some(({ kept }) => !kept)) event.preventDefault();
 }
@@ -586,51 +435,43 @@ function onBeforeUnload(event) {
 async function onSignOut() {
   box("me-panel").hidePopover();
   releaseAll();
-  const unsent = allUnsent();
-  const sure =
-    unsent.length === 0 ||
-    (await ask({
-      title: say("signOutTitle"),
-      text: say("signOutText", { count: unsent.length }),
-      yes: say("signOut"),
-      no: say("cancel"),
-    }));
-  if (!sure) return;
+  const count = allUnsent().length;
+  const question = {
+    title: say("signOutTitle"),
+    text: say("signOutText", { count }),
+    yes: say("signOut"),
+    no: say("cancel"),
+  };
+  if (count > 0 && !(await ask(question))) return;
   signedOut?.postMessage(myId());
   model.client?.forget();
   const kept = drafts.keys().length > 0;
   endSession(say("signedOut") + (kept ? ` ${say("draftsStay")}` : ""));
 }
 
-/**
- * Ends this tab's session. The copy for the next visit is removed if it belongs to the
- * same user.
- * @param {string} reason
- */
+/** Also the copy for the next visit ends, if it is of this user. @param {string} reason */
 function endSession(reason) {
-  const saved = readSession(storages.browser);
-  if (saved?.user_id === model.session?.user_id) writeSession(storages.browser, null);
-  writeSession(storages.tab, null);
+  const saved = readSession("localStorage");
+  if (saved?.user_id === model.session?.user_id)
+    writeStored("localStorage", SESSION_KEY, null);
+  writeStored("sessionStorage", SESSION_KEY, null);
   model.client?.disconnect();
   resetModel();
   history.replaceState(null, "", location.pathname + location.search);
-  showSignIn({ reason });
+  showSignIn(reason);
 }
 
 /** The server refused the token. Another tab may have stored a newer one. */
 function onSignedOut() {
   const old = model.session;
-  const newer = [storages.tab, storages.browser]
-    .map(readSession)
-    .find((saved) => saved?.user_id === old?.user_id && saved?.token !== old?.token);
+  const newer = STORAGES.map(readSession).find(
+    (saved) => saved?.user_id === old?.user_id && saved?.token !== old?.token,
+  );
   if (newer) start(newer);
   else endSession(say("sessionEnded"));
 }
 
-/**
- * A user has signed out in another tab. This tab follows if it has the same user.
- * @param {MessageEvent} event
- */
+/** @param {MessageEvent} event the id of a user */
 function onSignedOutElsewhere({ data }) {
   if (!model.session || data !== myId()) return;
   model.client?.forget();
@@ -653,30 +494,30 @@ async function openInvite(token) {
   const session = model.session ?? sessionToResume();
   if (session) start(session);
   try {
-    const preview = await visitor().previewInvite(token);
-    const of = preview.title ?? "";
-    const title = isBlank(of) ? say("joinChat") : say("joinTitle", { title: of });
-    let text = say("membersSoFar", { count: preview.member_count });
-    if (session) {
-      const name = personName(session.user_id, session.name);
-      text += ` ${say("joinAs", { name })}`;
-      if (!(await ask({ title, text, yes: say("join"), no: say("cancel") }))) return;
-      const joined = await model.client?.join(token);
-      if (joined) openChat(joined.chat_id);
-      return;
-    }
+    const { title: called, member_count: count } = await visitor().previewInvite(token);
+    const title = called && !isBlank(called) ? say("joinTitle", { title: called }) : say("joinChat");
+    const text = say("membersSoFar", { count });
+    if (session) return await joinAs(session, token, title, text);
     invite = token;
     setText("join-title", title);
     setText("join-text", text);
     setText("join-error", "");
+    showTitle(say("join"));
     showScreen("join");
     field("join-name").focus();
-    showTitle(say("join"));
-    loading = false;
   } catch (error) {
-    if (model.session) toast(inviteErrorText(error));
-    else if (!session) showSignIn({ error: inviteErrorText(error) });
+    const text = inviteErrorText(error);
+    if (model.session) toast(text);
+    else if (!session) showSignIn("", text);
   }
+}
+
+/** @param {Session} session @param {string} token @param {string} title @param {string} text */
+async function joinAs(session, token, title, text) {
+  text += ` ${say("joinAs", { name: userName(session) })}`;
+  if (!(await ask({ title, text, yes: say("join"), no: say("cancel") }))) return;
+  const joined = await model.client?.join(token);
+  if (joined) openChat(joined.chat_id);
 }
 
 /** @param {SubmitEvent} event */
@@ -690,7 +531,7 @@ function onJoinForm(event) {
   void submit("join-error", join, inviteErrorText);
 }
 
-/** @param {unknown} error @returns {string} */
+/** @param {unknown} error */
 function inviteErrorText(error) {
   const { code, status, message } = /** @type {ChatError} */ (error);
   if (code === "token_expired") return say("inviteExpired");
@@ -699,10 +540,7 @@ function inviteErrorText(error) {
   return (maximumIn(message) ? `${say("chatFull")} ` : "") + errorText(error);
 }
 
-/**
- * Shows a new link into the open chat.
- * @param {boolean} [revoke] the earlier links end
- */
+/** Shows a new link into the open chat. @param {boolean} [revoke] earlier links end */
 async function showInvite(revoke = false) {
   const { client, open: chat } = model;
   if (!client || !chat) return;
@@ -724,88 +562,32 @@ async function onInvite() {
 }
 
 /* -------------------------------------------------------------------------------------
- * Model. Everything that the page shows. The counters only grow, so an event, an answer
+ * Model. Everything that the page shows. Its counters only grow, so an event, an answer
  * and `connected` may bring a number in any order.
  * ---------------------------------------------------------------------------------- */
 
-/**
- * `server` in the answer to GET /api/v1/me.
- * @typedef {{max_content_chars: number, edit_seconds: number | null,
- *   create_chats: boolean, invites: boolean, rename: boolean}} ServerRules
- */
-
-/**
- * @typedef {object} ChatView
- * @property {number} id
- * @property {string | null} title
- * @property {boolean} direct
- * @property {number | null} created_by
- * @property {Map<number, number>} members user id -> read_n; empty if there are many
- * @property {number} memberCount
- * @property {number} last_n
- * @property {number} read_n
- * @property {Message | null} last_message
- * @property {Message[]} messages the loaded messages, without holes
- * @property {boolean} loaded no event was missed since they were loaded
- * @property {boolean} more there are messages before the loaded ones
- * @property {boolean} moreAfter there are messages after the loaded ones
- * @property {"no" | "yes" | "failed"} loading
- * @property {Message | null} editing the message that the composer edits, as it was
- * @property {number | null} divider the new messages begin after this n
- * @property {Map<number, number>} hues user id -> colour
- * @property {Map<number, number>} typing user id -> timer that ends the typing sign
- * @property {{seq: number, n: number, text: () => string}[]} lines what has happened
- *   during this visit, each after a message n
- * @property {number} activeAt ms, when it was added, or the user wrote in it, during
- *   this visit; otherwise 0
- */
-
-const model = {
-  /** @type {Session | null} */
+/** @returns {Model} */
+const newModel = () => ({
   session: null,
-  /** @type {ChatWebSocket | null} */
   client: null,
-  /** @type {Map<number, ChatView>} */
   chats: new Map(),
-  /** @type {ChatView | null} */
   open: null,
-  /** @type {Map<number, string | null>} */
   names: new Map(),
-  /**
-   * What `connected` said of each chat.
-   * @type {ChatEvents["connected"]["chats"]}
-   */
   marks: {},
-  /** The users one may add to a chat; null: not known yet. @type {number[] | null} */
   people: null,
-  /** What the server allows this user; empty until it has said so. */
-  server: /** @type {Partial<ServerRules>} */ ({}),
-  /** @type {State} */
+  server: {},
   connection: "closed",
-  /** The list of chats has arrived at least once. */
   chatsLoaded: false,
-  /** The epoch of the last list of chats. Another epoch resets all counters. */
   epoch: "",
-  /** The longest message that the server is known to take. */
-  maxCharacters: USUAL_MAX_CHARACTERS,
-};
+  maxCharacters: 4000, // until the server has said what it allows
+});
+
+const model = newModel();
 
 function resetModel() {
   document.querySelectorAll("dialog").forEach((node) => node.close());
   selectChat(null);
-  Object.assign(model, {
-    session: null,
-    client: null,
-    marks: {},
-    people: null,
-    server: {},
-    chatsLoaded: false,
-    epoch: "",
-    connection: "closed",
-    maxCharacters: USUAL_MAX_CHARACTERS,
-  });
-  model.chats.clear();
-  model.names.clear();
+  Object.assign(model, newModel());
   field("search-text").value = "";
   search.start();
 }
@@ -815,7 +597,7 @@ const unread = (/** @type {ChatView} */ chat) => Math.max(0, chat.last_n - chat.
 /** Muting is for one user in one browser. @param {ChatView} chat */
 const mutedKey = (chat) => `chatd.muted.${myId()}.${chat.id}`;
 /** @param {ChatView} chat */
-const isMuted = (chat) => readStored(storages.browser, mutedKey(chat)) === true;
+const isMuted = (chat) => readStored("localStorage", mutedKey(chat)) === true;
 /** What the title and the badges count. @param {ChatView} chat */
 const counted = (chat) => (isMuted(chat) ? 0 : unread(chat));
 
@@ -842,40 +624,25 @@ function chatTitle(chat) {
   return names.join(", ") || say("onlyYou");
 }
 
-/**
- * The chats, newest activity first. Being added to a chat, and writing in it even
- * without a connection, count as activity.
- * @returns {ChatView[]}
- */
+/** Newest activity first. Being added, and writing without a connection, count as such. */
 function sortedChats() {
-  const when = (/** @type {ChatView} */ chat) =>
-    Math.max(Date.parse(chat.last_message?.created_at ?? "") || 0, chat.activeAt);
-  return [...model.chats.values()].sort(
-    (a, b) =>
-      when(b) - when(a) || (b.last_message?.id ?? 0) - (a.last_message?.id ?? 0),
-  );
+  const when = (/** @type {ChatView} */ { last_message, activeAt }) =>
+    Math.max(Date.parse(last_message?.created_at ?? "") || 0, activeAt);
+  const last = (/** @type {ChatView} */ chat) => chat.last_message?.id ?? 0;
+  const all = [...model.chats.values()];
+  return all.sort((a, b) => when(b) - when(a) || last(b) - last(a));
 }
 
-/**
- * Puts a chat from the server into the model, and keeps what only the page knows of it.
- * @param {ServerChat} received
- * @returns {ChatView}
- */
+/** Puts a chat from the server into the model. @param {Chat} received */
 function putChat(received) {
-  const before = model.chats.get(received.id);
-  for (const { user_id, name } of received.members) model.names.set(user_id, name);
-  const mine = received.members.find(({ user_id }) => user_id === myId());
+  const { id, title, direct, created_by, member_count, members, last_n } = received;
+  const before = model.chats.get(id);
   /** @type {ChatView} */
   const chat = before ?? {
-    id: received.id,
-    title: null,
-    direct: false,
-    created_by: null,
+    ...received,
+    read_n: 0,
     members: new Map(),
     memberCount: 0,
-    last_n: 0,
-    read_n: 0,
-    last_message: null,
     messages: [],
     loaded: false,
     more: true,
@@ -888,25 +655,22 @@ function putChat(received) {
     lines: [],
     activeAt: 0,
   };
-  chat.title = received.title;
-  chat.direct = received.direct;
-  chat.created_by = received.created_by;
+  Object.assign(chat, { title, direct, created_by, memberCount: member_count });
   chat.last_message = newer(chat.last_message, received.last_message);
-  chat.last_n = Math.max(chat.last_n, received.last_n);
+  chat.last_n = Math.max(chat.last_n, last_n);
+  const readBefore = chat.members;
+  chat.members = new Map();
+  for (const { user_id, name, read_n } of members) {
+    model.names.set(user_id, name);
+    chat.members.set(user_id, Math.max(read_n, readBefore.get(user_id) ?? 0));
+    hueOf(user_id, chat);
+  }
   // A large chat that the user was just added to says nothing of the user's mark.
-  const mark = mine?.read_n ?? model.marks[received.id]?.read_n;
-  const read_n = received.read_n ?? mark ?? (before ? 0 : received.last_n);
+  const mark = chat.members.get(myId()) ?? model.marks[id]?.read_n;
+  const read_n = received.read_n ?? mark ?? (before ? 0 : last_n);
   chat.read_n = Math.max(chat.read_n, read_n);
-  chat.memberCount = received.member_count ?? received.members.length;
-  chat.members = new Map(
-    received.members.map(({ user_id, read_n }) => [
-      user_id,
-      Math.max(read_n ?? 0, chat.members.get(user_id) ?? 0),
-    ]),
-  );
-  for (const id of chat.members.keys()) hueOf(id, chat);
-  model.chats.set(chat.id, chat);
-  void learnNames(chat, chat.last_message ? [chat.last_message.sender_id] : []);
+  model.chats.set(id, chat);
+  if (chat.last_message) void learnNames(chat, [chat.last_message.sender_id]);
   return chat;
 }
 
@@ -918,7 +682,6 @@ async function learnNames(chat, userIds) {
   for (const id of ids) names.set(id, null); // asked once
   try {
     const answer = await client?.members(chat.id, { ids });
-    if (client !== model.client) return;
     for (const { user_id, name } of answer?.members ?? []) names.set(user_id, name);
     requestRender();
   } catch {
@@ -932,21 +695,16 @@ function newer(a, b) {
   return (a.rev ?? 0) > (b.rev ?? 0) ? a : b;
 }
 
-/** A message was edited or deleted. @param {Message} message */
-function onChange(message) {
-  const chat = model.chats.get(message.chat_id);
-  if (!chat) return;
-  if (chat.last_message?.n === message.n)
-    chat.last_message = newer(chat.last_message, message);
-  if (chat.messages.some(({ n }) => n === message.n)) merge(chat, [message]);
-  for (const one of search.found)
-    if (one.id === message.id) Object.assign(one, newer(one, message));
+/** A message was edited or deleted. @param {ChatView} chat @param {Message} message */
+function onChange(chat, message) {
+  const { n } = message;
+  if (chat.last_message?.n === n) chat.last_message = newer(chat.last_message, message);
+  if (chat.messages.some((one) => one.n === n)) merge(chat, [message]);
+  const found = search.found.find(({ id }) => id === message.id);
+  if (found) Object.assign(found, newer(found, message));
 }
 
-/**
- * The user has read up to n.
- * @param {ChatView} chat @param {number} userId @param {number} n
- */
+/** The user has read up to n. @param {ChatView} chat @param {number} userId @param {number} n */
 function moveReadMark(chat, userId, n) {
   if (userId === myId()) chat.read_n = Math.max(chat.read_n, n);
   const before = chat.members.get(userId);
@@ -954,38 +712,33 @@ function moveReadMark(chat, userId, n) {
 }
 
 /**
- * Adds messages to the loaded ones. Messages before a hole are dropped: they are
- * fetched again when the user scrolls there.
- * @param {ChatView} chat
- * @param {Message[]} messages
+ * Adds messages to the loaded ones. Messages before a hole are dropped: they are fetched
+ * again when the user scrolls there.
+ * @param {ChatView} chat @param {Message[]} messages
  */
 function merge(chat, messages) {
   const byN = new Map(chat.messages.map((message) => [message.n, message]));
   for (const message of messages)
     byN.set(message.n, newer(byN.get(message.n) ?? null, message) ?? message);
   const all = [...byN.values()].sort((a, b) => a.n - b.n);
-  let first = all.length - 1;
-  while (first > 0 && all[first - 1]?.n === (all[first]?.n ?? 0) - 1) first -= 1;
-  chat.messages = all.slice(Math.max(0, first));
+  const first = all.findLastIndex(({ n }, i) => all[i - 1]?.n !== n - 1);
+  chat.messages = all.slice(first);
   chat.more = (chat.messages[0]?.n ?? 1) > 1;
-  const senders = messages.map(({ sender_id }) => sender_id);
-  void learnNames(chat, senders);
+  void learnNames(chat, messages.map(({ sender_id }) => sender_id));
 }
 
 /**
- * @param {Message} message
+ * @param {ChatView} chat @param {Message} message
  * @param {boolean} [read] whether its sender has read the chat up to it; by default the
  *   user has, if nothing before it is unread
  */
-function putMessage(message, read) {
-  const chat = model.chats.get(message.chat_id);
-  if (!chat) return;
-  chat.last_n = Math.max(chat.last_n, message.n);
+function putMessage(chat, message, read = message.n === chat.read_n + 1) {
+  const { n, sender_id } = message;
+  chat.last_n = Math.max(chat.last_n, n);
   chat.last_message = newer(chat.last_message, message);
-  if (read ?? message.n === chat.read_n + 1)
-    moveReadMark(chat, message.sender_id, message.n);
-  stopTyping(chat, message.sender_id);
-  void learnNames(chat, [message.sender_id]);
+  if (read) moveReadMark(chat, sender_id, n);
+  stopTyping(chat, sender_id);
+  void learnNames(chat, [sender_id]);
   const upToDate = chat.loaded || chat.loading === "yes";
   if (upToDate && !chat.moreAfter) merge(chat, [message]);
 }
@@ -996,53 +749,47 @@ function stopTyping(chat, userId) {
   chat.typing.delete(userId);
 }
 
-/** @param {number} chatId */
-function removeChat(chatId) {
-  const chat = model.chats.get(chatId);
-  if (!chat) return;
-  chat.typing.forEach((timer) => clearTimeout(timer));
-  model.chats.delete(chatId);
+/** @param {ChatView} chat */
+function removeChat(chat) {
+  model.chats.delete(chat.id);
   if (model.open === chat) location.hash = "#chats";
 }
 
 /* -------------------------------------------------------------------------------------
- * Events. One table: each event of the client, and what it changes in the model.
+ * Events. Two tables: each event of the client, and what it changes in the model.
  * ---------------------------------------------------------------------------------- */
 
-/** @typedef {import("./chat-websocket.js").ChatEvents} ChatEvents */
-/** @type {{[Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void}} */
+/** @type {EventHandlers} */
 const handlers = {
   state: onState,
   resync: () => void fetchChats(),
   chats: onChats,
-  connected: ({ chats }) => onConnected(chats),
-  new_message: ({ message, read }) => onNewMessage(message, read !== false),
-  message_edited: ({ message }) => onChange(message),
-  message_deleted: ({ message }) => onChange(message),
-  message_read: ({ chat_id, read_by, n }) => {
-    const chat = model.chats.get(chat_id);
-    if (chat) moveReadMark(chat, read_by, n);
-  },
+  connected: onConnected,
   chat_added: ({ chat }) => {
     putChat(chat).activeAt = Date.now();
     route();
   },
-  chat_renamed: ({ chat_id, title, user_id, seq }) => {
-    const chat = model.chats.get(chat_id);
-    if (!chat) return;
+  delivery: onDelivery,
+};
+
+/** For the events of a chat that the page has. @type {ChatEventHandlers} */
+const chatHandlers = {
+  new_message: (chat, { message, read }) => onNewMessage(chat, message, read),
+  message_edited: (chat, { message }) => onChange(chat, message),
+  message_deleted: (chat, { message }) => onChange(chat, message),
+  message_read: (chat, { read_by, n }) => moveReadMark(chat, read_by, n),
+  chat_renamed: (chat, { title, user_id, seq }) => {
     chat.title = title;
     const shown = chatTitle(chat);
-    void learnNames(chat, user_id ? [user_id] : []);
+    if (user_id) void learnNames(chat, [user_id]);
     addLine(chat, seq, () =>
       user_id
         ? say("renamed", { name: personName(user_id), title: shown })
         : say("nowCalled", { title: shown }),
     );
   },
-  member_added: ({ chat_id, user_id, name, seq }) => {
-    const chat = model.chats.get(chat_id);
+  member_added: (chat, { user_id, name, seq }) => {
     model.names.set(user_id, name);
-    if (!chat) return;
     addLine(chat, seq, () => say("joined", { name: personName(user_id) }));
     if (chat.members.has(user_id)) return;
     if (isWhole(chat)) chat.members.set(user_id, chat.last_n);
@@ -1050,20 +797,44 @@ const handlers = {
     if (chat === model.open && dialog("info").open)
       void loadMembers({ ids: [user_id] });
   },
-  member_removed: ({ chat_id, user_id, seq }) => onMemberRemoved(chat_id, user_id, seq),
-  typing: ({ chat_id, user_id, is_typing }) => onTyping(chat_id, user_id, is_typing),
-  delivery: onDelivery,
+  member_removed: (chat, { user_id, seq }) => {
+    if (user_id === myId()) {
+      toast(say("noLonger", { title: chatTitle(chat) }));
+      return removeChat(chat);
+    }
+    // The chat may have come without this member already.
+    if (chat.members.delete(user_id) || !isWhole(chat)) chat.memberCount -= 1;
+    if (chat === model.open) info.online.delete(user_id);
+    stopTyping(chat, user_id);
+    addLine(chat, seq, () => say("left", { name: personName(user_id) }));
+  },
+  typing: (chat, { user_id, is_typing }) => {
+    stopTyping(chat, user_id);
+    if (!is_typing) return;
+    void learnNames(chat, [user_id]);
+    // A little more than twice the interval at which a client repeats it.
+    const timer = after(7, () => {
+      stopTyping(chat, user_id);
+      requestRender();
+    });
+    chat.typing.set(user_id, timer);
+  },
 };
 
 /** @param {ChatWebSocket} client */
 function addHandlers(client) {
-  for (const [type, handle] of Object.entries(handlers)) {
-    client.on(/** @type {keyof ChatEvents} */ (type), (event) => {
+  const on = (/** @type {any} */ type, /** @type {(event: any) => void} */ handle) =>
+    client.on(type, (event) => {
       if (client !== model.client) return;
-      /** @type {(event: any) => void} */ (handle)(event);
+      handle(event);
       requestRender();
     });
-  }
+  for (const [type, handle] of Object.entries(handlers)) on(type, handle);
+  for (const [type, handle] of Object.entries(chatHandlers))
+    on(type, (event) => {
+      const chat = model.chats.get(event.chat_id);
+      if (chat) /** @type {(chat: ChatView, event: any) => void} */ (handle)(chat, event);
+    });
 }
 
 /** @param {ChatEvents["state"]} change */
@@ -1077,10 +848,11 @@ function onState({ state }) {
 /** @param {ChatEvents["chats"]} snapshot */
 function onChats({ chats, cursor }) {
   const epoch = cursor.slice(0, cursor.lastIndexOf("."));
-  if (epoch !== model.epoch) model.chats.forEach(resetChat);
-  model.epoch = epoch;
   const ids = new Set(chats.map(({ id }) => id));
-  for (const id of model.chats.keys()) if (!ids.has(id)) removeChat(id);
+  for (const chat of model.chats.values()) if (!ids.has(chat.id)) removeChat(chat);
+  // A backup was restored: nothing of before counts.
+  if (epoch !== model.epoch) model.chats.clear();
+  model.epoch = epoch;
   for (const received of chats) putChat(received).loaded = false;
   const [only] = chats;
   if (only && !chats[1] && !model.chatsLoaded && !location.hash) openChat(only.id);
@@ -1090,23 +862,8 @@ function onChats({ chats, cursor }) {
   search.start(true); // what was found may have changed
 }
 
-/** A backup was restored, so the newer events are gone. @param {ChatView} chat */
-function resetChat(chat) {
-  const empty = {
-    last_n: 0,
-    read_n: 0,
-    last_message: null,
-    messages: [],
-    moreAfter: false,
-    lines: [],
-    divider: null,
-  };
-  Object.assign(chat, empty, { members: new Map() });
-  pane.follow = true;
-}
-
-/** @param {Record<string, {last_n: number, read_n: number}>} chats */
-function onConnected(chats) {
+/** @param {ChatEvents["connected"]} event */
+function onConnected({ chats }) {
   model.marks = chats;
   for (const [id, { last_n, read_n }] of Object.entries(chats)) {
     const chat = model.chats.get(Number(id));
@@ -1119,80 +876,47 @@ function onConnected(chats) {
   void loadServer();
 }
 
-/** @param {Message} message @param {boolean} read */
-function onNewMessage(message, read) {
-  putMessage(message, read);
-  const chat = model.chats.get(message.chat_id);
-  if (!chat || message.sender_id === myId() || chat.read_n >= message.n) return;
-  if (message.deleted) return;
-  if (chat === model.open && chat.divider === null && !endIsVisible()) {
-    chat.divider = message.n - 1;
-  }
-  const name = personName(message.sender_id);
-  const text = visibleText(message.content).slice(0, 200);
+/** @param {ChatView} chat @param {Message} message @param {boolean} [read] */
+function onNewMessage(chat, message, read = true) {
+  const { sender_id, n, content, deleted } = message;
+  putMessage(chat, message, read);
+  if (sender_id === myId() || chat.read_n >= n || deleted) return;
+  if (chat === model.open && chat.divider === null && !endIsVisible())
+    chat.divider = n - 1;
+  const name = personName(sender_id);
+  const text = visibleText(content).slice(0, 200);
   if (chat === model.open) announce(say("lastOf", { name, text }));
   else if (counted(chat)) announce(say("lastIn", { name, text, title: chatTitle(chat) }));
   if (counted(chat)) notify(chat, message);
 }
 
-/** @param {number} chatId @param {number} userId @param {number} seq */
-function onMemberRemoved(chatId, userId, seq) {
-  const chat = model.chats.get(chatId);
-  if (!chat) return;
-  if (userId !== myId()) {
-    // The chat may have come without this member already.
-    if (chat.members.delete(userId) || !isWhole(chat)) chat.memberCount -= 1;
-    if (chat === model.open) info.online.delete(userId);
-    stopTyping(chat, userId);
-    addLine(chat, seq, () => say("left", { name: personName(userId) }));
-    return;
-  }
-  toast(say("noLonger", { title: chatTitle(chat) }));
-  removeChat(chatId);
-}
-
-/** @param {ChatView} chat @param {number} seq @param {() => string} text */
+/** Something has happened. @param {ChatView} chat @param {number} seq @param {() => string} text */
 function addLine(chat, seq, text) {
   if (chat.lines.some((line) => line.seq === seq)) return;
   // `connected` has moved last_n over the messages that a replay brings only now.
   const line = { seq, n: chat.last_message?.n ?? 0, text };
-  chat.lines = [...chat.lines, line].slice(-MAX_LINES);
+  chat.lines = [...chat.lines, line].slice(-50);
   if (chat === model.open) announce(text());
-}
-
-/** @param {number} chatId @param {number} userId @param {boolean} isTyping */
-function onTyping(chatId, userId, isTyping) {
-  const chat = model.chats.get(chatId);
-  if (!chat) return;
-  stopTyping(chat, userId);
-  if (!isTyping) return;
-  void learnNames(chat, [userId]);
-  chat.typing.set(
-    userId,
-    after(TYPING_SECONDS, () => {
-      stopTyping(chat, userId);
-      requestRender();
-    }),
-  );
 }
 
 /** @param {Delivery} delivery */
 function onDelivery(delivery) {
   if (delivery.kind !== "message") return onChangeDelivery(delivery);
   const { state, client_id, chat_id, content, message, reason = "" } = delivery;
+  const chat = model.chats.get(chat_id);
   if (state === "sent" && message) {
-    putMessage(message);
+    if (chat) putMessage(chat, message);
     model.maxCharacters = Math.max(model.maxCharacters, countCharacters(content));
   }
   if (state !== "failed") return;
   if (reason.startsWith("content"))
     model.maxCharacters = maximumIn(reason) || model.maxCharacters;
-  const chat = model.chats.get(chat_id);
-  if (chat === model.open)
+  if (!chat) {
+    // The user is no longer in this chat, so the page cannot show the failed message.
+    if (model.chatsLoaded) model.client?.discard(client_id);
+  } else if (chat === model.open)
     announce(say("notSentReason", { reason: failureText(delivery) }));
-  else if (chat) toast(say("notSentIn", { title: chatTitle(chat) }));
-  // The user is no longer in this chat, so the page cannot show the failed message.
-  else if (model.chatsLoaded) model.client?.discard(client_id);
+  else toast(say("notSentIn", { title: chatTitle(chat) }));
 }
 
 /** Whether the page has the message. @param {ChatView} chat @param {number} id */
@@ -1203,7 +927,8 @@ function contains({ messages, last_message }, id) {
 /** The state of an edit or a deletion. @param {Delivery} delivery */
 function onChangeDelivery(delivery) {
   const { state, client_id, message_id, message, code } = delivery;
-  if (message) onChange(message);
+  const chat = message && model.chats.get(message.chat_id);
+  if (chat) onChange(chat, message);
   if (state !== "failed") return;
   const text = say("notChanged", { reason: failureText(delivery) });
   if (model.open && contains(model.open, message_id)) return announce(text);
@@ -1220,8 +945,7 @@ async function fetchChats() {
     if (client === model.client && !("invites" in model.server)) void loadServer();
   } catch (error) {
     const refused = error instanceof ChatError && error.status === 401;
-    if (!refused)
-      after(REFETCH_SECONDS, () => void (client === model.client && fetchChats()));
+    if (!refused) after(5, () => void (client === model.client && fetchChats()));
   }
 }
 
@@ -1269,14 +993,13 @@ function markSeen() {
 async function loadHistory(chat, where) {
   const { client } = model;
   const { last_n } = chat;
-  const { after, around } = where;
+  const { before, after, around } = where;
   if (!client || chat.loading === "yes") return;
   chat.loading = "yes";
   requestRender();
   try {
-    const page = { limit: HISTORY_LIMIT, ...where };
-    const { messages } = await client.history(chat.id, page);
-    if (!where.before && !after) {
+    const { messages } = await client.history(chat.id, { limit: 50, ...where });
+    if (!before && !after) {
       // What was loaded before may be old, but not what came meanwhile.
       chat.messages = around ? [] : chat.messages.filter(({ n }) => n > last_n);
       chat.loaded = true;
@@ -1552,6 +1275,9 @@ function avatar(chat, node = el("span", { class: "avatar", "aria-hidden": "true"
   return fillAvatar(node, hue, chatTitle(chat));
 }
 
+/** So many colours of people can be told apart. */
+const HUES = 12;
+
 /**
  * Of two members with the same colour, the one met later takes the next free one.
  * @param {number} id @param {ChatView} [chat]
@@ -1604,6 +1330,11 @@ function renderBell() {
  * the sizes. If they are the same, the user has scrolled. If not, the browser has, and
  * the pane scrolls back.
  * ---------------------------------------------------------------------------------- */
+
+/** Older or newer messages are fetched when the place is less than this many pixels away. */
+const HISTORY_MARGIN = 500;
+/** A message counts as seen when this many pixels of it are on the screen. */
+const SEEN_PIXELS = 24;
 
 const pane = {
   /** A message's id, or "start": the first new message or else the end.
@@ -1939,6 +1670,9 @@ const DIVIDER_ROW = {
   build: () => el("li", { class: "divider" }, say("newMessages")),
 };
 
+/** Messages of one sender form a group if each follows within this time. */
+const GROUP_SECONDS = 300;
+
 /** @param {Message} a @param {Message} b */
 function sameGroup(a, b) {
   const seconds = (Date.parse(b.created_at) - Date.parse(a.created_at)) / 1000;
@@ -2000,6 +1734,10 @@ function moreButton(id) {
   const attributes = { class: "icon-button more", type: "button", tabindex: -1 };
   return el("button", { ...attributes, ...label }, icon("more"));
 }
+
+/** A text below this size is never folded, so its height need not be measured. */
+const SHORT_CHARACTERS = 600;
+const SHORT_LINES = 20;
 
 /**
  * A message's text and its stamp. A long text is folded until the user unfolds it.
@@ -2291,6 +2029,7 @@ function openActions(row) {
   ]);
 }
 
+const LONG_TOUCH_SECONDS = 0.5;
 let longTouch = 0;
 
 /** The browser has a menu of its own for a link. @param {PointerEvent} event */
@@ -2324,6 +2063,8 @@ function onMessagesKey(event) {
   event.preventDefault();
   next.focus();
 }
+
+const UNDO_SECONDS = 5;
 
 /** @param {number} id */
 function hold(id) {
@@ -2362,15 +2103,7 @@ function copyText(text) {
  * the panel of the account shows how many there are, and deletes them.
  * ---------------------------------------------------------------------------------- */
 
-const drafts = new Drafts(openStorage(), myId);
-
-function openStorage() {
-  try {
-    return localStorage;
-  } catch {
-    return null; // it is forbidden
-  }
-}
+const drafts = new Drafts(attempt(() => localStorage) ?? null, myId);
 
 /** @param {StorageEvent} event */
 function onDraftElsewhere(event) {
@@ -2404,6 +2137,9 @@ async function onDeleteDrafts() {
  * Writing. The composer owns its field: the text, the height, the draft, the counter,
  * what Enter means, and sending. Nothing else writes to the field.
  * ---------------------------------------------------------------------------------- */
+
+/** The composer counts from this part of the longest message on. */
+const COUNT_FROM = 0.9;
 
 const composer = {
   field: byId("composer-text", HTMLTextAreaElement),
@@ -2556,6 +2292,9 @@ const composer = {
   },
 };
 
+/** All control characters but tab, line feed and carriage return. */
+const CONTROL_CHARACTERS = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
+
 /**
  * The text as it is sent: without the control characters of a terminal, empty lines
  * before it and white space after it. The first line keeps its indent.
@@ -2579,6 +2318,9 @@ function isComposing(event) {
  * Search. Each request looks back for a moment. A render lets the search go on while
  * the end of the list is on the screen.
  * ---------------------------------------------------------------------------------- */
+
+/** A search begins when the user has paused for this long. */
+const SEARCH_PAUSE_SECONDS = 0.3;
 
 const search = {
   q: "",
@@ -3250,7 +2992,7 @@ async function removeMember(chat, userId) {
   await submit("info-error", async () => {
     const path = `/api/v1/chats/${chat.id}/members/${userId}`;
     await model.client?.request("DELETE", path);
-    if (leaves) removeChat(chat.id);
+    if (leaves) removeChat(chat);
     else dialog("info").querySelector("button")?.focus(); // the row goes
   });
 }
@@ -3269,18 +3011,21 @@ async function onNotifyButton() {
 /** Offers notifications once: to a user who comes back and finds new messages. */
 function offerNotifications() {
   const key = "chatd.notify";
-  if (button("notify").hidden || readStored(storages.browser, key)) return;
-  if (writeSession(storages.browser, "offered", key))
+  if (button("notify").hidden || readStored("localStorage", key)) return;
+  if (writeStored("localStorage", key, "offered"))
     toast(say("offerNotify"), { text: say("turnOn"), press: onNotifyButton });
 }
 
 function onMute() {
   const { open } = model;
   const { checked } = field("info-mute");
-  if (open && !writeSession(storages.browser, checked, mutedKey(open)))
+  if (open && !writeStored("localStorage", mutedKey(open), checked))
     toast(say("noStorage"));
   requestRender();
 }
+
+/** Another tab may show the message already. */
+const NOTIFY_SECONDS = 1;
 
 /** @param {ChatView} chat @param {Message} message */
 function notify(chat, message) {
@@ -3316,6 +3061,9 @@ function showNotification(chat, message) {
  * Start.
  * ---------------------------------------------------------------------------------- */
 
+/** The first connection waits at most this long for the list of chats. */
+const FIRST_LIST_SECONDS = 2;
+
 /**
  * Shows the chats of the session's user and connects. A previous session in this tab
  * ends.
@@ -3326,8 +3074,7 @@ function start(session) {
   loading = true;
   model.client?.disconnect();
   resetModel();
-  if (!writeSession(storages.tab, session))
-    toast(say("noStorage"));
+  if (!writeStored("sessionStorage", SESSION_KEY, session)) toast(say("noStorage"));
   const client = new ChatWebSocket({ bearer: session.token });
   model.session = session;
   model.client = client;

@@ -1,0 +1,114 @@
+/** The types of app.js. Only type checkers read this file. */
+import type { ChatWebSocket } from "./chat-websocket.js";
+import type { Chat, ChatEvents, Delivery, Message, State } from "./protocol.js";
+
+export type { Chat, ChatEvents, Delivery, Message, State };
+export type { Key } from "./words.js";
+
+/** A row of a list: see showRows. */
+export interface Row {
+  /** Identifies the row in its container. */
+  key: string;
+  /** Everything that the row's appearance depends on. */
+  look: string;
+  build: () => HTMLElement;
+}
+
+/** A button: of a toast, or of a menu. */
+export interface Action {
+  text: string;
+  press: () => void;
+  danger?: boolean;
+}
+
+/** The arguments of el. What is false, null or "" is left out; true has no value. */
+export type Attributes = Record<string, string | number | boolean | null | undefined>;
+export type Child = Node | string | false | null | undefined;
+
+export type EventHandlers = {
+  [Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void;
+};
+export type ChatEventHandlers = {
+  [Type in keyof ChatEvents]?: (chat: ChatView, event: ChatEvents[Type]) => void;
+};
+
+export type StorageName = "localStorage" | "sessionStorage";
+
+export interface Session {
+  token: string;
+  user_id: number;
+  name: string | null;
+}
+
+/** `server` in the answer to GET /api/v1/me. */
+export interface ServerRules {
+  max_content_chars: number;
+  edit_seconds: number | null;
+  create_chats: boolean;
+  invites: boolean;
+  rename: boolean;
+}
+
+/** Everything that the page shows. */
+export interface Model {
+  session: Session | null;
+  client: ChatWebSocket | null;
+  chats: Map<number, ChatView>;
+  open: ChatView | null;
+  /** By the id of the user. null: without a name, or asked for. */
+  names: Map<number, string | null>;
+  /** What `connected` said of each chat. */
+  marks: ChatEvents["connected"]["chats"];
+  /** The users that one may add to a chat; null: not known yet. */
+  people: number[] | null;
+  /** What the server allows this user; empty until it has said so. */
+  server: Partial<ServerRules>;
+  connection: State;
+  /** The list of chats has arrived at least once. */
+  chatsLoaded: boolean;
+  /** The epoch of the last list of chats. Another epoch resets all counters. */
+  epoch: string;
+  /** The longest message that the server is known to take. */
+  maxCharacters: number;
+}
+
+/** What the page knows of a chat. */
+export interface ChatView {
+  id: number;
+  title: string | null;
+  direct: boolean;
+  created_by: number | null;
+  /** User id -> read_n; empty if there are many. */
+  members: Map<number, number>;
+  memberCount: number;
+  last_n: number;
+  read_n: number;
+  last_message: Message | null;
+  /** The loaded messages, without holes. */
+  messages: Message[];
+  /** No event was missed since they were loaded. */
+  loaded: boolean;
+  /** There are messages before the loaded ones. */
+  more: boolean;
+  /** There are messages after the loaded ones. */
+  moreAfter: boolean;
+  loading: "no" | "yes" | "failed";
+  /** The message that the composer edits, as it was. */
+  editing: Message | null;
+  /** The new messages begin after this n. */
+  divider: number | null;
+  /** User id -> colour. */
+  hues: Map<number, number>;
+  /** User id -> timer that ends the typing sign. */
+  typing: Map<number, number>;
+  lines: Line[];
+  /** ms, when it was added, or the user wrote in it, during this visit; otherwise 0. */
+  activeAt: number;
+}
+
+/** Something that has happened during this visit, after message n. */
+export interface Line {
+  seq: number;
+  n: number;
+  text: () => string;
+}
