@@ -433,7 +433,6 @@ function onBeforeUnload(event) {
 }
 
 async function onSignOut() {
-  box("me-panel").hidePopover();
   releaseAll();
   const count = allUnsent().length;
   const question = {
@@ -552,13 +551,11 @@ async function showInvite(revoke = false) {
   if (chat !== model.open) return;
   const valid = say("inviteValid", { count: Math.round(expires_in / 86_400) });
   const text = revoke ? `${say("linksEnded")} ${valid}` : valid;
-  const url = new URL(`#invite=${token}`, location.href).href;
-  showLink(say("invitePeople"), text, url, true);
+  showLink("invitePeople", text, `#invite=${token}`);
 }
 
-async function onInvite() {
-  dialog("info").close();
-  await showInvite().catch((error) => toast(errorText(error)));
+function onInvite() {
+  void showInvite().catch(toastError);
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2120,7 +2117,6 @@ function showDrafts() {
 }
 
 async function onDeleteDrafts() {
-  box("me-panel").hidePopover();
   const sure = await ask({
     title: say("deleteDraftsTitle"),
     text: say("deleteDraftsText"),
@@ -2488,18 +2484,15 @@ function onSearchKey(event) {
  * ---------------------------------------------------------------------------------- */
 
 /**
- * Asks a question and waits for the answer. Closing the dialog means no.
- * @param {{title: string, text: string, yes: string, no: string, value?: string}} texts
- *   value: asks for a text, too
+ * Asks a question, or for a text, and waits for the answer. To close the dialog means no.
+ * @param {{title: string, text?: string, yes: string, no?: string, value?: string}} texts
  * @returns {Promise<boolean>}
  */
-function ask({ title, text, yes, no, value }) {
+function ask({ title, text = "", yes, no = say("cancel"), value }) {
   const node = dialog("ask");
-  if (node.open) node.close("no");
-  setText("ask-title", title);
-  setText("ask-text", text);
-  setText("ask-yes", yes);
-  setText("ask-no", no);
+  node.close();
+  for (const [part, words] of Object.entries({ title, text, yes, no }))
+    setText(`ask-${part}`, words);
   const input = field("ask-input");
   input.hidden = value === undefined;
   input.value = value ?? "";
@@ -2513,50 +2506,54 @@ function ask({ title, text, yes, no, value }) {
 }
 
 /**
-/**
- * Sends a form's request, one at a time. (A button that is disabled loses the focus.)
- * @param {string} errorId where a failure is explained
- * @param {() => Promise<unknown>} request
- */
-async function submit(errorId, request, words = errorText) {
-  if (submitting) return;
-  submitting = true;
-  setText(errorId, "");
-  try {
-    await request();
-  } catch (error) {
-    setText(errorId, words(error));
-  } finally {
-    submitting = false;
-    requestRender();
-  }
-}
-let submitting = false;
-
-/**
  * Asks for a name or a title until it is saved.
- * @param {string} title @param {string} value @param {number} most characters
- * @param {(text: string) => Promise<unknown>} save
+ * @param {Key} title @param {string | null | undefined} value
+ * @param {number} most characters @param {(text: string) => Promise<unknown>} save
  */
 async function askName(title, value, most, save) {
   const input = field("ask-input");
-  input.maxLength = most;
+  const [heading, yes] = [say(title), say("save")];
   let text = "";
-  while (await ask({ title, text, value, yes: say("save"), no: say("cancel") })) {
+  input.maxLength = most;
+  while (await ask({ title: heading, text, value: value ?? "", yes })) {
+    value = input.value.trim();
     try {
-      value = input.value.trim();
-      await save(value);
-      return;
+      return await save(value);
     } catch (error) {
       text = errorText(error);
     }
   }
 }
 
+/**
+ * Sends a form's request, one at a time. (A button that is disabled loses the focus.)
+ * @param {string} errorId @param {() => Promise<unknown>} request
+ */
+async function submit(errorId, request, words = errorText) {
+  if (submitting) return;
+  submitting = true;
+  setText(errorId, "");
+  await explain(errorId, request, words);
+  submitting = false;
+}
+let submitting = false;
+
+/** @param {string} errorId @param {() => Promise<unknown>} request */
+async function explain(errorId, request, words = errorText) {
+  try {
+    await request();
+  } catch (error) {
+    setText(errorId, words(error));
+  }
+  requestRender();
+}
+
+/** @param {unknown} error */
+const toastError = (error) => toast(errorText(error));
+
 function onRenameMe() {
-  box("me-panel").hidePopover();
   const { client, names } = model;
-  void askName(say("changeName"), names.get(myId()) ?? "", 64, async (text) => {
+  void askName("changeName", names.get(myId()), 64, async (text) => {
     const { name } = await client?.renameMe(text);
     if (client === model.client) setMyName(name);
   });
@@ -2570,30 +2567,21 @@ function setMyName(name) {
 }
 
 async function onLinkDevice() {
-  box("me-panel").hidePopover();
   const { client } = model;
-  try {
-    const answer = await client?.linkDevice();
-    if (!answer || client !== model.client) return;
-    const url = new URL(`#token=${answer.token}`, location.href).href;
-    showLink(say("otherDevice"), say("otherDeviceText"), url);
-  } catch (error) {
-    toast(errorText(error));
-  }
+  const answer = await client?.linkDevice().catch(toastError);
+  if (!answer || client !== model.client) return;
+  showLink("otherDevice", say("otherDeviceText"), `#token=${answer.token}`);
 }
 
-/**
- * Shows a link to copy or, where the browser can, to share.
- * @param {string} title @param {string} text @param {string} url
- */
-function showLink(title, text, url, isInvite = false) {
-  setText("link-title", title);
+/** @param {Key} title @param {string} text @param {string} hash of the link */
+function showLink(title, text, hash) {
+  setText("link-title", say(title));
   setText("link-text", text);
   setText("link-copy", say("copy"));
   setText("link-error", "");
-  field("link-url").value = url;
+  field("link-url").value = new URL(hash, location.href).href;
   button("link-share").hidden = !("share" in navigator);
-  button("link-revoke").hidden = !isInvite;
+  button("link-revoke").hidden = title !== "invitePeople";
   if (!dialog("link").open) dialog("link").showModal();
 }
 
@@ -2622,24 +2610,18 @@ function showMenu(anchor, items) {
   menu.hidePopover();
   menuAnchor = anchor;
   const buttons = items.map(({ text, press, danger = false }) => {
-    const attributes = { role: "menuitem", type: "button" };
-    const item = el("button", { ...attributes, class: danger && "danger" }, text);
-    item.addEventListener("click", () => {
-      menu.hidePopover();
-      press();
-    });
+    const item = el("button", { role: "menuitem", class: danger && "danger" }, text);
+    item.addEventListener("click", press);
     return item;
   });
   menu.replaceChildren(...buttons);
-  // Outside of an open dialog it would be inert.
-  (anchor.closest("dialog") ?? box("main")).append(menu);
   menu.showPopover();
   buttons[0]?.focus();
   const { left, top, bottom } = anchor.getBoundingClientRect();
   const { clientWidth, clientHeight } = box("chat");
-  const above = bottom + menu.offsetHeight > clientHeight;
-  const x = Math.min(left, clientWidth - menu.offsetWidth - 8);
-  const y = above ? top - menu.offsetHeight : bottom;
+  const { offsetWidth, offsetHeight } = menu;
+  const x = Math.min(left, clientWidth - offsetWidth - 8);
+  const y = bottom + offsetHeight > clientHeight ? top - offsetHeight : bottom;
   menu.style.left = `${Math.max(8, x)}px`;
   menu.style.top = `${Math.max(8, y)}px`;
 }
@@ -2655,23 +2637,19 @@ function onMenuKey(event) {
   items.at(to % items.length)?.focus();
 }
 
-/**
- * The people dialog. `chat` receives the chosen people; null: they get a new chat.
- * `chosen` is the other one of a direct chat, which stays as it is: a group begins.
- * The same choice has the same `key`: tried again, it makes one chat.
- */
 const people = {
-  /** @type {ChatView | null} */
+  /** It receives the chosen people; null: they get a new chat. @type {ChatView | null} */
   chat: null,
-  /** @type {number[]} */
-  chosen: [],
+  /** The other one of a direct chat, which stays as it is. @type {number[]} */
+  given: [],
+  /** The same choice, tried again, makes one chat. */
   key: "",
 };
 
-/** @param {ChatView | null} chat @param {number[]} [chosen] */
-function choosePeople(chat, chosen = []) {
-  Object.assign(people, { chat, chosen });
-  const [other] = chosen;
+/** @param {ChatView | null} chat @param {number[]} [given] */
+function choosePeople(chat, given = []) {
+  Object.assign(people, { chat, given });
+  const [other] = given;
   const title = chat
     ? say("addPeopleTo", { title: chatTitle(chat) })
     : say(other ? "newGroup" : "newChat");
@@ -2680,28 +2658,22 @@ function choosePeople(chat, chosen = []) {
   setText("people-submit", say(chat ? "add" : "create"));
   byId("people-form", HTMLFormElement).reset();
   box("people-list").replaceChildren();
-  showCandidates();
   onChoice();
   dialog("people").showModal();
-  void loadPeople();
+  void explain("people-error", loadPeople);
 }
 
 async function loadPeople() {
   const { client } = model;
-  try {
-    const { users } = await client?.request("GET", "/api/v1/users");
-    if (client !== model.client) return;
-    for (const { user_id, name } of users) model.names.set(user_id, name);
-    model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
-  } catch (error) {
-    setText("people-error", errorText(error));
-  }
-  requestRender();
+  const { users } = await client?.request("GET", "/api/v1/users");
+  if (client !== model.client) return;
+  for (const { user_id, name } of users) model.names.set(user_id, name);
+  model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
 }
 
 /** Shows in the open dialogs what has changed. */
 function renderDialogs() {
-  if (dialog("people").open) showCandidates();
+  if (dialog("people").open) renderPeople();
   if (dialog("info").open) renderInfo();
 }
 
@@ -2710,81 +2682,62 @@ function sortedByName(ids) {
   return [...ids].sort((a, b) => personName(a).localeCompare(personName(b)));
 }
 
-/** Fills the list of the people dialog. Users who are chosen already stay chosen. */
-function showCandidates() {
-  const members = people.chat?.members ?? new Map([[myId(), 0]]);
-  const all = new Set([...(model.people ?? []), ...people.chosen]);
-  const ids = sortedByName(all).filter((id) => !members.has(id));
-  showRows(
-    box("people-list"),
-    ids.map((id) => ({
-      key: String(id),
-      look: personName(id),
-      build: () => candidate(id),
-    })),
-  );
-  filterCandidates();
-}
-
-/** @param {number} userId */
-function candidate(userId) {
-  return el(
-    "li",
-    {},
-    el(
-      "label",
-      { class: "person" },
-      el("input", {
-        type: "checkbox",
-        value: userId,
-        checked: people.chosen.includes(userId),
-      }),
-      personAvatar(userId),
-      el("span", { dir: "auto" }, personName(userId)),
-    ),
-  );
-}
-
 /**
  * Shows the people whose names contain the filter's text, and those who are chosen.
  * Highlights the one that Enter chooses.
- * @returns {{found: number, next: HTMLInputElement | undefined}} next: its checkbox
+ * @returns {number} how many have such a name
  */
-function filterCandidates() {
-  const text = field("people-filter").value.trim();
-  /** @type {HTMLInputElement | undefined} */
-  let next;
-  let found = 0;
-  for (const row of rowsOf("people-list")) {
-    const input = row.querySelector("input") ?? undefined;
-    const fits = folded(row.dataset["look"] ?? "").includes(folded(text));
-    if (fits) found += 1;
-    row.hidden = !fits && !input?.checked;
-    const isNext = text !== "" && fits && !next && !input?.checked;
-    if (isNext) next = input;
-    row.classList.toggle("next", isNext);
+function renderPeople() {
+  const { chat, given } = people;
+  const members = chat?.members ?? new Map([[myId(), 0]]);
+  const ids = sortedByName(new Set([...(model.people ?? []), ...given]));
+  const candidates = ids.filter((id) => !members.has(id)).map(candidate);
+  showRows(box("people-list"), candidates);
+
+  const name = field("people-filter").value.trim();
+  const rows = rowsOf("people-list");
+  const fitting = rows.filter(({ dataset }) =>
+    folded(dataset["look"] ?? "").includes(folded(name)),
+  );
+  const next = name && fitting.find((row) => !row.matches(":has(:checked)"));
+  for (const row of rows) {
+    row.hidden = !fitting.includes(row) && !row.matches(":has(:checked)");
+    row.classList.toggle("next", row === next);
   }
-  const anyone = box("people-list").childElementCount > 0;
   const nobody = say("noOneToAdd") + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
-  const none = anyone ? say("noOneCalled", { name: text }) : nobody;
-  setText("people-empty", found > 0 || !model.people ? "" : none);
-  showTitleField();
-  return { found, next };
+  const none = rows.length > 0 ? say("noOneCalled", { name }) : nobody;
+  setText("people-empty", fitting.length > 0 || !model.people ? "" : none);
+
+  // Only a group has a title. Without one, it is shown as the names of its members.
+  const chosen = chosenPeople();
+  const grows = chosen.length > given.length;
+  const direct = grows && chosen.length === 1;
+  box("people-name").hidden = chat !== null || direct || !(grows || mayBeAlone());
+  field("people-chat-title").placeholder = chosen.map((id) => personName(id)).join(", ");
+  return fitting.length;
+}
+
+/** @param {number} id @returns {Row} */
+function candidate(id) {
+  const attributes = { type: "checkbox", value: id, checked: people.given.includes(id) };
+  const build = () =>
+    el(
+      "li",
+      {},
+      el("label", { class: "person" }, el("input", attributes), ...personCells(id)),
+    );
+  return { key: String(id), look: personName(id), build };
+}
+
+/** @param {number} id @param {ChatView} [chat] */
+function personCells(id, chat) {
+  return [personAvatar(id, chat), el("span", { dir: "auto" }, personName(id))];
 }
 
 function onChoice() {
   people.key = String(Math.random());
   setText("people-error", "");
-  filterCandidates();
-}
-
-/** Only a group has a title. Without one, it is shown as the names of its members. */
-function showTitleField() {
-  const chosen = chosenPeople();
-  const grows = chosen.length > people.chosen.length;
-  const direct = grows && chosen.length === 1;
-  box("people-name").hidden = people.chat !== null || direct || !(grows || mayBeAlone());
-  field("people-chat-title").placeholder = chosen.map((id) => personName(id)).join(", ");
+  renderPeople();
 }
 
 /**
@@ -2792,16 +2745,16 @@ function showTitleField() {
  * @param {KeyboardEvent} event
  */
 function onFilterKey(event) {
-  const text = field("people-filter").value.trim();
-  if (event.key !== "Enter" || text === "" || isComposing(event)) return;
+  const filter = field("people-filter");
+  if (event.key !== "Enter" || !filter.value.trim() || isComposing(event)) return;
   event.preventDefault();
-  const { found, next } = filterCandidates();
-  if (found === 0) return;
-  if (next) {
+  if (renderPeople() === 0) return;
+  const next = box("people-list").querySelector(".next input");
+  if (next instanceof HTMLInputElement) {
     next.checked = true;
     announce(say("chosen", { name: personName(Number(next.value)) }));
   }
-  field("people-filter").value = "";
+  filter.value = "";
   onChoice();
 }
 
@@ -2816,27 +2769,20 @@ const mayBeAlone = () => model.server.invites === true && !people.chat;
 /** @param {SubmitEvent} event */
 function onPeopleForm(event) {
   event.preventDefault();
-  void submit("people-error", async () => {
-    const { chat } = people;
-    const chosen = chosenPeople();
-    const grows = chosen.length > people.chosen.length;
-    const title = box("people-name").hidden
-      ? null
-      : field("people-chat-title").value.trim() || null;
-    if (!grows && !title) throw new Error(say(mayBeAlone() ? "chooseOrTitle" : "chooseOne"));
-    if (chat) await addMembers(chat, chosen);
-    else await createChat(title, chosen, !grows);
-    dialog("people").close();
-  });
+  void submit("people-error", addPeople);
 }
 
-/** @param {ChatView} chat @param {number[]} userIds */
-async function addMembers(chat, userIds) {
-  for (const user_id of userIds) {
-    await model.client?.request("POST", `/api/v1/chats/${chat.id}/members`, {
-      user_id,
-    });
-  }
+async function addPeople() {
+  const { chat, given } = people;
+  const chosen = chosenPeople();
+  const alone = chosen.length <= given.length;
+  const hasTitle = !box("people-name").hidden;
+  const title = (hasTitle && field("people-chat-title").value.trim()) || null;
+  if (alone && !title) throw new Error(say(mayBeAlone() ? "chooseOrTitle" : "chooseOne"));
+  if (!chat) await createChat(title, chosen, alone);
+  for (const user_id of chat ? chosen : [])
+    await model.client?.request("POST", `/api/v1/chats/${chat?.id}/members`, { user_id });
+  dialog("people").close();
 }
 
 /**
@@ -2844,58 +2790,54 @@ async function addMembers(chat, userIds) {
  * @param {string | null} title @param {number[]} memberIds @param {boolean} invites
  */
 async function createChat(title, memberIds, invites) {
-  const { client } = model;
+  const { client, chats } = model;
   const direct = !invites && memberIds.length === 1;
   const made = await client?.createChat(
     direct ? { memberIds, direct } : { title, memberIds, clientId: people.key },
   );
   if (!made || client !== model.client) return;
-  const isNew = !model.chats.has(made.id);
+  const isNew = !chats.has(made.id);
   const chat = putChat(made);
   if (isNew) chat.activeAt = Date.now();
   openChat(chat.id);
   route();
-  if (invites) void onInvite();
+  if (invites) onInvite();
 }
 
 /** The members that the info dialog has loaded, by pages. */
 const info = {
   /** user id -> whether that user is online @type {Map<number, boolean>} */
   online: new Map(),
-  /** The last id of a page. */
-  after: 0,
+  /** The next one. */
+  page: {},
   more: true,
 };
 
 function showInfo() {
   info.online.clear();
-  Object.assign(info, { after: 0, more: true });
+  Object.assign(info, { page: {}, more: true });
   setText("info-error", "");
   if (model.open) field("info-mute").checked = isMuted(model.open);
   dialog("info").showModal();
   renderInfo();
-  void loadMembers();
+  loadMembers();
 }
 
 /** Fetches members of the open chat. @param {{ids?: number[]}} [which] or a page */
-async function loadMembers(which) {
-  const { client, open: chat } = model;
-  if (!client || !chat) return;
-  try {
-    const page = info.after ? { after: info.after, limit: 100 } : { limit: 100 };
-    const { members, more } = await client.members(chat.id, which ?? page);
+function loadMembers(which) {
+  void explain("info-error", async () => {
+    const { client, open: chat } = model;
+    if (!client || !chat) return;
+    const { members, more } = await client.members(chat.id, which ?? info.page);
     if (client !== model.client || chat !== model.open) return;
     for (const { user_id, name, online = false } of members) {
       model.names.set(user_id, name);
       info.online.set(user_id, online);
     }
-    if (!which) Object.assign(info, { more, after: members.at(-1)?.user_id });
+    if (!which) Object.assign(info, { more, page: { after: members.at(-1)?.user_id } });
     // An event can tell of a member that the list of chats has counted already.
     if (!info.more && !isWhole(chat)) chat.memberCount = info.online.size;
-  } catch (error) {
-    setText("info-error", errorText(error));
-  }
-  requestRender();
+  });
 }
 
 function renderInfo() {
@@ -2906,7 +2848,9 @@ function renderInfo() {
   const ids = sortedByName(known.keys()).filter((id) => id !== myId());
   const rows = [myId(), ...ids].map((id) => memberRow(chat, id));
   const left = chat.memberCount - rows.length;
-  if (left > 0) rows.push(moreMembersRow(left));
+  const rest = () =>
+    el("li", {}, textButton(say("andMore", { left }), () => loadMembers()));
+  if (left > 0) rows.push({ key: "more", look: String(left), build: rest });
   setText("info-title", chatTitle(chat));
   showRows(box("info-members"), rows);
   button("info-rename").hidden = chat.direct || !create_chats;
@@ -2921,7 +2865,7 @@ function memberRow(chat, id) {
   const online = info.online.get(id) === true;
   const me = id === myId();
   const creator = chat.direct ? null : chat.created_by;
-  const notes = [me && say("you"), id === creator && say("creator")];
+  const notes = [me && say("you"), id === creator && say("creator")].filter(Boolean);
   const removable = !me && creator === myId() && model.server.create_chats;
   return {
     key: String(id),
@@ -2932,39 +2876,28 @@ function memberRow(chat, id) {
       return el(
         "li",
         { class: classes("person", { online }) },
-        personAvatar(id, chat),
-        el("span", { dir: "auto" }, name),
+        ...personCells(id, chat),
         online ? el("span", { class: "sr-only" }, say("online")) : null,
-        el("span", { class: "quiet" }, notes.filter(Boolean).join(", ")),
+        el("span", { class: "quiet" }, notes.join(", ")),
         removable ? remove : null,
       );
     },
   };
 }
 
-/** @param {number} count @returns {Row} */
-function moreMembersRow(count) {
-  const load = () => void loadMembers();
-  return {
-    key: "more",
-    look: String(count),
-    build: () => el("li", {}, textButton(say("andMore", { left: count }), load)),
-  };
-}
-
 function onInfoRename() {
   const { client, open: chat } = model;
   if (!chat) return;
-  void askName(say("rename"), chat.title ?? "", 200, async (text) => {
-    await client?.renameChat(chat.id, text || null);
-    chat.title = text || null;
+  void askName("rename", chat.title, 200, async (text) => {
+    const title = text || null;
+    await client?.renameChat(chat.id, title);
+    chat.title = title;
   });
 }
 
 /** In a direct chat, a group begins. */
 function onInfoAdd() {
   const { open: chat } = model;
-  dialog("info").close();
   if (chat?.direct) choosePeople(null, others(chat));
   else choosePeople(chat);
 }
@@ -2985,7 +2918,6 @@ async function removeMember(chat, userId) {
           title: say("removeTitle", { name: personName(userId) }),
           text: say("removeText") + ends,
           yes: say("remove"),
-          no: say("cancel"),
         },
   );
   if (!sure) return;
@@ -2998,8 +2930,7 @@ async function removeMember(chat, userId) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Notifications. They appear only while the user does not watch the tab, and only after
- * the user has turned them on. A chat can be muted: in this browser, like a draft.
+ * Notifications. A chat can be muted: in this browser, like a draft.
  * ---------------------------------------------------------------------------------- */
 
 async function onNotifyButton() {
@@ -3030,6 +2961,7 @@ const NOTIFY_SECONDS = 1;
 /** @param {ChatView} chat @param {Message} message */
 function notify(chat, message) {
   if (window.Notification?.permission !== "granted" || isWatched()) return;
+  // Another tab may show the message already.
   after(NOTIFY_SECONDS, () => {
     const all = [...chat.messages, chat.last_message];
     const now = all.find((one) => one?.id === message.id) ?? message;
@@ -3039,17 +2971,16 @@ function notify(chat, message) {
 }
 
 /** @param {ChatView} chat @param {Message} message */
-function showNotification(chat, message) {
-  const name = personName(message.sender_id);
-  const { title } = chat;
+function showNotification({ id, title }, { sender_id, content }) {
+  const name = personName(sender_id);
   try {
     const shown = new Notification(title ? say("senderIn", { name, title }) : name, {
-      body: visibleText(message.content).slice(0, 200),
-      tag: `chatd.${myId()}.${chat.id}`, // all tabs of a user share one notification
+      body: visibleText(content).slice(0, 200),
+      tag: `chatd.${myId()}.${id}`, // all tabs of a user share one notification
     });
     shown.addEventListener("click", () => {
       window.focus();
-      location.hash = `#chat/${chat.id}`;
+      location.hash = `#chat/${id}`;
       shown.close();
     });
   } catch {
@@ -3061,14 +2992,7 @@ function showNotification(chat, message) {
  * Start.
  * ---------------------------------------------------------------------------------- */
 
-/** The first connection waits at most this long for the list of chats. */
-const FIRST_LIST_SECONDS = 2;
-
-/**
- * Shows the chats of the session's user and connects. A previous session in this tab
- * ends.
- * @param {Session} session
- */
+/** Ends the tab's session, if it has one, and begins another. @param {Session} session */
 function start(session) {
   if (model.session?.token === session.token) return;
   loading = true;
@@ -3076,108 +3000,117 @@ function start(session) {
   resetModel();
   if (!writeStored("sessionStorage", SESSION_KEY, session)) toast(say("noStorage"));
   const client = new ChatWebSocket({ bearer: session.token });
-  model.session = session;
-  model.client = client;
+  Object.assign(model, { session, client });
   model.names.set(session.user_id, session.name);
   addHandlers(client);
   showScreen("chat");
   requestRender();
   // The socket continues without a gap from the cursor of the list. But a slow list
   // must not delay the connection, nor the notice that there is none.
-  const timeout = new Promise((resolve) => {
-    after(FIRST_LIST_SECONDS, () => resolve(null));
-  });
+  const timeout = new Promise((resolve) => after(2, () => resolve(0)));
   void Promise.race([fetchChats(), timeout]).then(() => {
     if (client === model.client) client.connect();
   });
 }
 
+/**
+ * @param {EventTarget | string} target or its id @param {string} type
+ * @param {(event: any) => void} handle
+ */
+function on(target, type, handle, capture = false) {
+  const node = typeof target === "string" ? box(target) : target;
+  node.addEventListener(type, handle, capture);
+}
+
+/** What the buttons do. @type {Record<string, (event: any) => void>} */
+const CLICKS = {
+  "sign-out": onSignOut,
+  "drafts-delete": onDeleteDrafts,
+  "banner-retry": () => model.client?.retry(),
+  notify: onNotifyButton,
+  skip: onSkip,
+  jump: onJump,
+  "edit-cancel": () => composer.leave(),
+  find: () => search.open(false),
+  "chat-find": () => search.open(true),
+  "search-retry": () => search.retry(),
+  "new-chat": () => choosePeople(null),
+  "empty-start": () => choosePeople(null),
+  "chat-info": showInfo,
+  "info-rename": onInfoRename,
+  "info-add": onInfoAdd,
+  "info-invite": onInvite,
+  "info-leave": () => model.open && removeMember(model.open, myId()),
+  "rename-me": onRenameMe,
+  shortcuts: showKeys,
+  "link-device": onLinkDevice,
+  "link-copy": onLinkCopy,
+  "link-share": onLinkShare,
+  "link-revoke": () => submit("link-error", () => showInvite(true)),
+};
+
 function addListeners() {
-  const on = (
-    /** @type {EventTarget} */ target,
-    /** @type {string} */ type,
-    /** @type {(event: any) => void} */ handle,
-  ) => target.addEventListener(type, handle);
+  for (const [id, press] of Object.entries(CLICKS)) on(id, "click", press);
+  // First, so that the focus is back when a button opens something else.
+  on(document, "click", onClosingClick, true);
   on(window, "hashchange", onHash);
   if (signedOut) on(signedOut, "message", onSignedOutElsewhere);
   on(window, "beforeunload", onBeforeUnload);
+  on(window, "pagehide", releaseAll);
   on(window, "storage", onDraftElsewhere);
   on(window, "storage", requestRender);
   on(document, "keydown", onShortcut);
+  on(document, "keydown", onSearchKey);
   // Renders at once: a tab that is hidden now may never get the requested frame.
   on(document, "visibilitychange", onWatched);
   on(window, "focus", onWatched);
-  on(box("sign-in-form"), "submit", onSignInForm);
-  on(box("join-form"), "submit", onJoinForm);
-  on(button("sign-out"), "click", () => void onSignOut());
-  on(box("me-panel"), "toggle", showDrafts);
-  on(button("drafts-delete"), "click", () => void onDeleteDrafts());
-  on(button("banner-retry"), "click", () => model.client?.retry());
-  on(button("notify"), "click", () => void onNotifyButton());
-  on(box("bell-list"), "click", () => box("bell-panel").hidePopover());
-  on(box("skip"), "click", onSkip);
-  on(button("jump"), "click", onJump);
-  on(box("scroller"), "scroll", () => pane.onScroll());
-  on(box("scroller"), "keydown", onMessagesKey);
-  on(box("messages"), "click", ({ target }) => {
+  on("sign-in-form", "submit", onSignInForm);
+  on("join-form", "submit", onJoinForm);
+  on("me-panel", "toggle", showDrafts);
+  on("scroller", "scroll", () => pane.onScroll());
+  on("scroller", "keydown", onMessagesKey);
+  on("messages", "click", ({ target }) => {
     if (target.closest(".more")) openActions(target.closest("li"));
   });
-  on(box("messages"), "pointerdown", onTouch);
-  on(box("messages"), "contextmenu", (event) => {
+  on("messages", "click", onTick);
+  on("messages", "copy", onCopy);
+  on("messages", "pointerdown", onTouch);
+  on("messages", "contextmenu", (event) => {
     if (isTouchOfText(event)) event.preventDefault();
   });
   // The touch that opens the menu clicks on nothing in it.
-  on(box("messages"), "touchend", (event) => {
+  on("messages", "touchend", (event) => {
     if (box("menu").matches(":popover-open")) event.preventDefault();
   });
   for (const type of ["pointerup", "pointercancel"])
     on(window, type, () => clearTimeout(longTouch));
-  on(box("menu"), "keydown", onMenuKey);
-  on(button("edit-cancel"), "click", () => composer.leave());
-  on(window, "pagehide", releaseAll);
-  on(box("composer"), "submit", (event) => composer.send(event));
-  on(composer.field, "input", () => composer.onInput());
-  on(composer.field, "keydown", (event) => composer.onKey(event));
+  on("menu", "keydown", onMenuKey);
+  on("composer", "submit", (event) => composer.send(event));
+  on("composer-text", "input", () => composer.onInput());
+  on("composer-text", "keydown", (event) => composer.onKey(event));
   // The focus stays in the field, or else a phone would close its keyboard.
   for (const id of ["send", "jump", "edit-cancel"])
-    on(button(id), "mousedown", (event) => event.preventDefault());
-  on(document, "keydown", onSearchKey);
-  on(button("find"), "click", () => search.open(false));
-  on(button("chat-find"), "click", () => search.open(true));
-  on(field("search-text"), "input", () => search.start());
-  on(field("search-here"), "change", () => search.start());
-  on(dialog("search"), "keydown", (event) => search.onKey(event));
-  on(box("search-list"), "click", (event) => search.onClick(event));
-  on(box("search-list"), "scroll", () => requestRender());
-  on(button("search-retry"), "click", () => search.retry());
-  on(button("new-chat"), "click", () => choosePeople(null));
-  on(button("empty-start"), "click", () => choosePeople(null));
-  on(box("people-form"), "submit", onPeopleForm);
-  on(box("people-form"), "input", onChoice);
-  on(field("people-filter"), "keydown", onFilterKey);
-  on(button("chat-info"), "click", showInfo);
-  on(box("messages"), "click", onTick);
-  on(box("messages"), "copy", onCopy);
-  on(button("info-rename"), "click", onInfoRename);
-  on(button("info-add"), "click", onInfoAdd);
-  on(button("info-invite"), "click", () => void onInvite());
-  on(field("info-mute"), "change", onMute);
-  on(button("info-leave"), "click", () => {
-    if (model.open) void removeMember(model.open, myId());
-  });
-  on(button("rename-me"), "click", onRenameMe);
-  on(button("shortcuts"), "click", showKeys);
-  on(button("link-device"), "click", () => void onLinkDevice());
-  for (const node of document.querySelectorAll(".close"))
-    on(node, "click", () => node.closest("dialog")?.close());
-  on(button("link-copy"), "click", onLinkCopy);
-  on(button("link-share"), "click", onLinkShare);
-  const revoke = () => submit("link-error", () => showInvite(true));
-  on(button("link-revoke"), "click", () => void revoke());
+    on(id, "mousedown", (event) => event.preventDefault());
+  on("search-text", "input", () => search.start());
+  on("search-here", "change", () => search.start());
+  on("search", "keydown", (event) => search.onKey(event));
+  on("search-list", "click", (event) => search.onClick(event));
+  on("search-list", "scroll", requestRender);
+  on("people-form", "submit", onPeopleForm);
+  on("people-form", "input", onChoice);
+  on("people-filter", "keydown", onFilterKey);
+  on("info-mute", "change", onMute);
   const observer = new ResizeObserver(() => pane.onResize());
   for (const id of ["scroller", "messages"]) observer.observe(box(id));
   if (window.visualViewport) on(window.visualViewport, "resize", onViewport);
   setInterval(onSecond, 1000);
+}
+
+/** A panel closes with a choice in it, a dialog with some buttons. @param {any} event */
+function onClosingClick({ target }) {
+  const choice = target.closest("#me-panel button, #bell-list a, #menu button");
+  choice?.closest("[popover]").hidePopover();
+  target.closest(".close")?.closest("dialog").close();
 }
 
 /** Dialogs and panels close by themselves. @param {any} event of a key */
@@ -3198,7 +3131,6 @@ function onShortcut(event) {
 }
 
 function showKeys() {
-  box("me-panel").hidePopover();
   dialog("keys").showModal();
 }
 
@@ -3229,8 +3161,7 @@ function onViewport() {
   const view = window.visualViewport;
   if (!view || view.scale > 1.01) return;
   const covered = view.height < window.innerHeight - 1;
-  if (covered) box("chat").style.setProperty("--view-height", `${view.height}px`);
-  else box("chat").style.removeProperty("--view-height");
+  box("chat").style.setProperty("--view-height", covered ? `${view.height}px` : "");
   window.scrollTo(0, 0);
 }
 
