@@ -443,7 +443,7 @@ async function onSignOut() {
   if (count > 0 && !(await ask(question))) return;
   signedOut?.postMessage(myId());
   model.client?.forget();
-  const kept = drafts.keys().length > 0;
+  const kept = drafts.chatIds().length > 0;
   endSession(say("signedOut") + (kept ? ` ${say("draftsStay")}` : ""));
 }
 
@@ -1733,6 +1733,7 @@ function selectChat(chat) {
   box("messages").replaceChildren();
   pane.unfolded.clear();
   Object.assign(pane, { drawn: Infinity, follow: true, goTo: "start", at: undefined });
+  drafts.prune();
   composer.show(chat);
   if (!chat) return;
   chat.divider = unread(chat) > 0 ? chat.read_n : null;
@@ -1773,7 +1774,6 @@ function moveFocus(before) {
 
 /* -------------------------------------------------------------------------------------
  * Changing. An edit or a deletion waits like a message, and the row shows what will be.
- * A deletion is held for some seconds before, and can be undone.
  * ---------------------------------------------------------------------------------- */
 
 /** Message id -> timer that sends its deletion. @type {Map<number, number>} */
@@ -1781,8 +1781,7 @@ const held = new Map();
 
 /** The newest unsent change of a message. @param {number} id */
 function changeOf(id) {
-  const changes = model.client?.unsentChanges() ?? [];
-  return changes.filter(({ message_id }) => message_id === id).at(-1);
+  return model.client?.unsentChanges().findLast((change) => change.message_id === id);
 }
 
 /** A message as it will be. @param {Message} message */
@@ -1795,10 +1794,12 @@ function shown({ id, content, deleted = false }) {
 }
 
 /** @param {Message} message */
-function mayEdit({ sender_id, created_at, deleted }) {
+function mayEdit(message) {
+  const { sender_id, created_at, deleted } = message;
+  const seconds = (Date.now() - Date.parse(created_at)) / 1000;
   const { edit_seconds = 0 } = model.server;
-  const left = Date.parse(created_at) + (edit_seconds ?? Infinity) * 1000 - Date.now();
-  return sender_id === myId() && !deleted && left > 0;
+  const inTime = seconds < (edit_seconds ?? Infinity);
+  return sender_id === myId() && inTime && !deleted && !shown(message).deleted;
 }
 
 /** A message of the open chat. @param {number} id */
@@ -1813,21 +1814,20 @@ function openActions(row) {
   const chat = model.open;
   const message = messageOf(Number(row.dataset["id"]));
   if (!anchor || !chat || !message) return;
-  const copy = { text: say("copy"), press: () => copyText(shown(message).content) };
-  const edit = { text: say("edit"), press: () => composer.change(message) };
-  const remove = { text: say("delete"), press: () => hold(message.id), danger: true };
-  const owner = !chat.direct && chat.created_by === myId() && !message.deleted;
-  const readers = { text: say("readers"), press: () => showReaders(chat, message) };
+  const { id, sender_id } = message;
+  const copy = () => copyText(shown(message).content);
+  const isReadable = sender_id === myId() && knowsReaders(chat);
+  const isCreator = !chat.direct && chat.created_by === myId();
   const editable = mayEdit(message);
-  showMenu(anchor, [
-    copy,
-    ...(editable ? [edit] : []),
-    ...(message.sender_id === myId() && knowsReaders(chat) ? [readers] : []),
-    ...(editable || owner ? [remove] : []),
-  ]);
+  const items = [
+    { text: say("copy"), press: copy },
+    editable && { text: say("edit"), press: () => composer.change(message) },
+    isReadable && { text: say("readers"), press: () => showReaders(chat, message) },
+    (editable || isCreator) && { text: say("delete"), press: () => hold(id), danger: true },
+  ];
+  showMenu(anchor, items.filter((item) => item !== false));
 }
 
-const LONG_TOUCH_SECONDS = 0.5;
 let longTouch = 0;
 
 /** The browser has a menu of its own for a link. @param {PointerEvent} event */
@@ -1840,35 +1840,17 @@ function onTouch(event) {
   clearTimeout(longTouch);
   const row = event.target.closest("li");
   if (!row || !isTouchOfText(event)) return;
-  longTouch = after(LONG_TOUCH_SECONDS, () => {
+  longTouch = after(0.5, () => {
     openActions(row);
     // Or else the menu would close when the finger is lifted outside of it.
     box("menu").setPointerCapture(event.pointerId);
   });
 }
 
-/** Up and down move between the messages. @param {KeyboardEvent} event */
-function onMessagesKey(event) {
-  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-  /** @type {NodeListOf<HTMLElement>} */
-  const found = box("messages").querySelectorAll(".more");
-  const all = [...found];
-  const end = box("scroller").getBoundingClientRect().bottom;
-  const visible = all.filter((node) => node.getBoundingClientRect().bottom <= end);
-  const at = all.findIndex((node) => node === document.activeElement);
-  const next = at < 0 ? visible.at(-1) : all[at + (step ?? 0)];
-  if (!step || !next) return;
-  event.preventDefault();
-  next.focus();
-}
-
-const UNDO_SECONDS = 5;
-
-/** @param {number} id */
+/** Deletes a message in five seconds. @param {number} id */
 function hold(id) {
   if (model.open?.editing?.id === id) composer.leave();
-  const timer = after(UNDO_SECONDS, () => release(id));
-  held.set(id, timer);
+  held.set(id, after(5, () => release(id)));
   requestRender();
 }
 
@@ -1897,22 +1879,28 @@ function copyText(text) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Drafts (drafts.js) survive a reload, the end of the session and a sign-out in any tab;
- * the panel of the account shows how many there are, and deletes them.
+ * Drafts. The panel of the account shows how many there are, and deletes them.
  * ---------------------------------------------------------------------------------- */
 
-const drafts = new Drafts(attempt(() => localStorage) ?? null, myId);
+const drafts = new Drafts(openStorage(), myId);
 
-/** @param {StorageEvent} event */
-function onDraftElsewhere(event) {
-  const shown = composer.field.value;
-  const text = drafts.follow(event, model.open ? composer.draftId(model.open) : 0, shown);
-  if (text !== shown) composer.setText(text);
+function openStorage() {
+  try {
+    return localStorage;
+  } catch {
+    return null; // it is forbidden
+  }
+}
+
+/** Or else a text that another tab has sent would stay. @param {StorageEvent} event */
+function onStorage({ key }) {
+  const { open } = model;
+  if (open && key === drafts.key(composer.draftId(open))) composer.show(open);
   requestRender();
 }
 
 function showDrafts() {
-  const count = drafts.keys().length;
+  const count = drafts.chatIds().length;
   box("drafts").hidden = count === 0;
   setText("drafts-text", say("draftsHere", { count }));
 }
@@ -1922,21 +1910,16 @@ async function onDeleteDrafts() {
     title: say("deleteDraftsTitle"),
     text: say("deleteDraftsText"),
     yes: say("deleteDrafts"),
-    no: say("cancel"),
   });
   if (!sure) return;
-  for (const key of drafts.keys()) drafts.set(Number(key.split(".").at(-1)), "");
+  for (const id of drafts.chatIds()) drafts.set(id, "");
   composer.show(model.open);
   requestRender();
 }
 
 /* -------------------------------------------------------------------------------------
- * Writing. The composer owns its field: the text, the height, the draft, the counter,
- * what Enter means, and sending. Nothing else writes to the field.
+ * Writing. Only the composer writes to its field.
  * ---------------------------------------------------------------------------------- */
-
-/** The composer counts from this part of the longest message on. */
-const COUNT_FROM = 0.9;
 
 const composer = {
   field: byId("composer-text", HTMLTextAreaElement),
@@ -1946,14 +1929,14 @@ const composer = {
     return editing ? -editing.id : id;
   },
 
-  /** Shows the draft of a chat. @param {ChatView | null} chat */
+  /** @param {ChatView | null} chat */
   show(chat) {
-    drafts.prune();
     const draft = chat && drafts.get(this.draftId(chat));
-    this.setText(draft || (chat?.editing?.content ?? ""));
+    this.field.value = draft || (chat?.editing?.content ?? "");
+    this.fit();
   },
 
-  /** Says what the field is for. @param {ChatView} chat */
+  /** @param {ChatView} chat */
   showMode({ editing }) {
     box("edit-bar").hidden = !editing;
     button("send").ariaLabel = say(editing ? "save" : "send");
@@ -1964,49 +1947,41 @@ const composer = {
     setText("edit-text", `${say("editing")} ${news}`);
   },
 
-  /** @param {string} text */
-  setText(text) {
-    this.field.value = text;
-    this.fit();
-  },
-
-  /**
-   * Gives style.css a copy of the text, which makes the field as high as its text. (To
-   * measure the field, it would have to become low first: that moves the messages.)
-   * Counts the characters when there is little room left.
-   */
   fit() {
-    box("composer-box").dataset["text"] = this.field.value;
-    const used = countCharacters(sendable(this.field.value));
+    const { value } = this.field;
+    // style.css makes the field as high as this copy. To measure the field, it would
+    // have to become low first, and that moves the messages.
+    box("composer-box").dataset["text"] = value;
     const most = model.maxCharacters;
-    const text =
-      used > most ? say("over", { count: used - most }) : say("used", { used, most });
-    setText("composer-count", used < COUNT_FROM * most ? "" : text);
-    box("composer-count").classList.toggle("over", used > most);
+    const used = countCharacters(sendable(value));
+    const over = used - most;
+    const text = over > 0 ? say("over", { count: over }) : say("used", { used, most });
+    setText("composer-count", used < 0.9 * most ? "" : text);
+    box("composer-count").classList.toggle("over", over > 0);
   },
 
   onInput() {
     this.fit();
-    if (!model.open) return;
-    const { editing, id } = model.open;
+    const chat = model.open;
+    if (!chat) return;
     const { value } = this.field;
-    drafts.set(this.draftId(model.open), value === editing?.content ? "" : value);
-    if (!editing) model.client?.sendTyping(id, !isBlank(value));
+    drafts.set(this.draftId(chat), value === chat.editing?.content ? "" : value);
+    if (!chat.editing) model.client?.sendTyping(chat.id, !isBlank(value));
   },
 
-  /**
-   * Enter sends the message. With Shift, or on a touch keyboard, it begins a new line.
-   * @param {KeyboardEvent} event
-   */
+  /** @param {KeyboardEvent} event */
   onKey(event) {
-    if (isComposing(event)) return;
-    const enter = event.key === "Enter" && !event.shiftKey;
-    if (enter && !matchMedia("(pointer: coarse)").matches) return this.send(event);
+    const { key, shiftKey } = event;
     const { editing = null, messages = [] } = model.open ?? {};
-    if (event.key === "Escape" && editing) this.leave();
-    if (event.key !== "ArrowUp" || editing || this.field.value) return;
-    const last = messages.filter((one) => mayEdit(one) && !shown(one).deleted).at(-1);
-    if (!last) return;
+    if (isComposing(event)) return;
+    const touch = matchMedia("(pointer: coarse)").matches;
+    if (key === "Enter" && !shiftKey && !touch) return this.send(event);
+    if (key === "Escape" && editing) {
+      event.preventDefault(); // or else the chat would close, too
+      return this.leave();
+    }
+    const last = messages.findLast(mayEdit);
+    if (key !== "ArrowUp" || editing || this.field.value || !last) return;
     event.preventDefault();
     this.change(last);
   },
@@ -2025,23 +2000,24 @@ const composer = {
     chat.divider = null;
     chat.activeAt = Date.now();
     model.client?.sendTyping(chat.id, false);
-    if (model.client) drafts.send(model.client, chat.id, content);
-    this.setText("");
+    model.client?.send(chat.id, content); // first: a crash must not lose the text
+    drafts.set(chat.id, "");
+    this.show(chat);
     pane.showLatest();
     requestRender();
   },
 
-  /** Takes a message, or its failed edit, into the field. @param {Message} message */
+  /** Takes a message, or its unsent edit, into the field. @param {Message} message */
   change(message) {
     const chat = model.open;
     if (!chat) return;
-    let { content } = message;
     const change = changeOf(message.id);
-    if (change?.state === "failed") {
+    const waits = change?.state === "sending";
+    chat.editing = { ...message, content: waits ? change.content : message.content };
+    if (change && !waits) {
       if (change.content) drafts.set(-message.id, change.content);
       model.client?.discard(change.client_id);
-    } else if (change) content = change.content;
-    chat.editing = { ...message, content };
+    }
     this.show(chat);
     this.field.focus();
     requestRender();
@@ -2051,9 +2027,8 @@ const composer = {
   async save(before, content) {
     const { id } = before;
     if (isBlank(content)) {
-      const [yes, no] = [say("delete"), say("cancel")];
-      const text = say("deleteText");
-      if (await ask({ title: say("deleteTitle"), text, yes, no })) hold(id);
+      const [title, text, yes] = [say("deleteTitle"), say("deleteText"), say("delete")];
+      if (await ask({ title, text, yes })) hold(id);
       return;
     }
     // The user's edit before this one may have been stored meanwhile.
@@ -2076,35 +2051,28 @@ const composer = {
   },
 
   /** Takes a refused text back into the field. @param {Delivery} delivery */
-  edit(delivery) {
-    const message = messageOf(delivery.message_id);
+  edit({ message_id, chat_id, client_id, content }) {
+    const message = messageOf(message_id);
     if (message) return this.change(message);
     if (model.open?.editing || !isBlank(this.field.value)) {
       toast(say("writingAnother"));
-    } else if (model.client) {
-      drafts.takeBack(model.client, delivery);
-      this.setText(delivery.content);
+    } else {
+      drafts.set(chat_id, content);
+      model.client?.discard(client_id);
+      this.show(model.open);
     }
     this.field.focus();
   },
 };
 
-/** All control characters but tab, line feed and carriage return. */
-const CONTROL_CHARACTERS = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
-
-/**
- * The text as it is sent: without the control characters of a terminal, empty lines
- * before it and white space after it. The first line keeps its indent.
- * @param {string} text
- */
+/** The first line keeps its indent. @param {string} text */
 function sendable(text) {
-  const clean = text.replace(CONTROL_CHARACTERS, "").trimEnd();
+  const clean = text.replace(/[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g, "").trimEnd();
   return clean.replace(/^\s*\n/, "");
 }
 
 /**
- * Whether a key belongs to an input method. Safari reports the Enter that ends a
- * composition after its end, with the key code 229.
+ * Safari reports the Enter that ends a composition after its end, with the key code 229.
  * @param {KeyboardEvent} event
  */
 function isComposing(event) {
@@ -2115,9 +2083,6 @@ function isComposing(event) {
  * Search. Each request looks back for a moment. A render lets the search go on while
  * the end of the list is on the screen.
  * ---------------------------------------------------------------------------------- */
-
-/** A search begins when the user has paused for this long. */
-const SEARCH_PAUSE_SECONDS = 0.3;
 
 const search = {
   q: "",
@@ -2146,9 +2111,9 @@ const search = {
     requestRender();
     if (!again && q === this.q && chatId === this.chatId) return;
     this.running.abort();
-    this.running = new AbortController();
-    Object.assign(this, { q, chatId, found: [], before: q ? undefined : null });
-    this.retry(SEARCH_PAUSE_SECONDS);
+    const running = new AbortController();
+    Object.assign(this, { q, chatId, running, found: [], before: q ? undefined : null });
+    this.retry(0.3); // the user may go on typing
   },
 
   retry(seconds = 0) {
@@ -2168,8 +2133,7 @@ const search = {
     this.busy = true;
     try {
       const q = this.q.split(/\s+/, 8).join(" "); // the server takes no more words
-      const where = chatId ? { chatId } : {};
-      const what = { q, before: before ?? null, ...where };
+      const what = { q, before: before ?? null, ...(chatId && { chatId }) };
       const answer = await model.client?.search(what, signal);
       if (signal.aborted || !answer) return;
       this.found.push(...answer.messages);
@@ -2203,7 +2167,7 @@ const search = {
     const count = found.length;
     const result = count ? say("found", { count }) : say("foundNothing");
     const text = error || (this.busy ? say("searching") : result);
-    box("search-status").setAttribute("aria-busy", String(this.busy)); // not read out
+    box("search-status").ariaBusy = String(this.busy); // not read out
     setText("search-status", q && `${text} ${before ? this.searchedBack(before) : ""}`);
     button("search-retry").hidden = !error;
   },
@@ -2244,16 +2208,10 @@ const search = {
     };
   },
 
-  /** @param {KeyboardEvent} event */
-  onKey(event) {
-    /** @type {HTMLElement[]} */
-    const stops = [field("search-text"), ...box("search-list").querySelectorAll("a")];
-    const at = stops.findIndex((node) => node === document.activeElement);
-    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (step) stops[at + step]?.focus();
-    else if (event.key !== "Enter" || at !== 0 || isComposing(event)) return;
-    else stops[1]?.click();
+  /** Opens the first result. @param {Event} event */
+  onSubmit(event) {
     event.preventDefault();
+    box("search-list").querySelector("a")?.click();
   },
 
   /** The address may have been the same before. @param {Event} event */
@@ -2271,13 +2229,20 @@ function isCalled(chat, q) {
   return folded([chatTitle(chat), ...names].join()).includes(folded(q));
 }
 
-/** @param {KeyboardEvent} event */
-function onSearchKey(event) {
-  const { key, code, ctrlKey, metaKey, shiftKey, altKey } = event;
-  const isCommand = (ctrlKey || metaKey) && !shiftKey && !altKey;
-  if (!isCommand || (key !== "k" && code !== "KeyK") || box("chat").hidden) return;
+/** Up and down move between the rows of a list, or the messages. @param {any} event */
+function onListKey(event) {
+  const list = event.target.closest("#chat-list, #bell-list, #search, #scroller");
+  const step = { ArrowUp: -1, ArrowDown: 1 }[/** @type {string} */ (event.key)];
+  if (!list || !step) return;
+  /** @type {HTMLElement[]} */
+  const stops = [...list.querySelectorAll("#search-text, .row, .more")];
+  const at = stops.indexOf(event.target);
+  const { bottom } = list.getBoundingClientRect();
+  const visible = stops.filter((node) => node.getBoundingClientRect().bottom <= bottom);
+  const next = at < 0 ? visible.at(-1) : stops[at + step];
+  if (!next) return;
   event.preventDefault();
-  if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
+  next.focus();
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2858,10 +2823,8 @@ function addListeners() {
   if (signedOut) on(signedOut, "message", onSignedOutElsewhere);
   on(window, "beforeunload", onBeforeUnload);
   on(window, "pagehide", releaseAll);
-  on(window, "storage", onDraftElsewhere);
-  on(window, "storage", requestRender);
+  on(window, "storage", onStorage);
   on(document, "keydown", onShortcut);
-  on(document, "keydown", onSearchKey);
   // Renders at once: a tab that is hidden now may never get the requested frame.
   on(document, "visibilitychange", onWatched);
   on(window, "focus", onWatched);
@@ -2869,7 +2832,6 @@ function addListeners() {
   on("join-form", "submit", onJoinForm);
   on("me-panel", "toggle", showDrafts);
   on("scroller", "scroll", () => pane.onScroll());
-  on("scroller", "keydown", onMessagesKey);
   on("messages", "click", ({ target }) => {
     if (target.closest(".more")) openActions(target.closest("li"));
   });
@@ -2894,7 +2856,7 @@ function addListeners() {
     on(id, "mousedown", (event) => event.preventDefault());
   on("search-text", "input", () => search.start());
   on("search-here", "change", () => search.start());
-  on("search", "keydown", (event) => search.onKey(event));
+  on("search", "submit", (event) => search.onSubmit(event));
   on("search-list", "click", (event) => search.onClick(event));
   on("search-list", "scroll", requestRender);
   on("people-form", "submit", onPeopleForm);
@@ -2916,15 +2878,15 @@ function onClosingClick({ target }) {
 
 /** Dialogs and panels close by themselves. @param {any} event of a key */
 function onShortcut(event) {
-  const { key, target } = event;
+  const { key, code, ctrlKey, metaKey, shiftKey, altKey, target } = event;
   if (event.defaultPrevented || isComposing(event)) return;
-  /** @type {Record<string, string>} */
-  const steps = { ArrowDown: "nextSibling", ArrowUp: "previousSibling" };
-  const to = steps[key];
-  const row = to && target.closest(".rows > li")?.[to];
-  if (row) {
+  onListKey(event);
+  const isCommand = (ctrlKey || metaKey) && !shiftKey && !altKey;
+  // Of a keyboard with other letters, the code says which key it is.
+  const isSearch = isCommand && (key === "k" || code === "KeyK");
+  if (isSearch && !box("chat").hidden) {
     event.preventDefault();
-    row.querySelector("a").focus();
+    if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
   }
   if (document.querySelector("dialog[open], :popover-open")) return;
   if (key === "Escape" && model.open) location.hash = "#chats";
