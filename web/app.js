@@ -4,8 +4,8 @@
  * render writes to the page. Text that users have written enters it as textContent.
  *
  * @import { Action, Attributes, Banners, Chat, ChatEventHandlers, ChatEvents, ChatView, Child,
- *   Delivery, EventHandlers, Key, LastLine, Message, Model, NotDone, Pane, Row, Session,
- *   StorageName, Tick } from "./page.js"
+ *   Composer, Delivery, EventHandlers, Key, LastLine, Message, Model, NotDone, Pane, Row,
+ *   Search, Session, StorageName, Tick } from "./page.js"
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 import { Drafts } from "./drafts.js";
@@ -1802,9 +1802,8 @@ function messageOf(id) {
   return model.open?.messages.find((message) => message.id === id);
 }
 
-/** Opens the menu of a message. @param {HTMLElement} row */
+/** @param {HTMLElement} row */
 function openActions(row) {
-  /** @type {HTMLElement | null} */
   const anchor = row.querySelector(".more");
   const chat = model.open;
   const message = messageOf(Number(row.dataset["id"]));
@@ -1825,12 +1824,12 @@ function openActions(row) {
 
 let longTouch = 0;
 
-/** The browser has a menu of its own for a link. @param {PointerEvent} event */
+/** The browser has a menu of its own for a link. @param {any} event */
 function isTouchOfText({ pointerType, target }) {
-  return pointerType === "touch" && !(/** @type {Element} */ (target).closest("a, button"));
+  return pointerType === "touch" && !target.closest("a, button");
 }
 
-/** iOS reports no long touch. @param {PointerEvent & {target: Element}} event */
+/** iOS reports no long touch. @param {any} event */
 function onTouch(event) {
   clearTimeout(longTouch);
   const row = event.target.closest("li");
@@ -1877,15 +1876,7 @@ function copyText(text) {
  * Drafts. The panel of the account shows how many there are, and deletes them.
  * ---------------------------------------------------------------------------------- */
 
-const drafts = new Drafts(openStorage(), myId);
-
-function openStorage() {
-  try {
-    return localStorage;
-  } catch {
-    return null; // it is forbidden
-  }
-}
+const drafts = new Drafts(attempt(() => localStorage) ?? null, myId);
 
 /** Or else a text that another tab has sent would stay. @param {StorageEvent} event */
 function onStorage({ key }) {
@@ -1916,22 +1907,20 @@ async function onDeleteDrafts() {
  * Writing. Only the composer writes to its field.
  * ---------------------------------------------------------------------------------- */
 
+/** @type {Composer} */
 const composer = {
   field: byId("composer-text", HTMLTextAreaElement),
 
-  /** An edit has a draft of its own. @param {ChatView} chat */
   draftId({ id, editing }) {
     return editing ? -editing.id : id;
   },
 
-  /** @param {ChatView | null} chat */
   show(chat) {
     const draft = chat && drafts.get(this.draftId(chat));
     this.field.value = draft || (chat?.editing?.content ?? "");
     this.fit();
   },
 
-  /** @param {ChatView} chat */
   showMode({ editing }) {
     box("edit-bar").hidden = !editing;
     button("send").ariaLabel = say(editing ? "save" : "send");
@@ -1964,7 +1953,6 @@ const composer = {
     if (!chat.editing) model.client?.sendTyping(chat.id, !isBlank(value));
   },
 
-  /** @param {KeyboardEvent} event */
   onKey(event) {
     const { key, shiftKey } = event;
     const { editing = null, messages = [] } = model.open ?? {};
@@ -1981,7 +1969,6 @@ const composer = {
     this.change(last);
   },
 
-  /** @param {Event} event */
   send(event) {
     event.preventDefault();
     const chat = model.open;
@@ -2002,7 +1989,6 @@ const composer = {
     requestRender();
   },
 
-  /** Takes a message, or its unsent edit, into the field. @param {Message} message */
   change(message) {
     const chat = model.open;
     if (!chat) return;
@@ -2018,7 +2004,6 @@ const composer = {
     requestRender();
   },
 
-  /** @param {Message} before what is edited @param {string} content */
   async save(before, content) {
     const { id } = before;
     if (isBlank(content)) {
@@ -2034,7 +2019,6 @@ const composer = {
     this.leave();
   },
 
-  /** Ends an edit and shows the draft again. */
   leave() {
     const chat = model.open;
     if (!chat?.editing) return;
@@ -2045,7 +2029,6 @@ const composer = {
     requestRender();
   },
 
-  /** Takes a refused text back into the field. @param {Delivery} delivery */
   edit({ message_id, chat_id, client_id, content }) {
     const message = messageOf(message_id);
     if (message) return this.change(message);
@@ -2079,20 +2062,17 @@ function isComposing(event) {
  * the end of the list is on the screen.
  * ---------------------------------------------------------------------------------- */
 
+/** @type {Search} */
 const search = {
   q: "",
-  /** 0: in all chats */
   chatId: 0,
-  /** @type {Message[]} */
   found: [],
-  /** It goes on before this id; null: no further. @type {number | null | undefined} */
   before: null,
   busy: false,
   error: "",
   timer: 0,
   running: new AbortController(),
 
-  /** @param {boolean} here in the open chat */
   open(here) {
     field("search-here").checked = here;
     if (!dialog("search").open) dialog("search").showModal();
@@ -2133,8 +2113,8 @@ const search = {
       if (signal.aborted || !answer) return;
       this.found.push(...answer.messages);
       this.before = answer.before;
-      for (const chat of model.chats.values()) {
-        const here = answer.messages.filter(({ chat_id }) => chat_id === chat.id);
+      for (const [id, chat] of model.chats) {
+        const here = answer.messages.filter(({ chat_id }) => chat_id === id);
         void learnNames(chat, here.map(({ sender_id }) => sender_id));
       }
     } catch (error) {
@@ -2167,7 +2147,6 @@ const search = {
     button("search-retry").hidden = !error;
   },
 
-  /** An answer says only the id up to which it has looked. @param {number} before */
   searchedBack(before) {
     const last = sortedChats().flatMap((chat) => chat.last_message ?? []);
     const later = [...this.found, ...last].filter(({ id }) => id >= before);
@@ -2175,45 +2154,36 @@ const search = {
     return when ? say("searchedBack", { when: shortTime(when) }) : "";
   },
 
-  /** @param {Message} message @returns {Row} */
   row({ id, chat_id, sender_id, created_at, content, rev }) {
     const { q, chatId } = this;
     const chat = model.chats.get(chat_id);
     const name = personName(sender_id);
     const names = [...new Set([name, chat && !chatId ? chatTitle(chat) : name])];
     const when = shortTime(created_at);
-    const text = () => markedNode(visibleText(content), q);
-    const bdi = (/** @type {string} */ one) => el("bdi", {}, one);
-    return {
-      key: `m ${id}`,
-      look: JSON.stringify([names, when, rev, q]),
-      build: () =>
-        el(
-          "li",
-          {},
-          el(
-            "a",
-            { class: "row found", href: `#chat/${chat_id}/${id}` },
-            personAvatar(sender_id),
-            el("span", { class: "row-title" }, ...names.map(bdi)),
-            el("span", { class: "row-time" }, when),
-            el("span", { class: "row-last", dir: "auto" }, text()),
-          ),
-        ),
+    const build = () => {
+      const marked = markedNode(visibleText(content), q);
+      const link = el(
+        "a",
+        { class: "row found", href: `#chat/${chat_id}/${id}` },
+        personAvatar(sender_id),
+        el("span", { class: "row-title" }, ...names.map((one) => el("bdi", {}, one))),
+        el("span", { class: "row-time" }, when),
+        el("span", { class: "row-last", dir: "auto" }, marked),
+      );
+      return el("li", {}, link);
     };
+    return { key: `m ${id}`, look: JSON.stringify([names, when, rev, q]), build };
   },
 
-  /** Opens the first result. @param {Event} event */
   onSubmit(event) {
     event.preventDefault();
     box("search-list").querySelector("a")?.click();
   },
 
-  /** The address may have been the same before. @param {Event} event */
   onClick({ target, currentTarget }) {
     if (target === currentTarget) return;
     dialog("search").close();
-    pane.at = undefined;
+    pane.at = undefined; // the address may stay the same
     after(0, route);
   },
 };
@@ -2358,13 +2328,12 @@ function onLinkShare() {
   navigator.share({ url: field("link-url").value }).catch(() => {});
 }
 
-/** What the menu belongs to. @type {HTMLElement | null} */
+/** What the menu belongs to. @type {Element | null} */
 let menuAnchor = null;
 
 /**
  * Shows a menu at an element. The focus goes in, and back when the menu closes.
- * @param {HTMLElement} anchor
- * @param {{text: string, press: () => void, danger?: boolean}[]} items
+ * @param {Element} anchor @param {Action[]} items
  */
 function showMenu(anchor, items) {
   const menu = box("menu");

@@ -96,7 +96,7 @@ export function markedNode(content, query) {
   const parts = all.replace(new RegExp(pattern, "g"), "\x01$&\x02").split("\0");
   const first = parts.findIndex((part) => part.includes("\x01"));
   const start = Math.max(0, first - 30);
-  const node = make("span", start > 0 ? "…" : "", { dir: "auto" });
+  const node = make("span", start > 0 ? "…" : "");
   let target = node;
   letters.slice(start, start + 200).forEach((letter, i) => {
     const part = parts[start + i] ?? "";
