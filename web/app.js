@@ -1933,8 +1933,7 @@ const composer = {
 
   fit() {
     const { value } = this.field;
-    // style.css makes the field as high as this copy. To measure the field, it would
-    // have to become low first, and that moves the messages.
+    // style.css makes the field as high as this copy: to measure it moves the messages.
     box("composer-box").dataset["text"] = value;
     const most = model.maxCharacters;
     const used = countCharacters(sendable(value));
@@ -2203,8 +2202,9 @@ function onListKey(event) {
   const stops = [...list.querySelectorAll("#search-text, .row, .more")];
   const at = stops.indexOf(event.target);
   const { bottom } = list.getBoundingClientRect();
-  const visible = stops.filter((node) => node.getBoundingClientRect().bottom <= bottom);
-  const next = at < 0 ? visible.at(-1) : stops[at + step];
+  const visible = (/** @type {Element} */ one) =>
+    one.getBoundingClientRect().bottom <= bottom;
+  const next = at < 0 ? stops.findLast(visible) : stops[at + step];
   if (!next) return;
   event.preventDefault();
   next.focus();
