@@ -3,9 +3,8 @@
  * app.js: chatd's page (docs/page.md). An event or a click changes the model; only a
  * render writes to the page. Text that users have written enters it as textContent.
  *
- * @import { Action, Attributes, Chat, ChatEventHandlers, ChatEvents, ChatView, Child,
- *   Delivery, EventHandlers, Key, Message, Model, Row, Session, State, StorageName }
- *   from "./page.js"
+ * @import { Action, Attributes, Chat, ChatEventHandlers, ChatView, Child, Delivery,
+ *   EventHandlers, Key, Message, Model, Row, Session, State, StorageName } from "./page.js"
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 import { Drafts } from "./drafts.js";
@@ -25,12 +24,10 @@ function onLoadError(event) {
   const error = event.error ?? event.reason;
   // Without an error it is only a notice, for example of a ResizeObserver.
   if (!loading || !error) return;
-  for (const id of SCREENS) {
-    const screen = document.getElementById(id);
-    if (screen) screen.hidden = id !== "loading";
-  }
-  const words = document.getElementById("loading");
-  if (words) words.textContent = say("broken", { error: error.message ?? `${error}` });
+  const text = say("broken", { error: error.message ?? `${error}` });
+  for (const id of SCREENS)
+    document.getElementById(id)?.toggleAttribute("hidden", id !== "loading");
+  document.getElementById("loading")?.replaceChildren(text);
 }
 
 addEventListener("error", onLoadError);
@@ -82,8 +79,8 @@ function icon(name, className = "") {
 }
 
 /**
- * Makes the container show these rows, in this order. A row with the same key and look
- * keeps its element, and so its focus, its selection and a screen reader's position.
+ * A row with the same key and look keeps its element, and so its focus, its selection
+ * and a screen reader's position.
  * @param {HTMLElement} container @param {Row[]} rows
  */
 function showRows(container, rows) {
@@ -112,7 +109,7 @@ function showRows(container, rows) {
   (same ? activeElement : first)?.focus({ preventScroll: true });
 }
 
-/** @param {Row} row @param {HTMLElement} [before] the row that it replaces */
+/** @param {Row} row @param {HTMLElement} [before] */
 function newRow({ key, look, build }, before) {
   const node = build();
   Object.assign(node.dataset, { key, look });
@@ -122,7 +119,7 @@ function newRow({ key, look, build }, before) {
   return node;
 }
 
-/** @param {string} id of a container @returns {HTMLElement[]} */
+/** @param {string} id @returns {HTMLElement[]} */
 function rowsOf(id) {
   return /** @type {HTMLElement[]} */ ([...box(id).children]);
 }
@@ -192,11 +189,6 @@ function after(seconds, task) {
   return Number(setTimeout(task, seconds * 1000));
 }
 
-/** @param {{content: string, deleted?: boolean}} message */
-function shownText({ content, deleted }) {
-  return deleted ? say("deleted") : visibleText(content);
-}
-
 /** Characters as the server counts them: code points. @param {string} text */
 function countCharacters(text) {
   return [...text].length;
@@ -224,11 +216,7 @@ function announce(text) {
   after(TOAST_SECONDS * 2, () => node.remove());
 }
 
-/**
- * For the codes of docs/protocol.md, and the wrong field of bad_field, that a user can
- * meet. (The server's sentences are for programmers.)
- * @type {Record<string, Key>}
- */
+/** By the code, or by the field of bad_field. @type {Record<string, Key>} */
 const REFUSALS = {
   changed: "wasChanged",
   deleted: "wasDeleted",
@@ -248,7 +236,7 @@ const REFUSALS = {
   user_id: "cannotAdd",
 };
 
-/** @param {string} code @param {string} detail begins with the field that is wrong */
+/** The server's own sentence is for programmers. @param {string} code @param {string} detail */
 function refusalText(code, detail) {
   const bad = code === "bad_field";
   const key = REFUSALS[bad ? (detail.match(/\w+/)?.[0] ?? "") : code];
@@ -270,10 +258,9 @@ function errorText(error) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Sign-in. A session belongs to its tab; its copy in localStorage is for the next visit.
- * Somebody could send you a link for an account that they can read, and hope that you
- * write under its name. So an open tab asks before it changes its user, and a new tab
- * says that its user is not the one of the copy.
+ * Sign-in. A session belongs to its tab; a copy in localStorage is for the next visit.
+ * A link may be for an account that its sender can read. So no tab changes its user, nor
+ * the copy, without asking or a notice.
  * ---------------------------------------------------------------------------------- */
 
 const SESSION_KEY = "chatd.session";
@@ -327,7 +314,7 @@ function decoded(text) {
   return attempt(() => decodeURIComponent(text)) ?? text;
 }
 
-/** Exchanges a sign-in link's token for a session. @param {string} token */
+/** @param {string} token of a link */
 async function signInWith(token) {
   const current = model.session ?? readSession("sessionStorage");
   try {
@@ -341,7 +328,7 @@ async function signInWith(token) {
   }
 }
 
-/** Starts the first session of a tab. @param {Session} session */
+/** The first of a tab. @param {Session} session */
 function startFirst(session) {
   const saved = readSession("localStorage");
   if (!saved || saved.user_id === session.user_id) return saveAndStart(session);
@@ -362,11 +349,6 @@ async function confirmSwitch(session, current) {
   });
 }
 
-/** @param {Session} session */
-function userName({ user_id, name }) {
-  return personName(user_id, name);
-}
-
 /** @param {string} token @param {unknown} error */
 function signInFailed(token, error) {
   const { status } = /** @type {ChatError} */ (error);
@@ -384,13 +366,12 @@ function linkFailed(text) {
   start(session);
 }
 
-/** @param {Session} session perhaps of the user that this tab has already */
+/** @param {Session} session */
 function saveAndStart(session) {
   for (const storage of STORAGES) writeStored(storage, SESSION_KEY, session);
   if (model.session?.user_id !== session.user_id) start(session);
 }
 
-/** @param {string} [reason] @param {string} [error] what is wrong with a link */
 function showSignIn(reason = "", error = "") {
   showTitle(say("signIn"));
   field("sign-in-link").value = "";
@@ -419,7 +400,6 @@ function onSignInForm(event) {
   if (token) void signInWith(decoded(token));
 }
 
-/** The unsent messages of all chats, and the unsent edits and deletions. */
 function allUnsent() {
   const { chats, client } = model;
   const messages = [...chats.keys()].map((id) => client?.unsent(id) ?? []);
@@ -487,7 +467,7 @@ function visitor(bearer = "") {
   return new ChatWebSocket({ bearer, storage: null, log: null });
 }
 
-/** Shows what an invitation is for. @param {string} token */
+/** @param {string} token */
 async function openInvite(token) {
   const session = model.session ?? sessionToResume();
   if (session) start(session);
@@ -536,7 +516,7 @@ function inviteErrorText(error) {
   return (maximumIn(message) ? `${say("chatFull")} ` : "") + errorText(error);
 }
 
-/** Shows a new link into the open chat. @param {boolean} [revoke] earlier links end */
+/** With a new link. @param {boolean} [revoke] the earlier links */
 async function showInvite(revoke = false) {
   const { client, open: chat } = model;
   if (!client || !chat) return;
@@ -573,7 +553,7 @@ const newModel = () => ({
   connection: "closed",
   chatsLoaded: false,
   epoch: "",
-  maxCharacters: 4000, // until the server has said what it allows
+  maxCharacters: 4000,
 });
 
 const model = newModel();
@@ -595,9 +575,14 @@ const isMuted = (chat) => readStored("localStorage", mutedKey(chat)) === true;
 /** What the title and the badges count. @param {ChatView} chat */
 const counted = (chat) => (isMuted(chat) ? 0 : unread(chat));
 
-/** @param {number} userId @param {string | null} [name] */
-function personName(userId, name = model.names.get(userId) ?? null) {
-  return name && !isBlank(name) ? name : say("user", { id: `${userId}` });
+/** @param {{user_id: number, name?: string | null | undefined}} user */
+function userName({ user_id, name }) {
+  return name && !isBlank(name) ? name : say("user", { id: `${user_id}` });
+}
+
+/** @param {number} user_id */
+function personName(user_id) {
+  return userName({ user_id, name: model.names.get(user_id) });
 }
 
 /** @param {ChatView} chat */
@@ -614,7 +599,7 @@ function isWhole(chat) {
 function chatTitle(chat) {
   if (chat.title && !isBlank(chat.title)) return chat.title;
   if (!isWhole(chat)) return say("people", { count: chat.memberCount });
-  const names = others(chat).map((id) => personName(id));
+  const names = others(chat).map(personName);
   return names.join(", ") || say("onlyYou");
 }
 
@@ -627,16 +612,16 @@ function sortedChats() {
   return all.sort((a, b) => when(b) - when(a) || last(b) - last(a));
 }
 
-/** Puts a chat from the server into the model. @param {Chat} received */
+/** @param {Chat} received */
 function putChat(received) {
-  const { id, title, direct, created_by, member_count, members, last_n } = received;
+  const { id, last_n, last_message, members, member_count: memberCount } = received;
   const before = model.chats.get(id);
   /** @type {ChatView} */
   const chat = before ?? {
     ...received,
     read_n: 0,
     members: new Map(),
-    memberCount: 0,
+    memberCount,
     messages: [],
     loaded: false,
     more: true,
@@ -649,20 +634,22 @@ function putChat(received) {
     lines: [],
     activeAt: 0,
   };
-  Object.assign(chat, { title, direct, created_by, memberCount: member_count });
-  chat.last_message = newer(chat.last_message, received.last_message);
-  chat.last_n = Math.max(chat.last_n, last_n);
-  const readBefore = chat.members;
-  chat.members = new Map();
+  const marks = new Map();
   for (const { user_id, name, read_n } of members) {
     model.names.set(user_id, name);
-    chat.members.set(user_id, Math.max(read_n, readBefore.get(user_id) ?? 0));
+    marks.set(user_id, Math.max(read_n, chat.members.get(user_id) ?? 0));
     hueOf(user_id, chat);
   }
   // A large chat that the user was just added to says nothing of the user's mark.
-  const mark = chat.members.get(myId()) ?? model.marks[id]?.read_n;
+  const mark = marks.get(myId()) ?? model.marks[id]?.read_n;
   const read_n = received.read_n ?? mark ?? (before ? 0 : last_n);
-  chat.read_n = Math.max(chat.read_n, read_n);
+  Object.assign(chat, received, {
+    memberCount,
+    members: marks,
+    read_n: Math.max(chat.read_n, read_n),
+    last_n: Math.max(chat.last_n, last_n),
+    last_message: newer(chat.last_message, last_message),
+  });
   model.chats.set(id, chat);
   if (chat.last_message) void learnNames(chat, [chat.last_message.sender_id]);
   return chat;
@@ -689,10 +676,10 @@ function newer(a, b) {
   return (a.rev ?? 0) > (b.rev ?? 0) ? a : b;
 }
 
-/** A message was edited or deleted. @param {ChatView} chat @param {Message} message */
+/** @param {ChatView} chat @param {Message} message */
 function onChange(chat, message) {
   const { n } = message;
-  if (chat.last_message?.n === n) chat.last_message = newer(chat.last_message, message);
+  chat.last_message = newer(chat.last_message, message);
   if (chat.messages.some((one) => one.n === n)) merge(chat, [message]);
   const found = search.found.find(({ id }) => id === message.id);
   if (found) Object.assign(found, newer(found, message));
@@ -754,20 +741,73 @@ function removeChat(chat) {
 
 /** @type {EventHandlers} */
 const handlers = {
-  state: onState,
+  state: ({ state }) => {
+    const [title] = BANNERS[state] ?? [];
+    if (state !== model.connection && title) announce(say(title));
+    model.connection = state;
+    if (state === "signed_out") onSignedOut();
+  },
   resync: () => void fetchChats(),
-  chats: onChats,
-  connected: onConnected,
+  chats: ({ chats, cursor }) => {
+    const epoch = cursor.slice(0, cursor.lastIndexOf("."));
+    const ids = new Set(chats.map(({ id }) => id));
+    for (const chat of model.chats.values()) if (!ids.has(chat.id)) removeChat(chat);
+    if (epoch !== model.epoch) model.chats.clear(); // a backup was restored
+    model.epoch = epoch;
+    for (const received of chats) putChat(received).loaded = false;
+    const [only] = chats;
+    if (only && !chats[1] && !model.chatsLoaded && !location.hash) openChat(only.id);
+    model.chatsLoaded = true;
+    route();
+    if (model.open) retryLoading(model.open);
+    search.start(true); // what was found may have changed
+  },
+  connected: ({ chats }) => {
+    model.marks = chats;
+    for (const [id, { last_n, read_n }] of Object.entries(chats)) {
+      const chat = model.chats.get(Number(id));
+      if (!chat) continue;
+      chat.last_n = Math.max(chat.last_n, last_n);
+      moveReadMark(chat, myId(), read_n);
+    }
+    if (model.open && !model.open.loaded) retryLoading(model.open);
+    if (search.error) search.retry();
+    void loadServer();
+  },
   chat_added: ({ chat }) => {
     putChat(chat).activeAt = Date.now();
     route();
   },
-  delivery: onDelivery,
+  delivery: (delivery) => {
+    if (delivery.kind !== "message") return onChangeDelivery(delivery);
+    const { state, client_id, chat_id, message } = delivery;
+    const chat = model.chats.get(chat_id);
+    if (chat && message) putMessage(chat, message);
+    if (state !== "failed") return;
+    if (chat && chat === model.open)
+      announce(say("notSentReason", { reason: failureText(delivery) }));
+    else if (chat) toast(say("notSentIn", { title: chatTitle(chat) }));
+    // The user is no longer in this chat, so the page cannot show the failed message.
+    else if (model.chatsLoaded) model.client?.discard(client_id);
+  },
 };
 
 /** For the events of a chat that the page has. @type {ChatEventHandlers} */
 const chatHandlers = {
-  new_message: (chat, { message, read }) => onNewMessage(chat, message, read),
+  new_message: (chat, { message, read = true }) => {
+    const { sender_id, n, content, deleted } = message;
+    const open = chat === model.open;
+    putMessage(chat, message, read);
+    if (sender_id === myId() || chat.read_n >= n || deleted) return;
+    if (open && chat.divider === null && !(isWatched() && pane.atEnd()))
+      chat.divider = n - 1;
+    const name = personName(sender_id);
+    const text = visibleText(content).slice(0, 200);
+    const heard = counted(chat) > 0;
+    if (open) announce(say("lastOf", { name, text }));
+    else if (heard) announce(say("lastIn", { name, text, title: chatTitle(chat) }));
+    if (heard) notify(chat, message);
+  },
   message_edited: (chat, { message }) => onChange(chat, message),
   message_deleted: (chat, { message }) => onChange(chat, message),
   message_read: (chat, { read_by, n }) => moveReadMark(chat, read_by, n),
@@ -801,7 +841,7 @@ const chatHandlers = {
     stopTyping(chat, user_id);
     if (!is_typing) return;
     void learnNames(chat, [user_id]);
-    // A little more than twice the interval at which a client repeats it.
+    // Clients repeat it every 3 s.
     const timer = after(7, () => {
       stopTyping(chat, user_id);
       requestRender();
@@ -819,64 +859,11 @@ function addHandlers(client) {
       requestRender();
     });
   for (const [type, handle] of Object.entries(handlers)) on(type, handle);
-  for (const [type, handle] of Object.entries(chatHandlers))
+  for (const [type, handle] of Object.entries(/** @type {object} */ (chatHandlers)))
     on(type, (event) => {
       const chat = model.chats.get(event.chat_id);
-      if (chat) /** @type {(chat: ChatView, event: any) => void} */ (handle)(chat, event);
+      if (chat) handle(chat, event);
     });
-}
-
-/** @param {ChatEvents["state"]} change */
-function onState({ state }) {
-  const [title] = BANNERS[state] ?? [];
-  if (state !== model.connection && title) announce(say(title));
-  model.connection = state;
-  if (state === "signed_out") onSignedOut();
-}
-
-/** @param {ChatEvents["chats"]} snapshot */
-function onChats({ chats, cursor }) {
-  const epoch = cursor.slice(0, cursor.lastIndexOf("."));
-  const ids = new Set(chats.map(({ id }) => id));
-  for (const chat of model.chats.values()) if (!ids.has(chat.id)) removeChat(chat);
-  // A backup was restored: nothing of before counts.
-  if (epoch !== model.epoch) model.chats.clear();
-  model.epoch = epoch;
-  for (const received of chats) putChat(received).loaded = false;
-  const [only] = chats;
-  if (only && !chats[1] && !model.chatsLoaded && !location.hash) openChat(only.id);
-  model.chatsLoaded = true;
-  route();
-  if (model.open) retryLoading(model.open);
-  search.start(true); // what was found may have changed
-}
-
-/** @param {ChatEvents["connected"]} event */
-function onConnected({ chats }) {
-  model.marks = chats;
-  for (const [id, { last_n, read_n }] of Object.entries(chats)) {
-    const chat = model.chats.get(Number(id));
-    if (!chat) continue;
-    chat.last_n = Math.max(chat.last_n, last_n);
-    moveReadMark(chat, myId(), read_n);
-  }
-  if (model.open && !model.open.loaded) retryLoading(model.open);
-  if (search.error) search.retry();
-  void loadServer();
-}
-
-/** @param {ChatView} chat @param {Message} message @param {boolean} [read] */
-function onNewMessage(chat, message, read = true) {
-  const { sender_id, n, content, deleted } = message;
-  putMessage(chat, message, read);
-  if (sender_id === myId() || chat.read_n >= n || deleted) return;
-  if (chat === model.open && chat.divider === null && !endIsVisible())
-    chat.divider = n - 1;
-  const name = personName(sender_id);
-  const text = visibleText(content).slice(0, 200);
-  if (chat === model.open) announce(say("lastOf", { name, text }));
-  else if (counted(chat)) announce(say("lastIn", { name, text, title: chatTitle(chat) }));
-  if (counted(chat)) notify(chat, message);
 }
 
 /**
@@ -895,26 +882,12 @@ function addLine(chat, key, { seq, user_id }) {
   if (chat === model.open) announce(text());
 }
 
-/** @param {Delivery} delivery */
-function onDelivery(delivery) {
-  if (delivery.kind !== "message") return onChangeDelivery(delivery);
-  const { state, client_id, chat_id, message } = delivery;
-  const chat = model.chats.get(chat_id);
-  if (chat && message) putMessage(chat, message);
-  if (state !== "failed") return;
-  if (chat && chat === model.open)
-    announce(say("notSentReason", { reason: failureText(delivery) }));
-  else if (chat) toast(say("notSentIn", { title: chatTitle(chat) }));
-  // The user is no longer in this chat, so the page cannot show the failed message.
-  else if (model.chatsLoaded) model.client?.discard(client_id);
-}
-
-/** Whether the page has the message. @param {ChatView} chat @param {number} id */
+/** @param {ChatView} chat @param {number} id */
 function contains({ messages, last_message }, id) {
   return [...messages, last_message].some((message) => message?.id === id);
 }
 
-/** The state of an edit or a deletion. @param {Delivery} delivery */
+/** @param {Delivery} delivery of an edit or a deletion */
 function onChangeDelivery(delivery) {
   const { state, client_id, message_id, message, code } = delivery;
   const chat = message && model.chats.get(message.chat_id);
@@ -933,13 +906,12 @@ async function fetchChats() {
     await client?.fetchChats();
     // A client that polls never receives `connected`.
     if (client === model.client && !("invites" in model.server)) void loadServer();
-  } catch (error) {
-    const refused = error instanceof ChatError && error.status === 401;
-    if (!refused) after(5, () => void (client === model.client && fetchChats()));
+  } catch {
+    after(5, () => void (client === model.client && fetchChats()));
   }
 }
 
-/** What the server allows. If it does not answer, the next connection asks. */
+/** If the server does not answer, the next connection asks. */
 async function loadServer() {
   const { client } = model;
   const me = await client?.request("GET", "/api/v1/me").catch(() => null);
@@ -948,20 +920,15 @@ async function loadServer() {
   model.maxCharacters = me.server.max_content_chars;
   setMyName(me.name);
   composer.fit();
-  requestRender();
 }
 
 /* -------------------------------------------------------------------------------------
  * Reading. A message is read once it has been on the screen, in a visible tab of the
- * window that has the focus: behind another window, or beside it, nobody may look.
+ * window that has the focus.
  * ---------------------------------------------------------------------------------- */
 
 function isWatched() {
   return document.visibilityState === "visible" && document.hasFocus();
-}
-
-function endIsVisible() {
-  return isWatched() && pane.atEnd();
 }
 
 function markSeen() {
@@ -1234,7 +1201,8 @@ function lastLine(chat, current) {
 function lastMessageText(chat) {
   const message = chat.last_message;
   if (!message) return say("noMessages");
-  const text = excerpt(shownText(shown(message)));
+  const { content, deleted } = shown(message);
+  const text = deleted ? say("deleted") : excerpt(content);
   if (message.sender_id === myId()) return say("ownLast", { text });
   const [name = ""] = personName(message.sender_id).split(" ");
   return chat.memberCount > 2 ? say("lastOf", { name, text }) : text;
@@ -1442,7 +1410,7 @@ const pane = {
     const title = chatTitle(chat);
     const people = others(chat);
     const names = isWhole(chat)
-      ? [...people.map((id) => personName(id)), say("you")].join(", ")
+      ? [...people.map(personName), say("you")].join(", ")
       : say("people", { count: chat.memberCount });
     setText("pane-title", title);
     setText("pane-members", chat.direct ? say("directChat") : names);
@@ -1553,7 +1521,7 @@ const pane = {
 
 /** @param {ChatView} chat @returns {string} "": no one is typing */
 function typingText(chat) {
-  const [name, other, ...more] = [...chat.typing.keys()].map((id) => personName(id));
+  const [name, other, ...more] = [...chat.typing.keys()].map(personName);
   if (!name) return "";
   if (more.length > 0) return say("manyTyping");
   return other ? say("twoTyping", { name, other }) : say("typing", { name });
@@ -2457,7 +2425,7 @@ const search = {
 
 /** @param {ChatView} chat @param {string} q */
 function isCalled(chat, q) {
-  const names = others(chat).map((id) => personName(id));
+  const names = others(chat).map(personName);
   return folded([chatTitle(chat), ...names].join()).includes(folded(q));
 }
 
@@ -2704,7 +2672,7 @@ function renderPeople() {
   const grows = chosen.length > given.length;
   const direct = grows && chosen.length === 1;
   box("people-name").hidden = chat !== null || direct || !(grows || mayBeAlone());
-  field("people-chat-title").placeholder = chosen.map((id) => personName(id)).join(", ");
+  field("people-chat-title").placeholder = chosen.map(personName).join(", ");
   return fitting.length;
 }
 

@@ -68,7 +68,7 @@ export interface Model {
   chatsLoaded: boolean;
   /** The epoch of the last list of chats. Another epoch resets all counters. */
   epoch: string;
-  /** The longest message that the server is known to take. */
+  /** The longest message; a guess until the server has said what it takes. */
   maxCharacters: number;
 }
 
