@@ -57,7 +57,7 @@ const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes))
-    if (value) node.setAttribute(name, value === true ? "" : String(value));
+    if (value) node.setAttribute(name, String(value));
   for (const child of children) if (child) node.append(child);
   return node;
 }
@@ -186,7 +186,7 @@ function shortTime(created_at) {
 
 /** @param {number} seconds @param {() => void} task */
 function after(seconds, task) {
-  return Number(setTimeout(task, seconds * 1000));
+  return setTimeout(task, seconds * 1000);
 }
 
 /** Characters as the server counts them: code points. @param {string} text */
@@ -794,7 +794,7 @@ const handlers = {
 
 /** For the events of a chat that the page has. @type {ChatEventHandlers} */
 const chatHandlers = {
-  new_message: (chat, { message, read = true }) => {
+  new_message: ({ message, read = true }, chat) => {
     const { sender_id, n, content, deleted } = message;
     const open = chat === model.open;
     putMessage(chat, message, read);
@@ -808,14 +808,14 @@ const chatHandlers = {
     else if (heard) announce(say("lastIn", { name, text, title: chatTitle(chat) }));
     if (heard) notify(chat, message);
   },
-  message_edited: (chat, { message }) => onChange(chat, message),
-  message_deleted: (chat, { message }) => onChange(chat, message),
-  message_read: (chat, { read_by, n }) => moveReadMark(chat, read_by, n),
-  chat_renamed: (chat, event) => {
+  message_edited: ({ message }, chat) => onChange(chat, message),
+  message_deleted: ({ message }, chat) => onChange(chat, message),
+  message_read: ({ read_by, n }, chat) => moveReadMark(chat, read_by, n),
+  chat_renamed: (event, chat) => {
     chat.title = event.title;
     addLine(chat, event.user_id ? "renamed" : "nowCalled", event);
   },
-  member_added: (chat, event) => {
+  member_added: (event, chat) => {
     const { user_id, name } = event;
     model.names.set(user_id, name);
     addLine(chat, "joined", event);
@@ -825,7 +825,7 @@ const chatHandlers = {
     if (chat === model.open && dialog("info").open)
       void loadMembers({ ids: [user_id] });
   },
-  member_removed: (chat, event) => {
+  member_removed: (event, chat) => {
     const { user_id } = event;
     if (user_id === myId()) {
       toast(say("noLonger", { title: chatTitle(chat) }));
@@ -837,7 +837,7 @@ const chatHandlers = {
     stopTyping(chat, user_id);
     addLine(chat, "left", event);
   },
-  typing: (chat, { user_id, is_typing }) => {
+  typing: ({ user_id, is_typing }, chat) => {
     stopTyping(chat, user_id);
     if (!is_typing) return;
     void learnNames(chat, [user_id]);
@@ -852,17 +852,14 @@ const chatHandlers = {
 
 /** @param {ChatWebSocket} client */
 function addHandlers(client) {
-  const on = (/** @type {any} */ type, /** @type {(event: any) => void} */ handle) =>
-    client.on(type, (event) => {
+  /** @type {Record<string, (event: any, chat: any) => void>} */
+  const all = { ...handlers, ...chatHandlers };
+  for (const [type, handle] of Object.entries(all))
+    client.on(/** @type {any} */ (type), (event) => {
       if (client !== model.client) return;
-      handle(event);
-      requestRender();
-    });
-  for (const [type, handle] of Object.entries(handlers)) on(type, handle);
-  for (const [type, handle] of Object.entries(/** @type {object} */ (chatHandlers)))
-    on(type, (event) => {
       const chat = model.chats.get(event.chat_id);
-      if (chat) handle(chat, event);
+      if (chat || type in handlers) handle(event, chat);
+      requestRender();
     });
 }
 
@@ -871,7 +868,6 @@ function addHandlers(client) {
  * @param {{seq: number, user_id: number | null}} event
  */
 function addLine(chat, key, { seq, user_id }) {
-  if (chat.lines.some((line) => line.seq === seq)) return;
   const id = user_id ?? 0;
   const title = chatTitle(chat);
   const text = () => say(key, { name: personName(id), title });

@@ -21,7 +21,7 @@ export interface Action {
   danger?: boolean;
 }
 
-/** The arguments of el. What is false, null or "" is left out; true has no value. */
+/** The arguments of el. What is false, null or "" is left out. */
 export type Attributes = Record<string, string | number | boolean | null | undefined>;
 export type Child = Node | string | false | null | undefined;
 
@@ -29,7 +29,7 @@ export type EventHandlers = {
   [Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void;
 };
 export type ChatEventHandlers = {
-  [Type in keyof ChatEvents]?: (chat: ChatView, event: ChatEvents[Type]) => void;
+  [Type in keyof ChatEvents]?: (event: ChatEvents[Type], chat: ChatView) => void;
 };
 
 export type StorageName = "localStorage" | "sessionStorage";
