@@ -24,7 +24,7 @@ function onLoadError(event) {
   const error = event.error ?? event.reason;
   // Without an error it is only a notice, for example of a ResizeObserver.
   if (!loading || !error) return;
-  const text = say("broken", { error: error.message ?? `${error}` });
+  const text = `${say("broken")} (${error.message ?? error})`;
   for (const id of SCREENS)
     document.getElementById(id)?.toggleAttribute("hidden", id !== "loading");
   document.getElementById("loading")?.replaceChildren(text);
@@ -216,34 +216,30 @@ function announce(text) {
   after(TOAST_SECONDS * 2, () => node.remove());
 }
 
-/** By the code, or by the field of bad_field. @type {Record<string, Key>} */
+/** @type {Record<string, Key>} */
 const REFUSALS = {
   changed: "wasChanged",
   deleted: "wasDeleted",
   forbidden: "notAllowed",
   internal: "serverError",
-  member_ids: "cannotAdd",
-  name: "badName",
   not_found: "notThere",
   overloaded: "busy",
-  rate_limited: "tooMuch",
-  storage_failed: "cannotStore",
-  title: "badTitle",
-  too_large: "tooLong",
+  rate_limited: "busy",
+  storage_failed: "serverError",
+  too_large: "notAccepted",
   too_late: "tooLate",
   unreachable: "noAnswer",
   upstream: "noAnswer",
-  user_id: "cannotAdd",
 };
 
 /** The server's own sentence is for programmers. @param {string} code @param {string} detail */
 function refusalText(code, detail) {
-  const bad = code === "bad_field";
-  const key = REFUSALS[bad ? (detail.match(/\w+/)?.[0] ?? "") : code];
-  const most = maximumIn(detail);
-  if (key === "cannotAdd" && most) return say("mostPeople", { most });
-  if (key) return say(key);
-  return bad ? say("notAccepted") : say("otherError", { code });
+  const known = REFUSALS[code];
+  if (known) return say(known);
+  if (code !== "bad_field") return say("otherError", { code });
+  if (/^(title|name)/.test(detail)) return say("badName");
+  const most = /^(member_ids|user_id)/.test(detail) && maximumIn(detail);
+  return most ? say("mostPeople", { most }) : say("notAccepted");
 }
 
 /** The limit that a server's sentence names, or 0. @param {string} detail */
@@ -341,12 +337,8 @@ async function confirmSwitch(session, current) {
   if (session.user_id === current.user_id) return true;
   const name = userName(session);
   const me = userName(current);
-  return ask({
-    title: say("continueAsTitle", { name }),
-    text: say("continueAsText", { me, name }),
-    yes: say("continueAs", { name }),
-    no: say("stayAs", { name: me }),
-  });
+  const [title, text] = [say("continueAs", { name }), say("continueAsText", { me, name })];
+  return ask(title, text, title, say("stayAs", { name: me }));
 }
 
 /** @param {string} token @param {unknown} error */
@@ -413,18 +405,13 @@ function onBeforeUnload(event) {
 
 async function onSignOut() {
   releaseAll();
-  const count = allUnsent().length;
-  const question = {
-    title: say("signOutTitle"),
-    text: say("signOutText", { count }),
-    yes: say("signOut"),
-    no: say("cancel"),
-  };
-  if (count > 0 && !(await ask(question))) return;
+  const unsent = allUnsent().length;
+  const text = say("signOutText", { count: unsent });
+  if (unsent > 0 && !(await ask(say("signOut"), text))) return;
   signedOut?.postMessage(myId());
   model.client?.forget();
-  const kept = drafts.keys().length > 0;
-  endSession(say("signedOut") + (kept ? ` ${say("draftsStay")}` : ""));
+  const count = drafts.keys().length;
+  endSession(say("signedOut") + (count ? ` ${say("draftsHere", { count })}` : ""));
 }
 
 /** Also its copy for the next visit. @param {string} reason */
@@ -474,12 +461,11 @@ async function openInvite(token) {
   try {
     const { title: called, member_count: count } = await visitor().previewInvite(token);
     const unnamed = isBlank(called ?? "");
-    const title = say(unnamed ? "joinChat" : "joinTitle", { title: called ?? "" });
-    const text = say("membersSoFar", { count });
+    const title = say(unnamed ? "join" : "joinTitle", { title: called ?? "" });
+    const text = say("people", { count });
     if (session) {
-      const yourself = `${text} ${say("joinAs", { name: userName(session) })}`;
-      const [yes, no] = [say("join"), say("cancel")];
-      if (!(await ask({ title, text: yourself, yes, no }))) return;
+      const me = say("signedInAs", { name: userName(session) });
+      if (!(await ask(title, `${text} · ${me}`, say("join")))) return;
       const joined = await model.client?.join(token);
       if (joined) openChat(joined.chat_id);
       return;
@@ -509,11 +495,9 @@ function onJoinForm(event) {
 
 /** @param {unknown} error */
 function inviteErrorText(error) {
-  const { code, status, message } = /** @type {ChatError} */ (error);
-  if (code === "token_expired") return say("inviteExpired");
-  if (status === 401) return say("inviteInvalid");
-  if (status === 403) return say("noInvites");
-  return (maximumIn(message) ? `${say("chatFull")} ` : "") + errorText(error);
+  const { status } = /** @type {ChatError} */ (error);
+  if (status === 401) return say("linkInvalid");
+  return status === 403 ? say("noInvites") : errorText(error);
 }
 
 /** With a new link. @param {boolean} [revoke] the earlier links */
@@ -526,7 +510,8 @@ async function showInvite(revoke = false) {
   }
   const { token, expires_in } = await client.createInvite(chat.id);
   if (chat !== model.open) return;
-  const valid = say("inviteValid", { count: Math.round(expires_in / 86_400) });
+  const end = new Date(Date.now() + expires_in * 1000);
+  const valid = say("inviteValid", { when: shortTime(end.toISOString()) });
   const text = revoke ? `${say("linksEnded")} ${valid}` : valid;
   showLink("invitePeople", text, `#invite=${token}`);
 }
@@ -742,8 +727,8 @@ function removeChat(chat) {
 /** @type {EventHandlers} */
 const handlers = {
   state: ({ state }) => {
-    const [title] = BANNERS[state] ?? [];
-    if (state !== model.connection && title) announce(say(title));
+    const problem = BANNERS[state];
+    if (state !== model.connection && problem) announce(say(problem));
     model.connection = state;
     if (state === "signed_out") onSignedOut();
   },
@@ -784,9 +769,9 @@ const handlers = {
     const chat = model.chats.get(chat_id);
     if (chat && message) putMessage(chat, message);
     if (state !== "failed") return;
-    if (chat && chat === model.open)
-      announce(say("notSentReason", { reason: failureText(delivery) }));
-    else if (chat) toast(say("notSentIn", { title: chatTitle(chat) }));
+    const text = say("notSentText", { text: failureText(delivery) });
+    if (chat && chat === model.open) announce(text);
+    else if (chat) toast(say("lastOf", { name: chatTitle(chat), text }));
     // The user is no longer in this chat, so the page cannot show the failed message.
     else if (model.chatsLoaded) model.client?.discard(client_id);
   },
@@ -796,17 +781,16 @@ const handlers = {
 const chatHandlers = {
   new_message: ({ message, read = true }, chat) => {
     const { sender_id, n, content, deleted } = message;
-    const open = chat === model.open;
+    const here = chat === model.open;
     putMessage(chat, message, read);
     if (sender_id === myId() || chat.read_n >= n || deleted) return;
-    if (open && chat.divider === null && !(isWatched() && pane.atEnd()))
+    if (here && chat.divider === null && !(isWatched() && pane.atEnd()))
       chat.divider = n - 1;
-    const name = personName(sender_id);
+    const sender = personName(sender_id);
+    const name = here ? sender : say("senderIn", { name: sender, title: chatTitle(chat) });
     const text = visibleText(content).slice(0, 200);
-    const heard = counted(chat) > 0;
-    if (open) announce(say("lastOf", { name, text }));
-    else if (heard) announce(say("lastIn", { name, text, title: chatTitle(chat) }));
-    if (heard) notify(chat, message);
+    if (here || counted(chat)) announce(say("lastOf", { name, text }));
+    if (counted(chat)) notify(chat, message);
   },
   message_edited: ({ message }, chat) => onChange(chat, message),
   message_deleted: ({ message }, chat) => onChange(chat, message),
@@ -889,7 +873,7 @@ function onChangeDelivery(delivery) {
   const chat = message && model.chats.get(message.chat_id);
   if (chat) onChange(chat, message);
   if (state !== "failed") return;
-  const text = say("notChanged", { reason: failureText(delivery) });
+  const text = say(NOT_DONE[delivery.kind], { text: failureText(delivery) });
   if (model.open && contains(model.open, message_id)) return announce(text);
   toast(text);
   if (code === "not_found") model.client?.discard(client_id); // no row can show it
@@ -1005,7 +989,8 @@ function render() {
   renderList();
   renderBell();
   renderEmpty();
-  renderDialogs();
+  if (dialog("people").open) renderPeople();
+  if (dialog("info").open) renderInfo();
   pane.render();
   search.render();
   if (!menuAnchor?.isConnected && box("menu").contains(document.activeElement)) {
@@ -1071,25 +1056,24 @@ function setText(id, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** @type {Partial<Record<State, [problem: Key, meanwhile: Key]>>} */
+/** @type {Partial<Record<State, Key>>} */
 const BANNERS = {
-  polling: ["pollingTitle", "pollingText"],
-  offline: ["offlineTitle", "offlineText"],
-  too_many: ["tooManyTitle", "tooManyText"],
-  refused: ["refusedTitle", "refusedText"],
+  polling: "pollingText",
+  offline: "offlineText",
+  too_many: "tooManyText",
+  refused: "refusedText",
 };
 
 function renderBanner() {
   const state = model.connection;
-  const [title, text] = BANNERS[state] ?? [];
-  if (!title && box("banner").contains(document.activeElement)) moveFocus();
-  box("banner").hidden = !title;
-  if (!title || !text) return;
-  setText("banner-title", say(title));
+  const text = BANNERS[state];
+  if (!text && box("banner").contains(document.activeElement)) moveFocus();
+  box("banner").hidden = !text;
+  if (!text) return;
   const seconds = Math.ceil(model.client?.retryIn ?? 0);
   const waiting = state === "polling" || state === "offline";
-  const next = seconds > 0 ? say("tryingIn", { seconds }) : say("tryingNow");
-  setText("banner-next", waiting ? `${say(text)} ${next}` : say(text));
+  const next = seconds > 0 ? say("tryingIn", { seconds }) : say("connecting");
+  setText("banner-text", waiting ? `${say(text)} ${next}` : say(text));
   button("banner-retry").hidden = state === "refused";
 }
 
@@ -1403,15 +1387,13 @@ const pane = {
 
   /** @param {ChatView} chat */
   renderHead(chat) {
-    const title = chatTitle(chat);
     const people = others(chat);
     const names = isWhole(chat)
       ? [...people.map(personName), say("you")].join(", ")
       : say("people", { count: chat.memberCount });
-    setText("pane-title", title);
+    setText("pane-title", chatTitle(chat));
     setText("pane-members", chat.direct ? say("directChat") : names);
     avatar(chat, box("pane-avatar"));
-    box("scroller").setAttribute("aria-label", say("messagesIn", { title }));
   },
 
   /**
@@ -1591,7 +1573,7 @@ function historyRow(chat, key, more) {
         return el(
           "li",
           { class: "history" },
-          chat.last_n > 0 ? say("beginning") : say("sayHello"),
+          chat.last_n > 0 ? say("beginning") : say("noMessages"),
         );
       }
       const row = el("li", { class: "history" }, text[look]);
@@ -1735,7 +1717,7 @@ function personAvatar(userId, chat) {
  * @param {string} name
  */
 function senderLine(own, first, name) {
-  if (own) return el("p", { class: "sr-only" }, say("youSaid"));
+  if (own) return el("p", { class: "sr-only" }, say("ownLast", { text: "" }));
   return el("p", { class: first ? "sender" : "sr-only", dir: "auto" }, name);
 }
 
@@ -1764,17 +1746,10 @@ function showReaders(chat, { n, sender_id }) {
   const ids = [...chat.members.keys()].filter((id) => id !== sender_id);
   const hasRead = (/** @type {number} */ id) => (chat.members.get(id) ?? 0) >= n;
   ids.sort((a, b) => Number(hasRead(b)) - Number(hasRead(a)));
-  box("readers-list").replaceChildren(
-    ...ids.map((id) =>
-      el(
-        "li",
-        { class: "person" },
-        personAvatar(id),
-        el("span", { dir: "auto" }, personName(id)),
-        el("span", { class: "quiet" }, hasRead(id) ? say("read") : say("notYet")),
-      ),
-    ),
-  );
+  const note = (/** @type {number} */ id) => say(hasRead(id) ? "read" : "notYet");
+  const row = (/** @type {number} */ id) =>
+    el("li", { class: "person" }, ...personCells(id), el("span", { class: "quiet" }, note(id)));
+  box("readers-list").replaceChildren(...ids.map(row));
   dialog("readers").showModal();
 }
 
@@ -1839,7 +1814,7 @@ function failureLine(delivery) {
     repeat = textButton(say("tryAgain"), () => model.client?.resend(client_id));
   const discard = () => model.client?.discard(client_id);
   const text = say(NOT_DONE[kind], { text: failureText(delivery) });
-  const last = textButton(say(message ? "delete" : "discard"), discard);
+  const last = textButton(say(message ? "delete" : "cancel"), discard);
   return el("p", { class: "failure" }, `${text} `, repeat, last);
 }
 
@@ -1848,10 +1823,8 @@ function failureText({ kind, content, code = "", reason = "" }) {
   const most = maximumIn(reason) || model.maxCharacters;
   const over = countCharacters(content) - most;
   if ((code === "bad_field" || code === "too_large") && over > 0)
-    return say("tooLongBy", { count: over, most });
-  if (code === "bad_field") return say("badCharacters");
-  if (kind === "message" && (code === "not_found" || code === "forbidden"))
-    return say("mayNotWrite");
+    return say("over", { count: over, most });
+  if (kind === "message" && code === "not_found") return say("notAllowed");
   return refusalText(code, reason);
 }
 
@@ -2072,13 +2045,8 @@ function showDrafts() {
 }
 
 async function onDeleteDrafts() {
-  const sure = await ask({
-    title: say("deleteDraftsTitle"),
-    text: say("deleteDraftsText"),
-    yes: say("deleteDrafts"),
-    no: say("cancel"),
-  });
-  if (!sure) return;
+  const text = say("draftsHere", { count: drafts.keys().length });
+  if (!(await ask(say("deleteDrafts"), text, say("delete")))) return;
   for (const key of drafts.keys()) drafts.set(Number(key.split(".").at(-1)), "");
   composer.show(model.open);
   requestRender();
@@ -2133,10 +2101,10 @@ const composer = {
     box("composer-box").dataset["text"] = this.field.value;
     const used = countCharacters(sendable(this.field.value));
     const most = model.maxCharacters;
-    const text =
-      used > most ? say("over", { count: used - most }) : say("used", { used, most });
+    const over = used > most;
+    const text = over ? say("over", { count: used - most, most }) : say("used", { used, most });
     setText("composer-count", used < COUNT_FROM * most ? "" : text);
-    box("composer-count").classList.toggle("over", used > most);
+    box("composer-count").classList.toggle("over", over);
   },
 
   onInput() {
@@ -2173,7 +2141,7 @@ const composer = {
     if (chat?.editing) return void this.save(chat.editing, content);
     if (!chat || !content) return;
     if (isBlank(content)) {
-      toast(say("invisible"));
+      toast(say("notSentText", { text: say("blank") }));
       return;
     }
     chat.divider = null;
@@ -2205,9 +2173,7 @@ const composer = {
   async save(before, content) {
     const { id } = before;
     if (isBlank(content)) {
-      const [yes, no] = [say("delete"), say("cancel")];
-      const text = say("deleteText");
-      if (await ask({ title: say("deleteTitle"), text, yes, no })) hold(id);
+      if (await ask(say("deleteTitle"), "", say("delete"))) hold(id);
       return;
     }
     // The user's edit before this one may have been stored meanwhile.
@@ -2439,19 +2405,21 @@ function onSearchKey(event) {
  * ---------------------------------------------------------------------------------- */
 
 /**
- * Asks a question, or for a text, and waits for the answer. To close the dialog means no.
- * @param {{title: string, text?: string, yes: string, no?: string, value?: string}} texts
- * @returns {Promise<boolean>}
+ * Asks a question or, with a value, for a text. To close the dialog means no.
+ * @param {string} title @param {string} text @param {string} [yes] @param {string} [no]
+ * @param {string} [value] @returns {Promise<boolean>}
  */
-function ask({ title, text = "", yes, no = say("cancel"), value }) {
+function ask(title, text, yes = title, no = say("cancel"), value) {
   const node = dialog("ask");
-  node.close();
-  for (const [part, words] of Object.entries({ title, text, yes, no }))
-    setText(`ask-${part}`, words);
   const input = field("ask-input");
+  node.close();
+  setText("ask-title", title);
+  setText("ask-text", text);
+  setText("ask-yes", yes);
+  setText("ask-no", no);
   input.hidden = value === undefined;
   input.value = value ?? "";
-  node.returnValue = "no";
+  node.returnValue = "";
   node.showModal();
   input.select();
   return new Promise((resolve) => {
@@ -2462,28 +2430,27 @@ function ask({ title, text = "", yes, no = say("cancel"), value }) {
 
 /**
  * Asks for a name or a title until it is saved.
- * @param {Key} title @param {string | null | undefined} value
+ * @param {string} title @param {string | null | undefined} value
  * @param {number} most characters @param {(text: string) => Promise<unknown>} save
  */
 async function askName(title, value, most, save) {
   const input = field("ask-input");
-  const [heading, yes] = [say(title), say("save")];
-  let text = "";
   input.maxLength = most;
-  while (await ask({ title: heading, text, value: value ?? "", yes })) {
+  let problem = "";
+  while (await ask(title, problem, say("save"), say("cancel"), value ?? "")) {
     value = input.value.trim();
     try {
       return await save(value);
     } catch (error) {
-      text = errorText(error);
+      problem = errorText(error);
     }
   }
 }
 
-/**
- * Sends a form's request, one at a time. (A button that is disabled loses the focus.)
- * @param {string} errorId @param {() => Promise<unknown>} request
- */
+let submitting = false;
+
+/** One at a time. (A button that is disabled loses the focus.)
+ * @param {string} errorId @param {() => Promise<unknown>} request */
 async function submit(errorId, request, words = errorText) {
   if (submitting) return;
   submitting = true;
@@ -2491,7 +2458,6 @@ async function submit(errorId, request, words = errorText) {
   await explain(errorId, request, words);
   submitting = false;
 }
-let submitting = false;
 
 /** @param {string} errorId @param {() => Promise<unknown>} request */
 async function explain(errorId, request, words = errorText) {
@@ -2504,14 +2470,8 @@ async function explain(errorId, request, words = errorText) {
 }
 
 /** @param {unknown} error */
-const toastError = (error) => toast(errorText(error));
-
-function onRenameMe() {
-  const { client, names } = model;
-  void askName("changeName", names.get(myId()), 64, async (text) => {
-    const { name } = await client?.renameMe(text);
-    if (client === model.client) setMyName(name);
-  });
+function toastError(error) {
+  toast(errorText(error));
 }
 
 /** It may also change in another tab or device. @param {string | null} name */
@@ -2528,7 +2488,7 @@ async function onLinkDevice() {
   showLink("otherDevice", say("otherDeviceText"), `#token=${answer.token}`);
 }
 
-/** @param {Key} title @param {string} text @param {string} hash of the link */
+/** @param {Key} title @param {string} text @param {string} hash */
 function showLink(title, text, hash) {
   setText("link-title", say(title));
   setText("link-text", text);
@@ -2540,56 +2500,27 @@ function showLink(title, text, hash) {
   if (!dialog("link").open) dialog("link").showModal();
 }
 
-function onLinkCopy() {
-  field("link-url").select();
-  // navigator.clipboard would need https.
-  if (document.execCommand("copy")) setText("link-copy", say("copied"));
-  button("link-copy").focus();
-}
-
-function onLinkShare() {
-  // It is rejected if the user cancels. The link can still be copied.
-  navigator.share({ url: field("link-url").value }).catch(() => {});
-}
-
 /** What the menu belongs to. @type {HTMLElement | null} */
 let menuAnchor = null;
 
-/**
- * Shows a menu at an element. The focus goes in, and back when the menu closes.
- * @param {HTMLElement} anchor
- * @param {{text: string, press: () => void, danger?: boolean}[]} items
- */
-function showMenu(anchor, items) {
+/** @param {HTMLElement} anchor @param {Action[]} actions */
+function showMenu(anchor, actions) {
   const menu = box("menu");
   menu.hidePopover();
   menuAnchor = anchor;
-  const buttons = items.map(({ text, press, danger = false }) => {
+  const items = actions.map(({ text, press, danger }) => {
     const item = el("button", { role: "menuitem", class: danger && "danger" }, text);
     item.addEventListener("click", press);
     return item;
   });
-  menu.replaceChildren(...buttons);
+  menu.replaceChildren(...items);
   menu.showPopover();
-  buttons[0]?.focus();
-  const { left, top, bottom } = anchor.getBoundingClientRect();
-  const { clientWidth, clientHeight } = box("chat");
+  items[0]?.focus();
+  const { left, bottom } = anchor.getBoundingClientRect();
   const { offsetWidth, offsetHeight } = menu;
-  const x = Math.min(left, clientWidth - offsetWidth - 8);
-  const y = bottom + offsetHeight > clientHeight ? top - offsetHeight : bottom;
-  menu.style.left = `${Math.max(8, x)}px`;
-  menu.style.top = `${Math.max(8, y)}px`;
-}
-
-/** @param {KeyboardEvent} event */
-function onMenuKey(event) {
-  const items = rowsOf("menu");
-  const at = items.findIndex((item) => item === document.activeElement);
-  const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 }[event.key];
-  if (event.key === "Tab") box("menu").hidePopover();
-  if (to === undefined) return;
-  event.preventDefault();
-  items.at(to % items.length)?.focus();
+  const { clientWidth, clientHeight } = box("chat");
+  menu.style.left = `${Math.max(8, Math.min(left, clientWidth - offsetWidth - 8))}px`;
+  menu.style.top = `${Math.max(8, Math.min(bottom, clientHeight - offsetHeight - 8))}px`;
 }
 
 const people = {
@@ -2605,31 +2536,22 @@ const people = {
 function choosePeople(chat, given = []) {
   Object.assign(people, { chat, given });
   const [other] = given;
-  const title = chat
-    ? say("addPeopleTo", { title: chatTitle(chat) })
-    : say(other ? "newGroup" : "newChat");
-  setText("people-title", title);
+  const what = chat ? "addPeople" : other ? "newGroup" : "newChat";
+  setText("people-title", say(what));
   setText("people-note", other ? say("groupWith", { name: personName(other) }) : "");
   setText("people-submit", say(chat ? "add" : "create"));
   byId("people-form", HTMLFormElement).reset();
   box("people-list").replaceChildren();
   onChoice();
   dialog("people").showModal();
-  void explain("people-error", loadPeople);
-}
-
-async function loadPeople() {
-  const { client } = model;
-  const { users } = await client?.request("GET", "/api/v1/users");
-  if (client !== model.client) return;
-  for (const { user_id, name } of users) model.names.set(user_id, name);
-  model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
-}
-
-/** Shows in the open dialogs what has changed. */
-function renderDialogs() {
-  if (dialog("people").open) renderPeople();
-  if (dialog("info").open) renderInfo();
+  void explain("people-error", async () => {
+    const { client, names } = model;
+    /** @type {{users: Session[]}} */
+    const { users } = await client?.request("GET", "/api/v1/users");
+    if (client !== model.client) return;
+    for (const { user_id, name } of users) names.set(user_id, name);
+    model.people = users.map(({ user_id }) => user_id);
+  });
 }
 
 /** @param {Iterable<number>} ids */
@@ -2637,16 +2559,19 @@ function sortedByName(ids) {
   return [...ids].sort((a, b) => personName(a).localeCompare(personName(b)));
 }
 
-/**
- * Shows the people whose names contain the filter's text, and those who are chosen.
- * Highlights the one that Enter chooses.
- * @returns {number} how many have such a name
- */
+/** @returns {number} how many people have a name that contains the filter's text */
 function renderPeople() {
   const { chat, given } = people;
   const members = chat?.members ?? new Map([[myId(), 0]]);
   const ids = sortedByName(new Set([...(model.people ?? []), ...given]));
-  const candidates = ids.filter((id) => !members.has(id)).map(candidate);
+  const checkbox = (/** @type {number} */ value) =>
+    el("input", { type: "checkbox", value, checked: given.includes(value) });
+  const candidates = ids.filter((id) => !members.has(id)).map((id) => ({
+    key: `${id}`,
+    look: personName(id),
+    build: () =>
+      el("li", {}, el("label", { class: "person" }, checkbox(id), ...personCells(id))),
+  }));
   showRows(box("people-list"), candidates);
 
   const name = field("people-filter").value.trim();
@@ -2654,13 +2579,13 @@ function renderPeople() {
   const fitting = rows.filter(({ dataset }) =>
     folded(dataset["look"] ?? "").includes(folded(name)),
   );
+  // Enter chooses the next one: see onFilterKey.
   const next = name && fitting.find((row) => !row.matches(":has(:checked)"));
   for (const row of rows) {
     row.hidden = !fitting.includes(row) && !row.matches(":has(:checked)");
     row.classList.toggle("next", row === next);
   }
-  const nobody = say("noOneToAdd") + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
-  const none = rows.length > 0 ? say("noOneCalled", { name }) : nobody;
+  const none = rows.length > 0 ? say("noOneCalled", { name }) : orInvite("noOneToAdd");
   setText("people-empty", fitting.length > 0 || !model.people ? "" : none);
 
   // Only a group has a title. Without one, it is shown as the names of its members.
@@ -2672,45 +2597,9 @@ function renderPeople() {
   return fitting.length;
 }
 
-/** @param {number} id @returns {Row} */
-function candidate(id) {
-  const attributes = { type: "checkbox", value: id, checked: people.given.includes(id) };
-  const build = () =>
-    el(
-      "li",
-      {},
-      el("label", { class: "person" }, el("input", attributes), ...personCells(id)),
-    );
-  return { key: String(id), look: personName(id), build };
-}
-
 /** @param {number} id @param {ChatView} [chat] */
 function personCells(id, chat) {
   return [personAvatar(id, chat), el("span", { dir: "auto" }, personName(id))];
-}
-
-function onChoice() {
-  people.key = String(Math.random());
-  setText("people-error", "");
-  renderPeople();
-}
-
-/**
- * Enter chooses the highlighted person. Without a filter it submits, as in any field.
- * @param {KeyboardEvent} event
- */
-function onFilterKey(event) {
-  const filter = field("people-filter");
-  if (event.key !== "Enter" || !filter.value.trim() || isComposing(event)) return;
-  event.preventDefault();
-  if (renderPeople() === 0) return;
-  const next = box("people-list").querySelector(".next input");
-  if (next instanceof HTMLInputElement) {
-    next.checked = true;
-    announce(say("chosen", { name: personName(Number(next.value)) }));
-  }
-  filter.value = "";
-  onChoice();
 }
 
 function chosenPeople() {
@@ -2718,78 +2607,93 @@ function chosenPeople() {
   return [...inputs].filter(({ checked }) => checked).map(({ value }) => Number(value));
 }
 
+function onChoice() {
+  people.key = `${Math.random()}`;
+  setText("people-error", "");
+  renderPeople();
+}
+
 /** People can be invited to a new group later. */
 const mayBeAlone = () => model.server.invites === true && !people.chat;
+const orInvite = (/** @type {Key} */ key) =>
+  say(key) + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
 
-/** @param {SubmitEvent} event */
-function onPeopleForm(event) {
-  event.preventDefault();
-  void submit("people-error", addPeople);
-}
-
+/** Adds the chosen people, or creates a chat with them and opens it. */
 async function addPeople() {
-  const { chat, given } = people;
-  const chosen = chosenPeople();
-  const alone = chosen.length <= given.length;
-  const hasTitle = !box("people-name").hidden;
-  const title = (hasTitle && field("people-chat-title").value.trim()) || null;
-  if (alone && !title) throw new Error(say(mayBeAlone() ? "chooseOrTitle" : "chooseOne"));
-  if (!chat) await createChat(title, chosen, alone);
-  for (const user_id of chat ? chosen : [])
-    await model.client?.request("POST", `/api/v1/chats/${chat?.id}/members`, { user_id });
-  dialog("people").close();
-}
-
-/**
- * Creates a chat and opens it. With one person it is the direct chat, old or new.
- * @param {string | null} title @param {number[]} memberIds @param {boolean} invites
- */
-async function createChat(title, memberIds, invites) {
   const { client, chats } = model;
-  const direct = !invites && memberIds.length === 1;
+  const { chat, given, key: clientId } = people;
+  const memberIds = chosenPeople();
+  const title = field("people-chat-title").value.trim();
+  const alone = memberIds.length <= given.length;
+  if (alone && !title) throw new Error(orInvite("chooseOne"));
+  if (chat) {
+    for (const user_id of memberIds)
+      await client?.request("POST", `/api/v1/chats/${chat.id}/members`, { user_id });
+    return dialog("people").close();
+  }
+  // With one person it is the direct chat, old or new.
+  const direct = box("people-name").hidden === true;
   const made = await client?.createChat(
-    direct ? { memberIds, direct } : { title, memberIds, clientId: people.key },
+    direct ? { memberIds, direct } : { title: title || null, memberIds, clientId },
   );
   if (!made || client !== model.client) return;
   const isNew = !chats.has(made.id);
-  const chat = putChat(made);
-  if (isNew) chat.activeAt = Date.now();
-  openChat(chat.id);
+  const opened = putChat(made);
+  if (isNew) opened.activeAt = Date.now();
+  openChat(made.id);
   route();
-  if (invites) onInvite();
+  dialog("people").close();
+  if (alone) onInvite();
+}
+
+/** Without a filter, Enter submits, as in any field. @param {KeyboardEvent} event */
+function onFilterKey(event) {
+  const filter = field("people-filter");
+  if (event.key !== "Enter" || !filter.value.trim() || isComposing(event)) return;
+  event.preventDefault();
+  if (renderPeople() === 0) return;
+  /** @type {HTMLInputElement | null} */
+  const next = box("people-list").querySelector(".next input");
+  if (next) {
+    next.checked = true;
+    announce(say("chosen", { name: personName(Number(next.value)) }));
+  }
+  filter.value = "";
+  onChoice();
 }
 
 /** The members that the info dialog has loaded, by pages. */
 const info = {
-  /** user id -> whether that user is online @type {Map<number, boolean>} */
+  /** User id -> whether that user is online. @type {Map<number, boolean>} */
   online: new Map(),
-  /** The next one. */
-  page: {},
+  nextPage: {},
   more: true,
 };
 
 function showInfo() {
+  if (!model.open) return;
   info.online.clear();
-  Object.assign(info, { page: {}, more: true });
+  Object.assign(info, { nextPage: {}, more: true });
   setText("info-error", "");
-  if (model.open) field("info-mute").checked = isMuted(model.open);
+  field("info-mute").checked = isMuted(model.open);
   dialog("info").showModal();
   renderInfo();
   loadMembers();
 }
 
-/** Fetches members of the open chat. @param {{ids?: number[]}} [which] or a page */
+/** @param {{ids?: number[]}} [which] or the next page */
 function loadMembers(which) {
   void explain("info-error", async () => {
     const { client, open: chat } = model;
     if (!client || !chat) return;
-    const { members, more } = await client.members(chat.id, which ?? info.page);
+    const { members, more } = await client.members(chat.id, which ?? info.nextPage);
     if (client !== model.client || chat !== model.open) return;
     for (const { user_id, name, online = false } of members) {
       model.names.set(user_id, name);
       info.online.set(user_id, online);
     }
-    if (!which) Object.assign(info, { more, page: { after: members.at(-1)?.user_id } });
+    const nextPage = { after: members.at(-1)?.user_id };
+    if (!which) Object.assign(info, { nextPage, more });
     // An event can tell of a member that the list of chats has counted already.
     if (!info.more && !isWhole(chat)) chat.memberCount = info.online.size;
   });
@@ -2803,9 +2707,9 @@ function renderInfo() {
   const ids = sortedByName(known.keys()).filter((id) => id !== myId());
   const rows = [myId(), ...ids].map((id) => memberRow(chat, id));
   const left = chat.memberCount - rows.length;
-  const rest = () =>
-    el("li", {}, textButton(say("andMore", { left }), () => loadMembers()));
-  if (left > 0) rows.push({ key: "more", look: String(left), build: rest });
+  const rest = () => textButton(say("andMore", { left }), () => loadMembers());
+  if (left > 0)
+    rows.push({ key: "more", look: `${left}`, build: () => el("li", {}, rest()) });
   setText("info-title", chatTitle(chat));
   showRows(box("info-members"), rows);
   button("info-rename").hidden = chat.direct || !create_chats;
@@ -2823,62 +2727,35 @@ function memberRow(chat, id) {
   const notes = [me && say("you"), id === creator && say("creator")].filter(Boolean);
   const removable = !me && creator === myId() && model.server.create_chats;
   return {
-    key: String(id),
+    key: `${id}`,
     look: JSON.stringify([name, online, notes, removable]),
     build: () => {
       const remove = textButton(say("remove"), () => void removeMember(chat, id));
-      remove.setAttribute("aria-label", `${say("remove")} ${name}`);
+      remove.ariaLabel = `${say("remove")} ${name}`;
       return el(
         "li",
         { class: classes("person", { online }) },
         ...personCells(id, chat),
-        online ? el("span", { class: "sr-only" }, say("online")) : null,
+        online && el("span", { class: "sr-only" }, say("online")),
         el("span", { class: "quiet" }, notes.join(", ")),
-        removable ? remove : null,
+        removable && remove,
       );
     },
   };
 }
 
-function onInfoRename() {
-  const { client, open: chat } = model;
-  if (!chat) return;
-  void askName("rename", chat.title, 200, async (text) => {
-    const title = text || null;
-    await client?.renameChat(chat.id, title);
-    chat.title = title;
-  });
-}
-
-/** In a direct chat, a group begins. */
-function onInfoAdd() {
-  const { open: chat } = model;
-  if (chat?.direct) choosePeople(null, others(chat));
-  else choosePeople(chat);
-}
-
 /** @param {ChatView} chat @param {number} userId the user, who leaves, or another one */
 async function removeMember(chat, userId) {
   const leaves = userId === myId();
-  const ends = model.server.invites ? ` ${say("linksEnded")}` : "";
-  const sure = await ask(
-    leaves
-      ? {
-          title: say("leaveTitle", { title: chatTitle(chat) }),
-          text: say("leaveText"),
-          yes: say("leave"),
-          no: say("stay"),
-        }
-      : {
-          title: say("removeTitle", { name: personName(userId) }),
-          text: say("removeText") + ends,
-          yes: say("remove"),
-        },
-  );
+  const { client, server } = model;
+  const ends = server.invites ? ` ${say("linksEnded")}` : "";
+  const name = personName(userId);
+  const sure = await (leaves
+    ? ask(say("leaveTitle", { title: chatTitle(chat) }), say("leaveText"), say("leaveChat"))
+    : ask(say("removeTitle", { name }), say("removeText") + ends, say("remove")));
   if (!sure) return;
   await submit("info-error", async () => {
-    const path = `/api/v1/chats/${chat.id}/members/${userId}`;
-    await model.client?.request("DELETE", path);
+    await client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${userId}`);
     if (leaves) removeChat(chat);
     else dialog("info").querySelector("button")?.focus(); // the row goes
   });
@@ -2899,48 +2776,31 @@ function offerNotifications() {
   const key = "chatd.notify";
   if (button("notify").hidden || readStored("localStorage", key)) return;
   if (writeStored("localStorage", key, "offered"))
-    toast(say("offerNotify"), { text: say("turnOn"), press: onNotifyButton });
+    toast(say("offerNotify"), { text: say("notify"), press: onNotifyButton });
 }
-
-function onMute() {
-  const { open } = model;
-  const { checked } = field("info-mute");
-  if (open && !writeStored("localStorage", mutedKey(open), checked))
-    toast(say("noStorage"));
-  requestRender();
-}
-
-/** Another tab may show the message already. */
-const NOTIFY_SECONDS = 1;
 
 /** @param {ChatView} chat @param {Message} message */
 function notify(chat, message) {
   if (window.Notification?.permission !== "granted" || isWatched()) return;
   // Another tab may show the message already.
-  after(NOTIFY_SECONDS, () => {
+  after(1, () => {
     const all = [...chat.messages, chat.last_message];
     const now = all.find((one) => one?.id === message.id) ?? message;
-    const seen = chat.read_n >= message.n || isWatched() || now.deleted;
-    if (!seen && model.chats.has(chat.id)) showNotification(chat, now);
-  });
-}
-
-/** @param {ChatView} chat @param {Message} message */
-function showNotification({ id, title }, { sender_id, content }) {
-  const name = personName(sender_id);
-  try {
-    const shown = new Notification(title ? say("senderIn", { name, title }) : name, {
-      body: visibleText(content).slice(0, 200),
-      tag: `chatd.${myId()}.${id}`, // all tabs of a user share one notification
-    });
-    shown.addEventListener("click", () => {
+    const { sender_id, content, deleted } = now;
+    if (deleted || chat.read_n >= message.n || isWatched() || !model.chats.has(chat.id)) return;
+    const { id, title } = chat;
+    const sender = personName(sender_id);
+    const name = title ? say("senderIn", { name: sender, title }) : sender;
+    const body = visibleText(content).slice(0, 200);
+    const tag = `chatd.${myId()}.${id}`; // all tabs of a user share one notification
+    // Some phones allow notifications only from service workers. chatd has none.
+    const shown = attempt(() => new Notification(name, { body, tag }));
+    shown?.addEventListener("click", () => {
       window.focus();
       location.hash = `#chat/${id}`;
       shown.close();
     });
-  } catch {
-    // Some phones allow notifications only from service workers. chatd has none.
-  }
+  });
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2968,107 +2828,120 @@ function start(session) {
   });
 }
 
-/**
- * @param {EventTarget | string} target or its id @param {string} type
- * @param {(event: any) => void} handle
- */
-function on(target, type, handle, capture = false) {
-  const node = typeof target === "string" ? box(target) : target;
-  node.addEventListener(type, handle, capture);
-}
-
-/** What the buttons do. @type {Record<string, (event: any) => void>} */
-const CLICKS = {
-  "sign-out": onSignOut,
-  "drafts-delete": onDeleteDrafts,
+/** An element's id, and an event if it is not a click -> what happens then.
+ * @type {Record<string, (event: any) => unknown>} */
+const LISTENERS = {
+  "sign-in-form submit": onSignInForm,
+  "join-form submit": onJoinForm,
+  skip: (event) => {
+    event.preventDefault();
+    if (model.open) composer.field.focus();
+    else moveFocus();
+  },
   "banner-retry": () => model.client?.retry(),
   notify: onNotifyButton,
-  skip: onSkip,
-  jump: onJump,
-  "edit-cancel": () => composer.leave(),
+
+  "me-panel toggle": showDrafts,
+  "drafts-delete": onDeleteDrafts,
+  "rename-me": () => {
+    const { client, names } = model;
+    return askName(say("changeName"), names.get(myId()), 64, async (text) => {
+      const { name } = await client?.renameMe(text);
+      if (client === model.client) setMyName(name);
+    });
+  },
+  "link-device": onLinkDevice,
+  shortcuts: () => dialog("keys").showModal(),
+  "sign-out": onSignOut,
+
   find: () => search.open(false),
   "chat-find": () => search.open(true),
+  "search-text input": () => search.start(),
+  "search-here change": () => search.start(),
+  "search keydown": (event) => search.onKey(event),
+  "search-list": (event) => search.onClick(event),
+  "search-list scroll": requestRender,
   "search-retry": () => search.retry(),
+
+  "scroller scroll": () => pane.onScroll(),
+  "scroller keydown": onMessagesKey,
+  jump: () => {
+    pane.showLatest(); // at once: smooth scrolling through a long history can make dizzy
+    // The button is gone now. The keyboard of a phone stays as it is.
+    if (document.activeElement !== composer.field)
+      box("scroller").focus({ preventScroll: true });
+  },
+  messages: (event) => {
+    onTick(event);
+    if (event.target.closest(".more")) openActions(event.target.closest("li"));
+  },
+  "messages copy": onCopy,
+  "messages pointerdown": onTouch,
+  "messages contextmenu": (event) => {
+    if (isTouchOfText(event)) event.preventDefault();
+  },
+  // The touch that opens the menu clicks on nothing in it.
+  "messages touchend": (event) => {
+    if (box("menu").matches(":popover-open")) event.preventDefault();
+  },
+  "menu keydown": (/** @type {KeyboardEvent} */ event) => {
+    const items = rowsOf("menu");
+    const at = items.findIndex((item) => item === event.target);
+    const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 }[event.key];
+    if (event.key === "Tab") box("menu").hidePopover();
+    if (to === undefined) return;
+    event.preventDefault();
+    items.at(to % items.length)?.focus();
+  },
+
+  "composer submit": (event) => composer.send(event),
+  "composer-text input": () => composer.onInput(),
+  "composer-text keydown": (event) => composer.onKey(event),
+  "edit-cancel": () => composer.leave(),
+
   "new-chat": () => choosePeople(null),
   "empty-start": () => choosePeople(null),
+  "people-form input": onChoice,
+  "people-form submit": (event) => {
+    event.preventDefault();
+    return submit("people-error", addPeople);
+  },
+  "people-filter keydown": onFilterKey,
+
   "chat-info": showInfo,
-  "info-rename": onInfoRename,
-  "info-add": onInfoAdd,
+  "info-mute change": ({ target }) => {
+    const { open } = model;
+    if (open && !writeStored("localStorage", mutedKey(open), target.checked))
+      toast(say("noStorage"));
+    requestRender();
+  },
+  "info-rename": () => {
+    const { client, open: chat } = model;
+    return askName(say("rename"), chat?.title, 200, async (text) => {
+      if (chat) await client?.renameChat(chat.id, text || null);
+    });
+  },
+  // In a direct chat, a group begins.
+  "info-add": () => {
+    const { open: chat } = model;
+    if (chat?.direct) choosePeople(null, others(chat));
+    else choosePeople(chat);
+  },
   "info-invite": onInvite,
   "info-leave": () => model.open && removeMember(model.open, myId()),
-  "rename-me": onRenameMe,
-  shortcuts: showKeys,
-  "link-device": onLinkDevice,
-  "link-copy": onLinkCopy,
-  "link-share": onLinkShare,
+
+  "link-copy": ({ target }) => {
+    field("link-url").select();
+    // navigator.clipboard would need https.
+    if (document.execCommand("copy")) setText("link-copy", say("copied"));
+    target.focus();
+  },
+  // It is rejected if the user cancels. The link can still be copied.
+  "link-share": () => navigator.share({ url: field("link-url").value }).catch(() => {}),
   "link-revoke": () => submit("link-error", () => showInvite(true)),
 };
 
-function addListeners() {
-  for (const [id, press] of Object.entries(CLICKS)) on(id, "click", press);
-  // First, so that the focus is back when a button opens something else.
-  on(document, "click", onClosingClick, true);
-  on(window, "hashchange", onHash);
-  if (signedOut) on(signedOut, "message", onSignedOutElsewhere);
-  on(window, "beforeunload", onBeforeUnload);
-  on(window, "pagehide", releaseAll);
-  on(window, "storage", onDraftElsewhere);
-  on(window, "storage", requestRender);
-  on(document, "keydown", onShortcut);
-  on(document, "keydown", onSearchKey);
-  // Renders at once: a tab that is hidden now may never get the requested frame.
-  on(document, "visibilitychange", onWatched);
-  on(window, "focus", onWatched);
-  on("sign-in-form", "submit", onSignInForm);
-  on("join-form", "submit", onJoinForm);
-  on("me-panel", "toggle", showDrafts);
-  on("scroller", "scroll", () => pane.onScroll());
-  on("scroller", "keydown", onMessagesKey);
-  on("messages", "click", ({ target }) => {
-    if (target.closest(".more")) openActions(target.closest("li"));
-  });
-  on("messages", "click", onTick);
-  on("messages", "copy", onCopy);
-  on("messages", "pointerdown", onTouch);
-  on("messages", "contextmenu", (event) => {
-    if (isTouchOfText(event)) event.preventDefault();
-  });
-  // The touch that opens the menu clicks on nothing in it.
-  on("messages", "touchend", (event) => {
-    if (box("menu").matches(":popover-open")) event.preventDefault();
-  });
-  for (const type of ["pointerup", "pointercancel"])
-    on(window, type, () => clearTimeout(longTouch));
-  on("menu", "keydown", onMenuKey);
-  on("composer", "submit", (event) => composer.send(event));
-  on("composer-text", "input", () => composer.onInput());
-  on("composer-text", "keydown", (event) => composer.onKey(event));
-  // The focus stays in the field, or else a phone would close its keyboard.
-  for (const id of ["send", "jump", "edit-cancel"])
-    on(id, "mousedown", (event) => event.preventDefault());
-  on("search-text", "input", () => search.start());
-  on("search-here", "change", () => search.start());
-  on("search", "keydown", (event) => search.onKey(event));
-  on("search-list", "click", (event) => search.onClick(event));
-  on("search-list", "scroll", requestRender);
-  on("people-form", "submit", onPeopleForm);
-  on("people-form", "input", onChoice);
-  on("people-filter", "keydown", onFilterKey);
-  on("info-mute", "change", onMute);
-  const observer = new ResizeObserver(() => pane.onResize());
-  for (const id of ["scroller", "messages"]) observer.observe(box(id));
-  if (window.visualViewport) on(window.visualViewport, "resize", onViewport);
-  setInterval(onSecond, 1000);
-}
-
-/** A panel closes with a choice in it, a dialog with some buttons. @param {any} event */
-function onClosingClick({ target }) {
-  const choice = target.closest("#me-panel button, #bell-list a, #menu button");
-  choice?.closest("[popover]").hidePopover();
-  target.closest(".close")?.closest("dialog").close();
-}
-
-/** Dialogs and panels close by themselves. @param {any} event of a key */
+/** @param {any} event of a key */
 function onShortcut(event) {
   const { key, target } = event;
   if (event.defaultPrevented || isComposing(event)) return;
@@ -3080,44 +2953,10 @@ function onShortcut(event) {
     event.preventDefault();
     row.querySelector("a").focus();
   }
+  // These close by themselves.
   if (document.querySelector("dialog[open], :popover-open")) return;
   if (key === "Escape" && model.open) location.hash = "#chats";
-  if (key === "?" && !target.matches("input, textarea")) showKeys();
-}
-
-function showKeys() {
-  dialog("keys").showModal();
-}
-
-/** @param {HashChangeEvent} event */
-function onHash({ oldURL }) {
-  if (!followLink(new URL(oldURL).hash)) route();
-}
-
-/** @param {Event} event */
-function onSkip(event) {
-  event.preventDefault();
-  if (model.open) composer.field.focus();
-  else moveFocus();
-}
-
-function onJump() {
-  pane.showLatest(); // at once: smooth scrolling through a long history can make dizzy
-  // The button is gone now. The keyboard of a phone stays as it is.
-  if (document.activeElement !== composer.field)
-    box("scroller").focus({ preventScroll: true });
-}
-
-/**
- * If an on-screen keyboard covers a part of the page, as on iOS, the page becomes as
- * high as the other part. To zoom with two fingers changes nothing.
- */
-function onViewport() {
-  const view = window.visualViewport;
-  if (!view || view.scale > 1.01) return;
-  const covered = view.height < window.innerHeight - 1;
-  box("chat").style.setProperty("--view-height", covered ? `${view.height}px` : "");
-  window.scrollTo(0, 0);
+  if (key === "?" && !target.matches("input, textarea")) dialog("keys").showModal();
 }
 
 /** The user has come back, perhaps on another day. */
@@ -3127,26 +2966,61 @@ function onWatched() {
   render();
 }
 
-let today = new Date().toDateString();
+let today = "";
 
-/** Updates what time changes: the seconds in the banner, and the names of days. */
 function onSecond() {
   if (!box("banner").hidden) renderBanner();
   const now = new Date();
-  const sameZone = now.getTimezoneOffset() === formats.offset;
-  if (sameZone && now.toDateString() === today) return;
-  today = now.toDateString();
-  if (!sameZone) formats = newFormats();
+  const date = `${now.toDateString()} ${now.getTimezoneOffset()}`;
+  if (date === today) return;
+  today = date;
+  formats = newFormats();
   requestRender();
 }
 
-function begin() {
-  if (!("popover" in HTMLElement.prototype)) throw new Error(say("tooOld"));
-  addListeners();
-  if (followLink()) return;
+if (!("popover" in HTMLElement.prototype)) throw new Error("popover");
+for (const [what, handle] of Object.entries(LISTENERS)) {
+  const [id = "", type = "click"] = what.split(" ");
+  box(id).addEventListener(type, handle);
+}
+// The focus stays in the field, or else a phone would close its keyboard.
+for (const id of ["send", "jump", "edit-cancel"])
+  box(id).addEventListener("mousedown", (event) => event.preventDefault());
+// A choice closes its panel: first, so that the focus is back when its handler moves it.
+const closeAround = (/** @type {any} */ { target }) => {
+  const choice = target.closest("#me-panel button, #bell-list a, #menu button");
+  choice?.closest("[popover]").hidePopover();
+  target.closest(".close")?.closest("dialog").close();
+};
+document.addEventListener("click", closeAround, true);
+document.addEventListener("keydown", onShortcut);
+document.addEventListener("keydown", onSearchKey);
+// Renders at once: a tab that is hidden now may never get the requested frame.
+document.addEventListener("visibilitychange", onWatched);
+addEventListener("focus", onWatched);
+addEventListener("beforeunload", onBeforeUnload);
+addEventListener("pagehide", releaseAll);
+addEventListener("storage", onDraftElsewhere);
+addEventListener("pointerup", () => clearTimeout(longTouch));
+addEventListener("pointercancel", () => clearTimeout(longTouch));
+addEventListener("hashchange", ({ oldURL }) => {
+  if (!followLink(new URL(oldURL).hash)) route();
+});
+signedOut?.addEventListener("message", onSignedOutElsewhere);
+// If a keyboard covers a part of the page, as on iOS, the other part is the page.
+const view = window.visualViewport;
+view?.addEventListener("resize", () => {
+  if (view.scale > 1.01) return; // the user has zoomed in
+  const covered = view.height < window.innerHeight - 1;
+  box("chat").style.setProperty("--view-height", covered ? `${view.height}px` : "");
+  window.scrollTo(0, 0);
+});
+const observer = new ResizeObserver(() => pane.onResize());
+for (const id of ["scroller", "messages"]) observer.observe(box(id));
+setInterval(onSecond, 1000);
+
+if (!followLink()) {
   const session = sessionToResume();
   if (session) start(session);
   else showSignIn();
 }
-
-begin();
