@@ -3,8 +3,9 @@
  * app.js: chatd's page (docs/page.md). An event or a click changes the model; only a
  * render writes to the page. Text that users have written enters it as textContent.
  *
- * @import { Action, Attributes, Chat, ChatEventHandlers, ChatView, Child, Delivery,
- *   EventHandlers, Key, Message, Model, Row, Session, State, StorageName } from "./page.js"
+ * @import { Action, Attributes, Banners, Chat, ChatEventHandlers, ChatView, Child, Delivery,
+ *   EventHandlers, Key, LastLine, Message, Model, NotDone, Pane, Row, Session, StorageName,
+ *   Tick } from "./page.js"
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 import { Drafts } from "./drafts.js";
@@ -410,7 +411,7 @@ async function onSignOut() {
   if (unsent > 0 && !(await ask(say("signOut"), text))) return;
   signedOut?.postMessage(myId());
   model.client?.forget();
-  const count = drafts.keys().length;
+  const count = drafts.chatIds().length;
   endSession(say("signedOut") + (count ? ` ${say("draftsHere", { count })}` : ""));
 }
 
@@ -970,24 +971,22 @@ function retryLoading(chat) {
  * Top and lists. Connection, bell, banner, chats.
  * ---------------------------------------------------------------------------------- */
 
-/**
- * Renders once for all changes of this frame. A hidden tab has no frames: use a timer.
- */
+let renderRequested = false;
+
+/** Renders once per frame. A hidden tab has no frames. */
 function requestRender() {
   if (renderRequested) return;
   renderRequested = true;
   if (document.visibilityState === "hidden") after(0, render);
   else requestAnimationFrame(render);
 }
-let renderRequested = false;
 
 function render() {
   renderRequested = false;
   if (!model.session) return;
   renderTop();
   renderBanner();
-  renderList();
-  renderBell();
+  renderLists();
   renderEmpty();
   if (dialog("people").open) renderPeople();
   if (dialog("info").open) renderInfo();
@@ -995,48 +994,38 @@ function render() {
   search.render();
   if (!menuAnchor?.isConnected && box("menu").contains(document.activeElement)) {
     box("menu").hidePopover();
-    box("scroller").focus({ preventScroll: true });
+    scroller.focus({ preventScroll: true });
   }
-  markSeen();
   if (model.chatsLoaded) loading = false;
 }
 
 function renderTop() {
-  const { connection } = model;
+  const { chats, connection, open, server } = model;
   const closed = connection === "closed" || connection === "signed_out";
   const state = closed ? "connecting" : connection;
-  const total = [...model.chats.values()].reduce((sum, chat) => sum + counted(chat), 0);
-  const elsewhere = total - (model.open ? counted(model.open) : 0);
+  const total = [...chats.values()].reduce((sum, chat) => sum + counted(chat), 0);
+  const elsewhere = total - (open ? counted(open) : 0);
   const me = personName(myId());
-  setText("connection-text", say(state));
+  setText("connection", say(state));
   box("connection").dataset["state"] = state;
   setText("me-name", me);
   setText("me-panel-name", say("signedInAs", { name: me }));
-  fillAvatar(box("me-avatar"), hueOf(myId()), me);
-  showBadge("bell-count", total);
-  showBadge("back-count", elsewhere);
+  box("me-avatar").replaceChildren(personAvatar(myId()));
+  setText("bell-count", badgeText(total));
+  setText("back-count", badgeText(elsewhere));
   setText("bell-label", total ? say("newCount", { count: total }) : say("noneNew"));
   const more = elsewhere ? `, ${say("newCount", { count: elsewhere })}` : "";
   setText("back-label", say("back") + more);
-  showTitle(model.open ? chatTitle(model.open) : "", total);
-  button("rename-me").hidden = !model.server.rename;
+  showTitle(open ? chatTitle(open) : "", total);
+  button("rename-me").hidden = !server.rename;
 }
 
 /** @param {number} count */
-const badgeText = (count) => (count > 99 ? "99+" : String(count));
-
-/** @param {string} id @param {number} count */
-function showBadge(id, count) {
-  setText(id, badgeText(count));
-  box(id).hidden = count === 0;
-}
+const badgeText = (count) => (count > 99 ? "99+" : String(count || ""));
 
 let shownTitle = "";
 
-/**
- * The icons of the tab and of an installed app say, too, that messages are new.
- * @param {string} place @param {number} [total]
- */
+/** @param {string} place @param {number} [total] of new messages */
 function showTitle(place, total = 0) {
   const title = (total ? `(${total}) ` : "") + (place && `${place} · `) + "chatd";
   if (title === shownTitle) return;
@@ -1047,16 +1036,15 @@ function showTitle(place, total = 0) {
 }
 
 /**
- * Writes only if the text has changed, so that screen readers do not read it again.
- * @param {string} id
- * @param {string} text
+ * A screen reader would read the same text again.
+ * @param {string} id @param {string} text
  */
 function setText(id, text) {
   const node = box(id);
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** @type {Partial<Record<State, Key>>} */
+/** @type {Banners} */
 const BANNERS = {
   polling: "pollingText",
   offline: "offlineText",
@@ -1077,179 +1065,12 @@ function renderBanner() {
   button("banner-retry").hidden = state === "refused";
 }
 
-function renderList() {
-  const rows = sortedChats().map((chat) => chatRow(chat, chat === model.open));
-  showRows(box("chat-list"), rows);
-}
-
-/** What to do while no chat is open. */
-function renderEmpty() {
-  const { create_chats, invites } = model.server;
-  const start = model.chats.size === 0 && model.chatsLoaded && create_chats;
-  setText("empty-text", emptyText());
-  button("empty-start").hidden = !start;
-  button("new-chat").hidden = !create_chats || start === true;
-  setText("empty-start", say(invites ? "invitePeople" : "newChat"));
-}
-
-function emptyText() {
-  const { create_chats, invites } = model.server;
-  if (model.chats.size > 0) return say("chooseChat");
-  if (!model.chatsLoaded || create_chats === undefined) return say("loading");
-  const start = invites ? "startInvite" : "startChat";
-  const name = personName(myId());
-  return `${say("noChats")} ${say(create_chats ? start : "waitForChat", { name })}`;
-}
-
-/** @param {ChatView} chat @param {boolean} current @returns {Row} */
-function chatRow(chat, current) {
-  const title = chatTitle(chat);
-  const last = lastLine(chat, current);
-  const stored = last.kind !== "failed" && last.kind !== "sending";
-  const when =
-    stored && chat.last_message ? shortTime(chat.last_message.created_at) : "";
-  const count = unread(chat);
-  const muted = isMuted(chat);
-  return {
-    key: String(chat.id),
-    look: JSON.stringify([title, last, when, count, current, muted]),
-    build: () =>
-      el(
-        "li",
-        {},
-        el(
-          "a",
-          {
-            class: classes("row", { unread: count > 0 }),
-            href: `#chat/${chat.id}`,
-            "aria-current": current ? "page" : null,
-          },
-          avatar(chat),
-          el("span", { class: "row-title", dir: "auto" }, title),
-          el(
-            "span",
-            { class: "row-time" },
-            muted ? icon("muted") : null,
-            muted ? el("span", { class: "sr-only" }, say("muted")) : null,
-            when,
-          ),
-          el(
-            "span",
-            { class: `row-last is-${last.kind}`, dir: "auto" },
-            last.kind === "sending" ? icon("sending") : null,
-            last.kind === "sending"
-              ? el("span", { class: "sr-only" }, say("sending"))
-              : null,
-            last.text,
-          ),
-          count ? badge(count, muted) : null,
-        ),
-      ),
-  };
-}
-
-/**
- * What a row says of its chat: a message that was not sent comes before anything else.
- * @param {ChatView} chat
- * @param {boolean} current
- * @returns {{kind: string, text: string}} the kind is a part of a class in style.css
- */
-function lastLine(chat, current) {
-  const changes = (model.client?.unsentChanges() ?? []).filter(({ message_id }) =>
-    contains(chat, message_id),
-  );
-  const unsent = [...changes, ...notYetStored(chat)];
-  const failed = unsent.filter(({ state }) => state === "failed").at(-1);
-  if (failed) {
-    const text = excerpt(failed.content || failureText(failed));
-    return { kind: "failed", text: say(NOT_DONE[failed.kind], { text }) };
-  }
-  const typing = typingText(chat);
-  if (typing) return { kind: "typing", text: typing };
-  const waiting = unsent.at(-1);
-  if (waiting) {
-    const text = excerpt(waiting.content || say("deleted"));
-    return { kind: "sending", text: say("ownLast", { text }) };
-  }
-  const draft = current || unread(chat) > 0 ? "" : drafts.get(chat.id);
-  if (!isBlank(draft))
-    return { kind: "draft", text: say("draft", { text: excerpt(draft) }) };
-  return { kind: "message", text: lastMessageText(chat) };
-}
-
-/** @param {ChatView} chat */
-function lastMessageText(chat) {
-  const message = chat.last_message;
-  if (!message) return say("noMessages");
-  const { content, deleted } = shown(message);
-  const text = deleted ? say("deleted") : excerpt(content);
-  if (message.sender_id === myId()) return say("ownLast", { text });
-  const [name = ""] = personName(message.sender_id).split(" ");
-  return chat.memberCount > 2 ? say("lastOf", { name, text }) : text;
-}
-
-/** @param {string} content */
-function excerpt(content) {
-  return visibleText(content).trim().slice(0, 120);
-}
-
-/** @param {number} count @param {boolean} muted */
-function badge(count, muted) {
-  return el(
-    "span",
-    { class: classes("badge", { muted }) },
-    badgeText(count),
-    el("span", { class: "sr-only" }, ` ${say("unread")}`),
-  );
-}
-
-/** @param {ChatView} chat @param {HTMLElement} [node] */
-function avatar(chat, node = el("span", { class: "avatar", "aria-hidden": "true" })) {
-  const [first = myId(), second] = others(chat);
-  const direct = !chat.title && second === undefined;
-  const hue = direct ? hueOf(first, chat) : hueOf(chat.id);
-  return fillAvatar(node, hue, chatTitle(chat));
-}
-
-/** So many colours of people can be told apart. */
-const HUES = 12;
-
-/**
- * Of two members with the same colour, the one met later takes the next free one.
- * @param {number} id @param {ChatView} [chat]
- */
-function hueOf(id, chat) {
-  let hue = chat?.hues.get(id) ?? ((id % HUES) * 5) % HUES;
-  if (!chat || chat.hues.has(id)) return hue;
-  const taken = new Set(chat.hues.values());
-  while (taken.has(hue) && taken.size < HUES) hue = (hue + 1) % HUES;
-  chat.hues.set(id, hue);
-  return hue;
-}
-
-/** @param {HTMLElement} node @param {number} hue */
-function paint(node, hue) {
-  node.style.setProperty("--hue", String((hue * 360) / HUES));
-  return node;
-}
-
-/** @param {HTMLElement} node @param {number} hue @param {string} name */
-function fillAvatar(node, hue, name) {
-  const words = name.split(/\s+/).map((word) => word.replace(/[^\p{L}\p{N}]/gu, ""));
-  const letters = words
-    .filter(Boolean)
-    .slice(0, 2)
-    .map((word) => [...word][0] ?? "");
-  node.textContent = letters.join("").toUpperCase() || "?";
-  return paint(node, hue);
-}
-
-function renderBell() {
-  const rows = sortedChats()
-    .filter(counted)
-    .map((chat) => chatRow(chat, false));
-  showRows(box("bell-list"), rows);
-  box("bell-empty").hidden = rows.length > 0;
+function renderLists() {
+  const chats = sortedChats();
+  const news = chats.filter(counted);
+  showRows(box("chat-list"), chats.map(chatRow));
+  showRows(box("bell-list"), news.map(chatRow));
+  box("bell-empty").hidden = news.length > 0;
   // Phones allow notifications only from service workers, and chatd has none.
   const phone = matchMedia("(pointer: coarse)").matches;
   const permission = phone ? "" : window.Notification?.permission;
@@ -1257,39 +1078,168 @@ function renderBell() {
   box("notify-denied").hidden = permission !== "denied";
 }
 
+function renderEmpty() {
+  const { chats, chatsLoaded, server } = model;
+  const { create_chats, invites } = server;
+  const known = chatsLoaded && create_chats !== undefined;
+  const start = known && create_chats && chats.size === 0;
+  const advice = invites ? "startInvite" : "startChat";
+  const name = personName(myId());
+  let text = say(chats.size > 0 ? "chooseChat" : "loading");
+  if (known && chats.size === 0)
+    text = `${say("noChats")} ${say(start ? advice : "waitForChat", { name })}`;
+  setText("empty-text", text);
+  setText("empty-start", say(invites ? "invitePeople" : "newChat"));
+  button("empty-start").hidden = !start;
+  button("new-chat").hidden = !create_chats || start;
+}
+
+/** @param {ChatView} chat @returns {Row} */
+function chatRow(chat) {
+  const current = chat === model.open;
+  const title = chatTitle(chat);
+  const [kind, text] = lastLine(chat);
+  const stored = kind !== "failed" && kind !== "sending";
+  const when =
+    stored && chat.last_message ? shortTime(chat.last_message.created_at) : "";
+  const count = unread(chat);
+  const muted = isMuted(chat);
+  const build = () => {
+    const link = el(
+      "a",
+      {
+        class: classes("row", { unread: count > 0 }),
+        href: `#chat/${chat.id}`,
+        "aria-current": current && "page",
+      },
+      chatAvatar(chat),
+      el("span", { class: "row-title", dir: "auto" }, title),
+      el("span", { class: "row-time" }, muted && sign("muted", say("muted")), when),
+      el(
+        "span",
+        { class: `row-last is-${kind}`, dir: "auto" },
+        kind === "sending" && sign("sending", say("sending")),
+        text,
+      ),
+      count > 0 &&
+        el(
+          "span",
+          { class: classes("badge", { muted }) },
+          badgeText(count),
+          spoken(` ${say("unread")}`),
+        ),
+    );
+    return el("li", {}, link);
+  };
+  const look = JSON.stringify([title, kind, text, when, count, current, muted]);
+  return { key: String(chat.id), look, build };
+}
+
+/** For screen readers only. @param {string} text */
+const spoken = (text) => el("span", { class: "sr-only" }, text);
+
+/** @param {string} name @param {string} text @param {string} [className] */
+function sign(name, text, className) {
+  return el("span", {}, icon(name, className), spoken(text));
+}
+
+/** @param {ChatView} chat @returns {LastLine} */
+function lastLine(chat) {
+  const changes = model.client?.unsentChanges() ?? [];
+  const unsent = [
+    ...changes.filter(({ message_id }) => contains(chat, message_id)),
+    ...notYetStored(chat),
+  ];
+  const failed = unsent.findLast(({ state }) => state === "failed");
+  if (failed) {
+    const text = excerpt(failed.content || failureText(failed));
+    return ["failed", say(NOT_DONE[failed.kind], { text })];
+  }
+  const typing = typingText(chat);
+  if (typing) return ["typing", typing];
+  const waiting = unsent.at(-1);
+  if (waiting) {
+    const text = excerpt(waiting.content || say("deleted"));
+    return ["sending", say("ownLast", { text })];
+  }
+  const draft = chat === model.open || unread(chat) > 0 ? "" : drafts.get(chat.id);
+  if (!isBlank(draft)) return ["draft", say("draft", { text: excerpt(draft) })];
+  return ["message", lastMessageText(chat)];
+}
+
+/** @param {ChatView} chat */
+function lastMessageText({ last_message, memberCount }) {
+  if (!last_message) return say("noMessages");
+  const { content, deleted } = shown(last_message);
+  const text = deleted ? say("deleted") : excerpt(content);
+  if (last_message.sender_id === myId()) return say("ownLast", { text });
+  const [name = ""] = personName(last_message.sender_id).split(" ");
+  return memberCount > 2 ? say("lastOf", { name, text }) : text;
+}
+
+/** @param {string} content */
+const excerpt = (content) => visibleText(content).trim().slice(0, 120);
+
+/** @param {ChatView} chat */
+function chatAvatar(chat) {
+  const [first = myId(), second] = others(chat);
+  const hue = chat.title || second ? hueOf(chat.id) : hueOf(first, chat);
+  return avatar(chatTitle(chat), hue, "avatar");
+}
+
+/** @param {number} userId @param {ChatView} [chat] */
+function personAvatar(userId, chat) {
+  return avatar(personName(userId), hueOf(userId, chat), "avatar small");
+}
+
+/** @param {string} name @param {number} hue @param {string} className */
+function avatar(name, hue, className) {
+  const letters = name.split(/\s+/).flatMap((one) => one.match(/[\p{L}\p{N}]/u) ?? []);
+  const text = letters.slice(0, 2).join("").toUpperCase() || "?";
+  return paint(el("span", { class: className, "aria-hidden": "true" }, text), hue);
+}
+
+/** So many colours can be told apart. */
+const HUES = 12;
+
+/** @param {HTMLElement} node @param {number} hue */
+function paint(node, hue) {
+  node.style.setProperty("--hue", String((hue * 360) / HUES));
+  return node;
+}
+
+/** Members of a chat differ, up to HUES. @param {number} id @param {ChatView} [chat] */
+function hueOf(id, chat) {
+  const hues = chat?.hues ?? new Map();
+  const taken = new Set(hues.values());
+  let hue = (id % HUES) * 5;
+  while (taken.has(hue % HUES) && taken.size < HUES) hue += 1;
+  if (!hues.has(id)) hues.set(id, hue % HUES);
+  return hues.get(id) ?? 0;
+}
+
 /* -------------------------------------------------------------------------------------
- * The open chat. The most important rule: only the user moves the messages that the
- * user reads, neither a render nor a new size of the window or the composer. If the end
- * was visible before, it is visible afterwards.
- *
- * A browser reports a move of the scroller without its reason. So the pane remembers
- * the sizes. If they are the same, the user has scrolled. If not, the browser has, and
- * the pane scrolls back.
+ * The open chat. Only the user moves the messages that the user reads. The scroller has
+ * moved: if the sizes are the same, the user did it; else the pane scrolls back.
  * ---------------------------------------------------------------------------------- */
 
-/** Older or newer messages are fetched when the place is less than this many pixels away. */
+/** Messages are fetched when they are this many pixels away. */
 const HISTORY_MARGIN = 500;
-/** A message counts as seen when this many pixels of it are on the screen. */
+/** A message is seen when this many pixels of it are on the screen. */
 const SEEN_PIXELS = 24;
 
+const scroller = box("scroller");
+
+/** @type {Pane} */
 const pane = {
-  /** A message's id, or "start": the first new message or else the end.
-   * @type {"stay" | "start" | number} */
   goTo: "stay",
-  /** The message that the address names. @type {string | undefined} */
   at: undefined,
-  /** The end is visible and stays visible. */
   follow: true,
-  /** The newest n that was drawn. A message after it appears with a small animation. */
   drawn: Infinity,
-  /** The long messages that the user has unfolded, as keys of rows. */
   unfolded: new Set(),
-  /** The sizes when the position was last right. */
   sizes: "",
-  /** The row at the top of the view, and how far below the top it begins. */
   anchor: { key: "", id: 0, top: 0 },
 
-  /** Whether the chat's end is visible. */
   atEnd() {
     return !model.open?.moreAfter && below("scroller") < END_MARGIN;
   },
@@ -1300,26 +1250,23 @@ const pane = {
   },
 
   currentSizes() {
-    const { scrollHeight, clientHeight, clientWidth } = box("scroller");
+    const { scrollHeight, clientHeight, clientWidth } = scroller;
     return `${clientWidth} ${clientHeight} ${scrollHeight}`;
   },
 
-  /** Notes what is where, so that restore can put it there again. */
   remember() {
     this.hidePastDays();
     this.sizes = this.currentSizes();
     if (this.follow) return;
-    const view = box("scroller").getBoundingClientRect();
-    const row = this.firstVisible(view.top);
-    if (row)
-      this.anchor = {
-        key: row.dataset["key"] ?? "",
-        id: Number(row.dataset["id"]),
-        top: row.getBoundingClientRect().top - view.top,
-      };
+    const row = rowsOf("messages").find(
+      (one) => one.dataset["n"] && topOf(one) + one.offsetHeight > 0,
+    );
+    if (!row) return;
+    const { key = "", id } = row.dataset;
+    this.anchor = { key, id: Number(id), top: topOf(row) };
   },
 
-  /** Of the days that stick to the top, only the last is visible. */
+  /** The labels stick to the top: only the last is visible. */
   hidePastDays() {
     let next = Infinity;
     for (const day of [...box("messages").querySelectorAll(".day")].reverse()) {
@@ -1329,49 +1276,30 @@ const pane = {
     }
   },
 
-  /** Shows the end again, or else the first visible row where it was. */
   restore() {
-    const scroller = box("scroller");
+    const { key, top } = this.anchor;
     if (scroller.clientHeight === 0) return; // it is not on the screen
-    if (this.follow) {
-      scroller.scrollTop = scroller.scrollHeight;
-    } else {
-      const row = rowsOf("messages").find(
-        ({ dataset }) => dataset["key"] === this.anchor.key,
-      );
-      const top = scroller.getBoundingClientRect().top + this.anchor.top;
-      if (row) this.scrollBy(row.getBoundingClientRect().top - top);
-    }
+    const row = rowsOf("messages").find(({ dataset }) => dataset["key"] === key);
+    const moved = row ? topOf(row) - top : 0;
+    if (this.follow) scroller.scrollTop = scroller.scrollHeight;
+    // Any write stops a touch scroll.
+    else if (Math.abs(moved) >= 1) scroller.scrollTop += moved;
     this.remember();
   },
 
-  /**
-   * The last message that counts as seen.
-   * @returns {{id: number, n: number} | null}
-   */
   lastSeen() {
-    const view = box("scroller").getBoundingClientRect();
-    if (view.height === 0) return null;
-    for (
-      let row = box("messages").lastElementChild;
-      row;
-      row = row.previousElementSibling
-    ) {
-      if (!(row instanceof HTMLElement) || !row.dataset["n"]) continue;
-      const { top, height } = row.getBoundingClientRect();
-      if (top + Math.min(height, SEEN_PIXELS) <= view.bottom) {
-        return { id: Number(row.dataset["id"]), n: Number(row.dataset["n"]) };
-      }
-    }
-    return null;
+    const { clientHeight } = scroller;
+    const row = rowsOf("messages").findLast(
+      (one) =>
+        one.dataset["n"] &&
+        topOf(one) + Math.min(one.offsetHeight, SEEN_PIXELS) <= clientHeight,
+    );
+    return clientHeight > 0 ? messageOf(Number(row?.dataset["id"])) : undefined;
   },
 
   render() {
     const chat = model.open;
     box("chat").classList.toggle("reading", chat !== null);
-    for (const id of ["pane-head", "pane-body", "composer"]) box(id).hidden = !chat;
-    box("pane-empty").hidden = chat !== null;
-    box("typing").hidden = !chat;
     if (!chat) return;
     this.renderHead(chat);
     composer.showMode(chat);
@@ -1380,59 +1308,44 @@ const pane = {
     this.restore();
     this.drawn = chat.messages.at(-1)?.n ?? this.drawn;
     this.go(chat);
-    this.renderJump(chat);
     setText("typing", typingText(chat));
-    this.loadMore(chat);
+    this.onMoved();
   },
 
-  /** @param {ChatView} chat */
   renderHead(chat) {
-    const people = others(chat);
-    const names = isWhole(chat)
-      ? [...people.map(personName), say("you")].join(", ")
-      : say("people", { count: chat.memberCount });
+    const people = say("people", { count: chat.memberCount });
+    const names = [...others(chat).map(personName), say("you")].join(", ");
+    const members = isWhole(chat) ? names : people;
     setText("pane-title", chatTitle(chat));
-    setText("pane-members", chat.direct ? say("directChat") : names);
-    avatar(chat, box("pane-avatar"));
+    setText("pane-members", chat.direct ? say("directChat") : members);
+    box("pane-avatar").replaceChildren(chatAvatar(chat));
   },
 
-  /**
-   * Does nothing below one pixel: any write to scrollTop stops a touch scroll.
-   * @param {number} pixels
-   */
-  scrollBy(pixels) {
-    if (Math.abs(pixels) >= 1) box("scroller").scrollTop += pixels;
-  },
-
-  /** @param {number} top of the view */
-  firstVisible(top) {
-    return rowsOf("messages").find(
-      (row) => row.dataset["n"] && row.getBoundingClientRect().bottom > top,
-    );
-  },
-
-  /** A long message that is folded, or was, has a button to unfold or fold it. */
   showFolds() {
-    for (const row of box("messages").querySelectorAll(".long")) {
-      const content = row.querySelector(".content");
-      const fold = row.querySelector(".fold");
-      if (!content || !(fold instanceof HTMLElement)) continue;
-      const cut = content.scrollHeight > content.clientHeight + 1;
-      fold.hidden = !cut && !row.classList.contains("unfolded");
-    }
+    const folded = box("messages").querySelectorAll(".long:not(.unfolded) .content");
+    for (const { scrollHeight, clientHeight, nextElementSibling } of folded)
+      nextElementSibling?.toggleAttribute("hidden", scrollHeight <= clientHeight + 1);
   },
 
-  /** Loads what the user wants to see, and goes there. @param {ChatView} chat */
+  toggleFold(key) {
+    this.follow = false; // the user reads on where the text was cut
+    this.remember();
+    if (this.unfolded.delete(key)) Object.assign(this.anchor, { key, top: 0 });
+    else this.unfolded.add(key);
+    requestRender();
+  },
+
   go(chat) {
     const { goTo, follow, anchor } = this;
     const id = Number(goTo) || (goTo === "stay" && !follow ? anchor.id : 0);
-    const there = id ? chat.messages.some((one) => one.id === id) : !chat.moreAfter;
+    const there = id ? messageOf(id) : !chat.moreAfter;
     if (!chat.loaded || !there) {
       if (chat.loading !== "no") return;
-      // The shown messages stay until the answer, unless a hole follows them.
+      // What is shown stays until the answer, unless a hole follows it.
       if (!id && chat.moreAfter)
         Object.assign(chat, { messages: [], loaded: false, moreAfter: false });
-      return void loadHistory(chat, id ? { around: id } : {});
+      void loadHistory(chat, id ? { around: id } : {});
+      return;
     }
     if (goTo === "stay") return;
     this.goTo = "stay";
@@ -1440,12 +1353,9 @@ const pane = {
     /** @type {HTMLElement | null} */
     const row = box("messages").querySelector(target);
     if (!row) return this.scrollToEnd();
-    // scrollIntoView could also scroll the page itself.
-    const scroller = box("scroller");
-    const { top, height } = scroller.getBoundingClientRect();
-    // On a low screen there is room for the new message only.
-    const above = Math.max(0, Math.min(height / 3, height - 150));
-    scroller.scrollTop += row.getBoundingClientRect().top - top - above;
+    const height = scroller.clientHeight;
+    // scrollIntoView could also scroll the page. A low screen has room for one message.
+    scroller.scrollTop += topOf(row) - Math.max(0, Math.min(height / 3, height - 150));
     this.follow = this.atEnd();
     this.remember();
     if (goTo === "start") return;
@@ -1453,22 +1363,32 @@ const pane = {
     row.focus({ preventScroll: true });
   },
 
-  /** Shows the newest messages. The address names no older one any more. */
   showLatest() {
     if (this.at) location.hash = `#chat/${model.open?.id}`;
     else this.scrollToEnd();
   },
 
-  /** @param {ChatView} chat */
-  renderJump(chat) {
+  onScroll() {
+    if (this.sizes !== this.currentSizes()) return this.onResize();
+    this.follow = this.atEnd();
+    this.remember();
+    this.onMoved();
+  },
+
+  onResize() {
+    this.showFolds();
+    this.restore();
+    this.onMoved();
+  },
+
+  onMoved() {
+    const chat = model.open;
+    if (!chat) return;
+    const { scrollTop, clientHeight } = scroller;
     const count = unread(chat);
     button("jump").hidden = this.atEnd();
     setText("jump-text", count ? say("newCount", { count }) : say("latest"));
-  },
-
-  /** Loads older or newer messages if their place is near. @param {ChatView} chat */
-  loadMore(chat) {
-    const { clientHeight, scrollTop } = box("scroller");
+    markSeen();
     if (clientHeight === 0 || !chat.loaded || chat.loading !== "no") return;
     const [first, last] = [chat.messages[0], chat.messages.at(-1)];
     if (first && chat.more && scrollTop < HISTORY_MARGIN)
@@ -1476,267 +1396,182 @@ const pane = {
     else if (last && chat.moreAfter && below("scroller") < HISTORY_MARGIN)
       void loadHistory(chat, { after: last.id });
   },
-
-  onScroll() {
-    const { open } = model;
-    if (!open) return;
-    if (this.sizes !== this.currentSizes()) return this.onResize();
-    this.follow = this.atEnd();
-    this.remember();
-    this.renderJump(open);
-    this.loadMore(open);
-    markSeen();
-  },
-
-  /** The window, the composer, the messages or a font has another size. */
-  onResize() {
-    this.showFolds();
-    this.restore();
-    if (model.open) this.renderJump(model.open);
-    markSeen();
-  },
 };
+
+/** Pixels below the top of the view. @param {Element} node */
+function topOf(node) {
+  return node.getBoundingClientRect().top - scroller.getBoundingClientRect().top;
+}
 
 /** @param {ChatView} chat @returns {string} "": no one is typing */
-function typingText(chat) {
-  const [name, other, ...more] = [...chat.typing.keys()].map(personName);
-  if (!name) return "";
-  if (more.length > 0) return say("manyTyping");
-  return other ? say("twoTyping", { name, other }) : say("typing", { name });
+function typingText({ typing }) {
+  const [name = "", other, third] = [...typing.keys()].map(personName);
+  if (third) return say("manyTyping");
+  if (other) return say("twoTyping", { name, other });
+  return name && say("typing", { name });
 }
 
-/**
- * The rows of the open chat, from top to bottom.
- * @param {ChatView} chat
- * @returns {Row[]}
- */
+/** @param {ChatView} chat */
 function messageRows(chat) {
-  const linesAfter = (/** @type {number} */ after) =>
-    chat.lines.filter(({ n }) => n === after).map(({ seq, text }) => ({
-      key: `line ${seq}`,
-      look: text(),
-      build: () => el("li", { class: "history line" }, text()),
-    }));
-  let lines = linesAfter((chat.messages[0]?.n ?? 1) - 1);
-  /** @type {Row[]} */
-  const rows = [historyRow(chat, "older", chat.more), ...lines];
-  /** @type {Message | null} */
-  let before = null;
-  for (const message of chat.messages) {
-    const newDay =
-      !before || dayName(before.created_at) !== dayName(message.created_at);
-    const newPart = chat.divider !== null && message.n === chat.divider + 1;
-    if (newDay) rows.push(dayRow(message));
-    if (newPart) rows.push(DIVIDER_ROW);
-    const apart = newDay || newPart || lines.length > 0;
-    const first = apart || !before || !sameGroup(before, message);
-    lines = linesAfter(message.n);
-    rows.push(messageRow(chat, message, first), ...lines);
-    before = message;
+  const { divider, messages } = chat;
+  const rows = [historyRow(chat, "older", chat.more)];
+  let day = "";
+  for (const message of messages) {
+    const { n, created_at } = message;
+    const name = dayName(created_at);
+    rows.push(...linesAfter(chat, n - 1));
+    // The key is not the date: a clock that is set back repeats a day.
+    if (name !== day) rows.push(textRow(`day ${n}`, "day", name));
+    if (n - 1 === divider) rows.push(textRow("divider", "divider", say("newMessages")));
+    rows.push(messageRow(chat, message, rows.at(-1)?.message));
+    day = name;
   }
+  rows.push(...linesAfter(chat, messages.at(-1)?.n ?? 0));
   if (chat.moreAfter) return [...rows, historyRow(chat, "newer", true)];
-  const unsent = notYetStored(chat);
-  const startsGroup = lines.length > 0 || before?.sender_id !== myId();
-  return [
-    ...rows,
-    ...unsent.map((delivery, i) => {
-      const message = { ...delivery, id: 0, n: 0, sender_id: myId(), created_at: "" };
-      return messageRow(chat, message, startsGroup && i === 0, delivery);
-    }),
-  ];
+  for (const unsent of notYetStored(chat)) {
+    const message = { ...unsent, id: 0, n: 0, sender_id: myId(), created_at: "" };
+    rows.push(messageRow(chat, message, rows.at(-1)?.message, unsent));
+  }
+  return rows;
+}
+
+/** @param {ChatView} chat @param {number} after n of a message */
+function linesAfter({ lines }, after) {
+  const here = lines.filter(({ n }) => n === after);
+  return here.map(({ seq, text }) => textRow(`line ${seq}`, "history line", text()));
+}
+
+/** If its answer was lost, a message is stored and unsent. @param {ChatView} chat */
+function notYetStored({ id, messages }) {
+  const own = messages.filter(({ sender_id }) => sender_id === myId());
+  const stored = own.map(({ client_id }) => client_id);
+  const unsent = model.client?.unsent(id) ?? [];
+  return unsent.filter(({ client_id }) => !stored.includes(client_id));
 }
 
 /**
- * The unsent messages that are not among the chat's messages. A message can be in both
- * lists for a moment: after its answer was lost, or when another tab has sent it.
- * @param {ChatView} chat
- */
-function notYetStored(chat) {
-  const own = chat.messages.filter(({ sender_id }) => sender_id === myId());
-  const stored = new Set(own.map(({ client_id }) => client_id));
-  const unsent = model.client?.unsent(chat.id) ?? [];
-  return unsent.filter(({ client_id }) => !stored.has(client_id));
-}
-
-/**
- * The beginning of the chat, or the state of loading.
- * @param {ChatView} chat @param {string} key @param {boolean} more @returns {Row}
- */
-function historyRow(chat, key, more) {
-  const look = chat.loading === "no" ? (more ? "more" : "start") : chat.loading;
-  const text = { more: "", yes: say("loading"), failed: say("notLoaded") };
-  return {
-    key,
-    look: `${look} ${chat.last_n > 0}`,
-    build: () => {
-      if (look === "start") {
-        return el(
-          "li",
-          { class: "history" },
-          chat.last_n > 0 ? say("beginning") : say("noMessages"),
-        );
-      }
-      const row = el("li", { class: "history" }, text[look]);
-      if (look === "failed")
-        row.append(
-          " ",
-          textButton(say("tryAgain"), () => retryLoading(chat)),
-        );
-      return row;
-    },
-  };
-}
-
-/** @param {Message} message @returns {Row} */
-function dayRow({ created_at, n }) {
-  const name = dayName(created_at);
-  return {
-    key: `day ${n}`, // not the date: a clock that is set back repeats a day
-    look: name,
-    build: () => el("li", { class: "day" }, name),
-  };
-}
-
-/** @type {Row} */
-const DIVIDER_ROW = {
-  key: "divider",
-  look: "",
-  build: () => el("li", { class: "divider" }, say("newMessages")),
-};
-
-/** Messages of one sender form a group if each follows within this time. */
-const GROUP_SECONDS = 300;
-
-/** @param {Message} a @param {Message} b */
-function sameGroup(a, b) {
-  const seconds = (Date.parse(b.created_at) - Date.parse(a.created_at)) / 1000;
-  return a.sender_id === b.sender_id && seconds < GROUP_SECONDS;
-}
-
-/**
- * @param {ChatView} chat
- * @param {Message} message
- * @param {boolean} first of a group
- * @param {Delivery} [unsent] if the message is not stored yet
+ * @param {string} key @param {string} className @param {string} text
+ * @param {Child} [action]
  * @returns {Row}
  */
-function messageRow(chat, message, first, unsent) {
-  const { id, n, rev } = message;
-  const own = message.sender_id === myId();
-  const name = personName(message.sender_id);
-  const { change = unsent, content, deleted } = shown(message);
-  const failed = change?.state === "failed";
-  const tick = change ? unsentTick(change) : own ? tickOf(chat, n) : null;
-  const arriving = n > pane.drawn && pane.follow && !own;
-  const key = own && message.client_id ? `c ${message.client_id}` : `m ${id}`;
-  const unfolded = pane.unfolded.has(key);
-  const state = [tick, unfolded, formats.offset, held.has(id), change];
-  return {
-    key,
-    look: JSON.stringify([n, rev, first, name, ...state]),
-    build: () =>
-      el(
-        "li",
-        {
-          id: id ? `message-${id}` : null,
-          class: classes("message", { own, first, arriving, failed }),
-          "data-id": id || null,
-          "data-n": n || null,
-        },
-        own ? null : personAvatar(message.sender_id, chat),
-        el(
-          "div",
-          { class: "bubble" },
-          paint(senderLine(own, first, name), hueOf(message.sender_id, chat)),
-          flow(
-            key,
-            { content, deleted },
-            held.has(id)
-              ? textButton(say("undo"), () => release(id, true))
-              : stamp(message, tick),
-          ),
-          failed ? failureLine(change) : null,
-        ),
-        id && !deleted ? moreButton(id) : null,
-      ),
-  };
+function textRow(key, className, text, action) {
+  const build = () => el("li", { class: className }, text, action && " ", action);
+  return { key, look: text, build };
 }
 
-/** Opens the message's menu: see openActions. @param {number} id */
-function moreButton(id) {
-  const label = { "aria-label": say("actions"), "aria-describedby": `message-${id}` };
-  const attributes = { class: "icon-button more", type: "button", tabindex: -1 };
-  return el("button", { ...attributes, ...label }, icon("more"));
+/** @param {ChatView} chat @param {string} key @param {boolean} more */
+function historyRow(chat, key, more) {
+  const { loading, last_n } = chat;
+  const start = more ? "" : say(last_n > 0 ? "beginning" : "noMessages");
+  const texts = { no: start, yes: say("loading"), failed: say("notLoaded") };
+  const retry = textButton(say("tryAgain"), () => retryLoading(chat));
+  return textRow(key, "history", texts[loading], loading === "failed" && retry);
 }
 
-/** A text below this size is never folded, so its height need not be measured. */
-const SHORT_CHARACTERS = 600;
-const SHORT_LINES = 20;
+/** A group ends if the next message comes this much later. */
+const GROUP_SECONDS = 300;
+
+/** @param {Message} message @param {Message} [above] */
+function startsGroup({ created_at, sender_id }, above) {
+  const from = Date.parse(above?.created_at ?? "");
+  const seconds = (Date.parse(created_at) - from) / 1000; // NaN: it is not sent yet
+  return sender_id !== above?.sender_id || seconds >= GROUP_SECONDS;
+}
 
 /**
- * A message's text and its stamp. A long text is folded until the user unfolds it.
- * @param {string} key of the row
- * @param {{content: string, deleted?: boolean}} message
+ * @param {ChatView} chat @param {Message} message
+ * @param {Message} [above] @param {Delivery} [unsent]
+ * @returns {Row}
+ */
+function messageRow(chat, message, above, unsent) {
+  const { id, n, rev, sender_id, client_id } = message;
+  const own = sender_id === myId();
+  const name = personName(sender_id);
+  const { change = unsent, content, deleted } = shown(message);
+  const failed = change?.state === "failed";
+  const tick = change || own ? tickOf(chat, n, change) : null;
+  const first = startsGroup(message, above);
+  const arriving = n > pane.drawn && pane.follow && !own;
+  const key = own && client_id ? `c ${client_id}` : `m ${id}`;
+  const unfolded = pane.unfolded.has(key);
+  const undo = held.has(id) && textButton(say("undo"), () => release(id, true));
+  const build = () => {
+    const more = {
+      class: "icon-button more",
+      type: "button",
+      tabindex: -1,
+      "aria-label": say("actions"),
+      "aria-describedby": `message-${id}`,
+    };
+    const sender = el(
+      "p",
+      { class: first && !own ? "sender" : "sr-only", dir: "auto" },
+      own ? say("ownLast", { text: "" }) : name,
+    );
+    const bubble = el(
+      "div",
+      { class: "bubble" },
+      paint(sender, hueOf(sender_id, chat)),
+      flow(key, content, deleted, undo || stamp(message, tick)),
+      failed && failureLine(change),
+    );
+    return el(
+      "li",
+      {
+        id: id > 0 && `message-${id}`,
+        class: classes("message", { own, first, arriving, failed }),
+        "data-id": id,
+        "data-n": n,
+      },
+      !own && personAvatar(sender_id, chat),
+      bubble,
+      id > 0 && !deleted && el("button", more, icon("more")),
+    );
+  };
+  const state = [tick, unfolded, formats.offset, held.has(id), change];
+  return { key, look: JSON.stringify([n, rev, first, name, ...state]), build, message };
+}
+
+/**
+ * @param {string} key @param {string} content @param {boolean} deleted
  * @param {HTMLElement} stamp
  */
-function flow(key, { content, deleted = false }, stamp) {
-  const lines = content.split("\n", SHORT_LINES + 1).length;
-  const long = content.length > SHORT_CHARACTERS || lines > SHORT_LINES;
-  const unfolded = pane.unfolded.has(key);
-  const fold = textButton(unfolded ? say("showLess") : say("showAll"), () => {
-    if (unfolded) pane.unfolded.delete(key);
-    else pane.unfolded.add(key);
-    pane.follow = false; // the user reads on where the text was cut
-    pane.remember();
-    if (unfolded) Object.assign(pane.anchor, { key, top: 0 });
-    requestRender();
-  });
-  fold.classList.add("fold");
-  fold.setAttribute("aria-expanded", String(unfolded));
+function flow(key, content, deleted, stamp) {
+  // A shorter text has less than 40 lines, so its height need not be measured.
+  const long = content.length > 600 || content.split("\n").length > 20;
+  const unfolded = long && pane.unfolded.has(key);
+  const text = unfolded ? say("showLess") : say("showAll");
+  const fold = textButton(text, () => pane.toggleFold(key), "fold");
+  fold.ariaExpanded = String(unfolded);
   return el(
     "div",
-    { class: classes("flow", { long, unfolded: long && unfolded }) },
+    { class: classes("flow", { long, unfolded }) },
     deleted
       ? el("div", { class: "content blank" }, say("deleted"))
       : contentNode(content),
-    long ? fold : null,
+    long && fold,
     stamp,
   );
 }
 
-/** @param {number} userId @param {ChatView} [chat] */
-function personAvatar(userId, chat) {
-  const node = el("span", { class: "avatar small", "aria-hidden": "true" });
-  return fillAvatar(node, hueOf(userId, chat), personName(userId));
-}
-
 /**
- * The sender's name is visible above a group. Screen readers read it with each message.
- * @param {boolean} own
- * @param {boolean} first
- * @param {string} name
+ * @param {ChatView} chat @param {number} n @param {Delivery} [change]
+ * @returns {Tick}
  */
-function senderLine(own, first, name) {
-  if (own) return el("p", { class: "sr-only" }, say("ownLast", { text: "" }));
-  return el("p", { class: first ? "sender" : "sr-only", dir: "auto" }, name);
-}
-
-/** Who has read the user's message. @param {ChatView} chat @param {number} n */
-function tickOf(chat, n) {
+function tickOf(chat, n, change) {
+  if (change?.state === "failed") return ["failed", say("notSent")];
+  if (change) return ["sending", say("sending")];
   const people = others(chat).length;
-  const readers = others(chat).filter((id) => (chat.members.get(id) ?? 0) >= n).length;
-  if (readers === 0) return { icon: "sent", text: say("sent") };
-  if (readers < people) return { icon: "read", text: say("readBy", { readers, people }) };
-  return { icon: "read", text: say("read"), className: "tick-read" };
+  const readers = others(chat).filter((id) => hasRead(chat, id, n)).length;
+  if (readers === 0) return ["sent", say("sent")];
+  if (readers < people) return ["read", say("readBy", { readers, people })];
+  return ["read", say("read"), "tick-read"];
 }
 
-/** @param {Delivery} delivery */
-function unsentTick({ state }) {
-  if (state === "failed") return { icon: "failed", text: say("notSent") };
-  return { icon: "sending", text: say("sending") };
-}
+/** @param {ChatView} chat @param {number} userId @param {number} n */
+const hasRead = ({ members }, userId, n) => (members.get(userId) ?? 0) >= n;
 
-/** Whether the page can tell who has read a message. @param {ChatView} chat */
+/** @param {ChatView} chat */
 function knowsReaders(chat) {
   return !chat.direct && isWhole(chat) && others(chat).length > 0;
 }
@@ -1744,81 +1579,73 @@ function knowsReaders(chat) {
 /** @param {ChatView} chat @param {Message} message */
 function showReaders(chat, { n, sender_id }) {
   const ids = [...chat.members.keys()].filter((id) => id !== sender_id);
-  const hasRead = (/** @type {number} */ id) => (chat.members.get(id) ?? 0) >= n;
-  ids.sort((a, b) => Number(hasRead(b)) - Number(hasRead(a)));
-  const note = (/** @type {number} */ id) => say(hasRead(id) ? "read" : "notYet");
-  const row = (/** @type {number} */ id) =>
-    el("li", { class: "person" }, ...personCells(id), el("span", { class: "quiet" }, note(id)));
-  box("readers-list").replaceChildren(...ids.map(row));
+  const late = (/** @type {number} */ id) => Number(!hasRead(chat, id, n));
+  ids.sort((a, b) => late(a) - late(b));
+  const rows = ids.map((id) => {
+    const note = el("span", { class: "quiet" }, say(late(id) ? "notYet" : "read"));
+    return el("li", { class: "person" }, ...personCells(id), note);
+  });
+  box("readers-list").replaceChildren(...rows);
   dialog("readers").showModal();
 }
 
-/** A click on a tick. @param {{target: Element}} event */
+/** @param {{target: Element}} event */
 function onTick({ target }) {
   const { open } = model;
-  const n = Number(target.closest(".own .stamp")?.closest("li")?.dataset["n"]);
-  const message = open?.messages.find((one) => one.n === n);
+  const row = target.closest(".own .stamp")?.closest("li");
+  const message = messageOf(Number(row?.dataset["id"]));
   if (open && message && knowsReaders(open)) showReaders(open, message);
 }
 
-/** A copy is plain text; of one message, as it was written. @param {ClipboardEvent} event */
+/** Plain text; of one message, as it was written. @param {ClipboardEvent} event */
 function onCopy(event) {
   const selection = getSelection();
   if (!selection || selection.isCollapsed) return;
   const range = selection.getRangeAt(0);
-  const { commonAncestorContainer: node } = range;
-  const parent = node instanceof Element ? node : node.parentElement;
-  const copied = parent?.closest(".content") ? range : selection;
-  event.clipboardData?.setData("text/plain", String(copied));
+  const many = range.cloneContents().querySelector(".content");
+  event.clipboardData?.setData("text/plain", String(many ? selection : range));
   event.preventDefault();
 }
 
-/**
- * @param {{created_at?: string, edited_at?: string, deleted?: boolean}} message
- * @param {{icon: string, text: string, className?: string} | null} tick
- */
+/** @param {Partial<Message>} message @param {Tick | null} tick */
 function stamp({ created_at, edited_at, deleted }, tick) {
   return el(
     "span",
-    { class: "stamp", title: tick?.text },
-    edited_at && !deleted ? timeNode(edited_at, say("edited")) : null,
-    created_at ? timeNode(created_at) : null,
-    tick && icon(tick.icon, tick.className),
-    tick && el("span", { class: "sr-only" }, tick.text),
+    { class: "stamp", title: tick?.[1] },
+    edited_at && !deleted && timeNode(edited_at, say("edited")),
+    created_at && timeNode(created_at),
+    tick && sign(...tick),
   );
 }
 
-/** @param {string} at @param {string} [text] instead of the time */
-function timeNode(at, text) {
-  const date = new Date(at);
+/** @param {string} datetime @param {string} [text] instead of the time */
+function timeNode(datetime, text) {
+  const date = new Date(datetime);
   const title = formats.moment.format(date);
-  const spoken = text ? el("span", { class: "sr-only" }, ` ${title}`) : null;
-  const attributes = { datetime: at, title };
-  return el("time", attributes, text ?? formats.clock.format(date), spoken);
+  const note = text && spoken(` ${title}`);
+  return el("time", { datetime, title }, text ?? formats.clock.format(date), note);
 }
 
-/** @type {Record<Delivery["kind"], import("./words.js").Key>} */
+/** @type {NotDone} */
 const NOT_DONE = { message: "notSentText", edit: "notSaved", delete: "notDeleted" };
 
-/**
- * The user can edit a text that was refused, and repeat what may succeed later.
- * @param {Delivery} delivery
- */
+/** @param {Delivery} delivery */
 function failureLine(delivery) {
   const { client_id, kind, code = "" } = delivery;
   const textIsWrong = ["bad_field", "too_large", "changed"].includes(code);
-  const message = kind === "message";
-  let repeat = null;
-  if (textIsWrong) repeat = textButton(say("edit"), () => composer.edit(delivery));
-  else if (message || code === "internal")
-    repeat = textButton(say("tryAgain"), () => model.client?.resend(client_id));
-  const discard = () => model.client?.discard(client_id);
+  const isMessage = kind === "message";
+  const edit = textButton(say("edit"), () => composer.edit(delivery));
+  const repeat = textButton(say("tryAgain"), () => model.client?.resend(client_id));
+  const discard = textButton(say(isMessage ? "delete" : "cancel"), () =>
+    model.client?.discard(client_id),
+  );
+  const maySucceed = isMessage || code === "internal";
   const text = say(NOT_DONE[kind], { text: failureText(delivery) });
-  const last = textButton(say(message ? "delete" : "cancel"), discard);
-  return el("p", { class: "failure" }, `${text} `, repeat, last);
+  const first = textIsWrong ? edit : maySucceed && repeat;
+  return el("p", { class: "failure" }, `${text} `, first, discard);
 }
 
-/** Why it was not done. @param {Delivery} delivery @returns {string} */
+/** @param {Delivery} delivery @returns {string} */
 function failureText({ kind, content, code = "", reason = "" }) {
   const most = maximumIn(reason) || model.maxCharacters;
   const over = countCharacters(content) - most;
@@ -1829,8 +1656,9 @@ function failureText({ kind, content, code = "", reason = "" }) {
 }
 
 /** @param {string} text @param {() => void} press */
-function textButton(text, press) {
-  const node = el("button", { class: "text-button", type: "button" }, text);
+function textButton(text, press, className = "") {
+  const attributes = { class: `text-button ${className}`, type: "button" };
+  const node = el("button", attributes, text);
   node.addEventListener("click", press);
   return node;
 }
@@ -1848,24 +1676,21 @@ function selectChat(chat) {
   for (const node of document.querySelectorAll("dialog"))
     if (node.id !== "ask") node.close();
   box("messages").replaceChildren();
-  pane.drawn = Infinity;
-  pane.follow = true;
-  pane.goTo = "start";
-  pane.at = undefined;
   pane.unfolded.clear();
+  Object.assign(pane, { drawn: Infinity, follow: true, goTo: "start", at: undefined });
+  drafts.prune();
   composer.show(chat);
   if (!chat) return;
   chat.divider = unread(chat) > 0 ? chat.read_n : null;
   retryLoading(chat);
 }
 
-/** Opens a chat, also as the first thing of a visit. Back leads to the list. */
-function openChat(/** @type {number} */ id) {
+/** Back leads to the list, even at first. @param {number} id */
+function openChat(id) {
   if (!location.hash) history.replaceState(null, "", "#chats");
   location.hash = `#chat/${id}`;
 }
 
-/** The address says which chat is open, and perhaps at which message. */
 function route() {
   const [, id, at] = /^#chat\/(\d+)(?:\/(\d+))?$/.exec(location.hash) ?? [];
   const chat = model.chats.get(Number(id)) ?? null;
@@ -1879,28 +1704,21 @@ function route() {
   }
   requestRender();
   const mayMove = !before || document.activeElement !== document.body;
-  if (before !== chat && !at && mayMove) {
-    requestAnimationFrame(() => moveFocus(before));
-  }
+  if (before !== chat && !at && mayMove) requestAnimationFrame(() => moveFocus(before));
 }
 
-/**
- * Moves the focus into the open chat, or else to the row of the chat that was closed.
- * @param {ChatView | null} [before]
- */
+/** @param {ChatView | null} [before] the chat that was closed */
 function moveFocus(before) {
   /** @type {HTMLElement | null} */
-  const target = model.open
-    ? matchMedia("(pointer: fine)").matches
-      ? composer.field
-      : box("scroller")
-    : box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
-  (target ?? box("chats")).focus({ preventScroll: true });
+  const row = box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
+  const keyboard = matchMedia("(pointer: fine)").matches;
+  const inChat = keyboard ? composer.field : scroller;
+  const target = model.open ? inChat : (row ?? box("chats"));
+  target.focus({ preventScroll: true });
 }
 
 /* -------------------------------------------------------------------------------------
  * Changing. An edit or a deletion waits like a message, and the row shows what will be.
- * A deletion is held for some seconds before, and can be undone.
  * ---------------------------------------------------------------------------------- */
 
 /** Message id -> timer that sends its deletion. @type {Map<number, number>} */
@@ -1908,8 +1726,7 @@ const held = new Map();
 
 /** The newest unsent change of a message. @param {number} id */
 function changeOf(id) {
-  const changes = model.client?.unsentChanges() ?? [];
-  return changes.filter(({ message_id }) => message_id === id).at(-1);
+  return model.client?.unsentChanges().findLast((change) => change.message_id === id);
 }
 
 /** A message as it will be. @param {Message} message */
@@ -1922,10 +1739,12 @@ function shown({ id, content, deleted = false }) {
 }
 
 /** @param {Message} message */
-function mayEdit({ sender_id, created_at, deleted }) {
+function mayEdit(message) {
+  const { sender_id, created_at, deleted } = message;
+  const seconds = (Date.now() - Date.parse(created_at)) / 1000;
   const { edit_seconds = 0 } = model.server;
-  const left = Date.parse(created_at) + (edit_seconds ?? Infinity) * 1000 - Date.now();
-  return sender_id === myId() && !deleted && left > 0;
+  const inTime = seconds < (edit_seconds ?? Infinity);
+  return sender_id === myId() && inTime && !deleted && !shown(message).deleted;
 }
 
 /** A message of the open chat. @param {number} id */
@@ -1940,21 +1759,20 @@ function openActions(row) {
   const chat = model.open;
   const message = messageOf(Number(row.dataset["id"]));
   if (!anchor || !chat || !message) return;
-  const copy = { text: say("copy"), press: () => copyText(shown(message).content) };
-  const edit = { text: say("edit"), press: () => composer.change(message) };
-  const remove = { text: say("delete"), press: () => hold(message.id), danger: true };
-  const owner = !chat.direct && chat.created_by === myId() && !message.deleted;
-  const readers = { text: say("readers"), press: () => showReaders(chat, message) };
+  const { id, sender_id } = message;
+  const copy = () => copyText(shown(message).content);
+  const isReadable = sender_id === myId() && knowsReaders(chat);
+  const isCreator = !chat.direct && chat.created_by === myId();
   const editable = mayEdit(message);
-  showMenu(anchor, [
-    copy,
-    ...(editable ? [edit] : []),
-    ...(message.sender_id === myId() && knowsReaders(chat) ? [readers] : []),
-    ...(editable || owner ? [remove] : []),
-  ]);
+  const items = [
+    { text: say("copy"), press: copy },
+    editable && { text: say("edit"), press: () => composer.change(message) },
+    isReadable && { text: say("readers"), press: () => showReaders(chat, message) },
+    (editable || isCreator) && { text: say("delete"), press: () => hold(id), danger: true },
+  ];
+  showMenu(anchor, items.filter((item) => item !== false));
 }
 
-const LONG_TOUCH_SECONDS = 0.5;
 let longTouch = 0;
 
 /** The browser has a menu of its own for a link. @param {PointerEvent} event */
@@ -1967,35 +1785,17 @@ function onTouch(event) {
   clearTimeout(longTouch);
   const row = event.target.closest("li");
   if (!row || !isTouchOfText(event)) return;
-  longTouch = after(LONG_TOUCH_SECONDS, () => {
+  longTouch = after(0.5, () => {
     openActions(row);
     // Or else the menu would close when the finger is lifted outside of it.
     box("menu").setPointerCapture(event.pointerId);
   });
 }
 
-/** Up and down move between the messages. @param {KeyboardEvent} event */
-function onMessagesKey(event) {
-  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-  /** @type {NodeListOf<HTMLElement>} */
-  const found = box("messages").querySelectorAll(".more");
-  const all = [...found];
-  const end = box("scroller").getBoundingClientRect().bottom;
-  const visible = all.filter((node) => node.getBoundingClientRect().bottom <= end);
-  const at = all.findIndex((node) => node === document.activeElement);
-  const next = at < 0 ? visible.at(-1) : all[at + (step ?? 0)];
-  if (!step || !next) return;
-  event.preventDefault();
-  next.focus();
-}
-
-const UNDO_SECONDS = 5;
-
-/** @param {number} id */
+/** Deletes a message in five seconds. @param {number} id */
 function hold(id) {
   if (model.open?.editing?.id === id) composer.leave();
-  const timer = after(UNDO_SECONDS, () => release(id));
-  held.set(id, timer);
+  held.set(id, after(5, () => release(id)));
   requestRender();
 }
 
@@ -2024,41 +1824,44 @@ function copyText(text) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Drafts (drafts.js) survive a reload, the end of the session and a sign-out in any tab;
- * the panel of the account shows how many there are, and deletes them.
+ * Drafts. The panel of the account shows how many there are, and deletes them.
  * ---------------------------------------------------------------------------------- */
 
-const drafts = new Drafts(attempt(() => localStorage) ?? null, myId);
+const drafts = new Drafts(openStorage(), myId);
 
-/** @param {StorageEvent} event */
-function onDraftElsewhere(event) {
-  const shown = composer.field.value;
-  const text = drafts.follow(event, model.open ? composer.draftId(model.open) : 0, shown);
-  if (text !== shown) composer.setText(text);
+function openStorage() {
+  try {
+    return localStorage;
+  } catch {
+    return null; // it is forbidden
+  }
+}
+
+/** Or else a text that another tab has sent would stay. @param {StorageEvent} event */
+function onStorage({ key }) {
+  const { open } = model;
+  if (open && key === drafts.key(composer.draftId(open))) composer.show(open);
   requestRender();
 }
 
 function showDrafts() {
-  const count = drafts.keys().length;
+  const count = drafts.chatIds().length;
   box("drafts").hidden = count === 0;
   setText("drafts-text", say("draftsHere", { count }));
 }
 
 async function onDeleteDrafts() {
-  const text = say("draftsHere", { count: drafts.keys().length });
+  const ids = drafts.chatIds();
+  const text = say("draftsHere", { count: ids.length });
   if (!(await ask(say("deleteDrafts"), text, say("delete")))) return;
-  for (const key of drafts.keys()) drafts.set(Number(key.split(".").at(-1)), "");
+  for (const id of ids) drafts.set(id, "");
   composer.show(model.open);
   requestRender();
 }
 
 /* -------------------------------------------------------------------------------------
- * Writing. The composer owns its field: the text, the height, the draft, the counter,
- * what Enter means, and sending. Nothing else writes to the field.
+ * Writing. Only the composer writes to its field.
  * ---------------------------------------------------------------------------------- */
-
-/** The composer counts from this part of the longest message on. */
-const COUNT_FROM = 0.9;
 
 const composer = {
   field: byId("composer-text", HTMLTextAreaElement),
@@ -2068,14 +1871,14 @@ const composer = {
     return editing ? -editing.id : id;
   },
 
-  /** Shows the draft of a chat. @param {ChatView | null} chat */
+  /** @param {ChatView | null} chat */
   show(chat) {
-    drafts.prune();
     const draft = chat && drafts.get(this.draftId(chat));
-    this.setText(draft || (chat?.editing?.content ?? ""));
+    this.field.value = draft || (chat?.editing?.content ?? "");
+    this.fit();
   },
 
-  /** Says what the field is for. @param {ChatView} chat */
+  /** @param {ChatView} chat */
   showMode({ editing }) {
     box("edit-bar").hidden = !editing;
     button("send").ariaLabel = say(editing ? "save" : "send");
@@ -2086,49 +1889,41 @@ const composer = {
     setText("edit-text", `${say("editing")} ${news}`);
   },
 
-  /** @param {string} text */
-  setText(text) {
-    this.field.value = text;
-    this.fit();
-  },
-
-  /**
-   * Gives style.css a copy of the text, which makes the field as high as its text. (To
-   * measure the field, it would have to become low first: that moves the messages.)
-   * Counts the characters when there is little room left.
-   */
   fit() {
-    box("composer-box").dataset["text"] = this.field.value;
-    const used = countCharacters(sendable(this.field.value));
+    const { value } = this.field;
+    // style.css makes the field as high as this copy. To measure the field, it would
+    // have to become low first, and that moves the messages.
+    box("composer-box").dataset["text"] = value;
     const most = model.maxCharacters;
-    const over = used > most;
-    const text = over ? say("over", { count: used - most, most }) : say("used", { used, most });
-    setText("composer-count", used < COUNT_FROM * most ? "" : text);
-    box("composer-count").classList.toggle("over", over);
+    const used = countCharacters(sendable(value));
+    const over = used - most;
+    const text = over > 0 ? say("over", { count: over, most }) : say("used", { used, most });
+    setText("composer-count", used < 0.9 * most ? "" : text);
+    box("composer-count").classList.toggle("over", over > 0);
   },
 
   onInput() {
     this.fit();
-    if (!model.open) return;
-    const { editing, id } = model.open;
+    const chat = model.open;
+    if (!chat) return;
     const { value } = this.field;
-    drafts.set(this.draftId(model.open), value === editing?.content ? "" : value);
-    if (!editing) model.client?.sendTyping(id, !isBlank(value));
+    drafts.set(this.draftId(chat), value === chat.editing?.content ? "" : value);
+    if (!chat.editing) model.client?.sendTyping(chat.id, !isBlank(value));
   },
 
-  /**
-   * Enter sends the message. With Shift, or on a touch keyboard, it begins a new line.
-   * @param {KeyboardEvent} event
-   */
+  /** @param {KeyboardEvent} event */
   onKey(event) {
-    if (isComposing(event)) return;
-    const enter = event.key === "Enter" && !event.shiftKey;
-    if (enter && !matchMedia("(pointer: coarse)").matches) return this.send(event);
+    const { key, shiftKey } = event;
     const { editing = null, messages = [] } = model.open ?? {};
-    if (event.key === "Escape" && editing) this.leave();
-    if (event.key !== "ArrowUp" || editing || this.field.value) return;
-    const last = messages.filter((one) => mayEdit(one) && !shown(one).deleted).at(-1);
-    if (!last) return;
+    if (isComposing(event)) return;
+    const touch = matchMedia("(pointer: coarse)").matches;
+    if (key === "Enter" && !shiftKey && !touch) return this.send(event);
+    if (key === "Escape" && editing) {
+      event.preventDefault(); // or else the chat would close, too
+      return this.leave();
+    }
+    const last = messages.findLast(mayEdit);
+    if (key !== "ArrowUp" || editing || this.field.value || !last) return;
     event.preventDefault();
     this.change(last);
   },
@@ -2147,23 +1942,24 @@ const composer = {
     chat.divider = null;
     chat.activeAt = Date.now();
     model.client?.sendTyping(chat.id, false);
-    if (model.client) drafts.send(model.client, chat.id, content);
-    this.setText("");
+    model.client?.send(chat.id, content); // first: a crash must not lose the text
+    drafts.set(chat.id, "");
+    this.show(chat);
     pane.showLatest();
     requestRender();
   },
 
-  /** Takes a message, or its failed edit, into the field. @param {Message} message */
+  /** Takes a message, or its unsent edit, into the field. @param {Message} message */
   change(message) {
     const chat = model.open;
     if (!chat) return;
-    let { content } = message;
     const change = changeOf(message.id);
-    if (change?.state === "failed") {
+    const waits = change?.state === "sending";
+    chat.editing = { ...message, content: waits ? change.content : message.content };
+    if (change && !waits) {
       if (change.content) drafts.set(-message.id, change.content);
       model.client?.discard(change.client_id);
-    } else if (change) content = change.content;
-    chat.editing = { ...message, content };
+    }
     this.show(chat);
     this.field.focus();
     requestRender();
@@ -2196,35 +1992,28 @@ const composer = {
   },
 
   /** Takes a refused text back into the field. @param {Delivery} delivery */
-  edit(delivery) {
-    const message = messageOf(delivery.message_id);
+  edit({ message_id, chat_id, client_id, content }) {
+    const message = messageOf(message_id);
     if (message) return this.change(message);
     if (model.open?.editing || !isBlank(this.field.value)) {
       toast(say("writingAnother"));
-    } else if (model.client) {
-      drafts.takeBack(model.client, delivery);
-      this.setText(delivery.content);
+    } else {
+      drafts.set(chat_id, content);
+      model.client?.discard(client_id);
+      this.show(model.open);
     }
     this.field.focus();
   },
 };
 
-/** All control characters but tab, line feed and carriage return. */
-const CONTROL_CHARACTERS = /[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g;
-
-/**
- * The text as it is sent: without the control characters of a terminal, empty lines
- * before it and white space after it. The first line keeps its indent.
- * @param {string} text
- */
+/** The first line keeps its indent. @param {string} text */
 function sendable(text) {
-  const clean = text.replace(CONTROL_CHARACTERS, "").trimEnd();
+  const clean = text.replace(/[\0-\x08\x0b\x0c\x0e-\x1f\x7f]/g, "").trimEnd();
   return clean.replace(/^\s*\n/, "");
 }
 
 /**
- * Whether a key belongs to an input method. Safari reports the Enter that ends a
- * composition after its end, with the key code 229.
+ * Safari reports the Enter that ends a composition after its end, with the key code 229.
  * @param {KeyboardEvent} event
  */
 function isComposing(event) {
@@ -2235,9 +2024,6 @@ function isComposing(event) {
  * Search. Each request looks back for a moment. A render lets the search go on while
  * the end of the list is on the screen.
  * ---------------------------------------------------------------------------------- */
-
-/** A search begins when the user has paused for this long. */
-const SEARCH_PAUSE_SECONDS = 0.3;
 
 const search = {
   q: "",
@@ -2266,9 +2052,9 @@ const search = {
     requestRender();
     if (!again && q === this.q && chatId === this.chatId) return;
     this.running.abort();
-    this.running = new AbortController();
-    Object.assign(this, { q, chatId, found: [], before: q ? undefined : null });
-    this.retry(SEARCH_PAUSE_SECONDS);
+    const running = new AbortController();
+    Object.assign(this, { q, chatId, running, found: [], before: q ? undefined : null });
+    this.retry(0.3); // the user may go on typing
   },
 
   retry(seconds = 0) {
@@ -2288,8 +2074,7 @@ const search = {
     this.busy = true;
     try {
       const q = this.q.split(/\s+/, 8).join(" "); // the server takes no more words
-      const where = chatId ? { chatId } : {};
-      const what = { q, before: before ?? null, ...where };
+      const what = { q, before: before ?? null, ...(chatId && { chatId }) };
       const answer = await model.client?.search(what, signal);
       if (signal.aborted || !answer) return;
       this.found.push(...answer.messages);
@@ -2316,14 +2101,14 @@ const search = {
     const called = sortedChats().filter((chat) => !chatId && isCalled(chat, q));
     const found = this.found.filter((one) => !one.deleted && chats.has(one.chat_id));
     showRows(box("search-list"), [
-      ...called.slice(0, 5).map((chat) => chatRow(chat, false)),
+      ...called.slice(0, 5).map(chatRow),
       ...found.map((message) => this.row(message)),
     ]);
     if (below("search-list") < END_MARGIN) void this.goOn();
     const count = found.length;
     const result = count ? say("found", { count }) : say("foundNothing");
     const text = error || (this.busy ? say("searching") : result);
-    box("search-status").setAttribute("aria-busy", String(this.busy)); // not read out
+    box("search-status").ariaBusy = String(this.busy); // not read out
     setText("search-status", q && `${text} ${before ? this.searchedBack(before) : ""}`);
     button("search-retry").hidden = !error;
   },
@@ -2364,16 +2149,10 @@ const search = {
     };
   },
 
-  /** @param {KeyboardEvent} event */
-  onKey(event) {
-    /** @type {HTMLElement[]} */
-    const stops = [field("search-text"), ...box("search-list").querySelectorAll("a")];
-    const at = stops.findIndex((node) => node === document.activeElement);
-    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (step) stops[at + step]?.focus();
-    else if (event.key !== "Enter" || at !== 0 || isComposing(event)) return;
-    else stops[1]?.click();
+  /** Opens the first result. @param {Event} event */
+  onSubmit(event) {
     event.preventDefault();
+    box("search-list").querySelector("a")?.click();
   },
 
   /** The address may have been the same before. @param {Event} event */
@@ -2391,13 +2170,20 @@ function isCalled(chat, q) {
   return folded([chatTitle(chat), ...names].join()).includes(folded(q));
 }
 
-/** @param {KeyboardEvent} event */
-function onSearchKey(event) {
-  const { key, code, ctrlKey, metaKey, shiftKey, altKey } = event;
-  const isCommand = (ctrlKey || metaKey) && !shiftKey && !altKey;
-  if (!isCommand || (key !== "k" && code !== "KeyK") || box("chat").hidden) return;
+/** Up and down move between the rows of a list, or the messages. @param {any} event */
+function onListKey(event) {
+  const list = event.target.closest("#chat-list, #bell-list, #search, #scroller");
+  const step = { ArrowUp: -1, ArrowDown: 1 }[/** @type {string} */ (event.key)];
+  if (!list || !step) return;
+  /** @type {HTMLElement[]} */
+  const stops = [...list.querySelectorAll("#search-text, .row, .more")];
+  const at = stops.indexOf(event.target);
+  const { bottom } = list.getBoundingClientRect();
+  const visible = stops.filter((node) => node.getBoundingClientRect().bottom <= bottom);
+  const next = at < 0 ? visible.at(-1) : stops[at + step];
+  if (!next) return;
   event.preventDefault();
-  if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
+  next.focus();
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2858,13 +2644,12 @@ const LISTENERS = {
   "chat-find": () => search.open(true),
   "search-text input": () => search.start(),
   "search-here change": () => search.start(),
-  "search keydown": (event) => search.onKey(event),
+  "search submit": (event) => search.onSubmit(event),
   "search-list": (event) => search.onClick(event),
   "search-list scroll": requestRender,
   "search-retry": () => search.retry(),
 
   "scroller scroll": () => pane.onScroll(),
-  "scroller keydown": onMessagesKey,
   jump: () => {
     pane.showLatest(); // at once: smooth scrolling through a long history can make dizzy
     // The button is gone now. The keyboard of a phone stays as it is.
@@ -2943,15 +2728,15 @@ const LISTENERS = {
 
 /** @param {any} event of a key */
 function onShortcut(event) {
-  const { key, target } = event;
+  const { key, code, ctrlKey, metaKey, shiftKey, altKey, target } = event;
   if (event.defaultPrevented || isComposing(event)) return;
-  /** @type {Record<string, string>} */
-  const steps = { ArrowDown: "nextSibling", ArrowUp: "previousSibling" };
-  const to = steps[key];
-  const row = to && target.closest(".rows > li")?.[to];
-  if (row) {
+  onListKey(event);
+  const isCommand = (ctrlKey || metaKey) && !shiftKey && !altKey;
+  // Of a keyboard with other letters, the code says which key it is.
+  const isSearch = isCommand && (key === "k" || code === "KeyK");
+  if (isSearch && !box("chat").hidden) {
     event.preventDefault();
-    row.querySelector("a").focus();
+    if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
   }
   // These close by themselves.
   if (document.querySelector("dialog[open], :popover-open")) return;
@@ -2994,13 +2779,12 @@ const closeAround = (/** @type {any} */ { target }) => {
 };
 document.addEventListener("click", closeAround, true);
 document.addEventListener("keydown", onShortcut);
-document.addEventListener("keydown", onSearchKey);
 // Renders at once: a tab that is hidden now may never get the requested frame.
 document.addEventListener("visibilitychange", onWatched);
 addEventListener("focus", onWatched);
 addEventListener("beforeunload", onBeforeUnload);
 addEventListener("pagehide", releaseAll);
-addEventListener("storage", onDraftElsewhere);
+addEventListener("storage", onStorage);
 addEventListener("pointerup", () => clearTimeout(longTouch));
 addEventListener("pointercancel", () => clearTimeout(longTouch));
 addEventListener("hashchange", ({ oldURL }) => {

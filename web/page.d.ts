@@ -3,7 +3,8 @@ import type { ChatWebSocket } from "./chat-websocket.js";
 import type { Chat, ChatEvents, Delivery, Message, State } from "./protocol.js";
 
 export type { Chat, ChatEvents, Delivery, Message, State };
-export type { Key } from "./words.js";
+import type { Key } from "./words.js";
+export type { Key };
 
 /** A row of a list: see showRows. */
 export interface Row {
@@ -12,6 +13,8 @@ export interface Row {
   /** Everything that the row's appearance depends on. */
   look: string;
   build: () => HTMLElement;
+  /** What a row of the open chat shows. */
+  message?: Message;
 }
 
 /** A button: of a toast, or of a menu. */
@@ -112,3 +115,55 @@ export interface Line {
   n: number;
   text: () => string;
 }
+
+/** The open chat. */
+export interface Pane {
+  /** A message's id, or "start": the first new message or else the end. */
+  goTo: "stay" | "start" | number;
+  /** The message that the address names. */
+  at: string | undefined;
+  /** The end is visible and stays visible. */
+  follow: boolean;
+  /** The newest n that was drawn. A message after it appears with a small animation. */
+  drawn: number;
+  /** The long messages that the user has unfolded, as keys of rows. */
+  unfolded: Set<string>;
+  /** The sizes when the position was last right. */
+  sizes: string;
+  /** The row at the top of the view, and how far below the top it begins. */
+  anchor: { key: string; id: number; top: number };
+  /** Whether the chat's end is visible. */
+  atEnd(): boolean;
+  scrollToEnd(): void;
+  currentSizes(): string;
+  remember(): void;
+  hidePastDays(): void;
+  restore(): void;
+  /** The last message that counts as seen. */
+  lastSeen(): Message | undefined;
+  render(): void;
+  renderHead(chat: ChatView): void;
+  showFolds(): void;
+  /** Unfolds or folds a long message. */
+  toggleFold(key: string): void;
+  go(chat: ChatView): void;
+  showLatest(): void;
+  onScroll(): void;
+  onResize(): void;
+  onMoved(): void;
+}
+
+/** The state of a message: an icon, its meaning, a class for the icon. */
+export type Tick = [icon: string, text: string, className?: string];
+
+/** What a row of the list says of its chat. `kind` is a part of a class in style.css. */
+export type LastLine = [
+  kind: "failed" | "typing" | "sending" | "draft" | "message",
+  text: string,
+];
+
+/** States of the connection that a banner explains. */
+export type Banners = Partial<Record<State, Key>>;
+
+/** The words for what was not done. */
+export type NotDone = Record<Delivery["kind"], Key>;
