@@ -1151,9 +1151,9 @@ function chatRow(chat) {
   const current = chat === model.open;
   const title = chatTitle(chat);
   const [kind, text] = lastLine(chat);
-  const stored = kind !== "failed" && kind !== "sending";
-  const when =
-    stored && chat.last_message ? shortTime(chat.last_message.created_at) : "";
+  const at = chat.last_message?.created_at;
+  const isUnsent = kind === "failed" || kind === "sending";
+  const when = at && !isUnsent ? shortTime(at) : "";
   const count = unread(chat);
   const muted = isMuted(chat);
   const build = () => {
@@ -1255,7 +1255,7 @@ const HUES = 12;
 
 /** @param {HTMLElement} node @param {number} hue */
 function paint(node, hue) {
-  node.style.setProperty("--hue", String((hue * 360) / HUES));
+  node.style.setProperty("--hue", `${(hue * 360) / HUES}`);
   return node;
 }
 
@@ -1551,7 +1551,6 @@ function messageRow(chat, message, above, unsent) {
   const build = () => {
     const more = {
       class: "icon-button more",
-      type: "button",
       tabindex: -1,
       "aria-label": say("actions"),
       "aria-describedby": `message-${id}`,
@@ -1643,11 +1642,13 @@ function showReaders(chat, { n, sender_id }) {
 }
 
 /** @param {{target: Element}} event */
-function onTick({ target }) {
+function onMessageClick({ target }) {
   const { open } = model;
-  const row = target.closest(".own .stamp")?.closest("li");
+  const row = target.closest("li");
   const message = messageOf(Number(row?.dataset["id"]));
-  if (open && message && knowsReaders(open)) showReaders(open, message);
+  if (!open || !row || !message) return;
+  if (target.closest(".more")) openActions(row);
+  if (target.closest(".own .stamp") && knowsReaders(open)) showReaders(open, message);
 }
 
 /** Plain text; of one message, as it was written. @param {ClipboardEvent} event */
@@ -1712,8 +1713,7 @@ function failureText({ kind, content, code = "", reason = "" }) {
 
 /** @param {string} text @param {() => void} press */
 function textButton(text, press, className = "") {
-  const attributes = { class: `text-button ${className}`, type: "button" };
-  const node = el("button", attributes, text);
+  const node = el("button", { class: `text-button ${className}` }, text);
   node.addEventListener("click", press);
   return node;
 }
@@ -2832,10 +2832,7 @@ function addListeners() {
   on("join-form", "submit", onJoinForm);
   on("me-panel", "toggle", showDrafts);
   on("scroller", "scroll", () => pane.onScroll());
-  on("messages", "click", ({ target }) => {
-    if (target.closest(".more")) openActions(target.closest("li"));
-  });
-  on("messages", "click", onTick);
+  on("messages", "click", onMessageClick);
   on("messages", "copy", onCopy);
   on("messages", "pointerdown", onTouch);
   on("messages", "contextmenu", (event) => {
