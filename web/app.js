@@ -1192,7 +1192,9 @@ const spoken = (text) => el("span", { class: "sr-only" }, text);
 
 /** @param {string} name @param {string} text @param {string} [className] */
 function sign(name, text, className) {
-  return el("span", {}, icon(name, className), spoken(text));
+  const parts = new DocumentFragment();
+  parts.append(icon(name, className), spoken(text));
+  return parts;
 }
 
 /** @param {ChatView} chat @returns {LastLine} */
