@@ -305,9 +305,9 @@ def test_notifications_are_offered_once_to_a_user_who_comes_back(
     miss(page, "Are you there?")
     expect(page.locator(".toast")).to_have_count(0)
     page.locator("#bell").click()  # it is still possible there
-    page.get_by_role("button", name="Turn on desktop").focus()
+    page.get_by_role("button", name="Turn on").focus()
     page.keyboard.press("Enter")
-    expect(page.get_by_role("button", name="Turn on desktop")).to_be_hidden()
+    expect(page.get_by_role("button", name="Turn on")).to_be_hidden()
     expect(page.locator("#bell")).to_be_focused()
     assert chromium.console.count("asked") == 2
 
@@ -474,7 +474,7 @@ def test_the_button_of_the_banner_takes_no_focus_with_it(
     page.route(re.compile("/api/"), lambda route: route.abort())
     relay.cut(1011, block=True)
     page.clock.run_for(5_100)
-    retry = page.get_by_role("button", name="Try now")
+    retry = page.get_by_role("button", name="Try again")
     retry.focus()
     page.keyboard.press("Enter")
     expect(retry).to_be_focused()
@@ -508,7 +508,7 @@ def test_a_user_changes_the_name_and_signs_in_on_a_second_device(
     axe(page)
     name.fill(" \u200b ")
     name.press("Enter")
-    expect(dialog).to_contain_text("Give a name that the others can read.")
+    expect(dialog).to_contain_text("Choose a name that others can read.")
     expect(name).to_be_focused()
     page.route(re.compile("/api/v1/me$"), lambda route: route.abort())
     name.fill("Anna Maria")

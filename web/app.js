@@ -3,9 +3,9 @@
  * app.js: chatd's page (docs/page.md). An event or a click changes the model; only a
  * render writes to the page. Text that users have written enters it as textContent.
  *
- * @import { Action, Attributes, Banners, Chat, ChatEventHandlers, ChatEvents, ChatView, Child,
- *   Delivery, EventHandlers, Key, LastLine, Message, Model, NotDone, Pane, Row, Session,
- *   StorageName, Tick } from "./page.js"
+ * @import { Action, Attributes, Banners, Chat, ChatEventHandlers, ChatView, Child, Delivery,
+ *   EventHandlers, Key, LastLine, Message, Model, NotDone, Pane, Row, Session, StorageName,
+ *   Tick } from "./page.js"
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 import { Drafts } from "./drafts.js";
@@ -25,12 +25,10 @@ function onLoadError(event) {
   const error = event.error ?? event.reason;
   // Without an error it is only a notice, for example of a ResizeObserver.
   if (!loading || !error) return;
-  for (const id of SCREENS) {
-    const screen = document.getElementById(id);
-    if (screen) screen.hidden = id !== "loading";
-  }
-  const words = document.getElementById("loading");
-  if (words) words.textContent = say("broken", { error: error.message ?? `${error}` });
+  const text = `${say("broken")} (${error.message ?? error})`;
+  for (const id of SCREENS)
+    document.getElementById(id)?.toggleAttribute("hidden", id !== "loading");
+  document.getElementById("loading")?.replaceChildren(text);
 }
 
 addEventListener("error", onLoadError);
@@ -60,7 +58,7 @@ const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes))
-    if (value) node.setAttribute(name, value === true ? "" : String(value));
+    if (value) node.setAttribute(name, String(value));
   for (const child of children) if (child) node.append(child);
   return node;
 }
@@ -82,8 +80,8 @@ function icon(name, className = "") {
 }
 
 /**
- * Makes the container show these rows, in this order. A row with the same key and look
- * keeps its element, and so its focus, its selection and a screen reader's position.
+ * A row with the same key and look keeps its element, and so its focus, its selection
+ * and a screen reader's position.
  * @param {HTMLElement} container @param {Row[]} rows
  */
 function showRows(container, rows) {
@@ -112,7 +110,7 @@ function showRows(container, rows) {
   (same ? activeElement : first)?.focus({ preventScroll: true });
 }
 
-/** @param {Row} row @param {HTMLElement} [before] the row that it replaces */
+/** @param {Row} row @param {HTMLElement} [before] */
 function newRow({ key, look, build }, before) {
   const node = build();
   Object.assign(node.dataset, { key, look });
@@ -122,7 +120,7 @@ function newRow({ key, look, build }, before) {
   return node;
 }
 
-/** @param {string} id of a container @returns {HTMLElement[]} */
+/** @param {string} id @returns {HTMLElement[]} */
 function rowsOf(id) {
   return /** @type {HTMLElement[]} */ ([...box(id).children]);
 }
@@ -189,12 +187,7 @@ function shortTime(created_at) {
 
 /** @param {number} seconds @param {() => void} task */
 function after(seconds, task) {
-  return Number(setTimeout(task, seconds * 1000));
-}
-
-/** @param {{content: string, deleted?: boolean}} message */
-function shownText({ content, deleted }) {
-  return deleted ? say("deleted") : visibleText(content);
+  return setTimeout(task, seconds * 1000);
 }
 
 /** Characters as the server counts them: code points. @param {string} text */
@@ -224,38 +217,30 @@ function announce(text) {
   after(TOAST_SECONDS * 2, () => node.remove());
 }
 
-/**
- * For the codes of docs/protocol.md, and the wrong field of bad_field, that a user can
- * meet. (The server's sentences are for programmers.)
- * @type {Record<string, Key>}
- */
+/** @type {Record<string, Key>} */
 const REFUSALS = {
   changed: "wasChanged",
   deleted: "wasDeleted",
   forbidden: "notAllowed",
   internal: "serverError",
-  member_ids: "cannotAdd",
-  name: "badName",
   not_found: "notThere",
   overloaded: "busy",
-  rate_limited: "tooMuch",
-  storage_failed: "cannotStore",
-  title: "badTitle",
-  too_large: "tooLong",
+  rate_limited: "busy",
+  storage_failed: "serverError",
+  too_large: "notAccepted",
   too_late: "tooLate",
   unreachable: "noAnswer",
   upstream: "noAnswer",
-  user_id: "cannotAdd",
 };
 
-/** @param {string} code @param {string} detail begins with the field that is wrong */
+/** The server's own sentence is for programmers. @param {string} code @param {string} detail */
 function refusalText(code, detail) {
-  const bad = code === "bad_field";
-  const key = REFUSALS[bad ? (detail.match(/\w+/)?.[0] ?? "") : code];
-  const most = maximumIn(detail);
-  if (key === "cannotAdd" && most) return say("mostPeople", { most });
-  if (key) return say(key);
-  return bad ? say("notAccepted") : say("otherError", { code });
+  const known = REFUSALS[code];
+  if (known) return say(known);
+  if (code !== "bad_field") return say("otherError", { code });
+  if (/^(title|name)/.test(detail)) return say("badName");
+  const most = /^(member_ids|user_id)/.test(detail) && maximumIn(detail);
+  return most ? say("mostPeople", { most }) : say("notAccepted");
 }
 
 /** The limit that a server's sentence names, or 0. @param {string} detail */
@@ -270,10 +255,9 @@ function errorText(error) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Sign-in. A session belongs to its tab; its copy in localStorage is for the next visit.
- * Somebody could send you a link for an account that they can read, and hope that you
- * write under its name. So an open tab asks before it changes its user, and a new tab
- * says that its user is not the one of the copy.
+ * Sign-in. A session belongs to its tab; a copy in localStorage is for the next visit.
+ * A link may be for an account that its sender can read. So no tab changes its user, nor
+ * the copy, without asking or a notice.
  * ---------------------------------------------------------------------------------- */
 
 const SESSION_KEY = "chatd.session";
@@ -327,7 +311,7 @@ function decoded(text) {
   return attempt(() => decodeURIComponent(text)) ?? text;
 }
 
-/** Exchanges a sign-in link's token for a session. @param {string} token */
+/** @param {string} token of a link */
 async function signInWith(token) {
   const current = model.session ?? readSession("sessionStorage");
   try {
@@ -341,7 +325,7 @@ async function signInWith(token) {
   }
 }
 
-/** Starts the first session of a tab. @param {Session} session */
+/** The first of a tab. @param {Session} session */
 function startFirst(session) {
   const saved = readSession("localStorage");
   if (!saved || saved.user_id === session.user_id) return saveAndStart(session);
@@ -354,17 +338,8 @@ async function confirmSwitch(session, current) {
   if (session.user_id === current.user_id) return true;
   const name = userName(session);
   const me = userName(current);
-  return ask({
-    title: say("continueAsTitle", { name }),
-    text: say("continueAsText", { me, name }),
-    yes: say("continueAs", { name }),
-    no: say("stayAs", { name: me }),
-  });
-}
-
-/** @param {Session} session */
-function userName({ user_id, name }) {
-  return personName(user_id, name);
+  const [title, text] = [say("continueAs", { name }), say("continueAsText", { me, name })];
+  return ask(title, text, title, say("stayAs", { name: me }));
 }
 
 /** @param {string} token @param {unknown} error */
@@ -384,13 +359,12 @@ function linkFailed(text) {
   start(session);
 }
 
-/** @param {Session} session perhaps of the user that this tab has already */
+/** @param {Session} session */
 function saveAndStart(session) {
   for (const storage of STORAGES) writeStored(storage, SESSION_KEY, session);
   if (model.session?.user_id !== session.user_id) start(session);
 }
 
-/** @param {string} [reason] @param {string} [error] what is wrong with a link */
 function showSignIn(reason = "", error = "") {
   showTitle(say("signIn"));
   field("sign-in-link").value = "";
@@ -419,7 +393,6 @@ function onSignInForm(event) {
   if (token) void signInWith(decoded(token));
 }
 
-/** The unsent messages of all chats, and the unsent edits and deletions. */
 function allUnsent() {
   const { chats, client } = model;
   const messages = [...chats.keys()].map((id) => client?.unsent(id) ?? []);
@@ -433,18 +406,13 @@ function onBeforeUnload(event) {
 
 async function onSignOut() {
   releaseAll();
-  const count = allUnsent().length;
-  const question = {
-    title: say("signOutTitle"),
-    text: say("signOutText", { count }),
-    yes: say("signOut"),
-    no: say("cancel"),
-  };
-  if (count > 0 && !(await ask(question))) return;
+  const unsent = allUnsent().length;
+  const text = say("signOutText", { count: unsent });
+  if (unsent > 0 && !(await ask(say("signOut"), text))) return;
   signedOut?.postMessage(myId());
   model.client?.forget();
-  const kept = drafts.chatIds().length > 0;
-  endSession(say("signedOut") + (kept ? ` ${say("draftsStay")}` : ""));
+  const count = drafts.chatIds().length;
+  endSession(say("signedOut") + (count ? ` ${say("draftsHere", { count })}` : ""));
 }
 
 /** Also its copy for the next visit. @param {string} reason */
@@ -487,19 +455,18 @@ function visitor(bearer = "") {
   return new ChatWebSocket({ bearer, storage: null, log: null });
 }
 
-/** Shows what an invitation is for. @param {string} token */
+/** @param {string} token */
 async function openInvite(token) {
   const session = model.session ?? sessionToResume();
   if (session) start(session);
   try {
     const { title: called, member_count: count } = await visitor().previewInvite(token);
     const unnamed = isBlank(called ?? "");
-    const title = say(unnamed ? "joinChat" : "joinTitle", { title: called ?? "" });
-    const text = say("membersSoFar", { count });
+    const title = say(unnamed ? "join" : "joinTitle", { title: called ?? "" });
+    const text = say("people", { count });
     if (session) {
-      const yourself = `${text} ${say("joinAs", { name: userName(session) })}`;
-      const [yes, no] = [say("join"), say("cancel")];
-      if (!(await ask({ title, text: yourself, yes, no }))) return;
+      const me = say("signedInAs", { name: userName(session) });
+      if (!(await ask(title, `${text} · ${me}`, say("join")))) return;
       const joined = await model.client?.join(token);
       if (joined) openChat(joined.chat_id);
       return;
@@ -529,14 +496,12 @@ function onJoinForm(event) {
 
 /** @param {unknown} error */
 function inviteErrorText(error) {
-  const { code, status, message } = /** @type {ChatError} */ (error);
-  if (code === "token_expired") return say("inviteExpired");
-  if (status === 401) return say("inviteInvalid");
-  if (status === 403) return say("noInvites");
-  return (maximumIn(message) ? `${say("chatFull")} ` : "") + errorText(error);
+  const { status } = /** @type {ChatError} */ (error);
+  if (status === 401) return say("linkInvalid");
+  return status === 403 ? say("noInvites") : errorText(error);
 }
 
-/** Shows a new link into the open chat. @param {boolean} [revoke] earlier links end */
+/** With a new link. @param {boolean} [revoke] the earlier links */
 async function showInvite(revoke = false) {
   const { client, open: chat } = model;
   if (!client || !chat) return;
@@ -546,7 +511,8 @@ async function showInvite(revoke = false) {
   }
   const { token, expires_in } = await client.createInvite(chat.id);
   if (chat !== model.open) return;
-  const valid = say("inviteValid", { count: Math.round(expires_in / 86_400) });
+  const end = new Date(Date.now() + expires_in * 1000);
+  const valid = say("inviteValid", { when: shortTime(end.toISOString()) });
   const text = revoke ? `${say("linksEnded")} ${valid}` : valid;
   showLink("invitePeople", text, `#invite=${token}`);
 }
@@ -573,7 +539,7 @@ const newModel = () => ({
   connection: "closed",
   chatsLoaded: false,
   epoch: "",
-  maxCharacters: 4000, // until the server has said what it allows
+  maxCharacters: 4000,
 });
 
 const model = newModel();
@@ -595,9 +561,14 @@ const isMuted = (chat) => readStored("localStorage", mutedKey(chat)) === true;
 /** What the title and the badges count. @param {ChatView} chat */
 const counted = (chat) => (isMuted(chat) ? 0 : unread(chat));
 
-/** @param {number} userId @param {string | null} [name] */
-function personName(userId, name = model.names.get(userId) ?? null) {
-  return name && !isBlank(name) ? name : say("user", { id: `${userId}` });
+/** @param {{user_id: number, name?: string | null | undefined}} user */
+function userName({ user_id, name }) {
+  return name && !isBlank(name) ? name : say("user", { id: `${user_id}` });
+}
+
+/** @param {number} user_id */
+function personName(user_id) {
+  return userName({ user_id, name: model.names.get(user_id) });
 }
 
 /** @param {ChatView} chat */
@@ -614,7 +585,7 @@ function isWhole(chat) {
 function chatTitle(chat) {
   if (chat.title && !isBlank(chat.title)) return chat.title;
   if (!isWhole(chat)) return say("people", { count: chat.memberCount });
-  const names = others(chat).map((id) => personName(id));
+  const names = others(chat).map(personName);
   return names.join(", ") || say("onlyYou");
 }
 
@@ -627,16 +598,16 @@ function sortedChats() {
   return all.sort((a, b) => when(b) - when(a) || last(b) - last(a));
 }
 
-/** Puts a chat from the server into the model. @param {Chat} received */
+/** @param {Chat} received */
 function putChat(received) {
-  const { id, title, direct, created_by, member_count, members, last_n } = received;
+  const { id, last_n, last_message, members, member_count: memberCount } = received;
   const before = model.chats.get(id);
   /** @type {ChatView} */
   const chat = before ?? {
     ...received,
     read_n: 0,
     members: new Map(),
-    memberCount: 0,
+    memberCount,
     messages: [],
     loaded: false,
     more: true,
@@ -649,20 +620,22 @@ function putChat(received) {
     lines: [],
     activeAt: 0,
   };
-  Object.assign(chat, { title, direct, created_by, memberCount: member_count });
-  chat.last_message = newer(chat.last_message, received.last_message);
-  chat.last_n = Math.max(chat.last_n, last_n);
-  const readBefore = chat.members;
-  chat.members = new Map();
+  const marks = new Map();
   for (const { user_id, name, read_n } of members) {
     model.names.set(user_id, name);
-    chat.members.set(user_id, Math.max(read_n, readBefore.get(user_id) ?? 0));
+    marks.set(user_id, Math.max(read_n, chat.members.get(user_id) ?? 0));
     hueOf(user_id, chat);
   }
   // A large chat that the user was just added to says nothing of the user's mark.
-  const mark = chat.members.get(myId()) ?? model.marks[id]?.read_n;
+  const mark = marks.get(myId()) ?? model.marks[id]?.read_n;
   const read_n = received.read_n ?? mark ?? (before ? 0 : last_n);
-  chat.read_n = Math.max(chat.read_n, read_n);
+  Object.assign(chat, received, {
+    memberCount,
+    members: marks,
+    read_n: Math.max(chat.read_n, read_n),
+    last_n: Math.max(chat.last_n, last_n),
+    last_message: newer(chat.last_message, last_message),
+  });
   model.chats.set(id, chat);
   if (chat.last_message) void learnNames(chat, [chat.last_message.sender_id]);
   return chat;
@@ -689,10 +662,10 @@ function newer(a, b) {
   return (a.rev ?? 0) > (b.rev ?? 0) ? a : b;
 }
 
-/** A message was edited or deleted. @param {ChatView} chat @param {Message} message */
+/** @param {ChatView} chat @param {Message} message */
 function onChange(chat, message) {
   const { n } = message;
-  if (chat.last_message?.n === n) chat.last_message = newer(chat.last_message, message);
+  chat.last_message = newer(chat.last_message, message);
   if (chat.messages.some((one) => one.n === n)) merge(chat, [message]);
   const found = search.found.find(({ id }) => id === message.id);
   if (found) Object.assign(found, newer(found, message));
@@ -754,28 +727,80 @@ function removeChat(chat) {
 
 /** @type {EventHandlers} */
 const handlers = {
-  state: onState,
+  state: ({ state }) => {
+    const problem = BANNERS[state];
+    if (state !== model.connection && problem) announce(say(problem));
+    model.connection = state;
+    if (state === "signed_out") onSignedOut();
+  },
   resync: () => void fetchChats(),
-  chats: onChats,
-  connected: onConnected,
+  chats: ({ chats, cursor }) => {
+    const epoch = cursor.slice(0, cursor.lastIndexOf("."));
+    const ids = new Set(chats.map(({ id }) => id));
+    for (const chat of model.chats.values()) if (!ids.has(chat.id)) removeChat(chat);
+    if (epoch !== model.epoch) model.chats.clear(); // a backup was restored
+    model.epoch = epoch;
+    for (const received of chats) putChat(received).loaded = false;
+    const [only] = chats;
+    if (only && !chats[1] && !model.chatsLoaded && !location.hash) openChat(only.id);
+    model.chatsLoaded = true;
+    route();
+    if (model.open) retryLoading(model.open);
+    search.start(true); // what was found may have changed
+  },
+  connected: ({ chats }) => {
+    model.marks = chats;
+    for (const [id, { last_n, read_n }] of Object.entries(chats)) {
+      const chat = model.chats.get(Number(id));
+      if (!chat) continue;
+      chat.last_n = Math.max(chat.last_n, last_n);
+      moveReadMark(chat, myId(), read_n);
+    }
+    if (model.open && !model.open.loaded) retryLoading(model.open);
+    if (search.error) search.retry();
+    void loadServer();
+  },
   chat_added: ({ chat }) => {
     putChat(chat).activeAt = Date.now();
     route();
   },
-  delivery: onDelivery,
+  delivery: (delivery) => {
+    if (delivery.kind !== "message") return onChangeDelivery(delivery);
+    const { state, client_id, chat_id, message } = delivery;
+    const chat = model.chats.get(chat_id);
+    if (chat && message) putMessage(chat, message);
+    if (state !== "failed") return;
+    const text = say("notSentText", { text: failureText(delivery) });
+    if (chat && chat === model.open) announce(text);
+    else if (chat) toast(say("lastOf", { name: chatTitle(chat), text }));
+    // The user is no longer in this chat, so the page cannot show the failed message.
+    else if (model.chatsLoaded) model.client?.discard(client_id);
+  },
 };
 
 /** For the events of a chat that the page has. @type {ChatEventHandlers} */
 const chatHandlers = {
-  new_message: (chat, { message, read }) => onNewMessage(chat, message, read),
-  message_edited: (chat, { message }) => onChange(chat, message),
-  message_deleted: (chat, { message }) => onChange(chat, message),
-  message_read: (chat, { read_by, n }) => moveReadMark(chat, read_by, n),
-  chat_renamed: (chat, event) => {
+  new_message: ({ message, read = true }, chat) => {
+    const { sender_id, n, content, deleted } = message;
+    const here = chat === model.open;
+    putMessage(chat, message, read);
+    if (sender_id === myId() || chat.read_n >= n || deleted) return;
+    if (here && chat.divider === null && !(isWatched() && pane.atEnd()))
+      chat.divider = n - 1;
+    const sender = personName(sender_id);
+    const name = here ? sender : say("senderIn", { name: sender, title: chatTitle(chat) });
+    const text = visibleText(content).slice(0, 200);
+    if (here || counted(chat)) announce(say("lastOf", { name, text }));
+    if (counted(chat)) notify(chat, message);
+  },
+  message_edited: ({ message }, chat) => onChange(chat, message),
+  message_deleted: ({ message }, chat) => onChange(chat, message),
+  message_read: ({ read_by, n }, chat) => moveReadMark(chat, read_by, n),
+  chat_renamed: (event, chat) => {
     chat.title = event.title;
     addLine(chat, event.user_id ? "renamed" : "nowCalled", event);
   },
-  member_added: (chat, event) => {
+  member_added: (event, chat) => {
     const { user_id, name } = event;
     model.names.set(user_id, name);
     addLine(chat, "joined", event);
@@ -785,7 +810,7 @@ const chatHandlers = {
     if (chat === model.open && dialog("info").open)
       void loadMembers({ ids: [user_id] });
   },
-  member_removed: (chat, event) => {
+  member_removed: (event, chat) => {
     const { user_id } = event;
     if (user_id === myId()) {
       toast(say("noLonger", { title: chatTitle(chat) }));
@@ -797,11 +822,11 @@ const chatHandlers = {
     stopTyping(chat, user_id);
     addLine(chat, "left", event);
   },
-  typing: (chat, { user_id, is_typing }) => {
+  typing: ({ user_id, is_typing }, chat) => {
     stopTyping(chat, user_id);
     if (!is_typing) return;
     void learnNames(chat, [user_id]);
-    // A little more than twice the interval at which a client repeats it.
+    // Clients repeat it every 3 s.
     const timer = after(7, () => {
       stopTyping(chat, user_id);
       requestRender();
@@ -812,71 +837,15 @@ const chatHandlers = {
 
 /** @param {ChatWebSocket} client */
 function addHandlers(client) {
-  const on = (/** @type {any} */ type, /** @type {(event: any) => void} */ handle) =>
-    client.on(type, (event) => {
+  /** @type {Record<string, (event: any, chat: any) => void>} */
+  const all = { ...handlers, ...chatHandlers };
+  for (const [type, handle] of Object.entries(all))
+    client.on(/** @type {any} */ (type), (event) => {
       if (client !== model.client) return;
-      handle(event);
+      const chat = model.chats.get(event.chat_id);
+      if (chat || type in handlers) handle(event, chat);
       requestRender();
     });
-  for (const [type, handle] of Object.entries(handlers)) on(type, handle);
-  for (const [type, handle] of Object.entries(chatHandlers))
-    on(type, (event) => {
-      const chat = model.chats.get(event.chat_id);
-      if (chat) /** @type {(chat: ChatView, event: any) => void} */ (handle)(chat, event);
-    });
-}
-
-/** @param {ChatEvents["state"]} change */
-function onState({ state }) {
-  const [title] = BANNERS[state] ?? [];
-  if (state !== model.connection && title) announce(say(title));
-  model.connection = state;
-  if (state === "signed_out") onSignedOut();
-}
-
-/** @param {ChatEvents["chats"]} snapshot */
-function onChats({ chats, cursor }) {
-  const epoch = cursor.slice(0, cursor.lastIndexOf("."));
-  const ids = new Set(chats.map(({ id }) => id));
-  for (const chat of model.chats.values()) if (!ids.has(chat.id)) removeChat(chat);
-  // A backup was restored: nothing of before counts.
-  if (epoch !== model.epoch) model.chats.clear();
-  model.epoch = epoch;
-  for (const received of chats) putChat(received).loaded = false;
-  const [only] = chats;
-  if (only && !chats[1] && !model.chatsLoaded && !location.hash) openChat(only.id);
-  model.chatsLoaded = true;
-  route();
-  if (model.open) retryLoading(model.open);
-  search.start(true); // what was found may have changed
-}
-
-/** @param {ChatEvents["connected"]} event */
-function onConnected({ chats }) {
-  model.marks = chats;
-  for (const [id, { last_n, read_n }] of Object.entries(chats)) {
-    const chat = model.chats.get(Number(id));
-    if (!chat) continue;
-    chat.last_n = Math.max(chat.last_n, last_n);
-    moveReadMark(chat, myId(), read_n);
-  }
-  if (model.open && !model.open.loaded) retryLoading(model.open);
-  if (search.error) search.retry();
-  void loadServer();
-}
-
-/** @param {ChatView} chat @param {Message} message @param {boolean} [read] */
-function onNewMessage(chat, message, read = true) {
-  const { sender_id, n, content, deleted } = message;
-  putMessage(chat, message, read);
-  if (sender_id === myId() || chat.read_n >= n || deleted) return;
-  if (chat === model.open && chat.divider === null && !endIsVisible())
-    chat.divider = n - 1;
-  const name = personName(sender_id);
-  const text = visibleText(content).slice(0, 200);
-  if (chat === model.open) announce(say("lastOf", { name, text }));
-  else if (counted(chat)) announce(say("lastIn", { name, text, title: chatTitle(chat) }));
-  if (counted(chat)) notify(chat, message);
 }
 
 /**
@@ -884,7 +853,6 @@ function onNewMessage(chat, message, read = true) {
  * @param {{seq: number, user_id: number | null}} event
  */
 function addLine(chat, key, { seq, user_id }) {
-  if (chat.lines.some((line) => line.seq === seq)) return;
   const id = user_id ?? 0;
   const title = chatTitle(chat);
   const text = () => say(key, { name: personName(id), title });
@@ -895,32 +863,18 @@ function addLine(chat, key, { seq, user_id }) {
   if (chat === model.open) announce(text());
 }
 
-/** @param {Delivery} delivery */
-function onDelivery(delivery) {
-  if (delivery.kind !== "message") return onChangeDelivery(delivery);
-  const { state, client_id, chat_id, message } = delivery;
-  const chat = model.chats.get(chat_id);
-  if (chat && message) putMessage(chat, message);
-  if (state !== "failed") return;
-  if (chat && chat === model.open)
-    announce(say("notSentReason", { reason: failureText(delivery) }));
-  else if (chat) toast(say("notSentIn", { title: chatTitle(chat) }));
-  // The user is no longer in this chat, so the page cannot show the failed message.
-  else if (model.chatsLoaded) model.client?.discard(client_id);
-}
-
-/** Whether the page has the message. @param {ChatView} chat @param {number} id */
+/** @param {ChatView} chat @param {number} id */
 function contains({ messages, last_message }, id) {
   return [...messages, last_message].some((message) => message?.id === id);
 }
 
-/** The state of an edit or a deletion. @param {Delivery} delivery */
+/** @param {Delivery} delivery of an edit or a deletion */
 function onChangeDelivery(delivery) {
   const { state, client_id, message_id, message, code } = delivery;
   const chat = message && model.chats.get(message.chat_id);
   if (chat) onChange(chat, message);
   if (state !== "failed") return;
-  const text = say("notChanged", { reason: failureText(delivery) });
+  const text = say(NOT_DONE[delivery.kind], { text: failureText(delivery) });
   if (model.open && contains(model.open, message_id)) return announce(text);
   toast(text);
   if (code === "not_found") model.client?.discard(client_id); // no row can show it
@@ -933,13 +887,12 @@ async function fetchChats() {
     await client?.fetchChats();
     // A client that polls never receives `connected`.
     if (client === model.client && !("invites" in model.server)) void loadServer();
-  } catch (error) {
-    const refused = error instanceof ChatError && error.status === 401;
-    if (!refused) after(5, () => void (client === model.client && fetchChats()));
+  } catch {
+    after(5, () => void (client === model.client && fetchChats()));
   }
 }
 
-/** What the server allows. If it does not answer, the next connection asks. */
+/** If the server does not answer, the next connection asks. */
 async function loadServer() {
   const { client } = model;
   const me = await client?.request("GET", "/api/v1/me").catch(() => null);
@@ -948,20 +901,15 @@ async function loadServer() {
   model.maxCharacters = me.server.max_content_chars;
   setMyName(me.name);
   composer.fit();
-  requestRender();
 }
 
 /* -------------------------------------------------------------------------------------
  * Reading. A message is read once it has been on the screen, in a visible tab of the
- * window that has the focus: behind another window, or beside it, nobody may look.
+ * window that has the focus.
  * ---------------------------------------------------------------------------------- */
 
 function isWatched() {
   return document.visibilityState === "visible" && document.hasFocus();
-}
-
-function endIsVisible() {
-  return isWatched() && pane.atEnd();
 }
 
 function markSeen() {
@@ -1040,7 +988,8 @@ function render() {
   renderBanner();
   renderLists();
   renderEmpty();
-  renderDialogs();
+  if (dialog("people").open) renderPeople();
+  if (dialog("info").open) renderInfo();
   pane.render();
   search.render();
   if (!menuAnchor?.isConnected && box("menu").contains(document.activeElement)) {
@@ -1097,23 +1046,22 @@ function setText(id, text) {
 
 /** @type {Banners} */
 const BANNERS = {
-  polling: ["pollingTitle", "pollingText"],
-  offline: ["offlineTitle", "offlineText"],
-  too_many: ["tooManyTitle", "tooManyText"],
-  refused: ["refusedTitle", "refusedText"],
+  polling: "pollingText",
+  offline: "offlineText",
+  too_many: "tooManyText",
+  refused: "refusedText",
 };
 
 function renderBanner() {
   const state = model.connection;
-  const [title, text] = BANNERS[state] ?? [];
-  if (!title && box("banner").contains(document.activeElement)) moveFocus();
-  box("banner").hidden = !title;
-  if (!title || !text) return;
-  setText("banner-title", say(title));
+  const text = BANNERS[state];
+  if (!text && box("banner").contains(document.activeElement)) moveFocus();
+  box("banner").hidden = !text;
+  if (!text) return;
   const seconds = Math.ceil(model.client?.retryIn ?? 0);
   const waiting = state === "polling" || state === "offline";
-  const next = seconds > 0 ? say("tryingIn", { seconds }) : say("tryingNow");
-  setText("banner-next", waiting ? `${say(text)} ${next}` : say(text));
+  const next = seconds > 0 ? say("tryingIn", { seconds }) : say("connecting");
+  setText("banner-text", waiting ? `${say(text)} ${next}` : say(text));
   button("banner-retry").hidden = state === "refused";
 }
 
@@ -1224,7 +1172,8 @@ function lastLine(chat) {
 /** @param {ChatView} chat */
 function lastMessageText({ last_message, memberCount }) {
   if (!last_message) return say("noMessages");
-  const text = excerpt(shownText(shown(last_message)));
+  const { content, deleted } = shown(last_message);
+  const text = deleted ? say("deleted") : excerpt(content);
   if (last_message.sender_id === myId()) return say("ownLast", { text });
   const [name = ""] = personName(last_message.sender_id).split(" ");
   return memberCount > 2 ? say("lastOf", { name, text }) : text;
@@ -1366,14 +1315,12 @@ const pane = {
   },
 
   renderHead(chat) {
-    const title = chatTitle(chat);
-    const names = others(chat).map((id) => personName(id));
     const people = say("people", { count: chat.memberCount });
-    const members = isWhole(chat) ? [...names, say("you")].join(", ") : people;
-    setText("pane-title", title);
+    const names = [...others(chat).map(personName), say("you")].join(", ");
+    const members = isWhole(chat) ? names : people;
+    setText("pane-title", chatTitle(chat));
     setText("pane-members", chat.direct ? say("directChat") : members);
     box("pane-avatar").replaceChildren(chatAvatar(chat));
-    scroller.ariaLabel = say("messagesIn", { title });
   },
 
   showFolds() {
@@ -1460,7 +1407,7 @@ function topOf(node) {
 
 /** @param {ChatView} chat @returns {string} "": no one is typing */
 function typingText({ typing }) {
-  const [name = "", other, third] = [...typing.keys()].map((id) => personName(id));
+  const [name = "", other, third] = [...typing.keys()].map(personName);
   if (third) return say("manyTyping");
   if (other) return say("twoTyping", { name, other });
   return name && say("typing", { name });
@@ -1517,7 +1464,7 @@ function textRow(key, className, text, action) {
 /** @param {ChatView} chat @param {string} key @param {boolean} more */
 function historyRow(chat, key, more) {
   const { loading, last_n } = chat;
-  const start = more ? "" : say(last_n > 0 ? "beginning" : "sayHello");
+  const start = more ? "" : say(last_n > 0 ? "beginning" : "noMessages");
   const texts = { no: start, yes: say("loading"), failed: say("notLoaded") };
   const retry = textButton(say("tryAgain"), () => retryLoading(chat));
   return textRow(key, "history", texts[loading], loading === "failed" && retry);
@@ -1560,7 +1507,7 @@ function messageRow(chat, message, above, unsent) {
     const sender = el(
       "p",
       { class: first && !own ? "sender" : "sr-only", dir: "auto" },
-      own ? say("youSaid") : name,
+      own ? say("ownLast", { text: "" }) : name,
     );
     const bubble = el(
       "div",
@@ -1692,7 +1639,7 @@ function failureLine(delivery) {
   const isMessage = kind === "message";
   const edit = textButton(say("edit"), () => composer.edit(delivery));
   const repeat = textButton(say("tryAgain"), () => model.client?.resend(client_id));
-  const discard = textButton(say(isMessage ? "delete" : "discard"), () =>
+  const discard = textButton(say(isMessage ? "delete" : "cancel"), () =>
     model.client?.discard(client_id),
   );
   const maySucceed = isMessage || code === "internal";
@@ -1706,10 +1653,8 @@ function failureText({ kind, content, code = "", reason = "" }) {
   const most = maximumIn(reason) || model.maxCharacters;
   const over = countCharacters(content) - most;
   if ((code === "bad_field" || code === "too_large") && over > 0)
-    return say("tooLongBy", { count: over, most });
-  if (code === "bad_field") return say("badCharacters");
-  if (kind === "message" && (code === "not_found" || code === "forbidden"))
-    return say("mayNotWrite");
+    return say("over", { count: over, most });
+  if (kind === "message" && code === "not_found") return say("notAllowed");
   return refusalText(code, reason);
 }
 
@@ -1908,13 +1853,10 @@ function showDrafts() {
 }
 
 async function onDeleteDrafts() {
-  const sure = await ask({
-    title: say("deleteDraftsTitle"),
-    text: say("deleteDraftsText"),
-    yes: say("deleteDrafts"),
-  });
-  if (!sure) return;
-  for (const id of drafts.chatIds()) drafts.set(id, "");
+  const ids = drafts.chatIds();
+  const text = say("draftsHere", { count: ids.length });
+  if (!(await ask(say("deleteDrafts"), text, say("delete")))) return;
+  for (const id of ids) drafts.set(id, "");
   composer.show(model.open);
   requestRender();
 }
@@ -1957,7 +1899,7 @@ const composer = {
     const most = model.maxCharacters;
     const used = countCharacters(sendable(value));
     const over = used - most;
-    const text = over > 0 ? say("over", { count: over }) : say("used", { used, most });
+    const text = over > 0 ? say("over", { count: over, most }) : say("used", { used, most });
     setText("composer-count", used < 0.9 * most ? "" : text);
     box("composer-count").classList.toggle("over", over > 0);
   },
@@ -1996,7 +1938,7 @@ const composer = {
     if (chat?.editing) return void this.save(chat.editing, content);
     if (!chat || !content) return;
     if (isBlank(content)) {
-      toast(say("invisible"));
+      toast(say("notSentText", { text: say("blank") }));
       return;
     }
     chat.divider = null;
@@ -2029,8 +1971,7 @@ const composer = {
   async save(before, content) {
     const { id } = before;
     if (isBlank(content)) {
-      const [title, text, yes] = [say("deleteTitle"), say("deleteText"), say("delete")];
-      if (await ask({ title, text, yes })) hold(id);
+      if (await ask(say("deleteTitle"), "", say("delete"))) hold(id);
       return;
     }
     // The user's edit before this one may have been stored meanwhile.
@@ -2227,7 +2168,7 @@ const search = {
 
 /** @param {ChatView} chat @param {string} q */
 function isCalled(chat, q) {
-  const names = others(chat).map((id) => personName(id));
+  const names = others(chat).map(personName);
   return folded([chatTitle(chat), ...names].join()).includes(folded(q));
 }
 
@@ -2252,19 +2193,21 @@ function onListKey(event) {
  * ---------------------------------------------------------------------------------- */
 
 /**
- * Asks a question, or for a text, and waits for the answer. To close the dialog means no.
- * @param {{title: string, text?: string, yes: string, no?: string, value?: string}} texts
- * @returns {Promise<boolean>}
+ * Asks a question or, with a value, for a text. To close the dialog means no.
+ * @param {string} title @param {string} text @param {string} [yes] @param {string} [no]
+ * @param {string} [value] @returns {Promise<boolean>}
  */
-function ask({ title, text = "", yes, no = say("cancel"), value }) {
+function ask(title, text, yes = title, no = say("cancel"), value) {
   const node = dialog("ask");
-  node.close();
-  for (const [part, words] of Object.entries({ title, text, yes, no }))
-    setText(`ask-${part}`, words);
   const input = field("ask-input");
+  node.close();
+  setText("ask-title", title);
+  setText("ask-text", text);
+  setText("ask-yes", yes);
+  setText("ask-no", no);
   input.hidden = value === undefined;
   input.value = value ?? "";
-  node.returnValue = "no";
+  node.returnValue = "";
   node.showModal();
   input.select();
   return new Promise((resolve) => {
@@ -2275,28 +2218,27 @@ function ask({ title, text = "", yes, no = say("cancel"), value }) {
 
 /**
  * Asks for a name or a title until it is saved.
- * @param {Key} title @param {string | null | undefined} value
+ * @param {string} title @param {string | null | undefined} value
  * @param {number} most characters @param {(text: string) => Promise<unknown>} save
  */
 async function askName(title, value, most, save) {
   const input = field("ask-input");
-  const [heading, yes] = [say(title), say("save")];
-  let text = "";
   input.maxLength = most;
-  while (await ask({ title: heading, text, value: value ?? "", yes })) {
+  let problem = "";
+  while (await ask(title, problem, say("save"), say("cancel"), value ?? "")) {
     value = input.value.trim();
     try {
       return await save(value);
     } catch (error) {
-      text = errorText(error);
+      problem = errorText(error);
     }
   }
 }
 
-/**
- * Sends a form's request, one at a time. (A button that is disabled loses the focus.)
- * @param {string} errorId @param {() => Promise<unknown>} request
- */
+let submitting = false;
+
+/** One at a time. (A button that is disabled loses the focus.)
+ * @param {string} errorId @param {() => Promise<unknown>} request */
 async function submit(errorId, request, words = errorText) {
   if (submitting) return;
   submitting = true;
@@ -2304,7 +2246,6 @@ async function submit(errorId, request, words = errorText) {
   await explain(errorId, request, words);
   submitting = false;
 }
-let submitting = false;
 
 /** @param {string} errorId @param {() => Promise<unknown>} request */
 async function explain(errorId, request, words = errorText) {
@@ -2317,14 +2258,8 @@ async function explain(errorId, request, words = errorText) {
 }
 
 /** @param {unknown} error */
-const toastError = (error) => toast(errorText(error));
-
-function onRenameMe() {
-  const { client, names } = model;
-  void askName("changeName", names.get(myId()), 64, async (text) => {
-    const { name } = await client?.renameMe(text);
-    if (client === model.client) setMyName(name);
-  });
+function toastError(error) {
+  toast(errorText(error));
 }
 
 /** It may also change in another tab or device. @param {string | null} name */
@@ -2341,7 +2276,7 @@ async function onLinkDevice() {
   showLink("otherDevice", say("otherDeviceText"), `#token=${answer.token}`);
 }
 
-/** @param {Key} title @param {string} text @param {string} hash of the link */
+/** @param {Key} title @param {string} text @param {string} hash */
 function showLink(title, text, hash) {
   setText("link-title", say(title));
   setText("link-text", text);
@@ -2353,56 +2288,27 @@ function showLink(title, text, hash) {
   if (!dialog("link").open) dialog("link").showModal();
 }
 
-function onLinkCopy() {
-  field("link-url").select();
-  // navigator.clipboard would need https.
-  if (document.execCommand("copy")) setText("link-copy", say("copied"));
-  button("link-copy").focus();
-}
-
-function onLinkShare() {
-  // It is rejected if the user cancels. The link can still be copied.
-  navigator.share({ url: field("link-url").value }).catch(() => {});
-}
-
 /** What the menu belongs to. @type {HTMLElement | null} */
 let menuAnchor = null;
 
-/**
- * Shows a menu at an element. The focus goes in, and back when the menu closes.
- * @param {HTMLElement} anchor
- * @param {{text: string, press: () => void, danger?: boolean}[]} items
- */
-function showMenu(anchor, items) {
+/** @param {HTMLElement} anchor @param {Action[]} actions */
+function showMenu(anchor, actions) {
   const menu = box("menu");
   menu.hidePopover();
   menuAnchor = anchor;
-  const buttons = items.map(({ text, press, danger = false }) => {
+  const items = actions.map(({ text, press, danger }) => {
     const item = el("button", { role: "menuitem", class: danger && "danger" }, text);
     item.addEventListener("click", press);
     return item;
   });
-  menu.replaceChildren(...buttons);
+  menu.replaceChildren(...items);
   menu.showPopover();
-  buttons[0]?.focus();
-  const { left, top, bottom } = anchor.getBoundingClientRect();
-  const { clientWidth, clientHeight } = box("chat");
+  items[0]?.focus();
+  const { left, bottom } = anchor.getBoundingClientRect();
   const { offsetWidth, offsetHeight } = menu;
-  const x = Math.min(left, clientWidth - offsetWidth - 8);
-  const y = bottom + offsetHeight > clientHeight ? top - offsetHeight : bottom;
-  menu.style.left = `${Math.max(8, x)}px`;
-  menu.style.top = `${Math.max(8, y)}px`;
-}
-
-/** @param {KeyboardEvent} event */
-function onMenuKey(event) {
-  const items = rowsOf("menu");
-  const at = items.findIndex((item) => item === document.activeElement);
-  const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 }[event.key];
-  if (event.key === "Tab") box("menu").hidePopover();
-  if (to === undefined) return;
-  event.preventDefault();
-  items.at(to % items.length)?.focus();
+  const { clientWidth, clientHeight } = box("chat");
+  menu.style.left = `${Math.max(8, Math.min(left, clientWidth - offsetWidth - 8))}px`;
+  menu.style.top = `${Math.max(8, Math.min(bottom, clientHeight - offsetHeight - 8))}px`;
 }
 
 const people = {
@@ -2418,31 +2324,22 @@ const people = {
 function choosePeople(chat, given = []) {
   Object.assign(people, { chat, given });
   const [other] = given;
-  const title = chat
-    ? say("addPeopleTo", { title: chatTitle(chat) })
-    : say(other ? "newGroup" : "newChat");
-  setText("people-title", title);
+  const what = chat ? "addPeople" : other ? "newGroup" : "newChat";
+  setText("people-title", say(what));
   setText("people-note", other ? say("groupWith", { name: personName(other) }) : "");
   setText("people-submit", say(chat ? "add" : "create"));
   byId("people-form", HTMLFormElement).reset();
   box("people-list").replaceChildren();
   onChoice();
   dialog("people").showModal();
-  void explain("people-error", loadPeople);
-}
-
-async function loadPeople() {
-  const { client } = model;
-  const { users } = await client?.request("GET", "/api/v1/users");
-  if (client !== model.client) return;
-  for (const { user_id, name } of users) model.names.set(user_id, name);
-  model.people = users.map((/** @type {{user_id: number}} */ { user_id }) => user_id);
-}
-
-/** Shows in the open dialogs what has changed. */
-function renderDialogs() {
-  if (dialog("people").open) renderPeople();
-  if (dialog("info").open) renderInfo();
+  void explain("people-error", async () => {
+    const { client, names } = model;
+    /** @type {{users: Session[]}} */
+    const { users } = await client?.request("GET", "/api/v1/users");
+    if (client !== model.client) return;
+    for (const { user_id, name } of users) names.set(user_id, name);
+    model.people = users.map(({ user_id }) => user_id);
+  });
 }
 
 /** @param {Iterable<number>} ids */
@@ -2450,16 +2347,19 @@ function sortedByName(ids) {
   return [...ids].sort((a, b) => personName(a).localeCompare(personName(b)));
 }
 
-/**
- * Shows the people whose names contain the filter's text, and those who are chosen.
- * Highlights the one that Enter chooses.
- * @returns {number} how many have such a name
- */
+/** @returns {number} how many people have a name that contains the filter's text */
 function renderPeople() {
   const { chat, given } = people;
   const members = chat?.members ?? new Map([[myId(), 0]]);
   const ids = sortedByName(new Set([...(model.people ?? []), ...given]));
-  const candidates = ids.filter((id) => !members.has(id)).map(candidate);
+  const checkbox = (/** @type {number} */ value) =>
+    el("input", { type: "checkbox", value, checked: given.includes(value) });
+  const candidates = ids.filter((id) => !members.has(id)).map((id) => ({
+    key: `${id}`,
+    look: personName(id),
+    build: () =>
+      el("li", {}, el("label", { class: "person" }, checkbox(id), ...personCells(id))),
+  }));
   showRows(box("people-list"), candidates);
 
   const name = field("people-filter").value.trim();
@@ -2467,13 +2367,13 @@ function renderPeople() {
   const fitting = rows.filter(({ dataset }) =>
     folded(dataset["look"] ?? "").includes(folded(name)),
   );
+  // Enter chooses the next one: see onFilterKey.
   const next = name && fitting.find((row) => !row.matches(":has(:checked)"));
   for (const row of rows) {
     row.hidden = !fitting.includes(row) && !row.matches(":has(:checked)");
     row.classList.toggle("next", row === next);
   }
-  const nobody = say("noOneToAdd") + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
-  const none = rows.length > 0 ? say("noOneCalled", { name }) : nobody;
+  const none = rows.length > 0 ? say("noOneCalled", { name }) : orInvite("noOneToAdd");
   setText("people-empty", fitting.length > 0 || !model.people ? "" : none);
 
   // Only a group has a title. Without one, it is shown as the names of its members.
@@ -2481,20 +2381,8 @@ function renderPeople() {
   const grows = chosen.length > given.length;
   const direct = grows && chosen.length === 1;
   box("people-name").hidden = chat !== null || direct || !(grows || mayBeAlone());
-  field("people-chat-title").placeholder = chosen.map((id) => personName(id)).join(", ");
+  field("people-chat-title").placeholder = chosen.map(personName).join(", ");
   return fitting.length;
-}
-
-/** @param {number} id @returns {Row} */
-function candidate(id) {
-  const attributes = { type: "checkbox", value: id, checked: people.given.includes(id) };
-  const build = () =>
-    el(
-      "li",
-      {},
-      el("label", { class: "person" }, el("input", attributes), ...personCells(id)),
-    );
-  return { key: String(id), look: personName(id), build };
 }
 
 /** @param {number} id @param {ChatView} [chat] */
@@ -2502,23 +2390,59 @@ function personCells(id, chat) {
   return [personAvatar(id, chat), el("span", { dir: "auto" }, personName(id))];
 }
 
+function chosenPeople() {
+  const inputs = box("people-list").querySelectorAll("input");
+  return [...inputs].filter(({ checked }) => checked).map(({ value }) => Number(value));
+}
+
 function onChoice() {
-  people.key = String(Math.random());
+  people.key = `${Math.random()}`;
   setText("people-error", "");
   renderPeople();
 }
 
-/**
- * Enter chooses the highlighted person. Without a filter it submits, as in any field.
- * @param {KeyboardEvent} event
- */
+/** People can be invited to a new group later. */
+const mayBeAlone = () => model.server.invites === true && !people.chat;
+const orInvite = (/** @type {Key} */ key) =>
+  say(key) + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
+
+/** Adds the chosen people, or creates a chat with them and opens it. */
+async function addPeople() {
+  const { client, chats } = model;
+  const { chat, given, key: clientId } = people;
+  const memberIds = chosenPeople();
+  const title = field("people-chat-title").value.trim();
+  const alone = memberIds.length <= given.length;
+  if (alone && !title) throw new Error(orInvite("chooseOne"));
+  if (chat) {
+    for (const user_id of memberIds)
+      await client?.request("POST", `/api/v1/chats/${chat.id}/members`, { user_id });
+    return dialog("people").close();
+  }
+  // With one person it is the direct chat, old or new.
+  const direct = box("people-name").hidden === true;
+  const made = await client?.createChat(
+    direct ? { memberIds, direct } : { title: title || null, memberIds, clientId },
+  );
+  if (!made || client !== model.client) return;
+  const isNew = !chats.has(made.id);
+  const opened = putChat(made);
+  if (isNew) opened.activeAt = Date.now();
+  openChat(made.id);
+  route();
+  dialog("people").close();
+  if (alone) onInvite();
+}
+
+/** Without a filter, Enter submits, as in any field. @param {KeyboardEvent} event */
 function onFilterKey(event) {
   const filter = field("people-filter");
   if (event.key !== "Enter" || !filter.value.trim() || isComposing(event)) return;
   event.preventDefault();
   if (renderPeople() === 0) return;
+  /** @type {HTMLInputElement | null} */
   const next = box("people-list").querySelector(".next input");
-  if (next instanceof HTMLInputElement) {
+  if (next) {
     next.checked = true;
     announce(say("chosen", { name: personName(Number(next.value)) }));
   }
@@ -2526,83 +2450,38 @@ function onFilterKey(event) {
   onChoice();
 }
 
-function chosenPeople() {
-  const inputs = box("people-list").querySelectorAll("input");
-  return [...inputs].filter(({ checked }) => checked).map(({ value }) => Number(value));
-}
-
-/** People can be invited to a new group later. */
-const mayBeAlone = () => model.server.invites === true && !people.chat;
-
-/** @param {SubmitEvent} event */
-function onPeopleForm(event) {
-  event.preventDefault();
-  void submit("people-error", addPeople);
-}
-
-async function addPeople() {
-  const { chat, given } = people;
-  const chosen = chosenPeople();
-  const alone = chosen.length <= given.length;
-  const hasTitle = !box("people-name").hidden;
-  const title = (hasTitle && field("people-chat-title").value.trim()) || null;
-  if (alone && !title) throw new Error(say(mayBeAlone() ? "chooseOrTitle" : "chooseOne"));
-  if (!chat) await createChat(title, chosen, alone);
-  for (const user_id of chat ? chosen : [])
-    await model.client?.request("POST", `/api/v1/chats/${chat?.id}/members`, { user_id });
-  dialog("people").close();
-}
-
-/**
- * Creates a chat and opens it. With one person it is the direct chat, old or new.
- * @param {string | null} title @param {number[]} memberIds @param {boolean} invites
- */
-async function createChat(title, memberIds, invites) {
-  const { client, chats } = model;
-  const direct = !invites && memberIds.length === 1;
-  const made = await client?.createChat(
-    direct ? { memberIds, direct } : { title, memberIds, clientId: people.key },
-  );
-  if (!made || client !== model.client) return;
-  const isNew = !chats.has(made.id);
-  const chat = putChat(made);
-  if (isNew) chat.activeAt = Date.now();
-  openChat(chat.id);
-  route();
-  if (invites) onInvite();
-}
-
 /** The members that the info dialog has loaded, by pages. */
 const info = {
-  /** user id -> whether that user is online @type {Map<number, boolean>} */
+  /** User id -> whether that user is online. @type {Map<number, boolean>} */
   online: new Map(),
-  /** The next one. */
-  page: {},
+  nextPage: {},
   more: true,
 };
 
 function showInfo() {
+  if (!model.open) return;
   info.online.clear();
-  Object.assign(info, { page: {}, more: true });
+  Object.assign(info, { nextPage: {}, more: true });
   setText("info-error", "");
-  if (model.open) field("info-mute").checked = isMuted(model.open);
+  field("info-mute").checked = isMuted(model.open);
   dialog("info").showModal();
   renderInfo();
   loadMembers();
 }
 
-/** Fetches members of the open chat. @param {{ids?: number[]}} [which] or a page */
+/** @param {{ids?: number[]}} [which] or the next page */
 function loadMembers(which) {
   void explain("info-error", async () => {
     const { client, open: chat } = model;
     if (!client || !chat) return;
-    const { members, more } = await client.members(chat.id, which ?? info.page);
+    const { members, more } = await client.members(chat.id, which ?? info.nextPage);
     if (client !== model.client || chat !== model.open) return;
     for (const { user_id, name, online = false } of members) {
       model.names.set(user_id, name);
       info.online.set(user_id, online);
     }
-    if (!which) Object.assign(info, { more, page: { after: members.at(-1)?.user_id } });
+    const nextPage = { after: members.at(-1)?.user_id };
+    if (!which) Object.assign(info, { nextPage, more });
     // An event can tell of a member that the list of chats has counted already.
     if (!info.more && !isWhole(chat)) chat.memberCount = info.online.size;
   });
@@ -2616,9 +2495,9 @@ function renderInfo() {
   const ids = sortedByName(known.keys()).filter((id) => id !== myId());
   const rows = [myId(), ...ids].map((id) => memberRow(chat, id));
   const left = chat.memberCount - rows.length;
-  const rest = () =>
-    el("li", {}, textButton(say("andMore", { left }), () => loadMembers()));
-  if (left > 0) rows.push({ key: "more", look: String(left), build: rest });
+  const rest = () => textButton(say("andMore", { left }), () => loadMembers());
+  if (left > 0)
+    rows.push({ key: "more", look: `${left}`, build: () => el("li", {}, rest()) });
   setText("info-title", chatTitle(chat));
   showRows(box("info-members"), rows);
   button("info-rename").hidden = chat.direct || !create_chats;
@@ -2636,62 +2515,35 @@ function memberRow(chat, id) {
   const notes = [me && say("you"), id === creator && say("creator")].filter(Boolean);
   const removable = !me && creator === myId() && model.server.create_chats;
   return {
-    key: String(id),
+    key: `${id}`,
     look: JSON.stringify([name, online, notes, removable]),
     build: () => {
       const remove = textButton(say("remove"), () => void removeMember(chat, id));
-      remove.setAttribute("aria-label", `${say("remove")} ${name}`);
+      remove.ariaLabel = `${say("remove")} ${name}`;
       return el(
         "li",
         { class: classes("person", { online }) },
         ...personCells(id, chat),
-        online ? el("span", { class: "sr-only" }, say("online")) : null,
+        online && el("span", { class: "sr-only" }, say("online")),
         el("span", { class: "quiet" }, notes.join(", ")),
-        removable ? remove : null,
+        removable && remove,
       );
     },
   };
 }
 
-function onInfoRename() {
-  const { client, open: chat } = model;
-  if (!chat) return;
-  void askName("rename", chat.title, 200, async (text) => {
-    const title = text || null;
-    await client?.renameChat(chat.id, title);
-    chat.title = title;
-  });
-}
-
-/** In a direct chat, a group begins. */
-function onInfoAdd() {
-  const { open: chat } = model;
-  if (chat?.direct) choosePeople(null, others(chat));
-  else choosePeople(chat);
-}
-
 /** @param {ChatView} chat @param {number} userId the user, who leaves, or another one */
 async function removeMember(chat, userId) {
   const leaves = userId === myId();
-  const ends = model.server.invites ? ` ${say("linksEnded")}` : "";
-  const sure = await ask(
-    leaves
-      ? {
-          title: say("leaveTitle", { title: chatTitle(chat) }),
-          text: say("leaveText"),
-          yes: say("leave"),
-          no: say("stay"),
-        }
-      : {
-          title: say("removeTitle", { name: personName(userId) }),
-          text: say("removeText") + ends,
-          yes: say("remove"),
-        },
-  );
+  const { client, server } = model;
+  const ends = server.invites ? ` ${say("linksEnded")}` : "";
+  const name = personName(userId);
+  const sure = await (leaves
+    ? ask(say("leaveTitle", { title: chatTitle(chat) }), say("leaveText"), say("leaveChat"))
+    : ask(say("removeTitle", { name }), say("removeText") + ends, say("remove")));
   if (!sure) return;
   await submit("info-error", async () => {
-    const path = `/api/v1/chats/${chat.id}/members/${userId}`;
-    await model.client?.request("DELETE", path);
+    await client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${userId}`);
     if (leaves) removeChat(chat);
     else dialog("info").querySelector("button")?.focus(); // the row goes
   });
@@ -2712,48 +2564,31 @@ function offerNotifications() {
   const key = "chatd.notify";
   if (button("notify").hidden || readStored("localStorage", key)) return;
   if (writeStored("localStorage", key, "offered"))
-    toast(say("offerNotify"), { text: say("turnOn"), press: onNotifyButton });
+    toast(say("offerNotify"), { text: say("notify"), press: onNotifyButton });
 }
-
-function onMute() {
-  const { open } = model;
-  const { checked } = field("info-mute");
-  if (open && !writeStored("localStorage", mutedKey(open), checked))
-    toast(say("noStorage"));
-  requestRender();
-}
-
-/** Another tab may show the message already. */
-const NOTIFY_SECONDS = 1;
 
 /** @param {ChatView} chat @param {Message} message */
 function notify(chat, message) {
   if (window.Notification?.permission !== "granted" || isWatched()) return;
   // Another tab may show the message already.
-  after(NOTIFY_SECONDS, () => {
+  after(1, () => {
     const all = [...chat.messages, chat.last_message];
     const now = all.find((one) => one?.id === message.id) ?? message;
-    const seen = chat.read_n >= message.n || isWatched() || now.deleted;
-    if (!seen && model.chats.has(chat.id)) showNotification(chat, now);
-  });
-}
-
-/** @param {ChatView} chat @param {Message} message */
-function showNotification({ id, title }, { sender_id, content }) {
-  const name = personName(sender_id);
-  try {
-    const shown = new Notification(title ? say("senderIn", { name, title }) : name, {
-      body: visibleText(content).slice(0, 200),
-      tag: `chatd.${myId()}.${id}`, // all tabs of a user share one notification
-    });
-    shown.addEventListener("click", () => {
+    const { sender_id, content, deleted } = now;
+    if (deleted || chat.read_n >= message.n || isWatched() || !model.chats.has(chat.id)) return;
+    const { id, title } = chat;
+    const sender = personName(sender_id);
+    const name = title ? say("senderIn", { name: sender, title }) : sender;
+    const body = visibleText(content).slice(0, 200);
+    const tag = `chatd.${myId()}.${id}`; // all tabs of a user share one notification
+    // Some phones allow notifications only from service workers. chatd has none.
+    const shown = attempt(() => new Notification(name, { body, tag }));
+    shown?.addEventListener("click", () => {
       window.focus();
       location.hash = `#chat/${id}`;
       shown.close();
     });
-  } catch {
-    // Some phones allow notifications only from service workers. chatd has none.
-  }
+  });
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2781,101 +2616,116 @@ function start(session) {
   });
 }
 
-/**
- * @param {EventTarget | string} target or its id @param {string} type
- * @param {(event: any) => void} handle
- */
-function on(target, type, handle, capture = false) {
-  const node = typeof target === "string" ? box(target) : target;
-  node.addEventListener(type, handle, capture);
-}
-
-/** What the buttons do. @type {Record<string, (event: any) => void>} */
-const CLICKS = {
-  "sign-out": onSignOut,
-  "drafts-delete": onDeleteDrafts,
+/** An element's id, and an event if it is not a click -> what happens then.
+ * @type {Record<string, (event: any) => unknown>} */
+const LISTENERS = {
+  "sign-in-form submit": onSignInForm,
+  "join-form submit": onJoinForm,
+  skip: (event) => {
+    event.preventDefault();
+    if (model.open) composer.field.focus();
+    else moveFocus();
+  },
   "banner-retry": () => model.client?.retry(),
   notify: onNotifyButton,
-  skip: onSkip,
-  jump: onJump,
-  "edit-cancel": () => composer.leave(),
+
+  "me-panel toggle": showDrafts,
+  "drafts-delete": onDeleteDrafts,
+  "rename-me": () => {
+    const { client, names } = model;
+    return askName(say("changeName"), names.get(myId()), 64, async (text) => {
+      const { name } = await client?.renameMe(text);
+      if (client === model.client) setMyName(name);
+    });
+  },
+  "link-device": onLinkDevice,
+  shortcuts: () => dialog("keys").showModal(),
+  "sign-out": onSignOut,
+
   find: () => search.open(false),
   "chat-find": () => search.open(true),
+  "search-text input": () => search.start(),
+  "search-here change": () => search.start(),
+  "search submit": (event) => search.onSubmit(event),
+  "search-list": (event) => search.onClick(event),
+  "search-list scroll": requestRender,
   "search-retry": () => search.retry(),
+
+  "scroller scroll": () => pane.onScroll(),
+  jump: () => {
+    pane.showLatest(); // at once: smooth scrolling through a long history can make dizzy
+    // The button is gone now. The keyboard of a phone stays as it is.
+    if (document.activeElement !== composer.field)
+      scroller.focus({ preventScroll: true });
+  },
+  messages: onMessageClick,
+  "messages copy": onCopy,
+  "messages pointerdown": onTouch,
+  "messages contextmenu": (event) => {
+    if (isTouchOfText(event)) event.preventDefault();
+  },
+  // The touch that opens the menu clicks on nothing in it.
+  "messages touchend": (event) => {
+    if (box("menu").matches(":popover-open")) event.preventDefault();
+  },
+  "menu keydown": (/** @type {KeyboardEvent} */ event) => {
+    const items = rowsOf("menu");
+    const at = items.findIndex((item) => item === event.target);
+    const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 }[event.key];
+    if (event.key === "Tab") box("menu").hidePopover();
+    if (to === undefined) return;
+    event.preventDefault();
+    items.at(to % items.length)?.focus();
+  },
+
+  "composer submit": (event) => composer.send(event),
+  "composer-text input": () => composer.onInput(),
+  "composer-text keydown": (event) => composer.onKey(event),
+  "edit-cancel": () => composer.leave(),
+
   "new-chat": () => choosePeople(null),
   "empty-start": () => choosePeople(null),
+  "people-form input": onChoice,
+  "people-form submit": (event) => {
+    event.preventDefault();
+    return submit("people-error", addPeople);
+  },
+  "people-filter keydown": onFilterKey,
+
   "chat-info": showInfo,
-  "info-rename": onInfoRename,
-  "info-add": onInfoAdd,
+  "info-mute change": ({ target }) => {
+    const { open } = model;
+    if (open && !writeStored("localStorage", mutedKey(open), target.checked))
+      toast(say("noStorage"));
+    requestRender();
+  },
+  "info-rename": () => {
+    const { client, open: chat } = model;
+    return askName(say("rename"), chat?.title, 200, async (text) => {
+      if (chat) await client?.renameChat(chat.id, text || null);
+    });
+  },
+  // In a direct chat, a group begins.
+  "info-add": () => {
+    const { open: chat } = model;
+    if (chat?.direct) choosePeople(null, others(chat));
+    else choosePeople(chat);
+  },
   "info-invite": onInvite,
   "info-leave": () => model.open && removeMember(model.open, myId()),
-  "rename-me": onRenameMe,
-  shortcuts: showKeys,
-  "link-device": onLinkDevice,
-  "link-copy": onLinkCopy,
-  "link-share": onLinkShare,
+
+  "link-copy": ({ target }) => {
+    field("link-url").select();
+    // navigator.clipboard would need https.
+    if (document.execCommand("copy")) setText("link-copy", say("copied"));
+    target.focus();
+  },
+  // It is rejected if the user cancels. The link can still be copied.
+  "link-share": () => navigator.share({ url: field("link-url").value }).catch(() => {}),
   "link-revoke": () => submit("link-error", () => showInvite(true)),
 };
 
-function addListeners() {
-  for (const [id, press] of Object.entries(CLICKS)) on(id, "click", press);
-  // First, so that the focus is back when a button opens something else.
-  on(document, "click", onClosingClick, true);
-  on(window, "hashchange", onHash);
-  if (signedOut) on(signedOut, "message", onSignedOutElsewhere);
-  on(window, "beforeunload", onBeforeUnload);
-  on(window, "pagehide", releaseAll);
-  on(window, "storage", onStorage);
-  on(document, "keydown", onShortcut);
-  // Renders at once: a tab that is hidden now may never get the requested frame.
-  on(document, "visibilitychange", onWatched);
-  on(window, "focus", onWatched);
-  on("sign-in-form", "submit", onSignInForm);
-  on("join-form", "submit", onJoinForm);
-  on("me-panel", "toggle", showDrafts);
-  on("scroller", "scroll", () => pane.onScroll());
-  on("messages", "click", onMessageClick);
-  on("messages", "copy", onCopy);
-  on("messages", "pointerdown", onTouch);
-  on("messages", "contextmenu", (event) => {
-    if (isTouchOfText(event)) event.preventDefault();
-  });
-  // The touch that opens the menu clicks on nothing in it.
-  on("messages", "touchend", (event) => {
-    if (box("menu").matches(":popover-open")) event.preventDefault();
-  });
-  for (const type of ["pointerup", "pointercancel"])
-    on(window, type, () => clearTimeout(longTouch));
-  on("menu", "keydown", onMenuKey);
-  on("composer", "submit", (event) => composer.send(event));
-  on("composer-text", "input", () => composer.onInput());
-  on("composer-text", "keydown", (event) => composer.onKey(event));
-  // The focus stays in the field, or else a phone would close its keyboard.
-  for (const id of ["send", "jump", "edit-cancel"])
-    on(id, "mousedown", (event) => event.preventDefault());
-  on("search-text", "input", () => search.start());
-  on("search-here", "change", () => search.start());
-  on("search", "submit", (event) => search.onSubmit(event));
-  on("search-list", "click", (event) => search.onClick(event));
-  on("search-list", "scroll", requestRender);
-  on("people-form", "submit", onPeopleForm);
-  on("people-form", "input", onChoice);
-  on("people-filter", "keydown", onFilterKey);
-  on("info-mute", "change", onMute);
-  const observer = new ResizeObserver(() => pane.onResize());
-  for (const id of ["scroller", "messages"]) observer.observe(box(id));
-  if (window.visualViewport) on(window.visualViewport, "resize", onViewport);
-  setInterval(onSecond, 1000);
-}
-
-/** A panel closes with a choice in it, a dialog with some buttons. @param {any} event */
-function onClosingClick({ target }) {
-  const choice = target.closest("#me-panel button, #bell-list a, #menu button");
-  choice?.closest("[popover]").hidePopover();
-  target.closest(".close")?.closest("dialog").close();
-}
-
-/** Dialogs and panels close by themselves. @param {any} event of a key */
+/** @param {any} event of a key */
 function onShortcut(event) {
   const { key, code, ctrlKey, metaKey, shiftKey, altKey, target } = event;
   if (event.defaultPrevented || isComposing(event)) return;
@@ -2887,44 +2737,10 @@ function onShortcut(event) {
     event.preventDefault();
     if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
   }
+  // These close by themselves.
   if (document.querySelector("dialog[open], :popover-open")) return;
   if (key === "Escape" && model.open) location.hash = "#chats";
-  if (key === "?" && !target.matches("input, textarea")) showKeys();
-}
-
-function showKeys() {
-  dialog("keys").showModal();
-}
-
-/** @param {HashChangeEvent} event */
-function onHash({ oldURL }) {
-  if (!followLink(new URL(oldURL).hash)) route();
-}
-
-/** @param {Event} event */
-function onSkip(event) {
-  event.preventDefault();
-  if (model.open) composer.field.focus();
-  else moveFocus();
-}
-
-function onJump() {
-  pane.showLatest(); // at once: smooth scrolling through a long history can make dizzy
-  // The button is gone now. The keyboard of a phone stays as it is.
-  if (document.activeElement !== composer.field)
-    box("scroller").focus({ preventScroll: true });
-}
-
-/**
- * If an on-screen keyboard covers a part of the page, as on iOS, the page becomes as
- * high as the other part. To zoom with two fingers changes nothing.
- */
-function onViewport() {
-  const view = window.visualViewport;
-  if (!view || view.scale > 1.01) return;
-  const covered = view.height < window.innerHeight - 1;
-  box("chat").style.setProperty("--view-height", covered ? `${view.height}px` : "");
-  window.scrollTo(0, 0);
+  if (key === "?" && !target.matches("input, textarea")) dialog("keys").showModal();
 }
 
 /** The user has come back, perhaps on another day. */
@@ -2934,26 +2750,60 @@ function onWatched() {
   render();
 }
 
-let today = new Date().toDateString();
+let today = "";
 
-/** Updates what time changes: the seconds in the banner, and the names of days. */
 function onSecond() {
   if (!box("banner").hidden) renderBanner();
   const now = new Date();
-  const sameZone = now.getTimezoneOffset() === formats.offset;
-  if (sameZone && now.toDateString() === today) return;
-  today = now.toDateString();
-  if (!sameZone) formats = newFormats();
+  const date = `${now.toDateString()} ${now.getTimezoneOffset()}`;
+  if (date === today) return;
+  today = date;
+  formats = newFormats();
   requestRender();
 }
 
-function begin() {
-  if (!("popover" in HTMLElement.prototype)) throw new Error(say("tooOld"));
-  addListeners();
-  if (followLink()) return;
+if (!("popover" in HTMLElement.prototype)) throw new Error("popover");
+for (const [what, handle] of Object.entries(LISTENERS)) {
+  const [id = "", type = "click"] = what.split(" ");
+  box(id).addEventListener(type, handle);
+}
+// The focus stays in the field, or else a phone would close its keyboard.
+for (const id of ["send", "jump", "edit-cancel"])
+  box(id).addEventListener("mousedown", (event) => event.preventDefault());
+// A choice closes its panel: first, so that the focus is back when its handler moves it.
+const closeAround = (/** @type {any} */ { target }) => {
+  const choice = target.closest("#me-panel button, #bell-list a, #menu button");
+  choice?.closest("[popover]").hidePopover();
+  target.closest(".close")?.closest("dialog").close();
+};
+document.addEventListener("click", closeAround, true);
+document.addEventListener("keydown", onShortcut);
+// Renders at once: a tab that is hidden now may never get the requested frame.
+document.addEventListener("visibilitychange", onWatched);
+addEventListener("focus", onWatched);
+addEventListener("beforeunload", onBeforeUnload);
+addEventListener("pagehide", releaseAll);
+addEventListener("storage", onStorage);
+addEventListener("pointerup", () => clearTimeout(longTouch));
+addEventListener("pointercancel", () => clearTimeout(longTouch));
+addEventListener("hashchange", ({ oldURL }) => {
+  if (!followLink(new URL(oldURL).hash)) route();
+});
+signedOut?.addEventListener("message", onSignedOutElsewhere);
+// If a keyboard covers a part of the page, as on iOS, the other part is the page.
+const view = window.visualViewport;
+view?.addEventListener("resize", () => {
+  if (view.scale > 1.01) return; // the user has zoomed in
+  const covered = view.height < window.innerHeight - 1;
+  box("chat").style.setProperty("--view-height", covered ? `${view.height}px` : "");
+  window.scrollTo(0, 0);
+});
+const observer = new ResizeObserver(() => pane.onResize());
+for (const id of ["scroller", "messages"]) observer.observe(box(id));
+setInterval(onSecond, 1000);
+
+if (!followLink()) {
   const session = sessionToResume();
   if (session) start(session);
   else showSignIn();
 }
-
-begin();

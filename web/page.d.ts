@@ -24,7 +24,7 @@ export interface Action {
   danger?: boolean;
 }
 
-/** The arguments of el. What is false, null or "" is left out; true has no value. */
+/** The arguments of el. What is false, null or "" is left out. */
 export type Attributes = Record<string, string | number | boolean | null | undefined>;
 export type Child = Node | string | false | null | undefined;
 
@@ -32,7 +32,7 @@ export type EventHandlers = {
   [Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void;
 };
 export type ChatEventHandlers = {
-  [Type in keyof ChatEvents]?: (chat: ChatView, event: ChatEvents[Type]) => void;
+  [Type in keyof ChatEvents]?: (event: ChatEvents[Type], chat: ChatView) => void;
 };
 
 export type StorageName = "localStorage" | "sessionStorage";
@@ -71,7 +71,7 @@ export interface Model {
   chatsLoaded: boolean;
   /** The epoch of the last list of chats. Another epoch resets all counters. */
   epoch: string;
-  /** The longest message that the server is known to take. */
+  /** The longest message; a guess until the server has said what it takes. */
   maxCharacters: number;
 }
 
@@ -163,7 +163,7 @@ export type LastLine = [
 ];
 
 /** States of the connection that a banner explains. */
-export type Banners = Partial<Record<State, [problem: Key, meanwhile: Key]>>;
+export type Banners = Partial<Record<State, Key>>;
 
 /** The words for what was not done. */
 export type NotDone = Record<Delivery["kind"], Key>;
