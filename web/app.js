@@ -1099,9 +1099,9 @@ function chatRow(chat) {
   const current = chat === model.open;
   const title = chatTitle(chat);
   const [kind, text] = lastLine(chat);
-  const stored = kind !== "failed" && kind !== "sending";
-  const when =
-    stored && chat.last_message ? shortTime(chat.last_message.created_at) : "";
+  const at = chat.last_message?.created_at;
+  const isUnsent = kind === "failed" || kind === "sending";
+  const when = at && !isUnsent ? shortTime(at) : "";
   const count = unread(chat);
   const muted = isMuted(chat);
   const build = () => {
@@ -1140,7 +1140,9 @@ const spoken = (text) => el("span", { class: "sr-only" }, text);
 
 /** @param {string} name @param {string} text @param {string} [className] */
 function sign(name, text, className) {
-  return el("span", {}, icon(name, className), spoken(text));
+  const parts = new DocumentFragment();
+  parts.append(icon(name, className), spoken(text));
+  return parts;
 }
 
 /** @param {ChatView} chat @returns {LastLine} */
@@ -1204,7 +1206,7 @@ const HUES = 12;
 
 /** @param {HTMLElement} node @param {number} hue */
 function paint(node, hue) {
-  node.style.setProperty("--hue", String((hue * 360) / HUES));
+  node.style.setProperty("--hue", `${(hue * 360) / HUES}`);
   return node;
 }
 
@@ -1498,7 +1500,6 @@ function messageRow(chat, message, above, unsent) {
   const build = () => {
     const more = {
       class: "icon-button more",
-      type: "button",
       tabindex: -1,
       "aria-label": say("actions"),
       "aria-describedby": `message-${id}`,
@@ -1590,11 +1591,13 @@ function showReaders(chat, { n, sender_id }) {
 }
 
 /** @param {{target: Element}} event */
-function onTick({ target }) {
+function onMessageClick({ target }) {
   const { open } = model;
-  const row = target.closest(".own .stamp")?.closest("li");
+  const row = target.closest("li");
   const message = messageOf(Number(row?.dataset["id"]));
-  if (open && message && knowsReaders(open)) showReaders(open, message);
+  if (!open || !row || !message) return;
+  if (target.closest(".more")) openActions(row);
+  if (target.closest(".own .stamp") && knowsReaders(open)) showReaders(open, message);
 }
 
 /** Plain text; of one message, as it was written. @param {ClipboardEvent} event */
@@ -1657,8 +1660,7 @@ function failureText({ kind, content, code = "", reason = "" }) {
 
 /** @param {string} text @param {() => void} press */
 function textButton(text, press, className = "") {
-  const attributes = { class: `text-button ${className}`, type: "button" };
-  const node = el("button", attributes, text);
+  const node = el("button", { class: `text-button ${className}` }, text);
   node.addEventListener("click", press);
   return node;
 }
@@ -2624,12 +2626,9 @@ const LISTENERS = {
     pane.showLatest(); // at once: smooth scrolling through a long history can make dizzy
     // The button is gone now. The keyboard of a phone stays as it is.
     if (document.activeElement !== composer.field)
-      box("scroller").focus({ preventScroll: true });
+      scroller.focus({ preventScroll: true });
   },
-  messages: (event) => {
-    onTick(event);
-    if (event.target.closest(".more")) openActions(event.target.closest("li"));
-  },
+  messages: onMessageClick,
   "messages copy": onCopy,
   "messages pointerdown": onTouch,
   "messages contextmenu": (event) => {
