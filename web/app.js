@@ -3,9 +3,10 @@
  * app.js: chatd's page (docs/page.md). An event or a click changes the model; only a
  * render writes to the page. Text that users have written enters it as textContent.
  *
- * @import { Action, Ask, AskName, Attributes, Banners, Chat, ChatEventHandlers, ChatEvents,
- *   ChatView, Child, Delivery, EventHandlers, Explain, Info, Key, LastLine, Listeners,
- *   Message, Model, NotDone, Pane, People, Row, Session, StorageName, Tick } from "./page.js"
+ * @import { Action, Ask, AskName, Attributes, Banners, Chat, ChatEventHandlers, ChatView,
+ *   Child, Composer, Delivery, EventHandlers, Explain, Info, Key, LastLine, Listeners,
+ *   Message, Model, NotDone, Pane, People, Row, Search, Session, StorageName, Tick }
+ *   from "./page.js"
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 import { Drafts } from "./drafts.js";
@@ -25,12 +26,10 @@ function onLoadError(event) {
   const error = event.error ?? event.reason;
   // Without an error it is only a notice, for example of a ResizeObserver.
   if (!loading || !error) return;
-  for (const id of SCREENS) {
-    const screen = document.getElementById(id);
-    if (screen) screen.hidden = id !== "loading";
-  }
-  const words = document.getElementById("loading");
-  if (words) words.textContent = `${say("broken")} (${error.message ?? error})`;
+  const text = `${say("broken")} (${error.message ?? error})`;
+  for (const id of SCREENS)
+    document.getElementById(id)?.toggleAttribute("hidden", id !== "loading");
+  document.getElementById("loading")?.replaceChildren(text);
 }
 
 addEventListener("error", onLoadError);
@@ -60,7 +59,7 @@ const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes))
-    if (value) node.setAttribute(name, value === true ? "" : String(value));
+    if (value) node.setAttribute(name, String(value));
   for (const child of children) if (child) node.append(child);
   return node;
 }
@@ -82,8 +81,8 @@ function icon(name, className = "") {
 }
 
 /**
- * Makes the container show these rows, in this order. A row with the same key and look
- * keeps its element, and so its focus, its selection and a screen reader's position.
+ * A row with the same key and look keeps its element, and so its focus, its selection
+ * and a screen reader's position.
  * @param {HTMLElement} container @param {Row[]} rows
  */
 function showRows(container, rows) {
@@ -112,7 +111,7 @@ function showRows(container, rows) {
   (same ? activeElement : first)?.focus({ preventScroll: true });
 }
 
-/** @param {Row} row @param {HTMLElement} [before] the row that it replaces */
+/** @param {Row} row @param {HTMLElement} [before] */
 function newRow({ key, look, build }, before) {
   const node = build();
   Object.assign(node.dataset, { key, look });
@@ -122,7 +121,7 @@ function newRow({ key, look, build }, before) {
   return node;
 }
 
-/** @param {string} id of a container @returns {HTMLElement[]} */
+/** @param {string} id @returns {HTMLElement[]} */
 function rowsOf(id) {
   return /** @type {HTMLElement[]} */ ([...box(id).children]);
 }
@@ -189,12 +188,7 @@ function shortTime(created_at) {
 
 /** @param {number} seconds @param {() => void} task */
 function after(seconds, task) {
-  return Number(setTimeout(task, seconds * 1000));
-}
-
-/** @param {{content: string, deleted?: boolean}} message */
-function shownText({ content, deleted }) {
-  return deleted ? say("deleted") : visibleText(content);
+  return setTimeout(task, seconds * 1000);
 }
 
 /** Characters as the server counts them: code points. @param {string} text */
@@ -224,17 +218,12 @@ function announce(text) {
   after(TOAST_SECONDS * 2, () => node.remove());
 }
 
-/**
- * For the codes of docs/protocol.md, and the wrong field of bad_field, that a user can
- * meet. (The server's sentences are for programmers.)
- * @type {Record<string, Key>}
- */
+/** @type {Record<string, Key>} */
 const REFUSALS = {
   changed: "wasChanged",
   deleted: "wasDeleted",
   forbidden: "notAllowed",
   internal: "serverError",
-  name: "badName",
   not_found: "notThere",
   overloaded: "busy",
   rate_limited: "busy",
@@ -246,14 +235,14 @@ const REFUSALS = {
   upstream: "noAnswer",
 };
 
-/** @param {string} code @param {string} detail begins with the field that is wrong */
+/** The server's own sentence is for programmers. @param {string} code @param {string} detail */
 function refusalText(code, detail) {
-  const bad = code === "bad_field";
-  const key = REFUSALS[bad ? (detail.match(/\w+/)?.[0] ?? "") : code];
+  const known = REFUSALS[code];
+  if (known) return say(known);
+  if (code !== "bad_field") return say("otherError", { code });
+  if (/^(title|name)/.test(detail)) return say("badName");
   const most = /^(member_ids|user_id)/.test(detail) && maximumIn(detail);
-  if (most) return say("mostPeople", { most });
-  if (key) return say(key);
-  return bad ? say("notAccepted") : say("otherError", { code });
+  return most ? say("mostPeople", { most }) : say("notAccepted");
 }
 
 /** The limit that a server's sentence names, or 0. @param {string} detail */
@@ -268,10 +257,9 @@ function errorText(error) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Sign-in. A session belongs to its tab; its copy in localStorage is for the next visit.
- * Somebody could send you a link for an account that they can read, and hope that you
- * write under its name. So an open tab asks before it changes its user, and a new tab
- * says that its user is not the one of the copy.
+ * Sign-in. A session belongs to its tab; a copy in localStorage is for the next visit.
+ * A link may be for an account that its sender can read. So no tab changes its user, nor
+ * the copy, without asking or a notice.
  * ---------------------------------------------------------------------------------- */
 
 const SESSION_KEY = "chatd.session";
@@ -325,7 +313,7 @@ function decoded(text) {
   return attempt(() => decodeURIComponent(text)) ?? text;
 }
 
-/** Exchanges a sign-in link's token for a session. @param {string} token */
+/** @param {string} token of a link */
 async function signInWith(token) {
   const current = model.session ?? readSession("sessionStorage");
   try {
@@ -339,7 +327,7 @@ async function signInWith(token) {
   }
 }
 
-/** Starts the first session of a tab. @param {Session} session */
+/** The first of a tab. @param {Session} session */
 function startFirst(session) {
   const saved = readSession("localStorage");
   if (!saved || saved.user_id === session.user_id) return saveAndStart(session);
@@ -354,11 +342,6 @@ async function confirmSwitch(session, current) {
   const me = userName(current);
   const [title, text] = [say("continueAs", { name }), say("continueAsText", { me, name })];
   return ask(title, text, title, say("stayAs", { name: me }));
-}
-
-/** @param {Session} session */
-function userName({ user_id, name }) {
-  return personName(user_id, name);
 }
 
 /** @param {string} token @param {unknown} error */
@@ -378,13 +361,12 @@ function linkFailed(text) {
   start(session);
 }
 
-/** @param {Session} session perhaps of the user that this tab has already */
+/** @param {Session} session */
 function saveAndStart(session) {
   for (const storage of STORAGES) writeStored(storage, SESSION_KEY, session);
   if (model.session?.user_id !== session.user_id) start(session);
 }
 
-/** @param {string} [reason] @param {string} [error] what is wrong with a link */
 function showSignIn(reason = "", error = "") {
   showTitle(say("signIn"));
   field("sign-in-link").value = "";
@@ -413,7 +395,6 @@ function onSignInForm(event) {
   if (token) void signInWith(decoded(token));
 }
 
-/** The unsent messages of all chats, and the unsent edits and deletions. */
 function allUnsent() {
   const { chats, client } = model;
   const messages = [...chats.keys()].map((id) => client?.unsent(id) ?? []);
@@ -476,13 +457,14 @@ function visitor(bearer = "") {
   return new ChatWebSocket({ bearer, storage: null, log: null });
 }
 
-/** Shows what an invitation is for. @param {string} token */
+/** @param {string} token */
 async function openInvite(token) {
   const session = model.session ?? sessionToResume();
   if (session) start(session);
   try {
     const { title: called, member_count: count } = await visitor().previewInvite(token);
-    const title = isBlank(called ?? "") ? say("join") : say("joinTitle", { title: called ?? "" });
+    const unnamed = isBlank(called ?? "");
+    const title = say(unnamed ? "join" : "joinTitle", { title: called ?? "" });
     const text = say("people", { count });
     if (session) {
       const me = say("signedInAs", { name: userName(session) });
@@ -521,7 +503,7 @@ function inviteErrorText(error) {
   return status === 403 ? say("noInvites") : errorText(error);
 }
 
-/** Shows a new link into the open chat. @param {boolean} [revoke] earlier links end */
+/** With a new link. @param {boolean} [revoke] the earlier links */
 async function showInvite(revoke = false) {
   const { client, open: chat } = model;
   if (!client || !chat) return;
@@ -559,7 +541,7 @@ const newModel = () => ({
   connection: "closed",
   chatsLoaded: false,
   epoch: "",
-  maxCharacters: 4000, // until the server has said what it allows
+  maxCharacters: 4000,
 });
 
 const model = newModel();
@@ -581,9 +563,14 @@ const isMuted = (chat) => readStored("localStorage", mutedKey(chat)) === true;
 /** What the title and the badges count. @param {ChatView} chat */
 const counted = (chat) => (isMuted(chat) ? 0 : unread(chat));
 
-/** @param {number} userId @param {string | null} [name] */
-function personName(userId, name = model.names.get(userId) ?? null) {
-  return name && !isBlank(name) ? name : say("user", { id: `${userId}` });
+/** @param {{user_id: number, name?: string | null | undefined}} user */
+function userName({ user_id, name }) {
+  return name && !isBlank(name) ? name : say("user", { id: `${user_id}` });
+}
+
+/** @param {number} user_id */
+function personName(user_id) {
+  return userName({ user_id, name: model.names.get(user_id) });
 }
 
 /** @param {ChatView} chat */
@@ -600,7 +587,7 @@ function isWhole(chat) {
 function chatTitle(chat) {
   if (chat.title && !isBlank(chat.title)) return chat.title;
   if (!isWhole(chat)) return say("people", { count: chat.memberCount });
-  const names = others(chat).map((id) => personName(id));
+  const names = others(chat).map(personName);
   return names.join(", ") || say("onlyYou");
 }
 
@@ -613,16 +600,16 @@ function sortedChats() {
   return all.sort((a, b) => when(b) - when(a) || last(b) - last(a));
 }
 
-/** Puts a chat from the server into the model. @param {Chat} received */
+/** @param {Chat} received */
 function putChat(received) {
-  const { id, title, direct, created_by, member_count, members, last_n } = received;
+  const { id, last_n, last_message, members, member_count: memberCount } = received;
   const before = model.chats.get(id);
   /** @type {ChatView} */
   const chat = before ?? {
     ...received,
     read_n: 0,
     members: new Map(),
-    memberCount: 0,
+    memberCount,
     messages: [],
     loaded: false,
     more: true,
@@ -635,20 +622,22 @@ function putChat(received) {
     lines: [],
     activeAt: 0,
   };
-  Object.assign(chat, { title, direct, created_by, memberCount: member_count });
-  chat.last_message = newer(chat.last_message, received.last_message);
-  chat.last_n = Math.max(chat.last_n, last_n);
-  const readBefore = chat.members;
-  chat.members = new Map();
+  const marks = new Map();
   for (const { user_id, name, read_n } of members) {
     model.names.set(user_id, name);
-    chat.members.set(user_id, Math.max(read_n, readBefore.get(user_id) ?? 0));
+    marks.set(user_id, Math.max(read_n, chat.members.get(user_id) ?? 0));
     hueOf(user_id, chat);
   }
   // A large chat that the user was just added to says nothing of the user's mark.
-  const mark = chat.members.get(myId()) ?? model.marks[id]?.read_n;
+  const mark = marks.get(myId()) ?? model.marks[id]?.read_n;
   const read_n = received.read_n ?? mark ?? (before ? 0 : last_n);
-  chat.read_n = Math.max(chat.read_n, read_n);
+  Object.assign(chat, received, {
+    memberCount,
+    members: marks,
+    read_n: Math.max(chat.read_n, read_n),
+    last_n: Math.max(chat.last_n, last_n),
+    last_message: newer(chat.last_message, last_message),
+  });
   model.chats.set(id, chat);
   if (chat.last_message) void learnNames(chat, [chat.last_message.sender_id]);
   return chat;
@@ -675,10 +664,10 @@ function newer(a, b) {
   return (a.rev ?? 0) > (b.rev ?? 0) ? a : b;
 }
 
-/** A message was edited or deleted. @param {ChatView} chat @param {Message} message */
+/** @param {ChatView} chat @param {Message} message */
 function onChange(chat, message) {
   const { n } = message;
-  if (chat.last_message?.n === n) chat.last_message = newer(chat.last_message, message);
+  chat.last_message = newer(chat.last_message, message);
   if (chat.messages.some((one) => one.n === n)) merge(chat, [message]);
   const found = search.found.find(({ id }) => id === message.id);
   if (found) Object.assign(found, newer(found, message));
@@ -740,28 +729,80 @@ function removeChat(chat) {
 
 /** @type {EventHandlers} */
 const handlers = {
-  state: onState,
+  state: ({ state }) => {
+    const problem = BANNERS[state];
+    if (state !== model.connection && problem) announce(say(problem));
+    model.connection = state;
+    if (state === "signed_out") onSignedOut();
+  },
   resync: () => void fetchChats(),
-  chats: onChats,
-  connected: onConnected,
+  chats: ({ chats, cursor }) => {
+    const epoch = cursor.slice(0, cursor.lastIndexOf("."));
+    const ids = new Set(chats.map(({ id }) => id));
+    for (const chat of model.chats.values()) if (!ids.has(chat.id)) removeChat(chat);
+    if (epoch !== model.epoch) model.chats.clear(); // a backup was restored
+    model.epoch = epoch;
+    for (const received of chats) putChat(received).loaded = false;
+    const [only] = chats;
+    if (only && !chats[1] && !model.chatsLoaded && !location.hash) openChat(only.id);
+    model.chatsLoaded = true;
+    route();
+    if (model.open) retryLoading(model.open);
+    search.start(true); // what was found may have changed
+  },
+  connected: ({ chats }) => {
+    model.marks = chats;
+    for (const [id, { last_n, read_n }] of Object.entries(chats)) {
+      const chat = model.chats.get(Number(id));
+      if (!chat) continue;
+      chat.last_n = Math.max(chat.last_n, last_n);
+      moveReadMark(chat, myId(), read_n);
+    }
+    if (model.open && !model.open.loaded) retryLoading(model.open);
+    if (search.error) search.retry();
+    void loadServer();
+  },
   chat_added: ({ chat }) => {
     putChat(chat).activeAt = Date.now();
     route();
   },
-  delivery: onDelivery,
+  delivery: (delivery) => {
+    if (delivery.kind !== "message") return onChangeDelivery(delivery);
+    const { state, client_id, chat_id, message } = delivery;
+    const chat = model.chats.get(chat_id);
+    if (chat && message) putMessage(chat, message);
+    if (state !== "failed") return;
+    const text = say("notSentText", { text: failureText(delivery) });
+    if (chat && chat === model.open) announce(text);
+    else if (chat) toast(say("lastOf", { name: chatTitle(chat), text }));
+    // The user is no longer in this chat, so the page cannot show the failed message.
+    else if (model.chatsLoaded) model.client?.discard(client_id);
+  },
 };
 
 /** For the events of a chat that the page has. @type {ChatEventHandlers} */
 const chatHandlers = {
-  new_message: (chat, { message, read }) => onNewMessage(chat, message, read),
-  message_edited: (chat, { message }) => onChange(chat, message),
-  message_deleted: (chat, { message }) => onChange(chat, message),
-  message_read: (chat, { read_by, n }) => moveReadMark(chat, read_by, n),
-  chat_renamed: (chat, event) => {
+  new_message: ({ message, read = true }, chat) => {
+    const { sender_id, n, content, deleted } = message;
+    const here = chat === model.open;
+    putMessage(chat, message, read);
+    if (sender_id === myId() || chat.read_n >= n || deleted) return;
+    if (here && chat.divider === null && !(isWatched() && pane.atEnd()))
+      chat.divider = n - 1;
+    const sender = personName(sender_id);
+    const name = here ? sender : say("senderIn", { name: sender, title: chatTitle(chat) });
+    const text = visibleText(content).slice(0, 200);
+    if (here || counted(chat)) announce(say("lastOf", { name, text }));
+    if (counted(chat)) notify(chat, message);
+  },
+  message_edited: ({ message }, chat) => onChange(chat, message),
+  message_deleted: ({ message }, chat) => onChange(chat, message),
+  message_read: ({ read_by, n }, chat) => moveReadMark(chat, read_by, n),
+  chat_renamed: (event, chat) => {
     chat.title = event.title;
     addLine(chat, event.user_id ? "renamed" : "nowCalled", event);
   },
-  member_added: (chat, event) => {
+  member_added: (event, chat) => {
     const { user_id, name } = event;
     model.names.set(user_id, name);
     addLine(chat, "joined", event);
@@ -771,7 +812,7 @@ const chatHandlers = {
     if (chat === model.open && dialog("info").open)
       info.load({ ids: [user_id] });
   },
-  member_removed: (chat, event) => {
+  member_removed: (event, chat) => {
     const { user_id } = event;
     if (user_id === myId()) {
       toast(say("noLonger", { title: chatTitle(chat) }));
@@ -783,11 +824,11 @@ const chatHandlers = {
     stopTyping(chat, user_id);
     addLine(chat, "left", event);
   },
-  typing: (chat, { user_id, is_typing }) => {
+  typing: ({ user_id, is_typing }, chat) => {
     stopTyping(chat, user_id);
     if (!is_typing) return;
     void learnNames(chat, [user_id]);
-    // A little more than twice the interval at which a client repeats it.
+    // Clients repeat it every 3 s.
     const timer = after(7, () => {
       stopTyping(chat, user_id);
       requestRender();
@@ -798,71 +839,15 @@ const chatHandlers = {
 
 /** @param {ChatWebSocket} client */
 function addHandlers(client) {
-  const on = (/** @type {any} */ type, /** @type {(event: any) => void} */ handle) =>
-    client.on(type, (event) => {
+  /** @type {Record<string, (event: any, chat: any) => void>} */
+  const all = { ...handlers, ...chatHandlers };
+  for (const [type, handle] of Object.entries(all))
+    client.on(/** @type {any} */ (type), (event) => {
       if (client !== model.client) return;
-      handle(event);
+      const chat = model.chats.get(event.chat_id);
+      if (chat || type in handlers) handle(event, chat);
       requestRender();
     });
-  for (const [type, handle] of Object.entries(handlers)) on(type, handle);
-  for (const [type, handle] of Object.entries(chatHandlers))
-    on(type, (event) => {
-      const chat = model.chats.get(event.chat_id);
-      if (chat) /** @type {(chat: ChatView, event: any) => void} */ (handle)(chat, event);
-    });
-}
-
-/** @param {ChatEvents["state"]} change */
-function onState({ state }) {
-  const problem = BANNERS[state];
-  if (state !== model.connection && problem) announce(say(problem));
-  model.connection = state;
-  if (state === "signed_out") onSignedOut();
-}
-
-/** @param {ChatEvents["chats"]} snapshot */
-function onChats({ chats, cursor }) {
-  const epoch = cursor.slice(0, cursor.lastIndexOf("."));
-  const ids = new Set(chats.map(({ id }) => id));
-  for (const chat of model.chats.values()) if (!ids.has(chat.id)) removeChat(chat);
-  // A backup was restored: nothing of before counts.
-  if (epoch !== model.epoch) model.chats.clear();
-  model.epoch = epoch;
-  for (const received of chats) putChat(received).loaded = false;
-  const [only] = chats;
-  if (only && !chats[1] && !model.chatsLoaded && !location.hash) openChat(only.id);
-  model.chatsLoaded = true;
-  route();
-  if (model.open) retryLoading(model.open);
-  search.start(true); // what was found may have changed
-}
-
-/** @param {ChatEvents["connected"]} event */
-function onConnected({ chats }) {
-  model.marks = chats;
-  for (const [id, { last_n, read_n }] of Object.entries(chats)) {
-    const chat = model.chats.get(Number(id));
-    if (!chat) continue;
-    chat.last_n = Math.max(chat.last_n, last_n);
-    moveReadMark(chat, myId(), read_n);
-  }
-  if (model.open && !model.open.loaded) retryLoading(model.open);
-  if (search.error) search.retry();
-  void loadServer();
-}
-
-/** @param {ChatView} chat @param {Message} message @param {boolean} [read] */
-function onNewMessage(chat, message, read = true) {
-  const { sender_id, n, content, deleted } = message;
-  putMessage(chat, message, read);
-  if (sender_id === myId() || chat.read_n >= n || deleted) return;
-  const here = chat === model.open;
-  if (here && chat.divider === null && !endIsVisible()) chat.divider = n - 1;
-  const sender = personName(sender_id);
-  const name = here ? sender : say("senderIn", { name: sender, title: chatTitle(chat) });
-  const text = visibleText(content).slice(0, 200);
-  if (here || counted(chat)) announce(say("lastOf", { name, text }));
-  if (counted(chat)) notify(chat, message);
 }
 
 /**
@@ -870,7 +855,6 @@ function onNewMessage(chat, message, read = true) {
  * @param {{seq: number, user_id: number | null}} event
  */
 function addLine(chat, key, { seq, user_id }) {
-  if (chat.lines.some((line) => line.seq === seq)) return;
   const id = user_id ?? 0;
   const title = chatTitle(chat);
   const text = () => say(key, { name: personName(id), title });
@@ -881,26 +865,12 @@ function addLine(chat, key, { seq, user_id }) {
   if (chat === model.open) announce(text());
 }
 
-/** @param {Delivery} delivery */
-function onDelivery(delivery) {
-  if (delivery.kind !== "message") return onChangeDelivery(delivery);
-  const { state, client_id, chat_id, message } = delivery;
-  const chat = model.chats.get(chat_id);
-  if (chat && message) putMessage(chat, message);
-  if (state !== "failed") return;
-  const text = say("notSentText", { text: failureText(delivery) });
-  if (chat && chat === model.open) announce(text);
-  else if (chat) toast(say("lastOf", { name: chatTitle(chat), text }));
-  // The user is no longer in this chat, so the page cannot show the failed message.
-  else if (model.chatsLoaded) model.client?.discard(client_id);
-}
-
-/** Whether the page has the message. @param {ChatView} chat @param {number} id */
+/** @param {ChatView} chat @param {number} id */
 function contains({ messages, last_message }, id) {
   return [...messages, last_message].some((message) => message?.id === id);
 }
 
-/** The state of an edit or a deletion. @param {Delivery} delivery */
+/** @param {Delivery} delivery of an edit or a deletion */
 function onChangeDelivery(delivery) {
   const { state, client_id, message_id, message, code } = delivery;
   const chat = message && model.chats.get(message.chat_id);
@@ -919,13 +889,12 @@ async function fetchChats() {
     await client?.fetchChats();
     // A client that polls never receives `connected`.
     if (client === model.client && !("invites" in model.server)) void loadServer();
-  } catch (error) {
-    const refused = error instanceof ChatError && error.status === 401;
-    if (!refused) after(5, () => void (client === model.client && fetchChats()));
+  } catch {
+    after(5, () => void (client === model.client && fetchChats()));
   }
 }
 
-/** What the server allows. If it does not answer, the next connection asks. */
+/** If the server does not answer, the next connection asks. */
 async function loadServer() {
   const { client } = model;
   const me = await client?.request("GET", "/api/v1/me").catch(() => null);
@@ -934,20 +903,15 @@ async function loadServer() {
   model.maxCharacters = me.server.max_content_chars;
   setMyName(me.name);
   composer.fit();
-  requestRender();
 }
 
 /* -------------------------------------------------------------------------------------
  * Reading. A message is read once it has been on the screen, in a visible tab of the
- * window that has the focus: behind another window, or beside it, nobody may look.
+ * window that has the focus.
  * ---------------------------------------------------------------------------------- */
 
 function isWatched() {
   return document.visibilityState === "visible" && document.hasFocus();
-}
-
-function endIsVisible() {
-  return isWatched() && pane.atEnd();
 }
 
 function markSeen() {
@@ -1137,9 +1101,9 @@ function chatRow(chat) {
   const current = chat === model.open;
   const title = chatTitle(chat);
   const [kind, text] = lastLine(chat);
-  const stored = kind !== "failed" && kind !== "sending";
-  const when =
-    stored && chat.last_message ? shortTime(chat.last_message.created_at) : "";
+  const at = chat.last_message?.created_at;
+  const isUnsent = kind === "failed" || kind === "sending";
+  const when = at && !isUnsent ? shortTime(at) : "";
   const count = unread(chat);
   const muted = isMuted(chat);
   const build = () => {
@@ -1178,7 +1142,9 @@ const spoken = (text) => el("span", { class: "sr-only" }, text);
 
 /** @param {string} name @param {string} text @param {string} [className] */
 function sign(name, text, className) {
-  return el("span", {}, icon(name, className), spoken(text));
+  const parts = new DocumentFragment();
+  parts.append(icon(name, className), spoken(text));
+  return parts;
 }
 
 /** @param {ChatView} chat @returns {LastLine} */
@@ -1208,7 +1174,8 @@ function lastLine(chat) {
 /** @param {ChatView} chat */
 function lastMessageText({ last_message, memberCount }) {
   if (!last_message) return say("noMessages");
-  const text = excerpt(shownText(shown(last_message)));
+  const { content, deleted } = shown(last_message);
+  const text = deleted ? say("deleted") : excerpt(content);
   if (last_message.sender_id === myId()) return say("ownLast", { text });
   const [name = ""] = personName(last_message.sender_id).split(" ");
   return memberCount > 2 ? say("lastOf", { name, text }) : text;
@@ -1241,7 +1208,7 @@ const HUES = 12;
 
 /** @param {HTMLElement} node @param {number} hue */
 function paint(node, hue) {
-  node.style.setProperty("--hue", String((hue * 360) / HUES));
+  node.style.setProperty("--hue", `${(hue * 360) / HUES}`);
   return node;
 }
 
@@ -1350,9 +1317,9 @@ const pane = {
   },
 
   renderHead(chat) {
-    const names = others(chat).map((id) => personName(id));
     const people = say("people", { count: chat.memberCount });
-    const members = isWhole(chat) ? [...names, say("you")].join(", ") : people;
+    const names = [...others(chat).map(personName), say("you")].join(", ");
+    const members = isWhole(chat) ? names : people;
     setText("pane-title", chatTitle(chat));
     setText("pane-members", chat.direct ? say("directChat") : members);
     box("pane-avatar").replaceChildren(chatAvatar(chat));
@@ -1442,7 +1409,7 @@ function topOf(node) {
 
 /** @param {ChatView} chat @returns {string} "": no one is typing */
 function typingText({ typing }) {
-  const [name = "", other, third] = [...typing.keys()].map((id) => personName(id));
+  const [name = "", other, third] = [...typing.keys()].map(personName);
   if (third) return say("manyTyping");
   if (other) return say("twoTyping", { name, other });
   return name && say("typing", { name });
@@ -1535,7 +1502,6 @@ function messageRow(chat, message, above, unsent) {
   const build = () => {
     const more = {
       class: "icon-button more",
-      type: "button",
       tabindex: -1,
       "aria-label": say("actions"),
       "aria-describedby": `message-${id}`,
@@ -1627,11 +1593,13 @@ function showReaders(chat, { n, sender_id }) {
 }
 
 /** @param {{target: Element}} event */
-function onTick({ target }) {
+function onMessageClick({ target }) {
   const { open } = model;
-  const row = target.closest(".own .stamp")?.closest("li");
+  const row = target.closest("li");
   const message = messageOf(Number(row?.dataset["id"]));
-  if (open && message && knowsReaders(open)) showReaders(open, message);
+  if (!open || !row || !message) return;
+  if (target.closest(".more")) openActions(row);
+  if (target.closest(".own .stamp") && knowsReaders(open)) showReaders(open, message);
 }
 
 /** Plain text; of one message, as it was written. @param {ClipboardEvent} event */
@@ -1694,8 +1662,7 @@ function failureText({ kind, content, code = "", reason = "" }) {
 
 /** @param {string} text @param {() => void} press */
 function textButton(text, press, className = "") {
-  const attributes = { class: `text-button ${className}`, type: "button" };
-  const node = el("button", attributes, text);
+  const node = el("button", { class: `text-button ${className}` }, text);
   node.addEventListener("click", press);
   return node;
 }
@@ -1789,9 +1756,8 @@ function messageOf(id) {
   return model.open?.messages.find((message) => message.id === id);
 }
 
-/** Opens the menu of a message. @param {HTMLElement} row */
+/** @param {HTMLElement} row */
 function openActions(row) {
-  /** @type {HTMLElement | null} */
   const anchor = row.querySelector(".more");
   const chat = model.open;
   const message = messageOf(Number(row.dataset["id"]));
@@ -1812,12 +1778,12 @@ function openActions(row) {
 
 let longTouch = 0;
 
-/** The browser has a menu of its own for a link. @param {PointerEvent} event */
+/** The browser has a menu of its own for a link. @param {any} event */
 function isTouchOfText({ pointerType, target }) {
-  return pointerType === "touch" && !(/** @type {Element} */ (target).closest("a, button"));
+  return pointerType === "touch" && !target.closest("a, button");
 }
 
-/** iOS reports no long touch. @param {PointerEvent & {target: Element}} event */
+/** iOS reports no long touch. @param {any} event */
 function onTouch(event) {
   clearTimeout(longTouch);
   const row = event.target.closest("li");
@@ -1864,15 +1830,7 @@ function copyText(text) {
  * Drafts. The panel of the account shows how many there are, and deletes them.
  * ---------------------------------------------------------------------------------- */
 
-const drafts = new Drafts(openStorage(), myId);
-
-function openStorage() {
-  try {
-    return localStorage;
-  } catch {
-    return null; // it is forbidden
-  }
-}
+const drafts = new Drafts(attempt(() => localStorage) ?? null, myId);
 
 /** Or else a text that another tab has sent would stay. @param {StorageEvent} event */
 function onStorage({ key }) {
@@ -1888,9 +1846,10 @@ function showDrafts() {
 }
 
 async function onDeleteDrafts() {
-  const text = say("draftsHere", { count: drafts.chatIds().length });
+  const ids = drafts.chatIds();
+  const text = say("draftsHere", { count: ids.length });
   if (!(await ask(say("deleteDrafts"), text, say("delete")))) return;
-  for (const id of drafts.chatIds()) drafts.set(id, "");
+  for (const id of ids) drafts.set(id, "");
   composer.show(model.open);
   requestRender();
 }
@@ -1899,22 +1858,20 @@ async function onDeleteDrafts() {
  * Writing. Only the composer writes to its field.
  * ---------------------------------------------------------------------------------- */
 
+/** @type {Composer} */
 const composer = {
   field: byId("composer-text", HTMLTextAreaElement),
 
-  /** An edit has a draft of its own. @param {ChatView} chat */
   draftId({ id, editing }) {
     return editing ? -editing.id : id;
   },
 
-  /** @param {ChatView | null} chat */
   show(chat) {
     const draft = chat && drafts.get(this.draftId(chat));
     this.field.value = draft || (chat?.editing?.content ?? "");
     this.fit();
   },
 
-  /** @param {ChatView} chat */
   showMode({ editing }) {
     box("edit-bar").hidden = !editing;
     button("send").ariaLabel = say(editing ? "save" : "send");
@@ -1927,15 +1884,14 @@ const composer = {
 
   fit() {
     const { value } = this.field;
-    // style.css makes the field as high as this copy. To measure the field, it would
-    // have to become low first, and that moves the messages.
+    // style.css makes the field as high as this copy: to measure it moves the messages.
     box("composer-box").dataset["text"] = value;
     const most = model.maxCharacters;
     const used = countCharacters(sendable(value));
-    const count = used - most;
-    const text = count > 0 ? say("over", { count, most }) : say("used", { used, most });
+    const over = used - most;
+    const text = over > 0 ? say("over", { count: over, most }) : say("used", { used, most });
     setText("composer-count", used < 0.9 * most ? "" : text);
-    box("composer-count").classList.toggle("over", count > 0);
+    box("composer-count").classList.toggle("over", over > 0);
   },
 
   onInput() {
@@ -1947,7 +1903,6 @@ const composer = {
     if (!chat.editing) model.client?.sendTyping(chat.id, !isBlank(value));
   },
 
-  /** @param {KeyboardEvent} event */
   onKey(event) {
     const { key, shiftKey } = event;
     const { editing = null, messages = [] } = model.open ?? {};
@@ -1964,7 +1919,6 @@ const composer = {
     this.change(last);
   },
 
-  /** @param {Event} event */
   send(event) {
     event.preventDefault();
     const chat = model.open;
@@ -1985,7 +1939,6 @@ const composer = {
     requestRender();
   },
 
-  /** Takes a message, or its unsent edit, into the field. @param {Message} message */
   change(message) {
     const chat = model.open;
     if (!chat) return;
@@ -2001,7 +1954,6 @@ const composer = {
     requestRender();
   },
 
-  /** @param {Message} before what is edited @param {string} content */
   async save(before, content) {
     const { id } = before;
     if (isBlank(content)) {
@@ -2016,7 +1968,6 @@ const composer = {
     this.leave();
   },
 
-  /** Ends an edit and shows the draft again. */
   leave() {
     const chat = model.open;
     if (!chat?.editing) return;
@@ -2027,7 +1978,6 @@ const composer = {
     requestRender();
   },
 
-  /** Takes a refused text back into the field. @param {Delivery} delivery */
   edit({ message_id, chat_id, client_id, content }) {
     const message = messageOf(message_id);
     if (message) return this.change(message);
@@ -2061,20 +2011,17 @@ function isComposing(event) {
  * the end of the list is on the screen.
  * ---------------------------------------------------------------------------------- */
 
+/** @type {Search} */
 const search = {
   q: "",
-  /** 0: in all chats */
   chatId: 0,
-  /** @type {Message[]} */
   found: [],
-  /** It goes on before this id; null: no further. @type {number | null | undefined} */
   before: null,
   busy: false,
   error: "",
   timer: 0,
   running: new AbortController(),
 
-  /** @param {boolean} here in the open chat */
   open(here) {
     field("search-here").checked = here;
     if (!dialog("search").open) dialog("search").showModal();
@@ -2115,8 +2062,8 @@ const search = {
       if (signal.aborted || !answer) return;
       this.found.push(...answer.messages);
       this.before = answer.before;
-      for (const chat of model.chats.values()) {
-        const here = answer.messages.filter(({ chat_id }) => chat_id === chat.id);
+      for (const [id, chat] of model.chats) {
+        const here = answer.messages.filter(({ chat_id }) => chat_id === id);
         void learnNames(chat, here.map(({ sender_id }) => sender_id));
       }
     } catch (error) {
@@ -2149,7 +2096,6 @@ const search = {
     button("search-retry").hidden = !error;
   },
 
-  /** An answer says only the id up to which it has looked. @param {number} before */
   searchedBack(before) {
     const last = sortedChats().flatMap((chat) => chat.last_message ?? []);
     const later = [...this.found, ...last].filter(({ id }) => id >= before);
@@ -2157,52 +2103,43 @@ const search = {
     return when ? say("searchedBack", { when: shortTime(when) }) : "";
   },
 
-  /** @param {Message} message @returns {Row} */
   row({ id, chat_id, sender_id, created_at, content, rev }) {
     const { q, chatId } = this;
     const chat = model.chats.get(chat_id);
     const name = personName(sender_id);
     const names = [...new Set([name, chat && !chatId ? chatTitle(chat) : name])];
     const when = shortTime(created_at);
-    const text = () => markedNode(visibleText(content), q);
-    const bdi = (/** @type {string} */ one) => el("bdi", {}, one);
-    return {
-      key: `m ${id}`,
-      look: JSON.stringify([names, when, rev, q]),
-      build: () =>
-        el(
-          "li",
-          {},
-          el(
-            "a",
-            { class: "row found", href: `#chat/${chat_id}/${id}` },
-            personAvatar(sender_id),
-            el("span", { class: "row-title" }, ...names.map(bdi)),
-            el("span", { class: "row-time" }, when),
-            el("span", { class: "row-last", dir: "auto" }, text()),
-          ),
-        ),
+    const build = () => {
+      const marked = markedNode(visibleText(content), q);
+      const link = el(
+        "a",
+        { class: "row found", href: `#chat/${chat_id}/${id}` },
+        personAvatar(sender_id),
+        el("span", { class: "row-title" }, ...names.map((one) => el("bdi", {}, one))),
+        el("span", { class: "row-time" }, when),
+        el("span", { class: "row-last", dir: "auto" }, marked),
+      );
+      return el("li", {}, link);
     };
+    return { key: `m ${id}`, look: JSON.stringify([names, when, rev, q]), build };
   },
 
-  /** Opens the first result. @param {Event} event */
   onSubmit(event) {
     event.preventDefault();
     box("search-list").querySelector("a")?.click();
   },
 
-  /** The address may have been the same before. @param {Event} event */
   onClick({ target, currentTarget }) {
     if (target === currentTarget) return;
     dialog("search").close();
-    pane.at = undefined;
+    pane.at = undefined; // the address may stay the same
     after(0, route);
   },
 };
 
 /** @param {ChatView} chat @param {string} q */
 function isCalled(chat, q) {
-  const names = others(chat).map((id) => personName(id));
+  const names = others(chat).map(personName);
   return folded([chatTitle(chat), ...names].join()).includes(folded(q));
 }
 
@@ -2215,8 +2152,9 @@ function onListKey(event) {
   const stops = [...list.querySelectorAll("#search-text, .row, .more")];
   const at = stops.indexOf(event.target);
   const { bottom } = list.getBoundingClientRect();
-  const visible = stops.filter((node) => node.getBoundingClientRect().bottom <= bottom);
-  const next = at < 0 ? visible.at(-1) : stops[at + step];
+  const visible = (/** @type {Element} */ one) =>
+    one.getBoundingClientRect().bottom <= bottom;
+  const next = at < 0 ? stops.findLast(visible) : stops[at + step];
   if (!next) return;
   event.preventDefault();
   next.focus();
@@ -2313,10 +2251,10 @@ function showLink(title, text, hash) {
   if (!dialog("link").open) dialog("link").showModal();
 }
 
-/** What the menu belongs to. @type {HTMLElement | null} */
+/** What the menu belongs to. @type {Element | null} */
 let menuAnchor = null;
 
-/** @param {HTMLElement} anchor @param {Action[]} actions */
+/** @param {Element} anchor @param {Action[]} actions */
 function showMenu(anchor, actions) {
   const menu = box("menu");
   menu.hidePopover();
@@ -2398,8 +2336,7 @@ const people = {
     const grows = chosen.length > given.length;
     const direct = grows && chosen.length === 1;
     box("people-name").hidden = chat !== null || direct || !(grows || this.mayBeAlone());
-    const names = chosen.map((id) => personName(id));
-    field("people-chat-title").placeholder = names.join(", ");
+    field("people-chat-title").placeholder = chosen.map(personName).join(", ");
     return fitting.length;
   },
 
@@ -2534,7 +2471,7 @@ const info = {
     const notes = [me && say("you"), id === creator && say("creator")].filter(Boolean);
     const removable = !me && creator === myId() && model.server.create_chats;
     const build = () => {
-      const remove = textButton(say("remove"), () => void removeMember(chat, id));
+      const remove = textButton(say("remove"), () => void this.remove(chat, id));
       remove.ariaLabel = `${say("remove")} ${name}`;
       return el(
         "li",
@@ -2548,24 +2485,22 @@ const info = {
     const look = JSON.stringify([name, online, notes, removable]);
     return { key: `${id}`, look, build };
   },
-};
 
-/** @param {ChatView} chat @param {number} userId the user, who leaves, or another one */
-async function removeMember(chat, userId) {
-  const leaves = userId === myId();
-  const { client, server } = model;
-  const ends = server.invites ? ` ${say("linksEnded")}` : "";
-  const name = personName(userId);
-  const sure = await (leaves
-    ? ask(say("leaveTitle", { title: chatTitle(chat) }), say("leaveText"), say("leaveChat"))
-    : ask(say("removeTitle", { name }), say("removeText") + ends, say("remove")));
-  if (!sure) return;
-  await submit("info-error", async () => {
-    await client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${userId}`);
-    if (leaves) removeChat(chat);
-    else dialog("info").querySelector("button")?.focus(); // the row goes
-  });
-}
+  async remove(chat, id) {
+    const { client, server } = model;
+    const leaves = id === myId();
+    const name = personName(id);
+    const title = leaves ? say("leaveTitle", { title: chatTitle(chat) }) : say("removeTitle", { name });
+    const ends = server.invites ? ` ${say("linksEnded")}` : "";
+    const text = leaves ? say("leaveText") : say("removeText") + ends;
+    if (!(await ask(title, text, say(leaves ? "leaveChat" : "remove")))) return;
+    await submit("info-error", async () => {
+      await client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${id}`);
+      if (leaves) removeChat(chat);
+      else dialog("info").querySelector("button")?.focus(); // the row goes
+    });
+  },
+};
 
 /* -------------------------------------------------------------------------------------
  * Notifications. A chat can be muted: in this browser, like a draft.
@@ -2672,12 +2607,9 @@ const LISTENERS = {
     pane.showLatest(); // at once: to scroll smoothly through much can make dizzy
     // The button is gone now. The keyboard of a phone stays as it is.
     if (document.activeElement !== composer.field)
-      box("scroller").focus({ preventScroll: true });
+      scroller.focus({ preventScroll: true });
   },
-  messages: (event) => {
-    onTick(event);
-    if (event.target.closest(".more")) openActions(event.target.closest("li"));
-  },
+  messages: onMessageClick,
   "messages copy": onCopy,
   "messages pointerdown": onTouch,
   "messages contextmenu": (event) => {
@@ -2733,7 +2665,7 @@ const LISTENERS = {
     else people.open(chat);
   },
   "info-invite": onInvite,
-  "info-leave": () => model.open && removeMember(model.open, myId()),
+  "info-leave": () => model.open && info.remove(model.open, myId()),
 
   "link-copy": ({ target }) => {
     field("link-url").select();

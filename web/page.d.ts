@@ -24,7 +24,7 @@ export interface Action {
   danger?: boolean;
 }
 
-/** The arguments of el. What is false, null or "" is left out; true has no value. */
+/** The arguments of el. What is false, null or "" is left out. */
 export type Attributes = Record<string, string | number | boolean | null | undefined>;
 export type Child = Node | string | false | null | undefined;
 
@@ -32,7 +32,7 @@ export type EventHandlers = {
   [Type in keyof ChatEvents]?: (event: ChatEvents[Type]) => void;
 };
 export type ChatEventHandlers = {
-  [Type in keyof ChatEvents]?: (chat: ChatView, event: ChatEvents[Type]) => void;
+  [Type in keyof ChatEvents]?: (event: ChatEvents[Type], chat: ChatView) => void;
 };
 
 export type StorageName = "localStorage" | "sessionStorage";
@@ -71,7 +71,7 @@ export interface Model {
   chatsLoaded: boolean;
   /** The epoch of the last list of chats. Another epoch resets all counters. */
   epoch: string;
-  /** The longest message that the server is known to take. */
+  /** The longest message; a guess until the server has said what it takes. */
   maxCharacters: number;
 }
 
@@ -168,6 +168,60 @@ export type Banners = Partial<Record<State, Key>>;
 /** The words for what was not done. */
 export type NotDone = Record<Delivery["kind"], Key>;
 
+/** The field in which the user writes. */
+export interface Composer {
+  readonly field: HTMLTextAreaElement;
+  /** An edit has a draft of its own, with the negative id of its message. */
+  draftId(chat: ChatView): number;
+  /** Shows the draft of a chat. */
+  show(chat: ChatView | null): void;
+  /** Says what the field is for. */
+  showMode(chat: ChatView): void;
+  /** Gives the field the height of its text, and counts when there is little room left. */
+  fit(): void;
+  onInput(): void;
+  /** Enter sends. With Shift, or on a touch keyboard, it begins a new line. */
+  onKey(event: KeyboardEvent): void;
+  send(event: Event): void;
+  /** Takes a message, or its unsent edit, into the field. */
+  change(message: Message): void;
+  /** `before` is the message as it was when the edit began. */
+  save(before: Message, content: string): Promise<void>;
+  /** Ends an edit and shows the draft again. */
+  leave(): void;
+  /** Takes a refused text back into the field. */
+  edit(refused: Delivery): void;
+}
+
+/** The search for messages. */
+export interface Search {
+  q: string;
+  /** 0: in all chats. */
+  chatId: number;
+  found: Message[];
+  /** It goes on before this id; undefined: it begins; null: it has ended. */
+  before: number | null | undefined;
+  /** It waits for an answer, or before it asks. */
+  busy: boolean;
+  /** Why it does not go on. */
+  error: string;
+  timer: number;
+  running: AbortController;
+  /** `here`: in the open chat. */
+  open(here: boolean): void;
+  /** Begins if the user asks for something else, or `again`. */
+  start(again?: boolean): void;
+  retry(seconds?: number): void;
+  goOn(): Promise<void>;
+  render(): void;
+  /** An answer says only the id up to which it has looked. */
+  searchedBack(before: number): string;
+  row(message: Message): Row;
+  /** Enter opens the first result. */
+  onSubmit(event: Event): void;
+  onClick(event: Event): void;
+}
+
 /** Asks a question or, with a value, for a text. To close the dialog means no. */
 export type Ask = (
   title: string,
@@ -228,6 +282,8 @@ export interface Info {
   load(which?: MembersQuery): void;
   render(): void;
   row(chat: ChatView, id: number): Row;
+  /** Removes another member, or oneself, if the user is sure. */
+  remove(chat: ChatView, id: number): Promise<void>;
 }
 
 /** The id of an element, and the type of an event if it is not a click -> what to do. */

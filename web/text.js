@@ -7,13 +7,11 @@ import { say } from "./words.js";
 
 const { raw } = String;
 
-/** Many characters that are not white space leave nothing to see, too. */
-const VISIBLE =
-  /[^\s\p{Z}\p{Cc}\p{DI}\u2800\ufff9-\ufffb\u{13441}\u{13442}\u{16fe4}\u{1d159}]/u;
-
-/** @param {string} text */
+/** Many characters that are no white space are invisible, too. @param {string} text */
 export function isBlank(text) {
-  return !VISIBLE.test(text);
+  const visible =
+    /[^\s\p{Z}\p{Cc}\p{DI}\u2800\ufff9-\ufffb\u{13441}\u{13442}\u{16fe4}\u{1d159}]/u;
+  return !visible.test(text);
 }
 
 /** @param {string} content */
@@ -96,7 +94,7 @@ export function markedNode(content, query) {
   const parts = all.replace(new RegExp(pattern, "g"), "\x01$&\x02").split("\0");
   const first = parts.findIndex((part) => part.includes("\x01"));
   const start = Math.max(0, first - 30);
-  const node = make("span", start > 0 ? "…" : "", { dir: "auto" });
+  const node = make("span", start > 0 ? "…" : "");
   let target = node;
   letters.slice(start, start + 200).forEach((letter, i) => {
     const part = parts[start + i] ?? "";
@@ -115,14 +113,14 @@ const IN_ADDRESS =
   raw`(?!(?![\x00-\x7f’])[\p{Term}\p{Ps}\p{Pe}\p{Pi}\p{Pf}…—―〜\uff01-\uff20` +
   raw`\uff3b-\uff40\uff5b-\uff65])` +
   /[^\s\p{Cc}<>"`\\\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f]/u.source;
-const LABEL = raw`[\p{L}\p{N}](?:[\p{L}\p{N}-]{0,61}[\p{L}\p{N}])?`;
 const PART = new RegExp(
   [
     /(?<!`)(?<ticks>`{1,3})(?=[ \t]*[^`\s])(?<code>[^`\n]+)\k<ticks>(?!`)/u.source,
     raw`(?<web>(?<![a-z\d])https?://(?:${IN_ADDRESS}){1,4000})`,
     raw`(?<![a-z\d@./-])www\.(?:${IN_ADDRESS}){1,4000}`,
     raw`(?<mail>(?<![\p{Script=Latin}\p{N}._%+/@-])` +
-      raw`[a-z\d](?:[a-z\d._%+'-]{0,62}[a-z\d_+-])?@(?:${LABEL}\.){1,9}` +
+      raw`[a-z\d](?:[a-z\d._%+'-]{0,62}[a-z\d_+-])?@` +
+      raw`(?:[\p{L}\p{N}](?:[\p{L}\p{N}-]{0,61}[\p{L}\p{N}])?\.){1,9}` +
       // The last part is ASCII, or has none: other text may follow without a space.
       raw`(?:xn--[a-z\d-]{2,59}|[a-z]{2,63}|(?:(?![\x00-\x7f])\p{L}){2,63})` +
       raw`(?![a-z\d@_]|[:/][a-z\d]))`, // git@host:path is no mail address
