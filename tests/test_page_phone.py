@@ -530,7 +530,7 @@ def test_a_user_changes_the_name_and_signs_in_on_a_second_device(
     page.get_by_role("button", name="Sign in on another device").click()
     dialog = page.get_by_role("dialog", name="Sign in on another device")
     expect(dialog).to_contain_text("within 10 minutes")
-    expect(dialog).to_contain_text("it signs in as you")
+    expect(dialog).to_contain_text("signs in as you")
     axe(page)
     copy = dialog.get_by_role("button", name="Copy")
     expect(copy).to_be_focused()
