@@ -296,7 +296,8 @@ def bubbles(page: Page) -> Locator:
 
 
 def ticks(page: Page) -> Locator:
-    return page.locator("#messages .own .stamp .sr-only")
+    """The states of the user's own messages, without the times of edits."""
+    return page.locator("#messages .own .stamp > .sr-only")
 
 
 def expect_state(page: Page, state: str) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,8 @@ from tests.browser import (
 pytestmark = pytest.mark.browser
 site, server, make_server, browser, chromium, example_chats = FIXTURES
 
-COLOUR_RULES = ("color-contrast", "link-in-text-block")
+PHONE: Any = {"width": 390, "height": 844}
+WIDE: Any = {"width": 1280, "height": 800}
 PEOPLE = ("Anna Petrova", "Ben Okafor", "Chiara Rossi", "Дмитрий", "Elif Yılmaz")
 TEXTS = (
     "Who can bring the van? See www.example.com or write to van@example.com",
@@ -55,19 +57,25 @@ class Walk:
 
     def __init__(self, page: Page) -> None:
         self.page = page
-        self.states: list[str] = []
+        self.count = 0
 
     def look(self, state: str, shown: Locator | None = None) -> None:
-        """Wait for an element, and check the page. Dark changes only the colours."""
+        """Wait for an element, and check the page in both schemes and on a phone.
+
+        Only colours differ in the dark.
+        """
         if shown is not None:
             expect(shown).to_be_visible()
+        self.count += 1
+        name = f"axe-{self.count:02}-{state.replace(' ', '-')}"
         self.page.emulate_media(color_scheme="dark")
-        axe(self.page, *COLOUR_RULES)
-        screenshot(self.page, f"axe-{len(self.states):02}-{state}-dark")
+        axe(self.page, "color-contrast", "link-in-text-block")
+        screenshot(self.page, f"{name}-dark")
         self.page.emulate_media(color_scheme="light")
-        axe(self.page)
-        screenshot(self.page, f"axe-{len(self.states):02}-{state}-light")
-        self.states.append(state)
+        for size in (PHONE, WIDE):
+            self.page.set_viewport_size(size)
+            axe(self.page)
+            screenshot(self.page, f"{name}-{size['width']}")
 
     def press(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).click()
@@ -85,10 +93,7 @@ class Walk:
 
 
 def open_page(chromium: Chromium) -> tuple[Page, Relay]:
-    context = chromium.context(
-        viewport={"width": 1280, "height": 800}, reduced_motion="reduce"
-    )
-    page = context.new_page()
+    page = chromium.context(viewport=WIDE, reduced_motion="reduce").new_page()
     page.clock.install()
     return page, Relay(page)
 

@@ -237,10 +237,9 @@ def test_messages_after_a_place_are_loaded_on_the_way_down_and_move_nothing(
     expect(page.locator(f"[data-id='{ids[99]}']")).to_be_in_viewport()
     assert shown(page) == texts
     seen = [int(texts[0].split()[-1])]
-    page.locator("#scroller").hover()
 
     def at_end() -> bool:
-        page.mouse.wheel(0, 400)
+        page.evaluate("scroller.scrollBy(0, 400)")
         page.evaluate("() => new Promise((done) => requestAnimationFrame(done))")
         words = shown(page)[0].split()
         if words[0] == "Plant":

@@ -169,7 +169,8 @@ def test_a_russian_browser_shows_a_russian_page(
 ) -> None:
     anna, ben, boris = (server.add_user(name) for name in ("Анна", "Бен", "Борис"))
     chat = server.create_chat(anna, ben, boris, title="Переезд")
-    direct = server.create_chat(anna, ben)
+    body = {"direct": True, "member_ids": [anna, ben]}
+    direct = server.request("POST", "/api/v1/chats", body)["chat"]["id"]
     context = chromium.context(locale="ru-RU", viewport={"width": 390, "height": 780})
     page = context.new_page()
     page.goto(server.url)

@@ -2470,7 +2470,10 @@ const composer = {
     const enter = event.key === "Enter" && !event.shiftKey;
     if (enter && !matchMedia("(pointer: coarse)").matches) return this.send(event);
     const { editing = null, messages = [] } = model.open ?? {};
-    if (event.key === "Escape" && editing) this.leave();
+    if (event.key === "Escape" && editing) {
+      event.preventDefault(); // the chat stays open
+      return this.leave();
+    }
     if (event.key !== "ArrowUp" || editing || this.field.value) return;
     const last = messages.filter((one) => mayEdit(one) && !shown(one).deleted).at(-1);
     if (!last) return;
