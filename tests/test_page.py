@@ -498,9 +498,12 @@ def test_a_message_written_offline_is_delivered_once(
     annas = sign_in(context, server.link(anna))
     bens = sign_in(chromium.context(), server.link(ben), chat)
     open_chat(annas, chat)
+    expect(annas.locator("#icon-sending")).to_be_attached()
     context.set_offline(True)
     write(annas, "Typed offline")
     expect(ticks(annas)).to_have_text("Sending")
+    drawn = "() => document.querySelector('.own .stamp use').getBBox().width > 0"
+    annas.wait_for_function(drawn)
     context.set_offline(False)
     expect(bubbles(bens)).to_have_text(["Typed offline"])
     expect(ticks(annas)).to_have_text("Read")

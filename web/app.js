@@ -69,11 +69,20 @@ function classes(base, extra) {
   return [base, ...Object.keys(extra).filter((name) => extra[name])].join(" ");
 }
 
+/** A browser would request the file for each icon, even without a network. */
+async function loadIcons() {
+  const text = await (await fetch("web/icons.svg")).text();
+  const sprite = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;
+  for (const symbol of sprite.children) symbol.id = `icon-${symbol.id}`;
+  sprite.setAttribute("hidden", "");
+  document.body.append(sprite);
+}
+
 /** @param {string} name @param {string} [className] */
 function icon(name, className = "") {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
-  use.setAttribute("href", `web/icons.svg#${name}`);
+  use.setAttribute("href", `#icon-${name}`);
   svg.setAttribute("aria-hidden", "true");
   svg.setAttribute("class", className);
   svg.append(use);
@@ -2754,6 +2763,7 @@ view?.addEventListener("resize", () => {
 const observer = new ResizeObserver(() => pane.onResize());
 for (const id of ["scroller", "messages"]) observer.observe(box(id));
 setInterval(onSecond, 1000);
+loadIcons().catch(() => {}); // words stand beside each icon
 
 if (!followLink()) {
   const session = sessionToResume();
