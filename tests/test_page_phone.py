@@ -28,6 +28,7 @@ from tests.browser import (
     pair,
     screenshot,
     sign_in,
+    unread,
     until,
     wait_until_connected,
     write,
@@ -305,9 +306,9 @@ def test_notifications_are_offered_once_to_a_user_who_comes_back(
     miss(page, "Are you there?")
     expect(page.locator(".toast")).to_have_count(0)
     page.locator("#bell").click()  # it is still possible there
-    page.get_by_role("button", name="Turn on desktop").focus()
+    page.get_by_role("button", name="Turn on").focus()
     page.keyboard.press("Enter")
-    expect(page.get_by_role("button", name="Turn on desktop")).to_be_hidden()
+    expect(page.get_by_role("button", name="Turn on")).to_be_hidden()
     expect(page.locator("#bell")).to_be_focused()
     assert chromium.console.count("asked") == 2
 
@@ -426,6 +427,7 @@ def test_the_keyboard_leads_everywhere_and_the_focus_is_never_lost(
     expect(page.locator("#chat-list a").first).to_be_focused()
     page.keyboard.press("Enter")
     expect(field(page)).to_be_focused()
+    until(lambda: unread(server, anna, first) == 0)  # or else no draft is shown
     page.keyboard.type("Really?")
     expect(field(page)).to_have_value("Really?")
     page.keyboard.press("Escape")
@@ -474,7 +476,7 @@ def test_the_button_of_the_banner_takes_no_focus_with_it(
     page.route(re.compile("/api/"), lambda route: route.abort())
     relay.cut(1011, block=True)
     page.clock.run_for(5_100)
-    retry = page.get_by_role("button", name="Try now")
+    retry = page.get_by_role("button", name="Try again")
     retry.focus()
     page.keyboard.press("Enter")
     expect(retry).to_be_focused()
@@ -508,7 +510,7 @@ def test_a_user_changes_the_name_and_signs_in_on_a_second_device(
     axe(page)
     name.fill(" \u200b ")
     name.press("Enter")
-    expect(dialog).to_contain_text("Give a name that the others can read.")
+    expect(dialog).to_contain_text("Choose a name that others can read.")
     expect(name).to_be_focused()
     page.route(re.compile("/api/v1/me$"), lambda route: route.abort())
     name.fill("Anna Maria")
@@ -530,7 +532,7 @@ def test_a_user_changes_the_name_and_signs_in_on_a_second_device(
     page.get_by_role("button", name="Sign in on another device").click()
     dialog = page.get_by_role("dialog", name="Sign in on another device")
     expect(dialog).to_contain_text("within 10 minutes")
-    expect(dialog).to_contain_text("signed in as you")
+    expect(dialog).to_contain_text("signs in as you")
     axe(page)
     copy = dialog.get_by_role("button", name="Copy")
     expect(copy).to_be_focused()

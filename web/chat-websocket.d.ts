@@ -5,7 +5,8 @@
  *
  * @import { Ack, ChatPage, ChatsQuery, Connected, Found, History, HistoryQuery, Joined,
  *   LoggedEvent, MemberPage, MembersQuery, NewChat, Options, Preview, Refusal,
- *   SearchQuery, Snapshot, StorageLike, Token, TokenSource, Unsent } from "./protocol.js"
+ *   SearchQuery, Snapshot, StorageLike, Token, TokenSource,
+ *   Unsent } from "./protocol.js"
  * @typedef {import("./protocol.js").Chat} Chat
  * @typedef {import("./protocol.js").ChatEvents} ChatEvents
  * @typedef {import("./protocol.js").Delivery} Delivery
@@ -51,7 +52,7 @@ export declare class ChatWebSocket {
     disconnect(): void;
     /** Also drops what is unsent: for signing out. */
     forget(): void;
-    /** Tries the socket now, if an attempt is scheduled, or in `too_many`. */
+    /** Tries the socket now, if an attempt is scheduled, or after `too_many`. */
     retry(): void;
     /** @returns {State} */
     get state(): State;
@@ -107,7 +108,7 @@ export declare class ChatWebSocket {
      * @param {SearchQuery} what @param {AbortSignal} [signal] @returns {Promise<Found>}
      */
     search({ q, chatId, before }: SearchQuery, signal?: AbortSignal): Promise<Found>;
-    /** One page of the list. @param {ChatsQuery} [page] @returns {Promise<ChatPage>} */
+    /** One page. @param {ChatsQuery} [page] @returns {Promise<ChatPage>} */
     chats(page?: ChatsQuery): Promise<ChatPage>;
     /** @param {number} chatId @returns {Promise<Chat>} members have `online` */
     chat(chatId: number): Promise<Chat>;

@@ -6,7 +6,8 @@
  *
  * @import { Ack, ChatPage, ChatsQuery, Connected, Found, History, HistoryQuery, Joined,
  *   LoggedEvent, MemberPage, MembersQuery, NewChat, Options, Preview, Refusal,
- *   SearchQuery, Snapshot, StorageLike, Token, TokenSource, Unsent } from "./protocol.js"
+ *   SearchQuery, Snapshot, StorageLike, Token, TokenSource,
+ *   Unsent } from "./protocol.js"
  * @typedef {import("./protocol.js").Chat} Chat
  * @typedef {import("./protocol.js").ChatEvents} ChatEvents
  * @typedef {import("./protocol.js").Delivery} Delivery
@@ -14,7 +15,7 @@
  * @typedef {import("./protocol.js").State} State
  */
 
-/** Doubled by each failure. A reconnect waits for a random part of it. */
+/** Doubled by each failure. */
 const FIRST_RETRY_SECONDS = 0.5;
 const FALLBACK_SECONDS = 5;
 const POLL_SECONDS = 5;
@@ -74,9 +75,9 @@ export class ChatError extends Error {
 const DISCARDED = "discarded";
 
 /**
- * Unsent messages, edits and deletions, each in an item of its own, because tabs share
- * the storage. If two tabs send a message, the server stores it once. But a tab drops a
- * change that another tab has settled, because a later one may have followed.
+ * Messages, edits and deletions, each in an item of its own, because tabs share the
+ * storage. If two tabs send a message, the server stores it once. But a tab drops a
+ * change that another tab has settled: a later one may have followed.
  */
 class UnsentMessages {
   /** Oldest first. @type {Unsent[]} */
@@ -96,7 +97,7 @@ class UnsentMessages {
   /** @param {string} prefix */
   open(prefix) {
     this.#prefix = prefix;
-    this.entries.forEach((entry) => this.#keep(entry));
+    this.#keepAll();
     this.#insert(this.#others());
   }
 
@@ -106,6 +107,7 @@ class UnsentMessages {
     const left = others.filter(({ client_id }) => this.#othersBefore.has(client_id));
     this.#othersBefore = new Set(others.map(({ client_id }) => client_id));
     this.#insert(left);
+    this.#keepAll();
     return left;
   }
 
@@ -113,8 +115,7 @@ class UnsentMessages {
   add(fields) {
     const entry = newUnsent(this.#newId(), fields);
     this.entries.push(entry);
-    // Also those that did not fit before: another tab would adopt them out of order.
-    for (const each of this.entries) if (!each.kept) this.#keep(each);
+    this.#keepAll();
     return entry;
   }
 
@@ -157,14 +158,16 @@ class UnsentMessages {
   }
 
   /**
-   * Another tab has discarded an entry, or settled a change.
+   * Another tab has settled an entry.
    * @param {string | null} key @param {string | null} value
    */
   discardedElsewhere(key, value) {
     if (!this.#prefix || !key?.startsWith(this.#prefix)) return;
     const entry = this.find(key.slice(this.#prefix.length));
     const rev = Number(value); // as in remove, or 0, or NaN
-    const settled = rev >= 0 && entry?.kind !== "message";
+    // The server will tell of a message that is on its way.
+    const waits = entry?.kind === "message" && entry.place !== "failed";
+    const settled = rev >= 0 && !waits;
     if (!entry || (value !== DISCARDED && !settled)) return;
     this.#drop(entry, rev);
     return entry;
@@ -202,6 +205,11 @@ class UnsentMessages {
     this.entries = all.sort((a, b) => (a.client_id < b.client_id ? -1 : 1));
     const last = parseInt(all.at(-1)?.client_id ?? "0", 36); // it stops at the "-"
     this.#lastTime = Math.max(this.#lastTime, last);
+  }
+
+  /** Also those that did not fit before: storage must not have only the later ones. */
+  #keepAll() {
+    for (const entry of this.entries) if (!entry.kept) this.#keep(entry);
   }
 
   /** @param {Unsent} entry */
@@ -364,7 +372,6 @@ export class ChatWebSocket {
   #ready = false;
   #attempt = 0;
   #failures = 0;
-  // Times are as now().
   #connectedAt = 0;
   #attemptAt = 0;
   #tokenInDoubt = false;
@@ -456,7 +463,7 @@ export class ChatWebSocket {
     for (const entry of this.#unsent.entries) this.#discard(entry);
   }
 
-  /** Tries the socket now, if an attempt is scheduled, or in `too_many`. */
+  /** Tries the socket now, if an attempt is scheduled, or after `too_many`. */
   retry() {
     if (this.#ended === "too_many") this.#start();
     else if (this.#retryAt !== null) void this.#open();
@@ -495,12 +502,12 @@ export class ChatWebSocket {
    * @returns {string} its client_id
    */
   editMessage(messageId, content, { ifRev } = {}) {
-    this.#dropChanges(
+    const replaced = this.#changesOf(
       messageId,
       ({ kind, tried, place }) => kind === "edit" && (!tried || place === "failed"),
     );
     const edit = { message_id: messageId, content, if_rev: ifRev };
-    return this.#enqueue({ kind: "edit", ...edit });
+    return this.#enqueue({ kind: "edit", ...edit }, replaced);
   }
 
   /**
@@ -508,15 +515,18 @@ export class ChatWebSocket {
    * @param {number} messageId @returns {string} its client_id
    */
   deleteMessage(messageId) {
-    this.#dropChanges(
+    const replaced = this.#changesOf(
       messageId,
       ({ kind, place }) => kind === "edit" || place === "failed",
     );
     const deletion = this.#unsent.entries.find(
-      ({ kind, message_id }) => kind === "delete" && message_id === messageId,
+      ({ kind, message_id, place }) =>
+        kind === "delete" && message_id === messageId && place !== "failed",
     );
-    if (deletion) return deletion.client_id;
-    return this.#enqueue({ kind: "delete", message_id: messageId });
+    if (!deletion)
+      return this.#enqueue({ kind: "delete", message_id: messageId }, replaced);
+    for (const entry of replaced) this.#discard(entry);
+    return deletion.client_id;
   }
 
   /** The unsent messages of a chat, oldest first. @param {number} chatId */
@@ -600,7 +610,7 @@ export class ChatWebSocket {
     return this.request("GET", `/api/v1/search${text}`, undefined, signal);
   }
 
-  /** One page of the list. @param {ChatsQuery} [page] @returns {Promise<ChatPage>} */
+  /** One page. @param {ChatsQuery} [page] @returns {Promise<ChatPage>} */
   chats(page) {
     return this.request("GET", `/api/v1/chats${query(page)}`);
   }
@@ -697,19 +707,21 @@ export class ChatWebSocket {
     }
   }
 
-  /** @param {Partial<Unsent>} fields */
-  #enqueue(fields) {
+  /** @param {Partial<Unsent>} fields @param {Unsent[]} [replaced] */
+  #enqueue(fields, replaced = []) {
     const content = String(fields.content ?? "").toWellFormed();
     const entry = this.#unsent.add({ ...fields, content, epoch: this.#cursor.epoch });
+    for (const old of replaced) this.#discard(old); // now: a crash loses no change
     this.#reportDelivery(entry);
     this.#sendUnsent();
     return entry.client_id;
   }
 
   /** @param {number} messageId @param {(change: Unsent) => boolean} which */
-  #dropChanges(messageId, which) {
-    for (const entry of [...this.#unsent.at("waiting"), ...this.#unsent.at("failed")])
-      if (entry.message_id === messageId && which(entry)) this.#discard(entry);
+  #changesOf(messageId, which) {
+    return [...this.#unsent.at("waiting"), ...this.#unsent.at("failed")].filter(
+      (entry) => entry.message_id === messageId && which(entry),
+    );
   }
 
   /** @param {(entry: Unsent) => boolean} which */
@@ -927,7 +939,7 @@ export class ChatWebSocket {
     this.#newest.prune(this.#cursor.seq);
   }
 
-  /** A poll may have been ahead of the socket. @param {string} text */
+  /** A poll may be ahead of the socket. @param {string} text */
   #moveCursor(text) {
     const cursor = parseCursor(text);
     if (cursor.epoch !== this.#cursor.epoch) this.#restartAt(text);
@@ -1293,7 +1305,6 @@ export class ChatWebSocket {
     } else if (this.#polling) {
       this.request("POST", `/api/v1/messages/${message_id}/read`).then(
         settle,
-        // After any other error, the next poll or connection sends it again.
         ({ code }) => FINAL_REFUSALS.has(code) && settle(),
       );
     }
@@ -1443,7 +1454,7 @@ async function readAnswer(answer) {
   const body = await answer.json().catch(() => null);
   if (answer.ok && body) return body;
   const {
-    // A proxy answers while chatd is away, or too slow for it: that is no refusal.
+    // A proxy answers while chatd is away or slow: that is no refusal.
     code = /^4(?!08|29)/.test(String(answer.status)) ? "internal" : "upstream",
     message = `The chat server answered with HTTP status ${answer.status}.`,
     retry_after,
