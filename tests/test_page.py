@@ -406,9 +406,7 @@ def test_a_killed_server_loses_and_doubles_no_message(
     expect(banner).to_be_visible()
     expect_state(page, "offline")
     expect(banner).to_contain_text("Your messages are kept")
-    expect(banner).to_contain_text(
-        re.compile(r"Trying again in \d+ s|Connecting…")
-    )
+    expect(banner).to_contain_text(re.compile(r"Trying again in \d+ s|Connecting…"))
     write(page, "Three")
     expect(ticks(page)).to_have_text(["Sent", "Sending", "Sending"])
     server.start()
@@ -850,7 +848,9 @@ def sign_out_in_another_tab(page: Page, server: Server, user: int) -> Page:
     other.locator("#me").click()
     expect(other.locator("#drafts-text")).to_have_text("Drafts in this browser: 1.")
     other.get_by_role("button", name="Sign out").click()
-    expect(other.get_by_text("You are signed out. Drafts in this browser: 1.")).to_be_visible()
+    expect(
+        other.get_by_text("You are signed out. Drafts in this browser: 1.")
+    ).to_be_visible()
     expect(page.get_by_text("You signed out in another tab.")).to_be_visible()
     page.goto(server.link(user))
     return page

@@ -24,6 +24,7 @@ from tests.browser import (
     pair,
     screenshot,
     sign_in,
+    ticks,
     until,
     wait_until_connected,
     write,
@@ -42,11 +43,6 @@ def act(page: Page, text: str, action: str) -> None:
     row(page, text).hover()
     row(page, text).get_by_role("button", name="Actions").click()
     page.get_by_role("menuitem", name=action).click()
-
-
-def ticks(page: Page) -> Locator:
-    """Leave out the times of the edits."""
-    return page.locator("#messages .own .stamp > .sr-only")
 
 
 def offered(page: Page, text: str) -> list[str]:

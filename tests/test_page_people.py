@@ -110,7 +110,7 @@ def test_the_first_user_makes_a_group_and_a_stranger_joins_it_on_a_phone(
     expect(name).to_be_focused()
     axe(phone)
     screenshot(phone, "people-join")
-    press(phone, "Join")
+    press(phone, "Join the chat")
     expect(phone.get_by_role("alert")).to_contain_text("Choose a name")
     name.fill("Zora")
     name.press("Enter")
@@ -127,7 +127,11 @@ def test_the_first_user_makes_a_group_and_a_stranger_joins_it_on_a_phone(
     expect(phone.locator("#pane")).to_be_hidden()
 
     bens = sign_in(chromium.context(), inviting.link(inviting.add_user("Ben")))
-    for answer in ("Cancel", "Join", "Join"):  # at last it is a member already
+    for answer in (
+        "Cancel",
+        "Join the chat",
+        "Join the chat",
+    ):  # at last it is a member already
         bens.goto(url)
         dialog = bens.get_by_role("dialog", name="Join “Chess")
         expect(dialog).to_contain_text("people · Signed in as Ben")

@@ -3,9 +3,10 @@
  * app.js: chatd's page (docs/page.md). An event or a click changes the model; only a
  * render writes to the page. Text that users have written enters it as textContent.
  *
- * @import { Action, Attributes, Banners, Chat, ChatEventHandlers, ChatView, Child, Composer,
- *   Delivery, EventHandlers, Key, LastLine, Message, Model, NotDone, Pane, Row, Search,
- *   Session, StorageName, Tick } from "./page.js"
+ * @import { Action, Ask, AskName, Attributes, Banners, Chat, ChatEventHandlers, ChatView,
+ *   Child, Composer, Delivery, EventHandlers, Explain, Info, Key, LastLine, Listeners,
+ *   Message, Model, NotDone, Pane, People, Row, Search, Session, StorageName, Tick }
+ *   from "./page.js"
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 import { Drafts } from "./drafts.js";
@@ -227,6 +228,7 @@ const REFUSALS = {
   overloaded: "busy",
   rate_limited: "busy",
   storage_failed: "serverError",
+  title: "badName",
   too_large: "notAccepted",
   too_late: "tooLate",
   unreachable: "noAnswer",
@@ -808,7 +810,7 @@ const chatHandlers = {
     if (isWhole(chat)) chat.members.set(user_id, chat.last_n);
     chat.memberCount += 1;
     if (chat === model.open && dialog("info").open)
-      void loadMembers({ ids: [user_id] });
+      info.load({ ids: [user_id] });
   },
   member_removed: (event, chat) => {
     const { user_id } = event;
@@ -988,8 +990,8 @@ function render() {
   renderBanner();
   renderLists();
   renderEmpty();
-  if (dialog("people").open) renderPeople();
-  if (dialog("info").open) renderInfo();
+  if (dialog("people").open) people.render();
+  if (dialog("info").open) info.render();
   pane.render();
   search.render();
   if (!menuAnchor?.isConnected && box("menu").contains(document.activeElement)) {
@@ -2157,11 +2159,7 @@ function onListKey(event) {
  * Dialogs.
  * ---------------------------------------------------------------------------------- */
 
-/**
- * Asks a question or, with a value, for a text. To close the dialog means no.
- * @param {string} title @param {string} text @param {string} [yes] @param {string} [no]
- * @param {string} [value] @returns {Promise<boolean>}
- */
+/** @type {Ask} */
 function ask(title, text, yes = title, no = say("cancel"), value) {
   const node = dialog("ask");
   const input = field("ask-input");
@@ -2181,11 +2179,7 @@ function ask(title, text, yes = title, no = say("cancel"), value) {
   });
 }
 
-/**
- * Asks for a name or a title until it is saved.
- * @param {string} title @param {string | null | undefined} value
- * @param {number} most characters @param {(text: string) => Promise<unknown>} save
- */
+/** @type {AskName} */
 async function askName(title, value, most, save) {
   const input = field("ask-input");
   input.maxLength = most;
@@ -2202,17 +2196,16 @@ async function askName(title, value, most, save) {
 
 let submitting = false;
 
-/** One at a time. (A button that is disabled loses the focus.)
- * @param {string} errorId @param {() => Promise<unknown>} request */
-async function submit(errorId, request, words = errorText) {
-  if (submitting) return;
+/** @type {Explain} */
+async function submit(errorId, request, words) {
+  if (submitting) return; // a button that is disabled would lose the focus
   submitting = true;
   setText(errorId, "");
   await explain(errorId, request, words);
   submitting = false;
 }
 
-/** @param {string} errorId @param {() => Promise<unknown>} request */
+/** @type {Explain} */
 async function explain(errorId, request, words = errorText) {
   try {
     await request();
@@ -2276,35 +2269,9 @@ function showMenu(anchor, actions) {
   menu.style.top = `${Math.max(8, Math.min(bottom, clientHeight - offsetHeight - 8))}px`;
 }
 
-const people = {
-  /** It receives the chosen people; null: they get a new chat. @type {ChatView | null} */
-  chat: null,
-  /** The other one of a direct chat, which stays as it is. @type {number[]} */
-  given: [],
-  /** The same choice, tried again, makes one chat. */
-  key: "",
-};
-
-/** @param {ChatView | null} chat @param {number[]} [given] */
-function choosePeople(chat, given = []) {
-  Object.assign(people, { chat, given });
-  const [other] = given;
-  const what = chat ? "addPeople" : other ? "newGroup" : "newChat";
-  setText("people-title", say(what));
-  setText("people-note", other ? say("groupWith", { name: personName(other) }) : "");
-  setText("people-submit", say(chat ? "add" : "create"));
-  byId("people-form", HTMLFormElement).reset();
-  box("people-list").replaceChildren();
-  onChoice();
-  dialog("people").showModal();
-  void explain("people-error", async () => {
-    const { client, names } = model;
-    /** @type {{users: Session[]}} */
-    const { users } = await client?.request("GET", "/api/v1/users");
-    if (client !== model.client) return;
-    for (const { user_id, name } of users) names.set(user_id, name);
-    model.people = users.map(({ user_id }) => user_id);
-  });
+/** @param {number} id @param {ChatView} [chat] */
+function personCells(id, chat) {
+  return [personAvatar(id, chat), el("span", { dir: "auto" }, personName(id))];
 }
 
 /** @param {Iterable<number>} ids */
@@ -2312,178 +2279,194 @@ function sortedByName(ids) {
   return [...ids].sort((a, b) => personName(a).localeCompare(personName(b)));
 }
 
-/** @returns {number} how many people have a name that contains the filter's text */
-function renderPeople() {
-  const { chat, given } = people;
-  const members = chat?.members ?? new Map([[myId(), 0]]);
-  const ids = sortedByName(new Set([...(model.people ?? []), ...given]));
-  const checkbox = (/** @type {number} */ value) =>
-    el("input", { type: "checkbox", value, checked: given.includes(value) });
-  const candidates = ids.filter((id) => !members.has(id)).map((id) => ({
-    key: `${id}`,
-    look: personName(id),
-    build: () =>
-      el("li", {}, el("label", { class: "person" }, checkbox(id), ...personCells(id))),
-  }));
-  showRows(box("people-list"), candidates);
+/** @type {People} */
+const people = {
+  chat: null,
+  given: [],
+  key: "",
 
-  const name = field("people-filter").value.trim();
-  const rows = rowsOf("people-list");
-  const fitting = rows.filter(({ dataset }) =>
-    folded(dataset["look"] ?? "").includes(folded(name)),
-  );
-  // Enter chooses the next one: see onFilterKey.
-  const next = name && fitting.find((row) => !row.matches(":has(:checked)"));
-  for (const row of rows) {
-    row.hidden = !fitting.includes(row) && !row.matches(":has(:checked)");
-    row.classList.toggle("next", row === next);
-  }
-  const none = rows.length > 0 ? say("noOneCalled", { name }) : orInvite("noOneToAdd");
-  setText("people-empty", fitting.length > 0 || !model.people ? "" : none);
+  open(chat, given = []) {
+    Object.assign(people, { chat, given });
+    const [other] = given;
+    const what = chat ? "addPeople" : other ? "newGroup" : "newChat";
+    setText("people-title", say(what));
+    setText("people-note", other ? say("groupWith", { name: personName(other) }) : "");
+    setText("people-submit", say(chat ? "add" : "create"));
+    byId("people-form", HTMLFormElement).reset();
+    box("people-list").replaceChildren();
+    this.onChoice();
+    dialog("people").showModal();
+    void explain("people-error", async () => {
+      const { client, names } = model;
+      /** @type {{users: Session[]}} */
+      const { users } = await client?.request("GET", "/api/v1/users");
+      if (client !== model.client) return;
+      for (const { user_id, name } of users) names.set(user_id, name);
+      model.people = users.map(({ user_id }) => user_id);
+    });
+  },
 
-  // Only a group has a title. Without one, it is shown as the names of its members.
-  const chosen = chosenPeople();
-  const grows = chosen.length > given.length;
-  const direct = grows && chosen.length === 1;
-  box("people-name").hidden = chat !== null || direct || !(grows || mayBeAlone());
-  field("people-chat-title").placeholder = chosen.map(personName).join(", ");
-  return fitting.length;
-}
+  render() {
+    const { chat, given } = this;
+    const members = chat?.members ?? new Map([[myId(), 0]]);
+    const ids = sortedByName(new Set([...(model.people ?? []), ...given]));
+    const rows = ids.filter((id) => !members.has(id)).map((id) => this.row(id));
+    showRows(box("people-list"), rows);
 
-/** @param {number} id @param {ChatView} [chat] */
-function personCells(id, chat) {
-  return [personAvatar(id, chat), el("span", { dir: "auto" }, personName(id))];
-}
+    const name = field("people-filter").value.trim();
+    const nodes = rowsOf("people-list");
+    const fitting = nodes.filter(({ dataset }) =>
+      folded(dataset["look"] ?? "").includes(folded(name)),
+    );
+    const next = name && fitting.find((node) => !node.matches(":has(:checked)"));
+    for (const node of nodes) {
+      node.hidden = !fitting.includes(node) && !node.matches(":has(:checked)");
+      node.classList.toggle("next", node === next);
+    }
+    const none = rows.length > 0 ? say("noOneCalled", { name }) : this.orInvite("noOneToAdd");
+    setText("people-empty", fitting.length > 0 || !model.people ? "" : none);
 
-function chosenPeople() {
-  const inputs = box("people-list").querySelectorAll("input");
-  return [...inputs].filter(({ checked }) => checked).map(({ value }) => Number(value));
-}
+    // Only a group has a title. Without one, it is shown as the names of its members.
+    const chosen = this.chosen();
+    const grows = chosen.length > given.length;
+    const direct = grows && chosen.length === 1;
+    box("people-name").hidden = chat !== null || direct || !(grows || this.mayBeAlone());
+    field("people-chat-title").placeholder = chosen.map(personName).join(", ");
+    return fitting.length;
+  },
 
-function onChoice() {
-  people.key = `${Math.random()}`;
-  setText("people-error", "");
-  renderPeople();
-}
+  row(id) {
+    const checked = this.given.includes(id);
+    const input = () => el("input", { type: "checkbox", value: id, checked });
+    const label = () => el("label", { class: "person" }, input(), ...personCells(id));
+    return { key: `${id}`, look: personName(id), build: () => el("li", {}, label()) };
+  },
 
-/** People can be invited to a new group later. */
-const mayBeAlone = () => model.server.invites === true && !people.chat;
-const orInvite = (/** @type {Key} */ key) =>
-  say(key) + (mayBeAlone() ? ` ${say("inviteLater")}` : "");
+  chosen() {
+    const inputs = box("people-list").querySelectorAll("input");
+    return [...inputs].filter(({ checked }) => checked).map(({ value }) => Number(value));
+  },
 
-/** Adds the chosen people, or creates a chat with them and opens it. */
-async function addPeople() {
-  const { client, chats } = model;
-  const { chat, given, key: clientId } = people;
-  const memberIds = chosenPeople();
-  const title = field("people-chat-title").value.trim();
-  const alone = memberIds.length <= given.length;
-  if (alone && !title) throw new Error(orInvite("chooseOne"));
-  if (chat) {
-    for (const user_id of memberIds)
-      await client?.request("POST", `/api/v1/chats/${chat.id}/members`, { user_id });
-    return dialog("people").close();
-  }
-  // With one person it is the direct chat, old or new.
-  const direct = box("people-name").hidden === true;
-  const made = await client?.createChat(
-    direct ? { memberIds, direct } : { title: title || null, memberIds, clientId },
-  );
-  if (!made || client !== model.client) return;
-  const isNew = !chats.has(made.id);
-  const opened = putChat(made);
-  if (isNew) opened.activeAt = Date.now();
-  openChat(made.id);
-  route();
-  dialog("people").close();
-  if (alone) onInvite();
-}
+  mayBeAlone() {
+    return model.server.invites === true && !this.chat;
+  },
 
-/** Without a filter, Enter submits, as in any field. @param {KeyboardEvent} event */
-function onFilterKey(event) {
-  const filter = field("people-filter");
-  if (event.key !== "Enter" || !filter.value.trim() || isComposing(event)) return;
-  event.preventDefault();
-  if (renderPeople() === 0) return;
-  /** @type {HTMLInputElement | null} */
-  const next = box("people-list").querySelector(".next input");
-  if (next) {
-    next.checked = true;
-    announce(say("chosen", { name: personName(Number(next.value)) }));
-  }
-  filter.value = "";
-  onChoice();
-}
+  orInvite(key) {
+    return say(key) + (this.mayBeAlone() ? ` ${say("inviteLater")}` : "");
+  },
 
-/** The members that the info dialog has loaded, by pages. */
+  onChoice() {
+    this.key = `${Math.random()}`;
+    setText("people-error", "");
+    this.render();
+  },
+
+  // Without a filter, Enter submits, as in any field.
+  onFilterKey(event) {
+    const filter = field("people-filter");
+    if (event.key !== "Enter" || !filter.value.trim() || isComposing(event)) return;
+    event.preventDefault();
+    if (this.render() === 0) return;
+    /** @type {HTMLInputElement | null} */
+    const next = box("people-list").querySelector(".next input");
+    if (next) {
+      next.checked = true;
+      announce(say("chosen", { name: personName(Number(next.value)) }));
+    }
+    filter.value = "";
+    this.onChoice();
+  },
+
+  async submit() {
+    const { client, chats } = model;
+    const { chat, given, key: clientId } = this;
+    const memberIds = this.chosen();
+    const title = field("people-chat-title").value.trim();
+    const alone = memberIds.length <= given.length;
+    if (alone && !title) throw new Error(this.orInvite("chooseOne"));
+    if (chat) {
+      for (const user_id of memberIds)
+        await client?.request("POST", `/api/v1/chats/${chat.id}/members`, { user_id });
+      return dialog("people").close();
+    }
+    // With one person it is the direct chat, old or new.
+    const direct = box("people-name").hidden === true;
+    const made = await client?.createChat(
+      direct ? { memberIds, direct } : { title: title || null, memberIds, clientId },
+    );
+    if (!made || client !== model.client) return;
+    const isNew = !chats.has(made.id);
+    const opened = putChat(made);
+    if (isNew) opened.activeAt = Date.now();
+    openChat(made.id);
+    route();
+    dialog("people").close();
+    if (alone) onInvite();
+  },
+};
+
+/** @type {Info} */
 const info = {
-  /** User id -> whether that user is online. @type {Map<number, boolean>} */
   online: new Map(),
   nextPage: {},
   more: true,
-};
 
-function showInfo() {
-  if (!model.open) return;
-  info.online.clear();
-  Object.assign(info, { nextPage: {}, more: true });
-  setText("info-error", "");
-  field("info-mute").checked = isMuted(model.open);
-  dialog("info").showModal();
-  renderInfo();
-  loadMembers();
-}
+  open() {
+    if (!model.open) return;
+    this.online.clear();
+    Object.assign(this, { nextPage: {}, more: true });
+    setText("info-error", "");
+    field("info-mute").checked = isMuted(model.open);
+    dialog("info").showModal();
+    this.render();
+    this.load();
+  },
 
-/** @param {{ids?: number[]}} [which] or the next page */
-function loadMembers(which) {
-  void explain("info-error", async () => {
-    const { client, open: chat } = model;
-    if (!client || !chat) return;
-    const { members, more } = await client.members(chat.id, which ?? info.nextPage);
-    if (client !== model.client || chat !== model.open) return;
-    for (const { user_id, name, online = false } of members) {
-      model.names.set(user_id, name);
-      info.online.set(user_id, online);
-    }
-    const nextPage = { after: members.at(-1)?.user_id };
-    if (!which) Object.assign(info, { nextPage, more });
-    // An event can tell of a member that the list of chats has counted already.
-    if (!info.more && !isWhole(chat)) chat.memberCount = info.online.size;
-  });
-}
+  load(which) {
+    void explain("info-error", async () => {
+      const { client, open: chat } = model;
+      if (!client || !chat) return;
+      const { members, more } = await client.members(chat.id, which ?? this.nextPage);
+      if (client !== model.client || chat !== model.open) return;
+      for (const { user_id, name, online = false } of members) {
+        model.names.set(user_id, name);
+        this.online.set(user_id, online);
+      }
+      const nextPage = { after: members.at(-1)?.user_id };
+      if (!which) Object.assign(this, { nextPage, more });
+      // An event can tell of a member that the list of chats has counted already.
+      if (!this.more && !isWhole(chat)) chat.memberCount = this.online.size;
+    });
+  },
 
-function renderInfo() {
-  const chat = model.open;
-  if (!chat) return;
-  const { create_chats = false, invites = false } = model.server;
-  const known = isWhole(chat) ? chat.members : info.online;
-  const ids = sortedByName(known.keys()).filter((id) => id !== myId());
-  const rows = [myId(), ...ids].map((id) => memberRow(chat, id));
-  const left = chat.memberCount - rows.length;
-  const rest = () => textButton(say("andMore", { left }), () => loadMembers());
-  if (left > 0)
-    rows.push({ key: "more", look: `${left}`, build: () => el("li", {}, rest()) });
-  setText("info-title", chatTitle(chat));
-  showRows(box("info-members"), rows);
-  button("info-rename").hidden = chat.direct || !create_chats;
-  button("info-add").hidden = !create_chats;
-  button("info-invite").hidden = chat.direct || !invites;
-  button("info-leave").hidden = chat.direct && ids.length > 0;
-}
+  render() {
+    const chat = model.open;
+    if (!chat) return;
+    const { create_chats = false, invites = false } = model.server;
+    const known = isWhole(chat) ? chat.members : this.online;
+    const ids = sortedByName(known.keys()).filter((id) => id !== myId());
+    const rows = [myId(), ...ids].map((id) => this.row(chat, id));
+    const left = chat.memberCount - rows.length;
+    const load = () => textButton(say("andMore", { left }), () => this.load());
+    if (left > 0)
+      rows.push({ key: "more", look: `${left}`, build: () => el("li", {}, load()) });
+    setText("info-title", chatTitle(chat));
+    showRows(box("info-members"), rows);
+    button("info-rename").hidden = chat.direct || !create_chats;
+    button("info-add").hidden = !create_chats;
+    button("info-invite").hidden = chat.direct || !invites;
+    button("info-leave").hidden = chat.direct && ids.length > 0;
+  },
 
-/** @param {ChatView} chat @param {number} id @returns {Row} */
-function memberRow(chat, id) {
-  const name = personName(id);
-  const online = info.online.get(id) === true;
-  const me = id === myId();
-  const creator = chat.direct ? null : chat.created_by;
-  const notes = [me && say("you"), id === creator && say("creator")].filter(Boolean);
-  const removable = !me && creator === myId() && model.server.create_chats;
-  return {
-    key: `${id}`,
-    look: JSON.stringify([name, online, notes, removable]),
-    build: () => {
-      const remove = textButton(say("remove"), () => void removeMember(chat, id));
+  row(chat, id) {
+    const name = personName(id);
+    const online = this.online.get(id) === true;
+    const me = id === myId();
+    const creator = chat.direct ? null : chat.created_by;
+    const notes = [me && say("you"), id === creator && say("creator")].filter(Boolean);
+    const removable = !me && creator === myId() && model.server.create_chats;
+    const build = () => {
+      const remove = textButton(say("remove"), () => void this.remove(chat, id));
       remove.ariaLabel = `${say("remove")} ${name}`;
       return el(
         "li",
@@ -2493,26 +2476,26 @@ function memberRow(chat, id) {
         el("span", { class: "quiet" }, notes.join(", ")),
         removable && remove,
       );
-    },
-  };
-}
+    };
+    const look = JSON.stringify([name, online, notes, removable]);
+    return { key: `${id}`, look, build };
+  },
 
-/** @param {ChatView} chat @param {number} userId the user, who leaves, or another one */
-async function removeMember(chat, userId) {
-  const leaves = userId === myId();
-  const { client, server } = model;
-  const ends = server.invites ? ` ${say("linksEnded")}` : "";
-  const name = personName(userId);
-  const sure = await (leaves
-    ? ask(say("leaveTitle", { title: chatTitle(chat) }), say("leaveText"), say("leaveChat"))
-    : ask(say("removeTitle", { name }), say("removeText") + ends, say("remove")));
-  if (!sure) return;
-  await submit("info-error", async () => {
-    await client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${userId}`);
-    if (leaves) removeChat(chat);
-    else dialog("info").querySelector("button")?.focus(); // the row goes
-  });
-}
+  async remove(chat, id) {
+    const { client, server } = model;
+    const leaves = id === myId();
+    const name = personName(id);
+    const title = leaves ? say("leaveTitle", { title: chatTitle(chat) }) : say("removeTitle", { name });
+    const ends = server.invites ? ` ${say("linksEnded")}` : "";
+    const text = leaves ? say("leaveText") : say("removeText") + ends;
+    if (!(await ask(title, text, say(leaves ? "leaveChat" : "remove")))) return;
+    await submit("info-error", async () => {
+      await client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${id}`);
+      if (leaves) removeChat(chat);
+      else dialog("info").querySelector("button")?.focus(); // the row goes
+    });
+  },
+};
 
 /* -------------------------------------------------------------------------------------
  * Notifications. A chat can be muted: in this browser, like a draft.
@@ -2573,16 +2556,14 @@ function start(session) {
   addHandlers(client);
   showScreen("chat");
   requestRender();
-  // The socket continues without a gap from the cursor of the list. But a slow list
-  // must not delay the connection, nor the notice that there is none.
+  // The socket continues from the cursor of the list. But it does not wait for it long.
   const timeout = new Promise((resolve) => after(2, () => resolve(0)));
   void Promise.race([fetchChats(), timeout]).then(() => {
     if (client === model.client) client.connect();
   });
 }
 
-/** An element's id, and an event if it is not a click -> what happens then.
- * @type {Record<string, (event: any) => unknown>} */
+/** @type {Listeners} */
 const LISTENERS = {
   "sign-in-form submit": onSignInForm,
   "join-form submit": onJoinForm,
@@ -2621,7 +2602,7 @@ const LISTENERS = {
 
   "scroller scroll": () => pane.onScroll(),
   jump: () => {
-    pane.showLatest(); // at once: smooth scrolling through a long history can make dizzy
+    pane.showLatest(); // at once: to scroll smoothly through much can make dizzy
     // The button is gone now. The keyboard of a phone stays as it is.
     if (document.activeElement !== composer.field)
       scroller.focus({ preventScroll: true });
@@ -2636,10 +2617,12 @@ const LISTENERS = {
   "messages touchend": (event) => {
     if (box("menu").matches(":popover-open")) event.preventDefault();
   },
-  "menu keydown": (/** @type {KeyboardEvent} */ event) => {
+  "menu keydown": (event) => {
     const items = rowsOf("menu");
     const at = items.findIndex((item) => item === event.target);
-    const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 }[event.key];
+    /** @type {Record<string, number>} */
+    const steps = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 };
+    const to = steps[event.key];
     if (event.key === "Tab") box("menu").hidePopover();
     if (to === undefined) return;
     event.preventDefault();
@@ -2651,16 +2634,16 @@ const LISTENERS = {
   "composer-text keydown": (event) => composer.onKey(event),
   "edit-cancel": () => composer.leave(),
 
-  "new-chat": () => choosePeople(null),
-  "empty-start": () => choosePeople(null),
-  "people-form input": onChoice,
+  "new-chat": () => people.open(null),
+  "empty-start": () => people.open(null),
+  "people-form input": () => people.onChoice(),
   "people-form submit": (event) => {
     event.preventDefault();
-    return submit("people-error", addPeople);
+    return submit("people-error", () => people.submit());
   },
-  "people-filter keydown": onFilterKey,
+  "people-filter keydown": (event) => people.onFilterKey(event),
 
-  "chat-info": showInfo,
+  "chat-info": () => info.open(),
   "info-mute change": ({ target }) => {
     const { open } = model;
     if (open && !writeStored("localStorage", mutedKey(open), target.checked))
@@ -2676,11 +2659,11 @@ const LISTENERS = {
   // In a direct chat, a group begins.
   "info-add": () => {
     const { open: chat } = model;
-    if (chat?.direct) choosePeople(null, others(chat));
-    else choosePeople(chat);
+    if (chat?.direct) people.open(null, others(chat));
+    else people.open(chat);
   },
   "info-invite": onInvite,
-  "info-leave": () => model.open && removeMember(model.open, myId()),
+  "info-leave": () => model.open && info.remove(model.open, myId()),
 
   "link-copy": ({ target }) => {
     field("link-url").select();

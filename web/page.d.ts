@@ -1,6 +1,6 @@
 /** The types of app.js. Only type checkers read this file. */
 import type { ChatWebSocket } from "./chat-websocket.js";
-import type { Chat, ChatEvents, Delivery, Message, State } from "./protocol.js";
+import type { Chat, ChatEvents, Delivery, MembersQuery, Message, State } from "./protocol.js";
 
 export type { Chat, ChatEvents, Delivery, Message, State };
 import type { Key } from "./words.js";
@@ -219,3 +219,70 @@ export interface Search {
   row(message: Message): Row;
   onClick(event: { target: Element }): void;
 }
+
+/** Asks a question or, with a value, for a text. To close the dialog means no. */
+export type Ask = (
+  title: string,
+  text: string,
+  yes?: string,
+  no?: string,
+  value?: string,
+) => Promise<boolean>;
+
+/** Asks for a name or a title until it is saved. */
+export type AskName = (
+  title: string,
+  value: string | null | undefined,
+  mostCharacters: number,
+  save: (text: string) => Promise<unknown>,
+) => Promise<unknown>;
+
+/** Says in an element why a request has failed. */
+export type Explain = (
+  errorId: string,
+  request: () => Promise<unknown>,
+  words?: (error: unknown) => string,
+) => Promise<void>;
+
+/** The dialog that chooses people. */
+export interface People {
+  /** It receives the chosen people; null: they get a new chat. */
+  chat: ChatView | null;
+  /** The other one of a direct chat, which stays as it is. */
+  given: number[];
+  /** The same choice, tried again, makes one chat. */
+  key: string;
+  open(chat: ChatView | null, given?: number[]): void;
+  /** Returns how many people have a name that contains the filter's text. */
+  render(): number;
+  row(id: number): Row;
+  /** The ids of the chosen people. */
+  chosen(): number[];
+  /** People can be invited to a new group later. */
+  mayBeAlone(): boolean;
+  /** What is wrong, and what may be done instead. */
+  orInvite(key: Key): string;
+  onChoice(): void;
+  onFilterKey(event: KeyboardEvent): void;
+  /** Adds the chosen people, or creates a chat with them and opens it. */
+  submit(): Promise<void>;
+}
+
+/** The dialog of the open chat: its members, of whom pages are loaded, and more. */
+export interface Info {
+  /** User id -> whether that user is online. */
+  online: Map<number, boolean>;
+  nextPage: MembersQuery;
+  /** There are more pages. */
+  more: boolean;
+  open(): void;
+  /** Loads these members, or the next page. */
+  load(which?: MembersQuery): void;
+  render(): void;
+  row(chat: ChatView, id: number): Row;
+  /** Removes another member, or oneself, if the user is sure. */
+  remove(chat: ChatView, id: number): Promise<void>;
+}
+
+/** The id of an element, and the type of an event if it is not a click -> what to do. */
+export type Listeners = Record<string, (event: any) => unknown>;
