@@ -45,6 +45,8 @@ import vm from "node:vm";
 const [CLIENT, DRAFTS] = ["chat-websocket.js", "drafts.js"].map((name) =>
   readFileSync(new URL(`../web/${name}`, import.meta.url), "utf8"),
 );
+/** The compiled scripts, by source. */
+const COMPILED = new Map();
 const DRAFT_KEY = "chatd.draft.1.1";
 const TOKEN = `h.${Buffer.from('{"user_id":1}').toString("base64url")}.s`;
 
@@ -152,6 +154,8 @@ class Server {
   epoch = "e0";
   seq = 0;
   events = [];
+  /** The messages as they were sent. */
+  stored = [];
   /** The messages as they are now, by id. */
   messages = new Map();
   readN = 0;
@@ -160,13 +164,6 @@ class Server {
 
   constructor(world) {
     this.world = world;
-  }
-
-  /** The messages as they were sent. */
-  get stored() {
-    return this.events.flatMap(({ type, message }) =>
-      type === "new_message" ? message : [],
-    );
   }
 
   /** The state of the chat that its list has. */
@@ -281,6 +278,7 @@ class Server {
     const isNext = this.readN === n - 1;
     const unread = own && service && !isNext ? { read: false } : {};
     this.messages.set(id, message);
+    this.stored.push(message);
     this.log({ type: "new_message", message, ...unread });
     if (own && isNext) this.readN = n;
     else if (own && !service) this.mark(id);
@@ -544,7 +542,10 @@ class Tab {
       meta.url = "http://chat.example/web/chat-websocket.js";
     };
     const load = async (source) => {
-      const module = new vm.SourceTextModule(source, { context, initializeImportMeta });
+      const cachedData = COMPILED.get(source);
+      const options = { context, initializeImportMeta, ...(cachedData && { cachedData }) };
+      const module = new vm.SourceTextModule(source, options);
+      if (!cachedData) COMPILED.set(source, module.createCachedData());
       await module.link(() => {});
       await module.evaluate();
       return module.namespace;
