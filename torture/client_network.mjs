@@ -26,10 +26,11 @@
  * - each tab receives each message once and in order of n, or a resync;
  * - no answer of the server is ignored;
  * - each text that the user has typed is at any time in a draft, unsent or stored, until
- *   the user erases it or is told its fate, even if the tab has closed (but a text may be
- *   lost if it did not fit into storage and its tab closed);
+ *   the user erases it or is told its fate, even if the tab has closed (but a text that
+ *   is in memory only, since storage is full, is lost with its tab);
  * - each text that the user has sent is stored once, in the order of writing, and then no
- *   tab shows it as a draft; a draft is never sent by itself;
+ *   tab shows it as a draft (but if the tab ends between the two writes of sending, it
+ *   stays a draft, too); a draft is never sent by itself;
  * - each tab that counts by the rule of docs/protocol.md has read what the server says
  *   that the user has read: never more, and in the end no less;
  * - each tab shows each message as the server has it. A tab takes what an event or an
@@ -45,6 +46,8 @@ import vm from "node:vm";
 const [CLIENT, DRAFTS] = ["chat-websocket.js", "drafts.js"].map((name) =>
   readFileSync(new URL(`../web/${name}`, import.meta.url), "utf8"),
 );
+/** The compiled scripts, by source. */
+const COMPILED = new Map();
 const DRAFT_KEY = "chatd.draft.1.1";
 const TOKEN = `h.${Buffer.from('{"user_id":1}').toString("base64url")}.s`;
 
@@ -63,8 +66,11 @@ function randomFrom(seed) {
 class Texts {
   /** text -> "draft", "sent", or "told": the user knows that it is gone. */
   fates = new Map();
-  /** Those that did not fit into storage: a tab may take them along when it closes. */
-  refusedByStorage = new Set();
+  /**
+   * Those that did not fit into storage, or that were sent before the client knew the
+   * user: a tab may take them along when it closes.
+   */
+  inMemoryOnly = new Set();
   /** Those that were refused by the server for good: they are out of order. */
   refused = new Set();
   /** A tab has ended between two writes: a text may be in the draft and unsent, too. */
@@ -84,7 +90,7 @@ class Texts {
       (text) =>
         this.fates.get(text) !== "told" &&
         !known.has(text) &&
-        !this.refusedByStorage.has(text),
+        !this.inMemoryOnly.has(text),
     );
   }
 }
@@ -152,6 +158,8 @@ class Server {
   epoch = "e0";
   seq = 0;
   events = [];
+  /** The messages as they were sent. */
+  stored = [];
   /** The messages as they are now, by id. */
   messages = new Map();
   readN = 0;
@@ -160,13 +168,6 @@ class Server {
 
   constructor(world) {
     this.world = world;
-  }
-
-  /** The messages as they were sent. */
-  get stored() {
-    return this.events.flatMap(({ type, message }) =>
-      type === "new_message" ? message : [],
-    );
   }
 
   /** The state of the chat that its list has. */
@@ -281,6 +282,7 @@ class Server {
     const isNext = this.readN === n - 1;
     const unread = own && service && !isNext ? { read: false } : {};
     this.messages.set(id, message);
+    this.stored.push(message);
     this.log({ type: "new_message", message, ...unread });
     if (own && isNext) this.readN = n;
     else if (own && !service) this.mark(id);
@@ -452,7 +454,7 @@ class SharedStorage {
     const oldValue = items.get(key) ?? null;
     tab.write();
     if (world.storageFull && newValue?.length > (oldValue?.length ?? 0)) {
-      world.texts.refusedByStorage.add(textIn(newValue));
+      world.texts.inMemoryOnly.add(textIn(newValue));
       throw new Error("QuotaExceededError");
     }
     if (newValue === null) items.delete(key);
@@ -544,7 +546,10 @@ class Tab {
       meta.url = "http://chat.example/web/chat-websocket.js";
     };
     const load = async (source) => {
-      const module = new vm.SourceTextModule(source, { context, initializeImportMeta });
+      const cachedData = COMPILED.get(source);
+      const options = { context, initializeImportMeta, ...(cachedData && { cachedData }) };
+      const module = new vm.SourceTextModule(source, options);
+      if (!cachedData) COMPILED.set(source, module.createCachedData());
       await module.link(() => {});
       await module.evaluate();
       return module.namespace;
@@ -682,7 +687,7 @@ class Tab {
 
   /** The user sends what is in the field, or erases it if it was sent already. */
   enter() {
-    const { fates, torn } = this.world.texts;
+    const { fates, torn, inMemoryOnly } = this.world.texts;
     const text = this.field;
     if (!text || !this.alive) return;
     const inChat = [...this.server.stored, ...this.client.unsent(1)];
@@ -692,6 +697,7 @@ class Tab {
       fates.set(text, "sent");
       return;
     }
+    if (this.client.userId === undefined) inMemoryOnly.add(text);
     this.#replaceDraft(() => this.drafts.send(this.client, 1, text));
     const unsent = [...this.storage.items].some(
       ([key, item]) => key !== DRAFT_KEY && textIn(item) === text,
@@ -1033,8 +1039,8 @@ function brokenAtEnd(world, server, storage) {
   }
   for (const [text, fate] of world.texts.fates) {
     const count = stored.filter((one) => one === text).length;
-    const { torn, refusedByStorage } = world.texts;
-    const mayBeLost = fate === "told" || refusedByStorage.has(text);
+    const { torn, inMemoryOnly } = world.texts;
+    const mayBeLost = fate === "told" || inMemoryOnly.has(text);
     const counts = fate === "draft" ? [0] : mayBeLost ? [0, 1] : [1];
     if (torn.has(text)) counts.push(0, 1);
     if (!counts.includes(count))
@@ -1074,7 +1080,7 @@ function brokenLastEdits(world, server, tab, tabs) {
     const ends = tabs.map(({ changes }) => changes.get(edit));
     // Another tab has sent an earlier edit, before this tab knew of it.
     if (ends.includes("changed") || tabs.some(({ signsOut }) => signsOut)) continue;
-    if (!tab.alive && world.texts.refusedByStorage.has(text)) continue;
+    if (!tab.alive && world.texts.inMemoryOnly.has(text)) continue;
     broken.push(`${id} is "${content}", but its last edit was "${text}"`);
   }
   return broken;
