@@ -2,11 +2,7 @@
 /**
  * app.js: chatd's page (docs/page.md). An event or a click changes the model; only a
  * render writes to the page. Text that users have written enters it as textContent.
- *
- * @import { Action, Ask, AskName, Attributes, Banners, Chat, ChatEventHandlers, ChatView,
- *   Child, Composer, Delivery, EventHandlers, Explain, Info, Key, LastLine, Listeners,
- *   Message, Model, NotDone, Pane, People, Row, Search, Session, StorageName, Tick }
- *   from "./page.js"
+ * The types are in page.d.ts.
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 import { Drafts } from "./drafts.js";
@@ -58,24 +54,18 @@ const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
  */
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes))
-    if (value) node.setAttribute(name, String(value));
+  for (const [name, value] of Object.entries(attributes)) {
+    const text = [value].flat().filter(Boolean).join(" ");
+    if (text) node.setAttribute(name, text);
+  }
   for (const child of children) if (child) node.append(child);
   return node;
 }
 
-/** @param {string} base @param {Record<string, boolean>} extra */
-function classes(base, extra) {
-  return [base, ...Object.keys(extra).filter((name) => extra[name])].join(" ");
-}
-
 /** A browser would request the file for each icon, even without a network. */
 async function loadIcons() {
-  const text = await (await fetch("web/icons.svg")).text();
-  const sprite = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;
-  for (const symbol of sprite.children) symbol.id = `icon-${symbol.id}`;
-  sprite.setAttribute("hidden", "");
-  document.body.append(sprite);
+  const sprite = await fetch("web/icons.svg");
+  document.body.insertAdjacentHTML("beforeend", await sprite.text());
 }
 
 /** @param {string} name @param {string} [className] */
@@ -1119,7 +1109,7 @@ function chatRow(chat) {
     const link = el(
       "a",
       {
-        class: classes("row", { unread: count > 0 }),
+        class: ["row", count > 0 && "unread"],
         href: `#chat/${chat.id}`,
         "aria-current": current && "page",
       },
@@ -1135,7 +1125,7 @@ function chatRow(chat) {
       count > 0 &&
         el(
           "span",
-          { class: classes("badge", { muted }) },
+          { class: ["badge", muted && "muted"] },
           badgeText(count),
           spoken(` ${say("unread")}`),
         ),
@@ -1531,7 +1521,13 @@ function messageRow(chat, message, above, unsent) {
       "li",
       {
         id: id > 0 && `message-${id}`,
-        class: classes("message", { own, first, arriving, failed }),
+        class: [
+          "message",
+          own && "own",
+          first && "first",
+          arriving && "arriving",
+          failed && "failed",
+        ],
         "data-id": id,
         "data-n": n,
       },
@@ -1557,7 +1553,7 @@ function flow(key, content, deleted, stamp) {
   fold.ariaExpanded = String(unfolded);
   return el(
     "div",
-    { class: classes("flow", { long, unfolded }) },
+    { class: ["flow", long && "long", unfolded && "unfolded"] },
     deleted
       ? el("div", { class: "content blank" }, say("deleted"))
       : contentNode(content),
@@ -2479,7 +2475,7 @@ const info = {
       remove.ariaLabel = `${say("remove")} ${name}`;
       return el(
         "li",
-        { class: classes("person", { online }) },
+        { class: ["person", online && "online"] },
         ...personCells(id, chat),
         online && el("span", { class: "sr-only" }, say("online")),
         el("span", { class: "quiet" }, notes.join(", ")),
