@@ -145,6 +145,7 @@ def test_all_of_it_works_with_the_keyboard_alone(
     expect(field(annas)).to_have_value("Two")
     annas.keyboard.type("!")
     press("Escape")
+    assert annas.evaluate("location.hash") == f"#chat/{chat}"  # it stays open
     expect(field(annas)).to_have_value("")
     press("ArrowUp")
     expect(field(annas)).to_have_value("Two")
