@@ -2431,7 +2431,8 @@ const info = {
     void explain("info-error", async () => {
       const { client, open: chat } = model;
       if (!client || !chat) return;
-      const { members, more } = await client.members(chat.id, which ?? this.nextPage);
+      const page = which ?? { limit: 100, ...this.nextPage };
+      const { members, more } = await client.members(chat.id, page);
       if (client !== model.client || chat !== model.open) return;
       for (const { user_id, name, online = false } of members) {
         model.names.set(user_id, name);
