@@ -137,8 +137,12 @@ def test_a_search_goes_on_to_its_end_and_can_be_used_with_the_keyboard(
     expect(field(page)).to_be_focused()
     page.keyboard.press("Control+k")
     page.keyboard.type("plant number")
-    expect(page.locator("#search-status")).to_contain_text("Messages found: 50.")
-    expect(page.locator("#search-status")).to_contain_text("Searched back to")
+    status = page.locator("#search-status")
+    # A page has 50 messages, or less if the server is busy.
+    expect(status).to_contain_text(
+        re.compile(r"Messages found: \d+\. Searched back to")
+    )
+    expect(results(page).nth(2)).to_be_attached()
     links = [f"#chat/{chat}/{one}" for one in reversed(ids)]
     for _ in range(3):
         page.keyboard.press("ArrowDown")
@@ -146,19 +150,20 @@ def test_a_search_goes_on_to_its_end_and_can_be_used_with_the_keyboard(
     page.keyboard.press("ArrowUp")
     expect(results(page).nth(1)).to_be_focused()
 
-    status = page.locator("#search-status")
+    def go_to_the_end(count: int) -> None:
+        def is_complete() -> bool:
+            page.locator("#search-list").evaluate("(list) => list.scrollTo(0, 1e6)")
+            return status.inner_text() == f"Messages found: {count}."
 
-    def is_complete() -> bool:
-        page.locator("#search-list").evaluate("(list) => list.scrollTo(0, 1e6)")
-        return status.inner_text() == f"Messages found: {LENGTH}."
+        until(is_complete)
 
-    until(is_complete)
+    go_to_the_end(LENGTH)
     hrefs = results(page).evaluate_all("all => all.map((a) => a.getAttribute('href'))")
     assert hrefs == links  # each once, the newest first
     page.keyboard.press("Escape")
     expect(field(page)).to_be_focused()
     search(page, "number 17")
-    expect(results(page)).to_have_count(13)  # also 117, 217, 170 to 179
+    go_to_the_end(13)  # also 117, 217, 170 to 179
     for _ in range(13):
         page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")

@@ -133,7 +133,8 @@ def test_no_words_stand_outside_of_the_tables() -> None:
 
 
 TOKEN = re.compile(
-    r"""(/\*.*?\*/|(?<![:\\])//[^\n]*)"""  # a comment
+    r"""(/\*.*?\*/|(?<![:\\])//[^\n]*"""  # a comment, or a regular expression
+    r"""|(?<=[(=,\s])/(?![/*\s])(?:[^/\\\n\[]|\\.|\[(?:[^]\\\n]|\\.)*\])+/)"""
     r"""|"((?:[^"\\\n]|\\.)*)"|'((?:[^'\\\n]|\\.)*)'|`((?:[^`\\]|\\.)*)`""",
     re.DOTALL,
 )

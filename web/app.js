@@ -1754,10 +1754,10 @@ function shown({ id, content, deleted = false }) {
 /** @param {Message} message */
 function mayEdit(message) {
   const { sender_id, created_at, deleted } = message;
-  const seconds = (Date.now() - Date.parse(created_at)) / 1000;
+  if (sender_id !== myId() || deleted || shown(message).deleted) return false;
   const { edit_seconds = 0 } = model.server;
-  const inTime = seconds < (edit_seconds ?? Infinity);
-  return sender_id === myId() && inTime && !deleted && !shown(message).deleted;
+  const seconds = (Date.now() - Date.parse(created_at)) / 1000;
+  return seconds < (edit_seconds ?? Infinity);
 }
 
 /** A message of the open chat. @param {number} id */
@@ -1772,12 +1772,11 @@ function openActions(row) {
   const message = messageOf(Number(row.dataset["id"]));
   if (!anchor || !chat || !message) return;
   const { id, sender_id } = message;
-  const copy = () => copyText(shown(message).content);
   const isReadable = sender_id === myId() && knowsReaders(chat);
   const isCreator = !chat.direct && chat.created_by === myId();
   const editable = mayEdit(message);
   const items = [
-    { text: say("copy"), press: copy },
+    { text: say("copy"), press: () => copyText(shown(message).content) },
     editable && { text: say("edit"), press: () => composer.change(message) },
     isReadable && { text: say("readers"), press: () => showReaders(chat, message) },
     (editable || isCreator) && { text: say("delete"), press: () => hold(id), danger: true },
@@ -1922,8 +1921,9 @@ const composer = {
       event.preventDefault(); // or else the chat would close, too
       return this.leave();
     }
+    if (key !== "ArrowUp" || editing || this.field.value) return;
     const last = messages.findLast(mayEdit);
-    if (key !== "ArrowUp" || editing || this.field.value || !last) return;
+    if (!last) return;
     event.preventDefault();
     this.change(last);
   },
@@ -2133,13 +2133,8 @@ const search = {
     return { key: `m ${id}`, look: JSON.stringify([names, when, rev, q]), build };
   },
 
-  onSubmit(event) {
-    event.preventDefault();
-    box("search-list").querySelector("a")?.click();
-  },
-
-  onClick({ target, currentTarget }) {
-    if (target === currentTarget) return;
+  onClick({ target }) {
+    if (!target.closest("a")) return;
     dialog("search").close();
     pane.at = undefined; // the address may stay the same
     after(0, route);
@@ -2440,7 +2435,8 @@ const info = {
     void explain("info-error", async () => {
       const { client, open: chat } = model;
       if (!client || !chat) return;
-      const { members, more } = await client.members(chat.id, which ?? this.nextPage);
+      const page = which ?? { limit: 100, ...this.nextPage };
+      const { members, more } = await client.members(chat.id, page);
       if (client !== model.client || chat !== model.open) return;
       for (const { user_id, name, online = false } of members) {
         model.names.set(user_id, name);
@@ -2606,7 +2602,10 @@ const LISTENERS = {
   "chat-find": () => search.open(true),
   "search-text input": () => search.start(),
   "search-here change": () => search.start(),
-  "search submit": (event) => search.onSubmit(event),
+  "search submit": (event) => {
+    event.preventDefault();
+    box("search-list").querySelector("a")?.click();
+  },
   "search-list": (event) => search.onClick(event),
   "search-list scroll": requestRender,
   "search-retry": () => search.retry(),

@@ -217,9 +217,7 @@ export interface Search {
   /** An answer says only the id up to which it has looked. */
   searchedBack(before: number): string;
   row(message: Message): Row;
-  /** Enter opens the first result. */
-  onSubmit(event: Event): void;
-  onClick(event: Event): void;
+  onClick(event: { target: Element }): void;
 }
 
 /** Asks a question or, with a value, for a text. To close the dialog means no. */
