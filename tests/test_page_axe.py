@@ -182,6 +182,7 @@ def test_axe_finds_no_fault_in_any_state_of_a_chat(
     walk.escape()
 
     # Writing and changing.
+    page.set_viewport_size(PHONE)  # or the menu would be outside of it
     walk.act(message)
     walk.look("menu", page.get_by_role("menu"))
     page.get_by_role("menuitem", name="Edit").click()
