@@ -1744,29 +1744,21 @@ def test_the_content_security_policy_blocks_injected_code(
 # --- accessible to everyone ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_page_fits_each_screen_and_axe_finds_no_fault(
-    server: Server,
-    chromium: Chromium,
-    example_chats: tuple[int, int],
-    size: str,
-    scheme: Any,
+def test_the_page_fits_each_screen(
+    server: Server, chromium: Chromium, example_chats: tuple[int, int], size: str
 ) -> None:
     width, height = SIZES[size]
     context = chromium.context(
-        color_scheme=scheme, viewport={"width": width, "height": height},
-        reduced_motion="reduce",
-    )  # fmt: skip
+        viewport={"width": width, "height": height}, reduced_motion="reduce"
+    )
     anna, chat = example_chats
     page = context.new_page()
     page.clock.install()
     relay = Relay(page)
 
     def check(view: str) -> None:
-        screenshot(page, f"{size}-{scheme}-{view}")
-        if size != "tablet":  # a tablet shows only what the other sizes show
-            axe(page)
+        screenshot(page, f"{size}-{view}")
 
     page.goto(server.url)
     expect(page.get_by_role("button", name="Sign in")).to_be_visible()
