@@ -10,8 +10,7 @@ import { contentNode, folded, isBlank, markedNode, visibleText } from "./text.js
 import { locale, say } from "./words.js";
 
 /* -------------------------------------------------------------------------------------
- * Loading. Until a screen is shown, any exception ends in words. So this comes first,
- * and uses only words.js. For a script that does not load, style.css shows .stuck.
+ * Loading. Until a screen is shown, any exception ends in words.
  * ---------------------------------------------------------------------------------- */
 
 const SCREENS = ["loading", "sign-in", "join", "chat"];
@@ -32,7 +31,7 @@ addEventListener("error", onLoadError);
 addEventListener("unhandledrejection", onLoadError);
 
 /* -------------------------------------------------------------------------------------
- * Tools. Elements, keyed rows, times, words.
+ * Tools.
  * ---------------------------------------------------------------------------------- */
 
 /** @template {Element} Kind @param {string} id @param {new () => Kind} kind */
@@ -131,7 +130,7 @@ function below(id) {
   return scrollHeight - scrollTop - clientHeight;
 }
 
-/** The end counts as visible when it is less than this many pixels away. */
+/** The end counts as visible from here on. */
 const END_MARGIN = 60;
 
 /** What the browser may forbid or not know. @template Value @param {() => Value} get */
@@ -162,7 +161,7 @@ function newFormats() {
 
 let formats = newFormats();
 
-/** Whole days from then to now, by the reader's calendar. @param {Date} then */
+/** By the reader's calendar. @param {Date} then */
 function daysAgo(then) {
   const midnight = (/** @type {Date} */ date) => new Date(date).setHours(0, 0, 0, 0);
   return Math.round((midnight(new Date()) - midnight(then)) / 86_400_000);
@@ -190,7 +189,7 @@ function after(seconds, task) {
   return setTimeout(task, seconds * 1000);
 }
 
-/** Characters as the server counts them: code points. @param {string} text */
+/** As the server counts them. @param {string} text */
 function countCharacters(text) {
   return [...text].length;
 }
@@ -257,14 +256,11 @@ function errorText(error) {
 
 /* -------------------------------------------------------------------------------------
  * Sign-in. A session belongs to its tab; a copy in localStorage is for the next visit.
- * A link may be for an account that its sender can read. So no tab changes its user, nor
- * the copy, without asking or a notice.
  * ---------------------------------------------------------------------------------- */
 
 const SESSION_KEY = "chatd.session";
 /** @type {StorageName[]} */
 const STORAGES = ["sessionStorage", "localStorage"];
-/** Tells the other tabs the id of a user that has signed out. */
 const signedOut = attempt(() => new BroadcastChannel("chatd.signed-out"));
 
 /** @param {StorageName} storage @param {string} key @returns {any} */
@@ -298,7 +294,7 @@ function sessionToResume() {
   return own === undefined ? readSession("localStorage") : own;
 }
 
-/** Follows a link, if the address has one. @param {string} [hash] replaces it there */
+/** @param {string} [hash] that replaces the link */
 function followLink(hash = "") {
   const [, kind, token] = /^#(token|invite)=(.+)$/.exec(location.hash) ?? [];
   if (!token) return false;
@@ -400,7 +396,7 @@ function allUnsent() {
   return [...messages, client?.unsentChanges() ?? []].flat();
 }
 
-/** The browser asks if unsent messages are not in storage. @param {Event} event */
+/** @param {Event} event */
 function onBeforeUnload(event) {
   if (allUnsent().some(({ kept }) => !kept)) event.preventDefault();
 }
@@ -446,7 +442,7 @@ function onSignedOutElsewhere({ data }) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Invitations. A link lets anyone into a chat.
+ * Invitations.
  * ---------------------------------------------------------------------------------- */
 
 let invite = "";
@@ -502,7 +498,7 @@ function inviteErrorText(error) {
   return status === 403 ? say("noInvites") : errorText(error);
 }
 
-/** With a new link. @param {boolean} [revoke] the earlier links */
+/** @param {boolean} [revoke] the earlier links */
 async function showInvite(revoke = false) {
   const { client, open: chat } = model;
   if (!client || !chat) return;
@@ -523,8 +519,7 @@ function onInvite() {
 }
 
 /* -------------------------------------------------------------------------------------
- * Model. Everything that the page shows. Its counters only grow, so an event, an answer
- * and `connected` may bring a number in any order.
+ * Model. Its counters only grow, so their news may come in any order.
  * ---------------------------------------------------------------------------------- */
 
 /** @returns {Model} */
@@ -555,7 +550,7 @@ function resetModel() {
 
 const myId = () => model.session?.user_id ?? 0;
 const unread = (/** @type {ChatView} */ chat) => Math.max(0, chat.last_n - chat.read_n);
-/** Muting is for one user in one browser. @param {ChatView} chat */
+/** @param {ChatView} chat */
 const mutedKey = (chat) => `chatd.muted.${myId()}.${chat.id}`;
 /** @param {ChatView} chat */
 const isMuted = (chat) => readStored("localStorage", mutedKey(chat)) === true;
@@ -590,7 +585,7 @@ function chatTitle(chat) {
   return names.join(", ") || say("onlyYou");
 }
 
-/** Newest activity first. To be added and to write offline count as such. */
+/** Newest activity first. */
 function sortedChats() {
   const when = (/** @type {ChatView} */ { last_message, activeAt }) =>
     Math.max(Date.parse(last_message?.created_at ?? "") || 0, activeAt);
@@ -642,7 +637,7 @@ function putChat(received) {
   return chat;
 }
 
-/** Fetches names in a large chat. @param {ChatView} chat @param {number[]} userIds */
+/** @param {ChatView} chat @param {number[]} userIds */
 async function learnNames(chat, userIds) {
   const { client, names } = model;
   const ids = [...new Set(userIds)].filter((id) => !names.has(id)).slice(0, 100);
@@ -723,7 +718,7 @@ function removeChat(chat) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Events. Two tables: each event of the client, and what it changes in the model.
+ * Events change the model.
  * ---------------------------------------------------------------------------------- */
 
 /** @type {EventHandlers} */
@@ -779,7 +774,7 @@ const handlers = {
   },
 };
 
-/** For the events of a chat that the page has. @type {ChatEventHandlers} */
+/** @type {ChatEventHandlers} */
 const chatHandlers = {
   new_message: ({ message, read = true }, chat) => {
     const { sender_id, n, content, deleted } = message;
@@ -905,8 +900,7 @@ async function loadServer() {
 }
 
 /* -------------------------------------------------------------------------------------
- * Reading. A message is read once it has been on the screen, in a visible tab of the
- * window that has the focus.
+ * Reading, and loading what there is to read.
  * ---------------------------------------------------------------------------------- */
 
 function isWatched() {
@@ -969,7 +963,7 @@ function retryLoading(chat) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Top and lists. Connection, bell, banner, chats.
+ * Top and lists.
  * ---------------------------------------------------------------------------------- */
 
 let renderRequested = false;
@@ -1202,7 +1196,6 @@ function avatar(name, hue, className) {
   return paint(el("span", { class: className, "aria-hidden": "true" }, text), hue);
 }
 
-/** So many colours can be told apart. */
 const HUES = 12;
 
 /** @param {HTMLElement} node @param {number} hue */
@@ -1222,8 +1215,8 @@ function hueOf(id, chat) {
 }
 
 /* -------------------------------------------------------------------------------------
- * The open chat. Only the user moves the messages that the user reads. The scroller has
- * moved: if the sizes are the same, the user did it; else the pane scrolls back.
+ * The open chat. Only the user moves what the user reads: if the scroller moves while
+ * its sizes stay, the user did it; else the pane scrolls back.
  * ---------------------------------------------------------------------------------- */
 
 /** Messages are fetched when they are this many pixels away. */
@@ -1471,7 +1464,6 @@ function historyRow(chat, key, more) {
   return textRow(key, "history", texts[loading], loading === "failed" && retry);
 }
 
-/** A group ends if the next message comes this much later. */
 const GROUP_SECONDS = 300;
 
 /** @param {Message} message @param {Message} [above] */
@@ -1545,7 +1537,7 @@ function messageRow(chat, message, above, unsent) {
  * @param {HTMLElement} stamp
  */
 function flow(key, content, deleted, stamp) {
-  // A shorter text has less than 40 lines, so its height need not be measured.
+  // A shorter text has less than 40 lines.
   const long = content.length > 600 || content.split("\n").length > 20;
   const unfolded = long && pane.unfolded.has(key);
   const text = unfolded ? say("showLess") : say("showAll");
@@ -1733,7 +1725,7 @@ function moveFocus(before) {
 /** Message id -> timer that sends its deletion. @type {Map<number, number>} */
 const held = new Map();
 
-/** The newest unsent change of a message. @param {number} id */
+/** @param {number} id of a message */
 function changeOf(id) {
   return model.client?.unsentChanges().findLast((change) => change.message_id === id);
 }
@@ -1799,7 +1791,7 @@ function onTouch(event) {
   });
 }
 
-/** Deletes a message in five seconds. @param {number} id */
+/** Deletes in five seconds. @param {number} id */
 function hold(id) {
   if (model.open?.editing?.id === id) composer.leave();
   held.set(id, after(5, () => release(id)));
@@ -1831,7 +1823,7 @@ function copyText(text) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Drafts. The panel of the account shows how many there are, and deletes them.
+ * Drafts.
  * ---------------------------------------------------------------------------------- */
 
 const drafts = new Drafts(attempt(() => localStorage) ?? null, myId);
@@ -2012,8 +2004,7 @@ function isComposing(event) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Search. Each request looks back for a moment. A render lets the search go on while
- * the end of the list is on the screen.
+ * Search. It goes on while the end of the list is on the screen.
  * ---------------------------------------------------------------------------------- */
 
 /** @type {Search} */
@@ -2143,7 +2134,7 @@ function isCalled(chat, q) {
   return folded([chatTitle(chat), ...names].join()).includes(folded(q));
 }
 
-/** Up and down move between the rows of a list, or the messages. @param {any} event */
+/** Up and down move between rows. @param {any} event */
 function onListKey(event) {
   const list = event.target.closest("#chat-list, #bell-list, #search, #scroller");
   const step = { ArrowUp: -1, ArrowDown: 1 }[/** @type {string} */ (event.key)];
@@ -2225,7 +2216,7 @@ function toastError(error) {
   toast(errorText(error));
 }
 
-/** It may also change in another tab or device. @param {string | null} name */
+/** @param {string | null} name */
 function setMyName(name) {
   if (model.session) model.session.name = name;
   model.names.set(myId(), name);
@@ -2251,7 +2242,7 @@ function showLink(title, text, hash) {
   if (!dialog("link").open) dialog("link").showModal();
 }
 
-/** What the menu belongs to. @type {Element | null} */
+/** @type {Element | null} */
 let menuAnchor = null;
 
 /** @param {Element} anchor @param {Action[]} actions */
@@ -2394,7 +2385,6 @@ const people = {
         await client?.request("POST", `/api/v1/chats/${chat.id}/members`, { user_id });
       return dialog("people").close();
     }
-    // With one person it is the direct chat, old or new.
     const direct = box("people-name").hidden === true;
     const made = await client?.createChat(
       direct ? { memberIds, direct } : { title: title || null, memberIds, clientId },
@@ -2504,7 +2494,7 @@ const info = {
 };
 
 /* -------------------------------------------------------------------------------------
- * Notifications. A chat can be muted: in this browser, like a draft.
+ * Notifications.
  * ---------------------------------------------------------------------------------- */
 
 async function onNotifyButton() {
@@ -2513,7 +2503,7 @@ async function onNotifyButton() {
   requestRender();
 }
 
-/** Offers notifications once: to a user who comes back and finds new messages. */
+/** Once: to a user who comes back and finds new messages. */
 function offerNotifications() {
   const key = "chatd.notify";
   if (button("notify").hidden || readStored("localStorage", key)) return;
@@ -2535,7 +2525,6 @@ function notify(chat, message) {
     const name = title ? say("senderIn", { name: sender, title }) : sender;
     const body = visibleText(content).slice(0, 200);
     const tag = `chatd.${myId()}.${id}`; // all tabs of a user share one notification
-    // Some phones allow notifications only from service workers. chatd has none.
     const shown = attempt(() => new Notification(name, { body, tag }));
     shown?.addEventListener("click", () => {
       window.focus();
@@ -2549,7 +2538,7 @@ function notify(chat, message) {
  * Start.
  * ---------------------------------------------------------------------------------- */
 
-/** Ends the tab's session, if it has one, and begins another. @param {Session} session */
+/** @param {Session} session */
 function start(session) {
   if (model.session?.token === session.token) return;
   loading = true;
@@ -2562,7 +2551,7 @@ function start(session) {
   addHandlers(client);
   showScreen("chat");
   requestRender();
-  // The socket continues from the cursor of the list. But it does not wait for it long.
+  // A slow list does not delay the socket for long.
   const timeout = new Promise((resolve) => after(2, () => resolve(0)));
   void Promise.race([fetchChats(), timeout]).then(() => {
     if (client === model.client) client.connect();
@@ -2677,7 +2666,7 @@ const LISTENERS = {
     if (document.execCommand("copy")) setText("link-copy", say("copied"));
     target.focus();
   },
-  // It is rejected if the user cancels. The link can still be copied.
+  // It is rejected if the user cancels.
   "link-share": () => navigator.share({ url: field("link-url").value }).catch(() => {}),
   "link-revoke": () => submit("link-error", () => showInvite(true)),
 };
@@ -2700,7 +2689,6 @@ function onShortcut(event) {
   if (key === "?" && !target.matches("input, textarea")) dialog("keys").showModal();
 }
 
-/** The user has come back, perhaps on another day. */
 function onWatched() {
   if (isWatched() && [...model.chats.values()].some(counted)) offerNotifications();
   onSecond();
