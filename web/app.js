@@ -1,8 +1,7 @@
 // @ts-check
 /**
- * app.js: chatd's page (docs/page.md). An event or a click changes the model; only a
- * render writes to the page. Text that users have written enters it as textContent.
- * The types are in page.d.ts.
+ * app.js: chatd's page, explained in docs/page.md. The types are in page.d.ts. Text that
+ * users have written enters the page only as textContent.
  */
 import { ChatError, ChatWebSocket } from "./chat-websocket.js";
 import { Drafts } from "./drafts.js";
@@ -19,7 +18,7 @@ let loading = true;
 /** @param {any} event */
 function onLoadError(event) {
   const error = event.error ?? event.reason;
-  // Without an error it is only a notice, for example of a ResizeObserver.
+  // Without an error it is only a notice.
   if (!loading || !error) return;
   const text = `${say("broken")} (${error.message ?? error})`;
   for (const id of SCREENS)
@@ -79,8 +78,7 @@ function icon(name, className = "") {
 }
 
 /**
- * A row with the same key and look keeps its element, and so its focus, its selection
- * and a screen reader's position.
+ * A row with the same key and look keeps its element, and so its focus and selection.
  * @param {HTMLElement} container @param {Row[]} rows
  */
 function showRows(container, rows) {
@@ -133,7 +131,7 @@ function below(id) {
 /** The end counts as visible from here on. */
 const END_MARGIN = 60;
 
-/** What the browser may forbid or not know. @template Value @param {() => Value} get */
+/** What the browser may forbid. @template Value @param {() => Value} get */
 function attempt(get) {
   try {
     return get();
@@ -142,7 +140,7 @@ function attempt(get) {
   }
 }
 
-/** In the page's locale, with the user's clock of 12 or 24 hours. */
+/** With the user's clock of 12 or 24 hours. */
 function newFormats() {
   const user = attempt(() => new Intl.DateTimeFormat(undefined, { hour: "numeric" }));
   const hourCycle = user?.resolvedOptions().hourCycle;
@@ -674,11 +672,7 @@ function moveReadMark(chat, userId, n) {
   if (before !== undefined) chat.members.set(userId, Math.max(before, n));
 }
 
-/**
- * Adds to the loaded messages. Those before a hole are dropped, and fetched again when
- * the user scrolls there.
- * @param {ChatView} chat @param {Message[]} messages
- */
+/** Drops those before a hole. @param {ChatView} chat @param {Message[]} messages */
 function merge(chat, messages) {
   const byN = new Map(chat.messages.map((message) => [message.n, message]));
   for (const message of messages)
@@ -1350,7 +1344,7 @@ const pane = {
     const row = box("messages").querySelector(target);
     if (!row) return this.scrollToEnd();
     const height = scroller.clientHeight;
-    // scrollIntoView could also scroll the page. A low screen has room for one message.
+    // scrollIntoView could also scroll the page.
     scroller.scrollTop += topOf(row) - Math.max(0, Math.min(height / 3, height - 150));
     this.follow = this.atEnd();
     this.remember();
@@ -1995,10 +1989,7 @@ function sendable(text) {
   return clean.replace(/^\s*\n/, "");
 }
 
-/**
- * Safari reports the Enter that ends a composition after its end, with the key code 229.
- * @param {KeyboardEvent} event
- */
+/** Safari reports its last Enter as key code 229. @param {KeyboardEvent} event */
 function isComposing(event) {
   return event.isComposing || event.keyCode === 229;
 }
@@ -2735,7 +2726,7 @@ addEventListener("hashchange", ({ oldURL }) => {
   if (!followLink(new URL(oldURL).hash)) route();
 });
 signedOut?.addEventListener("message", onSignedOutElsewhere);
-// If a keyboard covers a part of the page, as on iOS, the other part is the page.
+// As on iOS, a keyboard may cover a part of the page.
 const view = window.visualViewport;
 view?.addEventListener("resize", () => {
   if (view.scale > 1.01) return; // the user has zoomed in

@@ -1,7 +1,6 @@
 // @ts-check
 /**
- * text.js: the text of a message as nodes. Text is never markup. A node has all of its
- * text: the signs of code and quotes are hidden, but copied.
+ * text.js: a message as nodes. The signs of code and quotes are hidden, but copied.
  */
 import { say } from "./words.js";
 

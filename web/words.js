@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * words.js: what the page says, in one table per language, and the locale of its times
- * and numbers. `?lang=` in the address chooses the language, or else the browser does.
+ * words.js: what the page says, in one table per language. `?lang=` chooses the language,
+ * or else the browser does.
  */
 
 /** @typedef {string | Partial<Record<Intl.LDMLPluralRule, string>>} Words */
@@ -395,7 +395,7 @@ const ru = {
 
 /** @type {Record<string, Record<Key, Words>>} */
 export const TABLES = { en, ru };
-/** Letters and marks that turn the direction of the words around them. */
+/** Letters that turn the direction of their neighbours. */
 const TURNS =
   /[\p{Bidi_C}\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
 
