@@ -147,7 +147,7 @@ class UnsentMessages {
   settledElsewhere(key, value) {
     if (!this.#prefix || !key?.startsWith(this.#prefix)) return;
     const entry = this.find(key.slice(this.#prefix.length));
-    const rev = Number(value); // 0 if it was removed
+    const rev = Number(value); // 0: removed; NaN: written
     // The server tells of a message that is on its way.
     const waits = entry?.kind === "message" && entry.place !== "failed";
     const settled = rev >= 0 && !waits;
@@ -377,7 +377,7 @@ export class ChatWebSocket {
   #gapless = this.#cursor;
   /** The last list of chats has the events up to here. */
   #listedUpTo = -1;
-  /** Wait for #fetching. @type {LoggedEvent[] | null} */
+  /** Events that wait for #fetching. @type {LoggedEvent[] | null} */
   #held = null;
   /** @type {Promise<Snapshot> | null} */
   #fetching = null;
@@ -711,7 +711,6 @@ export class ChatWebSocket {
     return socket;
   }
 
-  /** @returns {Promise<string>} */
   async #socketToken() {
     if (!this.#token) return (await this.request("GET", "/api/v2/ws-token")).token;
     if (typeof this.#token === "string") {
@@ -792,7 +791,7 @@ export class ChatWebSocket {
   /** @param {any} data */
   #receive(data) {
     const frame = parseObject(data);
-    if (!frame) return; // not from chatd
+    if (!frame) return; // from a proxy
     this.#log?.log("WebSocket message:", frame);
     this.#receivedAt = now();
     this.#pongBy = Infinity;
@@ -816,7 +815,7 @@ export class ChatWebSocket {
     this.#connectedAt = now();
     this.#watchedAt = Date.now();
     this.#watchTimer = setInterval(() => this.#watch(), WATCH_SECONDS * 1000);
-    // A poll has brought a cursor: the events since are missing.
+    // If a poll has brought a cursor meanwhile, the events in between are missing.
     const missed = frame.resume === "fresh" && this.#cursor.seq >= 0;
     const resync = frame.resume === "resync" || missed;
     if (resync) this.#restartAt(frame.cursor);
@@ -827,13 +826,13 @@ export class ChatWebSocket {
     this.#sendWaiting();
   }
 
-  /** @param {TokenSource | undefined} token @returns {boolean} */
+  /** @param {TokenSource} [token] */
   #learnUserFrom(token) {
     const userId = typeof token === "string" ? userIdOf(token) : undefined;
     return userId === undefined || this.#acceptUser(userId);
   }
 
-  /** Another user ends it. @param {number} userId @returns {boolean} */
+  /** Another user than before ends it. @param {number} userId */
   #acceptUser(userId) {
     if (this.#userId === undefined) {
       this.#userId = userId;
@@ -896,7 +895,6 @@ export class ChatWebSocket {
     return seq < 0 ? null : `${epoch}.${seq}`;
   }
 
-  /** @returns {Promise<Snapshot>} */
   async #fetchChats() {
     this.#held = [];
     this.#newest.requestBegins();
@@ -1328,7 +1326,7 @@ function parseObject(text) {
   }
 }
 
-/** @param {string} token @returns {number | undefined} */
+/** @param {string} token */
 function userIdOf(token) {
   try {
     const part = (token.split(".")[1] ?? "").replace(/-/g, "+").replace(/_/g, "/");
@@ -1340,7 +1338,7 @@ function userIdOf(token) {
   }
 }
 
-/** @param {Response} answer @returns {Promise<any>} */
+/** @param {Response} answer */
 async function readAnswer(answer) {
   if (answer.status === 204) return null;
   const body = await answer.json().catch(() => null);
@@ -1368,7 +1366,7 @@ function now() {
   return performance.now();
 }
 
-/** @param {number} since @returns {number} */
+/** @param {number} since */
 function elapsed(since) {
   return (now() - since) / 1000;
 }
