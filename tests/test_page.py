@@ -92,7 +92,7 @@ def test_a_link_for_another_user_asks_before_the_tab_changes_its_user(
     expect(page.get_by_role("dialog")).to_have_count(0)
     page.goto(server.link(ben))
     question = page.get_by_role("dialog", name="Continue as Ben")
-    question.get_by_role("button", name="Stay as Anna").click()
+    question.get_by_role("button", name="Cancel").click()
     expect(page.locator("#me-name")).to_have_text("Anna")
     expect(field(page)).to_be_visible()
     page.goto(server.link(ben))
@@ -360,7 +360,7 @@ def test_an_invitation_that_does_not_count_is_explained(
     page.get_by_label("Your name").fill("Zora")
     for status, code, sentence, words in (
         (400, "bad_field", "member_ids: 9 members; at most 8", "at most 8 people"),
-        (403, "forbidden", "there are none here", "no invitations here"),
+        (403, "forbidden", "there are none here", "not allowed"),
         (429, "rate_limited", "too many at once: slow down", "cannot take this now"),
     ):
         body = {"error": {"code": code, "message": sentence}}
@@ -1116,7 +1116,7 @@ def test_errors_are_in_the_pages_own_words(
         (404, "not_found", "user_id: there is no such user", "no longer exists"),
         (429, "rate_limited", "too many at once: slow down", "cannot take this now"),
         (503, "overloaded", "the server is full", "cannot take this now"),
-        (418, "teapot", "short and stout", "It did not work (teapot)."),
+        (418, "teapot", "short and stout", "Something went wrong on the server. Try again later."),
     ):
         body = {"error": {"code": code, "message": sentence}}
         answer = functools.partial(refuse, status=status, body=body)

@@ -235,7 +235,7 @@ const REFUSALS = {
 function refusalText(code, detail) {
   const known = REFUSALS[code];
   if (known) return say(known);
-  if (code !== "bad_field") return say("otherError", { code });
+  if (code !== "bad_field") return say("serverError");
   if (/^(title|name)/.test(detail)) return say("badName");
   const most = /^(member_ids|user_id)/.test(detail) && maximumIn(detail);
   return most ? say("mostPeople", { most }) : say("notAccepted");
@@ -316,7 +316,10 @@ async function signInWith(token) {
     else if (await confirmSwitch(session, current)) saveAndStart(session);
     else start(current);
   } catch (error) {
-    signInFailed(token, error);
+    linkFailed(error);
+    // Without an answer the link may still be valid, so the button can try it again.
+    const { href } = new URL(`#token=${token}`, location.href);
+    if (!(/** @type {ChatError} */ (error).status)) field("sign-in-link").value = href;
   }
 }
 
@@ -334,21 +337,19 @@ async function confirmSwitch(session, current) {
   const name = userName(session);
   const me = userName(current);
   const [title, text] = [say("continueAs", { name }), say("continueAsText", { me, name })];
-  return ask(title, text, title, say("stayAs", { name: me }));
+  return ask(title, text);
 }
 
-/** @param {string} token @param {unknown} error */
-function signInFailed(token, error) {
+/** @param {unknown} error */
+function linkErrorText(error) {
   const { status } = /** @type {ChatError} */ (error);
-  linkFailed(status === 401 ? say("linkInvalid") : errorText(error));
-  // Without an answer the link may still be valid, so the button can try it again.
-  const { href } = new URL(`#token=${token}`, location.href);
-  if (!status) field("sign-in-link").value = href;
+  return status === 401 ? say("linkInvalid") : errorText(error);
 }
 
-/** @param {string} text */
-function linkFailed(text) {
+/** @param {unknown} error */
+function linkFailed(error) {
   const session = model.session ?? sessionToResume();
+  const text = linkErrorText(error);
   if (!session) return showSignIn("", text);
   toast(text);
   start(session);
@@ -474,7 +475,7 @@ async function openInvite(token) {
     showScreen("join");
     field("join-name").focus();
   } catch (error) {
-    linkFailed(inviteErrorText(error));
+    linkFailed(error);
   }
 }
 
@@ -486,14 +487,7 @@ function onJoinForm(event) {
     openChat(answer.chat_id);
     startFirst(answer);
   };
-  void submit("join-error", join, inviteErrorText);
-}
-
-/** @param {unknown} error */
-function inviteErrorText(error) {
-  const { status } = /** @type {ChatError} */ (error);
-  if (status === 401) return say("linkInvalid");
-  return status === 403 ? say("noInvites") : errorText(error);
+  void submit("join-error", join, linkErrorText);
 }
 
 /** @param {boolean} [revoke] the earlier links */
