@@ -60,7 +60,7 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** A browser would request the file for each icon, even without a network. */
+/** Or else a browser requests the file for each icon. */
 async function loadIcons() {
   const sprite = await fetch("web/icons.svg");
   document.body.insertAdjacentHTML("beforeend", await sprite.text());
@@ -122,13 +122,12 @@ function rowsOf(id) {
   return /** @type {HTMLElement[]} */ ([...box(id).children]);
 }
 
-/** So many pixels are left to scroll. @param {string} id */
+/** @param {string} id */
 function below(id) {
   const { scrollHeight, scrollTop, clientHeight } = box(id);
   return scrollHeight - scrollTop - clientHeight;
 }
 
-/** The end counts as visible from here on. */
 const END_MARGIN = 60;
 
 /** What the browser may forbid. @template Value @param {() => Value} get */
@@ -317,13 +316,13 @@ async function signInWith(token) {
     else start(current);
   } catch (error) {
     linkFailed(error);
-    // Without an answer the link may still be valid, so the button can try it again.
+    // Without an answer the link may still be valid.
     const { href } = new URL(`#token=${token}`, location.href);
     if (!(/** @type {ChatError} */ (error).status)) field("sign-in-link").value = href;
   }
 }
 
-/** The first of a tab. @param {Session} session */
+/** @param {Session} session */
 function startFirst(session) {
   const saved = readSession("localStorage");
   if (!saved || saved.user_id === session.user_id) return saveAndStart(session);
@@ -411,7 +410,7 @@ async function onSignOut() {
   endSession(say("signedOut") + (count ? ` ${say("draftsHere", { count })}` : ""));
 }
 
-/** Also its copy for the next visit. @param {string} reason */
+/** @param {string} reason */
 function endSession(reason) {
   const saved = readSession("localStorage");
   if (saved?.user_id === model.session?.user_id)
@@ -614,7 +613,7 @@ function putChat(received) {
     marks.set(user_id, Math.max(read_n, chat.members.get(user_id) ?? 0));
     hueOf(user_id, chat);
   }
-  // A large chat that the user was just added to says nothing of the user's mark.
+  // A large chat says nothing of a new member's mark.
   const mark = marks.get(myId()) ?? model.marks[id]?.read_n;
   const read_n = received.read_n ?? mark ?? (before ? 0 : last_n);
   Object.assign(chat, received, {
@@ -757,7 +756,7 @@ const handlers = {
     const text = say("notSentText", { text: failureText(delivery) });
     if (chat && chat === model.open) announce(text);
     else if (chat) toast(say("lastOf", { name: chatTitle(chat), text }));
-    // The user is no longer in this chat, so the page cannot show the failed message.
+    // No page can show it in a chat that the user has left.
     else if (model.chatsLoaded) model.client?.discard(client_id);
   },
 };
@@ -1054,7 +1053,7 @@ function renderLists() {
   showRows(box("chat-list"), chats.map(chatRow));
   showRows(box("bell-list"), news.map(chatRow));
   box("bell-empty").hidden = news.length > 0;
-  // Phones allow notifications only from service workers, and chatd has none.
+  // Phones allow them only from service workers.
   const phone = matchMedia("(pointer: coarse)").matches;
   const permission = phone ? "" : window.Notification?.permission;
   button("notify").hidden = permission !== "default";
@@ -1207,9 +1206,7 @@ function hueOf(id, chat) {
  * its sizes stay, the user did it; else the pane scrolls back.
  * ---------------------------------------------------------------------------------- */
 
-/** Messages are fetched when they are this many pixels away. */
 const HISTORY_MARGIN = 500;
-/** A message is seen when this many pixels of it are on the screen. */
 const SEEN_PIXELS = 24;
 
 const scroller = box("scroller");
@@ -1774,7 +1771,7 @@ function onTouch(event) {
   if (!row || !isTouchOfText(event)) return;
   longTouch = after(0.5, () => {
     openActions(row);
-    // Or else the menu would close when the finger is lifted outside of it.
+    // Or else the lifted finger would close the menu.
     box("menu").setPointerCapture(event.pointerId);
   });
 }
@@ -2668,7 +2665,6 @@ function onShortcut(event) {
     event.preventDefault();
     if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
   }
-  // These close by themselves.
   if (document.querySelector("dialog[open], :popover-open")) return;
   if (key === "Escape" && model.open) location.hash = "#chats";
   if (key === "?" && !target.matches("input, textarea")) dialog("keys").showModal();
@@ -2700,7 +2696,7 @@ for (const [what, handle] of Object.entries(LISTENERS)) {
 // The focus stays in the field, or else a phone would close its keyboard.
 for (const id of ["send", "jump", "edit-cancel"])
   box(id).addEventListener("mousedown", (event) => event.preventDefault());
-// A choice closes its panel: first, so that the focus is back when its handler moves it.
+// A choice closes its panel before its own handler moves the focus.
 const closeAround = (/** @type {any} */ { target }) => {
   const choice = target.closest("#me-panel button, #bell-list a, #menu button");
   choice?.closest("[popover]").hidePopover();
@@ -2708,7 +2704,7 @@ const closeAround = (/** @type {any} */ { target }) => {
 };
 document.addEventListener("click", closeAround, true);
 document.addEventListener("keydown", onShortcut);
-// Renders at once: a tab that is hidden now may never get the requested frame.
+// At once: a hidden tab may never get the requested frame.
 document.addEventListener("visibilitychange", onWatched);
 addEventListener("focus", onWatched);
 addEventListener("beforeunload", onBeforeUnload);

@@ -18,7 +18,7 @@ export type ChatEvents = import("./protocol.js").ChatEvents;
 export type Delivery = import("./protocol.js").Delivery;
 export type Message = import("./protocol.js").Message;
 export type State = import("./protocol.js").State;
-/** `status` is the HTTP status, or 0 if `code` is "unreachable". */
+/** `status`: of HTTP, or 0 */
 export declare class ChatError extends Error {
     status: number;
     code: string;

@@ -50,7 +50,7 @@ const FINAL_REFUSALS = new Set([
   "unknown_type",
 ]);
 
-/** `status` is the HTTP status, or 0 if `code` is "unreachable". */
+/** `status`: of HTTP, or 0 */
 export class ChatError extends Error {
   /**
    * @param {number} status @param {string} code @param {string} message
@@ -65,10 +65,7 @@ export class ChatError extends Error {
   }
 }
 
-/**
- * Tabs share the storage. The server stores a message once, even if two tabs send it.
- * But a change that is repeated could undo a later one.
- */
+/** Of all tabs. A change that two of them send could undo a later one. */
 class UnsentMessages {
   /** Oldest first. @type {Unsent[]} */
   entries = [];
@@ -714,7 +711,7 @@ export class ChatWebSocket {
   async #socketToken() {
     if (!this.#token) return (await this.request("GET", "/api/v2/ws-token")).token;
     if (typeof this.#token === "string") {
-      // A browser does not say why a handshake was refused, but a request does.
+      // A refused handshake does not say why, but a request does.
       if (this.#tokenInDoubt) await this.request("GET", "/api/v1/me").catch(() => {});
       return this.#token;
     }
