@@ -294,6 +294,10 @@ def test_notifications_are_offered_once_to_a_user_who_comes_back(
     expect(bubbles(page)).to_have_text(["Hello"])
     expect(page.locator(".toast")).to_have_count(0)
     miss(page, "Hello Anna")
+    place, newest = offer.bounding_box(), bubbles(page).last.bounding_box()
+    assert place
+    assert newest
+    assert place["y"] + place["height"] < newest["y"], "it covers no new message"
     offer.get_by_role("button", name="Turn on").click()
     expect(offer).to_have_count(0)
     expect(field(page)).to_be_focused()
@@ -302,9 +306,9 @@ def test_notifications_are_offered_once_to_a_user_who_comes_back(
     miss(page, "Are you there?")
     expect(page.locator(".toast")).to_have_count(0)
     page.locator("#bell").click()  # it is still possible there
-    page.get_by_role("button", name="Turn on desktop").focus()
+    page.get_by_role("button", name="Turn on").focus()
     page.keyboard.press("Enter")
-    expect(page.get_by_role("button", name="Turn on desktop")).to_be_hidden()
+    expect(page.get_by_role("button", name="Turn on")).to_be_hidden()
     expect(page.locator("#bell")).to_be_focused()
     assert chromium.console.count("asked") == 2
     page.close()  # it would read what the phone misses
@@ -472,7 +476,7 @@ def test_the_button_of_the_banner_takes_no_focus_with_it(
     page.route(re.compile("/api/"), lambda route: route.abort())
     relay.cut(1011, block=True)
     page.clock.run_for(5_100)
-    retry = page.get_by_role("button", name="Try now")
+    retry = page.get_by_role("button", name="Try again")
     retry.focus()
     page.keyboard.press("Enter")
     expect(retry).to_be_focused()
@@ -505,7 +509,7 @@ def test_a_user_changes_the_name_and_signs_in_on_a_second_device(
     expect(name).to_have_value("Anna")
     name.fill(" \u200b ")
     name.press("Enter")
-    expect(dialog).to_contain_text("Give a name that the others can read.")
+    expect(dialog).to_contain_text("Choose a name that others can read.")
     expect(name).to_be_focused()
     page.route(re.compile("/api/v1/me$"), lambda route: route.abort())
     name.fill("Anna Maria")
@@ -527,7 +531,7 @@ def test_a_user_changes_the_name_and_signs_in_on_a_second_device(
     page.get_by_role("button", name="Sign in on another device").click()
     dialog = page.get_by_role("dialog", name="Sign in on another device")
     expect(dialog).to_contain_text("within 10 minutes")
-    expect(dialog).to_contain_text("signed in as you")
+    expect(dialog).to_contain_text("signs in as you")
     copy = dialog.get_by_role("button", name="Copy")
     expect(copy).to_be_focused()
     copy.click()

@@ -101,7 +101,7 @@ def test_a_search_finds_chats_and_messages_in_all_chats_or_in_one(
     search(page, "CAFE")
     expect(results(page)).to_have_count(2)
     status = page.get_by_role("status").and_(page.locator("#search-status"))
-    expect(status).to_have_text("2 messages found.")
+    expect(status).to_have_text("Messages found: 2.")
     expect(results(page).locator(".row-title")).to_have_text(
         ["Zoltán Kiss", "BenTea & Чай"]
     )
@@ -116,11 +116,11 @@ def test_a_search_finds_chats_and_messages_in_all_chats_or_in_one(
     text.fill("чай")
     expect(results(page)).to_have_count(2)  # the chat, and the message
     expect(results(page).locator("mark")).to_have_text(["ЧАЙ"])
-    page.get_by_role("checkbox", name="Only in this chat").check()
+    page.get_by_role("checkbox", name="Search in this chat").check()
     expect(results(page)).to_have_count(0)
     expect(page.locator("#search-status")).to_have_text("No messages found.")
     text.fill("coffee no")
-    expect(page.locator("#search-status")).to_have_text("1 message found.")
+    expect(page.locator("#search-status")).to_have_text("Messages found: 1.")
     expect(results(page).locator("mark")).to_have_text(["No", "coffee"])
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Search in this chat").click()
@@ -142,7 +142,7 @@ def test_a_search_goes_on_to_its_end_and_can_be_used_with_the_keyboard(
     status = page.locator("#search-status")
     # A page has 50 messages, or less if the server is busy.
     expect(status).to_contain_text(
-        re.compile(r"\d+ messages? found\. Searched back to")
+        re.compile(r"Messages found: \d+\. Searched back to")
     )
     expect(results(page).nth(2)).to_be_attached()
     links = [f"#chat/{chat}/{one}" for one in reversed(ids)]
@@ -155,7 +155,7 @@ def test_a_search_goes_on_to_its_end_and_can_be_used_with_the_keyboard(
     def go_to_the_end(count: int) -> None:
         def is_complete() -> bool:
             page.locator("#search-list").evaluate("(list) => list.scrollTo(0, 1e6)")
-            return status.inner_text() == f"{count} messages found."
+            return status.inner_text() == f"Messages found: {count}."
 
         until(is_complete)
 
@@ -272,7 +272,7 @@ def test_an_address_of_a_message_that_is_not_there_is_explained(
     anna, ben, chat, _ = garden
     other = server.post(server.create_chat(ben, server.add_user("Cleo")), ben, "No")
     page = sign_in(chromium.context(), server.link(anna))
-    toast = page.locator(".toast", has_text="not there any more")
+    toast = page.locator(".toast", has_text="no longer exists")
     address = f"#chat/{chat}/{other['id']}"
     page.evaluate("(hash) => { location.hash = hash; }", address)
     expect(toast).to_be_visible()
@@ -313,7 +313,7 @@ def test_results_follow_what_happens_and_a_search_survives_the_network(
     expect(texts).to_have_text(["Spade 4", "Spade 3", "Spade 2", "Spade 1"])
     server.request("DELETE", f"/api/v1/messages/{ids[1]}")
     expect(texts).to_have_text(["Spade 4", "Spade 3", "Spade 1"])
-    expect(page.locator("#search-status")).to_have_text("3 messages found.")
+    expect(page.locator("#search-status")).to_have_text("Messages found: 3.")
     edit = {"content": "Spade three"}
     server.request("PATCH", f"/api/v1/messages/{ids[2]}", edit)
     expect(texts).to_have_text(["Spade 4", "Spade three", "Spade 1"])

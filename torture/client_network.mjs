@@ -1,17 +1,20 @@
 /**
- * ChatWebSocket keeps its promise, whatever the network does.
+ * ChatWebSocket and the drafts keep their promises, whatever the network does.
  *
  *     node --experimental-vm-modules torture/client_network.mjs [SCENARIOS] [FIRST SEED]
  *
  * A scenario has one user with up to four tabs, and a simulated server. Each tab runs
- * the real chat-websocket.js in a realm of its own, which can end at any moment. The
- * server keeps an event log and stores each client_id once, as chatd does. Time is
- * virtual and all random choices come from the seed, so a scenario that fails can be
- * repeated. In a scenario,
+ * the real chat-websocket.js and drafts.js in a realm of its own, which can end at any
+ * moment, also between two writes to storage. The server keeps an event log and stores
+ * each client_id once, as chatd does. Time is virtual and all random choices come from
+ * the seed, so a scenario that fails can be repeated. In a scenario,
  *
  * - sockets are refused, and closed with any code;
  * - answers are late, come twice, or are lost before or after they take effect;
- * - messages are refused for a while;
+ * - messages are refused for a while, or for good: then the user sends them again, drops
+ *   them, or takes them back into the field;
+ * - the user writes into the field of a tab, and sends or erases it there or in another;
+ * - the user signs out in a tab and comes back;
  * - the server is away for a while, or has another epoch, as after a restore;
  * - tabs are closed and opened, storage is full, and the clock jumps by hours;
  * - a service sends messages in the user's name, and other devices mark some as read;
@@ -22,23 +25,30 @@
  *
  * - each tab receives each message once and in order of n, or a resync;
  * - no answer of the server is ignored;
- * - each message that a tab has written is stored once, in the order of writing, even
- *   if the tab has closed (but it may be lost if the tab closed and storage was full);
+ * - each text that the user has typed is at any time in a draft, unsent or stored, until
+ *   the user erases it or is told its fate, even if the tab has closed (but a text that
+ *   is in memory only, since storage is full, is lost with its tab);
+ * - each text that the user has sent is stored once, in the order of writing, and then no
+ *   tab shows it as a draft (but if the tab ends between the two writes of sending, it
+ *   stays a draft, too); a draft is never sent by itself;
  * - each tab that counts by the rule of docs/protocol.md has read what the server says
  *   that the user has read: never more, and in the end no less;
  * - each tab shows each message as the server has it. A tab takes what an event or an
  *   answer says as it is: the client applies the rule of rev;
  * - each edit and deletion ends: it is stored, refused for good, or replaced by a later
- *   one. An edit with if_rev never undoes a later one;
+ *   one, even if the tab has closed. None that is reported as sent is lost. An edit with
+ *   if_rev never undoes a later one;
  * - at the end, no unsent message is left in storage.
  */
 import { readFileSync } from "node:fs";
 import vm from "node:vm";
 
-const SOURCE = readFileSync(
-  new URL("../web/chat-websocket.js", import.meta.url),
-  "utf8",
+const [CLIENT, DRAFTS] = ["chat-websocket.js", "drafts.js"].map((name) =>
+  readFileSync(new URL(`../web/${name}`, import.meta.url), "utf8"),
 );
+/** The compiled scripts, by source. */
+const COMPILED = new Map();
+const DRAFT_KEY = "chatd.draft.1.1";
 const TOKEN = `h.${Buffer.from('{"user_id":1}').toString("base64url")}.s`;
 
 /** mulberry32: random numbers from 0 to 1, the same for each seed. */
@@ -52,6 +62,46 @@ function randomFrom(seed) {
   };
 }
 
+/** What has become of each text that the user has typed. */
+class Texts {
+  /** text -> "draft", "sent", or "told": the user knows that it is gone. */
+  fates = new Map();
+  /**
+   * Those that did not fit into storage, or that were sent before the client knew the
+   * user: a tab may take them along when it closes.
+   */
+  inMemoryOnly = new Set();
+  /** Those that were refused by the server for good: they are out of order. */
+  refused = new Set();
+  /** A tab has ended between two writes: a text may be in the draft and unsent, too. */
+  torn = new Set();
+  /** The tab in which the user has dealt with a refused message, by client_id. */
+  dealtIn = new Map();
+
+  /** @returns {string[]} those that are nowhere, without the user's knowledge */
+  lost(server, storage) {
+    const known = new Set(server.stored.map(({ content }) => content));
+    for (const item of storage.items.values()) known.add(textIn(item));
+    for (const tab of storage.tabs.filter(({ alive }) => alive)) {
+      known.add(tab.field);
+      tab.client.unsent(1).forEach(({ content }) => known.add(content));
+    }
+    return [...this.fates.keys()].filter(
+      (text) =>
+        this.fates.get(text) !== "told" &&
+        !known.has(text) &&
+        !this.inMemoryOnly.has(text),
+    );
+  }
+}
+
+/** The text of a draft or of an unsent message in storage. */
+function textIn(item = "null") {
+  if (!item.startsWith("{")) return undefined;
+  const { text, content } = JSON.parse(item);
+  return text ?? content;
+}
+
 /** Virtual time, chance, and the faults that the network and the server have now. */
 class World {
   time = 0;
@@ -63,8 +113,11 @@ class World {
   storageFull = false;
   httpLoss = 0;
   refusals = 0;
+  /** Refusals for good. */
+  finalRefusals = 0;
   /** Claims that do not hold. @type {string[]} */
   broken = [];
+  texts = new Texts();
 
   constructor(seed) {
     this.random = randomFrom(seed);
@@ -105,6 +158,8 @@ class Server {
   epoch = "e0";
   seq = 0;
   events = [];
+  /** The messages as they were sent. */
+  stored = [];
   /** The messages as they are now, by id. */
   messages = new Map();
   readN = 0;
@@ -113,13 +168,6 @@ class Server {
 
   constructor(world) {
     this.world = world;
-  }
-
-  /** The messages as they were sent. */
-  get stored() {
-    return this.events.flatMap(({ type, message }) =>
-      type === "new_message" ? message : [],
-    );
   }
 
   /** The state of the chat that its list has. */
@@ -167,6 +215,7 @@ class Server {
     if (message.deleted) return content === null ? undefined : "deleted";
     if (message.content === content) return undefined;
     if (if_rev !== undefined && if_rev !== (message.rev ?? id)) return "changed";
+    this.#noteChange(id, content);
     const rev = this.seq + 1;
     const state =
       content === null ? { content: "", deleted: true } : { content, edited_at: "" };
@@ -174,6 +223,22 @@ class Server {
     const type = content === null ? "message_deleted" : "message_edited";
     this.log({ type, message: { id } });
     return undefined;
+  }
+
+  /** The edits that were ever stored, as `ID TEXT`, and the ids of deleted messages. */
+  edits = new Set();
+  deletions = new Set();
+  /** When the last edit was written of each message that one tab edits. */
+  #writtenAt = new Map();
+
+  #noteChange(id, content) {
+    if (content === null) this.deletions.add(id);
+    else this.edits.add(`${id} ${content}`);
+    const [, at] = / has it at (.*)$/.exec(content ?? "") ?? [];
+    if (!hasOwner(id) || !at) return;
+    if (Number(at) < (this.#writtenAt.get(id) ?? 0))
+      this.world.broken.push(`an edit of ${id} undoes a later one`);
+    this.#writtenAt.set(id, Number(at));
   }
 
   /** A restore: half of the changes never happened. The messages stay. */
@@ -217,6 +282,7 @@ class Server {
     const isNext = this.readN === n - 1;
     const unread = own && service && !isNext ? { read: false } : {};
     this.messages.set(id, message);
+    this.stored.push(message);
     this.log({ type: "new_message", message, ...unread });
     if (own && isNext) this.readN = n;
     else if (own && !service) this.mark(id);
@@ -237,6 +303,15 @@ class Server {
     if (!this.world.chance(this.world.refusals)) return null;
     const code = this.world.pick(["rate_limited", "storage_failed"]);
     return { code, message: "later", retry_after: this.world.random() * 2 };
+  }
+
+  /** A message may also be refused for good, but not if it is stored already. */
+  refusalOfMessage({ content, client_id }) {
+    const { world } = this;
+    if (this.byClientId.has(client_id) || !world.chance(world.finalRefusals))
+      return this.refusal();
+    world.texts.refused.add(content);
+    return { code: "forbidden", message: "no" };
   }
 
   /** Handles an HTTP request. Returns [status, body]. */
@@ -266,8 +341,8 @@ class Server {
       case "/api/v1/events":
         return [200, this.poll(url.searchParams.get("cursor"))];
       case "/api/v1/chats/1/messages": {
-        const error = this.refusal();
-        if (error) return [429, { error }];
+        const error = this.refusalOfMessage(body);
+        if (error) return [error.code === "forbidden" ? 403 : 429, { error }];
         return [201, this.store(1, body.content, body.client_id)];
       }
       default: {
@@ -331,7 +406,10 @@ class Connection {
     if (type === "ping") this.send({ type: "pong" });
     const changes = type === "edit_message" || type === "delete_message";
     if (!changes && type !== "send_message" && type !== "mark_read") return;
-    const refusal = this.server.refusal();
+    const isMessage = type === "send_message";
+    const refusal = isMessage
+      ? this.server.refusalOfMessage({ content, client_id })
+      : this.server.refusal();
     if (refusal) {
       // chatd 1.0 repeats only the ref. Either one must be enough.
       const name = client_id && this.world.chance(0.5) ? { client_id } : { ref };
@@ -371,29 +449,42 @@ class SharedStorage {
     this.world = world;
   }
 
+  #change(tab, key, newValue) {
+    const { items, world } = this;
+    const oldValue = items.get(key) ?? null;
+    tab.write();
+    if (world.storageFull && newValue?.length > (oldValue?.length ?? 0)) {
+      world.texts.inMemoryOnly.add(textIn(newValue));
+      throw new Error("QuotaExceededError");
+    }
+    if (newValue === null) items.delete(key);
+    else items.set(key, newValue);
+    for (const other of this.tabs.filter((one) => one !== tab)) {
+      const notify = () => other.dispatch("storage", { key, oldValue, newValue });
+      other.eventsUntil = Math.max(other.eventsUntil, world.time + world.random() * 10);
+      world.after(other.eventsUntil - world.time, notify, other);
+    }
+  }
+
   /** The localStorage object of one tab. */
   for(tab) {
-    const { items, world } = this;
-    const change = (key, newValue) => {
-      if (newValue === null) items.delete(key);
-      else items.set(key, newValue);
-      for (const other of this.tabs.filter((one) => one !== tab)) {
-        const notify = () => other.dispatch("storage", { key, newValue });
-        world.after(world.random() * 10, notify, other);
-      }
-    };
-    return {
+    const { items } = this;
+    const methods = {
       get length() {
         return items.size;
       },
       key: (i) => [...items.keys()][i] ?? null,
       getItem: (key) => items.get(key) ?? null,
-      setItem: (key, value) => {
-        if (world.storageFull) throw new Error("QuotaExceededError");
-        change(key, value);
-      },
-      removeItem: (key) => change(key, null),
+      setItem: (key, value) => this.#change(tab, key, value),
+      removeItem: (key) => this.#change(tab, key, null),
     };
+    return new Proxy(methods, {
+      ownKeys: () => [...items.keys()],
+      getOwnPropertyDescriptor: (_, key) =>
+        items.has(key)
+          ? { value: items.get(key), enumerable: true, configurable: true }
+          : undefined,
+    });
   }
 }
 
@@ -410,8 +501,15 @@ class Tab {
   marked = 0;
   /** The received messages: n -> id. */
   ids = new Map();
+  /** The texts that were sent here, in order. */
   written = [];
   deliveries = new Map();
+  /** The text in the field of the open chat. */
+  field = "";
+  /** Storage events arrive in order. This is when the last one does. */
+  eventsUntil = 0;
+  /** The tab ends before it has written to storage this often; null: it does not. */
+  writesLeft = null;
   /** The messages that this tab shows: id -> message. */
   shown = new Map();
   /** The state of each edit and deletion, by client_id. */
@@ -421,11 +519,24 @@ class Tab {
 
   constructor(world, server, storage) {
     Object.assign(this, { world, server, storage, name: storage.tabs.length });
+    this.localStorage = storage.for(this);
     storage.tabs.push(this);
   }
 
+  /** Before each write to storage: at some of them, the tab ends. */
+  write() {
+    if (this.writesLeft === 0) this.alive = false;
+    if (!this.alive) throw new Error("The tab has ended.");
+    if (this.writesLeft !== null) this.writesLeft -= 1;
+  }
+
   dispatch(type, event) {
-    this.#listeners.get(type)?.forEach((listener) => listener(event));
+    this.#listenersOf(type).forEach((listener) => listener(event));
+  }
+
+  #listenersOf(type) {
+    if (!this.#listeners.has(type)) this.#listeners.set(type, new Set());
+    return this.#listeners.get(type);
   }
 
   async open() {
@@ -434,15 +545,28 @@ class Tab {
     const initializeImportMeta = (meta) => {
       meta.url = "http://chat.example/web/chat-websocket.js";
     };
-    const module = new vm.SourceTextModule(SOURCE, { context, initializeImportMeta });
-    await module.link(() => {});
-    await module.evaluate();
+    const load = async (source) => {
+      const cachedData = COMPILED.get(source);
+      const options = { context, initializeImportMeta, ...(cachedData && { cachedData }) };
+      const module = new vm.SourceTextModule(source, options);
+      if (!cachedData) COMPILED.set(source, module.createCachedData());
+      await module.link(() => {});
+      await module.evaluate();
+      return module.namespace;
+    };
+    const { ChatWebSocket } = await load(CLIENT);
+    const { Drafts } = await load(DRAFTS);
+    this.drafts = new Drafts(this.localStorage, () => 1);
+    this.field = this.drafts.get(1);
+    this.#listenersOf("storage").add((event) => {
+      this.field = this.drafts.follow(event, 1, this.field);
+    });
     const source = this.world.pick(["bearer", "token", "function"]);
     const options = source === "bearer" ? { bearer: TOKEN } : {};
     const log = (text) => {
       if (text.includes("No answer")) this.world.broken.push("an answer was ignored");
     };
-    this.client = new module.namespace.ChatWebSocket({ log: { log }, ...options });
+    this.client = new ChatWebSocket({ log: { log }, ...options });
     this.#listen();
     if (source === "bearer") {
       this.fetchChats();
@@ -488,9 +612,18 @@ class Tab {
       if (last_message) this.shown.set(last_message.id, last_message);
       this.load({});
     });
-    client.on("delivery", ({ kind, client_id, content, state, message, code }) => {
+    client.on("delivery", (delivery) => {
+      const { kind, client_id, message_id, content, state, message, code } = delivery;
+      const { broken, texts } = this.world;
       if (kind === "message") this.deliveries.set(content, state);
       else this.changes.set(client_id, code ?? state);
+      if (kind === "message" && state === "discarded" && this.signsOut)
+        texts.fates.set(content, "told");
+      if (kind === "edit" && state === "sent")
+        if (!this.server.edits.has(`${message_id} ${content}`))
+          broken.push(`the lost edit ${content} is reported as sent`);
+      if (kind === "delete" && state === "sent" && !this.server.deletions.has(message_id))
+        broken.push(`the lost deletion of ${message_id} is reported as sent`);
       if (kind !== "message" && code) client.discard(client_id);
       if (kind === "edit" && message && this.shown.has(message.id))
         this.shown.set(message.id, message);
@@ -515,7 +648,8 @@ class Tab {
     if (hasOwner(id)) {
       if (!this.server.ownedBy(id, this)) return;
       const edit = this.client.editMessage(id, text, { ifRev: rev });
-      this.lastEdits.set(id, { text, edit, epoch: this.epoch });
+      const kept = [...this.storage.items.values()].some((one) => textIn(one) === text);
+      if (this.alive || kept) this.lastEdits.set(id, { text, edit, epoch: this.epoch });
     } else if (world.chance(0.3)) this.client.deleteMessage(id);
     else this.client.editMessage(id, text, world.chance(0.5) ? { ifRev: rev } : {});
   }
@@ -540,17 +674,91 @@ class Tab {
     this.marked = Math.max(this.marked, n);
   }
 
-  write(content) {
-    this.written.push(content);
-    this.client.send(1, content);
+  /** The user writes a text into the field, or erases what is there. */
+  type(text) {
+    const { fates } = this.world.texts;
+    const before = this.field;
+    this.#replaceDraft(() => this.drafts.set(1, text));
+    if (!this.alive) return; // the text was not typed
+    if (fates.get(before) === "draft") fates.set(before, "told");
+    this.field = text;
+    if (text) fates.set(text, "draft");
+  }
+
+  /** The user sends what is in the field, or erases it if it was sent already. */
+  enter() {
+    const { fates, torn, inMemoryOnly } = this.world.texts;
+    const text = this.field;
+    if (!text || !this.alive) return;
+    const inChat = [...this.server.stored, ...this.client.unsent(1)];
+    const isThere = inChat.some(({ content }) => content === text);
+    if (isThere || fates.get(text) === "sent") {
+      this.type("");
+      fates.set(text, "sent");
+      return;
+    }
+    if (this.client.userId === undefined) inMemoryOnly.add(text);
+    this.#replaceDraft(() => this.drafts.send(this.client, 1, text));
+    const unsent = [...this.storage.items].some(
+      ([key, item]) => key !== DRAFT_KEY && textIn(item) === text,
+    );
+    if (!this.alive) torn.add(text);
+    if (!this.alive && !unsent) return; // it is still a draft
+    fates.set(text, "sent");
+    this.field = "";
+    this.written.push(text);
+  }
+
+  /**
+   * All tabs show one draft of a chat. If storage was full, a tab may show another text:
+   * what the user does there replaces the draft in storage.
+   */
+  #replaceDraft(task) {
+    const { fates } = this.world.texts;
+    const stored = textIn(this.storage.items.get(DRAFT_KEY));
+    task();
+    const replaced = stored !== textIn(this.storage.items.get(DRAFT_KEY));
+    if (replaced && stored !== this.field && fates.get(stored) === "draft")
+      fates.set(stored, "told");
+  }
+
+  /** The user deals with a message that was refused for good. */
+  dealWithRefused() {
+    const { fates, torn, dealtIn } = this.world.texts;
+    const failed = this.client.unsent(1).find(({ state }) => state === "failed");
+    if (!failed) return;
+    const { client_id, content } = failed;
+    if (!dealtIn.has(client_id)) dealtIn.set(client_id, this);
+    if (dealtIn.get(client_id) !== this) return;
+    const choice = this.world.pick(["resend", "discard", "take back"]);
+    if (choice === "resend") this.client.resend(client_id);
+    else if (choice === "discard") {
+      fates.set(content, "told");
+      this.client.discard(client_id);
+    } else if (this.field === "") {
+      this.drafts.takeBack(this.client, failed);
+      if (!this.alive) torn.add(content);
+      const kept = textIn(this.storage.items.get(DRAFT_KEY)) === content;
+      if (this.alive || kept) fates.set(content, "draft");
+      this.field = content;
+    }
+  }
+
+  /** The user signs out here: each tab drops what it has not sent, and ends. */
+  signOut() {
+    for (const tab of this.storage.tabs.filter(({ alive }) => alive)) {
+      const end = () => {
+        tab.signsOut = true;
+        tab.client.forget();
+        tab.alive = false;
+      };
+      if (tab === this) end();
+      else this.world.after(this.world.random() * 10, end, tab);
+    }
   }
 
   #globals() {
-    const { world, storage } = this;
-    const listenersOf = (type) => {
-      if (!this.#listeners.has(type)) this.#listeners.set(type, new Set());
-      return this.#listeners.get(type);
-    };
+    const { world } = this;
     const every = (milliseconds, task, id = ++world.lastTimer) => {
       const tick = () => (every(milliseconds, task, id), task());
       world.timers.set(id, {
@@ -577,9 +785,9 @@ class Tab {
       setInterval: (task, milliseconds) => every(milliseconds, task),
       clearTimeout: cancel,
       clearInterval: cancel,
-      addEventListener: (type, listener) => listenersOf(type).add(listener),
-      removeEventListener: (type, listener) => listenersOf(type).delete(listener),
-      localStorage: storage.for(this),
+      addEventListener: (type, listener) => this.#listenersOf(type).add(listener),
+      removeEventListener: (type, listener) => this.#listenersOf(type).delete(listener),
+      localStorage: this.localStorage,
       navigator: { onLine: true },
       reportError: (error) => world.broken.push(`a listener threw ${error.stack}`),
       fetch: (url, options) => this.#fetch(new URL(url), options),
@@ -592,6 +800,7 @@ class Tab {
     const { world, server } = this;
     const slow = world.chance(0.1) ? 4000 : 200;
     return new Promise((resolve, reject) => {
+      if (!this.alive) return;
       const lost = () => reject(new TypeError("Failed to fetch"));
       signal.addEventListener("abort", lost);
       const arrive = () => {
@@ -634,6 +843,7 @@ class Tab {
       }
 
       send(text) {
+        if (!tab.alive) return;
         const connection = this.#connection;
         this.#last = Math.max(this.#last, world.time) + world.random() * 30;
         world.after(
@@ -671,12 +881,18 @@ async function play(seed) {
   const server = new Server(world);
   const storage = new SharedStorage(world);
   const openTab = () => new Tab(world, server, storage).open();
+  /** An open tab. It may end within what the user does there now. */
+  const pickTab = () => {
+    const tab = world.pick(storage.tabs.filter(({ alive }) => alive));
+    if (world.chance(0.04)) tab.writesLeft = world.pick([0, 1, 2]);
+    return tab;
+  };
   const mayFill = world.chance(0.3);
-  let wasFull = false;
   await openTab();
   for (let step = 0; step < 150; step++) {
+    if (!storage.tabs.some((tab) => tab.alive)) await openTab();
     const alive = storage.tabs.filter((tab) => tab.alive);
-    switch (Math.floor(world.random() * 25)) {
+    switch (Math.floor(world.random() * 27)) {
       case 0:
         server.cut(world.pick([1006, 1012, 1013, 4008, 4401]));
         break;
@@ -689,15 +905,19 @@ async function play(seed) {
         break;
       case 3:
         world.refusals = world.pick([0, 0, 0.3, 0.7]);
+        world.finalRefusals = world.pick([0, 0, 0.3]);
         break;
       case 4:
         world.serverAway = world.chance(0.4);
         if (world.serverAway) server.cut(world.pick([1006, 1012]));
         break;
-      case 5:
-        if (world.chance(0.5)) world.pick(alive).alive = false;
-        if (!storage.tabs.some((tab) => tab.alive)) await openTab();
+      case 5: {
+        const tab = world.pick(alive);
+        if (world.chance(0.4)) tab.alive = false;
+        else if (world.chance(0.3)) tab.writesLeft = world.pick([0, 1, 2, 3, 4]);
+        else if (world.chance(0.2)) tab.signOut();
         break;
+      }
       case 6:
         if (alive.length < 4) await openTab();
         break;
@@ -714,13 +934,12 @@ async function play(seed) {
         break;
       case 10:
         world.storageFull = mayFill && world.chance(0.5);
-        wasFull ||= world.storageFull;
         break;
       case 11:
         server.store(1, `from a service, ${step}`, undefined, true);
         break;
       case 12:
-        world.pick(alive).mark();
+        pickTab().mark();
         break;
       case 13:
         // Another device marks a message as read.
@@ -729,7 +948,7 @@ async function play(seed) {
       case 14:
       case 15:
       case 16:
-        world.pick(alive).change();
+        pickTab().change();
         break;
       case 17: {
         // Another user, or another device.
@@ -750,30 +969,49 @@ async function play(seed) {
         break;
       }
       case 20:
-        world.pick(alive).fetchChats();
+        pickTab().fetchChats();
         break;
-      default:
-        world.pick(alive).write(`${step}`);
+      case 21:
+        pickTab().type(world.chance(0.8) ? `draft ${step}` : "");
+        break;
+      case 22:
+        pickTab().dealWithRefused();
+        break;
+      default: {
+        const tab = pickTab();
+        if (tab.field === "" || world.chance(0.5)) tab.type(`${step}`);
+        tab.enter();
+      }
     }
-    await world.pass(world.pick([1, 50, 500, 3000, 9000]));
+    // Within 10 ms, the other tabs know of a draft. The user is slower.
+    await world.pass(world.pick([11, 50, 500, 3000, 9000]));
+    for (const text of world.texts.lost(server, storage)) {
+      world.broken.push(`the text ${text} is lost`);
+      world.texts.fates.set(text, "told");
+    }
   }
   Object.assign(world, {
     socketsBlocked: false,
     serverAway: false,
     storageFull: false,
   });
-  Object.assign(world, { httpLoss: 0, refusals: 0 });
-  await world.pass(120_000);
+  Object.assign(world, { httpLoss: 0, refusals: 0, finalRefusals: 0 });
+  for (const tab of storage.tabs) tab.writesLeft = null;
+  if (!storage.tabs.some((tab) => tab.alive)) await openTab();
+  await world.pass(60_000); // until what closed tabs have left is adopted
+  for (const { client } of storage.tabs.filter(({ alive }) => alive))
+    client.unsent(1).forEach(({ client_id }) => client.resend(client_id));
+  await world.pass(60_000);
   // Only events can tell the tabs of these.
   server.store(2, "the last but one");
   server.store(1, "the last, from a service", undefined, true);
   if (world.chance(0.5)) server.mark(server.stored.at(-2).id);
   await world.pass(60_000);
-  return [...world.broken, ...brokenAtEnd(server, storage, wasFull)];
+  return [...world.broken, ...brokenAtEnd(world, server, storage)];
 }
 
 /** Returns the claims that do not hold at the end of a scenario. */
-function brokenAtEnd(server, storage, wasFull) {
+function brokenAtEnd(world, server, storage) {
   const broken = [];
   const stored = server.stored.map(({ content }) => content);
   for (const tab of storage.tabs) {
@@ -783,28 +1021,40 @@ function brokenAtEnd(server, storage, wasFull) {
       broken.push(`tab ${tab.name} has read ${tab.readN}, the server ${server.readN}`);
     if (tab.alive && tab.marked > server.readN)
       broken.push(`the mark of tab ${tab.name} at ${tab.marked} is lost`);
-    if (tab.alive && tab.n !== null)
-      broken.push(...brokenChanges(server, tab, storage.tabs));
-    for (const text of tab.written) {
-      const count = stored.filter((one) => one === text).length;
-      const mayBeLost = wasFull && !tab.alive;
-      if (count !== 1 && !(count === 0 && mayBeLost))
-        broken.push(`message ${text} is stored ${count} times`);
-      if (tab.alive && tab.deliveries.get(text) !== "sent")
-        broken.push(`message ${text} is ${tab.deliveries.get(text)}, not sent`);
-    }
+    if (tab.alive && tab.n !== null) broken.push(...brokenChanges(server, tab));
+    broken.push(...brokenLastEdits(world, server, tab, storage.tabs));
+    const { fates, refused, torn } = world.texts;
+    for (const text of tab.alive ? tab.written : [])
+      if (fates.get(text) === "sent" && tab.deliveries.get(text) !== "sent")
+        if (!refused.has(text))
+          broken.push(`message ${text} is ${tab.deliveries.get(text)}, not sent`);
+    if (tab.alive && fates.get(tab.field) === "sent" && !torn.has(tab.field))
+      broken.push(`tab ${tab.name} still shows ${tab.field}, which was sent`);
     const places = tab.written
+      .filter((text) => !refused.has(text))
       .map((text) => stored.indexOf(text))
       .filter((at) => at >= 0);
     if (places.some((at, i) => i > 0 && at < places[i - 1]))
       broken.push(`the messages of tab ${tab.name} are out of order`);
   }
-  for (const key of storage.items.keys()) broken.push(`${key} is left in storage`);
+  for (const [text, fate] of world.texts.fates) {
+    const count = stored.filter((one) => one === text).length;
+    const { torn, inMemoryOnly } = world.texts;
+    const mayBeLost = fate === "told" || inMemoryOnly.has(text);
+    const counts = fate === "draft" ? [0] : mayBeLost ? [0, 1] : [1];
+    if (torn.has(text)) counts.push(0, 1);
+    if (!counts.includes(count))
+      broken.push(`the text ${text} (${fate}) is stored ${count} times`);
+  }
+  // A tab that ended between two writes may leave a settled item: it is not JSON.
+  for (const [key, item] of storage.items)
+    if (key !== DRAFT_KEY && item.startsWith("{"))
+      broken.push(`${key} is left in storage`);
   return broken;
 }
 
 /** Returns the claims about edits and deletions that do not hold for an open tab. */
-function brokenChanges(server, tab, tabs) {
+function brokenChanges(server, tab) {
   const broken = [];
   for (const [id, message] of tab.shown) {
     const [shown, stored] = [message, server.messages.get(id)].map((one) => [
@@ -815,16 +1065,24 @@ function brokenChanges(server, tab, tabs) {
     if (`${shown}` !== `${stored}`)
       broken.push(`tab ${tab.name} shows ${id} as ${shown}, the server has ${stored}`);
   }
-  for (const [id, { text, edit, epoch }] of tab.lastEdits) {
-    const { content } = server.messages.get(id);
-    // Another tab has sent an earlier edit, before this tab knew of it.
-    const refused = tabs.some(({ changes }) => changes.get(edit) === "changed");
-    if (epoch === server.epoch && content !== text && !refused)
-      broken.push(`${id} is "${content}", but its last edit was "${text}"`);
-  }
   const ends = ["sent", "discarded", "deleted", "changed", "not_found"];
   for (const [id, end] of tab.changes)
     if (!ends.includes(end)) broken.push(`change ${id} of tab ${tab.name} is ${end}`);
+  return broken;
+}
+
+/** Returns the last edits of a tab that are neither stored nor refused. */
+function brokenLastEdits(world, server, tab, tabs) {
+  const broken = [];
+  for (const [id, { text, edit, epoch }] of tab.lastEdits) {
+    const { content } = server.messages.get(id);
+    if (epoch !== server.epoch || content === text) continue;
+    const ends = tabs.map(({ changes }) => changes.get(edit));
+    // Another tab has sent an earlier edit, before this tab knew of it.
+    if (ends.includes("changed") || tabs.some(({ signsOut }) => signsOut)) continue;
+    if (!tab.alive && world.texts.inMemoryOnly.has(text)) continue;
+    broken.push(`${id} is "${content}", but its last edit was "${text}"`);
+  }
   return broken;
 }
 

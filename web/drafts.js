@@ -1,9 +1,7 @@
 // @ts-check
-/**
- * drafts.js: what users have written but not sent, in storage or else in memory.
- * @import { ChatWebSocket, Delivery } from "./chat-websocket.js"
- */
+/** drafts.js: what users have written but not sent, in storage or else in memory. */
 
+const PREFIX = "chatd.draft.";
 /** All drafts but the newest. localStorage has room for ten times this. */
 const MAX_CHARACTERS = 500_000;
 
@@ -19,7 +17,7 @@ export class Drafts {
 
   /** @param {number | string} chatId */
   key(chatId) {
-    return `chatd.draft.${this.userId()}.${chatId}`;
+    return `${PREFIX}${this.userId()}.${chatId}`;
   }
 
   /** @param {number} chatId */
@@ -41,44 +39,26 @@ export class Drafts {
     }
   }
 
-  /** @param {ChatWebSocket} client @param {number} chatId @param {string} text */
-  send(client, chatId, text) {
-    client.send(chatId, text); // first: a crash must not lose the text
-    this.set(chatId, "");
-  }
-
-  /** @param {ChatWebSocket} client @param {Delivery} refused */
-  takeBack(client, { client_id, chat_id, content }) {
-    this.set(chat_id, content);
-    client.discard(client_id);
-  }
-
-  /** Of this user. @param {string} [prefix] */
-  keys(prefix = this.key("")) {
-    const all = Object.keys({ ...this.storage, ...this.#unstored });
-    return all.filter((key) => key.startsWith(prefix));
+  /** Where this user has drafts. */
+  chatIds() {
+    const prefix = this.key("");
+    const keys = Object.keys({ ...this.storage, ...this.#unstored });
+    return keys
+      .filter((key) => key.startsWith(prefix))
+      .map((key) => Number(key.slice(prefix.length)));
   }
 
   /** Drops the oldest drafts of all users, but never the newest. */
   prune() {
     let room = MAX_CHARACTERS;
-    const drafts = this.keys("chatd.draft.").map((key) => {
-      return { key, ...readDraft(this.storage?.getItem(key)) };
-    });
-    for (const { key, text } of drafts.sort((a, b) => b.at - a.at).slice(1)) {
-      room -= key.length + text.length;
+    const drafts = Object.entries({ ...this.storage })
+      .filter(([key]) => key.startsWith(PREFIX))
+      .map(([key, item]) => ({ key, item, at: readDraft(item).at }))
+      .sort((a, b) => b.at - a.at);
+    for (const { key, item } of drafts.slice(1)) {
+      room -= key.length + item.length;
       if (room < 0) this.storage?.removeItem(key);
     }
-  }
-
-  /**
-   * Another tab has changed a draft. Returns what a field that shows this text shows
-   * now: a text that was sent there must not stay here.
-   * @param {StorageEvent} event @param {number} chatId @param {string} shown
-   */
-  follow({ key, oldValue, newValue }, chatId, shown) {
-    const follows = key === this.key(chatId) && shown === readDraft(oldValue).text;
-    return follows ? readDraft(newValue).text : shown;
   }
 }
 

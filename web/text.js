@@ -1,23 +1,19 @@
 // @ts-check
 /**
- * text.js: texts of messages as nodes, with links, `code`, blocks of code, quotes and
- * large emoji. Text is never markup. A node has all of its text: the signs of code and
- * quotes are hidden, but copied.
+ * text.js: a message as nodes. The signs of code and quotes are hidden, but copied.
  */
 import { say } from "./words.js";
 
-/** A character that can be seen. Many that are not white space leave nothing to see. */
-const VISIBLE =
-  /[^\s\p{Z}\p{Cc}\p{DI}\u2800\ufff9-\ufffb\u{13441}\u{13442}\u{16fe4}\u{1d159}]/u;
-/** So many links, codes and quoted lines of one message are shown as such. */
-const MAX_PARTS = 300;
+const { raw } = String;
 
-/** Whether nothing of the text can be seen. @param {string} text */
+/** Many characters that are no white space are invisible, too. @param {string} text */
 export function isBlank(text) {
-  return !VISIBLE.test(text);
+  const visible =
+    /[^\s\p{Z}\p{Cc}\p{DI}\u2800\ufff9-\ufffb\u{13441}\u{13442}\u{16fe4}\u{1d159}]/u;
+  return !visible.test(text);
 }
 
-/** What a message is shown as. @param {string} content */
+/** @param {string} content */
 export function visibleText(content) {
   return isBlank(content) ? say("blank") : content;
 }
@@ -32,51 +28,48 @@ function hiddenSign(tag, text) {
   return make(tag, text, { className: "sign", ariaHidden: "true" });
 }
 
-const EMOJI = new RegExp("^(?:\\p{RGI_Emoji}\\s*){1,3}$", "v");
-/** A line that begins code, or one of a quote. */
-const BLOCK = /^(?:```[\w+#.-]*[ \t\r]*\n|> [^\n]*\n?)/gm;
-const CODE_END = /^```[ \t\r]*(?:\n|$)/gm;
+const EMOJI = new RegExp(raw`^(?:\p{RGI_Emoji}\s*){1,3}$`, "v");
+const CODE_BEGINS = /^```[\w+#.-]*[ \t\r]*\n/;
+const CODE_ENDS = /^```[ \t\r]*\n?$/;
 
-/** How many more parts the message that is being shown may have. */
+/** How many more links, codes and quoted lines of a message are shown as such. */
 let room = 0;
 
 /** @param {string} content of a message */
 export function contentNode(content) {
   const text = visibleText(content);
   const kind = text !== content ? "blank" : EMOJI.test(text) ? "emoji" : "";
-  const className = `content ${kind}`;
-  const node = make("div", "", { className, dir: "auto" });
+  const node = make("div", "", { className: `content ${kind}`, dir: "auto" });
+  // The lines that may begin or end a block, and the texts between them.
+  const parts = text.split(/^((?:> |```)[^\n]*\n?)/m).filter(Boolean);
+  const lastEnd = parts.findLastIndex((part) => CODE_ENDS.test(part));
   /** @type {HTMLElement | null} */
   let quote = null;
-  let done = 0;
-  let canEnd = true;
-  room = MAX_PARTS;
-  BLOCK.lastIndex = 0;
-  for (let block; room > 0 && (block = BLOCK.exec(text)); room--) {
-    const [line] = block;
-    const before = text.slice(done, block.index);
-    if (before) quote = null;
-    if (line.startsWith(">")) {
-      appendText(node, before);
+  /** @type {HTMLElement | null} */
+  let code = null;
+  room = 300;
+  parts.forEach((part, i) => {
+    if (code && CODE_ENDS.test(part)) {
+      node.append(hiddenSign("div", part));
+      code = null;
+    } else if (code) {
+      code.append(part);
+    } else if (room > 0 && part.startsWith("> ")) {
+      room--;
       if (!quote) node.append((quote = make("blockquote", "")));
       quote.append(hiddenSign("span", "> "));
-      appendText(quote, line.slice(2));
-    } else if (canEnd) {
-      const start = (CODE_END.lastIndex = BLOCK.lastIndex);
-      const end = CODE_END.exec(text);
-      canEnd = end !== null;
-      if (!end) continue;
-      const code = text.slice(start, end.index);
+      return appendText(quote, part.slice(2));
+    } else if (i < lastEnd && room > 0 && CODE_BEGINS.test(part)) {
+      room--;
+      code = make("code", "", { tabIndex: 0 });
       const pre = make("pre", "", { dir: "ltr" });
-      pre.append(make("code", code, { tabIndex: 0 }));
-      appendText(node, before);
-      node.append(hiddenSign("div", line), pre, hiddenSign("div", end[0]));
-      BLOCK.lastIndex = CODE_END.lastIndex;
-      quote = null;
-    } else continue;
-    done = BLOCK.lastIndex;
-  }
-  appendText(node, text.slice(done));
+      pre.append(code);
+      node.append(hiddenSign("div", part), pre);
+    } else {
+      appendText(node, part);
+    }
+    quote = null;
+  });
   return node;
 }
 
@@ -89,14 +82,7 @@ export function folded(text) {
     .normalize("NFC");
 }
 
-const RESULT_LETTERS = 200;
-const RESULT_LETTERS_BEFORE = 30;
-
-/**
- * The text around the first match of a search, with the words of the query marked.
- * @param {string} content
- * @param {string} query
- */
+/** The text around the first match. @param {string} content @param {string} query */
 export function markedNode(content, query) {
   const words = query.split(/\s+/).map(folded).filter(Boolean);
   const escaped = (/** @type {string} */ one) => one.replace(/[^\p{L}\p{N}]/u, "\\$&");
@@ -106,10 +92,10 @@ export function markedNode(content, query) {
   const all = letters.map(folded).join("\0");
   const parts = all.replace(new RegExp(pattern, "g"), "\x01$&\x02").split("\0");
   const first = parts.findIndex((part) => part.includes("\x01"));
-  const start = Math.max(0, first - RESULT_LETTERS_BEFORE);
-  const node = make("span", start > 0 ? "…" : "", { dir: "auto" });
+  const start = Math.max(0, first - 30);
+  const node = make("span", start > 0 ? "…" : "");
   let target = node;
-  letters.slice(start, start + RESULT_LETTERS).forEach((letter, i) => {
+  letters.slice(start, start + 200).forEach((letter, i) => {
     const part = parts[start + i] ?? "";
     if (part.includes("\x01")) node.append((target = make("mark", "")));
     target.append(letter);
@@ -118,35 +104,32 @@ export function markedNode(content, query) {
   return node;
 }
 
-// Links. A sentence may go on right after an address, so all that could belong to it is
-// taken, and then the rest is cut off.
+// A sentence may go on right after an address, so all that could belong to the address
+// is taken, and then the rest is cut off.
 
-/**
- * No white space, no quote, and no mark outside of ASCII that ends a sentence, opens or
- * closes. (But ’ may be part of a French title.)
- */
+/** No mark outside of ASCII that ends a sentence; but ’ is part of French titles. */
 const IN_ADDRESS =
-  "(?!(?![\\x00-\\x7f’])[\\p{Term}\\p{Ps}\\p{Pe}\\p{Pi}\\p{Pf}…—―〜" +
-  "\\uff01-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65])" +
-  '[^\\s\\p{Cc}<>"`\\\\\\u200b\\u200e\\u200f\\u202a-\\u202e\\u2060-\\u206f]';
-const LABEL = "[\\p{L}\\p{N}](?:[\\p{L}\\p{N}-]{0,61}[\\p{L}\\p{N}])?";
+  raw`(?!(?![\x00-\x7f’])[\p{Term}\p{Ps}\p{Pe}\p{Pi}\p{Pf}…—―〜\uff01-\uff20` +
+  raw`\uff3b-\uff40\uff5b-\uff65])` +
+  /[^\s\p{Cc}<>"`\\\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f]/u.source;
 const PART = new RegExp(
   [
-    "(?<!`)(?<ticks>`{1,3})(?=[ \\t]*[^`\\s])(?<code>[^`\\n]+)\\k<ticks>(?!`)",
-    `(?<web>(?<![a-z\\d])https?://(?:${IN_ADDRESS}){1,4000})`,
-    `(?<www>(?<![a-z\\d@./-])www\\.(?:${IN_ADDRESS}){1,4000})`,
-    "(?<mail>(?<![\\p{Script=Latin}\\p{N}._%+/@-])" +
-      `[a-z\\d](?:[a-z\\d._%+'-]{0,62}[a-z\\d_+-])?@(?:${LABEL}\\.){1,9}` +
+    /(?<!`)(?<ticks>`{1,3})(?=[ \t]*[^`\s])(?<code>[^`\n]+)\k<ticks>(?!`)/u.source,
+    raw`(?<web>(?<![a-z\d])https?://(?:${IN_ADDRESS}){1,4000})`,
+    raw`(?<![a-z\d@./-])www\.(?:${IN_ADDRESS}){1,4000}`,
+    raw`(?<mail>(?<![\p{Script=Latin}\p{N}._%+/@-])` +
+      raw`[a-z\d](?:[a-z\d._%+'-]{0,62}[a-z\d_+-])?@` +
+      raw`(?:[\p{L}\p{N}](?:[\p{L}\p{N}-]{0,61}[\p{L}\p{N}])?\.){1,9}` +
       // The last part is ASCII, or has none: other text may follow without a space.
-      "(?:xn--[a-z\\d-]{2,59}|[a-z]{2,63}|(?:(?![\\x00-\\x7f])\\p{L}){2,63})" +
-      "(?![a-z\\d@_]|[:/][a-z\\d]))", // git@host:path is no mail address
+      raw`(?:xn--[a-z\d-]{2,59}|[a-z]{2,63}|(?:(?![\x00-\x7f])\p{L}){2,63})` +
+      raw`(?![a-z\d@_]|[:/][a-z\d]))`, // git@host:path is no mail address
   ].join("|"),
   "giu",
 );
-/** All but the signs at the end that belong to the sentence. */
+/** All but the signs at the end. */
 const KEPT = /^.*(?![.,:;!?*'~|([{]|(?![\x00-\x7f])[\p{P}\p{S}\ufe0f\u200d])./su;
 
-/** Appends text with its links and codes. @param {Element} node @param {string} text */
+/** @param {Element} node @param {string} text */
 function appendText(node, text) {
   let done = 0;
   PART.lastIndex = 0;
@@ -159,7 +142,7 @@ function appendText(node, text) {
       done = PART.lastIndex;
       continue;
     }
-    const address = mail ?? addressIn(match[0], text[match.index - 1] ?? "");
+    const address = mail ?? addressIn(match[0], text[match.index - 1] ?? " ");
     const href = mail ? `mailto:${mail}` : web ? address : `https://${address}`;
     // What is cut off may begin with the next address.
     PART.lastIndex = match.index + Math.max(address.length, "www.".length);
@@ -172,52 +155,39 @@ function appendText(node, text) {
   node.append(text.slice(done));
 }
 
-/**
- * Cuts off what belongs to the sentence around the address.
- * @param {string} found
- * @param {string} before the character before it
- */
+/** @param {string} found @param {string} before the character before it */
 function addressIn(found, before) {
-  const list = /[,;|]+(?=https?:\/\/|www\.)|\*\*/iu; // the next address, bold text
-  const [first = ""] = found.split(list, 1);
-  const end = before === "‘" ? "’" : "'*|".includes(before) ? before : "";
-  const [inside = ""] = end ? first.split(end, 1) : [first];
-  const address = withoutTextAfterHost(inside.slice(0, closedAt(inside)));
+  const [first = ""] = found.split(/[,;|]+(?=https?:\/\/|www\.)/iu, 1);
+  const end = before === "‘" ? "’" : "'*|".includes(before) ? before : "**";
+  const [inside = ""] = first.split(end, 1);
+  const address = withoutTextAfterHost(untilClosed(inside));
   const [short = ""] = KEPT.exec(address) ?? [];
   return before === "_" ? short.replace(/(?<!_)_+$/, "") : short;
 }
 
-/** The place of the first bracket that closes and was not opened in the address. */
-function closedAt(/** @type {string} */ address) {
+/** Ends where a bracket closes that was not opened here. @param {string} address */
+function untilClosed(address) {
   const open = [];
-  for (let i = 0; i < address.length; i++) {
-    const sign = address[i] ?? "";
+  for (const { 0: sign, index } of address.matchAll(/[()[\]{}]/g)) {
     const opening = "([{"[")]}".indexOf(sign)];
-    if ("([{".includes(sign)) open.push(sign);
-    else if (opening && open.pop() !== opening) return i;
+    if (!opening) open.push(sign);
+    else if (open.pop() !== opening) return address.slice(0, index);
   }
-  return address.length;
+  return address;
 }
 
-/**
- * In "example.comを見て" and "example.com's" a text follows the host: the last part of
- * a host never mixes ASCII with another script, and has no punctuation.
- * @param {string} address
- */
+/** As in "example.comを見て" and "example.com's". @param {string} address */
 function withoutTextAfterHost(address) {
   const [host = ""] = /^(?:https?:\/\/)?[^/?#]*/iu.exec(address) ?? [];
-  const start = Math.max(...[".", "/", "@"].map((sign) => host.lastIndexOf(sign))) + 1;
+  const start = host.search(/(?<![^./@])[^./@]*$/);
   const label =
     /^(?:[a-z\d-]{2,}|\d+)(?::\d*)?(?=[!$&'()*+,;=|]|(?!\p{M})[^\x00-\u024f])/iu;
   const [last] = label.exec(host.slice(start)) ?? [];
   return last ? address.slice(0, start + last.length) : address;
 }
 
-/** @param {string} text @param {number} labels that its host has at least */
-function isWebAddress(text, labels) {
-  try {
-    return new URL(text).hostname.split(".").filter(Boolean).length >= labels;
-  } catch {
-    return false;
-  }
+/** @param {string} href @param {number} labels that its host has at least */
+function isWebAddress(href, labels) {
+  const host = URL.canParse(href) ? new URL(href).hostname : "";
+  return host.split(".").filter(Boolean).length >= labels;
 }
