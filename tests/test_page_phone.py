@@ -311,7 +311,7 @@ def test_notifications_are_offered_once_to_a_user_who_comes_back(
     expect(page.get_by_role("button", name="Turn on")).to_be_hidden()
     expect(page.locator("#bell")).to_be_focused()
     assert chromium.console.count("asked") == 2
-    page.close()  # or else it reads what the phone misses
+    page.close()  # it would read what the phone misses
 
     phones = chromium.context(viewport=PHONE, is_mobile=True, has_touch=True)
     phones.add_init_script(NOTIFICATIONS)
