@@ -641,7 +641,8 @@ class Tab {
   /** The user edits or deletes a message that this tab shows. */
   change() {
     const { world } = this;
-    const message = world.pick([...this.shown.values()]);
+    const again = world.chance(0.4) && this.shown.get([...this.lastEdits.keys()].at(-1));
+    const message = again || world.pick([...this.shown.values()]);
     if (!message || message.sender_id !== 1) return;
     const { id, rev = id } = message;
     const text = `${message.n} as tab ${this.name} has it at ${world.time}`;
@@ -1031,7 +1032,7 @@ function brokenAtEnd(world, server, storage) {
     if (tab.alive && fates.get(tab.field) === "sent" && !torn.has(tab.field))
       broken.push(`tab ${tab.name} still shows ${tab.field}, which was sent`);
     const places = tab.written
-      .filter((text) => !refused.has(text))
+      .filter((text) => fates.get(text) === "sent" && !refused.has(text))
       .map((text) => stored.indexOf(text))
       .filter((at) => at >= 0);
     if (places.some((at, i) => i > 0 && at < places[i - 1]))

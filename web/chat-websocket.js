@@ -1248,7 +1248,10 @@ export class ChatWebSocket {
    */
   async #fetch(method, path, token, body, signal) {
     const limit = new AbortController();
-    const timer = after(REQUEST_SECONDS, () => limit.abort());
+    const abort = () => limit.abort();
+    const timer = after(REQUEST_SECONDS, abort);
+    if (signal?.aborted) abort();
+    signal?.addEventListener("abort", abort); // AbortSignal.any leaks in Node 20
     try {
       return await readAnswer(
         await fetch(new URL(path.replace(/^\//, ""), this.#base), {
@@ -1260,7 +1263,7 @@ export class ChatWebSocket {
           body: body ? JSON.stringify(body) : null,
           cache: "no-store",
           credentials: "omit",
-          signal: AbortSignal.any(signal ? [signal, limit.signal] : [limit.signal]),
+          signal: limit.signal,
         }),
       );
     } catch (error) {
@@ -1268,6 +1271,7 @@ export class ChatWebSocket {
       throw unreachable();
     } finally {
       clearTimeout(timer);
+      signal?.removeEventListener("abort", abort);
     }
   }
 
