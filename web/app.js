@@ -1480,6 +1480,7 @@ function messageRow(chat, message, above, unsent) {
       class: "icon-button more",
       tabindex: -1,
       "aria-label": say("actions"),
+      "aria-haspopup": "menu",
       "aria-describedby": `message-${id}`,
     };
     const sender = el(
@@ -1780,6 +1781,7 @@ function onTouch(event) {
 function hold(id) {
   if (model.open?.editing?.id === id) composer.leave();
   held.set(id, after(5, () => release(id)));
+  announce(say("deleted"));
   requestRender();
 }
 
@@ -1896,7 +1898,8 @@ const composer = {
     }
     if (key !== "ArrowUp" || editing || this.field.value) return;
     const last = messages.findLast(mayEdit);
-    if (!last) return;
+    // The last own message may be one that waits.
+    if (!last || !model.open || notYetStored(model.open).length > 0) return;
     event.preventDefault();
     this.change(last);
   },
@@ -2093,7 +2096,7 @@ const search = {
         "a",
         { class: "row found", href: `#chat/${chat_id}/${id}` },
         personAvatar(sender_id),
-        el("span", { class: "row-title" }, ...names.map((one) => el("bdi", {}, one))),
+        el("span", { class: "row-title" }, ...names.flatMap((one) => [" · ", el("bdi", {}, one)]).slice(1)),
         el("span", { class: "row-time" }, when),
         el("span", { class: "row-last", dir: "auto" }, marked),
       );

@@ -101,6 +101,7 @@ export function markedNode(content, query) {
     target.append(letter);
     if (/\x02[^\x01]*$/.test(part)) target = node;
   });
+  node.normalize(); // or else Safari does not join Arabic letters
   return node;
 }
 
