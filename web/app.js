@@ -202,14 +202,22 @@ function toast(text, action) {
   };
   if (action) node.append(textButton(action.text, action.press));
   node.addEventListener("click", end);
-  box("toasts").append(node);
+  inFront("toasts").append(node);
   after(TOAST_SECONDS, end);
+}
+
+/** An open dialog makes what is outside of it inert. @param {string} id */
+function inFront(id) {
+  const node = box(id);
+  const front = document.querySelector("dialog[open]") ?? document.body;
+  if (node.parentElement !== front) front.append(node);
+  return node;
 }
 
 /** To screen readers only. @param {string} text */
 function announce(text) {
   const node = el("p", {}, text);
-  box("announcer").append(node);
+  inFront("announcer").append(node);
   after(TOAST_SECONDS * 2, () => node.remove());
 }
 
@@ -1250,7 +1258,7 @@ const pane = {
   /** The labels stick to the top: only the last is visible. */
   hidePastDays() {
     let next = Infinity;
-    for (const day of [...box("messages").querySelectorAll(".day")].reverse()) {
+    for (const day of [...box("messages").querySelectorAll(".day, .divider")].reverse()) {
       const { top, bottom } = day.getBoundingClientRect();
       day.classList.toggle("past", next < bottom);
       next = top;
@@ -1590,8 +1598,9 @@ function onCopy(event) {
   const selection = getSelection();
   if (!selection || selection.isCollapsed) return;
   const range = selection.getRangeAt(0);
-  const many = range.cloneContents().querySelector(".content");
-  event.clipboardData?.setData("text/plain", String(many ? selection : range));
+  const parts = [...range.cloneContents().querySelectorAll(".sender, .content")];
+  const text = parts.map(({ textContent }) => textContent).join("\n");
+  event.clipboardData?.setData("text/plain", text || String(range));
   event.preventDefault();
 }
 
@@ -1874,7 +1883,9 @@ const composer = {
     const over = used - most;
     const text = over > 0 ? say("over", { count: over, most }) : say("used", { used, most });
     setText("composer-count", used < 0.9 * most ? "" : text);
-    box("composer-count").classList.toggle("over", over > 0);
+    const { classList } = box("composer-count");
+    if (over > 0 && !classList.contains("over")) announce(text);
+    classList.toggle("over", over > 0);
   },
 
   onInput() {
@@ -2707,6 +2718,9 @@ const closeAround = (/** @type {any} */ { target }) => {
 };
 document.addEventListener("click", closeAround, true);
 document.addEventListener("keydown", onShortcut);
+const onClose = () => ["toasts", "announcer"].forEach(inFront);
+document.addEventListener("close", onClose, true);
+addEventListener("resize", () => box("menu").hidePopover());
 // At once: a hidden tab may never get the requested frame.
 document.addEventListener("visibilitychange", onWatched);
 addEventListener("focus", onWatched);
