@@ -4,7 +4,7 @@
  *     node --experimental-vm-modules torture/client_network.mjs [SCENARIOS] [FIRST SEED]
  *
  * A scenario has one user with up to four tabs, and a simulated server. Each tab runs
- * the real chat-websocket.js and drafts.js in a realm of its own, which can end at any
+ * the real chat-websocket.js in a realm of its own, which can end at any
  * moment, also between two writes to storage. The server keeps an event log and stores
  * each client_id once, as chatd does. Time is virtual and all random choices come from
  * the seed, so a scenario that fails can be repeated. In a scenario,
@@ -43,11 +43,9 @@
 import { readFileSync } from "node:fs";
 import vm from "node:vm";
 
-const [CLIENT, DRAFTS] = ["chat-websocket.js", "drafts.js"].map((name) =>
-  readFileSync(new URL(`../web/${name}`, import.meta.url), "utf8"),
-);
-/** The compiled scripts, by source. */
-const COMPILED = new Map();
+const CLIENT = readFileSync(new URL("../web/chat-websocket.js", import.meta.url), "utf8");
+/** What the engine keeps of the compiled script. */
+let cachedData;
 const DRAFT_KEY = "chatd.draft.1.1";
 const TOKEN = `h.${Buffer.from('{"user_id":1}').toString("base64url")}.s`;
 
@@ -545,21 +543,20 @@ class Tab {
     const initializeImportMeta = (meta) => {
       meta.url = "http://chat.example/web/chat-websocket.js";
     };
-    const load = async (source) => {
-      const cachedData = COMPILED.get(source);
-      const options = { context, initializeImportMeta, ...(cachedData && { cachedData }) };
-      const module = new vm.SourceTextModule(source, options);
-      if (!cachedData) COMPILED.set(source, module.createCachedData());
-      await module.link(() => {});
-      await module.evaluate();
-      return module.namespace;
-    };
-    const { ChatWebSocket } = await load(CLIENT);
-    const { Drafts } = await load(DRAFTS);
+    const cached = cachedData && { cachedData };
+    const module = new vm.SourceTextModule(CLIENT, {
+      context,
+      initializeImportMeta,
+      ...cached,
+    });
+    cachedData ??= module.createCachedData();
+    await module.link(() => {});
+    await module.evaluate();
+    const { ChatWebSocket, Drafts } = module.namespace;
     this.drafts = new Drafts(this.localStorage, () => 1);
     this.field = this.drafts.get(1);
-    this.#listenersOf("storage").add((event) => {
-      this.field = this.drafts.follow(event, 1, this.field);
+    this.#listenersOf("storage").add(({ key }) => {
+      if (key === this.drafts.key(1)) this.field = this.drafts.get(1);
     });
     const source = this.world.pick(["bearer", "token", "function"]);
     const options = source === "bearer" ? { bearer: TOKEN } : {};
@@ -699,7 +696,10 @@ class Tab {
       return;
     }
     if (this.client.userId === undefined) inMemoryOnly.add(text);
-    this.#replaceDraft(() => this.drafts.send(this.client, 1, text));
+    this.#replaceDraft(() => {
+      this.client.send(1, text); // in this order, as the page does it
+      this.drafts.set(1, "");
+    });
     const unsent = [...this.storage.items].some(
       ([key, item]) => key !== DRAFT_KEY && textIn(item) === text,
     );
@@ -737,7 +737,8 @@ class Tab {
       fates.set(content, "told");
       this.client.discard(client_id);
     } else if (this.field === "") {
-      this.drafts.takeBack(this.client, failed);
+      this.drafts.set(1, content);
+      this.client.discard(client_id);
       if (!this.alive) torn.add(content);
       const kept = textIn(this.storage.items.get(DRAFT_KEY)) === content;
       if (this.alive || kept) fates.set(content, "draft");

@@ -3,8 +3,7 @@
  * app.js: chatd's page, explained in docs/page.md. The types are in page.d.ts. Text that
  * users have written enters the page only as textContent.
  */
-import { ChatError, ChatWebSocket } from "./chat-websocket.js";
-import { Drafts } from "./drafts.js";
+import { ChatError, ChatWebSocket, Drafts } from "./chat-websocket.js";
 import { contentNode, folded, isBlank, markedNode, visibleText } from "./text.js";
 import { locale, say } from "./words.js";
 
@@ -63,7 +62,7 @@ function el(tag, attributes = {}, ...children) {
 /** Or else a browser requests the file for each icon. */
 async function loadIcons() {
   const sprite = await fetch("web/icons.svg");
-  document.body.insertAdjacentHTML("beforeend", await sprite.text());
+  if (sprite.ok) document.body.insertAdjacentHTML("beforeend", await sprite.text());
 }
 
 /** @param {string} name @param {string} [className] */
@@ -1815,7 +1814,7 @@ function copyText(text) {
   node.select();
   toast(say(document.execCommand("copy") ? "copied" : "notCopied"));
   node.remove();
-  if (activeElement instanceof HTMLElement) activeElement.focus();
+  if (activeElement instanceof HTMLElement) activeElement.focus({ preventScroll: true });
 }
 
 /* -------------------------------------------------------------------------------------
@@ -2232,7 +2231,7 @@ function showLink(title, text, hash) {
   setText("link-text", text);
   setText("link-copy", say("copy"));
   setText("link-error", "");
-  field("link-url").value = new URL(hash, location.href).href;
+  field("link-url").value = new URL(location.pathname + hash, location.origin).href;
   button("link-share").hidden = !("share" in navigator);
   button("link-revoke").hidden = title !== "invitePeople";
   if (!dialog("link").open) dialog("link").showModal();

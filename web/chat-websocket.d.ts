@@ -119,3 +119,21 @@ export declare class ChatWebSocket implements Client {
      */
     request(method: string, path: string, body?: object, signal?: AbortSignal): Promise<any>;
 }
+/** What users have written but not sent, in storage or else in memory. */
+export declare class Drafts {
+    #private;
+    storage: Storage | null;
+    userId: () => number;
+    /** @param {Storage | null} storage @param {() => number} userId */
+    constructor(storage: Storage | null, userId: () => number);
+    /** @param {number | string} chatId */
+    key(chatId: number | string): string;
+    /** @param {number} chatId */
+    get(chatId: number): string;
+    /** @param {number} chatId @param {string} text "": none */
+    set(chatId: number, text: string): void;
+    /** Where this user has drafts. */
+    chatIds(): number[];
+    /** Drops the oldest drafts of all users, but never the newest. */
+    prune(): void;
+}
