@@ -1116,7 +1116,12 @@ def test_errors_are_in_the_pages_own_words(
         (404, "not_found", "user_id: there is no such user", "no longer exists"),
         (429, "rate_limited", "too many at once: slow down", "cannot take this now"),
         (503, "overloaded", "the server is full", "cannot take this now"),
-        (418, "teapot", "short and stout", "Something went wrong on the server. Try again later."),
+        (
+            418,
+            "teapot",
+            "short and stout",
+            "Something went wrong on the server. Try again later.",
+        ),
     ):
         body = {"error": {"code": code, "message": sentence}}
         answer = functools.partial(refuse, status=status, body=body)
