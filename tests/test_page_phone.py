@@ -299,7 +299,8 @@ def test_notifications_are_offered_once_to_a_user_who_comes_back(
     expect(page.locator(".toast")).to_have_count(0)
     miss(page, "Hello Anna")
     place, newest = offer.bounding_box(), bubbles(page).last.bounding_box()
-    assert place and newest
+    assert place
+    assert newest
     assert place["y"] + place["height"] < newest["y"], "it covers no new message"
     offer.get_by_role("button", name="Turn on").click()
     expect(offer).to_have_count(0)
