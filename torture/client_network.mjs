@@ -1001,8 +1001,10 @@ async function play(seed) {
   for (const tab of storage.tabs) tab.writesLeft = null;
   if (!storage.tabs.some((tab) => tab.alive)) await openTab();
   await world.pass(60_000); // until what closed tabs have left is adopted
-  for (const { client } of storage.tabs.filter(({ alive }) => alive))
+  for (const { client } of storage.tabs.filter(({ alive }) => alive)) {
     client.unsent(1).forEach(({ client_id }) => client.resend(client_id));
+    client.unsentChanges().forEach(({ client_id }) => client.discard(client_id));
+  }
   await world.pass(60_000);
   // Only events can tell the tabs of these.
   server.store(2, "the last but one");
