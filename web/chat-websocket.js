@@ -1,12 +1,11 @@
 // @ts-check
 /**
- * chat-websocket.js: a dependable connection to chatd (docs/embedding.md). Each event
- * comes once and in order, or else "resync". What you send is stored once. The client
- * reconnects by itself, and polls while there is no socket.
+ * A dependable connection to chatd (docs/embedding.md): each event comes once and in
+ * order, or else "resync". What you send is stored once.
  *
- * @import { Ack, ChatPage, ChatsQuery, Connected, Found, History, HistoryQuery, Joined,
- *   LoggedEvent, MemberPage, MembersQuery, NewChat, Options, Preview, Refusal,
- *   SearchQuery, Snapshot, StorageLike, Token, TokenSource,
+ * @import { Ack, ChatPage, ChatsQuery, Client, Connected, Found, History, HistoryQuery,
+ *   Joined, LoggedEvent, MemberPage, MembersQuery, NewChat, Options, Preview, ReadMark,
+ *   Refusal, SearchQuery, Snapshot, StorageLike, Token, TokenSource,
  *   Unsent } from "./protocol.js"
  * @typedef {import("./protocol.js").Chat} Chat
  * @typedef {import("./protocol.js").ChatEvents} ChatEvents
@@ -22,7 +21,7 @@ const POLL_SECONDS = 5;
 const RETRY_SECONDS = 30;
 const CONNECT_SECONDS = 10;
 const STEADY_SECONDS = 5;
-/** Then the client sends a `ping`: JavaScript cannot see the server's own. */
+/** JavaScript cannot see the server's pings, so the client sends its own. */
 const SILENCE_SECONDS = 25;
 const PONG_SECONDS = 10;
 const PROBE_SECONDS = 4;
@@ -30,15 +29,13 @@ const WATCH_SECONDS = 2;
 const RENEW_SECONDS = 15;
 const ANSWER_SECONDS = 20;
 const REQUEST_SECONDS = 15;
-/** Without `retry_after`. */
-const REFUSED_SECONDS = 2;
+const RETRY_AFTER_SECONDS = 2;
 const ADOPT_SECONDS = 15;
 const TYPING_REPEAT_SECONDS = 3;
 const TYPING_STOP_SECONDS = 5;
 const MARK_SECONDS = 1;
-const CHATS_PER_PAGE = 100;
 
-/** These fail for good. (After "internal", an event may say that it was stored.) */
+/** For good, but after "internal" an event may still say that it was stored. */
 const FINAL_REFUSALS = new Set([
   "bad_field",
   "bad_json",
@@ -53,14 +50,11 @@ const FINAL_REFUSALS = new Set([
   "unknown_type",
 ]);
 
-/** The ids of the message that the page `wanted` to mark, and of the last answer. */
-const NEW_MARK = { wanted: 0, settled: 0, sentAt: -Infinity, timer: 0 };
-
-/** A request that was refused (`status` is the HTTP status) or not answered (0). */
+/** `status` is the HTTP status, or 0 if `code` is "unreachable". */
 export class ChatError extends Error {
   /**
-   * @param {number} status @param {string} code of docs/protocol.md, or "unreachable"
-   * @param {string} message @param {number} [retryAfter] seconds
+   * @param {number} status @param {string} code @param {string} message
+   * @param {number} [retryAfter] seconds
    */
   constructor(status, code, message, retryAfter) {
     super(message);
@@ -71,19 +65,15 @@ export class ChatError extends Error {
   }
 }
 
-/** The last value of an item that other tabs shall drop, too. */
-const DISCARDED = "discarded";
-
 /**
- * Messages, edits and deletions, each in an item of its own, because tabs share the
- * storage. If two tabs send a message, the server stores it once. But a tab drops a
- * change that another tab has settled: a later one may have followed.
+ * Tabs share the storage. The server stores a message once, even if two tabs send it.
+ * But a change that is repeated could undo a later one.
  */
 class UnsentMessages {
   /** Oldest first. @type {Unsent[]} */
   entries = [];
   #storage;
-  /** Of the keys; "" until the user is known: nothing is stored yet. */
+  /** Empty until the user is known. */
   #prefix = "";
   #lastTime = 0;
   /** @type {Set<string>} */
@@ -101,7 +91,7 @@ class UnsentMessages {
     this.#insert(this.#others());
   }
 
-  /** Adopts what was there at the last call and still is: its tab has closed. */
+  /** Adopts what was there at the last call, too: its tab has closed. */
   adopt() {
     const others = this.#others();
     const left = others.filter(({ client_id }) => this.#othersBefore.has(client_id));
@@ -124,51 +114,44 @@ class UnsentMessages {
     return this.entries.find((entry) => entry.client_id === clientId);
   }
 
+  /** @param {number} messageId */
+  changesOf(messageId) {
+    return this.entries.filter((entry) => entry.message_id === messageId);
+  }
+
   /** @param {Unsent} entry @param {Partial<Unsent>} fields */
   update(entry, fields) {
     Object.assign(entry, fields);
     this.#keep(entry);
   }
 
-  /** @param {Unsent} entry @param {number} [rev] */
-  remove(entry, rev) {
+  /** @param {Unsent} entry @param {number | "discarded"} [news] for other tabs */
+  remove(entry, news) {
     const key = this.#prefix + entry.client_id;
-    if (rev) this.#store((storage) => storage.setItem(key, String(rev)));
+    if (news) this.#store((storage) => storage.setItem(key, String(news)));
     this.#store((storage) => storage.removeItem(key));
-    this.#drop(entry, rev);
+    this.#drop(entry, Number(news));
   }
 
-  /**
-   * A later edit of the same state becomes one of the new state.
-   * @param {Unsent} entry @param {number | undefined} rev
-   */
+  /** @param {Unsent} entry @param {number} rev */
   #drop(entry, rev) {
     const { message_id, if_rev } = entry;
     this.entries = this.entries.filter((other) => other !== entry);
+    // A later edit of the same state becomes one of the new state.
     for (const later of this.entries)
       if (rev && if_rev && later.message_id === message_id && later.if_rev === if_rev)
         this.update(later, { if_rev: rev });
   }
 
-  /** @param {Unsent} entry */
-  discard(entry) {
-    const key = this.#prefix + entry.client_id;
-    this.#store((storage) => storage.setItem(key, DISCARDED));
-    this.remove(entry);
-  }
-
-  /**
-   * Another tab has settled an entry.
-   * @param {string | null} key @param {string | null} value
-   */
-  discardedElsewhere(key, value) {
+  /** @param {string | null} key @param {string | null} value */
+  settledElsewhere(key, value) {
     if (!this.#prefix || !key?.startsWith(this.#prefix)) return;
     const entry = this.find(key.slice(this.#prefix.length));
-    const rev = Number(value); // as in remove, or 0, or NaN
-    // The server will tell of a message that is on its way.
+    const rev = Number(value); // 0: removed; NaN: written
+    // The server tells of a message that is on its way.
     const waits = entry?.kind === "message" && entry.place !== "failed";
     const settled = rev >= 0 && !waits;
-    if (!entry || (value !== DISCARDED && !settled)) return;
+    if (!entry || (value !== "discarded" && !settled)) return;
     this.#drop(entry, rev);
     return entry;
   }
@@ -207,7 +190,7 @@ class UnsentMessages {
     this.#lastTime = Math.max(this.#lastTime, last);
   }
 
-  /** Also those that did not fit before: storage must not have only the later ones. */
+  /** If storage was full, it must not have only the later entries. */
   #keepAll() {
     for (const entry of this.entries) if (!entry.kept) this.#keep(entry);
   }
@@ -237,14 +220,14 @@ class UnsentMessages {
     return found;
   }
 
-  /** Whether it worked. @param {(storage: StorageLike) => void} use */
+  /** @param {(storage: StorageLike) => void} use */
   #store(use) {
     if (this.#storage === null || !this.#prefix) return false;
     try {
       use(this.#storage ?? localStorage);
       return true;
     } catch {
-      return false;
+      return false; // full or forbidden
     }
   }
 }
@@ -258,8 +241,7 @@ function newUnsent(client_id, fields) {
     content: "",
     kept: false,
     place: "waiting",
-    sentAt: 0,
-    tried: false,
+    sentAt: null,
     ...fields,
     client_id,
   };
@@ -273,7 +255,7 @@ function readUnsent(clientId, text) {
   if (typeof content !== "string" || !Number.isInteger(id)) return null;
   if (!["message", "edit", "delete"].includes(kind)) return null;
   const place = code ? "failed" : "waiting";
-  return newUnsent(clientId, { ...item, kept: true, tried: true, place });
+  return newUnsent(clientId, { ...item, kept: true, sentAt: 0, place });
 }
 
 /** @param {Unsent} entry */
@@ -293,10 +275,7 @@ function requestFor({ kind, client_id, chat_id, message_id, content, if_rev }) {
   return ["POST", `/api/v1/chats/${chat_id}/messages`, { content, client_id }];
 }
 
-/**
- * The rule of rev: of two states of a message, the one with the larger rev counts. The
- * newest is kept as long as an older one may be on its way, in an event or an answer.
- */
+/** Keeps the newest state of a message as long as an older one may arrive. */
 class NewestMessages {
   /** @type {Map<number, Message>} */
   #changed = new Map();
@@ -314,8 +293,7 @@ class NewestMessages {
   putInto(answer) {
     const { message, messages, chat, chats = [chat] } = answer ?? {};
     if (message) answer.message = this.of(message);
-    if (messages)
-      answer.messages = messages.map((/** @type {Message} */ m) => this.of(m));
+    if (messages) answer.messages = messages.map(this.of, this);
     for (const one of chats)
       if (one?.last_message) one.last_message = this.of(one.last_message);
   }
@@ -348,7 +326,7 @@ function parseCursor(cursor) {
   return { epoch: cursor.slice(0, dot), seq: Number(cursor.slice(dot + 1)) };
 }
 
-/** After an `await`, #attempt says whether the work is still wanted. */
+/** @implements {Client} */
 export class ChatWebSocket {
   #base;
   #bearer;
@@ -370,13 +348,14 @@ export class ChatWebSocket {
   /** @type {WebSocket | null} */
   #socket = null;
   #ready = false;
+  /** If it has changed after an `await`, stop. */
   #attempt = 0;
   #failures = 0;
   #connectedAt = 0;
   #attemptAt = 0;
   #tokenInDoubt = false;
-  /** @type {number | null} */
-  #byeSeconds = null;
+  /** @type {number | undefined} */
+  #byeSeconds;
   /** @type {number | null} */
   #retryAt = null;
   #retryTimer = 0;
@@ -385,20 +364,18 @@ export class ChatWebSocket {
   #watchedAt = 0;
   #adoptTimer = 0;
   #receivedAt = 0;
-  #pongBy = 0;
+  #pongBy = Infinity;
   #renewedAt = -Infinity;
 
-  #polling = false;
+  /** @type {"polling" | "offline" | null} */
+  #polling = null;
   #pollTimer = 0;
-  /** Aborts every request that replaces the socket. */
   #fallback = new AbortController();
-  #reachable = true;
 
   #cursor = { epoch: "", seq: -1 };
-  /** No event after this seq was missed. */
-  #gaplessFrom = -1;
-  #gaps = 0;
-  /** The last list of chats has what the events up to here say of them. */
+  /** No event since this cursor was missed. */
+  #gapless = this.#cursor;
+  /** The last list of chats has the events up to here. */
   #listedUpTo = -1;
   /** Events that wait for #fetching. @type {LoggedEvent[] | null} */
   #held = null;
@@ -407,7 +384,7 @@ export class ChatWebSocket {
 
   #sendNotBefore = 0;
   #sendTimer = 0;
-  /** @type {Map<number, typeof NEW_MARK>} */
+  /** @type {Map<number, ReadMark>} */
   #marks = new Map();
   /** @type {Map<number, {sentAt: number, timer: number}>} */
   #typing = new Map();
@@ -423,10 +400,9 @@ export class ChatWebSocket {
     this.#learnUserFrom(bearer);
   }
 
-  /* ---- public methods ---- */
+  /* ---- public methods: see Client in protocol.d.ts ---- */
 
   /**
-   * Calls `listener` for each such event, until the returned function is called.
    * @template {keyof ChatEvents} Type
    * @param {Type} type @param {(event: ChatEvents[Type]) => void} listener
    * @returns {() => void}
@@ -437,11 +413,7 @@ export class ChatWebSocket {
     return () => listeners.delete(listener);
   }
 
-  /**
-   * Connects, or connects anew.
-   * @param {TokenSource} [token] a JWT, or a function that fetches one for each
-   *   connection, or throws an error with `status` 401. Default: tickets, by `bearer`.
-   */
+  /** @param {TokenSource} [token] */
   connect(token) {
     if (token === undefined && this.#bearer === undefined)
       throw new TypeError("connect: pass a token, or pass `bearer` to the constructor");
@@ -452,18 +424,15 @@ export class ChatWebSocket {
     if (this.#learnUserFrom(token)) this.#start();
   }
 
-  /** Closes the connection until the next connect. */
   disconnect() {
     this.#end("closed");
   }
 
-  /** Also drops what is unsent: for signing out. */
   forget() {
     this.disconnect();
     for (const entry of this.#unsent.entries) this.#discard(entry);
   }
 
-  /** Tries the socket now, if an attempt is scheduled, or after `too_many`. */
   retry() {
     if (this.#ended === "too_many") this.#start();
     else if (this.#retryAt !== null) void this.#open();
@@ -474,127 +443,109 @@ export class ChatWebSocket {
     if (this.#ended) return this.#ended;
     if (this.#ready) return "connected";
     const network = globalThis.navigator?.onLine !== false;
-    if (this.#polling) return this.#reachable && network ? "polling" : "offline";
-    return "connecting";
+    if (this.#polling && !network) return "offline";
+    return this.#polling ?? "connecting";
   }
 
-  /** Seconds until the next attempt to open a socket; null: none is scheduled. */
   get retryIn() {
-    return this.#retryAt === null ? null : Math.max(0, (this.#retryAt - now()) / 1000);
+    return this.#retryAt && Math.max(0, (this.#retryAt - now()) / 1000);
   }
 
   get userId() {
     return this.#userId;
   }
 
-  /**
-   * Sends a message as soon as possible; "delivery" events report its state.
-   * @param {number} chatId @param {string} content @returns {string} its client_id
-   */
+  /** @param {number} chatId @param {string} content */
   send(chatId, content) {
     return this.#enqueue({ chat_id: chatId, content });
   }
 
   /**
-   * Replaces edits of the message that failed or were never tried.
    * @param {number} messageId @param {string} content
-   * @param {{ifRev?: number}} [options] the edit fails if the message has another rev
-   * @returns {string} its client_id
+   * @param {{ifRev?: number}} [options]
    */
   editMessage(messageId, content, { ifRev } = {}) {
-    const replaced = this.#changesOf(
-      messageId,
-      ({ kind, tried, place }) => kind === "edit" && (!tried || place === "failed"),
-    );
+    const replaced = this.#unsent
+      .changesOf(messageId)
+      .filter(
+        ({ kind, sentAt, place }) =>
+          kind === "edit" && (sentAt === null || place === "failed"),
+      );
     const edit = { message_id: messageId, content, if_rev: ifRev };
     return this.#enqueue({ kind: "edit", ...edit }, replaced);
   }
 
-  /**
-   * Drops the message's edits that wait, and changes that failed.
-   * @param {number} messageId @returns {string} its client_id
-   */
+  /** @param {number} messageId */
   deleteMessage(messageId) {
-    const replaced = this.#changesOf(
-      messageId,
-      ({ kind, place }) => kind === "edit" || place === "failed",
+    const changes = this.#unsent.changesOf(messageId);
+    const replaced = changes.filter(
+      ({ kind, place }) =>
+        place === "failed" || (kind === "edit" && place === "waiting"),
     );
-    const deletion = this.#unsent.entries.find(
-      ({ kind, message_id, place }) =>
-        kind === "delete" && message_id === messageId && place !== "failed",
+    const same = changes.find(
+      ({ kind, place }) => kind === "delete" && place !== "failed",
     );
-    if (!deletion)
-      return this.#enqueue({ kind: "delete", message_id: messageId }, replaced);
+    const deletion = { message_id: messageId };
+    if (!same) return this.#enqueue({ kind: "delete", ...deletion }, replaced);
     for (const entry of replaced) this.#discard(entry);
-    return deletion.client_id;
+    return same.client_id;
   }
 
-  /** The unsent messages of a chat, oldest first. @param {number} chatId */
+  /** @param {number} chatId */
   unsent(chatId) {
     return this.#pending((entry) => entry.chat_id === chatId);
   }
 
-  /** The edits and deletions that wait or have failed. */
   unsentChanges() {
     return this.#pending((entry) => entry.kind !== "message");
   }
 
-  /** Sends again what has failed. @param {string} clientId */
+  /** @param {string} clientId */
   resend(clientId) {
     const entry = this.#unsent.find(clientId);
     if (entry?.place !== "failed") return;
-    this.#unsent.update(entry, { place: "waiting", code: undefined, reason: undefined });
+    const fresh = { code: undefined, reason: undefined };
+    this.#unsent.update(entry, { place: "waiting", ...fresh });
     this.#reportDelivery(entry);
     this.#sendUnsent();
   }
 
-  /** Drops what has failed. @param {string} clientId */
+  /** @param {string} clientId */
   discard(clientId) {
     const entry = this.#unsent.find(clientId);
     if (entry?.place === "failed") this.#discard(entry);
   }
 
-  /**
-   * Call it at each key; the typing sign ends 5 s after the last call.
-   * @param {number} chatId @param {boolean} isTyping
-   */
+  /** @param {number} chatId @param {boolean} isTyping */
   sendTyping(chatId, isTyping) {
-    const before = this.#typing.get(chatId);
+    const { sentAt = -Infinity, timer } = this.#typing.get(chatId) ?? {};
     const command = { type: "typing", chat_id: chatId, is_typing: isTyping };
-    clearTimeout(before?.timer);
+    clearTimeout(timer);
     if (!isTyping) {
       if (this.#typing.delete(chatId)) this.#sendCommand(command);
       return;
     }
-    const due = !before || elapsed(before.sentAt) >= TYPING_REPEAT_SECONDS;
+    const due = elapsed(sentAt) >= TYPING_REPEAT_SECONDS;
     if (due) this.#sendCommand(command);
     this.#typing.set(chatId, {
-      sentAt: due ? now() : before.sentAt,
+      sentAt: due ? now() : sentAt,
       timer: after(TYPING_STOP_SECONDS, () => this.sendTyping(chatId, false)),
     });
   }
 
-  /** Up to this message. @param {number} chatId @param {number} messageId */
+  /** @param {number} chatId @param {number} messageId */
   markRead(chatId, messageId) {
-    const mark = this.#marks.get(chatId) ?? { ...NEW_MARK };
-    if (messageId <= mark.wanted) return;
-    mark.wanted = messageId;
-    this.#marks.set(chatId, mark);
+    const mark = this.#marks.get(chatId) ?? { messageId: 0, sentAt: -Infinity };
+    if (messageId <= mark.messageId) return;
+    this.#marks.set(chatId, Object.assign(mark, { messageId, settled: false }));
     this.#sendMark(chatId);
   }
 
-  /**
-   * Fetches all chats. Events wait meanwhile: "chats" comes first, then what followed.
-   * @returns {Promise<Snapshot>} @throws {ChatError} then try again
-   */
   fetchChats() {
-    this.#held ??= [];
-    this.#fetching ??= this.#fetchChats();
-    return this.#fetching;
+    return (this.#fetching ??= this.#fetchChats());
   }
 
   /**
-   * Fetches messages, oldest first.
    * @param {number} chatId @param {HistoryQuery} [where] @returns {Promise<History>}
    */
   history(chatId, where) {
@@ -602,7 +553,6 @@ export class ChatWebSocket {
   }
 
   /**
-   * Newest first; go on with `before` until it is null.
    * @param {SearchQuery} what @param {AbortSignal} [signal] @returns {Promise<Found>}
    */
   search({ q, chatId, before }, signal) {
@@ -610,12 +560,12 @@ export class ChatWebSocket {
     return this.request("GET", `/api/v1/search${text}`, undefined, signal);
   }
 
-  /** One page. @param {ChatsQuery} [page] @returns {Promise<ChatPage>} */
+  /** @param {ChatsQuery} [page] @returns {Promise<ChatPage>} */
   chats(page) {
     return this.request("GET", `/api/v1/chats${query(page)}`);
   }
 
-  /** @param {number} chatId @returns {Promise<Chat>} members have `online` */
+  /** @param {number} chatId @returns {Promise<Chat>} */
   async chat(chatId) {
     return (await this.request("GET", `/api/v1/chats/${chatId}`)).chat;
   }
@@ -640,7 +590,6 @@ export class ChatWebSocket {
   }
 
   /**
-   * For a link to `/#invite=TOKEN`.
    * @param {number} chatId @param {{ttlSeconds?: number}} [options]
    * @returns {Promise<Token>}
    */
@@ -649,20 +598,17 @@ export class ChatWebSocket {
     return this.request("POST", `/api/v1/chats/${chatId}/invites`, body);
   }
 
-  /** Revokes all of the chat. @param {number} chatId */
+  /** @param {number} chatId */
   revokeInvites(chatId) {
     return this.request("DELETE", `/api/v1/chats/${chatId}/invites`);
   }
 
-  /** Needs no connect. @param {string} token @returns {Promise<Preview>} */
+  /** @param {string} token @returns {Promise<Preview>} */
   previewInvite(token) {
     return this.#fetch("POST", "/api/v1/join", null, { token });
   }
 
-  /**
-   * Needs no connect.
-   * @param {string} token @param {string} name @returns {Promise<Joined>}
-   */
+  /** @param {string} token @param {string} name @returns {Promise<Joined>} */
   joinAsNewUser(token, name) {
     return this.#fetch("POST", "/api/v1/join", null, { token, name });
   }
@@ -677,29 +623,25 @@ export class ChatWebSocket {
     return this.request("PATCH", "/api/v1/me", { name });
   }
 
-  /** For a link to `/#token=TOKEN`. @returns {Promise<Token>} */
+  /** @returns {Promise<Token>} */
   linkDevice() {
     return this.request("POST", "/api/v1/me/link");
   }
 
   /**
-   * Sends one HTTP request, with the token.
-   * @param {string} method @param {string} path e.g. "/api/v1/chats"
-   * @param {object} [body] sent as JSON @param {AbortSignal} [signal]
-   * @returns {Promise<any>} the answer's JSON; null for 204
-   * @throws {ChatError}
+   * @param {string} method @param {string} path @param {object} [body]
+   * @param {AbortSignal} [signal] @returns {Promise<any>}
    */
   async request(method, path, body, signal) {
     for (let tries = 1; ; tries++) {
-      const gaps = this.#gaps;
-      const { epoch } = this.#cursor;
+      const gapless = this.#gapless;
       this.#newest.requestBegins();
       try {
         const answer = await this.#request(method, path, body, signal);
         // What happened in a gap may be missing in the answer.
-        const old = gaps !== this.#gaps && method === "GET" && answer.messages;
+        const old = gapless !== this.#gapless && method === "GET" && answer.messages;
         if (old && tries < 5) continue;
-        if (epoch === this.#cursor.epoch) this.#newest.putInto(answer);
+        if (gapless.epoch === this.#cursor.epoch) this.#newest.putInto(answer);
         return answer;
       } finally {
         this.#newest.requestEnds(this.#cursor.seq);
@@ -717,13 +659,6 @@ export class ChatWebSocket {
     return entry.client_id;
   }
 
-  /** @param {number} messageId @param {(change: Unsent) => boolean} which */
-  #changesOf(messageId, which) {
-    return [...this.#unsent.at("waiting"), ...this.#unsent.at("failed")].filter(
-      (entry) => entry.message_id === messageId && which(entry),
-    );
-  }
-
   /** @param {(entry: Unsent) => boolean} which */
   #pending(which) {
     return this.#unsent.entries.filter(which).map((entry) => delivery(entry));
@@ -735,10 +670,10 @@ export class ChatWebSocket {
     this.#ended = null;
     this.#failures = 0;
     this.#listenToBrowser(true);
-    this.#adoptTimer = every(ADOPT_SECONDS, () => {
+    this.#adoptTimer = setInterval(() => {
       for (const entry of this.#unsent.adopt()) this.#reportDelivery(entry);
       this.#sendUnsent();
-    });
+    }, ADOPT_SECONDS * 1000);
     this.#schedulePolling();
     void this.#open();
   }
@@ -747,6 +682,7 @@ export class ChatWebSocket {
     const attempt = ++this.#attempt;
     clearTimeout(this.#retryTimer);
     this.#retryAt = null;
+    this.#byeSeconds = undefined;
     this.#attemptAt = now();
     this.#reportState();
     this.#connectTimer = after(CONNECT_SECONDS, () => this.#connectionLost(1006));
@@ -775,7 +711,6 @@ export class ChatWebSocket {
     return socket;
   }
 
-  /** @returns {Promise<string>} */
   async #socketToken() {
     if (!this.#token) return (await this.request("GET", "/api/v2/ws-token")).token;
     if (typeof this.#token === "string") {
@@ -791,21 +726,22 @@ export class ChatWebSocket {
     return token;
   }
 
-  /** @param {number} code @param {number} [retryAfterSeconds] */
-  #connectionLost(code, retryAfterSeconds) {
-    const steady = this.#ready && elapsed(this.#connectedAt) >= STEADY_SECONDS;
-    const wait = this.#byeSeconds ?? retryAfterSeconds;
+  /** @param {number} code @param {number} [retryAfter] */
+  #connectionLost(code, retryAfter) {
+    if (this.#ready && elapsed(this.#connectedAt) >= STEADY_SECONDS) this.#failures = 0;
     const [onItsWay] = this.#unsent.at("socket");
     if (code === 1009 && onItsWay)
-      this.#messageRefused(onItsWay, "too_large", "The message is too long.");
+      this.#refused(onItsWay, "too_large", "The message is too long.");
     this.#dropSocket();
-    if (steady) this.#failures = 0;
     if (code === 4503) return this.#end("signed_out");
     if (code === 4504) return this.#end("too_many");
-    if (code >= 4500 && code < 5000) return this.#end("refused");
+    if (code >= 4500) return this.#end("refused");
     this.#tokenInDoubt = code === 1006 || code === 4401;
     this.#schedulePolling();
-    this.#retryIn(wait ?? this.#backoff());
+    const wait = this.#byeSeconds ?? retryAfter ?? this.#backoff();
+    this.#retryAt = now() + wait * 1000;
+    this.#retryTimer = after(wait, () => void this.#open());
+    this.#reportState();
   }
 
   #backoff() {
@@ -813,14 +749,6 @@ export class ChatWebSocket {
     const bound = Math.min(RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** this.#failures);
     this.#failures += 1;
     return Math.random() * bound;
-  }
-
-  /** @param {number} seconds */
-  #retryIn(seconds) {
-    clearTimeout(this.#retryTimer);
-    this.#retryAt = now() + seconds * 1000;
-    this.#retryTimer = after(seconds, () => void this.#open());
-    this.#reportState();
   }
 
   #probeOrRetry() {
@@ -835,8 +763,7 @@ export class ChatWebSocket {
     const socket = this.#socket;
     this.#socket = null;
     this.#ready = false;
-    this.#byeSeconds = null;
-    this.#pongBy = 0;
+    this.#pongBy = Infinity;
     this.#unsent.requeue("socket");
     if (!socket) return;
     socket.onopen = socket.onmessage = socket.onclose = null;
@@ -864,10 +791,10 @@ export class ChatWebSocket {
   /** @param {any} data */
   #receive(data) {
     const frame = parseObject(data);
-    if (!frame) return; // not from chatd; perhaps from a proxy
+    if (!frame) return; // from a proxy
     this.#log?.log("WebSocket message:", frame);
     this.#receivedAt = now();
-    this.#pongBy = 0;
+    this.#pongBy = Infinity;
     const { type } = frame;
     if (type === "connected") return this.#handleConnected(frame);
     if (frame.seq) return this.#acceptEvent(frame);
@@ -887,13 +814,11 @@ export class ChatWebSocket {
     this.#sendNotBefore = 0;
     this.#connectedAt = now();
     this.#watchedAt = Date.now();
-    this.#watchTimer = every(WATCH_SECONDS, () => this.#watch());
-    // A socket without a cursor is "fresh". If a poll has brought a cursor meanwhile,
-    // the events between the two are missing.
-    const hasCursor = this.#cursor.seq >= 0;
-    const fresh = frame.resume === "fresh";
-    const resync = frame.resume === "resync" || (fresh && hasCursor);
-    if (fresh || resync) this.#restartAt(frame.cursor);
+    this.#watchTimer = setInterval(() => this.#watch(), WATCH_SECONDS * 1000);
+    // If a poll has brought a cursor meanwhile, the events in between are missing.
+    const missed = frame.resume === "fresh" && this.#cursor.seq >= 0;
+    const resync = frame.resume === "resync" || missed;
+    if (resync) this.#restartAt(frame.cursor);
     else this.#moveCursor(frame.cursor);
     this.#reportState();
     this.#emit("connected", frame);
@@ -901,13 +826,13 @@ export class ChatWebSocket {
     this.#sendWaiting();
   }
 
-  /** @param {TokenSource | undefined} token @returns {boolean} */
+  /** @param {TokenSource} [token] */
   #learnUserFrom(token) {
     const userId = typeof token === "string" ? userIdOf(token) : undefined;
     return userId === undefined || this.#acceptUser(userId);
   }
 
-  /** Another user than before ends it. @param {number} userId @returns {boolean} */
+  /** Another user than before ends it. @param {number} userId */
   #acceptUser(userId) {
     if (this.#userId === undefined) {
       this.#userId = userId;
@@ -922,9 +847,10 @@ export class ChatWebSocket {
   /** @param {LoggedEvent} event */
   #acceptEvent(event) {
     if (event.seq <= this.#cursor.seq) return;
-    this.#cursor.seq = event.seq;
+    this.#cursor = { ...this.#cursor, seq: event.seq };
     this.#newest.putInto(event);
-    if (event.type === "new_message") this.#messageStored(event.message);
+    if (event.type === "new_message" && event.message.sender_id === this.#userId)
+      this.#stored(this.#unsent.find(event.message.client_id), event.message);
     if (this.#held) this.#held.push(event);
     else this.#deliver(event);
   }
@@ -949,10 +875,8 @@ export class ChatWebSocket {
   /** @param {string} text */
   #restartAt(text) {
     const { epoch } = this.#cursor;
-    this.#cursor = parseCursor(text);
-    this.#gaps += 1;
+    this.#cursor = this.#gapless = parseCursor(text);
     this.#listedUpTo = -1;
-    this.#gaplessFrom = this.#cursor.seq;
     if (this.#held) this.#held = [];
     if (epoch === this.#cursor.epoch) return;
     if (epoch) {
@@ -960,10 +884,10 @@ export class ChatWebSocket {
       this.#newest.forget();
       this.#marks.clear();
     }
-    // Not when an entry is adopted later: its tab may have known a newer epoch.
+    // But not entries adopted later: their tab may have known a newer epoch.
     for (const entry of this.#unsent.at("waiting"))
       if (entry.kind !== "message" && entry.epoch && entry.epoch !== this.#cursor.epoch)
-        this.#messageRefused(entry, "not_found", "A backup was restored since.");
+        this.#refused(entry, "not_found", "A backup was restored since.");
   }
 
   #cursorText() {
@@ -971,8 +895,8 @@ export class ChatWebSocket {
     return seq < 0 ? null : `${epoch}.${seq}`;
   }
 
-  /** @returns {Promise<Snapshot>} */
   async #fetchChats() {
+    this.#held = [];
     this.#newest.requestBegins();
     try {
       const snapshot = await this.#freshSnapshot();
@@ -995,46 +919,44 @@ export class ChatWebSocket {
     }
   }
 
-  /** A list from before #gaplessFrom has a gap; one of another epoch may be older. */
+  /** A list from before #gapless is too old; one of another epoch may be. */
   async #freshSnapshot() {
     for (let tries = 0; tries < 5; tries++) {
       const before = this.#cursor.epoch;
       const snapshot = await this.#allChats();
       const { epoch, seq } = parseCursor(snapshot.cursor);
       const known = this.#cursor.epoch;
-      if (epoch === known ? seq >= this.#gaplessFrom : before === known)
+      if (epoch === known ? seq >= this.#gapless.seq : before === known)
         return snapshot;
     }
     throw unreachable("The server's list of chats is out of date.");
   }
 
-  /** A chat that becomes active moves to the first page, so it is fetched once more. */
+  /** Ends with the first page: a chat that becomes active moves there. */
   async #allChats() {
     /** @type {Map<number, Chat>} */
     const chats = new Map();
-    const fetchPage = async (/** @type {{before?: any}} */ where) => {
-      const page = await this.chats({ limit: CHATS_PER_PAGE, ...where });
+    const fetchPage = async (/** @type {any} */ before) => {
+      const page = await this.chats({ limit: 100, before });
       for (const chat of page.chats) chats.set(chat.id, chat);
       return page;
     };
-    const first = await fetchPage({});
-    for (let page = first; page.more; )
-      page = await fetchPage({ before: page.position });
-    for (let known = 0; first.more && known < chats.size; await fetchPage({}))
+    const first = await fetchPage(null);
+    for (let page = first; page.more; ) page = await fetchPage(page.position);
+    for (let known = 0; first.more && known < chats.size; await fetchPage(null))
       known = chats.size;
     return { chats: [...chats.values()], cursor: first.cursor };
   }
 
   /* ---- keeping alive ---- */
 
-  /** A late run means that the computer has slept. */
+  /** If it runs late, the computer has slept. */
   #watch() {
     const slept = Date.now() - this.#watchedAt > SILENCE_SECONDS * 1000;
     this.#watchedAt = Date.now();
-    const oldest = this.#unsent.at("socket")[0];
-    const unanswered = oldest && elapsed(oldest.sentAt) > ANSWER_SECONDS;
-    const dead = this.#pongBy > 0 && now() > this.#pongBy;
-    if (dead || unanswered) {
+    const [onItsWay] = this.#unsent.at("socket");
+    const unanswered = elapsed(onItsWay?.sentAt ?? now()) > ANSWER_SECONDS;
+    if (unanswered || now() > this.#pongBy) {
       this.#log?.log("[WebSocket] No answer from the server, closing");
       this.#connectionLost(1006);
     } else if (slept) {
@@ -1047,7 +969,7 @@ export class ChatWebSocket {
   /** @param {number} seconds */
   #ping(seconds) {
     const by = now() + seconds * 1000;
-    if (this.#pongBy && this.#pongBy <= by) return;
+    if (this.#pongBy <= by) return;
     this.#pongBy = by;
     this.#sendCommand({ type: "ping" });
   }
@@ -1069,7 +991,7 @@ export class ChatWebSocket {
   };
 
   #onStorage = (/** @type {any} */ { key, newValue }) => {
-    const entry = this.#unsent.discardedElsewhere(key, newValue);
+    const entry = this.#unsent.settledElsewhere(key, newValue);
     if (!entry) return;
     this.#reportDelivery(entry, "discarded");
     this.#sendUnsent(); // the discarded entry may have been on its way
@@ -1100,8 +1022,7 @@ export class ChatWebSocket {
   #schedulePolling() {
     this.#pollTimer ||= after(FALLBACK_SECONDS, () => {
       this.#log?.log(`[WebSocket] Not connected, polling every ${POLL_SECONDS} s`);
-      this.#polling = true;
-      this.#reachable = true;
+      this.#polling = "polling";
       this.#reportState();
       void this.#pollOnce();
     });
@@ -1109,41 +1030,32 @@ export class ChatWebSocket {
 
   async #pollOnce() {
     const { signal } = this.#fallback;
-    const cursor = this.#cursorText();
+    const since = this.#cursorText();
     let wait = POLL_SECONDS;
     try {
-      const path = `/api/v1/events${query({ limit: 500, cursor })}`;
+      const path = `/api/v1/events${query({ limit: 500, cursor: since })}`;
       const answer = await this.request("GET", path, undefined, signal);
       if (answer.more) wait = 0;
-      if (!signal.aborted) this.#handlePoll(answer, cursor === null);
+      // A listener may call disconnect.
+      for (const event of answer.events) if (!signal.aborted) this.#acceptEvent(event);
+      if (signal.aborted) return;
+      if (answer.resync) this.#restartAt(answer.cursor);
+      // Without `since`, it would skip the events after a known cursor.
+      else if (since || this.#cursor.seq < 0) this.#moveCursor(answer.cursor);
+      if (answer.resync) this.#emit("resync", {});
+      this.#polled("polling");
+      this.#sendWaiting();
     } catch (/** @type {any} */ error) {
-      wait = Math.max(wait, error.retryAfter ?? 0);
-      if (!signal.aborted) this.#setReachable(false);
+      wait = Math.max(wait, error?.retryAfter ?? 0);
+      if (!signal.aborted) this.#polled("offline");
     }
     if (!signal.aborted) this.#pollTimer = after(wait, () => void this.#pollOnce());
   }
 
-  /**
-   * @param {{events: LoggedEvent[], cursor: string, resync: boolean}} answer
-   * @param {boolean} withoutCursor
-   */
-  #handlePoll({ events, cursor, resync }, withoutCursor) {
-    const { signal } = this.#fallback;
-    for (const event of events) {
-      if (signal.aborted) return; // a listener has called disconnect
-      this.#acceptEvent(event);
-    }
-    if (resync || (withoutCursor && this.#cursor.seq < 0)) this.#restartAt(cursor);
-    else if (!withoutCursor) this.#moveCursor(cursor);
-    if (resync) this.#emit("resync", {});
-    this.#setReachable(true);
-    this.#sendWaiting();
-  }
-
-  /** @param {boolean} reachable */
-  #setReachable(reachable) {
-    const back = reachable && !this.#reachable;
-    this.#reachable = reachable;
+  /** @param {"polling" | "offline"} state */
+  #polled(state) {
+    const back = state === "polling" && this.#polling === "offline";
+    this.#polling = state;
     this.#reportState();
     if (back) this.#probeOrRetry();
   }
@@ -1153,7 +1065,7 @@ export class ChatWebSocket {
     this.#fallback.abort();
     this.#fallback = new AbortController();
     this.#pollTimer = 0;
-    this.#polling = false;
+    this.#polling = null;
     this.#unsent.requeue("http");
   }
 
@@ -1164,7 +1076,7 @@ export class ChatWebSocket {
     this.#sendUnsent();
   }
 
-  /** One at a time, or the server could refuse the first and store the second. */
+  /** One at a time: the server may refuse the first and store the second. */
   #sendUnsent() {
     if (this.#ended) return;
     const [next] = this.#unsent.at("waiting");
@@ -1178,30 +1090,28 @@ export class ChatWebSocket {
     const wait = (this.#sendNotBefore - now()) / 1000;
     clearTimeout(this.#sendTimer);
     if (wait > 0) this.#sendTimer = after(wait, () => this.#sendUnsent());
-    else if (this.#ready) {
-      Object.assign(next, { place: "socket", sentAt: now(), tried: true });
-      this.#sendCommand(commandFor(next));
-    } else if (this.#polling) void this.#sendByHttp(next);
+    else if (this.#ready || this.#polling) {
+      next.place = this.#ready ? "socket" : "http";
+      next.sentAt = now();
+      if (this.#ready) this.#sendCommand(commandFor(next));
+      else void this.#sendByHttp(next);
+    }
   }
 
   /** @param {Unsent} entry */
   async #sendByHttp(entry) {
-    const { client_id } = entry;
     const { signal } = this.#fallback;
-    Object.assign(entry, { place: "http", tried: true });
     const [method, path, body] = requestFor(entry);
     try {
       const { message } = (await this.request(method, path, body, signal)) ?? {};
-      if (entry.kind !== "message")
-        return this.#changeStored(entry, message?.rev ?? message?.id, message);
-      this.#acceptUser(message.sender_id);
-      this.#messageStored({ ...message, client_id });
+      if (entry.kind === "message" && !this.#acceptUser(message.sender_id)) return;
+      this.#stored(entry, message, entry.if_rev && (message.rev ?? message.id));
     } catch (error) {
-      if (signal.aborted) return; // the socket is back and sends the message
+      if (signal.aborted) return; // the socket is back and sends it
       // Or else no token could be fetched.
       const known = error instanceof ChatError ? error : unreachable();
       const { status, code, message, retryAfter } = known;
-      this.#messageRefused(entry, code, message, status ? retryAfter : POLL_SECONDS);
+      this.#refused(entry, code, message, status ? retryAfter : POLL_SECONDS);
       this.#sendUnsent();
     }
   }
@@ -1212,50 +1122,36 @@ export class ChatWebSocket {
     const mark = this.#marks.get(Number(chatId));
     if (kind !== "read" || !mark) return;
     if (retry !== undefined) after(retry, () => this.#sendMark(Number(chatId)));
-    else mark.settled = Math.max(mark.settled, Number(messageId));
+    else if (mark.messageId === Number(messageId)) mark.settled = true;
   }
 
   /** @param {Ack} ack */
   #handleAck(ack) {
     this.#markAnswered(ack.ref);
     const entry = this.#unsent.find(ack.client_id ?? ack.ref);
-    if (!entry || ack.message_id === undefined) return;
-    if (entry.kind !== "message") return this.#changeStored(entry, ack.rev);
+    if (!entry) return;
     const { chat_id, content, client_id } = entry;
-    const { message_id: id, created_at = "", n = 0 } = ack;
+    const { message_id: id = 0, created_at = "", n = 0 } = ack;
     const sender_id = this.#userId ?? 0;
     const message = { id, chat_id, sender_id, content, created_at, n, client_id };
-    this.#messageStored(message, ack.duplicate);
+    // A duplicate may have been edited since.
+    const known = entry.kind === "message" && !ack.duplicate;
+    this.#stored(entry, known ? this.#newest.of(message) : undefined, ack.rev);
   }
 
   /** @param {Refusal} refusal */
-  #handleError({ ref, client_id, code, message, retry_after }) {
-    const final = FINAL_REFUSALS.has(code);
-    this.#markAnswered(ref, final ? undefined : (retry_after ?? REFUSED_SECONDS));
+  #handleError({ ref, client_id, code, message, retry_after = RETRY_AFTER_SECONDS }) {
+    this.#markAnswered(ref, FINAL_REFUSALS.has(code) ? undefined : retry_after);
     const entry = this.#unsent.find(client_id ?? ref); // chatd 1.0 repeats only `ref`
     if (entry?.place !== "socket") return;
-    this.#messageRefused(entry, code, message, retry_after);
+    this.#refused(entry, code, message, retry_after);
     this.#sendUnsent();
   }
 
-  /**
-   * The ack, the 201 and the event all say so; the first to arrive counts.
-   * @param {Message} message @param {boolean} [mayHaveChanged]
-   */
-  #messageStored(message, mayHaveChanged) {
-    const entry = this.#unsent.find(message.client_id);
-    if (!entry || message.sender_id !== this.#userId) return;
-    this.#unsent.remove(entry);
-    const stored = !mayHaveChanged && { message: this.#newest.of(message) };
-    this.#emit("delivery", { ...delivery(entry, "sent"), ...stored });
-    this.#sendUnsent();
-  }
-
-  /**
-   * @param {Unsent} entry @param {number | undefined} rev @param {Message} [message]
-   */
-  #changeStored(entry, rev, message) {
-    if (!this.#unsent.entries.includes(entry)) return;
+  /** @param {Unsent} [entry] @param {Message} [message] @param {number} [rev] */
+  #stored(entry, message, rev) {
+    // The answer and the event both say so: the first one counts.
+    if (!entry || !this.#unsent.entries.includes(entry)) return;
     this.#unsent.remove(entry, rev);
     this.#emit("delivery", { ...delivery(entry, "sent"), ...(message && { message }) });
     this.#sendUnsent();
@@ -1265,7 +1161,7 @@ export class ChatWebSocket {
    * @param {Unsent} entry @param {string} code @param {string} reason
    * @param {number} [seconds]
    */
-  #messageRefused(entry, code, reason, seconds) {
+  #refused(entry, code, reason, seconds = RETRY_AFTER_SECONDS) {
     if (!this.#unsent.entries.includes(entry)) return; // another tab has dropped it
     if (FINAL_REFUSALS.has(code)) {
       this.#unsent.update(entry, { place: "failed", code, reason });
@@ -1273,19 +1169,19 @@ export class ChatWebSocket {
       return;
     }
     entry.place = "waiting";
-    this.#sendNotBefore = now() + (seconds ?? REFUSED_SECONDS) * 1000;
+    this.#sendNotBefore = now() + seconds * 1000;
   }
 
   /** @param {Unsent} entry */
   #discard(entry) {
-    this.#unsent.discard(entry);
+    this.#unsent.remove(entry, "discarded");
     this.#reportDelivery(entry, "discarded");
   }
 
   /** @param {number} chatId */
   #sendMark(chatId) {
     const mark = this.#marks.get(chatId);
-    if (!mark || mark.settled >= mark.wanted || mark.timer || this.#ended) return;
+    if (!mark || mark.settled || mark.timer || this.#ended) return;
     const wait = MARK_SECONDS - elapsed(mark.sentAt);
     if (wait > 0) {
       mark.timer = after(wait, () => {
@@ -1294,20 +1190,15 @@ export class ChatWebSocket {
       });
       return;
     }
-    const message_id = mark.wanted;
-    const settle = () => {
-      mark.settled = Math.max(mark.settled, message_id);
-    };
     mark.sentAt = now();
-    if (this.#ready) {
-      const ref = `read ${chatId} ${message_id}`;
-      this.#sendCommand({ type: "mark_read", message_id, ref });
-    } else if (this.#polling) {
+    const message_id = mark.messageId;
+    const ref = `read ${chatId} ${message_id}`;
+    if (this.#ready) this.#sendCommand({ type: "mark_read", message_id, ref });
+    else if (this.#polling)
       this.request("POST", `/api/v1/messages/${message_id}/read`).then(
-        settle,
-        ({ code }) => FINAL_REFUSALS.has(code) && settle(),
+        () => this.#markAnswered(ref),
+        (error) => FINAL_REFUSALS.has(error?.code) && this.#markAnswered(ref),
       );
-    }
   }
 
   /** @param {object} command */
@@ -1319,13 +1210,11 @@ export class ChatWebSocket {
   /* ---- HTTP ---- */
 
   /**
-   * After a 401, tries a newer token once. (The function of connect may return tickets,
-   * which HTTP refuses.)
    * @param {string} method @param {string} path @param {object} [body]
    * @param {AbortSignal} [signal] @returns {Promise<any>}
    */
   async #request(method, path, body, signal) {
-    // There, a 401 may be about the invitation. So another request tries the token.
+    // Its 401 may be about the invitation, so try the token before.
     const joins = path === "/api/v1/join";
     if (joins) await this.#request("GET", "/api/v1/me", undefined, signal);
     const token = await this.#httpToken(false);
@@ -1338,6 +1227,7 @@ export class ChatWebSocket {
         if (newer === token) throw refusal;
         return await this.#fetch(method, path, newer, body, signal);
       } catch (error) {
+        // HTTP refuses tickets.
         const mayBeTicket = !this.#bearer && typeof this.#token === "function";
         if (!mayBeTicket && isSignedOut(error)) this.#end("signed_out");
         throw error;
@@ -1436,7 +1326,7 @@ function parseObject(text) {
   }
 }
 
-/** @param {string} token @returns {number | undefined} */
+/** @param {string} token */
 function userIdOf(token) {
   try {
     const part = (token.split(".")[1] ?? "").replace(/-/g, "+").replace(/_/g, "/");
@@ -1448,13 +1338,13 @@ function userIdOf(token) {
   }
 }
 
-/** @param {Response} answer @returns {Promise<any>} */
+/** @param {Response} answer */
 async function readAnswer(answer) {
   if (answer.status === 204) return null;
   const body = await answer.json().catch(() => null);
   if (answer.ok && body) return body;
   const {
-    // A proxy answers while chatd is away or slow: that is no refusal.
+    // While chatd is away, a proxy answers: that is no refusal.
     code = /^4(?!08|29)/.test(String(answer.status)) ? "internal" : "upstream",
     message = `The chat server answered with HTTP status ${answer.status}.`,
     retry_after,
@@ -1471,12 +1361,12 @@ function unreachable(text = "The chat server does not answer.") {
   return new ChatError(0, "unreachable", text);
 }
 
-/** Unlike Date.now(), it never goes back. */
+/** Never goes back. */
 function now() {
   return performance.now();
 }
 
-/** @param {number} since @returns {number} */
+/** @param {number} since */
 function elapsed(since) {
   return (now() - since) / 1000;
 }
@@ -1484,9 +1374,4 @@ function elapsed(since) {
 /** @param {number} seconds @param {() => void} task */
 function after(seconds, task) {
   return setTimeout(task, seconds * 1000);
-}
-
-/** @param {number} seconds @param {() => void} task */
-function every(seconds, task) {
-  return setInterval(task, seconds * 1000);
 }

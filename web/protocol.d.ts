@@ -322,13 +322,22 @@ export interface Unsent
   kept: boolean;
   /** On its way, or refused for good. */
   place: "waiting" | "socket" | "http" | "failed";
-  /** When it was last sent over the socket, as performance.now(). */
-  sentAt: number;
-  /** It may have been sent. */
-  tried: boolean;
+  /** When it was last sent, as performance.now(). null: never; 0: perhaps long ago. */
+  sentAt: number | null;
   /** The error, if it failed. */
   code?: string | undefined;
   reason?: string | undefined;
+}
+
+/** The newest message of a chat that the page has marked as read. */
+export interface ReadMark {
+  messageId: number;
+  /** The server has it, or has refused it for good. */
+  settled?: boolean;
+  /** When it was last sent, as performance.now(). */
+  sentAt: number;
+  /** Of the next attempt: marks are sent at most once a second. */
+  timer?: number;
 }
 
 export interface ChatEvents {
@@ -355,7 +364,10 @@ export interface ChatEvents {
   bye: { type: "bye"; retry_after: number };
 }
 
-/** A JWT, or a function that fetches one. */
+/**
+ * A JWT, or a function that fetches one for each connection. If the function throws an
+ * error whose `status` is 401, the state becomes `signed_out`.
+ */
 export type TokenSource = string | (() => string | Promise<string>);
 
 export type StorageLike = Pick<
@@ -377,4 +389,86 @@ export interface Options {
   storage?: StorageLike | null;
   /** Where the client writes log lines. Default: the console; null: nowhere. */
   log?: Pick<Console, "log"> | null;
+}
+
+/** The methods of ChatWebSocket. */
+export interface Client {
+  /**
+   * Calls `listener` for each event of this type, until the returned function is called.
+   */
+  on<Type extends keyof ChatEvents>(
+    type: Type,
+    listener: (event: ChatEvents[Type]) => void,
+  ): () => void;
+  /** Connects, or connects anew. Without a token it uses tickets, by `bearer`. */
+  connect(token?: TokenSource): void;
+  /** Closes the connection until the next connect. */
+  disconnect(): void;
+  /** Disconnects, and drops what is unsent: for signing out. */
+  forget(): void;
+  /** Tries the socket now, if an attempt is scheduled, or after `too_many`. */
+  retry(): void;
+  readonly state: State;
+  /** Seconds until the next attempt to open a socket; null: none is scheduled. */
+  readonly retryIn: number | null;
+  /** Of the token; undefined as long as the client does not know it. */
+  readonly userId: number | undefined;
+
+  /** Sends a message as soon as possible. Returns the client_id of its deliveries. */
+  send(chatId: number, content: string): string;
+  /**
+   * Edits a message as soon as possible; fails if the message is not at `ifRev`. It
+   * replaces edits that failed or were never tried. Returns the client_id of its
+   * deliveries.
+   */
+  editMessage(messageId: number, content: string, options?: { ifRev?: number }): string;
+  /**
+   * Deletes a message as soon as possible, and drops its edits that wait and its changes
+   * that failed. Returns the client_id of its deliveries.
+   */
+  deleteMessage(messageId: number): string;
+  /** The unsent messages of a chat, oldest first. */
+  unsent(chatId: number): Delivery[];
+  /** The edits and deletions that wait or have failed. */
+  unsentChanges(): Delivery[];
+  /** Sends again what has failed. */
+  resend(clientId: string): void;
+  /** Drops what has failed. */
+  discard(clientId: string): void;
+  /** Call it at each key; the typing sign ends 5 s after the last call. */
+  sendTyping(chatId: number, isTyping: boolean): void;
+  /** Marks the messages of the chat as read, up to this one. */
+  markRead(chatId: number, messageId: number): void;
+
+  /**
+   * Fetches all chats. Events wait meanwhile: "chats" comes first, then what followed.
+   * After a ChatError, try again.
+   */
+  fetchChats(): Promise<Snapshot>;
+  history(chatId: number, where?: HistoryQuery): Promise<History>;
+  search(what: SearchQuery, signal?: AbortSignal): Promise<Found>;
+  /** One page of the list of chats. */
+  chats(page?: ChatsQuery): Promise<ChatPage>;
+  chat(chatId: number): Promise<Chat>;
+  members(chatId: number, which?: MembersQuery): Promise<MemberPage>;
+  createChat(chat: NewChat): Promise<Chat>;
+  renameChat(chatId: number, title: string | null): Promise<any>;
+  /** For a link to `/#invite=TOKEN`. */
+  createInvite(chatId: number, options?: { ttlSeconds?: number }): Promise<Token>;
+  /** Revokes all invitations of the chat. */
+  revokeInvites(chatId: number): Promise<any>;
+  /** Needs no connect. */
+  previewInvite(token: string): Promise<Preview>;
+  /** Needs no connect. If its answer is lost, trying again makes a second user. */
+  joinAsNewUser(token: string, name: string): Promise<Joined>;
+  join(token: string): Promise<{ chat_id: number }>;
+  renameMe(name: string): Promise<any>;
+  /** For a link to `/#token=TOKEN`. */
+  linkDevice(): Promise<Token>;
+  /**
+   * Sends one HTTP request, with the token. `path` is like "/api/v1/chats", `body` is
+   * sent as JSON. Returns the answer's JSON; null for 204. Throws a ChatError, as all
+   * these requests do.
+   */
+  request(method: string, path: string, body?: object, signal?: AbortSignal): Promise<any>;
 }
