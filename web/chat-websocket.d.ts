@@ -18,7 +18,7 @@ export type ChatEvents = import("./protocol.js").ChatEvents;
 export type Delivery = import("./protocol.js").Delivery;
 export type Message = import("./protocol.js").Message;
 export type State = import("./protocol.js").State;
-/** `status` is the HTTP status, or 0 if `code` is "unreachable". */
+/** `status`: of HTTP, or 0 */
 export declare class ChatError extends Error {
     status: number;
     code: string;
@@ -118,4 +118,22 @@ export declare class ChatWebSocket implements Client {
      * @param {AbortSignal} [signal] @returns {Promise<any>}
      */
     request(method: string, path: string, body?: object, signal?: AbortSignal): Promise<any>;
+}
+/** What users have written but not sent, in storage or else in memory. */
+export declare class Drafts {
+    #private;
+    storage: Storage | null;
+    userId: () => number;
+    /** @param {Storage | null} storage @param {() => number} userId */
+    constructor(storage: Storage | null, userId: () => number);
+    /** @param {number | string} chatId */
+    key(chatId: number | string): string;
+    /** @param {number} chatId */
+    get(chatId: number): string;
+    /** @param {number} chatId @param {string} text "": none */
+    set(chatId: number, text: string): void;
+    /** Where this user has drafts. */
+    chatIds(): number[];
+    /** Drops the oldest drafts of all users, but never the newest. */
+    prune(): void;
 }

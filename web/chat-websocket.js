@@ -50,7 +50,7 @@ const FINAL_REFUSALS = new Set([
   "unknown_type",
 ]);
 
-/** `status` is the HTTP status, or 0 if `code` is "unreachable". */
+/** `status`: of HTTP, or 0 */
 export class ChatError extends Error {
   /**
    * @param {number} status @param {string} code @param {string} message
@@ -65,10 +65,7 @@ export class ChatError extends Error {
   }
 }
 
-/**
- * Tabs share the storage. The server stores a message once, even if two tabs send it.
- * But a change that is repeated could undo a later one.
- */
+/** Of all tabs. A change that two of them send could undo a later one. */
 class UnsentMessages {
   /** Oldest first. @type {Unsent[]} */
   entries = [];
@@ -714,7 +711,7 @@ export class ChatWebSocket {
   async #socketToken() {
     if (!this.#token) return (await this.request("GET", "/api/v2/ws-token")).token;
     if (typeof this.#token === "string") {
-      // A browser does not say why a handshake was refused, but a request does.
+      // A refused handshake does not say why, but a request does.
       if (this.#tokenInDoubt) await this.request("GET", "/api/v1/me").catch(() => {});
       return this.#token;
     }
@@ -1251,7 +1248,10 @@ export class ChatWebSocket {
    */
   async #fetch(method, path, token, body, signal) {
     const limit = new AbortController();
-    const timer = after(REQUEST_SECONDS, () => limit.abort());
+    const abort = () => limit.abort();
+    const timer = after(REQUEST_SECONDS, abort);
+    if (signal?.aborted) abort();
+    signal?.addEventListener("abort", abort); // AbortSignal.any leaks in Node 20
     try {
       return await readAnswer(
         await fetch(new URL(path.replace(/^\//, ""), this.#base), {
@@ -1263,7 +1263,7 @@ export class ChatWebSocket {
           body: body ? JSON.stringify(body) : null,
           cache: "no-store",
           credentials: "omit",
-          signal: AbortSignal.any(signal ? [signal, limit.signal] : [limit.signal]),
+          signal: limit.signal,
         }),
       );
     } catch (error) {
@@ -1271,6 +1271,7 @@ export class ChatWebSocket {
       throw unreachable();
     } finally {
       clearTimeout(timer);
+      signal?.removeEventListener("abort", abort);
     }
   }
 
@@ -1335,6 +1336,78 @@ function userIdOf(token) {
     return Number.isSafeInteger(userId) && userId > 0 ? userId : undefined;
   } catch {
     return undefined;
+  }
+}
+
+const DRAFT_PREFIX = "chatd.draft.";
+/** All drafts but the newest. localStorage has room for ten times this. */
+const MAX_DRAFT_CHARACTERS = 500_000;
+
+/** What users have written but not sent, in storage or else in memory. */
+export class Drafts {
+  /** By key. @type {Record<string, string>} */
+  #unstored = {};
+
+  /** @param {Storage | null} storage @param {() => number} userId */
+  constructor(storage, userId) {
+    this.storage = storage;
+    this.userId = userId;
+  }
+
+  /** @param {number | string} chatId */
+  key(chatId) {
+    return `${DRAFT_PREFIX}${this.userId()}.${chatId}`;
+  }
+
+  /** @param {number} chatId */
+  get(chatId) {
+    const key = this.key(chatId);
+    return this.#unstored[key] ?? readDraft(this.storage?.getItem(key)).text;
+  }
+
+  /** @param {number} chatId @param {string} text "": none */
+  set(chatId, text) {
+    const key = this.key(chatId);
+    this.#unstored[key] = text;
+    try {
+      if (text) this.storage?.setItem(key, JSON.stringify({ text, at: Date.now() }));
+      else this.storage?.removeItem(key);
+      if (this.storage || !text) delete this.#unstored[key];
+    } catch {
+      // Storage is full.
+    }
+  }
+
+  /** Where this user has drafts. */
+  chatIds() {
+    const prefix = this.key("");
+    const keys = Object.keys({ ...this.storage, ...this.#unstored });
+    return keys
+      .filter((key) => key.startsWith(prefix))
+      .map((key) => Number(key.slice(prefix.length)));
+  }
+
+  /** Drops the oldest drafts of all users, but never the newest. */
+  prune() {
+    let room = MAX_DRAFT_CHARACTERS;
+    const drafts = Object.entries({ ...this.storage })
+      .filter(([key]) => key.startsWith(DRAFT_PREFIX))
+      .map(([key, item]) => ({ key, item, at: readDraft(item).at }))
+      .sort((a, b) => b.at - a.at);
+    for (const { key, item } of drafts.slice(1)) {
+      room -= key.length + item.length;
+      if (room < 0) this.storage?.removeItem(key);
+    }
+  }
+}
+
+/** @param {string | null} [item] @returns {{text: string, at: number}} */
+function readDraft(item) {
+  try {
+    const { text, at } = JSON.parse(item ?? "");
+    return { text: String(text), at: Number(at) };
+  } catch {
+    return { text: "", at: 0 };
   }
 }
 

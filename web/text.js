@@ -1,7 +1,6 @@
 // @ts-check
 /**
- * text.js: the text of a message as nodes. Text is never markup. A node has all of its
- * text: the signs of code and quotes are hidden, but copied.
+ * text.js: a message as nodes. The signs of code and quotes are hidden, but copied.
  */
 import { say } from "./words.js";
 
@@ -102,6 +101,7 @@ export function markedNode(content, query) {
     target.append(letter);
     if (/\x02[^\x01]*$/.test(part)) target = node;
   });
+  node.normalize(); // or else Safari does not join Arabic letters
   return node;
 }
 

@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * words.js: what the page says, in one table per language, and the locale of its times
- * and numbers. `?lang=` in the address chooses the language, or else the browser does.
+ * words.js: what the page says, in one table per language. `?lang=` chooses the language,
+ * or else the browser does.
  */
 
 /** @typedef {string | Partial<Record<Intl.LDMLPluralRule, string>>} Words */
@@ -21,7 +21,6 @@ const en = {
   continueAs: "Continue as {name}",
   continueAsText:
     "You are signed in as {me}. This link signs you in as {name}, in this tab only.",
-  stayAs: "Stay as {name}",
   twoUsers: "This tab is signed in as {me}, other tabs still as {name}.",
   noStorage: "This browser lets chatd store nothing: a reload will sign you out.",
   signOut: "Sign out",
@@ -35,7 +34,6 @@ const en = {
   joinTitle: "Join “{title}”",
   yourName: "Your name",
   badName: "Choose a name that others can read.",
-  noInvites: "There are no invitations here at the moment.",
   inviteValid: "Anyone who has this link can join until {when}.",
   revokeLinks: "Revoke earlier links",
   linksEnded: "Earlier invitation links no longer work.",
@@ -52,7 +50,6 @@ const en = {
   busy: "The server cannot take this now. Try again in a moment.",
   serverError: "Something went wrong on the server. Try again later.",
   noAnswer: "The chat server does not answer.",
-  otherError: "It did not work ({code}).",
   mostPeople: "A chat has at most {most} people.",
 
   connecting: "Connecting…",
@@ -74,7 +71,6 @@ const en = {
   skip: "Skip to the message field",
   account: "Your account:",
   signedInAs: "Signed in as {name}",
-  eachTab: "Another tab can be signed in as another user.",
   draftsHere: "Drafts in this browser: {count}.",
   draftsKept: "They stay when you sign out.",
   deleteDrafts: "Delete drafts",
@@ -210,7 +206,6 @@ const ru = {
   continueAs: "Продолжить как {name}",
   continueAsText:
     "Вы вошли как {me}. По этой ссылке вы войдёте как {name}, только в этой вкладке.",
-  stayAs: "Остаться как {name}",
   twoUsers: "В этой вкладке вы вошли как {me}, в других по-прежнему как {name}.",
   noStorage: "Браузер не даёт chatd ничего сохранить: после перезагрузки вы выйдете.",
   signOut: "Выйти",
@@ -224,7 +219,6 @@ const ru = {
   joinTitle: "Вступить в чат «{title}»",
   yourName: "Ваше имя",
   badName: "Выберите имя, которое смогут прочитать другие.",
-  noInvites: "Приглашений здесь сейчас нет.",
   inviteValid: "До {when} по этой ссылке может вступить любой.",
   revokeLinks: "Отозвать прежние ссылки",
   linksEnded: "Прежние ссылки-приглашения больше не действуют.",
@@ -241,7 +235,6 @@ const ru = {
   busy: "Сервер сейчас не может это принять. Повторите чуть позже.",
   serverError: "На сервере что-то пошло не так. Повторите позже.",
   noAnswer: "Сервер чата не отвечает.",
-  otherError: "Не получилось ({code}).",
   mostPeople: "В чате может быть не больше {most} участников.",
 
   connecting: "Соединение…",
@@ -262,7 +255,6 @@ const ru = {
   skip: "Перейти к полю сообщения",
   account: "Ваша учётная запись:",
   signedInAs: "Вы вошли как {name}",
-  eachTab: "В другой вкладке можно войти под другим именем.",
   draftsHere: "Черновиков в этом браузере: {count}.",
   draftsKept: "После выхода они останутся.",
   deleteDrafts: "Удалить черновики",
@@ -395,7 +387,7 @@ const ru = {
 
 /** @type {Record<string, Record<Key, Words>>} */
 export const TABLES = { en, ru };
-/** Letters and marks that turn the direction of the words around them. */
+/** Letters that turn the direction of their neighbours. */
 const TURNS =
   /[\p{Bidi_C}\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
 
