@@ -103,7 +103,7 @@ def test_a_search_finds_chats_and_messages_in_all_chats_or_in_one(
     status = page.get_by_role("status").and_(page.locator("#search-status"))
     expect(status).to_have_text("Messages found: 2.")
     expect(results(page).locator(".row-title")).to_have_text(
-        ["Zoltán Kiss", "BenTea & Чай"]
+        ["Zoltán Kiss", "Ben · Tea & Чай"]
     )
     expect(results(page).locator("mark")).to_have_text(["café", "café"])
     expect(results(page).locator(".row-time")).to_have_text(

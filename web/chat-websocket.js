@@ -833,6 +833,7 @@ export class ChatWebSocket {
   #acceptUser(userId) {
     if (this.#userId === undefined) {
       this.#userId = userId;
+      globalThis.addEventListener?.("storage", this.#onStorage); // also before connect
       this.#unsent.open(`chatd.unsent.${this.#base.host}.${userId}.`);
       for (const entry of this.#unsent.entries) this.#reportDelivery(entry);
     }
@@ -977,7 +978,6 @@ export class ChatWebSocket {
     globalThis[change]?.("online", this.#onNetwork);
     globalThis[change]?.("offline", this.#onNetwork);
     globalThis[change]?.("focus", this.#onVisible);
-    globalThis[change]?.("storage", this.#onStorage);
     globalThis.document?.[change]("visibilitychange", this.#onVisible);
   }
 

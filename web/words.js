@@ -309,7 +309,7 @@ const ru = {
   search: "Поиск",
   searchHere: "Поиск в этом чате",
   searching: "Идёт поиск…",
-  searchedBack: "Просмотрено до {when}",
+  searchedBack: "Просмотрено до {when}.",
   found: "Найдено сообщений: {count}.",
   foundNothing: "Сообщений не найдено.",
 
