@@ -155,6 +155,12 @@ def test_the_label_of_the_day_stays_while_its_messages_are_read(
         page.evaluate("scroller.scrollTop -= 80")
         page.evaluate("new Promise(requestAnimationFrame)")
     assert seen == {0, 1, 2, 3} or seen == {0, 1, 2}
+    bens = sign_in(chromium.context(viewport=PHONE), server.link(ben), chat)
+    expect(bens.locator(".divider")).to_be_in_viewport()
+    bens.locator("#jump").click()
+    expect(bens.locator(".divider")).not_to_be_in_viewport()
+    expect(bens.locator(".day")).to_be_visible()
+    bens.close()
     width = page.locator(".day").last.evaluate("(day) => day.offsetWidth")
     assert width < 200  # not as wide as the messages
     page.set_viewport_size({"width": 667, "height": 320})

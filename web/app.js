@@ -1257,8 +1257,10 @@ const pane = {
   /** The labels stick to the top: only the last is visible. */
   hidePastDays() {
     let next = Infinity;
-    for (const day of [...box("messages").querySelectorAll(".day, .divider")].reverse()) {
+    for (const day of rowsOf("messages").reverse()) {
+      if (!day.matches(".day, .divider")) continue;
       const { top, bottom } = day.getBoundingClientRect();
+      if (topOf(day) + day.offsetHeight < 0) continue; // a divider above the view
       day.classList.toggle("past", next < bottom);
       next = top;
     }
