@@ -353,7 +353,7 @@ def test_an_invitation_that_does_not_count_is_explained(
     ):
         page.goto(f"{server.url}/#invite={token}")
         expect(page.get_by_role("alert")).to_contain_text(words)
-        assert page.url == f"{server.url}/"
+        expect(page).to_have_url(f"{server.url}/")
     path = f"/api/v1/chats/{chat}/invites"
     token = server.request("POST", path, {}, user_id=anna)["token"]
     page.goto(f"{server.url}/#invite={token}")

@@ -21,10 +21,12 @@ from tests.browser import (
     expect,
     expect_state,
     field,
+    open_chat,
     pair,
     refuse,
     screenshot,
     sign_in,
+    until,
     write,
 )
 
@@ -93,7 +95,8 @@ def test_the_first_user_makes_a_group_and_a_stranger_joins_it_on_a_phone(
     expect(dialog).to_contain_text("Anyone who has this link can join until ")
     screenshot(annas, "people-invite")
     press(dialog, "Copy")
-    expect(dialog.get_by_role("button", name="Copied")).to_be_focused()
+    expect(dialog.locator(".toast")).to_have_text("Copied")
+    expect(dialog.get_by_role("button", name="Copy")).to_be_focused()
     url = link.input_value()
     annas.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
@@ -103,7 +106,8 @@ def test_the_first_user_makes_a_group_and_a_stranger_joins_it_on_a_phone(
     heading = phone.get_by_role("heading", name="Join “Chess <i>club</i>”")
     expect(heading).to_be_visible()
     expect(phone.get_by_text("1 person")).to_be_visible()
-    assert phone.url == f"{inviting.url}/"
+    phone.reload()  # the address keeps the invitation
+    expect(heading).to_be_visible()
     name = phone.get_by_label("Your name")
     expect(name).to_be_focused()
     screenshot(phone, "people-join")
@@ -217,6 +221,32 @@ def test_revoking_ends_the_earlier_links_and_makes_a_new_one(
     press(dialog, "Revoke earlier links")
     expect(dialog.get_by_role("alert")).to_contain_text("cannot take this now")
     expect(link).to_have_value("")  # the one that was shown does not count any more
+    expect(dialog.get_by_role("status")).to_have_text(
+        re.compile("^Earlier invitation links no longer work. $")
+    )
+    expect(dialog.get_by_role("button", name="Copy")).to_be_hidden()
+
+
+def test_an_invitation_outlives_a_lost_answer_and_can_be_pasted(
+    inviting: Server, chromium: Chromium
+) -> None:
+    anna = inviting.add_user("Anna")
+    chat = new_group(inviting, "Chess", anna)
+    path = f"/api/v1/chats/{chat}/invites"
+    token = inviting.request("POST", path, {}, user_id=anna)["token"]
+    page = chromium.page()
+    page.route(re.compile("/join$"), lambda route: route.abort(), times=1)
+    page.goto(f"{inviting.url}/#invite={token}")
+    expect(page.get_by_role("alert")).to_contain_text("does not answer")
+    link = page.get_by_label("Sign-in link")
+    expect(link).to_have_value(f"{inviting.url}/#invite={token}")
+    press(page, "Sign in")
+    expect(page.get_by_role("heading", name="Join “Chess”")).to_be_visible()
+    page.get_by_label("Your name").fill("Zora")
+    press(page, "Join the chat")
+    expect(page.locator("#pane-title")).to_have_text("Chess")
+    page.go_back()
+    expect(page).to_have_url(re.compile("#chats$"))
 
 
 # --- new chats -----------------------------------------------------------------------
@@ -335,6 +365,69 @@ def test_changes_of_a_group_are_seen_by_all_at_once_also_in_the_open_dialog(
     press(annas.get_by_role("dialog", name="Leave"), "Leave chat")
     expect(info).to_be_hidden()
     expect(annas.locator("#pane-empty")).to_contain_text("No chats yet.")
+
+
+def test_each_dialog_changes_the_chat_that_it_shows(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben = server.add_user("Anna"), server.add_user("Ben")
+    one, two = (new_group(server, title, anna, ben) for title in ("One", "Two"))
+    page = sign_in(chromium.context(), server.link(anna), one)
+    expect_state(page, "connected")
+    expect(member(people(page), "Ben")).to_be_visible()
+    page.keyboard.press("Escape")
+    open_chat(page, two)
+    press(people(page), "Remove Ben")
+    ask = page.locator("#ask")
+    expect(ask).to_contain_text("no longer read and write in “Two”.")
+    press(ask, "Remove")
+    expect(member(page.locator("#info"), "Ben")).to_have_count(0)
+    members = {
+        chat: server.request("GET", f"/api/v1/chats/{chat}", user_id=anna)["chat"]
+        for chat in (one, two)
+    }
+    assert [chat["member_count"] for chat in members.values()] == [2, 1]
+
+    # Requests that hang: a dialog that was closed does not come back.
+    hanging: list[Route] = []
+    page.route(
+        re.compile(r"/chats(/\d+)?$"),
+        lambda route: (
+            hanging.append(route)
+            if route.request.method in ("PATCH", "POST")
+            else route.continue_()
+        ),
+    )
+    press(page.locator("#info"), "Rename")
+    ask.get_by_role("textbox").fill("Three")
+    page.keyboard.press("Enter")
+    until(lambda: page.evaluate("1") == len(hanging))
+    expect(ask).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    press(page, "New chat")
+    dialog = page.locator("#people")
+    dialog.get_by_label("Find people").fill("Ben")
+    page.keyboard.press("Enter")
+    press(dialog, "Create")
+    until(lambda: page.evaluate("2") == len(hanging))
+    press(dialog, "Cancel")
+    press(page, "New chat")
+    hanging.pop(0).abort()
+    late = page.locator(".toast")
+    expect(late).to_have_text(["Rename: Two: The chat server does not answer."])
+    expect(ask).to_be_hidden()
+    hanging.pop().continue_()
+    expect(page.locator("#chat-list .row")).to_have_count(3)
+    expect(dialog).to_be_visible()
+    press(dialog, "Cancel")
+    expect(page.locator("#pane-title")).to_have_text("Two")
+
+    # One is told of a removal by others only.
+    press(people(page), "Leave chat")
+    press(ask, "Leave chat")
+    expect(page.locator("#chat-list .row")).to_have_count(2)
+    expect(page.locator(".toast", has_text="no longer in")).to_have_count(0)
 
 
 def test_the_members_of_a_large_chat_come_page_by_page(

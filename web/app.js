@@ -5,7 +5,7 @@
  */
 import { ChatError, ChatWebSocket, Drafts } from "./chat-websocket.js";
 import { contentNode, folded, isBlank, markedNode, visibleText } from "./text.js";
-import { locale, say } from "./words.js";
+import { isolated, locale, say } from "./words.js";
 
 /* -------------------------------------------------------------------------------------
  * Loading. Until a screen is shown, any exception ends in words.
@@ -110,8 +110,9 @@ function showRows(container, rows) {
 function newRow({ key, look, build }, before) {
   const node = build();
   Object.assign(node.dataset, { key, look });
-  const more = before?.querySelector(".more"); // an open menu may belong to it
-  if (more) node.querySelector(".more")?.replaceWith(more);
+  // An open menu may belong to it, or a choice.
+  const kept = before?.querySelector(".more, input");
+  if (kept) node.querySelector(".more, input")?.replaceWith(kept);
   before?.replaceWith(node);
   return node;
 }
@@ -298,18 +299,17 @@ function sessionToResume() {
   return own === undefined ? readSession("localStorage") : own;
 }
 
-/** @param {string} [hash] that replaces the link */
-function followLink(hash = "") {
-  const [, kind, token] = /^#(token|invite)=(.+)$/.exec(location.hash) ?? [];
-  if (!token) return false;
+function showAddress(hash = "") {
   history.replaceState(null, "", location.pathname + location.search + hash);
-  void (kind === "token" ? signInWith : openInvite)(decoded(token));
-  return true;
 }
 
-/** @param {string} text from an address; it may be mistyped */
-function decoded(text) {
-  return attempt(() => decodeURIComponent(text)) ?? text;
+/** @param {string} link or its end @param {string} [hash] that replaces it in the address */
+function followLink(link, hash) {
+  const [, kind, token] = /#(token|invite)=(\S+)$/.exec(link) ?? [];
+  if (!token) return false;
+  showAddress(hash);
+  void (kind === "token" ? signInWith : openInvite)(token);
+  return true;
 }
 
 /** @param {string} token of a link */
@@ -322,10 +322,7 @@ async function signInWith(token) {
     else if (await confirmSwitch(session, current)) saveAndStart(session);
     else start(current);
   } catch (error) {
-    linkFailed(error);
-    // Without an answer the link may still be valid.
-    const { href } = new URL(`#token=${token}`, location.href);
-    if (!(/** @type {ChatError} */ (error).status)) field("sign-in-link").value = href;
+    linkFailed(error, `#token=${token}`);
   }
 }
 
@@ -340,10 +337,8 @@ function startFirst(session) {
 /** @param {Session} session @param {Session} current */
 async function confirmSwitch(session, current) {
   if (session.user_id === current.user_id) return true;
-  const name = userName(session);
-  const me = userName(current);
-  const [title, text] = [say("continueAs", { name }), say("continueAsText", { me, name })];
-  return ask(title, text);
+  const names = { name: userName(session), me: userName(current) };
+  return ask(say("continueAs", names), say("continueAsText", names));
 }
 
 /** @param {unknown} error */
@@ -352,13 +347,18 @@ function linkErrorText(error) {
   return status === 401 ? say("linkInvalid") : errorText(error);
 }
 
-/** @param {unknown} error */
-function linkFailed(error) {
+/** @param {unknown} error @param {string} hash of the link */
+function linkFailed(error, hash) {
   const session = model.session ?? sessionToResume();
   const text = linkErrorText(error);
-  if (!session) return showSignIn("", text);
-  toast(text);
-  start(session);
+  if (session) {
+    toast(text);
+    return start(session);
+  }
+  showSignIn("", text);
+  // Without an answer the link may still be valid.
+  if (/** @type {ChatError} */ (error).status) showAddress();
+  else field("sign-in-link").value = new URL(hash, location.href).href;
 }
 
 /** @param {Session} session */
@@ -385,14 +385,11 @@ function showScreen(screen) {
   loading = screen === "chat"; // until its chats are there
 }
 
-/** @param {SubmitEvent} event */
-function onSignInForm(event) {
-  event.preventDefault();
+function onSignInForm() {
   const text = field("sign-in-link").value.trim();
-  const token =
-    /#token=(\S+)$/.exec(text)?.[1] ?? /^[\w-]+\.[\w-]+\.[\w-]+$/.exec(text)?.[0];
-  setText("sign-in-error", token ? "" : say("notALink"));
-  if (token) void signInWith(decoded(token));
+  const link = text.replace(/^[\w-]+\.[\w-]+\.[\w-]+$/, "#token=$&");
+  const isLink = followLink(link, location.hash);
+  setText("sign-in-error", isLink ? "" : say("notALink"));
 }
 
 function allUnsent() {
@@ -425,7 +422,7 @@ function endSession(reason) {
   writeStored("sessionStorage", SESSION_KEY, null);
   model.client?.disconnect();
   resetModel();
-  history.replaceState(null, "", location.pathname + location.search);
+  showAddress();
   showSignIn(reason);
 }
 
@@ -459,15 +456,17 @@ function visitor(bearer = "") {
 
 /** @param {string} token */
 async function openInvite(token) {
+  const hash = `#invite=${token}`;
   const session = model.session ?? sessionToResume();
   if (session) start(session);
+  else showAddress(hash); // for a reload
   try {
     const { title: called, member_count: count } = await visitor().previewInvite(token);
     const unnamed = isBlank(called ?? "");
     const title = say(unnamed ? "join" : "joinTitle", { title: called ?? "" });
     const text = say("people", { count });
-    if (session) {
-      const me = say("signedInAs", { name: userName(session) });
+    if (model.session) {
+      const me = say("signedInAs", { name: userName(model.session) });
       if (!(await ask(title, `${text} · ${me}`, say("join")))) return;
       const joined = await model.client?.join(token);
       if (joined) openChat(joined.chat_id);
@@ -481,34 +480,35 @@ async function openInvite(token) {
     showScreen("join");
     field("join-name").focus();
   } catch (error) {
-    linkFailed(error);
+    linkFailed(error, hash);
   }
 }
 
-/** @param {SubmitEvent} event */
-function onJoinForm(event) {
-  event.preventDefault();
+function onJoinForm() {
   const join = async () => {
     const answer = await visitor().joinAsNewUser(invite, field("join-name").value);
+    showAddress();
     openChat(answer.chat_id);
     startFirst(answer);
   };
   void submit("join-error", join, linkErrorText);
 }
 
-/** @param {boolean} [revoke] the earlier links */
-async function showInvite(revoke = false) {
+/** @param {() => boolean} [isOpen] of the dialog that revokes the earlier links */
+async function showInvite(isOpen) {
   const { client, open: chat } = model;
   if (!client || !chat) return;
-  if (revoke) {
+  let text = "";
+  if (isOpen) {
     await client.revokeInvites(chat.id);
-    field("link-url").value = ""; // it has ended, even if there will be no new one
+    if (!isOpen()) return;
+    text = `${say("linksEnded")} `;
+    showLink("invitePeople", text, ""); // there may be no new one
   }
   const { token, expires_in } = await client.createInvite(chat.id);
-  if (chat !== model.open) return;
+  if (chat !== model.open || isOpen?.() === false) return;
   const end = new Date(Date.now() + expires_in * 1000);
-  const valid = say("inviteValid", { when: shortTime(end.toISOString()) });
-  const text = revoke ? `${say("linksEnded")} ${valid}` : valid;
+  text += say("inviteValid", { when: shortTime(end.toISOString()) });
   showLink("invitePeople", text, `#invite=${token}`);
 }
 
@@ -565,6 +565,11 @@ function personName(user_id) {
   return userName({ user_id, name: model.names.get(user_id) });
 }
 
+/** @param {number[]} ids */
+function namesOf(ids) {
+  return ids.map((id) => isolated(personName(id))).join(", ");
+}
+
 /** @param {ChatView} chat */
 function others(chat) {
   return [...chat.members.keys()].filter((id) => id !== myId());
@@ -579,8 +584,7 @@ function isWhole(chat) {
 function chatTitle(chat) {
   if (chat.title && !isBlank(chat.title)) return chat.title;
   if (!isWhole(chat)) return say("people", { count: chat.memberCount });
-  const names = others(chat).map(personName);
-  return names.join(", ") || say("onlyYou");
+  return namesOf(others(chat)) || say("onlyYou");
 }
 
 /** Newest activity first. */
@@ -803,7 +807,7 @@ const chatHandlers = {
   member_removed: (event, chat) => {
     const { user_id } = event;
     if (user_id === myId()) {
-      toast(say("noLonger", { title: chatTitle(chat) }));
+      if (chat !== info.left) toast(say("noLonger", { title: chatTitle(chat) }));
       return removeChat(chat);
     }
     // The chat may have come without this member already.
@@ -1304,8 +1308,8 @@ const pane = {
 
   renderHead(chat) {
     const people = say("people", { count: chat.memberCount });
-    const names = [...others(chat).map(personName), say("you")].join(", ");
-    const members = isWhole(chat) ? names : people;
+    const names = namesOf(others(chat));
+    const members = isWhole(chat) ? `${names && `${names}, `}${say("you")}` : people;
     setText("pane-title", chatTitle(chat));
     setText("pane-members", chat.direct ? say("directChat") : members);
     box("pane-avatar").replaceChildren(chatAvatar(chat));
@@ -1578,7 +1582,7 @@ function showReaders(chat, { n, sender_id }) {
   ids.sort((a, b) => late(a) - late(b));
   const rows = ids.map((id) => {
     const note = el("span", { class: "quiet" }, say(late(id) ? "notYet" : "read"));
-    return el("li", { class: "person" }, ...personCells(id), note);
+    return el("li", { class: "person" }, ...personCells(id, chat), note);
   });
   box("readers-list").replaceChildren(...rows);
   dialog("readers").showModal();
@@ -1671,7 +1675,7 @@ function selectChat(chat) {
   }
   model.open = chat;
   for (const node of document.querySelectorAll("dialog"))
-    if (node.id !== "ask") node.close();
+    if (before || node.id !== "ask") node.close();
   box("messages").replaceChildren();
   pane.unfolded.clear();
   Object.assign(pane, { drawn: Infinity, follow: true, goTo: "start", at: undefined });
@@ -1812,7 +1816,7 @@ function releaseAll() {
 function copyText(text) {
   const { activeElement } = document;
   const node = el("textarea", {}, text); // navigator.clipboard would need https
-  document.body.append(node);
+  inFront("toasts").append(node);
   node.select();
   toast(say(document.execCommand("copy") ? "copied" : "notCopied"));
   node.remove();
@@ -2108,7 +2112,7 @@ const search = {
         "a",
         { class: "row found", href: `#chat/${chat_id}/${id}` },
         personAvatar(sender_id),
-        el("span", { class: "row-title" }, ...names.flatMap((one) => [" · ", el("bdi", {}, one)]).slice(1)),
+        el("span", { class: "row-title" }, names.map(isolated).join(" · ")),
         el("span", { class: "row-time" }, when),
         el("span", { class: "row-last", dir: "auto" }, marked),
       );
@@ -2117,8 +2121,8 @@ const search = {
     return { key: `m ${id}`, look: JSON.stringify([names, when, rev, q]), build };
   },
 
-  onClick({ target }) {
-    if (!target.closest("a")) return;
+  onClick({ target, ctrlKey, metaKey, shiftKey }) {
+    if (!target.closest("a") || ctrlKey || metaKey || shiftKey) return;
     dialog("search").close();
     pane.at = undefined; // the address may stay the same
     after(0, route);
@@ -2127,8 +2131,7 @@ const search = {
 
 /** @param {ChatView} chat @param {string} q */
 function isCalled(chat, q) {
-  const names = others(chat).map(personName);
-  return folded([chatTitle(chat), ...names].join()).includes(folded(q));
+  return folded(`${chatTitle(chat)} ${namesOf(others(chat))}`).includes(folded(q));
 }
 
 /** Up and down move between rows. @param {any} event */
@@ -2153,17 +2156,23 @@ function onListKey(event) {
  * ---------------------------------------------------------------------------------- */
 
 /** @type {Ask} */
-function ask(title, text, yes = title, no = say("cancel"), value) {
+function ask(title, text, yes = title, save, value, most = 0) {
   const node = dialog("ask");
   const input = field("ask-input");
   node.close();
+  node.returnValue = "";
+  node.onclose?.(new Event("close")); // the question before is answered: no
   setText("ask-title", title);
   setText("ask-text", text);
   setText("ask-yes", yes);
-  setText("ask-no", no);
-  input.hidden = value === undefined;
+  input.hidden = !most;
+  input.maxLength = most;
   input.value = value ?? "";
-  node.returnValue = "";
+  const finish = async (/** @type {() => boolean} */ isOpen) => {
+    await save?.(input.value.trim());
+    if (isOpen()) node.close("yes");
+  };
+  node.onsubmit = () => submit("ask-text", finish);
   node.showModal();
   input.select();
   return new Promise((resolve) => {
@@ -2172,39 +2181,33 @@ function ask(title, text, yes = title, no = say("cancel"), value) {
   });
 }
 
-/** @type {AskName} */
-async function askName(title, value, most, save) {
-  const input = field("ask-input");
-  input.maxLength = most;
-  let problem = "";
-  while (await ask(title, problem, say("save"), say("cancel"), value ?? "")) {
-    value = input.value.trim();
-    try {
-      return await save(value);
-    } catch (error) {
-      problem = errorText(error);
-    }
-  }
-}
+/** A dialog (null: a form without one) -> its request. @type {Map<unknown, unknown>} */
+const requests = new Map();
 
-let submitting = false;
-
-/** @type {Explain} */
-async function submit(errorId, request, words) {
-  if (submitting) return; // a button that is disabled would lose the focus
-  submitting = true;
+/** @type {Submit} */
+async function submit(errorId, request, words = errorText) {
+  const { client } = model;
+  const node = box(errorId).closest("dialog");
+  if (requests.has(node)) return; // a button that is disabled would lose the focus
+  const name = node?.querySelector("h2")?.textContent ?? "";
+  const mine = {};
+  const isOpen = () => requests.get(node) === mine;
+  requests.set(node, mine);
   setText(errorId, "");
-  await explain(errorId, request, words);
-  submitting = false;
+  try {
+    await request(isOpen);
+  } catch (error) {
+    const text = words(error);
+    if (isOpen()) setText(errorId, text);
+    else if (client === model.client) toast(say("lastOf", { name, text }));
+  }
+  if (isOpen()) requests.delete(node);
+  requestRender();
 }
 
-/** @type {Explain} */
-async function explain(errorId, request, words = errorText) {
-  try {
-    await request();
-  } catch (error) {
-    setText(errorId, words(error));
-  }
+/** @param {string} errorId @param {() => Promise<unknown>} request */
+async function explain(errorId, request) {
+  await request().catch((error) => setText(errorId, errorText(error)));
   requestRender();
 }
 
@@ -2215,7 +2218,9 @@ function toastError(error) {
 
 /** @param {string | null} name */
 function setMyName(name) {
-  if (model.session) model.session.name = name;
+  const { session } = model;
+  if (session) session.name = name;
+  if (session && readSession("localStorage")?.token === session.token) saveAndStart(session);
   model.names.set(myId(), name);
   requestRender();
 }
@@ -2227,14 +2232,14 @@ async function onLinkDevice() {
   showLink("otherDevice", say("otherDeviceText"), `#token=${answer.token}`);
 }
 
-/** @param {Key} title @param {string} text @param {string} hash */
+/** @param {Key} title @param {string} text @param {string} hash "": there is no link */
 function showLink(title, text, hash) {
   setText("link-title", say(title));
   setText("link-text", text);
-  setText("link-copy", say("copy"));
   setText("link-error", "");
-  field("link-url").value = new URL(location.pathname + hash, location.origin).href;
-  button("link-share").hidden = !("share" in navigator);
+  field("link-url").value = hash && new URL(location.pathname + hash, location.origin).href;
+  button("link-copy").hidden = !hash;
+  button("link-share").hidden = !hash || !("share" in navigator);
   button("link-revoke").hidden = title !== "invitePeople";
   if (!dialog("link").open) dialog("link").showModal();
 }
@@ -2324,7 +2329,7 @@ const people = {
     const grows = chosen.length > given.length;
     const direct = grows && chosen.length === 1;
     box("people-name").hidden = chat !== null || direct || !(grows || this.mayBeAlone());
-    field("people-chat-title").placeholder = chosen.map(personName).join(", ");
+    field("people-chat-title").placeholder = namesOf(chosen);
     return fitting.length;
   },
 
@@ -2370,7 +2375,7 @@ const people = {
     this.onChoice();
   },
 
-  async submit() {
+  async submit(isOpen) {
     const { client, chats } = model;
     const { chat, given, key: clientId } = this;
     const memberIds = this.chosen();
@@ -2380,7 +2385,8 @@ const people = {
     if (chat) {
       for (const user_id of memberIds)
         await client?.request("POST", `/api/v1/chats/${chat.id}/members`, { user_id });
-      return dialog("people").close();
+      if (isOpen()) dialog("people").close();
+      return;
     }
     const direct = box("people-name").hidden === true;
     const made = await client?.createChat(
@@ -2390,6 +2396,7 @@ const people = {
     const isNew = !chats.has(made.id);
     const opened = putChat(made);
     if (isNew) opened.activeAt = Date.now();
+    if (!isOpen()) return;
     openChat(made.id);
     route();
     dialog("people").close();
@@ -2402,12 +2409,13 @@ const info = {
   online: new Map(),
   nextPage: {},
   more: true,
+  left: null,
 
   open() {
     if (!model.open) return;
     this.online.clear();
     Object.assign(this, { nextPage: {}, more: true });
-    setText("info-error", "");
+    box("info-members").replaceChildren(); // their buttons belong to a chat
     field("info-mute").checked = isMuted(model.open);
     dialog("info").showModal();
     this.render();
@@ -2465,7 +2473,7 @@ const info = {
         "li",
         { class: ["person", online && "online"] },
         ...personCells(id, chat),
-        online && el("span", { class: "sr-only" }, say("online")),
+        online && spoken(say("online")),
         el("span", { class: "quiet" }, notes.join(", ")),
         removable && remove,
       );
@@ -2477,16 +2485,17 @@ const info = {
   async remove(chat, id) {
     const { client, server } = model;
     const leaves = id === myId();
-    const name = personName(id);
-    const title = leaves ? say("leaveTitle", { title: chatTitle(chat) }) : say("removeTitle", { name });
+    const values = { name: personName(id), title: chatTitle(chat) };
     const ends = server.invites ? ` ${say("linksEnded")}` : "";
-    const text = leaves ? say("leaveText") : say("removeText") + ends;
-    if (!(await ask(title, text, say(leaves ? "leaveChat" : "remove")))) return;
-    await submit("info-error", async () => {
+    const text = leaves ? say("leaveText") : say("removeText", values) + ends;
+    const title = say(leaves ? "leaveTitle" : "removeTitle", values);
+    if (leaves) this.left = chat;
+    const yes = say(leaves ? "leaveChat" : "remove");
+    const done = await ask(title, text, yes, async () => {
       await client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${id}`);
-      if (leaves) removeChat(chat);
-      else dialog("info").querySelector("button")?.focus(); // the row goes
+      if (leaves && client === model.client) removeChat(chat);
     });
+    if (done) dialog("info").querySelector("button")?.focus(); // the row goes
   },
 };
 
@@ -2571,10 +2580,11 @@ const LISTENERS = {
   "drafts-delete": onDeleteDrafts,
   "rename-me": () => {
     const { client, names } = model;
-    return askName(say("changeName"), names.get(myId()), 64, async (text) => {
+    const save = async (/** @type {string} */ text) => {
       const { name } = await client?.renameMe(text);
       if (client === model.client) setMyName(name);
-    });
+    };
+    void ask(say("changeName"), "", say("save"), save, names.get(myId()), 64);
   },
   "link-device": onLinkDevice,
   shortcuts: () => dialog("keys").showModal(),
@@ -2584,10 +2594,7 @@ const LISTENERS = {
   "chat-find": () => search.open(true),
   "search-text input": () => search.start(),
   "search-here change": () => search.start(),
-  "search submit": (event) => {
-    event.preventDefault();
-    box("search-list").querySelector("a")?.click();
-  },
+  "search submit": () => box("search-list").querySelector("a")?.click(),
   "search-list": (event) => search.onClick(event),
   "search-list scroll": requestRender,
   "search-retry": () => search.retry(),
@@ -2629,10 +2636,7 @@ const LISTENERS = {
   "new-chat": () => people.open(null),
   "empty-start": () => people.open(null),
   "people-form input": () => people.onChoice(),
-  "people-form submit": (event) => {
-    event.preventDefault();
-    return submit("people-error", () => people.submit());
-  },
+  "people-form submit": () => submit("people-error", (isOpen) => people.submit(isOpen)),
   "people-filter keydown": (event) => people.onFilterKey(event),
 
   "chat-info": () => info.open(),
@@ -2644,9 +2648,11 @@ const LISTENERS = {
   },
   "info-rename": () => {
     const { client, open: chat } = model;
-    return askName(say("rename"), chat?.title, 200, async (text) => {
-      if (chat) await client?.renameChat(chat.id, text || null);
-    });
+    if (!chat) return;
+    const title = say("lastOf", { name: say("rename"), text: chatTitle(chat) });
+    const save = async (/** @type {string} */ text) =>
+      client?.renameChat(chat.id, text || null);
+    void ask(title, "", say("save"), save, chat.title, 200);
   },
   // In a direct chat, a group begins.
   "info-add": () => {
@@ -2657,15 +2663,10 @@ const LISTENERS = {
   "info-invite": onInvite,
   "info-leave": () => model.open && info.remove(model.open, myId()),
 
-  "link-copy": ({ target }) => {
-    field("link-url").select();
-    // navigator.clipboard would need https.
-    if (document.execCommand("copy")) setText("link-copy", say("copied"));
-    target.focus();
-  },
+  "link-copy": () => copyText(field("link-url").value),
   // It is rejected if the user cancels.
   "link-share": () => navigator.share({ url: field("link-url").value }).catch(() => {}),
-  "link-revoke": () => submit("link-error", () => showInvite(true)),
+  "link-revoke": () => submit("link-error", showInvite),
 };
 
 /** @param {any} event of a key */
@@ -2718,8 +2719,12 @@ const closeAround = (/** @type {any} */ { target }) => {
   target.closest(".close")?.closest("dialog").close();
 };
 document.addEventListener("click", closeAround, true);
+document.addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("keydown", onShortcut);
-const onClose = () => ["toasts", "announcer"].forEach(inFront);
+const onClose = (/** @type {Event} */ { target }) => {
+  requests.delete(target);
+  ["toasts", "announcer"].forEach(inFront);
+};
 document.addEventListener("close", onClose, true);
 addEventListener("resize", () => box("menu").hidePopover());
 // At once: a hidden tab may never get the requested frame.
@@ -2731,7 +2736,7 @@ addEventListener("storage", onStorage);
 addEventListener("pointerup", () => clearTimeout(longTouch));
 addEventListener("pointercancel", () => clearTimeout(longTouch));
 addEventListener("hashchange", ({ oldURL }) => {
-  if (!followLink(new URL(oldURL).hash)) route();
+  if (!followLink(location.hash, new URL(oldURL).hash)) route();
 });
 signedOut?.addEventListener("message", onSignedOutElsewhere);
 // As on iOS, a keyboard may cover a part of the page.
@@ -2747,7 +2752,7 @@ for (const id of ["scroller", "messages"]) observer.observe(box(id));
 setInterval(onSecond, 1000);
 loadIcons().catch(() => {}); // words stand beside each icon
 
-if (!followLink()) {
+if (!followLink(location.hash)) {
   const session = sessionToResume();
   if (session) start(session);
   else showSignIn();

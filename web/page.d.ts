@@ -224,30 +224,27 @@ declare global {
     /** An answer says only the id up to which it has looked. */
     searchedBack(before: number): string;
     row(message: Message): Row;
-    onClick(event: { target: Element }): void;
+    onClick(event: MouseEvent & { target: Element }): void;
   }
 
-  /** Asks a question or, with a value, for a text. To close the dialog means no. */
+  /**
+   * Asks a question or, if `most` characters fit, for a name. To close the dialog means no.
+   * It stays open until `save` succeeds.
+   */
   type Ask = (
     title: string,
     text: string,
     yes?: string,
-    no?: string,
-    value?: string,
+    save?: (text: string) => Promise<unknown>,
+    value?: string | null,
+    most?: number,
   ) => Promise<boolean>;
 
-  /** Asks for a name or a title until it is saved. */
-  type AskName = (
-    title: string,
-    value: string | null | undefined,
-    mostCharacters: number,
-    save: (text: string) => Promise<unknown>,
-  ) => Promise<unknown>;
-
-  /** Says in an element why a request has failed. */
-  type Explain = (
+  /** Says why a request has failed: in an element, or elsewhere if its dialog was closed. */
+  type Submit = (
     errorId: string,
-    request: () => Promise<unknown>,
+    /** `isOpen`: the dialog has not been closed since. */
+    request: (isOpen: () => boolean) => Promise<unknown>,
     words?: (error: unknown) => string,
   ) => Promise<void>;
 
@@ -272,7 +269,7 @@ declare global {
     onChoice(): void;
     onFilterKey(event: KeyboardEvent): void;
     /** Adds the chosen people, or creates a chat with them and opens it. */
-    submit(): Promise<void>;
+    submit(isOpen: () => boolean): Promise<void>;
   }
 
   /** The dialog of the open chat: its members, of whom pages are loaded, and more. */
@@ -282,6 +279,8 @@ declare global {
     nextPage: MembersQuery;
     /** There are more pages. */
     more: boolean;
+    /** The chat that the user has asked to leave. */
+    left: ChatView | null;
     open(): void;
     /** Loads these members, or the next page. */
     load(which?: MembersQuery): void;

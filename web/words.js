@@ -178,7 +178,7 @@ const en = {
   rename: "Rename",
   remove: "Remove",
   removeTitle: "Remove {name}?",
-  removeText: "This person can no longer read and write here.",
+  removeText: "This person can no longer read and write in “{title}”.",
   leaveChat: "Leave chat",
   leaveTitle: "Leave “{title}”?",
   leaveText: "You get no more messages from it until someone adds you again.",
@@ -309,7 +309,7 @@ const ru = {
   search: "Поиск",
   searchHere: "Поиск в этом чате",
   searching: "Идёт поиск…",
-  searchedBack: "Просмотрено до {when}",
+  searchedBack: "До {when} поиск уже дошёл.",
   found: "Найдено сообщений: {count}.",
   foundNothing: "Сообщений не найдено.",
 
@@ -372,7 +372,7 @@ const ru = {
   rename: "Переименовать",
   remove: "Удалить",
   removeTitle: "Удалить участника {name}?",
-  removeText: "Этот участник больше не сможет читать и писать здесь.",
+  removeText: "Этот участник больше не сможет читать и писать в чате «{title}».",
   leaveChat: "Покинуть чат",
   leaveTitle: "Покинуть чат «{title}»?",
   leaveText: "Вы не будете получать его сообщения, пока вас не добавят снова.",
@@ -423,8 +423,13 @@ export function say(key, values = {}) {
   return (text ?? key).replace(/\{(\w+)\}/g, (_, /** @type {string} */ name) => {
     const value = values[name] ?? "";
     if (typeof value === "number") return numbers.format(value);
-    return TURNS.test(value) ? `\u2068${value}\u2069` : value;
+    return isolated(value);
   });
+}
+
+/** @param {string} text within another one */
+export function isolated(text) {
+  return TURNS.test(text) ? `\u2068${text}\u2069` : text;
 }
 
 const page = document.documentElement;
