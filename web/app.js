@@ -401,14 +401,13 @@ function allUnsent() {
 
 /** @param {Event} event */
 function onBeforeUnload(event) {
-  const isKept = allUnsent().every(({ kept }) => kept);
-  if (!isKept || Object.keys(drafts.unstored)[0]) event.preventDefault();
+  const inMemory = allUnsent().some(({ kept }) => !kept);
+  if (inMemory || Object.keys(drafts.unstored)[0]) event.preventDefault();
 }
 
 async function onSignOut() {
   const { client } = model;
   releaseAll();
-  // A second is enough for what can be sent.
   if (allUnsent()[0]) await new Promise((resolve) => after(1, () => resolve(0)));
   const unsent = allUnsent().length;
   const text = say("signOutText", { count: unsent });
@@ -863,11 +862,10 @@ function addLine(chat, key, { seq, user_id }) {
 
 /** No row can show it. @param {Delivery} delivery */
 function isLost({ state, chat_id, message_id, code }) {
-  const hasRow = code !== "not_found" || messageOf(message_id);
-  return state === "failed" && !(hasRow && model.chats.has(chat_id));
+  if (state !== "failed") return false;
+  return !model.chats.has(chat_id) || (code === "not_found" && !messageOf(message_id));
 }
 
-/** No text goes without a word. */
 async function giveBack() {
   const { client, chatsLoaded } = model;
   const lost = allUnsent().find(isLost);
@@ -1846,9 +1844,8 @@ const drafts = new Drafts(attempt(() => localStorage) ?? null, myId);
 /** Or else a text that another tab has sent would stay. @param {StorageEvent} event */
 function onStorage({ key, newValue }) {
   const { open } = model;
-  const isShown = open && key === drafts.key(composer.draftId(open));
-  // An edit that has ended there goes on here.
-  if (isShown && (newValue || !open.editing)) composer.show(open);
+  const ended = open?.editing && !newValue; // there, but not here
+  if (open && !ended && key === drafts.key(composer.draftId(open))) composer.show(open);
   requestRender();
 }
 

@@ -137,10 +137,7 @@ export declare class Drafts {
     get(chatId: number): string;
     /** @param {number} chatId */
     base(chatId: number): import("./protocol.js").Message | undefined;
-    /**
-     * @param {number} chatId @param {string} text "": none
-     * @param {Message | null} [base] of an edit: the message as it was
-     */
+    /** @param {number} chatId @param {string} text @param {Message | null} [base] */
     set(chatId: number, text: string, base?: Message | null): void;
     /** Where this user has drafts. */
     chatIds(): number[];

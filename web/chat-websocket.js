@@ -87,7 +87,6 @@ class UnsentMessages {
     this.adoptAll();
   }
 
-  /** Also what other tabs are still sending. */
   adoptAll() {
     this.#keepAll();
     this.#insert(this.#others());
@@ -1383,10 +1382,7 @@ export class Drafts {
     return readDraft(this.unstored[key] ?? this.storage?.getItem(key));
   }
 
-  /**
-   * @param {number} chatId @param {string} text "": none
-   * @param {Message | null} [base] of an edit: the message as it was
-   */
+  /** @param {number} chatId @param {string} text @param {Message | null} [base] */
   set(chatId, text, base) {
     const key = this.key(chatId);
     const item = JSON.stringify({ text, at: Date.now(), base });
