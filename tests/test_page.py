@@ -683,6 +683,17 @@ def test_without_storage_a_message_is_kept_in_memory(
     write(page, "Kept in memory")
     expect(ticks(page)).to_have_text("Sent")
     assert server.texts(chat, anna) == ["Kept in memory"]
+    page.locator("#chat-info").click()
+    mute = page.get_by_role("checkbox", name="Mute")
+    mute.click()
+    expect(page.get_by_text("lets chatd store nothing").last).to_be_visible()
+    expect(mute).not_to_be_checked()
+    page.keyboard.press("Escape")
+    field(page).fill("A draft in memory")
+    with page.expect_event("dialog") as question:
+        page.close(run_before_unload=True)
+    assert question.value.type == "beforeunload"
+    question.value.accept()
 
 
 # --- reading and writing -------------------------------------------------------------
@@ -955,7 +966,7 @@ def test_a_touch_on_send_leaves_the_keyboard_open(
     expect(bubbles(page)).to_have_text(["One", "Two", "Three", "Four"])
 
 
-def test_editing_a_failed_message_keeps_the_one_that_is_being_written(
+def test_editing_a_failed_message_keeps_what_is_being_written(
     make_server: Callable[..., Server], chromium: Chromium
 ) -> None:
     server = make_server("--max-content-chars", "20")
@@ -966,16 +977,14 @@ def test_editing_a_failed_message_keeps_the_one_that_is_being_written(
     expect(edit).to_be_visible()
     field(page).fill("Half a sente")
     edit.click()
-    expect(page.locator(".toast")).to_contain_text("You are writing another message.")
-    expect(field(page)).to_have_value("Half a sente")
-    expect(field(page)).to_be_focused()
-    write(page, "Half a sentence")
-    edit.click()
-    expect(field(page)).to_have_value("This is longer than twenty characters")
+    both = "This is longer than twenty characters\nHalf a sente"
+    expect(field(page)).to_have_value(both)
     expect(field(page)).to_be_focused()
     expect(page.locator(".failed")).to_have_count(0)
     page.reload()
-    expect(field(page)).to_have_value("This is longer than twenty characters")
+    expect(field(page)).to_have_value(both)
+    write(page, "Half a sentence")
+    expect(bubbles(page)).to_have_text("Half a sentence")
 
 
 @pytest.mark.parametrize(

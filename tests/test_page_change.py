@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -346,10 +348,14 @@ def test_a_refused_change_says_why_and_loses_no_text(
     expect(bubbles(page).first).to_have_text("This is longer than twenty")
     last = page.locator(f"#chat-list [href='#chat/{chat}'] .row-last")
     expect(last).to_have_text("Not saved: This is longer than twenty")
+    open_chat(page, group)
+    page.reload()  # the message is not loaded
+    expect(last).to_have_text("Not saved: This is longer than twenty")
+    open_chat(page, chat)
     failure.get_by_role("button", name="Edit").click()
     expect(field(page)).to_have_value("This is longer than twenty")
     write(page, "One or two")
-    expect(failure).to_have_text("Not saved: It is too old to be changed. Cancel")
+    expect(failure).to_have_text("Not saved: It is too old to be changed. CopyCancel")
     expect(bubbles(page).first).to_have_text("One or two")
     failure.get_by_role("button", name="Cancel").click()
     expect(bubbles(page)).to_have_text(["One", "Two", "Three"])
@@ -384,3 +390,155 @@ def test_a_refused_change_says_why_and_loses_no_text(
     act(page, "A word", "Delete")
     open_chat(page, chat)
     until(lambda: server.texts(group, ben) == [""])
+
+
+def test_an_old_draft_of_an_edit_replaces_no_newer_text(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    meeting = server.post(chat, anna, "Meet at 5")["id"]
+    context = chromium.context()
+    page = sign_in(context, server.link(anna), chat)
+    act(page, "Meet at 5", "Edit")
+    field(page).fill("Meet at 6")
+    page.reload()
+    expect(bubbles(page)).to_have_text("Meet at 5")
+    other = sign_in(context, server.link(anna), chat)
+    change = {"content": "Meet at 7"}
+    server.request("PATCH", f"/api/v1/messages/{meeting}", change, user_id=anna)
+    expect(bubbles(page)).to_have_text("Meet at 7")
+    act(page, "Meet at 7", "Edit")
+    expect(field(page)).to_have_value("Meet at 6")
+    expect(page.locator("#edit-bar")).to_contain_text("It was changed meanwhile.")
+    field(page).press("Enter")
+    failure = page.locator(".failure")
+    expect(failure).to_contain_text("Not saved: It was changed meanwhile.")
+    assert server.texts(chat, ben) == ["Meet at 7"]
+    failure.get_by_role("button", name="Cancel").click()
+    # Two tabs edit a message: one saves, and the other keeps what it shows.
+    for tab in (other, page):
+        act(tab, "Meet at 7", "Edit")
+    field(page).fill("Meet at 8")
+    expect(field(other)).to_have_value("Meet at 8")
+    field(page).press("Enter")
+    expect(bubbles(other)).to_have_text("Meet at 8")
+    expect(page.locator("#edit-bar")).to_be_hidden()
+    expect(field(other)).to_have_value("Meet at 8")
+    field(other).press("Enter")
+    expect(other.locator("#edit-bar")).to_be_hidden()
+    expect(other.locator(".failure")).to_have_count(0)
+
+
+def test_what_is_undone_or_outdated_deletes_nothing(
+    make_server: Callable[..., Server], chromium: Chromium, tmp_path: Path
+) -> None:
+    server = make_server()
+    anna, ben, chat = pair(server)
+    context = chromium.context()
+    context.add_init_script(UNHURRIED)
+    page = sign_in(context, server.link(anna), chat)
+    write(page, "Kept")
+    expect(ticks(page)).to_have_text(["Sent"])
+    server.run("backup", tmp_path / "backup.db")
+    write(page, "Lost")
+    expect(ticks(page)).to_have_text(["Sent", "Sent"])
+    act(page, "Lost", "Edit")
+    field(page).fill("Lost or")
+    act(page, "Lost", "Delete")
+    expect(page.locator("#edit-bar")).to_be_hidden()
+    page.get_by_role("button", name="Undo").click()
+    act(page, "Lost", "Edit")
+    expect(field(page)).to_have_value("Lost or")
+    field(page).press("Escape")
+    act(page, "Lost", "Delete")
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+    server.end(signal.SIGKILL)
+    server.run("restore", tmp_path / "backup.db")
+    server.start()
+    server.post(chat, ben, "While you were away")  # with the id of what is lost
+    expect(bubbles(page)).to_have_text(["Kept", "While you were away"])
+    page.evaluate("location.hash = '#chats'")
+    expect(page.locator("#composer")).to_be_hidden()
+    open_chat(page, chat)
+    write(page, "After")  # it is sent after a deletion
+    expect(ticks(page)).to_have_text(["Sent", "Sent"])
+    assert server.texts(chat, ben) == ["Kept", "While you were away", "After"]
+
+
+def test_a_text_whose_chat_is_gone_is_given_back(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, _, chat = pair(server, title="Ours")
+    server.post(chat, anna, "Hello")
+    context = chromium.context(permissions=["clipboard-read"])
+    page = context.new_page()
+    page.clock.install()
+    relay = Relay.connected(page, server.link(anna), chat)
+    page.route(re.compile("/api/"), lambda route: route.abort())
+    relay.cut(1011, block=True)
+    act(page, "Hello", "Edit")
+    write(page, "Hello again")
+    write(page, "A long letter")
+    server.request("DELETE", f"/api/v1/chats/{chat}/members/{anna}")
+    page.unroute_all()
+    relay.unblock()
+    wait_until_connected(page)
+    question = page.get_by_role("dialog", name="Not saved: It no longer exists")
+    expect(question).to_contain_text("Hello again")
+    question.get_by_role("button", name="Close").click()
+    question = page.get_by_role("dialog", name="Not sent: You are not allowed")
+    expect(question).to_contain_text("A long letter")
+    question.get_by_role("button", name="Copy").click()
+    expect(page.get_by_text("Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == "A long letter"
+    expect(question).to_be_hidden()
+    assert unsent_items(page) == []
+
+
+def unsent_items(page: Page) -> list[str]:
+    """The keys of what waits in storage."""
+    keys: list[str] = page.evaluate(
+        "Object.keys(localStorage).filter((key) => key.includes('unsent'))"
+    )
+    return keys
+
+
+def test_signing_out_asks_about_what_cannot_be_sent(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    server.post(chat, anna, "One")
+    server.post(chat, anna, "Two")
+    context = chromium.context()
+    context.add_init_script(UNHURRIED)
+
+    def sign_out(page: Page) -> None:
+        page.locator("#me").click()
+        page.locator("#sign-out").click()
+
+    # What was just deleted is sent.
+    page = sign_in(context, server.link(anna), chat)
+    act(page, "One", "Delete")
+    sign_out(page)
+    expect(page.get_by_text("You are signed out.")).to_be_visible()
+    assert server.texts(chat, ben) == ["", "Two"]
+    # What another tab has written, too, also before the list of chats is there.
+    tabs = [context.new_page(), context.new_page()]
+    relays = [Relay.connected(tab, server.link(anna), chat) for tab in tabs]
+    for tab, relay in zip(tabs, relays, strict=True):
+        expect(bubbles(tab)).to_have_count(2)
+        tab.route(re.compile("/api/"), lambda route: route.abort())
+        relay.cut(1011, block=True)
+    first, second = tabs
+    write(second, "Precious")
+    act(second, "Two", "Delete")
+    question = first.get_by_role("dialog", name="Sign out")
+    for _ in range(2):
+        sign_out(first)
+        expect(question).to_contain_text("Unsent messages will be lost: 1.")
+        first.reload()
+    sign_out(first)
+    question.get_by_role("button", name="Sign out").click()
+    expect(first.get_by_text("You are signed out.")).to_be_visible()
+    expect(second.get_by_text("You signed out in another tab.")).to_be_visible()
+    assert unsent_items(first) == []

@@ -393,21 +393,23 @@ function onSignInForm() {
 }
 
 function allUnsent() {
-  const { chats, client } = model;
-  const messages = [...chats.keys()].map((id) => client?.unsent(id) ?? []);
-  return [...messages, client?.unsentChanges() ?? []].flat();
+  return model.client?.unsent() ?? [];
 }
 
 /** @param {Event} event */
 function onBeforeUnload(event) {
-  if (allUnsent().some(({ kept }) => !kept)) event.preventDefault();
+  const inMemory = allUnsent().some(({ kept }) => !kept);
+  if (inMemory || Object.keys(drafts.unstored)[0]) event.preventDefault();
 }
 
 async function onSignOut() {
+  const { client } = model;
   releaseAll();
+  if (allUnsent()[0]) await new Promise((resolve) => after(1, () => resolve(0)));
   const unsent = allUnsent().length;
   const text = say("signOutText", { count: unsent });
   if (unsent > 0 && !(await ask(say("signOut"), text))) return;
+  if (client !== model.client) return;
   signedOut?.postMessage(myId());
   model.client?.forget();
   const count = drafts.chatIds().length;
@@ -439,6 +441,7 @@ function onSignedOut() {
 /** @param {MessageEvent} event the id of a user */
 function onSignedOutElsewhere({ data }) {
   if (!model.session || data !== myId()) return;
+  releaseAll();
   model.client?.forget();
   endSession(say("signedOutElsewhere"));
 }
@@ -712,6 +715,7 @@ function stopTyping(chat, userId) {
 /** @param {ChatView} chat */
 function removeChat(chat) {
   model.chats.delete(chat.id);
+  void giveBack();
   if (model.open === chat) location.hash = "#chats";
 }
 
@@ -727,7 +731,10 @@ const handlers = {
     model.connection = state;
     if (state === "signed_out") onSignedOut();
   },
-  resync: () => void fetchChats(),
+  resync: () => {
+    releaseAll(true); // after a restore, an id may mean another message
+    void fetchChats();
+  },
   chats: ({ chats, cursor }) => {
     const epoch = cursor.slice(0, cursor.lastIndexOf("."));
     const ids = new Set(chats.map(({ id }) => id));
@@ -740,6 +747,7 @@ const handlers = {
     model.chatsLoaded = true;
     route();
     if (model.open) retryLoading(model.open);
+    void giveBack();
     search.start(true); // what was found may have changed
   },
   connected: ({ chats }) => {
@@ -759,16 +767,15 @@ const handlers = {
     route();
   },
   delivery: (delivery) => {
-    if (delivery.kind !== "message") return onChangeDelivery(delivery);
-    const { state, client_id, chat_id, message } = delivery;
+    const { state, kind, chat_id, message_id, message } = delivery;
     const chat = model.chats.get(chat_id);
-    if (chat && message) putMessage(chat, message);
+    const isMessage = kind === "message";
+    if (chat && message) (isMessage ? putMessage : onChange)(chat, message);
     if (state !== "failed") return;
-    const text = say("notSentText", { text: failureText(delivery) });
-    if (chat && chat === model.open) announce(text);
-    else if (chat) toast(say("lastOf", { name: chatTitle(chat), text }));
-    // No page can show it in a chat that the user has left.
-    else if (model.chatsLoaded) model.client?.discard(client_id);
+    const text = notDoneText(delivery);
+    if (!chat || isLost(delivery)) void giveBack();
+    else if (isMessage ? chat === model.open : messageOf(message_id)) announce(text);
+    else toast(say("lastOf", { name: chatTitle(chat), text }));
   },
 };
 
@@ -857,21 +864,22 @@ function addLine(chat, key, { seq, user_id }) {
   if (chat === model.open) announce(text());
 }
 
-/** @param {ChatView} chat @param {number} id */
-function contains({ messages, last_message }, id) {
-  return [...messages, last_message].some((message) => message?.id === id);
+/** No row can show it. @param {Delivery} delivery */
+function isLost({ state, chat_id, message_id, code }) {
+  if (state !== "failed") return false;
+  return !model.chats.has(chat_id) || (code === "not_found" && !messageOf(message_id));
 }
 
-/** @param {Delivery} delivery of an edit or a deletion */
-function onChangeDelivery(delivery) {
-  const { state, client_id, message_id, message, code } = delivery;
-  const chat = message && model.chats.get(message.chat_id);
-  if (chat) onChange(chat, message);
-  if (state !== "failed") return;
-  const text = say(NOT_DONE[delivery.kind], { text: failureText(delivery) });
-  if (model.open && contains(model.open, message_id)) return announce(text);
-  toast(text);
-  if (code === "not_found") model.client?.discard(client_id); // no row can show it
+async function giveBack() {
+  const { client, chatsLoaded } = model;
+  const lost = allUnsent().find(isLost);
+  if (!chatsLoaded || !lost) return;
+  if (dialog("ask").open) return void after(1, giveBack);
+  const { client_id, content } = lost;
+  const text = notDoneText(lost);
+  const copies = content ? await ask(text, content, say("copy"), say("close")) : toast(text);
+  if (!copies || copyText(content)) client?.discard(client_id);
+  void giveBack();
 }
 
 /** Until it succeeds or the user changes. */
@@ -1142,7 +1150,7 @@ function sign(name, text, className) {
 function lastLine(chat) {
   const changes = model.client?.unsentChanges() ?? [];
   const unsent = [
-    ...changes.filter(({ message_id }) => contains(chat, message_id)),
+    ...changes.filter(({ chat_id }) => chat_id === chat.id),
     ...notYetStored(chat),
   ];
   const failed = unsent.findLast(({ state }) => state === "failed");
@@ -1633,7 +1641,7 @@ const NOT_DONE = { message: "notSentText", edit: "notSaved", delete: "notDeleted
 
 /** @param {Delivery} delivery */
 function failureLine(delivery) {
-  const { client_id, kind, code = "" } = delivery;
+  const { client_id, kind, content, code = "" } = delivery;
   const textIsWrong = ["bad_field", "too_large", "changed"].includes(code);
   const isMessage = kind === "message";
   const edit = textButton(say("edit"), () => composer.edit(delivery));
@@ -1642,9 +1650,14 @@ function failureLine(delivery) {
     model.client?.discard(client_id),
   );
   const maySucceed = isMessage || code === "internal";
-  const text = say(NOT_DONE[kind], { text: failureText(delivery) });
-  const first = textIsWrong ? edit : maySucceed && repeat;
-  return el("p", { class: "failure" }, `${text} `, first, discard);
+  const copy = content && textButton(say("copy"), () => copyText(content));
+  const first = textIsWrong ? edit : maySucceed ? repeat : copy;
+  return el("p", { class: "failure" }, `${notDoneText(delivery)} `, first, discard);
+}
+
+/** @param {Delivery} delivery */
+function notDoneText(delivery) {
+  return say(NOT_DONE[delivery.kind], { text: failureText(delivery) });
 }
 
 /** @param {Delivery} delivery @returns {string} */
@@ -1793,7 +1806,7 @@ function onTouch(event) {
 
 /** Deletes in five seconds. @param {number} id */
 function hold(id) {
-  if (model.open?.editing?.id === id) composer.leave();
+  if (model.open?.editing?.id === id) composer.leave(true); // the user may undo
   held.set(id, after(5, () => release(id)));
   announce(say("deleted"));
   requestRender();
@@ -1803,13 +1816,16 @@ function hold(id) {
 function release(id, undo) {
   clearTimeout(held.get(id));
   held.delete(id);
-  if (!undo) model.client?.deleteMessage(id);
+  if (!undo) {
+    model.client?.deleteMessage(id, { chatId: model.open?.id });
+    drafts.set(-id, "");
+  }
   requestRender();
 }
 
-/** Nothing can be undone where the user does not see it. */
-function releaseAll() {
-  for (const id of held.keys()) release(id);
+/** Nothing can be undone where the user does not see it. @param {boolean} [undo] */
+function releaseAll(undo) {
+  for (const id of held.keys()) release(id, undo);
 }
 
 /** @param {string} text */
@@ -1818,9 +1834,11 @@ function copyText(text) {
   const node = el("textarea", {}, text); // navigator.clipboard would need https
   inFront("toasts").append(node);
   node.select();
-  toast(say(document.execCommand("copy") ? "copied" : "notCopied"));
+  const done = document.execCommand("copy");
+  toast(say(done ? "copied" : "notCopied"));
   node.remove();
   if (activeElement instanceof HTMLElement) activeElement.focus({ preventScroll: true });
+  return done;
 }
 
 /* -------------------------------------------------------------------------------------
@@ -1830,9 +1848,10 @@ function copyText(text) {
 const drafts = new Drafts(attempt(() => localStorage) ?? null, myId);
 
 /** Or else a text that another tab has sent would stay. @param {StorageEvent} event */
-function onStorage({ key }) {
+function onStorage({ key, newValue }) {
   const { open } = model;
-  if (open && key === drafts.key(composer.draftId(open))) composer.show(open);
+  const ended = open?.editing && !newValue; // there, but not here
+  if (open && !ended && key === drafts.key(composer.draftId(open))) composer.show(open);
   requestRender();
 }
 
@@ -1898,8 +1917,9 @@ const composer = {
     const chat = model.open;
     if (!chat) return;
     const { value } = this.field;
-    drafts.set(this.draftId(chat), value === chat.editing?.content ? "" : value);
-    if (!chat.editing) model.client?.sendTyping(chat.id, !isBlank(value));
+    const { editing } = chat;
+    drafts.set(this.draftId(chat), value === editing?.content ? "" : value, editing);
+    if (!editing) model.client?.sendTyping(chat.id, !isBlank(value));
   },
 
   onKey(event) {
@@ -1943,13 +1963,16 @@ const composer = {
   change(message) {
     const chat = model.open;
     if (!chat) return;
-    const change = changeOf(message.id);
+    const { id, rev = id } = message;
+    const change = changeOf(id);
     const waits = change?.state === "sending";
-    chat.editing = { ...message, content: waits ? change.content : message.content };
+    const now = { ...message, rev, content: waits ? change.content : message.content };
     if (change && !waits) {
-      if (change.content) drafts.set(-message.id, change.content);
+      drafts.set(-id, change.content, now);
       model.client?.discard(change.client_id);
     }
+    // A draft may be older than the last change.
+    chat.editing = drafts.base(-id) ?? now;
     this.show(chat);
     this.field.focus();
     requestRender();
@@ -1958,21 +1981,23 @@ const composer = {
   async save(before, content) {
     const { id } = before;
     if (isBlank(content)) {
-      if (await ask(say("deleteTitle"), "", say("delete"))) hold(id);
+      const sure = await ask(say("deleteTitle"), "", say("delete"));
+      if (sure && model.open?.editing === before) hold(id);
       return;
     }
     // The user's edit before this one may have been stored meanwhile.
-    const now = messageOf(id);
-    const { rev = id } = now?.content === before.content ? now : before;
-    if (content !== sendable(before.content))
-      model.client?.editMessage(id, content, { ifRev: rev });
+    const now = messageOf(id) ?? before;
+    const { rev = id } = now.content === before.content ? now : before;
+    const old = [before, shown(now)].map((one) => sendable(one.content));
+    if (!old.includes(content))
+      model.client?.editMessage(id, content, { ifRev: rev, chatId: model.open?.id });
     this.leave();
   },
 
-  leave() {
+  leave(keepsDraft) {
     const chat = model.open;
     if (!chat?.editing) return;
-    drafts.set(-chat.editing.id, "");
+    if (!keepsDraft) drafts.set(-chat.editing.id, "");
     chat.editing = null;
     this.show(chat);
     this.field.focus();
@@ -1982,13 +2007,10 @@ const composer = {
   edit({ message_id, chat_id, client_id, content }) {
     const message = messageOf(message_id);
     if (message) return this.change(message);
-    if (model.open?.editing || !isBlank(this.field.value)) {
-      toast(say("writingAnother"));
-    } else {
-      drafts.set(chat_id, content);
-      model.client?.discard(client_id);
-      this.show(model.open);
-    }
+    this.leave(true);
+    drafts.set(chat_id, `${content}\n${drafts.get(chat_id)}`.trimEnd());
+    model.client?.discard(client_id);
+    this.show(model.open);
     this.field.focus();
   },
 };
@@ -2642,8 +2664,10 @@ const LISTENERS = {
   "chat-info": () => info.open(),
   "info-mute change": ({ target }) => {
     const { open } = model;
-    if (open && !writeStored("localStorage", mutedKey(open), target.checked))
+    if (open && !writeStored("localStorage", mutedKey(open), target.checked)) {
       toast(say("noStorage"));
+      target.checked = isMuted(open);
+    }
     requestRender();
   },
   "info-rename": () => {
@@ -2731,7 +2755,7 @@ addEventListener("resize", () => box("menu").hidePopover());
 document.addEventListener("visibilitychange", onWatched);
 addEventListener("focus", onWatched);
 addEventListener("beforeunload", onBeforeUnload);
-addEventListener("pagehide", releaseAll);
+addEventListener("pagehide", () => releaseAll());
 addEventListener("storage", onStorage);
 addEventListener("pointerup", () => clearTimeout(longTouch));
 addEventListener("pointercancel", () => clearTimeout(longTouch));

@@ -53,15 +53,18 @@ export declare class ChatWebSocket implements Client {
     send(chatId: number, content: string): string;
     /**
      * @param {number} messageId @param {string} content
-     * @param {{ifRev?: number}} [options]
+     * @param {{ifRev?: number, chatId?: number | undefined}} [options]
      */
-    editMessage(messageId: number, content: string, { ifRev }?: {
+    editMessage(messageId: number, content: string, { ifRev, chatId }?: {
         ifRev?: number;
+        chatId?: number | undefined;
     }): string;
-    /** @param {number} messageId */
-    deleteMessage(messageId: number): string;
-    /** @param {number} chatId */
-    unsent(chatId: number): import("./protocol.js").Delivery[];
+    /** @param {number} messageId @param {{chatId?: number | undefined}} [options] */
+    deleteMessage(messageId: number, { chatId }?: {
+        chatId?: number | undefined;
+    }): string;
+    /** @param {number} [chatId] */
+    unsent(chatId?: number): import("./protocol.js").Delivery[];
     unsentChanges(): import("./protocol.js").Delivery[];
     /** @param {string} clientId */
     resend(clientId: string): void;
@@ -124,14 +127,18 @@ export declare class Drafts {
     #private;
     storage: Storage | null;
     userId: () => number;
+    /** What a reload would lose. @type {Record<string, string>} */
+    unstored: Record<string, string>;
     /** @param {Storage | null} storage @param {() => number} userId */
     constructor(storage: Storage | null, userId: () => number);
     /** @param {number | string} chatId */
     key(chatId: number | string): string;
     /** @param {number} chatId */
     get(chatId: number): string;
-    /** @param {number} chatId @param {string} text "": none */
-    set(chatId: number, text: string): void;
+    /** @param {number} chatId */
+    base(chatId: number): import("./protocol.js").Message | undefined;
+    /** @param {number} chatId @param {string} text @param {Message | null} [base] */
+    set(chatId: number, text: string, base?: Message | null): void;
     /** Where this user has drafts. */
     chatIds(): number[];
     /** Drops the oldest drafts of all users, but never the newest. */

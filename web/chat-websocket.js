@@ -84,6 +84,10 @@ class UnsentMessages {
   /** @param {string} prefix */
   open(prefix) {
     this.#prefix = prefix;
+    this.adoptAll();
+  }
+
+  adoptAll() {
     this.#keepAll();
     this.#insert(this.#others());
   }
@@ -195,7 +199,7 @@ class UnsentMessages {
   /** @param {Unsent} entry */
   #keep(entry) {
     // A page of 1.0 would send an item with a chat_id as a message.
-    const change = ["kind", "message_id", "if_rev", "epoch"];
+    const change = ["kind", "message_id", "if_rev", "epoch", "chat"];
     const target = entry.kind === "message" ? ["chat_id"] : change;
     const text = JSON.stringify(entry, [...target, "content", "code", "reason"]);
     entry.kept = this.#store((storage) =>
@@ -427,6 +431,7 @@ export class ChatWebSocket {
 
   forget() {
     this.disconnect();
+    this.#unsent.adoptAll();
     for (const entry of this.#unsent.entries) this.#discard(entry);
   }
 
@@ -459,21 +464,21 @@ export class ChatWebSocket {
 
   /**
    * @param {number} messageId @param {string} content
-   * @param {{ifRev?: number}} [options]
+   * @param {{ifRev?: number, chatId?: number | undefined}} [options]
    */
-  editMessage(messageId, content, { ifRev } = {}) {
+  editMessage(messageId, content, { ifRev, chatId } = {}) {
     const replaced = this.#unsent
       .changesOf(messageId)
       .filter(
         ({ kind, sentAt, place }) =>
           kind === "edit" && (sentAt === null || place === "failed"),
       );
-    const edit = { message_id: messageId, content, if_rev: ifRev };
+    const edit = { message_id: messageId, content, if_rev: ifRev, chat: chatId };
     return this.#enqueue({ kind: "edit", ...edit }, replaced);
   }
 
-  /** @param {number} messageId */
-  deleteMessage(messageId) {
+  /** @param {number} messageId @param {{chatId?: number | undefined}} [options] */
+  deleteMessage(messageId, { chatId } = {}) {
     const changes = this.#unsent.changesOf(messageId);
     const replaced = changes.filter(
       ({ kind, place }) =>
@@ -482,15 +487,16 @@ export class ChatWebSocket {
     const same = changes.find(
       ({ kind, place }) => kind === "delete" && place !== "failed",
     );
-    const deletion = { message_id: messageId };
+    const deletion = { message_id: messageId, chat: chatId };
     if (!same) return this.#enqueue({ kind: "delete", ...deletion }, replaced);
     for (const entry of replaced) this.#discard(entry);
     return same.client_id;
   }
 
-  /** @param {number} chatId */
+  /** @param {number} [chatId] */
   unsent(chatId) {
-    return this.#pending((entry) => entry.chat_id === chatId);
+    if (!chatId) this.#unsent.adoptAll();
+    return this.#pending((entry) => !chatId || entry.chat_id === chatId);
   }
 
   unsentChanges() {
@@ -1306,7 +1312,8 @@ export class ChatWebSocket {
 
 /** @param {Unsent} entry @param {Delivery["state"]} [state] @returns {Delivery} */
 function delivery(entry, state = entry.place === "failed" ? "failed" : "sending") {
-  const { kind, client_id, chat_id, message_id, content, kept, code, reason } = entry;
+  const { kind, client_id, message_id, content, kept, code, reason } = entry;
+  const chat_id = entry.chat ?? entry.chat_id;
   const failure = code && { code, reason: reason ?? "" };
   return { state, kind, client_id, chat_id, message_id, content, kept, ...failure };
 }
@@ -1345,8 +1352,8 @@ const MAX_DRAFT_CHARACTERS = 500_000;
 
 /** What users have written but not sent, in storage or else in memory. */
 export class Drafts {
-  /** By key. @type {Record<string, string>} */
-  #unstored = {};
+  /** What a reload would lose. @type {Record<string, string>} */
+  unstored = {};
 
   /** @param {Storage | null} storage @param {() => number} userId */
   constructor(storage, userId) {
@@ -1361,18 +1368,29 @@ export class Drafts {
 
   /** @param {number} chatId */
   get(chatId) {
-    const key = this.key(chatId);
-    return this.#unstored[key] ?? readDraft(this.storage?.getItem(key)).text;
+    return this.#read(chatId).text;
   }
 
-  /** @param {number} chatId @param {string} text "": none */
-  set(chatId, text) {
+  /** @param {number} chatId */
+  base(chatId) {
+    return this.#read(chatId).base;
+  }
+
+  /** @param {number} chatId */
+  #read(chatId) {
     const key = this.key(chatId);
-    this.#unstored[key] = text;
+    return readDraft(this.unstored[key] ?? this.storage?.getItem(key));
+  }
+
+  /** @param {number} chatId @param {string} text @param {Message | null} [base] */
+  set(chatId, text, base) {
+    const key = this.key(chatId);
+    const item = JSON.stringify({ text, at: Date.now(), base });
+    this.unstored[key] = item;
     try {
-      if (text) this.storage?.setItem(key, JSON.stringify({ text, at: Date.now() }));
+      if (text) this.storage?.setItem(key, item);
       else this.storage?.removeItem(key);
-      if (this.storage || !text) delete this.#unstored[key];
+      if (this.storage || !text) delete this.unstored[key];
     } catch {
       // Storage is full.
     }
@@ -1381,7 +1399,7 @@ export class Drafts {
   /** Where this user has drafts. */
   chatIds() {
     const prefix = this.key("");
-    const keys = Object.keys({ ...this.storage, ...this.#unstored });
+    const keys = Object.keys({ ...this.storage, ...this.unstored });
     return keys
       .filter((key) => key.startsWith(prefix))
       .map((key) => Number(key.slice(prefix.length)));
@@ -1401,14 +1419,10 @@ export class Drafts {
   }
 }
 
-/** @param {string | null} [item] @returns {{text: string, at: number}} */
+/** @param {string | null} [item] @returns {{text: string, at: number, base?: Message}} */
 function readDraft(item) {
-  try {
-    const { text, at } = JSON.parse(item ?? "");
-    return { text: String(text), at: Number(at) };
-  } catch {
-    return { text: "", at: 0 };
-  }
+  const { text = "", at = 0, base } = parseObject(item) ?? {};
+  return { text: String(text), at: Number(at), base };
 }
 
 /** @param {Response} answer */

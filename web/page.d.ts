@@ -194,8 +194,8 @@ declare global {
     change(message: Message): void;
     /** `before` is the message as it was when the edit began. */
     save(before: Message, content: string): Promise<void>;
-    /** Ends an edit and shows the draft again. */
-    leave(): void;
+    /** Ends an edit and shows the draft of the chat again. */
+    leave(keepsDraft?: boolean): void;
     /** Takes a refused text back into the field. */
     edit(refused: Delivery): void;
   }

@@ -294,7 +294,7 @@ export interface Delivery {
   state: "sending" | "sent" | "failed" | "discarded";
   kind: "message" | "edit" | "delete";
   client_id: string;
-  /** Of a message; 0 for a change. */
+  /** Of a change, only if the page has given it; otherwise 0. */
   chat_id: number;
   /** Of a change; 0 for a message. */
   message_id: number;
@@ -316,6 +316,8 @@ export interface Delivery {
 export interface Unsent
   extends Pick<Delivery, "kind" | "client_id" | "chat_id" | "message_id" | "content"> {
   if_rev?: number | undefined;
+  /** Of a change. A page of 1.0 would take a change with a chat_id for a message. */
+  chat?: number | undefined;
   /** The epoch of the writing. In another one, message_id may mean another message. */
   epoch?: string;
   /** It is in storage, too. */
@@ -404,7 +406,7 @@ export interface Client {
   connect(token?: TokenSource): void;
   /** Closes the connection until the next connect. */
   disconnect(): void;
-  /** Disconnects, and drops what is unsent: for signing out. */
+  /** Disconnects, and drops what is unsent, in all tabs: for signing out. */
   forget(): void;
   /** Tries the socket now, if an attempt is scheduled, or after `too_many`. */
   retry(): void;
@@ -418,17 +420,24 @@ export interface Client {
   send(chatId: number, content: string): string;
   /**
    * Edits a message as soon as possible; fails if the message is not at `ifRev`. It
-   * replaces edits that failed or were never tried. Returns the client_id of its
-   * deliveries.
+   * replaces edits that failed or were never tried. Deliveries repeat `chatId`. Returns
+   * their client_id.
    */
-  editMessage(messageId: number, content: string, options?: { ifRev?: number }): string;
+  editMessage(
+    messageId: number,
+    content: string,
+    options?: { ifRev?: number; chatId?: number | undefined },
+  ): string;
   /**
    * Deletes a message as soon as possible, and drops its edits that wait and its changes
-   * that failed. Returns the client_id of its deliveries.
+   * that failed. Deliveries repeat `chatId`. Returns their client_id.
    */
-  deleteMessage(messageId: number): string;
-  /** The unsent messages of a chat, oldest first. */
-  unsent(chatId: number): Delivery[];
+  deleteMessage(messageId: number, options?: { chatId?: number | undefined }): string;
+  /**
+   * The unsent messages of a chat, oldest first. Without a chat: all that is unsent, edits
+   * and deletions too, also what other tabs have not sent.
+   */
+  unsent(chatId?: number): Delivery[];
   /** The edits and deletions that wait or have failed. */
   unsentChanges(): Delivery[];
   /** Sends again what has failed. */

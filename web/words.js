@@ -158,7 +158,6 @@ const en = {
   send: "Send",
   used: "{used} of {most} characters",
   over: "Too long by {count}: at most {most} characters fit.",
-  writingAnother: "You are writing another message. Send or delete it first.",
 
   addPeople: "Add people",
   invitePeople: "Invite people",
@@ -352,7 +351,6 @@ const ru = {
   send: "Отправить",
   used: "Символов: {used} из {most}",
   over: "Лишних символов: {count}. Помещается не больше {most}.",
-  writingAnother: "Вы пишете другое сообщение. Сначала отправьте или удалите его.",
 
   addPeople: "Добавить участников",
   invitePeople: "Пригласить людей",
