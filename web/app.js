@@ -877,7 +877,7 @@ async function giveBack() {
   if (dialog("ask").open) return void after(1, giveBack);
   const { client_id, content } = lost;
   const text = notDoneText(lost);
-  const copies = content ? await ask(text, content, say("copy"), say("close")) : toast(text);
+  const copies = content ? await ask(text, content, say("copy")) : toast(text);
   if (!copies || copyText(content)) client?.discard(client_id);
   void giveBack();
 }
