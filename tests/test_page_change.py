@@ -485,7 +485,7 @@ def test_a_text_whose_chat_is_gone_is_given_back(
     wait_until_connected(page)
     question = page.get_by_role("dialog", name="Not saved: It no longer exists")
     expect(question).to_contain_text("Hello again")
-    question.get_by_role("button", name="Close").click()
+    question.get_by_role("button", name="Cancel").click()
     question = page.get_by_role("dialog", name="Not sent: You are not allowed")
     expect(question).to_contain_text("A long letter")
     question.get_by_role("button", name="Copy").click()
