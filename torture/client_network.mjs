@@ -992,7 +992,8 @@ async function play(seed) {
       world.broken.push(`the text ${text} is lost`);
       world.texts.fates.set(text, "told");
     }
-    world.broken.push(...lostEdits(world, server, storage), ...staleRefusals(storage));
+    world.broken.push(...lostEdits(world, server, storage));
+    world.broken.push(...staleRefusals(world, storage));
     if (world.broken.length) return world.broken;
   }
   Object.assign(world, {
@@ -1034,9 +1035,10 @@ function lostEdits(world, server, { items, tabs }) {
 }
 
 /** Returns the messages that a tab shows as failed after another tab has dealt with them. */
-function staleRefusals({ items, tabs }) {
-  const shown = tabs.flatMap(({ alive, client }) => (alive ? client.unsent(1) : []));
-  return shown
+function staleRefusals(world, { items, tabs }) {
+  return tabs
+    .filter(({ alive, eventsUntil }) => alive && eventsUntil < world.time)
+    .flatMap(({ client }) => client.unsent(1))
     .filter(({ state, kept }) => state === "failed" && kept)
     .filter(({ client_id }) => !items.has(`chatd.unsent.chat.example.1.${client_id}`))
     .map(({ content }) => `the message ${content} still counts as failed`);
