@@ -752,6 +752,8 @@ class Tab {
       const end = () => {
         tab.signsOut = true;
         tab.client.forget();
+        if (tab.client.unsent(1).length + tab.client.unsentChanges().length)
+          this.world.broken.push(`tab ${tab.name} has not dropped what it had not sent`);
         tab.alive = false;
       };
       if (tab === this) end();
@@ -991,6 +993,9 @@ async function play(seed) {
       world.broken.push(`the text ${text} is lost`);
       world.texts.fates.set(text, "told");
     }
+    world.broken.push(...lostEdits(world, server, storage));
+    world.broken.push(...staleRefusals(world, storage));
+    if (world.broken.length) return world.broken;
   }
   Object.assign(world, {
     socketsBlocked: false,
@@ -1012,6 +1017,32 @@ async function play(seed) {
   if (world.chance(0.5)) server.mark(server.stored.at(-2).id);
   await world.pass(60_000);
   return [...world.broken, ...brokenAtEnd(world, server, storage)];
+}
+
+/** Returns the edits that are neither unsent nor stored nor refused. */
+function lostEdits(world, server, { items, tabs }) {
+  const open = new Set([...items.values()].map(textIn));
+  for (const { client } of tabs.filter(({ alive }) => alive))
+    client.unsentChanges().forEach(({ content }) => open.add(content));
+  const isLost = ([id, { text, edit }]) => {
+    const ends = tabs.map(({ changes }) => changes.get(edit));
+    const refused = ["changed", "deleted", "not_found"].some((end) => ends.includes(end));
+    const known = open.has(text) || refused || world.texts.inMemoryOnly.has(text);
+    return !known && !server.edits.has(`${id} ${text}`);
+  };
+  if (tabs.some(({ signsOut }) => signsOut)) return [];
+  const lost = tabs.flatMap(({ lastEdits }) => [...lastEdits].filter(isLost));
+  return lost.map(([id, { text }]) => `the edit ${text} of ${id} is lost`);
+}
+
+/** Returns the messages that a tab shows as failed after another tab has dealt with them. */
+function staleRefusals(world, { items, tabs }) {
+  return tabs
+    .filter(({ alive, eventsUntil }) => alive && eventsUntil < world.time)
+    .flatMap(({ client }) => client.unsent(1))
+    .filter(({ state, kept }) => state === "failed" && kept)
+    .filter(({ client_id }) => !items.has(`chatd.unsent.chat.example.1.${client_id}`))
+    .map(({ content }) => `the message ${content} still counts as failed`);
 }
 
 /** Returns the claims that do not hold at the end of a scenario. */
