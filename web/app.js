@@ -695,8 +695,7 @@ function putMessage(chat, message, read = message.n === chat.read_n + 1) {
   if (read) moveReadMark(chat, sender_id, n);
   stopTyping(chat, sender_id);
   void learnNames(chat, [sender_id]);
-  const upToDate = chat.loaded || chat.loading === "yes";
-  if (upToDate && !chat.moreAfter) merge(chat, [message]);
+  if ((chat.loaded || chat.loading === "yes") && !chat.moreAfter) merge(chat, [message]);
 }
 
 /** @param {ChatView} chat @param {number} userId */
@@ -746,7 +745,7 @@ const handlers = {
       chat.last_n = Math.max(chat.last_n, last_n);
       moveReadMark(chat, myId(), read_n);
     }
-    if (model.open && !model.open.loaded) retryLoading(model.open);
+    if (model.open) retryLoading(model.open);
     if (search.error) search.retry();
     void loadServer();
   },
@@ -1337,7 +1336,7 @@ const pane = {
     }
     if (goTo === "stay") return;
     this.goTo = "stay";
-    const target = goTo === "start" ? ".divider" : `[data-id="${id}"]`;
+    const target = goTo === "start" ? ".divider" : `[data-id="${goTo}"]`;
     /** @type {HTMLElement | null} */
     const row = box("messages").querySelector(target);
     if (!row) return this.scrollToEnd();
@@ -1353,7 +1352,8 @@ const pane = {
 
   showLatest() {
     if (this.at) location.hash = `#chat/${model.open?.id}`;
-    else this.scrollToEnd();
+    Object.assign(this, { at: undefined, goTo: "end" });
+    requestRender();
   },
 
   onScroll() {
@@ -1898,7 +1898,7 @@ const composer = {
 
   onKey(event) {
     const { key, shiftKey } = event;
-    const { editing = null, messages = [] } = model.open ?? {};
+    const { editing = null, messages = [], moreAfter } = model.open ?? {};
     if (isComposing(event)) return;
     const touch = matchMedia("(pointer: coarse)").matches;
     if (key === "Enter" && !shiftKey && !touch) return this.send(event);
@@ -1906,7 +1906,7 @@ const composer = {
       event.preventDefault(); // or else the chat would close, too
       return this.leave();
     }
-    if (key !== "ArrowUp" || editing || this.field.value) return;
+    if (key !== "ArrowUp" || editing || moreAfter || this.field.value) return;
     const last = messages.findLast(mayEdit);
     // The last own message may be one that waits.
     if (!last || !model.open || notYetStored(model.open).length > 0) return;
@@ -1931,7 +1931,6 @@ const composer = {
     drafts.set(chat.id, "");
     this.show(chat);
     pane.showLatest();
-    requestRender();
   },
 
   change(message) {
@@ -2136,7 +2135,8 @@ function onListKey(event) {
   if (!list || !step) return;
   /** @type {HTMLElement[]} */
   const stops = [...list.querySelectorAll("#search-text, .row, .more")];
-  const at = stops.indexOf(event.target);
+  const more = event.target.closest("li")?.querySelector(".more");
+  const at = stops.indexOf(more ?? event.target);
   const { bottom } = list.getBoundingClientRect();
   const visible = (/** @type {Element} */ one) =>
     one.getBoundingClientRect().bottom <= bottom;

@@ -126,7 +126,7 @@ declare global {
   /** The open chat. */
   interface Pane {
     /** A message's id, or "start": the first new message or else the end. */
-    goTo: "stay" | "start" | number;
+    goTo: "stay" | "start" | "end" | number;
     /** The message that the address names. */
     at: string | undefined;
     /** The end is visible and stays visible. */
