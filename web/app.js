@@ -626,6 +626,7 @@ function putChat(received) {
   Object.assign(chat, received, {
     memberCount,
     members: marks,
+    isNew: false,
     read_n: Math.max(chat.read_n, read_n),
     last_n: Math.max(chat.last_n, last_n),
     last_message: newer(chat.last_message, last_message),
@@ -726,7 +727,8 @@ const handlers = {
   chats: ({ chats, cursor }) => {
     const epoch = cursor.slice(0, cursor.lastIndexOf("."));
     const ids = new Set(chats.map(({ id }) => id));
-    for (const chat of model.chats.values()) if (!ids.has(chat.id)) removeChat(chat);
+    for (const chat of model.chats.values())
+      if (!ids.has(chat.id) && !chat.isNew) removeChat(chat);
     if (epoch !== model.epoch) model.chats.clear(); // a backup was restored
     model.epoch = epoch;
     for (const received of chats) putChat(received).loaded = false;
@@ -2387,7 +2389,7 @@ const people = {
     if (!made || client !== model.client) return;
     const isNew = !chats.has(made.id);
     const opened = putChat(made);
-    if (isNew) opened.activeAt = Date.now();
+    if (isNew) Object.assign(opened, { activeAt: Date.now(), isNew });
     openChat(made.id);
     route();
     dialog("people").close();
