@@ -899,7 +899,8 @@ async function loadServer() {
  * ---------------------------------------------------------------------------------- */
 
 function isWatched() {
-  return document.visibilityState === "visible" && document.hasFocus();
+  const covered = document.querySelector("dialog[open]");
+  return !covered && document.visibilityState === "visible" && document.hasFocus();
 }
 
 function markSeen() {
@@ -2719,7 +2720,10 @@ const closeAround = (/** @type {any} */ { target }) => {
 };
 document.addEventListener("click", closeAround, true);
 document.addEventListener("keydown", onShortcut);
-const onClose = () => ["toasts", "announcer"].forEach(inFront);
+const onClose = () => {
+  ["toasts", "announcer"].forEach(inFront);
+  requestRender();
+};
 document.addEventListener("close", onClose, true);
 addEventListener("resize", () => box("menu").hidePopover());
 // At once: a hidden tab may never get the requested frame.
