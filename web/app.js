@@ -551,7 +551,8 @@ const unread = (/** @type {ChatView} */ chat) => Math.max(0, chat.last_n - chat.
 /** @param {ChatView} chat */
 const mutedKey = (chat) => `chatd.muted.${myId()}.${chat.id}`;
 /** @param {ChatView} chat */
-const isMuted = (chat) => readStored("localStorage", mutedKey(chat)) === true;
+const isMuted = (chat) =>
+  (chat.muted ??= readStored("localStorage", mutedKey(chat)) === true);
 /** What the title and the badges count. @param {ChatView} chat */
 const counted = (chat) => (isMuted(chat) ? 0 : unread(chat));
 
@@ -583,13 +584,13 @@ function chatTitle(chat) {
   return names.join(", ") || say("onlyYou");
 }
 
-/** Newest activity first. */
-function sortedChats() {
-  const when = (/** @type {ChatView} */ { last_message, activeAt }) =>
-    Math.max(Date.parse(last_message?.created_at ?? "") || 0, activeAt);
-  const last = (/** @type {ChatView} */ chat) => chat.last_message?.id ?? 0;
-  const all = [...model.chats.values()];
-  return all.sort((a, b) => when(b) - when(a) || last(b) - last(a));
+function newestChatsFirst() {
+  const all = [...model.chats.values()].map((chat) => {
+    const { id = 0, created_at = "" } = chat.last_message ?? {};
+    return { chat, id, when: Math.max(Date.parse(created_at) || 0, chat.activeAt) };
+  });
+  all.sort((a, b) => b.when - a.when || b.id - a.id);
+  return all.map(({ chat }) => chat);
 }
 
 /** @param {Chat} received */
@@ -975,14 +976,15 @@ function requestRender() {
 function render() {
   renderRequested = false;
   if (!model.session) return;
+  const chats = newestChatsFirst();
   renderTop();
   renderBanner();
-  renderLists();
+  renderLists(chats);
   renderEmpty();
   if (dialog("people").open) people.render();
   if (dialog("info").open) info.render();
   pane.render();
-  search.render();
+  search.render(chats);
   if (!menuAnchor?.isConnected && box("menu").contains(document.activeElement)) {
     box("menu").hidePopover();
     scroller.focus({ preventScroll: true });
@@ -1056,9 +1058,9 @@ function renderBanner() {
   button("banner-retry").hidden = state === "refused";
 }
 
-function renderLists() {
-  const chats = sortedChats();
-  const news = chats.filter(counted);
+/** @param {ChatView[]} chats */
+function renderLists(chats) {
+  const news = chats.filter(countNew);
   showRows(box("chat-list"), chats.map(chatRow));
   showRows(box("bell-list"), news.map(chatRow));
   box("bell-empty").hidden = news.length > 0;
@@ -1404,24 +1406,25 @@ function typingText({ typing }) {
 
 /** @param {ChatView} chat */
 function messageRows(chat) {
-  const { divider, messages } = chat;
+  const { divider, members, messages } = chat;
+  const marks = others(chat).map((id) => members.get(id) ?? 0);
   const rows = [historyRow(chat, "older", chat.more)];
   let day = "";
   for (const message of messages) {
     const { n, created_at } = message;
-    const name = dayName(created_at);
+    const date = new Date(created_at).toDateString();
     rows.push(...linesAfter(chat, n - 1));
     // The key is not the date: a clock that is set back repeats a day.
-    if (name !== day) rows.push(textRow(`day ${n}`, "day", name));
+    if (date !== day) rows.push(textRow(`day ${n}`, "day", dayName(created_at)));
     if (n - 1 === divider) rows.push(textRow("divider", "divider", say("newMessages")));
-    rows.push(messageRow(chat, message, rows.at(-1)?.message));
-    day = name;
+    rows.push(messageRow(chat, message, marks, rows.at(-1)?.message));
+    day = date;
   }
   rows.push(...linesAfter(chat, messages.at(-1)?.n ?? 0));
   if (chat.moreAfter) return [...rows, historyRow(chat, "newer", true)];
   for (const unsent of notYetStored(chat)) {
     const message = { ...unsent, id: 0, n: 0, sender_id: myId(), created_at: "" };
-    rows.push(messageRow(chat, message, rows.at(-1)?.message, unsent));
+    rows.push(messageRow(chat, message, marks, rows.at(-1)?.message, unsent));
   }
   return rows;
 }
@@ -1434,10 +1437,11 @@ function linesAfter({ lines }, after) {
 
 /** If its answer was lost, a message is stored and unsent. @param {ChatView} chat */
 function notYetStored({ id, messages }) {
-  const own = messages.filter(({ sender_id }) => sender_id === myId());
-  const stored = own.map(({ client_id }) => client_id);
   const unsent = model.client?.unsent(id) ?? [];
-  return unsent.filter(({ client_id }) => !stored.includes(client_id));
+  return unsent.filter(
+    ({ client_id }) =>
+      !messages.some((one) => one.client_id === client_id && one.sender_id === myId()),
+  );
 }
 
 /**
@@ -1469,17 +1473,17 @@ function startsGroup({ created_at, sender_id }, above) {
 }
 
 /**
- * @param {ChatView} chat @param {Message} message
+ * @param {ChatView} chat @param {Message} message @param {number[]} marks
  * @param {Message} [above] @param {Delivery} [unsent]
  * @returns {Row}
  */
-function messageRow(chat, message, above, unsent) {
+function messageRow(chat, message, marks, above, unsent) {
   const { id, n, rev, sender_id, client_id } = message;
   const own = sender_id === myId();
   const name = personName(sender_id);
   const { change = unsent, content, deleted } = shown(message);
   const failed = change?.state === "failed";
-  const tick = change || own ? tickOf(chat, n, change) : null;
+  const tick = change || own ? tickOf(marks, n, change) : null;
   const first = startsGroup(message, above);
   const arriving = n > pane.drawn && pane.follow && !own;
   const key = own && client_id ? `c ${client_id}` : `m ${id}`;
@@ -1524,8 +1528,8 @@ function messageRow(chat, message, above, unsent) {
       id > 0 && !deleted && el("button", more, icon("more")),
     );
   };
-  const state = [tick, unfolded, formats.offset, held.has(id), change];
-  return { key, look: JSON.stringify([n, rev, first, name, ...state]), build, message };
+  const state = [n, rev, first, name, tick, unfolded, formats.offset, change, held.has(id)];
+  return { key, look: JSON.stringify(state), build, message };
 }
 
 /**
@@ -1551,21 +1555,18 @@ function flow(key, content, deleted, stamp) {
 }
 
 /**
- * @param {ChatView} chat @param {number} n @param {Delivery} [change]
+ * @param {number[]} marks of the others @param {number} n @param {Delivery} [change]
  * @returns {Tick}
  */
-function tickOf(chat, n, change) {
+function tickOf(marks, n, change) {
   if (change?.state === "failed") return ["failed", say("notSent")];
   if (change) return ["sending", say("sending")];
-  const people = others(chat).length;
-  const readers = others(chat).filter((id) => hasRead(chat, id, n)).length;
+  const people = marks.length;
+  const readers = marks.filter((mark) => mark >= n).length;
   if (readers === 0) return ["sent", say("sent")];
   if (readers < people) return ["read", say("readBy", { readers, people })];
   return ["read", say("read"), "tick-read"];
 }
-
-/** @param {ChatView} chat @param {number} userId @param {number} n */
-const hasRead = ({ members }, userId, n) => (members.get(userId) ?? 0) >= n;
 
 /** @param {ChatView} chat */
 function knowsReaders(chat) {
@@ -1575,7 +1576,7 @@ function knowsReaders(chat) {
 /** @param {ChatView} chat @param {Message} message */
 function showReaders(chat, { n, sender_id }) {
   const ids = [...chat.members.keys()].filter((id) => id !== sender_id);
-  const late = (/** @type {number} */ id) => Number(!hasRead(chat, id, n));
+  const late = (/** @type {number} */ id) => Number((chat.members.get(id) ?? 0) < n);
   ids.sort((a, b) => late(a) - late(b));
   const rows = ids.map((id) => {
     const note = el("span", { class: "quiet" }, say(late(id) ? "notYet" : "read"));
@@ -1830,6 +1831,7 @@ const drafts = new Drafts(attempt(() => localStorage) ?? null, myId);
 function onStorage({ key }) {
   const { open } = model;
   if (open && key === drafts.key(composer.draftId(open))) composer.show(open);
+  for (const chat of model.chats.values()) chat.muted = undefined;
   requestRender();
 }
 
@@ -2069,12 +2071,12 @@ const search = {
     requestRender();
   },
 
-  render() {
+  render(sorted) {
     if (!dialog("search").open) return;
     const { q, chatId, before, error } = this;
     const { open, chats } = model;
     box("search-scope").hidden = !open;
-    const called = sortedChats().filter((chat) => !chatId && isCalled(chat, q));
+    const called = sorted.filter((chat) => !chatId && isCalled(chat, q));
     const found = this.found.filter((one) => !one.deleted && chats.has(one.chat_id));
     showRows(box("search-list"), [
       ...called.slice(0, 5).map(chatRow),
@@ -2090,7 +2092,7 @@ const search = {
   },
 
   searchedBack(before) {
-    const last = sortedChats().flatMap((chat) => chat.last_message ?? []);
+    const last = [...model.chats.values()].flatMap((chat) => chat.last_message ?? []);
     const later = [...this.found, ...last].filter(({ id }) => id >= before);
     const [when] = later.map(({ created_at }) => created_at).sort();
     return when ? say("searchedBack", { when: shortTime(when) }) : "";
@@ -2639,8 +2641,9 @@ const LISTENERS = {
   "chat-info": () => info.open(),
   "info-mute change": ({ target }) => {
     const { open } = model;
-    if (open && !writeStored("localStorage", mutedKey(open), target.checked))
-      toast(say("noStorage"));
+    if (!open) return;
+    open.muted = target.checked;
+    if (!writeStored("localStorage", mutedKey(open), open.muted)) toast(say("noStorage"));
     requestRender();
   },
   "info-rename": () => {

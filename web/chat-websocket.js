@@ -1404,7 +1404,7 @@ export class Drafts {
 /** @param {string | null} [item] @returns {{text: string, at: number}} */
 function readDraft(item) {
   try {
-    const { text, at } = JSON.parse(item ?? "");
+    const { text = "", at = 0 } = JSON.parse(item ?? "{}");
     return { text: String(text), at: Number(at) };
   } catch {
     return { text: "", at: 0 };
