@@ -554,7 +554,7 @@ const mutedKey = (chat) => `chatd.muted.${myId()}.${chat.id}`;
 const isMuted = (chat) =>
   (chat.muted ??= readStored("localStorage", mutedKey(chat)) === true);
 /** What the title and the badges count. @param {ChatView} chat */
-const counted = (chat) => (isMuted(chat) ? 0 : unread(chat));
+const countNew = (chat) => (isMuted(chat) ? 0 : unread(chat));
 
 /** @param {{user_id: number, name?: string | null | undefined}} user */
 function userName({ user_id, name }) {
@@ -782,8 +782,8 @@ const chatHandlers = {
     const sender = personName(sender_id);
     const name = here ? sender : say("senderIn", { name: sender, title: chatTitle(chat) });
     const text = visibleText(content).slice(0, 200);
-    if (here || counted(chat)) announce(say("lastOf", { name, text }));
-    if (counted(chat)) notify(chat, message);
+    if (here || countNew(chat)) announce(say("lastOf", { name, text }));
+    if (countNew(chat)) notify(chat, message);
   },
   message_edited: ({ message }, chat) => onChange(chat, message),
   message_deleted: ({ message }, chat) => onChange(chat, message),
@@ -856,8 +856,8 @@ function addLine(chat, key, { seq, user_id }) {
 }
 
 /** @param {ChatView} chat @param {number} id */
-function contains({ messages, last_message }, id) {
-  return [...messages, last_message].some((message) => message?.id === id);
+function findIn({ messages, last_message }, id) {
+  return [...messages, last_message].find((message) => message?.id === id);
 }
 
 /** @param {Delivery} delivery of an edit or a deletion */
@@ -867,7 +867,7 @@ function onChangeDelivery(delivery) {
   if (chat) onChange(chat, message);
   if (state !== "failed") return;
   const text = say(NOT_DONE[delivery.kind], { text: failureText(delivery) });
-  if (model.open && contains(model.open, message_id)) return announce(text);
+  if (model.open && findIn(model.open, message_id)) return announce(text);
   toast(text);
   if (code === "not_found") model.client?.discard(client_id); // no row can show it
 }
@@ -921,20 +921,20 @@ function markSeen() {
 async function loadHistory(chat, where) {
   const { client } = model;
   const { last_n } = chat;
-  const { before, after, around } = where;
+  const { around } = where;
   if (!client || chat.loading === "yes") return;
   chat.loading = "yes";
   requestRender();
   try {
     const { messages } = await client.history(chat.id, { limit: 50, ...where });
-    if (!before && !after) {
+    if (!where.before && !where.after) {
       // What was loaded before may be old, but not what came meanwhile.
       chat.messages = around ? [] : chat.messages.filter(({ n }) => n > last_n);
       chat.loaded = true;
     }
     merge(chat, messages);
     const newest = chat.messages.at(-1)?.n ?? 0;
-    if (after || around) chat.moreAfter = messages.length > 0 && newest < chat.last_n;
+    if (where.after || around) chat.moreAfter = messages.length > 0 && newest < chat.last_n;
     chat.loading = "no";
   } catch (error) {
     chat.loading = "failed";
@@ -949,7 +949,7 @@ function cannotGo(chat, error) {
   toast(gone ? say("notThere") : errorText(error));
   if (gone) location.replace(`#chat/${chat.id}`);
   else if (!chat.loaded) return; // the user can try again
-  pane.goTo = gone ? "start" : "stay";
+  if (pane.goTo !== "end") pane.goTo = gone ? "start" : "stay";
   chat.loading = "no";
 }
 
@@ -965,7 +965,7 @@ function retryLoading(chat) {
 
 let renderRequested = false;
 
-/** Renders once per frame. A hidden tab has no frames. */
+/** A hidden tab has no frames. */
 function requestRender() {
   if (renderRequested) return;
   renderRequested = true;
@@ -996,8 +996,8 @@ function renderTop() {
   const { chats, connection, open, server } = model;
   const closed = connection === "closed" || connection === "signed_out";
   const state = closed ? "connecting" : connection;
-  const total = [...chats.values()].reduce((sum, chat) => sum + counted(chat), 0);
-  const elsewhere = total - (open ? counted(open) : 0);
+  const total = [...chats.values()].reduce((sum, chat) => sum + countNew(chat), 0);
+  const elsewhere = total - (open ? countNew(open) : 0);
   const me = personName(myId());
   setText("connection", say(state));
   box("connection").dataset["state"] = state;
@@ -1074,14 +1074,12 @@ function renderLists(chats) {
 function renderEmpty() {
   const { chats, chatsLoaded, server } = model;
   const { create_chats, invites } = server;
-  const known = chatsLoaded && create_chats !== undefined;
-  const start = known && create_chats && chats.size === 0;
+  const none = chatsLoaded && create_chats !== undefined && chats.size === 0;
+  const start = none && create_chats;
   const advice = invites ? "startInvite" : "startChat";
-  const name = personName(myId());
-  let text = say(chats.size > 0 ? "chooseChat" : "loading");
-  if (known && chats.size === 0)
-    text = `${say("noChats")} ${say(start ? advice : "waitForChat", { name })}`;
-  setText("empty-text", text);
+  const next = say(start ? advice : "waitForChat", { name: personName(myId()) });
+  const text = say(chats.size > 0 ? "chooseChat" : "loading");
+  setText("empty-text", none ? `${say("noChats")} ${next}` : text);
   setText("empty-start", say(invites ? "invitePeople" : "newChat"));
   button("empty-start").hidden = !start;
   button("new-chat").hidden = !create_chats || start;
@@ -1142,7 +1140,7 @@ function sign(name, text, className) {
 function lastLine(chat) {
   const changes = model.client?.unsentChanges() ?? [];
   const unsent = [
-    ...changes.filter(({ message_id }) => contains(chat, message_id)),
+    ...changes.filter(({ message_id }) => findIn(chat, message_id)),
     ...notYetStored(chat),
   ];
   const failed = unsent.findLast(({ state }) => state === "failed");
@@ -1213,8 +1211,7 @@ function hueOf(id, chat) {
 }
 
 /* -------------------------------------------------------------------------------------
- * The open chat. Only the user moves what the user reads: if the scroller moves while
- * its sizes stay, the user did it; else the pane scrolls back.
+ * The open chat. Only the user moves what the user reads: see docs/page.md.
  * ---------------------------------------------------------------------------------- */
 
 const HISTORY_MARGIN = 500;
@@ -1429,9 +1426,9 @@ function messageRows(chat) {
   return rows;
 }
 
-/** @param {ChatView} chat @param {number} after n of a message */
-function linesAfter({ lines }, after) {
-  const here = lines.filter(({ n }) => n === after);
+/** @param {ChatView} chat @param {number} place n of a message */
+function linesAfter({ lines }, place) {
+  const here = lines.filter(({ n }) => n === place);
   return here.map(({ seq, text }) => textRow(`line ${seq}`, "history line", text()));
 }
 
@@ -2052,7 +2049,7 @@ const search = {
     this.busy = true;
     try {
       const q = this.q.split(/\s+/, 8).join(" "); // the server takes no more words
-      const what = { q, before: before ?? null, ...(chatId && { chatId }) };
+      const what = { q, before: before ?? null, chatId: chatId || null };
       const answer = await model.client?.search(what, signal);
       if (signal.aborted || !answer) return;
       this.found.push(...answer.messages);
@@ -2516,20 +2513,19 @@ function notify(chat, message) {
   if (window.Notification?.permission !== "granted" || isWatched()) return;
   // Another tab may show the message already.
   after(1, () => {
-    const all = [...chat.messages, chat.last_message];
-    const now = all.find((one) => one?.id === message.id) ?? message;
-    const { sender_id, content, deleted } = now;
-    if (deleted || chat.read_n >= message.n || isWatched() || !model.chats.has(chat.id)) return;
+    const { sender_id, content, deleted } = findIn(chat, message.id) ?? message;
     const { id, title } = chat;
+    const gone = deleted || model.chats.get(id) !== chat;
+    if (gone || chat.read_n >= message.n || isWatched()) return;
     const sender = personName(sender_id);
     const name = title ? say("senderIn", { name: sender, title }) : sender;
     const body = visibleText(content).slice(0, 200);
     const tag = `chatd.${myId()}.${id}`; // all tabs of a user share one notification
-    const shown = attempt(() => new Notification(name, { body, tag }));
-    shown?.addEventListener("click", () => {
+    const note = attempt(() => new Notification(name, { body, tag }));
+    note?.addEventListener("click", () => {
       window.focus();
       location.hash = `#chat/${id}`;
-      shown.close();
+      note.close();
     });
   });
 }
@@ -2598,7 +2594,7 @@ const LISTENERS = {
   "scroller scroll": () => pane.onScroll(),
   jump: () => {
     pane.showLatest(); // at once: to scroll smoothly through much can make dizzy
-    // The button is gone now. The keyboard of a phone stays as it is.
+    // The button goes. The keyboard of a phone stays as it is.
     if (document.activeElement !== composer.field)
       scroller.focus({ preventScroll: true });
   },
@@ -2690,7 +2686,7 @@ function onShortcut(event) {
 }
 
 function onWatched() {
-  if (isWatched() && [...model.chats.values()].some(counted)) offerNotifications();
+  if (isWatched() && [...model.chats.values()].some(countNew)) offerNotifications();
   onSecond();
   render();
 }
