@@ -1097,6 +1097,21 @@ def test_a_window_without_the_focus_reads_nothing(
     assert message["n"] == 1
 
 
+def test_a_message_under_a_dialog_is_not_read_before_the_dialog_closes(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    page = sign_in(chromium.context(), server.link(anna), chat)
+    page.get_by_role("button", name="People in this chat").click()
+    server.post(chat, ben, "Are you there?")
+    expect(page.locator(".divider")).to_have_text("New messages")
+    expect(page).to_have_title("(1) Ben · chatd")
+    assert unread(server, anna, chat) == 1
+    page.keyboard.press("Escape")
+    expect(page).to_have_title("Ben · chatd")
+    until(lambda: unread(server, anna, chat) == 0)
+
+
 def test_errors_are_in_the_pages_own_words(
     make_server: Callable[..., Server], chromium: Chromium
 ) -> None:

@@ -29,6 +29,7 @@ from tests.browser import (
     until,
     write,
 )
+from tests.client import Frame
 
 pytestmark = pytest.mark.browser
 site, server, make_server, browser, chromium, example_chats = FIXTURES
@@ -305,6 +306,38 @@ def test_one_person_makes_the_direct_chat_and_more_make_a_group(
     expect(title).to_have_text("Tea <i>club</i>")
     expect(page.locator("#pane-members")).to_have_text("Ben, Cora, you")
     expect(rows).to_have_count(2)
+
+
+def test_a_chat_that_is_made_while_the_list_is_fetched_stays_open(
+    make_server: Callable[..., Server], chromium: Chromium
+) -> None:
+    server = make_server()
+    anna, ben, chat = pair(server)
+    server.add_user("Cora")
+    page = chromium.page()
+    relay = Relay.connected(page, server.link(anna))
+    held: list[tuple[Route, Frame]] = []
+
+    def hold(route: Route) -> None:
+        held.append((route, route.fetch().json()))
+
+    page.route(re.compile(r"/chats\?"), hold)
+    relay.sockets[-1].send(json.dumps({**relay.received[0], "resume": "resync"}))
+    until(lambda: bool(page.title()) and len(held) == 1)
+    press(page, "New chat")
+    dialog = page.locator("#people")
+    dialog.get_by_label("Cora").check()
+    press(dialog, "Create")
+    expect(page.locator("#pane-title")).to_have_text("Cora")
+    field(page).press_sequentially("Hello")
+    server.post(chat, ben, "After the list")
+    route, old_list = held[0]
+    route.fulfill(json=old_list)
+    expect(page.locator("#chat-list")).to_contain_text("After the list")
+    expect(page.locator("#chat-list .row")).to_have_count(2)
+    expect(page.locator("#pane-title")).to_have_text("Cora")
+    expect(field(page)).to_be_focused()
+    expect(field(page)).to_have_value("Hello")
 
 
 # --- members -------------------------------------------------------------------------

@@ -93,6 +93,7 @@ def test_a_search_finds_chats_and_messages_in_all_chats_or_in_one(
     expect(results(page)).to_have_count(2)  # the chats, to jump to one
     text = page.get_by_role("textbox", name="Search")
     text.fill("zoltan")
+    expect(results(page)).to_have_count(1)
     expect(results(page)).to_have_attribute("href", f"#chat/{direct}")
     expect(page.locator("#search-status")).to_have_text("No messages found.")
     text.press("Enter")
@@ -191,6 +192,12 @@ def test_a_chat_opens_at_a_message_and_leads_back_to_the_latest(
     first = 120 - middle
     assert texts == [f"Plant number {first + i}" for i in range(len(texts))]
     expect(page.get_by_role("button", name="Latest messages")).to_be_visible()
+    page.keyboard.press("ArrowDown")
+    expect(page.locator(f"[data-id='{ids[120]}'] .more")).to_be_focused()
+    # The last own message is not there, so it cannot be edited.
+    field(page).press("ArrowUp")
+    expect(field(page)).to_have_value("")
+    expect(page.locator("#edit-bar")).to_be_hidden()
     # What arrives meanwhile is new, and not shown after a hole.
     place = top_of(target)
     server.post(chat, ben, "A new message")
@@ -224,6 +231,51 @@ def test_a_chat_opens_at_a_message_and_leads_back_to_the_latest(
     page.evaluate("location.hash += '/' + messages.children[40].dataset.id")
     expect(page.locator("#messages :focus, #messages > :focus")).to_be_in_viewport()
     assert not [url for url in asked if "around" in url]
+
+
+def test_latest_and_sending_lead_to_the_end_from_each_place(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    ids = [server.post(chat, ben, f"Seed {n}")["id"] for n in range(120)]
+    server.request("POST", f"/api/v1/messages/{ids[89]}/read", user_id=anna)
+    page = chromium.page()
+    relay = Relay.connected(page, server.link(anna), chat)
+    page.evaluate("(id) => { location.hash += `/${id}`; }", ids[9])
+    expect(page.locator(f"[data-id='{ids[9]}']")).to_be_focused()
+
+    def has_read_all() -> bool:
+        page.evaluate("scroller.scrollTo(0, 1e6)")
+        return page.locator("#jump").is_hidden()
+
+    until(has_read_all)
+    expect(page.locator("#bell-count")).to_be_hidden()
+    page.evaluate("scroller.scrollBy(0, -1500)")
+    latest = page.get_by_role("button", name="Latest messages")
+    latest.click()  # which is not the line "New messages", far above
+    expect(latest).to_be_hidden()
+    expect(bubbles(page).last).to_be_in_viewport()
+
+    def come_back_after_a_resync() -> None:
+        """Load the messages around the place again, but not the latest."""
+        page.evaluate("scroller.scrollTo(0, scroller.scrollHeight / 3)")
+        expect(latest).to_be_visible()
+        connected = relay.received[0]
+        with page.expect_response(re.compile("around=")):
+            relay.sockets[-1].send(json.dumps({**connected, "resume": "resync"}))
+        expect(bubbles(page).get_by_text("Seed 119")).to_have_count(0)
+
+    come_back_after_a_resync()
+    latest.click()
+    expect(bubbles(page).last).to_have_text("Seed 119")
+    expect(bubbles(page).last).to_be_in_viewport()
+    expect(latest).to_be_hidden()
+    page.evaluate("scroller.scrollTo(0, 0)")
+    expect(bubbles(page).nth(90)).to_be_attached()
+    come_back_after_a_resync()
+    write(page, "Sprout")
+    expect(bubbles(page).last).to_have_text("Sprout")
+    expect(bubbles(page).last).to_be_in_viewport()
 
 
 def test_messages_after_a_place_are_loaded_on_the_way_down_and_move_nothing(
@@ -387,3 +439,17 @@ def test_without_a_connection_the_place_stays_or_says_why_it_is_not_there(
     expect(bubbles(page).nth(40)).to_be_attached()
     expect(bubbles(page).last).to_have_text("From the tunnel")
     expect(bubbles(page).last).to_be_in_viewport()
+    # Older messages that could not be loaded come with the connection, too.
+    page.route(re.compile("/api/"), lambda route: route.abort())
+    relay.cut(1011, block=True)
+    page.clock.run_for(5_100)
+    expect_state(page, "offline")
+    page.evaluate("scroller.scrollTo(0, 0)")
+    page.clock.run_for(1_000)
+    expect(page.locator("#messages")).to_contain_text("could not be loaded")
+    relay.unblock()
+    page.unroute(re.compile("/api/"))
+    wait_until_connected(page)
+    page.clock.run_for(1_000)
+    expect(bubbles(page).nth(90)).to_be_attached()
+    expect(page.locator("#messages")).not_to_contain_text("could not be loaded")

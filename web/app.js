@@ -554,9 +554,10 @@ const unread = (/** @type {ChatView} */ chat) => Math.max(0, chat.last_n - chat.
 /** @param {ChatView} chat */
 const mutedKey = (chat) => `chatd.muted.${myId()}.${chat.id}`;
 /** @param {ChatView} chat */
-const isMuted = (chat) => readStored("localStorage", mutedKey(chat)) === true;
+const isMuted = (chat) =>
+  (chat.muted ??= readStored("localStorage", mutedKey(chat)) === true);
 /** What the title and the badges count. @param {ChatView} chat */
-const counted = (chat) => (isMuted(chat) ? 0 : unread(chat));
+const countNew = (chat) => (isMuted(chat) ? 0 : unread(chat));
 
 /** @param {{user_id: number, name?: string | null | undefined}} user */
 function userName({ user_id, name }) {
@@ -590,13 +591,13 @@ function chatTitle(chat) {
   return namesOf(others(chat)) || say("onlyYou");
 }
 
-/** Newest activity first. */
-function sortedChats() {
-  const when = (/** @type {ChatView} */ { last_message, activeAt }) =>
-    Math.max(Date.parse(last_message?.created_at ?? "") || 0, activeAt);
-  const last = (/** @type {ChatView} */ chat) => chat.last_message?.id ?? 0;
-  const all = [...model.chats.values()];
-  return all.sort((a, b) => when(b) - when(a) || last(b) - last(a));
+function newestChatsFirst() {
+  const all = [...model.chats.values()].map((chat) => {
+    const { id = 0, created_at = "" } = chat.last_message ?? {};
+    return { chat, id, when: Math.max(Date.parse(created_at) || 0, chat.activeAt) };
+  });
+  all.sort((a, b) => b.when - a.when || b.id - a.id);
+  return all.map(({ chat }) => chat);
 }
 
 /** @param {Chat} received */
@@ -633,6 +634,7 @@ function putChat(received) {
   Object.assign(chat, received, {
     memberCount,
     members: marks,
+    isNew: false,
     read_n: Math.max(chat.read_n, read_n),
     last_n: Math.max(chat.last_n, last_n),
     last_message: newer(chat.last_message, last_message),
@@ -702,8 +704,7 @@ function putMessage(chat, message, read = message.n === chat.read_n + 1) {
   if (read) moveReadMark(chat, sender_id, n);
   stopTyping(chat, sender_id);
   void learnNames(chat, [sender_id]);
-  const upToDate = chat.loaded || chat.loading === "yes";
-  if (upToDate && !chat.moreAfter) merge(chat, [message]);
+  if ((chat.loaded || chat.loading === "yes") && !chat.moreAfter) merge(chat, [message]);
 }
 
 /** @param {ChatView} chat @param {number} userId */
@@ -738,7 +739,8 @@ const handlers = {
   chats: ({ chats, cursor }) => {
     const epoch = cursor.slice(0, cursor.lastIndexOf("."));
     const ids = new Set(chats.map(({ id }) => id));
-    for (const chat of model.chats.values()) if (!ids.has(chat.id)) removeChat(chat);
+    for (const chat of model.chats.values())
+      if (!ids.has(chat.id) && !chat.isNew) removeChat(chat);
     if (epoch !== model.epoch) model.chats.clear(); // a backup was restored
     model.epoch = epoch;
     for (const received of chats) putChat(received).loaded = false;
@@ -758,7 +760,7 @@ const handlers = {
       chat.last_n = Math.max(chat.last_n, last_n);
       moveReadMark(chat, myId(), read_n);
     }
-    if (model.open && !model.open.loaded) retryLoading(model.open);
+    if (model.open) retryLoading(model.open);
     if (search.error) search.retry();
     void loadServer();
   },
@@ -791,8 +793,8 @@ const chatHandlers = {
     const sender = personName(sender_id);
     const name = here ? sender : say("senderIn", { name: sender, title: chatTitle(chat) });
     const text = visibleText(content).slice(0, 200);
-    if (here || counted(chat)) announce(say("lastOf", { name, text }));
-    if (counted(chat)) notify(chat, message);
+    if (here || countNew(chat)) announce(say("lastOf", { name, text }));
+    if (countNew(chat)) notify(chat, message);
   },
   message_edited: ({ message }, chat) => onChange(chat, message),
   message_deleted: ({ message }, chat) => onChange(chat, message),
@@ -864,6 +866,11 @@ function addLine(chat, key, { seq, user_id }) {
   if (chat === model.open) announce(text());
 }
 
+/** @param {ChatView} chat @param {number} id */
+function findIn({ messages, last_message }, id) {
+  return [...messages, last_message].find((message) => message?.id === id);
+}
+
 /** No row can show it. @param {Delivery} delivery */
 function isLost({ state, chat_id, message_id, code }) {
   if (state !== "failed") return false;
@@ -910,7 +917,8 @@ async function loadServer() {
  * ---------------------------------------------------------------------------------- */
 
 function isWatched() {
-  return document.visibilityState === "visible" && document.hasFocus();
+  const covered = document.querySelector("dialog[open]");
+  return !covered && document.visibilityState === "visible" && document.hasFocus();
 }
 
 function markSeen() {
@@ -930,20 +938,20 @@ function markSeen() {
 async function loadHistory(chat, where) {
   const { client } = model;
   const { last_n } = chat;
-  const { before, after, around } = where;
+  const { around } = where;
   if (!client || chat.loading === "yes") return;
   chat.loading = "yes";
   requestRender();
   try {
     const { messages } = await client.history(chat.id, { limit: 50, ...where });
-    if (!before && !after) {
+    if (!where.before && !where.after) {
       // What was loaded before may be old, but not what came meanwhile.
       chat.messages = around ? [] : chat.messages.filter(({ n }) => n > last_n);
       chat.loaded = true;
     }
     merge(chat, messages);
     const newest = chat.messages.at(-1)?.n ?? 0;
-    if (after || around) chat.moreAfter = messages.length > 0 && newest < chat.last_n;
+    if (where.after || around) chat.moreAfter = messages.length > 0 && newest < chat.last_n;
     chat.loading = "no";
   } catch (error) {
     chat.loading = "failed";
@@ -958,7 +966,7 @@ function cannotGo(chat, error) {
   toast(gone ? say("notThere") : errorText(error));
   if (gone) location.replace(`#chat/${chat.id}`);
   else if (!chat.loaded) return; // the user can try again
-  pane.goTo = gone ? "start" : "stay";
+  if (pane.goTo !== "end") pane.goTo = gone ? "start" : "stay";
   chat.loading = "no";
 }
 
@@ -974,7 +982,7 @@ function retryLoading(chat) {
 
 let renderRequested = false;
 
-/** Renders once per frame. A hidden tab has no frames. */
+/** A hidden tab has no frames. */
 function requestRender() {
   if (renderRequested) return;
   renderRequested = true;
@@ -985,14 +993,15 @@ function requestRender() {
 function render() {
   renderRequested = false;
   if (!model.session) return;
+  const chats = newestChatsFirst();
   renderTop();
   renderBanner();
-  renderLists();
+  renderLists(chats);
   renderEmpty();
   if (dialog("people").open) people.render();
   if (dialog("info").open) info.render();
   pane.render();
-  search.render();
+  search.render(chats);
   if (!menuAnchor?.isConnected && box("menu").contains(document.activeElement)) {
     box("menu").hidePopover();
     scroller.focus({ preventScroll: true });
@@ -1004,8 +1013,8 @@ function renderTop() {
   const { chats, connection, open, server } = model;
   const closed = connection === "closed" || connection === "signed_out";
   const state = closed ? "connecting" : connection;
-  const total = [...chats.values()].reduce((sum, chat) => sum + counted(chat), 0);
-  const elsewhere = total - (open ? counted(open) : 0);
+  const total = [...chats.values()].reduce((sum, chat) => sum + countNew(chat), 0);
+  const elsewhere = total - (open ? countNew(open) : 0);
   const me = personName(myId());
   setText("connection", say(state));
   box("connection").dataset["state"] = state;
@@ -1066,9 +1075,9 @@ function renderBanner() {
   button("banner-retry").hidden = state === "refused";
 }
 
-function renderLists() {
-  const chats = sortedChats();
-  const news = chats.filter(counted);
+/** @param {ChatView[]} chats */
+function renderLists(chats) {
+  const news = chats.filter(countNew);
   showRows(box("chat-list"), chats.map(chatRow));
   showRows(box("bell-list"), news.map(chatRow));
   box("bell-empty").hidden = news.length > 0;
@@ -1082,14 +1091,12 @@ function renderLists() {
 function renderEmpty() {
   const { chats, chatsLoaded, server } = model;
   const { create_chats, invites } = server;
-  const known = chatsLoaded && create_chats !== undefined;
-  const start = known && create_chats && chats.size === 0;
+  const none = chatsLoaded && create_chats !== undefined && chats.size === 0;
+  const start = none && create_chats;
   const advice = invites ? "startInvite" : "startChat";
-  const name = personName(myId());
-  let text = say(chats.size > 0 ? "chooseChat" : "loading");
-  if (known && chats.size === 0)
-    text = `${say("noChats")} ${say(start ? advice : "waitForChat", { name })}`;
-  setText("empty-text", text);
+  const next = say(start ? advice : "waitForChat", { name: personName(myId()) });
+  const text = say(chats.size > 0 ? "chooseChat" : "loading");
+  setText("empty-text", none ? `${say("noChats")} ${next}` : text);
   setText("empty-start", say(invites ? "invitePeople" : "newChat"));
   button("empty-start").hidden = !start;
   button("new-chat").hidden = !create_chats || start;
@@ -1221,8 +1228,7 @@ function hueOf(id, chat) {
 }
 
 /* -------------------------------------------------------------------------------------
- * The open chat. Only the user moves what the user reads: if the scroller moves while
- * its sizes stay, the user did it; else the pane scrolls back.
+ * The open chat. Only the user moves what the user reads: see docs/page.md.
  * ---------------------------------------------------------------------------------- */
 
 const HISTORY_MARGIN = 500;
@@ -1351,7 +1357,7 @@ const pane = {
     }
     if (goTo === "stay") return;
     this.goTo = "stay";
-    const target = goTo === "start" ? ".divider" : `[data-id="${id}"]`;
+    const target = goTo === "start" ? ".divider" : `[data-id="${goTo}"]`;
     /** @type {HTMLElement | null} */
     const row = box("messages").querySelector(target);
     if (!row) return this.scrollToEnd();
@@ -1367,7 +1373,8 @@ const pane = {
 
   showLatest() {
     if (this.at) location.hash = `#chat/${model.open?.id}`;
-    else this.scrollToEnd();
+    Object.assign(this, { at: undefined, goTo: "end" });
+    requestRender();
   },
 
   onScroll() {
@@ -1415,40 +1422,42 @@ function typingText({ typing }) {
 
 /** @param {ChatView} chat */
 function messageRows(chat) {
-  const { divider, messages } = chat;
+  const { divider, members, messages } = chat;
+  const marks = others(chat).map((id) => members.get(id) ?? 0);
   const rows = [historyRow(chat, "older", chat.more)];
   let day = "";
   for (const message of messages) {
     const { n, created_at } = message;
-    const name = dayName(created_at);
+    const date = new Date(created_at).toDateString();
     rows.push(...linesAfter(chat, n - 1));
     // The key is not the date: a clock that is set back repeats a day.
-    if (name !== day) rows.push(textRow(`day ${n}`, "day", name));
+    if (date !== day) rows.push(textRow(`day ${n}`, "day", dayName(created_at)));
     if (n - 1 === divider) rows.push(textRow("divider", "divider", say("newMessages")));
-    rows.push(messageRow(chat, message, rows.at(-1)?.message));
-    day = name;
+    rows.push(messageRow(chat, message, marks, rows.at(-1)?.message));
+    day = date;
   }
   rows.push(...linesAfter(chat, messages.at(-1)?.n ?? 0));
   if (chat.moreAfter) return [...rows, historyRow(chat, "newer", true)];
   for (const unsent of notYetStored(chat)) {
     const message = { ...unsent, id: 0, n: 0, sender_id: myId(), created_at: "" };
-    rows.push(messageRow(chat, message, rows.at(-1)?.message, unsent));
+    rows.push(messageRow(chat, message, marks, rows.at(-1)?.message, unsent));
   }
   return rows;
 }
 
-/** @param {ChatView} chat @param {number} after n of a message */
-function linesAfter({ lines }, after) {
-  const here = lines.filter(({ n }) => n === after);
+/** @param {ChatView} chat @param {number} place n of a message */
+function linesAfter({ lines }, place) {
+  const here = lines.filter(({ n }) => n === place);
   return here.map(({ seq, text }) => textRow(`line ${seq}`, "history line", text()));
 }
 
 /** If its answer was lost, a message is stored and unsent. @param {ChatView} chat */
 function notYetStored({ id, messages }) {
-  const own = messages.filter(({ sender_id }) => sender_id === myId());
-  const stored = own.map(({ client_id }) => client_id);
   const unsent = model.client?.unsent(id) ?? [];
-  return unsent.filter(({ client_id }) => !stored.includes(client_id));
+  return unsent.filter(
+    ({ client_id }) =>
+      !messages.some((one) => one.client_id === client_id && one.sender_id === myId()),
+  );
 }
 
 /**
@@ -1480,17 +1489,17 @@ function startsGroup({ created_at, sender_id }, above) {
 }
 
 /**
- * @param {ChatView} chat @param {Message} message
+ * @param {ChatView} chat @param {Message} message @param {number[]} marks
  * @param {Message} [above] @param {Delivery} [unsent]
  * @returns {Row}
  */
-function messageRow(chat, message, above, unsent) {
+function messageRow(chat, message, marks, above, unsent) {
   const { id, n, rev, sender_id, client_id } = message;
   const own = sender_id === myId();
   const name = personName(sender_id);
   const { change = unsent, content, deleted } = shown(message);
   const failed = change?.state === "failed";
-  const tick = change || own ? tickOf(chat, n, change) : null;
+  const tick = change || own ? tickOf(marks, n, change) : null;
   const first = startsGroup(message, above);
   const arriving = n > pane.drawn && pane.follow && !own;
   const key = own && client_id ? `c ${client_id}` : `m ${id}`;
@@ -1535,8 +1544,8 @@ function messageRow(chat, message, above, unsent) {
       id > 0 && !deleted && el("button", more, icon("more")),
     );
   };
-  const state = [tick, unfolded, formats.offset, held.has(id), change];
-  return { key, look: JSON.stringify([n, rev, first, name, ...state]), build, message };
+  const state = [n, rev, first, name, tick, unfolded, formats.offset, change, held.has(id)];
+  return { key, look: JSON.stringify(state), build, message };
 }
 
 /**
@@ -1562,21 +1571,18 @@ function flow(key, content, deleted, stamp) {
 }
 
 /**
- * @param {ChatView} chat @param {number} n @param {Delivery} [change]
+ * @param {number[]} marks of the others @param {number} n @param {Delivery} [change]
  * @returns {Tick}
  */
-function tickOf(chat, n, change) {
+function tickOf(marks, n, change) {
   if (change?.state === "failed") return ["failed", say("notSent")];
   if (change) return ["sending", say("sending")];
-  const people = others(chat).length;
-  const readers = others(chat).filter((id) => hasRead(chat, id, n)).length;
+  const people = marks.length;
+  const readers = marks.filter((mark) => mark >= n).length;
   if (readers === 0) return ["sent", say("sent")];
   if (readers < people) return ["read", say("readBy", { readers, people })];
   return ["read", say("read"), "tick-read"];
 }
-
-/** @param {ChatView} chat @param {number} userId @param {number} n */
-const hasRead = ({ members }, userId, n) => (members.get(userId) ?? 0) >= n;
 
 /** @param {ChatView} chat */
 function knowsReaders(chat) {
@@ -1586,7 +1592,7 @@ function knowsReaders(chat) {
 /** @param {ChatView} chat @param {Message} message */
 function showReaders(chat, { n, sender_id }) {
   const ids = [...chat.members.keys()].filter((id) => id !== sender_id);
-  const late = (/** @type {number} */ id) => Number(!hasRead(chat, id, n));
+  const late = (/** @type {number} */ id) => Number((chat.members.get(id) ?? 0) < n);
   ids.sort((a, b) => late(a) - late(b));
   const rows = ids.map((id) => {
     const note = el("span", { class: "quiet" }, say(late(id) ? "notYet" : "read"));
@@ -1852,6 +1858,7 @@ function onStorage({ key, newValue }) {
   const { open } = model;
   const ended = open?.editing && !newValue; // there, but not here
   if (open && !ended && key === drafts.key(composer.draftId(open))) composer.show(open);
+  for (const chat of model.chats.values()) chat.muted = undefined;
   requestRender();
 }
 
@@ -1924,7 +1931,7 @@ const composer = {
 
   onKey(event) {
     const { key, shiftKey } = event;
-    const { editing = null, messages = [] } = model.open ?? {};
+    const { editing = null, messages = [], moreAfter } = model.open ?? {};
     if (isComposing(event)) return;
     const touch = matchMedia("(pointer: coarse)").matches;
     if (key === "Enter" && !shiftKey && !touch) return this.send(event);
@@ -1932,7 +1939,7 @@ const composer = {
       event.preventDefault(); // or else the chat would close, too
       return this.leave();
     }
-    if (key !== "ArrowUp" || editing || this.field.value) return;
+    if (key !== "ArrowUp" || editing || moreAfter || this.field.value) return;
     const last = messages.findLast(mayEdit);
     // The last own message may be one that waits.
     if (!last || !model.open || notYetStored(model.open).length > 0) return;
@@ -1957,7 +1964,6 @@ const composer = {
     drafts.set(chat.id, "");
     this.show(chat);
     pane.showLatest();
-    requestRender();
   },
 
   change(message) {
@@ -2076,7 +2082,7 @@ const search = {
     this.busy = true;
     try {
       const q = this.q.split(/\s+/, 8).join(" "); // the server takes no more words
-      const what = { q, before: before ?? null, ...(chatId && { chatId }) };
+      const what = { q, before: before ?? null, chatId: chatId || null };
       const answer = await model.client?.search(what, signal);
       if (signal.aborted || !answer) return;
       this.found.push(...answer.messages);
@@ -2095,12 +2101,12 @@ const search = {
     requestRender();
   },
 
-  render() {
+  render(sorted) {
     if (!dialog("search").open) return;
     const { q, chatId, before, error } = this;
     const { open, chats } = model;
     box("search-scope").hidden = !open;
-    const called = sortedChats().filter((chat) => !chatId && isCalled(chat, q));
+    const called = sorted.filter((chat) => !chatId && isCalled(chat, q));
     const found = this.found.filter((one) => !one.deleted && chats.has(one.chat_id));
     showRows(box("search-list"), [
       ...called.slice(0, 5).map(chatRow),
@@ -2116,7 +2122,7 @@ const search = {
   },
 
   searchedBack(before) {
-    const last = sortedChats().flatMap((chat) => chat.last_message ?? []);
+    const last = [...model.chats.values()].flatMap((chat) => chat.last_message ?? []);
     const later = [...this.found, ...last].filter(({ id }) => id >= before);
     const [when] = later.map(({ created_at }) => created_at).sort();
     return when ? say("searchedBack", { when: shortTime(when) }) : "";
@@ -2163,7 +2169,8 @@ function onListKey(event) {
   if (!list || !step) return;
   /** @type {HTMLElement[]} */
   const stops = [...list.querySelectorAll("#search-text, .row, .more")];
-  const at = stops.indexOf(event.target);
+  const more = event.target.closest("li")?.querySelector(".more");
+  const at = stops.indexOf(more ?? event.target);
   const { bottom } = list.getBoundingClientRect();
   const visible = (/** @type {Element} */ one) =>
     one.getBoundingClientRect().bottom <= bottom;
@@ -2417,7 +2424,7 @@ const people = {
     if (!made || client !== model.client) return;
     const isNew = !chats.has(made.id);
     const opened = putChat(made);
-    if (isNew) opened.activeAt = Date.now();
+    if (isNew) Object.assign(opened, { activeAt: Date.now(), isNew });
     if (!isOpen()) return;
     openChat(made.id);
     route();
@@ -2544,20 +2551,19 @@ function notify(chat, message) {
   if (window.Notification?.permission !== "granted" || isWatched()) return;
   // Another tab may show the message already.
   after(1, () => {
-    const all = [...chat.messages, chat.last_message];
-    const now = all.find((one) => one?.id === message.id) ?? message;
-    const { sender_id, content, deleted } = now;
-    if (deleted || chat.read_n >= message.n || isWatched() || !model.chats.has(chat.id)) return;
+    const { sender_id, content, deleted } = findIn(chat, message.id) ?? message;
     const { id, title } = chat;
+    const gone = deleted || model.chats.get(id) !== chat;
+    if (gone || chat.read_n >= message.n || isWatched()) return;
     const sender = personName(sender_id);
     const name = title ? say("senderIn", { name: sender, title }) : sender;
     const body = visibleText(content).slice(0, 200);
     const tag = `chatd.${myId()}.${id}`; // all tabs of a user share one notification
-    const shown = attempt(() => new Notification(name, { body, tag }));
-    shown?.addEventListener("click", () => {
+    const note = attempt(() => new Notification(name, { body, tag }));
+    note?.addEventListener("click", () => {
       window.focus();
       location.hash = `#chat/${id}`;
-      shown.close();
+      note.close();
     });
   });
 }
@@ -2624,7 +2630,7 @@ const LISTENERS = {
   "scroller scroll": () => pane.onScroll(),
   jump: () => {
     pane.showLatest(); // at once: to scroll smoothly through much can make dizzy
-    // The button is gone now. The keyboard of a phone stays as it is.
+    // The button goes. The keyboard of a phone stays as it is.
     if (document.activeElement !== composer.field)
       scroller.focus({ preventScroll: true });
   },
@@ -2664,9 +2670,11 @@ const LISTENERS = {
   "chat-info": () => info.open(),
   "info-mute change": ({ target }) => {
     const { open } = model;
-    if (open && !writeStored("localStorage", mutedKey(open), target.checked)) {
+    if (!open) return;
+    open.muted = target.checked;
+    if (!writeStored("localStorage", mutedKey(open), open.muted)) {
       toast(say("noStorage"));
-      target.checked = isMuted(open);
+      open.muted = target.checked = false;
     }
     requestRender();
   },
@@ -2711,7 +2719,7 @@ function onShortcut(event) {
 }
 
 function onWatched() {
-  if (isWatched() && [...model.chats.values()].some(counted)) offerNotifications();
+  if (isWatched() && [...model.chats.values()].some(countNew)) offerNotifications();
   onSecond();
   render();
 }
@@ -2748,6 +2756,7 @@ document.addEventListener("keydown", onShortcut);
 const onClose = (/** @type {Event} */ { target }) => {
   requests.delete(target);
   ["toasts", "announcer"].forEach(inFront);
+  requestRender();
 };
 document.addEventListener("close", onClose, true);
 addEventListener("resize", () => box("menu").hidePopover());

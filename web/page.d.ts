@@ -114,6 +114,10 @@ declare global {
     lines: Line[];
     /** ms, when it was added, or the user wrote in it, during this visit; otherwise 0. */
     activeAt: number;
+    /** The user made it, and no event or list of chats has told of it yet. */
+    isNew?: boolean;
+    /** In this browser; undefined: not looked up yet. */
+    muted?: boolean | undefined;
   }
 
   /** Something that has happened during this visit, after message n. */
@@ -126,7 +130,7 @@ declare global {
   /** The open chat. */
   interface Pane {
     /** A message's id, or "start": the first new message or else the end. */
-    goTo: "stay" | "start" | number;
+    goTo: "stay" | "start" | "end" | number;
     /** The message that the address names. */
     at: string | undefined;
     /** The end is visible and stays visible. */
@@ -220,7 +224,8 @@ declare global {
     start(again?: boolean): void;
     retry(seconds?: number): void;
     goOn(): Promise<void>;
-    render(): void;
+    /** Needs the chats in their order. */
+    render(chats: ChatView[]): void;
     /** An answer says only the id up to which it has looked. */
     searchedBack(before: number): string;
     row(message: Message): Row;

@@ -207,7 +207,7 @@ export interface SearchQuery {
   /** Every word of it must occur in a message. */
   q: string;
   /** Default: all chats of the user. */
-  chatId?: number;
+  chatId?: number | null;
   /** Goes on from the `before` of the page before. */
   before?: number | null;
 }
