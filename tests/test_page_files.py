@@ -1,4 +1,4 @@
-"""What the page consists of: what it requests, and its pictures."""
+"""What the page consists of: its weight, what it requests, and its pictures."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ pytestmark = pytest.mark.browser
 site, server, make_server, browser, chromium, example_chats = FIXTURES
 
 WEB = CHECKOUT / "web"
+MOST_BYTES = 60_000  # of all files but icons, each compressed
+
+
+def test_the_page_weighs_at_most_60_kb_without_its_icons() -> None:
+    sizes = {
+        file.name: len(
+            subprocess.run(
+                ["gzip", "-9", "-c", file], check=True, capture_output=True
+            ).stdout
+        )
+        for file in sorted(WEB.iterdir())
+        if file.suffix in (".html", ".css", ".js", ".webmanifest")
+    }
+    assert sum(sizes.values()) <= MOST_BYTES, sizes
 
 
 def test_a_visit_requests_nothing_but_the_pages_own_files_and_the_api(
