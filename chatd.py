@@ -656,13 +656,11 @@ class WebSocketReader(WebSocketConnection):
         self._message_size += len(data.encode() if isinstance(data, str) else data)
         self._fragments += event.frame_finished
         if self._message_size > settings.max_message_bytes:
-            raise ClientFault(
-                CLOSE_TOO_BIG, f"more than {settings.max_message_bytes} bytes"
-            )
+            why = f"more than {settings.max_message_bytes} bytes"
+            raise ClientFault(CLOSE_TOO_BIG, why)
         if self._fragments > settings.fragments:
-            raise ClientFault(
-                CLOSE_TOO_BIG, f"more than {settings.fragments} fragments"
-            )
+            why = f"more than {settings.fragments} fragments"
+            raise ClientFault(CLOSE_TOO_BIG, why)
         self._message_parts.append(data)
         if not event.message_finished:
             return
@@ -794,17 +792,16 @@ class Session:
         self.server.stats.resumes[resume] += 1
         hub.set_chats(self.seat.person, joined)
         self.seat.cursor = start
-        self._answer(
-            Connected(
-                user_id=user_id,
-                timestamp=timestamp(now_seconds()),
-                cursor=write_cursor(self.server, start),
-                resume=resume,
-                expires_in=self.claims.expires_in(),
-                chats=marks,
-                more_chats=len(marks) < len(joined),
-            )
+        connected = Connected(
+            user_id=user_id,
+            timestamp=timestamp(now_seconds()),
+            cursor=write_cursor(self.server, start),
+            resume=resume,
+            expires_in=self.claims.expires_in(),
+            chats=marks,
+            more_chats=len(marks) < len(joined),
         )
+        self._answer(connected)
         self.seat.warned = False
         if hub.in_tail(start):
             hub.push_tail(self.seat)  # with nothing missed it only makes the seat live
@@ -1141,11 +1138,11 @@ KINDS = {
 
 
 class Entry(msgspec.Struct, eq=False):
-    """An event in a batch, a page or the tail, with its audience: to_user, to_chat."""
+    """An event in a batch, a page or the tail, with its audience: to_chat, to_user."""
 
     event: Event
     to_user: int | None = None
-    to_chat: bool = True
+    to_chat: bool = False
     seq: int = 0
     chat_id: int = 0
     quotes: int = 0  # the id of the message that it shows
@@ -1754,7 +1751,7 @@ class Store:
         )
         message = Message(*which, timestamp(now), n, client_id)
         event = NewMessage(seq, chat_id, message, read_n == n - 1 or not service)
-        self.record(db, events, Entry(event))
+        self.record(db, events, Entry(event, to_chat=True))
         if read_n == n - 1:
             db.execute(SET_READ_N, (n, chat_id, sender_id))
         elif not service:
@@ -1809,7 +1806,7 @@ class Store:
         seq = self.next_seq(events)
         event = MessageRead(seq, chat_id, last_id, user_id, last_n)
         # Every mark to every member costs members squared: in a large chat, too much.
-        entry = Entry(event, user_id, to_chat=False) if large else Entry(event)
+        entry = Entry(event, user_id) if large else Entry(event, to_chat=True)
         self.record(db, events, entry)
         return Marked(last_id, chat_id, last_n, seq)
 
@@ -2507,7 +2504,7 @@ class Refusal(Exception):
 
     Its text is sent to the client, as an error frame or as an HTTP answer. (Of other
     exceptions only a ClientFault's reason is, in the close frame.) The sentence begins
-    with the field that is wrong, if one is. headers are for the HTTP answer.
+    with the field that is wrong, if one is.
     """
 
     def __init__(
@@ -2517,14 +2514,14 @@ class Refusal(Exception):
         *,
         retry_after: float | None = None,
         status: int = 0,
-        **headers: str,
+        headers: dict[str, str] | None = None,
     ) -> None:
         usual_status, usual_message = REFUSALS[code]
         self.code = code
         self.message = message or usual_message
         self.status = status or usual_status
         self.retry_after = retry_after and round(retry_after, 3)
-        self.headers = headers
+        self.headers = headers or {}
         super().__init__(f"{code}: {self.message}")
 
 
@@ -3083,7 +3080,8 @@ class Chats:
             return False
         know_user(db, user_id)
         seq, name = self.store.next_seq(events), query_value(db, NAME, user_id)
-        self.store.record(db, events, Entry(MemberAdded(seq, chat_id, user_id, name)))
+        added = MemberAdded(seq, chat_id, user_id, name)
+        self.store.record(db, events, Entry(added, to_chat=True))
         self._let_in(db, events, chat_id, [user_id], by)
         return True
 
@@ -3104,7 +3102,7 @@ class Chats:
         sql = "UPDATE chat SET invite_key = NULL WHERE id = ? AND ? IS NOT ?"
         db.execute(sql, (chat_id, by, user_id))
         event = MemberRemoved(self.store.next_seq(events), chat_id, user_id)
-        self.store.record(db, events, Entry(event, user_id))
+        self.store.record(db, events, Entry(event, user_id, to_chat=True))
 
     def set_title(
         self, db: Db, events: Entries, chat_id: int, title: str | None, by: int | None
@@ -3117,7 +3115,7 @@ class Chats:
         sql = "UPDATE chat SET title = ?1 WHERE id = ?2 AND title IS NOT ?1"
         if db.execute(sql, (title, chat_id)).rowcount:
             event = ChatRenamed(self.store.next_seq(events), chat_id, title, by)
-            self.store.record(db, events, Entry(event))
+            self.store.record(db, events, Entry(event, to_chat=True))
 
     def change_message(
         self,
@@ -3142,12 +3140,12 @@ class Chats:
             raise Refusal(*refusal.split("|"))
         if not done:
             db.execute(CHANGE, values)
-        message = message_of(
-            db.execute(f"{MESSAGES} WHERE id = ?", (message_id,)).fetchone()
-        )
+        rows = db.execute(f"{MESSAGES} WHERE id = ?", (message_id,))
+        message = message_of(rows.fetchone())
         if not done:
             kind = MessageEdited if content else MessageDeleted
-            self.store.record(db, events, Entry(kind(seq, message.chat_id, message)))
+            event = kind(seq, message.chat_id, message)
+            self.store.record(db, events, Entry(event, to_chat=True))
         return message
 
     def rename(
@@ -3278,14 +3276,11 @@ class Chats:
             know_user(db, user_id)
             bounds = (chat_id, user_id, seq, by, settings.invites)
             if not db.execute(sql, bounds).rowcount:
-                raise Refusal(
-                    "forbidden", f"you share no chat with {user_id}: invite them"
-                )
+                why = f"you share no chat with {user_id}: invite them"
+                raise Refusal("forbidden", why)
         chat = read_chat(db, chat_id, first)
         for seq, user_id in enumerate(users, first):
-            self.store.record(
-                db, events, Entry(ChatAdded(seq, chat_id, chat), user_id, to_chat=False)
-            )
+            self.store.record(db, events, Entry(ChatAdded(seq, chat_id, chat), user_id))
 
     # --- reading ---------------------------------------------------------------------
 
@@ -3297,16 +3292,12 @@ class Chats:
         page is: the position after which to begin, or None; how many, or None for all,
         and there is one more if there are more.
         """
-        return [
-            MyChat(*astuple(read_chat(db, chat_id, upto)), *marks)
-            for chat_id, *marks in db.execute(
-                f"""SELECT chat_id, read_n, last_n - read_n, active
-                    FROM ({NEWEST_FIRST})
-                    WHERE active < coalesce(?3, 1 << 62)
-                    LIMIT coalesce(?4, -2) + 1""",
-                (user_id, upto, *page),
-            )
-        ]
+        rows = db.execute(
+            f"""SELECT chat_id, read_n, last_n - read_n, active FROM ({NEWEST_FIRST})
+                WHERE active < coalesce(?3, 1 << 62) LIMIT coalesce(?4, -2) + 1""",
+            (user_id, upto, *page),
+        )
+        return [MyChat(*astuple(read_chat(db, row[0], upto)), *row[1:]) for row in rows]
 
     def history(
         self,
@@ -3516,21 +3507,19 @@ def read_members(
     which to begin; how many, and there is one more if there are more.
     """
     find_chat(db, chat_id, by)
-    return [
-        Member(*row)
-        for row in db.execute(
-            """SELECT b.user_id, a.name, min(b.read_n, coalesce((
-                   SELECT n FROM message WHERE chat_id = ?1 AND id <= ?2
-                   ORDER BY n DESC LIMIT 1), 0))
-               FROM member b JOIN user u ON u.id = b.user_id
-                    LEFT JOIN user_name a ON a.id = u.name_id
-               WHERE b.chat_id = ?1 AND b.user_id > coalesce(?4, 0)
-                   AND (?3 IS NULL OR b.user_id IN (
-                       SELECT value FROM json_each('[' || ?3 || ']')))
-               ORDER BY b.user_id LIMIT ?5 + 1""",
-            (chat_id, upto, *page),
-        )
-    ]
+    rows = db.execute(
+        """SELECT b.user_id, a.name, min(b.read_n, coalesce((
+               SELECT n FROM message WHERE chat_id = ?1 AND id <= ?2
+               ORDER BY n DESC LIMIT 1), 0))
+           FROM member b JOIN user u ON u.id = b.user_id
+                LEFT JOIN user_name a ON a.id = u.name_id
+           WHERE b.chat_id = ?1 AND b.user_id > coalesce(?4, 0)
+               AND (?3 IS NULL OR b.user_id IN (
+                   SELECT value FROM json_each('[' || ?3 || ']')))
+           ORDER BY b.user_id LIMIT ?5 + 1""",
+        (chat_id, upto, *page),
+    )
+    return [Member(*row) for row in rows]
 
 
 # =====================================================================================
@@ -4035,7 +4024,8 @@ class Keyring:
                 "sign-in link or a session token, a session; an invitation, a chat"
             )
         if claims.use == "ticket" and use == "socket" and claims.boot != self.boot:
-            raise Refusal("token_used", "a ticket from before a restart: get a new one")
+            why = "a ticket from before a restart: get a new one"
+            raise Refusal("token_used", why)
         self.recheck(claims)
         return claims
 
@@ -4102,9 +4092,8 @@ class Keyring:
                 jwt.MissingRequiredClaimError,
             ) as error:
                 # PyJWT's words for these quote nothing of the token.
-                raise bad_token(
-                    f"token: {error} (--issuer is its iss, --audience its aud)"
-                ) from None
+                why = f"token: {error} (--issuer is its iss, --audience its aud)"
+                raise bad_token(why) from None
             except (jwt.PyJWTError, ValueError, RecursionError):
                 raise bad_token() from None
             return read_claims(body, foreign)
@@ -4217,11 +4206,8 @@ class Request:
     ) -> None:
         """Check what h11 accepts but chatd does not. Raises Refusal."""
         if len(head.headers) > HEADER_LINES:
-            raise Refusal(
-                "too_large",
-                f"{len(head.headers)} header lines; at most {HEADER_LINES}",
-                status=431,
-            )
+            why = f"{len(head.headers)} header lines; at most {HEADER_LINES}"
+            raise Refusal("too_large", why, status=431)
         self.version = head.http_version.decode("ascii")
         if self.version not in ("1.0", "1.1"):
             raise bad_field("version: this server speaks HTTP/1.1")
@@ -4362,12 +4348,7 @@ class HttpConnection:
         except trio.TooSlowError:
             answer = refusal_answer(Refusal("timeout"))
         except h11.RemoteProtocolError as error:
-            # Not h11's words: they repeat what was sent, which may be a token.
-            why = "not HTTP/1.1: a malformed request line, header or body"
-            answer = refusal_answer(bad_field(why))
-            if error.error_status_hint == 431:
-                why = "the request head is too long"
-                answer = refusal_answer(Refusal("too_large", why, status=431))
+            answer = refusal_answer(_protocol_refusal(error))
         with trio.move_on_after(REQUEST_SECONDS):
             await self._respond(request, answer)
             if self.h11.our_state is h11.DONE:  # and theirs: see _respond
@@ -4432,7 +4413,8 @@ class HttpConnection:
                     "too_large", f"a body of more than {most} bytes, or {CHUNKS} chunks"
                 )
             if self.h11.they_are_waiting_for_100_continue:
-                await self._send(h11.InformationalResponse(status_code=100, headers=[]))
+                go_on = h11.InformationalResponse(status_code=100, headers=[])
+                await self._send(go_on)
             event = self.h11.next_event()
             if isinstance(event, h11.Data):
                 body += event.data
@@ -4467,6 +4449,7 @@ class HttpConnection:
             headers["Content-Length"] = str(len(body))
         lines = list(headers.items())
         if request:
+            # Not one dict: both may have a Vary.
             lines += cors_headers(self.listener.settings, request).items()
             if request.method == "HEAD":
                 body = b""
@@ -4475,11 +4458,8 @@ class HttpConnection:
         ends = self.listener.stopping.is_set() or not self.listener.keeps_alive
         if not request or unread or ends:
             lines.append(("Connection", "close"))  # a 426 has one more Connection
-        head = h11.Response(
-            status_code=answer.status,
-            headers=lines,
-            reason=http.HTTPStatus(answer.status).phrase,
-        )
+        reason = http.HTTPStatus(answer.status).phrase
+        head = h11.Response(status_code=answer.status, headers=lines, reason=reason)
         await self._send(head, h11.Data(data=body), h11.EndOfMessage())
 
     async def _send(self, *events: h11.Event) -> None:
@@ -4512,6 +4492,13 @@ def cors_headers(settings: Settings, request: Request) -> dict[str, str]:
         headers["Access-Control-Allow-Origin"] = origin
         headers["Access-Control-Expose-Headers"] = "Retry-After"
     return headers
+
+
+def _protocol_refusal(error: h11.RemoteProtocolError) -> Refusal:
+    if error.error_status_hint == 431:
+        return Refusal("too_large", "the request head is too long", status=431)
+    # Not h11's words: they repeat what was sent, which may be a token.
+    return bad_field("not HTTP/1.1: a malformed request line, header or body")
 
 
 def switching_protocols(key: str) -> bytes:
@@ -4648,13 +4635,9 @@ async def _admit(
     if full or server.listener.stopping.is_set():
         raise Refusal("overloaded", retry_after=server.retry_after_seconds())
     server.keyring.spend(claims)
-    return partial(
-        server.serve_socket,
-        claims,
-        cursor,
-        request.header("sec-websocket-key"),
-        connection.h11.trailing_data[0],
-    )
+    key = request.header("sec-websocket-key")
+    trailing = connection.h11.trailing_data[0]
+    return partial(server.serve_socket, claims, cursor, key, trailing)
 
 
 async def store_name(server: Server, claims: Claims) -> None:
@@ -4974,7 +4957,8 @@ async def get_search(server: Server, request: Request) -> Answer:
             await trio.sleep(0.004)
     server.stats.searches += 1
     # A message that was changed meanwhile is shown as it is now; it may not match.
-    return json_answer({"messages": server.hub.correct(found, upto), "before": at})
+    messages = server.hub.correct(found, upto)
+    return json_answer({"messages": messages, "before": at})
 
 
 async def post_message(server: Server, request: Request) -> Answer:
@@ -4984,12 +4968,8 @@ async def post_message(server: Server, request: Request) -> Answer:
     check_content(post.content, server.settings)
     if request.by and post.sender_id not in (None, request.by):
         raise Refusal("forbidden", "sender_id: only a service may send for others")
-    send = Send(
-        chat_id,
-        post.sender_id or claims.user_id,
-        post.content,
-        _idempotency_key(request, post),
-    )
+    sender_id = post.sender_id or claims.user_id
+    send = Send(chat_id, sender_id, post.content, _idempotency_key(request, post))
     sent = await allow_send(server, claims, send)
     if sent is None:
         sent = await server.commit(server.store.send_message, send, claims.service)
@@ -5062,18 +5042,16 @@ async def get_unread(server: Server, request: Request) -> Answer:
     after = request.argument("after") or "0-0"
     if not re.fullmatch("[0-9]{1,16}-[0-9]{1,16}", after):
         raise bad_field("after: not the position of a member in an earlier answer")
-    return Answer(
-        200,
-        await server.read(
-            query_value,
-            UNREAD,
-            request.number("older_than") or 300,
-            after,
-            request.number("limit", 500) or 100,
-            server.hub.head,
-            encode([*server.hub.people]),
-        ),
+    answer = await server.read(
+        query_value,
+        UNREAD,
+        request.number("older_than") or 300,
+        after,
+        request.number("limit", 500) or 100,
+        server.hub.head,
+        encode([*server.hub.people]),
     )
+    return Answer(200, answer)
 
 
 def get_stats(server: Server, request: Request) -> Answer:
@@ -5270,7 +5248,7 @@ def find_route(request: Request) -> Route:
         raise Refusal("not_found", "there is nothing at this path")
     request.methods = ", ".join(ROUTES[path])
     if request.method not in ROUTES[path]:
-        raise Refusal("method_not_allowed", Allow=request.methods)
+        raise Refusal("method_not_allowed", headers={"Allow": request.methods})
     request.ids = tuple(map(int, NUMBER.findall(request.path)))
     return ROUTES[path][request.method]
 
@@ -5503,13 +5481,8 @@ def proxy(settings: Settings, upstream: str) -> None:
         dial = partial(trio.open_tcp_stream, host.strip("[]"), int(port))
     keyring = read_keyring(settings)
     listener = Proxy(settings, keyring, upstream, dial).listener
-    trio.run(
-        run_root,
-        listener,
-        listener.run,
-        {"upstream": upstream} | keyring.about(),
-        announce,
-    )
+    about = {"upstream": upstream} | keyring.about()
+    trio.run(run_root, listener, listener.run, about, announce)
 
 
 @dataclasses.dataclass
@@ -5792,9 +5765,8 @@ def query_value(db: Db, sql: str, *values: Any) -> Any:
 
 def schema_steps() -> list[str]:
     """Split schema.sql at its "-- version N" lines: step N makes version N."""
-    return re.split(
-        r"(?m)^-- version \d+$", (ASSETS / "schema.sql").read_text("utf-8")
-    )[1:]
+    text = (ASSETS / "schema.sql").read_text("utf-8")
+    return re.split(r"(?m)^-- version \d+$", text)[1:]
 
 
 def open_database(path: Path, *, readonly: bool = True, alone: bool = False) -> Db:
@@ -5921,12 +5893,8 @@ def examine(what: str, path: Path, db: Db) -> int:
 
 def schema_names(db: Db) -> set[str]:
     """Return the tables, indexes and triggers of a database: "table meta"."""
-    return {
-        name
-        for (name,) in db.execute(
-            "SELECT type || ' ' || name FROM sqlite_schema WHERE sql IS NOT NULL"
-        )
-    }
+    names = "SELECT type || ' ' || name FROM sqlite_schema WHERE sql IS NOT NULL"
+    return {name for (name,) in db.execute(names)}
 
 
 def check_at_start(db: Db, path: Path, check_bytes: int) -> None:
@@ -6575,9 +6543,8 @@ SELECT printf('message %s: it was changed and still has its old text', m.id)
 
 def flag(default: Any, unit: str, why: str, over: str = "") -> Any:
     """Make a setting a flag: its unit, what it is for, and what happens beyond it."""
-    return dataclasses.field(
-        default=default, metadata={"unit": unit, "why": why, "over": over}
-    )
+    metadata = {"unit": unit, "why": why, "over": over}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -6715,7 +6682,8 @@ def _rate(text: str) -> Rate:
 
 
 def _ttl(text: str) -> int:
-    return int(text.rstrip("smhd")) * {"m": 60, "h": 3600, "d": 86400}.get(text[-1], 1)
+    seconds = {"m": 60, "h": 3600, "d": 86400}.get(text[-1], 1)
+    return int(text.rstrip("smhd")) * seconds
 
 
 def _network(text: str) -> str:

@@ -54,7 +54,7 @@ STORE_METHODS = '''
         """Wave to a chat."""
         find_chat(db, chat_id, user_id)
         event = Waved(self.store.next_seq(events), chat_id, user_id, [mood, "é"])
-        self.store.record(db, events, Entry(event))
+        self.store.record(db, events, Entry(event, to_chat=True))
         return event.seq
 
     def invite(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:
@@ -65,14 +65,14 @@ STORE_METHODS = '''
         db.execute(sql, (user_id, seq, chat_id))
         name = query_value(db, NAME, user_id)
         event = Invited(seq, chat_id, user_id, name, "a friend")
-        self.store.record(db, events, Entry(event, user_id))
+        self.store.record(db, events, Entry(event, user_id, to_chat=True))
 
     def expel(self, db: Db, events: list[Entry], chat_id: int, user_id: int) -> None:
         """Remove a member."""
         sql = "DELETE FROM member WHERE chat_id = ? AND user_id = ?"
         db.execute(sql, (chat_id, user_id))
         event = Expelled(self.store.next_seq(events), chat_id, user_id)
-        self.store.record(db, events, Entry(event, user_id))
+        self.store.record(db, events, Entry(event, user_id, to_chat=True))
 '''
 # A command: its struct and its name in the union; its arm in `match`; its method.
 COMMAND_STRUCT = '''

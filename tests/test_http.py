@@ -1586,7 +1586,7 @@ async def test_an_answer_with_a_chat_has_its_last_message_as_it_is_now(
     def edit(db: sqlite3.Connection, events: list[chatd.Entry]) -> None:
         message = chatd.Message(upto, chats[1], 7, "after", "", 1, rev=upto + 1)
         event = chatd.MessageEdited(server.store.next_seq(events), chats[1], message)
-        server.store.record(db, events, chatd.Entry(event))
+        server.store.record(db, events, chatd.Entry(event, to_chat=True))
 
     await server.store.commit(edit)
     read = app.hub.correct(read, upto)

@@ -435,8 +435,8 @@ def test_a_server_message_is_encoded_as_specified(
 
 
 def test_an_event_keeps_its_frame_unless_it_is_a_chat_added() -> None:
-    message = chatd.Entry(chatd.NewMessage(1, 3, MESSAGE))
-    added = chatd.Entry(chatd.ChatAdded(2, 3, CHAT), to_user=5, to_chat=False)
+    message = chatd.Entry(chatd.NewMessage(1, 3, MESSAGE), to_chat=True)
+    added = chatd.Entry(chatd.ChatAdded(2, 3, CHAT), to_user=5)
     assert message.frame is message.frame
     assert added.frame == added.frame
     assert added.frame is not added.frame

@@ -431,7 +431,7 @@ def change(kind: type[chatd.MessageChange], message: Message, **fields: Any) -> 
         seq = store.next_seq(events)
         new = msgspec.structs.replace(message, rev=seq, **fields)
         event = kind(seq, message.chat_id, new)
-        store.record(db, events, chatd.Entry(event))
+        store.record(db, events, chatd.Entry(event, to_chat=True))
 
     return write
 
