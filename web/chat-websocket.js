@@ -3,15 +3,8 @@
  * A dependable connection to chatd (docs/embedding.md): each event comes once and in
  * order, or else "resync". What you send is stored once.
  *
- * @import { Ack, ChatPage, ChatsQuery, Client, Connected, Found, History, HistoryQuery,
- *   Joined, LoggedEvent, MemberPage, MembersQuery, NewChat, Options, Preview, ReadMark,
- *   Refusal, SearchQuery, Snapshot, StorageLike, Token, TokenSource,
- *   Unsent } from "./protocol.js"
- * @typedef {import("./protocol.js").Chat} Chat
- * @typedef {import("./protocol.js").ChatEvents} ChatEvents
- * @typedef {import("./protocol.js").Delivery} Delivery
- * @typedef {import("./protocol.js").Message} Message
- * @typedef {import("./protocol.js").State} State
+ * @import { Ack, Chat, Client, Connected, Delivery, LoggedEvent, Message, Options, ReadMark,
+ *   Refusal, Snapshot, State, StorageLike, TokenSource, Unsent } from "./protocol.js"
  */
 
 /** Doubled by each failure. */
@@ -403,18 +396,14 @@ export class ChatWebSocket {
 
   /* ---- public methods: see Client in protocol.d.ts ---- */
 
-  /**
-   * @template {keyof ChatEvents} Type
-   * @param {Type} type @param {(event: ChatEvents[Type]) => void} listener
-   * @returns {() => void}
-   */
+  /** @type {Client["on"]} */
   on(type, listener) {
     const listeners = this.#listeners.get(type) ?? new Set();
     this.#listeners.set(type, listeners.add(listener));
     return () => listeners.delete(listener);
   }
 
-  /** @param {TokenSource} [token] */
+  /** @type {Client["connect"]} */
   connect(token) {
     if (token === undefined && this.#bearer === undefined)
       throw new TypeError("connect: pass a token, or pass `bearer` to the constructor");
@@ -457,15 +446,12 @@ export class ChatWebSocket {
     return this.#userId;
   }
 
-  /** @param {number} chatId @param {string} content */
+  /** @type {Client["send"]} */
   send(chatId, content) {
     return this.#enqueue({ chat_id: chatId, content });
   }
 
-  /**
-   * @param {number} messageId @param {string} content
-   * @param {{ifRev?: number, chatId?: number | undefined}} [options]
-   */
+  /** @type {Client["editMessage"]} */
   editMessage(messageId, content, { ifRev, chatId } = {}) {
     const replaced = this.#unsent
       .changesOf(messageId)
@@ -477,7 +463,7 @@ export class ChatWebSocket {
     return this.#enqueue({ kind: "edit", ...edit }, replaced);
   }
 
-  /** @param {number} messageId @param {{chatId?: number | undefined}} [options] */
+  /** @type {Client["deleteMessage"]} */
   deleteMessage(messageId, { chatId } = {}) {
     const changes = this.#unsent.changesOf(messageId);
     const replaced = changes.filter(
@@ -493,7 +479,7 @@ export class ChatWebSocket {
     return same.client_id;
   }
 
-  /** @param {number} [chatId] */
+  /** @type {Client["unsent"]} */
   unsent(chatId) {
     if (!chatId) this.#unsent.adoptAll();
     return this.#pending((entry) => !chatId || entry.chat_id === chatId);
@@ -503,7 +489,7 @@ export class ChatWebSocket {
     return this.#pending((entry) => entry.kind !== "message");
   }
 
-  /** @param {string} clientId */
+  /** @type {Client["resend"]} */
   resend(clientId) {
     const entry = this.#unsent.find(clientId);
     if (entry?.place !== "failed") return;
@@ -513,13 +499,13 @@ export class ChatWebSocket {
     this.#sendUnsent();
   }
 
-  /** @param {string} clientId */
+  /** @type {Client["discard"]} */
   discard(clientId) {
     const entry = this.#unsent.find(clientId);
     if (entry?.place === "failed") this.#discard(entry);
   }
 
-  /** @param {number} chatId @param {boolean} isTyping */
+  /** @type {Client["sendTyping"]} */
   sendTyping(chatId, isTyping) {
     const { sentAt = -Infinity, timer } = this.#typing.get(chatId) ?? {};
     const command = { type: "typing", chat_id: chatId, is_typing: isTyping };
@@ -536,7 +522,7 @@ export class ChatWebSocket {
     });
   }
 
-  /** @param {number} chatId @param {number} messageId */
+  /** @type {Client["markRead"]} */
   markRead(chatId, messageId) {
     const mark = this.#marks.get(chatId) ?? { messageId: 0, sentAt: -Infinity };
     if (messageId <= mark.messageId) return;
@@ -548,93 +534,81 @@ export class ChatWebSocket {
     return (this.#fetching ??= this.#fetchChats());
   }
 
-  /**
-   * @param {number} chatId @param {HistoryQuery} [where] @returns {Promise<History>}
-   */
+  /** @type {Client["history"]} */
   history(chatId, where) {
     return this.request("GET", `/api/v1/chats/${chatId}/messages${query(where)}`);
   }
 
-  /**
-   * @param {SearchQuery} what @param {AbortSignal} [signal] @returns {Promise<Found>}
-   */
+  /** @type {Client["search"]} */
   search({ q, chatId, before }, signal) {
     const text = query({ q, chat_id: chatId, before });
     return this.request("GET", `/api/v1/search${text}`, undefined, signal);
   }
 
-  /** @param {ChatsQuery} [page] @returns {Promise<ChatPage>} */
+  /** @type {Client["chats"]} */
   chats(page) {
     return this.request("GET", `/api/v1/chats${query(page)}`);
   }
 
-  /** @param {number} chatId @returns {Promise<Chat>} */
+  /** @type {Client["chat"]} */
   async chat(chatId) {
     return (await this.request("GET", `/api/v1/chats/${chatId}`)).chat;
   }
 
-  /**
-   * @param {number} chatId @param {MembersQuery} [which] @returns {Promise<MemberPage>}
-   */
+  /** @type {Client["members"]} */
   members(chatId, { ids, ...page } = {}) {
     const text = query({ ids: ids?.join(","), ...page });
     return this.request("GET", `/api/v1/chats/${chatId}/members${text}`);
   }
 
-  /** @param {NewChat} chat @returns {Promise<Chat>} */
+  /** @type {Client["createChat"]} */
   async createChat({ title, memberIds, direct, clientId }) {
     const body = { title, member_ids: memberIds, direct, client_id: clientId };
     return (await this.request("POST", "/api/v1/chats", body)).chat;
   }
 
-  /** @param {number} chatId @param {string | null} title */
+  /** @type {Client["renameChat"]} */
   renameChat(chatId, title) {
     return this.request("PATCH", `/api/v1/chats/${chatId}`, { title });
   }
 
-  /**
-   * @param {number} chatId @param {{ttlSeconds?: number}} [options]
-   * @returns {Promise<Token>}
-   */
+  /** @type {Client["createInvite"]} */
   createInvite(chatId, { ttlSeconds } = {}) {
     const body = { ttl_seconds: ttlSeconds };
     return this.request("POST", `/api/v1/chats/${chatId}/invites`, body);
   }
 
-  /** @param {number} chatId */
+  /** @type {Client["revokeInvites"]} */
   revokeInvites(chatId) {
     return this.request("DELETE", `/api/v1/chats/${chatId}/invites`);
   }
 
-  /** @param {string} token @returns {Promise<Preview>} */
+  /** @type {Client["previewInvite"]} */
   previewInvite(token) {
     return this.#fetch("POST", "/api/v1/join", null, { token });
   }
 
-  /** @param {string} token @param {string} name @returns {Promise<Joined>} */
+  /** @type {Client["joinAsNewUser"]} */
   joinAsNewUser(token, name) {
     return this.#fetch("POST", "/api/v1/join", null, { token, name });
   }
 
-  /** @param {string} token @returns {Promise<{chat_id: number}>} */
+  /** @type {Client["join"]} */
   join(token) {
     return this.request("POST", "/api/v1/join", { token });
   }
 
-  /** @param {string} name */
+  /** @type {Client["renameMe"]} */
   renameMe(name) {
     return this.request("PATCH", "/api/v1/me", { name });
   }
 
-  /** @returns {Promise<Token>} */
+  /** @type {Client["linkDevice"]} */
   linkDevice() {
     return this.request("POST", "/api/v1/me/link");
   }
 
-  /**
-   * @param {string} method @param {string} path @param {object} [body]
-   * @param {AbortSignal} [signal] @returns {Promise<any>}
-   */
+  /** @type {Client["request"]} */
   async request(method, path, body, signal) {
     for (let tries = 1; ; tries++) {
       const gapless = this.#gapless;
