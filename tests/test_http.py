@@ -504,7 +504,7 @@ async def test_the_page_is_compressed_for_a_client_that_accepts_gzip(
         plain = await raw.ask("GET", path)
         answer = await raw.ask("GET", path, Accept_Encoding=accepted)
         head = await raw.ask("HEAD", path, Accept_Encoding=accepted)
-        assert head.headers == answer.headers
+        assert head.headers | {"date": ""} == answer.headers | {"date": ""}
         assert answer.headers["vary"] == plain.headers["vary"]
         assert answer.headers["vary"] == "Accept-Encoding, Origin"
         if packed:

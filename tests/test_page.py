@@ -862,10 +862,12 @@ def end_the_session(page: Page, server: Server, user: int) -> Page:
 def sign_out_in_another_tab(page: Page, server: Server, user: int) -> Page:
     other = sign_in(page.context, server.url)
     other.locator("#me").click()
-    expect(other.locator("#drafts-text")).to_have_text("Drafts in this browser: 1.")
+    expect(other.locator("#drafts-text")).to_have_text(
+        "Drafts kept in this browser: 1."
+    )
     other.get_by_role("button", name="Sign out").click()
     expect(
-        other.get_by_text("You are signed out. Drafts in this browser: 1.")
+        other.get_by_text("You are signed out. Drafts kept in this browser: 1.")
     ).to_be_visible()
     expect(page.get_by_text("You signed out in another tab.")).to_be_visible()
     page.goto(server.link(user))

@@ -100,7 +100,6 @@ function showRows(container, rows) {
   const key = before[focused]?.dataset["key"];
   const now = nodes.find((node) => node.dataset["key"] === key);
   const row = now ?? nodes[focused] ?? nodes.at(-1);
-  /** @type {HTMLElement | null | undefined} */
   const first = row?.querySelector("a, button") ?? container.closest("[tabindex]");
   const same = row?.contains(activeElement) && activeElement instanceof HTMLElement;
   (same ? activeElement : first)?.focus({ preventScroll: true });
@@ -226,12 +225,11 @@ const REFUSALS = {
   changed: "wasChanged",
   deleted: "wasDeleted",
   forbidden: "notAllowed",
-  internal: "serverError",
   not_found: "notThere",
   overloaded: "busy",
   rate_limited: "busy",
-  storage_failed: "serverError",
-  title: "badName",
+  token_expired: "linkInvalid",
+  token_invalid: "linkInvalid",
   too_large: "notAccepted",
   too_late: "tooLate",
   unreachable: "noAnswer",
@@ -341,21 +339,14 @@ async function confirmSwitch(session, current) {
   return ask(say("continueAs", names), say("continueAsText", names));
 }
 
-/** @param {unknown} error */
-function linkErrorText(error) {
-  const { status } = /** @type {ChatError} */ (error);
-  return status === 401 ? say("linkInvalid") : errorText(error);
-}
-
 /** @param {unknown} error @param {string} hash of the link */
 function linkFailed(error, hash) {
   const session = model.session ?? sessionToResume();
-  const text = linkErrorText(error);
   if (session) {
-    toast(text);
+    toastError(error);
     return start(session);
   }
-  showSignIn("", text);
+  showSignIn("", errorText(error));
   // Without an answer the link may still be valid.
   if (/** @type {ChatError} */ (error).status) showAddress();
   else field("sign-in-link").value = new URL(hash, location.href).href;
@@ -379,7 +370,6 @@ function showSignIn(reason = "", error = "") {
 function showScreen(screen) {
   const hadFocus = document.activeElement !== document.body;
   for (const id of SCREENS) box(id).hidden = id !== screen;
-  /** @type {HTMLElement | null} */
   const first = box(screen).querySelector("input, nav");
   if (hadFocus) first?.focus();
   loading = screen === "chat"; // until its chats are there
@@ -494,7 +484,7 @@ function onJoinForm() {
     openChat(answer.chat_id);
     startFirst(answer);
   };
-  void submit("join-error", join, linkErrorText);
+  void submit("join-error", join);
 }
 
 /** @param {() => boolean} [isOpen] of the dialog that revokes the earlier links */
@@ -589,6 +579,12 @@ function chatTitle(chat) {
   if (chat.title && !isBlank(chat.title)) return chat.title;
   if (!isWhole(chat)) return say("people", { count: chat.memberCount });
   return namesOf(others(chat)) || say("onlyYou");
+}
+
+/** @param {ChatView} chat @param {number} userId */
+function senderIn({ title }, userId) {
+  const name = personName(userId);
+  return title ? say("senderIn", { name, title }) : name;
 }
 
 function newestChatsFirst() {
@@ -790,9 +786,8 @@ const chatHandlers = {
     if (sender_id === myId() || chat.read_n >= n || deleted) return;
     if (here && chat.divider === null && !(isWatched() && pane.atEnd()))
       chat.divider = n - 1;
-    const sender = personName(sender_id);
-    const name = here ? sender : say("senderIn", { name: sender, title: chatTitle(chat) });
-    const text = visibleText(content).slice(0, 200);
+    const name = here ? personName(sender_id) : senderIn(chat, sender_id);
+    const text = excerpt(content);
     if (here || countNew(chat)) announce(say("lastOf", { name, text }));
     if (countNew(chat)) notify(chat, message);
   },
@@ -1358,7 +1353,6 @@ const pane = {
     if (goTo === "stay") return;
     this.goTo = "stay";
     const target = goTo === "start" ? ".divider" : `[data-id="${goTo}"]`;
-    /** @type {HTMLElement | null} */
     const row = box("messages").querySelector(target);
     if (!row) return this.scrollToEnd();
     const height = scroller.clientHeight;
@@ -1591,11 +1585,10 @@ function knowsReaders(chat) {
 
 /** @param {ChatView} chat @param {Message} message */
 function showReaders(chat, { n, sender_id }) {
-  const ids = [...chat.members.keys()].filter((id) => id !== sender_id);
-  const late = (/** @type {number} */ id) => Number((chat.members.get(id) ?? 0) < n);
-  ids.sort((a, b) => late(a) - late(b));
-  const rows = ids.map((id) => {
-    const note = el("span", { class: "quiet" }, say(late(id) ? "notYet" : "read"));
+  const marks = [...chat.members].filter(([id]) => id !== sender_id);
+  marks.sort(([, a], [, b]) => Number(b >= n) - Number(a >= n));
+  const rows = marks.map(([id, mark]) => {
+    const note = el("span", { class: "quiet" }, say(mark >= n ? "read" : "notYet"));
     return el("li", { class: "person" }, ...personCells(id, chat), note);
   });
   box("readers-list").replaceChildren(...rows);
@@ -1729,7 +1722,6 @@ function route() {
 
 /** @param {ChatView | null} [before] the chat that was closed */
 function moveFocus(before) {
-  /** @type {HTMLElement | null} */
   const row = box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
   const keyboard = matchMedia("(pointer: fine)").matches;
   const inChat = keyboard ? composer.field : scroller;
@@ -2114,18 +2106,12 @@ const search = {
     ]);
     if (below("search-list") < END_MARGIN) void this.goOn();
     const count = found.length;
-    const result = count ? say("found", { count }) : say("foundNothing");
-    const text = error || (this.busy ? say("searching") : result);
+    const done = before === null;
+    const result = count ? say("found", { count }) : done ? say("foundNothing") : "";
+    const text = error || `${result} ${done ? "" : say("searching")}`;
     box("search-status").ariaBusy = String(this.busy); // not read out
-    setText("search-status", q && `${text} ${before ? this.searchedBack(before) : ""}`);
+    setText("search-status", q && text);
     button("search-retry").hidden = !error;
-  },
-
-  searchedBack(before) {
-    const last = [...model.chats.values()].flatMap((chat) => chat.last_message ?? []);
-    const later = [...this.found, ...last].filter(({ id }) => id >= before);
-    const [when] = later.map(({ created_at }) => created_at).sort();
-    return when ? say("searchedBack", { when: shortTime(when) }) : "";
   },
 
   row({ id, chat_id, sender_id, created_at, content, rev }) {
@@ -2162,19 +2148,21 @@ function isCalled(chat, q) {
   return folded(`${chatTitle(chat)} ${namesOf(others(chat))}`).includes(folded(q));
 }
 
+/** @param {string} key */
+const arrowStep = (key) => ({ ArrowUp: -1, ArrowDown: 1 })[key];
+
 /** Up and down move between rows. @param {any} event */
 function onListKey(event) {
   const list = event.target.closest("#chat-list, #bell-list, #search, #scroller");
-  const step = { ArrowUp: -1, ArrowDown: 1 }[/** @type {string} */ (event.key)];
+  const step = arrowStep(event.key);
   if (!list || !step) return;
-  /** @type {HTMLElement[]} */
   const stops = [...list.querySelectorAll("#search-text, .row, .more")];
   const more = event.target.closest("li")?.querySelector(".more");
   const at = stops.indexOf(more ?? event.target);
   const { bottom } = list.getBoundingClientRect();
-  const visible = (/** @type {Element} */ one) =>
-    one.getBoundingClientRect().bottom <= bottom;
-  const next = at < 0 ? stops.findLast(visible) : stops[at + step];
+  const lastVisible = () =>
+    stops.findLast((one) => one.getBoundingClientRect().bottom <= bottom);
+  const next = at < 0 ? lastVisible() : stops[at + step];
   if (!next) return;
   event.preventDefault();
   next.focus();
@@ -2185,7 +2173,7 @@ function onListKey(event) {
  * ---------------------------------------------------------------------------------- */
 
 /** @type {Ask} */
-function ask(title, text, yes = title, save, value, most = 0) {
+function ask(title, text, yes = title, most = 0, value, save) {
   const node = dialog("ask");
   const input = field("ask-input");
   node.close();
@@ -2197,11 +2185,11 @@ function ask(title, text, yes = title, save, value, most = 0) {
   input.hidden = !most;
   input.maxLength = most;
   input.value = value ?? "";
-  const finish = async (/** @type {() => boolean} */ isOpen) => {
-    await save?.(input.value.trim());
-    if (isOpen()) node.close("yes");
-  };
-  node.onsubmit = () => submit("ask-text", finish);
+  node.onsubmit = () =>
+    submit("ask-text", async (isOpen) => {
+      await save?.(input.value.trim());
+      if (isOpen()) node.close("yes");
+    });
   node.showModal();
   input.select();
   return new Promise((resolve) => {
@@ -2214,7 +2202,7 @@ function ask(title, text, yes = title, save, value, most = 0) {
 const requests = new Map();
 
 /** @type {Submit} */
-async function submit(errorId, request, words = errorText) {
+async function submit(errorId, request) {
   const { client } = model;
   const node = box(errorId).closest("dialog");
   if (requests.has(node)) return; // a button that is disabled would lose the focus
@@ -2226,7 +2214,7 @@ async function submit(errorId, request, words = errorText) {
   try {
     await request(isOpen);
   } catch (error) {
-    const text = words(error);
+    const text = errorText(error);
     if (isOpen()) setText(errorId, text);
     else if (client === model.client) toast(say("lastOf", { name, text }));
   }
@@ -2394,9 +2382,8 @@ const people = {
     if (event.key !== "Enter" || !filter.value.trim() || isComposing(event)) return;
     event.preventDefault();
     if (this.render() === 0) return;
-    /** @type {HTMLInputElement | null} */
     const next = box("people-list").querySelector(".next input");
-    if (next) {
+    if (next instanceof HTMLInputElement) {
       next.checked = true;
       announce(say("chosen", { name: personName(Number(next.value)) }));
     }
@@ -2520,7 +2507,7 @@ const info = {
     const title = say(leaves ? "leaveTitle" : "removeTitle", values);
     if (leaves) this.left = chat;
     const yes = say(leaves ? "leaveChat" : "remove");
-    const done = await ask(title, text, yes, async () => {
+    const done = await ask(title, text, yes, 0, "", async () => {
       await client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${id}`);
       if (leaves && client === model.client) removeChat(chat);
     });
@@ -2552,14 +2539,13 @@ function notify(chat, message) {
   // Another tab may show the message already.
   after(1, () => {
     const { sender_id, content, deleted } = findIn(chat, message.id) ?? message;
-    const { id, title } = chat;
+    const { id } = chat;
     const gone = deleted || model.chats.get(id) !== chat;
     if (gone || chat.read_n >= message.n || isWatched()) return;
-    const sender = personName(sender_id);
-    const name = title ? say("senderIn", { name: sender, title }) : sender;
-    const body = visibleText(content).slice(0, 200);
+    const body = excerpt(content);
     const tag = `chatd.${myId()}.${id}`; // all tabs of a user share one notification
-    const note = attempt(() => new Notification(name, { body, tag }));
+    const options = { body, tag };
+    const note = attempt(() => new Notification(senderIn(chat, sender_id), options));
     note?.addEventListener("click", () => {
       window.focus();
       location.hash = `#chat/${id}`;
@@ -2608,11 +2594,11 @@ const LISTENERS = {
   "drafts-delete": onDeleteDrafts,
   "rename-me": () => {
     const { client, names } = model;
-    const save = async (/** @type {string} */ text) => {
-      const { name } = await client?.renameMe(text);
-      if (client === model.client) setMyName(name);
-    };
-    void ask(say("changeName"), "", say("save"), save, names.get(myId()), 64);
+    const name = names.get(myId());
+    void ask(say("changeName"), "", say("save"), 64, name, async (text) => {
+      const me = await client?.renameMe(text);
+      if (client === model.client) setMyName(me.name);
+    });
   },
   "link-device": onLinkDevice,
   shortcuts: () => dialog("keys").showModal(),
@@ -2647,13 +2633,11 @@ const LISTENERS = {
   "menu keydown": (event) => {
     const items = rowsOf("menu");
     const at = items.findIndex((item) => item === event.target);
-    /** @type {Record<string, number>} */
-    const steps = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: -1 };
-    const to = steps[event.key];
+    const step = arrowStep(event.key);
     if (event.key === "Tab") box("menu").hidePopover();
-    if (to === undefined) return;
+    if (!step) return;
     event.preventDefault();
-    items.at(to % items.length)?.focus();
+    items.at((at + step) % items.length)?.focus();
   },
 
   "composer submit": (event) => composer.send(event),
@@ -2682,9 +2666,9 @@ const LISTENERS = {
     const { client, open: chat } = model;
     if (!chat) return;
     const title = say("lastOf", { name: say("rename"), text: chatTitle(chat) });
-    const save = async (/** @type {string} */ text) =>
-      client?.renameChat(chat.id, text || null);
-    void ask(title, "", say("save"), save, chat.title, 200);
+    void ask(title, "", say("save"), 200, chat.title, async (text) =>
+      client?.renameChat(chat.id, text || null),
+    );
   },
   // In a direct chat, a group begins.
   "info-add": () => {

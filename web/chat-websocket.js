@@ -1415,7 +1415,7 @@ async function readAnswer(answer) {
 
 /** @param {any} error */
 function isSignedOut(error) {
-  return Number(error?.status) === 401;
+  return error?.status === 401;
 }
 
 function unreachable(text = "The chat server does not answer.") {

@@ -12,6 +12,21 @@ declare global {
   type State = protocol.State;
   type Key = words.Key;
 
+  /** What the page looks for by a selector is always HTML. */
+  interface ParentNode {
+    querySelector<Tag extends keyof HTMLElementTagNameMap>(
+      selector: Tag,
+    ): HTMLElementTagNameMap[Tag] | null;
+    querySelector(selector: string): HTMLElement | null;
+    querySelectorAll<Tag extends keyof HTMLElementTagNameMap>(
+      selector: Tag,
+    ): NodeListOf<HTMLElementTagNameMap[Tag]>;
+    querySelectorAll(selector: string): NodeListOf<HTMLElement>;
+  }
+  interface Element {
+    closest(selector: string): HTMLElement | null;
+  }
+
   /** A row of a list: see showRows. */
   interface Row {
     /** Identifies the row in its container. */
@@ -227,7 +242,6 @@ declare global {
     /** Needs the chats in their order. */
     render(chats: ChatView[]): void;
     /** An answer says only the id up to which it has looked. */
-    searchedBack(before: number): string;
     row(message: Message): Row;
     onClick(event: MouseEvent & { target: Element }): void;
   }
@@ -240,9 +254,9 @@ declare global {
     title: string,
     text: string,
     yes?: string,
-    save?: (text: string) => Promise<unknown>,
-    value?: string | null,
     most?: number,
+    value?: string | null,
+    save?: (text: string) => Promise<unknown>,
   ) => Promise<boolean>;
 
   /** Says why a request has failed: in an element, or elsewhere if its dialog was closed. */
@@ -250,7 +264,6 @@ declare global {
     errorId: string,
     /** `isOpen`: the dialog has not been closed since. */
     request: (isOpen: () => boolean) => Promise<unknown>,
-    words?: (error: unknown) => string,
   ) => Promise<void>;
 
   /** The dialog that chooses people. */

@@ -10,7 +10,7 @@
 const en = {
   loading: "Loading…",
   broken:
-    "chatd has not opened. Reload the page, or try another browser: this one may be too old, or it blocks scripts.",
+    "chatd has not opened. Reload the page, or try a newer browser.",
 
   signInTo: "Sign in to chatd",
   openLink: "Open the sign-in link you were given, or paste it here.",
@@ -71,8 +71,7 @@ const en = {
   skip: "Skip to the message field",
   account: "Your account:",
   signedInAs: "Signed in as {name}",
-  draftsHere: "Drafts in this browser: {count}.",
-  draftsKept: "They stay when you sign out.",
+  draftsHere: "Drafts kept in this browser: {count}.",
   deleteDrafts: "Delete drafts",
   changeName: "Change your name",
   otherDevice: "Sign in on another device",
@@ -115,7 +114,6 @@ const en = {
   search: "Search",
   searchHere: "Search in this chat",
   searching: "Searching…",
-  searchedBack: "Searched back to {when}.",
   found: "Messages found: {count}.",
   foundNothing: "No messages found.",
 
@@ -194,7 +192,7 @@ const en = {
 const ru = {
   loading: "Загрузка…",
   broken:
-    "chatd не открылся. Перезагрузите страницу или попробуйте другой браузер: этот, возможно, устарел или блокирует скрипты.",
+    "chatd не открылся. Перезагрузите страницу или попробуйте более новый браузер.",
 
   signInTo: "Вход в chatd",
   openLink: "Откройте полученную ссылку для входа или вставьте её сюда.",
@@ -254,8 +252,7 @@ const ru = {
   skip: "Перейти к полю сообщения",
   account: "Ваша учётная запись:",
   signedInAs: "Вы вошли как {name}",
-  draftsHere: "Черновиков в этом браузере: {count}.",
-  draftsKept: "После выхода они останутся.",
+  draftsHere: "Черновики остаются в этом браузере: {count}.",
   deleteDrafts: "Удалить черновики",
   changeName: "Изменить имя",
   otherDevice: "Войти на другом устройстве",
@@ -308,7 +305,6 @@ const ru = {
   search: "Поиск",
   searchHere: "Поиск в этом чате",
   searching: "Идёт поиск…",
-  searchedBack: "До {when} поиск уже дошёл.",
   found: "Найдено сообщений: {count}.",
   foundNothing: "Сообщений не найдено.",
 
