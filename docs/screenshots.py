@@ -8,12 +8,9 @@ the browser's clock takes for now: so the pictures do not depend on when they ar
 
 from __future__ import annotations
 
-import base64
 import sqlite3
-import struct
 import sys
 import tempfile
-import zlib
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Literal
@@ -106,62 +103,13 @@ def fill(server: Server) -> tuple[list[int], list[int]]:
     return users, chats
 
 
-# Gives each pixel the nearest of the 256 most frequent colours, as base64: the palette,
-# and then a byte for each pixel.
-REDUCE = """async (png) => {
-    const image = new Image();
-    image.src = `data:image/png;base64,${png}`;
-    await image.decode();
-    const canvas = new OffscreenCanvas(image.width, image.height).getContext("2d");
-    canvas.drawImage(image, 0, 0);
-    const { data } = canvas.getImageData(0, 0, image.width, image.height);
-    const pixels = new Uint32Array(data.buffer);
-    const counts = new Map();
-    for (const pixel of pixels) counts.set(pixel, (counts.get(pixel) ?? 0) + 1);
-    const split = (pixel) => [pixel & 255, (pixel >> 8) & 255, (pixel >> 16) & 255];
-    const colours = [...counts].sort((a, b) => b[1] - a[1]).map(([pixel]) => pixel);
-    const palette = colours.slice(0, 256).map(split);
-    const far = (a, b) => a.reduce((sum, value, i) => sum + (value - b[i]) ** 2, 0);
-    const places = new Map(colours.map((pixel) => {
-        const away = palette.map((colour) => far(colour, split(pixel)));
-        return [pixel, away.indexOf(Math.min(...away))];
-    }));
-    while (palette.length < 256) palette.push([0, 0, 0]);
-    const bytes = [...palette.flat(), ...Array.from(pixels, (one) => places.get(one))];
-    return btoa(bytes.map((byte) => String.fromCharCode(byte)).join(""));
-}"""
-
-
-def small_png(page: Page, picture: bytes) -> bytes:
-    """Write a picture with a palette: about half as large (PNG, 11.2)."""
-    width, height = struct.unpack(">II", picture[16:24])
-    reduced = base64.b64decode(
-        page.evaluate(REDUCE, base64.b64encode(picture).decode())
-    )
-    palette, pixels = reduced[:768], reduced[768:]
-    rows = (pixels[i * width : (i + 1) * width] for i in range(height))
-    chunks = {
-        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0),
-        b"PLTE": palette,
-        b"IDAT": zlib.compress(b"".join(b"\0" + row for row in rows), 9),
-        b"IEND": b"",
-    }
-    return picture[:8] + b"".join(
-        struct.pack(">I", len(data)) + name + data
-        + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks.items()
-    )  # fmt: skip
-
-
 def take(page: Page, file: Path) -> None:
     """Write the page's picture in light, and the one in dark beside it."""
-    blank = page.context.new_page()
     for path in (file, file.with_stem(f"{file.stem}-dark")):
         scheme: Literal["light", "dark"] = "light" if path == file else "dark"
         page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-        picture = small_png(blank, page.screenshot())
-        path.write_bytes(picture)
-        print(f"{path}: {len(picture)} bytes")
+        page.screenshot(path=path)
+        print(path)
 
 
 def main(folder: Path) -> None:
