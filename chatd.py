@@ -6233,7 +6233,7 @@ def serve_demo(settings: Settings) -> None:
             mention(
                 f"""\
 Open each link in a tab of its own. Ctrl-C ends the demo and removes
-its files. With the proxy between, the links work at its port too:
+its files. With chatd proxy in front, the links work at its port too:
 chatd proxy --upstream {upstream} --secret-file {secret_path(settings)}"""
             )
 

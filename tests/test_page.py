@@ -1606,7 +1606,7 @@ def test_an_exception_while_loading_ends_in_words(
     chromium.hurry(page)  # the words of some come after 4 s
     page.add_init_script(BROKEN[what])
     page.goto(server.link(anna) if visit == "first" else server.url)
-    words = re.compile("try another browser|Sign in|No connection|went wrong")
+    words = re.compile("try a newer browser|Sign in|No connection|went wrong")
     expect(page.locator("body")).to_contain_text(words, use_inner_text=True)
     page.close()
     chromium.errors.clear()

@@ -6,7 +6,7 @@ export type * from "./protocol.js";
 export class ChatError extends Error {
   /**
    * @param status of HTTP, or 0 if the server did not answer
-   * @param code of SPEC.md, or "unreachable"
+   * @param code of docs/protocol.md; or "unreachable", or "upstream" if a proxy answered
    * @param retryAfter seconds
    */
   constructor(status: number, code: string, message: string, retryAfter?: number);

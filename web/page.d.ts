@@ -241,7 +241,7 @@ declare global {
     goOn(): Promise<void>;
     /** Needs the chats in their order. */
     render(chats: ChatView[]): void;
-    /** An answer says only the id up to which it has looked. */
+    /** A found message, as a link to its place. */
     row(message: Message): Row;
     onClick(event: MouseEvent & { target: Element }): void;
   }

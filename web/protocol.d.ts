@@ -204,7 +204,7 @@ export interface History {
 }
 
 export interface SearchQuery {
-  /** Every word of it must occur in a message. */
+  /** Up to 8 words, all of which must occur in a message; at most 200 characters. */
   q: string;
   /** Default: all chats of the user. */
   chatId?: number | null;
@@ -435,7 +435,7 @@ export interface Client {
   deleteMessage(messageId: number, options?: { chatId?: number | undefined }): string;
   /**
    * The unsent messages of a chat, oldest first. Without a chat: all that is unsent, edits
-   * and deletions too, also what other tabs have not sent.
+   * and deletions too, also of other tabs; this one then sends those, too.
    */
   unsent(chatId?: number): Delivery[];
   /** The edits and deletions that wait or have failed. */
@@ -477,7 +477,8 @@ export interface Client {
   /**
    * Sends one HTTP request, with the token. `path` is like "/api/v1/chats", `body` is
    * sent as JSON. Returns the answer's JSON; null for 204. Throws a ChatError, as all
-   * these requests do.
+   * these requests do: `unreachable` also if `signal` has aborted it. Before connect, it
+   * throws a TypeError. An error of the token's function passes through.
    */
   request(method: string, path: string, body?: object, signal?: AbortSignal): Promise<any>;
 }
