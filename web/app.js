@@ -39,7 +39,6 @@ function byId(id, kind) {
   return found;
 }
 
-const button = (/** @type {string} */ id) => byId(id, HTMLButtonElement);
 const box = (/** @type {string} */ id) => byId(id, HTMLElement);
 const dialog = (/** @type {string} */ id) => byId(id, HTMLDialogElement);
 const field = (/** @type {string} */ id) => byId(id, HTMLInputElement);
@@ -128,6 +127,8 @@ function below(id) {
 }
 
 const END_MARGIN = 60;
+
+const isTouch = () => matchMedia("(pointer: coarse)").matches;
 
 /** What the browser may forbid. @template Value @param {() => Value} get */
 function attempt(get) {
@@ -318,7 +319,7 @@ async function signInWith(token) {
     const session = await visitor(token).request("POST", "/api/v1/session");
     if (!current) startFirst(session);
     else if (await confirmSwitch(session, current)) saveAndStart(session);
-    else start(current);
+    else if (readSession("sessionStorage")) start(current); // or else it has ended
   } catch (error) {
     linkFailed(error, `#token=${token}`);
   }
@@ -684,7 +685,9 @@ function merge(chat, messages) {
     byN.set(message.n, newer(byN.get(message.n) ?? null, message) ?? message);
   const all = [...byN.values()].sort((a, b) => a.n - b.n);
   const first = all.findLastIndex(({ n }, i) => all[i - 1]?.n !== n - 1);
-  chat.messages = all.slice(first);
+  // A tab may be open for days: only a user who reads older ones keeps them.
+  const most = chat === model.open && !pane.follow ? Infinity : 500;
+  chat.messages = all.slice(Math.max(first, all.length - most));
   chat.more = (chat.messages[0]?.n ?? 1) > 1;
   void learnNames(chat, messages.map(({ sender_id }) => sender_id));
 }
@@ -733,7 +736,7 @@ const handlers = {
     void fetchChats();
   },
   chats: ({ chats, cursor }) => {
-    const epoch = cursor.slice(0, cursor.lastIndexOf("."));
+    const [epoch = ""] = cursor.split(".");
     const ids = new Set(chats.map(({ id }) => id));
     for (const chat of model.chats.values())
       if (!ids.has(chat.id) && !chat.isNew) removeChat(chat);
@@ -873,14 +876,16 @@ function isLost({ state, chat_id, message_id, code }) {
 }
 
 async function giveBack() {
-  const { client, chatsLoaded } = model;
+  const { client, chatsLoaded, open } = model;
   const lost = allUnsent().find(isLost);
   if (!chatsLoaded || !lost) return;
   if (dialog("ask").open) return void after(1, giveBack);
   const { client_id, content } = lost;
   const text = notDoneText(lost);
   const copies = content ? await ask(text, content, say("copy")) : toast(text);
-  if (!copies || copyText(content)) client?.discard(client_id);
+  // Or else the page has closed the question, not the user.
+  const answered = client === model.client && open === model.open;
+  if (answered && (!copies || copyText(content))) client?.discard(client_id);
   void giveBack();
 }
 
@@ -1022,7 +1027,7 @@ function renderTop() {
   const more = elsewhere ? `, ${say("newCount", { count: elsewhere })}` : "";
   setText("back-label", say("back") + more);
   showTitle(open ? chatTitle(open) : "", total);
-  button("rename-me").hidden = !server.rename;
+  box("rename-me").hidden = !server.rename;
 }
 
 /** @param {number} count */
@@ -1067,7 +1072,7 @@ function renderBanner() {
   const waiting = state === "polling" || state === "offline";
   const next = seconds > 0 ? say("tryingIn", { seconds }) : say("connecting");
   setText("banner-text", waiting ? `${say(text)} ${next}` : say(text));
-  button("banner-retry").hidden = state === "refused";
+  box("banner-retry").hidden = state === "refused";
 }
 
 /** @param {ChatView[]} chats */
@@ -1077,9 +1082,8 @@ function renderLists(chats) {
   showRows(box("bell-list"), news.map(chatRow));
   box("bell-empty").hidden = news.length > 0;
   // Phones allow them only from service workers.
-  const phone = matchMedia("(pointer: coarse)").matches;
-  const permission = phone ? "" : window.Notification?.permission;
-  button("notify").hidden = permission !== "default";
+  const permission = isTouch() ? "" : window.Notification?.permission;
+  box("notify").hidden = permission !== "default";
   box("notify-denied").hidden = permission !== "denied";
 }
 
@@ -1093,8 +1097,8 @@ function renderEmpty() {
   const text = say(chats.size > 0 ? "chooseChat" : "loading");
   setText("empty-text", none ? `${say("noChats")} ${next}` : text);
   setText("empty-start", say(invites ? "invitePeople" : "newChat"));
-  button("empty-start").hidden = !start;
-  button("new-chat").hidden = !create_chats || start;
+  box("empty-start").hidden = !start;
+  box("new-chat").hidden = !create_chats || start;
 }
 
 /** @param {ChatView} chat @returns {Row} */
@@ -1167,7 +1171,7 @@ function lastLine(chat) {
     const text = excerpt(waiting.content || say("deleted"));
     return ["sending", say("ownLast", { text })];
   }
-  const draft = chat === model.open || unread(chat) > 0 ? "" : drafts.get(chat.id);
+  const draft = chat === model.open || unread(chat) > 0 ? "" : drafts.get(chat.id).text;
   if (!isBlank(draft)) return ["draft", say("draft", { text: excerpt(draft) })];
   return ["message", lastMessageText(chat)];
 }
@@ -1243,11 +1247,6 @@ const pane = {
 
   atEnd() {
     return !model.open?.moreAfter && below("scroller") < END_MARGIN;
-  },
-
-  scrollToEnd() {
-    this.follow = true;
-    this.restore();
   },
 
   currentSizes() {
@@ -1354,7 +1353,10 @@ const pane = {
     this.goTo = "stay";
     const target = goTo === "start" ? ".divider" : `[data-id="${goTo}"]`;
     const row = box("messages").querySelector(target);
-    if (!row) return this.scrollToEnd();
+    if (!row) {
+      this.follow = true;
+      return this.restore();
+    }
     const height = scroller.clientHeight;
     // scrollIntoView could also scroll the page.
     scroller.scrollTop += topOf(row) - Math.max(0, Math.min(height / 3, height - 150));
@@ -1389,7 +1391,7 @@ const pane = {
     if (!chat) return;
     const { scrollTop, clientHeight } = scroller;
     const count = unread(chat);
-    button("jump").hidden = this.atEnd();
+    box("jump").hidden = this.atEnd();
     setText("jump-text", count ? say("newCount", { count }) : say("latest"));
     markSeen();
     if (clientHeight === 0 || !chat.loaded || chat.loading !== "no") return;
@@ -1586,7 +1588,7 @@ function knowsReaders(chat) {
 /** @param {ChatView} chat @param {Message} message */
 function showReaders(chat, { n, sender_id }) {
   const marks = [...chat.members].filter(([id]) => id !== sender_id);
-  marks.sort(([, a], [, b]) => Number(b >= n) - Number(a >= n));
+  marks.sort(([, a], [, b]) => b - a);
   const rows = marks.map(([id, mark]) => {
     const note = el("span", { class: "quiet" }, say(mark >= n ? "read" : "notYet"));
     return el("li", { class: "person" }, ...personCells(id, chat), note);
@@ -1723,8 +1725,7 @@ function route() {
 /** @param {ChatView | null} [before] the chat that was closed */
 function moveFocus(before) {
   const row = box("chat-list").querySelector(`[href="#chat/${before?.id}"]`);
-  const keyboard = matchMedia("(pointer: fine)").matches;
-  const inChat = keyboard ? composer.field : scroller;
+  const inChat = isTouch() ? scroller : composer.field;
   const target = model.open ? inChat : (row ?? box("chats"));
   target.focus({ preventScroll: true });
 }
@@ -1882,14 +1883,14 @@ const composer = {
   },
 
   show(chat) {
-    const draft = chat && drafts.get(this.draftId(chat));
+    const draft = chat && drafts.get(this.draftId(chat)).text;
     this.field.value = draft || (chat?.editing?.content ?? "");
     this.fit();
   },
 
   showMode({ editing }) {
     box("edit-bar").hidden = !editing;
-    button("send").ariaLabel = say(editing ? "save" : "send");
+    box("send").ariaLabel = say(editing ? "save" : "send");
     if (!editing) return;
     const now = shown(messageOf(editing.id) ?? editing);
     const changed = now.content === editing.content ? "" : say("wasChanged");
@@ -1925,8 +1926,7 @@ const composer = {
     const { key, shiftKey } = event;
     const { editing = null, messages = [], moreAfter } = model.open ?? {};
     if (isComposing(event)) return;
-    const touch = matchMedia("(pointer: coarse)").matches;
-    if (key === "Enter" && !shiftKey && !touch) return this.send(event);
+    if (key === "Enter" && !shiftKey && !isTouch()) return this.send(event);
     if (key === "Escape" && editing) {
       event.preventDefault(); // or else the chat would close, too
       return this.leave();
@@ -1966,11 +1966,12 @@ const composer = {
     const waits = change?.state === "sending";
     const now = { ...message, rev, content: waits ? change.content : message.content };
     if (change && !waits) {
-      drafts.set(-id, change.content, now);
+      const text = `${change.content}\n${drafts.get(-id).text}`.trimEnd();
+      drafts.set(-id, text, now);
       model.client?.discard(change.client_id);
     }
     // A draft may be older than the last change.
-    chat.editing = drafts.base(-id) ?? now;
+    chat.editing = drafts.get(-id).base ?? now;
     this.show(chat);
     this.field.focus();
     requestRender();
@@ -2006,7 +2007,7 @@ const composer = {
     const message = messageOf(message_id);
     if (message) return this.change(message);
     this.leave(true);
-    drafts.set(chat_id, `${content}\n${drafts.get(chat_id)}`.trimEnd());
+    drafts.set(chat_id, `${content}\n${drafts.get(chat_id).text}`.trimEnd());
     model.client?.discard(client_id);
     this.show(model.open);
     this.field.focus();
@@ -2111,7 +2112,7 @@ const search = {
     const text = error || `${result} ${done ? "" : say("searching")}`;
     box("search-status").ariaBusy = String(this.busy); // not read out
     setText("search-status", q && text);
-    button("search-retry").hidden = !error;
+    box("search-retry").hidden = !error;
   },
 
   row({ id, chat_id, sender_id, created_at, content, rev }) {
@@ -2224,6 +2225,7 @@ async function submit(errorId, request) {
 
 /** @param {string} errorId @param {() => Promise<unknown>} request */
 async function explain(errorId, request) {
+  setText(errorId, "");
   await request().catch((error) => setText(errorId, errorText(error)));
   requestRender();
 }
@@ -2255,9 +2257,9 @@ function showLink(title, text, hash) {
   setText("link-text", text);
   setText("link-error", "");
   field("link-url").value = hash && new URL(location.pathname + hash, location.origin).href;
-  button("link-copy").hidden = !hash;
-  button("link-share").hidden = !hash || !("share" in navigator);
-  button("link-revoke").hidden = title !== "invitePeople";
+  box("link-copy").hidden = !hash;
+  box("link-share").hidden = !hash || !("share" in navigator);
+  box("link-revoke").hidden = title !== "invitePeople";
   if (!dialog("link").open) dialog("link").showModal();
 }
 
@@ -2313,7 +2315,7 @@ const people = {
     dialog("people").showModal();
     void explain("people-error", async () => {
       const { client, names } = model;
-      /** @type {{users: Session[]}} */
+      /** @type {{users: Pick<Session, "user_id" | "name">[]}} */
       const { users } = await client?.request("GET", "/api/v1/users");
       if (client !== model.client) return;
       for (const { user_id, name } of users) names.set(user_id, name);
@@ -2469,10 +2471,10 @@ const info = {
       rows.push({ key: "more", look: `${left}`, build: () => el("li", {}, load()) });
     setText("info-title", chatTitle(chat));
     showRows(box("info-members"), rows);
-    button("info-rename").hidden = chat.direct || !create_chats;
-    button("info-add").hidden = !create_chats;
-    button("info-invite").hidden = chat.direct || !invites;
-    button("info-leave").hidden = chat.direct && ids.length > 0;
+    box("info-rename").hidden = chat.direct || !create_chats;
+    box("info-add").hidden = !create_chats;
+    box("info-invite").hidden = chat.direct || !invites;
+    box("info-leave").hidden = chat.direct && ids.length > 0;
   },
 
   row(chat, id) {
@@ -2505,9 +2507,9 @@ const info = {
     const ends = server.invites ? ` ${say("linksEnded")}` : "";
     const text = leaves ? say("leaveText") : say("removeText", values) + ends;
     const title = say(leaves ? "leaveTitle" : "removeTitle", values);
-    if (leaves) this.left = chat;
     const yes = say(leaves ? "leaveChat" : "remove");
     const done = await ask(title, text, yes, 0, "", async () => {
+      if (leaves) this.left = chat;
       await client?.request("DELETE", `/api/v1/chats/${chat.id}/members/${id}`);
       if (leaves && client === model.client) removeChat(chat);
     });
@@ -2521,14 +2523,14 @@ const info = {
 
 async function onNotifyButton() {
   await Notification.requestPermission();
-  if (document.activeElement === button("notify")) button("bell").focus();
+  if (document.activeElement === box("notify")) box("bell").focus();
   requestRender();
 }
 
 /** Once: to a user who comes back and finds new messages. */
 function offerNotifications() {
   const key = "chatd.notify";
-  if (button("notify").hidden || readStored("localStorage", key)) return;
+  if (box("notify").hidden || readStored("localStorage", key)) return;
   if (writeStored("localStorage", key, "offered"))
     toast(say("offerNotify"), { text: say("notify"), press: onNotifyButton });
 }
@@ -2615,7 +2617,7 @@ const LISTENERS = {
 
   "scroller scroll": () => pane.onScroll(),
   jump: () => {
-    pane.showLatest(); // at once: to scroll smoothly through much can make dizzy
+    pane.showLatest(); // at once: a long smooth scroll can make people dizzy
     // The button goes. The keyboard of a phone stays as it is.
     if (document.activeElement !== composer.field)
       scroller.focus({ preventScroll: true });

@@ -31,9 +31,8 @@ export class Drafts {
   unstored: Record<string, string>;
   /** Of the draft, in storage and in `unstored`. */
   key(chatId: number | string): string;
-  get(chatId: number): string;
-  /** The message that the draft edits, as it was. */
-  base(chatId: number): Message | undefined;
+  /** `base`: the message that the draft edits, as it was. */
+  get(chatId: number): { text: string; base?: Message };
   /** An empty text removes the draft. */
   set(chatId: number, text: string, base?: Message | null): void;
   /** Where this user has drafts. */

@@ -58,7 +58,7 @@ export class ChatError extends Error {
   }
 }
 
-/** Of all tabs. A change that two of them send could undo a later one. */
+/** What is unsent, in all tabs. A change that two of them send could undo a later one. */
 class UnsentMessages {
   /** Oldest first. @type {Unsent[]} */
   entries = [];
@@ -316,8 +316,8 @@ class NewestMessages {
 
 /** @param {string} cursor */
 function parseCursor(cursor) {
-  const dot = cursor.lastIndexOf(".");
-  return { epoch: cursor.slice(0, dot), seq: Number(cursor.slice(dot + 1)) };
+  const [epoch = "", seq] = cursor.split(".");
+  return { epoch, seq: Number(seq) };
 }
 
 /** @implements {Client} */
@@ -405,7 +405,7 @@ export class ChatWebSocket {
 
   /** @type {Client["connect"]} */
   connect(token) {
-    if (token === undefined && this.#bearer === undefined)
+    if (!(token ?? this.#bearer))
       throw new TypeError("connect: pass a token, or pass `bearer` to the constructor");
     this.#stop();
     this.#token = token;
@@ -495,7 +495,7 @@ export class ChatWebSocket {
     if (entry?.place !== "failed") return;
     const fresh = { code: undefined, reason: undefined };
     this.#unsent.update(entry, { place: "waiting", ...fresh });
-    this.#reportDelivery(entry);
+    this.#emit("delivery", delivery(entry));
     this.#sendUnsent();
   }
 
@@ -631,7 +631,7 @@ export class ChatWebSocket {
     const content = String(fields.content ?? "").toWellFormed();
     const entry = this.#unsent.add({ ...fields, content, epoch: this.#cursor.epoch });
     for (const old of replaced) this.#discard(old); // now: a crash loses no change
-    this.#reportDelivery(entry);
+    this.#emit("delivery", delivery(entry));
     this.#sendUnsent();
     return entry.client_id;
   }
@@ -648,7 +648,7 @@ export class ChatWebSocket {
     this.#failures = 0;
     this.#listenToBrowser(true);
     this.#adoptTimer = setInterval(() => {
-      for (const entry of this.#unsent.adopt()) this.#reportDelivery(entry);
+      for (const entry of this.#unsent.adopt()) this.#emit("delivery", delivery(entry));
       this.#sendUnsent();
     }, ADOPT_SECONDS * 1000);
     this.#schedulePolling();
@@ -667,6 +667,7 @@ export class ChatWebSocket {
       const token = await this.#socketToken();
       if (attempt === this.#attempt) this.#socket = this.#newSocket(token);
     } catch (/** @type {any} */ error) {
+      this.#log?.log(`[WebSocket] ${error}`);
       if (attempt !== this.#attempt) return;
       if (isSignedOut(error)) this.#end("signed_out");
       else this.#connectionLost(0, error?.retryAfter);
@@ -815,7 +816,7 @@ export class ChatWebSocket {
       this.#userId = userId;
       globalThis.addEventListener?.("storage", this.#onStorage); // also before connect
       this.#unsent.open(`chatd.unsent.${this.#base.host}.${userId}.`);
-      for (const entry of this.#unsent.entries) this.#reportDelivery(entry);
+      for (const entry of this.#unsent.entries) this.#emit("delivery", delivery(entry));
     }
     if (this.#userId === userId) return true;
     this.#end("signed_out");
@@ -970,7 +971,7 @@ export class ChatWebSocket {
   #onStorage = (/** @type {any} */ { key, newValue }) => {
     const entry = this.#unsent.settledElsewhere(key, newValue);
     if (!entry) return;
-    this.#reportDelivery(entry, "discarded");
+    this.#emit("delivery", delivery(entry, "discarded"));
     this.#sendUnsent(); // the discarded entry may have been on its way
   };
 
@@ -1142,7 +1143,7 @@ export class ChatWebSocket {
     if (!this.#unsent.entries.includes(entry)) return; // another tab has dropped it
     if (FINAL_REFUSALS.has(code)) {
       this.#unsent.update(entry, { place: "failed", code, reason });
-      this.#reportDelivery(entry);
+      this.#emit("delivery", delivery(entry));
       return;
     }
     entry.place = "waiting";
@@ -1152,7 +1153,7 @@ export class ChatWebSocket {
   /** @param {Unsent} entry */
   #discard(entry) {
     this.#unsent.remove(entry, "discarded");
-    this.#reportDelivery(entry, "discarded");
+    this.#emit("delivery", delivery(entry, "discarded"));
   }
 
   /** @param {number} chatId */
@@ -1234,7 +1235,7 @@ export class ChatWebSocket {
     signal?.addEventListener("abort", abort); // AbortSignal.any leaks in Node 20
     try {
       return await readAnswer(
-        await fetch(new URL(path.replace(/^\//, ""), this.#base), {
+        await fetch(new URL(path.replace(/^\/?/, "./"), this.#base), {
           method,
           headers: {
             ...(token && { Authorization: `Bearer ${token}` }),
@@ -1265,18 +1266,13 @@ export class ChatWebSocket {
     this.#emit("state", { state, retryIn });
   }
 
-  /** @param {Unsent} entry @param {Delivery["state"]} [state] */
-  #reportDelivery(entry, state) {
-    this.#emit("delivery", delivery(entry, state));
-  }
-
   /** @param {string} type @param {object} event */
   #emit(type, event) {
     for (const listener of this.#listeners.get(type) ?? []) {
       try {
         listener(event);
       } catch (error) {
-        reportError(error);
+        (globalThis.reportError ?? console.error)(error);
       }
     }
   }
@@ -1342,16 +1338,6 @@ export class Drafts {
 
   /** @param {number} chatId */
   get(chatId) {
-    return this.#read(chatId).text;
-  }
-
-  /** @param {number} chatId */
-  base(chatId) {
-    return this.#read(chatId).base;
-  }
-
-  /** @param {number} chatId */
-  #read(chatId) {
     const key = this.key(chatId);
     return readDraft(this.unstored[key] ?? this.storage?.getItem(key));
   }
@@ -1395,8 +1381,7 @@ export class Drafts {
 
 /** @param {string | null} [item] @returns {{text: string, at: number, base?: Message}} */
 function readDraft(item) {
-  const { text = "", at = 0, base } = parseObject(item) ?? {};
-  return { text: String(text), at: Number(at), base };
+  return { text: "", at: 0, ...parseObject(item) };
 }
 
 /** @param {Response} answer */

@@ -160,7 +160,6 @@ declare global {
     anchor: { key: string; id: number; top: number };
     /** Whether the chat's end is visible. */
     atEnd(): boolean;
-    scrollToEnd(): void;
     currentSizes(): string;
     remember(): void;
     hidePastDays(): void;
