@@ -1530,7 +1530,7 @@ def test_a_script_that_does_not_load_ends_in_words(
     chromium.hurry(page)  # the words come after 4 s
     page.route(f"**/web/{file}", lambda r: r.fulfill(**answer) if answer else r.abort())
     page.goto(server.url)
-    expect(page.get_by_text("reload the page, or try another browser")).to_be_visible()
+    expect(page.get_by_text("Reload the page.")).to_be_visible()
     chromium.errors.clear()
 
 
@@ -1539,8 +1539,9 @@ def test_without_scripts_the_page_says_what_it_needs(
 ) -> None:
     page = chromium.context(java_script_enabled=False).new_page()
     page.goto(server.url)
-    expect(page.locator("noscript p")).to_be_in_viewport(ratio=1)
-    expect(page.locator("#loading")).to_be_hidden()
+    words = page.get_by_text("needs JavaScript and a recent browser.")
+    expect(words).to_be_in_viewport(ratio=1)
+    expect(words).to_be_visible()
 
 
 THROW = (
@@ -1606,7 +1607,7 @@ def test_an_exception_while_loading_ends_in_words(
     chromium.hurry(page)  # the words of some come after 4 s
     page.add_init_script(BROKEN[what])
     page.goto(server.link(anna) if visit == "first" else server.url)
-    words = re.compile("try a newer browser|Sign in|No connection|went wrong")
+    words = re.compile("recent browser|Sign in|No connection|went wrong")
     expect(page.locator("body")).to_contain_text(words, use_inner_text=True)
     page.close()
     chromium.errors.clear()

@@ -923,7 +923,7 @@ function isWatched() {
 
 function markSeen() {
   const chat = model.open;
-  if (!chat || !isWatched() || unread(chat) === 0) return;
+  if (!chat || !isWatched() || unread(chat) === 0 || pane.goTo !== "stay") return;
   const seen = pane.lastSeen();
   if (!seen || seen.n <= chat.read_n) return;
   moveReadMark(chat, myId(), seen.n);
@@ -1350,6 +1350,12 @@ const pane = {
       return;
     }
     if (goTo === "stay") return;
+    const [first] = chat.messages;
+    const firstNew = (chat.divider ?? Infinity) + 1;
+    if (goTo === "start" && first && first.n > firstNew && chat.messages.length < 500) {
+      if (chat.loading === "no") void loadHistory(chat, { before: first.id });
+      return;
+    }
     this.goTo = "stay";
     const target = goTo === "start" ? ".divider" : `[data-id="${goTo}"]`;
     const row = box("messages").querySelector(target);
@@ -1410,10 +1416,8 @@ function topOf(node) {
 
 /** @param {ChatView} chat @returns {string} "": no one is typing */
 function typingText({ typing }) {
-  const [name = "", other, third] = [...typing.keys()].map(personName);
-  if (third) return say("manyTyping");
-  if (other) return say("twoTyping", { name, other });
-  return name && say("typing", { name });
+  const name = namesOf([...typing.keys()]);
+  return name && say(typing.size > 1 ? "manyTyping" : "typing", { name });
 }
 
 /** @param {ChatView} chat */

@@ -1320,7 +1320,6 @@ const DRAFT_PREFIX = "chatd.draft.";
 /** All drafts but the newest. localStorage has room for ten times this. */
 const MAX_DRAFT_CHARACTERS = 500_000;
 
-/** What users have written but not sent, in storage or else in memory. */
 export class Drafts {
   /** What a reload would lose. @type {Record<string, string>} */
   unstored = {};
@@ -1356,7 +1355,6 @@ export class Drafts {
     }
   }
 
-  /** Where this user has drafts. */
   chatIds() {
     const prefix = this.key("");
     const keys = Object.keys({ ...this.storage, ...this.unstored });
@@ -1365,7 +1363,6 @@ export class Drafts {
       .map((key) => Number(key.slice(prefix.length)));
   }
 
-  /** Drops the oldest drafts of all users, but never the newest. */
   prune() {
     let room = MAX_DRAFT_CHARACTERS;
     const drafts = Object.entries({ ...this.storage })

@@ -10,7 +10,7 @@
 const en = {
   loading: "Loading…",
   broken:
-    "chatd has not opened. Reload the page, or try a newer browser.",
+    "chatd could not start. Reload the page. It needs JavaScript and a recent browser.",
 
   signInTo: "Sign in to chatd",
   openLink: "Open the sign-in link you were given, or paste it here.",
@@ -121,8 +121,7 @@ const en = {
   noMessages: "No messages yet",
   notLoaded: "Messages could not be loaded.",
   typing: "{name} is typing…",
-  twoTyping: "{name} and {other} are typing…",
-  manyTyping: "Several people are typing…",
+  manyTyping: "{name} are typing…",
   joined: "{name} joined",
   left: "{name} left",
   renamed: "{name} renamed the chat to “{title}”",
@@ -192,7 +191,7 @@ const en = {
 const ru = {
   loading: "Загрузка…",
   broken:
-    "chatd не открылся. Перезагрузите страницу или попробуйте более новый браузер.",
+    "chatd не запустился. Перезагрузите страницу. Нужен новый браузер со скриптами.",
 
   signInTo: "Вход в chatd",
   openLink: "Откройте полученную ссылку для входа или вставьте её сюда.",
@@ -312,8 +311,7 @@ const ru = {
   noMessages: "Сообщений пока нет",
   notLoaded: "Не удалось загрузить сообщения.",
   typing: "{name} печатает…",
-  twoTyping: "{name} и {other} печатают…",
-  manyTyping: "Несколько человек печатают…",
+  manyTyping: "{name} печатают…",
   joined: "{name} теперь в чате",
   left: "{name} больше не в чате",
   renamed: "{name} меняет название чата на «{title}»",
