@@ -1416,7 +1416,7 @@ function topOf(node) {
 
 /** @param {ChatView} chat @returns {string} "": no one is typing */
 function typingText({ typing }) {
-  const name = namesOf([...typing.keys()]);
+  const name = [...typing.keys()].map(personName).join(", ");
   return name && say(typing.size > 1 ? "manyTyping" : "typing", { name });
 }
 
