@@ -82,6 +82,23 @@ def test_an_expired_link_is_explained_and_another_link_works(
     expect(page.locator("#me-name")).to_have_text("Cora")
 
 
+def test_signing_out_reaches_a_tab_that_asks_about_a_link(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    context = chromium.context()
+    page = sign_in(context, server.link(anna), chat)
+    asking = sign_in(context, server.url, chat)
+    asking.goto(server.link(ben))
+    expect(asking.get_by_role("dialog", name="Continue as Ben")).to_be_visible()
+    page.locator("#me").click()
+    page.get_by_role("button", name="Sign out").click()
+    for tab in (page, asking):
+        expect(tab.locator("#sign-in")).to_be_visible()
+    asking.reload()
+    expect(asking.locator("#sign-in")).to_be_visible()
+
+
 def test_a_link_for_another_user_asks_before_the_tab_changes_its_user(
     server: Server, chromium: Chromium
 ) -> None:
@@ -287,6 +304,29 @@ def test_a_service_that_sends_in_ones_name_makes_nothing_read(
     server.request("POST", path, {"content": "Yes!"}, user_id=anna)
     expect(ticks(bens)).to_have_text("Read")
     expect(badge).to_be_hidden()
+
+
+def test_many_new_messages_are_read_from_the_first_one(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    ids = [server.post(chat, ben, f"Message {i} of many.")["id"] for i in range(130)]
+    server.request("POST", f"/api/v1/messages/{ids[9]}/read", user_id=anna)
+    page = sign_in(chromium.context(), server.link(anna), chat)
+    expect(page.locator(".divider")).to_be_in_viewport()
+    expect(bubbles(page).get_by_text("Message 10 of")).to_be_in_viewport()
+    until(lambda: bool(page.title()) and unread(server, anna, chat) < 120)
+    assert unread(server, anna, chat) > 100
+    page.locator("#jump").click()
+    expect(bubbles(page).get_by_text("Message 129 of")).to_be_in_viewport()
+    until(lambda: bool(page.title()) and unread(server, anna, chat) == 0)
+    # A tab may be open for days: only a reader of older messages keeps them all.
+    for i in range(130, 520):
+        server.post(chat, ben, f"Message {i} of many.")
+    expect(bubbles(page).get_by_text("Message 519 of")).to_be_in_viewport()
+    expect(bubbles(page)).to_have_count(500)
+    page.locator("#scroller").evaluate("(node) => node.scrollTo(0, 0)")
+    expect(bubbles(page)).to_have_count(520)
 
 
 def test_only_messages_that_were_on_the_screen_are_read(

@@ -429,6 +429,31 @@ def test_an_old_draft_of_an_edit_replaces_no_newer_text(
     expect(other.locator(".failure")).to_have_count(0)
 
 
+def test_a_refused_edit_comes_back_above_the_next_one(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, _, chat = pair(server)
+    message = server.post(chat, anna, "Hello")
+    page = chromium.page(clock=True)
+    relay = Relay.connected(page, server.link(anna), chat)
+    relay.cut(1011, block=True)
+    path = f"/api/v1/messages/{message['id']}"
+    page.route(re.compile("/api/v1/"), lambda route: route.abort())
+    act(page, "Hello", "Edit")
+    write(page, "First edit")
+    server.request("PATCH", path, {"content": "From my phone"}, user_id=anna)
+    act(page, "First edit", "Edit")
+    field(page).fill("Second edit")
+    page.unroute_all()
+    relay.unblock()
+    wait_until_connected(page)
+    failure = page.locator(".failure")
+    expect(failure).to_contain_text("It was changed meanwhile.")
+    expect(field(page)).to_have_value("Second edit")
+    failure.get_by_role("button", name="Edit").click()
+    expect(field(page)).to_have_value("First edit\nSecond edit")
+
+
 def test_what_is_undone_or_outdated_deletes_nothing(
     make_server: Callable[..., Server], chromium: Chromium, tmp_path: Path
 ) -> None:
@@ -501,6 +526,27 @@ def unsent_items(page: Page) -> list[str]:
         "Object.keys(localStorage).filter((key) => key.includes('unsent'))"
     )
     return keys
+
+
+def test_a_text_is_given_back_also_if_its_chat_was_open(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server, title="Ours")
+    server.create_chat(anna, ben, title="Other")
+    page = sign_in(chromium.context(), server.link(anna), chat)
+    text = "Too long. " * 500
+    write(page, text)
+    expect(page.locator(".failure")).to_be_visible()
+    server.request("DELETE", f"/api/v1/chats/{chat}/members/{anna}")
+    # The page closes the dialogs of the chat, and then asks once more.
+    expect(page.locator("#composer")).to_be_hidden()
+    question = page.get_by_role("dialog", name="Not sent")
+    expect(question).to_contain_text(text.strip())
+    question.get_by_role("button", name="Cancel").click()
+    expect(question).to_be_hidden()
+    page.reload()
+    expect(page.locator("#chat-list .row")).to_have_count(1)
+    expect(question).to_be_hidden()
 
 
 def test_signing_out_asks_about_what_cannot_be_sent(

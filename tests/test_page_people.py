@@ -463,6 +463,33 @@ def test_each_dialog_changes_the_chat_that_it_shows(
     expect(page.locator(".toast", has_text="no longer in")).to_have_count(0)
 
 
+def test_a_dialog_forgets_its_last_visit(server: Server, chromium: Chromium) -> None:
+    anna, ben, chat = pair(server, title="Ours")
+    server.create_chat(anna, ben, title="Other")
+    page = sign_in(chromium.context(), server.link(anna), chat)
+    info = page.get_by_role("dialog", name="Ours", exact=True)
+    page.route(re.compile("/members"), lambda route: route.abort())
+    page.get_by_role("button", name="People in this chat").click()
+    expect(info.get_by_role("alert")).to_have_text("The chat server does not answer.")
+    page.keyboard.press("Escape")
+    page.unroute_all()
+    page.get_by_role("button", name="People in this chat").click()
+    expect(info.get_by_role("listitem").filter(has_text="online")).to_have_count(1)
+    expect(page.locator("#info-error")).to_be_empty()
+    # The news is in the dialog in front: what is behind it is inert.
+    info.get_by_role("button", name="Rename").click()
+    server.post(chat, ben, "Hello Anna")
+    news = page.get_by_role("dialog", name="Rename: Ours").locator("#announcer")
+    expect(news).to_contain_text("Ben: Hello Anna")
+    page.keyboard.press("Escape")
+    # The user has not left after all, so the removal is news.
+    info.get_by_role("button", name="Leave chat").click()
+    question = page.get_by_role("dialog", name="Leave “Ours”?")
+    question.get_by_role("button", name="Cancel").click()
+    server.request("DELETE", f"/api/v1/chats/{chat}/members/{anna}")
+    expect(page.locator(".toast")).to_have_text("You are no longer in “Ours”.")
+
+
 def test_the_members_of_a_large_chat_come_page_by_page(
     server: Server, chromium: Chromium
 ) -> None:
