@@ -542,6 +542,8 @@ def test_a_text_is_given_back_also_if_its_chat_was_open(
     expect(page.locator("#composer")).to_be_hidden()
     question = page.get_by_role("dialog", name="Not sent")
     expect(question).to_contain_text(text.strip())
+    # It may come up while the user is typing: a space does no harm.
+    expect(question.get_by_role("button", name="Copy")).to_be_focused()
     question.get_by_role("button", name="Cancel").click()
     expect(question).to_be_hidden()
     page.reload()

@@ -366,6 +366,14 @@ def test_changes_of_a_group_are_seen_by_all_at_once_also_in_the_open_dialog(
     annas.keyboard.press("Enter")
     for dialog in (info, shown):
         expect(dialog.get_by_role("heading")).to_have_text("Coffee <b>")
+    # Without a title, the chat is called by its people.
+    press(info, "Rename")
+    rename.get_by_role("textbox").fill("")
+    annas.keyboard.press("Enter")
+    expect(info.get_by_role("heading")).to_have_text("Ben, Cora")
+    expect(annas.locator("#messages .line")).to_have_count(1)
+    server.request("PATCH", f"/api/v1/chats/{chat}", {"title": "Coffee <b>"})
+    expect(annas.locator("#messages .line")).to_have_count(2)
     press(info, "Rename")
     rename.get_by_role("textbox").fill("Tea\x07")
     annas.keyboard.press("Enter")

@@ -118,6 +118,8 @@ def test_a_search_finds_chats_and_messages_in_all_chats_or_in_one(
     expect(results(page)).to_have_count(2)  # the chat, and the message
     expect(results(page).locator("mark")).to_have_text(["ЧАЙ"])
     page.get_by_role("checkbox", name="Search in this chat").check()
+    page.keyboard.press("ArrowDown")
+    expect(page.get_by_role("textbox", name="Search")).to_be_focused()
     expect(results(page)).to_have_count(0)
     expect(page.locator("#search-status")).to_have_text("No messages found.")
     text.fill("coffee no")

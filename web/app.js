@@ -461,7 +461,7 @@ async function openInvite(token) {
     const text = say("people", { count });
     if (model.session) {
       const me = say("signedInAs", { name: userName(model.session) });
-      if (!(await ask(title, `${text} · ${me}`, say("join")))) return;
+      if (!(await ask(title, `${text} · ${me}`, say("join")))) return moveFocus();
       const joined = await model.client?.join(token);
       if (joined) openChat(joined.chat_id);
       return;
@@ -799,7 +799,7 @@ const chatHandlers = {
   message_read: ({ read_by, n }, chat) => moveReadMark(chat, read_by, n),
   chat_renamed: (event, chat) => {
     chat.title = event.title;
-    addLine(chat, event.user_id ? "renamed" : "nowCalled", event);
+    if (event.title) addLine(chat, event.user_id ? "renamed" : "nowCalled", event);
   },
   member_added: (event, chat) => {
     const { user_id, name } = event;
@@ -882,7 +882,9 @@ async function giveBack() {
   if (dialog("ask").open) return void after(1, giveBack);
   const { client_id, content } = lost;
   const text = notDoneText(lost);
-  const copies = content ? await ask(text, content, say("copy")) : toast(text);
+  const answer = content ? ask(text, content, say("copy")) : toast(text);
+  box("ask-yes").focus(); // the user may be typing
+  const copies = await answer;
   // Or else the page has closed the question, not the user.
   const answered = client === model.client && open === model.open;
   if (answered && (!copies || copyText(content))) client?.discard(client_id);
@@ -1124,7 +1126,7 @@ function chatRow(chat) {
       el("span", { class: "row-time" }, muted && sign("muted", say("muted")), when),
       el(
         "span",
-        { class: `row-last is-${kind}`, dir: "auto" },
+        { class: `row-last is-${kind}` },
         kind === "sending" && sign("sending", say("sending")),
         text,
       ),
@@ -1722,8 +1724,7 @@ function route() {
     if (at && !chat) toast(say("notThere"));
   }
   requestRender();
-  const mayMove = !before || document.activeElement !== document.body;
-  if (before !== chat && !at && mayMove) requestAnimationFrame(() => moveFocus(before));
+  if (before !== chat && !at) requestAnimationFrame(() => moveFocus(before));
 }
 
 /** @param {ChatView | null} [before] the chat that was closed */
@@ -2167,7 +2168,7 @@ function onListKey(event) {
   const { bottom } = list.getBoundingClientRect();
   const lastVisible = () =>
     stops.findLast((one) => one.getBoundingClientRect().bottom <= bottom);
-  const next = at < 0 ? lastVisible() : stops[at + step];
+  const next = at < 0 && list === scroller ? lastVisible() : stops[at + step];
   if (!next) return;
   event.preventDefault();
   next.focus();
