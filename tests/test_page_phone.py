@@ -283,7 +283,7 @@ def test_notifications_are_offered_once_to_a_user_who_comes_back(
     context = chromium.context()
     context.add_init_script(NOTIFICATIONS)
     page = sign_in(context, server.link(anna), chat)
-    offer = page.locator(".toast", has_text="Be notified")
+    offer = page.locator(".toast", has_text="Get notified")
 
     def miss(page: Page, text: str) -> None:
         """Hide the page, let a message arrive, and come back."""

@@ -20,7 +20,7 @@ const en = {
   notALink: "This is not a sign-in link: it has no #token=.",
   continueAs: "Continue as {name}",
   continueAsText:
-    "You are signed in as {me}. This link signs you in as {name}, in this tab only.",
+    "You are signed in as {me}. This link signs you in as {name}. Other tabs do not change.",
   twoUsers: "This tab is signed in as {me}, other tabs still as {name}.",
   noStorage: "This browser lets chatd store nothing: a reload will sign you out.",
   signOut: "Sign out",
@@ -80,7 +80,7 @@ const en = {
   newMessages: "New messages",
   newCount: { one: "{count} new message", other: "{count} new messages" },
   noneNew: "No new messages",
-  offerNotify: "Be notified of new messages?",
+  offerNotify: "Get notified of new messages?",
   notify: "Turn on notifications",
   notifyDenied: "Notifications are blocked in this browser's settings.",
 
@@ -181,7 +181,7 @@ const en = {
   mute: "Mute: no notifications, not counted as new",
 
   shortcuts: "Keyboard shortcuts",
-  keyRows: "Move in the list of chats",
+  keyRows: "Move through the list of chats",
   keyOpen: "Open the chat, or send the message",
   keyLine: "New line",
   keyEdit: "Edit your last message, in an empty field",
@@ -201,7 +201,7 @@ const ru = {
   notALink: "Это не ссылка для входа: в ней нет #token=.",
   continueAs: "Продолжить как {name}",
   continueAsText:
-    "Вы вошли как {me}. По этой ссылке вы войдёте как {name}, только в этой вкладке.",
+    "Вы вошли как {me}. По этой ссылке вы войдёте как {name}. Другие вкладки не изменятся.",
   twoUsers: "В этой вкладке вы вошли как {me}, в других по-прежнему как {name}.",
   noStorage: "Браузер не даёт chatd ничего сохранить: после перезагрузки вы выйдете.",
   signOut: "Выйти",
