@@ -554,9 +554,9 @@ class Tab {
     await module.evaluate();
     const { ChatWebSocket, Drafts } = module.namespace;
     this.drafts = new Drafts(this.localStorage, () => 1);
-    this.field = this.drafts.get(1);
+    this.field = this.drafts.get(1).text;
     this.#listenersOf("storage").add(({ key }) => {
-      if (key === this.drafts.key(1)) this.field = this.drafts.get(1);
+      if (key === this.drafts.key(1)) this.field = this.drafts.get(1).text;
     });
     const source = this.world.pick(["bearer", "token", "function"]);
     const options = source === "bearer" ? { bearer: TOKEN } : {};
