@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tests.browser import (
     Page,
     Relay,
     Server,
+    WebSocketRoute,
     bubbles,
     expect,
     expect_state,
@@ -286,6 +288,46 @@ def test_changes_made_offline_wait_across_a_reload(
     expect(bubbles(bens)).to_have_text(["New text", "Message deleted", "Keep me"])
     expect(ticks(page)).to_have_text(["Read"] * 3)
     expect(last).to_have_text("You: Keep me")
+
+
+def test_a_stored_change_is_shown_before_its_event_comes(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    for text in ("Old text", "Remove me"):
+        server.post(chat, anna, text)
+    page = chromium.page(clock=True)
+    events: list[str] = []
+
+    def hold_events(socket: WebSocketRoute) -> None:
+        upstream = socket.connect_to_server()
+        socket.on_message(upstream.send)
+
+        def receive(text: str | bytes) -> None:
+            if json.loads(text)["type"] in ("message_edited", "message_deleted"):
+                events.append(str(text))
+            else:
+                socket.send(text)
+
+        upstream.on_message(receive)
+
+    page.route_web_socket(re.compile("/ws/chat"), hold_events)
+    page.goto(server.link(anna))
+    expect(ticks(page)).to_have_text(["Sent"] * 2)
+    act(page, "Old text", "Edit")
+    write(page, "New text")
+    until(lambda: bool(page.title()) and len(events) == 1)
+    expect(ticks(page)).to_have_text(["Sent"] * 2)
+    expect(bubbles(page)).to_have_text(["New text", "Remove me"])
+    act(page, "New text", "Edit")
+    expect(field(page)).to_have_value("New text")
+    field(page).press("Escape")
+    act(page, "Remove me", "Delete")
+    page.clock.run_for(5_000)
+    until(lambda: bool(page.title()) and len(events) == 2)
+    expect(ticks(page)).to_have_text(["Sent"] * 2)
+    expect(bubbles(page)).to_have_text(["New text", "Message deleted"])
+    assert server.texts(chat, ben) == ["New text", ""]
 
 
 def test_an_unfinished_edit_is_kept(server: Server, chromium: Chromium) -> None:

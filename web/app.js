@@ -146,7 +146,6 @@ function newFormats() {
   const format = (/** @type {Intl.DateTimeFormatOptions} */ options) =>
     new Intl.DateTimeFormat(locale, options);
   return {
-    offset: new Date().getTimezoneOffset(),
     clock: format({ timeStyle: "short", hourCycle }),
     dayNear: format({ weekday: "long", day: "numeric", month: "long" }),
     dayFar: format({ dateStyle: "long" }),
@@ -157,6 +156,7 @@ function newFormats() {
 }
 
 let formats = newFormats();
+let today = "";
 
 /** By the reader's calendar. @param {Date} then */
 function daysAgo(then) {
@@ -768,9 +768,13 @@ const handlers = {
     route();
   },
   delivery: (delivery) => {
-    const { state, kind, chat_id, message_id, message } = delivery;
+    const { state, kind, chat_id, message_id, content, rev } = delivery;
     const chat = model.chats.get(chat_id);
     const isMessage = kind === "message";
+    const known = messageOf(message_id);
+    // Its event may come in a later frame.
+    const changed = known && rev && { ...known, content, rev, deleted: kind === "delete" };
+    const message = delivery.message ?? changed;
     if (chat && message) (isMessage ? putMessage : onChange)(chat, message);
     if (state !== "failed") return;
     const text = notDoneText(delivery);
@@ -885,13 +889,11 @@ async function giveBack() {
   const answer = content ? ask(text, content, say("copy")) : toast(text);
   box("ask-yes").focus(); // the user may be typing
   const copies = await answer;
-  // Or else the page has closed the question, not the user.
-  const answered = client === model.client && open === model.open;
-  if (answered && (!copies || copyText(content))) client?.discard(client_id);
+  const closedByPage = client !== model.client || open !== model.open;
+  if (!closedByPage && (!copies || copyText(content))) client?.discard(client_id);
   void giveBack();
 }
 
-/** Until it succeeds or the user changes. */
 async function fetchChats() {
   const { client } = model;
   try {
@@ -1546,7 +1548,7 @@ function messageRow(chat, message, marks, above, unsent) {
       id > 0 && !deleted && el("button", more, icon("more")),
     );
   };
-  const state = [n, rev, first, name, tick, unfolded, formats.offset, change, held.has(id)];
+  const state = [n, rev, first, name, tick, unfolded, today, change, held.has(id)];
   return { key, look: JSON.stringify(state), build, message };
 }
 
@@ -2622,7 +2624,7 @@ const LISTENERS = {
 
   "scroller scroll": () => pane.onScroll(),
   jump: () => {
-    pane.showLatest(); // at once: a long smooth scroll can make people dizzy
+    pane.showLatest();
     // The button goes. The keyboard of a phone stays as it is.
     if (document.activeElement !== composer.field)
       scroller.focus({ preventScroll: true });
@@ -2715,8 +2717,6 @@ function onWatched() {
   render();
 }
 
-let today = "";
-
 function onSecond() {
   if (!box("banner").hidden) renderBanner();
   const now = new Date();
@@ -2774,6 +2774,7 @@ view?.addEventListener("resize", () => {
 const observer = new ResizeObserver(() => pane.onResize());
 for (const id of ["scroller", "messages"]) observer.observe(box(id));
 setInterval(onSecond, 1000);
+onSecond();
 loadIcons().catch(() => {}); // words stand beside each icon
 
 if (!followLink(location.hash)) {

@@ -1131,7 +1131,8 @@ export class ChatWebSocket {
     // The answer and the event both say so: the first one counts.
     if (!entry || !this.#unsent.entries.includes(entry)) return;
     this.#unsent.remove(entry, rev);
-    this.#emit("delivery", { ...delivery(entry, "sent"), ...(message && { message }) });
+    const news = { ...(message && { message }), ...(rev && { rev }) };
+    this.#emit("delivery", { ...delivery(entry, "sent"), ...news });
     this.#sendUnsent();
   }
 

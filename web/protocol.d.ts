@@ -306,6 +306,8 @@ export interface Delivery {
    * brought it.
    */
   message?: Message;
+  /** Of the message, after a change that is "sent". */
+  rev?: number;
   /** The code of the error, if `state` is "failed". */
   code?: string;
   /** The same error as a sentence. */
