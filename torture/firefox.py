@@ -1,4 +1,4 @@
-"""In Firefox one signs in, writes, reads, loses the server and comes back.
+"""In Firefox one writes, reads, edits, deletes, searches, and outlives the server.
 
 A Firefox without a window is driven over WebDriver BiDi, its own protocol on a
 WebSocket (https://w3c.github.io/webdriver-bidi). Keys and clicks are those of a user.
@@ -29,7 +29,8 @@ from harness import Chatd, Figures, http, make_chat, run_trio, text
 from trio_websocket import ConnectionClosed, WebSocketConnection, open_websocket_url
 
 WAIT_SECONDS = 30
-ENTER, SHIFT, TAB = "\ue007", "\ue008", "\ue004"
+ENTER, SHIFT = "\ue007", "\ue008"
+CONTROL, ARROW_UP = "\ue009", "\ue013"
 ANNA, BEN = 1, 2
 NETWORK = re.compile(r"can.t establish a connection|connection .*was interrupted|CORS")
 # A fresh profile that asks nothing, and fetches nothing from elsewhere.
@@ -158,11 +159,11 @@ class Tab:
         )
 
     async def keys(self, *keys: str) -> None:
-        """Press keys one after the other. A key after SHIFT is pressed with it."""
+        """Press keys one after the other. A key after SHIFT or CONTROL is with it."""
         actions = []
         for key in keys:
-            held = [SHIFT] if key.startswith(SHIFT) else []
-            for sign in key.removeprefix(SHIFT):
+            held = [key[0]] if key[0] in (SHIFT, CONTROL) else []
+            for sign in key[len(held) :]:
                 down = [{"type": "keyDown", "value": value} for value in (*held, sign)]
                 up = [{"type": "keyUp", "value": value} for value in (sign, *held)]
                 actions += [*down, *up]
@@ -194,8 +195,10 @@ class Tab:
         await self.command("browsingContext.activate")
 
     async def enter_chat(self, chat_id: int) -> None:
-        await self.click(f"#chat-list a[href='#chat/{chat_id}']")
-        await self.until("!document.querySelector('#composer').hidden")
+        """Open a chat, if it has not opened by itself, and begin to write."""
+        await self.until(f"document.querySelector('[href=\"#chat/{chat_id}\"]')")
+        await self.run(f"location.hash = '#chat/{chat_id}'")
+        await self.until("document.querySelector('#composer').offsetHeight")
         await self.click("#composer-text")
 
     async def connected(self) -> None:
@@ -335,6 +338,27 @@ async def talk(chatd: SamePort, firefox: Firefox, chat_id: int) -> list[str]:
     await write(ben, last)
     await anna.front()
     await anna.texts(*texts, last)
+
+    # She changes her last message, deletes the one before, and finds the first.
+    await anna.click("#composer-text")
+    await anna.keys(ARROW_UP, "!", ENTER)
+    await anna.until("document.querySelector('.own time[title]').offsetHeight")
+    texts[3] += "!"
+    await anna.texts(*texts, last)
+    await anna.click(f"[data-n='{texts.index(offline) + 1}'] .more")
+    await anna.keys(ARROW_UP, ENTER)  # the last item of the menu
+    await anna.shows("Undo")
+    texts[2] = "Message deleted"
+    await anna.texts(*texts, last)
+    await ben.front()
+    await ben.texts(*texts, last)
+    texts[2] = ""
+    await anna.front()
+    await anna.keys(CONTROL + "k", hello)
+    await anna.shows("Messages found: 1.")
+    await anna.keys(ENTER)
+    await anna.until("location.hash.split('/').length === 3")
+    await anna.until("document.activeElement.matches('.message')")
     await anna.shot("chat", 1280, 720)
     await anna.shot("chat", 390, 844)
     return [*texts, last]
@@ -389,8 +413,8 @@ def prove(full: bool) -> Figures:
     with SamePort() as chatd:
         numbers = run_trio(act, chatd, seconds=300)
     return Figures(
-        "in Firefox, too, one signs in, writes, reads, loses the server and comes "
-        "back; also with cookies blocked",
+        "in Firefox, too, one signs in, writes, reads, edits, deletes, searches, loses "
+        "the server and comes back; also with cookies blocked",
         f"{version}: {numbers['messages']} messages, each stored once and in order; no "
         "error on the page",
         numbers | {"version": version},
