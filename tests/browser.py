@@ -411,6 +411,7 @@ HIDE = """
 # --- what the page looks like -------------------------------------------------------
 
 AXE = files("axe_playwright_python").joinpath("axe.min.js")
+PHONE: Any = {"width": 390, "height": 844}
 SIZES = {"phone": (320, 640), "tablet": (768, 1024), "wide": (1440, 900)}
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.browser import (
     FIXTURES,
+    PHONE,
     STAY_AT_THE_LIST,
     UNHURRIED,
     Chromium,
@@ -32,7 +33,6 @@ from tests.browser import (
 pytestmark = pytest.mark.browser
 site, server, make_server, browser, chromium, example_chats = FIXTURES
 
-PHONE: Any = {"width": 390, "height": 844}
 WIDE: Any = {"width": 1280, "height": 800}
 LOOKS: dict[Any, Any] = {"dark": PHONE, "light": WIDE}
 PEOPLE = ("Anna Petrova", "Ben Okafor", "Chiara Rossi", "Дмитрий", "Elif Yılmaz")

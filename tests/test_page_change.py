@@ -298,8 +298,10 @@ def test_a_stored_change_is_shown_before_its_event_comes(
         server.post(chat, anna, text)
     page = chromium.page(clock=True)
     events: list[str] = []
+    sockets: list[WebSocketRoute] = []
 
     def hold_events(socket: WebSocketRoute) -> None:
+        sockets.append(socket)
         upstream = socket.connect_to_server()
         socket.on_message(upstream.send)
 
@@ -328,6 +330,33 @@ def test_a_stored_change_is_shown_before_its_event_comes(
     expect(ticks(page)).to_have_text(["Sent"] * 2)
     expect(bubbles(page)).to_have_text(["New text", "Message deleted"])
     assert server.texts(chat, ben) == ["New text", ""]
+    edited = page.locator("#messages .stamp").first
+    expect(edited).not_to_contain_text("edited")
+    sockets[0].send(events[0])
+    expect(edited).to_contain_text("edited")
+
+
+def test_a_deletion_over_http_is_shown_before_the_next_poll(
+    server: Server, chromium: Chromium
+) -> None:
+    anna, ben, chat = pair(server)
+    server.post(chat, anna, "Remove me")
+    page = chromium.page(clock=True)
+    relay = Relay.connected(page, server.link(anna), chat)
+    relay.cut(1011, block=True)
+    page.clock.run_for(5_100)
+    expect_state(page, "polling")
+    act(page, "Remove me", "Delete")
+    page.clock.run_for(5_000)
+    until(lambda: bool(page.title()) and server.texts(chat, ben) == [""])
+    page.route(re.compile("/api/v1/events"), lambda route: route.abort())
+
+    def is_stored() -> bool:
+        page.clock.run_for(20)
+        return page.locator("#chat-list .is-sending").count() == 0
+
+    until(is_stored)
+    expect(bubbles(page)).to_have_text(["Message deleted"])
 
 
 def test_an_unfinished_edit_is_kept(server: Server, chromium: Chromium) -> None:
@@ -586,6 +615,17 @@ def test_a_text_is_given_back_also_if_its_chat_was_open(
     expect(question).to_contain_text(text.strip())
     # It may come up while the user is typing: a space does no harm.
     expect(question.get_by_role("button", name="Copy")).to_be_focused()
+    # Another question takes its place for a while, and is no answer to it.
+    page.goto(server.link(ben))
+    other = page.get_by_role("dialog", name="Continue as Ben")
+    other.get_by_role("button", name="Cancel").click()
+    expect(other).to_be_hidden()
+    expect(question).to_contain_text(text.strip())
+    page.evaluate("location.hash = document.querySelector('#chat-list a').hash")
+    expect(page.locator("#composer")).to_be_visible()
+    page.go_back()  # which closes the dialogs of the chat
+    expect(page.locator("#composer")).to_be_hidden()
+    expect(question).to_contain_text(text.strip())
     question.get_by_role("button", name="Cancel").click()
     expect(question).to_be_hidden()
     page.reload()

@@ -11,6 +11,7 @@ import pytest
 
 from tests.browser import (
     FIXTURES,
+    PHONE,
     Chromium,
     Locator,
     Page,
@@ -34,11 +35,7 @@ from tests.client import Frame
 pytestmark = pytest.mark.browser
 site, server, make_server, browser, chromium, example_chats = FIXTURES
 
-PHONE = {
-    "viewport": {"width": 390, "height": 844},
-    "has_touch": True,
-    "is_mobile": True,
-}
+ON_A_PHONE = {"viewport": PHONE, "has_touch": True, "is_mobile": True}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +99,7 @@ def test_the_first_user_makes_a_group_and_a_stranger_joins_it_on_a_phone(
     annas.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
 
-    phone = chromium.context(**PHONE).new_page()
+    phone = chromium.context(**ON_A_PHONE).new_page()
     phone.goto(url)
     heading = phone.get_by_role("heading", name="Join “Chess <i>club</i>”")
     expect(heading).to_be_visible()
@@ -146,7 +143,7 @@ def test_a_single_chat_opens_by_itself_and_back_leads_to_the_list(
 ) -> None:
     anna, ben, chat = pair(server)
     server.post(chat, ben, "Hello")
-    page = chromium.context(**PHONE).new_page()
+    page = chromium.context(**ON_A_PHONE).new_page()
     page.goto(server.link(anna))
     expect(bubbles(page)).to_have_text(["Hello"])
     page.go_back()
@@ -168,7 +165,7 @@ def test_a_server_that_allows_nothing_offers_nothing(
 ) -> None:
     server = make_server("--chats-by", "service")
     anna, ben = server.add_user("Anna"), server.add_user("Ben")
-    page = sign_in(chromium.context(**PHONE), server.link(anna))
+    page = sign_in(chromium.context(**ON_A_PHONE), server.link(anna))
     expect(page.locator("#pane-empty")).to_contain_text(
         "No chats yet. Someone has to add you to one. Your name here is Anna."
     )
@@ -468,6 +465,8 @@ def test_each_dialog_changes_the_chat_that_it_shows(
     press(people(page), "Leave chat")
     press(ask, "Leave chat")
     expect(page.locator("#chat-list .row")).to_have_count(2)
+    server.post(one, ben, "Later news")  # comes after the removal
+    expect(page.locator("#chat-list")).to_contain_text("Later news")
     expect(page.locator(".toast", has_text="no longer in")).to_have_count(0)
 
 

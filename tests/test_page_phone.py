@@ -14,6 +14,7 @@ import pytest
 
 from tests.browser import (
     FIXTURES,
+    PHONE,
     Chromium,
     Page,
     Relay,
@@ -36,7 +37,6 @@ from tests.browser import (
 
 pytestmark = pytest.mark.browser
 site, server, make_server, browser, chromium, example_chats = FIXTURES
-PHONE: Any = {"width": 390, "height": 844}
 SCHEMES: list[Any] = ["light", "dark"]
 
 # A browser that prints whether it was asked to allow notifications, what they say, and
@@ -546,7 +546,7 @@ def test_a_user_changes_the_name_and_signs_in_on_a_second_device(
     expect(copy).to_be_focused()
     url = dialog.get_by_role("textbox").input_value()
     dialog.get_by_role("button", name="Share").click()
-    until(lambda: f"shared {url}" in chromium.console)
+    until(lambda: bool(page.title()) and f"shared {url}" in chromium.console)
     dialog.get_by_role("button", name="Close").click()
     expect(page.locator("#me")).to_be_focused()
 

@@ -139,7 +139,6 @@ function attempt(get) {
   }
 }
 
-/** With the user's clock of 12 or 24 hours. */
 function newFormats() {
   const user = attempt(() => new Intl.DateTimeFormat(undefined, { hour: "numeric" }));
   const hourCycle = user?.resolvedOptions().hourCycle;
@@ -237,7 +236,7 @@ const REFUSALS = {
   upstream: "noAnswer",
 };
 
-/** The server's own sentence is for programmers. @param {string} code @param {string} detail */
+/** @param {string} code @param {string} detail */
 function refusalText(code, detail) {
   const known = REFUSALS[code];
   if (known) return say(known);
@@ -373,7 +372,7 @@ function showScreen(screen) {
   for (const id of SCREENS) box(id).hidden = id !== screen;
   const first = box(screen).querySelector("input, nav");
   if (hadFocus) first?.focus();
-  loading = screen === "chat"; // until its chats are there
+  loading = screen === "chat";
 }
 
 function onSignInForm() {
@@ -533,7 +532,7 @@ const newModel = () => ({
 const model = newModel();
 
 function resetModel() {
-  document.querySelectorAll("dialog").forEach((node) => node.close());
+  document.querySelectorAll("dialog").forEach((node) => node.close("page"));
   selectChat(null);
   Object.assign(model, newModel());
   field("search-text").value = "";
@@ -685,7 +684,6 @@ function merge(chat, messages) {
     byN.set(message.n, newer(byN.get(message.n) ?? null, message) ?? message);
   const all = [...byN.values()].sort((a, b) => a.n - b.n);
   const first = all.findLastIndex(({ n }, i) => all[i - 1]?.n !== n - 1);
-  // A tab may be open for days: only a user who reads older ones keeps them.
   const most = chat === model.open && !pane.follow ? Infinity : 500;
   chat.messages = all.slice(Math.max(first, all.length - most));
   chat.more = (chat.messages[0]?.n ?? 1) > 1;
@@ -771,9 +769,11 @@ const handlers = {
     const { state, kind, chat_id, message_id, content, rev } = delivery;
     const chat = model.chats.get(chat_id);
     const isMessage = kind === "message";
-    const known = messageOf(message_id);
-    // Its event may come in a later frame.
-    const changed = known && rev && { ...known, content, rev, deleted: kind === "delete" };
+    const known = chat && findIn(chat, message_id);
+    // Its event may come later.
+    const deleted = kind === "delete";
+    const now = { content, rev: rev ?? known?.rev ?? message_id, deleted };
+    const changed = known && state === "sent" && { ...known, ...now };
     const message = delivery.message ?? changed;
     if (chat && message) (isMessage ? putMessage : onChange)(chat, message);
     if (state !== "failed") return;
@@ -880,7 +880,7 @@ function isLost({ state, chat_id, message_id, code }) {
 }
 
 async function giveBack() {
-  const { client, chatsLoaded, open } = model;
+  const { client, chatsLoaded } = model;
   const lost = allUnsent().find(isLost);
   if (!chatsLoaded || !lost) return;
   if (dialog("ask").open) return void after(1, giveBack);
@@ -889,8 +889,8 @@ async function giveBack() {
   const answer = content ? ask(text, content, say("copy")) : toast(text);
   box("ask-yes").focus(); // the user may be typing
   const copies = await answer;
-  const closedByPage = client !== model.client || open !== model.open;
-  if (!closedByPage && (!copies || copyText(content))) client?.discard(client_id);
+  const closedByPage = dialog("ask").open || dialog("ask").returnValue === "page";
+  if (copies ? copyText(content) : !closedByPage) client?.discard(client_id);
   void giveBack();
 }
 
@@ -968,8 +968,10 @@ async function loadHistory(chat, where) {
 function cannotGo(chat, error) {
   const gone = error instanceof ChatError && error.status === 400;
   toast(gone ? say("notThere") : errorText(error));
-  if (gone) location.replace(`#chat/${chat.id}`);
-  else if (!chat.loaded) return; // the user can try again
+  if (gone) {
+    location.replace(`#chat/${chat.id}`);
+    moveFocus();
+  } else if (!chat.loaded) return; // the user can try again
   if (pane.goTo !== "end") pane.goTo = gone ? "start" : "stay";
   chat.loading = "no";
 }
@@ -1356,7 +1358,8 @@ const pane = {
     if (goTo === "stay") return;
     const [first] = chat.messages;
     const firstNew = (chat.divider ?? Infinity) + 1;
-    if (goTo === "start" && first && first.n > firstNew && chat.messages.length < 500) {
+    const mayLoad = chat.messages.length < 500 && chat.loading !== "failed";
+    if (goTo === "start" && first && first.n > firstNew && mayLoad) {
       if (chat.loading === "no") void loadHistory(chat, { before: first.id });
       return;
     }
@@ -1374,7 +1377,7 @@ const pane = {
     this.remember();
     if (goTo === "start") return;
     row.tabIndex = -1;
-    row.focus({ preventScroll: true });
+    if (!composer.field.value) row.focus({ preventScroll: true });
   },
 
   showLatest() {
@@ -1386,6 +1389,7 @@ const pane = {
   onScroll() {
     if (this.sizes !== this.currentSizes()) return this.onResize();
     this.follow = this.atEnd();
+    if (!this.follow && this.goTo === "start") this.goTo = "stay";
     this.remember();
     this.onMoved();
   },
@@ -1498,7 +1502,7 @@ function startsGroup({ created_at, sender_id }, above) {
  * @returns {Row}
  */
 function messageRow(chat, message, marks, above, unsent) {
-  const { id, n, rev, sender_id, client_id } = message;
+  const { id, n, rev, edited_at, sender_id, client_id } = message;
   const own = sender_id === myId();
   const name = personName(sender_id);
   const { change = unsent, content, deleted } = shown(message);
@@ -1548,8 +1552,8 @@ function messageRow(chat, message, marks, above, unsent) {
       id > 0 && !deleted && el("button", more, icon("more")),
     );
   };
-  const state = [n, rev, first, name, tick, unfolded, today, change, held.has(id)];
-  return { key, look: JSON.stringify(state), build, message };
+  const state = [n, rev, edited_at, first, name, tick, unfolded, today, change];
+  return { key, look: JSON.stringify([...state, held.has(id)]), build, message };
 }
 
 /**
@@ -1697,7 +1701,7 @@ function selectChat(chat) {
   }
   model.open = chat;
   for (const node of document.querySelectorAll("dialog"))
-    if (before || node.id !== "ask") node.close();
+    if (before || node.id !== "ask") node.close("page");
   box("messages").replaceChildren();
   pane.unfolded.clear();
   Object.assign(pane, { drawn: Infinity, follow: true, goTo: "start", at: undefined });
@@ -2115,8 +2119,9 @@ const search = {
     if (below("search-list") < END_MARGIN) void this.goOn();
     const count = found.length;
     const done = before === null;
-    const result = count ? say("found", { count }) : done ? say("foundNothing") : "";
-    const text = error || `${result} ${done ? "" : say("searching")}`;
+    const nothing = done ? say("foundNothing") : "";
+    const result = count ? say("found", { count: done ? count : `${count}+` }) : nothing;
+    const text = error || `${result} ${this.busy ? say("searching") : ""}`;
     box("search-status").ariaBusy = String(this.busy); // not read out
     setText("search-status", q && text);
     box("search-retry").hidden = !error;
@@ -2625,7 +2630,7 @@ const LISTENERS = {
   "scroller scroll": () => pane.onScroll(),
   jump: () => {
     pane.showLatest();
-    // The button goes. The keyboard of a phone stays as it is.
+    // The button goes.
     if (document.activeElement !== composer.field)
       scroller.focus({ preventScroll: true });
   },

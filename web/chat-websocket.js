@@ -43,7 +43,6 @@ const FINAL_REFUSALS = new Set([
   "unknown_type",
 ]);
 
-/** `status`: of HTTP, or 0 */
 export class ChatError extends Error {
   /**
    * @param {number} status @param {string} code @param {string} message
@@ -405,7 +404,7 @@ export class ChatWebSocket {
 
   /** @type {Client["connect"]} */
   connect(token) {
-    if (!(token ?? this.#bearer))
+    if (!(token || this.#bearer))
       throw new TypeError("connect: pass a token, or pass `bearer` to the constructor");
     this.#stop();
     this.#token = token;
@@ -1322,7 +1321,7 @@ const DRAFT_PREFIX = "chatd.draft.";
 const MAX_DRAFT_CHARACTERS = 500_000;
 
 export class Drafts {
-  /** What a reload would lose. @type {Record<string, string>} */
+  /** @type {Record<string, string>} */
   unstored = {};
 
   /** @param {Storage | null} storage @param {() => number} userId */

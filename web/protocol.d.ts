@@ -306,7 +306,10 @@ export interface Delivery {
    * brought it.
    */
   message?: Message;
-  /** Of the message, after a change that is "sent". */
+  /**
+   * Of the message, after a change that is "sent", if the answer named it: over HTTP not
+   * for a deletion, nor for an edit without `ifRev`.
+   */
   rev?: number;
   /** The code of the error, if `state` is "failed". */
   code?: string;
