@@ -211,6 +211,9 @@ class Endpoint:
         if self.root is None:
             return sock
         context = ssl.create_default_context(cafile=str(self.root))
+        # In 1.3 a ticket follows the handshake, and a thread of websockets may read it
+        # while another writes the request: the ssl of Python 3.11 does not lock them.
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
         return context.wrap_socket(sock, server_hostname=NAME)
 
     def request(
@@ -313,8 +316,8 @@ def behind_caddy(
     folder: Path, chatd: Chatd, _limit: int, way: Way
 ) -> Iterator[Endpoint]:
     """Run Caddy in front of chatd."""
-    caddy = shutil.which("caddy")
-    check(caddy, "there is no Caddy: apt-get install caddy")
+    program = shutil.which("caddy")
+    check(program, "there is no Caddy: apt-get install caddy")
     port, logs = free_port(), folder / "logs"
     own = (
         "admin off\n\tlocal_certs\n\tskip_install_trust\n\tdefault_bind 127.0.0.1\n\t"
@@ -338,18 +341,22 @@ def behind_caddy(
     )
     config.write_text(text.replace("{\n", "{\n\t" + own, 1))
     home = {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-    command = [str(caddy), "run", "--adapter", "caddyfile", "--config", str(config)]
+    command = [str(program), "run", "--adapter", "caddyfile", "--config", str(config)]
     log = logs / "caddy.out"
     with running(command, log, env={**os.environ, **home}):
         wait_for(port, log)
         root = folder / "caddy/pki/authorities/local/root.crt"
+        caddy = Endpoint("Caddy", port, root, way.path)
         end = time.monotonic() + TIMEOUT_SECONDS
-        while not (root.exists() and "certificate obtained" in log.read_text()):
-            check(
-                time.monotonic() < end, f"Caddy has no certificate: {log.read_text()}"
-            )
-            time.sleep(0.05)
-        yield Endpoint("Caddy", port, root, way.path)
+        while True:  # it listens before it has a certificate
+            try:
+                caddy.connect("127.0.0.1").close()
+                break
+            except (FileNotFoundError, ssl.SSLError):
+                said = log.read_text()
+                check(time.monotonic() < end, f"Caddy has no certificate: {said}")
+                time.sleep(0.05)
+        yield caddy
 
 
 @contextlib.contextmanager
