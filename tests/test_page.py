@@ -2015,7 +2015,8 @@ def test_after_a_resync_the_page_shows_no_message_from_before(
 ) -> None:
     anna, ben, chat = pair(server)
     for i in range(60):
-        server.post(chat, ben, f"Message {i}")
+        last = server.post(chat, ben, f"Message {i}")
+    server.request("POST", f"/api/v1/messages/{last['id']}/read", user_id=anna)
     page = chromium.page()
     relay = Relay.connected(page, server.link(anna), chat)
     expect(bubbles(page)).to_have_count(50)
