@@ -1900,6 +1900,7 @@ def test_the_page_can_be_used_with_the_keyboard_alone(
     dialog = page.get_by_role("dialog", name="New chat")
     expect(dialog).to_be_visible()
     page.keyboard.type("Cora")
+    expect(dialog.get_by_role("checkbox", name="Cora")).to_be_visible()
     page.keyboard.press("Tab")
     page.keyboard.press("Space")
     page.keyboard.press("Enter")

@@ -446,6 +446,7 @@ def test_each_dialog_changes_the_chat_that_it_shows(
     press(page, "New chat")
     dialog = page.locator("#people")
     dialog.get_by_label("Find people").fill("Ben")
+    expect(dialog.get_by_role("checkbox", name="Ben")).to_be_visible()
     page.keyboard.press("Enter")
     press(dialog, "Create")
     until(lambda: page.evaluate("2") == len(hanging))
