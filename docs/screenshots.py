@@ -89,8 +89,7 @@ def fill(server: Server) -> tuple[list[int], list[int]]:
             server.request("PATCH", path, {"content": text}, user_id=users[sender])
         if times[-1][0] < unix_seconds(READ):
             for reader in CHATS[chat][1]:
-                path = f"/api/v1/messages/{sent['id']}/read"
-                server.request("POST", path, user_id=users[reader])
+                server.mark_read(sent["id"], users[reader])
     server.end(15)
     with sqlite3.connect(server.db) as db:
         db.executemany("UPDATE message SET created_at = ? WHERE id = ?", times)

@@ -113,6 +113,10 @@ class Server(Process):
         message: Frame = self.request("POST", path, body)["message"]
         return message
 
+    def mark_read(self, message_id: int, reader: int) -> None:
+        path = f"/api/v1/messages/{message_id}/read"
+        self.request("POST", path, user_id=reader)
+
     def stats(self) -> Frame:
         path = "/api/v1/internal/chat/ws/stats"
         document: Frame = self.request("GET", path, user_id=1, scope="stats")
@@ -366,6 +370,20 @@ class Relay:
         self.refusal_code = None
 
 
+def go_offline(page: Page, relay: Relay) -> None:
+    """Cut the socket and all requests, until the page says so."""
+    page.route(re.compile("/api/"), lambda route: route.abort())
+    relay.cut(1011, block=True)
+    page.clock.run_for(5_100)
+    expect_state(page, "offline")
+
+
+def come_back(page: Page, relay: Relay) -> None:
+    relay.unblock()
+    page.unroute(re.compile("/api/"))
+    wait_until_connected(page)
+
+
 def pair(server: Server, *, title: str | None = None) -> tuple[int, int, int]:
     """Make Anna, Ben and a chat of the two."""
     anna, ben = server.add_user("Anna"), server.add_user("Ben")
@@ -385,7 +403,7 @@ def long_chat(server: Server) -> tuple[int, int, int]:
     for i in range(30):
         text = f"Message {i} " + "words " * 12
         last = server.post(chat, anna if i % 3 else ben, text)
-    server.request("POST", f"/api/v1/messages/{last['id']}/read", user_id=anna)
+    server.mark_read(last["id"], anna)
     return anna, ben, chat
 
 

@@ -29,6 +29,7 @@ from tests.browser import (
     expect,
     expect_state,
     field,
+    go_offline,
     long_chat,
     open_chat,
     pair,
@@ -311,7 +312,7 @@ def test_many_new_messages_are_read_from_the_first_one(
 ) -> None:
     anna, ben, chat = pair(server)
     ids = [server.post(chat, ben, f"Message {i} of many.")["id"] for i in range(130)]
-    server.request("POST", f"/api/v1/messages/{ids[9]}/read", user_id=anna)
+    server.mark_read(ids[9], anna)
     page = sign_in(chromium.context(), server.link(anna), chat)
     expect(page.locator(".divider")).to_be_in_viewport()
     expect(bubbles(page).get_by_text("Message 10 of")).to_be_in_viewport()
@@ -352,7 +353,7 @@ def test_history_loads_on_scrolling_up_and_does_not_jump(
     anna, ben, chat = pair(server)
     for i in range(170):
         last = server.post(chat, anna if i % 3 else ben, f"Message {i}")
-    server.request("POST", f"/api/v1/messages/{last['id']}/read", user_id=anna)
+    server.mark_read(last["id"], anna)
     page = sign_in(chromium.context(), server.link(anna), chat)
     expect(bubbles(page).last).to_be_in_viewport()
     seen = []
@@ -1340,10 +1341,7 @@ def test_on_a_low_screen_a_message_is_visible_while_one_writes(
     relay = Relay.connected(page, server.link(anna), chat)
     expect(bubbles(page).first).to_be_in_viewport()  # the first new message
     if state == "offline":
-        page.route(re.compile("/api/"), lambda route: route.abort())
-        relay.cut(1011, block=True)
-        page.clock.run_for(5_100)
-        expect_state(page, state)
+        go_offline(page, relay)
     write(page, "Three")
     field(page).fill("Line\n" * 8)
     expect(bubbles(page).last).to_be_in_viewport(ratio=1)
@@ -2017,7 +2015,7 @@ def test_after_a_resync_the_page_shows_no_message_from_before(
     anna, ben, chat = pair(server)
     for i in range(60):
         last = server.post(chat, ben, f"Message {i}")
-    server.request("POST", f"/api/v1/messages/{last['id']}/read", user_id=anna)
+    server.mark_read(last["id"], anna)
     page = chromium.page()
     relay = Relay.connected(page, server.link(anna), chat)
     expect(bubbles(page)).to_have_count(50)

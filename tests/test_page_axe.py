@@ -141,7 +141,7 @@ def flat(inviting: Server) -> tuple[int, int, int, int]:
     for i, text in enumerate(TEXTS):
         inviting.post(chat, (chiara, anna, ben)[i % 3], text)
     own: int = inviting.post(chat, anna, "Ring at “Petrova”")["id"]
-    inviting.request("POST", f"/api/v1/messages/{own}/read", user_id=chiara)
+    inviting.mark_read(own, chiara)
     gone = inviting.post(chat, ben, "I could come at eight")["id"]
     inviting.request("DELETE", f"/api/v1/messages/{gone}")
     inviting.post(chat, ben, "I could come at nine")

@@ -24,6 +24,7 @@ from tests.browser import (
     expect,
     expect_state,
     field,
+    go_offline,
     long_chat,
     open_chat,
     pair,
@@ -90,9 +91,7 @@ def test_an_open_chat_has_one_bar_and_says_what_is_new_elsewhere(
         page.emulate_media(color_scheme=scheme)
         screenshot(page, f"one-bar-{scheme}")
 
-    relay.cut(1011, block=True)
-    page.route(re.compile("/api/"), lambda route: route.abort())
-    page.clock.run_for(5_100)
+    go_offline(page, relay)
     expect(page.locator("#banner")).to_be_in_viewport()
     expect(page.locator("#banner")).to_contain_text("No connection.")
     field(page).tap()
@@ -480,9 +479,7 @@ def test_the_button_of_the_banner_takes_no_focus_with_it(
     anna, _, chat = pair(server)
     page = chromium.page(clock=True)
     relay = Relay.connected(page, server.link(anna), chat)
-    page.route(re.compile("/api/"), lambda route: route.abort())
-    relay.cut(1011, block=True)
-    page.clock.run_for(5_100)
+    go_offline(page, relay)
     retry = page.get_by_role("button", name="Try again")
     retry.focus()
     page.keyboard.press("Enter")

@@ -17,14 +17,15 @@ from tests.browser import (
     Route,
     Server,
     bubbles,
+    come_back,
     expect,
     expect_state,
     field,
+    go_offline,
     pair,
     screenshot,
     sign_in,
     until,
-    wait_until_connected,
     write,
 )
 
@@ -42,7 +43,7 @@ def garden(server: Server) -> tuple[int, int, int, list[int]]:
         server.post(chat, anna if n % 3 else ben, f"Plant number {n}")["id"]
         for n in range(1, LENGTH + 1)
     ]
-    server.request("POST", f"/api/v1/messages/{ids[-1]}/read", user_id=anna)
+    server.mark_read(ids[-1], anna)
     return anna, ben, chat, ids
 
 
@@ -238,7 +239,7 @@ def test_latest_and_sending_lead_to_the_end_from_each_place(
 ) -> None:
     anna, ben, chat = pair(server)
     ids = [server.post(chat, ben, f"Seed {n}")["id"] for n in range(120)]
-    server.request("POST", f"/api/v1/messages/{ids[89]}/read", user_id=anna)
+    server.mark_read(ids[89], anna)
     page = chromium.page()
     relay = Relay.connected(page, server.link(anna), chat)
     page.evaluate("(id) => { location.hash += `/${id}`; }", ids[9])
@@ -402,10 +403,7 @@ def test_without_a_connection_the_place_stays_or_says_why_it_is_not_there(
     page = chromium.page(clock=True)
     relay = Relay.connected(page, server.link(anna), chat)
     expect(bubbles(page).last).to_be_in_viewport()
-    page.route(re.compile("/api/"), lambda route: route.abort())
-    relay.cut(1011, block=True)
-    page.clock.run_for(5_100)
-    expect_state(page, "offline")
+    go_offline(page, relay)
     texts = shown(page)
     page.evaluate("(hash) => { location.hash = hash; }", f"#chat/{chat}/{ids[9]}")
     toast = page.locator(".toast", has_text="does not answer")
@@ -414,9 +412,7 @@ def test_without_a_connection_the_place_stays_or_says_why_it_is_not_there(
     search(page, "plant")
     page.clock.run_for(1_000)
     expect(page.locator("#search-status")).to_contain_text("does not answer")
-    relay.unblock()
-    page.unroute(re.compile("/api/"))
-    wait_until_connected(page)
+    come_back(page, relay)
     expect(results(page).first).to_be_visible()  # it has gone on by itself
     page.clock.run_for(1_000)
     page.keyboard.press("Escape")
@@ -424,32 +420,22 @@ def test_without_a_connection_the_place_stays_or_says_why_it_is_not_there(
     page.clock.run_for(1_000)
     expect(page.locator(f"[data-id='{ids[19]}']")).to_be_in_viewport()
     # A message that is written there waits at the end, which is loaded later.
-    page.route(re.compile("/api/"), lambda route: route.abort())
-    relay.cut(1011, block=True)
-    page.clock.run_for(5_100)
-    expect_state(page, "offline")
+    go_offline(page, relay)
     write(page, "From the tunnel")
     page.clock.run_for(1_000)
     expect(bubbles(page)).to_have_text(["From the tunnel"])
     expect(page.locator("#messages")).to_contain_text("could not be loaded")
-    relay.unblock()
-    page.unroute(re.compile("/api/"))
-    wait_until_connected(page)
+    come_back(page, relay)
     page.clock.run_for(1_000)
     expect(bubbles(page).nth(40)).to_be_attached()
     expect(bubbles(page).last).to_have_text("From the tunnel")
     expect(bubbles(page).last).to_be_in_viewport()
     # Older messages that could not be loaded come with the connection, too.
-    page.route(re.compile("/api/"), lambda route: route.abort())
-    relay.cut(1011, block=True)
-    page.clock.run_for(5_100)
-    expect_state(page, "offline")
+    go_offline(page, relay)
     page.evaluate("scroller.scrollTo(0, 0)")
     page.clock.run_for(1_000)
     expect(page.locator("#messages")).to_contain_text("could not be loaded")
-    relay.unblock()
-    page.unroute(re.compile("/api/"))
-    wait_until_connected(page)
+    come_back(page, relay)
     page.clock.run_for(1_000)
     expect(bubbles(page).nth(90)).to_be_attached()
     expect(page.locator("#messages")).not_to_contain_text("could not be loaded")
