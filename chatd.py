@@ -4545,7 +4545,7 @@ CSP = (
     "frame-ancestors 'none'"
 )
 
-# The types of the page's files. What has another suffix is not served.
+# The types of the page's files. A file with another suffix is not served.
 PAGE_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",

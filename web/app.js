@@ -154,8 +154,13 @@ function newFormats() {
   };
 }
 
+function dateAndZone() {
+  const now = new Date();
+  return `${now.toDateString()} ${now.getTimezoneOffset()}`;
+}
+
 let formats = newFormats();
-let today = "";
+let today = dateAndZone();
 
 /** By the reader's calendar. @param {Date} then */
 function daysAgo(then) {
@@ -2724,10 +2729,8 @@ function onWatched() {
 
 function onSecond() {
   if (!box("banner").hidden) renderBanner();
-  const now = new Date();
-  const date = `${now.toDateString()} ${now.getTimezoneOffset()}`;
-  if (date === today) return;
-  today = date;
+  if (dateAndZone() === today) return;
+  today = dateAndZone();
   formats = newFormats();
   requestRender();
 }
@@ -2779,7 +2782,6 @@ view?.addEventListener("resize", () => {
 const observer = new ResizeObserver(() => pane.onResize());
 for (const id of ["scroller", "messages"]) observer.observe(box(id));
 setInterval(onSecond, 1000);
-onSecond();
 loadIcons().catch(() => {}); // words stand beside each icon
 
 if (!followLink(location.hash)) {
