@@ -406,8 +406,9 @@ def test_changes_of_a_group_are_seen_by_all_at_once_also_in_the_open_dialog(
 
 
 def test_each_dialog_changes_the_chat_that_it_shows(
-    server: Server, chromium: Chromium
+    make_server: Callable[..., Server], chromium: Chromium
 ) -> None:
+    server = make_server()  # on the shared one, others are called Ben, too
     anna, ben = server.add_user("Anna"), server.add_user("Ben")
     one, two = (new_group(server, title, anna, ben) for title in ("One", "Two"))
     page = sign_in(chromium.context(), server.link(anna), one)
