@@ -452,6 +452,12 @@ class Script:
         )
         self.page.evaluate("(token) => chat.connect(token)", server.token(1))
 
+    def reload(self, server: Server) -> None:
+        """End the blocked page, so that only the next one reaches the server."""
+        self.page.goto("about:blank")
+        self.blocked = False
+        self.load(server)
+
     def _answer(self, route: Route) -> None:
         request = route.request
         path = request.url.partition("/api/v1/")[2]
@@ -640,8 +646,7 @@ def test_changes_made_offline_wait_in_line_across_a_reload(
     items = script.page.evaluate("Object.values(localStorage).map(JSON.parse)")
     # A page of 1.0 in another tab would send what has a chat_id as a message.
     assert [one.get("chat_id") for one in items if "kind" in one] == [None, None]
-    script.blocked = False
-    script.load(server)
+    script.reload(server)
     script.wait_for("chat.state === 'connected'")
     hello = script.next_command()
     assert hello["content"] == "Hello"
@@ -859,9 +864,10 @@ def test_a_change_from_before_a_restore_reaches_no_other_message(
     for call in ("deleteMessage(70)", "editMessage(71, 'New', { ifRev: 71 })"):
         script.do(call)  # in the other epoch, 70 and 71 may be other messages
     script.do("send(3, 'Hello')")
-    script.blocked, script.cursor, script.resume = False, "e2.50", "resync"
+    script.cursor, script.resume = "e2.50", "resync"
     if reload:
-        script.load(server)
+        script.reload(server)
+    script.blocked = False
     assert script.next_command()["content"] == "Hello"
     assert script.deliveries()[-2:] == [
         ("delete", "failed", "not_found"),
