@@ -379,8 +379,9 @@ def go_offline(page: Page, relay: Relay) -> None:
 
 
 def come_back(page: Page, relay: Relay) -> None:
+    """Let all requests through again, and a socket, and wait for it."""
+    page.unroute_all()
     relay.unblock()
-    page.unroute(re.compile("/api/"))
     wait_until_connected(page)
 
 

@@ -26,6 +26,7 @@ from tests.browser import (
     WebSocketRoute,
     axe,
     bubbles,
+    come_back,
     expect,
     expect_state,
     field,
@@ -1107,9 +1108,7 @@ def test_the_list_marks_messages_that_wait_and_that_failed(
     open_chat(page, first)
     write(page, "Longer than twenty characters")
     open_chat(page, second)
-    page.unroute_all()
-    relay.unblock()
-    wait_until_connected(page)
+    come_back(page, relay)
     expect(row).to_have_text("Not sent: Longer than twenty characters")
     toast = page.locator(".toast")
     expect(toast).to_contain_text("Ben: Not sent: Too long by 9")

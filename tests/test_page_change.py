@@ -20,6 +20,7 @@ from tests.browser import (
     Server,
     WebSocketRoute,
     bubbles,
+    come_back,
     expect,
     expect_state,
     field,
@@ -29,7 +30,6 @@ from tests.browser import (
     sign_in,
     ticks,
     until,
-    wait_until_connected,
     write,
 )
 
@@ -208,7 +208,9 @@ def test_a_long_touch_opens_the_menu(server: Server, chromium: Chromium) -> None
         session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
 
     def middle(text: str) -> tuple[float, float]:
-        place = row(page, text).locator(".bubble").bounding_box()
+        bubble = row(page, text).locator(".bubble")
+        expect(bubble).to_be_in_viewport()  # the page has scrolled to its end
+        place = bubble.bounding_box()
         assert place is not None
         return place["x"] + 30, place["y"] + place["height"] - 12
 
@@ -243,8 +245,8 @@ def test_a_long_touch_opens_the_menu(server: Server, chromium: Chromium) -> None
     page.reload()
     x, y = middle("Message 17 of")
     touch("touchStart", x, y)
-    touch("touchMove", x, y + 60)
-    touch("touchMove", x, y + 120)
+    touch("touchMove", x, y + 100)  # a busy browser may drop the second move
+    touch("touchMove", x, y + 200)
     end = "scroller.scrollHeight - scroller.clientHeight - scroller.scrollTop"
     until(lambda: bool(page.evaluate(end) > 50))
     page.clock.run_for(2_000)
@@ -282,9 +284,7 @@ def test_changes_made_offline_wait_across_a_reload(
     expect(ticks(page)).to_have_text(["Sending", "Sending", "Read"])
     expect(bubbles(page)).to_have_text(["New text", "Message deleted", "Keep me"])
     expect(bubbles(bens)).to_have_text(["Old text", "Remove me", "Keep me"])
-    page.unroute_all()
-    relay.unblock()
-    wait_until_connected(page)
+    come_back(page, relay)
     expect(bubbles(bens)).to_have_text(["New text", "Message deleted", "Keep me"])
     expect(ticks(page)).to_have_text(["Read"] * 3)
     expect(last).to_have_text("You: Keep me")
@@ -515,9 +515,7 @@ def test_a_refused_edit_comes_back_above_the_next_one(
     server.request("PATCH", path, {"content": "From my phone"}, user_id=anna)
     act(page, "First edit", "Edit")
     field(page).fill("Second edit")
-    page.unroute_all()
-    relay.unblock()
-    wait_until_connected(page)
+    come_back(page, relay)
     failure = page.locator(".failure")
     expect(failure).to_contain_text("It was changed meanwhile.")
     expect(field(page)).to_have_value("Second edit")
@@ -576,9 +574,7 @@ def test_a_text_whose_chat_is_gone_is_given_back(
     write(page, "Hello again")
     write(page, "A long letter")
     server.request("DELETE", f"/api/v1/chats/{chat}/members/{anna}")
-    page.unroute_all()
-    relay.unblock()
-    wait_until_connected(page)
+    come_back(page, relay)
     question = page.get_by_role("dialog", name="Not saved: It no longer exists")
     expect(question).to_contain_text("Hello again")
     question.get_by_role("button", name="Cancel").click()
