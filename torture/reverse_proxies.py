@@ -585,8 +585,8 @@ def restart_each(
     waits = []
     for number in (0, 1):
         other = 1 - number
-        peer = sites[other].socket(instances[other].token(6))
-        with contextlib.closing(peer), ThreadPoolExecutor(1) as thread:
+        token = instances[other].token(6)
+        with sites[other].socket(token) as peer, ThreadPoolExecutor(1) as thread:
             receive(peer, "connected")
             with sites[number].socket(instances[number].token(6)) as ended:
                 cursor = receive(ended, "connected")["cursor"]
@@ -604,8 +604,8 @@ def restart_each(
             status, _ = early.result()
             check(status == 200, f"a client that came during the restart: {status}")
             waits.append(time.monotonic() - began)
-            again = sites[number].socket(instances[number].token(6), cursor)
-            with contextlib.closing(again):
+            token = instances[number].token(6)
+            with sites[number].socket(token, cursor) as again:
                 resume = receive(again, "connected")["resume"]
                 check(resume == "live", f"resume after a restart: {resume}")
             peer.send('{"type": "ping"}')
