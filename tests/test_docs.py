@@ -276,6 +276,44 @@ def test_the_proxy_has_the_sandbox_of_the_server() -> None:
     assert proxy_unit["ExecStart"] == "/opt/chatd/bin/chatd proxy"
 
 
+def test_an_instance_differs_from_the_server_only_where_it_must() -> None:
+    server, instance = map(unit_of, ("chatd.service", "chatd@.service"))
+    for setting in (
+        ("Description", "chatd, a real-time chat server"),
+        ("After", "network.target"),
+        # A socket unit keeps the socket.
+        ("FileDescriptorStoreMax", "8"),
+        ("StateDirectory", "chatd"),
+        # An instance has no network.
+        ("RestrictAddressFamilies", "AF_INET AF_INET6 AF_UNIX"),
+        ("IPAddressAllow", "localhost"),
+    ):
+        server.remove(setting)
+    for setting in (
+        ("Description", "chatd, a real-time chat server, for %i"),
+        ("Requires", "chatd@%i.socket"),
+        ("After", "chatd@%i.socket"),
+        # Without it, all instances would be the same user, and that of chatd.service.
+        ("User", "chatd_%i"),
+        ("StateDirectory", "chatd@%i"),
+        ("PrivateNetwork", "yes"),
+        ("RestrictAddressFamilies", "AF_UNIX"),
+    ):
+        instance.remove(setting)
+    assert server == instance
+
+
+def test_the_socket_of_an_instance_is_that_of_the_documents() -> None:
+    shown = [text for text in blocks(OPERATING, "ini") if "ListenStream=" in text]
+    lines = "".join(shown).splitlines()
+    for key, value in unit_of("chatd@.socket"):
+        if key in ("SocketMode", "SocketGroup", "Backlog"):
+            assert f"{key}={value}" in lines
+    assert ("ListenStream", "/run/chatd@%i.sock") in unit_of("chatd@.socket")
+    for name in ("club", "shop"):
+        assert f"http://unix:/run/chatd@{name}.sock;" in OPERATING
+
+
 def test_the_numbers_in_the_unit_file_fit_the_settings() -> None:
     unit = dict(unit_of("chatd.service"))
     settings = Settings()

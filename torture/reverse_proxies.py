@@ -6,10 +6,11 @@
 
 The exit status is 1 if a check fails. The script needs Debian's nginx-light, caddy,
 chromium and libatomic1, and the packages of `pip install -e '.[test]'`. It takes the
-configurations from that page, for `/`, under a path and over a Unix socket, and changes
-only ports, addresses and folders. Everything runs in a temporary
-folder, on free ports of 127.0.0.1, with a certificate of its own, and ends with the
-script.
+configurations from that page, for `/`, under a path, over a Unix socket and for two
+communities, and changes only ports, addresses and folders. The two communities have
+what systemd would give them: the command, the socket and the folder of chatd@.service.
+Everything runs in a temporary folder, on free ports of 127.0.0.1, with certificates of
+its own, and ends with the script.
 
 nginx cuts a connection that is silent for 60 s. Without --full that limit and chatd's
 ping interval are a twelfth of their values.
@@ -37,6 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +72,22 @@ def check(condition: object, failure: str) -> None:
         raise Failed(failure)
 
 
-def page_blocks(language: str) -> tuple[str, str]:
-    """The blocks of this language in docs/operating.md: for `/`, and for a path."""
-    whole, change = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", PAGE)
+# The part of the page about a second community has configurations of its own.
+ONE, _, MORE = PAGE.partition("\n## A second community\n")
+
+
+def page_blocks(language: str, text: str = ONE) -> tuple[str, str]:
+    """The blocks of this language in docs/operating.md: for `/`, and for a path.
+
+    For a second community: the lines of all sites, and the sites.
+    """
+    whole, change = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", text)
     return whole, change
 
 
-def page_lines(word: str) -> list[str]:
+def page_lines(word: str, text: str = ONE) -> list[str]:
     """The lines for a Unix socket in the text of the page, by their first word."""
-    return re.findall(rf"`({word} \S*unix\S+)`", PAGE)
+    return re.findall(rf"`({word} \S*unix\S+)`", text)
 
 
 def free_port() -> int:
@@ -126,6 +135,13 @@ def wait_for(port: int, log: Path) -> None:
             time.sleep(0.05)
         else:
             return
+
+
+def sign(secret: Path, user_id: int, **claims: object) -> str:
+    """Sign a token with the secret in this file."""
+    now = int(time.time())
+    claims = {"user_id": user_id, "iat": now, "exp": now + 3600} | claims
+    return jwt.encode(claims, secret.read_text("ascii").strip(), "HS256")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +192,7 @@ class Chatd:
 
     def token(self, user_id: int, **claims: object) -> str:
         """Sign a token, as `chatd token` does."""
-        secret = self.db.with_name("chatd.secret").read_text("ascii").strip()
-        now = int(time.time())
-        return jwt.encode(
-            {"user_id": user_id, "iat": now, "exp": now + 3600} | claims,
-            secret,
-            "HS256",
-        )
+        return sign(self.db.with_name("chatd.secret"), user_id, **claims)
 
 
 @dataclasses.dataclass
@@ -193,10 +203,11 @@ class Endpoint:
     port: int
     root: Path | None = None  # with TLS: the root of the certificate
     path: str = ""  # before chatd's own
+    domain: str = NAME
 
     @property
     def host(self) -> str:
-        return f"{NAME}:{self.port}"
+        return f"{self.domain}:{self.port}"
 
     @property
     def origin(self) -> str:
@@ -214,7 +225,7 @@ class Endpoint:
         # In 1.3 a ticket follows the handshake, and a thread of websockets may read it
         # while another writes the request: the ssl of Python 3.11 does not lock them.
         context.maximum_version = ssl.TLSVersion.TLSv1_2
-        return context.wrap_socket(sock, server_hostname=NAME)
+        return context.wrap_socket(sock, server_hostname=self.domain)
 
     def request(
         self,
@@ -225,7 +236,9 @@ class Endpoint:
         **headers: str,
     ) -> tuple[int, bytes]:
         """Send one request; return the status and body of the answer."""
-        line = http.client.HTTPConnection(NAME, self.port, timeout=TIMEOUT_SECONDS)
+        line = http.client.HTTPConnection(
+            self.domain, self.port, timeout=TIMEOUT_SECONDS
+        )
         line.sock = self.connect(address)
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
         if token:
@@ -261,21 +274,54 @@ def receive(peer: ClientConnection, kind: str) -> dict[str, Any]:
 # --- the three proxies ---------------------------------------------------------------
 
 
+def new_certificate(folder: Path, name: str) -> Path:
+    """Make a certificate and its key in the folder; return the certificate."""
+    key, root = folder / "privkey.pem", folder / "fullchain.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+         "ec_paramgen_curve:P-256", "-nodes", "-days", "1", "-subj", f"/CN={name}",
+         "-addext", f"subjectAltName=DNS:{name}", "-keyout", key, "-out", root],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return root
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, site: str, port: int) -> Iterator[None]:
+    """Run nginx with these servers, one of which listens on the port."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    check(program, "there is no nginx: apt-get install nginx-light")
+    scratch = "".join(
+        f"{what}_temp_path {folder}/{what};\n"
+        for what in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = folder / "nginx.conf"
+    logs = folder / "logs"
+    config.write_text(
+        "user www-data;\n"  # as in Debian's nginx.conf
+        f"daemon off; pid {folder}/nginx.pid; error_log {logs}/nginx crit;\n"
+        f"events {{}}\nhttp {{\n{scratch}{site}}}\n"
+    )
+    command = [
+        str(program),
+        "-p",
+        str(folder),
+        "-c",
+        str(config),
+        "-e",
+        f"{logs}/nginx",
+    ]
+    with running(command, logs / "nginx.out"):
+        wait_for(port, logs / "nginx.out")
+        yield
+
+
 @contextlib.contextmanager
 def behind_nginx(
     folder: Path, chatd: Chatd, limit: int, way: Way
 ) -> Iterator[Endpoint]:
     """Run nginx in front of chatd. limit: its proxy_read_timeout, in seconds."""
-    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    check(nginx, "there is no nginx: apt-get install nginx-light")
-    port, logs = free_port(), folder / "logs"
-    key, root = folder / "privkey.pem", folder / "fullchain.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-         "ec_paramgen_curve:P-256", "-nodes", "-days", "1", "-subj", f"/CN={NAME}",
-         "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", key, "-out", root],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    port, logs, root = free_port(), folder / "logs", new_certificate(folder, NAME)
     site, change = page_blocks("nginx")
     first, passed = "    location / {\n", "proxy_pass http://127.0.0.1:8086"
     if way.path:
@@ -295,19 +341,7 @@ def behind_nginx(
         ("/var/log/nginx", str(logs)),
         ("proxy_read_timeout 60s", f"proxy_read_timeout {limit}s"),
     )
-    scratch = "".join(
-        f"{what}_temp_path {folder}/{what};\n"
-        for what in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    config = folder / "nginx.conf"
-    config.write_text(
-        "user www-data;\n"  # as in Debian's nginx.conf
-        f"daemon off; pid {folder}/nginx.pid; error_log {logs}/nginx crit;\n"
-        f"events {{}}\nhttp {{\n{scratch}{site}}}\n"
-    )
-    command = [str(nginx), "-p", str(folder), "-c", str(config), "-e", f"{logs}/nginx"]
-    with running(command, logs / "nginx.out"):
-        wait_for(port, logs / "nginx.out")
+    with nginx(folder, site, port):
         yield Endpoint("nginx", port, root, way.path)
 
 
@@ -374,6 +408,248 @@ def behind_proxy(
     with running(command, log, cwd=CHECKOUT):
         wait_for(port, log)
         yield Endpoint("chatd proxy", port)
+
+
+# --- two communities -----------------------------------------------------------------
+
+# Runs chatd with a socket that systemd would have passed.
+PASSED = """
+import os, sys, chatd
+os.dup2(int(sys.argv.pop(1)), 3)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+sys.exit(chatd.main())
+"""
+
+
+def unit_value(name: str, key: str) -> str:
+    """The only value of a setting in a unit of this repository."""
+    text = (CHECKOUT / name).read_text("utf-8")
+    (value,) = re.findall(rf"(?m)^{key}=(.*)$", text)
+    return str(value)
+
+
+class Instance:
+    """An instance of chatd@.service, with the options and the socket of its units.
+
+    systemd's place is taken by this script: it holds the socket, as systemd does, so
+    the socket outlives the process. The folders of systemd (%t, %S) are in `folder`.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self.log = folder / "logs" / f"serve-{name}"
+        state = unit_value("chatd@.service", "StateDirectory").replace("%i", name)
+        self.state = folder / "lib" / state
+        self.state.mkdir(0o700, parents=True)
+        program, *words = unit_value("chatd@.service", "ExecStart").split()
+        check(program == "/opt/chatd/bin/chatd", f"ExecStart={program}")
+        self.command = [sys.executable, "-c", PASSED, "", *words]
+        path = unit_value("chatd@.socket", "ListenStream").replace("%i", name)
+        self.at = path  # as in the configuration of the page
+        self.path = folder / path.lstrip("/")
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.chmod(0o755)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.path))
+        self.path.chmod(int(unit_value("chatd@.socket", "SocketMode"), 8))
+        if os.geteuid() == 0:
+            group = grp.getgrnam(unit_value("chatd@.socket", "SocketGroup")).gr_gid
+            os.chown(self.path, -1, group)
+        self.listener.listen(int(unit_value("chatd@.socket", "Backlog")))
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Run the instance during the block. Clients that come before it wait."""
+        fd = self.listener.fileno()
+        command = [word or str(fd) for word in self.command]
+        # --handshakes is 0: all clients of this script come from a few addresses.
+        with running(
+            command, self.log, cwd=CHECKOUT, pass_fds=[fd],
+            env={**os.environ, "STATE_DIRECTORY": str(self.state),
+                 "CHATD_HANDSHAKES": "0"},
+        ):  # fmt: skip
+            end = time.monotonic() + TIMEOUT_SECONDS
+            while not (self.state / "chatd.secret").exists():
+                check(time.monotonic() < end, f"no secret: {self.log.read_text()}")
+                time.sleep(0.05)
+            yield
+
+    def token(self, user_id: int, **claims: object) -> str:
+        """Sign a token, as `chatd token` does."""
+        return sign(self.state / "chatd.secret", user_id, **claims)
+
+
+@contextlib.contextmanager
+def both_behind_nginx(
+    folder: Path, instances: list[Instance]
+) -> Iterator[list[Endpoint]]:
+    """Run the page's nginx in front of two instances; yield an endpoint for each."""
+    port, logs = free_port(), folder / "logs"
+    lines, sites = page_blocks("nginx", MORE)
+    domains = [f"{instance.name}.example.org" for instance in instances]
+    roots = []
+    for instance, domain in zip(instances, domains, strict=True):
+        certificate = folder / domain
+        certificate.mkdir()
+        roots.append(new_certificate(certificate, domain))
+        sites = replace(
+            sites,
+            (f"/etc/letsencrypt/live/{domain}", str(certificate)),
+            (f"unix:{instance.at};", f"unix:{instance.path};"),
+        )
+    included = "snippets/chatd.conf"
+    check(f"`/etc/nginx/{included}`" in MORE, f"the page has no {included}")
+    snippet = folder / included
+    snippet.parent.mkdir()
+    snippet.write_text(replace(lines, ("/var/log/nginx", str(logs))))
+    sites = replace(
+        sites,
+        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+        ("/var/log/nginx", str(logs)),
+    )
+    with nginx(folder, sites, port):
+        yield [
+            Endpoint("nginx", port, root, domain=domain)
+            for root, domain in zip(roots, domains, strict=True)
+        ]
+
+
+def chat_of(site: Endpoint, instance: Instance) -> int:
+    """Make a chat of the users 6 and 7; return its id."""
+    body = {"title": instance.name, "member_ids": [6, 7]}
+    service = instance.token(1, scope="service")
+    status, made = site.request("/api/v1/chats", service, body)
+    check(status == 201, f"POST /api/v1/chats of {site.domain}: {status} {made!r}")
+    number: int = json.loads(made)["chat"]["id"]
+    return number
+
+
+def separate(sites: list[Endpoint], instances: list[Instance]) -> str:
+    """Each host name has messages, tokens and a page of its own."""
+    chats = [chat_of(*pair) for pair in zip(sites, instances, strict=True)]
+    check(chats == [1, 1], f"both begin with chat 1: {chats}")
+    with contextlib.ExitStack() as stack:
+        readers, senders = (
+            [
+                stack.enter_context(site.socket(instance.token(user)))
+                for site, instance in zip(sites, instances, strict=True)
+            ]
+            for user in (7, 6)
+        )
+        for peer in (*readers, *senders):
+            receive(peer, "connected")
+        for number in range(10):
+            for sender, instance in zip(senders, instances, strict=True):
+                text = f"{instance.name} {number}"
+                command = {"type": "send_message", "chat_id": 1, "content": text}
+                sender.send(json.dumps(command))
+        for peer, instance in zip(readers, instances, strict=True):
+            got = [
+                receive(peer, "new_message")["message"]["content"] for _ in range(10)
+            ]
+            check(got == [f"{instance.name} {n}" for n in range(10)], f"received {got}")
+        for peer in readers:  # nothing more, before the answer to a ping
+            peer.send('{"type": "ping"}')
+            message = json.loads(peer.recv(TIMEOUT_SECONDS))
+            check(message["type"] == "pong", f"received {message}")
+    path = "/api/v1/chats/1/messages"
+    for site, own, other in zip(sites, instances, instances[::-1], strict=True):
+        status, body = site.request(path, own.token(7))
+        contents = {m["content"].split()[0] for m in json.loads(body)["messages"]}
+        check(contents == {own.name}, f"{site.domain} has {contents}")
+        status, _ = site.request("/", Origin=site.origin)
+        check(status == 200, f"the page of {site.domain}: {status}")
+        status, _ = site.request(path, other.token(7))
+        check(status == 401, f"{site.domain}, a token of {other.name}: {status}")
+        try:
+            with site.socket(other.token(7)):
+                raise Failed(
+                    f"a token of {other.name} opened a socket of {site.domain}"
+                )
+        except InvalidStatus as refusal:
+            status = refusal.response.status_code
+            check(status == 401, f"a socket with a token of {other.name}: {refusal}")
+        # A page of the other community is a page of another site.
+        (origin,) = (there.origin for there in sites if there != site)
+        status, _ = site.request("/api/v1/me", own.token(7), Origin=origin)
+        check(status == 403, f"{site.domain}, from {origin}: {status}")
+    return "each has its own messages; 401 for the other's tokens, 403 for its pages"
+
+
+def restart_each(
+    sites: list[Endpoint],
+    instances: list[Instance],
+    serving: list[contextlib.ExitStack],
+) -> str:
+    """While one instance restarts, the chats of the other go on."""
+    waits = []
+    for number in (0, 1):
+        other = 1 - number
+        token = instances[other].token(6)
+        with sites[other].socket(token) as peer, ThreadPoolExecutor(1) as thread:
+            receive(peer, "connected")
+            with sites[number].socket(instances[number].token(6)) as ended:
+                cursor = receive(ended, "connected")["cursor"]
+                serving[number].close()
+                with contextlib.suppress(ConnectionClosed):
+                    receive(ended, "the end")
+                check(ended.close_code == 1012, f"a restart: {ended.close_code}")
+            began = time.monotonic()
+            early = thread.submit(sites[number].request, "/healthz")
+            command = {"type": "send_message", "chat_id": 1, "content": "still here"}
+            peer.send(json.dumps(command))
+            receive(peer, "ack")
+            check(not early.done(), "a client had an answer without a process")
+            serving[number].enter_context(instances[number].serving())
+            status, _ = early.result()
+            check(status == 200, f"a client that came during the restart: {status}")
+            waits.append(time.monotonic() - began)
+            token = instances[number].token(6)
+            with sites[number].socket(token, cursor) as again:
+                resume = receive(again, "connected")["resume"]
+                check(resume == "live", f"resume after a restart: {resume}")
+            peer.send('{"type": "ping"}')
+            receive(peer, "pong")
+    return (
+        "a restart of either leaves the other's socket open; a client that comes "
+        f"meanwhile waits, here {max(waits):.1f} s"
+    )
+
+
+def unknown_names(sites: list[Endpoint], instances: list[Instance]) -> str:
+    """A host name that no server has reaches neither community."""
+    for domain in ("example.org", "other.example.org", "127.0.0.1"):
+        stranger = dataclasses.replace(sites[0], domain=domain)
+        try:
+            status, _ = stranger.request("/healthz")
+            raise Failed(f"{domain} was answered: {status}")
+        except ssl.SSLError as error:
+            check("UNRECOGNIZED_NAME" in str(error), f"{domain}: {error}")
+    # The name in the request decides, not the one in the handshake.
+    club, shop = sites
+    status, _ = club.request("/api/v1/me", instances[1].token(6), Host=shop.host)
+    check(status == 200, f"the club's handshake, the shop's Host: {status}")
+    try:
+        status, _ = club.request("/healthz", Host="other.example.org")
+        raise Failed(f"the club's handshake, an unknown Host: {status}")
+    except http.client.RemoteDisconnected:
+        pass
+    return "other names are refused in the handshake, and in a request"
+
+
+def two_communities(folder: Path) -> Iterator[str]:
+    """Run the checks of two instances behind one nginx; yield what each found."""
+    folder.chmod(0o711)
+    instances = [Instance(folder, name) for name in ("club", "shop")]
+    serving = [contextlib.ExitStack() for _ in instances]
+    with contextlib.ExitStack() as stack:
+        for instance, ending in zip(instances, serving, strict=True):
+            stack.enter_context(contextlib.closing(instance.listener))
+            stack.enter_context(ending).enter_context(instance.serving())
+        sites = stack.enter_context(both_behind_nginx(folder, instances))
+        yield separate(sites, instances)
+        yield restart_each(sites, instances, serving)
+        yield unknown_names(sites, instances)
 
 
 # --- the checks ----------------------------------------------------------------------
@@ -582,6 +858,16 @@ def main() -> int:
             except Failed as error:
                 print(f"{name}: FAILED: {error}", flush=True)
                 return 1
+    with tempfile.TemporaryDirectory(prefix="chatd-") as text:
+        folder, name = Path(text), "nginx for two communities"
+        (folder / "logs").mkdir()
+        try:
+            for found in two_communities(folder):
+                print(f"{name}: {found}", flush=True)
+            print(f"{name}: {logs(folder / 'logs')}", flush=True)
+        except Failed as error:
+            print(f"{name}: FAILED: {error}", flush=True)
+            return 1
     return 0
 
 

@@ -10,7 +10,7 @@ own root, or a TREE. An overlay in memory keeps all writes, so neither changes, 
 this script runs the text of that page. Each step prints what it found. These commands
 make a TREE of Debian 13 (or 12: bookworm):
 
-    packages=systemd,systemd-sysv,dbus,iproute2,python3-venv,ca-certificates
+    packages=systemd,systemd-sysv,dbus,iproute2,python3-venv,ca-certificates,curl
     sudo debootstrap --variant=minbase --include=$packages trixie TREE
 
 The script needs root, the right to mount, and Debian's packages systemd-container,
@@ -127,6 +127,7 @@ class Machine:
                 raise CannotRun(f"no {tool}: apt-get install {package}")
         for tool, package in (
             ("ip", "iproute2"), ("python3", "python3-venv"), ("systemctl", "systemd"),
+            ("curl", "curl"),
         ):  # fmt: skip
             if not (self.tree / "usr/bin" / tool).exists():
                 raise CannotRun(f"{self.tree} has no {tool}: it needs {package}")
@@ -360,10 +361,10 @@ class Clients:
 
     @contextlib.contextmanager
     def load(
-        self, at: Place = ("127.0.0.1", PORT), *, sends: bool = True
+        self, at: Place = ("127.0.0.1", PORT), *, sends: bool = True, db: str = DB
     ) -> Iterator[Load]:
         """During the block, clients connect in a loop, and one sends messages."""
-        load = Load(at, self, sends)
+        load = Load(at, self, sends, db)
         tasks = [self.threads.submit(load.connect) for _ in range(2)]
         if load.sends:
             tasks.append(self.threads.submit(load.send))
@@ -397,7 +398,7 @@ def request(
 class Load:
     """Counts the results of connections, and records the acks of one sender."""
 
-    def __init__(self, at: Place, clients: Clients, sends: bool) -> None:
+    def __init__(self, at: Place, clients: Clients, sends: bool, db: str) -> None:
         self.at = clients.place(at)
         self.over = threading.Event()
         self.results: Counter[str] = Counter()
@@ -405,7 +406,7 @@ class Load:
         self.acked: dict[str, int] = {}
         self.sends = sends
         if self.sends:
-            self.service = clients.token(f"1 --scope service --db {DB}")
+            self.service = clients.token(f"1 --scope service --db {db}")
             chat = {"member_ids": [6], "title": "load"}
             made = clients.request("POST", "/api/v1/chats", self.service, chat, at=at)[
                 1
@@ -467,9 +468,9 @@ def stored(machine: Machine, db: str = DB) -> dict[str, int]:
     return dict(rows)
 
 
-def verify_acks(machine: Machine, load: Load) -> None:
+def verify_acks(machine: Machine, load: Load, db: str = DB) -> None:
     """Verify that every acked message is stored with the id of its ack."""
-    rows = stored(machine)
+    rows = stored(machine, db)
     lost = {key: at for key, at in load.acked.items() if rows.get(key) != at}
     assert load.acked, "no message was acked"
     assert not lost, f"lost: {lost}"
@@ -522,7 +523,9 @@ def sandbox(machine: Machine, clients: Clients) -> str:
     modes = machine.run("stat -L -c '%a %u' /var/lib/chatd /var/lib/chatd/chatd.*")
     assert set(modes.split("\n")) == {f"700 {user}", f"600 {user}"}, modes
     assert machine.show("NFileDescriptorStore") == "1"
-    link = machine.run(commands("chatd/bin/chatd token 1 --name Anna"))
+    link = machine.run(
+        commands("/opt/chatd/bin/chatd token 1 --name Anna --link https://chat.")
+    )
     status_code, session = clients.request(
         "POST", "/api/v1/session", link.partition("#token=")[2]
     )
@@ -914,10 +917,189 @@ def proxy_unit(machine: Machine, clients: Clients) -> str:
     return f"exposure {score}; {found}; then at another port, to a Unix socket"
 
 
+def instances(machine: Machine, clients: Clients) -> str:
+    """Two instances of the template, as on the page: each is a community of its own."""
+    # systemctl has 0 as its status only if both run.
+    *install, status = (
+        commands("enable --now chatd@club chatd@shop").strip().split("\n")
+    )
+    machine.run("\n".join(install))
+    shown = machine.run(status)
+    names = ("club", "shop")
+    for name in names:
+        assert f'Status: "listening on unix:/run/chatd@{name}.sock"' in shown, shown
+    copies = [f"{UNITS}/chatd@{kind}" for kind in ("club.service", "club.socket")]
+    verify_units(machine, *copies)
+    score = float(re.findall(r"[\d.]+", exposure(machine, "chatd@club"))[-1])
+    assert score <= 0.2, score
+    assert clients.request("GET", "/healthz")[0] == 200, "chatd.service is disturbed"
+    dbs = {name: f"/var/lib/chatd@{name}/chatd.db" for name in names}
+    sockets = {name: f"/run/chatd@{name}.sock" for name in names}
+    pids = {name: machine.show("MainPID", f"chatd@{name}") for name in names}
+    users = {name: machine.run(f"stat -c %u /proc/{pids[name]}") for name in names}
+    server = machine.run(f"stat -c %u /proc/{machine.show('MainPID')}")
+    assert len({*users.values(), server, "0"}) == 4, (users, server)
+    separate(machine, dbs, sockets, pids, users)
+
+    # A message and a token of the club are of no use in the shop.
+    sent = clients.token(f"6 --db {dbs['club']}")
+    _, made = clients.request("POST", "/api/v1/chats", sent, {
+        "title": "only the club"}, at=sockets["club"])  # fmt: skip
+    assert made["chat"]["title"] == "only the club", made
+    assert clients.request("GET", "/api/v1/chats", sent, at=sockets["shop"])[0] == 401
+    other = clients.token(f"6 --db {dbs['shop']}")
+    assert clients.request("GET", "/api/v1/chats", other, at=sockets["club"])[0] == 401
+    _, listed = clients.request("GET", "/api/v1/chats", other, at=sockets["shop"])
+    assert listed["chats"] == [], listed
+
+    # A restart, a crash and a setting of one: no client is refused, the other goes on.
+    (path,) = (p for p in unit_files() if "chatd@club.service.d" in p)
+    machine.write(path, unit_files()[path])
+    with clients.load(sockets["club"], db=dbs["club"]) as load:
+        for _ in range(3):
+            machine.run("systemctl restart chatd@club")
+        machine.run("systemctl kill -s KILL chatd@club")
+        machine.becomes("NRestarts", "1", unit="chatd@club")
+        machine.becomes("SubState", "running", unit="chatd@club")
+    verify_acks(machine, load, dbs["club"])
+    assert machine.show("MainPID", "chatd@shop") == pids["shop"]
+    _, me = clients.request("GET", "/api/v1/me", sent, at=sockets["club"])
+    assert me["server"]["invites"] is True, me
+    _, me = clients.request("GET", "/api/v1/me", other, at=sockets["shop"])
+    assert me["server"]["invites"] is False, me
+    administer_instance(machine, clients, dbs, sockets)
+    # The page's drop-in for another reverse proxy; this system has no group caddy.
+    (path,) = (p for p in unit_files() if "chatd@.socket.d" in p)
+    machine.write(path, unit_files()[path].replace("=caddy", "=games"))
+    machine.run("systemctl stop chatd@club.socket; systemctl start chatd@club")
+    mode = machine.run(f"stat -c '%a %U %G' {sockets['club']}")
+    assert mode == "660 root games", mode
+    machine.run(f"rm -r {Path(path).parent}; systemctl daemon-reload")
+    remove_instances(machine, clients, dbs)
+    found = load.verify_none_refused(may_drop=True)
+    return f"exposure {score}, users {', '.join(users.values())}; {found}"
+
+
+def separate(
+    machine: Machine,
+    dbs: dict[str, str],
+    sockets: dict[str, str],
+    pids: dict[str, str],
+    users: dict[str, str],
+) -> None:
+    """Verify that one instance can read no file of the other, and not reach it."""
+
+    for name, other in (("club", "shop"), ("shop", "club")):
+        # In the view of the service only Python is executable, so setpriv is not.
+        become = f"import os; os.setgroups([]); os.setgid({users[name]}); "
+        become += f"os.setuid({users[name]}); "
+        run = f"nsenter -t {pids[name]} -m /opt/chatd/bin/python -c"
+        for path in (dbs, {k: v[:-2] + "secret" for k, v in dbs.items()}):
+            code = f"{become}print(len(open('{path[name]}', 'rb').read(16)))"
+            assert machine.run(f'{run} "{code}"') == "16", path[name]
+            code = f"{become}open('{path[other]}', 'rb')"
+            refused = machine.run(f'{run} "{code}"', check=False)
+            assert re.search("PermissionError|FileNotFoundError", refused), refused
+        # Its user cannot without the sandbox either.
+        folder = str(Path(dbs[name]).parent)
+        modes = machine.run(f"stat -L -c '%a %u' {folder} {folder}/chatd.*")
+        assert set(modes.split("\n")) == {f"700 {users[name]}", f"600 {users[name]}"}
+        ids = f"--reuid={users[name]} --regid={users[name]} --clear-groups"
+        refused = machine.run(f"setpriv {ids} cat {dbs[other]}", check=False)
+        assert "Permission denied" in refused, refused
+        # Nor can it reach the socket of the other.
+        connect = "import socket; socket.socket(socket.AF_UNIX).connect"
+        code = f"{become}{connect}('{sockets[other]}')"
+        refused = machine.run(f'{run} "{code}"', check=False)
+        assert "PermissionError" in refused, refused
+        mode = machine.run(f"stat -c '%a %U %G' {sockets[name]}")
+        assert mode == "660 root www-data", mode
+        code = f"{connect}('{sockets[name]}')"
+        ids = "--reuid=www-data --regid=www-data --clear-groups"
+        assert machine.run(f'setpriv {ids} python3 -c "{code}"') == ""
+
+
+def administer_instance(
+    machine: Machine, clients: Clients, dbs: dict[str, str], sockets: dict[str, str]
+) -> None:
+    """Run the page's commands for an instance, its backups and the upgrade."""
+    shop = machine.show("MainPID", "chatd@shop")
+    link, checked, *_ = machine.run(commands("chatd@club/chatd.db > club")).split("\n")
+    status, session = clients.request(
+        "POST", "/api/v1/session", link.partition("#token=")[2], at=sockets["club"]
+    )
+    assert (status, session["name"]) == (200, "Anna"), session
+    assert ": ok: " in checked, checked
+    assert "only the club" in machine.run("cat club.jsonl")
+    assert "# TYPE" in machine.run(commands("curl --unix-socket"))
+    machine.run(commands("chatd restore club.db"))
+    assert clients.request("GET", "/healthz", at=sockets["club"])[0] == 200
+    assert "only the club" in stored_titles(machine, dbs["club"])
+    owners = machine.run("stat -L -c %u /var/lib/chatd@club/chatd.*").split("\n")
+    assert len({*owners} | {"0"}) == 2, owners
+
+    # While the socket is stopped, nobody can start the instance.
+    machine.run("systemctl stop chatd@club.socket")
+    assert machine.show("ActiveState", "chatd@club") == "inactive"
+    assert machine.run("ls /run/chatd@*") == sockets["shop"]
+    assert machine.show("MainPID", "chatd@shop") == shop
+    machine.run("systemctl start chatd@club")
+
+    # The page's three lines, in the two files of the timer.
+    (lines,) = re.findall(r"(?s)```ini\n(ExecStart=\S+ backup.*?)```", PAGE)
+    written = {p: t for p, t in unit_files().items() if "/chatd-backup." in p}
+    made = {}
+    for path, text in written.items():
+        new = text
+        for line in lines.splitlines() if path.endswith("service") else ():
+            key = line.partition("=")[0]
+            new, count = re.subn(rf"(?m)^{key}=.*$", line, new)
+            assert count == 1, line
+        made[path.replace("chatd-backup.", "chatd-backup@.")] = new
+    for path, text in made.items():
+        machine.write(path, text)
+    verify_units(machine, *(p.replace("@.", "@club.") for p in sorted(made)))
+    machine.run("systemctl enable --now chatd-backup@club.timer")
+    machine.run("systemctl start chatd-backup@club chatd-backup@shop")
+    for name in dbs:
+        (copy,) = machine.run(
+            f"find /var/lib/chatd-backup@{name}/ -name '*.db'"
+        ).split()
+        assert (name == "club") == ("only the club" in stored_titles(machine, copy))
+    machine.run("systemctl disable --now chatd-backup@club.timer")
+    machine.run(f"rm -r /var/lib/private/chatd-backup@* /var/lib/chatd-backup@* "
+                f"{' '.join(made)}; systemctl daemon-reload")  # fmt: skip
+
+    machine.run(commands("restart 'chatd@*.service'"), online=True)
+    for name in dbs:
+        (copy,) = machine.run(f"ls chatd@{name}-*.db").split()
+        assert ": ok: " in machine.run(f"{BIN} check --db {copy}")
+        assert clients.request("GET", "/healthz", at=sockets[name])[0] == 200
+    assert machine.show("MainPID", "chatd@shop") != shop, "it was not restarted"
+
+
+def stored_titles(machine: Machine, db: str) -> str:
+    """The export of a database, which has the titles of all chats."""
+    return machine.run(f"{BIN} export --db {db}")
+
+
+def remove_instances(machine: Machine, clients: Clients, dbs: dict[str, str]) -> None:
+    """Remove them as on the page; the other goes on until it is removed, too."""
+    block = commands("clean --what=state chatd@club")
+    for name in dbs:
+        machine.run(block.replace("club", name))
+        left = machine.run(f"find /etc/systemd /var/lib /run -name 'chatd@{name}*'")
+        assert left == "", left
+        if name == "club":
+            assert machine.show("SubState", "chatd@shop") == "running"
+    machine.run(f"rm {UNITS}/chatd@.*; systemctl daemon-reload")
+    assert clients.request("GET", "/healthz")[0] == 200
+
+
 def upgrade(machine: Machine, clients: Clients) -> str:
     """Upgrade as on the page, twice on one day, while clients connect."""
     with clients.load() as load:
-        *steps, restart, _ = commands("git pull").split("\n")
+        *steps, restart, _ = commands("git pull\nsudo").split("\n")
         for _ in range(2):
             machine.run("\n".join(steps), online=True)
             machine.run(restart)
@@ -950,7 +1132,7 @@ def stop(machine: Machine, clients: Clients) -> str:
 
 def removal(machine: Machine, clients: Clients) -> str:
     """Remove as on the page: nothing is left."""
-    machine.run(commands("systemctl clean"))
+    machine.run(commands("clean --what=state chatd\n"))
     machine.run(
         f"systemctl disable --now chatd-backup.timer; rm {UNITS}/chatd-backup.*"
     )
@@ -965,7 +1147,7 @@ def removal(machine: Machine, clients: Clients) -> str:
 STEPS: list[Callable[[Machine, Clients], str]] = [
     install, sandbox, restarts, killed, hung, crash_loop, restart_delay, wrong_use,
     settings, addresses, firewall, credential, administration, backups, socket_unit,
-    unix_socket, proxy_unit, upgrade, stop, removal,
+    unix_socket, proxy_unit, instances, upgrade, stop, removal,
 ]  # fmt: skip
 
 
