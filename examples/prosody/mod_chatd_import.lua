@@ -36,14 +36,14 @@ file:close();
 assert(#secret >= 32, secret_file .. ": at least 32 characters, please");
 assert(module:get_option_string("muc_log_expires_after") == "never",
 	'without muc_log_expires_after = "never" Prosody drops all that is older than a week');
--- The connection of mod_storage_sql. Through it a whole request is one transaction, and a
--- text is replaced in its place: the archive's own interface can only append.
+-- The connection of mod_storage_sql. Through it all messages of a request are one
+-- transaction, and a text is replaced in its place: archive:append would move it to the end.
 local _, sql = next(module:shared("/*/sql/connections"));
 assert(sql, 'the archive has to be in SQL: default_storage = "sql"');
 
 -- XML has no U+FFFE, U+FFFF and control characters, and one kind of line end.
 local function xml_text(text)
-	return (text:gsub("\r\n?", "\n"):gsub("[%z\1-\8\11\12\14-\31]", "\239\191\189")
+	return (text:gsub("\r\n?", "\n"):gsub("[\0-\8\11\12\14-\31]", "\239\191\189")
 		:gsub("\239\191[\190\191]", "\239\191\189"));
 end
 
