@@ -222,17 +222,22 @@ def whole_rounds(results: Results) -> Results:
     """Leave out a last round that was interrupted: it lacks some peers."""
     last = results["runs"][-1]["round"]
     rounds = last + 1 if "took_seconds" in results else max(1, last)
-    runs = [run for run in results["runs"] if run["round"] < rounds]
-    return {**results, "runs": runs, "plan": {**results["plan"], "rounds": rounds}}
+    return {
+        **results,
+        "runs": [run for run in results["runs"] if run["round"] < rounds],
+        "loads": results.get("loads", [])[:rounds],
+        "plan": {**results["plan"], "rounds": rounds},
+    }
 
 
 def measured(results: Results) -> str:
     """Describe how certain the figures are."""
     rounds = results["plan"]["rounds"]
-    load = f"load average {results['machine']['load_average']:.1f} at the start"
+    busy = f"at most {max(results['loads']):.2f} cores busy with anything else before"
     if rounds == 1:
-        return f"one round, {load}"
-    return f"medians of {rounds} rounds, typically ±{spread(results):.0f} %, {load}"
+        return f"one round, {busy} it"
+    typically = f"typically ±{spread(results):.0f} %"
+    return f"medians of {rounds} rounds, {typically}, {busy} a round"
 
 
 def section(results: Results) -> str:
@@ -300,7 +305,6 @@ def looked(results: Results, columns: Sequence[Column]) -> list[str]:
 
 def publish(results: Results) -> None:
     """Write the figures between docs/speed.md's markers, and the chart."""
-    results = whole_rounds(results)
     before, rest = PAGE.read_text().split(BEGIN)
     after = rest.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
