@@ -805,6 +805,10 @@ static void hold(void)
                     if (conns[served].caught < expect)
                         break;
             }
+            if (served < number) {
+                printf("{\"error\":\"not all clients got what they missed in 60 s\"}\n");
+                exit(1);
+            }
             epoll_ctl(poller, EPOLL_CTL_ADD, 0, &event);
         }
         uint64_t caught = 0;

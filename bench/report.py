@@ -104,7 +104,9 @@ def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
             for kind, case, head in rooms[-1:] + flights
             for name in ("p50", "p99")
         ],
-        f"{plan['pairs']} two-person chats; posts over HTTP": [
+        f"a lone message in a chat of two; {plan['pairs']} such chats; posts": [
+            ("us a lone message", "lone", "lone", per_message),
+            ("lone p50 ms", "lone", "lone", field("p50_ms")),
             ("messages/s", "pairs", "flat out", lambda run: rate(run) / 2),
             ("us a message", "pairs", "flat out", per_message),
             (f"p50 ms at {steady}", "pairs", steady, field("p50_ms")),
@@ -122,6 +124,7 @@ def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
             ("handshakes/s", "handshakes", "shake", rate),
             ("us a handshake", "handshakes", "shake", micros),
             (f"{plan['storm']:,} back, s", "storm", "storm", field("seconds")),
+            ("us a returning client", "storm", "storm", micros),
             ("start, s", "handshakes", "start", field("seconds")),
             (f"stop of {plan['kept']:,}, s", "idle", kept, field("seconds")),
         ],
@@ -261,8 +264,9 @@ def section(results: Results) -> str:
         "",
         "![CPU per delivery](../bench/chart.svg)",
         "",
-        f"**{plan['pairs']} two-person chats**, flat out and at a steady "
-        f"{plan['rate']:,.0f} messages a second, and posts over HTTP:",
+        "**Two-person chats**: one message at a time in one chat, "
+        f"{plan['pairs']} chats flat out and at a steady {plan['rate']:,.0f} messages "
+        "a second, and posts over HTTP:",
         "",
         *markdown(rows(results, pairs, spread=False)),
         "",

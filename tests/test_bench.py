@@ -1,4 +1,4 @@
-"""bench/: what it publishes."""
+"""bench/: what it publishes, and what it compares."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "bench/run.py").is_file():
     pytest.skip("bench/ is not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT / "bench"))
-peer, quiet, report, run, workload = map(
-    importlib.import_module, ("peer", "quiet", "report", "run", "workload")
+peer, quiet, ratios, report, run, workload = map(
+    importlib.import_module, ("peer", "quiet", "ratios", "report", "run", "workload")
 )
 sys.path.remove(str(ROOT / "bench"))
 
@@ -235,3 +235,48 @@ def test_each_round_looks_at_the_machine_first_and_a_quick_run_never(
     assert events == (["wait", "work"] * 2 if wait else ["work"] * 2)
     loads = [0.01, 0.03] if wait else []
     assert json.loads(path.read_text())["loads"] == loads
+
+
+# --- what is compared -----------------------------------------------------------------
+
+
+def pair(workload: str, case: str, this: dict[str, Any], **before: float) -> Any:
+    """Make the runs of both versions, which differ in the fields of `before`."""
+    where = {"round": 0, "workload": workload, "case": case}
+    yield {**where, "peer": "chatd", **this}
+    yield {**where, "peer": "before", **this, **before}
+
+
+def judged(*runs: dict[str, Any]) -> dict[str, Any]:
+    """Return each figure that was found: before, this."""
+    kinds = {run["workload"] for run in runs}
+    found = ratios.measures(results(*runs), kinds)
+    return {name: (each.before, each.this) for name, each in found.items() if each}
+
+
+def test_a_lone_message_is_two_deliveries() -> None:
+    run = {"count": 2000, "cpu": 0.5, "seconds": 4.0}
+    found = judged(*pair("lone", "lone", run, cpu=0.8))
+    assert found == {"us a lone message, a chat of 2": pytest.approx((800, 500))}
+
+
+def test_a_rate_is_compared_as_the_time_for_each_so_that_less_is_better() -> None:
+    chats = {"count": 40_000, "cpu": 3.9, "seconds": 4.0}  # 5,000 messages a second
+    posted = {"count": 8000, "cpu": 3.0, "seconds": 4.0}
+    found = judged(
+        *pair("pairs", "flat out", chats, count=20_000),
+        *pair("posts", "posts", posted, count=4000),
+    )
+    each = "us of time a message, 200 chats of 2"
+    assert found[each] == pytest.approx((400, 200))
+    assert found["us of time a post"] == pytest.approx((1000, 500))
+
+
+def test_a_returning_crowd_is_compared_by_its_time_and_by_the_cpu_of_a_client() -> None:
+    crowd = {"count": 1000, "cpu": 1.2, "seconds": 1.3}
+    runs = [*pair("storm", "storm", crowd, cpu=1.5, seconds=2.0)]
+    assert judged(*runs) == {
+        "us of CPU a returning client": pytest.approx((1500, 1200)),
+        "s until 1,000 are back": (2.0, 1.3),
+    }
+    assert not judged({**runs[0], "repeated": 3}, runs[1])
