@@ -28,7 +28,9 @@ from report import (
     Column,
     Results,
     aligned,
+    counted,
     field,
+    in_instructions,
     micros,
     per_message,
     rate,
@@ -127,7 +129,10 @@ def measures(results: Results, kinds: Sequence[str]) -> dict[str, Measure | None
     found: dict[str, Measure | None] = {}
     rounds = results["plan"]["rounds"]
     sound = [run for run in results["runs"] if not any(map(run.get, FAULTS))]
-    for column in columns(results["plan"]):
+    compared = columns(results["plan"])
+    if counted(results):
+        compared += in_instructions(compared, "thousand instructions ")
+    for column in compared:
         name, kind, *_ = column
         if kind not in kinds:
             continue

@@ -34,6 +34,28 @@ def per_message(run: Run) -> float:
     return 2 * micros(run)
 
 
+def thousands(run: Run) -> float:
+    """Return the server's instructions for a delivery, request or handshake, in 1,000.
+
+    NaN if they could not be counted.
+    """
+    if not run.get("instructions") or not run["count"]:
+        return math.nan
+    return float(run["instructions"] / run["count"] / 1000)
+
+
+def thousands_per_message(run: Run) -> float:
+    """Return the instructions for a message in a two-person chat: two deliveries."""
+    return 2 * thousands(run)
+
+
+# The figures of CPU time, and the same of instructions.
+INSTRUCTIONS: dict[Figure, Figure] = {
+    micros: thousands,
+    per_message: thousands_per_message,
+}
+
+
 def rate(run: Run) -> float:
     """Return how many there were in a second."""
     return float(run["count"] / run["seconds"])
@@ -149,6 +171,46 @@ def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
     }
 
 
+def counted(results: Results) -> bool:
+    """Return whether any run has the server's instructions."""
+    return any(run.get("instructions") for run in results["runs"])
+
+
+def uncounted(results: Results) -> list[str]:
+    """Say why there are no instructions, if the load tried to count them."""
+    if counted(results) or not any("instructions" in run for run in results["runs"]):
+        return []
+    return [
+        "instructions: not counted: this machine's perf events are not supported, or "
+        "kernel.perf_event_paranoid is above 2"
+    ]
+
+
+def in_instructions(columns: Sequence[Column], unit: str = "") -> list[Column]:
+    """Turn columns of CPU time into columns of instructions; leave out all others."""
+    return [
+        (
+            unit + head.removeprefix("us ").removeprefix("of CPU "),
+            kind,
+            case,
+            INSTRUCTIONS[figure],
+        )
+        for head, kind, case, figure in columns
+        if figure in INSTRUCTIONS
+    ]
+
+
+def instruction_tables(results: Results) -> dict[str, list[Column]]:
+    """List the tables of instructions; none if they were not counted."""
+    if not counted(results):
+        return {}
+    costs, _, _, chats, connections, _, _ = tables(results["plan"]).values()
+    return {
+        "thousand instructions of the server per delivery": in_instructions(costs),
+        "thousand instructions of the server": in_instructions([*chats, *connections]),
+    }
+
+
 def rows(
     results: Results, columns: Sequence[Column], *, spread: bool
 ) -> list[list[str]]:
@@ -165,12 +227,13 @@ def rows(
 def text(results: Results) -> str:
     """Write all tables for a terminal, with the range behind each median."""
     out = []
-    for title, columns in tables(results["plan"]).items():
+    every = {**tables(results["plan"]), **instruction_tables(results)}
+    for title, columns in every.items():
         table = rows(results, columns, spread=True)
         if len(table) == 1:
             continue
         out += [f"\n{title}", *aligned(table)]
-    out += ["", *faults(results)]
+    out += ["", *uncounted(results), *faults(results)]
     return "\n".join(out)
 
 
@@ -276,6 +339,7 @@ def section(results: Results) -> str:
         "",
         *markdown(rows(results, connections, spread=False)),
         "",
+        *executed(results),
         "**chatd with a long history**, CPU in microseconds:",
         "",
         *markdown([["", *ages], *aged]),
@@ -291,6 +355,15 @@ def section(results: Results) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def executed(results: Results) -> list[str]:
+    """Write the tables of instructions, if they were counted."""
+    lines = []
+    for title, columns in instruction_tables(results).items():
+        table = rows(results, columns, spread=False)
+        lines += [f"**{title.capitalize()}**, in user space:", "", *markdown(table), ""]
+    return lines
 
 
 def looked(results: Results, columns: Sequence[Column]) -> list[str]:

@@ -17,6 +17,10 @@ load is not in it. Every delivery is checked for its room, its order and its num
 what a peer loses is printed. The JSON file has the raw figures of every round, and is
 written after each run.
 
+Where perf_event_open(2) works, load.c also counts the instructions of the server in
+user space. They hardly depend on what else runs, so they show a change that the noise
+of CPU time hides.
+
 --full and --before wait before each round until less than half a core is busy, for
 three minutes at most, and record how busy the machine was (quiet.py). Figures of a busy
 machine are not published: --full leaves results.json as it was, and --report refuses
@@ -171,7 +175,7 @@ def compare(plan: workload.Plan, checkout: Path, only: str, path: Path) -> bool:
     results["measures"] = [dataclasses.asdict(each) for each in found.values() if each]
     save(results, path)
     busiest = f"at most {max(results['loads']):.2f} cores were busy before a round"
-    told = [busiest, *report.faults(results)]
+    told = [busiest, *report.uncounted(results), *report.faults(results)]
     print("", ratios.text(found), "", *told, sep="\n")
     return ratios.holds(found)
 

@@ -280,3 +280,36 @@ def test_a_returning_crowd_is_compared_by_its_time_and_by_the_cpu_of_a_client() 
         "s until 1,000 are back": (2.0, 1.3),
     }
     assert not judged({**runs[0], "repeated": 3}, runs[1])
+
+
+# --- instructions ---------------------------------------------------------------------
+
+SHAKE = {"count": 100, "cpu": 0.2, "seconds": 1.0, "instructions": None}
+LONE = {"count": 2000, "cpu": 0.5, "seconds": 4.0, "instructions": None}
+
+
+def test_instructions_are_compared_and_listed_where_they_are_counted() -> None:
+    run = {**LONE, "instructions": 6_000_000_000, "p50_ms": 1}
+    runs = [*pair("lone", "lone", run, instructions=8_000_000_000)]
+    name = "thousand instructions a lone message, a chat of 2"
+    assert judged(*runs)[name] == (8000, 6000)
+    text = report.text(results(*runs))
+    _, _, table = text.partition("thousand instructions of the server\n")
+    head, row, *_ = table.splitlines()
+    assert head.split()[:3] == ["a", "lone", "message"]
+    assert row.split()[:2] == ["chatd", "6,000"]
+    assert "not counted" not in text
+
+
+def test_where_instructions_are_not_counted_one_line_says_why() -> None:
+    runs = [*pair("handshakes", "shake", SHAKE)]
+    assert not any("instructions" in name for name in judged(*runs))
+    lines = report.text(results(*runs)).splitlines()
+    told = [line for line in lines if "instructions" in line]
+    assert len(told) == 1
+    assert told[0].startswith("instructions: not counted: ")
+
+
+def test_a_run_without_counts_is_none_beside_runs_that_have_them() -> None:
+    assert report.shown(report.thousands(SHAKE)) == "none"
+    assert report.thousands({"count": 2000, "instructions": 5_000_000}) == 2.5
