@@ -13,13 +13,16 @@
  * timed, and checked for its room, its order and its number, without state shared with
  * the sender. With `rate` the time is when it was due, not when it was sent. The CPU of
  * the server (`pids`) is read from the kernel's process clocks at both ends of the
- * window, so connecting and warming up are not in it.
+ * window, so connecting and warming up are not in it. So are its instructions, where
+ * the kernel lets us count them.
  *
  * Protocols: ws (a message goes to the whole room), chatd, xmpp, mqtt, http.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
+#include <linux/perf_event.h>
 #include <netinet/tcp.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -28,6 +31,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -105,6 +109,65 @@ static void die(const char *why)
     fprintf(stderr, "load: %s: %s\n", why, strerror(errno));
     exit(1);
 }
+
+/* --- instructions -----------------------------------------------------------------
+ * The instructions of the server in user space, by a counter of the processor for each
+ * thread of its processes; threads that start later inherit it. Most virtual machines
+ * have no such counter, and the kernel refuses it when kernel.perf_event_paranoid is
+ * above 2. A sum that lacks a thread would be wrong, so one refusal ends the counting. */
+
+static int counters[1024], counter_count;
+static bool uncounted;
+
+static void count_thread(pid_t thread)
+{
+    struct perf_event_attr event = {
+        .type = PERF_TYPE_HARDWARE,
+        .size = sizeof event,
+        .config = PERF_COUNT_HW_INSTRUCTIONS,
+        .inherit = 1,
+        .exclude_kernel = 1,
+        .exclude_hv = 1,
+    };
+    int fd = syscall(SYS_perf_event_open, &event, thread, -1, -1, 0);
+    if (fd >= 0 && counter_count < 1024)
+        counters[counter_count++] = fd;
+    else if (fd >= 0 || errno != ESRCH) /* a thread that has ended is no loss */
+        uncounted = true;
+}
+
+static void count_threads(int pid)
+{
+    char path[32];
+    snprintf(path, sizeof path, "/proc/%d/task", pid);
+    DIR *tasks = opendir(path);
+    if (!tasks)
+        return;
+    for (struct dirent *task; (task = readdir(tasks));)
+        if (atoi(task->d_name))
+            count_thread(atoi(task->d_name));
+    closedir(tasks);
+}
+
+static uint64_t server_instructions(void)
+{
+    uint64_t sum = 0, one;
+    for (int i = 0; i < counter_count; i++)
+        if (read(counters[i], &one, sizeof one) == sizeof one)
+            sum += one;
+    return sum;
+}
+
+/* Some virtual machines offer the counter, and it stays zero. */
+static void report_instructions(uint64_t count)
+{
+    if (uncounted || !count)
+        printf(",\"instructions\":null");
+    else
+        printf(",\"instructions\":%llu", (unsigned long long)count);
+}
+
+/* --- latencies -------------------------------------------------------------------- */
 
 /* Latencies in classes 1/32 wide: exact enough for a percentile, and bounded. */
 static uint64_t classes[64 * 32], timed, slowest;
@@ -706,12 +769,14 @@ static void talk(void)
     drive(begin, begin + warm_seconds * 1e9, &due);
     memset(classes, 0, sizeof classes);
     timed = slowest = 0;
+    uint64_t executed = server_instructions();
     double cpu = server_cpu(), own = own_cpu();
     uint64_t from = now(), count = delivered;
     drive(begin, from + seconds * 1e9, &due);
     double window = (now() - from) / 1e9;
     cpu = server_cpu() - cpu;
     own = own_cpu() - own;
+    executed = server_instructions() - executed;
     count = delivered - count;
     running = false;
     /* Messages in flight have ten seconds to arrive. After that they are late. */
@@ -720,6 +785,7 @@ static void talk(void)
         turn(100);
     turn(50); /* repeated deliveries arrive now */
     report(window, cpu, own, count);
+    report_instructions(executed);
     printf(",\"late\":%llu}\n", (unsigned long long)(all - delivered - lost));
 }
 
@@ -734,12 +800,14 @@ static void http(void)
     drive(begin, begin + warm_seconds * 1e9, &due);
     memset(classes, 0, sizeof classes);
     timed = slowest = 0;
+    uint64_t executed = server_instructions();
     double cpu = server_cpu(), own = own_cpu();
     uint64_t from = now(), count = done;
     drive(begin, from + seconds * 1e9, &due);
     double window = (now() - from) / 1e9;
     cpu = server_cpu() - cpu;
     own = own_cpu() - own;
+    executed = server_instructions() - executed;
     count = done - count;
     running = false;
     for (uint64_t limit = now() + 10000000000ull; done + refused < sent_count;)
@@ -747,12 +815,14 @@ static void http(void)
             break;
     lost = sent_count - done - refused;
     report(window, cpu, own, count);
+    report_instructions(executed);
     printf(",\"done\":%llu}\n", (unsigned long long)done);
 }
 
 static void shake(void)
 {
     uint64_t from = now(), until = from + seconds * 1e9, count = 0;
+    uint64_t executed = server_instructions();
     double cpu = server_cpu(), own = own_cpu();
     for (int i = 0; i < wanted; i++)
         dial(&conns[i], next_line++);
@@ -773,6 +843,7 @@ static void shake(void)
     }
     double window = (now() - from) / 1e9;
     report(window, server_cpu() - cpu, own_cpu() - own, count);
+    report_instructions(server_instructions() - executed);
     printf("}\n");
 }
 
@@ -789,6 +860,7 @@ static void hold(void)
         if (scanf("%63s %d", word, &number) != 2)
             return;
         double cpu = server_cpu();
+        uint64_t executed = server_instructions();
         uint64_t from = now(), until = from + 60000000000ull;
         if (!strcmp(word, "keep")) {
             closing = true;
@@ -805,15 +877,25 @@ static void hold(void)
                     if (conns[served].caught < expect)
                         break;
             }
+            if (served < number) {
+                printf("{\"error\":\"not all clients got what they missed in 60 s\"}\n");
+                exit(1);
+            }
             epoll_ctl(poller, EPOLL_CTL_ADD, 0, &event);
         }
+        /* The clocks stop here: the last client has its last message. */
+        double took = (now() - from) / 1e9;
+        cpu = server_cpu() - cpu;
+        executed = server_instructions() - executed;
         uint64_t caught = 0;
         for (int i = 0; i < number; i++)
             caught += conns[i].caught;
         printf("{\"open\":%d,\"seconds\":%.6f,\"cpu\":%.6f,\"caught\":%llu,"
-               "\"ended\":%llu}\n",
-               open_count, (now() - from) / 1e9, server_cpu() - cpu,
-               (unsigned long long)caught, (unsigned long long)ended);
+               "\"ended\":%llu",
+               open_count, took, cpu, (unsigned long long)caught,
+               (unsigned long long)ended);
+        report_instructions(executed);
+        printf("}\n");
     }
 }
 
@@ -891,6 +973,8 @@ int main(int count, char **words)
     if (count < 2 || !protocol || !file)
         return 2;
     read_lines();
+    for (int i = 0; i < pid_count; i++)
+        count_threads(pids[i]);
     setvbuf(stdout, NULL, _IOLBF, 0);
     poller = epoll_create1(0);
     conns = calloc(wanted, sizeof *conns);

@@ -28,9 +28,12 @@ from report import (
     Column,
     Results,
     aligned,
+    counted,
     field,
+    in_instructions,
     micros,
     per_message,
+    rate,
     shown,
     tables,
     values,
@@ -55,18 +58,34 @@ class Measure:
     holds: bool
 
 
+def time_each(run: dict[str, Any]) -> float:
+    """Return 1 / rate in microseconds: so, too, lower is better."""
+    return 1e6 / rate(run) if run["count"] else math.nan
+
+
+def time_per_message(run: dict[str, Any]) -> float:
+    """Return the time for a message in two-person chats: two deliveries."""
+    return 2 * time_each(run)
+
+
 def columns(plan: dict[str, Any]) -> list[Column]:
     """List the figures that are compared. For each of them, lower is better."""
     deliveries = next(iter(tables(plan).values()))
     (idle,) = plan["idle"]
+    chats = f"{plan['pairs']} chats of 2"
     return [
         *(
             (f"us a delivery, {head}", kind, case, micros)
             for head, kind, case, _ in deliveries
         ),
-        (f"us a message, {plan['pairs']} chats of 2", "pairs", "flat out", per_message),
+        ("us a lone message, a chat of 2", "lone", "lone", per_message),
+        (f"us a message, {chats}", "pairs", "flat out", per_message),
+        (f"us of time a message, {chats}", "pairs", "flat out", time_per_message),
         ("us a post", "posts", "posts", micros),
+        ("us of time a post", "posts", "posts", time_each),
         ("us a handshake", "handshakes", "shake", micros),
+        ("us of CPU a returning client", "storm", "storm", micros),
+        (f"s until {plan['storm']:,} are back", "storm", "storm", field("seconds")),
         ("KB of an idle connection", "idle", str(idle), field("bytes", 1024)),
         ("ms of CPU to start", "handshakes", "start", field("cpu", 1e-3)),
         ("ms to start", "handshakes", "start", field("seconds", 1e-3)),
@@ -110,7 +129,10 @@ def measures(results: Results, kinds: Sequence[str]) -> dict[str, Measure | None
     found: dict[str, Measure | None] = {}
     rounds = results["plan"]["rounds"]
     sound = [run for run in results["runs"] if not any(map(run.get, FAULTS))]
-    for column in columns(results["plan"]):
+    compared = columns(results["plan"])
+    if counted(results):
+        compared += in_instructions(compared, "thousand instructions ")
+    for column in compared:
         name, kind, *_ = column
         if kind not in kinds:
             continue
@@ -121,7 +143,7 @@ def measures(results: Results, kinds: Sequence[str]) -> dict[str, Measure | None
                 values({"runs": runs}, peer, column) for peer in ("chatd", "before")
             )
             if this and before:
-                # In a pair each side starts several times.
+                # In a pair each side starts, and its clients return, several times.
                 sides.append((statistics.median(this), statistics.median(before)))
         sides = [pair for pair in sides if all(0 < side < math.inf for side in pair)]
         found[name] = judge(name, sides, rounds) if sides else None

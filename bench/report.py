@@ -34,6 +34,28 @@ def per_message(run: Run) -> float:
     return 2 * micros(run)
 
 
+def thousands(run: Run) -> float:
+    """Return the server's instructions for a delivery, request or handshake, in 1,000.
+
+    NaN if they could not be counted.
+    """
+    if not run.get("instructions") or not run["count"]:
+        return math.nan
+    return float(run["instructions"] / run["count"] / 1000)
+
+
+def thousands_per_message(run: Run) -> float:
+    """Return the instructions for a message in a two-person chat: two deliveries."""
+    return 2 * thousands(run)
+
+
+# The figures of CPU time, and the same of instructions.
+INSTRUCTIONS: dict[Figure, Figure] = {
+    micros: thousands,
+    per_message: thousands_per_message,
+}
+
+
 def rate(run: Run) -> float:
     """Return how many there were in a second."""
     return float(run["count"] / run["seconds"])
@@ -104,7 +126,9 @@ def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
             for kind, case, head in rooms[-1:] + flights
             for name in ("p50", "p99")
         ],
-        f"{plan['pairs']} two-person chats; posts over HTTP": [
+        f"a lone message in a chat of two; {plan['pairs']} such chats; posts": [
+            ("us a lone message", "lone", "lone", per_message),
+            ("lone p50 ms", "lone", "lone", field("p50_ms")),
             ("messages/s", "pairs", "flat out", lambda run: rate(run) / 2),
             ("us a message", "pairs", "flat out", per_message),
             (f"p50 ms at {steady}", "pairs", steady, field("p50_ms")),
@@ -122,6 +146,7 @@ def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
             ("handshakes/s", "handshakes", "shake", rate),
             ("us a handshake", "handshakes", "shake", micros),
             (f"{plan['storm']:,} back, s", "storm", "storm", field("seconds")),
+            ("us a returning client", "storm", "storm", micros),
             ("start, s", "handshakes", "start", field("seconds")),
             (f"stop of {plan['kept']:,}, s", "idle", kept, field("seconds")),
         ],
@@ -146,6 +171,46 @@ def tables(plan: dict[str, Any]) -> dict[str, list[Column]]:
     }
 
 
+def counted(results: Results) -> bool:
+    """Return whether any run has the server's instructions."""
+    return any(run.get("instructions") for run in results["runs"])
+
+
+def uncounted(results: Results) -> list[str]:
+    """Say why there are no instructions, if the load tried to count them."""
+    if counted(results) or not any("instructions" in run for run in results["runs"]):
+        return []
+    return [
+        "instructions: not counted: this machine's perf events are not supported, or "
+        "kernel.perf_event_paranoid is above 2"
+    ]
+
+
+def in_instructions(columns: Sequence[Column], unit: str = "") -> list[Column]:
+    """Turn columns of CPU time into columns of instructions; leave out all others."""
+    return [
+        (
+            unit + head.removeprefix("us ").removeprefix("of CPU "),
+            kind,
+            case,
+            INSTRUCTIONS[figure],
+        )
+        for head, kind, case, figure in columns
+        if figure in INSTRUCTIONS
+    ]
+
+
+def instruction_tables(results: Results) -> dict[str, list[Column]]:
+    """List the tables of instructions; none if they were not counted."""
+    if not counted(results):
+        return {}
+    costs, _, _, chats, connections, _, _ = tables(results["plan"]).values()
+    return {
+        "thousand instructions of the server per delivery": in_instructions(costs),
+        "thousand instructions of the server": in_instructions([*chats, *connections]),
+    }
+
+
 def rows(
     results: Results, columns: Sequence[Column], *, spread: bool
 ) -> list[list[str]]:
@@ -162,12 +227,13 @@ def rows(
 def text(results: Results) -> str:
     """Write all tables for a terminal, with the range behind each median."""
     out = []
-    for title, columns in tables(results["plan"]).items():
+    every = {**tables(results["plan"]), **instruction_tables(results)}
+    for title, columns in every.items():
         table = rows(results, columns, spread=True)
         if len(table) == 1:
             continue
         out += [f"\n{title}", *aligned(table)]
-    out += ["", *faults(results)]
+    out += ["", *uncounted(results), *faults(results)]
     return "\n".join(out)
 
 
@@ -222,17 +288,22 @@ def whole_rounds(results: Results) -> Results:
     """Leave out a last round that was interrupted: it lacks some peers."""
     last = results["runs"][-1]["round"]
     rounds = last + 1 if "took_seconds" in results else max(1, last)
-    runs = [run for run in results["runs"] if run["round"] < rounds]
-    return {**results, "runs": runs, "plan": {**results["plan"], "rounds": rounds}}
+    return {
+        **results,
+        "runs": [run for run in results["runs"] if run["round"] < rounds],
+        "loads": results.get("loads", [])[:rounds],
+        "plan": {**results["plan"], "rounds": rounds},
+    }
 
 
 def measured(results: Results) -> str:
     """Describe how certain the figures are."""
     rounds = results["plan"]["rounds"]
-    load = f"load average {results['machine']['load_average']:.1f} at the start"
+    busy = f"at most {max(results['loads']):.2f} cores busy with anything else before"
     if rounds == 1:
-        return f"one round, {load}"
-    return f"medians of {rounds} rounds, typically ±{spread(results):.0f} %, {load}"
+        return f"one round, {busy} it"
+    typically = f"typically ±{spread(results):.0f} %"
+    return f"medians of {rounds} rounds, {typically}, {busy} a round"
 
 
 def section(results: Results) -> str:
@@ -256,8 +327,9 @@ def section(results: Results) -> str:
         "",
         "![CPU per delivery](../bench/chart.svg)",
         "",
-        f"**{plan['pairs']} two-person chats**, flat out and at a steady "
-        f"{plan['rate']:,.0f} messages a second, and posts over HTTP:",
+        "**Two-person chats**: one message at a time in one chat, "
+        f"{plan['pairs']} chats flat out and at a steady {plan['rate']:,.0f} messages "
+        "a second, and posts over HTTP:",
         "",
         *markdown(rows(results, pairs, spread=False)),
         "",
@@ -267,6 +339,7 @@ def section(results: Results) -> str:
         "",
         *markdown(rows(results, connections, spread=False)),
         "",
+        *executed(results),
         "**chatd with a long history**, CPU in microseconds:",
         "",
         *markdown([["", *ages], *aged]),
@@ -282,6 +355,15 @@ def section(results: Results) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def executed(results: Results) -> list[str]:
+    """Write the tables of instructions, if they were counted."""
+    lines = []
+    for title, columns in instruction_tables(results).items():
+        table = rows(results, columns, spread=False)
+        lines += [f"**{title.capitalize()}**, in user space:", "", *markdown(table), ""]
+    return lines
 
 
 def looked(results: Results, columns: Sequence[Column]) -> list[str]:
@@ -300,7 +382,6 @@ def looked(results: Results, columns: Sequence[Column]) -> list[str]:
 
 def publish(results: Results) -> None:
     """Write the figures between docs/speed.md's markers, and the chart."""
-    results = whole_rounds(results)
     before, rest = PAGE.read_text().split(BEGIN)
     after = rest.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure chatd beside the servers that you might choose instead, in one run.
 
-    python bench/run.py --full      takes about twenty minutes; writes results.json
+    python bench/run.py --full      takes about half an hour; writes results.json
     python bench/run.py --quick     takes a minute and a half; its figures mean little
     python bench/run.py --full --only fanout,idle --peers chatd,go
     python bench/run.py --report bench/results.json     writes docs/speed.md, chart.svg
@@ -16,6 +16,15 @@ calls included, by the kernel's clock of each process. Work that the kernel does
 load is not in it. Every delivery is checked for its room, its order and its number, and
 what a peer loses is printed. The JSON file has the raw figures of every round, and is
 written after each run.
+
+Where perf_event_open(2) works, load.c also counts the instructions of the server in
+user space. They hardly depend on what else runs, so they show a change that the noise
+of CPU time hides.
+
+--full and --before wait before each round until less than half a core is busy, for
+three minutes at most, and record how busy the machine was (quiet.py). Figures of a busy
+machine are not published: --full leaves results.json as it was, and --report refuses
+them. All runs write .build/results.json first, or the file that --output names.
 
 The peers (peer.py, peers/) do the least that a workload needs. They are set up as their
 documentation advises for speed: no compression, TCP_NODELAY, a backlog of 4,096. chatd
@@ -42,6 +51,7 @@ from pathlib import Path
 from typing import Any
 
 import peer as peers
+import quiet
 import ratios
 import report
 import workload
@@ -60,7 +70,6 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gb": round(pages / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
-        "load_average": os.getloadavg()[0],
     }
 
 
@@ -95,9 +104,12 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 
 def measure(
-    plan: workload.Plan, sides: list[Peer], only: list[str], path: Path
+    plan: workload.Plan, sides: list[Peer], only: list[str], path: Path, *, wait: bool
 ) -> dict[str, Any]:
-    """Run the workloads round by round; return the results."""
+    """Run the workloads round by round; return the results.
+
+    With `wait`, each round waits for a quiet machine, and "loads" has its busy cores.
+    """
     workload.build_load()
     ready, versions = build(sides)
     results: dict[str, Any] = {
@@ -107,10 +119,15 @@ def measure(
         "machine": machine(),
         "plan": dataclasses.asdict(plan),
         "versions": versions,
+        "loads": [],
         "runs": [],
     }
     begin = time.monotonic()
     for turn in range(plan.rounds):
+        if wait:
+            busy = quiet.wait()
+            results["loads"].append(busy)
+            print(f"round {turn + 1} begins; {busy:.2f} cores are busy", flush=True)
         for kind in only:
             if turn and kind in plan.once:
                 continue
@@ -153,12 +170,25 @@ def compare(plan: workload.Plan, checkout: Path, only: str, path: Path) -> bool:
     known = {kind: run for kind, run in workload.WORKLOADS.items() if kind in compared}
     kinds = words(known, only)
     sides = [peers.earlier_chatd(checkout), PEERS["chatd"]]
-    results = measure(plan, sides, kinds, path)
+    results = measure(plan, sides, kinds, path, wait=True)
     found = ratios.measures(results, kinds)
     results["measures"] = [dataclasses.asdict(each) for each in found.values() if each]
     save(results, path)
-    print("", ratios.text(found), "", *report.faults(results), sep="\n")
+    busiest = f"at most {max(results['loads']):.2f} cores were busy before a round"
+    told = [busiest, *report.uncounted(results), *report.faults(results)]
+    print("", ratios.text(found), "", *told, sep="\n")
     return ratios.holds(found)
+
+
+def release(results: dict[str, Any]) -> bool:
+    """Write results.json, if the machine was quiet; return whether it was."""
+    published = HERE / "results.json"
+    if why := quiet.refusal(results):
+        print(f"{published} stays as it was: {why}")
+        return False
+    save(results, published)
+    print(f"written: {published}")
+    return True
 
 
 def main() -> None:
@@ -185,7 +215,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.report:
-        report.publish(json.loads(options.report.read_text()))
+        results = report.whole_rounds(json.loads(options.report.read_text()))
+        if why := quiet.refusal(results):
+            raise SystemExit(f"run.py: {options.report} is not published: {why}")
+        report.publish(results)
         return
     plan = workload.FULL if options.full else workload.QUICK
     if options.before:
@@ -196,10 +229,7 @@ def main() -> None:
             parser.error(f"--before {options.before}: there is no chatd.py")
     if options.rounds:
         plan = dataclasses.replace(plan, rounds=options.rounds)
-    partly = bool(options.only or options.peers or not options.full)
-    path = options.output or (
-        peers.BUILD / "results.json" if partly else HERE / "results.json"
-    )
+    path = options.output or peers.BUILD / "results.json"
     peers.BUILD.mkdir(exist_ok=True)
     peers.raise_file_limit()
     good = True
@@ -208,7 +238,10 @@ def main() -> None:
     else:
         only = words(workload.WORKLOADS, options.only)
         sides = [PEERS[name] for name in words(PEERS, options.peers)]
-        print(report.text(measure(plan, sides, only, path)))
+        results = measure(plan, sides, only, path, wait=options.full)
+        print(report.text(results))
+        if options.full and not (options.only or options.peers or options.output):
+            good = release(results)
     print(f"the figures of every round: {path}")
     sys.exit(not good)
 
