@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Measure chatd beside the servers that you might choose instead, in one run.
 
-    python bench/run.py --full      takes about twenty minutes; writes results.json
+    python bench/run.py --full      takes about half an hour; writes results.json
     python bench/run.py --quick     takes a minute and a half; its figures mean little
     python bench/run.py --full --only fanout,idle --peers chatd,go
-    python bench/run.py --report bench/results.json     writes docs/speed.md, chart.svg
+    python bench/run.py --report bench/results.json     writes docs/speed.md, its chart,
+                                                        and docs/capacity.md
     python bench/run.py --before CHECKOUT   measures beside another version of chatd
 
 How it measures. The server runs on core 0, the load (load.c, one epoll loop in C) on
@@ -41,6 +42,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import capacity
 import peer as peers
 import ratios
 import report
@@ -181,11 +183,18 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     parser.add_argument(
-        "--report", type=Path, metavar="JSON", help="write docs/speed.md and the chart"
+        "--report", type=Path, metavar="JSON", help="write the figures of docs/"
     )
     options = parser.parse_args()
     if options.report:
-        report.publish(json.loads(options.report.read_text()))
+        results = json.loads(options.report.read_text())
+        report.publish(results)
+        try:
+            capacity.publish(results)
+        except capacity.Missing as why:
+            raise SystemExit(
+                f"run.py: docs/capacity.md stays as it was: {why}"
+            ) from None
         return
     plan = workload.FULL if options.full else workload.QUICK
     if options.before:
@@ -208,7 +217,10 @@ def main() -> None:
     else:
         only = words(workload.WORKLOADS, options.only)
         sides = [PEERS[name] for name in words(PEERS, options.peers)]
-        print(report.text(measure(plan, sides, only, path)))
+        results = measure(plan, sides, only, path)
+        print(report.text(results))
+        if {"costs", "community"} & set(only):
+            print(capacity.summary(results))
     print(f"the figures of every round: {path}")
     sys.exit(not good)
 
