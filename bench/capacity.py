@@ -42,6 +42,8 @@ from report import (
 )
 
 PAGE = HERE.parent / "docs/capacity.md"
+WORKLOADS = "idle,handshakes,growth,costs,community"  # what the tables need
+MEASURE = f"python bench/run.py --full --only {WORKLOADS} measures all that is needed"
 BEGIN = "<!-- bench/capacity.py --report: -->"
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 HOUR, DAY, YEAR_DAYS = 3_600, 86_400, 365
@@ -260,10 +262,7 @@ def figure(results: Results, workload: str, case: str, of: Figure) -> float:
     """Return the median of a figure over the rounds. Raises Missing."""
     found = values(results, "chatd", ("", workload, case, of))
     if not found:
-        raise Missing(
-            f"there is no figure of the workload {workload} (its case {case!r}): run "
-            f"python bench/run.py --full --only {workload} --peers chatd"
-        )
+        raise Missing(f"no case {case!r} of the workload {workload}; {MEASURE}")
     return statistics.median(found)
 
 
@@ -277,10 +276,7 @@ def largest_case(results: Results, workload: str, prefix: str = "") -> str:
         and (number := run["case"].removeprefix(prefix)).isdigit()
     }
     if not found:
-        raise Missing(
-            f"there is no figure of the workload {workload}: run "
-            f"python bench/run.py --full --only {workload} --peers chatd"
-        )
+        raise Missing(f"no case of the workload {workload}; {MEASURE}")
     return found[max(found)]
 
 
@@ -498,6 +494,36 @@ def habits_table() -> Table:
     return table
 
 
+def machine_table(machine: Machine = MACHINE) -> Table:
+    """List what there is, and why."""
+    return [
+        ["resource", "there is", "why"],
+        [
+            "CPU",
+            f"{machine.cpu:.0%} of a core",
+            "chatd's sockets use one core; when it is almost busy, everybody waits",
+        ],
+        [
+            "memory",
+            f"{machine.memory_gb:g} GB",
+            "what a small rented server has to spare",
+        ],
+        [
+            "connections",
+            f"{machine.connections:,}",
+            "the default of `--max-connections`",
+        ],
+        ["fsyncs", "all of the time", "the disk does one after another"],
+        ["network", f"{machine.network_mbit:g} Mbit/s", "the least that is common"],
+        [
+            "return",
+            f"{machine.return_seconds:g} s",
+            "longer than that, people think that it is broken",
+        ],
+        ["disk", f"{machine.disk_gb:g} GB", "to be filled in a year"],
+    ]
+
+
 def costs_table(costs: Costs) -> Table:
     """List the costs, and the workload that measures each."""
     rows = [
@@ -643,6 +669,7 @@ def parts(results: Results) -> Iterator[tuple[str, str | Table]]:
     """Yield the headings with their tables, and the sentences. Raises Missing."""
     costs = measured(results)
     yield "What each thing costs", costs_table(costs)
+    yield "What there is", machine_table()
     yield "Habits", habits_table()
     for habits in HABITS.values():
         found = [community(members, habits, costs) for members in SIZES]
