@@ -240,8 +240,8 @@ class Costs:
     """What chatd pays. Times are in microseconds of CPU."""
 
     message: Cost  # without its deliveries
-    mark: Cost
-    delivery: Cost
+    mark: Cost  # likewise
+    delivery: float
     typing: float  # without its deliveries
     sign: float
     handshake: float
@@ -293,43 +293,52 @@ def measured(results: Results) -> Costs:
 
     cpu = each("cpu", "messages")
 
-    def command_and_delivery(amount: int) -> tuple[float, float]:
-        """Two sizes of chats tell what is paid once from what each member costs."""
-        small = of(f"message {COUPLE} {amount}", cpu)
-        large = of(f"message {GROUP} {amount}", cpu)
-        delivery = max(0.0, (large - small) / (GROUP - COUPLE))
-        return 1e6 * (small - COUPLE * delivery), 1e6 * delivery
+    # Two sizes of chats tell what is paid once from what each member costs. Only at the
+    # lower rate: at the higher one, the larger chats also share more commits.
+    small = 1e6 * of(f"message {COUPLE} {SOME}", cpu)
+    large = 1e6 * of(f"message {GROUP} {SOME}", cpu)
+    delivery = max(0.0, (large - small) / (GROUP - COUPLE))
 
-    def mark(amount: int, message: float, delivery: float) -> float:
+    def message(amount: int) -> float:
+        return 1e6 * of(f"message {COUPLE} {amount}", cpu) - COUPLE * delivery
+
+    def mark(amount: int) -> float:
         """The other half of the commands are messages."""
         case = f"mark {COUPLE} {amount}"
-        both = 1e6 * of(case, cpu) - message - COUPLE * delivery
+        both = 1e6 * of(case, cpu) - message(amount) - COUPLE * delivery
         return max(0.0, both / of(case, each("marks", "messages")) - COUPLE * delivery)
 
-    def typing(size: int, message: float, delivery: float) -> float:
-        """Beside the signs there are SOME messages."""
+    def typing(size: int, beside: float) -> float:
+        """Beside the signs there are messages."""
         case = f"typing {size} {SOME}"
-        both = 1e6 * of(case, cpu) - message - size * delivery
+        both = 1e6 * of(case, cpu) - beside
         return max(0.0, both / of(case, each("typed", "messages")))
 
-    some, delivery_some = command_and_delivery(SOME)
-    many, delivery_many = command_and_delivery(MANY)
-    couple, group = (typing(n, some, delivery_some) for n in (COUPLE, GROUP))
+    def bytes_of_mark(total: str, messages: str, marks: str, both: float) -> float:
+        """The sender of a message over unread ones has read them: that is a mark, too.
+
+        So it is when there are no other marks: `both` are the bytes of the two. When
+        everybody marks every message at once, senders have nothing unread.
+        """
+
+        def rest(run: Run) -> float:
+            more = run[marks] - run[messages]
+            return float((run[total] - run[messages] * both) / max(1, more))
+
+        return max(0.0, of(f"mark {GROUP} {MANY}", rest))
+
+    couple, group = typing(COUPLE, small), typing(GROUP, large)
     sign = max(0.0, (group - couple) / (GROUP - COUPLE))
-    lone, crowded, marks = (
-        f"message {COUPLE} {SOME}",
-        f"message {COUPLE} {MANY}",
-        f"mark {COUPLE} {MANY}",
-    )
+    lone, crowded = f"message {COUPLE} {SOME}", f"message {COUPLE} {MANY}"
     commits = each("commits", "sent", "all_marks")
     message_bytes = of(crowded, each("grown", "sent"))
-    delivery_bytes = of(f"message {GROUP} {MANY}", each("bytes", "count"))
+    delivery_bytes = of(f"message {GROUP} {SOME}", each("bytes", "count"))
     idle = largest_case(results, "idle")
     page = largest_case(results, "growth", "page ")
     return Costs(
-        message=Cost(some, many),
-        mark=Cost(mark(SOME, some, delivery_some), mark(MANY, many, delivery_many)),
-        delivery=Cost(delivery_some, delivery_many),
+        message=Cost(message(SOME), message(MANY)),
+        mark=Cost(mark(SOME), mark(MANY)),
+        delivery=delivery,
         typing=max(0.0, couple - sign * (COUPLE - 1)),
         sign=sign,
         handshake=figure(results, "handshakes", "shake", micros),
@@ -343,19 +352,9 @@ def measured(results: Results) -> Costs:
         empty_bytes=figure(results, "idle", idle, lambda run: float(run["empty"])),
         connection_bytes=figure(results, "idle", idle, lambda r: float(r["bytes"])),
         message_bytes=message_bytes,
-        mark_bytes=of(
-            marks,
-            lambda r: max(
-                0.0, (r["grown"] - r["sent"] * message_bytes) / max(1, r["all_marks"])
-            ),
-        ),
+        mark_bytes=bytes_of_mark("grown", "sent", "all_marks", message_bytes),
         delivery_bytes=delivery_bytes,
-        mark_delivery_bytes=of(
-            marks,
-            lambda r: max(
-                0.0, (r["bytes"] - r["count"] * delivery_bytes) / max(1, r["reads"])
-            ),
-        ),
+        mark_delivery_bytes=bytes_of_mark("bytes", "count", "reads", delivery_bytes),
         sign_bytes=of(
             f"typing {GROUP} {SOME}",
             lambda r: max(
@@ -391,7 +390,7 @@ def used(doing: Activity, costs: Costs, stored_a_day: float = 0) -> Use:
     micros = (
         doing.messages * costs.message.at(rate)
         + doing.marks * costs.mark.at(rate)
-        + (doing.deliveries + doing.mark_deliveries) * costs.delivery.at(rate)
+        + (doing.deliveries + doing.mark_deliveries) * costs.delivery
         + doing.typing * costs.typing
         + doing.signs * costs.sign
         + doing.visits * costs.visit
@@ -489,8 +488,8 @@ def habits_table() -> Table:
     table = [["in the busiest hour", *(each.name for each in HABITS.values()), "why"]]
     for field, (label, reason) in WHY.items():
         found = [getattr(habits, field) for habits in HABITS.values()]
-        form = "{:.0%}" if field in PERCENT else "{:g}"
-        table.append([label, *(form.format(value) for value in found), reason])
+        form = percent if field in PERCENT else "{:g}".format
+        table.append([label, *map(form, found), reason])
     return table
 
 
@@ -500,7 +499,7 @@ def machine_table(machine: Machine = MACHINE) -> Table:
         ["resource", "there is", "why"],
         [
             "CPU",
-            f"{machine.cpu:.0%} of a core",
+            f"{percent(machine.cpu)} of a core",
             "chatd's sockets use one core; when it is almost busy, everybody waits",
         ],
         [
@@ -529,10 +528,10 @@ def costs_table(costs: Costs) -> Table:
     rows = [
         ("message", "us", costs.message, "costs"),
         ("read mark", "us", costs.mark, "costs"),
-        ("each delivery of them", "us", costs.delivery, "costs"),
         ("commits for a message or a mark", "", costs.commits, "costs"),
     ]
     single = [
+        ("each delivery of them", "us", costs.delivery, "costs"),
         ("typing sign", "us", costs.typing, "costs"),
         ("each delivery of it", "us", costs.sign, "costs"),
         ("handshake", "us", costs.handshake, "handshakes"),
@@ -676,7 +675,7 @@ def parts(results: Results) -> Iterator[tuple[str, str | Table]]:
         yield f"{habits.name[0].upper()}{habits.name[1:]}", sizes_table(found)
         yield "", conclusion(largest(habits, costs), habits)
     run = crowd_run(results)
-    yield "The check", checked(run, costs)
+    yield "The run beside the model", checked(run, costs)
     yield "", crowd_text(run)
 
 
