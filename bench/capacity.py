@@ -230,9 +230,20 @@ class Cost:
     many: float
 
     def at(self, rate: float) -> float:
-        """Return the cost at so many commands a second: on the line between the two."""
-        part = min(max((rate - SOME) / (MANY - SOME), 0.0), 1.0)
-        return self.some + part * (self.many - self.some)
+        """Return the cost at so many commands a second: on the line between the two.
+
+        Where that made a higher rate cost less a second than a lower one, it costs the
+        same.
+        """
+        slope = (self.many - self.some) / (MANY - SOME)
+
+        def line(rate: float) -> float:
+            return self.some + slope * (min(max(rate, SOME), MANY) - SOME)
+
+        if slope >= 0:
+            return line(rate)
+        peak = min(max((SOME - self.some / slope) / 2, SOME), MANY)
+        return max(line(rate), line(peak) * peak / rate if rate > peak else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

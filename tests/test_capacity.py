@@ -96,8 +96,17 @@ def test_the_costs_come_out_of_the_results(capacity: Any, costs: Any) -> None:
 
 def test_a_cost_lies_on_the_line_between_its_two_rates(capacity: Any) -> None:
     cost = capacity.Cost(some=500, many=100)
-    rates = (0, 50, 525, 1_000, 9_000)
-    assert [cost.at(rate) for rate in rates] == [500, 500, 300, 100, 100]
+    rates = (0, 50, 525, 9_000)
+    assert [cost.at(rate) for rate in rates] == [500, 500, 300, 100]
+
+
+def test_a_higher_rate_never_costs_less_a_second(capacity: Any) -> None:
+    cost = capacity.Cost(some=500, many=100)
+    spent = [rate * cost.at(rate) for rate in range(10, 5_000, 10)]
+    assert spent == pytest.approx(sorted(spent))
+    assert cost.at(1_000) > 100
+    dearer = capacity.Cost(some=100, many=500)
+    assert [dearer.at(rate) for rate in (50, 525, 1_000)] == [100, 300, 500]
 
 
 def test_users_are_divided_into_chats_of_all_sizes(capacity: Any) -> None:
@@ -137,10 +146,11 @@ def test_what_is_used_is_the_sum_of_what_is_done(capacity: Any, costs: Any) -> N
     reach = {"deliveries": 5_000, "mark_deliveries": 7_000, "signs": 900}
     doing = capacity.Activity(online=1_000, visits=10, reconnects=20, **rate, **reach)
     use = capacity.used(doing, costs, stored_a_day=10)
-    us = 500 * 100 + 500 * 60 + 12_000 * 10 + 100 * 20 + 900 * 2
+    us = 500 * costs.message.at(1_000) + 500 * costs.mark.at(1_000)
+    us += 12_000 * 10 + 100 * 20 + 900 * 2
     assert use.cpu == pytest.approx((us + 10 * 1_000 + 20 * 2_000 + 1_000 * 1) / 1e6)
     assert use.memory_bytes == pytest.approx(50e6 + 1_000 * 10_000)
-    assert use.fsyncs == pytest.approx(250)
+    assert use.fsyncs == pytest.approx(1_000 * costs.commits.at(1_000))
     around = capacity.AROUND_FRAME
     sent = 5_000 * (200 + around) + 7_000 * (80 + around) + 900 * (60 + around)
     assert use.network_bits == pytest.approx(8 * sent)
