@@ -4,16 +4,21 @@
  *
  *   talk   members of rooms send messages: each of `senders` members of each room has one
  *          message in flight, and sends the next when all members, the sender included,
- *          have received it; or, with `rate`, all members send in turn, by the clock
+ *          have received it; or, with `rate`, all members send in turn, by the clock. To
+ *          chatd they can also send `typing` signs a second, and read marks: `watching`
+ *          is the share of the receivers of a message who mark it, up to `look` s later
  *   http   `conns` keep-alive connections, each with one request at a time
  *   shake  `conns` at a time: connect, handshake, wait for the greeting, close, again
  *   hold   reads commands from stdin: `open N`, `keep N`; answers pings; ends with stdin
  *
- * Every message carries a mark #SENDER.SEQUENCE.NANOSECONDS#. With it each delivery is
- * timed, and checked for its room, its order and its number, without state shared with
- * the sender. With `rate` the time is when it was due, not when it was sent. The CPU of
- * the server (`pids`) is read from the kernel's process clocks at both ends of the
- * window, so connecting and warming up are not in it. So are its instructions, where
+ * A room is a run of lines of the file with the same room. Every message carries a mark
+ * #SENDER.SEQUENCE.NANOSECONDS#. With it each delivery is timed, and checked for its
+ * room, its order and its number, without state shared with the sender. With `rate` the
+ * time is when it was due, not when it was sent. Of read marks the load checks the order,
+ * and that every member of a room receives as many as the others.
+ *
+ * The CPU of the server (`pids`) is read from the kernel's process clocks at both ends of
+ * the window, so connecting and warming up are not in it. So are its instructions, where
  * the kernel lets us count them.
  *
  * Protocols: ws (a message goes to the whole room), chatd, xmpp, mqtt, http.
@@ -51,6 +56,10 @@ struct conn {
     int heard;           /* members that have the message in flight */
     int caught;          /* marks received, for `expect` */
     uint64_t since;      /* when the request or the handshake began */
+    int first, size;     /* the room: its first connection, and how many it has */
+    uint64_t seq;        /* of the newest event, with chatd */
+    uint64_t mark, due;  /* the message to mark as read, and when; 0: none */
+    uint32_t reads;      /* read marks received */
 };
 
 struct protocol {
@@ -66,9 +75,9 @@ struct protocol {
 /* --- options ---------------------------------------------------------------------- */
 
 static const char *host = "127.0.0.1", *file;
-static int port, wanted = 1, rooms = 1, senders = 1, parallel = 64, expect, pids[64];
+static int port, wanted = 1, senders = 1, stride = 1, parallel = 64, expect, pids[64];
 static int pid_count, ok_status = 200, content_length = 64;
-static double seconds = 1, warm_seconds = 0.2, rate;
+static double seconds = 1, warm_seconds = 0.2, rate, typing, watching, look = 1;
 static const struct protocol *protocol;
 
 /* --- state ------------------------------------------------------------------------ */
@@ -77,10 +86,11 @@ static struct conn *conns;
 static char **lines;      /* of the file: a target or a request for each connection */
 static char **room_names; /* the word behind a target */
 static int line_count, next_line;
-static int poller, open_count, connecting, room_size;
-static uint32_t *expected; /* the next number, [receiver][sender in its room] */
+static int poller, open_count, connecting, places;
+static uint32_t *expected; /* the next number, [receiver][one of the room's `places`] */
 static bool running, closing;
 static uint64_t received_at;
+static uint64_t message_id, owed, acks, marks, reads, typed, signs, bytes_in;
 static uint64_t sent_count, delivered, lost, repeated, strayed, refused, ended, done;
 static char buffer[BUFFER + 1], content[4096], scratch[1 << 17];
 
@@ -294,6 +304,7 @@ static void speak(struct conn *c, uint64_t when)
 {
     c->heard = 0;
     mark(content, c, when);
+    owed += c->size;
     protocol->say(c, content);
 }
 
@@ -305,11 +316,11 @@ static void hear(struct conn *c, const char *text)
     c->caught++;
     if (!expected)
         return;
-    if (from / room_size != c->index / room_size || from % room_size >= senders) {
+    if (from < c->first || from >= c->first + (c->size < senders ? c->size : senders)) {
         strayed++;
         return;
     }
-    uint32_t *next = &expected[(size_t)c->index * senders + from % room_size];
+    uint32_t *next = &expected[(size_t)c->index * places + from - c->first];
     if (number < *next) {
         repeated++;
         return;
@@ -317,10 +328,16 @@ static void hear(struct conn *c, const char *text)
     lost += number - *next;
     *next = number + 1;
     delivered++;
-    if (from != c->index)
+    if (from != c->index) {
         time_it(received_at - when);
+        if (watching && drand48() < watching) {
+            if (!c->mark)
+                c->due = received_at + drand48() * look * 1e9;
+            c->mark = message_id; /* a newer one takes the place of an older one */
+        }
+    }
     struct conn *sender = &conns[from];
-    if (++sender->heard == room_size && running && !rate)
+    if (++sender->heard == sender->size && running && !rate)
         speak(sender, now());
 }
 
@@ -341,6 +358,78 @@ static void greet(struct conn *c)
     c->ready = c->greeted = true;
     connecting--;
     open_count++;
+}
+
+/* --- what else the members of a chat do, with chatd ---------------------------------- */
+
+/* Look at a server message. The events of a connection come in the order of their seq. */
+static void notice(struct conn *c, const char *text)
+{
+    const char *kind = text + strlen("{\"type\":\""), *seq = strstr(text, "\"seq\":");
+    if (!strncmp(kind, "ack", 3))
+        acks++;
+    else if (!strncmp(kind, "typing", 6))
+        signs++;
+    else if (!strncmp(kind, "error", 5))
+        refused++;
+    else if (seq) {
+        uint64_t number = strtoull(seq + 6, NULL, 10);
+        if (number <= c->seq)
+            repeated++;
+        c->seq = message_id = number; /* a message has the seq of its event */
+        if (!strncmp(kind, "message_read", 12)) {
+            c->reads++;
+            reads++;
+        }
+    }
+}
+
+static void ws_frame(struct conn *c, int opcode, const char *payload, size_t length);
+
+/* Send the typing signs that are due, and some of the read marks. A whole round of the
+ * connections takes so many turns of the loop, a few milliseconds. */
+static void behave(uint64_t begin, uint64_t t)
+{
+    static uint64_t looked;
+    char command[128];
+    for (; typing && begin + typed * (1e9 / typing) <= t; typed++) {
+        struct conn *c = &conns[(typed * stride + wanted / 2) % wanted];
+        snprintf(command, sizeof command,
+                 "{\"type\":\"typing\",\"chat_id\":%s,\"is_typing\":true}",
+                 room_names[c->index % line_count]);
+        ws_frame(c, 1, command, strlen(command));
+    }
+    for (int i = 0; watching && i < 64; i++) {
+        struct conn *c = &conns[looked++ % wanted];
+        if (!c->mark || c->due > t)
+            continue;
+        snprintf(command, sizeof command, "{\"type\":\"mark_read\",\"message_id\":%llu}",
+                 (unsigned long long)c->mark);
+        ws_frame(c, 1, command, strlen(command));
+        c->mark = 0;
+        marks++;
+    }
+}
+
+/* Return how many messages and marks have no ack yet, if acks are counted. */
+static uint64_t unanswered(void)
+{
+    return watching || typing ? sent_count + marks - acks : 0;
+}
+
+/* Every member of a chat receives every read mark: return how many were not received. */
+static uint64_t missed_reads(void)
+{
+    uint64_t missed = 0;
+    for (int first = 0; first < wanted; first += conns[first].size) {
+        uint32_t most = 0;
+        for (int i = first; i < first + conns[first].size; i++)
+            if (conns[i].reads > most)
+                most = conns[i].reads;
+        for (int i = first; i < first + conns[first].size; i++)
+            missed += most - conns[i].reads;
+    }
+    return missed;
 }
 
 /* --- WebSocket (RFC 6455) --------------------------------------------------------- */
@@ -438,8 +527,11 @@ static size_t ws_parse(struct conn *c, char *bytes, size_t length)
             ws_frame(c, 10, text, joined);
         else if (opcode < 3 && !c->ready) /* chatd's first message: connected */
             greet(c);
-        else if (opcode < 3)
+        else if (opcode < 3) {
+            if (watching || typing)
+                notice(c, text);
             scan(c, text, joined);
+        }
         at = next;
     }
     return at - bytes;
@@ -653,6 +745,7 @@ static void readable(struct conn *c)
         return;
     }
     received_at = now();
+    bytes_in += length;
     length += had;
     buffer[length] = 0;
     size_t taken = c->step < 100 ? protocol->parse(c, buffer, length) : (size_t)length;
@@ -745,18 +838,44 @@ static void drive(uint64_t begin, uint64_t until, uint64_t *due)
     for (uint64_t t; (t = now()) < until;) {
         if (rate && running)
             for (uint64_t at; (at = begin + *due * (1e9 / rate)) <= t; ++*due)
-                speak(&conns[*due % wanted], at);
+                speak(&conns[*due * stride % wanted], at);
+        if (running)
+            behave(begin, t);
         turn(0);
     }
 }
 
+/* Give each connection its room. Returns the size of the largest. */
+static int find_rooms(void)
+{
+    int largest = 0;
+    for (int first = 0, end; first < wanted; first = end) {
+        for (end = first + 1; end < wanted; end++)
+            if (strcmp(room_names[end % line_count], room_names[first % line_count]))
+                break;
+        for (int i = first; i < end; i++) {
+            conns[i].first = first;
+            conns[i].size = end - first;
+        }
+        if (end - first > largest)
+            largest = end - first;
+    }
+    return largest;
+}
+
 static void talk(void)
 {
-    room_size = wanted / rooms;
-    if (rate)
-        senders = room_size;
+    double opened = server_cpu();
+    uint64_t from = now();
     connect_all(wanted);
-    expected = calloc((size_t)wanted * senders, sizeof *expected);
+    opened = server_cpu() - opened;
+    double opening = (now() - from) / 1e9;
+    places = find_rooms();
+    if (rate)
+        senders = places;
+    else
+        places = senders;
+    expected = calloc((size_t)wanted * places, sizeof *expected);
     for (int i = 0; i < content_length; i++)
         content[i] = i < (int)MARK_LENGTH ? MARK[i] : 'x';
     /* A client that connected a moment ago may not be in its room yet. */
@@ -764,29 +883,38 @@ static void talk(void)
     running = true;
     uint64_t begin = now(), due = 0;
     for (int i = 0; i < wanted && !rate; i++)
-        if (i % room_size < senders)
+        if (i - conns[i].first < senders)
             speak(&conns[i], begin);
     drive(begin, begin + warm_seconds * 1e9, &due);
     memset(classes, 0, sizeof classes);
     timed = slowest = 0;
+    uint64_t before[] = {delivered, sent_count, marks, reads, typed, signs, bytes_in};
     uint64_t executed = server_instructions();
     double cpu = server_cpu(), own = own_cpu();
-    uint64_t from = now(), count = delivered;
+    from = now();
     drive(begin, from + seconds * 1e9, &due);
     double window = (now() - from) / 1e9;
     cpu = server_cpu() - cpu;
     own = own_cpu() - own;
     executed = server_instructions() - executed;
-    count = delivered - count;
+    uint64_t after[] = {delivered, sent_count, marks, reads, typed, signs, bytes_in};
     running = false;
     /* Messages in flight have ten seconds to arrive. After that they are late. */
-    uint64_t all = sent_count * room_size, limit = now() + 10000000000ull;
-    while (delivered + lost < all && now() < limit && open_count == wanted)
+    uint64_t limit = now() + 10000000000ull;
+    while ((delivered + lost < owed || unanswered()) && now() < limit &&
+           open_count == wanted)
         turn(100);
     turn(50); /* repeated deliveries arrive now */
-    report(window, cpu, own, count);
+    uint64_t late = owed - delivered - lost + unanswered();
+    lost += missed_reads();
+    report(window, cpu, own, after[0] - before[0]);
     report_instructions(executed);
-    printf(",\"late\":%llu}\n", (unsigned long long)(all - delivered - lost));
+    static const char *const names[] = {"messages", "marks", "reads", "typed", "signs",
+                                        "bytes"};
+    for (int i = 1; i < 7; i++)
+        printf(",\"%s\":%llu", names[i - 1], (unsigned long long)(after[i] - before[i]));
+    printf(",\"all_marks\":%llu,\"open_seconds\":%.6f,\"open_cpu\":%.6f,\"late\":%llu}\n",
+           (unsigned long long)marks, opening, opened, (unsigned long long)late);
 }
 
 static void http(void)
@@ -937,8 +1065,6 @@ static void option(const char *key, char *value)
         port = atoi(value);
     else if (!strcmp(key, "conns"))
         wanted = atoi(value);
-    else if (!strcmp(key, "rooms"))
-        rooms = atoi(value);
     else if (!strcmp(key, "senders"))
         senders = atoi(value);
     else if (!strcmp(key, "parallel"))
@@ -955,6 +1081,14 @@ static void option(const char *key, char *value)
         warm_seconds = atof(value);
     else if (!strcmp(key, "rate"))
         rate = atof(value);
+    else if (!strcmp(key, "stride"))
+        stride = atoi(value);
+    else if (!strcmp(key, "typing"))
+        typing = atof(value);
+    else if (!strcmp(key, "watching"))
+        watching = atof(value);
+    else if (!strcmp(key, "look"))
+        look = atof(value);
     else {
         fprintf(stderr, "load: no such option: %s\n", key);
         exit(2);

@@ -4,7 +4,8 @@
     python bench/run.py --full      takes about half an hour; writes results.json
     python bench/run.py --quick     takes a minute and a half; its figures mean little
     python bench/run.py --full --only fanout,idle --peers chatd,go
-    python bench/run.py --report bench/results.json     writes docs/speed.md, chart.svg
+    python bench/run.py --report bench/results.json     writes docs/speed.md, its chart,
+                                                        and docs/capacity.md
     python bench/run.py --before CHECKOUT   measures beside another version of chatd
 
 How it measures. The server runs on core 0, the load (load.c, one epoll loop in C) on
@@ -50,6 +51,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import capacity
 import peer as peers
 import quiet
 import ratios
@@ -211,7 +213,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     parser.add_argument(
-        "--report", type=Path, metavar="JSON", help="write docs/speed.md and the chart"
+        "--report", type=Path, metavar="JSON", help="write the figures of docs/"
     )
     options = parser.parse_args()
     if options.report:
@@ -219,6 +221,12 @@ def main() -> None:
         if why := quiet.refusal(results):
             raise SystemExit(f"run.py: {options.report} is not published: {why}")
         report.publish(results)
+        try:
+            capacity.publish(results)
+        except capacity.Missing as why:
+            raise SystemExit(
+                f"run.py: docs/capacity.md stays as it was: {why}"
+            ) from None
         return
     plan = workload.FULL if options.full else workload.QUICK
     if options.before:
@@ -240,6 +248,8 @@ def main() -> None:
         sides = [PEERS[name] for name in words(PEERS, options.peers)]
         results = measure(plan, sides, only, path, wait=options.full)
         print(report.text(results))
+        if {"costs", "community"} & set(only):
+            print(capacity.summary(results))
         if options.full and not (options.only or options.peers or options.output):
             good = release(results)
     print(f"the figures of every round: {path}")

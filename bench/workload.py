@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sqlite3
+import statistics
 import subprocess
 import threading
 import time
@@ -14,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import capacity
 import peer as peers
+from capacity import COUPLE, GROUP, MANY, SOME
 from peer import BUILD, LOAD_CORE, Peer, Server, running, token
 
 Result = dict[str, Any]
@@ -47,6 +51,9 @@ class Plan:
     missed: int
     history: Sequence[int]
     searched: Sequence[int]
+    community: int  # the sockets of `community`
+    community_seconds: float
+    hurry: float  # how many times as often as in a real community they write
 
 
 FULL = Plan(
@@ -62,7 +69,8 @@ FULL = Plan(
     rate=1000,
     posters=32,
     idle=(1_000, 5_000, 10_000),
-    once=("idle",),  # memory hardly varies from round to round, and this takes long
+    # They take long, and memory hardly varies from round to round.
+    once=("idle", "community"),
     kept=5_000,
     quiet_seconds=30,
     starts=1,
@@ -71,6 +79,9 @@ FULL = Plan(
     missed=20,
     history=(10_000, 1_000_000),
     searched=(10_000, 100_000, 1_000_000),
+    community=10_000,
+    community_seconds=600,
+    hurry=1,
 )
 QUICK = Plan(
     rounds=1,
@@ -85,7 +96,7 @@ QUICK = Plan(
     rate=200,
     posters=8,
     idle=(100, 300),
-    once=("idle",),
+    once=("idle", "community"),
     kept=200,
     quiet_seconds=0,
     starts=1,
@@ -94,6 +105,9 @@ QUICK = Plan(
     missed=5,
     history=(1_000,),
     searched=(1_000, 10_000),
+    community=300,
+    community_seconds=1,
+    hurry=60,
 )
 # Few cases, long windows: the noise of a ratio of two versions is a few percent.
 BESIDE = dataclasses.replace(
@@ -137,7 +151,11 @@ def load(mode: str, server: Server, file: Path, **options: object) -> Result:
     """Run the load once; return what it measured. Raises Broken."""
     command = load_command(mode, server, file, **options)
     done = subprocess.run(
-        command, check=False, text=True, capture_output=True, timeout=180
+        command,
+        check=False,
+        text=True,
+        capture_output=True,
+        timeout=180 + float(str(options.get("seconds", 0))),
     )
     if done.returncode:
         raise Broken((done.stderr or done.stdout).strip())
@@ -180,9 +198,7 @@ def talk(
     with running(peer, command) as server:
         file = server.seat(users, rooms)
         times = {"seconds": plan.seconds, "warm": plan.warm}
-        return load(
-            "talk", server, file, conns=users, rooms=rooms, **{**times, **options}
-        )
+        return load("talk", server, file, conns=users, **{**times, **options})
 
 
 # --- the workloads --------------------------------------------------------------------
@@ -510,7 +526,6 @@ def sending(server: Server, plan: Plan, file: Path) -> Result:
         server,
         file,
         conns=plan.pairs * 2,
-        rooms=plan.pairs,
         rate=plan.rate,
         seconds=10 * plan.seconds,
         warm=plan.warm,
@@ -536,6 +551,124 @@ def searching(server: Server, bearer: str) -> Iterator[None]:
             each.result()
 
 
+# --- capacity: the costs that capacity.py needs, and the run that checks it -----------
+
+TYPING = 200  # signs a second: enough to see their cost, and no commit waits for them
+
+
+def seat_rooms(server: Server, sizes: Sequence[int]) -> Path:
+    """Put users into chats of these sizes, one chat each; return the load's file."""
+    lines, last = [], 0
+    for size in sizes:
+        members = list(range(last + 1, last + size + 1))
+        body = {"member_ids": members}
+        answer = server.call("POST", "/api/v1/chats", body, token(1, "service"))
+        chat = answer["chat"]["id"]
+        lines += [f"/ws/chat?token={token(user)} {chat}\n" for user in members]
+        last += size
+    file = server.folder / f"seats-{len(sizes)}"
+    file.write_text("".join(lines))
+    return file
+
+
+def stored_bytes(server: Server) -> int:
+    """Return the size of the database, with what is only in the WAL yet."""
+    address = f"file:{server.folder}/chatd.db?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True)) as db:
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+    return int(pages * size)
+
+
+def observed(server: Server, file: Path, **options: float) -> Result:
+    """Talk by the clock. Add the commits, the growth on disk and the memory."""
+    bearer, most, done = token(1, "stats"), [0], threading.Event()
+
+    def commits() -> int:
+        path = "/api/v1/internal/chat/ws/stats"
+        return int(server.call("GET", path, None, bearer)["store"]["commits"])
+
+    def watch() -> None:
+        while not done.wait(options["seconds"] / 20):
+            most.append(server.memory_bytes())
+
+    before, stored_before = commits(), stored_bytes(server)
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        result = load("talk", server, file, stride=7919, **options)
+    finally:
+        done.set()
+        watching.join()
+    return {
+        **result,
+        "commits": commits() - before,
+        "grown": stored_bytes(server) - stored_before,
+        "memory": max(most),
+    }
+
+
+def fsync_seconds(folder: Path) -> float:
+    """Return how long an fsync of a page takes on this disk, the median of many."""
+    took = []
+    with (folder / "probe").open("wb", buffering=0) as file:
+        for _ in range(100):
+            file.write(bytes(4096))
+            begin = time.perf_counter()
+            os.fdatasync(file.fileno())
+            took.append(time.perf_counter() - begin)
+    return statistics.median(took)
+
+
+def costs(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """Measure chatd's commands one by one, alone and many a second."""
+    if peer.protocol != "chatd":
+        return
+    with running(peer, command) as server:
+        yield "fsync", {"seconds": fsync_seconds(server.folder)}
+        users = max(GROUP, plan.pairs)
+        files = {n: seat_rooms(server, [n] * (users // n)) for n in (COUPLE, GROUP)}
+        for name, size, amount, options in (
+            ("message", COUPLE, SOME, {"rate": SOME}),
+            ("message", GROUP, SOME, {"rate": SOME}),
+            ("mark", COUPLE, SOME, {"rate": SOME / 2, "watching": 1, "look": 0.1}),
+            ("typing", COUPLE, SOME, {"rate": SOME, "typing": TYPING}),
+            ("typing", GROUP, SOME, {"rate": SOME, "typing": TYPING}),
+            ("message", COUPLE, MANY, {"rate": MANY}),
+            ("mark", COUPLE, MANY, {"rate": MANY / 2, "watching": 1, "look": 0.1}),
+            ("mark", GROUP, MANY, {"rate": MANY / GROUP, "watching": 1, "look": 0.1}),
+        ):
+            times = {"conns": users, "seconds": 3 * plan.seconds, "warm": plan.warm}
+            case = f"{name} {size} {amount}"
+            yield case, observed(server, files[size], **times, **options)
+
+
+def community(peer: Peer, command: list[str], plan: Plan) -> Cases:
+    """Let a whole community do what capacity.py says that a busy one does.
+
+    Each user is in one chat. No user reconnects or opens an old chat meanwhile.
+    """
+    if peer.protocol != "chatd":
+        return
+    often = capacity.CHECKED.messages * plan.hurry
+    habits = dataclasses.replace(capacity.CHECKED, messages=often)
+    sizes = capacity.chat_sizes(plan.community, habits.largest_chat)
+    doing = capacity.activity(plan.community, habits)
+    with running(peer, command) as server:
+        file = seat_rooms(server, sizes)
+        result = observed(
+            server,
+            file,
+            conns=plan.community,
+            seconds=plan.community_seconds,
+            warm=plan.warm,
+            rate=doing.messages,
+            typing=doing.typing,
+            watching=habits.watching,
+        )
+        yield str(plan.community), {**result, "habits": dataclasses.asdict(habits)}
+
+
 WORKLOADS: dict[str, Callable[[Peer, list[str], Plan], Cases]] = {
     "fanout": fanout,
     "lone": lone,
@@ -547,6 +680,8 @@ WORKLOADS: dict[str, Callable[[Peer, list[str], Plan], Cases]] = {
     "storm": storm,
     "growth": growth,
     "search": search,
+    "costs": costs,
+    "community": community,
 }
 
 
