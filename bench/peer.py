@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -393,28 +393,30 @@ class Server:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
-    def seat(self, users: int, rooms: int) -> Path:
-        """Put users 1 to `users` into rooms of equal size.
+    def seat(self, sizes: Sequence[int]) -> Path:
+        """Put users 1, 2, 3, ... into rooms of these sizes, one after another.
 
         Returns a file for the load: each user's line has its target and its room.
         """
-        size = users // rooms
-        names = [str(place + 1) for place in range(rooms)]
-        path = ""
-        if self.peer.protocol == "chatd":
-            path = "/ws/chat"
-            for place in range(rooms):
-                members = list(range(place * size + 1, (place + 1) * size + 1))
-                body = {"member_ids": members}
-                answer = self.call("POST", "/api/v1/chats", body, token(1, "service"))
-                names[place] = str(answer["chat"]["id"])
-        file = self.folder / "seats"
+        file = self.folder / f"seats-{len(sizes)}"
+        last = 0
         with file.open("w") as out:
-            for user in range(users):
-                room = names[user // size]
-                target = f"{path or '/' + room}?token={token(user + 1)}"
-                out.write(f"{target} {room}\n")
+            for place, size in enumerate(sizes):
+                members = list(range(last + 1, last + size + 1))
+                last += size
+                room = str(place + 1)
+                path = f"/{room}"
+                if self.peer.protocol == "chatd":
+                    path = "/ws/chat"
+                    room = str(self._make_chat(members))
+                for user in members:
+                    out.write(f"{path}?token={token(user)} {room}\n")
         return file
+
+    def _make_chat(self, members: list[int]) -> int:
+        body = {"member_ids": members}
+        answer = self.call("POST", "/api/v1/chats", body, token(1, "service"))
+        return int(answer["chat"]["id"])
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ QUICK = Plan(
     idle=(100, 300),
     once=("idle", "community"),
     kept=200,
-    quiet_seconds=0,
+    quiet_seconds=0.5,
     starts=1,
     storm=100,
     storms=1,
@@ -196,7 +196,7 @@ def talk(
 ) -> Result:
     """Let members of rooms send messages, on a fresh server."""
     with running(peer, command) as server:
-        file = server.seat(users, rooms)
+        file = server.seat([users // rooms] * rooms)
         times = {"seconds": plan.seconds, "warm": plan.warm}
         return load("talk", server, file, conns=users, **{**times, **options})
 
@@ -272,7 +272,7 @@ def posts(peer: Peer, command: list[str], plan: Plan) -> Cases:
     if not peer.stores:
         return
     with running(peer, command) as server:
-        seats = server.seat(plan.posters, 1).read_text().splitlines()
+        seats = server.seat([plan.posters]).read_text().splitlines()
         path = "/chats/{}/messages"
         if peer.protocol == "chatd":
             path = "/api/v1/chats/{}/messages"
@@ -298,8 +298,9 @@ def posts(peer: Peer, command: list[str], plan: Plan) -> Cases:
 def idle(peer: Peer, command: list[str], plan: Plan) -> Cases:
     """Hold idle connections: memory of each, CPU of the keep-alive, and the stop."""
     most = max(plan.idle)
+    rooms = max(1, most // 1000)
     with running(peer, command) as server:
-        file = server.seat(most, max(1, most // 1000))
+        file = server.seat([most // rooms] * rooms)
         empty = server.memory_bytes()
         with holding(server, file, conns=most, parallel=64) as tell:
             for count in plan.idle:
@@ -329,7 +330,7 @@ def handshakes(peer: Peer, command: list[str], plan: Plan) -> Cases:
             cpu = server.start_cpu_seconds
             yield "start", {"seconds": server.start_seconds, "cpu": cpu}
     with running(peer, command) as server:
-        file = server.seat(10_000, 100)
+        file = server.seat([100] * 100)
         result = load("shake", server, file, conns=32, seconds=plan.seconds)
         yield "shake", result
 
@@ -343,7 +344,7 @@ def storm(peer: Peer, command: list[str], plan: Plan) -> Cases:
     """
     with running(peer, command) as server:
         expect = 0
-        file = server.seat(plan.storm, 1)
+        file = server.seat([plan.storm])
         if peer.protocol == "chatd":
             expect = plan.missed
             cursor = server.call("GET", "/api/v1/events", None, token(1))["cursor"]
@@ -402,7 +403,7 @@ def growth(peer: Peer, command: list[str], plan: Plan) -> Cases:
         return
     for messages in plan.history:
         with running(peer, command) as server:
-            server.seat(CHATS * 2, CHATS)
+            server.seat([2] * CHATS)
             server.stop()
             fill(server.folder / "chatd.db", messages)
             server.start()
@@ -475,7 +476,7 @@ def search(peer: Peer, command: list[str], plan: Plan) -> Cases:
         return
     for messages in plan.searched:
         with running(peer, command) as server:
-            file = server.seat(plan.pairs * 2, plan.pairs)
+            file = server.seat([2] * plan.pairs)
             server.stop()
             fill(server.folder / "chatd.db", messages)
             searcher = plan.pairs * 2 + 1
@@ -556,21 +557,6 @@ def searching(server: Server, bearer: str) -> Iterator[None]:
 TYPING = 200  # signs a second: enough to see their cost, and no commit waits for them
 
 
-def seat_rooms(server: Server, sizes: Sequence[int]) -> Path:
-    """Put users into chats of these sizes, one chat each; return the load's file."""
-    lines, last = [], 0
-    for size in sizes:
-        members = list(range(last + 1, last + size + 1))
-        body = {"member_ids": members}
-        answer = server.call("POST", "/api/v1/chats", body, token(1, "service"))
-        chat = answer["chat"]["id"]
-        lines += [f"/ws/chat?token={token(user)} {chat}\n" for user in members]
-        last += size
-    file = server.folder / f"seats-{len(sizes)}"
-    file.write_text("".join(lines))
-    return file
-
-
 def stored_bytes(server: Server) -> int:
     """Return the size of the database, with what is only in the WAL yet."""
     address = f"file:{server.folder}/chatd.db?mode=ro"
@@ -581,7 +567,10 @@ def stored_bytes(server: Server) -> int:
 
 
 def observed(server: Server, file: Path, **options: float) -> Result:
-    """Talk by the clock. Add the commits, the growth on disk and the memory."""
+    """Talk by the clock. Add the commits, the growth on disk and the memory.
+
+    Members that send one after another are far apart in the file, in different chats.
+    """
     bearer, most, done = token(1, "stats"), [0], threading.Event()
 
     def commits() -> int:
@@ -593,13 +582,13 @@ def observed(server: Server, file: Path, **options: float) -> Result:
             most.append(server.memory_bytes())
 
     before, stored_before = commits(), stored_bytes(server)
-    watching = threading.Thread(target=watch)
-    watching.start()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
         result = load("talk", server, file, stride=7919, **options)
     finally:
         done.set()
-        watching.join()
+        watcher.join()
     return {
         **result,
         "commits": commits() - before,
@@ -627,7 +616,9 @@ def costs(peer: Peer, command: list[str], plan: Plan) -> Cases:
     with running(peer, command) as server:
         yield "fsync", {"seconds": fsync_seconds(server.folder)}
         users = max(GROUP, plan.pairs)
-        files = {n: seat_rooms(server, [n] * (users // n)) for n in (COUPLE, GROUP)}
+        files = {
+            size: server.seat([size] * (users // size)) for size in (COUPLE, GROUP)
+        }
         for name, size, amount, options in (
             ("message", COUPLE, SOME, {"rate": SOME}),
             ("message", GROUP, SOME, {"rate": SOME}),
@@ -655,7 +646,7 @@ def community(peer: Peer, command: list[str], plan: Plan) -> Cases:
     sizes = capacity.chat_sizes(plan.community, habits.largest_chat)
     doing = capacity.activity(plan.community, habits)
     with running(peer, command) as server:
-        file = seat_rooms(server, sizes)
+        file = server.seat(sizes)
         result = observed(
             server,
             file,
