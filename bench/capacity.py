@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
 """How far one machine goes: from measured costs to the size of a community.
 
-    python bench/capacity.py FILE            prints the tables (bench/results.json)
-    python bench/capacity.py --report FILE   writes docs/capacity.md
+    python bench/capacity.py FILE     prints the tables; FILE is else results.json
 
-run.py measures what chatd pays for each thing that it does. HABITS says how often the
-users of a community do it. MACHINE says what there is. The model multiplies and adds,
-one formula for each resource (`used`), and names the resource of which the largest
-share is used. That one ends first. The workload `community` is the check: a run with
-the habits of CHECKED, beside what the model says about exactly this run.
+`run.py --report` writes them into docs/capacity.md. run.py measures what chatd pays for
+each thing that it does. HABITS says how often the users of a community do it. MACHINE
+says what there is. The model multiplies and adds, one formula for each resource
+(`used`), and names the resource of which the largest share is used. That one ends
+first. The workload `community` is the check: a run with the habits of CHECKED, beside
+what the model says about exactly this run.
 
 A command (a message or a read mark) that comes alone pays for a commit of its own. Many
 at the same time share one. Each cost is measured at two rates (`Cost`), and a straight
-line joins them. The true cost falls steeply at first and then flattens, so it lies
-below the line: the model errs on the safe side. Beyond the higher rate it counts the
-cost at that rate, which is more than the true one again.
+line joins them. Beyond the higher rate the model counts the cost at that rate. Only the
+ends of the line are measured. We expect the true cost to lie below it, because the
+first commands that share a commit save the most.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from typing import Any
 
 from peer import HERE
 from report import (
-    END,
     FAULTS,
     Figure,
     Results,
     Run,
     aligned,
+    between_markers,
+    busiest,
     markdown,
     micros,
+    origin,
     shown,
     values,
 )
@@ -44,7 +46,6 @@ from report import (
 PAGE = HERE.parent / "docs/capacity.md"
 WORKLOADS = "idle,handshakes,growth,costs,community"  # what the tables need
 MEASURE = f"python bench/run.py --full --only {WORKLOADS} measures all that is needed"
-BEGIN = "<!-- bench/capacity.py --report: -->"
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 HOUR, DAY, YEAR_DAYS = 3_600, 86_400, 365
 COUPLE, GROUP = 2, 50  # the sizes of the chats in the workload `costs`
@@ -712,11 +713,7 @@ def summary(results: Results) -> str:
 
 def section(results: Results) -> str:
     """Write the part of docs/capacity.md between the markers. Raises Missing."""
-    machine = results["machine"]
-    lines = [
-        f"On {machine['cpu']}, {machine['cores']} cores, {machine['system']}, "
-        f"{results['date']}, by `{results['command']}`."
-    ]
+    lines = [f"{origin(results)}; {busiest(results)}."]
     for title, content in parts(results):
         if title:
             lines += ["", f"### {title}"]
@@ -724,31 +721,21 @@ def section(results: Results) -> str:
     return "\n".join(lines)
 
 
-def page(results: Results, before: str) -> str:
-    """Return docs/capacity.md with new figures between its markers. Raises Missing."""
-    head, rest = before.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{section(results)}\n\n{END}{rest.split(END)[1]}"
-
-
 def publish(results: Results) -> None:
-    """Write the figures into docs/capacity.md. Raises Missing."""
-    PAGE.write_text(page(results, PAGE.read_text()))
+    """Write the figures of docs/capacity.md. Raises Missing."""
+    PAGE.write_text(between_markers(PAGE.read_text(), section(results)))
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, nargs="?", default=HERE / "results.json")
-    parser.add_argument("--report", action="store_true", help="write docs/capacity.md")
     options = parser.parse_args()
     results: dict[str, Any] = json.loads(options.file.read_text())
     try:
-        if options.report:
-            publish(results)
-        else:
-            print(text(results))
+        print(text(results))
     except Missing as why:
         raise SystemExit(f"capacity.py: {options.file}: {why}") from None
 

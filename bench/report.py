@@ -266,10 +266,16 @@ def faults(results: Results) -> list[str]:
 
 
 def markdown(table: Sequence[Sequence[str]]) -> list[str]:
-    """Write a table in Markdown."""
-    head, *body = table
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-    return lines + ["| " + " | ".join(row) + " |" for row in body]
+    """Write a table in Markdown: columns of words left, columns of numbers right."""
+
+    def side(place: int) -> str:
+        cells = [row[place] for row in table[1:]]
+        words = any(c.isalpha() for cell in cells if cell != "none" for c in cell)
+        return "---" if words else "--:"
+
+    head, *body = ["| " + " | ".join(row) + " |" for row in table]
+    sides = ["---", *(side(place) for place in range(1, len(table[0])))]
+    return [head, f"|{'|'.join(sides)}|", *body]
 
 
 def spread(results: Results) -> float:
@@ -296,19 +302,35 @@ def whole_rounds(results: Results) -> Results:
     }
 
 
+def busiest(results: Results) -> str:
+    """Describe how busy the machine was."""
+    if not results.get("loads"):
+        return "without a record of how busy the machine was"
+    most = max(results["loads"])
+    return f"at most {most:.2f} cores busy with anything else before a round"
+
+
 def measured(results: Results) -> str:
     """Describe how certain the figures are."""
     rounds = results["plan"]["rounds"]
-    busy = f"at most {max(results['loads']):.2f} cores busy with anything else before"
     if rounds == 1:
-        return f"one round, {busy} it"
+        return f"one round, {busiest(results)}"
     typically = f"typically ±{spread(results):.0f} %"
-    return f"medians of {rounds} rounds, {typically}, {busy} a round"
+    return f"medians of {rounds} rounds, {typically}, {busiest(results)}"
+
+
+def origin(results: Results) -> str:
+    """Say where, when and by which command the figures were measured."""
+    machine = results["machine"]
+    return (
+        f"On {machine['cpu']}, {machine['cores']} cores, {machine['system']}, "
+        f"{results['date']}, by `{results['command']}`"
+    )
 
 
 def section(results: Results) -> str:
     """Write the part of docs/speed.md that stands between the markers."""
-    machine, plan = results["machine"], results["plan"]
+    plan = results["plan"]
     costs, _, _, pairs, connections, growth, search = tables(plan).values()
     aged = [
         [what, *(cell(values(results, "chatd", c), spread=False) for c in columns)]
@@ -317,8 +339,7 @@ def section(results: Results) -> str:
     ]
     ages = [f"{n:,} messages" for n in plan["history"]]
     lines = [
-        f"On {machine['cpu']}, {machine['cores']} cores, {machine['system']}, "
-        f"{results['date']}, by `{results['command']}`; {measured(results)}.",
+        f"{origin(results)}; {measured(results)}.",
         "",
         "**CPU of the server for one delivery, in microseconds**. First one message at "
         "a time, in a room of so many members; then so many people send at once:",
@@ -380,11 +401,16 @@ def looked(results: Results, columns: Sequence[Column]) -> list[str]:
     ]
 
 
-def publish(results: Results) -> None:
-    """Write the figures between docs/speed.md's markers, and the chart."""
-    before, rest = PAGE.read_text().split(BEGIN)
+def between_markers(page: str, section: str) -> str:
+    """Return a page with a new section between its markers."""
+    before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+
+
+def publish(results: Results) -> None:
+    """Write the figures of docs/speed.md, and the chart."""
+    PAGE.write_text(between_markers(PAGE.read_text(), section(results)))
     (HERE / "chart.svg").write_text(chart(results))
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure chatd beside the servers that you might choose instead, in one run.
 
-    python bench/run.py --full      takes about half an hour; writes results.json
-    python bench/run.py --quick     takes a minute and a half; its figures mean little
+    python bench/run.py --full      takes about forty minutes; writes results.json
+    python bench/run.py --quick     takes two minutes; its figures mean little
     python bench/run.py --full --only fanout,idle --peers chatd,go
     python bench/run.py --report bench/results.json     writes docs/speed.md, its chart,
                                                         and docs/capacity.md
@@ -176,8 +176,11 @@ def compare(plan: workload.Plan, checkout: Path, only: str, path: Path) -> bool:
     found = ratios.measures(results, kinds)
     results["measures"] = [dataclasses.asdict(each) for each in found.values() if each]
     save(results, path)
-    busiest = f"at most {max(results['loads']):.2f} cores were busy before a round"
-    told = [busiest, *report.uncounted(results), *report.faults(results)]
+    told = [
+        report.busiest(results),
+        *report.uncounted(results),
+        *report.faults(results),
+    ]
     print("", ratios.text(found), "", *told, sep="\n")
     return ratios.holds(found)
 

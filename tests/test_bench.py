@@ -6,18 +6,21 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.test_capacity import CROWD, RESULTS
+
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "bench/run.py").is_file():
     pytest.skip("bench/ is not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT / "bench"))
-peer, quiet, ratios, report, run, workload = map(
-    importlib.import_module, ("peer", "quiet", "ratios", "report", "run", "workload")
+capacity, peer, quiet, ratios, report, run, workload = map(
+    importlib.import_module,
+    ("capacity", "peer", "quiet", "ratios", "report", "run", "workload"),
 )
 sys.path.remove(str(ROOT / "bench"))
 
@@ -123,9 +126,10 @@ def test_what_cannot_be_published_and_why(loads: list[float] | None, said: str) 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Let the benchmark publish into a folder of the test."""
-    page = tmp_path / "speed.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    monkeypatch.setattr(report, "PAGE", page)
+    for module, name in ((report, "speed.md"), (capacity, "capacity.md")):
+        page = tmp_path / name
+        page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+        monkeypatch.setattr(module, "PAGE", page)
     monkeypatch.setattr(report, "HERE", tmp_path)
     monkeypatch.setattr(run, "HERE", tmp_path)
     return tmp_path
@@ -137,6 +141,7 @@ def publish(
     loads: list[float] | None,
     *,
     interrupted: bool = False,
+    more: Sequence[dict[str, Any]] = (*RESULTS["runs"], CROWD),
 ) -> None:
     """Run `--report` with the figures of three rounds; the last may be incomplete."""
     crowd = {"workload": "flight", "peer": "chatd", "count": 1000, "seconds": 1.0}
@@ -146,9 +151,12 @@ def publish(
         **{"date": "today", "command": "run.py", "versions": {"chatd": "2"}},
         **({} if interrupted else {"took_seconds": 9}),
         "runs": [
-            {**crowd, "round": turn, "case": case, "cpu": 0.1 + turn / 100}
-            for turn in range(3)
-            for case in ("1", "32")
+            *more,
+            *(
+                {**crowd, "round": turn, "case": case, "cpu": 0.1 + turn / 100}
+                for turn in range(3)
+                for case in ("1", "32")
+            ),
         ],
     }
     if loads is not None:
@@ -163,12 +171,13 @@ def publish(
 def test_report_refuses_the_figures_of_a_busy_machine(
     monkeypatch: pytest.MonkeyPatch, published: Path, loads: list[float] | None
 ) -> None:
-    before = (published / "speed.md").read_text()
+    pages = published / "speed.md", published / "capacity.md"
+    before = [page.read_text() for page in pages]
     with pytest.raises(SystemExit, match=r"^run.py: .* is not published: ") as ended:
         publish(monkeypatch, published, loads)
     assert isinstance(ended.value.code, str)  # Python prints it, and exits with 1
     assert "measure again" in ended.value.code
-    assert (published / "speed.md").read_text() == before
+    assert [page.read_text() for page in pages] == before
     assert not (published / "chart.svg").exists()
 
 
@@ -182,6 +191,24 @@ def test_report_writes_the_figures_of_a_quiet_machine_and_says_how_quiet(
     assert page.startswith(f"before\n{report.BEGIN}\n\nOn ")
     assert page.endswith(f"\n\n{report.END}\nafter\n")
     assert (published / "chart.svg").read_text().startswith("<svg")
+    page = (published / "capacity.md").read_text()
+    assert "by `run.py`; at most 0.31 cores busy with anything else before" in page
+    assert page.startswith(f"before\n{report.BEGIN}\n\nOn ")
+    assert page.endswith(f"\n\n{report.END}\nafter\n")
+
+
+def test_without_the_costs_report_writes_speed_md_and_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, published: Path
+) -> None:
+    with pytest.raises(SystemExit, match=r"capacity\.md stays as it was: no case"):
+        publish(monkeypatch, published, [0.1, 0.1, 0.1], more=())
+    assert "\nold\n" not in (published / "speed.md").read_text()
+    assert "\nold\n" in (published / "capacity.md").read_text()
+
+
+def test_columns_of_words_are_left_and_columns_of_numbers_right() -> None:
+    table = [["", "CPU", "why"], ["a", "9.1", "so"], ["b", "none", "so"]]
+    assert report.markdown(table)[1] == "|---|--:|---|"
 
 
 def test_a_round_that_was_interrupted_does_not_count_nor_does_its_load(
