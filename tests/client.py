@@ -437,6 +437,12 @@ def find_program(names: tuple[str | None, ...], remedy: str, *trial: str) -> str
     pytest.skip(remedy)
 
 
+def free_port() -> int:
+    """Find a port that is free now, for a program that cannot choose one itself."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 # The names of Chromium; its path may be in the environment.
 CHROMIUM = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
 

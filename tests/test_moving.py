@@ -36,11 +36,11 @@ from tests.client import (
     clean_environment,
     find_program,
     frame_bytes,
+    free_port,
     run_chatd,
     upgrade_bytes,
     wait_until,
 )
-from tests.test_notify import free_port
 
 EXAMPLE = CHECKOUT / "examples" / "prosody"
 DOCUMENT = (CHECKOUT / "docs" / "moving.md").read_text("utf-8")
@@ -131,9 +131,8 @@ class Mover:
     def __init__(self, server: ServerProcess, prosody: Prosody) -> None:
         self.home = server.home
         self.db = server.db
-        document = (CHECKOUT / "docs" / "moving.md").read_text()
         calls = re.findall(
-            r"(?m)^python3 examples/prosody/(to_prosody.py.*)$", document
+            r"(?m)^python3 examples/prosody/(to_prosody.py.*)$", DOCUMENT
         )
         self.calls = [call.split()[1:] for call in calls]
         assert self.calls == [["--import", "everything.jsonl"], [], ["--once"]]
@@ -587,6 +586,9 @@ async def test_what_cannot_be_moved_is_said(
         message = {"id": 9, "chat_id": 9, "sender_id": 9, "content": "hi"}
         line = json.dumps({"message": message})
         (mover.home / "everything.jsonl").write_text(line)
+        assert "is not of the chatd at" in await fails(0)
+        line = json.dumps({"message": {**message, "id": 0}})
+        (mover.home / "everything.jsonl").write_text(line)
         assert "422: " in (said := await fails(0)), said
         assert "no room c9" in said
         (mover.home / "import.secret").write_bytes(b"wrong")
@@ -594,6 +596,5 @@ async def test_what_cannot_be_moved_is_said(
         assert not (mover.home / "to_prosody.cursor").exists()
         (mover.home / "to_prosody.cursor").write_text("another.5")
         assert "restored from a backup" in await fails(1)
-    log = (prosody.home / "prosody.log").read_text()
-    assert log.count("a request failed: ") == 1
+    assert prosody.log.count("a request failed: ") == 1
     (prosody.home / "prosody.log").write_text("")

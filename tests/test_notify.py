@@ -31,6 +31,7 @@ from tests.client import (
     CommandResult,
     ServerProcess,
     clean_environment,
+    free_port,
     wait_until,
 )
 
@@ -79,11 +80,6 @@ class Inbox:
     @property
     def message_ids(self) -> list[str]:
         return [str(mail["Message-ID"]) for mail in self.mails]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ NOTHING IS LOST, AND NOTHING COMES TWICE
 
 The ids of messages are positions in chatd's event log, and an export shows one moment.
 So the largest id in it is a cursor: what is not in the export has happened after that.
-The cursor is in --state, and moves when Prosody has answered that all before it is on
-disk. If this program is killed, or one of the servers, it sends some lines again.
-Prosody finds that it has them already, and changes nothing.
+The cursor is in to_prosody.cursor, and moves when Prosody has answered that all before
+it is on disk. If this program is killed, or one of the servers, it sends some lines
+again. Prosody finds that it has them already, and changes nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
+
+# In the current folder.
+TOKEN = Path("service.token")  # of chatd, with scope service
+SECRET = Path("import.secret")  # of mod_chatd_import
+CURSOR = Path("to_prosody.cursor")  # how far this program is
 
 NET_SECONDS = 300  # for the next bytes: Prosody may have a chat of 5,000 to enter
 RETRY_SECONDS = 60  # the longest wait after a failure
@@ -71,7 +76,7 @@ def ask(url: str, token_file: Path, data: bytes | None = None) -> bytes:
 
 def ask_chatd(options: argparse.Namespace, path: str, **query: object) -> Any:
     url = f"{options.chatd}/api/v1/{path}?{urllib.parse.urlencode(query)}"
-    return json.loads(ask(url, options.token_file))
+    return json.loads(ask(url, TOKEN))
 
 
 def deliver(options: argparse.Namespace, lines: Iterable[str]) -> None:
@@ -82,20 +87,20 @@ def deliver(options: argparse.Namespace, lines: Iterable[str]) -> None:
         batch.append(line.encode())
         size += len(batch[-1])
         if size >= BATCH_BYTES:
-            ask(options.prosody, options.secret_file, b"\n".join(batch))
+            ask(options.prosody, SECRET, b"\n".join(batch))
             batch, size = [], 0
     if batch:
-        ask(options.prosody, options.secret_file, b"\n".join(batch))
+        ask(options.prosody, SECRET, b"\n".join(batch))
 
 
-def save_cursor(path: Path, cursor: str) -> None:
+def save_cursor(cursor: str) -> None:
     """Replace the file: after a crash it is the old one or the new one, whole."""
-    partial = path.with_name(path.name + ".partial")
+    partial = CURSOR.with_suffix(".partial")
     with partial.open("w") as file:
         file.write(cursor)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    partial.replace(CURSOR)
 
 
 def import_export(options: argparse.Namespace) -> None:
@@ -107,17 +112,16 @@ def import_export(options: argparse.Namespace) -> None:
         for line in file:
             message = json.loads(line).get("message", {})
             seq = max(seq, message.get("id", 0), message.get("rev", 0))
+            if seq > int(newest):
+                raise Fatal(f"{options.export} is not of the chatd at {options.chatd}")
             yield line.rstrip("\n")
 
-    epoch, _, newest = ask_chatd(options, "internal/chat/events")["cursor"].partition(
-        "."
-    )
+    now = ask_chatd(options, "internal/chat/events")["cursor"]
+    epoch, _, newest = now.partition(".")
     # Only \n ends a line: a text may have U+2028.
     with options.export.open(encoding="utf-8", newline="\n") as file:
         deliver(options, lines(file))
-    if seq > int(newest):
-        raise Fatal(f"{options.export} is not of the chatd at {options.chatd}")
-    save_cursor(options.state, f"{epoch}.{seq}")
+    save_cursor(f"{epoch}.{seq}")
 
 
 def lines_of(options: argparse.Namespace, events: list[Any]) -> Iterable[str]:
@@ -141,7 +145,7 @@ def lines_of(options: argparse.Namespace, events: list[Any]) -> Iterable[str]:
 def follow(options: argparse.Namespace) -> bool:
     """Carry one page of the feed over. Return False if there is no more now."""
     try:
-        cursor = options.state.read_text()
+        cursor = CURSOR.read_text()
     except OSError as error:
         raise Fatal(f"{error}: begin with --import") from None
     page = ask_chatd(options, "internal/chat/events", cursor=cursor, limit=500)
@@ -152,7 +156,7 @@ def follow(options: argparse.Namespace) -> bool:
         )
     deliver(options, lines_of(options, page["events"]))
     if page["cursor"] != cursor:
-        save_cursor(options.state, page["cursor"])
+        save_cursor(page["cursor"])
     return bool(page["more"])
 
 
@@ -175,24 +179,10 @@ def read_options() -> argparse.Namespace:
         help="exit when everything that has happened so far is in Prosody",
     )
     add(
-        "--state",
-        type=Path,
-        default=Path("to_prosody.cursor"),
-        metavar="FILE",
-        help="how far it is (default %(default)s)",
-    )
-    add(
         "--chatd",
         default="http://127.0.0.1:8086",
         metavar="URL",
         help="default %(default)s",
-    )
-    add(
-        "--token-file",
-        type=Path,
-        default=Path("service.token"),
-        metavar="FILE",
-        help="a token of chatd with scope service (default %(default)s)",
     )
     add(
         "--prosody",
@@ -201,20 +191,13 @@ def read_options() -> argparse.Namespace:
         help="default %(default)s",
     )
     add(
-        "--secret-file",
-        type=Path,
-        default=Path("import.secret"),
-        metavar="FILE",
-        help="the secret of mod_chatd_import (default %(default)s)",
-    )
-    add(
         "--every",
         type=float,
         default=1,
         metavar="SECONDS",
         help="how often to look at the feed (default %(default)s)",
     )
-    return parser.parse_args()  # fmt: skip
+    return parser.parse_args()
 
 
 def main() -> int:
@@ -222,7 +205,7 @@ def main() -> int:
     options = read_options()
     wait = options.every
     try:
-        with options.state.with_name(options.state.name + ".lock").open("w") as lock:
+        with CURSOR.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if options.export:
                 import_export(options)
@@ -240,7 +223,7 @@ def main() -> int:
                         return 0
                 time.sleep(wait)
     except BlockingIOError:
-        say(f"{options.state}: another to_prosody.py uses it")
+        say(f"{CURSOR}: another to_prosody.py uses it")
     except (Fatal, Problem, OSError) as problem:
         say(problem)
     return 1
