@@ -4,9 +4,10 @@
  *
  *   talk   members of rooms send messages: each of `senders` members of each room has one
  *          message in flight, and sends the next when all members, the sender included,
- *          have received it; or, with `rate`, all members send in turn, by the clock. To
- *          chatd they can also send `typing` signs a second, and read marks: `watching`
- *          is the share of the receivers of a message who mark it, up to `look` s later
+ *          have received it; or, with `rate`, all members send in turn, by the clock, each
+ *          `stride` lines of the file behind the one before. To chatd they can also send
+ *          `typing` signs a second, and read marks: `watching` is the share of the
+ *          receivers of a message that mark it, up to `look` s later
  *   http   `conns` keep-alive connections, each with one request at a time
  *   shake  `conns` at a time: connect, handshake, wait for the greeting, close, again
  *   hold   reads commands from stdin: `open N`, `keep N`; answers pings; ends with stdin
