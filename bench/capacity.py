@@ -692,11 +692,15 @@ def parts(results: Results) -> Iterator[tuple[str, str | Table]]:
 
 
 def text(results: Results) -> str:
-    """Write all tables for a terminal. Raises Missing."""
+    """Write all tables for a terminal, without the reasons. Raises Missing."""
     lines = []
     for title, content in parts(results):
         lines += [f"\n{title}"] if title else []
-        lines += [f"\n{content}"] if isinstance(content, str) else aligned(content)
+        if isinstance(content, str):
+            lines.append(f"\n{content}")
+            continue
+        reasons = content[0][-1] == "why"
+        lines += aligned([row[:-1] for row in content] if reasons else content)
     return "\n".join(lines)
 
 

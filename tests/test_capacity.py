@@ -280,6 +280,13 @@ def test_the_section_of_the_page_has_all_tables_and_what_went_wrong(
     )
 
 
+def test_a_terminal_gets_the_tables_without_the_reasons(capacity: Any) -> None:
+    text = capacity.text({**RESULTS, "runs": [*RESULTS["runs"], CROWD]})
+    lines = text.splitlines()
+    assert ["disk", "40", "GB"] in [line.split() for line in lines]
+    assert max(map(len, lines)) < 150
+
+
 def test_every_habit_has_a_reason(capacity: Any) -> None:
     fields = [name for name in capacity.Habits.__dataclass_fields__ if name != "name"]
     assert list(capacity.WHY) == fields
