@@ -775,22 +775,26 @@ class Session:
         upto = hub.head
         given, user_id = parse_cursor(self.server, self.cursor), self.claims.user_id
         start = upto if given is None else given
+        # Then it cannot have missed too many, and the tail says whether any.
+        near = upto - start <= store.settings.resync_events and hub.in_tail(start)
         try:
             joined, marks, missed = await store.read(
-                store.greeting, user_id, upto, start
+                store.greeting, user_id, upto, upto if near else start
             )
         except Refusal as refusal:
             self._answer(error_of(refusal))
             self.end(CLOSE_LATER, "the database cannot be read: come back later")
             return False
+        hub.set_chats(self.seat.person, joined)
         if self.cursor is None:
             resume = "fresh"
         elif given is None or missed is None:
             resume, start = "resync", upto
+        elif missed or (near and any(map(self.seat.person.view, hub.since(start)))):
+            resume = "replay"
         else:
-            resume = "replay" if missed else "live"
+            resume = "live"
         self.server.stats.resumes[resume] += 1
-        hub.set_chats(self.seat.person, joined)
         self.seat.cursor = start
         connected = Connected(
             user_id=user_id,
