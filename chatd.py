@@ -51,13 +51,13 @@ a plain `def` where it does not wait, so no cancellation can leave it half done.
     Store.run, main             `_gather` takes all jobs that wait (at most 512), turn
                                 by turn of the scheduler until a turn brings no more,
                                 and waits for `_transact`.
-    Store.run, writer's thread  `_transact`: BEGIN, one savepoint for each job
+    Store.run, writer's thread  `_transact`: BEGIN, one job after another
                                 (`send_message` inserts the message and its event),
                                 COMMIT. Here SQLite calls fsync on the WAL: when COMMIT
                                 has returned, the message is DURABLE.
-    Store.run, main             hands the Batch to the hub's channel, which has no
-                                buffer: it waits until the hub takes it. Then the next
-                                transaction starts in the writer's thread.
+    Store.run, main             puts the Batch into the hub's channel, which has room
+                                for one. Then the next transaction starts in the
+                                writer's thread.
     Hub.run, main               `publish`: append to the tail; find the live seats of
                                 the chat's members; make the answers (`Job.done`);
                                 `Outbox.push` one joined piece of bytes to each seat.
@@ -377,7 +377,7 @@ class Server:
 
     async def run(self, sockets: Sequence[trio.SocketListener]) -> None:
         """Serve until the listener stops. Store and hub outlive the connections."""
-        # Without a buffer: at most one batch is committed and not yet published.
+        # Room for one: at most one batch is committed and not yet published.
         to_hub, from_store = trio.open_memory_channel[Batch](1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run, to_hub)
@@ -589,7 +589,9 @@ class Listener:
 
 
 class ClientFault(Exception):
-    """A client closed, or broke a limit or the protocol. args: close code, reason."""
+    """A client closed, or broke a limit or the protocol."""
+
+    args: tuple[int, str]  # close code, reason
 
 
 class WebSocketReader(WebSocketConnection):
@@ -646,6 +648,7 @@ class WebSocketReader(WebSocketConnection):
         # wsproto reports a protocol error as a close too, but then stays open.
         if self._wsproto.state is not ConnectionState.OPEN:
             self._outbox.seal(bytes(_frames.close(event.code, event.reason)))
+            self._outbox.client_closed = True
         raise ClientFault(event.code, event.reason or "")
 
     async def _handle_message_event(
@@ -718,7 +721,7 @@ class Session:
                     if await self._enter() and await self._greet():
                         await reader.read()
             except ClientFault as fault:
-                self.end(*fault.args)
+                self.close_with = self.close_with or fault.args
             if reader.closed and not self.close_with:
                 self.close_with = (reader.closed.code, reader.closed.reason or "")
             await self._close()
@@ -1615,7 +1618,7 @@ class Store:
         """Run jobs in one transaction. A failing disk is an answer, not an exception.
 
         On a full disk or an I/O error SQLite discards the whole transaction, and the
-        next SAVEPOINT would quietly begin another one: so one error ends the batch. A
+        next statement would quietly be one of its own: so one error ends the batch. A
         failed commit is *unknown*: it may be in the file all the same. `_probe` then
         finds and publishes it, before anything else is written.
         """
@@ -2432,6 +2435,7 @@ class Outbox:
         self.received_at = self.moved_at = trio.current_time()
         self._fd = self.stream.socket.fileno()
         self.listening = False  # waiting for the client, not busy with its command
+        self.client_closed = False  # with a close frame: it sends nothing more
         self._pace = Bucket(self.settings.receive_bytes)
         self._blocked = trio.lowlevel.ParkingLot()
         self._owed_pong = b""
@@ -2521,12 +2525,13 @@ class Outbox:
         """End the write side, then read and discard, so that the last bytes arrive.
 
         Closing a socket with unread input makes the kernel send RST, which can overtake
-        them.
+        them. A client that has closed leaves none, and waits for our end.
         """
         if self.buffer:  # a scope costs 10 us
             with trio.move_on_after(self.settings.drain_seconds):
                 await self.wait_empty()
-        await linger(self.stream)
+        if not self.client_closed:
+            await linger(self.stream)
 
     async def receive_some(self, max_bytes: int) -> bytes:
         """Return bytes from the client, at the rate of --receive-bytes.
@@ -5082,7 +5087,8 @@ async def post_message(server: Server, request: Request) -> Answer:
     if sent is None:
         sent = await server.commit(server.store.send_message, send, claims.service)
         count_sent(server, claims, sent)
-    sent = renewed(sent, changes(server.hub.since(upto)))
+    if changed := changes(server.hub.since(upto)):
+        sent = renewed(sent, changed)
     return json_answer(sent, 200 if sent.duplicate else 201)
 
 
