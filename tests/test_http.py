@@ -193,6 +193,28 @@ async def test_a_request_with_64_header_lines_is_accepted(
 
 
 @with_server()
+async def test_between_requests_that_came_together_other_tasks_get_their_turn(
+    server: VirtualServer,
+) -> None:
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    raw = server.dial()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_turns)
+        await raw.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
+        for _ in range(200):
+            assert (await raw.answer()).status == 200
+        nursery.cancel_scope.cancel()
+    assert turns > 200
+
+
+@with_server()
 async def test_a_head_that_is_incomplete_after_10_s_gets_408(
     server: VirtualServer,
 ) -> None:

@@ -281,3 +281,14 @@ async def test_a_rate_of_0_paces_nothing(server: VirtualServer) -> None:
         for _ in range(100):
             await raw.send(frame_bytes(TEXT, b"x" * 30_000))
             await raw.receive("error")
+
+
+@with_server()
+async def test_a_client_that_closes_is_not_waited_for(server: VirtualServer) -> None:
+    raw = await server.join_raw(6)
+    listener = server.session(6).server.listener
+    await raw.send(close_bytes(1000))
+    with taking(0):
+        await raw.finishes()  # and the client's own side is open
+        assert [opcode for opcode, _ in take_frames(raw.data)] == [CLOSE]
+        assert not listener.open

@@ -567,3 +567,14 @@ async def test_a_wrong_command_gets_an_error_and_the_connection_stays_open(
     await peer.receives_nothing()
     assert await server.history(chat, user) == []
     await peer.ask("send_message", chat_id=chat, content="x" * 4000)
+
+
+@pytest.mark.parametrize("size", [125, 126, 65_535, 65_536])
+def test_a_frame_is_the_one_that_wsproto_makes(size: int) -> None:
+    empty = len(chatd.encode(chatd.Ack("")))
+    message = chatd.Ack("x" * (size - empty))
+    assert len(chatd.encode(message)) == size
+    by_wsproto = FrameProtocol(client=False, extensions=[]).send_data(
+        chatd.encode(message).decode()
+    )
+    assert chatd.text_frame(message) == bytes(by_wsproto)

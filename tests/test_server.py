@@ -429,7 +429,7 @@ async def test_retry_after_is_in_whole_seconds_and_not_too_early(
 # --- the bulkhead --------------------------------------------------------------------
 
 
-@with_server(store=FaultyStore)
+@with_server(store=FaultyStore, tail_events=0)
 async def test_a_bug_ends_its_own_connection_only_and_is_counted_and_logged(
     server: VirtualServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ import pytest
 import trio
 import trio.testing
 from msgspec.structs import replace
+from trio.testing import wait_all_tasks_blocked
 
 import chatd
 from chatd import NewChat, Refusal, Send, Settings, Store, UsageError
@@ -1037,6 +1039,24 @@ def test_a_refused_job_does_not_affect_the_other_jobs_of_its_batch(
     assert (memory.stats.commits, memory.stats.batch_max) == (2, 4)
 
 
+def test_only_a_job_that_is_refused_after_it_wrote_makes_its_batch_run_again(
+    memory: Memory,
+) -> None:
+    chat, ran = memory.chat(1, 2), list[int]()
+
+    def send(db: sqlite3.Connection, events: list[chatd.Entry]) -> chatd.Sent:
+        ran.append(1)
+        return memory.store.send_message(db, events, Send(chat, 1, "x"))
+
+    memory.commit((send,), memory.sends(chat, 3))  # refused before it writes
+    assert len(ran) == 1
+    batch = memory.commit((send,), refused_after_writes(memory, chat), (send,))
+    assert len(ran) == 1 + 2 + 1  # the third job ran only in the second attempt
+    first, refused, last = (outcome for _, outcome in batch.outcomes)
+    assert (first.message.n, refused.code, last.message.n) == (2, "forbidden", 3)
+    assert memory.count("message") == 3
+
+
 @pytest.mark.parametrize("user_id", [0, 2**63])
 def test_a_violated_constraint_is_an_internal_error_of_its_job_alone(
     memory: Memory, user_id: int
@@ -1672,6 +1692,29 @@ async def test_reads_and_writes_work_in_threads(tmp_path: Path) -> None:
     assert memory.send(chat, 1).message.n == 51
     assert 1 <= len(memory.store._idle_readers) <= chatd.READERS
     memory.store.close()
+
+
+async def test_a_cancelled_caller_waits_for_its_thread() -> None:
+    done, limiter = threading.Event(), trio.CapacityLimiter(1)
+    ended = list[object]()
+
+    async def call() -> None:
+        ended.append(await chatd.in_thread(done.wait, 60, limiter=limiter))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        assert limiter.borrowed_tokens == 1
+        done.set()
+    assert (ended, limiter.borrowed_tokens) == ([True], 0)
+
+
+async def test_what_is_raised_in_a_thread_is_raised_to_its_caller() -> None:
+    limiter = trio.CapacityLimiter(1)
+    with pytest.raises(ValueError, match="invalid literal"):
+        await chatd.in_thread(int, "x", limiter=limiter)
+    assert limiter.borrowed_tokens == 0
 
 
 # --- failures ------------------------------------------------------------------------
