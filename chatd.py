@@ -52,9 +52,9 @@ a plain `def` where it does not wait, so no cancellation can leave it half done.
                                 by turn of the scheduler until a turn brings no more,
                                 and waits for `_transact`.
     Store.run, writer's thread  `_transact`: BEGIN, one job after another
-                                (`send_message` inserts the message and its event),
-                                COMMIT. Here SQLite calls fsync on the WAL: when COMMIT
-                                has returned, the message is DURABLE.
+                                (`send_message` inserts the message, and a trigger its
+                                event), COMMIT. Here SQLite calls fsync on the WAL:
+                                when COMMIT has returned, the message is DURABLE.
     Store.run, main             puts the Batch into the hub's channel, which has room
                                 for one. Then the next transaction starts in the
                                 writer's thread.
@@ -1796,33 +1796,34 @@ class Store:
             return sent
         chat_id, sender_id, content, client_id = send
         found = db.execute(
-            """UPDATE chat SET last_n = last_n + 1 WHERE id = ?1
-               AND (?3 OR EXISTS (
-                    SELECT 1 FROM member WHERE chat_id = ?1 AND user_id = ?2))
-               RETURNING last_n,
-               (SELECT read_n FROM member WHERE chat_id = ?1 AND user_id = ?2)""",
-            (chat_id, sender_id, service),
+            """SELECT last_n + 1,
+                   (SELECT read_n FROM member WHERE chat_id = ?1 AND user_id = ?2)
+               FROM chat WHERE id = ?1""",
+            (chat_id, sender_id),
         ).fetchone()
-        if not found:
-            raise no_chat()
-        n, read_n = found
-        if read_n is None:  # a service sends for a user who is not a member
+        n, read_n = found or (0, None)
+        if read_n is None:  # not a member, so there is no mark
+            if not (service and found):
+                raise no_chat()
             know_user(db, sender_id)
             read_n = n - 1
-        seq, now = self.next_seq(events), now_seconds()
+        seq, now, folded = self.next_seq(events), now_seconds(), fold(content)
         which = (seq, chat_id, sender_id, content)
+        # schema.sql's trigger message_event does the rest.
         db.execute(
             """INSERT INTO message
                (id, chat_id, sender_id, content, created_at, n, client_id, folded)
-               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, nullif(fold(?4), ?4))""",
-            (*which, now, n, client_id),
+               VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+            (*which, now, n, client_id, folded if folded != content else None),
         )
         message = Message(*which, timestamp(now), n, client_id)
         event = NewMessage(seq, chat_id, message, read_n == n - 1 or not service)
-        self.record(db, events, Entry(event, to_chat=True))
-        if read_n == n - 1:
-            db.execute(SET_READ_N, (n, chat_id, sender_id))
-        elif not service:
+        events.append(Entry(event, to_chat=True))
+        if not event.read:
+            db.execute(
+                "UPDATE event SET body = '{\"read\":false}' WHERE seq = ?", (seq,)
+            )
+        elif read_n < n - 1:
             self._mark(db, events, sender_id, chat_id, n, seq)
         return Sent(message, duplicate=False)
 

@@ -386,14 +386,6 @@ def fill(database: Path, messages: int) -> None:
                 "        1750000000 + i FROM k",
                 {"messages": messages, "first": first, "chats": CHATS},
             )
-            db.execute(
-                "INSERT INTO event (seq, kind, chat_id, to_chat, message_id)"
-                " SELECT id, 'new_message', chat_id, 1, id FROM message"
-            )
-            db.execute(
-                "UPDATE chat SET last_n ="
-                " (SELECT coalesce(max(n), 0) FROM message WHERE chat_id = chat.id)"
-            )
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 

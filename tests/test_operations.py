@@ -1394,11 +1394,6 @@ def large_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
             SELECT (SELECT max(seq) FROM event) + n, ?, 1, 'x', 0, n FROM c""",
             (chat,),
         )
-        db.execute(
-            """INSERT INTO event (seq, kind, chat_id, to_chat, message_id)
-            SELECT id, 'new_message', chat_id, 1, id FROM message"""
-        )
-        db.execute("UPDATE chat SET last_n = 60000")
     return memory.settings.db
 
 
