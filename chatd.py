@@ -1380,7 +1380,6 @@ MARK = """
         END
     WHERE m.id = ?2
 """
-SET_READ_N = "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?"
 APPLICATION_ID = 0x63686174  # "chat": says whose file this is
 
 
@@ -1807,14 +1806,14 @@ class Store:
                 raise no_chat()
             know_user(db, sender_id)
             read_n = n - 1
-        seq, now, folded = self.next_seq(events), now_seconds(), fold(content)
+        seq, now = self.next_seq(events), now_seconds()
         which = (seq, chat_id, sender_id, content)
         # schema.sql's trigger message_event does the rest.
         db.execute(
             """INSERT INTO message
                (id, chat_id, sender_id, content, created_at, n, client_id, folded)
-               VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
-            (*which, now, n, client_id, folded if folded != content else None),
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, nullif(?8, ?4))""",
+            (*which, now, n, client_id, fold(content)),
         )
         message = Message(*which, timestamp(now), n, client_id)
         event = NewMessage(seq, chat_id, message, read_n == n - 1 or not service)
@@ -1876,7 +1875,10 @@ class Store:
         self, db: Db, events: Entries, user_id: int, chat_id: int, n: int, last_id: int
     ) -> Marked:
         """Set a member's read mark to n, which is that of the message last_id."""
-        db.execute(SET_READ_N, (n, chat_id, user_id))
+        db.execute(
+            "UPDATE member SET read_n = ? WHERE chat_id = ? AND user_id = ?",
+            (n, chat_id, user_id),
+        )
         seq = self.next_seq(events)
         event = MessageRead(seq, chat_id, last_id, user_id, n)
         # Every mark to every member costs members squared: in a large chat, too much.
