@@ -377,7 +377,7 @@ class Server:
 
     async def run(self, sockets: Sequence[trio.SocketListener]) -> None:
         """Serve until the listener stops. Store and hub outlive the connections."""
-        # Room for one: at most one batch is committed and not yet published.
+        # Room for one, so that the store need not wait for the hub's turn.
         to_hub, from_store = trio.open_memory_channel[Batch](1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run, to_hub)
@@ -778,8 +778,9 @@ class Session:
         upto = hub.head
         given, user_id = parse_cursor(self.server, self.cursor), self.claims.user_id
         start = upto if given is None else given
-        # Then it cannot have missed too many, and the tail says whether any.
-        near = upto - start <= store.settings.resync_events and hub.in_tail(start)
+        # Few events came since: whether one was for this user needs no search on disk.
+        few = min(store.settings.resync_events, store.settings.page_events)
+        near = upto - start <= few and hub.in_tail(start)
         try:
             joined, marks, missed = await store.read(
                 store.greeting, user_id, upto, upto if near else start
@@ -793,7 +794,13 @@ class Session:
             resume = "fresh"
         elif given is None or missed is None:
             resume, start = "resync", upto
-        elif missed or (near and any(map(self.seat.person.view, hub.since(start)))):
+        elif missed or (
+            near
+            and (
+                not hub.in_tail(start)  # so many came during the read
+                or any(map(self.seat.person.view, hub.since(start)))
+            )
+        ):
             resume = "replay"
         else:
             resume = "live"
@@ -930,7 +937,7 @@ class Session:
         check_content(command.content, server.settings)
         send = Send(command.chat_id, user_id, command.content, command.client_id)
         if sent := await allow_send(server, self.claims, send):
-            await self.seat.slots.acquire()  # Seat.reply gives it back
+            await take(self.seat.slots)  # Seat.reply gives it back
             self.seat.reply(sent_reply(sent, command.ref))
             return
 
@@ -1364,7 +1371,7 @@ NEWEST_FIRST = """
 
 REVOKED = "SELECT id, revoked_at FROM user WHERE revoked_at IS NOT NULL"
 IS_MEMBER = "SELECT 1 FROM member WHERE chat_id = ? AND user_id = ?"
-# Has the chat more members than this?
+# Has a chat more than so many members?
 IS_LARGE = "SELECT 1 FROM member WHERE chat_id = ? LIMIT 1 OFFSET ?"
 # A read mark that a user, ?1, moves up to a message, ?2: the chat and the message's n;
 # and the message before the next one of another sender, or NULL if the mark does not
@@ -1417,8 +1424,9 @@ async def in_thread(
 ) -> T:
     """Run function(*args) in a thread. A cancelled caller waits for it all the same.
 
-    trio.to_thread.run_sync does the same for more: it names the thread, copies a
-    context, and waits a turn for a limiter that is free.
+    trio.to_thread.run_sync does the same at a higher cost: it names the thread, copies
+    a context, and waits a turn for a limiter that is free. Unlike it, this is no
+    checkpoint: a caller that was cancelled before learns it at its next one.
     """
     task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
 
@@ -2438,7 +2446,7 @@ class Outbox:
         self.received_at = self.moved_at = trio.current_time()
         self._fd = self.stream.socket.fileno()
         self.listening = False  # waiting for the client, not busy with its command
-        self.client_closed = False  # with a close frame: it sends nothing more
+        self.client_closed = False  # with a close frame: it sends no message more
         self._pace = Bucket(self.settings.receive_bytes)
         self._blocked = trio.lowlevel.ParkingLot()
         self._owed_pong = b""
@@ -2528,7 +2536,8 @@ class Outbox:
         """End the write side, then read and discard, so that the last bytes arrive.
 
         Closing a socket with unread input makes the kernel send RST, which can overtake
-        them. A client that has closed leaves none, and waits for our end.
+        them. A client that has closed sends no more, but perhaps a pong that crosses
+        our close frame, and waits for our end (RFC 6455 7.1.1).
         """
         if self.buffer:  # a scope costs 10 us
             with trio.move_on_after(self.settings.drain_seconds):
@@ -3685,7 +3694,6 @@ ADDRESS = r"""(?x) \A \s* "? (?: \[ ([^]%]*) (?: %[^]]* )? \] (?: :[0-9]* )?
     | ([0-9.]+) :[0-9]* | ([^]["%\s]+) (?: %[^]["\s]* )? ) "? \s* \Z"""
 
 
-@lru_cache(TABLE_KEYS)  # reading one costs 14 us, and a proxy's comes all the time
 def parse_address(text: str) -> Address | None:
     """Read an IP address, as proxies write it. None: it is not an address.
 
@@ -4399,7 +4407,7 @@ class HttpConnection:
         self.peer = peer_address(self.stream)
         self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         self.kept = False  # a keep-alive: it has had an answer
-        self.gone = False  # it is not waited for any more
+        self.gone = False  # the client gets no answer
 
     async def run(self) -> TakeOver | None:
         """Serve requests until the connection ends; or return what takes it over.
@@ -4415,7 +4423,7 @@ class HttpConnection:
         """Serve one request. False: the connection is at its end.
 
         One scope has the deadline of what is waited for: the head, then the body and
-        the work. Each scope costs as much as ten method calls.
+        the work. A scope costs 10 us.
         """
         request: Request | None = None
         begun = bool(self.h11.trailing_data[0])
@@ -4433,13 +4441,11 @@ class HttpConnection:
             if self.gone:
                 raise trio.BrokenResourceError
             if self.scope.cancelled_caught:
-                raise trio.TooSlowError
+                raise Refusal("timeout")
         except Refusal as refusal:
             if request and request.upgrades:
                 self.listener.stats.refused[refusal.code] += 1
             answer = refusal_answer(refusal)
-        except trio.TooSlowError:
-            answer = refusal_answer(Refusal("timeout"))
         except h11.RemoteProtocolError as error:
             answer = refusal_answer(_protocol_refusal(error))
         await self._respond(request, answer)
@@ -4461,7 +4467,7 @@ class HttpConnection:
             await self._respond(None, refusal_answer(refusal))
 
     async def _head(self, begun: bool) -> h11.Request:
-        """Read a request's head, of which a part may have come with the one before."""
+        """Read a request's head. begun: a part of it came with the one before."""
         if begun:
             await trio.lowlevel.checkpoint()  # one request, then the other tasks
         try:
@@ -4486,6 +4492,9 @@ class HttpConnection:
         self.listener.end_parked()
         try:
             data = await read_socket(self.stream.socket.fileno(), 8192)
+            # The bytes and the end of the wait may have come together. What is
+            # cancelled must not begin: it would be done, and answered with 408.
+            await trio.lowlevel.checkpoint_if_cancelled()
         except trio.Cancelled:
             self.gone = not begun or self.scope not in self.listener.parked
             raise
@@ -4511,10 +4520,12 @@ class HttpConnection:
                 body += event.data
                 chunks += event.chunk_start
             elif event is h11.NEED_DATA:
+                ends = self.scope.deadline  # a stop may shorten the wait, not the work
                 try:
                     await self._receive()
                 finally:
                     self.listener.parked.pop(self.scope, None)
+                    self.scope.deadline = ends
         return bytes(body)
 
     async def _respond(self, request: Request | None, answer: Answer) -> None:
@@ -4644,13 +4655,17 @@ def check_upgrade(request: Request, keyring: Keyring, use: str) -> Claims:
     return keyring.verify(request.argument("token") or request.bearer(), use)
 
 
+# Reading an address costs 14 us, and that of a proxy is read for each connection.
+peer_of = lru_cache(1024)(parse_address)
+
+
 def peer_address(stream: trio.SocketStream) -> Address | None:
     """Return the client's address. None: it has gone."""
     try:
         name = stream.socket.getpeername()
     except OSError:
         return None
-    return parse_address(name[0]) if isinstance(name, tuple) else UNIX_PEER
+    return peer_of(name[0]) if isinstance(name, tuple) else UNIX_PEER
 
 
 # The Date header (RFC 9110 6.6.1). Kept for its second, which saves 2 us an answer.
@@ -4706,7 +4721,7 @@ def page_answers() -> dict[str, tuple[Answer, Answer]]:
 async def answer_request(
     server: Server, connection: HttpConnection, request: Request
 ) -> Answer | TakeOver:
-    """Answer a request, or let a socket in. Raises Refusal, or TooSlowError."""
+    """Answer a request, or let a socket in. Raises Refusal."""
     if request.upgrades:
         server.listener.check_handshakes(request.address)
     check_origin(server, request)
@@ -4742,8 +4757,10 @@ async def _admit(
     """Accept an upgrade: the last checks that can still be an HTTP answer."""
     claims = check_upgrade(request, server.keyring, "socket")
     cursor = request.argument("cursor")
-    with suppress(Refusal):
-        await store_name(server, claims)
+    if claims.name is not None:
+        # Half of what the request has: if the disk hangs, the socket opens even so.
+        with trio.move_on_after(REQUEST_SECONDS / 2), suppress(Refusal):
+            await store_name(server, claims)
     # No task switch from here until `Session.run` counts it, so the bound is exact.
     full = len(server.sessions) >= server.settings.max_connections
     if full:

@@ -2140,3 +2140,36 @@ async def test_reading_pauses_for_a_client_that_sends_too_fast(
         for _ in range(5):
             await fast.receive("pong")
         assert 1 < trio.current_time() - began < 5
+
+
+@with_server()
+async def test_a_name_that_the_disk_does_not_take_delays_a_handshake_but_refuses_none(
+    server: VirtualServer,
+) -> None:
+    server.disk.hold()
+    raw = server.dial()
+    with taking(chatd.REQUEST_SECONDS / 2):
+        await raw.send(upgrade_bytes(server.target(token=server.token(6, name="Ann"))))
+        assert (await raw.answer(within=20)).status == 101
+    server.disk.go()
+    await raw.receive("connected")
+
+
+@with_server(tail_events=5)
+async def test_what_is_missed_while_the_tail_moves_on_is_a_replay(
+    server: VirtualServer,
+) -> None:
+    chat, other = await server.chat(6, 7), await server.chat(8, 9)
+    first = await server.join(6)
+    await first.leave()
+    await server.post(chat, "missed", sender=7)
+    raw = server.dial()
+    server.disk.hold(reads=True)
+    target = server.target(6, cursor=first.hello["cursor"])
+    await raw.send(upgrade_bytes(target))
+    await wait_all_tasks_blocked()
+    await server.post(other, *"abcde", sender=8)  # the tail forgets the one before
+    server.disk.go()
+    assert (await raw.answer()).status == 101
+    assert (await raw.receive("connected"))["resume"] == "replay"
+    assert (await raw.receive("new_message"))["message"]["content"] == "missed"

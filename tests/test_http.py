@@ -192,6 +192,56 @@ async def test_a_request_with_64_header_lines_is_accepted(
     assert (await raw.answer()).status == 200
 
 
+def post_bytes(server: VirtualServer, chat: int) -> bytes:
+    """A message of user 6, as a request."""
+    path, bearer = f"/api/v1/chats/{chat}/messages", f"Bearer {server.token(6)}"
+    return request_bytes("POST", path, b'{"content":"hi"}', Authorization=bearer)
+
+
+@pytest.mark.parametrize("end", ["idle", "evicted", "stop"])
+@with_server()
+async def test_a_request_that_comes_with_the_end_of_its_wait_is_not_begun(
+    server: VirtualServer, end: str
+) -> None:
+    chat, listener = await server.chat(6, 7), server.app.listener
+    raw = server.dial()
+    assert (await raw.ask("GET", "/healthz")).status == 200
+    await wait_all_tasks_blocked()
+    # Both are there when the scheduler looks next.
+    raw.stream.socket._sock.send(post_bytes(server, chat))  # type: ignore[attr-defined]
+    if end == "idle":
+        clock = trio.lowlevel.current_clock()
+        assert isinstance(clock, trio.testing.MockClock)
+        clock.jump(76)
+    elif end == "evicted":
+        (scope,) = listener.parked
+        scope.cancel()
+        listener.parked.clear()
+    else:
+        listener.stopping.set()
+        listener.end_parked()
+    before = server.store.seq
+    assert await raw.ends() == b""
+    assert server.store.seq == before
+
+
+@with_server()
+async def test_a_stop_shortens_the_wait_for_a_body_but_not_the_work(
+    server: VirtualServer,
+) -> None:
+    chat, raw = await server.chat(6, 7), server.dial()
+    request = post_bytes(server, chat)
+    await raw.send(request[:-5])
+    await wait_all_tasks_blocked()
+    server.app.listener.stopping.set()
+    await trio.sleep(0.5)
+    server.disk.hold()
+    await raw.send(request[-5:])
+    await trio.sleep(0.8)
+    server.disk.go()
+    assert (await raw.answer()).status == 201
+
+
 @with_server()
 async def test_between_requests_that_came_together_other_tasks_get_their_turn(
     server: VirtualServer,
