@@ -241,7 +241,7 @@ CREATE TABLE event (
     to_user     INTEGER REFERENCES user (id),
     user_id     INTEGER REFERENCES user (id),       -- the event shows the user's name
     message_id  INTEGER REFERENCES message (id),    -- the event shows the message
-    body        TEXT                                -- NULL: no others, or a row of 1.0
+    body        TEXT                                -- NULL: none, or all at their default
 ) STRICT;
 
 INSERT INTO event
@@ -262,8 +262,8 @@ CREATE INDEX event_chat ON event (chat_id, seq) WHERE to_chat = 1;
 CREATE INDEX event_user ON event (to_user, seq) WHERE to_user IS NOT NULL;
 
 -- A message is an event, the newest of its chat, and its sender has read it if nothing
--- else was unread. This is done here, because a message then takes three statements
--- instead of five: Python's lock changes hands for each.
+-- else was unread. This is done here, because a message then takes two statements of
+-- Python instead of four: its lock changes hands for each.
 CREATE TRIGGER message_event AFTER INSERT ON message BEGIN
     INSERT INTO event (seq, kind, chat_id, to_chat, message_id)
     VALUES (new.id, 'new_message', new.chat_id, 1, new.id);

@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from peer import HERE
 from report import (
@@ -39,6 +37,7 @@ from report import (
     markdown,
     micros,
     origin,
+    read,
     shown,
     values,
 )
@@ -737,9 +736,8 @@ def main() -> None:
     )
     parser.add_argument("file", type=Path, nargs="?", default=HERE / "results.json")
     options = parser.parse_args()
-    results: dict[str, Any] = json.loads(options.file.read_text())
     try:
-        print(text(results))
+        print(text(read(options.file)))
     except Missing as why:
         raise SystemExit(f"capacity.py: {options.file}: {why}") from None
 

@@ -7,9 +7,11 @@ for a terminal show the range beside it; those of docs/speed.md do not.
 from __future__ import annotations
 
 import html
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from peer import HERE, PEERS
@@ -288,6 +290,17 @@ def spread(results: Results) -> float:
         if len(each) > 1 and not math.isnan(sum(each))
     ]
     return 100 * statistics.median(parts) if parts else 0.0
+
+
+def read(path: Path) -> Results:
+    """Read what run.py has written. Exits with a sentence if this is another file."""
+    try:
+        results: Results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from None
+    if not isinstance(results, dict) or "runs" not in results:
+        raise SystemExit(f"{path}: not the results of bench/run.py")
+    return results
 
 
 def whole_rounds(results: Results) -> Results:

@@ -220,7 +220,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.report:
-        results = report.whole_rounds(json.loads(options.report.read_text()))
+        results = report.whole_rounds(report.read(options.report))
         if why := quiet.refusal(results):
             raise SystemExit(f"run.py: {options.report} is not published: {why}")
         report.publish(results)

@@ -165,6 +165,24 @@ def publish(
     run.main()
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ('{"a": 1}', "not the results"),
+    ],
+)
+def test_another_file_than_that_of_a_run_is_named(
+    tmp_path: Path, text: str | None, why: str
+) -> None:
+    file = tmp_path / "figures.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit, match=f"figures.json.* {why}"):
+        report.read(file)
+
+
 @pytest.mark.parametrize("loads", [None, [], [0.1, 0.1, 0.7]])
 def test_report_refuses_the_figures_of_a_busy_machine(
     monkeypatch: pytest.MonkeyPatch, published: Path, loads: list[float] | None
