@@ -304,8 +304,7 @@ async def run_root(
         sockets = await open_listeners(settings.listen)
         async with trio.open_nursery() as serving:
             serving.start_soon(run, sockets)
-            # All objects that exist now stay to the end: nothing to collect there.
-            gc.collect()
+            # All objects that exist now stay to the end: no collection looks at them.
             gc.freeze()
             # A full collection stops everything: 0.56 s with 8,000 sockets, and by
             # default it ran several times while they connected. A closed socket leaves
