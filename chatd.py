@@ -4042,13 +4042,9 @@ class CheckedSecret(jwt.algorithms.HMACAlgorithm):
     the time to verify one. `check_secret` looks more closely, once.
     """
 
-    def prepare_key(self, key: Any) -> Any:
+    def prepare_key(self, key: str | bytes) -> bytes:
         """Return the secret as it is."""
-        return key
-
-
-jwt.unregister_algorithm("HS256")
-jwt.register_algorithm("HS256", CheckedSecret(CheckedSecret.SHA256))
+        return jwt.utils.force_bytes(key)
 
 
 class Keyring:
@@ -6201,7 +6197,10 @@ def read_keyring(settings: Settings) -> Keyring:
             "its first start; or name yours with --secret-file, or the database with "
             "--db; or use sudo"
         )
-    return Keyring(settings, read_secret(path))
+    secret = read_secret(path)
+    jwt.unregister_algorithm("HS256")
+    jwt.register_algorithm("HS256", CheckedSecret(CheckedSecret.SHA256))
+    return Keyring(settings, secret)
 
 
 def make_secret(path: Path) -> None:
