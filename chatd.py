@@ -6803,12 +6803,12 @@ class Settings:
     known_tokens: int = 4_096  # that were verified; the least recently used goes
 
 
+FlagParser = Callable[[str], Any]  # reads a flag's text
+
+
 def parser(
-    what: str,
-    pattern: str = ".*",
-    read: Callable[[str], Any] = str,
-    most: float | None = None,
-) -> Callable[[str], Any]:
+    what: str, pattern: str = ".*", read: FlagParser = str, most: float | None = None
+) -> FlagParser:
     """Make a function that reads the text of a flag.
 
     The text has to match the pattern, read may raise ValueError, and a number has to be
@@ -6892,7 +6892,7 @@ parse_scope = parser(
 )
 
 # The parser of a flag's text, by the flag's unit.
-PARSERS: dict[str, Callable[[str], Any]] = {
+PARSERS: dict[str, FlagParser] = {
     "ADDRESS": parse_listen,
     "FILE": Path,
     "ISS": str,
