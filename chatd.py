@@ -278,8 +278,7 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
 
         make_secret(secret_path(settings))
         keyring = read_keyring(settings)
-        about = {"db": settings.db, "sqlite": sqlite3.sqlite_version}
-        about |= keyring.about()
+        about = {"db": settings.db, "sqlite": sqlite3.sqlite_version} | keyring.about()
         with closing(Store(settings)) as store:
             server = Server(store, keyring)
             trio.run(run_root, server.listener, server.run, about, listening)
