@@ -374,9 +374,17 @@ async def prosody(tmp_path: Path) -> AsyncIterator[Prosody]:
         for stream in made.streams:
             stream.socket.close()
         made.end(signal.SIGTERM)
-    assert "error" not in made.log, made.log
-    assert "traceback" not in made.log, made.log
+    log = PROSODYS_OWN.sub("", made.log)
+    assert "error" not in log, log
+    assert "traceback" not in log, log
 
+
+# Prosody 0.12 stumbles over a connection that has closed when its turn comes. It goes on.
+PROSODYS_OWN = re.compile(
+    r"[^\n]*Top-level error, please report:\s+"
+    r"[^\n]*server_epoll\.lua:\d+: attempt to index a nil value \(field 'conn'\)\n"
+    r"(?:[^\n]*general\s+error\s*)?(?:stack traceback:[^\n]*\n(?:\t[^\n]*\n)*)?"
+)
 
 ANN, BOB, CAT, DAN = 1, 2, 3, 4
 TEXTS = (
