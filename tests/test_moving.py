@@ -379,7 +379,7 @@ async def prosody(tmp_path: Path) -> AsyncIterator[Prosody]:
     assert "traceback" not in log, log
 
 
-# Prosody 0.12 stumbles over a connection that has closed when its turn comes. It goes on.
+# Prosody 0.12 stumbles over a connection that closed before its turn, and goes on.
 PROSODYS_OWN = re.compile(
     r"[^\n]*Top-level error, please report:\s+"
     r"[^\n]*server_epoll\.lua:\d+: attempt to index a nil value \(field 'conn'\)\n"

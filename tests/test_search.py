@@ -455,7 +455,7 @@ async def test_a_search_that_waits_for_the_disk_still_looks_through_something(
         server.disk.go()
     (answer,) = answers
     assert [found["id"] for found in answer.json["messages"]] == [message]
-    # On a busy machine the time may be over behind that message: it says where to go on.
+    # On a busy machine the time may end behind that message: it says where to go on.
     assert answer.json["before"] in (None, message)
 
 
