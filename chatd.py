@@ -4550,22 +4550,21 @@ class HttpConnection:
             headers["Content-Type"] = answer.content_type
         if answer.status not in (204, 304):  # RFC 9110 8.6
             headers["Content-Length"] = str(len(body))
-        lines = list(headers.items())
+        lines, goes_on = list(headers.items()), False
         if request:
             # Not one dict: both may have a Vary.
             lines += cors_headers(self.listener.settings, request).items()
             if request.method == "HEAD":
                 body = b""
-        goes_on = (
-            request is not None
-            and self.h11.their_state is h11.DONE  # not so behind an Upgrade, or a close
-            and self.listener.keeps_alive
-            and not self.listener.stopping.is_set()
-        )
+            goes_on = (
+                self.h11.their_state is h11.DONE  # not so behind an Upgrade, or a close
+                and self.listener.keeps_alive
+                and not self.listener.stopping.is_set()
+            )
         if not goes_on:
             lines.append(("Connection", "close"))  # a 426 has one more Connection
-        reason = http.HTTPStatus(answer.status).phrase
-        head = write_head(f"HTTP/1.1 {answer.status} {reason}", lines)
+        status = http.HTTPStatus(answer.status)
+        head = write_head(f"HTTP/1.1 {status} {status.phrase}", lines)
         await self._send(head + body)
         return goes_on
 
@@ -4589,8 +4588,8 @@ class HttpConnection:
 
 def write_head(first: str, lines: Iterable[tuple[str, str]]) -> bytes:
     """Write the first line and the headers of a message (RFC 9112 2.1)."""
-    text = [first, *(f"{name}: {value}" for name, value in lines), "", ""]
-    return "\r\n".join(text).encode("latin-1")
+    headers = "".join(f"{name}: {value}\r\n" for name, value in lines)
+    return f"{first}\r\n{headers}\r\n".encode("latin-1")
 
 
 async def read_socket(fd: int, max_bytes: int) -> bytes:
