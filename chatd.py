@@ -305,7 +305,8 @@ async def run_root(
         sockets = await open_listeners(settings.listen)
         async with trio.open_nursery() as serving:
             serving.start_soon(run, sockets)
-            # All objects that exist now stay to the end: no collection looks at them.
+            # All objects that exist now stay to the end, the garbage of the imports
+            # too: no collection looks at them.
             gc.freeze()
             # A full collection stops everything: 0.56 s with 8,000 sockets, and by
             # default it ran several times while they connected. A closed socket leaves
@@ -807,7 +808,7 @@ class Session:
         self._answer(connected)
         self.seat.warned = False
         if hub.in_tail(start):
-            hub.push_tail(self.seat)  # with nothing missed it only makes the seat live
+            hub.push_tail(self.seat)  # with nothing new it only makes the seat live
         if not self.seat.live:
             self._start_catch_up()
         return True
@@ -3012,7 +3013,7 @@ def text_frame(message: ServerMessage) -> bytes:
     """Encode a message, once for all who get it.
 
     The head is that of a final, unmasked text frame (RFC 6455 5.2). wsproto's own
-    encoder writes the same, and takes 5 us longer.
+    encoder writes the same, and takes 5 us longer, so it writes only large messages.
     """
     text = encode(message)
     if len(text) < 126:
@@ -4030,16 +4031,18 @@ def bad_token(sentence: str = "") -> Refusal:
     return Refusal("token_invalid", sentence)
 
 
-class CheckedSecret(jwt.algorithms.HMACAlgorithm):
-    """HS256 for secrets that `check_secret` has passed.
+class CheckedOnce(jwt.algorithms.HMACAlgorithm):
+    """HS256 whose secret is checked once.
 
-    PyJWT looks for a public key in the secret for each token, which took two fifths of
-    the time to verify one. `check_secret` looks more closely, once.
+    PyJWT looks for a public key in the secret for each token, which takes two fifths of
+    the time to verify one.
     """
 
-    def prepare_key(self, key: str | bytes) -> bytes:
-        """Return the secret as it is."""
-        return jwt.utils.force_bytes(key)
+    prepare_key = lru_cache(64)(jwt.algorithms.HMACAlgorithm.prepare_key)
+
+
+jwt.unregister_algorithm("HS256")
+jwt.register_algorithm("HS256", CheckedOnce(CheckedOnce.SHA256))
 
 
 class Keyring:
@@ -4397,8 +4400,7 @@ class HttpConnection:
     """One TCP connection: requests one after another (h11), until one upgrades.
 
     It reads a head under one deadline and one bound, answers, and goes on if both
-    sides want to. Each answer is whole. After the answer to a malformed head or to a
-    refused upgrade the connection ends.
+    sides want to: `_respond` says when not. Each answer is whole.
     """
 
     listener: Listener
@@ -4413,9 +4415,11 @@ class HttpConnection:
     def _expect_request(self, received: bytes = b"") -> None:
         """Begin to read a request, of which these bytes have come already.
 
-        h11 reads and does not write: to check our own headers took it an eighth of the
-        time of a post. So it cannot go on to the next request, and each has its own.
+        h11 reads, and writes only a 100: to check our own headers took it an eighth of
+        the time of a post. Its connection goes on to a next request only if it wrote
+        the answer, so each request has a new one.
         """
+        self.is_head = False  # of a HEAD, whose answer has no body
         self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         if received:  # none would mean the end
             self.h11.receive_data(received)
@@ -4481,6 +4485,7 @@ class HttpConnection:
                     self.scope.deadline = trio.current_time() + HEAD_SECONDS
                 await self._receive(begun or reads > 0)
                 reads += 1
+            self.is_head = event.method == b"HEAD"
             return event
         finally:
             self.listener.parked.pop(self.scope, None)
@@ -4535,8 +4540,9 @@ class HttpConnection:
     async def _respond(self, request: Request | None, answer: Answer) -> bool:
         """Write an answer. False: it is the connection's last.
 
-        That is so after a malformed head, a refused upgrade, with any byte of the
-        request left unread, if the client says so, and with every answer of a proxy.
+        That is so without a request (its head was malformed, or there was a bug), with
+        any byte of it left unread, behind an Upgrade or a CONNECT, in HTTP/1.0, if the
+        client says so, at a stop, and with every answer of a proxy.
         """
         headers = {
             "Date": http_date(now_seconds()),
@@ -4554,10 +4560,8 @@ class HttpConnection:
         if request:
             # Not one dict: both may have a Vary.
             lines += cors_headers(self.listener.settings, request).items()
-            if request.method == "HEAD":
-                body = b""
             goes_on = (
-                self.h11.their_state is h11.DONE  # not so behind an Upgrade, or a close
+                self.h11.their_state is h11.DONE
                 and self.listener.keeps_alive
                 and not self.listener.stopping.is_set()
             )
@@ -4565,7 +4569,7 @@ class HttpConnection:
             lines.append(("Connection", "close"))  # a 426 has one more Connection
         status = http.HTTPStatus(answer.status)
         head = write_head(f"HTTP/1.1 {status} {status.phrase}", lines)
-        await self._send(head + body)
+        await self._send(head if self.is_head else head + body)
         return goes_on
 
     async def _send(self, data: bytes) -> None:
@@ -6191,10 +6195,7 @@ def read_keyring(settings: Settings) -> Keyring:
             "its first start; or name yours with --secret-file, or the database with "
             "--db; or use sudo"
         )
-    secret = read_secret(path)
-    jwt.unregister_algorithm("HS256")
-    jwt.register_algorithm("HS256", CheckedSecret(CheckedSecret.SHA256))
-    return Keyring(settings, secret)
+    return Keyring(settings, read_secret(path))
 
 
 def make_secret(path: Path) -> None:

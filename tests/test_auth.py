@@ -1145,6 +1145,20 @@ def draw_private_key(draw: Callable[[Any], Any]) -> Any:
             return ed25519.Ed25519PrivateKey.from_private_bytes(seed)
 
 
+def test_a_public_key_is_never_the_secret_of_a_token() -> None:
+    # chatd keeps what PyJWT found about a secret, but not that it refused one.
+    numbers = {"kty": "RSA", "n": "AQAB" * 20, "e": "AQAB"}
+    key = json.dumps(numbers).encode("utf-16")
+    secret = os.urandom(32)
+    token = jwt.encode({"user_id": 6}, secret, "HS256")
+    for _ in range(2):
+        assert jwt.decode(token, secret, algorithms=["HS256"]) == {"user_id": 6}
+        with pytest.raises(jwt.InvalidKeyError):
+            jwt.encode({"user_id": 6}, key, "HS256")
+        with pytest.raises(jwt.InvalidKeyError):
+            jwt.decode(token, key, algorithms=["HS256"])
+
+
 @hypothesis.settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

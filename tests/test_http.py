@@ -128,6 +128,21 @@ async def test_head_returns_the_headers_of_get_without_the_body(
         assert head.headers["content-type"] == got.headers["content-type"]
 
 
+@pytest.mark.parametrize("fault", ["65 header lines", "a target without a path"])
+@with_server()
+async def test_a_head_request_that_is_malformed_gets_no_body_either(
+    server: VirtualServer, fault: str
+) -> None:
+    target, more = (b"/", 64) if fault == "65 header lines" else (b"//x", 0)
+    raw = server.dial()
+    lines = b"Host: x\r\n" + b"A: b\r\n" * more
+    await raw.send(b"HEAD " + target + b" HTTP/1.1\r\n" + lines + b"\r\n")
+    answer = await raw.answer("HEAD")
+    assert answer.status == (431 if more else 422)
+    assert int(answer.headers["content-length"]) > 0
+    assert await raw.ends() == b""
+
+
 @with_server()
 async def test_options_lists_the_methods_of_a_path(server: VirtualServer) -> None:
     for path, allow in {
