@@ -902,8 +902,8 @@ static void talk(void)
     running = false;
     /* Messages in flight have ten seconds to arrive. After that they are late. */
     uint64_t limit = now() + 10000000000ull;
-    while ((delivered + lost < owed || unanswered()) && now() < limit &&
-           open_count == wanted)
+    while ((delivered + lost < owed || unanswered() || missed_reads()) &&
+           now() < limit && open_count == wanted)
         turn(100);
     turn(50); /* repeated deliveries arrive now */
     uint64_t late = owed - delivered - lost + unanswered();
