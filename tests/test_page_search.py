@@ -226,7 +226,9 @@ def test_a_chat_opens_at_a_message_and_leads_back_to_the_latest(
     write(page, "My answer")
     expect(bubbles(page).last).to_have_text("My answer")
     expect(bubbles(page).last).to_be_in_viewport()
-    # Within the loaded messages, nothing is requested.
+    # Within the loaded messages, nothing is requested. The own message alone is shown
+    # before the latest page has come.
+    expect(page.locator("#messages > *").nth(40)).to_be_attached()
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.evaluate("location.hash += '/' + messages.children[40].dataset.id")
