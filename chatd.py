@@ -3013,14 +3013,15 @@ def text_frame(message: ServerMessage) -> bytes:
     """Encode a message, once for all who get it.
 
     The head is that of a final, unmasked text frame (RFC 6455 5.2). wsproto's own
-    encoder writes the same, and takes 5 us longer, so it writes only large messages.
+    encoder writes the same and takes 5 us longer, and its state is one thread's.
     """
     text = encode(message)
-    if len(text) < 126:
-        return bytes((0x81, len(text))) + text
-    if len(text) < 65_536:
-        return struct.pack("!BBH", 0x81, 126, len(text)) + text
-    return bytes(_frames.send_data(text.decode(), True))
+    size = len(text)
+    if size < 126:
+        return bytes((0x81, size)) + text
+    if size < 65_536:
+        return struct.pack("!BBH", 0x81, 126, size) + text
+    return struct.pack("!BBQ", 0x81, 127, size) + text
 
 
 def sent_reply(sent: Sent, ref: str | None) -> Reply:
@@ -3843,7 +3844,9 @@ KEY_FORMS = {
         "give a public key as PEM: its base64 between the lines -----BEGIN PUBLIC "
         "KEY----- and -----END PUBLIC KEY-----; docs/embedding.md says how",
     ),
-    rb"(?s)\A\x00\x00\x00.(?:ssh|ecdsa|sk|rsa)-|openssh-key-v1\x00": (
+    # PyJWT signs with nothing that begins like the text form, whatever follows.
+    rb"(?s)\A\x00\x00\x00.(?:ssh|ecdsa|sk|rsa)-|openssh-key-v1\x00"
+    rb"|\A(?:ssh-(?:ed25519|rsa|dss)|ecdsa-sha2-nistp)": (
         "an OpenSSH key",
         "make it PEM; docs/embedding.md says how",
     ),
@@ -4058,9 +4061,9 @@ class Keyring:
         self.secret = secret
         self.keys = [Key("HS256", secret), *map(read_jwt_key, settings.jwt_key)]
         self.boot = secrets.token_urlsafe(9)
-        # A client that polls sends the same token each time: so a post takes a sixth
-        # less time. Keys do not change while the process runs; expiry and revocation
-        # are checked each time.
+        # A client that polls sends the same token each time: to find it takes 0.2 us,
+        # to verify it 74 us (timeit). Keys do not change while the process runs; expiry
+        # and revocation are checked each time.
         self._known = lru_cache(settings.known_tokens)(self._claims_of)
         self.spent: dict[str, float] = {}  # jti of a used ticket: when to forget it
         self.revoked: dict[int, int] = {}  # user: revoked_at, in Unix seconds
@@ -4456,7 +4459,11 @@ class HttpConnection:
             if self.gone:
                 raise trio.BrokenResourceError
             if self.scope.cancelled_caught:
-                raise Refusal("timeout")
+                # To a 408 a client may repeat the request (RFC 9110 15.5.9): only
+                # while it is not whole, so nothing was done.
+                raise Refusal(
+                    "storage_failed" if self.h11.their_state is h11.DONE else "timeout"
+                )
         except Refusal as refusal:
             if request and request.upgrades:
                 self.listener.stats.refused[refusal.code] += 1
@@ -4558,12 +4565,13 @@ class HttpConnection:
             headers["Content-Length"] = str(len(body))
         lines, goes_on = list(headers.items()), False
         if request:
+            listener = self.listener
             # Not one dict: both may have a Vary.
-            lines += cors_headers(self.listener.settings, request).items()
+            lines += cors_headers(listener.settings, request).items()
             goes_on = (
                 self.h11.their_state is h11.DONE
-                and self.listener.keeps_alive
-                and not self.listener.stopping.is_set()
+                and listener.keeps_alive
+                and not listener.stopping.is_set()
             )
         if not goes_on:
             lines.append(("Connection", "close"))  # a 426 has one more Connection

@@ -1197,6 +1197,31 @@ def test_an_elliptic_curve_point_that_ends_in_white_space_is_no_secret(
     assert "a point of an elliptic curve" in usage_error_of(chatd.read_secret, path)
 
 
+def test_a_secret_is_checked_for_a_key_only_with_its_first_token() -> None:
+    keyring = keyring_of()
+    checked = chatd.CheckedOnce.prepare_key.cache_info
+    tokens = [keyring.sign(user, 60) for user in (5, 6, 7)]
+    before = checked()
+    for token in tokens:
+        keyring.verify(token, "socket")
+    assert checked().misses == before.misses
+    assert checked().hits == before.hits + len(tokens)
+
+
+@pytest.mark.parametrize("start", ["ssh-rsa", "ssh-ed25519", "ecdsa-sha2-nistp256"])
+def test_what_pyjwt_does_not_sign_with_is_no_secret(tmp_path: Path, start: str) -> None:
+    """It takes any text that begins like an OpenSSH key for one."""
+    path, secret = tmp_path / "key", f"{start} is how this long secret sentence begins"
+    path.write_text(secret)
+    path.chmod(0o600)
+    with pytest.raises(jwt.InvalidKeyError):
+        jwt.encode({}, secret, "HS256")
+    for read in chatd.read_secret, chatd.read_jwt_key:
+        assert "an OpenSSH key, which is not a shared secret" in usage_error_of(
+            read, path
+        )
+
+
 def test_a_binary_key_that_ends_in_white_space_is_no_secret(tmp_path: Path) -> None:
     private = ec.derive_private_key(3_813_670_921_486_769_586_176, ec.SECP256R1())
     point = private.public_key().public_bytes(
@@ -1749,7 +1774,7 @@ async def test_a_revocation_holds_although_its_answer_timed_out(
     raw, auth = server.dial(), f"Bearer {server.token(1, scope='service')}"
     path, body = "/api/v1/internal/chat/revoke", b'{"user_id":6}'
     await raw.send(request_bytes("POST", path, body, Authorization=auth))
-    assert (await raw.answer(within=16)).status == 408
+    assert (await raw.answer(within=16)).status == 503
     server.disk.go()
     assert await peer.end() == ([], 4503)
     assert (await server.ask("GET", "/api/v1/me", token=old)).status == 401

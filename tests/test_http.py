@@ -324,6 +324,24 @@ async def test_the_head_of_a_later_request_may_take_10_s_too(
 
 
 @with_server()
+async def test_a_whole_request_is_never_told_that_nothing_was_done(
+    server: VirtualServer,
+) -> None:
+    """After a 408 a browser may repeat a POST by itself (RFC 9110 15.5.9)."""
+    chat, auth = await server.chat(5, 6), f"Bearer {server.token(5)}"
+    path, body = f"/api/v1/chats/{chat}/messages", b'{"content":"x","client_id":"a"}'
+    server.disk.hold()
+    raw = server.dial()
+    await raw.send(request_bytes("POST", path, body, Authorization=auth))
+    answer = await raw.answer(within=16)
+    assert (answer.status, answer.code) == (503, "storage_failed")
+    server.disk.go()
+    await raw.send(request_bytes("POST", path, body, Authorization=auth))
+    again = await raw.answer()
+    assert (again.status, again.json["duplicate"]) == (200, True)
+
+
+@with_server()
 async def test_a_body_that_is_incomplete_after_15_s_gets_408(
     server: VirtualServer,
 ) -> None:
