@@ -746,7 +746,8 @@ class Session:
             self.close_with = (code, reason)
             self.reading.cancel()
         if code == CUT:
-            user, queued = self.claims.user_id, len(self.outbox.buffer)
+            user = self.claims.user_id
+            queued = len(self.outbox.buffer)
             log(INFO, "cut", user=user, why=reason, queued=queued)
             self.outbox.nursery.cancel_scope.cancel()
 
@@ -1653,7 +1654,8 @@ class Store:
         return batch
 
     def _run_one(self, job: Job, events: Entries, savepoints: bool) -> Any:
-        db, before = self._writer, len(events)
+        db = self._writer
+        before = len(events)
         changes = db.total_changes
         if savepoints:
             db.execute("SAVEPOINT job")
@@ -4459,11 +4461,9 @@ class HttpConnection:
             if self.gone:
                 raise trio.BrokenResourceError
             if self.scope.cancelled_caught:
-                # To a 408 a client may repeat the request (RFC 9110 15.5.9): only
-                # while it is not whole, so nothing was done.
-                raise Refusal(
-                    "storage_failed" if self.h11.their_state is h11.DONE else "timeout"
-                )
+                if self.h11.their_state is h11.DONE:
+                    raise Refusal("storage_failed")  # it may have been done
+                raise Refusal("timeout")  # a client may repeat it: RFC 9110 15.5.9
         except Refusal as refusal:
             if request and request.upgrades:
                 self.listener.stats.refused[refusal.code] += 1
@@ -4522,7 +4522,8 @@ class HttpConnection:
         """Read the body, at most as long as a message. Raises Refusal too_large."""
         most = self.listener.settings.max_message_bytes
         declared = int(request.header("content-length") or 0)  # h11 checked: digits
-        body, chunks = bytearray(), 0
+        body = bytearray()
+        chunks = 0
         while self.h11.their_state is h11.SEND_BODY:
             if max(declared, len(body)) > most or chunks > CHUNKS:
                 raise Refusal(
@@ -4563,7 +4564,8 @@ class HttpConnection:
             headers["Content-Type"] = answer.content_type
         if answer.status not in (204, 304):  # RFC 9110 8.6
             headers["Content-Length"] = str(len(body))
-        lines, goes_on = list(headers.items()), False
+        lines = list(headers.items())
+        goes_on = False
         if request:
             listener = self.listener
             # Not one dict: both may have a Vary.
