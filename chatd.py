@@ -3014,8 +3014,8 @@ PING_FRAME = bytes(_frames.ping())
 def text_frame(message: ServerMessage) -> bytes:
     """Encode a message, once for all who get it.
 
-    The head is that of a final, unmasked text frame (RFC 6455 5.2). wsproto's own
-    encoder writes the same and takes 5 us longer, and its state is one thread's.
+    The head is that of a final, unmasked text frame (RFC 6455 5.2). wsproto's encoder
+    writes the same, but takes 5 us longer, and has a state that threads cannot share.
     """
     text = encode(message)
     size = len(text)
