@@ -1554,12 +1554,15 @@ async def come_back_revoked(target: Target) -> None:
     async with Client(chatd, other) as peer:
         assert (await peer.ask("auth", token=token))["code"] == "token_invalid"
     # The times of tokens are whole seconds: the next one is after the revocation.
-    new = chatd.token(user, iat=int(time.time()) + 1)
+    iat = int(time.time()) + 1
+    new = chatd.token(user, iat=iat)
     assert not await bearer_code(chatd, new), "a new token"
     assert not await socket_code(chatd, await ticket(chatd, new)), "a new ticket"
-    signin = chatd.token(user, iat=int(time.time()) + 1, use="signin")
+    signin = chatd.token(user, iat=iat, use="signin")
     got = await bearer_code(chatd, signin, "POST", "/api/v1/session")
     assert not got, "a new sign-in token"
+    # A revocation refuses tokens of its own second and before, so that one must come.
+    await trio.sleep(max(0.0, iat - time.time()))
     await revoke(chatd, user)
     assert await bearer_code(chatd, new) == "token_invalid", "revoked once more"
 
