@@ -63,6 +63,7 @@ class Table:
         self.count: Counter[int] = Counter()  # acks of each writer
         self.refused = 0
         self.writing = True
+        self.finished = 0  # of those who write: their last change has its ack, too
         self.may_end = False
         self.chat_id = 0
 
@@ -119,6 +120,7 @@ class Table:
                 self.count[client.user_id] += 1
                 if self.count[client.user_id] % 4 == 0:
                     await self._change(client, ack["message_id"])
+            self.finished += 1
             await client.receive_until_closed()
         except (Closed, OSError, trio.BrokenResourceError) as end:
             self._ended(end)
@@ -156,6 +158,7 @@ class Table:
                 message = reply.json["message"]
                 self.acks[content] = message | {"message_id": message["id"]}
                 self.count[POSTER] += 1
+            self.finished += 1
         except (OSError, trio.BrokenResourceError) as end:
             self._ended(end)
 
@@ -212,14 +215,16 @@ class Table:
     async def hear_out(self) -> None:
         """Stop writing; let the listeners hear all, on the sockets that they have."""
         self.writing = False
+        everybody = len(self.writers) + 1
+        finished = await until(lambda: self.finished == everybody, 20)
+        assert finished, f"{self.finished} of {everybody} who write have finished"
+        async with Client(self.chatd, LISTENERS[1]) as newcomer:
+            last = newcomer.start_seq
 
         def all_heard() -> bool:
-            last = max(ack["message_id"] for ack in self.acks.values())
-            heard = [client.events[-1]["seq"] for client in self.listeners]
-            return bool(min(heard) >= last)
+            return all(client.events[-1]["seq"] == last for client in self.listeners)
 
         assert await until(all_heard, 20), "a listener did not hear all"
-        await trio.sleep(0.3)  # more than is acked may have been stored
 
     def judge(self) -> int:
         """Hold everybody against the file; how many messages were acked."""
