@@ -4274,7 +4274,7 @@ STATUS_HEADERS = {
 
 
 HEAD_SECONDS = 10.0  # for a request's head to arrive: 408
-REQUEST_SECONDS = 15.0  # for a request to be done: 408
+REQUEST_SECONDS = 15.0  # for its body to arrive: 408; and for its work: 503
 # A keep-alive lasts longer than the 60 s of common proxies. So the proxy closes first,
 # and no request meets a connection that was just closed.
 IDLE_SECONDS = 75.0
@@ -4509,7 +4509,7 @@ class HttpConnection:
         try:
             data = await read_socket(self.stream.socket.fileno(), 8192)
             # The bytes and the end of the wait may have come together. What is
-            # cancelled must not begin: it would be done, and answered with 408.
+            # cancelled must not begin: it would be done, and its client not told so.
             await trio.lowlevel.checkpoint_if_cancelled()
         except trio.Cancelled:
             self.gone = not begun or self.scope not in self.listener.parked
