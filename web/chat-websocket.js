@@ -313,8 +313,8 @@ class NewestMessages {
   }
 }
 
-/** @param {string} cursor */
-function parseCursor(cursor) {
+/** @param {string} [cursor] */
+function parseCursor(cursor = ".-1") {
   const [epoch = "", seq] = cursor.split(".");
   return { epoch, seq: Number(seq) };
 }
