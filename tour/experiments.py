@@ -1,0 +1,543 @@
+#!/usr/bin/env python3
+"""Take one idea out of smallchatd, see what breaks, and put it back.
+
+    python tour/experiments.py              all of them, in three minutes
+    python tour/experiments.py 1 3          those of chapters 1 and 3
+
+Each experiment of the first seven chapters changes a few lines of smallchatd.py, in
+memory, and does the same twice: with the change, and without it. The others do the same
+to smallchatd and to chatd. An experiment that does not show what its chapter says ends
+with status 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jwt
+import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection, open_websocket_url
+
+HERE = Path(__file__).resolve().parent
+SMALLCHATD = HERE / "smallchatd.py"
+SECRET = "a secret of this tour, of 32 bytes or more"
+ANNA, BEN, CLARA = 1, 2, 3
+LONG = "\N{SNOWMAN}" * 4000  # the longest text: 12 KB
+
+# Runs a program that comes on stdin, as if it stood in the file.
+RUN = f"""
+import sys
+__file__ = {str(SMALLCHATD)!r}
+exec(compile(sys.stdin.read(), __file__, "exec"), globals())
+"""
+
+
+# --- the servers ----------------------------------------------------------------------
+
+
+class Server:
+    """A server in a process of its own, on a free port, with a chat of its users."""
+
+    def __init__(self, name: str, folder: Path, source: str = "") -> None:
+        self.name, self.db, self.source = name, folder / "chat.db", source
+        self.key = folder / "key"
+        self.key.write_text(SECRET)
+        self.key.chmod(0o600)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it serves."""
+        if self.name == "chatd":
+            command = ["-m", "chatd", "serve", f"--db={self.db}"]
+            command += [f"--jwt-key={self.key}", "--listen=127.0.0.1:0"]
+        else:
+            command = ["-c", RUN, "0", str(self.db)]
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=HERE.parent,
+            env={**os.environ, "SMALLCHATD_SECRET": SECRET},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.db.with_name("log").open("a"),
+            text=True,
+        )
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(self.source)
+        self.process.stdin.close()
+        line = self.process.stdout.readline()
+        self.port = int(line.split("127.0.0.1:")[1].split("/")[0])
+
+    def stop(self, number: int = signal.SIGKILL) -> int:
+        """Send it a signal, and return its exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(15)
+
+    def runs(self) -> bool:
+        """Has it not ended?"""
+        return self.process.poll() is None
+
+    def chat(self, *users: int) -> int:
+        """Create a chat."""
+        if self.name == "chatd":
+            body = {"member_ids": users, "title": "tour"}
+            return int(
+                self.ask("/api/v1/chats", body, 9, scope="service")["chat"]["id"]
+            )
+        with closing(sqlite3.connect(self.db)) as db, db:
+            rows = [(2, user) for user in users]
+            db.executemany("INSERT INTO member (chat_id, user_id) VALUES (?, ?)", rows)
+        return 2
+
+    def ask(self, path: str, body: object, user: int, **claims: object) -> Any:
+        """POST a body as a user, and return the answer. It blocks."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"Authorization": f"Bearer {token(user, **claims)}"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    async def post(self, chat: int, user: int, content: str) -> Any:
+        """Post a message."""
+        path, body = f"/api/v1/chats/{chat}/messages", {"content": content}
+        return await trio.to_thread.run_sync(self.ask, path, body, user)
+
+    def url(self, user: int, cursor: str = "") -> str:
+        """The URL of a user's socket."""
+        more = f"&cursor={cursor}" if cursor else ""
+        return f"ws://127.0.0.1:{self.port}/ws/chat?token={token(user)}{more}"
+
+    def stalled_client(self, user: int) -> socket.socket:
+        """Open a WebSocket whose client never reads."""
+        client = socket.create_connection(("127.0.0.1", self.port))
+        path = self.url(user).partition(str(self.port))[2]
+        client.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+        )
+        return client
+
+    def proc(self, name: str) -> str:
+        """Read a file of the process in /proc."""
+        return Path(f"/proc/{self.process.pid}/{name}").read_text()
+
+    def memory_mb(self) -> float:
+        """Its resident memory."""
+        return int(self.proc("statm").split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+
+    def cpu_seconds(self) -> float:
+        """The CPU time that it has used."""
+        fields = self.proc("stat").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def sockets(self) -> int:
+        """How many sockets it has open."""
+        folder = f"/proc/{self.process.pid}/fd"
+        links = (os.readlink(f"{folder}/{name}") for name in os.listdir(folder))
+        return sum(link.startswith("socket:") for link in links)
+
+
+def token(user: int, **claims: object) -> str:
+    """Sign a token."""
+    claims = {"user_id": user, "exp": int(time.time()) + 3600, **claims}
+    return jwt.encode(claims, SECRET, "HS256")
+
+
+async def receive(socket: WebSocketConnection, kind: str) -> Any:
+    """Return the next message of a type. Raises TooSlowError after 5 s."""
+    with trio.fail_after(5):
+        while (message := json.loads(await socket.get_message()))["type"] != kind:
+            pass
+    return message
+
+
+async def send(socket: WebSocketConnection, chat: int, content: str) -> None:
+    """Send a message."""
+    command = {"type": "send_message", "chat_id": chat, "content": content}
+    await socket.send_message(json.dumps(command))
+
+
+# --- the experiments ------------------------------------------------------------------
+
+Found = tuple[bool, str]  # does the promise hold, and what was seen
+Try = Callable[[Server], Awaitable[Found]]
+
+
+@dataclass
+class Experiment:
+    """What a chapter tries: a patch of smallchatd, or none, and what to do then."""
+
+    chapter: int
+    question: str
+    patch: tuple[tuple[str, str], ...]
+    run: Try
+
+
+EXPERIMENTS: list[Experiment] = []
+
+
+def experiment(
+    chapter: int, question: str, *patch: tuple[str, str]
+) -> Callable[[Try], Try]:
+    """Register an experiment."""
+
+    def register(run: Try) -> Try:
+        EXPERIMENTS.append(Experiment(chapter, question, patch, run))
+        return run
+
+    return register
+
+
+@experiment(
+    1,
+    "Why does the hub not send?",
+    (
+        "                self.publish(outcome)",
+        "                await self.publish(outcome)",
+    ),
+    ("    def publish(self, outcome", "    async def publish(self, outcome"),
+    (
+        "session.push(outcome.event)",
+        "await session.socket.send_message(encode(outcome.event).decode())",
+    ),
+)
+async def a_slow_client_delays_nobody(server: Server) -> Found:
+    chat, slowest = server.chat(ANNA, BEN, CLARA), 0.0
+    stalled = server.stalled_client(BEN)
+    async with open_websocket_url(server.url(CLARA)) as clara:
+        with stalled, trio.move_on_after(20):
+            for _ in range(600):
+                began = trio.current_time()
+                with trio.move_on_after(3) as waiting:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(server.post, chat, ANNA, LONG)
+                        await receive(clara, "new_message")
+                if waiting.cancelled_caught:
+                    return False, "Ben's client reads nothing, and Clara gets nothing"
+                slowest = max(slowest, trio.current_time() - began)
+    return (
+        True,
+        f"Ben's client reads nothing; Clara waits {slowest * 1000:.0f} ms at most",
+    )
+
+
+@experiment(
+    2,
+    "Why has each connection a nursery of its own?",
+    (
+        "        async with trio.open_nursery() as nursery:\n            handshake",
+        "        nursery = self.connections\n        if True:\n            handshake",
+    ),
+    (
+        "                accept = partial(",
+        "                self.connections = connections\n                accept = partial(",
+    ),
+    ("                nursery.cancel_scope.cancel()\n", ""),
+)
+async def a_client_that_is_cut_ends_no_other(server: Server) -> Found:
+    chat = server.chat(ANNA, BEN, CLARA)
+    async with open_websocket_url(server.url(CLARA)) as clara:
+        with server.stalled_client(BEN):
+            try:
+                for _ in range(600):
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(server.post, chat, ANNA, LONG)
+                        await receive(clara, "new_message")
+            except* Exception:
+                pass
+    await trio.sleep(0.5)
+    if not server.runs():
+        return (
+            False,
+            "Ben's client reads nothing and is cut: so are Clara and the server",
+        )
+    return True, "Ben's client reads nothing and is cut: Clara gets all 600 messages"
+
+
+@experiment(
+    3,
+    "When may the ack be sent?",
+    (
+        "                    done = partial(self.reply, command)\n",
+        '                    self.reply(command, Outcome({"type": "ack"}))\n'
+        "                    done = lambda outcome: None\n",
+    ),
+)
+async def an_ack_means_that_it_is_on_disk(server: Server) -> Found:
+    chat, acks = server.chat(ANNA, BEN), 0
+    for _ in range(5):
+        async with open_websocket_url(server.url(ANNA)) as anna:
+            for number in range(20):
+                await send(anna, chat, f"{number}")
+            await receive(anna, "ack")
+            server.stop(signal.SIGKILL)
+            acks += 1
+            with suppress(ConnectionClosed):  # when all is read that it had sent
+                while True:
+                    await receive(anna, "ack")
+                    acks += 1
+        server.start()
+    with closing(sqlite3.connect(server.db)) as db:
+        (stored,) = db.execute("SELECT count(*) FROM message").fetchone()
+    return stored >= acks, f"5 x kill -9, after {acks} acks: {stored} are stored"
+
+
+@experiment(
+    4,
+    "Why does a plain function go through the set of sessions?",
+    (
+        "                self.publish(outcome)",
+        "                await self.publish(outcome)",
+    ),
+    ("    def publish(self, outcome", "    async def publish(self, outcome"),
+    (
+        "                session.push(outcome.event)\n",
+        "                session.push(outcome.event)\n"
+        "                await trio.sleep(0)\n",
+    ),
+)
+async def nobody_changes_a_set_that_is_being_read(server: Server) -> Found:
+    chat = server.chat(ANNA, BEN)
+
+    async def come_and_go() -> None:
+        while True:
+            async with open_websocket_url(server.url(BEN)):
+                pass
+
+    async with open_websocket_url(server.url(BEN)):
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(come_and_go)
+                for number in range(200):
+                    await server.post(chat, ANNA, f"{number}")
+                nursery.cancel_scope.cancel()
+        except* Exception:
+            pass  # what the server's end looks like from outside
+    await trio.sleep(0.5)
+    if not server.runs():
+        log = server.db.with_name("log").read_text().splitlines()
+        return False, f"the server has ended: {log[-2].strip(' |')}"
+    return True, "200 messages while Ben's clients come and go"
+
+
+@experiment(
+    5,
+    "What does a queue without a bound cost?",
+    ("OUTBOX_FRAMES = 100", 'OUTBOX_FRAMES = float("inf")'),
+)
+async def memory_is_bounded(server: Server) -> Found:
+    chat, before = server.chat(ANNA, BEN), server.memory_mb()
+    with server.stalled_client(BEN):
+        for _ in range(30):
+            async with trio.open_nursery() as nursery:
+                for _ in range(40):
+                    nursery.start_soon(server.post, chat, ANNA, LONG)
+        more = server.memory_mb() - before
+    return (
+        more < 10,
+        f"1,200 messages for a client that reads nothing: {more:.0f} MB more",
+    )
+
+
+IMPATIENT = ("IDLE_SECONDS = 60", "IDLE_SECONDS = 1")
+
+
+@experiment(
+    6,
+    "Why has every read a deadline?",
+    ("            with trio.fail_after(IDLE_SECONDS):", "            if True:"),
+)
+async def a_client_that_is_gone_leaves_nothing(server: Server) -> Found:
+    before = server.sockets()
+    clients = [server.stalled_client(BEN) for _ in range(50)]
+    await trio.sleep(3)
+    left = server.sockets() - before
+    for client in clients:
+        client.close()
+    return (
+        left == 0,
+        f"50 clients have gone without a word: {left} sockets are still open",
+    )
+
+
+@experiment(
+    7,
+    "What does a stop owe the clients?",
+    (
+        "                    with trio.open_signal_receiver(*STOP_SIGNALS) as signals:\n"
+        "                        await anext(signals)\n",
+        "                    await trio.sleep_forever()\n",
+    ),
+)
+async def a_stop_says_goodbye(server: Server) -> Found:
+    codes = set()
+    async with open_websocket_url(server.url(ANNA)) as anna:
+        await receive(anna, "connected")
+        server.process.send_signal(signal.SIGTERM)
+        try:
+            await receive(anna, "never")
+        except ConnectionClosed as closed:
+            codes.add(closed.reason.code if closed.reason else 1006)
+    return codes == {1012}, f"the client sees close code {codes.pop()}"
+
+
+# --- smallchatd beside chatd ----------------------------------------------------------
+
+
+@experiment(8, "What does a client get that was away?")
+async def nothing_is_missed(server: Server) -> Found:
+    chat = server.chat(ANNA, BEN)
+    async with open_websocket_url(server.url(BEN)) as ben:
+        cursor = (await receive(ben, "connected")).get("cursor", "")
+    for number in range(3):
+        await server.post(chat, ANNA, f"{number}")
+    got = 0
+    async with open_websocket_url(server.url(BEN, cursor)) as ben:
+        with trio.move_on_after(1):
+            while True:
+                await receive(ben, "new_message")
+                got += 1
+    return got == 3, f"{got} of 3 messages after Ben comes back"
+
+
+@experiment(9, "What does a client get that is slow?")
+async def a_slow_client_gets_everything(server: Server) -> Found:
+    chat, got = server.chat(ANNA, BEN), 0
+    async with open_websocket_url(server.url(BEN), message_queue_size=1) as ben:
+        for _ in range(25):
+            async with trio.open_nursery() as nursery:
+                for _ in range(40):
+                    nursery.start_soon(server.post, chat, ANNA, LONG)
+        try:
+            while got < 1000:
+                await receive(ben, "new_message")
+                got += 1
+        except (ConnectionClosed, trio.TooSlowError):
+            pass
+    return got == 1000, f"{got} of 1,000 messages, read after all were sent"
+
+
+def commits(wal: Path) -> int:
+    """Count the commits in a WAL (https://www.sqlite.org/fileformat2.html#walformat)."""
+    data = wal.read_bytes()
+    (page_bytes,) = struct.unpack(">I", data[8:12])
+    frames = range(32, len(data), 24 + page_bytes)
+    return sum(data[at + 4 : at + 8] != bytes(4) for at in frames)
+
+
+@experiment(10, "How many commits do many messages need?")
+async def messages_share_commits(server: Server) -> Found:
+    chat = server.chat(ANNA, BEN)
+    wal = server.db.with_name(server.db.name + "-wal")
+    before = commits(wal)
+    async with trio.open_nursery() as nursery:
+        for number in range(200):
+            nursery.start_soon(server.post, chat, ANNA, f"{number}")
+    made = commits(wal) - before
+    return made < 150, f"200 messages at the same time: {made} commits"
+
+
+@experiment(11, "How often is one message encoded?")
+async def one_frame_serves_all(server: Server) -> Found:
+    chat, clients, posts = server.chat(ANNA, BEN), 100, 40
+    async with trio.open_nursery() as nursery:
+
+        async def listen(task_status: trio.TaskStatus[None]) -> None:
+            async with open_websocket_url(server.url(BEN)) as ben:
+                task_status.started()
+                while True:
+                    await ben.get_message()
+
+        for _ in range(clients):
+            await nursery.start(listen)
+        before = server.cpu_seconds()
+        for number in range(posts):
+            await server.post(chat, ANNA, f"{number}")
+        spent = server.cpu_seconds() - before
+        nursery.cancel_scope.cancel()
+    each = spent / clients / posts * 1e6
+    return each < 50, f"a message to 100 clients: {each:.0f} us of CPU for each"
+
+
+# --- running them ---------------------------------------------------------------------
+
+
+def patched(patch: tuple[tuple[str, str], ...]) -> str:
+    """Return smallchatd's source with each first text replaced by the second."""
+    source = SMALLCHATD.read_text("utf-8")
+    for old, new in patch:
+        assert source.count(old) == 1, f"not once in smallchatd.py: {old}"
+        source = source.replace(old, new)
+    return source
+
+
+def try_on(name: str, run: Try, source: str = "") -> Found:
+    """Do an experiment with a fresh server."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(name, Path(folder), source)
+        try:
+            return trio.run(run, server)
+        except BaseException:
+            print(server.db.with_name("log").read_text(), file=sys.stderr)
+            raise
+        finally:
+            server.process.kill()
+            server.process.wait()
+
+
+def show(each: Experiment) -> bool:
+    """Do an experiment twice. Returns whether it shows what its chapter says."""
+    print(f"\n{each.chapter}. {each.question}\n")
+    if each.patch:
+        whole, changed = patched(()), patched(each.patch)
+        lines = difflib.unified_diff(whole.split("\n"), changed.split("\n"), n=0)
+        print(
+            "\n".join(
+                f"    {line}" for line in lines if line[:2] not in ("--", "++", "@@")
+            )
+        )
+        tries = (("without", "smallchatd", changed), ("with", "smallchatd", whole))
+    else:
+        whole = patched(())
+        tries = (("smallchatd", "smallchatd", whole), ("chatd", "chatd", ""))
+    found = []
+    for label, name, source in tries:
+        if each.chapter == 6:
+            source = source.replace(*IMPATIENT)
+        holds, seen = try_on(name, each.run, source)
+        print(f"    {label + ':':12}{seen}", flush=True)
+        found.append(holds)
+    return found == [False, True]
+
+
+def main() -> int:
+    """Do the experiments of the chapters that are named, or all."""
+    chapters = {int(word) for word in sys.argv[1:]}
+    chosen = [e for e in EXPERIMENTS if not chapters or e.chapter in chapters]
+    wrong = [each.chapter for each in chosen if not show(each)]
+    for chapter in wrong:
+        print(f"\nchapter {chapter}: it did not show what it should", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
