@@ -9,6 +9,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from smallchatd import JOBS, OUTBOX_FRAMES, WRITE_SECONDS
+
 HERE = Path(__file__).resolve().parent
 CHAR = 8.5  # the width of a letter of monospaced text of 14 px
 
@@ -18,7 +20,7 @@ STYLE = """
   .box { fill: #f6f8fa; stroke: #8c959f; rx: 6px; }
   .nursery { fill: none; stroke: #0969da; stroke-width: 1.5; rx: 10px; }
   .nursery-name { fill: #0969da; }
-  .queue { fill: none; stroke: #8c959f; stroke-dasharray: 4 4; rx: 15px; }
+  .queue { fill: #ffffff; stroke: #8c959f; stroke-dasharray: 4 4; rx: 15px; }
   .thread { fill: #fff1e5; stroke: #bc4c00; rx: 6px; }
   .arrow { fill: none; stroke: #59636e; stroke-width: 1.5; marker-end: url(#tip); }
   #tip path { fill: #59636e; }
@@ -26,7 +28,7 @@ STYLE = """
     text { fill: #f0f6fc; }
     .note { fill: #9198a1; }
     .box { fill: #151b23; stroke: #656c76; }
-    .queue { stroke: #656c76; }
+    .queue { fill: #0d1117; stroke: #656c76; }
     .nursery { stroke: #4493f8; }
     .nursery-name { fill: #4493f8; }
     .thread { fill: #3d2310; stroke: #db6d28; }
@@ -116,16 +118,21 @@ def draw_tree(picture: Picture, node: Node, x: float, y: float) -> float:
     return height + 4
 
 
-# What a message passes, from the top down: kind, name, what happens there.
+# What a message passes, from the top down: kind, name, what happens there. Of what has
+# "each" in front of its kind, every session has its own.
 STEPS = (
     ("box", "Session.read", "rate, JSON, a Job"),
-    ("queue", "Store.jobs", "at most 100; then Session.read waits"),
+    ("queue", "Store.jobs", f"at most {JOBS}; then Session.read waits"),
     ("box", "Store.run", "one Job at a time"),
     ("thread", "Store.transact", "a worker thread: INSERT, COMMIT. Durable."),
     ("queue", "from_store", "at most 1; then the store waits"),
     ("box", "Hub.run", "publish: the event, then the ack. Never waits"),
-    ("queue", "Session.outbox", "one for each session; at most 100, then it is cut"),
-    ("box", "Session.write", "waits for its own client, at most 10 s"),
+    (
+        "each queue",
+        "Session.outbox",
+        f"at most {OUTBOX_FRAMES}; then the client is cut",
+    ),
+    ("each box", "Session.write", f"waits for its client, at most {WRITE_SECONDS} s"),
 )
 
 
@@ -136,10 +143,12 @@ def draw_message(picture: Picture) -> float:
         if place:
             picture.arrow(140, y, 140, y + 24)
             y += 26
-        picture.box(40, y, 200, 30, kind)
+        each, _, shape = kind.rpartition(" ")
+        for shift in (12, 6, 0) if each else (0,):
+            picture.box(40 + shift, y + shift, 200, 30, shape)
         picture.text(140 - len(name) * CHAR / 2, y + 20, name)
-        picture.text(264, y + 20, note, "note")
-        y += 30
+        picture.text(272, y + 20, note, "note")
+        y += 42 if each else 30
     return y + 16
 
 
