@@ -131,7 +131,7 @@ class Server:
         return f"ws://127.0.0.1:{self.port}/ws/chat?token={token(user)}{more}"
 
     def stalled_client(self, user: int) -> socket.socket:
-        """Open a WebSocket whose client never reads."""
+        """Open a WebSocket whose client reads nothing behind the handshake's status."""
         client = socket.create_connection(("127.0.0.1", self.port))
         path = self.url(user).partition(str(self.port))[2]
         client.sendall(
@@ -139,6 +139,7 @@ class Server:
             "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
         )
+        assert client.recv(12) == b"HTTP/1.1 101"
         return client
 
     def proc(self, name: str) -> str:
@@ -347,12 +348,18 @@ async def nobody_changes_a_set_that_is_being_read(server: Server) -> Found:
     ("OUTBOX_FRAMES = 100", 'OUTBOX_FRAMES = float("inf")'),
 )
 async def memory_is_bounded(server: Server) -> Found:
-    chat, before = server.chat(ANNA, BEN), server.memory_mb()
+    chat = server.chat(ANNA, BEN)
+
+    async def post_40() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                nursery.start_soon(server.post, chat, ANNA, LONG)
+
+    await post_40()
+    before = server.memory_mb()  # with what 40 requests at the same time need
     with server.stalled_client(BEN):
         for _ in range(50):
-            async with trio.open_nursery() as nursery:
-                for _ in range(40):
-                    nursery.start_soon(server.post, chat, ANNA, LONG)
+            await post_40()
         more = server.memory_mb() - before
     seen = f"2,000 messages for a client that reads nothing: {more:.0f} MB more"
     return more, seen
