@@ -459,7 +459,9 @@ async def one_frame_serves_all(server: Server) -> Found:
     members, posts = range(101, 201), 40
     chat = server.chat(ANNA, *members)
 
-    async def listen(user: int, task_status: trio.TaskStatus[None]) -> None:
+    async def listen(  # noqa: ASYNC114 (only ever given to nursery.start)
+        user: int, task_status: trio.TaskStatus[None]
+    ) -> None:
         async with open_websocket_url(server.url(user)) as client:
             task_status.started()
             for _ in range(posts):
