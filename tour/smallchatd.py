@@ -4,8 +4,8 @@
     python tour/smallchatd.py [PORT [DB]]       prints two links: open both
 
 An ack means that the message is on disk. Every connected member of its chat then gets
-the message, in the order of the commits. No client delays another one, and nothing that
-a client sends ends anything but its own connection.
+the message, in the order of the commits. No client waits because another one does not
+read, and nothing that a client sends ends anything but its own connection.
 
 ONE MESSAGE, STEP BY STEP
 
@@ -28,14 +28,19 @@ A task never outlives the nursery above it. The nurseries end from the inside ou
        `- Server.connection       one for each TCP connection: the bulkhead
           `- Server.serve_socket  (a nursery: ends with its WebSocket)
              |- Session.read
-             `- Session.write
+             |- Session.write
+             `- trio-websocket's own task, which takes frames from the network
+
+If the store or the hub fails (the disk is full, say), the server ends, for without them
+acks would be lies.
 
 WHAT IT LEAVES OUT, AND chatd HAS
 
 A cursor: a client that was away does not get what it missed. Catching up: a client that
-is too slow is cut. Group commit, and one frame for all. History, unread counts, search,
-editing; chats and their members are rows that you insert. A limit on connections and on
-posts; tokens that end while a socket is open. If the disk fails, the server ends.
+is too slow is cut. Group commit, one frame for all, and a way from a chat to its
+sessions. History, unread counts, search, editing; chats and their members are rows that
+you insert. A limit on connections, on posts and on the control frames of a WebSocket;
+tokens that end.
 """
 
 from __future__ import annotations
@@ -47,7 +52,9 @@ import sqlite3
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -59,16 +66,19 @@ import jwt
 import msgspec
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
+from wsproto.utilities import LocalProtocolError
 
 JOBS = 100  # may wait for the store; then sessions wait, and read nothing
 OUTBOX_FRAMES = 100  # may wait for a client; then it is cut
-MAX_BYTES = 65_536  # of a request or a message
-COMMANDS_PER_SECOND, BURST = 10, 20  # of a session
+MAX_BYTES = 65_536  # of a request or a command
+MAX_CHARACTERS = 4000  # of a message
+COMMANDS_PER_SECOND = 20  # of a session; then it waits
 REQUEST_SECONDS = 10  # for a client to send a request, or to take an answer
-IDLE_SECONDS = 60  # between two messages of a client; ChatWebSocket pings after 25 s
+IDLE_SECONDS = 60  # between two commands of a client; ChatWebSocket pings after 25 s
 WRITE_SECONDS = 10  # for a client to take a frame
 DRAIN_SECONDS = 5  # for the clients to go, at a stop
 
+# Without the variable, the links are new at each start.
 SECRET = os.environ.get("SMALLCHATD_SECRET") or secrets.token_hex(32)
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -84,7 +94,7 @@ CREATE TABLE IF NOT EXISTS message (
     created_at TEXT, client_id TEXT, UNIQUE (sender_id, client_id));
 INSERT OR IGNORE INTO member (chat_id, user_id) VALUES (1, 1), (1, 2);
 """
-Json = dict[str, Any]
+JsonObject = dict[str, Any]
 
 # --- server: the task tree, from the root down ----------------------------------------
 
@@ -94,10 +104,11 @@ async def main(port: str = "8087", db: str = "smallchatd.db") -> None:
     server = Server(Store(db))
     listeners = await trio.open_tcp_listeners(int(port), host="127.0.0.1")
     host, bound_port = listeners[0].socket.getsockname()
-    for user_id in 1, 2:
-        token = jwt.encode({"user_id": user_id}, SECRET, "HS256")
-        print(f"user {user_id}: http://{host}:{bound_port}/#{token}", flush=True)
-    await server.run(listeners)
+    with trio.open_signal_receiver(SIGINT, SIGTERM) as signals:
+        for user_id in 1, 2:
+            token = jwt.encode({"user_id": user_id}, SECRET, "HS256")
+            print(f"user {user_id}: http://{host}:{bound_port}/#{token}", flush=True)
+        await server.run(listeners, signals)
 
 
 class Server:
@@ -106,9 +117,11 @@ class Server:
     def __init__(self, store: Store) -> None:
         self.store, self.hub = store, Hub()
 
-    async def run(self, listeners: list[trio.SocketListener]) -> None:
-        """Serve until a signal comes. A second one ends the process at once."""
-        to_hub, from_store = trio.open_memory_channel[Done](1)
+    async def run(
+        self, listeners: list[trio.SocketListener], signals: AsyncIterator[int]
+    ) -> None:
+        """Serve until a signal comes, and then until the clients have gone."""
+        to_hub, from_store = trio.open_memory_channel[Batch](1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run, to_hub)
             nursery.start_soon(self.hub.run, from_store)
@@ -116,30 +129,33 @@ class Server:
                 accept = partial(trio.serve_listeners, handler_nursery=connections)
                 async with trio.open_nursery() as accepting:
                     accepting.start_soon(accept, self.connection, listeners)
-                    with trio.open_signal_receiver(SIGINT, SIGTERM) as signals:
-                        await anext(signals)
+                    await anext(signals)
                     accepting.cancel_scope.cancel()
                 self.hub.close()
                 connections.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
             self.store.jobs.close()  # ends the store, which ends the hub
 
     async def connection(self, stream: trio.SocketStream) -> None:
-        """Serve one connection. The bulkhead: what fails in it ends only this one."""
+        """Serve one connection. The bulkhead: what fails in it ends only this one.
+
+        trio.serve_listeners closes the stream afterwards.
+        """
         try:
-            async with stream:
-                try:
-                    with trio.fail_after(REQUEST_SECONDS):
-                        request = await read_request(stream)
-                    if request.path == "/ws/chat":
-                        await self.serve_socket(stream, request)
-                        return
-                    answer = await self.answer(request)
-                except Refusal as refusal:
-                    answer = http_answer(refusal.status, {"error": refusal.error})
+            try:
                 with trio.fail_after(REQUEST_SECONDS):
-                    await stream.send_all(answer)
-        except* (trio.BrokenResourceError, trio.TooSlowError, ConnectionClosed):
-            pass  # the client is gone, or too slow
+                    request = await read_request(stream)
+                if request.path == "/ws/chat":
+                    await self.serve_socket(stream, request)
+                    return
+                answer = await self.answer(request)
+            except Refusal as refusal:
+                answer = http_answer(refusal.status, {"error": refusal.error})
+            with trio.fail_after(REQUEST_SECONDS):
+                await stream.send_all(answer)
+        except* (trio.BrokenResourceError, ConnectionClosed, LocalProtocolError):
+            pass  # the client is gone; the last one: trio-websocket did not notice yet
+        except* trio.TooSlowError:
+            pass
         except* Exception:
             traceback.print_exc()
 
@@ -156,25 +172,25 @@ class Server:
             session = Session(user_id, socket, self.store.jobs, nursery)
             self.hub.enter(session)
             try:
-                nursery.start_soon(session.write)
-                await session.read()
+                nursery.start_soon(session.read)
+                await session.write()
             finally:
                 self.hub.leave(session)
                 nursery.cancel_scope.cancel()
 
     async def answer(self, request: Request) -> bytes:
         """Answer a request over HTTP. Raises Refusal."""
-        if request.path in PAGES:
+        if request.method == "GET" and request.path in PAGES:
             path, kind = PAGES[request.path]
             return http_answer(200, path.read_bytes(), kind)
         chat = re.fullmatch(r"/api/v1/chats/(\d{1,15})/messages", request.path)
         if not chat or request.method != "POST":
-            raise Refusal(404, "not_found", "there is nothing here")
+            raise Refusal("not_found", "there is nothing here", 404)
         user_id, command = authenticate(request), parse(request.body)
         command.type, command.chat_id = "send_message", int(chat[1])
-        done, answered = trio.open_memory_channel[Outcome](1)
+        done, outcomes = trio.open_memory_channel[Outcome](1)
         await self.store.jobs.send(Job(user_id, command, done.send_nowait))
-        outcome = await answered.receive()
+        outcome = await outcomes.receive()
         if isinstance(outcome.answer, Refusal):
             raise outcome.answer
         return http_answer(201, {"message": outcome.event["message"]})
@@ -183,39 +199,55 @@ class Server:
 # --- connection: a session reads commands, and writes what is in its outbox -----------
 
 
+@dataclass(eq=False)
 class Session:
     """One WebSocket: a task that reads from it, and a task that writes to it."""
 
-    def __init__(
-        self,
-        user_id: int,
-        socket: WebSocketConnection,
-        jobs: Jobs,
-        nursery: trio.Nursery,
-    ) -> None:
-        self.user_id, self.socket = user_id, socket
-        self.jobs, self.nursery = jobs, nursery
-        self.tokens, self.refilled_at = float(BURST), trio.current_time()
-        self.outbox, self.to_write = trio.open_memory_channel[str](OUTBOX_FRAMES)
-        self.push({"type": "connected", "user_id": user_id, "timestamp": timestamp()})
+    user_id: int
+    socket: WebSocketConnection
+    jobs: trio.MemorySendChannel[Job]
+    nursery: trio.Nursery
 
-    def push(self, message: Json) -> None:
-        """Queue a message. If the outbox is full, the client is cut."""
-        try:
-            self.outbox.send_nowait(encode(message).decode())
-        except trio.WouldBlock:
-            self.nursery.cancel_scope.cancel()
-        except trio.ClosedResourceError:
-            pass  # the connection is closing
+    def __post_init__(self) -> None:
+        """Make the outbox, with the first frame in it."""
+        self.outbox, self.to_write = trio.open_memory_channel[str](OUTBOX_FRAMES)
+        now = timestamp()
+        self.push({"type": "connected", "user_id": self.user_id, "timestamp": now})
+
+    async def read(self) -> None:
+        """Handle commands until the client closes, or is silent for IDLE_SECONDS."""
+        with self.outbox, suppress(ConnectionClosed):  # closes it, which ends write()
+            while True:
+                with trio.fail_after(IDLE_SECONDS):
+                    text = await self.socket.get_message()
+                try:
+                    command = parse(text)
+                    if command.type == "ping":
+                        self.push({"type": "pong", "timestamp": timestamp()})
+                    else:
+                        done = partial(self.reply, command)
+                        await self.jobs.send(Job(self.user_id, command, done))
+                except Refusal as refusal:
+                    self.push({"type": "error", **refusal.error})
+                await trio.sleep(1 / COMMANDS_PER_SECOND)
 
     def reply(self, command: Command, outcome: Outcome) -> None:
-        """Answer a command, with the names that it has."""
+        """Answer a command. The answer repeats the command's ref and client_id."""
         answer = outcome.answer
         if isinstance(answer, Refusal):
             answer = {"type": "error", **answer.error}
         if answer:
             names = {"ref": command.ref, "client_id": command.client_id}
             self.push(answer | {name: text for name, text in names.items() if text})
+
+    def push(self, message: JsonObject) -> None:
+        """Put a frame into the outbox. If it is full, the client is cut."""
+        try:
+            self.outbox.send_nowait(encode(message).decode())
+        except trio.WouldBlock:
+            self.nursery.cancel_scope.cancel()
+        except trio.ClosedResourceError:
+            pass  # the connection is closing
 
     async def write(self) -> None:
         """Write each frame within WRITE_SECONDS, until the outbox is closed."""
@@ -224,34 +256,8 @@ class Session:
                 await self.socket.send_message(frame)
         await self.socket.aclose(1012, "the server restarts")
 
-    async def read(self) -> None:
-        """Handle commands until the client closes, or is silent for IDLE_SECONDS."""
-        while True:
-            with trio.fail_after(IDLE_SECONDS):
-                text = await self.socket.get_message()
-            command = Command()
-            try:
-                self.check_rate()
-                command = parse(text)
-                if command.type == "ping":
-                    self.push({"type": "pong", "timestamp": timestamp()})
-                else:
-                    done = partial(self.reply, command)
-                    await self.jobs.send(Job(self.user_id, command, done))
-            except Refusal as refusal:
-                self.reply(command, Outcome(refusal))
 
-    def check_rate(self) -> None:
-        """Take a token from this session's bucket. Raises Refusal if it is empty."""
-        now = trio.current_time()
-        more = (now - self.refilled_at) * COMMANDS_PER_SECOND
-        self.tokens, self.refilled_at = min(BURST, self.tokens + more), now
-        if self.tokens < 1:
-            raise Refusal(429, "rate_limited", "too many at once: slow down")
-        self.tokens -= 1
-
-
-# --- store: one task writes, in one worker thread -------------------------------------
+# --- store: one task writes, in a worker thread ---------------------------------------
 
 
 class Job(NamedTuple):
@@ -265,27 +271,27 @@ class Job(NamedTuple):
 class Outcome(NamedTuple):
     """What a Job has done: the answer to its user, and an event for some users."""
 
-    answer: Json | Refusal | None
-    event: Json = {}  # noqa: RUF012
-    to: Sequence[int] = ()
+    answer: JsonObject | Refusal | None
+    event: JsonObject = {}  # noqa: RUF012
+    to: Collection[int] = ()
 
 
-Jobs = trio.MemorySendChannel[Job]
-Done = tuple[Job, Outcome]
+Batch = tuple[Job, Outcome]  # of one transaction; chatd's has many
 
 
 class Store:
     """The database. A message is durable when its COMMIT has returned."""
 
     def __init__(self, path: str) -> None:
-        self.db = sqlite3.connect(path, check_same_thread=False)
+        # You may insert rows by hand meanwhile: the store waits for you, for a minute.
+        self.db = sqlite3.connect(path, timeout=60, check_same_thread=False)
         self.db.row_factory = sqlite3.Row
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = FULL")  # COMMIT waits for fsync
         self.db.executescript(SCHEMA)
         self.jobs, self.inbox = trio.open_memory_channel[Job](JOBS)
 
-    async def run(self, to_hub: trio.MemorySendChannel[Done]) -> None:
+    async def run(self, to_hub: trio.MemorySendChannel[Batch]) -> None:
         """Run Jobs, one after another, until their channel is closed."""
         async with to_hub:
             async for job in self.inbox:
@@ -303,79 +309,82 @@ class Store:
             return Outcome(refusal)
 
 
-def members_of(db: sqlite3.Connection, chat_id: int, user_id: int) -> list[int]:
+def members_of(db: sqlite3.Connection, chat_id: int, user_id: int) -> set[int]:
     """Return the members of a chat. Raises Refusal if the user is not one of them."""
     rows = db.execute("SELECT user_id FROM member WHERE chat_id = ?", (chat_id,))
-    members = [member for (member,) in rows]
+    members = {member for (member,) in rows}
     if user_id not in members:
-        raise Refusal(404, "not_found", "chat_id: there is no such chat for you")
+        raise Refusal("not_found", "chat_id: there is no such chat for you", 404)
     return members
 
 
 def send_message(db: sqlite3.Connection, user_id: int, command: Command) -> Outcome:
     """Store a message. A repeat, by its client_id, is only acked."""
-    if not command.content:
-        raise Refusal(400, "bad_field", "content: it is empty")
-    members = members_of(db, command.chat_id, user_id)
+    chat_id, content, client_id = command.chat_id, command.content, command.client_id
+    if not content.strip() or len(content) > MAX_CHARACTERS:
+        raise Refusal("bad_field", f"content: 1 to {MAX_CHARACTERS} characters, please")
+    members = members_of(db, chat_id, user_id)
     find = "SELECT * FROM message WHERE sender_id = ? AND client_id = ?"
     insert = """INSERT INTO message (chat_id, sender_id, content, created_at, client_id)
                 VALUES (?, ?, ?, ?, ?) RETURNING *"""
-    values = (command.chat_id, user_id, command.content, timestamp(), command.client_id)
-    old = db.execute(find, (user_id, command.client_id)).fetchone()
+    old = db.execute(find, (user_id, client_id)).fetchone()
+    if old and (old["chat_id"], old["content"]) != (chat_id, content):
+        raise Refusal("idempotency_mismatch", "client_id: it has another message", 409)
+    values = (chat_id, user_id, content, timestamp(), client_id)
     message = dict(old or db.execute(insert, values).fetchone())
     del message["client_id"]  # the other members need not know it
     created_at = message["created_at"]
     ack = {"type": "ack", "message_id": message["id"], "created_at": created_at}
-    event = {"type": "new_message", "chat_id": command.chat_id, "message": message}
+    event = {"type": "new_message", "chat_id": chat_id, "message": message}
     return Outcome(ack, event, () if old else members)
 
 
 def mark_read(db: sqlite3.Connection, user_id: int, command: Command) -> Outcome:
     """Move the user's read mark up to a message, never down."""
-    row = db.execute(
-        "UPDATE member SET read_id = message.id FROM message WHERE message.id = ?"
-        " AND member.chat_id = message.chat_id AND user_id = ? AND read_id < message.id"
-        " RETURNING read_id AS message_id, member.chat_id, user_id AS read_by",
-        (command.message_id, user_id),
-    ).fetchone()
-    if not row:
-        return Outcome({"type": "ack"})
-    members = members_of(db, row["chat_id"], user_id)
-    return Outcome({"type": "ack"}, {"type": "message_read", **dict(row)}, members)
+    find = "SELECT id AS message_id, chat_id FROM message WHERE id = ?"
+    row = db.execute(find, (command.message_id,)).fetchone()
+    members = members_of(db, row["chat_id"] if row else 0, user_id)
+    event = {"type": "message_read", **dict(row), "read_by": user_id}
+    move = """UPDATE member SET read_id = :message_id WHERE chat_id = :chat_id
+              AND user_id = :read_by AND read_id < :message_id"""
+    moved = db.execute(move, event).rowcount
+    return Outcome({"type": "ack"}, event, members if moved else ())
 
 
 def show_typing(db: sqlite3.Connection, user_id: int, command: Command) -> Outcome:
     """Show the other members that a user types. It is not stored, and has no ack."""
-    chat_id, is_typing = command.chat_id, command.is_typing
-    others = [user for user in members_of(db, chat_id, user_id) if user != user_id]
-    event = {"type": "typing", "chat_id": chat_id, "user_id": user_id}
-    return Outcome(None, {**event, "is_typing": is_typing}, others)
+    others = members_of(db, command.chat_id, user_id) - {user_id}
+    event = {"type": "typing", "chat_id": command.chat_id, "user_id": user_id}
+    return Outcome(None, {**event, "is_typing": command.is_typing}, others)
 
 
 # --- hub: the open sessions -----------------------------------------------------------
 
 
 class Hub:
-    """The open sessions of each user. Only plain functions read and change them."""
+    """The open sessions. Only plain functions read and change them."""
 
     def __init__(self) -> None:
-        self.sessions: dict[int, set[Session]] = {}
+        self.sessions: set[Session] = set()
+        self.closed = False
 
     def enter(self, session: Session) -> None:
         """Publish to a session from now on."""
-        self.sessions.setdefault(session.user_id, set()).add(session)
+        self.sessions.add(session)
+        if self.closed:  # the signal came during its handshake
+            session.outbox.close()
 
     def leave(self, session: Session) -> None:
         """Forget a session."""
-        self.sessions[session.user_id].remove(session)
+        self.sessions.remove(session)
 
     def close(self) -> None:
         """Close every outbox. What is in it is still written."""
-        for sessions in self.sessions.values():
-            for session in sessions:
-                session.outbox.close()
+        self.closed = True
+        for session in self.sessions:
+            session.outbox.close()
 
-    async def run(self, from_store: trio.MemoryReceiveChannel[Done]) -> None:
+    async def run(self, from_store: trio.MemoryReceiveChannel[Batch]) -> None:
         """Publish in the order of the commits, until the store ends."""
         async for job, outcome in from_store:
             self.publish(outcome)
@@ -383,15 +392,15 @@ class Hub:
 
     def publish(self, outcome: Outcome) -> None:
         """Queue an event for each session of the users whom it is for."""
-        for user_id in outcome.to:
-            for session in self.sessions.get(user_id, ()):
+        for session in self.sessions:
+            if session.user_id in outcome.to:
                 session.push(outcome.event)
 
 
 # --- protocol, HTTP and tokens --------------------------------------------------------
 
 Id = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
-Name = Annotated[str, msgspec.Meta(max_length=64)]
+Ref = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 encode = msgspec.json.encode
 
 
@@ -402,28 +411,30 @@ class Command(msgspec.Struct):
     chat_id: Id = 0
     message_id: Id = 0
     is_typing: bool = False
-    content: Annotated[str, msgspec.Meta(max_length=4000)] = ""
-    client_id: Name | None = None  # tells a repeat from a second message
-    ref: Name | None = None  # its answer repeats it
+    content: str = ""
+    client_id: Ref | None = None  # tells a repeat from a second message
+    ref: Ref | None = None  # its answer repeats it
 
 
 class Refusal(Exception):
     """A refused command or request: the answer to whoever sent it."""
 
-    def __init__(self, status: int, code: str, sentence: str) -> None:
-        self.status, self.error = status, {"code": code, "message": sentence}
+    def __init__(self, code: str, message: str, status: int = 400) -> None:
+        self.status, self.error = status, {"code": code, "message": message}
 
 
 def parse(text: str | bytes) -> Command:
-    """Decode a command. Raises a Refusal that names the field that is wrong."""
+    """Decode a command. Raises Refusal."""
     try:
         return msgspec.json.decode(text, type=Command)
+    except msgspec.ValidationError as error:
+        raise Refusal("bad_field", str(error)) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise Refusal(400, "bad_field", str(error)) from None
+        raise Refusal("bad_json", str(error)) from None
 
 
 def timestamp() -> str:
-    """The time in UTC, as SPEC.md writes it."""
+    """The time in UTC (RFC 3339)."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
@@ -447,7 +458,7 @@ async def read_request(stream: trio.SocketStream) -> Request:
                 parser.receive_data(data)
                 received += data
                 if len(received) > MAX_BYTES:
-                    raise Refusal(413, "too_large", f"more than {MAX_BYTES} bytes")
+                    raise Refusal("too_large", f"more than {MAX_BYTES} bytes", 413)
             elif isinstance(event, h11.Request):
                 head, url = event, urlsplit(event.target.decode())
             elif isinstance(event, h11.Data):
@@ -455,7 +466,7 @@ async def read_request(stream: trio.SocketStream) -> Request:
             else:
                 raise trio.BrokenResourceError  # the client has closed the connection
     except (h11.RemoteProtocolError, ValueError) as error:
-        raise Refusal(400, "bad_field", f"not HTTP: {error}") from None
+        raise Refusal("bad_field", f"not HTTP: {error}") from None
     bearer = dict(head.headers).get(b"authorization", b"").decode("latin-1")
     token = parse_qs(url.query).get("token", [bearer.removeprefix("Bearer ")])
     return Request(head.method.decode(), url.path, token[0], body, received)
@@ -469,8 +480,11 @@ class Replay(trio.abc.ReceiveStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Return what had come before, then what comes."""
-        received, self.received = self.received, b""
-        return received or await self.stream.receive_some(max_bytes)
+        if not self.received:
+            return await self.stream.receive_some(max_bytes)
+        end = max_bytes or len(self.received)
+        part, self.received = self.received[:end], self.received[end:]
+        return part
 
     async def aclose(self) -> None:
         """Close the stream."""
@@ -491,7 +505,7 @@ def authenticate(request: Request) -> int:
         claims = jwt.decode(request.token, SECRET, ["HS256"])
         return msgspec.convert(claims.get("user_id"), Id)
     except (jwt.PyJWTError, msgspec.ValidationError):
-        raise Refusal(401, "token_invalid", "this token is not valid") from None
+        raise Refusal("token_invalid", "this token is not valid", 401) from None
 
 
 if __name__ == "__main__":
