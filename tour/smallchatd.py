@@ -52,7 +52,7 @@ import sqlite3
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -104,11 +104,11 @@ async def main(port: str = "8087", db: str = "smallchatd.db") -> None:
     server = Server(Store(db))
     listeners = await trio.open_tcp_listeners(int(port), host="127.0.0.1")
     host, bound_port = listeners[0].socket.getsockname()
-    with trio.open_signal_receiver(SIGINT, SIGTERM) as signals:
-        for user_id in 1, 2:
-            token = jwt.encode({"user_id": user_id}, SECRET, "HS256")
-            print(f"user {user_id}: http://{host}:{bound_port}/#{token}", flush=True)
-        await server.run(listeners, signals)
+    links = ""
+    for user_id in 1, 2:
+        token = jwt.encode({"user_id": user_id}, SECRET, "HS256")
+        links += f"user {user_id}: http://{host}:{bound_port}/#{token}\n"
+    await server.run(listeners, links)
 
 
 class Server:
@@ -117,10 +117,8 @@ class Server:
     def __init__(self, store: Store) -> None:
         self.store, self.hub = store, Hub()
 
-    async def run(
-        self, listeners: list[trio.SocketListener], signals: AsyncIterator[int]
-    ) -> None:
-        """Serve until a signal comes, and then until the clients have gone."""
+    async def run(self, listeners: list[trio.SocketListener], links: str) -> None:
+        """Print the links, and serve until a signal comes. A second one kills."""
         to_hub, from_store = trio.open_memory_channel[Batch](1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run, to_hub)
@@ -129,7 +127,9 @@ class Server:
                 accept = partial(trio.serve_listeners, handler_nursery=connections)
                 async with trio.open_nursery() as accepting:
                     accepting.start_soon(accept, self.connection, listeners)
-                    await anext(signals)
+                    with trio.open_signal_receiver(SIGINT, SIGTERM) as signals:
+                        print(links, end="", flush=True)
+                        await anext(signals)
                     accepting.cancel_scope.cancel()
                 self.hub.close()
                 connections.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
