@@ -93,6 +93,7 @@ TREE: Node = (
                     [
                         ("Session.read", "waits for commands"),
                         ("Session.write", "waits for its own client"),
+                        ("trio-websocket", "its task takes frames from the network"),
                     ],
                 ),
             ],
