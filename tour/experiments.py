@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Take one idea out of smallchatd, see what breaks, and put it back.
 
-    python tour/experiments.py              all of them, in three minutes
+    python tour/experiments.py              all of them, in a minute or two
     python tour/experiments.py 1 3          those of chapters 1 and 3
 
 Each experiment of the first seven chapters changes a few lines of smallchatd.py, in
 memory, and does the same twice: with the change, and without it. The others do the same
 to smallchatd and to chatd. An experiment that does not show what its chapter says ends
-with status 1.
+with status 1. Some read /proc, which only Linux has.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -56,8 +57,8 @@ class Server:
     """A server in a process of its own, on a free port, with a chat of its users."""
 
     def __init__(self, name: str, folder: Path, source: str = "") -> None:
-        self.name, self.db, self.source = name, folder / "chat.db", source
-        self.key = folder / "key"
+        self.name, self.source = name, source
+        self.db, self.log, self.key = folder / "chat.db", folder / "log", folder / "key"
         self.key.write_text(SECRET)
         self.key.chmod(0o600)
         self.start()
@@ -72,25 +73,31 @@ class Server:
                 command.append(f"--{limit}=10000/10000")
         else:
             command = ["-c", RUN, "0", str(self.db)]
-        self.process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=HERE.parent,
-            env={**os.environ, "SMALLCHATD_SECRET": SECRET},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.db.with_name("log").open("a"),
-            text=True,
-        )
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=HERE.parent,
+                env={**os.environ, "SMALLCHATD_SECRET": SECRET},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(self.source)
-        self.process.stdin.close()
+        with self.process.stdin as program:
+            program.write(self.source)
         line = self.process.stdout.readline()
-        self.port = int(line.split("127.0.0.1:")[1].split("/")[0])
+        port = re.search(r"127\.0\.0\.1:(\d+)", line)
+        if not port:
+            raise RuntimeError(f"{self.name} did not start:\n{self.log.read_text()}")
+        self.port = int(port[1])
 
     def stop(self, number: int = signal.SIGKILL) -> int:
         """Send it a signal, and return its exit status."""
+        assert self.process.stdout
         self.process.send_signal(number)
+        self.process.stdout.close()
         return self.process.wait(15)
 
     def runs(self) -> bool:
@@ -338,7 +345,7 @@ async def nobody_changes_a_set_that_is_being_read(server: Server) -> Found:
             pass  # what the server's end looks like from outside
     await trio.sleep(0.5)
     if not server.runs():
-        log = server.db.with_name("log").read_text().splitlines()
+        log = server.log.read_text().splitlines()
         return True, f"the server has ended: {log[-2].strip(' |')}"
     return False, "200 messages while Ben's clients come and go"
 
@@ -497,11 +504,10 @@ def try_on(name: str, run: Try, source: str = "") -> Found:
         try:
             return trio.run(run, server)
         except BaseException:
-            print(server.db.with_name("log").read_text(), file=sys.stderr)
+            print(server.log.read_text(), file=sys.stderr)
             raise
         finally:
-            server.process.kill()
-            server.process.wait()
+            server.stop()
 
 
 def show(each: Experiment) -> bool:
