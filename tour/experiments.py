@@ -535,9 +535,8 @@ def main() -> int:
     chapters = [str(each.chapter) for each in EXPERIMENTS]
     wanted = sys.argv[1:] or chapters
     if unknown := [word for word in wanted if word not in chapters]:
-        print(
-            f"no such chapter: {unknown[0]}; there are {chapters[0]} to {chapters[-1]}"
-        )
+        there = f"there are {chapters[0]} to {chapters[-1]}"
+        print(f"no such chapter: {unknown[0]}; {there}", file=sys.stderr)
         return 2
     chosen = [each for each in EXPERIMENTS if str(each.chapter) in wanted]
     wrong = [each.chapter for each in chosen if not show(each)]
