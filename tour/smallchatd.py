@@ -9,7 +9,7 @@ read, and nothing that a client sends ends anything but its own connection.
 
 ONE MESSAGE, STEP BY STEP
 
-    Session.read      has read a frame: rate, JSON, then a Job for the store
+    Session.read      has read a frame: JSON, a Job for the store, then a short pause
     Store.run         takes one Job, and waits for a worker thread
     Store.transact    in that thread: INSERT, COMMIT. Now the message is DURABLE.
     Hub.run           puts the event into the outbox of each member's session, then the
@@ -25,11 +25,11 @@ A task never outlives the nursery above it. The nurseries end from the inside ou
     |- Hub.run                    publishes
     `- connections                (a nursery: ends with its last connection)
        |- accepting               (a nursery: ends at the signal to stop)
-       `- Server.connection       one for each TCP connection: the bulkhead
-          `- Server.serve_socket  (a nursery: ends with its WebSocket)
-             |- Session.read
-             |- Session.write
-             `- trio-websocket's own task, which takes frames from the network
+       `- Server.connection       one for each TCP connection: the bulkhead. For a
+          |                       WebSocket it runs Session.write, in a nursery of
+          |                       Server.serve_socket that ends with it
+          |- Session.read
+          `- trio-websocket's own task, which takes frames from the network
 
 If the store or the hub fails (the disk is full, say), the server ends, for without them
 acks would be lies.
@@ -56,7 +56,6 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -80,7 +79,7 @@ DRAIN_SECONDS = 5  # for the clients to go, at a stop
 
 # Without the variable, the links are new at each start.
 SECRET = os.environ.get("SMALLCHATD_SECRET") or secrets.token_hex(32)
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = trio.Path(__file__).parent.parent
 PAGES = {
     "/": (ROOT / "tour/try.html", "text/html"),
     "/web/chat-websocket.js": (ROOT / "web/chat-websocket.js", "text/javascript"),
@@ -118,7 +117,7 @@ class Server:
         self.store, self.hub = store, Hub()
 
     async def run(self, listeners: list[trio.SocketListener], links: str) -> None:
-        """Print the links, and serve until a signal comes. A second one kills."""
+        """Print the links, and serve until a signal comes."""
         to_hub, from_store = trio.open_memory_channel[Batch](1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run, to_hub)
@@ -129,7 +128,7 @@ class Server:
                     accepting.start_soon(accept, self.connection, listeners)
                     with trio.open_signal_receiver(SIGINT, SIGTERM) as signals:
                         print(links, end="", flush=True)
-                        await anext(signals)
+                        await anext(signals)  # a second one ends the process
                     accepting.cancel_scope.cancel()
                 self.hub.close()
                 connections.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
@@ -153,7 +152,7 @@ class Server:
             with trio.fail_after(REQUEST_SECONDS):
                 await stream.send_all(answer)
         except* (trio.BrokenResourceError, ConnectionClosed, LocalProtocolError):
-            pass  # the client is gone; the last one: trio-websocket did not notice yet
+            pass  # the client is gone; trio-websocket may send it a pong all the same
         except* trio.TooSlowError:
             pass
         except* Exception:
@@ -161,7 +160,7 @@ class Server:
 
     async def serve_socket(self, stream: trio.SocketStream, request: Request) -> None:
         """Serve a WebSocket from its handshake to its end. Raises Refusal."""
-        user_id = authenticate(request)
+        user_id = authenticate(request)  # in a nursery, its Refusal would be in a group
         whole = trio.StapledStream(stream, Replay(request.received, stream))
         async with trio.open_nursery() as nursery:
             with trio.fail_after(REQUEST_SECONDS):
@@ -182,7 +181,7 @@ class Server:
         """Answer a request over HTTP. Raises Refusal."""
         if request.method == "GET" and request.path in PAGES:
             path, kind = PAGES[request.path]
-            return http_answer(200, path.read_bytes(), kind)
+            return http_answer(200, await path.read_bytes(), kind)
         chat = re.fullmatch(r"/api/v1/chats/(\d{1,15})/messages", request.path)
         if not chat or request.method != "POST":
             raise Refusal("not_found", "there is nothing here", 404)
@@ -254,6 +253,7 @@ class Session:
         async for frame in self.to_write:
             with trio.fail_after(WRITE_SECONDS):
                 await self.socket.send_message(frame)
+        # Of a client that has closed, this only closes the socket.
         await self.socket.aclose(1012, "the server restarts")
 
 
@@ -261,7 +261,7 @@ class Session:
 
 
 class Job(NamedTuple):
-    """A user's command for the store. At last the hub calls done(outcome)."""
+    """A user's command for the store. The hub calls done(outcome): it must not fail."""
 
     user_id: int
     command: Command
@@ -272,7 +272,7 @@ class Outcome(NamedTuple):
     """What a Job has done: the answer to its user, and an event for some users."""
 
     answer: JsonObject | Refusal | None
-    event: JsonObject = {}  # noqa: RUF012
+    event: JsonObject
     to: Collection[int] = ()
 
 
@@ -284,7 +284,9 @@ class Store:
 
     def __init__(self, path: str) -> None:
         # You may insert rows by hand meanwhile: the store waits for you, for a minute.
-        self.db = sqlite3.connect(path, timeout=60, check_same_thread=False)
+        self.db = sqlite3.connect(
+            path, timeout=60, isolation_level=None, check_same_thread=False
+        )
         self.db.row_factory = sqlite3.Row
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = FULL")  # COMMIT waits for fsync
@@ -304,9 +306,10 @@ class Store:
         write = writes.get(job.command.type, send_message)
         try:
             with self.db:  # ends with COMMIT, or with ROLLBACK
+                self.db.execute("BEGIN IMMEDIATE")
                 return write(self.db, job.user_id, job.command)
         except Refusal as refusal:
-            return Outcome(refusal)
+            return Outcome(refusal, {})
 
 
 def members_of(db: sqlite3.Connection, chat_id: int, user_id: int) -> set[int]:
@@ -343,7 +346,9 @@ def mark_read(db: sqlite3.Connection, user_id: int, command: Command) -> Outcome
     """Move the user's read mark up to a message, never down."""
     find = "SELECT id AS message_id, chat_id FROM message WHERE id = ?"
     row = db.execute(find, (command.message_id,)).fetchone()
-    members = members_of(db, row["chat_id"] if row else 0, user_id)
+    if not row:
+        raise Refusal("not_found", "message_id: there is no such message", 404)
+    members = members_of(db, row["chat_id"], user_id)
     event = {"type": "message_read", **dict(row), "read_by": user_id}
     move = """UPDATE member SET read_id = :message_id WHERE chat_id = :chat_id
               AND user_id = :read_by AND read_id < :message_id"""
@@ -405,7 +410,7 @@ encode = msgspec.json.encode
 
 
 class Command(msgspec.Struct):
-    """What a client sends. Each type has some of these fields."""
+    """What a client sends. Each type needs some of these fields; 0 is no id."""
 
     type: Literal["ping", "typing", "mark_read", "send_message"] = "send_message"
     chat_id: Id = 0
