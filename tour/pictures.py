@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the pictures of the tour: its task tree, and the way of one message.
+"""Draw the pictures of the tour: its task tree, and the path of one message.
 
 python tour/pictures.py        writes task-tree.svg and message.svg beside this file
 """
@@ -89,10 +89,10 @@ TREE: Node = (
                     [("trio.serve_listeners", "starts a task for each connection")],
                 ),
                 (
-                    "Server.connection, Server.serve_socket: one for each WebSocket",
+                    "Server.serve_socket, in Server.connection: one for each WebSocket",
                     [
+                        ("Session.write", "the same task; waits for its own client"),
                         ("Session.read", "waits for commands"),
-                        ("Session.write", "waits for its own client"),
                         ("trio-websocket", "its task takes frames from the network"),
                     ],
                 ),
@@ -122,11 +122,11 @@ def draw_tree(picture: Picture, node: Node, x: float, y: float) -> float:
 # What a message passes, from the top down: kind, name, what happens there. Of what has
 # "each" in front of its kind, every session has its own.
 STEPS = (
-    ("box", "Session.read", "rate, JSON, a Job"),
+    ("each box", "Session.read", "JSON, then a Job"),
     ("queue", "Store.jobs", f"at most {JOBS}; then Session.read waits"),
     ("box", "Store.run", "one Job at a time"),
     ("thread", "Store.transact", "a worker thread: INSERT, COMMIT. Durable."),
-    ("queue", "from_store", "at most 1; then the store waits"),
+    ("queue", "to_hub", "at most 1; then the store waits"),
     ("box", "Hub.run", "publish: the event, then the ack. Never waits"),
     (
         "each queue",
@@ -138,7 +138,7 @@ STEPS = (
 
 
 def draw_message(picture: Picture) -> float:
-    """Draw the way of one message. Returns the height."""
+    """Draw the path of one message. Returns the height."""
     y = 16.0
     for place, (kind, name, note) in enumerate(STEPS):
         if place:
@@ -157,7 +157,7 @@ def main() -> None:
     """Draw both."""
     tree = Picture("The tasks of smallchatd, each in the nursery that outlives it")
     tree.write("task-tree.svg", 660, draw_tree(tree, TREE, 8, 8) + 16)
-    message = Picture("The way of one message through smallchatd")
+    message = Picture("The path of one message through smallchatd")
     message.write("message.svg", 700, draw_message(message))
 
 

@@ -3,13 +3,13 @@
 
     python tour/smallchatd.py [PORT [DB]]       prints two links: open both
 
-An ack means that the message is on disk. Every connected member of its chat then gets
-the message, in the order of the commits. No client waits because another one does not
-read, and nothing that a client sends ends anything but its own connection.
+An ack, the answer to a command, means that the message is on disk. Every connected
+member of its chat gets the message, in the order of the commits. A client that does not
+read delays nobody. Whatever a client sends, it can end only its own connection.
 
 ONE MESSAGE, STEP BY STEP
 
-    Session.read      has read a frame: JSON, a Job for the store, then a short pause
+    Session.read      has received a command: JSON, then a Job for the store
     Store.run         takes one Job, and waits for a worker thread
     Store.transact    in that thread: INSERT, COMMIT. Now the message is DURABLE.
     Hub.run           puts the event into the outbox of each member's session, then the
@@ -31,13 +31,13 @@ A task never outlives the nursery above it. The nurseries end from the inside ou
           |- Session.read
           `- trio-websocket's own task, which takes frames from the network
 
-If the store or the hub fails (the disk is full, say), the server ends, for without them
-acks would be lies.
+If the store or the hub fails (the disk is full, say), the server ends: without them
+nothing can be acked.
 
 WHAT IT LEAVES OUT, AND chatd HAS
 
 A cursor: a client that was away does not get what it missed. Catching up: a client that
-is too slow is cut. Group commit, one frame for all, and a way from a chat to its
+is too slow is cut. Group commit, one frame for all, and an index from a chat to its
 sessions. History, unread counts, search, editing; chats and their members are rows that
 you insert. A limit on connections, on posts and on the control frames of a WebSocket;
 tokens that end.
@@ -67,15 +67,16 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 from wsproto.utilities import LocalProtocolError
 
-JOBS = 100  # may wait for the store; then sessions wait, and read nothing
+JOBS = 100  # may wait for the store; then sessions wait, and read nothing more
 OUTBOX_FRAMES = 100  # may wait for a client; then it is cut
 MAX_BYTES = 65_536  # of a request or a command
 MAX_CHARACTERS = 4000  # of a message
-COMMANDS_PER_SECOND = 20  # of a session; then it waits
+COMMANDS_PER_SECOND = 20  # of a session: it waits after each one
 REQUEST_SECONDS = 10  # for a client to send a request, or to take an answer
-IDLE_SECONDS = 60  # between two commands of a client; ChatWebSocket pings after 25 s
+IDLE_SECONDS = 60  # without a command; then the client is pinged
+PONG_SECONDS = 10  # for the client to answer this ping, as every browser does by itself
 WRITE_SECONDS = 10  # for a client to take a frame
-DRAIN_SECONDS = 5  # for the clients to go, at a stop
+DRAIN_SECONDS = 5  # at a stop, for the clients to take what is left, and to go
 
 # Without the variable, the links are new at each start.
 SECRET = os.environ.get("SMALLCHATD_SECRET") or secrets.token_hex(32)
@@ -123,6 +124,7 @@ class Server:
             nursery.start_soon(self.store.run, to_hub)
             nursery.start_soon(self.hub.run, from_store)
             async with trio.open_nursery() as connections:
+                # The handlers outlive `accepting`.
                 accept = partial(trio.serve_listeners, handler_nursery=connections)
                 async with trio.open_nursery() as accepting:
                     accepting.start_soon(accept, self.connection, listeners)
@@ -135,7 +137,7 @@ class Server:
             self.store.jobs.close()  # ends the store, which ends the hub
 
     async def connection(self, stream: trio.SocketStream) -> None:
-        """Serve one connection. The bulkhead: what fails in it ends only this one.
+        """Serve one connection. The bulkhead: an error in it ends only this connection.
 
         trio.serve_listeners closes the stream afterwards.
         """
@@ -214,11 +216,15 @@ class Session:
         self.push({"type": "connected", "user_id": self.user_id, "timestamp": now})
 
     async def read(self) -> None:
-        """Handle commands until the client closes, or is silent for IDLE_SECONDS."""
+        """Handle commands until the client closes, or does not answer a ping."""
         with self.outbox, suppress(ConnectionClosed):  # closes it, which ends write()
             while True:
-                with trio.fail_after(IDLE_SECONDS):
+                with trio.move_on_after(IDLE_SECONDS) as idle:
                     text = await self.socket.get_message()
+                if idle.cancelled_caught:
+                    with trio.fail_after(PONG_SECONDS):
+                        await self.socket.ping()
+                    continue
                 try:
                     command = parse(text)
                     if command.type == "ping":
@@ -240,7 +246,7 @@ class Session:
             self.push(answer | {name: text for name, text in names.items() if text})
 
     def push(self, message: JsonObject) -> None:
-        """Put a frame into the outbox. If it is full, the client is cut."""
+        """Put a message into the outbox, as a frame. If it is full, cut the client."""
         try:
             self.outbox.send_nowait(encode(message).decode())
         except trio.WouldBlock:
@@ -276,7 +282,7 @@ class Outcome(NamedTuple):
     to: Collection[int] = ()
 
 
-Batch = tuple[Job, Outcome]  # of one transaction; chatd's has many
+Batch = tuple[Job, Outcome]  # one transaction; chatd's Batch has many Jobs
 
 
 class Store:
@@ -288,7 +294,7 @@ class Store:
             path, timeout=60, isolation_level=None, check_same_thread=False
         )
         self.db.row_factory = sqlite3.Row
-        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute("PRAGMA journal_mode = WAL")  # COMMIT appends to a log, DB-wal
         self.db.execute("PRAGMA synchronous = FULL")  # COMMIT waits for fsync
         self.db.executescript(SCHEMA)
         self.jobs, self.inbox = trio.open_memory_channel[Job](JOBS)
@@ -434,7 +440,7 @@ def parse(text: str | bytes) -> Command:
         return msgspec.json.decode(text, type=Command)
     except msgspec.ValidationError as error:
         raise Refusal("bad_field", str(error)) from None
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:  # [[[[[[...
         raise Refusal("bad_json", str(error)) from None
 
 
@@ -444,7 +450,7 @@ def timestamp() -> str:
 
 
 class Request(NamedTuple):
-    """An HTTP request. received is all that the client has sent so far."""
+    """An HTTP request. received is all that was read of it."""
 
     method: str
     path: str
@@ -454,7 +460,7 @@ class Request(NamedTuple):
 
 
 async def read_request(stream: trio.SocketStream) -> Request:
-    """Read a whole request. Raises Refusal, or BrokenResourceError at the end."""
+    """Read a whole request. Raises Refusal; BrokenResourceError if the client goes."""
     parser, received, body = h11.Connection(h11.SERVER), b"", b""
     try:
         while not isinstance(event := parser.next_event(), h11.EndOfMessage):
@@ -478,7 +484,7 @@ async def read_request(stream: trio.SocketStream) -> Request:
 
 
 class Replay(trio.abc.ReceiveStream):
-    """A stream from its beginning: trio-websocket reads the handshake itself."""
+    """A stream from its first byte again: trio-websocket reads the request itself."""
 
     def __init__(self, received: bytes, stream: trio.SocketStream) -> None:
         self.received, self.stream = received, stream
