@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jwt
 import pytest
 import trio
+from trio_websocket import open_websocket_url
 
 from tests.browser import FIXTURES, Chromium, Page, expect
 from tests.client import (
@@ -388,6 +389,20 @@ async def test_an_acked_message_is_on_disk_after_kill_9(server: Any) -> None:
     assert again["created_at"] == ack["created_at"]
     async with connected(server, BEN) as ben:
         await ben.receives_nothing()
+
+
+async def test_a_client_that_only_listens_is_pinged_and_stays(tmp_path: Path) -> None:
+    """Its library answers pings. ChatWebSocket sends some only if it hears nothing."""
+    impatient = ("IDLE_SECONDS = 60", "IDLE_SECONDS = 0.05")
+    source = experiments.patched((impatient,))
+    server = experiments.Server("smallchatd", tmp_path, source)
+    try:
+        async with open_websocket_url(server.url(ANNA)) as anna:
+            await trio.sleep(0.5)  # ten times as long as it may be idle
+            await anna.send_message('{"type": "ping"}')
+            await experiments.receive(anna, "pong")
+    finally:
+        assert server.stop(signal.SIGTERM) == 0
 
 
 # --- README.md: the chapters ----------------------------------------------------------

@@ -25,9 +25,9 @@ A task never outlives the nursery above it. The nurseries end from the inside ou
     |- Hub.run                    publishes
     `- connections                (a nursery: ends with its last connection)
        |- accepting               (a nursery: ends at the signal to stop)
-       `- Server.connection       one for each TCP connection: the bulkhead. For a
-          |                       WebSocket it runs Session.write, in a nursery of
-          |                       Server.serve_socket that ends with it
+       |  `- trio.serve_listeners starts a task for each TCP connection:
+       `- Server.connection       the bulkhead. For a WebSocket it runs Session.write,
+          |                       in the nursery of Server.serve_socket, with it:
           |- Session.read
           `- trio-websocket's own task, which takes frames from the network
 
