@@ -1041,7 +1041,7 @@ class Event(ServerMessage):
     To add a kind, write a subclass, and the method that records it and decides its
     audience. The fields that a kind adds to its base are stored in the `body` of the
     event's row. Those of the bases below are never copied: they are joined each time
-    the event is read.
+    the event is read. A kind that docs/protocol.md lacks is named by tests/test_docs.py.
     """
 
     seq: int
@@ -2147,7 +2147,8 @@ class Hub:
     """The seats, and the newest end of the event log. It does not know sessions.
 
     `head` is the seq of the last published event. Every read is bounded by it, so no
-    cursor that a client gets is ahead of it.
+    cursor that a client gets is ahead of it, and nobody reads an event that the hub is
+    about to publish to them.
     """
 
     def __init__(self, store: Store) -> None:
