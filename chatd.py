@@ -1041,7 +1041,7 @@ class Event(ServerMessage):
     To add a kind, write a subclass, and the method that records it and decides its
     audience. The fields that a kind adds to its base are stored in the `body` of the
     event's row. Those of the bases below are never copied: they are joined each time
-    the event is read. A kind that docs/protocol.md lacks is named by tests/test_docs.py.
+    the event is read. tests/test_docs.py names a kind that docs/protocol.md lacks.
     """
 
     seq: int
