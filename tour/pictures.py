@@ -91,8 +91,9 @@ TREE: Node = (
                 (
                     "Server.serve_socket, in Server.connection: one for each WebSocket",
                     [
-                        ("Session.write", "the same task; waits for its own client"),
+                        ("Session.write", "runs in Server.connection's own task"),
                         ("Session.read", "waits for commands"),
+                        ("Session.ping", "ends it if the client does not answer"),
                         ("trio-websocket", "its task takes frames from the network"),
                     ],
                 ),

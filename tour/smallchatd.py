@@ -29,6 +29,7 @@ A task never outlives the nursery above it. The nurseries end from the inside ou
        `- Server.connection       the bulkhead. For a WebSocket it runs Session.write,
           |                       in the nursery of Server.serve_socket, with it:
           |- Session.read
+          |- Session.ping         ends it if the client does not answer
           `- trio-websocket's own task, which takes frames from the network
 
 If the store or the hub fails (the disk is full, say), the server ends: without them
@@ -73,8 +74,8 @@ MAX_BYTES = 65_536  # of a request or a command
 MAX_CHARACTERS = 4000  # of a message
 COMMANDS_PER_SECOND = 20  # of a session: it waits after each one
 REQUEST_SECONDS = 10  # for a client to send a request, or to take an answer
-IDLE_SECONDS = 60  # without a command; then the client is pinged
-PONG_SECONDS = 10  # for the client to answer this ping, as every browser does by itself
+PING_SECONDS = 30  # between two pings, which every browser answers by itself
+PONG_SECONDS = 20  # for the answer
 WRITE_SECONDS = 10  # for a client to take a frame
 DRAIN_SECONDS = 5  # at a stop, for the clients to take what is left, and to go
 
@@ -130,7 +131,8 @@ class Server:
                     accepting.start_soon(accept, self.connection, listeners)
                     with trio.open_signal_receiver(SIGINT, SIGTERM) as signals:
                         print(links, end="", flush=True)
-                        await anext(signals)  # a second one ends the process
+                        await anext(signals)
+                    # The usual handlers are back: a second signal ends the process.
                     accepting.cancel_scope.cancel()
                 self.hub.close()
                 connections.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
@@ -174,6 +176,7 @@ class Server:
             self.hub.enter(session)
             try:
                 nursery.start_soon(session.read)
+                nursery.start_soon(session.ping)
                 await session.write()
             finally:
                 self.hub.leave(session)
@@ -202,7 +205,7 @@ class Server:
 
 @dataclass(eq=False)
 class Session:
-    """One WebSocket: a task that reads from it, and a task that writes to it."""
+    """One WebSocket: a task that reads from it, one that writes, and one that pings."""
 
     user_id: int
     socket: WebSocketConnection
@@ -216,15 +219,10 @@ class Session:
         self.push({"type": "connected", "user_id": self.user_id, "timestamp": now})
 
     async def read(self) -> None:
-        """Handle commands until the client closes, or does not answer a ping."""
+        """Handle commands until the client closes."""
         with self.outbox, suppress(ConnectionClosed):  # closes it, which ends write()
             while True:
-                with trio.move_on_after(IDLE_SECONDS) as idle:
-                    text = await self.socket.get_message()
-                if idle.cancelled_caught:
-                    with trio.fail_after(PONG_SECONDS):
-                        await self.socket.ping()
-                    continue
+                text = await self.socket.get_message()  # ping() is its deadline
                 try:
                     command = parse(text)
                     if command.type == "ping":
@@ -235,6 +233,14 @@ class Session:
                 except Refusal as refusal:
                     self.push({"type": "error", **refusal.error})
                 await trio.sleep(1 / COMMANDS_PER_SECOND)
+
+    async def ping(self) -> None:
+        """Ping the client for ever. Raises TooSlowError if it does not answer."""
+        with suppress(LocalProtocolError):  # while the connection is closing
+            while True:
+                await trio.sleep(PING_SECONDS)
+                with trio.fail_after(PONG_SECONDS):
+                    await self.socket.ping()
 
     def reply(self, command: Command, outcome: Outcome) -> None:
         """Answer a command. The answer repeats the command's ref and client_id."""
@@ -259,7 +265,8 @@ class Session:
         async for frame in self.to_write:
             with trio.fail_after(WRITE_SECONDS):
                 await self.socket.send_message(frame)
-        # Of a client that has closed, this only closes the socket.
+        # A client that has closed needs no close frame; one that has not, has to answer
+        # before the deadline of the stop.
         await self.socket.aclose(1012, "the server restarts")
 
 
