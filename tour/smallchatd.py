@@ -139,10 +139,7 @@ class Server:
             self.store.jobs.close()  # ends the store, which ends the hub
 
     async def connection(self, stream: trio.SocketStream) -> None:
-        """Serve one connection. The bulkhead: an error in it ends only this connection.
-
-        trio.serve_listeners closes the stream afterwards.
-        """
+        """Serve a connection, which trio.serve_listeners then closes. The bulkhead."""
         try:
             try:
                 with trio.fail_after(REQUEST_SECONDS):
@@ -265,8 +262,7 @@ class Session:
         async for frame in self.to_write:
             with trio.fail_after(WRITE_SECONDS):
                 await self.socket.send_message(frame)
-        # A client that has closed needs no close frame; one that has not, has to answer
-        # before the deadline of the stop.
+        # Nothing more is sent to a client that has closed.
         await self.socket.aclose(1012, "the server restarts")
 
 
