@@ -27,17 +27,22 @@ from typing import Any, NamedTuple
 import jwt
 import pytest
 import trio
-from trio_websocket import open_websocket_url
 
 from tests.browser import FIXTURES, Chromium, Page, expect
 from tests.client import (
     CHECKOUT,
+    CLOSE,
+    PING,
+    PONG,
+    TEXT,
     WAIT_SECONDS,
     Frame,
     HttpAnswer,
     RawClient,
     SocketClient,
     clean_environment,
+    frame_bytes,
+    take_frames,
     upgrade_bytes,
 )
 
@@ -391,19 +396,42 @@ async def test_an_acked_message_is_on_disk_after_kill_9(server: Any) -> None:
         await ben.receives_nothing()
 
 
-async def test_a_client_that_only_listens_is_pinged_and_stays(tmp_path: Path) -> None:
-    """ChatWebSocket sends pings of its own only while it hears nothing."""
-    impatient = ("PING_SECONDS = 30", "PING_SECONDS = 0.05")
-    server = experiments.Server(
-        "smallchatd", tmp_path, experiments.patched((impatient,))
+async def test_a_client_is_pinged_and_is_cut_when_it_does_not_answer(
+    tmp_path: Path,
+) -> None:
+    soon = (
+        ("PING_SECONDS = 30", "PING_SECONDS = 0.2"),
+        ("PONG_SECONDS = 20", "PONG_SECONDS = 2"),
     )
+    server = experiments.Server("smallchatd", tmp_path, experiments.patched(soon))
     try:
-        async with open_websocket_url(server.url(ANNA)) as anna:
-            await trio.sleep(0.5)  # for ten pings, which its library answers
-            for _ in range(5):  # and commands may come before a pong
-                await anna.send_message('{"type": "ping"}')
-            for _ in range(5):
-                await experiments.receive(anna, "pong")
+        async with await dial(server) as line:
+            assert (await handshake(line, experiments.token(ANNA))).status == 101
+            data = bytearray(line.data)
+
+            async def frame(opcode: int) -> bytes:
+                """Return the payload of the next frame with this opcode."""
+                while True:
+                    for received, payload in take_frames(data):
+                        if received == opcode:
+                            return bytes(payload)
+                    more = await line.stream.receive_some()
+                    if not more:
+                        raise trio.EndOfChannel
+                    data.extend(more)
+
+            with trio.fail_after(WAIT_SECONDS):
+                await frame(TEXT)  # connected
+                payload = await frame(PING)
+                # The pong stands behind commands. They are answered, and it is found.
+                commands = [frame_bytes(TEXT, b'{"type":"ping"}')] * 3
+                pong = frame_bytes(PONG, payload)
+                await line.stream.send_all(b"".join([*commands, pong]))
+                for _ in commands:
+                    assert json.loads(await frame(TEXT))["type"] == "pong"
+                await frame(PING)  # the next one, which is not answered
+                with pytest.raises((trio.EndOfChannel, trio.BrokenResourceError)):
+                    await frame(CLOSE)
     finally:
         assert server.stop(signal.SIGTERM) == 0
 
@@ -563,13 +591,6 @@ def test_the_other_names_in_a_chapter_are_in_the_program_that_it_tries(
     own = [name for name in touched if not name.startswith("trio.")]
     assert own or "*Touches:* nothing" in text
     assert unknown(own, known) == []
-
-
-def test_every_link_to_a_file_has_a_target() -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)", README)
-    files = [target for target in targets if not target.startswith("https://")]
-    assert {"smallchatd.py", "task-tree.svg", "message.svg"} <= set(files)
-    assert [name for name in files if not (TOUR / name).is_file()] == []
 
 
 def test_the_readme_says_how_long_smallchatd_is() -> None:

@@ -40,8 +40,8 @@ WHAT IT LEAVES OUT, AND chatd HAS
 A cursor: a client that was away does not get what it missed. Catching up: a client that
 is too slow is cut. Group commit, one frame for all, and an index from a chat to its
 sessions. History, unread counts, search, editing; chats and their members are rows that
-you insert. A limit on connections, on posts and on the control frames of a WebSocket;
-tokens that end.
+you insert. A limit on connections, on posts, on the control frames and the fragments of
+a WebSocket; the end of a session when its token ends.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ MAX_CHARACTERS = 4000  # of a message
 COMMANDS_PER_SECOND = 20  # of a session: it waits after each one
 REQUEST_SECONDS = 10  # for a client to send a request, or to take an answer
 PING_SECONDS = 30  # between two pings, which every browser answers by itself
-PONG_SECONDS = 20  # for the answer
+PONG_SECONDS = 20  # for the answer, behind what the client has still to read
 WRITE_SECONDS = 10  # for a client to take a frame
 DRAIN_SECONDS = 5  # at a stop, for the clients to take what is left, and to go
 
@@ -132,7 +132,7 @@ class Server:
                     with trio.open_signal_receiver(SIGINT, SIGTERM) as signals:
                         print(links, end="", flush=True)
                         await anext(signals)
-                    # The usual handlers are back: a second signal ends the process.
+                    # The usual handlers are back: a second SIGTERM ends the process.
                     accepting.cancel_scope.cancel()
                 self.hub.close()
                 connections.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
