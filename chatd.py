@@ -2379,8 +2379,9 @@ class Hub:
     def push_page(self, seat: Seat, page: Page) -> None:
         """Push a page of the event log, without events that are no longer for it.
 
-        It shows messages as they are now. If a burst hides what was changed since it
-        was read, it is not pushed: the seat reads it again.
+        It shows messages as they are now. If the tail does not reach back to the page
+        any more, nobody knows what was changed since it was read: it is not pushed, and
+        the seat reads it again.
         """
         if not self.in_tail(page.upto):
             return

@@ -26,14 +26,15 @@ A task never outlives the nursery above it. The nurseries end from the inside ou
     `- connections                (a nursery: ends with its last connection)
        |- accepting               (a nursery: ends at the signal to stop)
        |  `- trio.serve_listeners starts a task for each TCP connection:
-       `- Server.connection       the bulkhead. For a WebSocket it runs Session.write,
-          |                       in the nursery of Server.serve_socket, with it:
+       `- Server.connection       the bulkhead: an error below it ends only this one.
+          |                       For a WebSocket, Session.write runs in this task; and
+          |                       beside it, in the nursery of Server.serve_socket:
           |- Session.read
-          |- Session.ping         ends it if the client does not answer
+          |- Session.ping         ends the session if the client does not answer
           `- trio-websocket's own task, which takes frames from the network
 
-If the store or the hub fails (the disk is full, say), the server ends: without them
-nothing can be acked.
+If the store or the hub fails (the disk is full, or somebody locks the database for a
+minute), the server ends: without them nothing can be acked.
 
 WHAT IT LEAVES OUT, AND chatd HAS
 
@@ -75,7 +76,7 @@ MAX_CHARACTERS = 4000  # of a message
 COMMANDS_PER_SECOND = 20  # of a session: it waits after each one
 REQUEST_SECONDS = 10  # for a client to send a request, or to take an answer
 PING_SECONDS = 30  # between two pings, which every browser answers by itself
-PONG_SECONDS = 20  # for the answer, behind what the client has still to read
+PONG_SECONDS = 20  # for the answer, which may stand behind 20 s of commands
 WRITE_SECONDS = 10  # for a client to take a frame
 DRAIN_SECONDS = 5  # at a stop, for the clients to take what is left, and to go
 
@@ -258,11 +259,10 @@ class Session:
             pass  # the connection is closing
 
     async def write(self) -> None:
-        """Write each frame within WRITE_SECONDS, until the outbox is closed."""
+        """Write each frame within WRITE_SECONDS until the outbox is closed, then close."""
         async for frame in self.to_write:
             with trio.fail_after(WRITE_SECONDS):
                 await self.socket.send_message(frame)
-        # Nothing more is sent to a client that has closed.
         await self.socket.aclose(1012, "the server restarts")
 
 
@@ -292,7 +292,7 @@ class Store:
     """The database. A message is durable when its COMMIT has returned."""
 
     def __init__(self, path: str) -> None:
-        # You may insert rows by hand meanwhile: the store waits for you, for a minute.
+        # timeout: if you insert rows by hand, the store waits for your COMMIT.
         self.db = sqlite3.connect(
             path, timeout=60, isolation_level=None, check_same_thread=False
         )
@@ -311,8 +311,7 @@ class Store:
 
     def transact(self, job: Job) -> Outcome:
         """Run one Job in a transaction of its own."""
-        writes = {"typing": show_typing, "mark_read": mark_read}
-        write = writes.get(job.command.type, send_message)
+        write = WRITES[job.command.type]
         try:
             with self.db:  # ends with COMMIT, or with ROLLBACK
                 self.db.execute("BEGIN IMMEDIATE")
@@ -326,7 +325,7 @@ def members_of(db: sqlite3.Connection, chat_id: int, user_id: int) -> set[int]:
     rows = db.execute("SELECT user_id FROM member WHERE chat_id = ?", (chat_id,))
     members = {member for (member,) in rows}
     if user_id not in members:
-        raise Refusal("not_found", "chat_id: there is no such chat for you", 404)
+        raise Refusal("not_found", "there is no such chat or message for you", 404)
     return members
 
 
@@ -355,9 +354,7 @@ def mark_read(db: sqlite3.Connection, user_id: int, command: Command) -> Outcome
     """Move the user's read mark up to a message, never down."""
     find = "SELECT id AS message_id, chat_id FROM message WHERE id = ?"
     row = db.execute(find, (command.message_id,)).fetchone()
-    if not row:
-        raise Refusal("not_found", "message_id: there is no such message", 404)
-    members = members_of(db, row["chat_id"], user_id)
+    members = members_of(db, row["chat_id"] if row else 0, user_id)  # 0 has none
     event = {"type": "message_read", **dict(row), "read_by": user_id}
     move = """UPDATE member SET read_id = :message_id WHERE chat_id = :chat_id
               AND user_id = :read_by AND read_id < :message_id"""
@@ -370,6 +367,9 @@ def show_typing(db: sqlite3.Connection, user_id: int, command: Command) -> Outco
     others = members_of(db, command.chat_id, user_id) - {user_id}
     event = {"type": "typing", "chat_id": command.chat_id, "user_id": user_id}
     return Outcome(None, {**event, "is_typing": command.is_typing}, others)
+
+
+WRITES = {"send_message": send_message, "mark_read": mark_read, "typing": show_typing}
 
 
 # --- hub: the open sessions -----------------------------------------------------------
@@ -389,7 +389,6 @@ class Hub:
             session.outbox.close()
 
     def leave(self, session: Session) -> None:
-        """Forget a session."""
         self.sessions.remove(session)
 
     def close(self) -> None:
@@ -427,7 +426,7 @@ class Command(msgspec.Struct):
     is_typing: bool = False
     content: str = ""
     client_id: Ref | None = None  # tells a repeat from a second message
-    ref: Ref | None = None  # its answer repeats it
+    ref: Ref | None = None  # its ack repeats it
 
 
 class Refusal(Exception):
@@ -501,7 +500,6 @@ class Replay(trio.abc.ReceiveStream):
         return part
 
     async def aclose(self) -> None:
-        """Close the stream."""
         await self.stream.aclose()
 
 
