@@ -259,7 +259,7 @@ class Session:
             pass  # the connection is closing
 
     async def write(self) -> None:
-        """Write each frame within WRITE_SECONDS until the outbox is closed, then close."""
+        """Write the outbox, each frame within WRITE_SECONDS. When it ends, close."""
         async for frame in self.to_write:
             with trio.fail_after(WRITE_SECONDS):
                 await self.socket.send_message(frame)
