@@ -436,6 +436,28 @@ async def test_a_client_is_pinged_and_is_cut_when_it_does_not_answer(
         assert server.stop(signal.SIGTERM) == 0
 
 
+async def test_a_ping_that_is_due_does_not_cut_the_goodbye_short(
+    tmp_path: Path,
+) -> None:
+    soon = ("PING_SECONDS = 30", "PING_SECONDS = 0.1")
+    server = experiments.Server("smallchatd", tmp_path, experiments.patched((soon,)))
+    async with await dial(server) as line:
+        assert (await handshake(line, experiments.token(ANNA))).status == 101
+        server.process.send_signal(signal.SIGTERM)
+        with trio.fail_after(WAIT_SECONDS):
+            data = bytearray(line.data)
+            while CLOSE not in [opcode for opcode, _ in take_frames(data)]:
+                more = await line.stream.receive_some()
+                assert more, "the connection has ended without a close frame"
+                data.extend(more)
+        with trio.move_on_after(1) as still_open:  # the client does not answer yet
+            assert await line.stream.receive_some()
+        assert still_open.cancelled_caught
+        await line.stream.send_all(frame_bytes(CLOSE, b"\x03\xf4"))
+    assert await trio.to_thread.run_sync(server.process.wait, WAIT_SECONDS) == 0
+    server.stop()
+
+
 # --- README.md: the chapters ----------------------------------------------------------
 
 README = (TOUR / "README.md").read_text("utf-8")

@@ -5,7 +5,7 @@
 
 An ack, the answer to a command, means that the message is on disk. Every connected
 member of its chat gets the message, in the order of the commits. A client that does not
-read delays nobody. Whatever a client sends, it can end only its own connection.
+read delays nobody. No error that a client causes ends another connection.
 
 ONE MESSAGE, STEP BY STEP
 
@@ -42,7 +42,8 @@ A cursor: a client that was away does not get what it missed. Catching up: a cli
 is too slow is cut. Group commit, one frame for all, and an index from a chat to its
 sessions. History, unread counts, search, editing; chats and their members are rows that
 you insert. A limit on connections, on posts, on the control frames and the fragments of
-a WebSocket; the end of a session when its token ends.
+a WebSocket; the end of a session when its token ends; a ticket, so that no lasting
+token stands in a URL, where proxies log it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ from wsproto.utilities import LocalProtocolError
 
 JOBS = 100  # may wait for the store; then sessions wait, and read nothing more
 OUTBOX_FRAMES = 100  # may wait for a client; then it is cut
-MAX_BYTES = 65_536  # of a request or a command
+MAX_BYTES = 65_536  # of a request; of a command, as many characters
 MAX_CHARACTERS = 4000  # of a message
 COMMANDS_PER_SECOND = 20  # of a session: it waits after each one
 REQUEST_SECONDS = 10  # for a client to send a request, or to take an answer
@@ -89,8 +90,8 @@ PAGES = {
 }
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS member (
-    chat_id INTEGER, user_id INTEGER, read_id INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (chat_id, user_id));
+    chat_id INTEGER CHECK (chat_id > 0), user_id INTEGER,
+    read_id INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (chat_id, user_id));
 CREATE TABLE IF NOT EXISTS message (
     id INTEGER PRIMARY KEY, chat_id INTEGER, sender_id INTEGER, content TEXT,
     created_at TEXT, client_id TEXT, UNIQUE (sender_id, client_id));
@@ -234,7 +235,7 @@ class Session:
 
     async def ping(self) -> None:
         """Ping the client for ever. Raises TooSlowError if it does not answer."""
-        with suppress(LocalProtocolError):  # while the connection is closing
+        with suppress(ConnectionClosed, LocalProtocolError):  # it is closing
             while True:
                 await trio.sleep(PING_SECONDS)
                 with trio.fail_after(PONG_SECONDS):
@@ -354,7 +355,7 @@ def mark_read(db: sqlite3.Connection, user_id: int, command: Command) -> Outcome
     """Move the user's read mark up to a message, never down."""
     find = "SELECT id AS message_id, chat_id FROM message WHERE id = ?"
     row = db.execute(find, (command.message_id,)).fetchone()
-    members = members_of(db, row["chat_id"] if row else 0, user_id)  # 0 has none
+    members = members_of(db, row["chat_id"] if row else 0, user_id)  # 0: nobody
     event = {"type": "message_read", **dict(row), "read_by": user_id}
     move = """UPDATE member SET read_id = :message_id WHERE chat_id = :chat_id
               AND user_id = :read_by AND read_id < :message_id"""
