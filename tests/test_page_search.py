@@ -261,7 +261,13 @@ def test_latest_and_sending_lead_to_the_end_from_each_place(
 
     def come_back_after_a_resync() -> None:
         """Load the messages around the place again, but not the latest."""
-        page.evaluate("scroller.scrollTo(0, scroller.scrollHeight / 3)")
+        # The place is where the page has seen the scroll: an event of the next frame.
+        page.evaluate(
+            """() => new Promise((seen) => {
+              scroller.addEventListener("scroll", seen, { once: true });
+              scroller.scrollTo(0, scroller.scrollHeight / 3);
+            })"""
+        )
         expect(latest).to_be_visible()
         connected = relay.received[0]
         with page.expect_response(re.compile("around=")):
