@@ -72,9 +72,12 @@ ANY_TIME = re.compile(r'"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\dZ"')
 
 
 @contextmanager
-def running(name: str, folder: Path) -> Iterator[Any]:
-    """Run one of the two programs, with an empty database, in a process of its own."""
-    source = SMALLCHATD.read_text("utf-8") if name == "smallchatd" else ""
+def running(name: str, folder: Path, *patch: tuple[str, str]) -> Iterator[Any]:
+    """Run one of the two programs, with an empty database, in a process of its own.
+
+    patch changes smallchatd, as an experiment does.
+    """
+    source = experiments.patched(patch) if name == "smallchatd" else ""
     server = experiments.Server(name, folder, source)
     try:
         yield server
@@ -403,8 +406,7 @@ async def test_a_client_is_pinged_and_is_cut_when_it_does_not_answer(
         ("PING_SECONDS = 30", "PING_SECONDS = 0.2"),
         ("PONG_SECONDS = 20", "PONG_SECONDS = 2"),
     )
-    server = experiments.Server("smallchatd", tmp_path, experiments.patched(soon))
-    try:
+    with running("smallchatd", tmp_path, *soon) as server:
         async with await dial(server) as line:
             assert (await handshake(line, experiments.token(ANNA))).status == 101
             data = bytearray(line.data)
@@ -432,7 +434,6 @@ async def test_a_client_is_pinged_and_is_cut_when_it_does_not_answer(
                 await frame(PING)  # the next one, which is not answered
                 with pytest.raises((trio.EndOfChannel, trio.BrokenResourceError)):
                     await frame(CLOSE)
-    finally:
         assert server.stop(signal.SIGTERM) == 0
 
 
@@ -440,22 +441,21 @@ async def test_a_ping_that_is_due_does_not_cut_the_goodbye_short(
     tmp_path: Path,
 ) -> None:
     soon = ("PING_SECONDS = 30", "PING_SECONDS = 0.1")
-    server = experiments.Server("smallchatd", tmp_path, experiments.patched((soon,)))
-    async with await dial(server) as line:
-        assert (await handshake(line, experiments.token(ANNA))).status == 101
-        server.process.send_signal(signal.SIGTERM)
-        with trio.fail_after(WAIT_SECONDS):
-            data = bytearray(line.data)
-            while CLOSE not in [opcode for opcode, _ in take_frames(data)]:
-                more = await line.stream.receive_some()
-                assert more, "the connection has ended without a close frame"
-                data.extend(more)
-        with trio.move_on_after(1) as still_open:  # the client does not answer yet
-            assert await line.stream.receive_some()
-        assert still_open.cancelled_caught
-        await line.stream.send_all(frame_bytes(CLOSE, b"\x03\xf4"))
-    assert await trio.to_thread.run_sync(server.process.wait, WAIT_SECONDS) == 0
-    server.stop()
+    with running("smallchatd", tmp_path, soon) as server:
+        async with await dial(server) as line:
+            assert (await handshake(line, experiments.token(ANNA))).status == 101
+            server.process.send_signal(signal.SIGTERM)
+            with trio.fail_after(WAIT_SECONDS):
+                data = bytearray(line.data)
+                while CLOSE not in [opcode for opcode, _ in take_frames(data)]:
+                    more = await line.stream.receive_some()
+                    assert more, "the connection has ended without a close frame"
+                    data.extend(more)
+            with trio.move_on_after(1) as still_open:  # the client does not answer yet
+                assert await line.stream.receive_some()
+            assert still_open.cancelled_caught
+            await line.stream.send_all(frame_bytes(CLOSE, b"\x03\xf4"))
+        assert await trio.to_thread.run_sync(server.process.wait, WAIT_SECONDS) == 0
 
 
 # --- README.md: the chapters ----------------------------------------------------------

@@ -200,6 +200,13 @@ async def send(socket: WebSocketConnection, chat: int, content: str) -> None:
     await socket.send_message(json.dumps(command))
 
 
+async def post_at_once(server: Server, chat: int, count: int, content: str) -> None:
+    """Post a text of Anna's several times at the same moment."""
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(server.post, chat, ANNA, content)
+
+
 # --- the experiments ------------------------------------------------------------------
 
 # The damage, or whether there is any; and what was seen.
@@ -222,6 +229,10 @@ class Experiment:
 
 
 EXPERIMENTS: list[Experiment] = []
+PUBLISH_WAITS: Patch = (
+    ("            self.publish(outcome)", "            await self.publish(outcome)"),
+    ("    def publish(self, outcome", "    async def publish(self, outcome"),
+)
 
 
 def experiment(
@@ -239,8 +250,7 @@ def experiment(
 @experiment(
     1,
     "Why does the hub not send?",
-    ("            self.publish(outcome)", "            await self.publish(outcome)"),
-    ("    def publish(self, outcome", "    async def publish(self, outcome"),
+    *PUBLISH_WAITS,
     (
         "session.push(outcome.event)",
         "await session.socket.send_message(encode(outcome.event).decode())",
@@ -337,8 +347,7 @@ async def an_ack_means_that_it_is_on_disk(server: Server) -> Found:
 @experiment(
     4,
     "Who may change a set while you go through it?",
-    ("            self.publish(outcome)", "            await self.publish(outcome)"),
-    ("    def publish(self, outcome", "    async def publish(self, outcome"),
+    *PUBLISH_WAITS,
     (
         "                session.push(outcome.event)\n",
         "                session.push(outcome.event)\n"
@@ -381,17 +390,11 @@ async def nobody_changes_a_set_that_is_being_read(server: Server) -> Found:
 )
 async def memory_is_bounded(server: Server) -> Found:
     chat = server.chat(ANNA, BEN)
-
-    async def post_40() -> None:
-        async with trio.open_nursery() as nursery:
-            for _ in range(40):
-                nursery.start_soon(server.post, chat, ANNA, LONG)
-
-    await post_40()
+    await post_at_once(server, chat, 40, LONG)
     before = server.memory_mb()  # with what 40 requests at the same time need
     with server.stalled_client(BEN):
         for _ in range(50):
-            await post_40()
+            await post_at_once(server, chat, 40, LONG)
         more = server.memory_mb() - before
     seen = f"2,000 messages for a client that reads nothing: {more:.0f} MB more"
     return max(more, 1), seen
@@ -457,9 +460,7 @@ async def a_slow_client_gets_everything(server: Server) -> Found:
     chat, got = server.chat(ANNA, BEN), 0
     async with open_websocket_url(server.url(BEN), message_queue_size=1) as ben:
         for _ in range(25):
-            async with trio.open_nursery() as nursery:
-                for _ in range(40):
-                    nursery.start_soon(server.post, chat, ANNA, LONG)
+            await post_at_once(server, chat, 40, LONG)
         try:
             while got < 1000:
                 await receive(ben, "new_message")
@@ -485,9 +486,7 @@ async def messages_share_commits(server: Server) -> Found:
     chat = server.chat(ANNA, BEN)
     wal = server.db.with_name(server.db.name + "-wal")
     before = commits(wal)
-    async with trio.open_nursery() as nursery:
-        for number in range(200):
-            nursery.start_soon(server.post, chat, ANNA, f"{number}")
+    await post_at_once(server, chat, 200, "Hello")
     made = commits(wal) - before
     return made, f"200 messages at the same time: {made} commits"
 
